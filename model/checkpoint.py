@@ -1,0 +1,231 @@
+"""Reads a Hugging Face DeepSeek-V2 checkpoint, one tensor (or a range of its rows) at a time.
+
+Files come from strangers: names stay inside the folder, headers are validated by the safetensors library before
+anything is allocated, every tensor's shape and dtype is compared with what the config promises, and pickles are
+refused.  Data is read with ``pread`` into fresh buffers; a memory map would count the whole shard as resident.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model.config import Config, read_config
+from slotmoe import CheckpointError, read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 16 << 20  # DeepSeek-V2's own is 3.5 MB
+MAX_HEADER_BYTES = 16 << 20
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``file`` (name inside the folder), ``offset`` from the file's start, in bytes."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        width = self.dtype.itemsize
+        for size in self.shape[1:]:
+            width *= size
+        return width
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.shape[0]
+
+
+def expert_name(layer: int, expert: int, projection: str) -> str:
+    """Checkpoint name of one routed expert's projection (``gate_proj``, ``up_proj`` or ``down_proj``)."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+
+
+def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Checkpoint names and shapes of everything but the routed experts, in the order of the forward pass."""
+    D, H = config.hidden_size, config.num_attention_heads
+    query = H * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
+
+    def mlp(prefix: str, width: int) -> None:
+        shapes[prefix + "gate_proj.weight"] = shapes[prefix + "up_proj.weight"] = (width, D)
+        shapes[prefix + "down_proj.weight"] = (D, width)
+
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (D,)
+        if config.q_lora_rank is None:
+            shapes[prefix + "self_attn.q_proj.weight"] = (query, D)
+        else:
+            shapes[prefix + "self_attn.q_a_proj.weight"] = (config.q_lora_rank, D)
+            shapes[prefix + "self_attn.q_a_layernorm.weight"] = (config.q_lora_rank,)
+            shapes[prefix + "self_attn.q_b_proj.weight"] = (query, config.q_lora_rank)
+        shapes[prefix + "self_attn.kv_a_proj_with_mqa.weight"] = (config.latent_width, D)
+        shapes[prefix + "self_attn.kv_a_layernorm.weight"] = (config.kv_lora_rank,)
+        expanded = H * (config.qk_nope_head_dim + config.v_head_dim)
+        shapes[prefix + "self_attn.kv_b_proj.weight"] = (expanded, config.kv_lora_rank)
+        shapes[prefix + "self_attn.o_proj.weight"] = (D, H * config.v_head_dim)
+        shapes[prefix + "post_attention_layernorm.weight"] = (D,)
+        if not config.is_moe(layer):
+            mlp(prefix + "mlp.", config.intermediate_size)
+            continue
+        shapes[prefix + "mlp.gate.weight"] = (config.n_routed_experts, D)
+        if config.n_shared_experts:
+            mlp(prefix + "mlp.shared_experts.", config.n_shared_experts * config.moe_intermediate_size)
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, D)
+    return shapes
+
+
+def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Shape of each projection of a routed expert, ``[out, in]``."""
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    return {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+
+
+def _inside(folder: Path, name: object, where: str) -> Path:
+    """Path of the plain file ``name`` in ``folder``; links may lead only to the hub cache's own blobs."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", name):
+        raise CheckpointError(f"{where}: {name!r:.80} is not a plain .safetensors file name inside the folder")
+    path = folder / name
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        raise CheckpointError(f"{path}: is a link that leads out of the folder; copy the file itself here")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing or not a regular file; download the checkpoint again")
+    return path
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file by name; raises ``CheckpointError`` if the file is not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}; not a real checkpoint")
+        # The library checks bounds, overlaps, holes and the file's size against the header, so offsets follow from the order.
+        with safe_open(path, framework="pt") as opened:
+            infos, offset = {}, 8 + header_bytes
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise CheckpointError(f"{path}: {name:.120} has dtype {part.get_dtype()}, expected BF16, F16 or F32")
+                info = TensorInfo(path.name, _DTYPES[part.get_dtype()], tuple(part.get_shape()), offset)
+                if not info.shape:
+                    raise CheckpointError(f"{path}: {name:.120} is a scalar, expected at least one dimension")
+                infos[name] = info
+                offset += info.nbytes
+            return infos
+    except (SafetensorError, OSError, ValueError) as problem:
+        if isinstance(problem, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: damaged or truncated ({str(problem)[:160]}); download this file again") from None
+
+
+class Checkpoint:
+    """An open checkpoint folder.  Reading is thread-safe; close it or use it as a context manager."""
+
+    def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
+        self.folder, self.config, self.infos = folder, config, infos
+        self._files = {name: os.open(folder / name, os.O_RDONLY) for name in {info.file for info in infos.values()}}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open ``folder`` and check that every tensor of its config is there with the right shape.
+
+        Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
+        """
+        config = read_config(folder / "config.json")
+        infos = _locate(folder)
+        expected: dict[str, tuple[int, ...]] = dict(resident_shapes(config))
+        for layer in config.moe_layers:
+            for projection, shape in expert_shapes(config).items():
+                for expert in range(config.n_routed_experts):
+                    name = expert_name(layer, expert, projection)
+                    if name not in infos:
+                        raise CheckpointError(f"{folder}: tensor {name} is missing; config.json asks for it")
+                    expected[name] = shape
+        for name, wanted in expected.items():
+            if name not in infos:
+                raise CheckpointError(f"{folder}: tensor {name} is missing; config.json asks for it")
+            if infos[name].shape != wanted:
+                found = list(infos[name].shape)
+                raise CheckpointError(f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}")
+        return cls(folder, config, {name: infos[name] for name in expected})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the network uses."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of tensor ``name``, in the source's dtype.
+
+        Raises ``CheckpointError`` if the file ends early or a value is NaN or infinite.
+        """
+        info = self.infos[name]
+        data = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        view, offset = memoryview(data.view(-1).view(torch.uint8).numpy()), info.offset + start * info.row_bytes
+        while view:
+            count = os.preadv(self._files[info.file], [view], offset)
+            if count == 0:
+                raise CheckpointError(f"{self.folder / info.file}: ends inside {name}; it was truncated while being read")
+            view, offset = view[count:], offset + count
+        return data
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name``, in the source's dtype, checked to be finite."""
+        data = self.rows(name, 0, self.infos[name].shape[0])
+        self.check_finite(name, data)
+        return data
+
+    def check_finite(self, name: str, data: torch.Tensor) -> None:
+        """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or infinity."""
+        if not torch.isfinite(data).all():
+            raise CheckpointError(f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights; the file is damaged")
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _locate(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of the folder, from its index or from its single file."""
+    if (folder / INDEX_NAME).exists():
+        index = folder / INDEX_NAME
+        weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map object")
+        headers = {}
+        for file in dict.fromkeys(str(value) for value in weight_map.values()):
+            headers[file] = read_header(_inside(folder, file, str(index)))
+        infos = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or name not in headers[file]:
+                raise CheckpointError(f"{index}: says that {name:.120} is in {file!r:.120}, but it is not there")
+            infos[name] = headers[file][name]
+        return infos
+    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
+        return read_header(_inside(folder, SINGLE_NAME, str(folder)))
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(f"{folder}: holds pickled weights, which can run code and are never opened; convert them to safetensors")
+    raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

@@ -1,0 +1,264 @@
+"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top to bottom.
+
+Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
+V v_head_dim, W = R + P latent row, S cached positions, B one block of them, E routed experts, K experts a token.
+Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import Config, Rope
+from model.kv_cache import LatentCache
+
+Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's experts, in gate order."""
+
+_MAX_BLOCK = 4096  # cached rows widened to float32 at once, so that no temporary grows with the context
+_MAX_SCORES = 1 << 22
+
+
+class Ops(Protocol):
+    """What the network asks of its weights; ``quant.matmul`` has the implementations."""
+
+    name: str
+
+    def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
+        """``x @ weight.T``, float32 [T, N]."""
+
+    def embed(self, ids_T: Tensor, weight: Any) -> Tensor:
+        """Rows ``ids`` of the embedding table, float32 [T, D]."""
+
+    def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
+        """Each head's query times its first N rows of ``kv_b_proj``: float32 [T, H, R]."""
+
+    def absorb_value(self, o_THR: Tensor, kv_b: Any, N: int) -> Tensor:
+        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T, H, V]."""
+
+    def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
+        """Keys and values of all heads, float32 [B, H * (N + V)]."""
+
+    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, scale: float) -> Tensor | None:
+        """Attention of one query over the latent rows, float32 [H, R]; None if there is no kernel for it."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer; ``gate`` is None in a dense layer, ``mlp`` None where there is no shared expert."""
+
+    input_layernorm: Tensor
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+    kv_a_proj: Any
+    kv_a_layernorm: Tensor
+    kv_b_proj: Any
+    o_proj: Any
+    post_attention_layernorm: Tensor
+    gate: Tensor | None
+    mlp: Mlp | None
+
+
+def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
+    prefix = f"model.layers.{layer}."
+
+    def get(name: str) -> Any:
+        return weights.get(prefix + name + ".weight")
+
+    where = "mlp.shared_experts." if config.is_moe(layer) else "mlp."
+    has_mlp = not config.is_moe(layer) or config.n_shared_experts > 0
+    return Layer(
+        input_layernorm=get("input_layernorm"),
+        q_proj=get("self_attn.q_proj"),
+        q_a_proj=get("self_attn.q_a_proj"),
+        q_a_layernorm=get("self_attn.q_a_layernorm"),
+        q_b_proj=get("self_attn.q_b_proj"),
+        kv_a_proj=get("self_attn.kv_a_proj_with_mqa"),
+        kv_a_layernorm=get("self_attn.kv_a_layernorm"),
+        kv_b_proj=get("self_attn.kv_b_proj"),
+        o_proj=get("self_attn.o_proj"),
+        post_attention_layernorm=get("post_attention_layernorm"),
+        gate=get("mlp.gate").float() if config.is_moe(layer) else None,
+        mlp=Mlp(get(where + "gate_proj"), get(where + "up_proj"), get(where + "down_proj")) if has_mlp else None,
+    )
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, float32."""
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
+    """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071, section 3.2)."""
+    plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope.factor == 1.0:
+        return plain
+
+    def turning_point(rotations: float) -> float:  # dimension that makes so many rotations over the original context
+        return dim * math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(turning_point(rope.beta_fast)), 0)
+    high = min(math.ceil(turning_point(rope.beta_slow)), dim - 1)
+    span = high - low if high != low else 0.001
+    interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return plain / rope.factor * interpolated + plain * (1 - interpolated)
+
+
+def rotate(x_THP: Tensor, table_TP: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x0, x1), (x2, x3), ... by the complex table [T, P / 2]; same shape back."""
+    pairs = torch.view_as_complex(x_THP.reshape(*x_THP.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table_TP[:, None]).flatten(-2)
+
+
+def route(x_TD: Tensor, gate_ED: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The gate: weights float32 [T, K] and expert indices int64 [T, K], best first.
+
+    Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax over all experts, keep the ``topk_group`` groups with the
+    best single expert, zero the others, then top-k.  ``norm_topk_prob`` replaces the scaling factor, as in DeepSeek's code.
+    """
+    scores_TE = F.linear(x_TD, gate_ED).softmax(dim=-1)
+    if config.topk_method == "group_limited_greedy":
+        groups_TGE = scores_TE.unflatten(-1, (config.n_group, -1))
+        kept = groups_TGE.amax(dim=-1).topk(config.topk_group, dim=-1).indices
+        mask = torch.zeros(groups_TGE.shape[:2], dtype=torch.bool, device=x_TD.device).scatter_(1, kept, True)
+        scores_TE = groups_TGE.masked_fill(~mask[..., None], 0.0).flatten(-2)
+    weights_TK, indices_TK = scores_TE.topk(config.num_experts_per_tok, dim=-1)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), indices_TK
+    return weights_TK * config.routed_scaling_factor, indices_TK
+
+
+class DeepseekV2:
+    """The network over weights in memory.  ``weights`` maps checkpoint names to whatever ``ops`` understands;
+    norms and gates are float tensors.  ``experts`` computes the routed experts, wherever they are."""
+
+    def __init__(self, config: Config, weights: Mapping[str, Any], ops: Ops, experts: Experts):
+        self.config, self.ops, self.experts = config, ops, experts
+        self.embed_tokens = weights["model.embed_tokens.weight"]
+        self.layers = [_layer(weights, config, layer) for layer in range(config.num_hidden_layers)]
+        self.norm: Tensor = weights["model.norm.weight"]
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else weights["lm_head.weight"]
+        self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
+
+    @torch.inference_mode()
+    def forward(self, ids_T: Tensor, cache: LatentCache, all_logits: bool = False) -> Tensor:
+        """Append ``ids`` (int64 [T]) to ``cache`` and return logits, float32 [1, vocab] of the last token or [T, vocab].
+
+        The cache grows only when the whole step is done, so a step that raises can be repeated.
+        """
+        start = cache.length
+        positions_T = torch.arange(start, start + len(ids_T), device=ids_T.device, dtype=torch.float32)
+        angles = positions_T[:, None] * self.frequencies
+        table_TP = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
+        h_TD = self.ops.embed(ids_T, self.embed_tokens)
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self.layers):
+            h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TP, cache)
+            h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
+        cache.length = start + len(ids_T)
+        if not all_logits:
+            h_TD = h_TD[-1:]
+        return self.ops.linear(rms_norm(h_TD, self.norm, eps), self.lm_head)
+
+    def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
+        if layer.gate is None:
+            assert layer.mlp is not None
+            return self._mlp(x_TD, layer.mlp)
+        weights_TK, indices_TK = route(x_TD, layer.gate, self.config)
+        y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
+        return y_TD if layer.mlp is None else y_TD + self._mlp(x_TD, layer.mlp)
+
+    def _mlp(self, x_TD: Tensor, mlp: Mlp) -> Tensor:
+        gate, up = self.ops.linear(x_TD, mlp.gate_proj), self.ops.linear(x_TD, mlp.up_proj)
+        return self.ops.linear(F.silu(gate) * up, mlp.down_proj)
+
+    def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TP: Tensor, cache: LatentCache) -> Tensor:
+        """MLA.  Only the latent row is cached; keys and values are absorbed into the query and output, or expanded
+        block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
+        c, ops, T = self.config, self.ops, len(x_TD)
+        H, N, P, R, V = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
+        if layer.q_proj is not None:
+            q = ops.linear(x_TD, layer.q_proj)
+        else:
+            # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
+            q = ops.linear(rms_norm(ops.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, 1e-6), layer.q_b_proj)
+        q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
+        q_THP = rotate(q_THP, table_TP)
+        c_TR, k_TP = ops.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
+        k_TP = rotate(k_TP[:, None], table_TP)[:, 0]
+        rows_SW = cache.write(index, cache.length, torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, 1e-6), k_TP], dim=-1))
+
+        S = len(rows_SW)
+        absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
+        expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
+        if absorbed_cost <= expanded_cost:
+            q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
+            o_HR = ops.mla_decode(q_THW[0], rows_SW, c.softmax_scale) if T == 1 else None
+            o_THR = o_HR[None] if o_HR is not None else _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)
+            o_THV = ops.absorb_value(o_THR, layer.kv_b_proj, N)
+        else:
+            q_THX = torch.cat([q_THN, q_THP], dim=-1)
+            o_THV = _attend(q_THX, self._expanded(rows_SW, T, layer.kv_b_proj), S, c.softmax_scale)
+        return ops.linear(o_THV.reshape(T, H * V), layer.o_proj)
+
+    def _block_size(self, T: int) -> int:
+        return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self.config.num_attention_heads)))
+
+    def _absorbed(self, rows_SW: Tensor, T: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of shared keys [1, B, W] and values [1, B, R]: the latent rows themselves."""
+        for rows_BW in rows_SW.split(self._block_size(T)):
+            rows_BW = rows_BW.float()[None]
+            yield rows_BW, rows_BW[..., : self.config.kv_lora_rank]
+
+    def _expanded(self, rows_SW: Tensor, T: int, kv_b: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
+        c = self.config
+        H, N, P, V = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        for rows_BW in rows_SW.split(self._block_size(T)):
+            rows_BW = rows_BW.float()
+            kv_HBX = self.ops.expand(rows_BW[:, : c.kv_lora_rank], kv_b).view(-1, H, N + V).transpose(0, 1)
+            k_HBP = rows_BW[None, :, c.kv_lora_rank :].expand(H, -1, P)
+            yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
+
+
+def _attend(q_THX: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
+    """Causal attention of the last T of S positions, softmax accumulated block by block in float32 (arXiv 1805.02867).
+
+    ``blocks`` yields keys [H or 1, B, X] and values [H or 1, B, Y] in order of position; returns [T, H, Y].
+    """
+    T = len(q_THX)
+    q_HTX = q_THX.transpose(0, 1) * scale
+    position_T = torch.arange(S - T, S, device=q_THX.device)
+    start = 0
+    for k_HBX, v_HBY in blocks:
+        end = start + k_HBX.shape[1]
+        scores_HTB = q_HTX @ k_HBX.transpose(1, 2)
+        if end > S - T + 1:  # some query stands before some key of this block
+            future = torch.arange(start, end, device=q_THX.device) > position_T[:, None]
+            scores_HTB = scores_HTB.masked_fill(future, -math.inf)
+        best_HT1 = scores_HTB.amax(dim=-1, keepdim=True)
+        if start:
+            best_HT1 = torch.maximum(best_HT1, best)
+        scores_HTB = (scores_HTB - best_HT1).exp_()
+        total_HT1, out_HTY = scores_HTB.sum(dim=-1, keepdim=True), scores_HTB @ v_HBY
+        if start:
+            decay = (best - best_HT1).exp_()
+            total_HT1, out_HTY = total_HT1 + total * decay, out_HTY + out * decay
+        best, total, out, start = best_HT1, total_HT1, out_HTY, end
+    return (out / total).transpose(0, 1)

@@ -1,0 +1,143 @@
+"""Text to token ids and back, and the chat template.  Tokenizer and template come from strangers.
+
+The template runs in jinja2's immutable sandbox inside a child process, because the sandbox alone bounds neither time
+nor memory; the child has limits on both and on its output.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from slotmoe import ConfigError, read_json
+
+MAX_TOKENIZER_BYTES = 64 << 20
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 5, 1 << 30, 4 << 20
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """``tokenizer.json`` of the model; ``size`` is the number of ids it can decode (the vocabulary may have more rows)."""
+
+    def __init__(self, folder: Path, bos_token_id: int | None):
+        from tokenizers import Tokenizer as Backend
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: is missing; copy the model's tokenizer.json there")
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; not a real tokenizer")
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as problem:  # the library raises bare Exception
+            raise ConfigError(f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})") from None
+        settings_path = folder / "tokenizer_config.json"
+        self.settings: dict[str, Any] = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
+        self.bos_token_id = bos_token_id if self.settings.get("add_bos_token", bos_token_id is not None) else None
+        self.size = self._backend.get_vocab_size(with_added_tokens=True)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values(), default=-1) + 1
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and the text has none."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        return text
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """``messages`` through the model's chat template, ready for the assistant's answer.
+
+        Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
+        """
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
+        if not isinstance(template, str):
+            raise ConfigError("tokenizer_config.json: has no chat_template; run without --chat")
+        tokens = {}
+        for name in ("bos_token", "eos_token"):
+            token = self.settings.get(name)
+            tokens[name] = token.get("content", "") if isinstance(token, dict) else token or ""
+        return _render(template, {"messages": messages, "add_generation_prompt": True, **tokens})
+
+
+class TextStream:
+    """Turns a stream of ids into text that never ends inside a UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last finished token, for context, and those whose text is not out yet
+        self._printed = ""  # what of their text is already out
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; empty while a character is incomplete."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        # A trailing replacement mark may be the start of a character that the next tokens complete.
+        certain = text[:-1] if text.endswith(REPLACEMENT) else text
+        fresh = certain[len(self._printed) :]
+        self._printed = certain
+        if certain == text:
+            self._ids = self._ids[-1:]
+            self._printed = self._tokenizer.decode(self._ids)
+        return fresh
+
+    def flush(self) -> str:
+        """What remains at the end: an incomplete character, as U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        fresh, self._ids, self._printed = text[len(self._printed) :], [], ""
+        return fresh
+
+    @property
+    def complete(self) -> bool:
+        """True if no character is waiting for its last bytes."""
+        return len(self._ids) <= 1
+
+
+def _render(template: str, variables: dict[str, Any]) -> str:
+    request = json.dumps({"template": template, "variables": variables})
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(TEMPLATE_SECONDS), str(TEMPLATE_MEMORY), str(TEMPLATE_OUTPUT)],
+            input=request.encode(),
+            capture_output=True,
+            timeout=TEMPLATE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile") from None
+    if child.returncode:
+        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory or time"]
+        raise ConfigError(f"chat_template: failed ({lines[-1][:160]})")
+    return child.stdout.decode()
+
+
+_CHILD = """
+import datetime, json, resource, sys
+seconds, memory, limit = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+def raise_exception(message):
+    raise ValueError(message)
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+request = json.load(sys.stdin)
+parts, size = [], 0
+for part in environment.from_string(request["template"]).generate(**request["variables"]):
+    size += len(part)
+    if size > limit:
+        raise ValueError(f"more than {limit} characters of output")
+    parts.append(part)
+sys.stdout.buffer.write("".join(parts).encode())
+"""

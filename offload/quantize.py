@@ -1,0 +1,383 @@
+"""Checkpoint in, export out: streamed an expert at a time, resumable, never half-written under its final name.
+
+Work happens in ``DST.partial``.  A file gets its name there only when it is whole and durable; ``state.json`` lists the
+finished ones, so that a killed run resumes to the same bytes.  The last act is to rename the folder to ``DST``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, resident_shapes
+from offload.plan import format_size
+from quant import int8, nf4
+from quant.export import (
+    COPIED,
+    FORMAT_VERSION,
+    MANIFEST,
+    PROJECTIONS,
+    RESIDENT,
+    LayerWriter,
+    Part,
+    RecordLayout,
+    ResidentWriter,
+    file_checksum,
+    layer_file,
+    manifest_checksum,
+    place,
+    resident_parts,
+    sync_folder,
+    write_json,
+)
+from slotmoe import CheckpointError, ExportError
+
+RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes of the source, called from worker threads."""
+_CHUNK = 8 << 20  # resident weights quantized at once
+
+
+def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
+    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the source), int8 or nf4.
+
+    Norms and the router gate keep the source's precision.  The embedding is gathered by row, and ``kv_b_proj`` is used
+    by column when it is absorbed into the query, which the NF4 tiles don't serve: both are at least int8.
+    """
+    if mode == "bf16" or len(shape) == 1 or name.endswith(".mlp.gate.weight"):
+        return "none"
+    if mode == "nf4" and not name.endswith((".kv_b_proj.weight", "embed_tokens.weight")):
+        return "nf4"
+    return "int8"
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    *,
+    resident: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    wait_for_lock: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its manifest.
+
+    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the destination can't take the
+    export.  Interrupted or failed, it leaves ``DST.partial``, from which the same call resumes.
+    ``wait_for_lock`` waits for another process that writes the same destination and then returns what it made.
+    """
+    mode = "int8" if resident == "auto" else resident
+    with Checkpoint.open(source) as checkpoint:
+        partial = destination.with_name(destination.name + ".partial")
+        with _locked(partial, wait_for_lock):
+            if wait_for_lock and (destination / MANIFEST).exists():
+                finished: dict[str, Any] = json.loads((destination / MANIFEST).read_text())
+                return finished
+            _check_destination(destination, overwrite)
+            job = _Job(checkpoint, partial, mode, overwrite, progress or (lambda done, total: None))
+            try:
+                manifest = job.run(workers or min(os.cpu_count() or 1, 8))
+                _publish(partial, destination)
+            except OSError as problem:
+                if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ExportError(f"{partial}: the disk is full; make room and run the same command to resume") from None
+            return manifest
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not (destination / MANIFEST).is_file():
+            raise ExportError(f"{destination}: exists and is not an export, so it is never overwritten; choose another destination")
+        if not overwrite:
+            raise ExportError(f"{destination}: exists; pass --overwrite to replace it, or choose another destination")
+
+
+@contextmanager
+def _locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
+    """Own the folder ``partial`` (made if absent); a second process waits or is refused."""
+    while True:
+        try:
+            partial.mkdir(exist_ok=True)
+        except OSError as problem:
+            raise ExportError(f"{partial}: can't be made ({problem.strerror}); choose another destination") from None
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise ExportError(f"{partial}: another process is writing it; wait for it to finish") from None
+        try:
+            same = os.path.samestat(os.fstat(handle), os.stat(partial))
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        os.close(handle)  # the other process finished and renamed it meanwhile
+    try:
+        yield
+    finally:
+        if partial.is_dir() and not any(partial.iterdir()):
+            partial.rmdir()
+        os.close(handle)
+
+
+def _publish(partial: Path, destination: Path) -> None:
+    """Give the finished folder its name, replacing an older export."""
+    replaced = destination.with_name(destination.name + ".replaced")
+    if destination.is_dir() and any(destination.iterdir()):
+        os.rename(destination, replaced)
+    os.rename(partial, destination)
+    sync_folder(destination.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+class _Stopped(Exception):
+    """Raised inside workers when the run is being given up."""
+
+
+class _Job:
+    """One quantization: what to write, what is already there, and the workers that write the rest."""
+
+    def __init__(self, checkpoint: Checkpoint, partial: Path, mode: str, overwrite: bool, progress: Progress):
+        self._checkpoint, self._config, self._partial = checkpoint, checkpoint.config, partial
+        self._mode, self._progress = mode, progress
+        config = self._config
+        self._layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        self._shapes = resident_shapes(config)
+        self._quantization = {name: resident_quantization(name, shape, mode) for name, shape in self._shapes.items()}
+        parts: dict[str, Part] = {}
+        for name, shape in self._shapes.items():
+            parts |= resident_parts(name, shape, self._quantization[name], checkpoint.infos[name].dtype)
+        self._parts = place(parts)
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._done, self._total = 0, checkpoint.nbytes
+        self._state = self._load_state(overwrite)
+
+    def run(self, workers: int) -> dict[str, Any]:
+        """Write every missing file, then the manifest; returns it."""
+        self._check_space()
+        tasks: list[Callable[[], None]] = []
+        for layer in self._config.moe_layers:
+            if self._missing(layer_file(layer), self._layer_source_bytes()):
+                tasks.append(lambda layer=layer: self._write_layer(layer))  # type: ignore[misc]
+        resident_source = sum(self._checkpoint.infos[name].nbytes for name in self._shapes)
+        if self._missing(RESIDENT, resident_source):
+            tasks.insert(0, self._write_resident)
+        self._run_tasks(tasks, workers)
+        for name in COPIED:
+            if (self._checkpoint.folder / name).is_file():
+                shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
+                with open(self._partial / name, "rb") as file:
+                    os.fsync(file.fileno())
+                size = (self._partial / name).stat().st_size
+                self._state["files"][name] = {"bytes": size, "checksum": file_checksum(self._partial / name)}
+        manifest = self._manifest()
+        write_json(self._partial / MANIFEST, manifest)
+        (self._partial / "state.json").unlink()
+        sync_folder(self._partial)
+        return manifest
+
+    def _run_tasks(self, tasks: list[Callable[[], None]], workers: int) -> None:
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures: set[Future[None]] = {pool.submit(task) for task in tasks}
+            try:
+                pending = futures
+                while pending:  # short waits, so that Ctrl-C is seen at once
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+            finally:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                torch.set_num_threads(threads)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the export is made of; a partial folder made of something else is not resumed."""
+        folder, files = self._checkpoint.folder, {}
+        for name in sorted({info.file for info in self._checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
+            if not (folder / name).is_file():
+                continue
+            with open(folder / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if name.endswith(".safetensors"):  # the header alone: hashing 31 GB would double the time
+                    head = file.read(8)
+                    files[name] = {"bytes": size, "header_sha256": _sha256(head + file.read(int.from_bytes(head, "little")))}
+                else:
+                    files[name] = {"bytes": size, "sha256": _sha256(file.read())}
+        return {"format_version": FORMAT_VERSION, "resident": self._mode, "source": {"name": folder.resolve().name, "files": files}}
+
+    def _load_state(self, overwrite: bool) -> dict[str, Any]:
+        path, identity = self._partial / "state.json", self._identity()
+        try:
+            state: dict[str, Any] = json.loads(path.read_text())
+            if state["identity"] == identity:
+                return state
+            if not overwrite:
+                raise ExportError(
+                    f"{self._partial}: was begun from another source or with other options; pass --overwrite to start anew, or remove it"
+                )
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            if isinstance(problem, ExportError):
+                raise
+        for leftover in self._partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        return {"identity": identity, "files": {}}
+
+    def _missing(self, name: str, source_bytes: int) -> bool:
+        """True if the file has to be written; counts a finished one as progress."""
+        entry = self._state["files"].get(name)
+        path = self._partial / name
+        if entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]:
+            self._advance(source_bytes)
+            return False
+        return True
+
+    def _layer_source_bytes(self) -> int:
+        layer = self._config.moe_layers[0]
+        one = sum(self._checkpoint.infos[expert_name(layer, 0, name)].nbytes for name in PROJECTIONS)
+        return one * self._config.n_routed_experts
+
+    def _check_space(self) -> None:
+        per_layer = self._config.n_routed_experts * (self._layout.record_bytes + 1024)
+        needed = len(self._config.moe_layers) * per_layer + sum(part.nbytes for part in self._parts.values()) + (16 << 20)
+        needed -= sum(file.stat().st_size for file in self._partial.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self._partial).free
+        if needed > free:
+            raise ExportError(
+                f"{self._partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)}; "
+                "make room or choose another destination"
+            )
+
+    def _advance(self, count: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        with self._lock:
+            self._done += count
+            done = self._done
+        self._progress(min(done, self._total), self._total)
+
+    def _finish_file(self, name: str, entry: dict[str, Any]) -> None:
+        with self._lock:
+            self._state["files"][name] = entry
+            write_json(self._partial / "state.json", self._state)
+
+    def _write_layer(self, layer: int) -> None:
+        checkpoint, layout = self._checkpoint, self._layout
+        record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+        with LayerWriter(self._partial, layer, self._config.n_routed_experts, layout) as writer:
+            for expert in range(self._config.n_routed_experts):
+                for projection in PROJECTIONS:
+                    name = expert_name(layer, expert, projection)
+                    info = checkpoint.infos[name]
+                    try:
+                        codes, absmax = nf4.quantize(checkpoint.rows(name, 0, info.shape[0]))
+                    except nf4.NotFiniteError:
+                        raise _not_finite(checkpoint, name) from None
+                    layout.part(record, f"{projection}.weight").copy_(codes)
+                    layout.part(record, f"{projection}.weight.absmax").copy_(absmax)
+                    self._advance(info.nbytes)
+                writer.write(record)
+            self._finish_file(layer_file(layer), writer.commit())
+
+    def _write_resident(self) -> None:
+        checkpoint = self._checkpoint
+        with ResidentWriter(self._partial, self._parts) as writer:
+            for name, shape in self._shapes.items():
+                width = checkpoint.infos[name].row_bytes // checkpoint.infos[name].dtype.itemsize
+                step = max(nf4.TILE, _CHUNK // width // nf4.TILE * nf4.TILE)
+                for start in range(0, shape[0], step):
+                    piece = checkpoint.rows(name, start, min(start + step, shape[0]))
+                    checkpoint.check_finite(name, piece)
+                    self._write_piece(writer, name, piece)
+                    self._advance(piece.nbytes)
+            self._finish_file(RESIDENT, writer.commit())
+
+    def _write_piece(self, writer: ResidentWriter, name: str, piece: torch.Tensor) -> None:
+        quantization = self._quantization[name]
+        if quantization == "int8":
+            values, scales = int8.quantize(piece)
+            writer.write(name, values)
+            writer.write(name + ".scale", scales)
+        elif quantization == "nf4":
+            try:
+                values, scales = nf4.quantize(piece)
+            except nf4.NotFiniteError:
+                raise _not_finite(self._checkpoint, name) from None
+            writer.write(name, values)
+            writer.write(name + ".absmax", scales)
+        else:
+            writer.write(name, piece)
+
+    def _manifest(self) -> dict[str, Any]:
+        config = self._config
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source": self._state["identity"]["source"],
+            "quantization": {
+                "experts": "nf4",
+                "block": nf4.BLOCK,
+                "layout": "tiles16",
+                "levels": list(nf4.LEVELS),
+                "resident": self._mode,
+                "resident_shapes": {name: list(self._shapes[name]) for name, kind in self._quantization.items() if kind == "nf4"},
+            },
+            "experts": {
+                "layers": list(config.moe_layers),
+                "n_routed_experts": config.n_routed_experts,
+                "hidden_size": config.hidden_size,
+                "moe_intermediate_size": config.moe_intermediate_size,
+                "record_bytes": self._layout.record_bytes,
+                "record": {
+                    name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)}
+                    for name, part in self._layout.parts.items()
+                },
+            },
+            "files": dict(sorted(self._state["files"].items())),
+        }
+        return {**manifest, "checksum": manifest_checksum(manifest)}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _not_finite(checkpoint: Checkpoint, name: str) -> CheckpointError:
+    file = checkpoint.folder / checkpoint.infos[name].file
+    return CheckpointError(f"{file}: {name} holds NaN, infinite or larger than fp16 weights; the file is damaged")
+
+
+def cached_export(source: Path, cache: Path, progress: Progress | None = None) -> Path:
+    """Export of ``source`` in the folder ``cache``, quantized now if it is not there yet.
+
+    The name carries a digest of the source's path, file sizes and times, so that a changed source is quantized anew.
+    """
+    facts = [str(source.resolve())]
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            facts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
+    digest = _sha256("\n".join([*facts, str(FORMAT_VERSION)]).encode())[:12]
+    destination = cache / f"{source.resolve().name}-{digest}"
+    if not (destination / MANIFEST).exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ExportError(f"{cache}: can't be made ({problem.strerror}); set SLOTMOE_CACHE to a folder that can") from None
+        quantize(source, destination, wait_for_lock=True, progress=progress)
+    return destination

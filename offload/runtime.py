@@ -1,0 +1,338 @@
+"""``Runtime``: the only place that composes network, weights, cache, slots and budget.
+
+    with Runtime.open("sample") as runtime:
+        for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
+            print(token.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+import model
+from model.checkpoint import Checkpoint, resident_shapes
+from model.config import Config, read_config
+from model.deepseek_v2 import DeepseekV2
+from model.generate import Sampling, Token, generate
+from model.kv_cache import LatentCache
+from model.tokenizer import Tokenizer
+from offload.cache import POLICIES, LruCache
+from offload.experts import OffloadedExperts, ResidentExperts
+from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, scratch_bytes
+from offload.quantize import Progress, cached_export
+from offload.store import Slots
+from offload.trace import TraceWriter
+from quant.export import MANIFEST, Export, RecordLayout
+from quant.int8 import Int8Weight
+from quant.matmul import TorchOps
+from quant.nf4 import Nf4Weight
+from slotmoe import ConfigError, PlanError, read_json
+
+__all__ = ["Runtime", "Token", "cache_folder", "resolve_model"]
+
+
+def cache_folder() -> Path:
+    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``."""
+    return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+
+
+def resolve_model(path: str | Path) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.  Raises ``ConfigError``."""
+    folder = Path(path)
+    if str(path) == "sample" and not folder.is_dir():
+        return Path(model.__file__).parent / "sample"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, or 'sample'")
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
+    return folder
+
+
+class Runtime:
+    """An open model.  One sequence at a time; not for use from several threads at once."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        network: DeepseekV2,
+        cache: LatentCache,
+        plan: Plan,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...],
+        source: Export | Checkpoint,
+    ):
+        self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
+        self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
+        self._experts = network.experts
+        self._generation = 0
+        self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        context: int = 4096,
+        threads: int | None = None,
+        cache_policy: str | None = None,
+        prefetch: bool = True,
+        quantize: bool = True,
+        *,
+        slots: int | None = None,
+        progress: Progress | None = None,
+    ) -> Runtime:
+        """Open an export, a checkpoint folder (quantized once into the cache folder) or ``sample``.
+
+        ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.  ``context`` is the number
+        of positions of the latent cache.  ``slots`` caps the experts that stay on the fast tier; None takes all that
+        fit.  ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
+        ``prefetch`` has no effect yet: experts are read when the gate asks for them.
+
+        Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
+        """
+        if cache_policy not in (None, *POLICIES):
+            raise ConfigError(f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}")
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"threads is {threads}, expected at least 1")
+            torch.set_num_threads(threads)
+        folder, where = resolve_model(path), _device(device)
+        budget = _budget(where, ram, vram)
+        is_export = (folder / MANIFEST).is_file()
+        if quantize and not is_export:
+            folder = cached_export(folder, cache_folder(), progress)
+        elif not quantize and is_export:
+            raise ConfigError(f"{folder}: is an export, already quantized; quantize=False needs the original checkpoint")
+        config = read_config(folder / "config.json")
+        if not 1 <= context <= config.max_position_embeddings:
+            raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
+        ops = TorchOps(torch.float32 if where.type == "cpu" else torch.bfloat16)
+        opened = _open_quantized if quantize else _open_reference
+        return opened(cls, folder, config, ops, where, budget, context, slots)
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].
+
+        Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside the vocabulary.
+        """
+        ids = self._check_ids(token_ids, len(token_ids))
+        self._restart()
+        parts = [self._network.forward(part, self._cache, all_logits=True).cpu() for part in ids.split(PREFILL_CHUNK)]
+        return torch.cat(parts)
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        chat: bool = False,
+    ) -> Iterator[Token]:
+        """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it is made.
+
+        Stops at an end-of-sentence token, after ``max_new_tokens``, or when the context is full.  ``chat`` sends the text
+        through the model's chat template as a user's message.  Raises ``PlanError`` if the prompt does not fit.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        if isinstance(prompt, str):
+            text = self.tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
+            prompt = self.tokenizer.encode(text)
+        self._check_ids(prompt, len(prompt) + 1)
+        room = self._cache.context - len(prompt)
+        self._restart()
+        return generate(self._stepper(), prompt, self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
+
+    def _stepper(self) -> Any:
+        mine = self._generation
+
+        def step(ids: list[int]) -> Tensor:
+            if mine != self._generation:
+                raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
+            start, first = time.perf_counter(), self._cache.length == 0
+            for part in torch.tensor(ids, device=self.device).split(PREFILL_CHUNK):
+                logits = self._network.forward(part, self._cache)
+            kind = "prefill" if first else "decode"
+            self._counts[kind + "_tokens"] += len(ids)
+            self._counts[kind + "_seconds"] += time.perf_counter() - start
+            return logits
+
+        return step
+
+    def _restart(self) -> None:
+        self._generation += 1
+        self._cache.length = 0
+
+    def _check_ids(self, ids: list[int], needed: int) -> Tensor:
+        if not ids:
+            raise ConfigError("the prompt is empty; give at least one token")
+        if needed > self._cache.context:
+            raise PlanError(
+                f"the prompt has {len(ids)} tokens and the context holds {self._cache.context}: raise --context or shorten the prompt"
+            )
+        if not all(isinstance(one, int) and 0 <= one < self.config.vocab_size for one in ids):
+            raise ConfigError(f"a token id is outside 0 to {self.config.vocab_size - 1}, the model's vocabulary")
+        return torch.tensor(ids, device=self.device)
+
+    def trace(self, path: str | Path) -> None:
+        """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
+        if not isinstance(self._experts, OffloadedExperts):
+            raise ConfigError("the reference path has no expert cache to trace; open the model quantized")
+        layers, config = self.config.moe_layers, self.config
+        self._experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""
+        memory: dict[str, Any] = {"plan": dict(self.plan.components), "budget": self.plan.budget, "tier": self.plan.tier}
+        memory["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            memory["peak_vram"] = torch.cuda.max_memory_allocated(self.device)
+        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._network.ops.name}
+        if isinstance(self._experts, OffloadedExperts):
+            found |= self._experts.stats()
+        return found
+
+    def close(self) -> None:
+        """Release files and memory; the runtime can't be used afterwards."""
+        if isinstance(self._experts, OffloadedExperts):
+            self._experts.close()
+        self._generation += 1
+        self._source.close()
+        del self._network, self._cache, self._experts
+        self._network = self._cache = self._experts = None  # type: ignore[assignment]
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {name!r:.40} is unknown, expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _budget(device: torch.device, ram: int | str | None, vram: int | str | None) -> int:
+    """Bytes of the fast tier that may be used: as asked, or nine tenths of what is free now."""
+    if device.type == "cuda":
+        return parse_size(vram) if vram is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    if vram is not None:
+        raise PlanError("--vram is given but the device is the CPU: give --ram, or --device cuda")
+    if ram is not None:
+        return parse_size(ram)
+    return int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+
+
+def available_memory() -> int:
+    """Bytes of RAM that this process can still take: what the machine has free, or less under a memory cgroup."""
+    available: int = psutil.virtual_memory().available
+    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            root = Path("/sys/fs/cgroup")
+            available = min(available, int((root / limit).read_text()) - int((root / usage).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(available, 0)
+
+
+def _float_vectors(weights: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Weights on ``device``, norms and router gates widened to float32 (they are small, and used in float32)."""
+
+    def moved(name: str, weight: Any) -> Any:
+        if isinstance(weight, Int8Weight):
+            return Int8Weight(weight.q.to(device), weight.scale.to(device))
+        if isinstance(weight, Nf4Weight):
+            return Nf4Weight(weight.codes.to(device), weight.absmax.to(device), weight.levels.to(device), weight.shape)
+        widen = weight.dim() == 1 or name.endswith(".mlp.gate.weight")
+        return weight.to(device, torch.float32 if widen else weight.dtype)
+
+    return {name: moved(name, weight) for name, weight in weights.items()}
+
+
+def _fixed_bytes(config: Config, weights_bytes: int, kv_bytes: int, expert_elements: int, device: torch.device) -> dict[str, int]:
+    """Planned bytes of all that is no expert slot."""
+    widened = 2 * len(config.moe_layers) * config.n_routed_experts * config.hidden_size  # bf16 gates held in float32
+    fixed = {"resident weights": weights_bytes + widened, "latent KV cache": kv_bytes}
+    fixed["scratch"] = scratch_bytes(config, expert_elements, 4 if device.type == "cpu" else 6)
+    if device.type == "cpu":
+        fixed["runtime"] = psutil.Process().memory_info().rss + RUNTIME_BYTES
+    return fixed
+
+
+def _generation_eos(folder: Path, config: Config) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    found = read_json(path, 1 << 20).get("eos_token_id") if path.is_file() else None
+    extra = found if isinstance(found, list) else [found]
+    return tuple({*config.eos_token_ids, *(one for one in extra if isinstance(one, int))})
+
+
+def _kv_bytes(config: Config, context: int, dtype: torch.dtype) -> int:
+    return config.num_hidden_layers * context * config.latent_width * dtype.itemsize
+
+
+def _open_quantized(
+    cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, device: torch.device, budget: int, context: int, slots: int | None
+) -> Runtime:
+    export = Export.open(folder)
+    try:
+        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
+            raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
+        tokenizer = Tokenizer(folder, config.bos_token_id)
+        dtype = torch.float16
+        elements = config.hidden_size * config.moe_intermediate_size
+        fixed = _fixed_bytes(config, export.resident_bytes, _kv_bytes(config, context, dtype), elements, device)
+        tier = "ram" if device.type == "cpu" else "vram"
+        plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=layout.record_bytes, slots=slots)
+        weights = {}
+        for name, shape in resident_shapes(config).items():
+            weight = export.resident(name)
+            if tuple(weight.shape) != shape:
+                raise ConfigError(f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shape)}")
+            weights |= _float_vectors({name: weight}, device)
+        experts = OffloadedExperts(export, LruCache(plan.slots), Slots(export, plan.slots, device), ops, export.levels.to(device))
+        network = DeepseekV2(config, weights, ops, experts)
+        cache = LatentCache(config, context, dtype, device)
+        return cls(config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), export)
+    except BaseException:
+        export.close()
+        raise
+
+
+def _open_reference(
+    cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, device: torch.device, budget: int, context: int, slots: int | None
+) -> Runtime:
+    if slots is not None:
+        raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
+    with Checkpoint.open(folder) as checkpoint:
+        tokenizer = Tokenizer(folder, config.bos_token_id)
+        ops = TorchOps(torch.float32)
+        kv_bytes = _kv_bytes(config, context, torch.float32)
+        elements = config.hidden_size * config.moe_intermediate_size
+        fixed = _fixed_bytes(config, checkpoint.nbytes, kv_bytes, elements, device)
+        tier = "ram" if device.type == "cpu" else "vram"
+        plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=1, slots=None)
+        weights = _float_vectors({name: checkpoint.tensor(name) for name in checkpoint.infos}, device)
+        network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
+        cache = LatentCache(config, context, torch.float32, device)
+        return cls(config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), checkpoint)

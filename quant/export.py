@@ -1,0 +1,456 @@
+"""The export: an artifact that loads fast, because one expert is one aligned byte range with a checksum of its own.
+
+    DST/
+      config.json, tokenizer.json, ...       copied from the source
+      slotmoe.json                           the manifest: everything below, and a checksum over itself
+      resident.safetensors                   all but the routed experts, under the source's tensor names
+      experts/layer-00001.safetensors ...    one per MoE layer, one record per expert
+
+A record is, byte for byte (matrices in the ``tiles16`` layout of ``quant.nf4``; gate and up are [I, H], down is [H, I]):
+
+    gate_proj.weight codes, up_proj.weight codes, down_proj.weight codes        U8
+    gate_proj.weight.absmax, up_proj.weight.absmax, down_proj.weight.absmax     F16
+    pad, zeros up to the next multiple of 4096                                  U8
+
+Records follow each other from the end of the header, which is padded with spaces to a multiple of 4096.  Sizes, headers
+and small files are verified at open; a resident tensor's and a record's checksum (xxh3-128) whenever it is read.
+Shape legend: I moe_intermediate_size, H hidden_size, N rows out, K columns in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from quant import nf4
+from quant.int8 import Int8Weight
+from quant.nf4 import Nf4Weight
+from slotmoe import ExportError, read_json
+
+FORMAT_VERSION = 1
+ALIGNMENT = 4096
+MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
+COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+MAX_MANIFEST_BYTES = 32 << 20
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def layer_file(layer: int) -> str:
+    """Name inside the export of one layer's experts."""
+    return f"experts/layer-{layer:05d}.safetensors"
+
+
+def checksum(data: Any) -> str:
+    """xxh3-128 of a buffer, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a record or of the resident file: its place (bytes from the record's or data's start)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        total = self.dtype.itemsize
+        for size in self.shape:
+            total *= size
+        return total
+
+
+class RecordLayout:
+    """Where the parts of an expert's record are, for ``hidden_size`` H and ``moe_intermediate_size`` I."""
+
+    def __init__(self, hidden_size: int, moe_intermediate_size: int):
+        self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
+        width, hidden = moe_intermediate_size, hidden_size
+        self.shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        self.parts: dict[str, Part] = {}
+        offset = 0
+        for name, shape in self.shapes.items():
+            self.parts[name + ".weight"] = part = Part(torch.uint8, nf4.codes_shape(*shape), offset)
+            offset += part.nbytes
+        for name, shape in self.shapes.items():
+            self.parts[name + ".weight.absmax"] = part = Part(torch.float16, nf4.absmax_shape(*shape), offset)
+            offset += part.nbytes
+        self.payload_bytes = offset
+        self.record_bytes = -(-offset // ALIGNMENT) * ALIGNMENT
+        if self.record_bytes > offset:
+            self.parts["pad"] = Part(torch.uint8, (self.record_bytes - offset,), offset)
+
+    def part(self, record: Tensor, name: str) -> Tensor:
+        """View of part ``name`` in a record (uint8 [record_bytes], on any device)."""
+        part = self.parts[name]
+        return record[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+
+    def weight(self, record: Tensor, projection: str, levels: Tensor) -> Nf4Weight:
+        """One projection of the expert in ``record``, as a view."""
+        codes, absmax = self.part(record, f"{projection}.weight"), self.part(record, f"{projection}.weight.absmax")
+        return Nf4Weight(codes, absmax, levels, self.shapes[projection])
+
+
+def resident_parts(name: str, shape: tuple[int, ...], quantization: str, dtype: torch.dtype) -> dict[str, Part]:
+    """Tensors of the resident file that hold the weight ``name``; offsets are not assigned yet (0).
+
+    ``quantization`` is ``none`` (as in the source, ``dtype``), ``int8`` or ``nf4``; the last two need a matrix.
+    """
+    if quantization == "int8":
+        return {name: Part(torch.int8, shape, 0), name + ".scale": Part(torch.float32, shape[:1], 0)}
+    if quantization == "nf4":
+        N, K = shape
+        return {
+            name: Part(torch.uint8, nf4.codes_shape(N, K), 0),
+            name + ".absmax": Part(torch.float16, nf4.absmax_shape(N, K), 0),
+        }
+    return {name: Part(dtype, shape, 0)}
+
+
+def place(parts: dict[str, Part]) -> dict[str, Part]:
+    """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own element size."""
+    placed, offset = {}, 0
+    for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
+        placed[name] = Part(part.dtype, part.shape, offset)
+        offset += part.nbytes
+    return placed
+
+
+def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
+    """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096 bytes."""
+    entries = {
+        name: {
+            "dtype": _DTYPE_NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [part.offset, part.offset + part.nbytes],
+        }
+        for name, part in parts
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def layer_header(layer: int, experts: int, layout: RecordLayout) -> bytes:
+    """Header of the file that holds the records of ``layer``."""
+
+    def parts() -> Iterator[tuple[str, Part]]:
+        for expert in range(experts):
+            start = expert * layout.record_bytes
+            for name, part in layout.parts.items():
+                full = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+                yield full, Part(part.dtype, part.shape, start + part.offset)
+
+    return safetensors_header(parts())
+
+
+class _Writer:
+    """A new file under a temporary name; ``commit`` makes it durable and gives it its name."""
+
+    def __init__(self, path: Path, header: bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._file = open(self._temporary, "wb")
+        self._header = header
+        self._file.write(header)
+
+    def _commit(self, entry: dict[str, Any]) -> dict[str, Any]:
+        self._file.flush()
+        size = self._file.seek(0, os.SEEK_END)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.rename(self._temporary, self._path)
+        sync_folder(self._path.parent)
+        return {"bytes": size, "header_bytes": len(self._header), "header_checksum": checksum(self._header), **entry}
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class LayerWriter(_Writer):
+    """Writes one layer's records in order of expert; a context manager that removes what was not committed."""
+
+    def __init__(self, folder: Path, layer: int, experts: int, layout: RecordLayout):
+        super().__init__(folder / layer_file(layer), layer_header(layer, experts, layout))
+        self._hash, self._records, self._experts = xxhash.xxh3_128(self._header), [], experts  # type: ignore[var-annotated]
+
+    def write(self, record: Tensor) -> None:
+        """Append the next expert's record, uint8 [record_bytes]."""
+        data = memoryview(record.numpy())
+        self._records.append(checksum(data))
+        self._hash.update(data)
+        self._file.write(data)
+
+    def commit(self) -> dict[str, Any]:
+        """Finish the file; returns its entry for the manifest."""
+        assert len(self._records) == self._experts
+        return self._commit({"checksum": self._hash.hexdigest(), "records": self._records})
+
+
+class ResidentWriter(_Writer):
+    """Writes the resident file's tensors, each in pieces from its start, in any order of tensors."""
+
+    def __init__(self, folder: Path, parts: dict[str, Part]):
+        super().__init__(folder / RESIDENT, safetensors_header(parts.items()))
+        self._parts = parts
+        self._written = dict.fromkeys(parts, 0)
+        self._hashes = {name: xxhash.xxh3_128() for name in parts}
+
+    def write(self, name: str, piece: Tensor) -> None:
+        """Append ``piece`` to tensor ``name``."""
+        part, data = self._parts[name], memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+        assert piece.dtype == part.dtype and self._written[name] + len(data) <= part.nbytes
+        self._hashes[name].update(data)
+        self._file.seek(len(self._header) + part.offset + self._written[name])
+        self._file.write(data)
+        self._written[name] += len(data)
+
+    def commit(self) -> dict[str, Any]:
+        """Finish the file; returns its entry for the manifest."""
+        assert all(self._written[name] == part.nbytes for name, part in self._parts.items())
+        self._file.flush()
+        tensors = {
+            name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": self._hashes[name].hexdigest()}
+            for name, part in self._parts.items()
+        }
+        return self._commit({"checksum": file_checksum(self._temporary), "tensors": tensors})
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a whole file, read in pieces of 4 MiB."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(4 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace ``path`` by the JSON of ``values``, durably and never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Checksum over every value of the manifest but the checksum itself."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+class Export:
+    """An open export.  Reads are thread-safe; close it or use it as a context manager."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], layout: RecordLayout):
+        self.folder, self.manifest, self.layout = folder, manifest, layout
+        self.experts: int = manifest["experts"]["n_routed_experts"]
+        self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
+        self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
+        self._files: dict[str, int] = {}
+        self._resident_parts = place({name: _part(item) for name, item in manifest["files"][RESIDENT]["tensors"].items()})
+        self._resident_start = 0
+
+    @classmethod
+    def open(cls, path: str | Path) -> Export:
+        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is damaged or missing."""
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        layout = RecordLayout(manifest["experts"]["hidden_size"], manifest["experts"]["moe_intermediate_size"])
+        export = cls(folder, manifest, layout)
+        try:
+            export._verify_files()
+        except BaseException:
+            export.close()
+            raise
+        return export
+
+    def _verify_files(self) -> None:
+        for name in COPIED:
+            path, entry = self.folder / name, self.manifest["files"].get(name)
+            if entry is None:
+                continue
+            self._open_file(name)
+            if file_checksum(path) != entry["checksum"]:
+                raise ExportError(f"{path}: its checksum is not the manifest's; the file was changed or damaged")
+        for layer in self.layers:
+            self._open_file(layer_file(layer))  # its size bounds the work that the header takes
+            header = layer_header(layer, self.experts, self.layout)
+            self._verify_header(layer_file(layer), header, self.experts * self.layout.record_bytes)
+        self._open_file(RESIDENT)
+        header = safetensors_header(self._resident_parts.items())
+        self._verify_header(RESIDENT, header, self.resident_bytes)
+        self._resident_start = len(header)
+
+    def _open_file(self, name: str) -> None:
+        """Open one of the format's own files, inside the folder and of the size that the manifest names."""
+        path = self.folder / name
+        if os.path.realpath(path) != os.path.join(os.path.realpath(self.folder), name):
+            raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as problem:
+            raise ExportError(f"{path}: can't be opened ({problem.strerror}); the export is incomplete") from None
+        self._files[name] = handle
+        found, wanted = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
+        if found != wanted:
+            raise ExportError(f"{path}: has {found} bytes, the manifest says {wanted}; the file is truncated or not this export's")
+
+    def _verify_header(self, name: str, header: bytes, data_bytes: int) -> None:
+        """The header must be, byte for byte, what the format prescribes for this geometry."""
+        handle = self._files[name]
+        if os.pread(handle, len(header), 0) != header or os.fstat(handle).st_size != len(header) + data_bytes:
+            raise ExportError(f"{self.folder / name}: its header is not the one that the manifest describes; quantize again")
+
+    def _read(self, name: str, offset: int, out: Tensor, wanted: str, what: str) -> None:
+        """Fill ``out`` (contiguous, CPU) from one range of a file and compare its checksum."""
+        data = memoryview(out.view(-1).view(torch.uint8).numpy())
+        rest = data
+        while rest:
+            count = os.preadv(self._files[name], [rest], offset)
+            if count == 0:
+                raise ExportError(f"{self.folder / name}: ends inside {what}; the file was truncated while in use")
+            rest, offset = rest[count:], offset + count
+        if checksum(data) != wanted:
+            raise ExportError(f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize it again")
+
+    def read_record(self, layer: int, expert: int, out: Tensor) -> None:
+        """Read one expert's record into ``out``, contiguous uint8 [record_bytes] on the CPU, as one range.
+
+        Raises ``ExportError`` if the checksum is wrong or the file ends early; ``out`` is then undefined.
+        """
+        name = layer_file(layer)
+        entry = self.manifest["files"][name]
+        offset = entry["header_bytes"] + expert * self.layout.record_bytes
+        self._read(name, offset, out, entry["records"][expert], f"layer {layer} expert {expert}")
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32 [I, H], ``down_proj``
+        float32 [H, I].  Raises ``ExportError`` if the export has no such expert or its record is damaged."""
+        if layer not in self.layers or not 0 <= expert < self.experts:
+            raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
+        record = torch.empty(self.layout.record_bytes, dtype=torch.uint8)
+        self.read_record(layer, expert, record)
+        return {name: nf4.dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
+
+    def resident(self, name: str) -> Tensor | Int8Weight | Nf4Weight:
+        """The resident weight ``name`` (the source's tensor name), read and verified."""
+        if name + ".scale" in self._resident_parts:
+            return Int8Weight(self._tensor(name), self._tensor(name + ".scale"))
+        if name + ".absmax" in self._resident_parts:
+            N, K = self.manifest["quantization"]["resident_shapes"][name]
+            return Nf4Weight(self._tensor(name), self._tensor(name + ".absmax"), self.levels, (N, K))
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._resident_parts:
+            raise ExportError(f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json")
+        part = self._resident_parts[name]
+        out = torch.empty(part.shape, dtype=part.dtype)
+        wanted = self.manifest["files"][RESIDENT]["tensors"][name]["checksum"]
+        self._read(RESIDENT, self._resident_start + part.offset, out, wanted, name)
+        return out
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all resident tensors."""
+        return sum(part.nbytes for part in self._resident_parts.values())
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _part(item: dict[str, Any]) -> Part:
+    return Part(_DTYPES[item["dtype"]], tuple(item["shape"]), 0)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of ``folder``, its values checked for type and range before anything uses them."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ExportError(f"{path}: is missing; {folder} is no finished export (slotmoe quantize SRC DST makes one)")
+    manifest = read_json(path, MAX_MANIFEST_BYTES, ExportError)
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ExportError(f"{path}: format_version is {version!r:.40}, expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ExportError(f"{path}: format_version {version} is newer than this slotmoe reads ({FORMAT_VERSION}); upgrade slotmoe")
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise ExportError(f"{path}: its checksum is wrong; the manifest was changed or damaged, quantize again")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise ExportError(f"{path}: {problem.__class__.__name__} {str(problem)[:120]}; not a manifest that slotmoe wrote") from None
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure that readers rely on."""
+
+    def integer(value: Any, low: int, high: int) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{value!r:.40} is not an integer from {low} to {high}")
+        return value
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(what)
+
+    quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
+    require(quantization["layout"] == "tiles16", f"unknown layout {quantization['layout']!r:.40}")
+    levels = quantization["levels"]
+    require(len(levels) == 16 and all(isinstance(v, int | float) and abs(v) < 1e30 for v in levels), "levels are not 16 numbers")
+    for shape in quantization["resident_shapes"].values():
+        require(len(shape) == 2 and all(integer(size, 1, 1 << 31) for size in shape), "a resident shape is not two sizes")
+    for key, high in (("hidden_size", 1 << 20), ("moe_intermediate_size", 1 << 20), ("n_routed_experts", 4096)):
+        integer(experts[key], 1, high)
+    layers = experts["layers"]
+    require(0 < len(layers) <= 1000 and all(integer(layer, 0, 99999) >= 0 for layer in layers), "layers is not a list of layers")
+    allowed = {*COPIED, RESIDENT, *map(layer_file, layers)}
+    require(set(files) <= allowed and "config.json" in files, "files names something that is not part of the format")
+    for entry in files.values():
+        integer(entry["bytes"], 0, 1 << 50)
+        require(isinstance(entry["checksum"], str), "a checksum is not a string")
+    for layer in layers:
+        records = files[layer_file(layer)]["records"]
+        require(len(records) == experts["n_routed_experts"], "records are not one checksum an expert")
+        integer(files[layer_file(layer)]["header_bytes"], ALIGNMENT, 1 << 30)
+    for item in files[RESIDENT]["tensors"].values():
+        require(item["dtype"] in _DTYPES and 0 < len(item["shape"]) <= 3, "a resident tensor has no known dtype or shape")
+        require(all(integer(size, 0, 1 << 31) >= 0 for size in item["shape"]), "a resident shape is negative")
+

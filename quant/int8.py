@@ -1,0 +1,33 @@
+"""int8, row-wise symmetric: ``w[n, k] = q[n, k] * scale[n]``, q int8 in [-127, 127], scale float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A [N, K] matrix: ``q`` int8 [N, K] row-major, ``scale`` float32 [N]."""
+
+    q: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.q.shape[0], self.q.shape[1]
+
+
+def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``q`` and ``scale`` of a bf16, fp16 or fp32 matrix; a row of zeros gets scale 0.  The input must be finite."""
+    weight_NK = weight_NK.float()
+    scale = weight_NK.abs().amax(dim=-1) / 127
+    divisor = torch.where(scale > 0, scale, 1.0)
+    return torch.round(weight_NK / divisor[:, None]).clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize(weight: Int8Weight) -> Tensor:
+    """The exact matrix, float32 [N, K]."""
+    return weight.q.float() * weight.scale[:, None]

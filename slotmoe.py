@@ -1,0 +1,65 @@
+"""slotmoe: DeepSeek-V2 on one machine whose GPU, and perhaps whose RAM, is far smaller than the model.
+
+This module holds what every package shares: the version, the errors that a user can cause, and the reader for JSON
+files that come from strangers.  Each error's message is one sentence that names the file or key, what was found, what
+was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+class SlotmoeError(ValueError):
+    """Base of every error that bad input, a bad file or an impossible request can cause."""
+
+
+class ConfigError(SlotmoeError):
+    """A ``config.json``, tokenizer or option that is malformed or asks for something unsupported."""
+
+
+class CheckpointError(SlotmoeError):
+    """A source checkpoint whose files are missing, damaged or not what its config promises."""
+
+
+class ExportError(SlotmoeError):
+    """An export that is damaged, truncated, mismatched or half-written, or a destination that can't take one."""
+
+
+class PlanError(SlotmoeError):
+    """A request that can't fit: budgets, context or prompt length."""
+
+
+def read_json(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in ``path``; ``error`` is raised, naming the file, for anything else.
+
+    Refused as well: more than ``max_bytes``, NaN and infinity, and keys that occur twice.
+    """
+
+    def constant(name: str) -> None:
+        raise ValueError(f"the value {name} is not JSON")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{path}: can't be read ({problem.strerror})") from None
+    if len(data) > max_bytes:
+        raise error(f"{path}: more than {max_bytes} bytes, far beyond what this file holds in a real model")
+    try:
+        found = json.loads(data.decode("utf-8"), parse_constant=constant, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({str(problem)[:120] or 'nested too deeply'})") from None
+    if not isinstance(found, dict):
+        raise error(f"{path}: holds a {type(found).__name__}, expected a JSON object")
+    return found

@@ -1,0 +1,77 @@
+"""Entry point of ``slotmoe``.  Heavy imports (torch) happen inside the command that needs them, so help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+from slotmoe import SlotmoeError, __version__
+
+_COMMANDS = {
+    "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
+    "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
+}
+
+
+class _Lazy(click.Group):
+    """A group whose subcommands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="slotmoe")
+def cli() -> None:
+    """Run DeepSeek-V2 models that are far larger than your graphics card, or your RAM.
+
+    \b
+    Try it now, with the bundled sample model and no download:
+      slotmoe run sample "It is a truth universally acknowledged, that"
+
+    \b
+    Then with a real checkpoint folder in Hugging Face's format:
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
+      slotmoe run lite-export --chat "Why is the sky blue?"
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = cli.main(arguments, prog_name="slotmoe", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except SlotmoeError as problem:
+        click.echo(f"slotmoe: {problem}", err=True)
+        sys.exit(2)
+    except click.ClickException as problem:
+        problem.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nslotmoe: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; nobody is there to be told
+        sys.exit(1)
+    except OSError as problem:
+        click.echo(f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Options that several commands share: where the model runs and within which budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from offload.cache import POLICIES
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_RUNTIME = [
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto takes the GPU when there is one."),
+    click.option("--ram", metavar="SIZE", help="RAM budget for the whole process, like 8GiB. [default: 90% of what is free]"),
+    click.option("--vram", metavar="SIZE", help="GPU memory budget, like 20GiB. [default: 90% of what is free]"),
+    click.option("--context", type=int, default=4096, metavar="N", help="Positions of the KV cache. [default: 4096, or the model's limit]"),
+    click.option("--threads", type=int, metavar="N", help="CPU threads. [default: physical cores]"),
+    click.option("--slots", type=int, metavar="N", help="Keep at most N experts in memory. [default: all that fit the budget]"),
+    click.option("--cache-policy", type=click.Choice(POLICIES), default="lru", help="Which experts stay in memory."),
+    click.option("--no-prefetch", is_flag=True, help="Read experts only when the gate asks for them (this version always does)."),
+]
+
+
+def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that ``open_runtime`` reads."""
+    for option in reversed(_RUNTIME):
+        function = option(function)
+    return function
+
+
+def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> Any:
+    """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it must quantize."""
+    from model.config import read_config
+    from offload.runtime import Runtime, resolve_model
+    from tools.progress import byte_progress
+
+    context = options["context"]
+    source = click.get_current_context().get_parameter_source("context")
+    if source == click.core.ParameterSource.DEFAULT:
+        context = min(context, read_config(resolve_model(model) / "config.json").max_position_embeddings)
+    with byte_progress(f"Quantizing {model}, once", quiet) as progress:
+        return Runtime.open(
+            model,
+            device=options["device"],
+            vram=options["vram"],
+            ram=options["ram"],
+            context=context,
+            threads=options["threads"],
+            cache_policy=options["cache_policy"],
+            prefetch=not options["no_prefetch"],
+            slots=options["slots"],
+            progress=progress,
+        )

@@ -1,0 +1,97 @@
+"""``slotmoe run``: a prompt in, its continuation out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from tools.options import open_runtime, runtime_options
+
+
+@click.command(name="run")
+@click.argument("model", metavar="MODEL")
+@click.argument("prompt")
+@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: always the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens that reach this probability.")
+@click.option("--top-k", type=int, default=0, metavar="N", help="Sample from the N likeliest tokens. [default: 0, all]")
+@click.option("--seed", type=int, metavar="N", help="Make sampling repeatable.")
+@click.option("--chat", is_flag=True, help="Send PROMPT through the model's chat template, as a user's message.")
+@runtime_options
+@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Record which experts were used, for later replay.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and all statistics instead of text.")
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    chat: bool,
+    trace: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
+
+    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, or 'sample'; the last two are quantized
+    once into a cache folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe).  PROMPT '-' reads the prompt from stdin.
+
+    \b
+    Examples:
+      slotmoe run sample "It is a truth universally acknowledged, that"
+      slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
+      slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
+    """
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    with open_runtime(model, options, quiet=as_json) as runtime:
+        if trace is not None:
+            runtime.trace(trace)
+        tokens = []
+        try:
+            for token in runtime.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, chat):
+                tokens.append(token)
+                if not as_json:
+                    print(token.text, end="", flush=True)
+        except KeyboardInterrupt:
+            if not as_json:
+                print(flush=True)
+                print(_summary(runtime.stats()), file=sys.stderr)
+            raise
+        stats = runtime.stats()
+        if as_json:
+            report = {"text": "".join(token.text for token in tokens), "ids": [token.id for token in tokens]}
+            report["logprobs"] = [token.logprob for token in tokens]
+            print(json.dumps({**report, **_speeds(stats), **stats}))
+        else:
+            print(flush=True)
+            print(_summary(stats), file=sys.stderr)
+
+
+def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
+    tokens = stats["tokens"]
+    return {
+        f"{kind}_tokens_per_second": tokens[f"{kind}_tokens"] / tokens[f"{kind}_seconds"] if tokens[f"{kind}_tokens"] else None
+        for kind in ("prefill", "decode")
+    }
+
+
+def _summary(stats: dict[str, Any]) -> str:
+    from offload.plan import format_size
+
+    lines = []
+    for kind in ("prefill", "decode"):
+        count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
+        if count:
+            lines.append(f"{kind} {count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
+    cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
+    if cache["hit_rate"] is not None:
+        lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {format_size(disk['bytes'])} read from disk")
+    used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
+    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}")
+    return "[" + "; ".join(lines) + "]"
