@@ -249,9 +249,7 @@ def _check_consistency(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: topk_group {config.topk_group} is more than n_group {config.n_group}")
     reachable = config.n_routed_experts // config.n_group * config.topk_group
     if config.num_experts_per_tok > reachable:
-        raise ConfigError(
-            f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, but the gate can reach only {reachable} experts"
-        )
+        raise ConfigError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, but the gate can reach only {reachable} experts")
     if not config.moe_layers:
         raise ConfigError(f"{where}: first_k_dense_replace {config.first_k_dense_replace} leaves no layer with experts")
 

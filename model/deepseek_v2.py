@@ -242,9 +242,12 @@ def _attend(q_THX: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scal
 
     ``blocks`` yields keys [H or 1, B, X] and values [H or 1, B, Y] in order of position; returns [T, H, Y].
     """
-    T = len(q_THX)
+    T, H = q_THX.shape[:2]
     q_HTX = q_THX.transpose(0, 1) * scale
     position_T = torch.arange(S - T, S, device=q_THX.device)
+    best_HT1 = torch.full((H, T, 1), -math.inf, device=q_THX.device)
+    total_HT1 = torch.zeros_like(best_HT1)
+    out_HTY: Tensor | float = 0.0
     start = 0
     for k_HBX, v_HBY in blocks:
         end = start + k_HBX.shape[1]
@@ -252,13 +255,11 @@ def _attend(q_THX: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scal
         if end > S - T + 1:  # some query stands before some key of this block
             future = torch.arange(start, end, device=q_THX.device) > position_T[:, None]
             scores_HTB = scores_HTB.masked_fill(future, -math.inf)
-        best_HT1 = scores_HTB.amax(dim=-1, keepdim=True)
-        if start:
-            best_HT1 = torch.maximum(best_HT1, best)
-        scores_HTB = (scores_HTB - best_HT1).exp_()
-        total_HT1, out_HTY = scores_HTB.sum(dim=-1, keepdim=True), scores_HTB @ v_HBY
-        if start:
-            decay = (best - best_HT1).exp_()
-            total_HT1, out_HTY = total_HT1 + total * decay, out_HTY + out * decay
-        best, total, out, start = best_HT1, total_HT1, out_HTY, end
-    return (out / total).transpose(0, 1)
+        # Every query sees position 0, so its best score is finite from the first block on.
+        better_HT1 = torch.maximum(best_HT1, scores_HTB.amax(dim=-1, keepdim=True))
+        decay_HT1 = (best_HT1 - better_HT1).exp_()
+        scores_HTB = (scores_HTB - better_HT1).exp_()
+        total_HT1 = total_HT1 * decay_HT1 + scores_HTB.sum(dim=-1, keepdim=True)
+        out_HTY = out_HTY * decay_HT1 + scores_HTB @ v_HBY
+        best_HT1, start = better_HT1, end
+    return (out_HTY / total_HT1).transpose(0, 1)

@@ -83,7 +83,6 @@ class OffloadedExperts:
                 raise
         return self._slots[slot]
 
-
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache`` (hits, misses, hit_rate, evictions, slots) and ``io`` (bytes and seconds by tier)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses

@@ -1,8 +1,8 @@
 """``Runtime``: the only place that composes network, weights, cache, slots and budget.
 
-    with Runtime.open("sample") as runtime:
-        for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
-            print(token.text, end="", flush=True)
+with Runtime.open("sample") as runtime:
+    for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
+        print(token.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -304,7 +304,7 @@ def _open_quantized(
         fixed = _fixed_bytes(config, export.resident_bytes, _kv_bytes(config, context, dtype), elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
         plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=layout.record_bytes, slots=slots)
-        weights = {}
+        weights: dict[str, Any] = {}
         for name, shape in resident_shapes(config).items():
             weight = export.resident(name)
             if tuple(weight.shape) != shape:

@@ -20,7 +20,7 @@ class TraceWriter:
 
     def __init__(self, path: Path, layers: tuple[int, ...], n_routed_experts: int, num_experts_per_tok: int):
         try:
-            self._file = open(path, "wb")
+            self._file = path.open("wb")
         except OSError as problem:
             raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
         header = {"format": "slotmoe-trace", "version": 1, "layers": list(layers)}
@@ -56,7 +56,8 @@ def read_trace(path: Path) -> tuple[dict[str, object], list[np.ndarray]]:
         known = False
     if not known:
         raise ConfigError(f"{path}: not a slotmoe trace of version 1")
-    steps, offset = [], 0
+    steps: list[np.ndarray] = []
+    offset = 0
     while offset < len(body):
         size = 2 * width * int.from_bytes(body[offset : offset + 4], "little")
         if size == 0 or offset + 4 + size > len(body):

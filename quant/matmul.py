@@ -50,7 +50,7 @@ class TorchOps:
         x_TK = x_TK.to(self.compute)
         N, K = weight.shape
         step = max(TILE, _SLICE // K // TILE * TILE)
-        if N <= step:
+        if step >= N:
             return F.linear(x_TK, dequantize(weight).to(self.compute)).float()
         y_TN = torch.empty(len(x_TK), N, dtype=torch.float32, device=x_TK.device)
         for start in range(0, N, step):
