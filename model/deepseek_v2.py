@@ -122,7 +122,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 
 def rotate(x_THP: Tensor, table_TP: Tensor) -> Tensor:
     """Rotate interleaved pairs (x0, x1), (x2, x3), ... by the complex table [T, P / 2]; same shape back."""
-    pairs = torch.view_as_complex(x_THP.reshape(*x_THP.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * table_TP[:, None]).flatten(-2)
 
 
@@ -207,7 +207,7 @@ class DeepseekV2:
         S = len(rows_SW)
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if absorbed_cost <= expanded_cost:
+        if T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
             o_HR = ops.mla_decode(q_THW[0], rows_SW, c.softmax_scale) if T == 1 else None
             o_THR = o_HR[None] if o_HR is not None else _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)

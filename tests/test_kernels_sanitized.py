@@ -1,0 +1,211 @@
+"""The native kernels under AddressSanitizer and UBSan, and the thread pool under ThreadSanitizer.
+
+A small driver calls every entry of the C ABI on arrays that end exactly where the formats say, over odd shapes, on each
+instruction set, with 1 to 3 threads. A read or write one byte too far, an overflow, or a data race fails the run.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+KERNELS = Path(__file__).parents[1] / "quant" / "kernels"
+
+DRIVER = r"""
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+extern "C" {
+int slotmoe_isa_count();
+const char* slotmoe_isa_name(int);
+int slotmoe_isa_supported(int);
+int slotmoe_set_isa(const char*);
+void slotmoe_set_threads(int);
+uint64_t slotmoe_read(const void*, int64_t);
+int slotmoe_linear_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t*, const uint16_t*, const float*, float*);
+int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
+int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
+int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, float*);
+int64_t slotmoe_record_bytes(int64_t, int64_t);
+int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, float*);
+int slotmoe_expert_prefill(const float*, int64_t, const uint8_t*, int64_t, int64_t, const float*, float*);
+int slotmoe_mla_decode(const float*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
+int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
+}
+
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u; }
+
+// Exactly `count` elements: the sanitizer guards both ends.
+template <class T>
+struct Array {
+    T* p;
+    explicit Array(int64_t count) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, size_t(count) * sizeof(T) + (count == 0))) abort();
+        p = static_cast<T*>(memory);
+        uint8_t* bytes = static_cast<uint8_t*>(memory);
+        for (size_t i = 0; i < size_t(count) * sizeof(T); i++) bytes[i] = uint8_t(next() >> 24);
+    }
+    ~Array() { free(p); }
+    operator T*() const { return p; }
+};
+
+struct Floats : Array<float> {
+    explicit Floats(int64_t count, float scale = 1) : Array(count) {
+        for (int64_t i = 0; i < count; i++) p[i] = (float(next() >> 8) / 8388608.0f - 1.0f) * scale;
+    }
+};
+
+static void halves(uint16_t* p, int64_t count) {  // finite, of either sign
+    for (int64_t i = 0; i < count; i++) p[i] = uint16_t(next() >> 16) & 0xbbff;
+}
+
+static void check(int status) {
+    if (status) {
+        printf("status %d\n", status);
+        exit(1);
+    }
+}
+
+static int64_t tiles(int64_t n) { return (n + 15) / 16; }
+static int64_t blocks(int64_t k) { return (k + 63) / 64; }
+
+static void linear(int64_t t, int64_t n, int64_t k, float scale) {
+    Floats x(t * k, scale), y(t * n), levels(16), scales(n);
+    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
+    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16);
+    halves(absmax, tiles(n) * blocks(k) * 16);
+    check(slotmoe_linear_nf4(x, t, k, n, codes, absmax, levels, y));
+    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
+    check(slotmoe_pack_int8(w, n, k, packed));
+    check(slotmoe_linear_int8(x, t, k, n, packed, scales, y));
+    slotmoe_read(codes, tiles(n) * blocks(k) * 512 - 3);
+}
+
+static void quantize(int64_t n, int64_t k) {
+    float levels[16];
+    for (int i = 0; i < 16; i++) levels[i] = float(i) / 7.5f - 1.0f;
+    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
+    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16), source(n * k);
+    Array<int8_t> q(n * k);
+    Floats scale(n), wide(n * k);
+    halves(source, n * k);
+    for (int type = 0; type < 3; type++) {
+        const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
+        const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
+        if (status != 3) check(status);  // random bf16 may well exceed fp16
+        check(slotmoe_quantize_int8(src, type, n, k, q, scale));
+    }
+}
+
+static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
+    const int64_t size = slotmoe_record_bytes(h, i), code_bytes = size / 544 * 512;
+    std::vector<Array<uint8_t>*> owned;
+    std::vector<const uint8_t*> records;
+    for (int64_t e = 0; e < k; e++) {
+        owned.push_back(new Array<uint8_t>(size));
+        uint8_t* record = *owned.back();
+        halves(reinterpret_cast<uint16_t*>(record + code_bytes), (size - code_bytes) / 2);
+        records.push_back(record);
+    }
+    Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
+    check(slotmoe_experts_decode(x, records.data(), k, weights, h, i, levels, y));
+    check(slotmoe_experts_decode(x, records.data(), k, nullptr, h, i, levels, each));
+    check(slotmoe_weighted_sum(each, weights, k, h, y));
+    check(slotmoe_expert_prefill(x, t, records[0], h, i, levels, y));
+    for (auto* record : owned) delete record;
+}
+
+static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra) {
+    Floats q(heads * (r + p)), out(heads * r);
+    const int64_t stride = r + p + extra, count = (context - 1) * stride + r + p;  // the last row has no slack
+    Array<uint16_t> cache(count);
+    halves(cache, count);
+    check(slotmoe_mla_decode(q, heads, cache, context, stride, r, p, 0.01f, out));
+}
+
+static void all() {
+    const int64_t odd[] = {1, 15, 16, 17, 63, 64, 65, 130};
+    for (int64_t n : odd)
+        for (int64_t k : odd) {
+            linear(1, n, k, 1);
+            linear(3, n, k, 1e30f);
+            quantize(n, k);
+        }
+    linear(600, 20, 70, 1e-42f);
+    linear(0, 20, 70, 1);
+    for (int64_t h : {1, 16, 65, 200})
+        for (int64_t i : {1, 15, 64, 90}) experts(3, 2, h, i);
+    for (int64_t heads : {1, 3, 4, 9})
+        for (int64_t context : {1, 2, 15, 64, 65, 200})
+            for (int64_t r : {1, 16, 64, 70})
+                for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
+    attention(2, 2500, 70, 10, 5);
+    attention(1, 20, 2000, 100, 0);  // longer than one 32-bit sum takes
+}
+
+int main(int argc, char**) {
+    for (int isa = 0; isa < slotmoe_isa_count(); isa++) {
+        if (!slotmoe_isa_supported(isa)) continue;
+        check(slotmoe_set_isa(slotmoe_isa_name(isa)));
+        if (argc > 1) {  // only what concerns threads
+            slotmoe_set_threads(3);
+            std::vector<std::thread> callers;
+            for (int c = 0; c < 3; c++)
+                callers.emplace_back([] {
+                    std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
+                    std::vector<int8_t> w(256 * 256, 1);
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear_int8(x.data(), 1, 256, 256, w.data(), scale.data(), y.data()));
+                });
+            for (auto& c : callers) c.join();
+            slotmoe_set_threads(2);
+            experts(3, 2, 65, 40);
+            attention(4, 200, 64, 16, 0);
+        } else {
+            for (int threads = 1; threads <= 3; threads++) {
+                slotmoe_set_threads(threads);
+                all();
+            }
+        }
+        printf("%s ok\n", slotmoe_isa_name(isa));
+    }
+}
+"""
+
+
+def build_and_run(tmp_path: Path, sanitizers: str, *arguments: str) -> str:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler here")
+    driver, program = tmp_path / "driver.cpp", tmp_path / "driver"
+    driver.write_text(DRIVER)
+    sources = [str(path) for path in sorted(KERNELS.glob("*.cpp"))]
+    flags = ["-g", "-O1", "-std=c++17", "-ffp-contract=off", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no -fsanitize={sanitizers}")
+    built = subprocess.run([compiler, *flags, str(driver), *sources, "-o", str(program)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_addresses_and_undefined_behaviour(tmp_path):
+    assert "portable ok" in build_and_run(tmp_path, "address,undefined,float-cast-overflow")
+
+
+def test_data_races(tmp_path):
+    assert "portable ok" in build_and_run(tmp_path, "thread", "threads")

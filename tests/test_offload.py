@@ -1,0 +1,249 @@
+"""The expert cache, the budgets, and invariant 1: bitwise the same logits whatever the budget."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import parse_config
+from offload.cache import LruCache
+from offload.plan import format_size, make_plan, parse_size
+from offload.runtime import Runtime
+from offload.store import Slots
+from offload.trace import read_trace
+from quant.export import Export
+from slotmoe import ConfigError, ExportError, PlanError
+from tests.conftest import SAMPLE
+
+PROMPT = "My fellow citizens of the Senate and House of Representatives,"
+IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 6), st.lists(st.integers(0, 9), max_size=80))
+def test_lru_keeps_exactly_the_last_used(slots, uses):
+    cache, recent, slot_of = LruCache(slots), [], {}
+    for key in uses:
+        slot = cache.lookup(key)
+        assert (slot is not None) == (key in recent)
+        if slot is None:
+            slot = cache.admit(key)
+            slot_of = {other: place for other, place in slot_of.items() if place != slot}
+        assert slot_of.setdefault(key, slot) == slot
+        recent = [other for other in recent if other != key][-(slots - 1) :] if slots > 1 else []
+        recent.append(key)
+        assert len(cache) == len(recent)
+    assert cache.hits + cache.misses == len(uses)
+
+
+def test_lru_never_evicts_what_the_step_needs():
+    cache = LruCache(3)
+    for key in (1, 2, 3):
+        cache.admit(key)
+    cache.admit(4, keep=[1, 2])
+    assert 1 in cache
+    assert 2 in cache
+    assert 3 not in cache
+
+
+def test_dropped_key_frees_its_slot():
+    cache = LruCache(1)
+    slot = cache.admit(7)
+    cache.drop(7)
+    assert 7 not in cache
+    assert cache.admit(8) == slot
+
+
+@pytest.fixture(scope="module")
+def wanted(sample_export):
+    """Logits and greedy ids with every expert in memory."""
+    with Runtime.open(sample_export, context=256) as runtime:
+        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 40)]
+
+
+@pytest.mark.parametrize("slots", [6, 22, 56, 112], ids=lambda n: f"{n}-of-224")
+def test_logits_and_text_are_bitwise_the_same_for_every_cache(sample_export, wanted, slots):
+    with Runtime.open(sample_export, context=256, slots=slots) as runtime:
+        assert runtime.plan.slots == slots
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+        assert [token.id for token in runtime.generate(PROMPT, 40)] == wanted[1]
+        assert runtime.stats()["cache"]["evictions"] > 0
+
+
+def test_staged_copies_give_the_same_logits(sample_export, wanted, monkeypatch):
+    """The path of a CUDA device, which can't read files: through one staging record, here on the CPU."""
+    original = Slots.__init__
+    monkeypatch.setattr(Slots, "__init__", lambda self, export, n, device: original(self, export, n, device, staged=True))
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+
+
+def test_decode_equals_prefill_in_the_quantized_path(sample_export):
+    with Runtime.open(sample_export, context=256) as runtime:
+        whole = runtime.logits(IDS)
+        step = runtime._stepper()
+        runtime._cache.length = 0
+        alone = torch.cat([step([one]) for one in IDS])
+        assert ((alone - whole).abs() / whole.abs().clamp(min=1e-3)).median() <= 2e-3
+        runtime._cache.length = 0
+        torch.testing.assert_close(torch.cat([step(IDS[:23]), step(IDS[23:])]), whole[[22, 59]], rtol=1e-3, atol=1e-3)
+
+
+def test_damaged_record_stops_the_run_and_the_slot_is_not_trusted(sample_export, wanted, monkeypatch):
+    with Runtime.open(sample_export, context=256) as runtime:
+        original, calls = Export.read_record, []
+
+        def failing(self, layer, expert, out):
+            calls.append((layer, expert))
+            if len(calls) == 5:
+                out.fill_(255)  # a half-finished read
+                raise ExportError("checksum of layer 1 is wrong")
+            original(self, layer, expert, out)
+
+        monkeypatch.setattr(Export, "read_record", failing)
+        with pytest.raises(ExportError):
+            runtime.logits(IDS)
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+        assert calls.count(calls[4]) == 2  # read again, not taken from the slot
+
+
+def test_trace_records_every_step(sample_export, tmp_path):
+    with Runtime.open(sample_export, context=256) as runtime:
+        runtime.trace(tmp_path / "trace")
+        count = len(list(runtime.generate(PROMPT, 5)))
+        prompt = len(runtime.tokenizer.encode(PROMPT))
+    header, steps = read_trace(tmp_path / "trace")
+    assert header["layers"] == list(range(1, 8))
+    assert [step.shape for step in steps] == [(prompt, 7, 6)] + [(1, 7, 6)] * (count - 1)
+    assert all(len(set(row.tolist())) == 6 for step in steps for token in step for row in token)
+    data = (tmp_path / "trace").read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-3])
+    with pytest.raises(ConfigError, match="cut off"):
+        read_trace(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 << 30), ("7.5GB", 7_500_000_000), ("512MiB", 512 << 20), (123, 123), ("64 k", 65536)]
+)
+def test_sizes(text, count):
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "8XB", "-1GiB", "GiB", "1e9", "nan", "9" * 40, 0, True])
+def test_impossible_sizes_are_refused(text):
+    with pytest.raises(PlanError, match="size"):
+        parse_size(text)
+
+
+def test_budget_too_small_says_by_how_much(sample_export):
+    with pytest.raises(PlanError) as refused:
+        Runtime.open(sample_export, ram="100MiB", context=256)
+    text = str(refused.value)
+    needed = parse_size(text.split("at least ")[1].split(" of ")[0])
+    short = parse_size(text.split("100.0 MiB, ")[1].split(" short")[0])
+    assert abs(needed - (100 << 20) - short) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 5}, "at least 6"),
+        ({"context": 5000}, "max_position_embeddings"),
+        ({"context": 0}, "max_position_embeddings"),
+        ({"vram": "1GiB", "device": "cpu"}, "--vram"),
+        ({"cache_policy": "magic"}, "lru"),
+        ({"threads": 0}, "threads"),
+        ({"device": "tpu"}, "tpu"),
+    ],
+    ids=str,
+)
+def test_impossible_requests_are_refused(sample_export, options, message):
+    with pytest.raises(ValueError, match=message):
+        Runtime.open(sample_export, **{"context": 256, **options})
+
+
+def test_prompt_longer_than_the_context(sample_export):
+    with Runtime.open(sample_export, context=32) as runtime:
+        with pytest.raises(PlanError, match="context"):
+            runtime.generate([5] * 32)
+        with pytest.raises(ConfigError, match="vocabulary"):
+            runtime.generate([5, 99999])
+        with pytest.raises(ConfigError, match="empty"):
+            runtime.generate([])
+        assert len(list(runtime.generate([5] * 30, 50))) == 2  # stops where the context ends
+
+
+def test_new_generation_supersedes_the_old_one(sample_export):
+    with Runtime.open(sample_export, context=64) as runtime:
+        old = runtime.generate(PROMPT, 9)
+        next(old)
+        runtime.generate(PROMPT, 9)
+        with pytest.raises(ConfigError, match="superseded"):
+            list(old)
+
+
+_PEAK = """
+import json, sys
+from offload.runtime import Runtime
+export, ram = sys.argv[1:]
+with Runtime.open(export, ram=int(ram), context=1024) as runtime:
+    runtime.logits([5, 9, 300] * 300)
+    list(runtime.generate([7] * 500, 20))
+    stats = runtime.stats()
+print(json.dumps(stats["memory"] | stats["cache"]))
+"""
+
+
+@pytest.mark.parametrize("spare", [0, 1 << 20], ids=["smallest", "half"])
+def test_peak_memory_stays_inside_the_budget(sample_export, spare):
+    """The smallest budget that the planner accepts, and one with room for about half of the experts."""
+    attempt = subprocess.run([sys.executable, "-c", _PEAK, sample_export, str(1 << 20)], capture_output=True, text=True)
+    needed = parse_size(attempt.stderr.split("needs at least ")[1].split(" of ram")[0])
+    budget = needed + (2 << 20) + spare
+    done = subprocess.run([sys.executable, "-c", _PEAK, sample_export, str(budget)], capture_output=True, text=True, check=True)
+    memory = json.loads(done.stdout)
+    assert memory["peak_rss"] <= budget
+    assert memory["slots"] < 224
+    assert memory["evictions"] > 0
+
+
+def test_design_arithmetic():
+    """Section 2 of the design: parameters and bytes of the real models, from their published configs."""
+    from pathlib import Path
+
+    import model
+    from model.checkpoint import expert_shapes, resident_shapes
+    from quant.export import RecordLayout
+
+    def facts(name):
+        config = parse_config(json.loads((Path(model.__file__).parent / "geometries" / f"{name}.json").read_text()))
+        elements = sum(a * b for a, b in expert_shapes(config).values())
+        record = RecordLayout(config.hidden_size, config.moe_intermediate_size).record_bytes
+        resident = sum(torch.Size(shape).numel() for shape in resident_shapes(config).values())
+        experts = len(config.moe_layers) * config.n_routed_experts
+        token = len(config.moe_layers) * config.num_experts_per_tok * record
+        return (
+            elements / 1e6,
+            record / 1e6,
+            experts * record / 1e9,
+            token / 1e9,
+            resident / 1e9,
+            2 * config.latent_width * config.num_hidden_layers,
+        )
+
+    assert facts("v2-lite") == pytest.approx((8.65, 4.6, 7.65, 0.717, 1.31, 31104), rel=0.01)
+    assert facts("v2") == pytest.approx((23.6, 12.53, 118.3, 4.43, 13.0, 69120), rel=0.02)
+
+
+def test_plan_gives_slots_what_is_left():
+    config = parse_config(json.loads((SAMPLE / "config.json").read_text()))
+    plan = make_plan(config, tier="ram", budget=1000, fixed={"resident weights": 400}, record_bytes=10)
+    assert (plan.slots, plan.total) == (60, 1000)
+    assert make_plan(config, tier="ram", budget=10**6, fixed={}, record_bytes=10).slots == 7 * 32
+    with pytest.raises(PlanError, match="50 B short"):
+        make_plan(config, tier="ram", budget=410, fixed={"resident weights": 400}, record_bytes=10)
+    assert format_size(1536) == "1.5 KiB"
