@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, resident_shapes
+from model.config import Config
 from offload.plan import format_size
 from quant import int8, nf4
 from quant.export import (
@@ -86,11 +87,11 @@ def quantize(
             if wait_for_lock and (destination / MANIFEST).exists():
                 finished: dict[str, Any] = json.loads((destination / MANIFEST).read_text())
                 return finished
-            _check_destination(destination, overwrite)
+            check_destination(destination, overwrite)
             job = _Job(checkpoint, partial, mode, overwrite, progress or (lambda done, total: None))
             try:
                 manifest = job.run(workers or min(os.cpu_count() or 1, 8))
-                _publish(partial, destination)
+                publish(partial, destination)
             except OSError as problem:
                 if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -98,7 +99,8 @@ def quantize(
             return manifest
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise ``ExportError`` if ``destination`` can't become an export without losing something."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
     if destination.is_dir() and any(destination.iterdir()):
@@ -137,7 +139,16 @@ def _locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def _publish(partial: Path, destination: Path) -> None:
+def check_space(partial: Path, needed: int) -> None:
+    """Raise ``ExportError`` unless the disk of ``partial`` has ``needed`` free bytes."""
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise ExportError(
+            f"{partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)}; make room or choose another destination"
+        )
+
+
+def publish(partial: Path, destination: Path) -> None:
     """Give the finished folder its name, replacing an older export."""
     replaced = destination.with_name(destination.name + ".replaced")
     if destination.is_dir() and any(destination.iterdir()):
@@ -183,11 +194,9 @@ class _Job:
         for name in COPIED:
             if (self._checkpoint.folder / name).is_file():
                 shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
-                with open(self._partial / name, "rb") as file:
-                    os.fsync(file.fileno())
-                size = (self._partial / name).stat().st_size
-                self._state["files"][name] = {"bytes": size, "checksum": file_checksum(self._partial / name)}
-        manifest = self._manifest()
+        files = {**self._state["files"], **small_files(self._partial)}
+        source = self._state["identity"]["source"]
+        manifest = export_manifest(self._config, self._layout, self._mode, self._quantization, self._shapes, source, files)
         write_json(self._partial / MANIFEST, manifest)
         (self._partial / "state.json").unlink()
         sync_folder(self._partial)
@@ -258,12 +267,7 @@ class _Job:
         per_layer = self._config.n_routed_experts * (self._layout.record_bytes + 1024)
         needed = len(self._config.moe_layers) * per_layer + sum(part.nbytes for part in self._parts.values()) + (16 << 20)
         needed -= sum(file.stat().st_size for file in self._partial.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self._partial).free
-        if needed > free:
-            raise ExportError(
-                f"{self._partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)}; "
-                "make room or choose another destination"
-            )
+        check_space(self._partial, needed)
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
@@ -325,33 +329,54 @@ class _Job:
         else:
             writer.write(name, piece)
 
-    def _manifest(self) -> dict[str, Any]:
-        config = self._config
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "source": self._state["identity"]["source"],
-            "quantization": {
-                "experts": "nf4",
-                "block": nf4.BLOCK,
-                "layout": "tiles16",
-                "levels": list(nf4.LEVELS),
-                "resident": self._mode,
-                "resident_shapes": {name: list(self._shapes[name]) for name, kind in self._quantization.items() if kind == "nf4"},
+
+def small_files(folder: Path) -> dict[str, Any]:
+    """Manifest entries of the copied JSON files in ``folder``, made durable."""
+    entries = {}
+    for name in COPIED:
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+            entries[name] = {"bytes": (folder / name).stat().st_size, "checksum": file_checksum(folder / name)}
+    return entries
+
+
+def export_manifest(
+    config: Config,
+    layout: RecordLayout,
+    mode: str,
+    quantization: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    source: dict[str, Any],
+    files: dict[str, Any],
+    linked_layers: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """The manifest of an export, signed.  ``linked_layers`` maps a layer to the one whose file it is a hard link to."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "quantization": {
+            "experts": "nf4",
+            "block": nf4.BLOCK,
+            "layout": "tiles16",
+            "levels": list(nf4.LEVELS),
+            "resident": mode,
+            "resident_shapes": {name: list(shapes[name]) for name, kind in quantization.items() if kind == "nf4"},
+        },
+        "experts": {
+            "layers": list(config.moe_layers),
+            "linked_layers": linked_layers or {},
+            "n_routed_experts": config.n_routed_experts,
+            "hidden_size": config.hidden_size,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "record_bytes": layout.record_bytes,
+            "record": {
+                name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)} for name, part in layout.parts.items()
             },
-            "experts": {
-                "layers": list(config.moe_layers),
-                "n_routed_experts": config.n_routed_experts,
-                "hidden_size": config.hidden_size,
-                "moe_intermediate_size": config.moe_intermediate_size,
-                "record_bytes": self._layout.record_bytes,
-                "record": {
-                    name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)}
-                    for name, part in self._layout.parts.items()
-                },
-            },
-            "files": dict(sorted(self._state["files"].items())),
-        }
-        return {**manifest, "checksum": manifest_checksum(manifest)}
+        },
+        "files": dict(sorted(files.items())),
+    }
+    return {**manifest, "checksum": manifest_checksum(manifest)}
 
 
 def _sha256(data: bytes) -> str:

@@ -303,7 +303,8 @@ class Export:
                 raise ExportError(f"{path}: its checksum is not the manifest's; the file was changed or damaged")
         for layer in self.layers:
             self._open_file(layer_file(layer))  # its size bounds the work that the header takes
-            header = layer_header(layer, self.experts, self.layout)
+            named = self.manifest["experts"]["linked_layers"].get(str(layer), layer)  # a hard link keeps its origin's names
+            header = layer_header(named, self.experts, self.layout)
             self._verify_header(layer_file(layer), header, self.experts * self.layout.record_bytes)
         self._open_file(RESIDENT)
         header = safetensors_header(self._resident_parts.items())
@@ -441,6 +442,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         integer(experts[key], 1, high)
     layers = experts["layers"]
     require(0 < len(layers) <= 1000 and all(integer(layer, 0, 99999) >= 0 for layer in layers), "layers is not a list of layers")
+    for layer, origin in experts["linked_layers"].items():
+        require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
     allowed = {*COPIED, RESIDENT, *map(layer_file, layers)}
     require(set(files) <= allowed and "config.json" in files, "files names something that is not part of the format")
     for entry in files.values():
@@ -453,4 +456,3 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     for item in files[RESIDENT]["tensors"].values():
         require(item["dtype"] in _DTYPES and 0 < len(item["shape"]) <= 3, "a resident tensor has no known dtype or shape")
         require(all(integer(size, 0, 1 << 31) >= 0 for size in item["shape"]), "a resident shape is negative")
-

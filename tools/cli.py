@@ -14,6 +14,8 @@ from slotmoe import SlotmoeError, __version__
 _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
+    "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
+    "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
 }
 
 

@@ -48,9 +48,7 @@ def command(source: str, destination: Path, resident: str, workers: int | None, 
     started = time.perf_counter()
     try:
         with byte_progress(f"Quantizing {source}", quiet=as_json) as progress:
-            manifest = quantize(
-                folder, destination, resident=resident, workers=workers, overwrite=overwrite, progress=progress
-            )
+            manifest = quantize(folder, destination, resident=resident, workers=workers, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         print(f"\nslotmoe: stopped; run the same command again to resume from {destination}.partial", file=sys.stderr)
         raise
