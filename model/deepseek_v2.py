@@ -46,7 +46,7 @@ class Ops(Protocol):
     def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
 
-    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, scale: float) -> Tensor | None:
+    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         """Attention of one query over the latent rows, float32 [H, R]; None if there is no kernel for it."""
 
 
@@ -209,7 +209,7 @@ class DeepseekV2:
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
         if T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            o_HR = ops.mla_decode(q_THW[0], rows_SW, c.softmax_scale) if T == 1 else None
+            o_HR = ops.mla_decode(q_THW[0], rows_SW, R, c.softmax_scale) if T == 1 else None
             o_THR = o_HR[None] if o_HR is not None else _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)
             o_THV = ops.absorb_value(o_THR, layer.kv_b_proj, N)
         else:

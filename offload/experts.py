@@ -72,16 +72,29 @@ class OffloadedExperts:
 
     def _record(self, layer: int, expert: int, keep: list[int] | None = None) -> Tensor:
         """The expert's record in its slot, read from disk first if it is not there; ``keep`` are not evicted for it."""
+        slot = self._cache.lookup(self._key(layer, expert))
+        return self._slots[self._read(layer, expert, keep) if slot is None else slot]
+
+    def _read(self, layer: int, expert: int, keep: list[int] | None = None) -> int:
         key = self._key(layer, expert)
-        slot = self._cache.lookup(key)
-        if slot is None:
-            slot = self._cache.admit(key, keep or ())
-            try:
-                self._slots.fill(slot, layer, expert)
-            except BaseException:  # also Ctrl-C: a half-filled slot must never count as present
-                self._cache.drop(key)
-                raise
-        return self._slots[slot]
+        slot = self._cache.admit(key, keep or ())
+        try:
+            self._slots.fill(slot, layer, expert)
+        except BaseException:  # also Ctrl-C: a half-filled slot must never count as present
+            self._cache.drop(key)
+            raise
+        return slot
+
+    def warm(self, progress: Callable[[int, int], None]) -> None:
+        """Read experts in order of layer until no slot is free; ``progress(done, total)`` in bytes."""
+        size, total = self._layout.record_bytes, self._cache.slots * self._layout.record_bytes
+        for layer in self._export.layers:
+            for expert in range(self._export.experts):
+                if len(self._cache) == self._cache.slots:
+                    return
+                if self._key(layer, expert) not in self._cache:
+                    self._read(layer, expert)
+                    progress(len(self._cache) * size, total)
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache`` (hits, misses, hit_rate, evictions, slots) and ``io`` (bytes and seconds by tier)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +34,7 @@ from offload.store import Slots
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.int8 import Int8Weight
-from quant.matmul import TorchOps
+from quant.matmul import TorchOps, nbytes, pick_ops
 from quant.nf4 import Nf4Weight
 from slotmoe import ConfigError, PlanError, read_json
 
@@ -71,10 +71,12 @@ class Runtime:
         device: torch.device,
         eos_token_ids: tuple[int, ...],
         source: Export | Checkpoint,
+        ops: TorchOps,
+        touched_bytes: int,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
         self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
-        self._experts = network.experts
+        self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
         self._generation = 0
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
@@ -92,6 +94,7 @@ class Runtime:
         quantize: bool = True,
         *,
         slots: int | None = None,
+        kernels: str = "auto",
         progress: Progress | None = None,
     ) -> Runtime:
         """Open an export, a checkpoint folder (quantized once into the cache folder) or ``sample``.
@@ -105,10 +108,8 @@ class Runtime:
         """
         if cache_policy not in (None, *POLICIES):
             raise ConfigError(f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}")
-        if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"threads is {threads}, expected at least 1")
-            torch.set_num_threads(threads)
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}, expected at least 1")
         folder, where = resolve_model(path), _device(device)
         budget = _budget(where, ram, vram)
         is_export = (folder / MANIFEST).is_file()
@@ -119,7 +120,7 @@ class Runtime:
         config = read_config(folder / "config.json")
         if not 1 <= context <= config.max_position_embeddings:
             raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
-        ops = TorchOps(torch.float32 if where.type == "cpu" else torch.bfloat16)
+        ops = pick_ops(where, kernels, threads) if quantize else TorchOps()
         opened = _open_quantized if quantize else _open_reference
         return opened(cls, folder, config, ops, where, budget, context, slots)
 
@@ -156,21 +157,24 @@ class Runtime:
             prompt = self.tokenizer.encode(text)
         self._check_ids(prompt, len(prompt) + 1)
         room = self._cache.context - len(prompt)
-        self._restart()
-        return generate(self._stepper(), prompt, self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
+        return generate(self.start(), prompt, self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
 
-    def _stepper(self) -> Any:
+    def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
+        """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
+        [1, vocab_size].  ``depth`` positions are taken as cached already, with noise in them: for measurements."""
+        self._restart()
+        self._cache.layers[:, :depth] = 0.1
+        self._cache.length = depth
         mine = self._generation
 
         def step(ids: list[int]) -> Tensor:
             if mine != self._generation:
                 raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
-            start, first = time.perf_counter(), self._cache.length == 0
+            started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
             for part in torch.tensor(ids, device=self.device).split(PREFILL_CHUNK):
                 logits = self._network.forward(part, self._cache)
-            kind = "prefill" if first else "decode"
             self._counts[kind + "_tokens"] += len(ids)
-            self._counts[kind + "_seconds"] += time.perf_counter() - start
+            self._counts[kind + "_seconds"] += time.perf_counter() - started
             return logits
 
         return step
@@ -190,6 +194,31 @@ class Runtime:
             raise ConfigError(f"a token id is outside 0 to {self.config.vocab_size - 1}, the model's vocabulary")
         return torch.tensor(ids, device=self.device)
 
+    @property
+    def context(self) -> int:
+        """Positions that the latent cache holds."""
+        return self._cache.context
+
+    @property
+    def threads(self) -> int:
+        """CPU threads in use."""
+        return self._ops.threads
+
+    def warm(self, progress: Progress | None = None) -> None:
+        """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
+        if isinstance(self._experts, OffloadedExperts):
+            self._experts.warm(progress or (lambda done, total: None))
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second at which all threads together read RAM, measured now."""
+        return self._ops.read_bandwidth()
+
+    def bytes_per_token(self, position: int) -> dict[str, int]:
+        """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""
+        experts = len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
+        latent = self._cache.nbytes // self._cache.context * position
+        return {"resident weights": self._touched_bytes, "experts": experts, "latent KV cache": latent}
+
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
         if not isinstance(self._experts, OffloadedExperts):
@@ -203,7 +232,7 @@ class Runtime:
         memory["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type == "cuda":
             memory["peak_vram"] = torch.cuda.max_memory_allocated(self.device)
-        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._network.ops.name}
+        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name}
         if isinstance(self._experts, OffloadedExperts):
             found |= self._experts.stats()
         return found
@@ -255,18 +284,23 @@ def available_memory() -> int:
     return max(available, 0)
 
 
-def _float_vectors(weights: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Weights on ``device``, norms and router gates widened to float32 (they are small, and used in float32)."""
-
-    def moved(name: str, weight: Any) -> Any:
-        if isinstance(weight, Int8Weight):
-            return Int8Weight(weight.q.to(device), weight.scale.to(device))
-        if isinstance(weight, Nf4Weight):
-            return Nf4Weight(weight.codes.to(device), weight.absmax.to(device), weight.levels.to(device), weight.shape)
+def _place(name: str, weight: Any, device: torch.device, ops: TorchOps) -> Any:
+    """One resident weight on ``device``, in the form that ``ops`` wants; norms and router gates, small and used in
+    float32, are widened to it."""
+    if isinstance(weight, Int8Weight):
+        weight = Int8Weight(weight.q.to(device), weight.scale.to(device))
+    elif isinstance(weight, Nf4Weight):
+        weight = Nf4Weight(weight.codes.to(device), weight.absmax.to(device), weight.levels.to(device), weight.shape)
+    else:
         widen = weight.dim() == 1 or name.endswith(".mlp.gate.weight")
-        return weight.to(device, torch.float32 if widen else weight.dtype)
+        weight = weight.to(device, torch.float32 if widen else weight.dtype)
+    return ops.prepare(name, weight)
 
-    return {name: moved(name, weight) for name, weight in weights.items()}
+
+def _touched_bytes(config: Config, weights: dict[str, Any]) -> int:
+    """Bytes of resident weights that one decoded token reads: all but the embedding table, unless it is the head too."""
+    skipped = set() if config.tie_word_embeddings else {"model.embed_tokens.weight"}
+    return sum(nbytes(weights[name]) for name in resident_shapes(config) if name not in skipped)
 
 
 def _fixed_bytes(config: Config, weights_bytes: int, kv_bytes: int, expert_elements: int, device: torch.device) -> dict[str, int]:
@@ -309,11 +343,13 @@ def _open_quantized(
             weight = export.resident(name)
             if tuple(weight.shape) != shape:
                 raise ConfigError(f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shape)}")
-            weights |= _float_vectors({name: weight}, device)
+            weights[name] = _place(name, weight, device, ops)
         experts = OffloadedExperts(export, LruCache(plan.slots), Slots(export, plan.slots, device), ops, export.levels.to(device))
         network = DeepseekV2(config, weights, ops, experts)
         cache = LatentCache(config, context, dtype, device)
-        return cls(config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), export)
+        return cls(
+            config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), export, ops, _touched_bytes(config, weights)
+        )
     except BaseException:
         export.close()
         raise
@@ -326,13 +362,23 @@ def _open_reference(
         raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
     with Checkpoint.open(folder) as checkpoint:
         tokenizer = Tokenizer(folder, config.bos_token_id)
-        ops = TorchOps(torch.float32)
         kv_bytes = _kv_bytes(config, context, torch.float32)
         elements = config.hidden_size * config.moe_intermediate_size
         fixed = _fixed_bytes(config, checkpoint.nbytes, kv_bytes, elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
         plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=1, slots=None)
-        weights = _float_vectors({name: checkpoint.tensor(name) for name in checkpoint.infos}, device)
+        weights = {name: _place(name, checkpoint.tensor(name), device, ops) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
         cache = LatentCache(config, context, torch.float32, device)
-        return cls(config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), checkpoint)
+        return cls(
+            config,
+            tokenizer,
+            network,
+            cache,
+            plan,
+            device,
+            _generation_eos(folder, config),
+            checkpoint,
+            ops,
+            _touched_bytes(config, weights),
+        )

@@ -1,23 +1,47 @@
 """The one place that knows what a weight is made of and picks who multiplies by it.
 
 ``TorchOps`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on every device and is the
-oracle of the native kernels.  Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads,
-R kv_lora_rank, I moe_intermediate_size.
+oracle of ``NativeOps``, which computes the same things on a CPU with the kernels of ``quant.kernels``.
+Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
 """
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant import int8, nf4
+from quant import int8, kernels, nf4
 from quant.export import RecordLayout
 from quant.int8 import Int8Weight
+from quant.kernels import Kernels, PackedInt8
 from quant.nf4 import TILE, Nf4Weight
+
+
+@dataclass(frozen=True)
+class TiledInt8Weight:
+    """An int8 matrix in the order that the native kernels read, with its row scales, float32 [N]."""
+
+    tiles: PackedInt8
+    scale: Tensor
+
 
 Weight = Tensor | Int8Weight | Nf4Weight
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+
+
+def nbytes(weight: Weight | TiledInt8Weight) -> int:
+    """Bytes in memory of a weight and its scales."""
+    if isinstance(weight, TiledInt8Weight):
+        return weight.tiles.data.nbytes + weight.scale.nbytes
+    if isinstance(weight, Int8Weight):
+        return weight.q.nbytes + weight.scale.nbytes
+    return weight.codes.nbytes + weight.absmax.nbytes if isinstance(weight, Nf4Weight) else weight.nbytes
 
 
 def rows(weight: Weight, start: int, stop: int) -> Weight:
@@ -44,6 +68,24 @@ class TorchOps:
 
     def __init__(self, compute: torch.dtype = torch.float32):
         self.compute = compute
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that the products use."""
+        return torch.get_num_threads()
+
+    def prepare(self, name: str, weight: Weight) -> Weight | TiledInt8Weight:
+        """The weight in the form that these ops want to multiply with; ``name`` is its checkpoint name."""
+        return weight
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second (median of 5) at which all threads together read 1 GiB of RAM."""
+        memory, seconds = torch.ones(1 << 27, dtype=torch.int64), []
+        for _ in range(6):
+            started = time.perf_counter()
+            memory.sum()
+            seconds.append(time.perf_counter() - started)
+        return memory.nbytes / median(seconds[1:])
 
     def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""
@@ -82,7 +124,7 @@ class TorchOps:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
         return TorchOps.linear(self, latent_BR, kv_b)
 
-    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, scale: float) -> Tensor | None:
+    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
@@ -95,3 +137,59 @@ class TorchOps:
         gate = self.linear(x_TD, layout.weight(record, "gate_proj", levels))
         up = self.linear(x_TD, layout.weight(record, "up_proj", levels))
         return self.linear(F.silu(gate) * up, layout.weight(record, "down_proj", levels))
+
+
+class NativeOps(TorchOps):
+    """The kernels of ``quant.kernels``: activations are quantized to int8 in blocks of 16 with a float32 scale each.
+
+    A row's result never depends on the other rows, the threads or the cache, so decode and prefill agree.  torch's own
+    threads stay idle in decode; what it still computes (norms, the gate, rope) is too small to share.
+    """
+
+    def __init__(self, native: Kernels):
+        super().__init__(torch.float32)
+        self._native = native
+        self.name = f"native {native.isa}"
+
+    @property
+    def threads(self) -> int:
+        return self._native.threads
+
+    def prepare(self, name: str, weight: Weight) -> Weight | TiledInt8Weight:
+        """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj`` (absorbed) stay row-major."""
+        if isinstance(weight, Int8Weight) and not name.endswith(("embed_tokens.weight", "kv_b_proj.weight")):
+            return TiledInt8Weight(self._native.pack_int8(weight.q), weight.scale)
+        return weight
+
+    def read_bandwidth(self) -> float:
+        return self._native.read_bandwidth()
+
+    def linear(self, x_TK: Tensor, weight: Weight | TiledInt8Weight) -> Tensor:
+        if isinstance(weight, TiledInt8Weight):
+            return self._native.linear_int8(x_TK.contiguous(), weight.tiles, weight.scale)
+        if isinstance(weight, Nf4Weight):
+            return self._native.linear_nf4(x_TK.contiguous(), weight.codes, weight.absmax, weight.levels, weight.shape[0])
+        return super().linear(x_TK, weight)
+
+    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+        return self._native.mla_decode(q_HW.contiguous(), rows_SW, len(rows_SW), R, scale)
+
+    def experts(self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor) -> Tensor:
+        return self._native.experts_each(x_D.contiguous(), records, layout.moe_intermediate_size, levels)
+
+    def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
+        return self._native.expert_prefill(x_TD.contiguous(), record, layout.moe_intermediate_size, levels)
+
+
+def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
+    """The ops for ``device``: native kernels on a CPU where they were built, else torch.
+
+    ``choice`` is ``auto`` or ``torch``, the plain reference.  ``threads`` defaults to the physical cores.
+    """
+    threads = threads or psutil.cpu_count(logical=False) or 1
+    native = kernels.load() if choice == "auto" and device.type == "cpu" else None
+    if native is None:
+        torch.set_num_threads(threads)
+        return TorchOps(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    native.set_threads(threads)
+    return NativeOps(native)

@@ -85,11 +85,10 @@ def test_staged_copies_give_the_same_logits(sample_export, wanted, monkeypatch):
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         whole = runtime.logits(IDS)
-        step = runtime._stepper()
-        runtime._cache.length = 0
+        step = runtime.start()
         alone = torch.cat([step([one]) for one in IDS])
         assert ((alone - whole).abs() / whole.abs().clamp(min=1e-3)).median() <= 2e-3
-        runtime._cache.length = 0
+        step = runtime.start()
         torch.testing.assert_close(torch.cat([step(IDS[:23]), step(IDS[23:])]), whole[[22, 59]], rtol=1e-3, atol=1e-3)
 
 

@@ -26,7 +26,7 @@ def command(geometry: str, destination: Path, resident: str, share_layers: int |
 
     \b
     Examples:
-      slotmoe synth v2-lite lite-random             9 GB, about ten seconds
+      slotmoe synth v2-lite lite-random             9 GB, under a minute
       slotmoe synth v2 v2-random --share-layers 4   22 GB instead of 131
       slotmoe bench lite-random --ram 5GiB
     """

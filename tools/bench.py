@@ -1,0 +1,116 @@
+"""``slotmoe bench``: prefill and decode speed beside what the machine's memory allows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tools.options import open_runtime, runtime_options
+
+if TYPE_CHECKING:
+    from offload.runtime import Runtime
+
+
+@click.command(name="bench")
+@click.argument("model", metavar="MODEL")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens of one prefill.")
+@click.option("--decode-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Tokens of one decode run.")
+@click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Tokens already in the cache (noise).")
+@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Runs; medians are reported.")
+@runtime_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: str, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int, as_json: bool, **options: Any) -> None:
+    """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth cached tokens.
+
+    The ceiling of decode is the bytes that one token touches over the read bandwidth measured in the same run, with every
+    expert in memory.  Expert slots are filled before the clock starts.
+
+    \b
+    Examples:
+      slotmoe bench sample
+      slotmoe bench lite-random --depth 8192 --context 9000 --threads 2
+      slotmoe bench lite-random --ram 5GiB --prompt-tokens 64 --json
+    """
+    from tools.progress import byte_progress
+
+    with open_runtime(model, options, quiet=as_json) as runtime:
+        needed = max(prompt_tokens, depth + decode_tokens)
+        if needed > runtime.context:
+            raise click.UsageError(f"{needed} positions are needed, the context has {runtime.context}: raise --context")
+        with byte_progress("Filling expert slots", quiet=as_json) as progress:
+            runtime.warm(progress)
+        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
+    report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
+    print(json.dumps(report)) if as_json else _print(report)
+
+
+def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int) -> dict[str, Any]:
+    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(runtime.config.vocab_size, (count,), generator=generator).tolist()
+
+    prefill, decode = [], []
+    bandwidth = [runtime.read_bandwidth()]
+    runtime.start()(ids(8))  # first-use costs: thread pools, page faults of scratch memory
+    for _ in range(repetitions):
+        step, prompt = runtime.start(), ids(prompt_tokens)
+        started = time.perf_counter()
+        step(prompt)
+        prefill.append(prompt_tokens / (time.perf_counter() - started))
+        step = runtime.start(depth)
+        started = time.perf_counter()
+        for token in ids(decode_tokens):
+            step([token])
+        decode.append(decode_tokens / (time.perf_counter() - started))
+        bandwidth.append(runtime.read_bandwidth())
+    touched = runtime.bytes_per_token(depth + decode_tokens // 2)
+    limit = statistics.median(bandwidth) / sum(touched.values())
+    speed = statistics.median(decode)
+    return {
+        "prefill_tokens_per_second": statistics.median(prefill),
+        "decode_tokens_per_second": speed,
+        "prefill_runs": prefill,
+        "decode_runs": decode,
+        "ceiling": {
+            "bytes_per_token": touched,
+            "read_bandwidth": statistics.median(bandwidth),
+            "decode_tokens_per_second": limit,
+            "decode_fraction": speed / limit,
+        },
+        "settings": {
+            "prompt_tokens": prompt_tokens,
+            "decode_tokens": decode_tokens,
+            "depth": depth,
+            "repetitions": repetitions,
+            "kernels": runtime.stats()["kernels"],
+            "threads": runtime.threads,
+        },
+        "cache": runtime.stats()["cache"],
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings, ceiling = report["settings"], report["ceiling"]
+    table = Table(title=f"{settings['model']}: {settings['kernels']} kernels, {settings['threads']} threads")
+    for column in ("", "median tokens/s", "range", "ceiling", "of ceiling"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, label in (("prefill", f"prefill {settings['prompt_tokens']}"), ("decode", f"decode after {settings['depth']}")):
+        runs = report[f"{kind}_runs"]
+        limits = [f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}"] if kind == "decode" else ["", ""]
+        table.add_row(label, f"{report[f'{kind}_tokens_per_second']:.2f}", f"{min(runs):.2f}-{max(runs):.2f}", *limits)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items())
+    console.print(f"A token touches {parts}; memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.")
