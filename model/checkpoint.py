@@ -21,8 +21,9 @@ from slotmoe import CheckpointError, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_INDEX_BYTES = 16 << 20  # DeepSeek-V2's own is 3.5 MB
-MAX_HEADER_BYTES = 16 << 20
+MAX_INDEX_BYTES = 8 << 20  # DeepSeek-V2's own is 3.5 MB
+MAX_HEADER_BYTES = 8 << 20  # of all shards together; DeepSeek-V2's are 4 MB
+MAX_TENSORS = 100_000
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -95,10 +96,8 @@ def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:
     return {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
 
 
-def _inside(folder: Path, name: object, where: str) -> Path:
-    """Path of the plain file ``name`` in ``folder``; links may lead only to the hub cache's own blobs."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", name):
-        raise CheckpointError(f"{where}: {name!r:.80} is not a plain .safetensors file name inside the folder")
+def inside(folder: Path, name: str) -> Path:
+    """Path of the regular file ``name`` in ``folder``; links may lead only to the hub cache's own blobs."""
     path = folder / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -109,13 +108,20 @@ def _inside(folder: Path, name: object, where: str) -> Path:
     return path
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file by name; raises ``CheckpointError`` if the file is not a whole one."""
+def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], int]:
+    """Tensors of one safetensors file by name, and its header's length, at most ``limit`` bytes.
+
+    Raises ``CheckpointError`` if the file is not a whole one.
+    """
     try:
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}; not a real checkpoint")
+            if header_bytes > limit:
+                raise CheckpointError(
+                    f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES} in the checkpoint; not a real one"
+                )
+            if file.read(header_bytes).count(b"{") > MAX_TENSORS:
+                raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors; not a real checkpoint")
         # The library checks bounds, overlaps, holes and the file's size against the header, so offsets follow from the order.
         with safe_open(path, framework="pt") as opened:
             infos, offset = {}, 8 + header_bytes
@@ -128,7 +134,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     raise CheckpointError(f"{path}: {name:.120} is a scalar, expected at least one dimension")
                 infos[name] = info
                 offset += info.nbytes
-            return infos
+            return infos, header_bytes
     except (SafetensorError, OSError, ValueError) as problem:
         if isinstance(problem, CheckpointError):
             raise
@@ -215,9 +221,13 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
         weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map object")
-        headers = {}
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        left = MAX_HEADER_BYTES
         for file in dict.fromkeys(str(value) for value in weight_map.values()):
-            headers[file] = read_header(_inside(folder, file, str(index)))
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
+                raise CheckpointError(f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder")
+            headers[file], used = read_header(inside(folder, file), left)
+            left -= used
         infos = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or name not in headers[file]:
@@ -225,7 +235,7 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
             infos[name] = headers[file][name]
         return infos
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
-        return read_header(_inside(folder, SINGLE_NAME, str(folder)))
+        return read_header(inside(folder, SINGLE_NAME))[0]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(f"{folder}: holds pickled weights, which can run code and are never opened; convert them to safetensors")
     raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

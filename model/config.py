@@ -147,9 +147,11 @@ class _Reader:
 
 def _read_rope(values: dict[str, Any], where: str) -> Rope:
     """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters`` (transformers 5)."""
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"{where}: rope_scaling is {scaling!r:.80}, expected an object or null")
+    given = [(key, values[key]) for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
+    for key, value in given:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} is {value!r:.80}, expected an object or null")
+    scaling = given[0][1] if given else {}
     merged = {"rope_theta": values.get("rope_theta", 10000.0), **scaling}
     reader = _Reader(merged, f"{where}: rope settings")
     theta = reader.number("rope_theta")

@@ -14,8 +14,10 @@ from typing import Any
 
 from slotmoe import ConfigError, read_json
 
-MAX_TOKENIZER_BYTES = 64 << 20
-TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 5, 1 << 30, 4 << 20
+MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
+MAX_TOKENIZER_VALUES = 600_000  # DeepSeek-V2's has 300,000
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20  # CPU time, memory and characters of one rendering
+MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
 
 
@@ -28,22 +30,30 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path}: is missing; copy the model's tokenizer.json there")
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise ConfigError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; not a real tokenizer")
+        with open(path, "rb") as file:
+            data = file.read(MAX_TOKENIZER_BYTES + 1)
+        if len(data) > MAX_TOKENIZER_BYTES or sum(data.count(mark) for mark in b"[{,") > MAX_TOKENIZER_VALUES:
+            raise ConfigError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values; not a real tokenizer")
         try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as problem:  # the library raises bare Exception
+            self._backend = Backend.from_buffer(data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # the library raises bare Exception, and its panics aren't even that
             raise ConfigError(f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})") from None
         settings_path = folder / "tokenizer_config.json"
         self.settings: dict[str, Any] = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
+        template_path = folder / "chat_template.jinja"
+        self._template_file = _read_template(template_path) if template_path.exists() else None
         self.bos_token_id = bos_token_id if self.settings.get("add_bos_token", bos_token_id is not None) else None
-        self.size = self._backend.get_vocab_size(with_added_tokens=True)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and the text has none."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeError, TypeError):  # lone surrogates, which is how Python passes on bytes that are no text
+            raise ConfigError("the prompt is not valid UTF-8 text") from None
         if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -58,7 +68,7 @@ class Tokenizer:
 
         Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
         """
-        template = self.settings.get("chat_template")
+        template = self._template_file or self.settings.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default")
@@ -104,6 +114,15 @@ class TextStream:
         return len(self._ids) <= 1
 
 
+def _read_template(path: Path) -> str:
+    if not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise ConfigError(f"{path}: is not a regular file of at most {MAX_TEMPLATE_BYTES} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+
+
 def _render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
     try:
@@ -111,21 +130,22 @@ def _render(template: str, variables: dict[str, Any]) -> str:
             [sys.executable, "-c", _CHILD, str(TEMPLATE_SECONDS), str(TEMPLATE_MEMORY), str(TEMPLATE_OUTPUT)],
             input=request.encode(),
             capture_output=True,
-            timeout=TEMPLATE_SECONDS,
+            timeout=60 * TEMPLATE_SECONDS,  # the child bounds its own CPU time; this is for a machine that stands still
         )
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile") from None
+        raise ConfigError("chat_template: did not finish; the machine is overloaded, or the template is hostile") from None
+    if child.returncode < 0:
+        raise ConfigError(f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile")
     if child.returncode:
-        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory or time"]
+        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
         raise ConfigError(f"chat_template: failed ({lines[-1][:160]})")
     return child.stdout.decode()
 
 
 _CHILD = """
-import datetime, json, resource, sys
-seconds, memory, limit = map(int, sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+import sys
+sys.path[:] = [path for path in sys.path if path]  # never import from the working directory
+import datetime, json, resource, signal
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 def raise_exception(message):
     raise ValueError(message)
@@ -133,6 +153,10 @@ environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True
 environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
 environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
 request = json.load(sys.stdin)
+seconds, memory, limit = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills
+memory += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 parts, size = [], 0
 for part in environment.from_string(request["template"]).generate(**request["variables"]):
     size += len(part)

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, resident_shapes
+from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, inside, resident_shapes
 from model.config import Config
 from offload.plan import format_size
 from quant import int8, nf4
 from quant.export import (
     COPIED,
     FORMAT_VERSION,
+    MAX_COPIED_BYTES,
     MANIFEST,
     PROJECTIONS,
     RESIDENT,
@@ -43,7 +44,7 @@ from quant.export import (
     sync_folder,
     write_json,
 )
-from slotmoe import CheckpointError, ExportError
+from slotmoe import CheckpointError, ConfigError, ExportError
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 Progress = Callable[[int, int], None]
@@ -80,9 +81,11 @@ def quantize(
     export.  Interrupted or failed, it leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns what it made.
     """
+    if resident not in RESIDENT_CHOICES:
+        raise ConfigError(f"resident {resident!r:.40} is unknown, expected one of: {', '.join(RESIDENT_CHOICES)}")
     mode = "int8" if resident == "auto" else resident
     with Checkpoint.open(source) as checkpoint:
-        partial = destination.with_name(destination.name + ".partial")
+        partial = partial_folder(destination)
         with _locked(partial, wait_for_lock):
             if wait_for_lock and (destination / MANIFEST).exists():
                 finished: dict[str, Any] = json.loads((destination / MANIFEST).read_text())
@@ -99,8 +102,15 @@ def quantize(
             return manifest
 
 
+def partial_folder(destination: Path) -> Path:
+    """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the destination has no name."""
+    if destination.name in ("", ".."):
+        raise ExportError(f"{destination}: is not the name of a new folder; choose another destination")
+    return destination.with_name(destination.name + ".partial")
+
+
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``ExportError`` if ``destination`` can't become an export without losing something."""
+    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with ``overwrite``, an export."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
     if destination.is_dir() and any(destination.iterdir()):
@@ -108,6 +118,11 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             raise ExportError(f"{destination}: exists and is not an export, so it is never overwritten; choose another destination")
         if not overwrite:
             raise ExportError(f"{destination}: exists; pass --overwrite to replace it, or choose another destination")
+    ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
+    for folder in (destination, partial_folder(destination), _replaced_folder(destination)):
+        foreign = [path.name for path in folder.iterdir() if path.name.removesuffix(".tmp") not in ours] if folder.is_dir() else []
+        if foreign:
+            raise ExportError(f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away")
 
 
 @contextmanager
@@ -118,7 +133,12 @@ def _locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
             partial.mkdir(exist_ok=True)
         except OSError as problem:
             raise ExportError(f"{partial}: can't be made ({problem.strerror}); choose another destination") from None
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        except OSError as problem:
+            raise ExportError(f"{partial}: is no folder of ours ({problem.strerror}); choose another destination") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -148,9 +168,14 @@ def check_space(partial: Path, needed: int) -> None:
         )
 
 
+def _replaced_folder(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".replaced")
+
+
 def publish(partial: Path, destination: Path) -> None:
     """Give the finished folder its name, replacing an older export."""
-    replaced = destination.with_name(destination.name + ".replaced")
+    replaced = _replaced_folder(destination)
+    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
     if destination.is_dir() and any(destination.iterdir()):
         os.rename(destination, replaced)
     os.rename(partial, destination)
@@ -223,8 +248,10 @@ class _Job:
         for name in sorted({info.file for info in self._checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
             if not (folder / name).is_file():
                 continue
-            with open(folder / name, "rb") as file:
+            with open(inside(folder, name), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
+                if name in COPIED and size > MAX_COPIED_BYTES:
+                    raise CheckpointError(f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file")
                 if name.endswith(".safetensors"):  # the header alone: hashing 31 GB would double the time
                     head = file.read(8)
                     files[name] = {"bytes": size, "header_sha256": _sha256(head + file.read(int.from_bytes(head, "little")))}
@@ -370,9 +397,7 @@ def export_manifest(
             "hidden_size": config.hidden_size,
             "moe_intermediate_size": config.moe_intermediate_size,
             "record_bytes": layout.record_bytes,
-            "record": {
-                name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)} for name, part in layout.parts.items()
-            },
+            "record": layout.describe(),
         },
         "files": dict(sorted(files.items())),
     }

@@ -41,7 +41,8 @@ ALIGNMENT = 4096
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-MAX_MANIFEST_BYTES = 32 << 20
+MAX_MANIFEST_BYTES = 8 << 20
+MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -91,6 +92,10 @@ class RecordLayout:
         self.record_bytes = -(-offset // ALIGNMENT) * ALIGNMENT
         if self.record_bytes > offset:
             self.parts["pad"] = Part(torch.uint8, (self.record_bytes - offset,), offset)
+
+    def describe(self) -> dict[str, Any]:
+        """The parts as the manifest holds them."""
+        return {name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)} for name, part in self.parts.items()}
 
     def part(self, record: Tensor, name: str) -> Tensor:
         """View of part ``name`` in a record (uint8 [record_bytes], on any device)."""
@@ -164,7 +169,11 @@ class _Writer:
         self._path, self._temporary = path, path.with_name(path.name + ".tmp")
         self._file = open(self._temporary, "wb")
         self._header = header
-        self._file.write(header)
+        try:
+            self._file.write(header)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def _commit(self, entry: dict[str, Any]) -> dict[str, Any]:
         self._file.flush()
@@ -179,8 +188,10 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # flushes, which fails again on a full disk
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 class LayerWriter(_Writer):
@@ -284,8 +295,7 @@ class Export:
         """Open the export in folder ``path``; raises ``ExportError`` naming the file that is damaged or missing."""
         folder = Path(path)
         manifest = _read_manifest(folder)
-        layout = RecordLayout(manifest["experts"]["hidden_size"], manifest["experts"]["moe_intermediate_size"])
-        export = cls(folder, manifest, layout)
+        export = cls(folder, manifest, _layout(manifest))
         try:
             export._verify_files()
         except BaseException:
@@ -305,17 +315,15 @@ class Export:
             self._open_file(layer_file(layer))  # its size bounds the work that the header takes
             named = self.manifest["experts"]["linked_layers"].get(str(layer), layer)  # a hard link keeps its origin's names
             header = layer_header(named, self.experts, self.layout)
-            self._verify_header(layer_file(layer), header, self.experts * self.layout.record_bytes)
+            self._verify_header(layer_file(layer), header)
         self._open_file(RESIDENT)
         header = safetensors_header(self._resident_parts.items())
-        self._verify_header(RESIDENT, header, self.resident_bytes)
+        self._verify_header(RESIDENT, header)
         self._resident_start = len(header)
 
     def _open_file(self, name: str) -> None:
         """Open one of the format's own files, inside the folder and of the size that the manifest names."""
-        path = self.folder / name
-        if os.path.realpath(path) != os.path.join(os.path.realpath(self.folder), name):
-            raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
+        path = _regular_file(self.folder, name)
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as problem:
@@ -325,10 +333,9 @@ class Export:
         if found != wanted:
             raise ExportError(f"{path}: has {found} bytes, the manifest says {wanted}; the file is truncated or not this export's")
 
-    def _verify_header(self, name: str, header: bytes, data_bytes: int) -> None:
+    def _verify_header(self, name: str, header: bytes) -> None:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
-        handle = self._files[name]
-        if os.pread(handle, len(header), 0) != header or os.fstat(handle).st_size != len(header) + data_bytes:
+        if self.manifest["files"][name]["header_bytes"] != len(header) or os.pread(self._files[name], len(header), 0) != header:
             raise ExportError(f"{self.folder / name}: its header is not the one that the manifest describes; quantize again")
 
     def _read(self, name: str, offset: int, out: Tensor, wanted: str, what: str) -> None:
@@ -396,18 +403,32 @@ class Export:
         self.close()
 
 
+def _regular_file(folder: Path, name: str) -> Path:
+    """Path of ``name`` in ``folder``; raises ``ExportError`` for a link that leads elsewhere and for what is no file."""
+    path = folder / name
+    if os.path.realpath(path) != os.path.join(os.path.realpath(folder), name):
+        raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: is not a regular file; the export is damaged")
+    return path
+
+
+def _layout(manifest: dict[str, Any]) -> RecordLayout:
+    return RecordLayout(manifest["experts"]["hidden_size"], manifest["experts"]["moe_intermediate_size"])
+
+
 def _part(item: dict[str, Any]) -> Part:
     return Part(_DTYPES[item["dtype"]], tuple(item["shape"]), 0)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``, its values checked for type and range before anything uses them."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    path = _regular_file(folder, MANIFEST)
+    if not path.exists():
         raise ExportError(f"{path}: is missing; {folder} is no finished export (slotmoe quantize SRC DST makes one)")
     manifest = read_json(path, MAX_MANIFEST_BYTES, ExportError)
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ExportError(f"{path}: format_version is {version!r:.40}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise ExportError(f"{path}: format_version {version} is newer than this slotmoe reads ({FORMAT_VERSION}); upgrade slotmoe")
@@ -420,39 +441,70 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _integer(value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{value!r:.40} is not an integer from {low} to {high}")
+    return value
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+def _is_list(value: Any, kind: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(isinstance(item, kind) for item in value)
+
+
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure that readers rely on."""
-
-    def integer(value: Any, low: int, high: int) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{value!r:.40} is not an integer from {low} to {high}")
-        return value
-
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(what)
-
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
-    require(quantization["layout"] == "tiles16", f"unknown layout {quantization['layout']!r:.40}")
+    _require(quantization["layout"] == "tiles16", f"unknown layout {quantization['layout']!r:.40}")
+    _require(quantization["block"] == nf4.BLOCK, f"unknown block {quantization['block']!r:.40}")
     levels = quantization["levels"]
-    require(len(levels) == 16 and all(isinstance(v, int | float) and abs(v) < 1e30 for v in levels), "levels are not 16 numbers")
-    for shape in quantization["resident_shapes"].values():
-        require(len(shape) == 2 and all(integer(size, 1, 1 << 31) for size in shape), "a resident shape is not two sizes")
+    _require(_is_list(levels, int | float, 16) and all(abs(level) < 1e30 for level in levels), "levels are not 16 numbers")
     for key, high in (("hidden_size", 1 << 20), ("moe_intermediate_size", 1 << 20), ("n_routed_experts", 4096)):
-        integer(experts[key], 1, high)
+        _integer(experts[key], 1, high)
+    layout = _layout(manifest)
+    _require(experts["record_bytes"] == layout.record_bytes and experts["record"] == layout.describe(), "the record layout is unknown")
     layers = experts["layers"]
-    require(0 < len(layers) <= 1000 and all(integer(layer, 0, 99999) >= 0 for layer in layers), "layers is not a list of layers")
+    _require(_is_list(layers, int, len(layers)) and 0 < len(layers) <= 1000, "layers is not a list of layers")
+    _require(all(0 <= _integer(layer, 0, 99999) for layer in layers) and layers == sorted(set(layers)), "layers are not in order")
     for layer, origin in experts["linked_layers"].items():
-        require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
+        _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
     allowed = {*COPIED, RESIDENT, *map(layer_file, layers)}
-    require(set(files) <= allowed and "config.json" in files, "files names something that is not part of the format")
-    for entry in files.values():
-        integer(entry["bytes"], 0, 1 << 50)
-        require(isinstance(entry["checksum"], str), "a checksum is not a string")
+    _require(set(files) <= allowed and "config.json" in files, "files names something that is not part of the format")
+    for name, entry in files.items():
+        _integer(entry["bytes"], 0, MAX_COPIED_BYTES if name in COPIED else 1 << 50)
+        _require(isinstance(entry["checksum"], str), "a checksum is not a string")
     for layer in layers:
-        records = files[layer_file(layer)]["records"]
-        require(len(records) == experts["n_routed_experts"], "records are not one checksum an expert")
-        integer(files[layer_file(layer)]["header_bytes"], ALIGNMENT, 1 << 30)
-    for item in files[RESIDENT]["tensors"].values():
-        require(item["dtype"] in _DTYPES and 0 < len(item["shape"]) <= 3, "a resident tensor has no known dtype or shape")
-        require(all(integer(size, 0, 1 << 31) >= 0 for size in item["shape"]), "a resident shape is negative")
+        entry = files[layer_file(layer)]
+        _require(_is_list(entry["records"], str, experts["n_routed_experts"]), "records are not one checksum an expert")
+        _check_size(entry, experts["n_routed_experts"] * layout.record_bytes)
+    _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
+    _check_size(files[RESIDENT], sum(_part(item).nbytes for item in files[RESIDENT]["tensors"].values()))
+
+
+def _check_size(entry: dict[str, Any], data_bytes: int) -> None:
+    header_bytes = _integer(entry["header_bytes"], ALIGNMENT, 1 << 30)
+    _require(entry["bytes"] == header_bytes + data_bytes, f"{entry['bytes']!r:.40} bytes do not hold what a file should")
+
+
+def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> None:
+    """Every weight must have the tensors, dtypes and shapes that its quantization prescribes: kernels trust them."""
+    expected: dict[str, Part] = {}
+    for name, item in tensors.items():
+        shape, dtype = item["shape"], _DTYPES[item["dtype"]]
+        _require(_is_list(shape, int, len(shape)) and 0 < len(shape) <= 3, f"{name:.80} has no shape")
+        _require(all(_integer(size, 1, 1 << 31) for size in shape) and isinstance(item["checksum"], str), f"{name:.80} has no checksum")
+        if name + ".scale" in tensors:
+            _require(len(shape) == 2, f"{name:.80} is no matrix")
+            expected |= resident_parts(name, tuple(shape), "int8", dtype)
+        elif name + ".absmax" in tensors:
+            N, K = nf4_shapes[name]
+            expected |= resident_parts(name, (_integer(N, 1, 1 << 31), _integer(K, 1, 1 << 31)), "nf4", dtype)
+        elif name not in expected:
+            _require(dtype in (torch.bfloat16, torch.float16, torch.float32), f"{name:.80} has dtype {dtype}")
+            expected |= resident_parts(name, tuple(shape), "none", dtype)
+    for name, part in expected.items():
+        _require(name in tensors and part == _part(tensors[name]), f"{name:.80} is not stored as its quantization prescribes")

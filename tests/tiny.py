@@ -85,7 +85,9 @@ def write_checkpoint(
     folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config_overrides: Any
 ) -> dict[str, Any]:
     """Write a checkpoint into ``folder`` (made if absent) as one file or as ``shards`` with an index; returns its config."""
-    config = {key: value for key, value in {**CONFIG, **config_overrides}.items() if value is not REMOVE}
+    heads = config_overrides.get("num_attention_heads", CONFIG["num_attention_heads"])
+    config = {**CONFIG, "num_key_value_heads": heads, **config_overrides}
+    config = {key: value for key, value in config.items() if value is not REMOVE}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in TOKENIZER_FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from typing import Any
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("\nslotmoe: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: Python's last flush must not fail
         sys.exit(1)
     except OSError as problem:
         click.echo(f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}", err=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slotmoe import ConfigError
 from tools.options import open_runtime, runtime_options
 
 
@@ -48,7 +49,10 @@ def command(
       slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
     """
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError:
+            raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
     with open_runtime(model, options, quiet=as_json) as runtime:
         if trace is not None:
             runtime.trace(trace)

@@ -1,0 +1,361 @@
+"""Native CPU kernels for quantized weights and latent attention, through ctypes.
+
+`load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign to this machine; the
+caller then falls back to torch. Tensors are contiguous CPU tensors unless said otherwise, and everything about them is
+checked here, before the native side sees a pointer: a wrong dtype, shape, size or alignment is a `ValueError`.
+
+Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; tiles of 16 rows, blocks of
+64 columns: Np = N rounded up to 16, Kp = K rounded up to 64.  Results do not depend on the number of threads, and a row's
+result does not depend on the rows computed with it.
+
+NF4 "tiles16" layout (the export's): codes uint8 [Np/16, Kp/64, 512], absmax float16 [Np/16, Kp/64, 16].  In a block's 512
+bytes, byte 64 t + 4 lane + i (t < 8, lane < 16, i < 4) belongs to row 16 tile + lane: its high nibble is the code of column
+64 block + 8 t + i, its low nibble that of column 64 block + 8 t + 4 + i.  w = levels[code] * absmax.  Padding is code 7 and
+absmax 0.  An expert record is gate, up and down codes, then gate, up and down absmax, 64-byte-aligned, then any padding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["NF4_LEVELS", "Kernels", "PackedInt8", "absmax_shape", "codes_shape", "load", "record_bytes"]
+
+ABI = 1
+TILE = 16
+BLOCK = 64
+
+# The 16 levels of bitsandbytes' NF4.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+_SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def codes_shape(n: int, k: int) -> tuple[int, int, int]:
+    """Shape of the NF4 codes of a matrix [n, k]."""
+    return -(-n // TILE), -(-k // BLOCK), 512
+
+
+def absmax_shape(n: int, k: int) -> tuple[int, int, int]:
+    """Shape of the NF4 scales of a matrix [n, k]."""
+    return -(-n // TILE), -(-k // BLOCK), TILE
+
+
+def record_bytes(hidden: int, intermediate: int) -> int:
+    """Bytes of one expert's record, without padding after it."""
+    shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return sum(math.prod(codes_shape(*s)) + 2 * math.prod(absmax_shape(*s)) for s in shapes)
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """An int8 matrix [n, k] in the order the kernels read: int8 [Np/16, Kp/64, 1024], byte 64 t + 4 lane + i of a block
+    being row 16 tile + lane, column 64 block + 4 t + i."""
+
+    data: Tensor
+    n: int
+    k: int
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None, ndim: int | None = None) -> None:
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense CPU tensor")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if ndim is not None and tensor.dim() != ndim:
+        raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {ndim}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def _count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or not least <= value < 2**31:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+
+
+class Kernels:
+    """The native kernels.  Methods allocate their results, may be called from several threads (jobs queue), release the
+    GIL while they run, and raise ValueError for bad arguments before anything is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._lib = ctypes.CDLL(str(path))
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        signatures = {
+            "linear_nf4": [pointer, size, size, size, pointer, pointer, pointer, pointer],
+            "pack_int8": [pointer, size, size, pointer],
+            "linear_int8": [pointer, size, size, size, pointer, pointer, pointer],
+            "experts_decode": [pointer, pointer, size, pointer, size, size, pointer, pointer],
+            "weighted_sum": [pointer, pointer, size, size, pointer],
+            "expert_prefill": [pointer, size, pointer, size, size, pointer, pointer],
+            "mla_decode": [pointer, size, pointer, size, size, size, size, ctypes.c_float, pointer],
+            "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
+            "quantize_int8": [pointer, number, size, size, pointer, pointer],
+            "set_isa": [ctypes.c_char_p],
+            "isa_count": [],
+            "isa_supported": [number],
+            "threads": [],
+            "abi": [],
+        }
+        for name, arguments in signatures.items():
+            function = getattr(self._lib, f"slotmoe_{name}")
+            function.argtypes, function.restype = arguments, number
+        for name, arguments, result in [
+            ("isa", [], ctypes.c_char_p),
+            ("isa_name", [number], ctypes.c_char_p),
+            ("set_threads", [number], None),
+            ("read", [pointer, size], ctypes.c_uint64),
+        ]:
+            function = getattr(self._lib, f"slotmoe_{name}")
+            function.argtypes, function.restype = arguments, result
+        if self._lib.slotmoe_abi() != ABI:
+            raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
+        self.isas = tuple(
+            self._lib.slotmoe_isa_name(i).decode() for i in range(self._lib.slotmoe_isa_count()) if self._lib.slotmoe_isa_supported(i)
+        )
+        """Instruction sets that this machine can run, best first: among avx512vnni, avx2, portable."""
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self._lib.slotmoe_isa()
+        return name.decode()
+
+    def set_isa(self, name: str) -> None:
+        """Use one of `isas` from the next call on (for tests and measurements)."""
+        if self._lib.slotmoe_set_isa(name.encode()):
+            raise ValueError(f"instruction set {name!r} is not one of {', '.join(self.isas)}")
+
+    @property
+    def threads(self) -> int:
+        """Threads that the next call uses, the caller included."""
+        return int(self._lib.slotmoe_threads())
+
+    def set_threads(self, count: int) -> None:
+        """Threads from the next call on, the caller included (1 to 256)."""
+        if not 1 <= count <= 256:
+            raise ValueError(f"{count} threads: expected 1 to 256")
+        self._lib.slotmoe_set_threads(count)
+
+    def read(self, memory: Tensor) -> None:
+        """Read every byte of uint8 [n] with all threads: what the kernels' speed is held against."""
+        _check("memory", memory, torch.uint8, ndim=1)
+        self._lib.slotmoe_read(memory.data_ptr(), memory.numel())
+
+    def read_bandwidth(self, size: int = 1 << 30, repeats: int = 5) -> float:
+        """Bytes a second (median) at which all threads together read `size` bytes of memory."""
+        _count("size", size)
+        memory = torch.ones(size, dtype=torch.uint8)  # written, so that every page exists
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            self.read(memory)
+            seconds.append(time.perf_counter() - start)
+        return size / statistics.median(seconds[1:])
+
+    def linear_nf4(self, x: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor, n: int) -> Tensor:
+        """x float32 [T, K], codes and absmax of W [n, K] as tiles16, levels float32 [16] -> float32 [T, n] = x W^T."""
+        _check("x", x, torch.float32, ndim=2)
+        t, k = x.shape
+        _count("K", k)
+        _count("n", n)
+        _check("codes", codes, torch.uint8, codes_shape(n, k))
+        _check("absmax", absmax, torch.float16, absmax_shape(n, k))
+        _check("levels", levels, torch.float32, (16,))
+        y = x.new_empty((t, n))
+        pointers = codes.data_ptr(), absmax.data_ptr(), levels.data_ptr(), y.data_ptr()
+        self._done(self._lib.slotmoe_linear_nf4(x.data_ptr(), t, k, n, *pointers))
+        return y
+
+    def pack_int8(self, w: Tensor) -> PackedInt8:
+        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load)."""
+        _check("w", w, torch.int8, ndim=2)
+        n, k = w.shape
+        _count("N", n)
+        _count("K", k)
+        data = torch.empty((-(-n // TILE), -(-k // BLOCK), TILE * BLOCK), dtype=torch.int8)
+        self._done(self._lib.slotmoe_pack_int8(w.data_ptr(), n, k, data.data_ptr()))
+        return PackedInt8(data, n, k)
+
+    def linear_int8(self, x: Tensor, w: PackedInt8, scale: Tensor) -> Tensor:
+        """x float32 [T, K], packed int8 W [N, K], scale float32 [N] -> float32 [T, N] = x (W * scale)^T."""
+        _check("w", w.data, torch.int8, (-(-w.n // TILE), -(-w.k // BLOCK), TILE * BLOCK))
+        _check("x", x, torch.float32, ndim=2)
+        if x.shape[1] != w.k:
+            raise ValueError(f"x has {x.shape[1]} columns, the matrix {w.k}")
+        _check("scale", scale, torch.float32, (w.n,))
+        t = x.shape[0]
+        y = x.new_empty((t, w.n))
+        pointers = w.data.data_ptr(), scale.data_ptr(), y.data_ptr()
+        self._done(self._lib.slotmoe_linear_int8(x.data_ptr(), t, w.k, w.n, *pointers))
+        return y
+
+    def experts_decode(self, x: Tensor, records: Sequence[Tensor], weights: Tensor, intermediate: int, levels: Tensor) -> Tensor:
+        """x float32 [H], k records uint8 [>= record_bytes], weights float32 [k] -> float32 [H].
+
+        The sum over experts of weight * down(silu(gate x) * up x), in the order given: bitwise `weighted_sum` of
+        `experts_each` over any split of the experts.
+        """
+        _check("weights", weights, torch.float32, (len(records),))
+        y = torch.empty_like(x)
+        if not records:
+            return y.zero_()
+        self._decode(x, records, weights.data_ptr(), intermediate, levels, y)
+        return y
+
+    def experts_each(self, x: Tensor, records: Sequence[Tensor], intermediate: int, levels: Tensor) -> Tensor:
+        """As `experts_decode`, but each expert's own output, without weights -> float32 [k, H]."""
+        y = x.new_empty((len(records), x.numel()))
+        self._decode(x, records, None, intermediate, levels, y)
+        return y
+
+    def _decode(self, x: Tensor, records: Sequence[Tensor], weights: int | None, intermediate: int, levels: Tensor, y: Tensor) -> None:
+        _check("x", x, torch.float32, ndim=1)
+        hidden = x.numel()
+        _count("H", hidden)
+        _count("intermediate", intermediate)
+        _check("levels", levels, torch.float32, (16,))
+        size = record_bytes(hidden, intermediate)
+        addresses = (ctypes.c_void_p * len(records))(*[_record(record, size) for record in records])
+        self._done(
+            self._lib.slotmoe_experts_decode(
+                x.data_ptr(), addresses, len(records), weights, hidden, intermediate, levels.data_ptr(), y.data_ptr()
+            )
+        )
+
+    def weighted_sum(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """outputs float32 [k, H], weights float32 [k] -> float32 [H]: products added one by one in order, from zero."""
+        _check("outputs", outputs, torch.float32, ndim=2)
+        k, hidden = outputs.shape
+        _count("H", hidden)
+        _check("weights", weights, torch.float32, (k,))
+        y = outputs.new_empty(hidden)
+        self._done(self._lib.slotmoe_weighted_sum(outputs.data_ptr(), weights.data_ptr(), k, hidden, y.data_ptr()))
+        return y
+
+    def expert_prefill(self, x: Tensor, record: Tensor, intermediate: int, levels: Tensor) -> Tensor:
+        """x float32 [T, H] through one expert -> float32 [T, H]; each row bitwise what `experts_each` gives for it."""
+        _check("x", x, torch.float32, ndim=2)
+        t, hidden = x.shape
+        _count("H", hidden)
+        _count("intermediate", intermediate)
+        _check("levels", levels, torch.float32, (16,))
+        address = _record(record, record_bytes(hidden, intermediate))
+        y = torch.empty_like(x)
+        pointers = levels.data_ptr(), y.data_ptr()
+        self._done(self._lib.slotmoe_expert_prefill(x.data_ptr(), t, address, hidden, intermediate, *pointers))
+        return y
+
+    def mla_decode(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
+        """Attention of one token over the latent cache.
+
+        q float32 [heads, R + P], cache float16 [capacity, R + P] (rows may be strided), R = `latent` -> float32
+        [heads, R] = softmax(scale * q cache^T) cache[:, :R] over the first `context` rows; later rows are not read.
+        """
+        _check("q", q, torch.float32, ndim=2)
+        heads, width = q.shape
+        _count("heads", heads)
+        _count("context", context)
+        if not 1 <= latent <= width:
+            raise ValueError(f"latent is {latent}, q has {width} columns")
+        if cache.dtype != torch.float16 or cache.device.type != "cpu" or cache.dim() != 2 or cache.shape[1] != width:
+            raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, expected float16 [capacity, {width}] on the CPU")
+        if context > cache.shape[0]:
+            raise ValueError(f"context is {context}, the cache has {cache.shape[0]} rows")
+        stride = cache.stride(0) if cache.shape[0] > 1 else width
+        if (width > 1 and cache.stride(1) != 1) or stride < width:
+            raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent elements")
+        out = q.new_empty((heads, latent))
+        sizes = context, stride, latent, width - latent
+        self._done(self._lib.slotmoe_mla_decode(q.data_ptr(), heads, cache.data_ptr(), *sizes, scale, out.data_ptr()))
+        return out
+
+    def quantize_nf4(self, source: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
+
+        Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K is a multiple of 64.
+        ValueError when the source holds NaN or infinity, or a block's absmax does not fit float16.
+        """
+        n, k, kind = self._source(source)
+        levels = torch.tensor(NF4_LEVELS) if levels is None else levels
+        _check("levels", levels, torch.float32, (16,))
+        if not bool((levels[1:] >= levels[:-1]).all()):
+            raise ValueError("levels must ascend to quantize with them")
+        codes = torch.empty(codes_shape(n, k), dtype=torch.uint8)
+        absmax = torch.empty(absmax_shape(n, k), dtype=torch.float16)
+        pointers = levels.data_ptr(), codes.data_ptr(), absmax.data_ptr()
+        self._made(self._lib.slotmoe_quantize_nf4(source.data_ptr(), kind, n, k, *pointers))
+        return codes, absmax
+
+    def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax / 127.
+
+        A row of zeros gets scale 0.  ValueError when the source holds NaN or infinity.
+        """
+        n, k, kind = self._source(source)
+        q = torch.empty((n, k), dtype=torch.int8)
+        scale = torch.empty(n)
+        self._made(self._lib.slotmoe_quantize_int8(source.data_ptr(), kind, n, k, q.data_ptr(), scale.data_ptr()))
+        return q, scale
+
+    def _source(self, source: Tensor) -> tuple[int, int, int]:
+        kind = _SOURCE_TYPES.get(source.dtype)
+        if kind is None:
+            raise ValueError(f"source is {source.dtype}, expected bfloat16, float16 or float32")
+        _check("source", source, source.dtype, ndim=2)
+        n, k = source.shape
+        _count("N", n)
+        _count("K", k)
+        return n, k, kind
+
+    def _made(self, status: int) -> None:
+        if status == 2:
+            raise ValueError("the source holds NaN or infinity")
+        if status == 3:
+            raise ValueError("a block's largest magnitude is beyond float16 (65504)")
+        self._done(status)
+
+    def _done(self, status: int) -> None:
+        if status == 4:
+            raise MemoryError("the kernels could not allocate their working memory")
+        if status:
+            raise ValueError("the kernels refused an argument: levels must be finite")
+
+
+def _record(record: Tensor, size: int) -> int:
+    _check("record", record, torch.uint8, ndim=1)
+    if record.numel() < size:
+        raise ValueError(f"a record of {record.numel()} bytes, expected at least {size}")
+    address = record.data_ptr()
+    if address % 64:
+        raise ValueError("a record must start at a multiple of 64 bytes")
+    return address
+
+
+@cache
+def load() -> Kernels | None:
+    """The kernels, or None where their binary is missing or does not load."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                return Kernels(path)
+            except (OSError, AttributeError):
+                return None
+    return None

@@ -1,0 +1,393 @@
+// The C ABI: chooses the instruction set, splits the work over threads, owns the scratch. The Python side has checked
+// every shape and size; what is checked here again is only what a wrong count would turn into a wild pointer.
+//
+// Every int function returns 0, or: 1 bad argument, 2 NaN or infinity in the source, 3 scale beyond fp16, 4 out of memory.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+
+#include "isa.h"
+#include "pool.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace slotmoe;
+
+namespace {
+
+constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
+constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
+
+// Scratch slots. A job uses each for one thing.
+enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads };
+
+constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
+
+// --- instruction sets
+
+bool supported(const Isa* isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (isa == &isa_avx2) return avx2;
+    if (isa == &isa_avx512vnni)
+        return avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return isa == &isa_portable;
+}
+
+#if defined(__x86_64__)
+const Isa* const kIsas[] = {&isa_avx512vnni, &isa_avx2, &isa_portable};  // best first
+#else
+const Isa* const kIsas[] = {&isa_portable};
+#endif
+
+std::atomic<const Isa*> chosen{nullptr};
+
+// The best that this CPU has, unless set otherwise. A job asks once: formats differ in detail between sets.
+const Isa& best_isa() {
+    if (const Isa* i = chosen.load()) return *i;
+    for (const Isa* i : kIsas)
+        if (supported(i)) {
+            chosen.store(i);
+            break;
+        }
+    return *chosen.load();
+}
+
+// --- levels
+
+// The integers, offset and step that stand for the levels with the least squared error. 8 bits have room to spare over
+// 16 levels, and a free step and offset about halve the error of step = max / 127.
+Levels fit_levels(const float* levels) {
+    double largest = 0;
+    for (int i = 0; i < 16; i++) largest = std::fmax(largest, std::fabs(double(levels[i])));
+    Levels best{};
+    if (largest == 0) return best;
+    double least = std::numeric_limits<double>::infinity();
+    for (int o = -16; o <= 16; o++)
+        for (int d = 0; d <= 640; d++) {
+            const double offset = o / 32.0, count = 95.0 + 0.05 * d;
+            double error = 0;
+            int8_t q[16];
+            for (int i = 0; i < 16; i++) {
+                const double v = levels[i] / largest * count - offset;
+                double r = std::nearbyint(v);
+                r = r < -128 ? -128 : r > 127 ? 127 : r;
+                q[i] = int8_t(r);
+                error += (r - v) * (r - v) / (count * count);
+            }
+            if (error < least) {
+                least = error;
+                memcpy(best.q, q, 16);
+                best.offset = float(offset);
+                best.step = largest / count;
+            }
+        }
+    return best;
+}
+
+// Held under the job: the last few level tables.
+const Levels& levels_for(const float* levels) {
+    struct Entry {
+        bool used = false;
+        float key[16];
+        Levels value;
+    };
+    static Entry cache[8];
+    static int next = 0;
+    for (const Entry& e : cache)
+        if (e.used && memcmp(e.key, levels, sizeof e.key) == 0) return e.value;
+    Entry& e = cache[next];
+    next = (next + 1) % 8;
+    memcpy(e.key, levels, sizeof e.key);
+    e.value = fit_levels(levels);
+    e.used = true;
+    return e.value;
+}
+
+bool finite(const float* levels) {
+    for (int i = 0; i < 16; i++)
+        if (!std::isfinite(levels[i])) return false;
+    return true;
+}
+
+// --- experts
+
+struct Expert {
+    Nf4Matrix gate, up, down;
+};
+
+// One record: gate, up and down codes, then their absmax.
+Expert expert_at(const uint8_t* record, int64_t h, int64_t i) {
+    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), out_tiles = up_to(h, kTile), out_blocks = up_to(i, kBlock);
+    const int64_t in = in_tiles * in_blocks, out = out_tiles * out_blocks;
+    const uint16_t* absmax = reinterpret_cast<const uint16_t*>(record + (2 * in + out) * 512);
+    return {{record, absmax, i, in_blocks},
+            {record + in * 512, absmax + in * kTile, i, in_blocks},
+            {record + 2 * in * 512, absmax + 2 * in * kTile, h, out_blocks}};
+}
+
+template <class Body>
+int guarded(Body body) {
+    try {
+        Job job;
+        return body(job, best_isa());
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+}
+
+void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks, double* factor) {
+    if (t == 1) return isa.quantize_rows(x, k, 0, 1, 1, offset, blocks, factor);
+    job.parallel(t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, k, begin, end, t, offset, blocks, factor); });
+}
+
+}  // namespace
+
+// --- settings
+
+EXPORT int slotmoe_abi() { return 1; }
+EXPORT const char* slotmoe_isa() { return best_isa().name; }
+EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
+EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
+EXPORT int slotmoe_isa_supported(int i) { return supported(kIsas[i]); }
+EXPORT int slotmoe_set_isa(const char* name) {
+    for (const Isa* i : kIsas)
+        if (strcmp(i->name, name) == 0 && supported(i)) {
+            chosen.store(i);
+            return kOk;
+        }
+    return kBadArgument;
+}
+EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
+EXPORT int slotmoe_threads() { return get_threads(); }
+
+// Reads `bytes` once with every thread.
+EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {
+    uint64_t sums[kMaxThreads] = {}, total = 0;
+    Job job;
+    const Isa& isa = best_isa();
+    job.parallel(up_to(bytes, 4096), [&](int thread, int64_t begin, int64_t end) {
+        const int64_t last = end * 4096 < bytes ? end * 4096 : bytes;
+        sums[thread] += isa.read(static_cast<const uint8_t*>(memory) + begin * 4096, last - begin * 4096);
+    });
+    for (uint64_t s : sums) total += s;
+    return total;
+}
+
+// --- linear layers
+
+EXPORT int slotmoe_linear_nf4(const float* x, int64_t t, int64_t k, int64_t n, const uint8_t* codes, const uint16_t* absmax,
+                              const float* levels, float* y) {
+    if (t < 0 || k < 1 || n < 1 || !finite(levels)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Levels& fitted = levels_for(levels);
+        const Nf4Matrix w{codes, absmax, n, up_to(k, kBlock)};
+        for (int64_t first = 0; first < t; first += kPassTokens) {
+            const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
+            ActBlock* blocks = job.scratch<ActBlock>(kX, rows * w.blocks);
+            double* factor = job.scratch<double>(kXFactor, rows);
+            quantize_x(job, isa, x + first * k, k, rows, fitted.offset, blocks, factor);
+            job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
+                isa.nf4_tiles(w, fitted, blocks, factor, rows, begin, end, y + first * n, n);
+            });
+        }
+        return kOk;
+    });
+}
+
+EXPORT int64_t slotmoe_int8_packed_bytes(int64_t n, int64_t k) { return up_to(n, kTile) * up_to(k, kBlock) * kTile * kBlock; }
+
+// Row-major int8 [n, k] -> tiles of 16 rows (isa.h), zeros in the padding.
+EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* packed) {
+    if (k < 1 || n < 1) return kBadArgument;
+    const int64_t blocks = up_to(k, kBlock);
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
+            for (int64_t tile = begin; tile < end; tile++)
+                for (int64_t b = 0; b < blocks; b++) {
+                    int8_t* out = packed + (tile * blocks + b) * kTile * kBlock;
+                    memset(out, 0, kTile * kBlock);
+                    for (int64_t lane = 0; lane < kTile && tile * kTile + lane < n; lane++) {
+                        int8_t row[kBlock] = {};
+                        const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
+                        memcpy(row, w + (tile * kTile + lane) * k + b * kBlock, size_t(columns));
+                        for (int t = 0; t < kBlock / 4; t++) memcpy(out + 64 * t + 4 * lane, row + 4 * t, 4);
+                    }
+                }
+        });
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, const int8_t* packed, const float* scale, float* y) {
+    if (t < 0 || k < 1 || n < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Int8Matrix w{packed, scale, n, up_to(k, kBlock)};
+        for (int64_t first = 0; first < t; first += kPassTokens) {
+            const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
+            ActBlock* blocks = job.scratch<ActBlock>(kX, rows * w.blocks);
+            double* factor = job.scratch<double>(kXFactor, rows);
+            quantize_x(job, isa, x + first * k, k, rows, 0.0f, blocks, factor);
+            job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
+                isa.int8_tiles(w, blocks, factor, rows, begin, end, y + first * n, n);
+            });
+        }
+        return kOk;
+    });
+}
+
+// --- experts
+
+EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
+    return (2 * up_to(i, kTile) * up_to(h, kBlock) + up_to(h, kTile) * up_to(i, kBlock)) * (512 + 2 * kTile);
+}
+
+// One token through k experts. With weights: y [h] = their sum in the given order. Without: y [k, h], each expert's output.
+EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
+                                  int64_t i, const float* levels, float* y) {
+    if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Levels& fitted = levels_for(levels);
+        const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
+        const int threads = job.threads();
+        ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
+        double* x_factor = job.scratch<double>(kXFactor, 1);
+        float* gate = job.scratch<float>(kGate, k * i);
+        float* up = job.scratch<float>(kUp, k * i);
+        ActBlock* act = job.scratch<ActBlock>(kAct, threads * k * act_blocks);
+        double* act_factor = job.scratch<double>(kActFactor, threads * k);
+        float* outs = weights ? job.scratch<float>(kOuts, k * h) : y;
+
+        isa.quantize_rows(x, h, 0, 1, 1, fitted.offset, x_blocks, x_factor);
+        job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
+            for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
+                const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
+                const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
+                const Expert expert = expert_at(records[e], h, i);
+                isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, 1, first, last, gate + e * i, i);
+                isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, 1, first, last, up + e * i, i);
+                const int64_t row = first * kTile, rows = (last * kTile < i ? last * kTile : i) - row;
+                isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, rows);
+            }
+        });
+        bool quantized[kMaxThreads] = {};
+        job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t e = 0; e < k; e++) {
+                ActBlock* blocks = act + (thread * k + e) * act_blocks;
+                if (!quantized[thread])  // each thread all of them for itself: cheaper than another phase
+                    isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, act_factor + thread * k + e);
+                isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, act_factor + thread * k + e, 1, begin, end,
+                                outs + e * h, h);
+            }
+            quantized[thread] = true;
+            if (weights) isa.weighted_sum(outs, weights, k, h, begin * kTile, end * kTile < h ? end * kTile : h, y);
+        });
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t k, int64_t h, float* y) {
+    if (k < 0 || h < 1) return kBadArgument;
+    return guarded([&](Job&, const Isa& isa) {
+        isa.weighted_sum(outs, weights, k, h, 0, h, y);
+        return kOk;
+    });
+}
+
+// T tokens through one expert: y [t, h].
+EXPORT int slotmoe_expert_prefill(const float* x, int64_t t, const uint8_t* record, int64_t h, int64_t i, const float* levels, float* y) {
+    if (t < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Levels& fitted = levels_for(levels);
+        const Expert expert = expert_at(record, h, i);
+        for (int64_t pass = 0; pass < t; pass += kPassTokens) {
+            const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
+            ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * expert.gate.blocks);
+            double* x_factor = job.scratch<double>(kXFactor, rows);
+            float* gate = job.scratch<float>(kGate, rows * i);
+            float* up = job.scratch<float>(kUp, rows * i);
+            ActBlock* act = job.scratch<ActBlock>(kAct, rows * expert.down.blocks);
+            double* act_factor = job.scratch<double>(kActFactor, rows);
+            quantize_x(job, isa, x + pass * h, h, rows, fitted.offset, x_blocks, x_factor);
+            job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
+                isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, rows, begin, end, gate, i);
+                isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, rows, begin, end, up, i);
+            });
+            job.parallel(rows, [&](int, int64_t begin, int64_t end) {
+                isa.silu_mul(gate + begin * i, up + begin * i, gate + begin * i, (end - begin) * i);
+                isa.quantize_rows(gate, i, begin, end, rows, fitted.offset, act, act_factor);
+            });
+            job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
+                isa.nf4_tiles(expert.down, fitted, act, act_factor, rows, begin, end, y + pass * h, h);
+            });
+        }
+        return kOk;
+    });
+}
+
+// --- attention
+
+EXPORT int slotmoe_mla_decode(const float* q, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
+                              int64_t p, float scale, float* out) {
+    if (heads < 1 || context < 1 || r < 1 || p < 0 || stride < r + p) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const int64_t chunks = up_to(context, kChunkRows), span_chunks = up_to(chunks, 32), spans = up_to(chunks, span_chunks);
+        Mla m{};
+        m.q = q, m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
+        m.span_chunks = span_chunks;
+        m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
+        const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
+        const int64_t q_max = 2147483647 / (2 * steps * 8191);
+        m.q_max = int(q_max < 8191 ? q_max : 8191);
+        m.q_int = job.scratch<int16_t>(kMlaQuery, heads * m.k_padded);
+        m.q_scale = job.scratch<float>(kMlaScale, 2 * heads);
+        m.q_ratio = m.q_scale + heads;
+        m.span_max = job.scratch<float>(kMlaSpans, spans * heads * (m.r_padded + 2));
+        m.span_sum = m.span_max + spans * heads;
+        m.span_out = m.span_sum + spans * heads;
+        const size_t each = isa.mla_scratch(m);
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
+        isa.mla_queries(m, 0, heads);
+        job.parallel(spans, [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
+        return kOk;
+    });
+}
+
+// --- making weights
+
+EXPORT int slotmoe_quantize_nf4(const void* src, int type, int64_t n, int64_t k, const float* levels, uint8_t* codes, uint16_t* absmax) {
+    if (type < 0 || type > 2 || n < 1 || k < 1 || !finite(levels)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        int status[kMaxThreads] = {};
+        job.parallel(up_to(n, kTile), [&](int thread, int64_t begin, int64_t end) {
+            if (!status[thread]) status[thread] = isa.quantize_nf4(src, Source(type), n, k, levels, begin, end, codes, absmax);
+        });
+        for (int s : status)
+            if (s) return s;
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_quantize_int8(const void* src, int type, int64_t n, int64_t k, int8_t* q, float* scale) {
+    if (type < 0 || type > 2 || n < 1 || k < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        int status[kMaxThreads] = {};
+        job.parallel(n, [&](int thread, int64_t begin, int64_t end) {
+            if (!status[thread]) status[thread] = isa.quantize_int8(src, Source(type), k, begin, end, q, scale);
+        });
+        for (int s : status)
+            if (s) return s;
+        return kOk;
+    });
+}

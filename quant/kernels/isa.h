@@ -1,0 +1,103 @@
+// What one instruction set offers: a table of serial routines over a range of rows, tiles or spans.
+// api.cpp splits the ranges over threads. isa_*.cpp each fill one table from the same templates.
+//
+// Shapes: T tokens; W [N, K]; Kp = K rounded up to 64; B = Kp / 64 blocks; a tile is 16 rows of W.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Loops that need most of the registers compile best alone.
+#if defined(__GNUC__)
+#define SLOTMOE_NOINLINE __attribute__((noinline))
+#else
+#define SLOTMOE_NOINLINE
+#endif
+
+namespace slotmoe {
+
+constexpr int kTile = 16;      // rows of W that are computed together, one 32-bit lane a row
+constexpr int kBlock = 64;     // columns that share an NF4 scale
+constexpr int kXBlock = 16;    // columns that share an activation scale
+constexpr int kXScales = kBlock / kXBlock;
+constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
+
+// 64 activations of one token: x = q * scale * 2^e, with one e a token so that scales stay near 1.
+// bias is what a dot product starts from: it takes back the offsets of the weights' integers.
+struct ActBlock {
+    int8_t q[kBlock];
+    float scale[kXScales];
+    int32_t bias[kXScales];
+};
+
+// The 16 NF4 levels as integers: level = (q + offset) * step.
+struct Levels {
+    int8_t q[16];
+    float offset;
+    double step;
+};
+
+struct Nf4Matrix {
+    const uint8_t* codes;    // [tiles, B, 512]: byte 64t + 4 lane + i: column 8t + i (high nibble), 8t + 4 + i (low)
+    const uint16_t* absmax;  // fp16 [tiles, B, 16]
+    int64_t n, blocks;
+};
+
+struct Int8Matrix {
+    const int8_t* packed;  // [tiles, B, 1024]: byte 64t + 4 lane + i: column 4t + i
+    const float* scale;    // [N]
+    int64_t n, blocks;
+};
+
+struct Mla {
+    const float* q;         // [heads, R + P]
+    const uint16_t* cache;  // fp16 [context, stride], columns past R + P unused
+    int64_t heads, context, stride, r, p;
+    float scale;
+    int64_t span_chunks;  // chunks of kChunkRows rows in one span
+    int64_t r_padded, k_padded;  // R rounded up to 64; that plus P rounded up to 32
+    int q_max;                   // largest |q_int| that no 32-bit sum can overflow with
+    // Filled by mla_queries. q = q_int * q_scale for the first R columns, q_int * q_scale * q_ratio for the others.
+    int16_t* q_int;  // [heads, k_padded]
+    float* q_scale;  // [heads]
+    float* q_ratio;  // [heads]
+    // Per span: running maximum, sum and weighted sum of rows
+    float* span_max;  // [spans, heads]
+    float* span_sum;  // [spans, heads]
+    float* span_out;  // [spans, heads, r_padded]
+};
+
+enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+struct Isa {
+    const char* name;
+
+    // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e (NaN for a row with NaN or infinity).
+    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks,
+                          double* factor);
+    // y [T, ldy] for the rows of tiles begin..end.
+    void (*nf4_tiles)(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+                      int64_t begin, int64_t end, float* y, int64_t ldy);
+    void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
+                       float* y, int64_t ldy);
+    void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
+    void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y);
+
+    void (*mla_queries)(Mla& m, int64_t begin, int64_t end);                       // heads begin..end
+    void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
+    void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
+    size_t (*mla_scratch)(const Mla& m);
+
+    // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.
+    int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin, int64_t end,
+                        uint8_t* codes, uint16_t* absmax);
+    int (*quantize_int8)(const void* src, Source type, int64_t k, int64_t begin, int64_t end, int8_t* q, float* scale);
+
+    uint64_t (*read)(const void* memory, int64_t bytes);  // reads every byte; the sum only keeps the compiler honest
+};
+
+extern const Isa isa_portable;
+#if defined(__x86_64__)
+extern const Isa isa_avx2, isa_avx512vnni;
+#endif
+
+}  // namespace slotmoe

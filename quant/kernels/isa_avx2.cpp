@@ -1,0 +1,110 @@
+// AVX2 with FMA and F16C: 16 lanes are two registers. vpmaddubsw would saturate with unsigned weights, so it gets
+// |w| (at most 128) and x with w's sign: two products of at most 128 * 127 fit 16 bits.
+#if defined(__x86_64__)
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace slotmoe {
+namespace {
+
+struct Lanes {
+    struct F { __m256 a, b; };
+    struct I { __m256i a, b; };
+    using W = I;
+    using Table = __m256i;
+    static constexpr int kWeightOffset = 0;
+    static constexpr int kHeads = 4;
+
+    static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static void store(float* p, F v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
+    static F broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+    static F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+    static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+    static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+    static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+    static F load_half(const uint16_t* p) {
+        const __m128i* h = reinterpret_cast<const __m128i*>(p);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+    }
+    static void store_half(uint16_t* p, F v) {
+        __m128i* h = reinterpret_cast<__m128i*>(p);
+        _mm_storeu_si128(h, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm_storeu_si128(h + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+
+    static __m256i bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static I start(int32_t bias) { return {_mm256_set1_epi32(bias), _mm256_set1_epi32(bias)}; }
+    static __m256i dot(__m256i sum, __m256i w, __m256i x) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static I dot(I sum, W w, const int8_t* x4) {
+        int32_t x;
+        memcpy(&x, x4, 4);
+        const __m256i v = _mm256_set1_epi32(x);
+        return {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
+    }
+    static W weights(const int8_t* p) { return {bytes(p), bytes(p + 32)}; }
+    static Table table(const int8_t* q) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))); }
+    static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
+        const __m256i nibble = _mm256_set1_epi8(15), a = bytes(codes), b = bytes(codes + 32);
+        high = {_mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble)),
+                _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble))};
+        low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)), _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
+    }
+    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+    static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+    static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }
+    static I to_int(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }  // to nearest even
+    static void store_rows(int16_t* a, int16_t* b, I low, I high) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm256_permute4x64_epi64(_mm256_packs_epi32(low.a, low.b), 0xd8));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(b), _mm256_permute4x64_epi64(_mm256_packs_epi32(high.a, high.b), 0xd8));
+    }
+    static void store_pairs(int32_t* p, I low, I high) {
+        __m256i* out = reinterpret_cast<__m256i*>(p);
+        _mm256_storeu_si256(out, _mm256_blend_epi16(low.a, _mm256_slli_epi32(high.a, 16), 0xaa));
+        _mm256_storeu_si256(out + 1, _mm256_blend_epi16(low.b, _mm256_slli_epi32(high.b, 16), 0xaa));
+    }
+    static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static I load16(const int16_t* p) { return {bytes(p), bytes(p + 16)}; }
+    static I dot16(I sum, I a, I b) {
+        return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(a.b, b.b))};
+    }
+    static I dot16(I sum, I a, const int16_t* pair) {
+        int32_t b;
+        memcpy(&b, pair, 4);
+        return dot16(sum, a, I{_mm256_set1_epi32(b), _mm256_set1_epi32(b)});
+    }
+
+    static void sum_lanes(const F* v, float* out) {
+        for (int i = 0; i < 16; i += 4) {
+            __m256 s[4];
+            for (int j = 0; j < 4; j++) s[j] = _mm256_add_ps(v[i + j].a, v[i + j].b);
+            const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+            _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace slotmoe
+
+#define SLOTMOE_ISA isa_avx2
+#define SLOTMOE_ISA_NAME "avx2"
+#include "templates.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,116 @@
+// Plain C++: 16 lanes are an array, for the compiler to vectorize as it can.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace slotmoe {
+namespace {
+
+struct Lanes {
+    struct F { float v[16]; };
+    struct I { int32_t v[16]; };
+    struct W { int8_t v[64]; };
+    struct Pairs { int16_t v[32]; };
+    struct Table { int8_t v[16]; };
+    static constexpr int kWeightOffset = 0;
+    static constexpr int kHeads = 4;
+
+    static F zero() { return broadcast(0); }
+    static F load(const float* p) { F r; memcpy(r.v, p, 64); return r; }
+    static void store(float* p, const F& a) { memcpy(p, a.v, 64); }
+    static F broadcast(float v) { F r; for (float& x : r.v) x = v; return r; }
+    static F add(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
+    static F mul(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
+    static F fma(const F& a, const F& b, F c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
+    static F to_float(const I& a) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]); return r; }
+
+    static float half(uint16_t h) {
+        const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+        if (exponent == 0) {  // zero or denormal: mantissa * 2^-24, exact
+            const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
+            return sign ? -magnitude : magnitude;
+        }
+        const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+        float f;
+        memcpy(&f, &bits, 4);
+        return f;
+    }
+    // Round to nearest even. Finite input.
+    static uint16_t to_half(float f) {
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+        bits &= 0x7fffffff;
+        if (bits < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 (whose last place is 2^-24)
+            float magnitude;
+            memcpy(&magnitude, &bits, 4);
+            magnitude += 0.5f;
+            memcpy(&bits, &magnitude, 4);
+            return uint16_t(sign | (bits - 0x3f000000));
+        }
+        bits += 0xfff + (bits >> 13 & 1);  // may carry into the exponent, which is right
+        return uint16_t(sign | (bits >= 0x47800000 ? 0x7c00 : (bits - 0x38000000) >> 13));
+    }
+    static F load_half(const uint16_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = half(p[i]); return r; }
+    static void store_half(uint16_t* p, const F& a) { for (int i = 0; i < 16; i++) p[i] = to_half(a.v[i]); }
+
+    static I start(int32_t bias) { I r; for (int32_t& x : r.v) x = bias; return r; }
+    static I dot(I sum, const W& w, const int8_t* x) {
+        for (int lane = 0; lane < 16; lane++) {
+            const int8_t* v = w.v + 4 * lane;
+            sum.v[lane] += v[0] * x[0] + v[1] * x[1] + v[2] * x[2] + v[3] * x[3];
+        }
+        return sum;
+    }
+    static W weights(const int8_t* p) { W r; memcpy(r.v, p, 64); return r; }
+    static Table table(const int8_t* q) { Table r; memcpy(r.v, q, 16); return r; }
+    static void lookup(const uint8_t* codes, const Table& table, W& high, W& low) {
+        for (int i = 0; i < 64; i++) high.v[i] = table.v[codes[i] >> 4], low.v[i] = table.v[codes[i] & 15];
+    }
+    static void prefetch(const void*) {}
+    static void prefetch_far(const void*) {}
+
+    static I add_bytes(I sum, const uint8_t* p) {
+        uint32_t words[16];
+        memcpy(words, p, 64);
+        for (int i = 0; i < 16; i++) sum.v[i] = int32_t(uint32_t(sum.v[i]) + words[i]);
+        return sum;
+    }
+    static I to_int(const F& v) {  // to nearest even, |v| < 2^22; anything for NaN
+        I r;
+        for (int i = 0; i < 16; i++) r.v[i] = v.v[i] == v.v[i] ? int32_t((v.v[i] + 12582912.0f) - 12582912.0f) : 0;
+        return r;
+    }
+    static void store_rows(int16_t* a, int16_t* b, const I& low, const I& high) {
+        for (int i = 0; i < 16; i++) a[i] = int16_t(low.v[i]), b[i] = int16_t(high.v[i]);
+    }
+    static void store_pairs(int32_t* p, const I& low, const I& high) {
+        for (int i = 0; i < 16; i++) p[i] = int32_t((uint32_t(low.v[i]) & 0xffff) | uint32_t(high.v[i]) << 16);
+    }
+    static I izero() { return start(0); }
+    static Pairs load16(const int16_t* p) { Pairs r; memcpy(r.v, p, 64); return r; }
+    static I dot16(I sum, const Pairs& a, const Pairs& b) {
+        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+        return sum;
+    }
+    static I dot16(I sum, const Pairs& a, const int16_t* b) {
+        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b[0] + a.v[2 * i + 1] * b[1];
+        return sum;
+    }
+    static void sum_lanes(const F* v, float* out) {
+        for (int i = 0; i < 16; i++) {
+            float s = 0;
+            for (int lane = 0; lane < 16; lane++) s += v[i].v[lane];
+            out[i] = s;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace slotmoe
+
+#define SLOTMOE_ISA isa_portable
+#define SLOTMOE_ISA_NAME "portable"
+#include "templates.h"

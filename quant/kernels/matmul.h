@@ -1,0 +1,140 @@
+// Quantized matrix times rows of activations. The integers are exact; the floats follow one order for one row and for many:
+//   sum over blocks of 64 of absmax * (((d0 s0 + d1 s1) + d2 s2) + d3 s3), d = int32 dot of 16 columns, s = x's scale.
+//
+// Shapes: W tiles of 16 rows; x blocks [B, T]; y [T, ldy].
+namespace slotmoe {
+namespace {
+
+using F = Lanes::F;
+using W = Lanes::W;
+
+constexpr int kTokens = 128;       // tokens that pass over a decoded block: their sums (8 KB) and activations (12 KB) stay in L1
+constexpr int kPrefetch = 4096;    // bytes ahead, one row
+
+struct Nf4Tile {
+    static constexpr int kBytes = 512;
+    const uint8_t* codes;
+    const uint16_t* absmax;
+    Lanes::Table table;
+
+    const uint8_t* bytes() const { return codes; }
+    void pair(int t, W& first, W& second) const { Lanes::lookup(codes + 64 * t, table, first, second); }
+    F block_scale() const { return Lanes::load_half(absmax); }
+    static F accumulate(F total, F sum, F scale) { return Lanes::fma(sum, scale, total); }
+    void next() { codes += kBytes, absmax += kTile; }
+};
+
+struct Int8Tile {
+    static constexpr int kBytes = 1024;
+    const int8_t* packed;
+
+    const int8_t* bytes() const { return packed; }
+    void pair(int t, W& first, W& second) const { first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64); }
+    F block_scale() const { return Lanes::zero(); }  // its scale is per row, applied at the end
+    static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
+    void next() { packed += kBytes; }
+};
+
+inline F scaled(const Lanes::I* dots, const ActBlock& x) {
+    F sum = Lanes::mul(Lanes::to_float(dots[0]), Lanes::broadcast(x.scale[0]));
+    sum = Lanes::fma(Lanes::to_float(dots[1]), Lanes::broadcast(x.scale[1]), sum);
+    sum = Lanes::fma(Lanes::to_float(dots[2]), Lanes::broadcast(x.scale[2]), sum);
+    return Lanes::fma(Lanes::to_float(dots[3]), Lanes::broadcast(x.scale[3]), sum);
+}
+
+template <class Tile>
+inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
+    F total = Lanes::zero();
+    for (int64_t b = 0; b < blocks; b++, tile.next()) {
+        Lanes::I dots[kXScales];
+#pragma GCC unroll 4
+        for (int j = 0; j < kXScales; j++) {
+            Lanes::I d = Lanes::start(x[b].bias[j]);
+#pragma GCC unroll 2
+            for (int t = 2 * j; t < 2 * j + 2; t++) {
+                W first, second;
+                tile.pair(t, first, second);
+                d = Lanes::dot(d, first, x[b].q + 8 * t);
+                d = Lanes::dot(d, second, x[b].q + 8 * t + 4);
+            }
+            dots[j] = d;
+        }
+#pragma GCC unroll 16
+        for (int line = 0; line < Tile::kBytes; line += 64) Lanes::prefetch(tile.bytes() + kPrefetch + line);
+        total = Tile::accumulate(total, scaled(dots, x[b]), tile.block_scale());
+    }
+    return total;
+}
+
+// One decoded block (registers on AVX-512) for `n` tokens.
+template <class Tile>
+inline void many_tokens(const Tile& tile, const ActBlock* x, int64_t n, float* totals) {
+    W w[16];
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++) tile.pair(t, w[2 * t], w[2 * t + 1]);
+    const F scale = tile.block_scale();
+    for (int64_t i = 0; i < n; i++) {
+        Lanes::I dots[kXScales];
+#pragma GCC unroll 4
+        for (int j = 0; j < kXScales; j++) {
+            Lanes::I d = Lanes::start(x[i].bias[j]);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) d = Lanes::dot(d, w[4 * j + c], x[i].q + 16 * j + 4 * c);
+            dots[j] = d;
+        }
+        float* total = totals + i * kTile;
+        Lanes::store(total, Tile::accumulate(Lanes::load(total), scaled(dots, x[i]), scale));
+    }
+}
+
+// finish(token, tile, totals[16]) receives each result.
+template <class Tile, class At, class Finish>
+inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
+    alignas(64) float totals[kTokens * kTile];
+    if (t == 1) {
+        for (int64_t i = begin; i < end; i++) {
+            Lanes::store(totals, one_token(at(i), x, blocks));
+            finish(0, i, totals);
+        }
+        return;
+    }
+    for (int64_t first = 0; first < t; first += kTokens) {
+        const int64_t n = t - first < kTokens ? t - first : kTokens;
+        for (int64_t i = begin; i < end; i++) {
+            memset(totals, 0, size_t(n) * kTile * sizeof(float));
+            Tile tile = at(i);
+            for (int64_t b = 0; b < blocks; b++, tile.next()) many_tokens(tile, x + b * t + first, n, totals);
+            for (int64_t token = 0; token < n; token++) finish(first + token, i, totals + token * kTile);
+        }
+    }
+}
+
+// Doubles, so that no order of huge and tiny factors overflows on the way.
+inline void write(const float* totals, int64_t lanes, double factor, float* y) {
+    for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * factor);
+}
+
+void nf4_tiles(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
+               int64_t end, float* y, int64_t ldy) {
+    const Lanes::Table table = Lanes::table(levels.q);
+    const auto at = [&](int64_t i) {
+        return Nf4Tile{w.codes + i * w.blocks * Nf4Tile::kBytes, w.absmax + i * w.blocks * kTile, table};
+    };
+    multiply<Nf4Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
+        const int64_t left = w.n - i * kTile;
+        write(totals, left < kTile ? left : kTile, factor[token] * levels.step, y + token * ldy + i * kTile);
+    });
+}
+
+void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end, float* y,
+                int64_t ldy) {
+    const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes}; };
+    multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
+        const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
+        for (int64_t lane = 0; lane < lanes; lane++)
+            y[token * ldy + i * kTile + lane] = float(double(totals[lane]) * (double(w.scale[i * kTile + lane]) * factor[token]));
+    });
+}
+
+}  // namespace
+}  // namespace slotmoe

@@ -1,0 +1,98 @@
+// Making NF4 and int8 weights, byte for byte as bitsandbytes and torch do in fp32.
+//
+// Shapes: src [N, K] row-major f32, f16 or bf16; NF4 codes [tiles, B, 512], absmax fp16 [tiles, B, 16]; int8 q [N, K], scale [N].
+namespace slotmoe {
+namespace {
+
+constexpr int kNotFinite = 2, kScaleOverflow = 3;
+
+// n <= 64 values from element `at`, the rest zeros.
+inline void load_source(const void* src, Source type, int64_t at, int64_t n, float* v) {
+    if (n < kBlock) memset(v, 0, kBlock * sizeof(float));
+    if (type == Source::f32) {
+        memcpy(v, static_cast<const float*>(src) + at, size_t(n) * 4);
+        return;
+    }
+    uint16_t raw[kBlock] = {};
+    memcpy(raw, static_cast<const uint16_t*>(src) + at, size_t(n) * 2);
+    if (type == Source::f16)
+        for (int i = 0; i < kBlock; i += 16) Lanes::store(v + i, Lanes::load_half(raw + i));
+    else
+        for (int i = 0; i < kBlock; i++) v[i] = bits_float(uint32_t(raw[i]) << 16);
+}
+
+int quantize_nf4(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin, int64_t end,
+                 uint8_t* codes, uint16_t* absmax) {
+    const int64_t blocks = (k + kBlock - 1) / kBlock;
+    float middle[15];
+    for (int i = 0; i < 15; i++) middle[i] = (levels[i] + levels[i + 1]) / 2.0f;
+    for (int64_t tile = begin; tile < end; tile++)
+        for (int64_t b = 0; b < blocks; b++) {
+            uint8_t* out = codes + (tile * blocks + b) * 512;
+            alignas(64) float scales[kTile] = {};
+            memset(out, 0x77, 512);
+            for (int64_t lane = 0; lane < kTile && tile * kTile + lane < n; lane++) {
+                const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
+                alignas(64) float v[kBlock];
+                load_source(src, type, (tile * kTile + lane) * k + b * kBlock, columns, v);
+                const uint32_t top = max_bits(v, kBlock);
+                if (top >= kInfinityBits) return kNotFinite;
+                const float largest = bits_float(top);
+                if (largest >= 65520.0f) return kScaleOverflow;
+                scales[lane] = largest;
+                const float inverse = 1.0f / (largest < 1e-38f ? 1e-38f : largest);
+                int32_t code[kBlock];
+                for (int i = 0; i < kBlock; i++) {
+                    float s = v[i] * inverse;
+                    s = s < -1.0f ? -1.0f : s;
+                    v[i] = s > 1.0f ? 1.0f : s;
+                    code[i] = 0;
+                }
+                for (int l = 0; l < 15; l++)
+                    for (int i = 0; i < kBlock; i++) code[i] += middle[l] < v[i];
+                uint8_t byte[kBlock];
+                for (int i = 0; i < kBlock; i++) byte[i] = uint8_t(code[i]);
+                for (int t = 0; t < 8; t++) {
+                    uint32_t high, low;
+                    memcpy(&high, byte + 8 * t, 4);
+                    memcpy(&low, byte + 8 * t + 4, 4);
+                    const uint32_t both = high << 4 | low;  // codes are below 16, so bytes do not mix
+                    memcpy(out + 64 * t + 4 * lane, &both, 4);
+                }
+            }
+            Lanes::store_half(absmax + (tile * blocks + b) * kTile, Lanes::load(scales));
+        }
+    return 0;
+}
+
+int quantize_int8(const void* src, Source type, int64_t k, int64_t begin, int64_t end, int8_t* q, float* scale) {
+    for (int64_t row = begin; row < end; row++) {
+        alignas(64) float v[kBlock];
+        uint32_t top = 0;
+        for (int64_t c = 0; c < k; c += kBlock) {
+            load_source(src, type, row * k + c, k - c < kBlock ? k - c : kBlock, v);
+            const uint32_t bits = max_bits(v, kBlock);
+            top = bits > top ? bits : top;
+        }
+        if (top >= kInfinityBits) return kNotFinite;
+        const float s = bits_float(top) / 127.0f;
+        scale[row] = s;
+        for (int64_t c = 0; c < k; c += kBlock) {
+            const int64_t n = k - c < kBlock ? k - c : kBlock;
+            int8_t out[kBlock] = {};
+            load_source(src, type, row * k + c, n, v);
+            if (s > 0.0f)  // a row of zeros, or of denormals too small to scale, stays 0
+                for (int i = 0; i < kBlock; i++) {
+                    float r = v[i] / s;
+                    r = r < -127.0f ? -127.0f : r;
+                    r = r > 127.0f ? 127.0f : r;
+                    out[i] = int8_t(int32_t(round_even(r)));
+                }
+            memcpy(q + row * k + c, out, size_t(n));
+        }
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace slotmoe

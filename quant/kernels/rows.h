@@ -1,0 +1,135 @@
+// Elementwise work on rows of floats: activation quantization, SiLU, exp. Plain loops that the compiler vectorizes;
+// no fused multiply-adds (-ffp-contract=off), so a row's result is the same wherever the loop is split.
+//
+// Shapes: x [T, K]; blocks [B, T] of 64 columns with 4 scales; K may be any length, missing columns are zeros.
+namespace slotmoe {
+namespace {
+
+inline uint32_t float_bits(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+
+// To the nearest integer, halves to even, for |v| < 2^22.
+inline float round_even(float v) {
+    const float shift = 12582912.0f;  // 1.5 * 2^23
+    return (v + shift) - shift;
+}
+
+inline float power_of_two(int e) { return bits_float(uint32_t(e + 127) << 23); }  // -126 <= e <= 127
+
+constexpr uint32_t kInfinityBits = 0x7f800000;
+
+// The largest magnitude's bits: integers order like magnitudes, and NaN comes out on top.
+inline uint32_t max_bits(const float* x, int64_t n) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = float_bits(x[i]) & 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+// q, scale and bias of 64 columns; v is normalized, |v| < 2.
+inline void quantize_block(const float* v, float offset, ActBlock& out) {
+    for (int j = 0; j < kXScales; j++) {
+        const float* part = v + j * kXBlock;
+        int8_t* q = out.q + j * kXBlock;
+        const uint32_t top = max_bits(part, kXBlock);
+        // 2^-100 of the row's largest value: nothing that a float sum could see
+        const float largest = top < 0x0d800000 ? 0.0f : bits_float(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int32_t sum = 0;
+        for (int i = 0; i < kXBlock; i++) {
+            const int32_t r = int32_t(round_even(part[i] * inverse));
+            q[i] = int8_t(r);
+            sum += r;
+        }
+        out.scale[j] = largest / 127.0f;
+        out.bias[j] = int32_t(round_even(offset * float(sum))) - Lanes::kWeightOffset * sum;
+    }
+}
+
+void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks, double* factor) {
+    const int64_t count = (k + kBlock - 1) / kBlock;
+    for (int64_t row = begin; row < end; row++) {
+        const float* in = x + row * k;
+        const uint32_t top = max_bits(in, k);
+        const bool finite = top < kInfinityBits;
+        // The row is scaled by 2^-e to a maximum in [1, 2), in two steps: 2^-e itself may not be a float.
+        int e = 0;
+        if (top > 0 && finite) {
+            e = int(top >> 23) - 127;
+            if (e < -126) e = int(float_bits(float(top)) >> 23) - 127 - 149;  // denormal: `top` counts 2^-149
+        }
+        const float first = power_of_two(-e / 2), second = power_of_two(-e - -e / 2);
+        double back = finite ? 1.0 : double(bits_float(0x7fc00000));
+        for (int i = 0; i < (e < 0 ? -e : e); i++) back *= e < 0 ? 0.5 : 2.0;
+        factor[row] = back;
+        for (int64_t b = 0; b < count; b++) {
+            float v[kBlock];
+            const int64_t n = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
+            if (n < kBlock || !finite) memset(v, 0, sizeof v);
+            if (finite)
+                for (int64_t i = 0; i < n; i++) v[i] = in[b * kBlock + i] * first * second;
+            quantize_block(v, offset, blocks[b * t + row]);
+        }
+    }
+}
+
+// e^x for x <= 88 within 2 units in the last place; 0 below -87, NaN for NaN.
+inline float exp_float(float x) {
+    const float low = x > -87.0f ? x : -87.0f, clamped = low < 88.0f ? low : 88.0f;
+    const float n = round_even(clamped * 1.44269504f);
+    const float r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const float scaled = p * bits_float(uint32_t(int32_t(n) + 127) << 23);
+    return x < -87.0f ? 0.0f : x == x ? scaled : x;
+}
+
+void silu_mul(const float* gate, const float* up, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float g = gate[i], silu = g / (1.0f + exp_float(-g));
+        out[i] = (g < -87.0f ? 0.0f : silu) * up[i];  // below -87 exp(-g) is clamped; the true value is under 2^-119
+    }
+}
+
+// y = sum over k in the given order, each product and each sum rounded: what a caller would get step by step.
+void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y) {
+    for (int64_t i = begin; i < end; i++) y[i] = 0.0f;
+    for (int64_t e = 0; e < k; e++) {
+        const float w = weights[e];
+        const float* in = outs + e * ld;
+        for (int64_t i = begin; i < end; i++) y[i] = y[i] + w * in[i];
+    }
+}
+
+uint64_t read_memory(const void* memory, int64_t bytes) {
+    const uint8_t* p = static_cast<const uint8_t*>(memory);
+    Lanes::I sums[4] = {Lanes::izero(), Lanes::izero(), Lanes::izero(), Lanes::izero()};
+    int64_t i = 0;
+    for (; i + 256 <= bytes; i += 256)
+        for (int j = 0; j < 4; j++) sums[j] = Lanes::add_bytes(sums[j], p + i + 64 * j);
+    uint64_t total = 0;
+    for (; i < bytes; i++) total += p[i];
+    alignas(64) float lanes[16];
+    for (int j = 0; j < 4; j++) {
+        Lanes::store(lanes, Lanes::to_float(sums[j]));
+        for (float lane : lanes) total += uint64_t(int64_t(lane));
+    }
+    return total;
+}
+
+}  // namespace
+}  // namespace slotmoe

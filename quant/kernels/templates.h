@@ -1,0 +1,18 @@
+// Everything that is written once and compiled per instruction set, in terms of `Lanes`, which the including file defines.
+// No standard library templates here: the linker could keep the copy that was compiled for a CPU we do not run on.
+#include "rows.h"
+
+#include "matmul.h"
+
+#include "attention.h"
+
+#include "quantize.h"
+
+namespace slotmoe {
+
+extern const Isa SLOTMOE_ISA = {
+    SLOTMOE_ISA_NAME, quantize_rows, nf4_tiles, int8_tiles, silu_mul,      weighted_sum,  mla_queries,
+    mla_spans,        mla_merge,     mla_scratch, quantize_nf4, quantize_int8, read_memory,
+};
+
+}  // namespace slotmoe

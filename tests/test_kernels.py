@@ -1,0 +1,624 @@
+"""The native kernels against plain numpy in float64, on every instruction set that this machine runs.
+
+Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16 rows and blocks of 64 columns.
+"""
+
+import math
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from quant import kernels as qk
+
+native = qk.load()
+pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are not built")
+ISAS = native.isas if native else ()
+LEVELS = np.array(qk.NF4_LEVELS, dtype=np.float32)
+
+# Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the instruction set.
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=ISAS)
+def kernels(request):
+    before = native.isa, native.threads
+    native.set_isa(request.param)
+    native.set_threads(2)
+    yield native
+    native.set_isa(before[0])
+    native.set_threads(before[1])
+
+
+# --- references: the formats rebuilt from their documentation, one element at a time where speed allows
+
+
+def tile_codes(codes: np.ndarray) -> np.ndarray:
+    """codes [Np, Kp] -> uint8 [Np/16, Kp/64, 512]."""
+    n, k = codes.shape
+    t = codes.reshape(n // 16, 16, k // 64, 8, 2, 4)  # tile, lane, block, t, high or low nibble, i
+    t = t.transpose(0, 2, 3, 1, 5, 4).astype(np.uint8)  # tile, block, t, lane, i, nibble
+    return (t[..., 0] << 4 | t[..., 1]).reshape(n // 16, k // 64, 512)
+
+
+def untile_codes(tiles: np.ndarray, n: int, k: int) -> np.ndarray:
+    out = np.empty((tiles.shape[0] * 16, tiles.shape[1] * 64), dtype=np.uint8)
+    for (tile, block, byte), value in np.ndenumerate(tiles):
+        t, lane, i = byte // 64, byte % 64 // 4, byte % 4
+        out[16 * tile + lane, 64 * block + 8 * t + i] = value >> 4
+        out[16 * tile + lane, 64 * block + 8 * t + 4 + i] = value & 15
+    return out[:n, :k]
+
+
+def random_nf4(rng, n, k, scale=1.0, levels=LEVELS, negative=False):
+    """A random NF4 matrix with documented padding -> (dequantized float64 [n, k], codes, absmax)."""
+    n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
+    codes = np.full((n_pad, k_pad), 7, dtype=np.uint8)
+    codes[:n, :k] = rng.integers(0, 16, (n, k))
+    absmax = np.zeros((n_pad, k_pad // 64), dtype=np.float16)
+    absmax[:n] = (rng.uniform(0.5, 1.5, (n, k_pad // 64)) * scale).astype(np.float16)
+    if negative:
+        absmax *= rng.choice([-1, 1], absmax.shape).astype(np.float16)
+    with np.errstate(under="ignore"):
+        w = levels.astype(np.float64)[codes] * np.repeat(absmax.astype(np.float64), 64, axis=1)
+    tiles = absmax.reshape(n_pad // 16, 16, k_pad // 64).transpose(0, 2, 1)
+    return w[:n, :k], torch.from_numpy(tile_codes(codes)), torch.from_numpy(np.ascontiguousarray(tiles))
+
+
+def silu(g):
+    return g / (1 + np.exp(-np.clip(g, -700, None)))
+
+
+def relative(got, want):
+    """RMS of the difference over RMS of the truth."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    size = np.linalg.norm(want)
+    return np.linalg.norm(got - want) / size if size else np.linalg.norm(got)
+
+
+def aligned(data: np.ndarray, tail: int = 0) -> torch.Tensor:
+    """uint8 tensor at a multiple of 64 bytes, followed by `tail` poisoned bytes that belong to it."""
+    buffer = torch.full((data.size + tail + 64,), 0xFF, dtype=torch.uint8)
+    offset = -buffer.data_ptr() % 64
+    buffer[offset : offset + data.size] = torch.from_numpy(data)
+    return buffer[offset : offset + data.size + tail]
+
+
+def random_expert(rng, h, i, levels=LEVELS, scale=None):
+    """-> (gate, up, down) float64 and the record with a poisoned tail."""
+    scale = scale or 2 / math.sqrt(h)
+    parts = [random_nf4(rng, *shape, scale, levels, True) for shape in ((i, h), (i, h), (h, i))]
+    data = [p[1].numpy().tobytes() for p in parts] + [p[2].numpy().tobytes() for p in parts]
+    return [p[0] for p in parts], aligned(np.frombuffer(b"".join(data), dtype=np.uint8).copy(), 100)
+
+
+def expert(x, gate, up, down):
+    return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def q8(x):
+    """llama.cpp's Q8_0 of activations: blocks of 32, scale = max / 127 in fp16."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    d = np.abs(blocks).max(-1, keepdims=True) / 127
+    q = np.round(np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0))
+    return (q * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
+
+
+def torch_of(x):
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+levels_tensor = torch.from_numpy(LEVELS)
+dims = st.tuples(st.integers(1, 9), st.integers(1, 70), st.integers(1, 300))  # T, N, K
+seeds = st.integers(0, 2**32 - 1)
+
+
+# --- linear layers
+
+
+def half_steps(x):
+    """The most that 8 bits a block of 16 columns can be off. x [T, K] -> [T, K]."""
+    padded = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % 16)))
+    steps = padded.reshape(len(x), -1, 16).max(-1) / 127
+    return np.repeat(steps, 16, axis=1)[:, : x.shape[1]] * 0.5001
+
+
+def scales_of(absmax, n, k):
+    rows = absmax.numpy().astype(np.float64).transpose(0, 2, 1)
+    return np.repeat(rows.reshape(-1, rows.shape[-1]), 64, axis=1)[:n, :k]
+
+
+@quick
+@given(dims, seeds, st.sampled_from([6e-8, 1e-4, 1.0, 30000.0]), st.sampled_from([1e-42, 1e-20, 1.0, 1e30]))
+def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
+    t, n, k = shape
+    rng = np.random.default_rng(seed)
+    w, codes, absmax = random_nf4(rng, n, k, w_scale, negative=True)
+    x = torch_of(rng.standard_normal((t, k)) * x_scale)
+    x64 = x.numpy().astype(np.float64)
+    want = x64 @ w.T
+    assume(np.abs(want).max() < 1e38)
+    got = kernels.linear_nf4(x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
+    # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each activation.
+    steps, scales = half_steps(x64), np.abs(scales_of(absmax, n, k))
+    bound = steps @ np.abs(w).T + (np.abs(x64) + steps) @ scales.T * 0.5 / 95
+    assert (np.abs(got - want) <= bound + 1e-6 * np.abs(x64) @ np.abs(w).T + 2e-45).all()
+
+
+@quick
+@given(dims, seeds, st.sampled_from([1e-30, 1.0, 1e30]))
+def test_linear_int8(kernels, shape, seed, scale):
+    t, n, k = shape
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-127, 128, (n, k), dtype=np.int8)
+    s = (rng.uniform(0.5, 2, n) * scale).astype(np.float32)
+    x = torch_of(rng.standard_normal((t, k)) / scale)
+    w = q * s.astype(np.float64)[:, None]
+    x64 = x.numpy().astype(np.float64)
+    got = kernels.linear_int8(x, kernels.pack_int8(torch.from_numpy(q)), torch.from_numpy(s)).numpy().astype(np.float64)
+    bound = half_steps(x64) @ np.abs(w).T + 1e-6 * np.abs(x64) @ np.abs(w).T
+    assert (np.abs(got - x64 @ w.T) <= bound).all()
+
+
+def test_exact_where_integers_suffice(kernels):
+    """Levels and activations that 8 bits hold exactly give the exact result: no saturation, no lost correction."""
+    rng = np.random.default_rng(0)
+    levels = np.array([-127, -126, -100, -64, -33, -5, -1, 0, 1, 2, 31, 64, 99, 120, 126, 127], dtype=np.float32)
+    w, codes, absmax = random_nf4(rng, 40, 200, 1.0, levels)
+    absmax[:] = torch.where(absmax != 0, 0.5, 0.0)
+    w = np.sign(w) * 0 + levels.astype(np.float64)[untile_codes(codes.numpy(), 40, 200)] * 0.5
+    x = rng.choice([-127.0, 127.0], (3, 200))
+    x[:, ::16] = 127
+    got = kernels.linear_nf4(torch_of(x), codes, absmax, torch.from_numpy(levels), 40)
+    assert relative(got, x @ w.T) < 1e-6
+    q = rng.choice(np.array([-127, 127], dtype=np.int8), (40, 200))
+    got = kernels.linear_int8(torch_of(x), kernels.pack_int8(torch.from_numpy(q)), torch.ones(40))
+    assert relative(got, x @ q.T.astype(np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ascending", "shuffled", "positive", "huge", "tiny", "one", "zeros"])
+def test_levels_are_data(kernels, name):
+    rng = np.random.default_rng(1)
+    table = {
+        "ascending": np.sort(rng.uniform(-1, 1, 16)),
+        "shuffled": rng.permutation(LEVELS),
+        "positive": rng.uniform(0, 5, 16),
+        "huge": rng.uniform(-1e30, 1e30, 16),
+        "tiny": rng.uniform(-1e-30, 1e-30, 16),
+        "one": np.full(16, 0.7),
+        "zeros": np.zeros(16),
+    }[name].astype(np.float32)
+    w, codes, absmax = random_nf4(rng, 48, 256, 0.5, table, True)
+    x = torch_of(rng.standard_normal((2, 256)))
+    got = kernels.linear_nf4(x, codes, absmax, torch.from_numpy(table), 48)
+    assert relative(got, x.numpy().astype(np.float64) @ w.T) < 0.015
+
+
+def activations(kind, rng, shape):
+    if kind == "gaussian":
+        return rng.standard_normal(shape)
+    if kind == "outliers":
+        x = rng.standard_normal(shape)
+        x[:, rng.choice(shape[1], shape[1] // 100, replace=False)] *= 50
+        return x
+    return rng.standard_t({"t2": 2, "t3": 3}[kind], shape)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "t2", "t3", "outliers"])
+def test_error_beside_q8(kernels, kind):
+    """Within 1.5% for Gaussian activations, and never worse than llama.cpp's activations with exact weights."""
+    rng = np.random.default_rng(3)
+    x = torch_of(activations(kind, rng, (8, 2048)))
+    x64 = x.numpy().astype(np.float64)
+    raw = rng.standard_normal((256, 2048))
+    codes, absmax = kernels.quantize_nf4(torch_of(raw))
+    blocks = absmax.numpy().astype(np.float64).transpose(0, 2, 1).reshape(256, 32)
+    w = LEVELS.astype(np.float64)[untile_codes(codes.numpy(), 256, 2048)] * np.repeat(blocks, 64, axis=1)
+    q, s = kernels.quantize_int8(torch_of(raw))
+    w8 = q.numpy() * s.numpy().astype(np.float64)[:, None]
+    for got, exact in [
+        (kernels.linear_nf4(x, codes, absmax, levels_tensor, 256), w),
+        (kernels.linear_int8(x, kernels.pack_int8(q), s), w8),
+    ]:
+        want = x64 @ exact.T
+        error, baseline = relative(got, want), relative(q8(x64) @ exact.T, want)
+        if kind == "gaussian":
+            assert error < 0.015
+        else:
+            assert error <= baseline, f"{error:.4f} against {baseline:.4f}"
+
+
+def test_many_rows_equal_one_row(kernels):
+    rng = np.random.default_rng(4)
+    _, codes, absmax = random_nf4(rng, 90, 200)
+    packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8)))
+    scale = torch.rand(90) + 0.1
+    x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
+    many = kernels.linear_nf4(x, codes, absmax, levels_tensor, 90), kernels.linear_int8(x, packed, scale)
+    for row in (0, 1, 127, 128, 511, 512, 599):
+        one = x[row : row + 1]
+        assert torch.equal(kernels.linear_nf4(one, codes, absmax, levels_tensor, 90)[0], many[0][row])
+        assert torch.equal(kernels.linear_int8(one, packed, scale)[0], many[1][row])
+
+
+def test_zeros_and_not_finite(kernels):
+    rng = np.random.default_rng(5)
+    _, codes, absmax = random_nf4(rng, 20, 100)
+    x = torch.zeros(4, 100)
+    x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), torch.rand(100)
+    y = kernels.linear_nf4(x, codes, absmax, levels_tensor, 20)
+    assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isnan().all() and y[3].isfinite().all()
+    assert kernels.linear_nf4(torch.empty(0, 100), codes, absmax, levels_tensor, 20).shape == (0, 20)
+
+
+def test_flushing_denormals_changes_nothing(kernels):
+    rng = np.random.default_rng(6)
+    _, codes, absmax = random_nf4(rng, 40, 128)
+    x = torch_of(rng.standard_normal((1, 128)) * 1e-41)
+    want = kernels.linear_nf4(x, codes, absmax, levels_tensor, 40)
+    torch.set_flush_denormal(True)
+    try:
+        got = kernels.linear_nf4(x, codes, absmax, levels_tensor, 40)
+        still = torch.full((1,), 1e-41) * 0.5
+    finally:
+        torch.set_flush_denormal(False)
+    assert want.count_nonzero() > 0 and torch.equal(got, want)
+    assert still.item() == 0  # the caller's mode is as it was
+
+
+# --- experts
+
+
+@quick
+@given(st.integers(1, 100), st.integers(1, 150), st.integers(1, 5), seeds)
+def test_experts(kernels, i, h, k, seed):
+    rng = np.random.default_rng(seed)
+    experts = [random_expert(rng, h, i) for _ in range(k)]
+    x = torch_of(rng.standard_normal((3, h)))
+    weights = torch_of(rng.uniform(0.1, 1, k))
+    x64 = x.numpy().astype(np.float64)
+    each = np.stack([expert(x64, *w) for w, _ in experts])  # [k, 3, H]
+    for row in range(3):
+        records = [r for _, r in experts]
+        outs = kernels.experts_each(x[row], records, i, levels_tensor)
+        got = kernels.experts_decode(x[row], records, weights, i, levels_tensor)
+        if min(h, i) >= 16:  # with fewer weights one rounded level is large beside the result
+            assert relative(outs, each[:, row]) < 0.06
+        # Hits first, misses later, in any split: bitwise the same sum.
+        split = torch.cat([kernels.experts_each(x[row], [r], i, levels_tensor) for r in records])
+        assert torch.equal(split, outs)
+        assert torch.equal(kernels.weighted_sum(split, weights), got)
+        total = torch.zeros(h)
+        for w, out in zip(weights, split, strict=True):
+            total = total + w * out
+        assert torch.equal(total, got)
+    for e in range(k):
+        rows = kernels.expert_prefill(x, experts[e][1], i, levels_tensor)
+        for row in range(3):
+            assert torch.equal(rows[row], kernels.experts_each(x[row], [experts[e][1]], i, levels_tensor)[0])
+
+
+def test_expert_error_at_a_real_size(kernels):
+    rng = np.random.default_rng(7)
+    weights, record = random_expert(rng, 512, 352)
+    x = torch_of(rng.standard_normal((4, 512)))
+    want = expert(x.numpy().astype(np.float64), *weights)
+    # Three quantized matrices: gate, up and down each add an error of at most 1.5%.
+    assert relative(kernels.expert_prefill(x, record, 352, levels_tensor), want) < 0.015 * math.sqrt(3)
+
+
+def test_experts_with_extreme_activations(kernels):
+    rng = np.random.default_rng(8)
+    _, record = random_expert(rng, 128, 64)
+    for scale in (0.0, 1e-42, 1e-20, 1e15):
+        y = kernels.experts_each(torch_of(rng.standard_normal(128) * scale), [record], 64, levels_tensor)
+        assert y.isfinite().all()
+        assert scale or (y == 0).all()
+    assert kernels.experts_decode(torch.ones(128), [], torch.empty(0), 64, levels_tensor).count_nonzero() == 0
+
+
+def test_threads_change_nothing(kernels):
+    rng = np.random.default_rng(9)
+    experts = [random_expert(rng, 320, 176)[1] for _ in range(3)]
+    x, weights = torch_of(rng.standard_normal((70, 320))), torch.rand(3)
+    _, codes, absmax = random_nf4(rng, 333, 320)
+    packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8)))
+    q, cache = torch_of(rng.standard_normal((16, 72))), torch.randn(500, 72).half()
+    results = []
+    for threads in (1, 2, 3, 7):
+        kernels.set_threads(threads)
+        results.append(
+            [
+                kernels.linear_nf4(x, codes, absmax, levels_tensor, 333),
+                kernels.linear_int8(x, packed, torch.ones(333)),
+                kernels.experts_decode(x[0], experts, weights, 176, levels_tensor),
+                kernels.expert_prefill(x, experts[0], 176, levels_tensor),
+                kernels.mla_decode(q, cache, 500, 64, 0.2),
+                *kernels.quantize_nf4(x),
+                *kernels.quantize_int8(x),
+            ]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_calls_from_several_threads(kernels):
+    rng = np.random.default_rng(10)
+    record = random_expert(rng, 256, 128)[1]
+    x = torch_of(rng.standard_normal((8, 256)))
+    want = [kernels.experts_each(row, [record], 128, levels_tensor) for row in x]
+    wrong = []
+
+    def work(row):
+        for _ in range(20):
+            if not torch.equal(kernels.experts_each(x[row], [record], 128, levels_tensor), want[row]):
+                wrong.append(row)
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # python 3.12 on forking with threads
+def test_a_forked_child_does_not_hang(kernels):
+    x, w = torch.randn(1, 64), kernels.pack_int8(torch.ones(64, 64, dtype=torch.int8))
+    want = kernels.linear_int8(x, w, torch.ones(64))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernels.linear_int8(x, w, torch.ones(64)), want) else 1)
+    for _ in range(1000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        threading.Event().wait(0.01)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hung")
+    assert status == 0
+
+
+# --- attention
+
+
+def attention(q, cache, r, scale):
+    s = scale * (q @ cache.T)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return (p / p.sum(-1, keepdims=True)) @ cache[:, :r]
+
+
+@quick
+@given(
+    st.integers(1, 10),
+    st.integers(1, 300),
+    st.integers(1, 150),
+    st.integers(0, 40),
+    st.integers(0, 5),
+    seeds,
+    st.sampled_from([0.1, 1.0, 20.0]),
+)
+def test_mla_decode(kernels, heads, context, r, p, extra, seed, sharpness):
+    rng = np.random.default_rng(seed)
+    buffer = torch.full((context + 3, r + p + extra), float("nan"), dtype=torch.float16)
+    cache = buffer[:, : r + p]  # row stride r + p + extra; rows past the context stay NaN
+    cache[:context] = torch.from_numpy(rng.standard_normal((context, r + p)).astype(np.float16))
+    q = torch_of(rng.standard_normal((heads, r + p)))
+    scale = sharpness / math.sqrt(r + p)
+    rows = cache[:context].numpy().astype(np.float64)
+    want = attention(q.numpy().astype(np.float64), rows, r, scale)
+    got = kernels.mla_decode(q, cache, context, r, scale)
+    # Cache, query and probabilities are rounded at 1e-4 of their largest; the softmax turns a score's error into as much
+    # of the output.
+    assert np.abs(got.numpy() - want).max() < 1e-3 * max(1.0, sharpness) * np.abs(rows[:, :r]).max()
+
+
+def test_mla_shows_nan(kernels):
+    cache = torch.randn(100, 72).half()
+    q = torch.randn(5, 72)
+    assert kernels.mla_decode(q, cache, 100, 64, 0.1).isfinite().all()
+    cache[70, 3] = float("nan")
+    assert kernels.mla_decode(q, cache, 100, 64, 0.1).isnan().all()
+    assert kernels.mla_decode(q, cache, 70, 64, 0.1).isfinite().all()
+    q[2, 70] = float("inf")
+    bad = kernels.mla_decode(q, cache, 70, 64, 0.1).isnan()
+    assert bad[2].all()
+    assert not bad[[0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "large", "zeros", "rope"])
+def test_mla_error_at_a_real_size(kernels, kind):
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((700, 576))
+    if kind == "outliers":
+        rows[:, :6] *= 20
+        rows[::50] *= 5
+    if kind == "large":
+        rows *= 2000
+    if kind == "zeros":
+        rows[::2] = 0
+        rows[::3, :512] = 0
+    if kind == "rope":  # rotary keys far larger than the latent
+        rows[:, 512:] *= 1000
+    cache = torch.from_numpy(rows.astype(np.float16))
+    q = torch_of(rng.standard_normal((16, 576)))
+    scale = 2 / np.std(q.numpy().astype(np.float64) @ rows.T)
+    want = attention(q.numpy().astype(np.float64), cache.numpy().astype(np.float64), 512, scale)
+    assert relative(kernels.mla_decode(q, cache, 700, 512, scale), want) < 2e-3
+
+
+# --- making weights
+
+
+def numpy_nf4(x):
+    """bitsandbytes' arithmetic, value by value. x float32 [N, K] -> codes [N, Kp], absmax float32 [N, Kp/64]."""
+    n, k = x.shape
+    x = np.pad(x, ((0, 0), (0, -k % 64)))
+    middle = ((LEVELS[:-1] + LEVELS[1:]) / np.float32(2)).astype(np.float32)
+    blocks = x.reshape(n, -1, 64)
+    absmax = np.abs(blocks).max(-1)
+    inverse = np.float32(1) / np.maximum(absmax, np.float32(1e-38))
+    scaled = np.clip(blocks * inverse[..., None], np.float32(-1), np.float32(1))
+    return (scaled[..., None] > middle).sum(-1).reshape(x.shape).astype(np.uint8), absmax
+
+
+@quick
+@given(
+    st.integers(1, 40),
+    st.integers(1, 200),
+    seeds,
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([1e-41, 1e-7, 1.0, 1000.0]),
+)
+def test_quantize_nf4(kernels, n, k, seed, dtype, scale):
+    rng = np.random.default_rng(seed)
+    source = torch_of(rng.standard_normal((n, k)) * scale)
+    source[rng.integers(n)] = 0
+    source = source.to(dtype)
+    codes, absmax = kernels.quantize_nf4(source)
+    want_codes, want_absmax = numpy_nf4(source.float().numpy())
+    n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
+    full = untile_codes(codes.numpy(), n_pad, k_pad)
+    assert (full[:n] == want_codes).all() and (full[n:] == 7).all()
+    scales = absmax.numpy().transpose(0, 2, 1).reshape(n_pad, -1)
+    with np.errstate(under="ignore"):
+        assert (scales[:n] == want_absmax.astype(np.float16)).all() and (scales[n:] == 0).all()
+    assert (codes.numpy() == tile_codes(full)).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, at import
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantize_nf4_equals_bitsandbytes(kernels, dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    w = (torch.randn(64, 256) * 0.02).to(dtype)
+    w[3, :64] = 0
+    w[5] *= 1e-3
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    flat = packed.flatten().numpy()
+    theirs = np.stack([flat >> 4, flat & 15], -1).reshape(64, 256)
+    codes, absmax = kernels.quantize_nf4(w)
+    assert (untile_codes(codes.numpy(), 64, 256) == theirs).all()
+    ours = absmax.numpy().transpose(0, 2, 1).reshape(64, 4)
+    assert (ours == state.absmax.numpy().reshape(64, 4).astype(np.float16)).all()
+
+
+@quick
+@given(
+    st.integers(1, 20),
+    st.integers(1, 200),
+    seeds,
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([1e-44, 1e-30, 1.0, 1e4]),
+)
+def test_quantize_int8(kernels, n, k, seed, dtype, scale):
+    rng = np.random.default_rng(seed)
+    source = torch_of(rng.standard_normal((n, k)) * scale)
+    source[rng.integers(n)] = 0
+    source = source.to(dtype)
+    q, got = kernels.quantize_int8(source)
+    x = source.float()
+    want = x.abs().amax(1) / 127
+    assert torch.equal(got, want)
+    rows = want > 0
+    assert torch.equal(q[rows].float(), torch.round(x[rows] / want[rows, None]).clamp(-127, 127))
+    assert (q[~rows] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantizers_refuse_what_is_not_finite(kernels, bad, dtype):
+    w = torch.ones(33, 70, dtype=dtype)
+    w[32, 69] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        kernels.quantize_nf4(w)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        kernels.quantize_int8(w)
+
+
+def test_quantize_nf4_refuses_a_scale_beyond_fp16(kernels):
+    kernels.quantize_nf4(torch.full((1, 64), 65519.0))
+    with pytest.raises(ValueError, match="float16"):
+        kernels.quantize_nf4(torch.full((1, 64), 65520.0))
+
+
+# --- the binding
+
+
+def test_bad_arguments_are_refused():
+    rng = np.random.default_rng(12)
+    _, codes, absmax = random_nf4(rng, 32, 128)
+    x = torch.randn(2, 128)
+    _, record = random_expert(rng, 64, 32)
+    size = qk.record_bytes(64, 32)
+    packed = native.pack_int8(torch.ones(32, 128, dtype=torch.int8))
+    cache = torch.zeros(10, 72).half()
+    cases = [
+        lambda: native.linear_nf4(x.double(), codes, absmax, levels_tensor, 32),
+        lambda: native.linear_nf4(x[:, :64], codes, absmax, levels_tensor, 32),
+        lambda: native.linear_nf4(x.t(), codes, absmax, levels_tensor, 32),
+        lambda: native.linear_nf4(x, codes, absmax, levels_tensor, 33),
+        lambda: native.linear_nf4(x, codes, absmax, levels_tensor, 0),
+        lambda: native.linear_nf4(x, codes[:1], absmax, levels_tensor, 32),
+        lambda: native.linear_nf4(x, codes, absmax.float(), levels_tensor, 32),
+        lambda: native.linear_nf4(x, codes, absmax, levels_tensor[:15], 32),
+        lambda: native.linear_nf4(x, codes, absmax, levels_tensor * float("inf"), 32),
+        lambda: native.linear_nf4(x.to("meta"), codes, absmax, levels_tensor, 32),
+        lambda: native.linear_int8(x[:, :100].contiguous(), packed, torch.ones(32)),
+        lambda: native.linear_int8(x, packed, torch.ones(31)),
+        lambda: native.linear_int8(x, qk.PackedInt8(packed.data, 48, 128), torch.ones(48)),
+        lambda: native.experts_each(torch.ones(64), [record[: size - 1]], 32, levels_tensor),
+        lambda: native.experts_each(torch.ones(64), [record[1:]], 32, levels_tensor),
+        lambda: native.experts_each(torch.ones(64), [record], 33, levels_tensor),
+        lambda: native.experts_each(torch.ones(0), [record], 32, levels_tensor),
+        lambda: native.experts_decode(torch.ones(64), [record], torch.ones(2), 32, levels_tensor),
+        lambda: native.expert_prefill(torch.ones(64), record, 32, levels_tensor),
+        lambda: native.mla_decode(torch.ones(2, 72), cache, 11, 64, 1.0),
+        lambda: native.mla_decode(torch.ones(2, 72), cache, 0, 64, 1.0),
+        lambda: native.mla_decode(torch.ones(2, 72), cache, 5, 73, 1.0),
+        lambda: native.mla_decode(torch.ones(2, 71), cache, 5, 64, 1.0),
+        lambda: native.mla_decode(torch.ones(2, 10), cache.t(), 5, 8, 1.0),
+        lambda: native.mla_decode(torch.ones(2, 72), cache.float(), 5, 64, 1.0),
+        lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
+        lambda: native.quantize_nf4(torch.ones(64)),
+        lambda: native.quantize_nf4(torch.ones(4, 64), levels_tensor.flip(0)),
+        lambda: native.quantize_int8(torch.ones(0, 64)),
+        lambda: native.set_isa("quantum"),
+        lambda: native.set_threads(0),
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=r"expected|must|rows|columns|record|refused|instruction"):
+            case()
+
+
+def test_unaligned_activations(kernels):
+    rng = np.random.default_rng(13)
+    _, codes, absmax = random_nf4(rng, 32, 130)
+    raw = torch.zeros(2 * 130 * 4 + 3, dtype=torch.uint8)
+    x = torch.randn(2, 130)
+    raw[: 2 * 130 * 4] = x.view(torch.uint8).flatten()
+    shifted = torch.randn(2 * 130 + 1)[1:].view(2, 130).copy_(x)  # off by one float from its allocation
+    assert torch.equal(
+        kernels.linear_nf4(shifted, codes, absmax, levels_tensor, 32), kernels.linear_nf4(x, codes, absmax, levels_tensor, 32)
+    )
+
+
+def test_a_missing_or_broken_binary_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(qk, "__file__", str(tmp_path / "__init__.py"))
+    assert qk.load.__wrapped__() is None
+    suffix = qk.importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_native{suffix}").write_bytes(b"not a library")
+    assert qk.load.__wrapped__() is None
+
+
+def test_read_bandwidth_and_settings():
+    assert native.read_bandwidth(1 << 22, 2) > 1e8
+    assert native.isa in native.isas and native.isas[-1] == "portable"
+    assert native.threads >= 1
