@@ -17,18 +17,7 @@ from offload.cache import LruCache
 from offload.store import Slots
 from offload.trace import TraceWriter
 from quant.export import PROJECTIONS, Export
-from quant.matmul import TorchOps
-
-
-def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K of weight times output, one expert after the other in the gate's order, float32 [T, D].
-
-    The order of additions is the gate's, never that of arrival, so the result is bitwise the same for every cache.
-    """
-    total = y_TKD[:, 0] * weights_TK[:, 0, None]
-    for k in range(1, y_TKD.shape[1]):
-        total = total + y_TKD[:, k] * weights_TK[:, k, None]
-    return total
+from quant.matmul import TorchOps, gate_order_sum
 
 
 def by_expert(x_TD: Tensor, indices: list[list[int]], compute: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -59,10 +48,8 @@ class OffloadedExperts:
         if len(indices) == 1:  # decode: all k experts stay until the step is done
             keys = [self._key(layer, expert) for expert in indices[0]]
             records = [self._record(layer, expert, keep=keys) for expert in indices[0]]
-            y_TKD = self._ops.experts(x_TD[0], records, self._layout, self._levels)[None]
-        else:
-            y_TKD = by_expert(x_TD, indices, lambda expert, x: self._one(layer, expert, x))
-        return gate_order_sum(y_TKD, weights_TK)
+            return self._ops.experts(x_TD[0], records, weights_TK[0], self._layout, self._levels)[None]
+        return gate_order_sum(by_expert(x_TD, indices, lambda expert, x: self._one(layer, expert, x)), weights_TK)
 
     def _one(self, layer: int, expert: int, x_TD: Tensor) -> Tensor:
         return self._ops.expert(x_TD, self._record(layer, expert), self._layout, self._levels)

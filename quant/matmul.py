@@ -44,6 +44,17 @@ def nbytes(weight: Weight | TiledInt8Weight) -> int:
     return weight.codes.nbytes + weight.absmax.nbytes if isinstance(weight, Nf4Weight) else weight.nbytes
 
 
+def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Sum over K of weight times output, one expert after the other in the gate's order, float32 [T, D].
+
+    The order of additions is the gate's, never that of arrival, so the result is bitwise the same for every cache.
+    """
+    total = y_TKD[:, 0] * weights_TK[:, 0, None]
+    for k in range(1, y_TKD.shape[1]):
+        total = total + y_TKD[:, k] * weights_TK[:, k, None]
+    return total
+
+
 def rows(weight: Weight, start: int, stop: int) -> Weight:
     """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
     if isinstance(weight, Int8Weight):
@@ -128,9 +139,13 @@ class TorchOps:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
-    def experts(self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor) -> Tensor:
-        """One token through k experts, unweighted: float32 [k, D].  ``records`` are uint8 [record_bytes] each."""
-        return torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
+    def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
+        """One token through its k experts and their weighted sum in the order given: float32 [D].
+
+        ``records`` are uint8 [record_bytes] each.
+        """
+        y_KD = torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
+        return gate_order_sum(y_KD[None], weights_K[None])[0]
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
@@ -171,11 +186,21 @@ class NativeOps(TorchOps):
             return self._native.linear_nf4(x_TK.contiguous(), weight.codes, weight.absmax, weight.levels, weight.shape[0])
         return super().linear(x_TK, weight)
 
+    def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
+        if len(q_THN) > 1 or not isinstance(kv_b, Int8Weight):
+            return super().absorb_query(q_THN, kv_b)
+        return self._native.absorb_query(q_THN[0].contiguous(), kv_b.q, kv_b.scale)[None]
+
+    def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
+        if len(o_THR) > 1 or not isinstance(kv_b, Int8Weight):
+            return super().absorb_value(o_THR, kv_b, N)
+        return self._native.absorb_value(o_THR[0].contiguous(), kv_b.q, kv_b.scale, N)[None]
+
     def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla_decode(q_HW.contiguous(), rows_SW, len(rows_SW), R, scale)
 
-    def experts(self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor) -> Tensor:
-        return self._native.experts_each(x_D.contiguous(), records, layout.moe_intermediate_size, levels)
+    def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
+        return self._native.experts_decode(x_D.contiguous(), records, weights_K, layout.moe_intermediate_size, levels)
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         return self._native.expert_prefill(x_TD.contiguous(), record, layout.moe_intermediate_size, levels)
@@ -192,4 +217,5 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
         torch.set_num_threads(threads)
         return TorchOps(torch.float32 if device.type == "cpu" else torch.bfloat16)
     native.set_threads(threads)
+    torch.set_num_threads(1)
     return NativeOps(native)

@@ -622,3 +622,23 @@ def test_read_bandwidth_and_settings():
     assert native.read_bandwidth(1 << 22, 2) > 1e8
     assert native.isa in native.isas and native.isas[-1] == "portable"
     assert native.threads >= 1
+
+
+# --- absorbed kv_b_proj
+
+
+@quick
+@given(st.integers(1, 5), st.integers(0, 19), st.integers(1, 19), st.integers(1, 70), st.integers(0, 2**31))
+def test_absorbed_products_are_exact_to_float32(kernels, heads, n, v, r, seed):
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-127, 128, (heads * (n + v), r)).astype(np.int8)
+    scale = np.exp(rng.normal(0, 2, heads * (n + v))).astype(np.float32)
+    exact = (w * scale[:, None].astype(np.float64)).reshape(heads, n + v, r)
+    q, latent = rng.normal(size=(heads, n)).astype(np.float32), rng.normal(size=(heads, r)).astype(np.float32)
+    tensors = torch.from_numpy(w), torch.from_numpy(scale)
+    absorbed = kernels.absorb_query(torch.from_numpy(q), *tensors).numpy()
+    limit = np.abs(q[:, :, None] * exact[:, :n]).sum(axis=1) + 1e-30
+    assert np.all(np.abs(absorbed - np.einsum("hn,hnr->hr", q, exact[:, :n])) <= 1e-5 * limit)
+    values = kernels.absorb_value(torch.from_numpy(latent), *tensors, n).numpy()
+    limit = np.abs(latent[:, None] * exact[:, n:]).sum(axis=2) + 1e-30
+    assert np.all(np.abs(values - np.einsum("hr,hvr->hv", latent, exact[:, n:])) <= 1e-5 * limit)

@@ -105,6 +105,8 @@ class Kernels:
             "weighted_sum": [pointer, pointer, size, size, pointer],
             "expert_prefill": [pointer, size, pointer, size, size, pointer, pointer],
             "mla_decode": [pointer, size, pointer, size, size, size, size, ctypes.c_float, pointer],
+            "absorb_query": [pointer, size, pointer, pointer, size, size, size, pointer],
+            "absorb_value": [pointer, size, pointer, pointer, size, size, size, pointer],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
             "set_isa": [ctypes.c_char_p],
@@ -285,6 +287,39 @@ class Kernels:
         sizes = context, stride, latent, width - latent
         self._done(self._lib.slotmoe_mla_decode(q.data_ptr(), heads, cache.data_ptr(), *sizes, scale, out.data_ptr()))
         return out
+
+    def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
+        """q float32 [heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32 [heads, R]:
+        each head's query times its first n rows of kv_b * scale."""
+        _check("q", q, torch.float32, ndim=2)
+        heads, n = q.shape
+        per_head, r = self._per_head(heads, n, kv_b, scale)
+        out = q.new_empty((heads, r))
+        pointers = q.data_ptr(), heads, kv_b.data_ptr(), scale.data_ptr()
+        self._done(self._lib.slotmoe_absorb_query(*pointers, n, per_head, r, out.data_ptr()))
+        return out
+
+    def absorb_value(self, latent: Tensor, kv_b: Tensor, scale: Tensor, n: int) -> Tensor:
+        """latent float32 [heads, R], kv_b and scale as for `absorb_query` -> float32 [heads, per_head - n]: each head's
+        latent through its rows of kv_b * scale past the first n."""
+        _check("latent", latent, torch.float32, ndim=2)
+        heads = latent.shape[0]
+        per_head, r = self._per_head(heads, n, kv_b, scale)
+        if latent.shape[1] != r:
+            raise ValueError(f"latent has {latent.shape[1]} columns, kv_b {r}")
+        out = latent.new_empty((heads, per_head - n))
+        pointers = latent.data_ptr(), heads, kv_b.data_ptr(), scale.data_ptr()
+        self._done(self._lib.slotmoe_absorb_value(*pointers, n, per_head, r, out.data_ptr()))
+        return out
+
+    def _per_head(self, heads: int, n: int, kv_b: Tensor, scale: Tensor) -> tuple[int, int]:
+        _count("heads", heads)
+        _check("kv_b", kv_b, torch.int8, ndim=2)
+        rows, r = kv_b.shape
+        _check("scale", scale, torch.float32, (rows,))
+        if rows % heads or not 0 <= n <= rows // heads or r < 1:
+            raise ValueError(f"kv_b has shape {(rows, r)}, which {heads} heads with {n} rows for the query can't share")
+        return rows // heads, r
 
     def quantize_nf4(self, source: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.

@@ -364,6 +364,26 @@ EXPORT int slotmoe_mla_decode(const float* q, int64_t heads, const uint16_t* cac
     });
 }
 
+// Queries through their heads' first n rows of kv_b: q [heads, n] -> out [heads, r]. kv_b int8 [heads * per_head, r].
+EXPORT int slotmoe_absorb_query(const float* q, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
+                                int64_t r, float* out) {
+    if (heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, kv_b, scale, n, per_head, r, begin, end, out); });
+        return kOk;
+    });
+}
+
+// Latent outputs through their heads' rows of kv_b past the first n: latent [heads, r] -> out [heads, per_head - n].
+EXPORT int slotmoe_absorb_value(const float* latent, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
+                                int64_t per_head, int64_t r, float* out) {
+    if (heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, kv_b, scale, n, per_head, r, begin, end, out); });
+        return kOk;
+    });
+}
+
 // --- making weights
 
 EXPORT int slotmoe_quantize_nf4(const void* src, int type, int64_t n, int64_t k, const float* levels, uint8_t* codes, uint16_t* absmax) {

@@ -87,6 +87,12 @@ struct Isa {
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
 
+    // Heads begin..end; see absorb.h.
+    void (*absorb_query)(const float* q, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
+                         int64_t begin, int64_t end, float* out);
+    void (*absorb_value)(const float* latent, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
+                         int64_t begin, int64_t end, float* out);
+
     // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.
     int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin, int64_t end,
                         uint8_t* codes, uint16_t* absmax);
