@@ -184,7 +184,7 @@ class Checkpoint:
         """
         info = self.infos[name]
         data = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        view, offset = memoryview(data.view(-1).view(torch.uint8).numpy()), info.offset + start * info.row_bytes
+        view, offset = data.view(-1).view(torch.uint8).numpy().data, info.offset + start * info.row_bytes
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:

@@ -104,7 +104,7 @@ class Config:
 
     @property
     def softmax_scale(self) -> float:
-        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * self.rope.softmax_factor
+        return 1.0 / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim) * self.rope.softmax_factor
 
 
 class _Reader:
@@ -124,9 +124,8 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None, positive: bool = True) -> float:
-        value = self.values.get(key, default)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-        if not ok or (positive and value <= 0) or value < 0:
+        value: object = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30 or (positive and value == 0):
             raise self.fail(key, "a positive number" if positive else "a number of at least 0")
         return float(value)
 

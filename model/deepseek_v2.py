@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Config, Rope
@@ -30,9 +29,16 @@ class Ops(Protocol):
     """What the network asks of its weights; ``quant.matmul`` has the implementations."""
 
     name: str
+    absorbs: bool  # its attention kernel wants the absorbed form always, so that decode and prefill compute the same
 
     def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm over the last dimension, float32 [T, D]."""
+
+    def mlp(self, x_TD: Tensor, gate_proj: Any, up_proj: Any, down_proj: Any) -> Tensor:
+        """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
 
     def embed(self, ids_T: Tensor, weight: Any) -> Tensor:
         """Rows ``ids`` of the embedding table, float32 [T, D]."""
@@ -46,12 +52,12 @@ class Ops(Protocol):
     def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
 
-    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        """Attention of one query over the latent rows, float32 [H, R]; None if there is no kernel for it."""
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+        """Causal attention of the last T of S positions over the latent rows, float32 [T, H, R]; None if these ops have
+        no kernel for it and the network's blockwise attention shall serve."""
 
 
-@dataclass(frozen=True)
-class Mlp:
+class Mlp(NamedTuple):
     gate_proj: Any
     up_proj: Any
     down_proj: Any
@@ -99,11 +105,6 @@ def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
     )
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, float32."""
-    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
-
-
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071, section 3.2)."""
     plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -126,17 +127,17 @@ def rotate(x_THP: Tensor, table_TP: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table_TP[:, None]).flatten(-2)
 
 
-def route(x_TD: Tensor, gate_ED: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """The gate: weights float32 [T, K] and expert indices int64 [T, K], best first.
+def route(logits_TE: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The gate from its logits, float32 [T, E]: weights float32 [T, K] and expert indices int64 [T, K], best first.
 
     Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax over all experts, keep the ``topk_group`` groups with the
     best single expert, zero the others, then top-k.  ``norm_topk_prob`` replaces the scaling factor, as in DeepSeek's code.
     """
-    scores_TE = F.linear(x_TD, gate_ED).softmax(dim=-1)
+    scores_TE = logits_TE.softmax(dim=-1)
     if config.topk_method == "group_limited_greedy":
         groups_TGE = scores_TE.unflatten(-1, (config.n_group, -1))
         kept = groups_TGE.amax(dim=-1).topk(config.topk_group, dim=-1).indices
-        mask = torch.zeros(groups_TGE.shape[:2], dtype=torch.bool, device=x_TD.device).scatter_(1, kept, True)
+        mask = torch.zeros(groups_TGE.shape[:2], dtype=torch.bool, device=logits_TE.device).scatter_(1, kept, True)
         scores_TE = groups_TGE.masked_fill(~mask[..., None], 0.0).flatten(-2)
     weights_TK, indices_TK = scores_TE.topk(config.num_experts_per_tok, dim=-1)
     if config.norm_topk_prob and config.num_experts_per_tok > 1:
@@ -167,7 +168,7 @@ class DeepseekV2:
         angles = positions_T[:, None] * self.frequencies
         table_TP = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
-        eps = self.config.rms_norm_eps
+        eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
         for index, layer in enumerate(self.layers):
             h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TP, cache)
             h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
@@ -179,19 +180,16 @@ class DeepseekV2:
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:
             assert layer.mlp is not None
-            return self._mlp(x_TD, layer.mlp)
-        weights_TK, indices_TK = route(x_TD, layer.gate, self.config)
+            return self.ops.mlp(x_TD, *layer.mlp)
+        weights_TK, indices_TK = route(self.ops.linear(x_TD, layer.gate), self.config)
         y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
-        return y_TD if layer.mlp is None else y_TD + self._mlp(x_TD, layer.mlp)
-
-    def _mlp(self, x_TD: Tensor, mlp: Mlp) -> Tensor:
-        gate, up = self.ops.linear(x_TD, mlp.gate_proj), self.ops.linear(x_TD, mlp.up_proj)
-        return self.ops.linear(F.silu(gate) * up, mlp.down_proj)
+        return y_TD if layer.mlp is None else y_TD + self.ops.mlp(x_TD, *layer.mlp)
 
     def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TP: Tensor, cache: LatentCache) -> Tensor:
         """MLA.  Only the latent row is cached; keys and values are absorbed into the query and output, or expanded
         block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
         c, ops, T = self.config, self.ops, len(x_TD)
+        rms_norm = ops.rms_norm
         H, N, P, R, V = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
         if layer.q_proj is not None:
             q = ops.linear(x_TD, layer.q_proj)
@@ -207,10 +205,11 @@ class DeepseekV2:
         S = len(rows_SW)
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if T == 1 or absorbed_cost <= expanded_cost:
+        if ops.absorbs or T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            o_HR = ops.mla_decode(q_THW[0], rows_SW, R, c.softmax_scale) if T == 1 else None
-            o_THR = o_HR[None] if o_HR is not None else _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)
+            o_THR = ops.mla(q_THW, rows_SW, R, c.softmax_scale)
+            if o_THR is None:
+                o_THR = _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)
             o_THV = ops.absorb_value(o_THR, layer.kv_b_proj, N)
         else:
             q_THX = torch.cat([q_THN, q_THP], dim=-1)

@@ -15,7 +15,7 @@ from typing import Any
 from slotmoe import ConfigError, read_json
 
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
-MAX_TOKENIZER_VALUES = 600_000  # DeepSeek-V2's has 300,000
+MAX_TOKENIZER_VALUES = 600_000  # 100,000 tokens and as many merges take 200,000 to 400,000
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20  # CPU time, memory and characters of one rendering
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"

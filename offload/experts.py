@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.checkpoint import expert_name
@@ -103,7 +102,6 @@ class ResidentExperts:
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         def compute(expert: int, x_TD: Tensor) -> Tensor:
-            gate, up, down = (self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
-            return self._ops.linear(F.silu(self._ops.linear(x_TD, gate)) * self._ops.linear(x_TD, up), down)
+            return self._ops.mlp(x_TD, *(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS))
 
         return gate_order_sum(by_expert(x_TD, indices_TK.tolist(), compute), weights_TK)

@@ -24,12 +24,12 @@ import torch
 from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, inside, resident_shapes
 from model.config import Config
 from offload.plan import format_size
-from quant import int8, nf4
+from quant import nf4
 from quant.export import (
     COPIED,
     FORMAT_VERSION,
-    MAX_COPIED_BYTES,
     MANIFEST,
+    MAX_COPIED_BYTES,
     PROJECTIONS,
     RESIDENT,
     LayerWriter,
@@ -44,6 +44,7 @@ from quant.export import (
     sync_folder,
     write_json,
 )
+from quant.matmul import quantize_int8, quantize_nf4
 from slotmoe import CheckpointError, ConfigError, ExportError
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
@@ -318,7 +319,7 @@ class _Job:
                     name = expert_name(layer, expert, projection)
                     info = checkpoint.infos[name]
                     try:
-                        codes, absmax = nf4.quantize(checkpoint.rows(name, 0, info.shape[0]))
+                        codes, absmax = quantize_nf4(checkpoint.rows(name, 0, info.shape[0]))
                     except nf4.NotFiniteError:
                         raise _not_finite(checkpoint, name) from None
                     layout.part(record, f"{projection}.weight").copy_(codes)
@@ -343,12 +344,12 @@ class _Job:
     def _write_piece(self, writer: ResidentWriter, name: str, piece: torch.Tensor) -> None:
         quantization = self._quantization[name]
         if quantization == "int8":
-            values, scales = int8.quantize(piece)
+            values, scales = quantize_int8(piece)
             writer.write(name, values)
             writer.write(name + ".scale", scales)
         elif quantization == "nf4":
             try:
-                values, scales = nf4.quantize(piece)
+                values, scales = quantize_nf4(piece)
             except nf4.NotFiniteError:
                 raise _not_finite(self._checkpoint, name) from None
             writer.write(name, values)

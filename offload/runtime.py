@@ -30,12 +30,10 @@ from offload.cache import POLICIES, LruCache
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, scratch_bytes
 from offload.quantize import Progress, cached_export
-from offload.store import Slots
+from offload.store import Arena, Slots
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
-from quant.int8 import Int8Weight
-from quant.matmul import TorchOps, nbytes, pick_ops
-from quant.nf4 import Nf4Weight
+from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
 from slotmoe import ConfigError, PlanError, read_json
 
 __all__ = ["Runtime", "Token", "cache_folder", "resolve_model"]
@@ -131,8 +129,10 @@ class Runtime:
         """
         ids = self._check_ids(token_ids, len(token_ids))
         self._restart()
-        parts = [self._network.forward(part, self._cache, all_logits=True).cpu() for part in ids.split(PREFILL_CHUNK)]
-        return torch.cat(parts)
+        logits = torch.empty(len(ids), self.config.vocab_size)
+        for part, out in zip(ids.split(PREFILL_CHUNK), logits.split(PREFILL_CHUNK), strict=True):
+            out.copy_(self._network.forward(part, self._cache, all_logits=True))
+        return logits
 
     def generate(
         self,
@@ -284,17 +284,19 @@ def available_memory() -> int:
     return max(available, 0)
 
 
-def _place(name: str, weight: Any, device: torch.device, ops: TorchOps) -> Any:
-    """One resident weight on ``device``, in the form that ``ops`` wants; norms and router gates, small and used in
-    float32, are widened to it."""
-    if isinstance(weight, Int8Weight):
-        weight = Int8Weight(weight.q.to(device), weight.scale.to(device))
-    elif isinstance(weight, Nf4Weight):
-        weight = Nf4Weight(weight.codes.to(device), weight.absmax.to(device), weight.levels.to(device), weight.shape)
-    else:
-        widen = weight.dim() == 1 or name.endswith(".mlp.gate.weight")
-        weight = weight.to(device, torch.float32 if widen else weight.dtype)
-    return ops.prepare(name, weight)
+def _placer(device: torch.device, ops: TorchOps) -> Callable[[str, Any], Any]:
+    """A function that puts a resident weight on ``device`` in the form that ``ops`` wants; norms and router gates, small
+    and used in float32, are widened to it."""
+    arena = Arena()
+
+    def place(name: str, weight: Any) -> Any:
+        if isinstance(weight, Tensor) and (weight.dim() == 1 or name.endswith(".mlp.gate.weight")):
+            weight = weight.float()
+        if device.type == "cpu":
+            return map_tensors(ops.prepare(name, weight), arena.hold)
+        return ops.prepare(name, map_tensors(weight, lambda tensor: tensor.to(device)))
+
+    return place
 
 
 def _touched_bytes(config: Config, weights: dict[str, Any]) -> int:
@@ -339,11 +341,12 @@ def _open_quantized(
         tier = "ram" if device.type == "cpu" else "vram"
         plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=layout.record_bytes, slots=slots)
         weights: dict[str, Any] = {}
+        place = _placer(device, ops)
         for name, shape in resident_shapes(config).items():
             weight = export.resident(name)
             if tuple(weight.shape) != shape:
                 raise ConfigError(f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shape)}")
-            weights[name] = _place(name, weight, device, ops)
+            weights[name] = place(name, weight)
         experts = OffloadedExperts(export, LruCache(plan.slots), Slots(export, plan.slots, device), ops, export.levels.to(device))
         network = DeepseekV2(config, weights, ops, experts)
         cache = LatentCache(config, context, dtype, device)
@@ -367,7 +370,8 @@ def _open_reference(
         fixed = _fixed_bytes(config, checkpoint.nbytes, kv_bytes, elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
         plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=1, slots=None)
-        weights = {name: _place(name, checkpoint.tensor(name), device, ops) for name in checkpoint.infos}
+        place = _placer(device, ops)
+        weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
         cache = LatentCache(config, context, torch.float32, device)
         return cls(

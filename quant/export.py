@@ -203,7 +203,7 @@ class LayerWriter(_Writer):
 
     def write(self, record: Tensor) -> None:
         """Append the next expert's record, uint8 [record_bytes]."""
-        data = memoryview(record.numpy())
+        data = record.numpy().data
         self._records.append(checksum(data))
         self._hash.update(data)
         self._file.write(data)
@@ -225,7 +225,7 @@ class ResidentWriter(_Writer):
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append ``piece`` to tensor ``name``."""
-        part, data = self._parts[name], memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+        part, data = self._parts[name], piece.contiguous().view(-1).view(torch.uint8).numpy().data
         assert piece.dtype == part.dtype and self._written[name] + len(data) <= part.nbytes
         self._hashes[name].update(data)
         self._file.seek(len(self._header) + part.offset + self._written[name])
@@ -340,7 +340,7 @@ class Export:
 
     def _read(self, name: str, offset: int, out: Tensor, wanted: str, what: str) -> None:
         """Fill ``out`` (contiguous, CPU) from one range of a file and compare its checksum."""
-        data = memoryview(out.view(-1).view(torch.uint8).numpy())
+        data = out.view(-1).view(torch.uint8).numpy().data
         rest = data
         while rest:
             count = os.preadv(self._files[name], [rest], offset)
@@ -469,7 +469,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     _require(experts["record_bytes"] == layout.record_bytes and experts["record"] == layout.describe(), "the record layout is unknown")
     layers = experts["layers"]
     _require(_is_list(layers, int, len(layers)) and 0 < len(layers) <= 1000, "layers is not a list of layers")
-    _require(all(0 <= _integer(layer, 0, 99999) for layer in layers) and layers == sorted(set(layers)), "layers are not in order")
+    _require(all(_integer(layer, 0, 99999) >= 0 for layer in layers) and layers == sorted(set(layers)), "layers are not in order")
     for layer, origin in experts["linked_layers"].items():
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
     allowed = {*COPIED, RESIDENT, *map(layer_file, layers)}

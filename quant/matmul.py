@@ -8,8 +8,10 @@ Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_l
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant import int8, kernels, nf4
-from quant.export import RecordLayout
+from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
 from quant.kernels import Kernels, PackedInt8
 from quant.nf4 import TILE, Nf4Weight
@@ -30,18 +32,35 @@ class TiledInt8Weight:
     tiles: PackedInt8
     scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tiles.n, self.tiles.k
 
-Weight = Tensor | Int8Weight | Nf4Weight
+
+Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
 
 
-def nbytes(weight: Weight | TiledInt8Weight) -> int:
+def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same weight with ``change`` applied to each of its tensors."""
+    if isinstance(weight, Tensor):
+        return change(weight)
+    if is_dataclass(weight) and not isinstance(weight, type):
+        return replace(weight, **{field.name: map_tensors(getattr(weight, field.name), change) for field in fields(weight)})
+    return weight
+
+
+def nbytes(weight: Any) -> int:
     """Bytes in memory of a weight and its scales."""
-    if isinstance(weight, TiledInt8Weight):
-        return weight.tiles.data.nbytes + weight.scale.nbytes
-    if isinstance(weight, Int8Weight):
-        return weight.q.nbytes + weight.scale.nbytes
-    return weight.codes.nbytes + weight.absmax.nbytes if isinstance(weight, Nf4Weight) else weight.nbytes
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    map_tensors(weight, count)
+    return total
 
 
 def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -55,6 +74,23 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     return total
 
 
+def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises ``nf4.NotFiniteError``."""
+    native = kernels.load()
+    if native is None:
+        return nf4.quantize(weight_NK)
+    try:
+        return native.quantize_nf4(weight_NK)
+    except ValueError:
+        raise nf4.NotFiniteError from None
+
+
+def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``int8.quantize``, by the native kernel where there is one; the same bytes."""
+    native = kernels.load()
+    return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
+
+
 def rows(weight: Weight, start: int, stop: int) -> Weight:
     """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
     if isinstance(weight, Int8Weight):
@@ -62,6 +98,8 @@ def rows(weight: Weight, start: int, stop: int) -> Weight:
     if isinstance(weight, Nf4Weight):
         first, last = start // TILE, -(-stop // TILE)
         return Nf4Weight(weight.codes[first:last], weight.absmax[first:last], weight.levels, (stop - start, weight.shape[1]))
+    if isinstance(weight, TiledInt8Weight):
+        raise TypeError("a tiled matrix is for the native kernels alone")
     return weight[start:stop]
 
 
@@ -69,13 +107,18 @@ def dequantize(weight: Weight) -> Tensor:
     """The exact matrix, float32 [N, K], on the weight's device."""
     if isinstance(weight, Int8Weight):
         return int8.dequantize(weight)
-    return nf4.dequantize(weight) if isinstance(weight, Nf4Weight) else weight.float()
+    if isinstance(weight, Nf4Weight):
+        return nf4.dequantize(weight)
+    if isinstance(weight, TiledInt8Weight):
+        raise TypeError("a tiled matrix is for the native kernels alone")
+    return weight.float()
 
 
 class TorchOps:
     """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU, bfloat16 on CUDA."""
 
     name = "torch"
+    absorbs = False
 
     def __init__(self, compute: torch.dtype = torch.float32):
         self.compute = compute
@@ -85,7 +128,7 @@ class TorchOps:
         """CPU threads that the products use."""
         return torch.get_num_threads()
 
-    def prepare(self, name: str, weight: Weight) -> Weight | TiledInt8Weight:
+    def prepare(self, name: str, weight: Weight) -> Weight:
         """The weight in the form that these ops want to multiply with; ``name`` is its checkpoint name."""
         return weight
 
@@ -111,13 +154,21 @@ class TorchOps:
             y_TN[:, start:stop] = F.linear(x_TK, dequantize(rows(weight, start, stop)).to(self.compute))
         return y_TN
 
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm over the last dimension, float32 [T, D]."""
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+    def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
+        """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
+        return self.linear(F.silu(self.linear(x_TD, gate_proj)) * self.linear(x_TD, up_proj), down_proj)
+
     def embed(self, ids_T: Tensor, weight: Weight) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
         if isinstance(weight, Int8Weight):
             return weight.q[ids_T].float() * weight.scale[ids_T, None]
-        if isinstance(weight, Nf4Weight):
-            raise TypeError("an embedding table is never NF4: rows are gathered one by one")
-        return weight[ids_T].float()
+        if isinstance(weight, Tensor):
+            return weight[ids_T].float()
+        raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
         """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T, H, R]."""
@@ -135,7 +186,7 @@ class TorchOps:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
         return TorchOps.linear(self, latent_BR, kv_b)
 
-    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
@@ -149,9 +200,7 @@ class TorchOps:
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
-        gate = self.linear(x_TD, layout.weight(record, "gate_proj", levels))
-        up = self.linear(x_TD, layout.weight(record, "up_proj", levels))
-        return self.linear(F.silu(gate) * up, layout.weight(record, "down_proj", levels))
+        return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
 
 
 class NativeOps(TorchOps):
@@ -160,6 +209,8 @@ class NativeOps(TorchOps):
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill agree.  torch's own
     threads stay idle in decode; what it still computes (norms, the gate, rope) is too small to share.
     """
+
+    absorbs = True
 
     def __init__(self, native: Kernels):
         super().__init__(torch.float32)
@@ -170,7 +221,7 @@ class NativeOps(TorchOps):
     def threads(self) -> int:
         return self._native.threads
 
-    def prepare(self, name: str, weight: Weight) -> Weight | TiledInt8Weight:
+    def prepare(self, name: str, weight: Weight) -> Weight:
         """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj`` (absorbed) stay row-major."""
         if isinstance(weight, Int8Weight) and not name.endswith(("embed_tokens.weight", "kv_b_proj.weight")):
             return TiledInt8Weight(self._native.pack_int8(weight.q), weight.scale)
@@ -179,25 +230,41 @@ class NativeOps(TorchOps):
     def read_bandwidth(self) -> float:
         return self._native.read_bandwidth()
 
-    def linear(self, x_TK: Tensor, weight: Weight | TiledInt8Weight) -> Tensor:
+    def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, TiledInt8Weight):
             return self._native.linear_int8(x_TK.contiguous(), weight.tiles, weight.scale)
         if isinstance(weight, Nf4Weight):
             return self._native.linear_nf4(x_TK.contiguous(), weight.codes, weight.absmax, weight.levels, weight.shape[0])
+        if isinstance(weight, Tensor):
+            return self._native.linear_dense(x_TK.contiguous(), weight)
         return super().linear(x_TK, weight)
 
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
+
+    def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
+        three = (gate_proj, up_proj, down_proj)
+        tiled = [one for one in three if isinstance(one, TiledInt8Weight)]
+        if len(tiled) == 3:
+            return self._native.mlp_int8(x_TD, [one.tiles for one in tiled], [one.scale for one in tiled])
+        coded = [one for one in three if isinstance(one, Nf4Weight)]
+        if len(coded) == 3:
+            codes, absmax = [one.codes for one in coded], [one.absmax for one in coded]
+            return self._native.mlp_nf4(x_TD, coded[0].shape[0], codes, absmax, coded[0].levels)
+        return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
-        if len(q_THN) > 1 or not isinstance(kv_b, Int8Weight):
-            return super().absorb_query(q_THN, kv_b)
-        return self._native.absorb_query(q_THN[0].contiguous(), kv_b.q, kv_b.scale)[None]
+        if isinstance(kv_b, Int8Weight):
+            return self._native.absorb_query(q_THN.contiguous(), kv_b.q, kv_b.scale)
+        return super().absorb_query(q_THN, kv_b)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
-        if len(o_THR) > 1 or not isinstance(kv_b, Int8Weight):
-            return super().absorb_value(o_THR, kv_b, N)
-        return self._native.absorb_value(o_THR[0].contiguous(), kv_b.q, kv_b.scale, N)[None]
+        if isinstance(kv_b, Int8Weight):
+            return self._native.absorb_value(o_THR, kv_b.q, kv_b.scale, N)
+        return super().absorb_value(o_THR, kv_b, N)
 
-    def mla_decode(self, q_HW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        return self._native.mla_decode(q_HW.contiguous(), rows_SW, len(rows_SW), R, scale)
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+        return self._native.mla(q_THW.contiguous(), rows_SW, len(rows_SW), R, scale)
 
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         return self._native.experts_decode(x_D.contiguous(), records, weights_K, layout.moe_intermediate_size, levels)

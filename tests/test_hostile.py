@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import REMOVE, write_checkpoint
 
 from model.checkpoint import Checkpoint, resident_shapes
 from model.config import parse_config, read_config
@@ -25,6 +24,7 @@ from quant.export import COPIED, MANIFEST, RESIDENT, Export, checksum, layer_fil
 from quant.int8 import Int8Weight
 from quant.nf4 import Nf4Weight
 from slotmoe import CheckpointError, ConfigError, ExportError, SlotmoeError
+from tests.tiny import REMOVE, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 INDEX, FIRST, SECOND = "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -222,7 +222,10 @@ BAD_CHECKPOINTS = {
     "offsets-same": (single({"a": f32(0, 4), "b": f32(0, 4)}, b"1234"), "model.safetensors"),
     "offsets-backwards": (single({"a": f32(4, 0)}, b"1234"), "model.safetensors"),
     "offsets-huge": (single({"a": f32(0, 1 << 60)}, b"1234"), "model.safetensors"),
-    "offsets-beyond-64-bits": (single(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999999999999999]}}'), "model.safetensors"),
+    "offsets-beyond-64-bits": (
+        single(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999999999999999]}}'),
+        "model.safetensors",
+    ),
     "header-length-huge": (write(FIRST, b"\xff" * 8 + b"{}"), FIRST),
     "header-length-63-bits": (write(FIRST, struct.pack("<Q", (1 << 63) - 1) + b"{}"), FIRST),
     "header-over-cap": (single(b'{"a":' + b" " * (9 << 20) + b"1}"), "header of"),
@@ -285,8 +288,15 @@ def poke(value):
 @pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(EXPERT, float("nan")), (EXPERT, float("inf")), (EXPERT, -float("inf")), (EXPERT, 1e6), ("lm_head.weight", float("nan"))]
-    + [("model.layers.2.mlp.gate.weight", float("inf")), ("model.layers.0.self_attn.kv_b_proj.weight", float("nan"))],
+    [
+        (EXPERT, float("nan")),
+        (EXPERT, float("inf")),
+        (EXPERT, -float("inf")),
+        (EXPERT, 1e6),
+        ("lm_head.weight", float("nan")),
+        ("model.layers.2.mlp.gate.weight", float("inf")),
+        ("model.layers.0.self_attn.kv_b_proj.weight", float("nan")),
+    ],
 )
 def test_weights_that_are_no_numbers(name, value, resident, checkpoint):
     edit_tensor(checkpoint, name, poke(value))
@@ -706,7 +716,7 @@ def test_every_manifest_value_may_be_hostile(value, export):
         try:
             found = read_everything(export)
         except ExportError as problem:
-            assert MANIFEST in str(problem) or "export" in str(problem)
+            assert str(export) in str(problem)  # noqa: PT017
         else:
             opened += 1
             if path[:2] != ("quantization", "levels"):
@@ -736,7 +746,16 @@ def interesting_places(name, size, export):
     return sorted(places | {generator.randrange(size) for _ in range(30)})
 
 
-FILES = [MANIFEST, RESIDENT, layer_file(1), layer_file(2), "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+FILES = [
+    MANIFEST,
+    RESIDENT,
+    layer_file(1),
+    layer_file(2),
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -754,7 +773,7 @@ def test_a_flipped_byte_anywhere_is_refused(name, export):
         try:
             found = read_everything(export)
         except ExportError as problem:
-            assert str(export) in str(problem)
+            assert str(export) in str(problem)  # noqa: PT017
         else:  # white space of JSON, for example
             assert name == MANIFEST, f"a flip at {place} of {name} went unnoticed"
             assert found == wanted
@@ -823,7 +842,9 @@ def test_refusals_take_little_memory(good, tmp_path):
         shutil.copytree(good / ("export" if kind == "export" else "checkpoint"), folder)
         breaking(folder)
         todo.append((kind, str(folder)))
-    child = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], input=json.dumps(todo).encode(), cwd=ROOT, capture_output=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT], input=json.dumps(todo).encode(), cwd=ROOT, capture_output=True, check=True
+    )
     report = {Path(path).name: used for path, used in json.loads(child.stdout).items()}
     assert len(report) == len(cases)
     assert {name: used for name, used in report.items() if not isinstance(used, float) or used >= 100} == {}

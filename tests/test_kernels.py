@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from quant import kernels as qk
+from quant import nf4
 
 native = qk.load()
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are not built")
 ISAS = native.isas if native else ()
-LEVELS = np.array(qk.NF4_LEVELS, dtype=np.float32)
+LEVELS = np.array(nf4.LEVELS, dtype=np.float32)
 
 # Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the instruction set.
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -337,7 +338,7 @@ def test_threads_change_nothing(kernels):
                 kernels.linear_int8(x, packed, torch.ones(333)),
                 kernels.experts_decode(x[0], experts, weights, 176, levels_tensor),
                 kernels.expert_prefill(x, experts[0], 176, levels_tensor),
-                kernels.mla_decode(q, cache, 500, 64, 0.2),
+                kernels.mla(q[None], cache, 500, 64, 0.2),
                 *kernels.quantize_nf4(x),
                 *kernels.quantize_int8(x),
             ]
@@ -405,7 +406,7 @@ def attention(q, cache, r, scale):
     seeds,
     st.sampled_from([0.1, 1.0, 20.0]),
 )
-def test_mla_decode(kernels, heads, context, r, p, extra, seed, sharpness):
+def test_mla_one_token(kernels, heads, context, r, p, extra, seed, sharpness):
     rng = np.random.default_rng(seed)
     buffer = torch.full((context + 3, r + p + extra), float("nan"), dtype=torch.float16)
     cache = buffer[:, : r + p]  # row stride r + p + extra; rows past the context stay NaN
@@ -414,21 +415,34 @@ def test_mla_decode(kernels, heads, context, r, p, extra, seed, sharpness):
     scale = sharpness / math.sqrt(r + p)
     rows = cache[:context].numpy().astype(np.float64)
     want = attention(q.numpy().astype(np.float64), rows, r, scale)
-    got = kernels.mla_decode(q, cache, context, r, scale)
+    got = kernels.mla(q[None], cache, context, r, scale)[0]
     # Cache, query and probabilities are rounded at 1e-4 of their largest; the softmax turns a score's error into as much
     # of the output.
     assert np.abs(got.numpy() - want).max() < 1e-3 * max(1.0, sharpness) * np.abs(rows[:, :r]).max()
 
 
+@quick
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 200), seeds)
+def test_mla_of_many_tokens_is_bitwise_that_of_each(kernels, tokens, heads, before, seed):
+    rng = np.random.default_rng(seed)
+    context = before + tokens
+    cache = torch.from_numpy(rng.standard_normal((context + 2, 40)).astype(np.float16))
+    cache[context:] = float("nan")
+    q = torch_of(rng.standard_normal((tokens, heads, 40)))
+    got = kernels.mla(q, cache, context, 32, 0.2)
+    for t in range(tokens):
+        assert torch.equal(got[t], kernels.mla(q[t : t + 1], cache, before + t + 1, 32, 0.2)[0])
+
+
 def test_mla_shows_nan(kernels):
     cache = torch.randn(100, 72).half()
     q = torch.randn(5, 72)
-    assert kernels.mla_decode(q, cache, 100, 64, 0.1).isfinite().all()
+    assert kernels.mla(q[None], cache, 100, 64, 0.1).isfinite().all()
     cache[70, 3] = float("nan")
-    assert kernels.mla_decode(q, cache, 100, 64, 0.1).isnan().all()
-    assert kernels.mla_decode(q, cache, 70, 64, 0.1).isfinite().all()
+    assert kernels.mla(q[None], cache, 100, 64, 0.1).isnan().all()
+    assert kernels.mla(q[None], cache, 70, 64, 0.1).isfinite().all()
     q[2, 70] = float("inf")
-    bad = kernels.mla_decode(q, cache, 70, 64, 0.1).isnan()
+    bad = kernels.mla(q[None], cache, 70, 64, 0.1)[0].isnan()
     assert bad[2].all()
     assert not bad[[0, 1, 3, 4]].any()
 
@@ -451,7 +465,7 @@ def test_mla_error_at_a_real_size(kernels, kind):
     q = torch_of(rng.standard_normal((16, 576)))
     scale = 2 / np.std(q.numpy().astype(np.float64) @ rows.T)
     want = attention(q.numpy().astype(np.float64), cache.numpy().astype(np.float64), 512, scale)
-    assert relative(kernels.mla_decode(q, cache, 700, 512, scale), want) < 2e-3
+    assert relative(kernels.mla(q[None], cache, 700, 512, scale)[0], want) < 2e-3
 
 
 # --- making weights
@@ -580,12 +594,12 @@ def test_bad_arguments_are_refused():
         lambda: native.experts_each(torch.ones(0), [record], 32, levels_tensor),
         lambda: native.experts_decode(torch.ones(64), [record], torch.ones(2), 32, levels_tensor),
         lambda: native.expert_prefill(torch.ones(64), record, 32, levels_tensor),
-        lambda: native.mla_decode(torch.ones(2, 72), cache, 11, 64, 1.0),
-        lambda: native.mla_decode(torch.ones(2, 72), cache, 0, 64, 1.0),
-        lambda: native.mla_decode(torch.ones(2, 72), cache, 5, 73, 1.0),
-        lambda: native.mla_decode(torch.ones(2, 71), cache, 5, 64, 1.0),
-        lambda: native.mla_decode(torch.ones(2, 10), cache.t(), 5, 8, 1.0),
-        lambda: native.mla_decode(torch.ones(2, 72), cache.float(), 5, 64, 1.0),
+        lambda: native.mla(torch.ones(2, 72)[None], cache, 11, 64, 1.0),
+        lambda: native.mla(torch.ones(2, 72)[None], cache, 0, 64, 1.0),
+        lambda: native.mla(torch.ones(2, 72)[None], cache, 5, 73, 1.0),
+        lambda: native.mla(torch.ones(2, 71)[None], cache, 5, 64, 1.0),
+        lambda: native.mla(torch.ones(2, 10)[None], cache.t(), 5, 8, 1.0),
+        lambda: native.mla(torch.ones(2, 72)[None], cache.float(), 5, 64, 1.0),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_nf4(torch.ones(64)),
         lambda: native.quantize_nf4(torch.ones(4, 64), levels_tensor.flip(0)),
@@ -628,17 +642,62 @@ def test_read_bandwidth_and_settings():
 
 
 @quick
-@given(st.integers(1, 5), st.integers(0, 19), st.integers(1, 19), st.integers(1, 70), st.integers(0, 2**31))
-def test_absorbed_products_are_exact_to_float32(kernels, heads, n, v, r, seed):
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 19), st.integers(1, 19), st.integers(1, 300), seeds)
+def test_absorbed_products_are_exact_to_float32(kernels, t, heads, n, v, r, seed):
     rng = np.random.default_rng(seed)
     w = rng.integers(-127, 128, (heads * (n + v), r)).astype(np.int8)
     scale = np.exp(rng.normal(0, 2, heads * (n + v))).astype(np.float32)
     exact = (w * scale[:, None].astype(np.float64)).reshape(heads, n + v, r)
-    q, latent = rng.normal(size=(heads, n)).astype(np.float32), rng.normal(size=(heads, r)).astype(np.float32)
+    q, latent = rng.normal(size=(t, heads, n)).astype(np.float32), rng.normal(size=(t, heads, r)).astype(np.float32)
     tensors = torch.from_numpy(w), torch.from_numpy(scale)
-    absorbed = kernels.absorb_query(torch.from_numpy(q), *tensors).numpy()
-    limit = np.abs(q[:, :, None] * exact[:, :n]).sum(axis=1) + 1e-30
-    assert np.all(np.abs(absorbed - np.einsum("hn,hnr->hr", q, exact[:, :n])) <= 1e-5 * limit)
-    values = kernels.absorb_value(torch.from_numpy(latent), *tensors, n).numpy()
-    limit = np.abs(latent[:, None] * exact[:, n:]).sum(axis=2) + 1e-30
-    assert np.all(np.abs(values - np.einsum("hr,hvr->hv", latent, exact[:, n:])) <= 1e-5 * limit)
+    absorbed = kernels.absorb_query(torch.from_numpy(q), *tensors)
+    limit = np.einsum("thn,hnr->thr", np.abs(q), np.abs(exact[:, :n])) + 1e-30
+    assert np.all(np.abs(absorbed.numpy() - np.einsum("thn,hnr->thr", q, exact[:, :n])) <= 1e-5 * limit)
+    values = kernels.absorb_value(torch.from_numpy(latent), *tensors, n)
+    limit = np.einsum("thr,hvr->thv", np.abs(latent), np.abs(exact[:, n:])) + 1e-30
+    assert np.all(np.abs(values.numpy() - np.einsum("thr,hvr->thv", latent, exact[:, n:])) <= 1e-5 * limit)
+    assert torch.equal(kernels.absorb_query(torch.from_numpy(q[-1:]), *tensors), absorbed[-1:])
+    assert torch.equal(kernels.absorb_value(torch.from_numpy(latent[-1:]), *tensors, n), values[-1:])
+
+
+@quick
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 200), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), seeds)
+def test_dense_products_are_exact_to_float32(kernels, t, n, k, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, w = torch_of(rng.standard_normal((t, k))), torch_of(rng.standard_normal((n, k))).to(dtype)
+    got = kernels.linear_dense(x, w)
+    limit = x.abs().double() @ w.abs().double().T
+    assert bool(((got.double() - x.double() @ w.double().T).abs() <= 1e-6 * limit).all())
+    assert torch.equal(kernels.linear_dense(x[-1:], w), got[-1:])
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 300), seeds)
+def test_rms_norm(kernels, t, n, seed):
+    rng = np.random.default_rng(seed)
+    x, weight = torch_of(rng.standard_normal((t, n))), torch_of(rng.standard_normal(n))
+    want = torch.nn.functional.rms_norm(x.double(), (n,), weight.double(), 1e-6)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6).double(), want, rtol=1e-5, atol=1e-6)
+
+
+@quick
+@given(st.integers(1, 6), st.integers(1, 100), st.integers(1, 100), seeds)
+def test_mlp_is_its_three_products(kernels, t, h, i, seed):
+    """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a row alone."""
+    rng = np.random.default_rng(seed)
+    x, shapes = torch_of(rng.standard_normal((t, h))), ((i, h), (i, h), (h, i))
+    packed = [kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))) for shape in shapes]
+    scales = [torch.full((shape[0],), 0.01) for shape in shapes]
+    coded = [random_nf4(rng, *shape) for shape in shapes]
+    codes, absmax = [one[1] for one in coded], [one[2] for one in coded]
+    for linear, mlp in (
+        (lambda x, m: kernels.linear_int8(x, packed[m], scales[m]), lambda x: kernels.mlp_int8(x, packed, scales)),
+        (
+            lambda x, m: kernels.linear_nf4(x, codes[m], absmax[m], levels_tensor, shapes[m][0]),
+            lambda x: kernels.mlp_nf4(x, i, codes, absmax, levels_tensor),
+        ),
+    ):
+        got, gate, up = mlp(x), linear(x, 0), linear(x, 1)
+        want = linear(torch.nn.functional.silu(gate) * up, 2)
+        assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
+        assert torch.equal(mlp(x[-1:]), got[-1:])

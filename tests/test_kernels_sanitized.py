@@ -38,7 +38,7 @@ int64_t slotmoe_record_bytes(int64_t, int64_t);
 int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, float*);
 int slotmoe_expert_prefill(const float*, int64_t, const uint8_t*, int64_t, int64_t, const float*, float*);
-int slotmoe_mla_decode(const float*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_mla(const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 }
@@ -132,7 +132,7 @@ static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int6
     const int64_t stride = r + p + extra, count = (context - 1) * stride + r + p;  // the last row has no slack
     Array<uint16_t> cache(count);
     halves(cache, count);
-    check(slotmoe_mla_decode(q, heads, cache, context, stride, r, p, 0.01f, out));
+    check(slotmoe_mla(q, 1, heads, cache, context, stride, r, p, 0.01f, out));
 }
 
 static void all() {

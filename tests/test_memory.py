@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.checkpoint import expert_name, expert_shapes, resident_shapes
 from model.config import parse_config
-from safetensors.torch import save_file
 from tests.conftest import SAMPLE
 
 _PEAK = """

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests.tiny import write_checkpoint
 
 from model.checkpoint import Checkpoint
 from model.config import parse_config
@@ -14,6 +13,7 @@ from offload.runtime import Runtime
 from quant.matmul import TorchOps
 from tests import plain
 from tests.oracle import relative_error, transformers_logits
+from tests.tiny import write_checkpoint
 
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.707}
 YARN |= {"beta_fast": 32, "beta_slow": 1}
@@ -77,11 +77,11 @@ def test_gate_is_limited_to_groups():
         {**SMALL_GATE, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
     )
     wanted = torch.tensor([[4.0, 0.0, 3.0, 2.9]])  # experts 0, 1 | 2, 3
-    weights, indices = route(wanted, torch.eye(4), config)
+    weights, indices = route(wanted, config)
     assert indices.tolist() == [[0, 1]]
     torch.testing.assert_close(weights, 4.0 * wanted.softmax(-1)[:, :2])
     greedy = parse_config({**SMALL_GATE, "topk_method": "greedy"})
-    assert route(wanted, torch.eye(4), greedy)[1].tolist() == [[0, 2]]
+    assert route(wanted, greedy)[1].tolist() == [[0, 2]]
 
 
 SMALL_GATE = {

@@ -108,5 +108,5 @@ def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export
         wanted = reference.logits(ids)
     finally:
         reference._network = original
-    with Runtime.open(sample_export, context=64) as exported:
+    with Runtime.open(sample_export, context=64, kernels="torch") as exported:
         assert relative_error(exported.logits(ids), wanted) <= 1e-3

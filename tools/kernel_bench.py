@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from quant import kernels as qk
+from quant import nf4
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 1408, 6
 LATENT, ROPE, HEADS = 512, 64, 16
-LEVELS = torch.tensor(qk.NF4_LEVELS)
+LEVELS = torch.tensor(nf4.LEVELS)
 
 Row = dict[str, object]
 
@@ -70,7 +71,7 @@ def records(count: int) -> tuple[Tensor, list[Tensor], int]:
     memory = torch.empty(count * step + 64, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 64 :][: count * step]
     shapes = [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
-    codes = sum(math.prod(qk.codes_shape(*shape)) for shape in shapes)
+    codes = sum(math.prod(nf4.codes_shape(*shape)) for shape in shapes)
     first = memory[:step]
     first.random_(0, 256)
     first[codes:size] = torch.full(((size - codes) // 2,), 0.02, dtype=torch.float16).view(torch.uint8)
@@ -115,16 +116,16 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
         computing("linear_int8, 512 tokens", macs, n * HIDDEN, partial(native.linear_int8, many, first, scale), rounds),
     ]
 
-    codes = packed.view(torch.uint8).view(-1, *qk.codes_shape(n, HIDDEN))  # any bytes are codes
-    absmax = torch.rand((len(codes), *qk.absmax_shape(n, HIDDEN))).half()
+    codes = packed.view(torch.uint8).view(-1, *nf4.codes_shape(n, HIDDEN))  # any bytes are codes
+    absmax = torch.rand((len(codes), *nf4.absmax_shape(n, HIDDEN))).half()
 
-    def nf4() -> None:
+    def coded() -> None:
         for c, a in zip(codes, absmax, strict=True):
             native.linear_nf4(x, c, a, LEVELS, n)
 
     size = codes[0].numel() + 2 * absmax[0].numel()
     action = partial(native.linear_nf4, many, codes[0], absmax[0], LEVELS, n)
-    rows.append(streaming(native, "linear_nf4", codes.flatten(), size * len(codes), nf4, rounds))
+    rows.append(streaming(native, "linear_nf4", codes.flatten(), size * len(codes), coded, rounds))
     rows.append(computing("linear_nf4, 512 tokens", macs, size, action, rounds))
     return rows
 
@@ -138,10 +139,10 @@ def attention(native: qk.Kernels, rounds: int) -> list[Row]:
 
         def attend(layers: Tensor = layers, q: Tensor = q, context: int = context) -> None:
             for cache in layers:
-                native.mla_decode(q, cache, context, LATENT, 0.1)
+                native.mla(q, cache, context, LATENT, 0.1)
 
         macs = len(layers) * heads * context * (2 * LATENT + ROPE)
-        row = computing(f"mla_decode, {heads} heads, context {context}", macs, 2 * layers.numel(), attend, rounds)
+        row = computing(f"mla, {heads} heads, context {context}", macs, 2 * layers.numel(), attend, rounds)
         rows.append(row | {"seconds": float(str(row["seconds"])) / len(layers)})
     return rows
 

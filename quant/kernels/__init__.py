@@ -8,10 +8,8 @@ Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k exper
 64 columns: Np = N rounded up to 16, Kp = K rounded up to 64.  Results do not depend on the number of threads, and a row's
 result does not depend on the rows computed with it.
 
-NF4 "tiles16" layout (the export's): codes uint8 [Np/16, Kp/64, 512], absmax float16 [Np/16, Kp/64, 16].  In a block's 512
-bytes, byte 64 t + 4 lane + i (t < 8, lane < 16, i < 4) belongs to row 16 tile + lane: its high nibble is the code of column
-64 block + 8 t + i, its low nibble that of column 64 block + 8 t + 4 + i.  w = levels[code] * absmax.  Padding is code 7 and
-absmax 0.  An expert record is gate, up and down codes, then gate, up and down absmax, 64-byte-aligned, then any padding.
+The NF4 layout `tiles16` is that of `quant.nf4`.  An expert record is gate, up and down codes, then gate, up and down absmax,
+64-byte-aligned, then any padding.
 """
 
 from __future__ import annotations
@@ -29,31 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["NF4_LEVELS", "Kernels", "PackedInt8", "absmax_shape", "codes_shape", "load", "record_bytes"]
+from quant.nf4 import BLOCK, LEVELS, TILE, absmax_shape, codes_shape
+
+__all__ = ["Kernels", "PackedInt8", "load", "record_bytes"]
 
 ABI = 1
-TILE = 16
-BLOCK = 64
-
-# The 16 levels of bitsandbytes' NF4.
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def codes_shape(n: int, k: int) -> tuple[int, int, int]:
-    """Shape of the NF4 codes of a matrix [n, k]."""
-    return -(-n // TILE), -(-k // BLOCK), 512
-
-
-def absmax_shape(n: int, k: int) -> tuple[int, int, int]:
-    """Shape of the NF4 scales of a matrix [n, k]."""
-    return -(-n // TILE), -(-k // BLOCK), TILE
 
 
 def record_bytes(hidden: int, intermediate: int) -> int:
@@ -101,12 +80,16 @@ class Kernels:
             "linear_nf4": [pointer, size, size, size, pointer, pointer, pointer, pointer],
             "pack_int8": [pointer, size, size, pointer],
             "linear_int8": [pointer, size, size, size, pointer, pointer, pointer],
+            "rms_norm": [pointer, pointer, size, size, ctypes.c_float, pointer],
+            "linear_dense": [pointer, size, size, size, pointer, number, pointer],
+            "mlp_int8": [pointer, size, size, size, pointer, pointer, pointer],
+            "mlp_nf4": [pointer, size, size, size, pointer, pointer, pointer, pointer],
             "experts_decode": [pointer, pointer, size, pointer, size, size, pointer, pointer],
             "weighted_sum": [pointer, pointer, size, size, pointer],
             "expert_prefill": [pointer, size, pointer, size, size, pointer, pointer],
-            "mla_decode": [pointer, size, pointer, size, size, size, size, ctypes.c_float, pointer],
-            "absorb_query": [pointer, size, pointer, pointer, size, size, size, pointer],
-            "absorb_value": [pointer, size, pointer, pointer, size, size, size, pointer],
+            "mla": [pointer, size, size, pointer, size, size, size, size, ctypes.c_float, pointer],
+            "absorb_query": [pointer, size, size, pointer, pointer, size, size, size, pointer],
+            "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
             "set_isa": [ctypes.c_char_p],
@@ -208,6 +191,57 @@ class Kernels:
         self._done(self._lib.slotmoe_linear_int8(x.data_ptr(), t, w.k, w.n, *pointers))
         return y
 
+    def linear_dense(self, x: Tensor, w: Tensor) -> Tensor:
+        """x float32 [T, K], W [N, K] float32, float16 or bfloat16 -> float32 [T, N] = x W^T, nothing quantized."""
+        _check("x", x, torch.float32, ndim=2)
+        n, k, kind = self._source(w)
+        if x.shape[1] != k:
+            raise ValueError(f"x has {x.shape[1]} columns, the matrix {k}")
+        y = x.new_empty((x.shape[0], n))
+        self._done(self._lib.slotmoe_linear_dense(x.data_ptr(), x.shape[0], k, n, w.data_ptr(), kind, y.data_ptr()))
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x float32 [T, n], weight float32 [n] -> x / sqrt(mean(x^2) + eps) * weight."""
+        _check("x", x, torch.float32, ndim=2)
+        t, n = x.shape
+        _check("weight", weight, torch.float32, (n,))
+        y = torch.empty_like(x)
+        self._done(self._lib.slotmoe_rms_norm(x.data_ptr(), weight.data_ptr(), t, n, eps, y.data_ptr()))
+        return y
+
+    def mlp_int8(self, x: Tensor, matrices: Sequence[PackedInt8], scales: Sequence[Tensor]) -> Tensor:
+        """x float32 [T, H] through down(silu(gate x) * up x) -> float32 [T, H]; matrices and scales of gate and up [I, H]
+        and down [H, I]."""
+        _check("x", x, torch.float32, ndim=2)
+        t, h = x.shape
+        i = matrices[0].n
+        for matrix, scale, shape in zip(matrices, scales, ((i, h), (i, h), (h, i)), strict=True):
+            if (matrix.n, matrix.k) != shape:
+                raise ValueError(f"a matrix of the MLP is {(matrix.n, matrix.k)}, expected {shape}")
+            _check("w", matrix.data, torch.int8, (-(-shape[0] // TILE), -(-shape[1] // BLOCK), TILE * BLOCK))
+            _check("scale", scale, torch.float32, (shape[0],))
+        y = torch.empty_like(x)
+        packed = (ctypes.c_void_p * 3)(*[matrix.data.data_ptr() for matrix in matrices])
+        self._done(self._lib.slotmoe_mlp_int8(x.data_ptr(), t, h, i, packed, _addresses(scales), y.data_ptr()))
+        return y
+
+    def mlp_nf4(self, x: Tensor, intermediate: int, codes: Sequence[Tensor], absmax: Sequence[Tensor], levels: Tensor) -> Tensor:
+        """As `mlp_int8`, for codes and absmax as tiles16; `intermediate` is I."""
+        _check("x", x, torch.float32, ndim=2)
+        t, h = x.shape
+        i = intermediate
+        _count("H", h)
+        _count("intermediate", i)
+        for code, scale, shape in zip(codes, absmax, ((i, h), (i, h), (h, i)), strict=True):
+            _check("codes", code, torch.uint8, codes_shape(*shape))
+            _check("absmax", scale, torch.float16, absmax_shape(*shape))
+        _check("levels", levels, torch.float32, (16,))
+        y = torch.empty_like(x)
+        pointers = _addresses(codes), _addresses(absmax), levels.data_ptr(), y.data_ptr()
+        self._done(self._lib.slotmoe_mlp_nf4(x.data_ptr(), t, h, i, *pointers))
+        return y
+
     def experts_decode(self, x: Tensor, records: Sequence[Tensor], weights: Tensor, intermediate: int, levels: Tensor) -> Tensor:
         """x float32 [H], k records uint8 [>= record_bytes], weights float32 [k] -> float32 [H].
 
@@ -264,16 +298,18 @@ class Kernels:
         self._done(self._lib.slotmoe_expert_prefill(x.data_ptr(), t, address, hidden, intermediate, *pointers))
         return y
 
-    def mla_decode(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
-        """Attention of one token over the latent cache.
+    def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
+        """Causal attention of the last T of `context` tokens over the latent cache.
 
-        q float32 [heads, R + P], cache float16 [capacity, R + P] (rows may be strided), R = `latent` -> float32
-        [heads, R] = softmax(scale * q cache^T) cache[:, :R] over the first `context` rows; later rows are not read.
+        q float32 [T, heads, R + P], cache float16 [capacity, R + P] (rows may be strided), R = `latent` -> float32
+        [T, heads, R] = softmax(scale * q cache^T) cache[:, :R], token t over the first `context` - T + t + 1 rows; later
+        rows are not read.  Each token's result is bitwise that of a call of its own.
         """
-        _check("q", q, torch.float32, ndim=2)
-        heads, width = q.shape
+        _check("q", q, torch.float32, ndim=3)
+        tokens, heads, width = q.shape
+        _count("tokens", tokens)
         _count("heads", heads)
-        _count("context", context)
+        _count("context", context, tokens)
         if not 1 <= latent <= width:
             raise ValueError(f"latent is {latent}, q has {width} columns")
         if cache.dtype != torch.float16 or cache.device.type != "cpu" or cache.dim() != 2 or cache.shape[1] != width:
@@ -283,32 +319,32 @@ class Kernels:
         stride = cache.stride(0) if cache.shape[0] > 1 else width
         if (width > 1 and cache.stride(1) != 1) or stride < width:
             raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent elements")
-        out = q.new_empty((heads, latent))
+        out = q.new_empty((tokens, heads, latent))
         sizes = context, stride, latent, width - latent
-        self._done(self._lib.slotmoe_mla_decode(q.data_ptr(), heads, cache.data_ptr(), *sizes, scale, out.data_ptr()))
+        self._done(self._lib.slotmoe_mla(q.data_ptr(), tokens, heads, cache.data_ptr(), *sizes, scale, out.data_ptr()))
         return out
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
-        """q float32 [heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32 [heads, R]:
-        each head's query times its first n rows of kv_b * scale."""
-        _check("q", q, torch.float32, ndim=2)
-        heads, n = q.shape
+        """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32
+        [T, heads, R]: each head's query times its first n rows of kv_b * scale."""
+        _check("q", q, torch.float32, ndim=3)
+        t, heads, n = q.shape
         per_head, r = self._per_head(heads, n, kv_b, scale)
-        out = q.new_empty((heads, r))
-        pointers = q.data_ptr(), heads, kv_b.data_ptr(), scale.data_ptr()
+        out = q.new_empty((t, heads, r))
+        pointers = q.data_ptr(), t, heads, kv_b.data_ptr(), scale.data_ptr()
         self._done(self._lib.slotmoe_absorb_query(*pointers, n, per_head, r, out.data_ptr()))
         return out
 
     def absorb_value(self, latent: Tensor, kv_b: Tensor, scale: Tensor, n: int) -> Tensor:
-        """latent float32 [heads, R], kv_b and scale as for `absorb_query` -> float32 [heads, per_head - n]: each head's
-        latent through its rows of kv_b * scale past the first n."""
-        _check("latent", latent, torch.float32, ndim=2)
-        heads = latent.shape[0]
+        """latent float32 [T, heads, R], kv_b and scale as for `absorb_query` -> float32 [T, heads, per_head - n]: each
+        head's latent through its rows of kv_b * scale past the first n."""
+        _check("latent", latent, torch.float32, ndim=3)
+        t, heads = latent.shape[:2]
         per_head, r = self._per_head(heads, n, kv_b, scale)
-        if latent.shape[1] != r:
-            raise ValueError(f"latent has {latent.shape[1]} columns, kv_b {r}")
-        out = latent.new_empty((heads, per_head - n))
-        pointers = latent.data_ptr(), heads, kv_b.data_ptr(), scale.data_ptr()
+        if latent.shape[2] != r:
+            raise ValueError(f"latent has {latent.shape[2]} columns, kv_b {r}")
+        out = latent.new_empty((t, heads, per_head - n))
+        pointers = latent.data_ptr(), t, heads, kv_b.data_ptr(), scale.data_ptr()
         self._done(self._lib.slotmoe_absorb_value(*pointers, n, per_head, r, out.data_ptr()))
         return out
 
@@ -328,7 +364,7 @@ class Kernels:
         ValueError when the source holds NaN or infinity, or a block's absmax does not fit float16.
         """
         n, k, kind = self._source(source)
-        levels = torch.tensor(NF4_LEVELS) if levels is None else levels
+        levels = torch.tensor(LEVELS) if levels is None else levels
         _check("levels", levels, torch.float32, (16,))
         if not bool((levels[1:] >= levels[:-1]).all()):
             raise ValueError("levels must ascend to quantize with them")
@@ -371,6 +407,10 @@ class Kernels:
             raise MemoryError("the kernels could not allocate their working memory")
         if status:
             raise ValueError("the kernels refused an argument: levels must be finite")
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def _record(record: Tensor, size: int) -> int:

@@ -246,6 +246,97 @@ EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, 
     });
 }
 
+// W row-major in f32, f16 or bf16, unquantized activations.
+EXPORT int slotmoe_linear_dense(const float* x, int64_t t, int64_t k, int64_t n, const void* w, int type, float* y) {
+    if (t < 0 || k < 1 || n < 1 || type < 0 || type > 2) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(n, [&](int, int64_t begin, int64_t end) { isa.linear_dense(x, t, k, w, Source(type), begin, end, y, n); });
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int64_t n, float eps, float* y) {
+    if (t < 0 || n < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) isa.rms_norm(x + row * n, weight, n, eps, y + row * n);
+        });
+        return kOk;
+    });
+}
+
+// --- gated MLP: down(silu(gate x) * up x)
+
+namespace {
+
+// tiles(which, x blocks, x factors, rows, begin, end, y, ldy) multiplies by matrix 0 gate [i, h], 1 up [i, h] or 2 down [h, i].
+// One token or many: the arithmetic of a row is the same.
+template <class Tiles>
+int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, float* y, Tiles tiles) {
+    const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
+    for (int64_t pass = 0; pass < t; pass += kPassTokens) {
+        const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
+        ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);
+        double* x_factor = job.scratch<double>(kXFactor, rows);
+        float* gate = job.scratch<float>(kGate, rows * i);
+        float* up = job.scratch<float>(kUp, rows * i);
+        const int64_t copies = rows == 1 ? job.threads() : 1;
+        ActBlock* act = job.scratch<ActBlock>(kAct, copies * rows * out_blocks);
+        double* act_factor = job.scratch<double>(kActFactor, copies * rows);
+        quantize_x(job, isa, x + pass * h, h, rows, offset, x_blocks, x_factor);
+        job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
+            tiles(0, x_blocks, x_factor, rows, begin, end, gate, i);
+            tiles(1, x_blocks, x_factor, rows, begin, end, up, i);
+            const int64_t first = begin * kTile, n = (end * kTile < i ? end * kTile : i) - first;
+            for (int64_t row = 0; row < rows; row++)
+                isa.silu_mul(gate + row * i + first, up + row * i + first, gate + row * i + first, n);
+        });
+        if (rows > 1)
+            job.parallel(rows, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(gate, i, begin, end, rows, offset, act, act_factor); });
+        job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
+            ActBlock* blocks = rows == 1 ? act + thread * out_blocks : act;
+            double* factor = rows == 1 ? act_factor + thread : act_factor;
+            // Each thread quantizes one token's activations for itself: cheaper than another phase.
+            if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, offset, blocks, factor);
+            tiles(2, blocks, factor, rows, begin, end, y + pass * h, h);
+        });
+    }
+    return kOk;
+}
+
+int mlp_nf4(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, const Nf4Matrix* w, const float* levels, float* y) {
+    const Levels& fitted = levels_for(levels);
+    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
+        isa.nf4_tiles(w[which], fitted, b, f, rows, begin, end, o, ld);
+    };
+    return mlp_rows(job, isa, x, t, h, i, fitted.offset, y, tiles);
+}
+
+}  // namespace
+
+// packed and scale: gate, up, down.
+EXPORT int slotmoe_mlp_int8(const float* x, int64_t t, int64_t h, int64_t i, const int8_t* const* packed, const float* const* scale,
+                            float* y) {
+    if (t < 0 || h < 1 || i < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const int64_t in = up_to(h, kBlock), out = up_to(i, kBlock);
+        const Int8Matrix w[3] = {{packed[0], scale[0], i, in}, {packed[1], scale[1], i, in}, {packed[2], scale[2], h, out}};
+        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o,
+                               int64_t ld) { isa.int8_tiles(w[which], b, f, rows, begin, end, o, ld); };
+        return mlp_rows(job, isa, x, t, h, i, 0.0f, y, tiles);
+    });
+}
+
+EXPORT int slotmoe_mlp_nf4(const float* x, int64_t t, int64_t h, int64_t i, const uint8_t* const* codes, const uint16_t* const* absmax,
+                           const float* levels, float* y) {
+    if (t < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const int64_t in = up_to(h, kBlock), out = up_to(i, kBlock);
+        const Nf4Matrix w[3] = {{codes[0], absmax[0], i, in}, {codes[1], absmax[1], i, in}, {codes[2], absmax[2], h, out}};
+        return mlp_nf4(job, isa, x, t, h, i, w, levels, y);
+    });
+}
+
 // --- experts
 
 EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
@@ -308,78 +399,92 @@ EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t
 EXPORT int slotmoe_expert_prefill(const float* x, int64_t t, const uint8_t* record, int64_t h, int64_t i, const float* levels, float* y) {
     if (t < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Levels& fitted = levels_for(levels);
         const Expert expert = expert_at(record, h, i);
-        for (int64_t pass = 0; pass < t; pass += kPassTokens) {
-            const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
-            ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * expert.gate.blocks);
-            double* x_factor = job.scratch<double>(kXFactor, rows);
-            float* gate = job.scratch<float>(kGate, rows * i);
-            float* up = job.scratch<float>(kUp, rows * i);
-            ActBlock* act = job.scratch<ActBlock>(kAct, rows * expert.down.blocks);
-            double* act_factor = job.scratch<double>(kActFactor, rows);
-            quantize_x(job, isa, x + pass * h, h, rows, fitted.offset, x_blocks, x_factor);
-            job.parallel(up_to(i, kTile), [&](int, int64_t begin, int64_t end) {
-                isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, rows, begin, end, gate, i);
-                isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, rows, begin, end, up, i);
-            });
-            job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-                isa.silu_mul(gate + begin * i, up + begin * i, gate + begin * i, (end - begin) * i);
-                isa.quantize_rows(gate, i, begin, end, rows, fitted.offset, act, act_factor);
-            });
-            job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
-                isa.nf4_tiles(expert.down, fitted, act, act_factor, rows, begin, end, y + pass * h, h);
-            });
-        }
-        return kOk;
+        const Nf4Matrix w[3] = {expert.gate, expert.up, expert.down};
+        return mlp_nf4(job, isa, x, t, h, i, w, levels, y);
     });
 }
 
 // --- attention
 
-EXPORT int slotmoe_mla_decode(const float* q, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
-                              int64_t p, float scale, float* out) {
-    if (heads < 1 || context < 1 || r < 1 || p < 0 || stride < r + p) return kBadArgument;
+namespace {
+
+// What a query over `context` rows needs; the split into spans follows from the context alone.
+Mla mla_for(const uint16_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
+    const int64_t chunks = up_to(context, kChunkRows);
+    Mla m{};
+    m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
+    m.span_chunks = up_to(chunks, 32);
+    m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
+    const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
+    const int64_t q_max = 2147483647 / (2 * steps * 8191);
+    m.q_max = int(q_max < 8191 ? q_max : 8191);
+    return m;
+}
+
+int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
+
+void mla_buffers(Mla& m, int16_t* q_int, float* q_scale, float* spans) {
+    const int64_t count = mla_span_count(m);
+    m.q_int = q_int, m.q_scale = q_scale, m.q_ratio = q_scale + m.heads;
+    m.span_max = spans, m.span_sum = m.span_max + count * m.heads, m.span_out = m.span_sum + count * m.heads;
+}
+
+}  // namespace
+
+// The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
+// One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
+EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
+                       int64_t p, float scale, float* out) {
+    if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < r + p) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const int64_t chunks = up_to(context, kChunkRows), span_chunks = up_to(chunks, 32), spans = up_to(chunks, span_chunks);
-        Mla m{};
-        m.q = q, m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-        m.span_chunks = span_chunks;
-        m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
-        const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
-        const int64_t q_max = 2147483647 / (2 * steps * 8191);
-        m.q_max = int(q_max < 8191 ? q_max : 8191);
-        m.q_int = job.scratch<int16_t>(kMlaQuery, heads * m.k_padded);
-        m.q_scale = job.scratch<float>(kMlaScale, 2 * heads);
-        m.q_ratio = m.q_scale + heads;
-        m.span_max = job.scratch<float>(kMlaSpans, spans * heads * (m.r_padded + 2));
-        m.span_sum = m.span_max + spans * heads;
-        m.span_out = m.span_sum + spans * heads;
-        const size_t each = isa.mla_scratch(m);
+        const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
+        const int64_t copies = t > 1 ? job.threads() : 1, span_floats = 32 * heads * (last.r_padded + 2);
+        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * heads * last.k_padded);
+        float* q_scale = job.scratch<float>(kMlaScale, copies * 2 * heads);
+        float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
+        const size_t each = isa.mla_scratch(last);
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
-        isa.mla_queries(m, 0, heads);
-        job.parallel(spans, [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
+        if (t == 1) {
+            Mla m = last;
+            m.q = q;
+            mla_buffers(m, q_int, q_scale, spans);
+            isa.mla_queries(m, 0, heads);
+            job.parallel(mla_span_count(m),
+                         [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
+            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
+            return kOk;
+        }
+        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; token++) {
+                Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
+                m.q = q + token * heads * (r + p);
+                mla_buffers(m, q_int + thread * heads * m.k_padded, q_scale + thread * 2 * heads, spans + thread * span_floats);
+                isa.mla_queries(m, 0, heads);
+                isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
+                isa.mla_merge(m, 0, heads, out + token * heads * r);
+            }
+        });
         return kOk;
     });
 }
 
-// Queries through their heads' first n rows of kv_b: q [heads, n] -> out [heads, r]. kv_b int8 [heads * per_head, r].
-EXPORT int slotmoe_absorb_query(const float* q, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
+// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head, r].
+EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
                                 int64_t r, float* out) {
-    if (heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, kv_b, scale, n, per_head, r, begin, end, out); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
         return kOk;
     });
 }
 
-// Latent outputs through their heads' rows of kv_b past the first n: latent [heads, r] -> out [heads, per_head - n].
-EXPORT int slotmoe_absorb_value(const float* latent, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
+// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head - n].
+EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
                                 int64_t per_head, int64_t r, float* out) {
-    if (heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, kv_b, scale, n, per_head, r, begin, end, out); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
         return kOk;
     });
 }

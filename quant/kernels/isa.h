@@ -79,6 +79,10 @@ struct Isa {
                       int64_t begin, int64_t end, float* y, int64_t ldy);
     void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
                        float* y, int64_t ldy);
+    // y [T, ldy], rows begin..end of W [N, K].
+    void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end, float* y,
+                         int64_t ldy);
+    void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);  // one row
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y);
 
@@ -87,10 +91,10 @@ struct Isa {
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
 
-    // Heads begin..end; see absorb.h.
-    void (*absorb_query)(const float* q, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
+    // Heads begin..end; see dense.h.
+    void (*absorb_query)(const float* q, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
                          int64_t begin, int64_t end, float* out);
-    void (*absorb_value)(const float* latent, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
+    void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
                          int64_t begin, int64_t end, float* out);
 
     // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.

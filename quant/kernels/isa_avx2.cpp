@@ -23,7 +23,6 @@ struct Lanes {
     using W = I;
     using Table = __m256i;
     static constexpr int kWeightOffset = 0;
-    static constexpr int kHeads = 4;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -36,6 +35,15 @@ struct Lanes {
     static F load_half(const uint16_t* p) {
         const __m128i* h = reinterpret_cast<const __m128i*>(p);
         return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+    }
+    static __m256 wide_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+    static F load_bf16(const uint16_t* p) {
+        const __m256i bits = bytes(p);
+        return {wide_bf16(_mm256_castsi256_si128(bits)), wide_bf16(_mm256_extracti128_si256(bits, 1))};
+    }
+    static F load_int8(const int8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
     }
     static void store_half(uint16_t* p, F v) {
         __m128i* h = reinterpret_cast<__m128i*>(p);

@@ -22,7 +22,6 @@ struct Lanes {
     using W = __m512i;      // 16 lanes x 4 weights
     using Table = __m512i;  // 16 levels
     static constexpr int kWeightOffset = 128;
-    static constexpr int kHeads = 4;  // MLA register block: heads x rows
 
     static F zero() { return _mm512_setzero_ps(); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -33,6 +32,13 @@ struct Lanes {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    static F load_bf16(const uint16_t* p) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static F load_int8(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
     static void store_half(uint16_t* p, F v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }

@@ -15,7 +15,6 @@ struct Lanes {
     struct Pairs { int16_t v[32]; };
     struct Table { int8_t v[16]; };
     static constexpr int kWeightOffset = 0;
-    static constexpr int kHeads = 4;
 
     static F zero() { return broadcast(0); }
     static F load(const float* p) { F r; memcpy(r.v, p, 64); return r; }
@@ -54,6 +53,15 @@ struct Lanes {
         return uint16_t(sign | (bits >= 0x47800000 ? 0x7c00 : (bits - 0x38000000) >> 13));
     }
     static F load_half(const uint16_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = half(p[i]); return r; }
+    static F load_bf16(const uint16_t* p) {
+        F r;
+        for (int i = 0; i < 16; i++) {
+            const uint32_t bits = uint32_t(p[i]) << 16;
+            memcpy(&r.v[i], &bits, 4);
+        }
+        return r;
+    }
+    static F load_int8(const int8_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(p[i]); return r; }
     static void store_half(uint16_t* p, const F& a) { for (int i = 0; i < 16; i++) p[i] = to_half(a.v[i]); }
 
     static I start(int32_t bias) { I r; for (int32_t& x : r.v) x = bias; return r; }
