@@ -229,7 +229,7 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""
         memory: dict[str, Any] = {"plan": dict(self.plan.components), "budget": self.plan.budget, "tier": self.plan.tier}
-        memory["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory["peak_rss"] = peak_rss()
         if self.device.type == "cuda":
             memory["peak_vram"] = torch.cuda.max_memory_allocated(self.device)
         found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name}
@@ -270,6 +270,15 @@ def _budget(device: torch.device, ram: int | str | None, vram: int | str | None)
     if ram is not None:
         return parse_size(ram)
     return int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    try:  # ru_maxrss would count the parent's memory at the time of fork too
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def available_memory() -> int:

@@ -1,7 +1,7 @@
 """The command line: exit codes, one clear line of complaint, and what goes to stdout and what to stderr."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,9 +47,8 @@ def slotmoe(model, capsys):
 
 
 def started(*arguments, **options):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
-    return subprocess.Popen([sys.executable, "-m", "tools.cli", *map(str, arguments)], cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "tools.cli", *map(str, arguments)], cwd=ROOT, **pipes)
 
 
 BAD_USE = {
@@ -207,12 +206,11 @@ def test_sample_streams_until_interrupted(sample_export):
     child.stdin.close()
     child.stdin = None
     assert child.stdout.read(1)
-    assert child.poll() is None, "nothing was streamed before the end"
     child.send_signal(signal.SIGINT)
     _, err = child.communicate()
     assert child.returncode == 130, err.decode()
     assert "interrupted" in err.decode()
-    assert "prefill" in err.decode()
+    assert int(re.search(r"decode (\d+) tokens", err.decode())[1]) < 700, "nothing was streamed before the end"
     assert "Traceback" not in err.decode()
 
 

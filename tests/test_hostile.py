@@ -452,11 +452,15 @@ TEMPLATES = {
 }
 
 
+WHICH_LIMIT = {"endless-loop": "did not finish", "time": "did not finish", "endless-output": "characters", "memory": "MemoryError"}
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_hostile_template(name, checkpoint):
     edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(chat_template=TEMPLATES[name]))
     tokenizer = Tokenizer(checkpoint, 0)
-    refused(lambda: tokenizer.chat([{"role": "user", "content": "hi"}]), "chat_template", kind=ConfigError)
+    limits = [limit for prefix, limit in WHICH_LIMIT.items() if name.startswith(prefix)]
+    refused(lambda: tokenizer.chat([{"role": "user", "content": "hi"}]), "chat_template", *limits, kind=ConfigError)
 
 
 def test_template_file_goes_before_the_setting(checkpoint):
@@ -817,7 +821,7 @@ print(json.dumps(report))
 
 def test_refusals_take_little_memory(good, tmp_path):
     """The largest files that pass the caps, and those just beyond, in a fresh process; megabytes above what it had."""
-    vocabulary = ",".join(f'"{i:x}":{i}' for i in range(590_000)).encode()
+    vocabulary = ",".join(f'"{i:x}":{i}' for i in range(349_000)).encode()
     many = {f"t{i:x}": f32(0, 0, (0,)) for i in range(99_000)}
     cases = {
         ("checkpoint", "header-at-cap"): single(json.dumps(many).encode().replace(b" ", b"")),
@@ -832,7 +836,7 @@ def test_refusals_take_little_memory(good, tmp_path):
         ("export", "manifest-text"): write(MANIFEST, b'{"format_version": 1, "a": "' + b"x" * (8_000_000) + b'"}'),
         ("export", "terabyte"): lambda folder: os.truncate(folder / RESIDENT, 1 << 40),
         ("export", "huge-matrices"): signed("experts", "hidden_size", value=1 << 20),
-        ("tokenizer", "lists"): write("tokenizer.json", b'{"model": [' + b"[]," * 299_000 + b"1]}"),
+        ("tokenizer", "lists"): write("tokenizer.json", b'{"model": [' + b"[]," * 349_000 + b"1]}"),
         ("tokenizer", "too-many-lists"): write("tokenizer.json", b'{"model": [' + b"[]," * 5_000_000 + b"1]}"),
         ("tokenizer", "vocabulary"): write("tokenizer.json", b'{"model": {"type": "BPE", "merges": 5, "vocab": {' + vocabulary + b"}}}"),
     }

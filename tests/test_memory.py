@@ -13,10 +13,11 @@ from model.config import parse_config
 from tests.conftest import SAMPLE
 
 _PEAK = """
-import pathlib, resource, sys
+import pathlib, sys
 from offload.quantize import quantize
+from offload.runtime import peak_rss
 quantize(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peak_rss() / 2**20)
 """
 
 

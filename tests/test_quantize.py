@@ -211,6 +211,15 @@ def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path)
     assert tree(destination) == wanted
 
 
+def test_finished_file_that_lost_bytes_is_written_again(source, wanted, tmp_path):
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.9))
+    os.truncate(tmp_path / "export.partial" / RESIDENT, 5000)
+    (tmp_path / "export.partial" / layer_file(1)).unlink()
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"identity": 1}', b'{"a": NaN'], ids=repr)
 def test_damaged_state_starts_anew(damage, source, wanted, tmp_path):
     with pytest.raises(Stop):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from typing import Any
@@ -68,9 +67,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nslotmoe: interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: Python's last flush must not fail
-        sys.exit(1)
     except OSError as problem:
         click.echo(f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}", err=True)
         sys.exit(1)
