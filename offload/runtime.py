@@ -11,6 +11,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -212,6 +213,10 @@ class Runtime:
     def read_bandwidth(self) -> float:
         """Bytes a second at which all threads together read RAM, measured now."""
         return self._ops.read_bandwidth()
+
+    def kernel_timing(self) -> AbstractContextManager[dict[str, float]]:
+        """Seconds spent inside each native kernel while this is open, by name."""
+        return self._ops.timing()
 
     def bytes_per_token(self, position: int) -> dict[str, int]:
         """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""

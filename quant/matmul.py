@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from statistics import median
 from typing import Any
@@ -128,6 +129,10 @@ class TorchOps:
         """CPU threads that the products use."""
         return torch.get_num_threads()
 
+    def timing(self) -> AbstractContextManager[dict[str, float]]:
+        """Seconds spent in each kernel while this is open; torch's operations can't be told apart, so here none."""
+        return nullcontext({})
+
     def prepare(self, name: str, weight: Weight) -> Weight:
         """The weight in the form that these ops want to multiply with; ``name`` is its checkpoint name."""
         return weight
@@ -220,6 +225,9 @@ class NativeOps(TorchOps):
     @property
     def threads(self) -> int:
         return self._native.threads
+
+    def timing(self) -> AbstractContextManager[dict[str, float]]:
+        return self._native.timing()
 
     def prepare(self, name: str, weight: Weight) -> Weight:
         """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj`` (absorbed) stay row-major."""

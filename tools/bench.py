@@ -72,6 +72,14 @@ def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int
             step([token])
         decode.append(decode_tokens / (time.perf_counter() - started))
         bandwidth.append(runtime.read_bandwidth())
+    step = runtime.start(depth)
+    with runtime.kernel_timing() as seconds:
+        started = time.perf_counter()
+        for token in ids(decode_tokens):
+            step([token])
+        total = time.perf_counter() - started
+    components = {name: 1000 * spent / decode_tokens for name, spent in sorted(seconds.items(), key=lambda item: -item[1])}
+    components["Python and torch"] = 1000 * total / decode_tokens - sum(components.values())
     touched = runtime.bytes_per_token(depth + decode_tokens // 2)
     limit = statistics.median(bandwidth) / sum(touched.values())
     speed = statistics.median(decode)
@@ -86,6 +94,7 @@ def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int
             "decode_tokens_per_second": limit,
             "decode_fraction": speed / limit,
         },
+        "decode_milliseconds": components,
         "settings": {
             "prompt_tokens": prompt_tokens,
             "decode_tokens": decode_tokens,
@@ -113,4 +122,6 @@ def _print(report: dict[str, Any]) -> None:
     console = Console(file=sys.stdout)
     console.print(table)
     parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items())
+    spent = report["decode_milliseconds"]
+    console.print("One token by kernel: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in spent.items()) + ".")
     console.print(f"A token touches {parts}; memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.")

@@ -19,7 +19,8 @@ import importlib.machinery
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,9 +99,9 @@ class Kernels:
             "threads": [],
             "abi": [],
         }
+        self._functions = {name: getattr(self._lib, f"slotmoe_{name}") for name in signatures}
         for name, arguments in signatures.items():
-            function = getattr(self._lib, f"slotmoe_{name}")
-            function.argtypes, function.restype = arguments, number
+            self._functions[name].argtypes, self._functions[name].restype = arguments, number
         for name, arguments, result in [
             ("isa", [], ctypes.c_char_p),
             ("isa_name", [number], ctypes.c_char_p),
@@ -115,6 +116,30 @@ class Kernels:
             self._lib.slotmoe_isa_name(i).decode() for i in range(self._lib.slotmoe_isa_count()) if self._lib.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among avx512vnni, avx2, portable."""
+
+    @contextmanager
+    def timing(self) -> Iterator[dict[str, float]]:
+        """Seconds spent inside each native function while this is open, by name; the rest of a step is Python and torch."""
+        seconds: dict[str, float] = {}
+        plain = dict(self._functions)
+
+        def timed(name: str, function: Callable[..., int]) -> Callable[..., int]:
+            def call(*arguments: object) -> int:
+                started = time.perf_counter()
+                try:
+                    return function(*arguments)
+                finally:
+                    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+            return call
+
+        for name, function in plain.items():
+            setattr(self._lib, f"slotmoe_{name}", timed(name, function))
+        try:
+            yield seconds
+        finally:
+            for name, function in plain.items():
+                setattr(self._lib, f"slotmoe_{name}", function)
 
     @property
     def isa(self) -> str:
