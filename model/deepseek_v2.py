@@ -197,9 +197,9 @@ class DeepseekV2:
             # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
             q = ops.linear(rms_norm(ops.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, 1e-6), layer.q_b_proj)
         q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
-        q_THP = rotate(q_THP, table_TP)
         c_TR, k_TP = ops.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
-        k_TP = rotate(k_TP[:, None], table_TP)[:, 0]
+        rotated = rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), table_TP)  # the key's rope part is one more head
+        q_THP, k_TP = rotated[:, :H], rotated[:, H]
         rows_SW = cache.write(index, cache.length, torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, 1e-6), k_TP], dim=-1))
 
         S = len(rows_SW)

@@ -53,6 +53,9 @@ class PackedInt8:
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None, ndim: int | None = None) -> None:
+    fits = tensor.shape == shape if shape is not None else tensor.dim() == ndim
+    if fits and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous():  # the way of every good call, kept short
+        return
     if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense CPU tensor")
     if tensor.dtype != dtype:
