@@ -145,6 +145,7 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monke
     """A chunk long enough that expansion is cheaper, over blocks so small that the softmax is merged many times."""
     network, cache = reference
     ids = (IDS * 6)[:200]
+    wanted = feed(network, cache(256), ids, [200])  # in one block
     monkeypatch.setattr("model.deepseek_v2._MAX_SCORES", 1)  # blocks of 64 positions
     expanded_calls = []
     monkeypatch.setattr(network.ops, "expand", lambda *a: expanded_calls.append(1) or TorchOps.expand(network.ops, *a))
@@ -153,7 +154,8 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monke
     expanded_calls.clear()
     absorbed = feed(network, cache(256), ids, [1] * 200)
     assert not expanded_calls
-    assert relative_error(absorbed, expanded) <= FP32
+    assert relative_error(absorbed, wanted) <= FP32
+    assert relative_error(expanded, wanted) <= FP32
 
 
 def test_cache_holds_one_latent_row_a_token_a_layer(reference):
