@@ -29,7 +29,8 @@ def bitsandbytes_nf4(weight: Tensor) -> Tensor:
 
     packed, state = quantize_4bit(weight, blocksize=nf4.BLOCK, quant_type="nf4")
     codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=-1).view(-1, nf4.BLOCK)
-    return (torch.tensor(nf4.LEVELS)[codes.int()] * state.absmax.half().float()[:, None]).view(weight.shape)
+    values: Tensor = torch.tensor(nf4.LEVELS)[codes.int()] * state.absmax.half().float()[:, None]
+    return values.view(weight.shape)
 
 
 def main() -> None:
