@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from offload.quantize import quantize
+from quant.export import PROJECTIONS, Export
+from quant.matmul import dequantize
+from quant.nf4 import Nf4Weight
 from tests.tiny import write_checkpoint
 from tools.cli import main
 
@@ -248,3 +252,51 @@ def test_stdin_that_is_no_text(model):
     out, err = child.communicate(b"caf\xe9")
     assert (child.returncode, out) == (2, b"")
     assert err == b"slotmoe: stdin: the prompt is not valid UTF-8 text\n"
+
+
+def test_without_native_kernels_torch_serves_and_says_so_once(slotmoe, monkeypatch):
+    monkeypatch.setattr("quant.kernels.load", lambda: None)
+    code, out, err = slotmoe("run", "EXPORT", "x", "-n", "3", "--context", "64")
+    assert code == 0
+    assert out
+    assert err.count("native kernels were not built") == 1
+
+
+def test_unknown_config_keys_are_named(slotmoe, tmp_path):
+    write_checkpoint(tmp_path / "source", surprising_key=1)
+    code, _, err = slotmoe("quantize", str(tmp_path / "source"), str(tmp_path / "export"))
+    assert code == 0
+    assert "surprising_key" in err
+
+
+def test_synth_and_bench(slotmoe, tmp_path):
+    """A geometry whose sizes fill no tile, layers shared by hard links, and the keys that others read."""
+    write_checkpoint(tmp_path / "source", hidden_size=72, moe_intermediate_size=40, num_hidden_layers=5)
+    synth = ["synth", str(tmp_path / "source" / "config.json"), str(tmp_path / "random"), "--share-layers", "2", "--json"]
+    code, out, _ = slotmoe(*synth, "--resident", "nf4")
+    assert code == 0
+    assert json.loads(out)["bytes"] > 0
+    files = sorted((tmp_path / "random" / "experts").iterdir())
+    assert len(files) == 4
+    assert len({file.stat().st_ino for file in files}) == 2
+    with Export.open(tmp_path / "random") as export:
+        assert all(weight.isfinite().all() for weight in export.expert(4, 7).values())
+        record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
+        export.read_record(4, 7, record)
+        for name in PROJECTIONS:  # padding is zero weights, as the format says
+            weight = export.layout.weight(record, name, export.levels)
+            tiles, blocks, _ = weight.codes.shape
+            padded = dequantize(Nf4Weight(weight.codes, weight.absmax, weight.levels, (16 * tiles, 64 * blocks)))
+            rows, columns = weight.shape
+            assert padded[rows:].abs().sum() == 0
+            assert padded[:, columns:].abs().sum() == 0
+    assert slotmoe(*synth)[0] == 2  # it exists
+    options = ["--prompt-tokens", "20", "--decode-tokens", "4", "--repetitions", "2", "--context", "64", "--json"]
+    code, out, _ = slotmoe("bench", str(tmp_path / "random"), *options)
+    report = json.loads(out)
+    assert code == 0
+    assert {"prefill_tokens_per_second", "decode_tokens_per_second", "ceiling", "settings"} <= set(report)
+    assert report["cache"]["misses"] == 0  # slots are filled before the clock starts
+    assert len(report["decode_runs"]) == 2
+    assert slotmoe("bench", "EXPORT", "--depth", "60", "--decode-tokens", "9", "--context", "64")[0] == 2
+    assert slotmoe("synth", "v3", str(tmp_path / "v3"))[0] == 2

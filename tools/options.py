@@ -41,7 +41,7 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> An
     if source == click.core.ParameterSource.DEFAULT:
         context = min(context, read_config(resolve_model(model) / "config.json").max_position_embeddings)
     with byte_progress(f"Quantizing {model}, once", quiet) as progress:
-        return Runtime.open(
+        runtime = Runtime.open(
             model,
             device=options["device"],
             vram=options["vram"],
@@ -53,3 +53,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> An
             slots=options["slots"],
             progress=progress,
         )
+    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch":
+        click.echo(
+            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower", err=True
+        )
+    return runtime

@@ -36,6 +36,7 @@ def command(source: str, destination: Path, resident: str, workers: int | None, 
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
     """
+    from model.config import read_config
     from offload.plan import format_size
     from offload.quantize import quantize
     from offload.runtime import resolve_model
@@ -45,6 +46,8 @@ def command(source: str, destination: Path, resident: str, workers: int | None, 
     folder = resolve_model(source)
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
+    if unknown := read_config(folder / "config.json").unknown_keys:
+        print(f"slotmoe: {folder / 'config.json'}: keys that are not known here are ignored: {', '.join(unknown)}", file=sys.stderr)
     started = time.perf_counter()
     try:
         with byte_progress(f"Quantizing {source}", quiet=as_json) as progress:
