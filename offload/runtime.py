@@ -162,7 +162,7 @@ class Runtime:
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
         """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
-        [1, vocab_size].  ``depth`` positions are taken as cached already, with noise in them: for measurements."""
+        [1, vocab_size].  ``depth`` positions are taken as cached already, filled with a constant: for measurements."""
         self._restart()
         self._cache.layers[:, :depth] = 0.1
         self._cache.length = depth

@@ -88,6 +88,8 @@ def test_decode_equals_prefill_in_the_quantized_path(sample_export):
         step = runtime.start()
         alone = torch.cat([step([one]) for one in IDS])
         assert ((alone - whole).abs() / whole.abs().clamp(min=1e-3)).median() <= 2e-3
+        if runtime.stats()["kernels"] != "torch":  # the native path gives a row the same bits alone or among others
+            assert torch.equal(alone, whole)
         step = runtime.start()
         torch.testing.assert_close(torch.cat([step(IDS[:23]), step(IDS[23:])]), whole[[22, 59]], rtol=1e-3, atol=1e-3)
 

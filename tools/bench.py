@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens of one prefill.")
 @click.option("--decode-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Tokens of one decode run.")
-@click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Tokens already in the cache (noise).")
+@click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Tokens taken as cached already.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Runs; medians are reported.")
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
