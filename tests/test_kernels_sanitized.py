@@ -39,6 +39,12 @@ int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const f
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, float*);
 int slotmoe_expert_prefill(const float*, int64_t, const uint8_t*, int64_t, int64_t, const float*, float*);
 int slotmoe_mla(const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
+int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
+int slotmoe_mlp_int8(const float*, int64_t, int64_t, int64_t, const int8_t* const*, const float* const*, float*);
+int slotmoe_mlp_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t* const*, const uint16_t* const*, const float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 }
@@ -91,6 +97,36 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     check(slotmoe_pack_int8(w, n, k, packed));
     check(slotmoe_linear_int8(x, t, k, n, packed, scales, y));
     slotmoe_read(codes, tiles(n) * blocks(k) * 512 - 3);
+    Floats dense(n * k), weight(k), normed(t * k);
+    Array<uint16_t> narrow(n * k);
+    halves(narrow, n * k);
+    check(slotmoe_linear_dense(x, t, k, n, dense.p, 0, y));
+    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 1, y));
+    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 2, y));
+    check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
+}
+
+static void mlp(int64_t t, int64_t h, int64_t i) {
+    Floats x(t * h), y(t * h), in_scale(i), out_scale(h), levels(16);
+    const int64_t in = tiles(i) * blocks(h), out = tiles(h) * blocks(i);
+    Array<int8_t> a(slotmoe_int8_packed_bytes(i, h)), b(slotmoe_int8_packed_bytes(h, i));
+    Array<uint8_t> in_codes(in * 512), out_codes(out * 512);
+    Array<uint16_t> in_absmax(in * 16), out_absmax(out * 16);
+    halves(in_absmax, in * 16);
+    halves(out_absmax, out * 16);
+    const int8_t* packed[] = {a.p, a.p, b.p};
+    const float* scales[] = {in_scale.p, in_scale.p, out_scale.p};
+    const uint8_t* codes[] = {in_codes.p, in_codes.p, out_codes.p};
+    const uint16_t* absmax[] = {in_absmax.p, in_absmax.p, out_absmax.p};
+    check(slotmoe_mlp_int8(x, t, h, i, packed, scales, y));
+    check(slotmoe_mlp_nf4(x, t, h, i, codes, absmax, levels, y));
+}
+
+static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
+    Floats q(t * heads * n), latent(t * heads * r), value(t * heads * v), scale(heads * (n + v));
+    Array<int8_t> w(heads * (n + v) * r);
+    check(slotmoe_absorb_query(q, t, heads, w, scale, n, n + v, r, latent));
+    check(slotmoe_absorb_value(latent, t, heads, w, scale, n, n + v, r, value));
 }
 
 static void quantize(int64_t n, int64_t k) {
@@ -133,6 +169,9 @@ static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int6
     Array<uint16_t> cache(count);
     halves(cache, count);
     check(slotmoe_mla(q, 1, heads, cache, context, stride, r, p, 0.01f, out));
+    const int64_t several = context < 5 ? context : 5;
+    Floats many(several * heads * (r + p)), outs(several * heads * r);
+    check(slotmoe_mla(many, several, heads, cache, context, stride, r, p, 0.01f, outs));
 }
 
 static void all() {
@@ -146,7 +185,13 @@ static void all() {
     linear(600, 20, 70, 1e-42f);
     linear(0, 20, 70, 1);
     for (int64_t h : {1, 16, 65, 200})
-        for (int64_t i : {1, 15, 64, 90}) experts(3, 2, h, i);
+        for (int64_t i : {1, 15, 64, 90}) {
+            experts(3, 2, h, i);
+            mlp(1, h, i);
+            mlp(3, h, i);
+        }
+    for (int64_t r : {1, 63, 256, 300})
+        for (int64_t heads : {1, 3, 5}) absorb(2, heads, 7, 5, r);
     for (int64_t heads : {1, 3, 4, 9})
         for (int64_t context : {1, 2, 15, 64, 65, 200})
             for (int64_t r : {1, 16, 64, 70})
