@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -105,11 +106,15 @@ def synthesize(
 
 
 class _Random:
-    """Random weights at the speed of memory: slices of one pool of noise, scaled so that activations stay finite."""
+    """Random weights at the speed of memory: slices of one pool of noise, scaled so that activations stay finite.
+
+    Every matrix has mean zero: the least bias, summed over thousands of columns, would give all tokens the same direction,
+    and with it the same experts.
+    """
 
     def __init__(self, generator: np.random.Generator):
         self._generator = generator
-        self._pool = torch.from_numpy(generator.integers(0, 1 << 63, POOL_BYTES // 8, dtype="uint64").view("uint8"))
+        self._pool = torch.from_numpy(generator.integers(-127, 128, POOL_BYTES, dtype="int8").view("uint8"))
 
     def bytes(self, count: int) -> Tensor:
         """``count`` random bytes, uint8."""
@@ -124,9 +129,9 @@ class _Random:
         """Yield the values of one tensor of the resident file in pieces of its rows."""
         source = name.removesuffix(".scale").removesuffix(".absmax")
         shape = shapes[source]
-        if name != source:  # scales: weights of standard deviation 1 / (2 sqrt(K))
-            rms = 73.0 if quantization[source] == "int8" else 0.6
-            values = torch.full(part.shape, 0.5 / (rms * shape[-1] ** 0.5), dtype=part.dtype)
+        if name != source:
+            rms = 73.3 if quantization[source] == "int8" else 0.6
+            values = self._scales(part.shape, part.dtype, _deviation(source, shape) / rms)
             yield _pad_absmax(values, shape) if name.endswith(".absmax") else values
             return
         if len(shape) == 1:
@@ -137,8 +142,7 @@ class _Random:
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
             if quantization[source] == "none":
-                deviation = 1.0 if source.endswith("embed_tokens.weight") else 0.5 * shape[-1] ** -0.5
-                noise = self.bytes(count * shape[-1]).view(torch.int8).float() * (deviation / 73.9)
+                noise = self.bytes(count * shape[-1]).view(torch.int8).float() * (_deviation(source, shape) / 73.3)
                 yield noise.to(part.dtype).view(count, *shape[1:])
             else:
                 data = self.bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
@@ -146,13 +150,17 @@ class _Random:
                     data = _pad_codes(data, start, shape)
                 yield data
 
+    def _scales(self, shape: tuple[int, ...], dtype: torch.dtype, size: float) -> Tensor:
+        """``size`` with random signs, since NF4's levels are no mirror images of each other."""
+        signs = self.bytes(math.prod(shape)).view(torch.int8).view(shape) >= 0
+        return torch.where(signs, size, -size).to(dtype)
+
     def record_maker(self, layout: RecordLayout) -> Callable[[], Tensor]:
         """A function that returns the next random record; the same buffer every time."""
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for name, shape in layout.shapes.items():
             absmax = layout.part(record, f"{name}.weight.absmax")
-            absmax.fill_(0.5 / (0.6 * shape[-1] ** 0.5))
-            absmax.copy_(_pad_absmax(absmax, shape))
+            absmax.copy_(_pad_absmax(self._scales(absmax.shape, absmax.dtype, 0.5 / (0.6 * shape[-1] ** 0.5)), shape))
 
         def make() -> Tensor:
             for name, shape in layout.shapes.items():
@@ -161,6 +169,12 @@ class _Random:
             return record
 
         return make
+
+
+def _deviation(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a matrix [N, K]: 1 / (2 sqrt(K)), and 1 for the embedding, so that it leads the residual stream
+    and different tokens go to different experts."""
+    return 1.0 if name.endswith("embed_tokens.weight") else 0.5 * shape[-1] ** -0.5
 
 
 def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
