@@ -1,7 +1,7 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top to bottom.
 
 Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
-V v_head_dim, W = R + P latent row, S cached positions, B one block of them, E routed experts, K experts a token.
+V v_head_dim, W = R + P latent row, C = P / 2, S cached positions, B one block of them, E routed experts, K experts a token.
 Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
 """
 
@@ -23,6 +23,7 @@ Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 _MAX_BLOCK = 4096  # cached rows widened to float32 at once, so that no temporary grows with the context
 _MAX_SCORES = 1 << 22
+_LATENT_EPS = 1e-6  # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says
 
 
 class Ops(Protocol):
@@ -43,6 +44,9 @@ class Ops(Protocol):
     def embed(self, ids_T: Tensor, weight: Any) -> Tensor:
         """Rows ``ids`` of the embedding table, float32 [T, D]."""
 
+    def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
+        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, C]: float32 [T, H, P]."""
+
     def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
         """Each head's query times its first N rows of ``kv_b_proj``: float32 [T, H, R]."""
 
@@ -55,6 +59,22 @@ class Ops(Protocol):
     def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         """Causal attention of the last T of S positions over the latent rows, float32 [T, H, R]; None if these ops have
         no kernel for it and the network's blockwise attention shall serve."""
+
+    def fuse(self, layer: Layer, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
+        """The layer's weights bound for decoding one token in few calls; None if these ops go op by op.  ``sizes`` are
+        H, N, P, R, V."""
+
+
+class FusedLayer(Protocol):
+    """A layer for one token: what comes before its experts are chosen, and what comes after they are computed.  Bitwise what
+    the ops give one by one, so that decode equals prefill."""
+
+    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SW: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [1, E] (None in a dense layer); writes
+        the token's latent row at ``position`` of the layer's cache [S, W]."""
+
+    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
+        """``h + (y + mlp(x))``, ``y`` being the routed experts' sum (None in a dense layer)."""
 
 
 class Mlp(NamedTuple):
@@ -121,12 +141,6 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
-def rotate(x_THP: Tensor, table_TP: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x0, x1), (x2, x3), ... by the complex table [T, P / 2]; same shape back."""
-    pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * table_TP[:, None]).flatten(-2)
-
-
 def route(logits_TE: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """The gate from its logits, float32 [T, E]: weights float32 [T, K] and expert indices int64 [T, K], best first.
 
@@ -142,7 +156,9 @@ def route(logits_TE: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     weights_TK, indices_TK = scores_TE.topk(config.num_experts_per_tok, dim=-1)
     if config.norm_topk_prob and config.num_experts_per_tok > 1:
         return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), indices_TK
-    return weights_TK * config.routed_scaling_factor, indices_TK
+    if config.routed_scaling_factor != 1.0:
+        weights_TK = weights_TK * config.routed_scaling_factor
+    return weights_TK, indices_TK
 
 
 class DeepseekV2:
@@ -155,7 +171,13 @@ class DeepseekV2:
         self.layers = [_layer(weights, config, layer) for layer in range(config.num_hidden_layers)]
         self.norm: Tensor = weights["model.norm.weight"]
         self.lm_head = self.embed_tokens if config.tie_word_embeddings else weights["lm_head.weight"]
+        c, sizes = (
+            config,
+            (config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim),
+        )
+        self.fused = [ops.fuse(layer, sizes, c.rms_norm_eps, _LATENT_EPS, c.softmax_scale) for layer in self.layers]
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
+        self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, cache: LatentCache, all_logits: bool = False) -> Tensor:
@@ -166,16 +188,26 @@ class DeepseekV2:
         start = cache.length
         positions_T = torch.arange(start, start + len(ids_T), device=ids_T.device, dtype=torch.float32)
         angles = positions_T[:, None] * self.frequencies
-        table_TP = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
+        table_TC = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
-        for index, layer in enumerate(self.layers):
-            h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TP, cache)
+        for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
+            if fused is not None and len(ids_T) == 1:
+                h_TD = self._one_token(index, fused, h_TD, table_TC, cache)
+                continue
+            h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, cache)
             h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
         cache.length = start + len(ids_T)
+        self.hidden_TD = h_TD
         if not all_logits:
             h_TD = h_TD[-1:]
         return self.ops.linear(rms_norm(h_TD, self.norm, eps), self.lm_head)
+
+    def _one_token(self, index: int, fused: FusedLayer, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> Tensor:
+        """``_attention`` and ``_feed_forward`` in as few calls as the choice of experts leaves."""
+        h_1D, x_1D, logits_1E = fused.begin(h_1D, table_1C, cache.layers[index], cache.length)
+        y_1D = None if logits_1E is None else self.experts(index, x_1D, *route(logits_1E, self.config))
+        return fused.end(h_1D, x_1D, y_1D)
 
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:
@@ -185,7 +217,7 @@ class DeepseekV2:
         y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
         return y_TD if layer.mlp is None else y_TD + self.ops.mlp(x_TD, *layer.mlp)
 
-    def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TP: Tensor, cache: LatentCache) -> Tensor:
+    def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TC: Tensor, cache: LatentCache) -> Tensor:
         """MLA.  Only the latent row is cached; keys and values are absorbed into the query and output, or expanded
         block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
         c, ops, T = self.config, self.ops, len(x_TD)
@@ -194,13 +226,12 @@ class DeepseekV2:
         if layer.q_proj is not None:
             q = ops.linear(x_TD, layer.q_proj)
         else:
-            # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
-            q = ops.linear(rms_norm(ops.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, 1e-6), layer.q_b_proj)
+            q = ops.linear(rms_norm(ops.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, _LATENT_EPS), layer.q_b_proj)
         q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
         c_TR, k_TP = ops.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
-        rotated = rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), table_TP)  # the key's rope part is one more head
+        rotated = ops.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), table_TC)  # the key's rope part is one more head
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
-        rows_SW = cache.write(index, cache.length, torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, 1e-6), k_TP], dim=-1))
+        rows_SW = cache.write(index, cache.length, torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, _LATENT_EPS), k_TP], dim=-1))
 
         S = len(rows_SW)
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)

@@ -1,53 +1,309 @@
-"""Which experts keep a slot: policy over integers, without torch.
+"""Which experts keep a slot: policies over integers, without torch.
 
-An expert is named by one integer key (layer * n_experts + expert).  The mechanism (who copies bytes) lives elsewhere.
+An expert is named by one key, ``row * experts + expert``, where row counts the MoE layers from 0.  A policy says which cached key
+leaves for a newcomer and, with bypass, whether the newcomer gets a slot at all: layers are visited in a cycle, so a cache
+smaller than what one token uses never hits if it admits everything.  Who copies bytes lives elsewhere.
+
+A forward pass of T tokens is ``advance(T)``, then layer by layer ``use`` (T = 1) or ``use_chunk``, and ``offer`` for what was
+missing, once its bytes are in memory.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection
+import heapq
+import math
+from bisect import insort
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
-POLICIES = ("lru",)
 
+class Cache:
+    """What all policies share: who is cached, and the counters.  Policies fill in the methods at the end."""
 
-class LruCache:
-    """Least recently used over ``slots`` slots.  A key in use is pinned by naming it in ``keep``."""
+    def __init__(self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None, bypass: bool = False):
+        """``popularity`` is the expected uses of each key a token: what a policy believes before it has seen any."""
+        assert popularity is None or len(popularity) == layers * experts
+        self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
+        self.hits = self.misses = self.evictions = self.bypassed = 0
+        self._now = 0  # tokens so far
+        self._cached: set[int] = set()
+        self._popularity = [0.0] * (layers * experts) if popularity is None else list(popularity)
+        self._start()
 
-    def __init__(self, slots: int):
-        self._slot_of: OrderedDict[int, int] = OrderedDict()  # oldest use first
-        self.slots = slots
-        self._free = list(range(slots - 1, -1, -1))
-        self.hits = self.misses = self.evictions = 0
+    def advance(self, tokens: int = 1) -> None:
+        """A forward pass over ``tokens`` more tokens of the sequence begins."""
+        self._now += tokens
 
-    def lookup(self, key: int) -> int | None:
-        """Slot of ``key``, marked as just used, or None; counts a hit or a miss."""
-        slot = self._slot_of.get(key)
-        if slot is None:
-            self.misses += 1
+    def use(self, key: int) -> bool:
+        """The newest token's gate chose ``key``.  Call it for each choice, cached or not; True if it is cached."""
+        self._touch(key, self._now)
+        hit = key in self._cached
+        self.hits += hit
+        self.misses += not hit
+        return hit
+
+    def use_chunk(self, row: int, indices: Sequence[Sequence[int]]) -> None:
+        """The gate of layer ``row`` chose ``indices`` [T, K] for the pass's T tokens: as many uses, but each distinct
+        expert is one hit or one miss, since a chunk brings it once."""
+        first, base = self._now - len(indices) + 1, row * self.experts
+        for token, chosen in enumerate(indices, first):
+            for expert in chosen:
+                self._touch(base + expert, token)
+        distinct = {base + expert for chosen in indices for expert in chosen}
+        hits = len(distinct & self._cached)
+        self.hits += hits
+        self.misses += len(distinct) - hits
+
+    def offer(self, key: int, keep: Collection[int] = ()) -> int | None:
+        """``key`` was used, is not cached, and its bytes are in memory: who leaves?
+
+        None if there was room, a cached key outside ``keep`` that ``key`` replaces, or ``key`` itself if it gets no slot.
+        """
+        if len(self._cached) < self.slots:
+            self.add(key)
             return None
-        self.hits += 1
-        self._slot_of.move_to_end(key)
-        return slot
+        victim = self._victim(key, keep)
+        if victim is None:
+            self.bypassed += 1
+            return key
+        self.remove(victim)
+        self.add(key)
+        self.evictions += 1
+        return victim
 
-    def admit(self, key: int, keep: Collection[int] = ()) -> int:
-        """A slot for the absent ``key``: a free one, or that of the oldest key outside ``keep``."""
-        assert key not in self._slot_of
-        if self._free:
-            slot = self._free.pop()
-        else:
-            victim = next(other for other in self._slot_of if other not in keep)
-            slot = self._slot_of.pop(victim)
-            self.evictions += 1
-        self._slot_of[key] = slot
-        return slot
+    def add(self, key: int) -> None:
+        """Put the absent ``key`` into free room."""
+        assert key not in self._cached and len(self._cached) < self.slots
+        self._cached.add(key)
+        self._enter(key)
 
-    def drop(self, key: int) -> None:
-        """Forget ``key``, whose slot holds nothing usable."""
-        self._free.append(self._slot_of.pop(key))
+    def remove(self, key: int) -> None:
+        """Forget the cached ``key``."""
+        self._cached.remove(key)
+        self._leave(key)
 
     def __contains__(self, key: int) -> bool:
-        return key in self._slot_of
+        return key in self._cached
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._cached)
+
+    def _start(self) -> None:
+        """Make the policy's own state."""
+        raise NotImplementedError
+
+    def _touch(self, key: int, token: int) -> None:
+        """``token``, counted from 1, used ``key``."""
+        raise NotImplementedError
+
+    def _victim(self, key: int, keep: Collection[int]) -> int | None:
+        """The cached key outside ``keep`` that leaves for ``key``, None if there is none or ``key`` is not worth it."""
+        raise NotImplementedError
+
+    def _enter(self, key: int) -> None:
+        raise NotImplementedError
+
+    def _leave(self, key: int) -> None:
+        raise NotImplementedError
+
+
+class _Worth(Cache):
+    """Policies that give each key one number, its worth, which only a use raises; the lowest leaves.
+
+    Passing time changes no order among untouched keys, so a heap does.  It has an entry for each cached key, which may be
+    older than the key's last use and then says too little, never too much; what is out of date is put right at the top.
+    """
+
+    def _start(self) -> None:
+        self._worth = self._first_worths()
+        self._heap: list[tuple[float, int]] = []
+        self._entered: set[int] = set()  # keys with an entry; some have left the cache since
+
+    def _first_worths(self) -> list[float]:
+        return [-math.inf] * (self.layers * self.experts)
+
+    def _victim(self, key: int, keep: Collection[int]) -> int | None:
+        aside, victim = [], None
+        while self._heap and victim is None:
+            worth, lowest = self._heap[0]
+            if lowest not in self._cached:
+                heapq.heappop(self._heap)
+                self._entered.remove(lowest)
+            elif worth != self._worth[lowest]:
+                heapq.heapreplace(self._heap, (self._worth[lowest], lowest))
+            elif lowest in keep:
+                aside.append(heapq.heappop(self._heap))
+            else:
+                victim = lowest
+        for entry in aside:
+            heapq.heappush(self._heap, entry)
+        return None if victim is None or (self.bypass and self._worth[victim] >= self._worth[key]) else victim
+
+    def _enter(self, key: int) -> None:
+        if key not in self._entered:
+            self._entered.add(key)
+            heapq.heappush(self._heap, (self._worth[key], key))
+
+    def _leave(self, key: int) -> None:
+        pass  # its entry goes when it gets to the top
+
+
+class Lru(_Worth):
+    """The least recently used leaves."""
+
+    _uses = 0
+
+    def _touch(self, key: int, token: int) -> None:
+        self._uses += 1
+        self._worth[key] = self._uses
+
+
+class Lfu(_Worth):
+    """The least frequently used leaves.  ``popularity`` counts as if it had been seen for ``PRIOR`` tokens."""
+
+    PRIOR = 100
+
+    def _first_worths(self) -> list[float]:
+        return [self.PRIOR * share for share in self._popularity]
+
+    def _touch(self, key: int, token: int) -> None:
+        self._worth[key] += 1
+
+
+class Lrfu(_Worth):
+    """Frequency and recency in one: a use counts 1 and then ``DECAY`` times less with every token.
+
+    The worth is the logarithm of that sum, on a scale that grows with time instead of shrinking all sums.
+    """
+
+    DECAY = 0.95  # flat from 0.9 to 0.97 on the sample's texts
+
+    def _first_worths(self) -> list[float]:
+        return [math.log(share / (1 - self.DECAY)) if share > 0 else -math.inf for share in self._popularity]
+
+    def _touch(self, key: int, token: int) -> None:
+        fresh, old = -math.log(self.DECAY) * token, self._worth[key]
+        self._worth[key] = max(fresh, old) + math.log1p(math.exp(-abs(fresh - old)))
+
+
+class LeastStale(_Worth):
+    """Stale keys, unused by the present pass, leave first, and of them those whose layer comes first (SpecMD, arXiv
+    2602.03921); with bypass, what the present pass has used never leaves for a newcomer."""
+
+    def _start(self) -> None:
+        super()._start()
+        self._fresh: set[int] = set()
+
+    def _first_worths(self) -> list[float]:
+        return [key // self.experts for key in range(self.layers * self.experts)]
+
+    def advance(self, tokens: int = 1) -> None:
+        super().advance(tokens)
+        for key in self._fresh:
+            self._worth[key] = key // self.experts
+        self._fresh.clear()
+        self._heap, self._entered = [(self._worth[key], key) for key in self._cached], set(self._cached)
+        heapq.heapify(self._heap)
+
+    def _touch(self, key: int, token: int) -> None:
+        self._fresh.add(key)
+        self._worth[key] = self.layers
+
+
+class LayerAware(Cache):
+    """The lowest chance of use over time until the next chance leaves.
+
+    The chance that a token uses a key is estimated from three memories: the newest token, about 10 tokens and about 100
+    (exponential averages; the last begins with ``popularity``).  A layer's turn comes once a token, so a key whose layer
+    is next gets its chance a whole token sooner than the newcomer, whose layer was just visited: chance / distance in
+    layers is what a slot earns until then.
+
+    Averages are brought up to date layer by layer when a pass visits it, for all its keys at once, and its cached keys
+    are sorted then: a token costs time in proportion to all experts plus its misses times layers.
+    """
+
+    MEMORY = 0.9, 0.99
+    WEIGHTS = 0.1, 0.3, 0.6
+
+    def _start(self) -> None:
+        layers, experts = self.layers, self.experts
+        rows = [self._popularity[first : first + experts] for first in range(0, layers * experts, experts)]
+        self._short, self._long = [list(row) for row in rows], rows
+        self._seen = [0] * layers  # the token that the averages of a row include
+        self._last = [0] * (layers * experts)  # the token that used a key last
+        self._chance = list(self._popularity)
+        self._order: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (chance, key) of what is cached, sorted
+        self._row = 0  # the one that was visited last
+        self._ranked = True
+        self._near = [[1 / ((other - row - 1) % layers + 1) for other in range(layers)] for row in range(layers)]
+
+    def _touch(self, key: int, token: int) -> None:
+        row, expert = divmod(key, self.experts)
+        if row != self._row or self._seen[row] != self._now:
+            self._visit(row)
+        self._ranked = False
+        age = self._now - token
+        short, long = self.MEMORY
+        self._short[row][expert] += (1 - short) * short**age
+        self._long[row][expert] += (1 - long) * long**age
+        self._last[key] = token
+
+    def _visit(self, row: int) -> None:
+        self._rank()
+        self._row = row
+        passed = self._now - self._seen[row]
+        if passed:
+            short, long = self.MEMORY[0] ** passed, self.MEMORY[1] ** passed
+            self._short[row] = [short * value for value in self._short[row]]
+            self._long[row] = [long * value for value in self._long[row]]
+            self._seen[row] = self._now
+
+    def _rank(self) -> None:
+        """Bring the chances of the visited row up to date, and the order of its cached keys."""
+        if self._ranked:
+            return
+        first, (newest, short, long) = self._row * self.experts, self.WEIGHTS
+        chance = [short * a + long * b for a, b in zip(self._short[self._row], self._long[self._row], strict=True)]
+        last = self._last[first : first + self.experts]
+        self._chance[first : first + self.experts] = [c + newest if t == self._now else c for c, t in zip(chance, last, strict=True)]
+        self._order[self._row] = sorted([(self._chance[key], key) for _, key in self._order[self._row]])
+        self._ranked = True
+
+    def _victim(self, key: int, keep: Collection[int]) -> int | None:
+        self._rank()
+        near = self._near[self._row]
+        victim, least = None, self._chance[key] * near[key // self.experts] if self.bypass else math.inf
+        for weight, order in zip(near, self._order, strict=True):
+            for chance, other in order:
+                if other not in keep:
+                    if chance * weight < least:
+                        victim, least = other, chance * weight
+                    break
+        return victim
+
+    def _enter(self, key: int) -> None:
+        self._rank()
+        insort(self._order[key // self.experts], (self._chance[key], key))
+
+    def _leave(self, key: int) -> None:
+        self._rank()
+        self._order[key // self.experts].remove((self._chance[key], key))
+
+
+POLICIES: dict[str, Callable[..., Cache]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "lfu+bypass": partial(Lfu, bypass=True),
+    "lrfu": Lrfu,
+    "lrfu+bypass": partial(Lrfu, bypass=True),
+    "least-stale": LeastStale,
+    "least-stale+bypass": partial(LeastStale, bypass=True),
+    "layer-aware": LayerAware,
+    "layer-aware+bypass": partial(LayerAware, bypass=True),
+}
+DEFAULT_POLICY = "layer-aware+bypass"  # the most hits at every size and on every text: `slotmoe replay`
+
+
+def make_cache(policy: str, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None) -> Cache:
+    """An empty cache under a policy of ``POLICIES``."""
+    return POLICIES[policy](slots, layers, experts, popularity)

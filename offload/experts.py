@@ -1,93 +1,213 @@
 """The step above the cache: which experts a layer's tokens need, where they are, and the weighted sum in gate order.
 
-Shape legend: T tokens, D hidden_size, K experts a token.
+Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, G guesses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.checkpoint import expert_name
-from offload.cache import LruCache
-from offload.store import Slots
+from offload.prefetch import Prefetcher
+from offload.store import WARM, Slots
 from offload.trace import TraceWriter
 from quant.export import PROJECTIONS, Export
 from quant.matmul import TorchOps, gate_order_sum
 
 
-def by_expert(x_TD: Tensor, indices: list[list[int]], compute: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``compute(expert, x_rows) -> y_rows`` once for each needed expert, over all its tokens: float32 [T, K, D]."""
-    y_TKD = torch.empty(len(indices), len(indices[0]), x_TD.shape[1], device=x_TD.device)
-    users: dict[int, list[tuple[int, int]]] = {}
+class Guesser(Protocol):
+    """Scores of experts before their gate has spoken; the higher the likelier.  See ``offload.predictor``."""
+
+    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor | None:
+        """Every MoE layer's experts, from a token's embedding and the last hidden state before it: float32 [L, E]; None
+        if these guesses were not trained."""
+
+    def layer_scores(self, row: int, x: Tensor) -> Tensor:
+        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D]: float32 [E] or [T, E]."""
+
+
+def users_of(indices: list[list[int]]) -> dict[int, tuple[list[int], list[int]]]:
+    """Expert -> (its tokens, its places in their gate's order), experts ascending, from indices [T, K]."""
+    users: dict[int, tuple[list[int], list[int]]] = {}
     for token, chosen in enumerate(indices):
         for k, expert in enumerate(chosen):
-            users.setdefault(expert, []).append((token, k))
-    for expert in sorted(users):
-        tokens, ks = (torch.tensor(part, device=x_TD.device) for part in zip(*users[expert], strict=True))
-        y_TKD[tokens, ks] = compute(expert, x_TD[tokens])
-    return y_TKD
+            tokens, places = users.setdefault(expert, ([], []))
+            tokens.append(token)
+            places.append(k)
+    return dict(sorted(users.items()))
 
 
 class OffloadedExperts:
-    """Routed experts behind a cache of slots.  Callable as the network's ``experts``."""
+    """Routed experts behind slots.  Callable as the network's ``experts``.
 
-    def __init__(self, export: Export, cache: LruCache, slots: Slots, ops: TorchOps, levels: Tensor):
-        self._export, self._layout, self._levels = export, export.layout, levels
-        self._cache, self._slots, self._ops = cache, slots, ops
+    A layer's step: demand what is missing, guess what the next layer will use and read that too, compute the experts
+    that are here, then each of the others as it arrives.  Without a ``prefetcher`` it reads on demand only.  ``warm``
+    are keys worth having, the best first: they fill free slots while the first tokens are made.
+    """
+
+    def __init__(
+        self,
+        export: Export,
+        slots: Slots,
+        ops: TorchOps,
+        levels: Tensor,
+        prefetcher: Prefetcher | None,
+        guesser: Guesser,
+        top_k: int,
+        warm: Sequence[int] = (),
+    ):
+        self._layout, self._experts, self._levels, self._ops = export.layout, export.experts, levels, ops
+        self._slots, self._cache, self._prefetcher, self._guesser = slots, slots.cache, prefetcher, guesser
+        self._rows = {layer: row for row, layer in enumerate(export.layers)}
+        self._warm = list(reversed(warm))
+        self._top = top_k
+        self._met = 0  # missing experts whose read had begun when the gate asked
         self.trace: TraceWriter | None = None
 
+    def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
+        """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
+        (float32 [D]) let the guesser name the experts of all layers at once."""
+        self._slots.advance(tokens)
+        prefetcher = self._prefetcher
+        if prefetcher is None:
+            return
+        prefetcher.reset()
+        if embedding_D is not None and hidden_D is not None and prefetcher.pays():
+            started = time.perf_counter()
+            scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
+            if scores_LE is not None:
+                likely = self._likely(scores_LE)
+                for row, experts in enumerate(likely):
+                    prefetcher.guess(row, self._keys(row, experts), "token")
+                prefetcher.cost((time.perf_counter() - started) / len(likely))
+                prefetcher.pump(-1)
+
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        indices = indices_TK.tolist()
+        indices, row = indices_TK.tolist(), self._rows[layer]
         if self.trace is not None:
             self.trace.add(layer, indices)
-        if len(indices) == 1:  # decode: all k experts stay until the step is done
-            keys = [self._key(layer, expert) for expert in indices[0]]
-            records = [self._record(layer, expert, keep=keys) for expert in indices[0]]
-            return self._ops.experts(x_TD[0], records, weights_TK[0], self._layout, self._levels)[None]
-        return gate_order_sum(by_expert(x_TD, indices, lambda expert, x: self._one(layer, expert, x)), weights_TK)
+        if len(indices) == 1:
+            y_TD = self._decode(row, x_TD[0], weights_TK[0], self._keys(row, indices[0]))[None]
+        else:
+            y_TD = gate_order_sum(self._prefill(row, x_TD, indices), weights_TK)
+        if self._warm:
+            self._read_warm()
+        if self._prefetcher is not None:
+            self._prefetcher.computing()
+        return y_TD
 
-    def _one(self, layer: int, expert: int, x_TD: Tensor) -> Tensor:
-        return self._ops.expert(x_TD, self._record(layer, expert), self._layout, self._levels)
+    def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
+        """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is done."""
+        slots, cache = self._slots, self._cache
+        missing = [key for key in keys if not cache.use(key)]
+        self._settle_guesses(row, keys, missing)
+        if not missing:
+            self._guess(row, x_D)
+            return self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
+        reads = slots.demand(missing, keep=keys)
+        self._guess(row, x_D)
+        y_KD = torch.empty(len(keys), len(x_D), device=x_D.device)
+        ready = [key for key in keys if key not in missing]
+        while ready or reads:
+            if ready:
+                records = [slots.record(key) for key in ready]
+                y_KD[[keys.index(key) for key in ready]] = self._ops.experts_each(x_D, records, self._layout, self._levels)
+            finished = slots.wait(reads) if reads else []
+            ready, reads = [read.key for read in finished], [read for read in reads if read not in finished]
+        for key in missing:
+            slots.settle(key, keep=keys)
+        return gate_order_sum(y_KD[None], weights_K[None])[0]
 
-    def _key(self, layer: int, expert: int) -> int:
-        return layer * self._export.experts + expert
+    def _prefill(self, row: int, x_TD: Tensor, indices: list[list[int]]) -> Tensor:
+        """Expert by expert over many tokens, each brought once, while others compute: unweighted, float32 [T, K, D]."""
+        slots, cache = self._slots, self._cache
+        y_TKD = torch.empty(len(indices), len(indices[0]), x_TD.shape[1], device=x_TD.device)
+        users = {row * self._experts + expert: use for expert, use in users_of(indices).items()}
+        here, missing = [key for key in users if key in cache], [key for key in users if key not in cache]
+        cache.use_chunk(row, indices)
+        self._settle_guesses(row, users, missing)
+        missing.sort(key=lambda key: key not in slots)  # first those that a prefetch has begun to read
+        reads = slots.demand(missing[: slots.transit], keep=missing[: slots.transit])
+        coming = missing[len(reads) :]
+        self._guess(row, x_TD)
+        while here or reads:
+            arrived = [read for read in reads if read.done]
+            if here and not arrived:
+                ready = [here.pop()]
+            else:
+                arrived = slots.wait(reads)
+                ready, reads = [read.key for read in arrived], [read for read in reads if read not in arrived]
+            for key in ready:
+                tokens, places = users[key]
+                y_TKD[tokens, places] = self._ops.expert(x_TD[tokens], slots.record(key), self._layout, self._levels)
+                if key not in cache:
+                    slots.settle(key, keep=here)
+                if coming and len(reads) < slots.transit:
+                    reads += slots.demand([coming.pop(0)], keep=[*ready, *(read.key for read in reads)])
+                elif not coming and self._prefetcher is not None:
+                    self._prefetcher.pump(row)
+        return y_TKD
 
-    def _record(self, layer: int, expert: int, keep: list[int] | None = None) -> Tensor:
-        """The expert's record in its slot, read from disk first if it is not there; ``keep`` are not evicted for it."""
-        slot = self._cache.lookup(self._key(layer, expert))
-        return self._slots[self._read(layer, expert, keep) if slot is None else slot]
+    def _settle_guesses(self, row: int, keys: Collection[int], missing: list[int]) -> None:
+        """Tell the prefetcher what the gate has chosen; reads that this proves wrong are given up."""
+        self._met += sum(key in self._slots for key in missing)
+        if self._prefetcher is not None:
+            self._prefetcher.asked(row, keys, len(missing))
 
-    def _read(self, layer: int, expert: int, keep: list[int] | None = None) -> int:
-        key = self._key(layer, expert)
-        slot = self._cache.admit(key, keep or ())
-        try:
-            self._slots.fill(slot, layer, expert)
-        except BaseException:  # also Ctrl-C: a half-filled slot must never count as present
-            self._cache.drop(key)
-            raise
-        return slot
+    def _guess(self, row: int, x: Tensor) -> None:
+        """Guess the next MoE layer's experts from this one's input, [D] or [T, D], and read ahead."""
+        prefetcher = self._prefetcher
+        if prefetcher is None:
+            return
+        if row + 1 < len(self._rows) and prefetcher.pays():
+            started = time.perf_counter()
+            scores = self._guesser.layer_scores(row, x)
+            if x.dim() == 1:
+                experts = self._likely(scores[None])[0]
+                prefetcher.cost(time.perf_counter() - started)
+            else:  # whatever any token is likely to use, most tokens first
+                chosen = scores.topk(self._top, dim=-1).indices.flatten().bincount(minlength=self._experts)
+                experts = chosen.argsort(descending=True)[: int((chosen > 0).sum())].tolist()
+            prefetcher.guess(row + 1, self._keys(row + 1, experts), "layer")
+        prefetcher.pump(row)
 
-    def warm(self, progress: Callable[[int, int], None]) -> None:
+    def _likely(self, scores_RE: Tensor) -> list[list[int]]:
+        """Each row's experts worth guessing, the best first."""
+        return scores_RE.topk(self._top, dim=-1).indices.tolist()
+
+    def _keys(self, row: int, experts: list[int]) -> list[int]:
+        return [row * self._experts + expert for expert in experts]
+
+    def _read_warm(self) -> None:
+        """Keep one read of a popular expert going until the cache has no free room; demands overtake it."""
+        self._slots.adopt()
+        while self._warm and (self._warm[-1] in self._slots or self._warm[-1] in self._cache):
+            self._warm.pop()
+        if not self._slots.room():
+            self._warm.clear()
+        elif self._warm and self._slots.prefetch(self._warm[-1], WARM):
+            self._warm.pop()
+
+    def fill(self, progress: Callable[[int, int], None]) -> None:
         """Read experts in order of layer until no slot is free; ``progress(done, total)`` in bytes."""
         size, total = self._layout.record_bytes, self._cache.slots * self._layout.record_bytes
-        for layer in self._export.layers:
-            for expert in range(self._export.experts):
-                if len(self._cache) == self._cache.slots:
-                    return
-                if self._key(layer, expert) not in self._cache:
-                    self._read(layer, expert)
-                    progress(len(self._cache) * size, total)
+        self._slots.fill(range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total))
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``cache`` (hits, misses, hit_rate, evictions, slots) and ``io`` (bytes and seconds by tier)."""
+        """Counters: ``cache``, and ``prefetch`` by horizon (see ``offload.prefetch.Accuracy``)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses
         counts = {"hits": cache.hits, "misses": cache.misses, "hit_rate": cache.hits / looked if looked else None}
-        counts |= {"evictions": cache.evictions, "slots": cache.slots}
-        return {"cache": counts, "io": {"disk": {"bytes": self._slots.bytes_read, "seconds": self._slots.read_seconds}}}
+        counts |= {"already_coming": self._met, "evictions": cache.evictions, "bypassed": cache.bypassed, "slots": cache.slots}
+        found: dict[str, Any] = {"cache": counts, "wait_seconds": self._slots.wait_seconds}
+        if self._prefetcher is not None:
+            found["prefetch"] = {horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()}
+        return found
 
     def close(self) -> None:
         if self.trace is not None:
@@ -101,7 +221,8 @@ class ResidentExperts:
         self._weights, self._ops = weights, ops
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        def compute(expert: int, x_TD: Tensor) -> Tensor:
-            return self._ops.mlp(x_TD, *(self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS))
-
-        return gate_order_sum(by_expert(x_TD, indices_TK.tolist(), compute), weights_TK)
+        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        for expert, (tokens, places) in users_of(indices_TK.tolist()).items():
+            weights = (self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
+            y_TKD[tokens, places] = self._ops.mlp(x_TD[tokens], *weights)
+        return gate_order_sum(y_TKD, weights_TK)

@@ -7,7 +7,7 @@ and scratch, and ``ram`` the process itself.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.config import Config
 from slotmoe import PlanError
@@ -55,14 +55,18 @@ def scratch_bytes(config: Config, expert_elements: int, value_bytes: int = 4) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one run.  ``components`` maps name to bytes on the fast tier; ``slots`` is the number of experts
-    that stay there."""
+    """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``: ``slots`` experts stay there and
+    ``transit`` more are on their way in or being used once.  With a GPU, ``host`` is the same for RAM, where
+    ``host_slots`` experts stay."""
 
     components: dict[str, int]
     slots: int
+    transit: int
     record_bytes: int
     budget: int
     tier: str
+    host: dict[str, int] = field(default_factory=dict)
+    host_slots: int = 0
 
     @property
     def total(self) -> int:
@@ -77,22 +81,51 @@ def make_plan(
     fixed: dict[str, int],
     record_bytes: int,
     slots: int | None = None,
+    host_budget: int | None = None,
+    host_fixed: dict[str, int] | None = None,
 ) -> Plan:
-    """Spend ``budget`` bytes of ``tier`` on the ``fixed`` components and as many expert slots as remain, or on exactly
-    ``slots`` of them.  Raises ``PlanError`` with the shortfall if not even one token's experts fit."""
-    everything = len(config.moe_layers) * config.n_routed_experts
-    least = config.num_experts_per_tok
-    if slots is not None and not least <= slots:
-        raise PlanError(f"{slots} expert slots are too few: one token uses {least} experts of a layer at once, give at least {least}")
-    room = (budget - sum(fixed.values())) // record_bytes
+    """Spend ``budget`` bytes of ``tier`` on the ``fixed`` components, read buffers, and as many expert slots as remain, or
+    exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  Raises ``PlanError`` with the
+    shortfall if not even one token's experts fit."""
+    everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
+    if slots is not None and slots < top_k:
+        raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
     wanted = everything if slots is None else min(slots, everything)
-    if room < (least if slots is None else wanted):
-        needed = sum(fixed.values()) + (least if slots is None else wanted) * record_bytes
+    room = (budget - sum(fixed.values())) // record_bytes
+    count, transit = _divide(room, wanted, everything, top_k)
+    least = top_k if slots is None else wanted
+    if count < least:
+        least += 0 if least == everything else top_k
+        needed = sum(fixed.values()) + least * record_bytes
         parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
         raise PlanError(
-            f"needs at least {format_size(needed)} of {tier} ({parts}, {least if slots is None else wanted} expert slots "
+            f"needs at least {format_size(needed)} of {tier} ({parts}, {least} expert slots and read buffers of "
             f"{format_size(record_bytes)} each), the budget is {format_size(budget)}, {format_size(needed - budget)} short: "
             f"raise --{tier}, lower --context, or quantize with --resident nf4"
         )
-    count = min(room, wanted)
-    return Plan({**fixed, "expert slots": count * record_bytes}, count, record_bytes, budget, tier)
+    components = {**fixed, "expert slots": count * record_bytes, "read buffers": min(transit, everything - count) * record_bytes}
+    host: dict[str, int] = {}
+    host_slots = 0
+    if host_budget is not None and host_fixed is not None:
+        room = (host_budget - sum(host_fixed.values())) // record_bytes
+        host_slots = max(0, min(room - transit, everything))
+        if room < transit:
+            needed = sum(host_fixed.values()) + transit * record_bytes
+            raise PlanError(
+                f"needs at least {format_size(needed)} of ram ({transit} read buffers of {format_size(record_bytes)} each), the "
+                f"budget is {format_size(host_budget)}: raise --ram"
+            )
+        host = {**host_fixed, "expert slots": host_slots * record_bytes, "read buffers": transit * record_bytes}
+    return Plan(components, count, transit, record_bytes, budget, tier, host, host_slots)
+
+
+def _divide(room: int, wanted: int, everything: int, top_k: int) -> tuple[int, int]:
+    """How many of ``room`` records are slots, at most ``wanted``, and how many are read buffers.
+
+    A layer's demand needs ``top_k`` buffers; up to three times as many more hold what is read ahead, but never more than
+    an eighth of the room.  If everything fits, each expert has its slot and buffers take no memory of their own.
+    """
+    if room >= everything and wanted == everything:
+        return everything, 4 * top_k
+    transit = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
+    return min(wanted, room - transit), transit

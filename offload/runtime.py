@@ -27,11 +27,13 @@ from model.deepseek_v2 import DeepseekV2
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
 from model.tokenizer import Tokenizer
-from offload.cache import POLICIES, LruCache
+from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, scratch_bytes
+from offload.predictor import NextGate
+from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
-from offload.store import Arena, Slots
+from offload.store import Arena, DiskReader, HostTier, Slots, Source
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
@@ -72,10 +74,12 @@ class Runtime:
         source: Export | Checkpoint,
         ops: TorchOps,
         touched_bytes: int,
+        store: Source | None = None,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
         self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
         self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
+        self._store = store
         self._generation = 0
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
@@ -101,7 +105,7 @@ class Runtime:
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.  ``context`` is the number
         of positions of the latent cache.  ``slots`` caps the experts that stay on the fast tier; None takes all that
         fit.  ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
-        ``prefetch`` has no effect yet: experts are read when the gate asks for them.
+        ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -120,8 +124,12 @@ class Runtime:
         if not 1 <= context <= config.max_position_embeddings:
             raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
         ops = pick_ops(where, kernels, threads) if quantize else TorchOps()
-        opened = _open_quantized if quantize else _open_reference
-        return opened(cls, folder, config, ops, where, budget, context, slots)
+        if not quantize:
+            return _open_reference(cls, folder, config, ops, where, budget, context, slots)
+        host_budget = _host_budget(ram) if where.type == "cuda" else None
+        return _open_quantized(
+            cls, folder, config, ops, where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch
+        )
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].
@@ -132,7 +140,7 @@ class Runtime:
         self._restart()
         logits = torch.empty(len(ids), self.config.vocab_size)
         for part, out in zip(ids.split(PREFILL_CHUNK), logits.split(PREFILL_CHUNK), strict=True):
-            out.copy_(self._network.forward(part, self._cache, all_logits=True))
+            out.copy_(self._forward(part, all_logits=True))
         return logits
 
     def generate(
@@ -173,12 +181,21 @@ class Runtime:
                 raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
             started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
             for part in torch.tensor(ids, device=self.device).split(PREFILL_CHUNK):
-                logits = self._network.forward(part, self._cache)
+                logits = self._forward(part)
             self._counts[kind + "_tokens"] += len(ids)
             self._counts[kind + "_seconds"] += time.perf_counter() - started
             return logits
 
         return step
+
+    def _forward(self, ids_T: Tensor, all_logits: bool = False) -> Tensor:
+        network = self._network
+        if isinstance(self._experts, OffloadedExperts):
+            embedding_D = hidden_D = None
+            if len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None:
+                embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
+            self._experts.begin(len(ids_T), embedding_D, hidden_D)
+        return network.forward(ids_T, self._cache, all_logits)
 
     def _restart(self) -> None:
         self._generation += 1
@@ -208,7 +225,7 @@ class Runtime:
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
         if isinstance(self._experts, OffloadedExperts):
-            self._experts.warm(progress or (lambda done, total: None))
+            self._experts.fill(progress or (lambda done, total: None))
 
     def read_bandwidth(self) -> float:
         """Bytes a second at which all threads together read RAM, measured now."""
@@ -234,12 +251,16 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""
         memory: dict[str, Any] = {"plan": dict(self.plan.components), "budget": self.plan.budget, "tier": self.plan.tier}
+        if self.plan.host:
+            memory["host_plan"] = dict(self.plan.host)
         memory["peak_rss"] = peak_rss()
         if self.device.type == "cuda":
             memory["peak_vram"] = torch.cuda.max_memory_allocated(self.device)
         found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name}
         if isinstance(self._experts, OffloadedExperts):
             found |= self._experts.stats()
+        if self._store is not None:
+            found["io"] = self._store.stats()
         return found
 
     def close(self) -> None:
@@ -247,6 +268,8 @@ class Runtime:
         if isinstance(self._experts, OffloadedExperts):
             self._experts.close()
         self._generation += 1
+        if self._store is not None:
+            self._store.close()
         self._source.close()
         del self._network, self._cache, self._experts
         self._network = self._cache = self._experts = None  # type: ignore[assignment]
@@ -275,6 +298,11 @@ def _budget(device: torch.device, ram: int | str | None, vram: int | str | None)
     if ram is not None:
         return parse_size(ram)
     return int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+
+
+def _host_budget(ram: int | str | None) -> int:
+    """Bytes of RAM for the host tier below a GPU: as asked, or nine tenths of what is free now."""
+    return parse_size(ram) if ram is not None else int(available_memory() * 0.9) + psutil.Process().memory_info().rss
 
 
 def peak_rss() -> int:
@@ -341,19 +369,40 @@ def _kv_bytes(config: Config, context: int, dtype: torch.dtype) -> int:
 
 
 def _open_quantized(
-    cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, device: torch.device, budget: int, context: int, slots: int | None
+    cls: type[Runtime],
+    folder: Path,
+    config: Config,
+    ops: TorchOps,
+    device: torch.device,
+    budget: int,
+    host_budget: int | None,
+    context: int,
+    slots: int | None,
+    policy: str,
+    prefetch: bool,
 ) -> Runtime:
     export = Export.open(folder)
+    source: Source | None = None
     try:
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
         if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
             raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
         tokenizer = Tokenizer(folder, config.bos_token_id)
-        dtype = torch.float16
+        dtype, size = torch.float16, layout.record_bytes
         elements = config.hidden_size * config.moe_intermediate_size
         fixed = _fixed_bytes(config, export.resident_bytes, _kv_bytes(config, context, dtype), elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
-        plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=layout.record_bytes, slots=slots)
+        host_fixed = {"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES}
+        plan = make_plan(
+            config,
+            tier=tier,
+            budget=budget,
+            fixed=fixed,
+            record_bytes=size,
+            slots=slots,
+            host_budget=host_budget,
+            host_fixed=host_fixed,
+        )
         weights: dict[str, Any] = {}
         place = _placer(device, ops)
         for name, shape in resident_shapes(config).items():
@@ -361,13 +410,36 @@ def _open_quantized(
             if tuple(weight.shape) != shape:
                 raise ConfigError(f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shape)}")
             weights[name] = place(name, weight)
-        experts = OffloadedExperts(export, LruCache(plan.slots), Slots(export, plan.slots, device), ops, export.levels.to(device))
+
+        rows, routed = len(export.layers), config.n_routed_experts
+        fits = max(plan.slots, plan.host_slots) == rows * routed
+        # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
+        source = disk = DiskReader(export, direct=not fits)
+        if plan.host:
+            source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed), plan.transit, device)
+        cache = make_cache(policy, plan.slots, rows, routed)
+        held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
+        ahead = prefetch and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
+        prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
+        guesser = NextGate(config, weights, ops)
+        experts = OffloadedExperts(export, held, ops, export.levels.to(device), prefetcher, guesser, config.num_experts_per_tok)
         network = DeepseekV2(config, weights, ops, experts)
-        cache = LatentCache(config, context, dtype, device)
         return cls(
-            config, tokenizer, network, cache, plan, device, _generation_eos(folder, config), export, ops, _touched_bytes(config, weights)
+            config,
+            tokenizer,
+            network,
+            LatentCache(config, context, dtype, device),
+            plan,
+            device,
+            _generation_eos(folder, config),
+            export,
+            ops,
+            _touched_bytes(config, weights),
+            source,
         )
     except BaseException:
+        if source is not None:
+            source.close()
         export.close()
         raise
 

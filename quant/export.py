@@ -19,7 +19,9 @@ Shape legend: I moe_intermediate_size, H hidden_size, N rows out, K columns in.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -288,7 +290,7 @@ class Export:
         self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
         self._files: dict[str, int] = {}
         self._resident_parts = place({name: _part(item) for name, item in manifest["files"][RESIDENT]["tensors"].items()})
-        self._resident_start = 0
+        self._resident_start, self._direct = 0, False
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
@@ -338,35 +340,60 @@ class Export:
         if self.manifest["files"][name]["header_bytes"] != len(header) or os.pread(self._files[name], len(header), 0) != header:
             raise ExportError(f"{self.folder / name}: its header is not the one that the manifest describes; quantize again")
 
-    def _read(self, name: str, offset: int, out: Tensor, wanted: str, what: str) -> None:
-        """Fill ``out`` (contiguous, CPU) from one range of a file and compare its checksum."""
-        data = out.view(-1).view(torch.uint8).numpy().data
-        rest = data
-        while rest:
-            count = os.preadv(self._files[name], [rest], offset)
+    def _read(self, name: str, offset: int, data: memoryview, what: str) -> None:
+        """Fill ``data`` from one range of a file.  Raises ``ExportError``."""
+        done = 0
+        while done < len(data):
+            try:
+                count = os.preadv(self._files[name], [data[done:]], offset + done)
+            except OSError as problem:
+                raise ExportError(f"{self.folder / name}: reading {what} failed ({problem.strerror})") from None
+            if self._direct and done + count < len(data):
+                count -= count % ALIGNMENT  # the next direct read has to be aligned again
             if count == 0:
                 raise ExportError(f"{self.folder / name}: ends inside {what}; the file was truncated while in use")
-            rest, offset = rest[count:], offset + count
+            done += count
+
+    def _verify(self, name: str, data: memoryview, wanted: str, what: str) -> None:
         if checksum(data) != wanted:
             raise ExportError(f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize it again")
 
-    def read_record(self, layer: int, expert: int, out: Tensor) -> None:
-        """Read one expert's record into ``out``, contiguous uint8 [record_bytes] on the CPU, as one range.
+    def bypass_page_cache(self) -> bool:
+        """Read records with ``O_DIRECT`` from now on, into memory aligned to 4096; False where the system refuses that.
 
-        Raises ``ExportError`` if the checksum is wrong or the file ends early; ``out`` is then undefined.
+        A model larger than memory gains nothing from the page cache, which would take memory from the slots.
         """
+        handles = [self._files[layer_file(layer)] for layer in self.layers]
+        flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
+        try:
+            for handle in handles:
+                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) | flag)
+                os.preadv(handle, [probe], 0)
+            self._direct = flag != 0
+        except OSError:
+            for handle in handles:
+                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~flag)
+        return self._direct
+
+    def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:
+        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``; verifies nothing."""
         name = layer_file(layer)
-        entry = self.manifest["files"][name]
-        offset = entry["header_bytes"] + expert * self.layout.record_bytes
-        self._read(name, offset, out, entry["records"][expert], f"layer {layer} expert {expert}")
+        offset = self.manifest["files"][name]["header_bytes"] + expert * self.layout.record_bytes + start
+        self._read(name, offset, out, f"layer {layer} expert {expert}")
+
+    def verify_record(self, layer: int, expert: int, record: memoryview) -> None:
+        """Raises ``ExportError`` unless ``record`` has the checksum that the manifest names."""
+        name = layer_file(layer)
+        self._verify(name, record, self.manifest["files"][name]["records"][expert], f"layer {layer} expert {expert}")
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32 [I, H], ``down_proj``
         float32 [H, I].  Raises ``ExportError`` if the export has no such expert or its record is damaged."""
         if layer not in self.layers or not 0 <= expert < self.experts:
             raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
-        record = torch.empty(self.layout.record_bytes, dtype=torch.uint8)
-        self.read_record(layer, expert, record)
+        record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
+        self.read_range(layer, expert, 0, record.numpy().data)
+        self.verify_record(layer, expert, record.numpy().data)
         return {name: nf4.dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
 
     def resident(self, name: str) -> Tensor | Int8Weight | Nf4Weight:
@@ -383,8 +410,9 @@ class Export:
             raise ExportError(f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json")
         part = self._resident_parts[name]
         out = torch.empty(part.shape, dtype=part.dtype)
-        wanted = self.manifest["files"][RESIDENT]["tensors"][name]["checksum"]
-        self._read(RESIDENT, self._resident_start + part.offset, out, wanted, name)
+        data = out.view(-1).view(torch.uint8).numpy().data
+        self._read(RESIDENT, self._resident_start + part.offset, data, name)
+        self._verify(RESIDENT, data, self.manifest["files"][RESIDENT]["tensors"][name]["checksum"], name)
         return out
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor
 from quant import int8, kernels, nf4
 from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
-from quant.kernels import Kernels, PackedInt8
+from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
 from quant.nf4 import TILE, Nf4Weight
 
 
@@ -175,6 +175,11 @@ class TorchOps:
             return weight[ids_T].float()
         raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
 
+    def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
+        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T, H, P]."""
+        pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
+
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
         """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T, H, R]."""
         _, H, N = q_THN.shape
@@ -195,17 +200,63 @@ class TorchOps:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
+    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
+        """No kernel: the network goes op by op."""
+        return None
+
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         """One token through its k experts and their weighted sum in the order given: float32 [D].
 
         ``records`` are uint8 [record_bytes] each.
         """
-        y_KD = torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
-        return gate_order_sum(y_KD[None], weights_K[None])[0]
+        return gate_order_sum(self.experts_each(x_D, records, layout, levels)[None], weights_K[None])[0]
+
+    def experts_each(self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor) -> Tensor:
+        """One token through some experts, unweighted: float32 [len(records), D]."""
+        return torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
         return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
+
+
+def _matrix(weight: Weight) -> Matrix | None:
+    """The weight bound for native calls; None if it is row-major int8, which only the absorbed products and ``embed`` take."""
+    if isinstance(weight, TiledInt8Weight):
+        return Matrix.int8(weight.tiles, weight.scale)
+    if isinstance(weight, Nf4Weight):
+        return Matrix.nf4(weight.codes, weight.absmax, weight.levels, *weight.shape)
+    return Matrix.dense(weight) if isinstance(weight, Tensor) else None
+
+
+def _mlp(*weights: Weight) -> Mlp | None:
+    """Gate, up and down bound for native calls; None unless all are tiled int8 or all NF4."""
+    if all(isinstance(one, TiledInt8Weight) for one in weights) or all(isinstance(one, Nf4Weight) for one in weights):
+        gate, up, down = (_matrix(one) for one in weights)
+        assert gate is not None and up is not None and down is not None
+        return Mlp(gate, up, down)
+    return None
+
+
+class FusedLayer:
+    """One token through a layer in few native calls, its weights checked and bound once.
+
+    Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so fewer and larger calls are
+    faster.  Each gives bitwise what the single ops give.
+    """
+
+    def __init__(self, native: Kernels, attention: AttentionLayer, mlp: Mlp | None):
+        self._native, self._attention, self._mlp = native, attention, mlp
+
+    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SW: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See ``model.deepseek_v2.FusedLayer``."""
+        return self._native.attention(self._attention, h_1D, table_1C, rows_SW, position)
+
+    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
+        """See ``model.deepseek_v2.FusedLayer``."""
+        if self._mlp is not None:
+            return self._native.mlp(x_1D, self._mlp, h_1D, y_1D)
+        return h_1D if y_1D is None else h_1D + y_1D
 
 
 class NativeOps(TorchOps):
@@ -251,15 +302,11 @@ class NativeOps(TorchOps):
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
     def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
-        three = (gate_proj, up_proj, down_proj)
-        tiled = [one for one in three if isinstance(one, TiledInt8Weight)]
-        if len(tiled) == 3:
-            return self._native.mlp_int8(x_TD, [one.tiles for one in tiled], [one.scale for one in tiled])
-        coded = [one for one in three if isinstance(one, Nf4Weight)]
-        if len(coded) == 3:
-            codes, absmax = [one.codes for one in coded], [one.absmax for one in coded]
-            return self._native.mlp_nf4(x_TD, coded[0].shape[0], codes, absmax, coded[0].levels)
-        return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+        mlp = _mlp(gate_proj, up_proj, down_proj)
+        return super().mlp(x_TD, gate_proj, up_proj, down_proj) if mlp is None else self._native.mlp(x_TD.contiguous(), mlp)
+
+    def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
+        return self._native.rotate(x_THP.contiguous(), table_TC)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
         if isinstance(kv_b, Int8Weight):
@@ -274,8 +321,43 @@ class NativeOps(TorchOps):
     def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SW, len(rows_SW), R, scale)
 
+    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
+        """``layer`` (``model.deepseek_v2.Layer``) bound for one token at a time; ``sizes`` are H, N, P, R, V of its attention.
+
+        None where a weight is of a kind that the fused calls don't compute as the single ops do: bf16 ``kv_b_proj`` or MLP.
+        """
+        query = _matrix(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj)
+        query_b = None if layer.q_b_proj is None else _matrix(layer.q_b_proj)
+        latent, out = _matrix(layer.kv_a_proj), _matrix(layer.o_proj)
+        mlp = None if layer.mlp is None else _mlp(*layer.mlp)
+        if query is None or latent is None or out is None or not isinstance(layer.kv_b_proj, Int8Weight):
+            return None
+        if (query_b is None) != (layer.q_b_proj is None) or (mlp is None) != (layer.mlp is None):
+            return None
+        attention = AttentionLayer(
+            sizes,
+            layer.input_layernorm,
+            query,
+            layer.q_a_layernorm,
+            query_b,
+            latent,
+            layer.kv_a_layernorm,
+            layer.kv_b_proj.q,
+            layer.kv_b_proj.scale,
+            out,
+            layer.post_attention_layernorm,
+            None if layer.gate is None else Matrix.dense(layer.gate),
+            eps=eps,
+            latent_eps=latent_eps,
+            scale=scale,
+        )
+        return FusedLayer(self._native, attention, mlp)
+
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         return self._native.experts_decode(x_D.contiguous(), records, weights_K, layout.moe_intermediate_size, levels)
+
+    def experts_each(self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor) -> Tensor:
+        return self._native.experts_each(x_D.contiguous(), records, layout.moe_intermediate_size, levels)
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         return self._native.expert_prefill(x_TD.contiguous(), record, layout.moe_intermediate_size, levels)

@@ -521,7 +521,8 @@ def read_everything(folder):
         record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
         for layer in export.layers:
             for expert in range(export.experts):
-                export.read_record(layer, expert, record)
+                export.read_range(layer, expert, 0, record.numpy().data)
+                export.verify_record(layer, expert, record.numpy().data)
                 found[f"{layer}.{expert}"] = record.numpy().tobytes()
         for name in resident_shapes(read_config(folder / "config.json")):
             weight = export.resident(name)

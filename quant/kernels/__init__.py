@@ -30,12 +30,14 @@ from torch import Tensor
 
 from quant.nf4 import BLOCK, LEVELS, TILE, absmax_shape, codes_shape
 
-__all__ = ["Kernels", "PackedInt8", "load", "record_bytes"]
+__all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
-ABI = 1
+ABI = 2
+_INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+@cache
 def record_bytes(hidden: int, intermediate: int) -> int:
     """Bytes of one expert's record, without padding after it."""
     shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
@@ -73,6 +75,150 @@ def _count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
 
 
+def _source(source: Tensor) -> tuple[int, int, int]:
+    kind = _SOURCE_TYPES.get(source.dtype)
+    if kind is None:
+        raise ValueError(f"source is {source.dtype}, expected bfloat16, float16 or float32")
+    _check("source", source, source.dtype, ndim=2)
+    n, k = source.shape
+    _count("N", n)
+    _count("K", k)
+    return n, k, kind
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of quant/kernels/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "n", "k")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "levels")),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of quant/kernels/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("heads", "n", "p", "r", "v")),
+        *((name, ctypes.c_float) for name in ("eps", "latent_eps", "scale", "unused")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "query_norm", "latent_norm", "next_norm")),
+        *((name, _Matrix) for name in ("query", "query_b", "latent", "out", "gate")),
+        *((name, ctypes.c_void_p) for name in ("kv_b", "kv_b_scale")),
+    ]
+
+
+class Matrix:
+    """A matrix [n, k] of any kind, checked once and bound to its memory, which it holds: what one native call that does
+    several things takes instead of tensors."""
+
+    def __init__(self, kind: int, n: int, k: int, data: Tensor, scale: Tensor | None = None, levels: Tensor | None = None) -> None:
+        self.n, self.k, self.kind, self.levels, self._memory = n, k, kind, levels, (data, scale)
+        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (data, scale, levels))
+        self.native = _Matrix(kind, n, k, *pointers)
+
+    @classmethod
+    def int8(cls, w: PackedInt8, scale: Tensor) -> Matrix:
+        """Packed int8 [n, k] and its row scales, float32 [n]."""
+        _check("w", w.data, torch.int8, (-(-w.n // TILE), -(-w.k // BLOCK), TILE * BLOCK))
+        _check("scale", scale, torch.float32, (w.n,))
+        return cls(_INT8, w.n, w.k, w.data, scale)
+
+    @classmethod
+    def nf4(cls, codes: Tensor, absmax: Tensor, levels: Tensor, n: int, k: int) -> Matrix:
+        """Codes and absmax of [n, k] as tiles16, levels float32 [16]."""
+        _count("n", n)
+        _count("k", k)
+        _check("codes", codes, torch.uint8, codes_shape(n, k))
+        _check("absmax", absmax, torch.float16, absmax_shape(n, k))
+        _check("levels", levels, torch.float32, (16,))
+        return cls(_NF4, n, k, codes, absmax, levels)
+
+    @classmethod
+    def dense(cls, w: Tensor) -> Matrix:
+        """[n, k] float32, float16 or bfloat16."""
+        n, k, kind = _source(w)
+        return cls(_DENSE + kind, n, k, w)
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Raise `ValueError` unless it is [n, k]."""
+        if (self.n, self.k) != (n, k):
+            raise ValueError(f"{name} is {(self.n, self.k)}, expected {(n, k)}")
+
+
+class Mlp:
+    """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all NF4 with one table of
+    levels."""
+
+    def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
+        up.check("up", gate.n, gate.k)
+        down.check("down", gate.k, gate.n)
+        if gate.kind not in (_INT8, _NF4) or not gate.kind == up.kind == down.kind:
+            raise ValueError("the matrices of an MLP must be all int8 or all NF4")
+        if gate.levels is not None and not all(torch.equal(gate.levels, one.levels) for one in (up, down) if one.levels is not None):
+            raise ValueError("the matrices of an MLP must share their levels")
+        self.hidden, self._memory = gate.k, (gate, up, down)
+        self.native = (_Matrix * 3)(gate.native, up.native, down.native)
+
+
+class AttentionLayer:
+    """The weights of one layer up to its router, checked once and bound to their memory, which it holds.
+
+    Sizes: N and P columns of a query head without and with rotation, R the latent's, V a value head's.  Without q-LoRA `query`
+    is [heads * (N + P), H]; with it `query` is [Q, H], `query_norm` [Q], `query_b` [heads * (N + P), Q].  `latent` is
+    [R + P, H], `out` [H, heads * V], `kv_b` int8 [heads * (N + V), R] with one float32 scale a row; `next_norm` [H] and the
+    router's `gate` [E, H], None in a dense layer, stand before the feed-forward.  Norms are float32; `eps` is the epsilon of
+    those over H, `latent_eps` that of the others; `scale` multiplies the scores.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        input_norm: Tensor,
+        query: Matrix,
+        query_norm: Tensor | None,
+        query_b: Matrix | None,
+        latent: Matrix,
+        latent_norm: Tensor,
+        kv_b: Tensor,
+        kv_b_scale: Tensor,
+        out: Matrix,
+        next_norm: Tensor,
+        gate: Matrix | None,
+        *,
+        eps: float,
+        latent_eps: float,
+        scale: float,
+    ) -> None:
+        heads, n, p, r, v = sizes
+        for name, value, least in (("heads", heads, 1), ("N", n, 0), ("P", p, 0), ("R", r, 1), ("V", v, 1)):
+            _count(name, value, least)
+        if p % 2:
+            raise ValueError(f"P is {p}, expected an even number: rotation takes pairs")
+        self.hidden, self.width, self.pairs, self.experts = latent.k, r + p, p // 2, gate.n if gate else 0
+        latent.check("latent", r + p, latent.k)
+        out.check("out", latent.k, heads * v)
+        if (query_norm is None) != (query_b is None):
+            raise ValueError("query_norm and query_b must come together")
+        if query_norm is None or query_b is None:
+            query.check("query", heads * (n + p), latent.k)
+        else:
+            query.check("query", query.n, latent.k)
+            query_b.check("query_b", heads * (n + p), query.n)
+            _check("query_norm", query_norm, torch.float32, (query.n,))
+        if gate is not None:
+            gate.check("gate", gate.n, latent.k)
+        _check("input_norm", input_norm, torch.float32, (latent.k,))
+        _check("next_norm", next_norm, torch.float32, (latent.k,))
+        _check("latent_norm", latent_norm, torch.float32, (r,))
+        _check("kv_b", kv_b, torch.int8, (heads * (n + v), r))
+        _check("kv_b_scale", kv_b_scale, torch.float32, (heads * (n + v),))
+        self._memory = input_norm, query, query_norm, query_b, latent, latent_norm, kv_b, kv_b_scale, out, next_norm, gate
+        norms = (0 if tensor is None else tensor.data_ptr() for tensor in (input_norm, query_norm, latent_norm, next_norm))
+        matrices = (one.native if one else _Matrix() for one in (query, query_b, latent, out, gate))
+        pointers = *norms, *matrices, kv_b.data_ptr(), kv_b_scale.data_ptr()
+        self.native = _Attention(heads, n, p, r, v, eps, latent_eps, scale, 0.0, *pointers)
+
+
 class Kernels:
     """The native kernels.  Methods allocate their results, may be called from several threads (jobs queue), release the
     GIL while they run, and raise ValueError for bad arguments before anything is read."""
@@ -86,14 +232,15 @@ class Kernels:
             "linear_int8": [pointer, size, size, size, pointer, pointer, pointer],
             "rms_norm": [pointer, pointer, size, size, ctypes.c_float, pointer],
             "linear_dense": [pointer, size, size, size, pointer, number, pointer],
-            "mlp_int8": [pointer, size, size, size, pointer, pointer, pointer],
-            "mlp_nf4": [pointer, size, size, size, pointer, pointer, pointer, pointer],
+            "mlp": [pointer, size, pointer, pointer, pointer, pointer],
             "experts_decode": [pointer, pointer, size, pointer, size, size, pointer, pointer],
             "weighted_sum": [pointer, pointer, size, size, pointer],
             "expert_prefill": [pointer, size, pointer, size, size, pointer, pointer],
             "mla": [pointer, size, size, pointer, size, size, size, size, ctypes.c_float, pointer],
             "absorb_query": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
+            "rotate": [pointer, pointer, size, size, size, pointer],
+            "attention": [pointer, pointer, pointer, pointer, size, size, pointer, pointer, pointer],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
             "set_isa": [ctypes.c_char_p],
@@ -222,7 +369,7 @@ class Kernels:
     def linear_dense(self, x: Tensor, w: Tensor) -> Tensor:
         """x float32 [T, K], W [N, K] float32, float16 or bfloat16 -> float32 [T, N] = x W^T, nothing quantized."""
         _check("x", x, torch.float32, ndim=2)
-        n, k, kind = self._source(w)
+        n, k, kind = _source(w)
         if x.shape[1] != k:
             raise ValueError(f"x has {x.shape[1]} columns, the matrix {k}")
         y = x.new_empty((x.shape[0], n))
@@ -238,36 +385,19 @@ class Kernels:
         self._done(self._lib.slotmoe_rms_norm(x.data_ptr(), weight.data_ptr(), t, n, eps, y.data_ptr()))
         return y
 
-    def mlp_int8(self, x: Tensor, matrices: Sequence[PackedInt8], scales: Sequence[Tensor]) -> Tensor:
-        """x float32 [T, H] through down(silu(gate x) * up x) -> float32 [T, H]; matrices and scales of gate and up [I, H]
-        and down [H, I]."""
-        _check("x", x, torch.float32, ndim=2)
-        t, h = x.shape
-        i = matrices[0].n
-        for matrix, scale, shape in zip(matrices, scales, ((i, h), (i, h), (h, i)), strict=True):
-            if (matrix.n, matrix.k) != shape:
-                raise ValueError(f"a matrix of the MLP is {(matrix.n, matrix.k)}, expected {shape}")
-            _check("w", matrix.data, torch.int8, (-(-shape[0] // TILE), -(-shape[1] // BLOCK), TILE * BLOCK))
-            _check("scale", scale, torch.float32, (shape[0],))
+    def mlp(self, x: Tensor, w: Mlp, residual: Tensor | None = None, others: Tensor | None = None) -> Tensor:
+        """x float32 [T, H] -> y = down(silu(gate x) * up x), float32 [T, H]; with a `residual` [T, H] residual + y, and with
+        `others` [T, H] too residual + (others + y): one rounding a sum, as torch adds."""
+        _check("x", x, torch.float32, (len(x), w.hidden))
+        added = []
+        for name, tensor in (("residual", residual), ("others", others)):
+            if tensor is not None:
+                _check(name, tensor, torch.float32, tuple(x.shape))
+            added.append(None if tensor is None else tensor.data_ptr())
+        if residual is None and others is not None:
+            raise ValueError("others must come with a residual")
         y = torch.empty_like(x)
-        packed = (ctypes.c_void_p * 3)(*[matrix.data.data_ptr() for matrix in matrices])
-        self._done(self._lib.slotmoe_mlp_int8(x.data_ptr(), t, h, i, packed, _addresses(scales), y.data_ptr()))
-        return y
-
-    def mlp_nf4(self, x: Tensor, intermediate: int, codes: Sequence[Tensor], absmax: Sequence[Tensor], levels: Tensor) -> Tensor:
-        """As `mlp_int8`, for codes and absmax as tiles16; `intermediate` is I."""
-        _check("x", x, torch.float32, ndim=2)
-        t, h = x.shape
-        i = intermediate
-        _count("H", h)
-        _count("intermediate", i)
-        for code, scale, shape in zip(codes, absmax, ((i, h), (i, h), (h, i)), strict=True):
-            _check("codes", code, torch.uint8, codes_shape(*shape))
-            _check("absmax", scale, torch.float16, absmax_shape(*shape))
-        _check("levels", levels, torch.float32, (16,))
-        y = torch.empty_like(x)
-        pointers = _addresses(codes), _addresses(absmax), levels.data_ptr(), y.data_ptr()
-        self._done(self._lib.slotmoe_mlp_nf4(x.data_ptr(), t, h, i, *pointers))
+        self._done(self._lib.slotmoe_mlp(x.data_ptr(), len(x), w.native, *added, y.data_ptr()))
         return y
 
     def experts_decode(self, x: Tensor, records: Sequence[Tensor], weights: Tensor, intermediate: int, levels: Tensor) -> Tensor:
@@ -340,17 +470,50 @@ class Kernels:
         _count("context", context, tokens)
         if not 1 <= latent <= width:
             raise ValueError(f"latent is {latent}, q has {width} columns")
-        if cache.dtype != torch.float16 or cache.device.type != "cpu" or cache.dim() != 2 or cache.shape[1] != width:
-            raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, expected float16 [capacity, {width}] on the CPU")
+        stride = _rows(cache, width)
         if context > cache.shape[0]:
             raise ValueError(f"context is {context}, the cache has {cache.shape[0]} rows")
-        stride = cache.stride(0) if cache.shape[0] > 1 else width
-        if (width > 1 and cache.stride(1) != 1) or stride < width:
-            raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent elements")
         out = q.new_empty((tokens, heads, latent))
         sizes = context, stride, latent, width - latent
         self._done(self._lib.slotmoe_mla(q.data_ptr(), tokens, heads, cache.data_ptr(), *sizes, scale, out.data_ptr()))
         return out
+
+    def rotate(self, x: Tensor, table: Tensor) -> Tensor:
+        """x float32 [T, heads, P], table complex64 [T, P / 2] -> the pairs (x0, x1), (x2, x3), ... times the table."""
+        _check("x", x, torch.float32, ndim=3)
+        t, heads, p = x.shape
+        if p % 2:
+            raise ValueError(f"x has {p} columns, expected an even number: rotation takes pairs")
+        _check("table", table, torch.complex64, (t, p // 2))
+        if table.is_conj():
+            raise ValueError("table must be resolved, not conjugated lazily")
+        out = torch.empty_like(x)
+        self._done(self._lib.slotmoe_rotate(x.data_ptr(), table.data_ptr(), t, heads, p, out.data_ptr()))
+        return out
+
+    def attention(
+        self, layer: AttentionLayer, h: Tensor, table: Tensor, cache: Tensor, position: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One token through a layer's attention: h float32 [1, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y), both
+        float32 [1, H], and the router's logits x gate^T, float32 [1, E] or None.
+
+        `table` complex64 [1, P / 2] is the position's rotation; the token's latent row is written to `cache` (float16
+        [capacity, R + P], rows may be strided) at `position`, and rows up to it are attended to.  Bitwise what rms_norm,
+        the linear layers, rotate, absorb_query, mla and absorb_value give one after the other.
+        """
+        _check("h", h, torch.float32, (1, layer.hidden))
+        _check("table", table, torch.complex64, (1, layer.pairs))
+        if table.is_conj():
+            raise ValueError("table must be resolved, not conjugated lazily")
+        stride = _rows(cache, layer.width)
+        if not 0 <= position < cache.shape[0]:
+            raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
+        y, x = torch.empty_like(h), torch.empty_like(h)
+        logits = h.new_empty((1, layer.experts)) if layer.experts else None
+        inputs = ctypes.byref(layer.native), h.data_ptr(), table.data_ptr(), cache.data_ptr(), stride, position
+        outputs = y.data_ptr(), x.data_ptr(), None if logits is None else logits.data_ptr()
+        self._done(self._lib.slotmoe_attention(*inputs, *outputs))
+        return y, x, logits
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
         """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32
@@ -391,7 +554,7 @@ class Kernels:
         Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K is a multiple of 64.
         ValueError when the source holds NaN or infinity, or a block's absmax does not fit float16.
         """
-        n, k, kind = self._source(source)
+        n, k, kind = _source(source)
         levels = torch.tensor(LEVELS) if levels is None else levels
         _check("levels", levels, torch.float32, (16,))
         if not bool((levels[1:] >= levels[:-1]).all()):
@@ -407,21 +570,11 @@ class Kernels:
 
         A row of zeros gets scale 0.  ValueError when the source holds NaN or infinity.
         """
-        n, k, kind = self._source(source)
+        n, k, kind = _source(source)
         q = torch.empty((n, k), dtype=torch.int8)
         scale = torch.empty(n)
         self._made(self._lib.slotmoe_quantize_int8(source.data_ptr(), kind, n, k, q.data_ptr(), scale.data_ptr()))
         return q, scale
-
-    def _source(self, source: Tensor) -> tuple[int, int, int]:
-        kind = _SOURCE_TYPES.get(source.dtype)
-        if kind is None:
-            raise ValueError(f"source is {source.dtype}, expected bfloat16, float16 or float32")
-        _check("source", source, source.dtype, ndim=2)
-        n, k = source.shape
-        _count("N", n)
-        _count("K", k)
-        return n, k, kind
 
     def _made(self, status: int) -> None:
         if status == 2:
@@ -437,8 +590,14 @@ class Kernels:
             raise ValueError("the kernels refused an argument: levels must be finite")
 
 
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def _rows(cache: Tensor, width: int) -> int:
+    """Elements from one row to the next of a latent cache, float16 [capacity, width]."""
+    if cache.dtype != torch.float16 or not cache.is_cpu or cache.dim() != 2 or cache.shape[1] != width:
+        raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, expected float16 [capacity, {width}] on the CPU")
+    stride = cache.stride(0) if cache.shape[0] > 1 else width
+    if (width > 1 and cache.stride(1) != 1) or stride < width:
+        raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent elements")
+    return stride
 
 
 def _record(record: Tensor, size: int) -> int:

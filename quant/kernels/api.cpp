@@ -7,28 +7,14 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <new>
 
-#include "isa.h"
-#include "pool.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "api.h"
 
 using namespace slotmoe;
 
 namespace {
 
-constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
-
-// Scratch slots. A job uses each for one thing.
-enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads };
-
-constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
 
 // --- instruction sets
 
@@ -52,8 +38,10 @@ const Isa* const kIsas[] = {&isa_portable};
 
 std::atomic<const Isa*> chosen{nullptr};
 
+}  // namespace
+
 // The best that this CPU has, unless set otherwise. A job asks once: formats differ in detail between sets.
-const Isa& best_isa() {
+const Isa& slotmoe::best_isa() {
     if (const Isa* i = chosen.load()) return *i;
     for (const Isa* i : kIsas)
         if (supported(i)) {
@@ -64,6 +52,8 @@ const Isa& best_isa() {
 }
 
 // --- levels
+
+namespace {
 
 // The integers, offset and step that stand for the levels with the least squared error. 8 bits have room to spare over
 // 16 levels, and a free step and offset about halve the error of step = max / 127.
@@ -95,8 +85,10 @@ Levels fit_levels(const float* levels) {
     return best;
 }
 
+}  // namespace
+
 // Held under the job: the last few level tables.
-const Levels& levels_for(const float* levels) {
+const Levels& slotmoe::levels_for(const float* levels) {
     struct Entry {
         bool used = false;
         float key[16];
@@ -114,13 +106,15 @@ const Levels& levels_for(const float* levels) {
     return e.value;
 }
 
-bool finite(const float* levels) {
+bool slotmoe::finite(const float* levels) {
     for (int i = 0; i < 16; i++)
         if (!std::isfinite(levels[i])) return false;
     return true;
 }
 
 // --- experts
+
+namespace {
 
 struct Expert {
     Nf4Matrix gate, up, down;
@@ -136,16 +130,6 @@ Expert expert_at(const uint8_t* record, int64_t h, int64_t i) {
             {record + 2 * in * 512, absmax + 2 * in * kTile, h, out_blocks}};
 }
 
-template <class Body>
-int guarded(Body body) {
-    try {
-        Job job;
-        return body(job, best_isa());
-    } catch (const std::bad_alloc&) {
-        return kOutOfMemory;
-    }
-}
-
 void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks, double* factor) {
     if (t == 1) return isa.quantize_rows(x, k, 0, 1, 1, offset, blocks, factor);
     job.parallel(t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, k, begin, end, t, offset, blocks, factor); });
@@ -155,7 +139,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 1; }
+EXPORT int slotmoe_abi() { return 2; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -211,7 +195,7 @@ EXPORT int64_t slotmoe_int8_packed_bytes(int64_t n, int64_t k) { return up_to(n,
 EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* packed) {
     if (k < 1 || n < 1) return kBadArgument;
     const int64_t blocks = up_to(k, kBlock);
-    return guarded([&](Job& job, const Isa& isa) {
+    return guarded([&](Job& job, const Isa&) {
         job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
             for (int64_t tile = begin; tile < end; tile++)
                 for (int64_t b = 0; b < blocks; b++) {
@@ -270,9 +254,14 @@ EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int6
 namespace {
 
 // tiles(which, x blocks, x factors, rows, begin, end, y, ldy) multiplies by matrix 0 gate [i, h], 1 up [i, h] or 2 down [h, i].
-// One token or many: the arithmetic of a row is the same.
+// One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it), or without others
+// y = residual + it.
+struct Added {
+    const float *residual, *others;
+};
+
 template <class Tiles>
-int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, float* y, Tiles tiles) {
+int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added, float* y, Tiles tiles) {
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
@@ -299,41 +288,39 @@ int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int
             // Each thread quantizes one token's activations for itself: cheaper than another phase.
             if (rows == 1) isa.quantize_rows(gate, i, 0, 1, 1, offset, blocks, factor);
             tiles(2, blocks, factor, rows, begin, end, y + pass * h, h);
+            if (!added.residual) return;
+            for (int64_t row = pass; row < pass + rows; row++)
+                for (int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h); at < last; at++)
+                    y[at] = added.residual[at] + (added.others ? added.others[at] + y[at] : y[at]);
         });
     }
     return kOk;
 }
 
-int mlp_nf4(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, const Nf4Matrix* w, const float* levels, float* y) {
+int mlp_nf4(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, const Nf4Matrix* w, const float* levels, Added added,
+            float* y) {
     const Levels& fitted = levels_for(levels);
     const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
         isa.nf4_tiles(w[which], fitted, b, f, rows, begin, end, o, ld);
     };
-    return mlp_rows(job, isa, x, t, h, i, fitted.offset, y, tiles);
+    return mlp_rows(job, isa, x, t, h, i, fitted.offset, added, y, tiles);
 }
 
 }  // namespace
 
-// packed and scale: gate, up, down.
-EXPORT int slotmoe_mlp_int8(const float* x, int64_t t, int64_t h, int64_t i, const int8_t* const* packed, const float* const* scale,
-                            float* y) {
-    if (t < 0 || h < 1 || i < 1) return kBadArgument;
+// w: gate [i, h], up [i, h], down [h, i], all int8 or all NF4 with the same levels. residual and others may be null: see `Added`.
+EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
+    const int64_t h = w[0].k, i = w[0].n;
+    if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const int64_t in = up_to(h, kBlock), out = up_to(i, kBlock);
-        const Int8Matrix w[3] = {{packed[0], scale[0], i, in}, {packed[1], scale[1], i, in}, {packed[2], scale[2], h, out}};
+        if (w[0].kind == Matrix::nf4) {
+            const Nf4Matrix coded[3] = {w[0].as_nf4(), w[1].as_nf4(), w[2].as_nf4()};
+            return mlp_nf4(job, isa, x, t, h, i, coded, w[0].levels, {residual, others}, y);
+        }
+        const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
         const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o,
-                               int64_t ld) { isa.int8_tiles(w[which], b, f, rows, begin, end, o, ld); };
-        return mlp_rows(job, isa, x, t, h, i, 0.0f, y, tiles);
-    });
-}
-
-EXPORT int slotmoe_mlp_nf4(const float* x, int64_t t, int64_t h, int64_t i, const uint8_t* const* codes, const uint16_t* const* absmax,
-                           const float* levels, float* y) {
-    if (t < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        const int64_t in = up_to(h, kBlock), out = up_to(i, kBlock);
-        const Nf4Matrix w[3] = {{codes[0], absmax[0], i, in}, {codes[1], absmax[1], i, in}, {codes[2], absmax[2], h, out}};
-        return mlp_nf4(job, isa, x, t, h, i, w, levels, y);
+                               int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
+        return mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
     });
 }
 
@@ -401,91 +388,7 @@ EXPORT int slotmoe_expert_prefill(const float* x, int64_t t, const uint8_t* reco
     return guarded([&](Job& job, const Isa& isa) {
         const Expert expert = expert_at(record, h, i);
         const Nf4Matrix w[3] = {expert.gate, expert.up, expert.down};
-        return mlp_nf4(job, isa, x, t, h, i, w, levels, y);
-    });
-}
-
-// --- attention
-
-namespace {
-
-// What a query over `context` rows needs; the split into spans follows from the context alone.
-Mla mla_for(const uint16_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
-    const int64_t chunks = up_to(context, kChunkRows);
-    Mla m{};
-    m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.span_chunks = up_to(chunks, 32);
-    m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
-    const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
-    const int64_t q_max = 2147483647 / (2 * steps * 8191);
-    m.q_max = int(q_max < 8191 ? q_max : 8191);
-    return m;
-}
-
-int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
-
-void mla_buffers(Mla& m, int16_t* q_int, float* q_scale, float* spans) {
-    const int64_t count = mla_span_count(m);
-    m.q_int = q_int, m.q_scale = q_scale, m.q_ratio = q_scale + m.heads;
-    m.span_max = spans, m.span_sum = m.span_max + count * m.heads, m.span_out = m.span_sum + count * m.heads;
-}
-
-}  // namespace
-
-// The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
-// One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
-EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
-                       int64_t p, float scale, float* out) {
-    if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < r + p) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
-        const int64_t copies = t > 1 ? job.threads() : 1, span_floats = 32 * heads * (last.r_padded + 2);
-        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * heads * last.k_padded);
-        float* q_scale = job.scratch<float>(kMlaScale, copies * 2 * heads);
-        float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
-        const size_t each = isa.mla_scratch(last);
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
-        if (t == 1) {
-            Mla m = last;
-            m.q = q;
-            mla_buffers(m, q_int, q_scale, spans);
-            isa.mla_queries(m, 0, heads);
-            job.parallel(mla_span_count(m),
-                         [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
-            return kOk;
-        }
-        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++) {
-                Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
-                m.q = q + token * heads * (r + p);
-                mla_buffers(m, q_int + thread * heads * m.k_padded, q_scale + thread * 2 * heads, spans + thread * span_floats);
-                isa.mla_queries(m, 0, heads);
-                isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
-                isa.mla_merge(m, 0, heads, out + token * heads * r);
-            }
-        });
-        return kOk;
-    });
-}
-
-// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head, r].
-EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
-                                int64_t r, float* out) {
-    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
-        return kOk;
-    });
-}
-
-// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head - n].
-EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
-                                int64_t per_head, int64_t r, float* out) {
-    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
-        return kOk;
+        return mlp_nf4(job, isa, x, t, h, i, w, levels, {}, y);
     });
 }
 

@@ -34,6 +34,18 @@ struct Chunk {
     int32_t* unused;     // [16] where pairs of rope columns go
 };
 
+// A cache row of n floats, as LatentCache.write stores it.
+void store_latent(const float* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const int64_t left = n - i < 16 ? n - i : 16;
+        alignas(64) float v[16] = {};
+        alignas(64) uint16_t half[16];
+        for (int64_t j = 0; j < left; j++) v[j] = row[i + j] < -65504.0f ? -65504.0f : row[i + j] > 65504.0f ? 65504.0f : row[i + j];
+        Lanes::store_half(half, Lanes::load(v));
+        memcpy(out + i, half, size_t(left) * 2);
+    }
+}
+
 size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
     size_t used = 0;
     const auto take = [&](int64_t bytes) {

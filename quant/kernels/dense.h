@@ -104,12 +104,12 @@ inline void absorb_value_head(const float* x, const int8_t* rows, const float* s
     }
 }
 
-void absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
-                  int64_t begin, int64_t end, float* out) {
+void absorb_query(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head,
+                  int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo) {
     for (int64_t h = begin; h < end; h++)
         for (int64_t token = 0; token < t; token++) {
             const int64_t at = token * heads + h;
-            absorb_query_head(q + at * n, w + h * per_head * r, scale + h * per_head, n, r, out + at * r);
+            absorb_query_head(q + at * ldq, w + h * per_head * r, scale + h * per_head, n, r, out + at * ldo);
         }
 }
 

@@ -91,9 +91,11 @@ struct Isa {
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
 
-    // Heads begin..end; see dense.h.
-    void (*absorb_query)(const float* q, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
-                         int64_t begin, int64_t end, float* out);
+    void (*store_latent)(const float* row, int64_t n, uint16_t* out);  // to fp16, saturating
+
+    // Heads begin..end; see dense.h. A head of q and of out stands ldq and ldo floats after the one before.
+    void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
+                         int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo);
     void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
                          int64_t begin, int64_t end, float* out);
 

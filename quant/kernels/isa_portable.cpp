@@ -36,12 +36,13 @@ struct Lanes {
         memcpy(&f, &bits, 4);
         return f;
     }
-    // Round to nearest even. Finite input.
+    // Round to nearest even; NaN stays NaN.
     static uint16_t to_half(float f) {
         uint32_t bits;
         memcpy(&bits, &f, 4);
         const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
         bits &= 0x7fffffff;
+        if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
         if (bits < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 (whose last place is 2^-24)
             float magnitude;
             memcpy(&magnitude, &bits, 4);

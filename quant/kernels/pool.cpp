@@ -18,7 +18,6 @@
 namespace slotmoe {
 namespace {
 
-constexpr int kScratchSlots = 12;
 constexpr int kPiecesPerThread = 4;
 constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the Python between two kernels of a busy decode step
 

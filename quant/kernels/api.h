@@ -1,0 +1,98 @@
+// What the files of the C ABI share: status codes, scratch slots, and a matrix as the Python side prepared it.
+#pragma once
+#include <new>
+
+#include "isa.h"
+#include "pool.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace slotmoe {
+
+constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
+
+// Scratch slots. A phase uses each for one thing.
+enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads, kQuery, kQueryLatent,
+            kQueryFull, kRow, kLatentOut, kValues, kSlotCount };
+static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
+
+constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
+
+const Isa& best_isa();
+const Levels& levels_for(const float* levels);  // valid for the job
+bool finite(const float* levels);
+
+template <class Body>
+int guarded(Body body) {
+    try {
+        Job job;
+        return body(job, best_isa());
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    }
+}
+
+// A matrix [n, k] of any kind; Python holds the memory (quant/kernels/__init__.py has the same structure).
+struct Matrix {
+    enum Kind : int64_t { int8 = 0, nf4 = 1, f32 = 2, f16 = 3, bf16 = 4 };
+    int64_t kind, n, k;
+    const void* data;     // tiles of 16 rows (isa.h), or row-major if nothing is quantized
+    const void* scale;    // int8: float [n]; nf4: fp16 absmax
+    const float* levels;  // nf4: [16]
+
+    bool valid() const { return n >= 1 && k >= 1 && kind >= int8 && kind <= bf16 && (kind != nf4 || finite(levels)); }
+    int64_t tiles() const { return up_to(n, kTile); }
+    Int8Matrix as_int8() const { return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)}; }
+    Nf4Matrix as_nf4() const { return {static_cast<const uint8_t*>(data), static_cast<const uint16_t*>(scale), n, up_to(k, kBlock)}; }
+};
+
+// A layer's weights up to its router, as the Python side prepared them.
+struct Attention {
+    int64_t heads, n, p, r, v;
+    float eps, latent_eps, scale, unused;
+    const float *input_norm, *query_norm, *latent_norm, *next_norm;  // query_norm is null without q-LoRA
+    Matrix query, query_b, latent, out;  // without q-LoRA `query` makes the heads' queries and `query_b` is unused
+    Matrix gate;                         // of the router; n is 0 in a layer without one
+    const int8_t* kv_b;
+    const float* kv_b_scale;
+};
+
+// One row x [k] times a matrix -> y [n], its activations quantized as the matrix wants them.
+class Product {
+public:
+    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, float* y, Slot blocks = kX, Slot factor = kXFactor)
+        : isa_(isa), w_(w), x_(x), y_(y) {
+        if (w.kind > Matrix::nf4) return;
+        if (w.kind == Matrix::nf4) levels_ = levels_for(w.levels);
+        blocks_ = job.scratch<ActBlock>(blocks, up_to(w.k, kBlock));
+        factor_ = job.scratch<double>(factor, 1);
+        isa.quantize_rows(x, w.k, 0, 1, 1, levels_.offset, blocks_, factor_);
+    }
+
+    int64_t tiles() const { return w_.tiles(); }
+
+    void run(int64_t begin, int64_t end) const {  // tiles begin..end
+        const int64_t last = end * kTile < w_.n ? end * kTile : w_.n;
+        if (w_.kind == Matrix::int8)
+            isa_.int8_tiles(w_.as_int8(), blocks_, factor_, 1, begin, end, y_, w_.n);
+        else if (w_.kind == Matrix::nf4)
+            isa_.nf4_tiles(w_.as_nf4(), levels_, blocks_, factor_, 1, begin, end, y_, w_.n);
+        else
+            isa_.linear_dense(x_, 1, w_.k, w_.data, Source(w_.kind - Matrix::f32), begin * kTile, last, y_, w_.n);
+    }
+
+private:
+    const Isa& isa_;
+    const Matrix& w_;
+    const float* x_;
+    float* y_;
+    Levels levels_{};
+    ActBlock* blocks_ = nullptr;
+    double* factor_ = nullptr;
+};
+
+}  // namespace slotmoe

@@ -1,0 +1,176 @@
+// Multi-head latent attention: its parts one by one, for any number of tokens, and a layer's whole attention of one token.
+#include "api.h"
+
+using namespace slotmoe;
+
+namespace {
+
+// What a query over `context` rows needs; the split into spans follows from the context alone.
+Mla mla_for(const uint16_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
+    const int64_t chunks = up_to(context, kChunkRows);
+    Mla m{};
+    m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
+    m.span_chunks = up_to(chunks, 32);
+    m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
+    const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
+    const int64_t q_max = 2147483647 / (2 * steps * 8191);
+    m.q_max = int(q_max < 8191 ? q_max : 8191);
+    return m;
+}
+
+int64_t mla_span_floats(const Mla& m) { return 32 * m.heads * (m.r_padded + 2); }  // there are at most 32 spans
+
+int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
+
+void mla_buffers(Mla& m, int16_t* q_int, float* q_scale, float* spans) {
+    const int64_t count = mla_span_count(m);
+    m.q_int = q_int, m.q_scale = q_scale, m.q_ratio = q_scale + m.heads;
+    m.span_max = spans, m.span_sum = m.span_max + count * m.heads, m.span_out = m.span_sum + count * m.heads;
+}
+
+}  // namespace
+
+// The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
+// One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
+EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
+                       int64_t p, float scale, float* out) {
+    if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < r + p) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
+        const int64_t copies = t > 1 ? job.threads() : 1, span_floats = mla_span_floats(last);
+        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * heads * last.k_padded);
+        float* q_scale = job.scratch<float>(kMlaScale, copies * 2 * heads);
+        float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
+        const size_t each = isa.mla_scratch(last);
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
+        if (t == 1) {
+            Mla m = last;
+            m.q = q;
+            mla_buffers(m, q_int, q_scale, spans);
+            isa.mla_queries(m, 0, heads);
+            job.parallel(mla_span_count(m),
+                         [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
+            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
+            return kOk;
+        }
+        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; token++) {
+                Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
+                m.q = q + token * heads * (r + p);
+                mla_buffers(m, q_int + thread * heads * m.k_padded, q_scale + thread * 2 * heads, spans + thread * span_floats);
+                isa.mla_queries(m, 0, heads);
+                isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
+                isa.mla_merge(m, 0, heads, out + token * heads * r);
+            }
+        });
+        return kOk;
+    });
+}
+
+// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head, r].
+EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
+                                int64_t r, float* out) {
+    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, n, t, heads, kv_b, scale, n, per_head, r, begin, end, out, r); });
+        return kOk;
+    });
+}
+
+// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head - n].
+EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
+                                int64_t per_head, int64_t r, float* out) {
+    if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
+        return kOk;
+    });
+}
+
+namespace {
+
+// Complex pairs times the table, each product and sum rounded once. out may be x.
+void rotate(const float* x, const float* table, int64_t pairs, float* out) {
+    for (int64_t i = 0; i < 2 * pairs; i += 2) {
+        const float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
+        out[i] = a * c - b * s;
+        out[i + 1] = a * s + b * c;
+    }
+}
+
+}  // namespace
+
+// x [t, heads, p] by one table [p / 2] of complex numbers a token -> out, the same shape.
+EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t heads, int64_t p, float* out) {
+    if (t < 0 || heads < 0 || p < 0 || p % 2) return kBadArgument;
+    return guarded([&](Job& job, const Isa&) {
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin * heads; row < end * heads; row++) rotate(x + row * p, table + row / heads * p, p / 2, out + row * p);
+        });
+        return kOk;
+    });
+}
+
+// --- all of it
+
+// One token: h [hidden] -> y = h + attention(rms_norm(h)). Its latent row is written to `cache` at `position`, then it attends to
+// the rows up to its own. table [p / 2] complex. Then what its feed-forward starts with: x = next_norm(y), logits = x gate^T.
+// Every element is computed as by the separate entries, one after the other.
+EXPORT int slotmoe_attention(const Attention* a, const float* h, const float* table, uint16_t* cache, int64_t stride, int64_t position,
+                             float* y, float* x, float* logits) {
+    const int64_t heads = a->heads, n = a->n, p = a->p, r = a->r, v = a->v, width = r + p;
+    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || position < 0 || stride < width) return kBadArgument;
+    if (!a->query.valid() || !a->latent.valid() || !a->out.valid() || (a->query_norm && !a->query_b.valid())) return kBadArgument;
+    if (a->gate.n && !a->gate.valid()) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        float* q = job.scratch<float>(kQuery, heads * (n + p));
+        float* q_in = a->query_norm ? job.scratch<float>(kQueryLatent, a->query.n) : q;
+        float* row = job.scratch<float>(kRow, width);
+        isa.rms_norm(h, a->input_norm, a->latent.k, a->eps, x);
+        const Product query(job, isa, a->query, x, q_in), latent(job, isa, a->latent, x, row, kAct, kActFactor);
+        job.parallel(query.tiles() + latent.tiles(), [&](int, int64_t begin, int64_t end) {
+            const int64_t split = query.tiles();
+            if (begin < split) query.run(begin, end < split ? end : split);
+            if (end > split) latent.run(begin > split ? begin - split : 0, end - split);
+        });
+        if (a->query_norm) {
+            isa.rms_norm(q_in, a->query_norm, a->query.n, a->latent_eps, q_in);
+            const Product query_b(job, isa, a->query_b, q_in, q);
+            job.parallel(query_b.tiles(), [&](int, int64_t begin, int64_t end) { query_b.run(begin, end); });
+        }
+        isa.rms_norm(row, a->latent_norm, r, a->latent_eps, row);
+        rotate(row + r, table, p / 2, row + r);
+        isa.store_latent(row, width, cache + position * stride);
+
+        Mla m = mla_for(cache, heads, position + 1, stride, r, p, a->scale);
+        float* q_full = job.scratch<float>(kQueryFull, heads * width);  // in the cache's columns
+        m.q = q_full;
+        mla_buffers(m, job.scratch<int16_t>(kMlaQuery, heads * m.k_padded), job.scratch<float>(kMlaScale, 2 * heads),
+                    job.scratch<float>(kMlaSpans, mla_span_floats(m)));
+        const size_t each = isa.mla_scratch(m);
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
+        float* latent_out = job.scratch<float>(kLatentOut, heads * r);
+        float* values = job.scratch<float>(kValues, heads * v);
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+            isa.absorb_query(q, n + p, 1, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, q_full, width);
+            for (int64_t head = begin; head < end; head++) rotate(q + head * (n + p) + n, table, p / 2, q_full + head * width + r);
+            isa.mla_queries(m, begin, end);
+        });
+        job.parallel(mla_span_count(m),
+                     [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+            isa.mla_merge(m, begin, end, latent_out);
+            isa.absorb_value(latent_out, 1, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, values);
+        });
+        const Product out(job, isa, a->out, values, y);
+        job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
+            out.run(begin, end);
+            for (int64_t i = begin * kTile; i < (end * kTile < a->out.n ? end * kTile : a->out.n); i++) y[i] = h[i] + y[i];
+        });
+        isa.rms_norm(y, a->next_norm, a->latent.k, a->eps, x);
+        if (!a->gate.n) return kOk;
+        const Product gate(job, isa, a->gate, x, logits);
+        job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
+        return kOk;
+    });
+}
