@@ -15,6 +15,7 @@ import math
 from bisect import insort
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from operator import mul
 
 
 class Cache:
@@ -213,81 +214,88 @@ class LeastStale(_Worth):
 class LayerAware(Cache):
     """The lowest chance of use over time until the next chance leaves.
 
-    The chance that a token uses a key is estimated from three memories: the newest token, about 10 tokens and about 100
-    (exponential averages; the last begins with ``popularity``).  A layer's turn comes once a token, so a key whose layer
-    is next gets its chance a whole token sooner than the newcomer, whose layer was just visited: chance / distance in
-    layers is what a slot earns until then.
+    The chance that a token uses a key is estimated from three memories: the newest token, about 10 tokens, and about 100,
+    which begins with ``popularity``.  A layer's turn comes once a token, so a key whose layer is next gets its chance a
+    whole token sooner than a newcomer, whose layer was just visited: chance / distance in layers is what a slot earns
+    until then.
 
-    Averages are brought up to date layer by layer when a pass visits it, for all its keys at once, and its cached keys
-    are sorted then: a token costs time in proportion to all experts plus its misses times layers.
+    When a pass has visited a layer, its cached keys are sorted by chance, and an eviction looks at the first of each layer.
     """
 
-    MEMORY = 0.9, 0.99
-    WEIGHTS = 0.1, 0.3, 0.6
+    SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
+    WEIGHTS = 0.1, 0.3, 0.6  # near a least-squares fit to the sample's routing; a few percent of hits less without the first
+    RESCALE = 1000  # tokens; far from where SHORT**-n overflows
 
     def _start(self) -> None:
-        layers, experts = self.layers, self.experts
-        rows = [self._popularity[first : first + experts] for first in range(0, layers * experts, experts)]
-        self._short, self._long = [list(row) for row in rows], rows
-        self._seen = [0] * layers  # the token that the averages of a row include
-        self._last = [0] * (layers * experts)  # the token that used a key last
-        self._chance = list(self._popularity)
+        layers = self.layers
+        # Averages times decay**-(now - epoch): time then changes one factor instead of every average.
+        self._short, self._long, self._epoch = [0.0] * len(self._popularity), list(self._popularity), 0
+        self._last = [-1] * len(self._popularity)  # the token that used a key last
         self._order: list[list[tuple[float, int]]] = [[] for _ in range(layers)]  # (chance, key) of what is cached, sorted
-        self._row = 0  # the one that was visited last
-        self._ranked = True
+        self._lowest = [math.inf] * layers  # the first chance of each
+        self._row, self._ranked = 0, True  # the layer visited last, and whether its order is up to date
         self._near = [[1 / ((other - row - 1) % layers + 1) for other in range(layers)] for row in range(layers)]
 
+    def advance(self, tokens: int = 1) -> None:
+        self._rank()
+        super().advance(tokens)
+        passed = self._now - self._epoch
+        if passed > self.RESCALE:
+            self._short = [value * self.SHORT**passed for value in self._short]
+            self._long = [value * self.LONG**passed for value in self._long]
+            self._epoch = self._now
+
     def _touch(self, key: int, token: int) -> None:
-        row, expert = divmod(key, self.experts)
-        if row != self._row or self._seen[row] != self._now:
-            self._visit(row)
+        row = key // self.experts
+        if row != self._row:
+            self._rank()
+            self._row = row
         self._ranked = False
-        age = self._now - token
-        short, long = self.MEMORY
-        self._short[row][expert] += (1 - short) * short**age
-        self._long[row][expert] += (1 - long) * long**age
+        age = self._epoch - token
+        self._short[key] += (1 - self.SHORT) * self.SHORT**age
+        self._long[key] += (1 - self.LONG) * self.LONG**age
         self._last[key] = token
 
-    def _visit(self, row: int) -> None:
-        self._rank()
-        self._row = row
-        passed = self._now - self._seen[row]
-        if passed:
-            short, long = self.MEMORY[0] ** passed, self.MEMORY[1] ** passed
-            self._short[row] = [short * value for value in self._short[row]]
-            self._long[row] = [long * value for value in self._long[row]]
-            self._seen[row] = self._now
+    def _chances(self, keys: list[int]) -> list[float]:
+        newest, now, passed, last = self.WEIGHTS[0], self._now, self._now - self._epoch, self._last
+        a, short = self.WEIGHTS[1] * self.SHORT**passed, self._short
+        b, long = self.WEIGHTS[2] * self.LONG**passed, self._long
+        return [a * short[key] + b * long[key] + (newest if last[key] == now else 0.0) for key in keys]
 
     def _rank(self) -> None:
-        """Bring the chances of the visited row up to date, and the order of its cached keys."""
-        if self._ranked:
-            return
-        first, (newest, short, long) = self._row * self.experts, self.WEIGHTS
-        chance = [short * a + long * b for a, b in zip(self._short[self._row], self._long[self._row], strict=True)]
-        last = self._last[first : first + self.experts]
-        self._chance[first : first + self.experts] = [c + newest if t == self._now else c for c, t in zip(chance, last, strict=True)]
-        self._order[self._row] = sorted([(self._chance[key], key) for _, key in self._order[self._row]])
-        self._ranked = True
+        if not self._ranked:
+            keys = [key for _, key in self._order[self._row]]
+            self._sorted(self._row, sorted(zip(self._chances(keys), keys, strict=True)))
+            self._ranked = True
+
+    def _sorted(self, row: int, order: list[tuple[float, int]]) -> None:
+        self._order[row], self._lowest[row] = order, order[0][0] if order else math.inf
 
     def _victim(self, key: int, keep: Collection[int]) -> int | None:
         self._rank()
         near = self._near[self._row]
-        victim, least = None, self._chance[key] * near[key // self.experts] if self.bypass else math.inf
-        for weight, order in zip(near, self._order, strict=True):
-            for chance, other in order:
-                if other not in keep:
-                    if chance * weight < least:
-                        victim, least = other, chance * weight
-                    break
-        return victim
+        limit = self._chances([key])[0] * near[key // self.experts] if self.bypass else math.inf
+        earned = list(map(mul, near, self._lowest))
+        least = min(earned)
+        if least >= limit:
+            return None
+        victim = self._order[earned.index(least)][0][1]
+        if victim not in keep:
+            return victim
+        rows = zip(near, self._order, strict=True)
+        others = [(chance * weight, other) for weight, order in rows for chance, other in order if other not in keep]
+        least, victim = min(others, default=(math.inf, key))
+        return victim if least < limit else None
 
     def _enter(self, key: int) -> None:
         self._rank()
-        insort(self._order[key // self.experts], (self._chance[key], key))
+        row = key // self.experts
+        insort(self._order[row], (self._chances([key])[0], key))
+        self._sorted(row, self._order[row])
 
     def _leave(self, key: int) -> None:
-        self._rank()
-        self._order[key // self.experts].remove((self._chance[key], key))
+        row = key // self.experts
+        self._sorted(row, [entry for entry in self._order[row] if entry[1] != key])
 
 
 POLICIES: dict[str, Callable[..., Cache]] = {

@@ -6,8 +6,10 @@ Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, G gu
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +30,12 @@ class Guesser(Protocol):
         """Every MoE layer's experts, from a token's embedding and the last hidden state before it: float32 [L, E]; None
         if these guesses were not trained."""
 
-    def layer_scores(self, row: int, x: Tensor) -> Tensor:
-        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D]: float32 [E] or [T, E]."""
+    def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
+        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D], and what ``token_scores`` said
+        about that layer, if anything: float32 [E] or [T, E]."""
+
+    def likely(self, scores_RE: Tensor) -> list[list[int]]:
+        """Each row's experts worth guessing, the best first."""
 
 
 def users_of(indices: list[list[int]]) -> dict[int, tuple[list[int], list[int]]]:
@@ -59,16 +65,20 @@ class OffloadedExperts:
         levels: Tensor,
         prefetcher: Prefetcher | None,
         guesser: Guesser,
-        top_k: int,
         warm: Sequence[int] = (),
     ):
         self._layout, self._experts, self._levels, self._ops = export.layout, export.experts, levels, ops
         self._slots, self._cache, self._prefetcher, self._guesser = slots, slots.cache, prefetcher, guesser
         self._rows = {layer: row for row, layer in enumerate(export.layers)}
         self._warm = list(reversed(warm))
-        self._top = top_k
+        self._token_scores_LE: Tensor | None = None
         self._met = 0  # missing experts whose read had begun when the gate asked
         self.trace: TraceWriter | None = None
+
+    @property
+    def guesses_tokens(self) -> bool:
+        """Whether ``begin`` has a use for the token's embedding and the last hidden state."""
+        return self._prefetcher is not None
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
         """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
@@ -78,11 +88,12 @@ class OffloadedExperts:
         if prefetcher is None:
             return
         prefetcher.reset()
+        self._token_scores_LE = None
         if embedding_D is not None and hidden_D is not None and prefetcher.pays():
             started = time.perf_counter()
-            scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
-            if scores_LE is not None:
-                likely = self._likely(scores_LE)
+            self._token_scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
+            if self._token_scores_LE is not None:
+                likely = self._guesser.likely(self._token_scores_LE)
                 for row, experts in enumerate(likely):
                     prefetcher.guess(row, self._keys(row, experts), "token")
                 prefetcher.cost((time.perf_counter() - started) / len(likely))
@@ -105,6 +116,9 @@ class OffloadedExperts:
     def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
         """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is done."""
         slots, cache = self._slots, self._cache
+        if len(cache) == cache.layers * cache.experts:  # all are here for good: no policy to feed, nothing to guess
+            cache.hits += len(keys)
+            return self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
         missing = [key for key in keys if not cache.use(key)]
         self._settle_guesses(row, keys, missing)
         if not missing:
@@ -167,19 +181,15 @@ class OffloadedExperts:
             return
         if row + 1 < len(self._rows) and prefetcher.pays():
             started = time.perf_counter()
-            scores = self._guesser.layer_scores(row, x)
             if x.dim() == 1:
-                experts = self._likely(scores[None])[0]
+                known = None if self._token_scores_LE is None else self._token_scores_LE[row + 1]
+                experts = self._guesser.likely(self._guesser.layer_scores(row, x, known)[None])[0]
                 prefetcher.cost(time.perf_counter() - started)
             else:  # whatever any token is likely to use, most tokens first
-                chosen = scores.topk(self._top, dim=-1).indices.flatten().bincount(minlength=self._experts)
-                experts = chosen.argsort(descending=True)[: int((chosen > 0).sum())].tolist()
+                uses = Counter(chain.from_iterable(self._guesser.likely(self._guesser.layer_scores(row, x))))
+                experts = [expert for expert, _ in uses.most_common()]
             prefetcher.guess(row + 1, self._keys(row + 1, experts), "layer")
         prefetcher.pump(row)
-
-    def _likely(self, scores_RE: Tensor) -> list[list[int]]:
-        """Each row's experts worth guessing, the best first."""
-        return scores_RE.topk(self._top, dim=-1).indices.tolist()
 
     def _keys(self, row: int, experts: list[int]) -> list[int]:
         return [row * self._experts + expert for expert in experts]

@@ -1,14 +1,32 @@
-"""Guesses of experts before their gate speaks."""
+"""Guesses of experts before their gate speaks: trained ones, kept in the export, and untrained ones from its own gates.
+
+Shape legend: D hidden_size, L MoE layers ("rows", counted from 0), E routed experts, R and Q hidden widths.
+
+Both horizons of the trained predictor are one hidden layer wide, ``out(silu(in(x) + bias)) + bias``, trained so that
+``sigmoid(score)`` is the probability that the expert is used (``offload.calibrate``):
+
+    token   rms(embedding of the token), rms(last hidden state of the token before)  [2 D] -> [R] -> [L, E]
+    layer   rms(input of MoE layer r)                                                  [D] -> [Q] -> [E] of MoE layer r + 1
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import Config
-from quant.matmul import TorchOps
+from quant.export import Export
+from quant.int8 import Int8Weight
+from quant.matmul import TorchOps, nbytes
+
+WORTH = 0.3  # probability from which on an expert is worth reading ahead
+_WORTH_LOGIT = math.log(WORTH / (1 - WORTH))
 
 
 class NextGate:
@@ -22,14 +40,88 @@ class NextGate:
         layers = config.moe_layers
         norms = [weights[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in layers]
         self._gates = [weights[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
-        self._ratios = [after / before.where(before != 0, 1.0) for before, after in zip(norms, norms[1:], strict=False)]
-        self._ops = ops
+        self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
+        self._ops, self._top_k = ops, config.num_experts_per_tok
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor | None:
         """None: the whole token can't be guessed without training."""
         return None
 
-    def layer_scores(self, row: int, x: Tensor) -> Tensor:
+    def likely(self, scores_RE: Tensor) -> list[list[int]]:
+        """Each row's experts worth guessing, the best first: as many as a token uses."""
+        found: list[list[int]] = scores_RE.topk(self._top_k, dim=-1).indices.tolist()
+        return found
+
+    def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
         """Gate logits of MoE layer ``row + 1`` for the input of layer ``row``, [D] or [T, D]: float32 [E] or [T, E]."""
         x_TD = (x * self._ratios[row]).view(-1, x.shape[-1])
         return self._ops.linear(x_TD, self._gates[row + 1]).view(*x.shape[:-1], -1)
+
+
+class Predictor:
+    """The trained guesses of an export.  ``popularity`` has, for each key ``row * E + expert``, its uses a token."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], top_k: int, ops: TorchOps, place: Callable[[str, Any], Any] | None = None):
+        """``tensors`` as in the file (``quant.export.predictor_parts``), ``top_k`` the experts that a token uses in a layer.
+        ``place`` puts a named weight on its device in the form that ``ops`` multiplies with; by default it stays where it is."""
+        self._ops, self._top_k = ops, top_k
+        put: Callable[[str, Any], Any] = place or ops.prepare
+
+        def matrix(name: str, row: int | None = None) -> tuple[Any, Tensor]:
+            parts = (tensors[f"{name}.{part}"] for part in ("weight", "weight.scale", "bias"))
+            q, scale, bias = parts if row is None else (part[row] for part in parts)
+            return put(f"predictor.{name}.weight", Int8Weight(q, scale)), put(f"predictor.{name}.bias", bias)
+
+        self._token = [matrix("token.in"), matrix("token.out")]
+        rows = len(tensors["layer.mix"]) if "layer.mix" in tensors else 0
+        self._layers = [[matrix("layer.in", row), matrix("layer.out", row)] for row in range(rows)]
+        self._mix: list[list[float]] = tensors["layer.mix"].tolist() if rows else []
+        self.popularity: list[float] = tensors["popularity"].tolist()
+        self._rows = rows + 1
+
+    @classmethod
+    def load(cls, export: Export, top_k: int, ops: TorchOps, place: Callable[[str, Any], Any] | None = None) -> Predictor | None:
+        """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if its file is damaged."""
+        tensors = export.predictor()
+        return None if tensors is None else cls(tensors, top_k, ops, place)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory of all matrices and biases."""
+        return sum(nbytes(part) for one in [self._token, *self._layers] for matrix in one for part in matrix)
+
+    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
+        """Every MoE layer's experts, from a token's embedding row and the residual stream after the last layer (before the
+        final norm) of the token before it, float32 [D] each, or [T, D]: float32 logits [L, E], or [T, L, E]."""
+        x = torch.cat([rms(embedding_D), rms(hidden_D)], dim=-1)
+        return self._forward(x, self._token).view(*x.shape[:-1], self._rows, -1)
+
+    def likely(self, scores_RE: Tensor) -> list[list[int]]:
+        """Each row's experts worth guessing, the best first: those of probability ``WORTH`` and more, at most twice as many
+        as a token uses."""
+        found = scores_RE.topk(min(2 * self._top_k, scores_RE.shape[-1]), dim=-1)
+        counts = (found.values > _WORTH_LOGIT).sum(dim=-1).tolist()
+        return [experts[:count] for experts, count in zip(found.indices.tolist(), counts, strict=True)]
+
+    def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
+        """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32 logits [E] or [T, E].
+
+        ``token_scores`` are those of ``token_scores`` for the same token and layer ``row + 1``, [E] or [T, E]: with them
+        the guess is better, much so in the first layers, whose input knows little of the context yet.
+        """
+        scores = self._forward(rms(x), self._layers[row])
+        if token_scores is None:
+            return scores
+        layer, token, bias = self._mix[row]
+        return layer * scores + token * token_scores + bias
+
+    def _forward(self, x: Tensor, matrices: list[tuple[Any, Tensor]]) -> Tensor:
+        (inner, inner_bias), (outer, outer_bias) = matrices
+        hidden_TR = F.silu(self._ops.linear(x.view(-1, x.shape[-1]), inner) + inner_bias)
+        scores: Tensor = self._ops.linear(hidden_TR, outer) + outer_bias
+        return scores.view(*x.shape[:-1], -1)
+
+
+def rms(x: Tensor) -> Tensor:
+    """``x`` scaled to a mean square of 1 over its last dimension, float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-12)

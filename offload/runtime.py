@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +32,10 @@ from model.tokenizer import Tokenizer
 from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, scratch_bytes
-from offload.predictor import NextGate
+from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
-from offload.store import Arena, DiskReader, HostTier, Slots, Source
+from offload.store import Arena, DiskReader, HostTier, Slots, Source, Staging, disk_bandwidth
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
@@ -192,7 +194,7 @@ class Runtime:
         network = self._network
         if isinstance(self._experts, OffloadedExperts):
             embedding_D = hidden_D = None
-            if len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None:
+            if self._experts.guesses_tokens and len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None:
                 embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
             self._experts.begin(len(ids_T), embedding_D, hidden_D)
         return network.forward(ids_T, self._cache, all_logits)
@@ -230,6 +232,11 @@ class Runtime:
     def read_bandwidth(self) -> float:
         """Bytes a second at which all threads together read RAM, measured now."""
         return self._ops.read_bandwidth()
+
+    def disk_bandwidth(self) -> float:
+        """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
+        assert isinstance(self._source, Export)
+        return disk_bandwidth(self._source)
 
     def kernel_timing(self) -> AbstractContextManager[dict[str, float]]:
         """Seconds spent inside each native kernel while this is open, by name."""
@@ -326,6 +333,25 @@ def available_memory() -> int:
     return max(available, 0)
 
 
+def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """All resident weights, verified and placed; a few at a time, so that reading and copying overlap."""
+    own = threading.local()  # each thread's staging memory
+
+    def load(name: str) -> Any:
+        if not hasattr(own, "staging"):
+            own.staging = Staging()
+        weight = export.resident(name, own.staging.fresh())
+        if tuple(weight.shape) != shapes[name]:
+            raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}")
+        return place(name, weight)
+
+    pool = ThreadPoolExecutor(2)
+    try:
+        return dict(zip(shapes, pool.map(load, shapes), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _placer(device: torch.device, ops: TorchOps) -> Callable[[str, Any], Any]:
     """A function that puts a resident weight on ``device`` in the form that ``ops`` wants; norms and router gates, small
     and used in float32, are widened to it."""
@@ -390,7 +416,7 @@ def _open_quantized(
         tokenizer = Tokenizer(folder, config.bos_token_id)
         dtype, size = torch.float16, layout.record_bytes
         elements = config.hidden_size * config.moe_intermediate_size
-        fixed = _fixed_bytes(config, export.resident_bytes, _kv_bytes(config, context, dtype), elements, device)
+        fixed = _fixed_bytes(config, export.resident_bytes + export.predictor_bytes, _kv_bytes(config, context, dtype), elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
         host_fixed = {"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES}
         plan = make_plan(
@@ -403,26 +429,23 @@ def _open_quantized(
             host_budget=host_budget,
             host_fixed=host_fixed,
         )
-        weights: dict[str, Any] = {}
-        place = _placer(device, ops)
-        for name, shape in resident_shapes(config).items():
-            weight = export.resident(name)
-            if tuple(weight.shape) != shape:
-                raise ConfigError(f"{folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shape)}")
-            weights[name] = place(name, weight)
-
+        weights = _load(export, resident_shapes(config), _placer(device, ops))
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed
         # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
         source = disk = DiskReader(export, direct=not fits)
         if plan.host:
             source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed), plan.transit, device)
-        cache = make_cache(policy, plan.slots, rows, routed)
+        place = _placer(device, ops)
+        predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
+        popularity = predictor.popularity if predictor is not None else None
+        cache = make_cache(policy, plan.slots, rows, routed, popularity)
         held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
         ahead = prefetch and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
         prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
-        guesser = NextGate(config, weights, ops)
-        experts = OffloadedExperts(export, held, ops, export.levels.to(device), prefetcher, guesser, config.num_experts_per_tok)
+        guesser = predictor or NextGate(config, weights, ops)
+        warm = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)[: plan.slots] if popularity else []
+        experts = OffloadedExperts(export, held, ops, export.levels.to(device), prefetcher, guesser, warm)
         network = DeepseekV2(config, weights, ops, experts)
         return cls(
             config,

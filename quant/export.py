@@ -5,12 +5,26 @@
       slotmoe.json                           the manifest: everything below, and a checksum over itself
       resident.safetensors                   all but the routed experts, under the source's tensor names
       experts/layer-00001.safetensors ...    one per MoE layer, one record per expert
+      predictor-0123456789abcdef.safetensors optional: trained guesses of experts, 16 digits of its checksum in the name
 
 A record is, byte for byte (matrices in the ``tiles16`` layout of ``quant.nf4``; gate and up are [I, H], down is [H, I]):
 
     gate_proj.weight codes, up_proj.weight codes, down_proj.weight codes        U8
     gate_proj.weight.absmax, up_proj.weight.absmax, down_proj.weight.absmax     F16
     pad, zeros up to the next multiple of 4096                                  U8
+
+The predictor (``offload.predictor`` computes with it; L MoE layers in order, E experts, R and Q widths of its choice) has
+these tensors; the two ``.weight`` of a horizon are int8 with a float32 scale per row, ``w[..., n, k] = q * scale[..., n]``:
+
+    token.in.weight I8 [R, 2 H]      token.in.weight.scale F32 [R]       token.in.bias F32 [R]
+    token.out.weight I8 [L E, R]     token.out.weight.scale F32 [L E]    token.out.bias F32 [L E]
+    layer.in.weight I8 [L-1, Q, H]   layer.in.weight.scale F32 [L-1, Q]  layer.in.bias F32 [L-1, Q]
+    layer.out.weight I8 [L-1, E, Q]  layer.out.weight.scale F32 [L-1, E] layer.out.bias F32 [L-1, E]
+    layer.mix F32 [L-1, 3]           popularity F32 [L E], uses of an expert per token
+
+With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4096, F32 tensors first, each group in the
+order above (weight, scale, bias from left to right, line by line), without holes.  The manifest, replaced by one rename,
+names the file that counts; another of that pattern is a leftover of a killed run.
 
 Records follow each other from the end of the header, which is padded with spaces to a multiple of 4096.  Sizes, headers
 and small files are verified at open; a resident tensor's and a record's checksum (xxh3-128) whenever it is read.
@@ -23,7 +37,8 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,11 +57,18 @@ FORMAT_VERSION = 1
 ALIGNMENT = 4096
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+MAX_PREDICTOR_WIDTH = 1 << 14
+_PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def layer_file(layer: int) -> str:
@@ -124,6 +146,23 @@ def resident_parts(name: str, shape: tuple[int, ...], quantization: str, dtype: 
             name + ".absmax": Part(torch.float16, nf4.absmax_shape(N, K), 0),
         }
     return {name: Part(dtype, shape, 0)}
+
+
+def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
+    """Tensors of the predictor's file for hidden size ``D``, ``L`` MoE layers of ``E`` experts and widths ``R`` and ``Q``."""
+    parts: dict[str, Part] = {}
+    shapes = {"token.in": (R, 2 * D), "token.out": (L * E, R), "layer.in": (L - 1, Q, D), "layer.out": (L - 1, E, Q)}
+    for name, shape in shapes.items():
+        parts[name + ".weight"] = Part(torch.int8, shape, 0)
+        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1], 0)
+    parts["layer.mix"] = Part(torch.float32, (L - 1, 3), 0)
+    parts["popularity"] = Part(torch.float32, (L * E,), 0)
+    return {name: part for name, part in parts.items() if part.nbytes}
+
+
+def is_predictor(name: str) -> bool:
+    """Whether a file of the export's folder is a predictor, in use or left over."""
+    return _PREDICTOR.fullmatch(name) is not None
 
 
 def place(parts: dict[str, Part]) -> dict[str, Part]:
@@ -217,10 +256,10 @@ class LayerWriter(_Writer):
 
 
 class ResidentWriter(_Writer):
-    """Writes the resident file's tensors, each in pieces from its start, in any order of tensors."""
+    """Writes the resident file's tensors (or the predictor's), each in pieces from its start, in any order of tensors."""
 
-    def __init__(self, folder: Path, parts: dict[str, Part]):
-        super().__init__(folder / RESIDENT, safetensors_header(parts.items()))
+    def __init__(self, folder: Path, parts: dict[str, Part], name: str = RESIDENT):
+        super().__init__(folder / name, safetensors_header(parts.items()))
         self._parts = parts
         self._written = dict.fromkeys(parts, 0)
         self._hashes = {name: xxhash.xxh3_128() for name in parts}
@@ -280,6 +319,34 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     return checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
+def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts`` and return its new manifest.
+
+    The new file has a name of its own, so the rename of the manifest is the one moment in which it replaces the old one.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
+        manifest = _read_manifest(folder)
+        parts = place({name: Part(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()})
+        name = f"predictor-{checksum(b''.join(tensors[part].numpy().tobytes() for part in parts))[:16]}.safetensors"
+        with ResidentWriter(folder, parts, name) as writer:
+            for part in parts:
+                writer.write(part, tensors[part])
+            entry = writer.commit()
+        files = {old: entry for old, entry in manifest["files"].items() if not is_predictor(old)} | {name: entry}
+        manifest["files"] = dict(sorted(files.items()))
+        _check_manifest(manifest)
+        manifest["checksum"] = manifest_checksum(manifest)
+        write_json(folder / MANIFEST, manifest)
+        for path in folder.iterdir():
+            if is_predictor(path.name.removesuffix(".tmp")) and path.name != name:
+                path.unlink()
+    finally:
+        os.close(handle)
+    return manifest
+
+
 class Export:
     """An open export.  Reads are thread-safe; close it or use it as a context manager."""
 
@@ -291,6 +358,7 @@ class Export:
         self._files: dict[str, int] = {}
         self._resident_parts = place({name: _part(item) for name, item in manifest["files"][RESIDENT]["tensors"].items()})
         self._resident_start, self._direct = 0, False
+        self._predictor = next(filter(is_predictor, manifest["files"]), None)
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
@@ -322,6 +390,9 @@ class Export:
         header = safetensors_header(self._resident_parts.items())
         self._verify_header(RESIDENT, header)
         self._resident_start = len(header)
+        if self._predictor is not None:
+            self._open_file(self._predictor)
+            self._verify_header(self._predictor, safetensors_header(self._predictor_parts().items()))
 
     def _open_file(self, name: str) -> None:
         """Open one of the format's own files, inside the folder and of the size that the manifest names."""
@@ -396,24 +467,47 @@ class Export:
         self.verify_record(layer, expert, record.numpy().data)
         return {name: nf4.dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
 
-    def resident(self, name: str) -> Tensor | Int8Weight | Nf4Weight:
-        """The resident weight ``name`` (the source's tensor name), read and verified."""
+    def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
+        """The resident weight ``name`` (the source's tensor name), read into memory from ``empty`` and verified."""
         if name + ".scale" in self._resident_parts:
-            return Int8Weight(self._tensor(name), self._tensor(name + ".scale"))
+            return Int8Weight(self._tensor(name, empty), self._tensor(name + ".scale", empty))
         if name + ".absmax" in self._resident_parts:
             N, K = self.manifest["quantization"]["resident_shapes"][name]
-            return Nf4Weight(self._tensor(name), self._tensor(name + ".absmax"), self.levels, (N, K))
-        return self._tensor(name)
+            return Nf4Weight(self._tensor(name, empty), self._tensor(name + ".absmax", empty), self.levels, (N, K))
+        return self._tensor(name, empty)
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str, empty: Empty) -> Tensor:
         if name not in self._resident_parts:
             raise ExportError(f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json")
         part = self._resident_parts[name]
-        out = torch.empty(part.shape, dtype=part.dtype)
+        out = empty(part.shape, part.dtype)
         data = out.view(-1).view(torch.uint8).numpy().data
         self._read(RESIDENT, self._resident_start + part.offset, data, name)
         self._verify(RESIDENT, data, self.manifest["files"][RESIDENT]["tensors"][name]["checksum"], name)
         return out
+
+    def _predictor_parts(self) -> dict[str, Part]:
+        assert self._predictor is not None
+        return place({name: _part(item) for name, item in self.manifest["files"][self._predictor]["tensors"].items()})
+
+    def predictor(self) -> dict[str, Tensor] | None:
+        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError`` naming a damaged file."""
+        if self._predictor is None:
+            return None
+        entry, found = self.manifest["files"][self._predictor], {}
+        for name, part in self._predictor_parts().items():
+            found[name] = out = torch.empty(part.shape, dtype=part.dtype)
+            data = out.view(-1).view(torch.uint8).numpy().data
+            self._read(self._predictor, entry["header_bytes"] + part.offset, data, name)
+            self._verify(self._predictor, data, entry["tensors"][name]["checksum"], name)
+            if not out.isfinite().all():
+                raise ExportError(f"{self.folder / self._predictor}: {name} is not finite; calibrate again")
+        return found
+
+    @property
+    def predictor_bytes(self) -> int:
+        """Bytes of all the predictor's tensors, 0 if there is none."""
+        return 0 if self._predictor is None else sum(part.nbytes for part in self._predictor_parts().values())
 
     @property
     def resident_bytes(self) -> int:
@@ -501,7 +595,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     for layer, origin in experts["linked_layers"].items():
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
     allowed = {*COPIED, RESIDENT, *map(layer_file, layers)}
-    _require(set(files) <= allowed and "config.json" in files, "files names something that is not part of the format")
+    predictors = [name for name in files if is_predictor(name)]
+    _require(len(predictors) <= 1, "more than one predictor")
+    _require(set(files) <= {*allowed, *predictors} and "config.json" in files, "files names something that is not part of the format")
     for name, entry in files.items():
         _integer(entry["bytes"], 0, MAX_COPIED_BYTES if name in COPIED else 1 << 50)
         _require(isinstance(entry["checksum"], str), "a checksum is not a string")
@@ -511,11 +607,27 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         _check_size(entry, experts["n_routed_experts"] * layout.record_bytes)
     _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
     _check_size(files[RESIDENT], sum(_part(item).nbytes for item in files[RESIDENT]["tensors"].values()))
+    for name in predictors:
+        _check_predictor(files[name], experts)
 
 
 def _check_size(entry: dict[str, Any], data_bytes: int) -> None:
     header_bytes = _integer(entry["header_bytes"], ALIGNMENT, 1 << 30)
     _require(entry["bytes"] == header_bytes + data_bytes, f"{entry['bytes']!r:.40} bytes do not hold what a file should")
+
+
+def _check_predictor(entry: dict[str, Any], experts: dict[str, Any]) -> None:
+    """Its tensors must have the dtypes and shapes that the model's geometry and two widths prescribe."""
+    tensors, L = entry["tensors"], len(experts["layers"])
+    R = _integer(tensors["token.in.weight"]["shape"][0], 1, MAX_PREDICTOR_WIDTH)
+    Q = _integer(tensors["layer.in.weight"]["shape"][1], 1, MAX_PREDICTOR_WIDTH) if L > 1 else 1
+    expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
+    _require(set(tensors) == set(expected), "the predictor has other tensors than its format")
+    for name, part in expected.items():
+        item = tensors[name]
+        _require(_is_list(item["shape"], int, len(part.shape)) and part == _part(item), f"{name} of the predictor has another shape")
+        _require(isinstance(item["checksum"], str), f"{name} of the predictor has no checksum")
+    _check_size(entry, sum(part.nbytes for part in expected.values()))
 
 
 def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> None:

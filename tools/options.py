@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from offload.cache import POLICIES
+from offload.cache import DEFAULT_POLICY, POLICIES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -18,8 +18,14 @@ _RUNTIME = [
     click.option("--context", type=int, default=4096, metavar="N", help="Positions of the KV cache. [default: 4096, or the model's limit]"),
     click.option("--threads", type=int, metavar="N", help="CPU threads. [default: physical cores]"),
     click.option("--slots", type=int, metavar="N", help="Keep at most N experts in memory. [default: all that fit the budget]"),
-    click.option("--cache-policy", type=click.Choice(POLICIES), default="lru", help="Which experts stay in memory."),
-    click.option("--no-prefetch", is_flag=True, help="Read experts only when the gate asks for them (this version always does)."),
+    click.option(
+        "--cache-policy",
+        type=click.Choice(list(POLICIES)),
+        default=DEFAULT_POLICY,
+        show_default=True,
+        help="Which experts stay in memory.",
+    ),
+    click.option("--no-prefetch", is_flag=True, help="Read experts only when a gate has asked for them, never ahead."),
 ]
 
 

@@ -95,7 +95,10 @@ def _summary(stats: dict[str, Any]) -> str:
             lines.append(f"{kind} {count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
-        lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {format_size(disk['bytes'])} read from disk")
+        read = f"{format_size(disk['bytes'])} read from disk"
+        if cache["misses"] and "prefetch" in stats:
+            read += f", {cache['already_coming'] / cache['misses']:.0%} of the missing ones ahead of the gate"
+        lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
     lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}")
     return "[" + "; ".join(lines) + "]"
