@@ -83,6 +83,7 @@ class OffloadedExperts:
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
         """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
         (float32 [D]) let the guesser name the experts of all layers at once."""
+        self._slots.abandon()
         self._slots.advance(tokens)
         prefetcher = self._prefetcher
         if prefetcher is None:

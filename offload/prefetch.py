@@ -127,10 +127,7 @@ class Prefetcher:
         self._free_since = time.perf_counter()
 
     def reset(self) -> None:
-        """Forget all guesses, at the start of another sequence or after an interrupted step."""
+        """Forget all guesses before a step; what they read is the target's to drop."""
         for row in range(len(self._guesses)):
-            for key in self._reading[row]:
-                if key in self._target:
-                    self._target.drop(key)
             self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
         self._free_since = None

@@ -495,6 +495,11 @@ class Slots:
         else:
             self._leaving.append((read, slot))
 
+    def abandon(self) -> None:
+        """Give up what an interrupted step has left in transit; reads that warm the cache go on."""
+        for key in [key for key, read in self._coming.items() if read.urgency != WARM]:
+            self.drop(key)
+
     def room(self) -> int:
         """Slots of the cache that are still free."""
         return self.cache.slots - len(self.cache)
