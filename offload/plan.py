@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from model.config import Config
 from slotmoe import PlanError
 
-PREFILL_CHUNK = 512  # tokens; the same for every budget, so that logits don't depend on it
+PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 # The process grows this much between open and the first token: library pages, thread stacks, allocator slack.
 RUNTIME_BYTES = 96 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -42,15 +42,24 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def scratch_bytes(config: Config, expert_elements: int, value_bytes: int = 4) -> int:
+def scratch_bytes(config: Config, expert_elements: int, value_bytes: int = 4, chunk: int = PREFILL_CHUNK) -> int:
     """Peak of a prefill chunk's temporaries: activations of every expert a token uses, one attention block, a
     dequantized slice of weights and one expert's dequantized projection."""
-    T, D, H = PREFILL_CHUNK, config.hidden_size, config.num_attention_heads
+    T, D, H = chunk, config.hidden_size, config.num_attention_heads
     query = T * H * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     experts = T * config.num_experts_per_tok * D
     widest = max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size, config.moe_intermediate_size)
     attention = 4 * max(1 << 22, T * H * 64)  # scores of one block and its expanded keys and values
     return value_bytes * (3 * query + experts + 6 * T * D + 3 * T * widest + attention + 4 * expert_elements + 3 * (1 << 22))
+
+
+def prefill_chunk(config: Config, expert_elements: int, context: int, room: int) -> int:
+    """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass brings every expert that it
+    needs once, so a longer one reads less; its scratch may take a tenth of the ``room`` that experts would get."""
+    base, best = scratch_bytes(config, expert_elements), PREFILL_CHUNK
+    while 2 * best <= min(context, 4096) and scratch_bytes(config, expert_elements, chunk=2 * best) - base <= room // 10:
+        best *= 2
+    return best
 
 
 @dataclass(frozen=True)

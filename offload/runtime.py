@@ -31,7 +31,7 @@ from model.kv_cache import LatentCache
 from model.tokenizer import Tokenizer
 from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
-from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, scratch_bytes
+from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, prefill_chunk, scratch_bytes
 from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
@@ -77,11 +77,12 @@ class Runtime:
         ops: TorchOps,
         touched_bytes: int,
         store: Source | None = None,
+        chunk: int = PREFILL_CHUNK,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
         self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
         self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
-        self._store = store
+        self._store, self._chunk = store, chunk
         self._generation = 0
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
@@ -141,7 +142,7 @@ class Runtime:
         ids = self._check_ids(token_ids, len(token_ids))
         self._restart()
         logits = torch.empty(len(ids), self.config.vocab_size)
-        for part, out in zip(ids.split(PREFILL_CHUNK), logits.split(PREFILL_CHUNK), strict=True):
+        for part, out in zip(ids.split(self._chunk), logits.split(self._chunk), strict=True):
             out.copy_(self._forward(part, all_logits=True))
         return logits
 
@@ -182,7 +183,7 @@ class Runtime:
             if mine != self._generation:
                 raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
             started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
-            for part in torch.tensor(ids, device=self.device).split(PREFILL_CHUNK):
+            for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
             self._counts[kind + "_tokens"] += len(ids)
             self._counts[kind + "_seconds"] += time.perf_counter() - started
@@ -418,6 +419,10 @@ def _open_quantized(
         elements = config.hidden_size * config.moe_intermediate_size
         fixed = _fixed_bytes(config, export.resident_bytes + export.predictor_bytes, _kv_bytes(config, context, dtype), elements, device)
         tier = "ram" if device.type == "cpu" else "vram"
+        chunk, room = PREFILL_CHUNK, budget - sum(fixed.values())
+        if ops.absorbs and (slots is not None or room < len(config.moe_layers) * config.n_routed_experts * size):
+            chunk = prefill_chunk(config, elements, context, room)
+            fixed["scratch"] = scratch_bytes(config, elements, chunk=chunk)
         host_fixed = {"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES}
         plan = make_plan(
             config,
@@ -459,6 +464,7 @@ def _open_quantized(
             ops,
             _touched_bytes(config, weights),
             source,
+            chunk,
         )
     except BaseException:
         if source is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.config import parse_config
-from offload.plan import format_size, make_plan, parse_size
+from offload.plan import format_size, make_plan, parse_size, prefill_chunk, scratch_bytes
 from offload.runtime import Runtime
 from offload.trace import read_trace
 from slotmoe import ConfigError, PlanError
@@ -156,6 +156,27 @@ def test_design_arithmetic():
 
     assert facts("v2-lite") == pytest.approx((8.65, 4.6, 7.65, 0.717, 1.31, 31104), rel=0.01)
     assert facts("v2") == pytest.approx((23.6, 12.53, 118.3, 4.43, 13.0, 69120), rel=0.02)
+
+
+def test_prefill_passes_grow_with_the_room():
+    config = parse_config(json.loads((SAMPLE / "config.json").read_text()))
+    spare = 10 * (scratch_bytes(config, 1000, chunk=1024) - scratch_bytes(config, 1000))
+    assert prefill_chunk(config, 1000, 4096, spare - 10) == 512
+    assert prefill_chunk(config, 1000, 4096, spare) == 1024
+    assert prefill_chunk(config, 1000, 1023, 1 << 50) == 512
+    assert prefill_chunk(config, 1000, 1 << 20, 1 << 50) == 4096
+
+
+def test_longer_prefill_passes_read_less_and_change_no_logit(sample_export, monkeypatch):
+    ids = torch.randint(2, 4000, (900,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = []
+    for chunk in (512, 1024):
+        monkeypatch.setattr("offload.runtime.prefill_chunk", lambda *_, chunk=chunk: chunk)
+        with Runtime.open(sample_export, context=1024, slots=30, prefetch=False) as runtime:
+            found.append((runtime.logits(ids), runtime.stats()["io"]["disk"]["bytes"], runtime.stats()["kernels"]))
+    if found[0][2] != "torch":
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[1][1] < found[0][1]
 
 
 def test_plan_gives_slots_what_is_left():
