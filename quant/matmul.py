@@ -263,7 +263,7 @@ class NativeOps(TorchOps):
     """The kernels of ``quant.kernels``: activations are quantized to int8 in blocks of 16 with a float32 scale each.
 
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill agree.  torch's own
-    threads stay idle in decode; what it still computes (norms, the gate, rope) is too small to share.
+    threads stay idle in decode; what it still computes (softmax and top-k of the gate) is too small to share.
     """
 
     absorbs = True

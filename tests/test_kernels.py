@@ -690,14 +690,234 @@ def test_mlp_is_its_three_products(kernels, t, h, i, seed):
     scales = [torch.full((shape[0],), 0.01) for shape in shapes]
     coded = [random_nf4(rng, *shape) for shape in shapes]
     codes, absmax = [one[1] for one in coded], [one[2] for one in coded]
-    for linear, mlp in (
-        (lambda x, m: kernels.linear_int8(x, packed[m], scales[m]), lambda x: kernels.mlp_int8(x, packed, scales)),
+    for linear, matrices in (
+        (lambda x, m: kernels.linear_int8(x, packed[m], scales[m]), [qk.Matrix.int8(packed[m], scales[m]) for m in range(3)]),
         (
             lambda x, m: kernels.linear_nf4(x, codes[m], absmax[m], levels_tensor, shapes[m][0]),
-            lambda x: kernels.mlp_nf4(x, i, codes, absmax, levels_tensor),
+            [qk.Matrix.nf4(codes[m], absmax[m], levels_tensor, *shapes[m]) for m in range(3)],
         ),
     ):
-        got, gate, up = mlp(x), linear(x, 0), linear(x, 1)
+        mlp = qk.Mlp(*matrices)
+        got, gate, up = kernels.mlp(x, mlp), linear(x, 0), linear(x, 1)
         want = linear(torch.nn.functional.silu(gate) * up, 2)
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-        assert torch.equal(mlp(x[-1:]), got[-1:])
+        assert torch.equal(kernels.mlp(x[-1:], mlp), got[-1:])
+        residual, others = torch_of(rng.standard_normal((t, h))), torch_of(rng.standard_normal((t, h)) * 1e-3)
+        assert torch.equal(kernels.mlp(x, mlp, residual), residual + got)
+        assert torch.equal(kernels.mlp(x, mlp, residual, others), residual + (others + got))
+
+
+# --- a layer's attention in one call
+
+
+@quick
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 20), seeds)
+def test_rotate(kernels, t, heads, pairs, seed):
+    rng = np.random.default_rng(seed)
+    x = torch_of(rng.standard_normal((t, heads, 2 * pairs)))
+    table = torch.polar(torch.full((t, pairs), 0.8), torch_of(rng.uniform(-9, 9, (t, pairs))))
+    got = kernels.rotate(x, table)
+    want = torch.view_as_complex(x.double().view(t, heads, pairs, 2)) * table[:, None].to(torch.complex128)
+    torch.testing.assert_close(got.double(), torch.view_as_real(want).flatten(-2), rtol=0, atol=1e-6)
+    if t:
+        assert torch.equal(kernels.rotate(x[-1:], table[-1:]), got[-1:])
+
+
+class AnyMatrix:
+    """A random matrix of one kind, for the single call and as the fused calls take it."""
+
+    def __init__(self, kernels, rng, kind, n, k):
+        if kind == "int8":
+            packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8)))
+            scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
+            self.fused, self.times = qk.Matrix.int8(packed, scale), lambda x: kernels.linear_int8(x, packed, scale)
+        elif kind == "nf4":
+            _, codes, absmax = random_nf4(rng, n, k, 1 / math.sqrt(k), negative=True)
+            self.fused = qk.Matrix.nf4(codes, absmax, levels_tensor, n, k)
+            self.times = lambda x: kernels.linear_nf4(x, codes, absmax, levels_tensor, n)
+        else:
+            w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
+            self.fused, self.times = qk.Matrix.dense(w), lambda x: kernels.linear_dense(x, w)
+
+
+class RandomLayer:
+    """A layer of random weights whose attention is computed by one call, or by the single calls."""
+
+    def __init__(self, kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts):
+        self.kernels, self.sizes, self.q_rank = kernels, (heads, n, p, r, v), q_rank
+        make = lambda rows, columns: AnyMatrix(kernels, rng, kinds[int(rng.integers(len(kinds)))], rows, columns)  # noqa: E731
+        norm = lambda size: torch_of(1 + 0.1 * rng.standard_normal(size))  # noqa: E731
+        self.query = make(q_rank or heads * (n + p), hidden)
+        self.query_b = make(heads * (n + p), q_rank) if q_rank else None
+        self.latent, self.out = make(r + p, hidden), make(hidden, heads * v)
+        self.gate = AnyMatrix(kernels, rng, "float32", experts, hidden) if experts else None
+        self.input_norm, self.next_norm, self.latent_norm = norm(hidden), norm(hidden), norm(r)
+        self.query_norm = norm(q_rank) if q_rank else None
+        self.kv_b = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
+        self.kv_b_scale = torch_of(rng.uniform(0.5, 2, heads * (n + v)) / 80 / math.sqrt(r))
+        self.scale = 1.5 / math.sqrt(n + p)
+
+    def arguments(self):
+        optional = self.query_b.fused if self.query_b else None, self.gate.fused if self.gate else None
+        first = self.sizes, self.input_norm, self.query.fused, self.query_norm, optional[0], self.latent.fused, self.latent_norm
+        return [*first, self.kv_b, self.kv_b_scale, self.out.fused, self.next_norm, optional[1]]
+
+    def prepared(self):
+        return qk.AttentionLayer(*self.arguments(), eps=1e-5, latent_eps=1e-6, scale=self.scale)
+
+    def one_by_one(self, h, table, cache, position):
+        heads, n, p, r, v = self.sizes
+        k = self.kernels
+        x = k.rms_norm(h, self.input_norm, 1e-5)
+        q = self.query.times(x)
+        if self.q_rank:
+            q = self.query_b.times(k.rms_norm(q, self.query_norm, 1e-6))
+        q = q.view(1, heads, n + p)
+        latent = self.latent.times(x)
+        row = torch.cat(
+            [k.rms_norm(latent[:, :r].contiguous(), self.latent_norm, 1e-6), k.rotate(latent[:, None, r:].contiguous(), table)[0]], -1
+        )
+        cache[position] = row[0].clamp(-65504.0, 65504.0)
+        absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b, self.kv_b_scale)
+        full = torch.cat([absorbed, k.rotate(q[..., n:].contiguous(), table)], -1)
+        out = k.mla(full, cache, position + 1, r, self.scale)
+        h = h + self.out.times(k.absorb_value(out, self.kv_b, self.kv_b_scale, n).reshape(1, heads * v))
+        x = k.rms_norm(h, self.next_norm, 1e-5)
+        return h, x, self.gate.times(x) if self.gate else None
+
+
+def same(got, want):
+    return all(a is None if b is None else torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([["int8"], ["nf4"], ["bfloat16"], ["int8", "nf4", "float16", "float32"]]),
+    st.tuples(*(st.integers(1, top) for top in (140, 5)), st.integers(0, 20), st.integers(0, 8), st.integers(1, 80), st.integers(1, 20)),
+    st.sampled_from([0, 1, 30]),
+    st.sampled_from([0, 7]),
+    st.sampled_from(["first", "middle", "last"]),
+    st.sampled_from([1.0, 1e4]),
+    st.integers(1, 3),
+    seeds,
+)
+def test_attention_is_bitwise_its_parts(kernels, kinds, shape, q_rank, experts, where, size, threads, seed):
+    rng = np.random.default_rng(seed)
+    hidden, heads, n, pairs, r, v = shape
+    if n + pairs == 0:
+        n = 1
+    p = 2 * pairs
+    kernels.set_threads(threads)
+    layer = RandomLayer(kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts)
+    layer.latent_norm *= size  # 1e4: past what fp16 holds
+    capacity = int(rng.integers(1, 200))
+    position = {"first": 0, "middle": capacity // 2, "last": capacity - 1}[where]
+    buffer = torch.full((capacity, r + p + 3), float("nan"), dtype=torch.float16)
+    buffer[:position, : r + p] = torch_of(rng.standard_normal((position, r + p))).half()
+    caches = [buffer.clone()[:, : r + p] for _ in range(2)]
+    h, table = (
+        torch_of(rng.standard_normal((1, hidden))),
+        torch.polar(torch.full((1, pairs), 0.9), torch_of(rng.uniform(-9, 9, (1, pairs)))),
+    )
+    got = kernels.attention(layer.prepared(), h, table, caches[0], position)
+    want = layer.one_by_one(h, table, caches[1], position)
+    assert same(got, want)
+    assert torch.equal(caches[0][: position + 1], caches[1][: position + 1])
+    assert caches[0][position + 1 :].isnan().all()
+    assert caches[0]._base[:, r + p :].isnan().all()
+    assert got[0].isfinite().all()
+
+
+def test_threads_change_nothing_in_a_fused_layer(kernels):
+    rng = np.random.default_rng(14)
+    layer = RandomLayer(kernels, rng, ["int8", "nf4"], 320, 6, 20, 12, 130, 24, 70, 50)
+    rows, h = torch_of(rng.standard_normal((900, 142))).half(), torch_of(rng.standard_normal((1, 320)))
+    table, results = torch.polar(torch.ones(1, 6), torch.rand(1, 6)), []
+    for threads in (1, 2, 3, 7):
+        kernels.set_threads(threads)
+        cache = rows.clone()
+        results.append([*kernels.attention(layer.prepared(), h, table, cache, 850), cache])
+    assert all(same(other, results[0]) for other in results[1:])
+
+
+def test_a_layer_holds_its_memory(kernels):
+    """Nothing but the prepared layer refers to the weights."""
+    rng = np.random.default_rng(15)
+    layer = RandomLayer(kernels, rng, ["int8", "nf4", "bfloat16"], 64, 2, 8, 4, 32, 8, 24, 9)
+    prepared = layer.prepared()
+    h, table = torch.randn(1, 64), torch.polar(torch.ones(1, 2), torch.rand(1, 2))
+    want = kernels.attention(prepared, h, table, torch.zeros(3, 36).half(), 0)
+    del layer
+    for size in (8, 64, 2048, 16384):  # would be given the freed memory
+        torch.full((size,), float("nan"))
+    assert same(kernels.attention(prepared, h, table, torch.zeros(3, 36).half(), 0), want)
+
+
+def test_bad_layers_are_refused(kernels):
+    rng = np.random.default_rng(16)
+    layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
+    good = layer.arguments()
+    scales = {"eps": 1e-5, "latent_eps": 1e-6, "scale": 0.1}
+    other = AnyMatrix(kernels, rng, "nf4", 63, 65).fused
+    changes = [
+        {0: (3, 8, 4, 32, 10)},
+        {0: (2, 8, 3, 32, 10)},
+        {0: (2, 8, 4, 32, 0)},
+        {1: torch.ones(63)},
+        {1: torch.ones(64).double()},
+        {1: torch.ones(64, device="meta")},
+        {3: None},
+        {3: torch.ones(23)},
+        {4: None},
+        {6: torch.ones(31)},
+        {7: layer.kv_b.float()},
+        {7: layer.kv_b[:-1]},
+        {7: layer.kv_b.t().contiguous().t()},
+        {8: layer.kv_b_scale[:-1]},
+        {10: torch.ones(65)},
+        *({place: other} for place in (2, 4, 5, 9, 11)),
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match=r"expected|must"):
+            qk.AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
+    prepared, h, table, cache = layer.prepared(), torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64), torch.zeros(5, 36).half()
+    kernels.attention(prepared, h, table, cache, 4)
+    pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
+    int8, codes = qk.Matrix.int8(pack, torch.ones(16)), (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half())
+    nf4s = [qk.Matrix.nf4(*codes, levels, 16, 16) for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))]
+    mlp = qk.Mlp(int8, int8, int8)
+    cases = [
+        lambda: kernels.attention(prepared, h[0], table, cache, 0),
+        lambda: kernels.attention(prepared, h.repeat(2, 1), table, cache, 0),
+        lambda: kernels.attention(prepared, h.double(), table, cache, 0),
+        lambda: kernels.attention(prepared, h.to("meta"), table, cache, 0),
+        lambda: kernels.attention(prepared, h, table[:, :1], cache, 0),
+        lambda: kernels.attention(prepared, h, table.real, cache, 0),
+        lambda: kernels.attention(prepared, h, table.conj(), cache, 0),
+        lambda: kernels.attention(prepared, h, table, cache, 5),
+        lambda: kernels.attention(prepared, h, table, cache, -1),
+        lambda: kernels.attention(prepared, h, table, cache.float(), 0),
+        lambda: kernels.attention(prepared, h, table, cache[:, :35], 0),
+        lambda: kernels.attention(prepared, h, table, torch.zeros(36, 5).half().t(), 0),
+        lambda: kernels.attention(prepared, h, table, cache[:1].expand(5, 36), 0),
+        lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
+        lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(1, 2, dtype=torch.complex64)),
+        lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.complex64).conj()),
+        lambda: kernels.mlp(torch.ones(2, 15), mlp),
+        lambda: kernels.mlp(torch.ones(2, 16), mlp, torch.ones(1, 16)),
+        lambda: kernels.mlp(torch.ones(2, 16), mlp, None, torch.ones(2, 16)),
+        lambda: kernels.mlp(torch.ones(2, 16), qk.Mlp(*[nf4s[2]] * 3)),
+        lambda: qk.Mlp(int8, int8, nf4s[0]),
+        lambda: qk.Mlp(nf4s[0], nf4s[0], nf4s[1]),
+        lambda: qk.Mlp(int8, int8, qk.Matrix.int8(kernels.pack_int8(torch.ones(16, 15, dtype=torch.int8)), torch.ones(16))),
+        lambda: qk.Mlp(*[qk.Matrix.dense(torch.ones(16, 16))] * 3),
+        lambda: qk.Matrix.int8(qk.PackedInt8(pack.data, 17, 16), torch.ones(17)),
+        lambda: qk.Matrix.int8(pack, torch.ones(15)),
+        lambda: qk.Matrix.nf4(*codes, levels_tensor, 17, 16),
+        lambda: qk.Matrix.nf4(*codes, levels_tensor[:15], 16, 16),
+        lambda: qk.Matrix.dense(torch.ones(16, 16).double()),
+        lambda: qk.Matrix.dense(torch.ones(16, 16)[:, :8]),
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused"):
+            case()

@@ -23,6 +23,11 @@ DRIVER = r"""
 #include <thread>
 #include <vector>
 
+#include "api.h"
+
+using slotmoe::Attention;
+using slotmoe::Matrix;
+
 extern "C" {
 int slotmoe_isa_count();
 const char* slotmoe_isa_name(int);
@@ -43,8 +48,9 @@ int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const fl
 int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
-int slotmoe_mlp_int8(const float*, int64_t, int64_t, int64_t, const int8_t* const*, const float* const*, float*);
-int slotmoe_mlp_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t* const*, const uint16_t* const*, const float*, float*);
+int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
+int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_attention(const Attention*, const float*, const float*, uint16_t*, int64_t, int64_t, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 }
@@ -106,20 +112,56 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
 }
 
+// A matrix of any kind with the memory that it points to.
+struct Weights {
+    Array<uint8_t> data, scale;
+    Floats levels;
+    Matrix matrix;
+    static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
+        if (kind == Matrix::int8) return slotmoe_int8_packed_bytes(n, k);
+        if (kind == Matrix::nf4) return tiles(n) * blocks(k) * 512;
+        return n * k * (kind == Matrix::f32 ? 4 : 2);
+    }
+    static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
+        return kind == Matrix::int8 ? n * 4 : kind == Matrix::nf4 ? tiles(n) * blocks(k) * 32 : 0;
+    }
+    Weights(int64_t kind, int64_t n, int64_t k)
+        : data(data_bytes(kind, n, k)), scale(scale_bytes(kind, n, k)), levels(16), matrix{kind, n, k, data.p, scale.p, levels.p} {
+        const Floats values(kind == Matrix::int8 ? n : kind == Matrix::f32 ? n * k : 0);
+        if (kind == Matrix::int8) memcpy(scale.p, values.p, size_t(n) * 4);
+        if (kind == Matrix::f32) memcpy(data.p, values.p, size_t(n * k) * 4);
+        if (kind == Matrix::nf4) halves(reinterpret_cast<uint16_t*>(scale.p), scale_bytes(kind, n, k) / 2);
+        if (kind > Matrix::f32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
+    }
+};
+
 static void mlp(int64_t t, int64_t h, int64_t i) {
-    Floats x(t * h), y(t * h), in_scale(i), out_scale(h), levels(16);
-    const int64_t in = tiles(i) * blocks(h), out = tiles(h) * blocks(i);
-    Array<int8_t> a(slotmoe_int8_packed_bytes(i, h)), b(slotmoe_int8_packed_bytes(h, i));
-    Array<uint8_t> in_codes(in * 512), out_codes(out * 512);
-    Array<uint16_t> in_absmax(in * 16), out_absmax(out * 16);
-    halves(in_absmax, in * 16);
-    halves(out_absmax, out * 16);
-    const int8_t* packed[] = {a.p, a.p, b.p};
-    const float* scales[] = {in_scale.p, in_scale.p, out_scale.p};
-    const uint8_t* codes[] = {in_codes.p, in_codes.p, out_codes.p};
-    const uint16_t* absmax[] = {in_absmax.p, in_absmax.p, out_absmax.p};
-    check(slotmoe_mlp_int8(x, t, h, i, packed, scales, y));
-    check(slotmoe_mlp_nf4(x, t, h, i, codes, absmax, levels, y));
+    Floats x(t * h), y(t * h), residual(t * h), others(t * h);
+    for (int64_t kind : {Matrix::int8, Matrix::nf4}) {
+        Weights in(kind, i, h), out(kind, h, i);
+        const Matrix w[] = {in.matrix, in.matrix, out.matrix};
+        check(slotmoe_mlp(x, t, w, nullptr, nullptr, y));
+        check(slotmoe_mlp(x, t, w, residual, nullptr, y));
+        check(slotmoe_mlp(x, t, w, residual, others, y));
+    }
+}
+
+// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its last, which has no slack.
+static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r, int64_t v, int64_t q_rank,
+                  int64_t experts) {
+    Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden), query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
+    Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v), gate(Matrix::f32, experts ? experts : 1, hidden);
+    Floats h(hidden), table(p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f), scale(heads * (n + v));
+    Floats y(hidden), x(hidden), logits(experts);
+    Array<int8_t> kv_b(heads * (n + v) * r);
+    Attention a{heads, n, p, r, v, 1e-6f, 1e-6f, 0.01f, 0, norm, q_rank ? query_norm.p : nullptr, latent_norm, norm, query.matrix,
+                query_b.matrix, latent.matrix, out.matrix, experts ? gate.matrix : Matrix{}, kv_b, scale};
+    const int64_t rows = 70, stride = r + p + 3, count = (rows - 1) * stride + r + p;
+    Array<uint16_t> cache(count);
+    halves(cache, count);
+    for (int64_t position : {int64_t(0), rows - 1}) check(slotmoe_attention(&a, h, table, cache, stride, position, y, x, logits));
+    Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
+    check(slotmoe_rotate(many, tables, 3, heads, p, turned));
 }
 
 static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
@@ -196,6 +238,11 @@ static void all() {
         for (int64_t context : {1, 2, 15, 64, 65, 200})
             for (int64_t r : {1, 16, 64, 70})
                 for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
+    for (int64_t kind = Matrix::int8; kind <= Matrix::bf16; kind++) {
+        layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
+        layer(kind, 40, 1, 0, 2, 1, 1, 17, 0);
+        layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
+    }
     attention(2, 2500, 70, 10, 5);
     attention(1, 20, 2000, 100, 0);  // longer than one 32-bit sum takes
 }
@@ -217,6 +264,7 @@ int main(int argc, char**) {
             slotmoe_set_threads(2);
             experts(3, 2, 65, 40);
             attention(4, 200, 64, 16, 0);
+            layer(Matrix::int8, 65, 4, 7, 6, 70, 5, 17, 40);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);
@@ -236,7 +284,16 @@ def build_and_run(tmp_path: Path, sanitizers: str, *arguments: str) -> str:
     driver, program = tmp_path / "driver.cpp", tmp_path / "driver"
     driver.write_text(DRIVER)
     sources = [str(path) for path in sorted(KERNELS.glob("*.cpp"))]
-    flags = ["-g", "-O1", "-std=c++17", "-ffp-contract=off", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = [
+        "-g",
+        "-O1",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-pthread",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        f"-I{KERNELS}",
+    ]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }")
     if subprocess.run([compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:

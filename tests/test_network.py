@@ -9,11 +9,15 @@ from model.config import parse_config
 from model.deepseek_v2 import DeepseekV2, route
 from model.kv_cache import LatentCache
 from offload.experts import ResidentExperts
+from offload.quantize import resident_quantization
 from offload.runtime import Runtime
-from quant.matmul import TorchOps
+from quant import kernels
+from quant.int8 import Int8Weight
+from quant.matmul import NativeOps, TorchOps, gate_order_sum, quantize_int8, quantize_nf4
+from quant.nf4 import LEVELS, Nf4Weight
 from tests import plain
 from tests.oracle import relative_error, transformers_logits
-from tests.tiny import write_checkpoint
+from tests.tiny import CONFIG, REMOVE, random_weights, write_checkpoint
 
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.707}
 YARN |= {"beta_fast": 32, "beta_slow": 1}
@@ -105,6 +109,58 @@ SMALL_GATE = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 64,
 }
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+@pytest.mark.parametrize("resident", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    "overrides",
+    [*GEOMETRIES.values(), {"n_shared_experts": None}, {"norm_topk_prob": True}],
+    ids=[*GEOMETRIES, "no-shared-expert", "norm-topk-prob"],
+)
+def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
+    """At every position of the context, the last one too; and one prefill gives the same."""
+    network = native_network(overrides, resident)
+    config = network.config
+    assert None not in network.fused
+    cache = [LatentCache(config, 40, torch.float16, torch.device("cpu")) for _ in range(3)]
+    alone = feed(network, cache[0], IDS, [1] * 40)
+    whole = feed(network, cache[1], IDS, [40])
+    if not config.tie_word_embeddings:  # a tied head is the embedding, row-major, and torch multiplies by it
+        assert torch.equal(alone, whole)
+    network.fused = [None] * config.num_hidden_layers
+    assert torch.equal(alone, feed(network, cache[2], IDS, [1] * 40))
+    assert torch.equal(cache[0].layers, cache[1].layers)
+    assert torch.equal(cache[0].layers, cache[2].layers)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+def test_bf16_weights_go_op_by_op():
+    network = native_network({"n_shared_experts": None}, "bf16")
+    assert set(network.fused) == {None}
+    cache = LatentCache(network.config, 40, torch.float16, torch.device("cpu"))
+    assert feed(network, cache, IDS, [39, 1]).isfinite().all()
+
+
+def native_network(overrides, resident):
+    """A network over the native kernels whose experts only scale and shift."""
+    raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
+    raw["num_key_value_heads"] = raw["num_attention_heads"]
+    config, ops = parse_config(raw), NativeOps(kernels.load())
+
+    def stored(name, weight):
+        kind = resident_quantization(name, tuple(weight.shape), resident)
+        if kind == "int8":
+            weight = Int8Weight(*quantize_int8(weight))
+        elif kind == "nf4":
+            weight = Nf4Weight(*quantize_nf4(weight), torch.tensor(LEVELS), tuple(weight.shape))
+        return ops.prepare(name, weight if kind != "none" or weight.dim() == 2 else weight.float())
+
+    def experts(layer, x_TD, weights_TK, indices_TK):
+        return gate_order_sum(torch.stack([x_TD.roll(layer, -1)] * config.num_experts_per_tok, 1), weights_TK * (1 + indices_TK))
+
+    weights = {name: stored(name, weight) for name, weight in random_weights(raw).items() if ".experts." not in name}
+    return DeepseekV2(config, weights, ops, experts)
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,8 @@ class AttentionLayer:
         norms = (0 if tensor is None else tensor.data_ptr() for tensor in (input_norm, query_norm, latent_norm, next_norm))
         matrices = (one.native if one else _Matrix() for one in (query, query_b, latent, out, gate))
         pointers = *norms, *matrices, kv_b.data_ptr(), kv_b_scale.data_ptr()
-        self.native = _Attention(heads, n, p, r, v, eps, latent_eps, scale, 0.0, *pointers)
+        self._native = _Attention(heads, n, p, r, v, eps, latent_eps, scale, 0.0, *pointers)
+        self.address = ctypes.addressof(self._native)
 
 
 class Kernels:
@@ -389,14 +390,14 @@ class Kernels:
         """x float32 [T, H] -> y = down(silu(gate x) * up x), float32 [T, H]; with a `residual` [T, H] residual + y, and with
         `others` [T, H] too residual + (others + y): one rounding a sum, as torch adds."""
         _check("x", x, torch.float32, (len(x), w.hidden))
-        added = []
-        for name, tensor in (("residual", residual), ("others", others)):
-            if tensor is not None:
-                _check(name, tensor, torch.float32, tuple(x.shape))
-            added.append(None if tensor is None else tensor.data_ptr())
-        if residual is None and others is not None:
-            raise ValueError("others must come with a residual")
+        if residual is not None:
+            _check("residual", residual, torch.float32, x.shape)
+        if others is not None:
+            _check("others", others, torch.float32, x.shape)
+            if residual is None:
+                raise ValueError("others must come with a residual")
         y = torch.empty_like(x)
+        added = (None if tensor is None else tensor.data_ptr() for tensor in (residual, others))
         self._done(self._lib.slotmoe_mlp(x.data_ptr(), len(x), w.native, *added, y.data_ptr()))
         return y
 
@@ -509,8 +510,8 @@ class Kernels:
         if not 0 <= position < cache.shape[0]:
             raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
         y, x = torch.empty_like(h), torch.empty_like(h)
-        logits = h.new_empty((1, layer.experts)) if layer.experts else None
-        inputs = ctypes.byref(layer.native), h.data_ptr(), table.data_ptr(), cache.data_ptr(), stride, position
+        logits = torch.empty(1, layer.experts, dtype=torch.float32) if layer.experts else None
+        inputs = layer.address, h.data_ptr(), table.data_ptr(), cache.data_ptr(), stride, position
         outputs = y.data_ptr(), x.data_ptr(), None if logits is None else logits.data_ptr()
         self._done(self._lib.slotmoe_attention(*inputs, *outputs))
         return y, x, logits
