@@ -55,9 +55,9 @@ def scratch_bytes(config: Config, expert_elements: int, value_bytes: int = 4, ch
 
 def prefill_chunk(config: Config, expert_elements: int, context: int, room: int) -> int:
     """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass brings every expert that it
-    needs once, so a longer one reads less; its scratch may take a tenth of the ``room`` that experts would get."""
+    needs once, so a longer one reads less; its scratch may take a twentieth of the ``room`` that experts would get."""
     base, best = scratch_bytes(config, expert_elements), PREFILL_CHUNK
-    while 2 * best <= min(context, 4096) and scratch_bytes(config, expert_elements, chunk=2 * best) - base <= room // 10:
+    while 2 * best <= min(context, 4096) and scratch_bytes(config, expert_elements, chunk=2 * best) - base <= room // 20:
         best *= 2
     return best
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from slotmoe import ConfigError
+
+_LONGEST_HEADER = 1 << 16
 
 
 class TraceWriter:
@@ -43,25 +46,56 @@ class TraceWriter:
         self._file.close()
 
 
-def read_trace(path: Path) -> tuple[dict[str, object], list[np.ndarray]]:
-    """Header and steps (uint16 [T, layers, K] each) of a trace file.  Raises ``ConfigError``."""
-    data = path.read_bytes()
-    line, _, body = data.partition(b"\n")
-    try:
-        header = json.loads(line)
-        width = len(header["layers"]) * header["num_experts_per_tok"]
-        shape = (-1, len(header["layers"]), header["num_experts_per_tok"])
-        known = header["format"] == "slotmoe-trace" and header["version"] == 1
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ConfigError(f"{path}: not a slotmoe trace of version 1")
+def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and steps (uint16 [T, layers, K] each) of a trace file.  Raises ``ConfigError``.
+
+    Everything is checked against the bytes that are there: counts, and that each gate chose K different experts below E.
+    """
+    with path.open("rb") as file:
+        header = _parse_header(path, file.readline(_LONGEST_HEADER))
+        body = file.read()
+    shape = len(header["layers"]), header["num_experts_per_tok"]
     steps: list[np.ndarray] = []
     offset = 0
     while offset < len(body):
-        size = 2 * width * int.from_bytes(body[offset : offset + 4], "little")
-        if size == 0 or offset + 4 + size > len(body):
-            raise ConfigError(f"{path}: ends inside step {len(steps)}; the recording was cut off")
-        steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(shape))
+        tokens = int.from_bytes(body[offset : offset + 4], "little")
+        size = 2 * tokens * shape[0] * shape[1]
+        if tokens == 0 or offset + 4 + size > len(body):
+            raise ConfigError(
+                f"{path}: step {len(steps)} counts {tokens} tokens, {size} bytes, and {max(len(body) - offset - 4, 0)} bytes are left: "
+                "the recording was cut off or damaged; record it again with slotmoe run MODEL PROMPT --trace FILE"
+            )
+        steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(tokens, *shape))
         offset += 4 + size
+    if steps:
+        _check_indices(path, np.concatenate(steps), header)
     return header, steps
+
+
+def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+        layers, experts, top = header["layers"], header["n_routed_experts"], header["num_experts_per_tok"]
+        known = header["format"] == "slotmoe-trace" and header["version"] == 1
+        known = known and all(type(number) is int for number in (*layers, experts, top))
+        known = known and len(layers) > 0 and layers == sorted(set(layers)) and layers[0] >= 0 and 1 <= top <= experts <= 1 << 16
+    except (ValueError, KeyError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"{path}: not a slotmoe trace of version 1, whose first line is JSON with format, version, layers, "
+            "n_routed_experts and num_experts_per_tok; record one with slotmoe run MODEL PROMPT --trace FILE"
+        )
+    return dict(header)
+
+
+def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
+    """Of all tokens [N, layers, K] at once: steps of decode have one token each, and there may be many."""
+    ranked = np.sort(tokens, axis=2)
+    wrong = (ranked[:, :, -1] >= header["n_routed_experts"]) | (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
+    if wrong.any():
+        token, row = np.argwhere(wrong)[0]
+        raise ConfigError(
+            f"{path}: token {token} chose experts {tokens[token, row].tolist()} in layer {header['layers'][row]}, expected "
+            f"{tokens.shape[2]} different ones below {header['n_routed_experts']}; the file is damaged, record it again"
+        )

@@ -329,6 +329,8 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
         manifest = _read_manifest(folder)
         parts = place({name: Part(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()})
+        described = {name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": ""} for name, part in parts.items()}
+        _check_predictor(described, manifest["experts"])
         name = f"predictor-{checksum(b''.join(tensors[part].numpy().tobytes() for part in parts))[:16]}.safetensors"
         with ResidentWriter(folder, parts, name) as writer:
             for part in parts:
@@ -336,7 +338,6 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             entry = writer.commit()
         files = {old: entry for old, entry in manifest["files"].items() if not is_predictor(old)} | {name: entry}
         manifest["files"] = dict(sorted(files.items()))
-        _check_manifest(manifest)
         manifest["checksum"] = manifest_checksum(manifest)
         write_json(folder / MANIFEST, manifest)
         for path in folder.iterdir():
@@ -608,7 +609,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
     _check_size(files[RESIDENT], sum(_part(item).nbytes for item in files[RESIDENT]["tensors"].values()))
     for name in predictors:
-        _check_predictor(files[name], experts)
+        _check_size(files[name], _check_predictor(files[name]["tensors"], experts))
 
 
 def _check_size(entry: dict[str, Any], data_bytes: int) -> None:
@@ -616,9 +617,9 @@ def _check_size(entry: dict[str, Any], data_bytes: int) -> None:
     _require(entry["bytes"] == header_bytes + data_bytes, f"{entry['bytes']!r:.40} bytes do not hold what a file should")
 
 
-def _check_predictor(entry: dict[str, Any], experts: dict[str, Any]) -> None:
-    """Its tensors must have the dtypes and shapes that the model's geometry and two widths prescribe."""
-    tensors, L = entry["tensors"], len(experts["layers"])
+def _check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
+    """Its tensors must have the dtypes and shapes that the model's geometry and two widths prescribe; returns their bytes."""
+    L = len(experts["layers"])
     R = _integer(tensors["token.in.weight"]["shape"][0], 1, MAX_PREDICTOR_WIDTH)
     Q = _integer(tensors["layer.in.weight"]["shape"][1], 1, MAX_PREDICTOR_WIDTH) if L > 1 else 1
     expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
@@ -627,7 +628,7 @@ def _check_predictor(entry: dict[str, Any], experts: dict[str, Any]) -> None:
         item = tensors[name]
         _require(_is_list(item["shape"], int, len(part.shape)) and part == _part(item), f"{name} of the predictor has another shape")
         _require(isinstance(item["checksum"], str), f"{name} of the predictor has no checksum")
-    _check_size(entry, sum(part.nbytes for part in expected.values()))
+    return sum(part.nbytes for part in expected.values())
 
 
 def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> None:

@@ -160,8 +160,8 @@ def test_design_arithmetic():
 
 def test_prefill_passes_grow_with_the_room():
     config = parse_config(json.loads((SAMPLE / "config.json").read_text()))
-    spare = 10 * (scratch_bytes(config, 1000, chunk=1024) - scratch_bytes(config, 1000))
-    assert prefill_chunk(config, 1000, 4096, spare - 10) == 512
+    spare = 20 * (scratch_bytes(config, 1000, chunk=1024) - scratch_bytes(config, 1000))
+    assert prefill_chunk(config, 1000, 4096, spare - 20) == 512
     assert prefill_chunk(config, 1000, 4096, spare) == 1024
     assert prefill_chunk(config, 1000, 1023, 1 << 50) == 512
     assert prefill_chunk(config, 1000, 1 << 20, 1 << 50) == 4096

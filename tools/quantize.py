@@ -22,46 +22,127 @@ RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
     default="auto",
     help="Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; nf4 is the smallest.",
 )
+@click.option(
+    "--calibrate",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="TEXT",
+    help="Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished already, that alone.",
+)
 @click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that quantize. [default: all cores]")
 @click.option("--overwrite", is_flag=True, help="Replace an export at DST, or start anew after a run with other options.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the export.")
-def command(source: str, destination: Path, resident: str, workers: int | None, overwrite: bool, as_json: bool) -> None:
+def command(
+    source: str, destination: Path, resident: str, texts: tuple[Path, ...], workers: int | None, overwrite: bool, as_json: bool
+) -> None:
     """Quantize the checkpoint folder SRC (Hugging Face's DeepSeek-V2 format, or 'sample') into the export DST.
 
     Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small however large the model.
     Interrupted or killed, the same command resumes where it stopped; DST appears only when it is complete.
 
+    --calibrate reads text like what the model will read and write, and learns which experts a token will use before it
+    starts.  Where experts don't fit in memory, they are then read earlier.  100,000 tokens (half a megabyte) do well.
+
     \b
     Examples:
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate letters.txt --calibrate manual.txt
     """
     from model.config import read_config
-    from offload.plan import format_size
-    from offload.quantize import quantize
     from offload.runtime import resolve_model
     from slotmoe import ConfigError
-    from tools.progress import byte_progress
 
     folder = resolve_model(source)
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     if unknown := read_config(folder / "config.json").unknown_keys:
         print(f"slotmoe: {folder / 'config.json'}: keys that are not known here are ignored: {', '.join(unknown)}", file=sys.stderr)
+    if texts:  # before hours of work, not after
+        from model.tokenizer import Tokenizer
+        from offload.calibrate import read_tokens
+
+        read_tokens(texts, Tokenizer(folder, read_config(folder / "config.json").bos_token_id))
+    report: dict[str, Any] = {"export": str(destination)}
+    if not (texts and not overwrite and _finished(folder, destination, resident)):
+        report = _quantize(source, folder, destination, resident, workers, overwrite, as_json)
+    if texts:
+        report["calibration"] = _calibrate(destination, texts, as_json)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(f'Run it: slotmoe run {destination} "Your prompt"', file=sys.stderr)
+
+
+def _finished(source: Path, destination: Path, resident: str) -> bool:
+    """Whether ``destination`` is an export that was made of these source files, in this precision."""
+    import hashlib
+
+    from quant.export import MANIFEST, Export
+
+    if not (destination / MANIFEST).is_file():
+        return False
+    with Export.open(destination) as export:
+        made_of, mode = export.manifest["source"].get("files", {}), export.manifest["quantization"]["resident"]
+    if not made_of or mode != ("int8" if resident == "auto" else resident):
+        return False
+    for name, facts in made_of.items():
+        path = source / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            return False
+        with open(path, "rb") as file:
+            if "header_sha256" in facts:
+                head = file.read(8)
+                same = hashlib.sha256(head + file.read(int.from_bytes(head, "little"))).hexdigest() == facts["header_sha256"]
+            else:
+                same = hashlib.sha256(file.read()).hexdigest() == facts["sha256"]
+        if not same:
+            return False
+    return True
+
+
+def _quantize(
+    source: str, folder: Path, destination: Path, resident: str, workers: int | None, overwrite: bool, quiet: bool
+) -> dict[str, Any]:
+    from offload.plan import format_size
+    from offload.quantize import quantize
+    from tools.progress import byte_progress
+
     started = time.perf_counter()
     try:
-        with byte_progress(f"Quantizing {source}", quiet=as_json) as progress:
+        with byte_progress(f"Quantizing {source}", quiet) as progress:
             manifest = quantize(folder, destination, resident=resident, workers=workers, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         print(f"\nslotmoe: stopped; run the same command again to resume from {destination}.partial", file=sys.stderr)
         raise
     report = _report(manifest, destination, time.perf_counter() - started)
-    if as_json:
-        print(json.dumps(report))
-        return
-    print(f"{destination}: {format_size(report['bytes'])} in {report['seconds']:.1f} s", end="", file=sys.stderr)
-    print(f" (experts {format_size(report['expert_bytes'])}, resident {format_size(report['resident_bytes'])})", file=sys.stderr)
-    print(f'Run it: slotmoe run {destination} "Your prompt"', file=sys.stderr)
+    if not quiet:
+        print(f"{destination}: {format_size(report['bytes'])} in {report['seconds']:.1f} s", end="", file=sys.stderr)
+        print(f" (experts {format_size(report['expert_bytes'])}, resident {format_size(report['resident_bytes'])})", file=sys.stderr)
+    return report
+
+
+def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[str, Any]:
+    from offload.calibrate import calibrate
+    from offload.plan import format_size
+    from tools.progress import byte_progress
+
+    started = time.perf_counter()
+    try:
+        with byte_progress("Calibrating", quiet) as progress:
+            found = calibrate(destination, texts, progress)
+    except KeyboardInterrupt:
+        print(f"\nslotmoe: stopped; {destination} is a whole export, calibrated as before", file=sys.stderr)
+        raise
+    found["seconds"] = time.perf_counter() - started
+    if not quiet:
+        print(f"Calibrated on {found['tokens']} tokens in {found['seconds']:.1f} s ({format_size(found['bytes'])})", file=sys.stderr)
+        for name, text in (("token", "before a token starts"), ("layer", "one MoE layer ahead"), ("popular", "by popularity alone")):
+            if name in found["recall"]:
+                shares = ", ".join(f"{share:.1%} by {n}" for n, share in zip(found["guesses"], found["recall"][name], strict=True))
+                print(f"  experts named {text}: {shares} guesses a layer", file=sys.stderr)
+    return found
 
 
 def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict[str, Any]:
