@@ -177,7 +177,7 @@ class Lrfu(_Worth):
     The worth is the logarithm of that sum, on a scale that grows with time instead of shrinking all sums.
     """
 
-    DECAY = 0.95  # flat from 0.9 to 0.97 on the sample's texts
+    DECAY = 0.95  # the first look's; on the sample's texts 0.97 and 0.99 hit 0.3 to 0.5 points more, 0.9 about 1 less
 
     def _first_worths(self) -> list[float]:
         return [math.log(share / (1 - self.DECAY)) if share > 0 else -math.inf for share in self._popularity]
@@ -223,7 +223,7 @@ class LayerAware(Cache):
     """
 
     SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
-    WEIGHTS = 0.1, 0.3, 0.6  # near a least-squares fit to the sample's routing; a few percent of hits less without the first
+    WEIGHTS = 0.1, 0.3, 0.6  # near a least-squares fit to the sample's routing; one point of hits less without the first
     RESCALE = 1000  # tokens; far from where SHORT**-n overflows
 
     def _start(self) -> None:

@@ -37,6 +37,7 @@ from quant.export import (
     RecordLayout,
     ResidentWriter,
     file_checksum,
+    is_predictor,
     layer_file,
     manifest_checksum,
     place,
@@ -121,7 +122,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             raise ExportError(f"{destination}: exists; pass --overwrite to replace it, or choose another destination")
     ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
     for folder in (destination, partial_folder(destination), _replaced_folder(destination)):
-        foreign = [path.name for path in folder.iterdir() if path.name.removesuffix(".tmp") not in ours] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        foreign = [name for name in names if (plain := name.removesuffix(".tmp")) not in ours and not is_predictor(plain)]
         if foreign:
             raise ExportError(f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away")
 

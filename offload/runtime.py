@@ -7,6 +7,7 @@ with Runtime.open("sample") as runtime:
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import threading
@@ -346,9 +347,10 @@ def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[s
             raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}")
         return place(name, weight)
 
-    pool = ThreadPoolExecutor(2)
+    pool = ThreadPoolExecutor(6)
     try:
-        return dict(zip(shapes, pool.map(load, shapes), strict=True))
+        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))  # the largest first, so that no thread ends alone
+        return dict(zip(names, pool.map(load, names), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -362,8 +364,8 @@ def _placer(device: torch.device, ops: TorchOps) -> Callable[[str, Any], Any]:
         if isinstance(weight, Tensor) and (weight.dim() == 1 or name.endswith(".mlp.gate.weight")):
             weight = weight.float()
         if device.type == "cpu":
-            return map_tensors(ops.prepare(name, weight), arena.hold)
-        return ops.prepare(name, map_tensors(weight, lambda tensor: tensor.to(device)))
+            return ops.prepare(name, weight, arena.empty)
+        return map_tensors(weight, lambda tensor: tensor.to(device))
 
     return place
 
@@ -434,14 +436,14 @@ def _open_quantized(
             host_budget=host_budget,
             host_fixed=host_fixed,
         )
-        weights = _load(export, resident_shapes(config), _placer(device, ops))
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed
         # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
         source = disk = DiskReader(export, direct=not fits)
+        place = _placer(device, ops)
+        weights = _load(export, resident_shapes(config), place)
         if plan.host:
             source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed), plan.transit, device)
-        place = _placer(device, ops)
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
         cache = make_cache(policy, plan.slots, rows, routed, popularity)

@@ -51,14 +51,14 @@ class Arena:
     def __init__(self, chunk_bytes: int = 64 << 20):
         self._chunk_bytes, self._free, self._lock = chunk_bytes, torch.empty(0, dtype=torch.uint8), threading.Lock()
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """A copy of a contiguous CPU tensor in the arena, at a multiple of 64 bytes."""
-        size = -(-tensor.nbytes // 64) * 64
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a tensor at a multiple of 64 bytes."""
+        size = math.prod(shape) * dtype.itemsize
         with self._lock:
             if size > len(self._free):
                 self._free = page_aligned(max(size, self._chunk_bytes))
-            place, self._free = self._free[: tensor.nbytes], self._free[size:]
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            place, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return place.view(dtype).view(shape)
 
 
 class Staging:
@@ -75,9 +75,10 @@ class Staging:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._buffer):
-            self._buffer, self._used = page_aligned(size), 0  # what came before keeps the old one alive
+            # What came before keeps the old buffer alive; the margin has room for the scales that follow a matrix.
+            self._buffer, self._used = page_aligned(size + (4 << 20)), 0
         place = self._buffer[self._used : self._used + size]
-        self._used += -(-size // 64) * 64
+        self._used += -(-size // 4096) * 4096
         return place.view(dtype).view(shape)
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import mmap
 import os
 import re
@@ -68,7 +69,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    """Page-aligned memory, as direct reads need it."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def layer_file(layer: int) -> str:
@@ -412,15 +414,15 @@ class Export:
         if self.manifest["files"][name]["header_bytes"] != len(header) or os.pread(self._files[name], len(header), 0) != header:
             raise ExportError(f"{self.folder / name}: its header is not the one that the manifest describes; quantize again")
 
-    def _read(self, name: str, offset: int, data: memoryview, what: str) -> None:
-        """Fill ``data`` from one range of a file.  Raises ``ExportError``."""
-        done = 0
-        while done < len(data):
+    def _read(self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None) -> None:
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises ``ExportError``."""
+        done, needed = 0, len(data) if needed is None else needed
+        while done < needed:
             try:
                 count = os.preadv(self._files[name], [data[done:]], offset + done)
             except OSError as problem:
                 raise ExportError(f"{self.folder / name}: reading {what} failed ({problem.strerror})") from None
-            if self._direct and done + count < len(data):
+            if self._direct and done + count < needed:
                 count -= count % ALIGNMENT  # the next direct read has to be aligned again
             if count == 0:
                 raise ExportError(f"{self.folder / name}: ends inside {what}; the file was truncated while in use")
@@ -431,11 +433,11 @@ class Export:
             raise ExportError(f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize it again")
 
     def bypass_page_cache(self) -> bool:
-        """Read records with ``O_DIRECT`` from now on, into memory aligned to 4096; False where the system refuses that.
+        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned memory; False if that is refused.
 
         A model larger than memory gains nothing from the page cache, which would take memory from the slots.
         """
-        handles = [self._files[layer_file(layer)] for layer in self.layers]
+        handles = [self._files[name] for name in (RESIDENT, *map(layer_file, self.layers))]
         flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
         try:
             for handle in handles:
@@ -469,7 +471,7 @@ class Export:
         return {name: nf4.dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
-        """The resident weight ``name`` (the source's tensor name), read into memory from ``empty`` and verified."""
+        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory from ``empty`` and verified."""
         if name + ".scale" in self._resident_parts:
             return Int8Weight(self._tensor(name, empty), self._tensor(name + ".scale", empty))
         if name + ".absmax" in self._resident_parts:
@@ -481,11 +483,13 @@ class Export:
         if name not in self._resident_parts:
             raise ExportError(f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json")
         part = self._resident_parts[name]
-        out = empty(part.shape, part.dtype)
-        data = out.view(-1).view(torch.uint8).numpy().data
-        self._read(RESIDENT, self._resident_start + part.offset, data, name)
-        self._verify(RESIDENT, data, self.manifest["files"][RESIDENT]["tensors"][name]["checksum"], name)
-        return out
+        start = self._resident_start + part.offset
+        before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
+        raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
+        self._read(RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes)
+        out = raw[before : before + part.nbytes]
+        self._verify(RESIDENT, out.numpy().data, self.manifest["files"][RESIDENT]["tensors"][name]["checksum"], name)
+        return out.view(part.dtype).view(part.shape)
 
     def _predictor_parts(self) -> dict[str, Part]:
         assert self._predictor is not None

@@ -39,7 +39,13 @@ class TiledInt8Weight:
 
 
 Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+
+
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor, wherever torch finds it."""
+    return torch.empty(shape, dtype=dtype)
 
 
 def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -133,9 +139,11 @@ class TorchOps:
         """Seconds spent in each kernel while this is open; torch's operations can't be told apart, so here none."""
         return nullcontext({})
 
-    def prepare(self, name: str, weight: Weight) -> Weight:
-        """The weight in the form that these ops want to multiply with; ``name`` is its checkpoint name."""
-        return weight
+    def prepare(self, name: str, weight: Weight, empty: Empty = new) -> Weight:
+        """A copy of the weight in the form that these ops want to multiply with, in memory from ``empty(shape, dtype)``;
+        ``name`` is its checkpoint name."""
+        copied: Weight = map_tensors(weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor))
+        return copied
 
     def read_bandwidth(self) -> float:
         """Bytes a second (median of 5) at which all threads together read 1 GiB of RAM."""
@@ -280,11 +288,12 @@ class NativeOps(TorchOps):
     def timing(self) -> AbstractContextManager[dict[str, float]]:
         return self._native.timing()
 
-    def prepare(self, name: str, weight: Weight) -> Weight:
+    def prepare(self, name: str, weight: Weight, empty: Empty = new) -> Weight:
         """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj`` (absorbed) stay row-major."""
         if isinstance(weight, Int8Weight) and not name.endswith(("embed_tokens.weight", "kv_b_proj.weight")):
-            return TiledInt8Weight(self._native.pack_int8(weight.q), weight.scale)
-        return weight
+            scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
+            return TiledInt8Weight(self._native.pack_int8(weight.q, empty), scale)
+        return super().prepare(name, weight, empty)
 
     def read_bandwidth(self) -> float:
         return self._native.read_bandwidth()

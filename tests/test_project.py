@@ -30,7 +30,10 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-@pytest.mark.parametrize("module", ["offload.plan", "offload.cache", "tools.cli", "tools.run", "tools.quantize", "model.config"])
+LIGHT = "offload.plan offload.cache offload.prefetch offload.replay tools.cli tools.run tools.quantize tools.replay model.config".split()
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_without_torch(module):
     code = f"import {module}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

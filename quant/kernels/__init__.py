@@ -344,13 +344,14 @@ class Kernels:
         self._done(self._lib.slotmoe_linear_nf4(x.data_ptr(), t, k, n, *pointers))
         return y
 
-    def pack_int8(self, w: Tensor) -> PackedInt8:
-        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load)."""
+    def pack_int8(self, w: Tensor, empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None) -> PackedInt8:
+        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load), in memory from `empty`."""
         _check("w", w, torch.int8, ndim=2)
         n, k = w.shape
         _count("N", n)
         _count("K", k)
-        data = torch.empty((-(-n // TILE), -(-k // BLOCK), TILE * BLOCK), dtype=torch.int8)
+        shape = (-(-n // TILE), -(-k // BLOCK), TILE * BLOCK)
+        data = torch.empty(shape, dtype=torch.int8) if empty is None else empty(shape, torch.int8)
         self._done(self._lib.slotmoe_pack_int8(w.data_ptr(), n, k, data.data_ptr()))
         return PackedInt8(data, n, k)
 
