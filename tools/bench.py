@@ -43,15 +43,21 @@ def command(model: str, prompt_tokens: int, decode_tokens: int, depth: int, repe
         needed = max(prompt_tokens, depth + decode_tokens)
         if needed > runtime.context:
             raise click.UsageError(f"{needed} positions are needed, the context has {runtime.context}: raise --context")
+        bandwidth = [runtime.read_bandwidth() for _ in range(3)]
         with byte_progress("Filling expert slots", quiet=as_json) as progress:
             runtime.warm(progress)
-        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
+        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions, bandwidth)
     report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int) -> dict[str, Any]:
-    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object."""
+def measure(
+    runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int, bandwidth: list[float]
+) -> dict[str, Any]:
+    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object.
+
+    Read bandwidth is measured beside each run where the budget leaves room for the gigabyte that this takes.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +66,7 @@ def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int
         return torch.randint(runtime.config.vocab_size, (count,), generator=generator).tolist()
 
     prefill, decode, read = [], [], [0, 0.0, 0]  # bytes from disk, seconds and tokens of decode
-    bandwidth = [runtime.read_bandwidth()]
+    spacious = runtime.plan.budget - runtime.plan.total > 1 << 30
     runtime.start()(ids(8))  # first-use costs: thread pools, page faults of scratch memory
     for _ in range(repetitions):
         step, prompt = runtime.start(), ids(prompt_tokens)
@@ -74,14 +80,16 @@ def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int
         seconds_taken = time.perf_counter() - started
         decode.append(decode_tokens / seconds_taken)
         read = [a + b for a, b in zip(read, (runtime.stats()["io"]["disk"]["bytes"] - before, seconds_taken, decode_tokens), strict=True)]
-        bandwidth.append(runtime.read_bandwidth())
-    step = runtime.start(depth)
+        if spacious:
+            bandwidth.append(runtime.read_bandwidth())
+    step, waited = runtime.start(depth), runtime.stats()["wait_seconds"]
     with runtime.kernel_timing() as seconds:
         started = time.perf_counter()
         for token in ids(decode_tokens):
             step([token])
         total = time.perf_counter() - started
     components = {name: 1000 * spent / decode_tokens for name, spent in sorted(seconds.items(), key=lambda item: -item[1])}
+    components["waiting for disk"] = 1000 * (runtime.stats()["wait_seconds"] - waited) / decode_tokens
     components["Python and torch"] = 1000 * total / decode_tokens - sum(components.values())
     touched = runtime.bytes_per_token(depth + decode_tokens // 2)
     limit = statistics.median(bandwidth) / sum(touched.values())
@@ -133,7 +141,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(table)
     parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in ceiling["bytes_per_token"].items())
     spent = report["decode_milliseconds"]
-    console.print("One token by kernel: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in spent.items()) + ".")
+    console.print("One token by kernel: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in spent.items() if ms >= 0.05) + ".")
     console.print(f"A token touches {parts}; memory reads at {ceiling['read_bandwidth'] / 1e9:.1f} GB/s.")
     if (disk := report["disk"]) is not None:
         share = (
