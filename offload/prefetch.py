@@ -60,17 +60,18 @@ class Prefetcher:
         self._absent: list[list[int]] = [[] for _ in range(rows)]  # guesses that were not in memory when they were made
         self._reading: list[dict[int, str]] = [{} for _ in range(rows)]  # key -> horizon, until the gate has spoken
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
-        self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 0.0)
+        self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))
         self._free_since: float | None = None
         self._considered = 0
         self.accuracy = {horizon: Accuracy() for horizon in HORIZONS}
 
     def pays(self) -> bool:
-        """Whether making guesses costs less than it can hide, which is the time of the reads that a layer needs."""
+        """Whether what guesses can hide, the time of the reads that a layer needs, is well above what they cost: the time
+        to make them, and several times that to start reads and to share the interpreter with their threads."""
         self._considered += 1
         hides = self._missing.value * self._record_bytes / self._bandwidth()
-        return hides > 4 * self._cost.value or self._considered % 100 == 0  # times change: look again now and then
+        return hides > 20 * self._cost.value or self._considered % 256 == 0  # times change: look again now and then
 
     def guess(self, row: int, keys: Iterable[int], horizon: str) -> None:
         """What ``row`` is expected to use when it comes, the most likely first."""

@@ -84,7 +84,7 @@ class Staging:
 
 DEMAND, WARM = 0, 1 << 30  # urgencies; prefetches lie between them, the number of layers until their use
 READERS = 8
-PIECE_BYTES = 2 << 20  # records are read in pieces, so that one missing expert too is worth several reads in flight
+PIECE_BYTES = 1 << 20  # records are read in pieces, so that one missing expert too is worth several reads in flight
 HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 
 

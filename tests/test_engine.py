@@ -37,6 +37,13 @@ def wanted(sample_export):
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 40)]
 
 
+@pytest.fixture(autouse=True)
+def always_guessing(request, monkeypatch):
+    """The sample's records are so small that guessing would hardly ever pay."""
+    if "costs_more" not in request.node.name:
+        monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
+
+
 def whole(runtime):
     """No slot is lost or used twice: every slot is free, cached, or in transit."""
     slots = runtime._experts._slots
@@ -467,10 +474,11 @@ def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
 def test_guessing_stops_where_it_costs_more_than_it_hides():
     ahead = prefetcher(Shelf())
     ahead._missing.value = 2.0  # 20 ms of reads a layer
+    ahead._cost.value = 0.001
     assert ahead.pays()
     ahead._cost.value = 0.01
     asked = [ahead.pays() for _ in range(300)]
-    assert 1 <= sum(asked) <= 4  # but looks again now and then
+    assert 1 <= sum(asked) <= 2  # but looks again now and then
 
 
 def test_a_full_shelf_refuses_prefetches():
