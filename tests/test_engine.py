@@ -474,7 +474,7 @@ def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
 def test_guessing_stops_where_it_costs_more_than_it_hides():
     ahead = prefetcher(Shelf())
     ahead._missing.value = 2.0  # 20 ms of reads a layer
-    ahead._cost.value = 0.001
+    ahead._cost.value = 0.0005
     assert ahead.pays()
     ahead._cost.value = 0.01
     asked = [ahead.pays() for _ in range(300)]
