@@ -26,9 +26,9 @@ from quant.matmul import TorchOps, gate_order_sum
 class Guesser(Protocol):
     """Scores of experts before their gate has spoken; the higher the likelier.  See ``offload.predictor``."""
 
-    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor | None:
-        """Every MoE layer's experts, from a token's embedding and the last hidden state before it: float32 [L, E]; None
-        if these guesses were not trained."""
+    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
+        """The experts of all MoE layers, or the first ones, from a token's embedding and the last hidden state before it:
+        float32 [at most L, E]."""
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
         """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D], and what ``token_scores`` said
@@ -93,12 +93,11 @@ class OffloadedExperts:
         if embedding_D is not None and hidden_D is not None and prefetcher.pays():
             started = time.perf_counter()
             self._token_scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
-            if self._token_scores_LE is not None:
-                likely = self._guesser.likely(self._token_scores_LE)
-                for row, experts in enumerate(likely):
-                    prefetcher.guess(row, self._keys(row, experts), "token")
-                prefetcher.cost((time.perf_counter() - started) / len(likely))
-                prefetcher.pump(-1)
+            likely = self._guesser.likely(self._token_scores_LE)
+            for row, experts in enumerate(likely):
+                prefetcher.guess(row, self._keys(row, experts), "token")
+            prefetcher.cost((time.perf_counter() - started) / len(likely))
+            prefetcher.pump(-1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         indices, row = indices_TK.tolist(), self._rows[layer]
@@ -183,7 +182,8 @@ class OffloadedExperts:
         if row + 1 < len(self._rows) and prefetcher.pays():
             started = time.perf_counter()
             if x.dim() == 1:
-                known = None if self._token_scores_LE is None else self._token_scores_LE[row + 1]
+                scores_LE = self._token_scores_LE
+                known = scores_LE[row + 1] if scores_LE is not None and row + 1 < len(scores_LE) else None
                 experts = self._guesser.likely(self._guesser.layer_scores(row, x, known)[None])[0]
                 prefetcher.cost(time.perf_counter() - started)
             else:  # whatever any token is likely to use, most tokens first

@@ -39,13 +39,15 @@ class NextGate:
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchOps):
         layers = config.moe_layers
         norms = [weights[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in layers]
+        self._first_norm = norms[0]
         self._gates = [weights[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
         self._ops, self._top_k = ops, config.num_experts_per_tok
 
-    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor | None:
-        """None: the whole token can't be guessed without training."""
-        return None
+    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
+        """Gate logits of the first MoE layer alone, float32 [1, E], as if the embedding were still all of the residual stream:
+        no more can be said without training."""
+        return self._ops.linear((rms(embedding_D) * self._first_norm)[None], self._gates[0])
 
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
         """Each row's experts worth guessing, the best first: as many as a token uses."""

@@ -414,7 +414,10 @@ def test_next_gate_is_the_next_layers_gate(made):
         wanted = normed @ after.gate.double().T
         assert torch.allclose(guess.layer_scores(0, inputs[1]).double(), wanted, atol=1e-4)
         assert torch.allclose(guess.layer_scores(0, inputs[1][2]).double(), wanted[2], atol=1e-4)
-        assert guess.token_scores(h[0], h[0]) is None
+        normed = h[:1] / h[:1].square().mean().sqrt() * network.layers[1].post_attention_layernorm
+        assert torch.allclose(
+            guess.token_scores(h[0].float(), h[0].float()).double(), normed @ network.layers[1].gate.double().T, atol=1e-4
+        )
 
 
 def test_measure_counts_what_is_named():
