@@ -172,7 +172,9 @@ class DiskReader:
 
     def bandwidth(self) -> float:
         """Bytes a second while reads were in flight, so far; 1 GB/s until something was read."""
-        return self.bytes_read / self.busy_seconds if self.bytes_read else 1e9
+        with self._lock:
+            busy = self.busy_seconds + (time.perf_counter() - self._busy_since if self._busy else 0.0)
+            return self.bytes_read / busy if self.bytes_read and busy else 1e9
 
     def stats(self) -> dict[str, Any]:
         """``disk``: bytes, seconds with reads in flight, records read a second time, and whether the page cache is bypassed."""

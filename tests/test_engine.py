@@ -369,6 +369,21 @@ def test_demands_overtake_prefetches_and_cancelled_reads_never_start(one_reader)
     assert [read.error for read in [demand, *ahead]] == [None] * 5
 
 
+def test_bandwidth_is_known_at_every_moment(one_reader):
+    reader, gate, buffer = one_reader
+    assert reader.bandwidth() == 1e9
+    reads = [reader.read(key, buffer(), 1) for key in range(2)]
+    reader.submit(reads)
+    _started(reader, reads[0])
+    assert reader.bandwidth() == 1e9  # busy, but nothing has arrived
+    gate.open()
+    reader.wait([reads[0]])
+    assert 0 < reader.bandwidth() < 1e9  # in the middle of its first busy time
+    gate.open()
+    reader.wait([reads[1]])
+    assert 0 < reader.bandwidth() < 1e9
+
+
 def test_closing_gives_up_what_is_queued(one_reader):
     reader, gate, buffer = one_reader
     reads = [reader.read(key, buffer(), 1) for key in range(4)]
