@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import heapq
 import math
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from operator import mul
 
 
-class Cache:
+class Cache(ABC):
     """What all policies share: who is cached, and the counters.  Policies fill in the methods at the end."""
 
     def __init__(self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None, bypass: bool = False):
@@ -89,23 +90,25 @@ class Cache:
     def __len__(self) -> int:
         return len(self._cached)
 
+    @abstractmethod
     def _start(self) -> None:
         """Make the policy's own state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _touch(self, key: int, token: int) -> None:
         """``token``, counted from 1, used ``key``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _victim(self, key: int, keep: Collection[int]) -> int | None:
         """The cached key outside ``keep`` that leaves for ``key``, None if there is none or ``key`` is not worth it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _enter(self, key: int) -> None:
-        raise NotImplementedError
+        """``key`` is cached now."""
 
+    @abstractmethod
     def _leave(self, key: int) -> None:
-        raise NotImplementedError
+        """``key`` is no longer cached."""
 
 
 class _Worth(Cache):

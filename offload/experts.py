@@ -1,6 +1,6 @@
 """The step above the cache: which experts a layer's tokens need, where they are, and the weighted sum in gate order.
 
-Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, G guesses.
+Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, R rows (MoE layers).
 """
 
 from __future__ import annotations
@@ -77,20 +77,19 @@ class OffloadedExperts:
 
     @property
     def guesses_tokens(self) -> bool:
-        """Whether ``begin`` has a use for the token's embedding and the last hidden state."""
-        return self._prefetcher is not None
+        """Whether ``begin`` has a use now for the token's embedding and the last hidden state."""
+        return self._prefetcher is not None and self._prefetcher.pays()
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
         """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
         (float32 [D]) let the guesser name the experts of all layers at once."""
-        self._slots.abandon()
         self._slots.advance(tokens)
         prefetcher = self._prefetcher
         if prefetcher is None:
             return
         prefetcher.reset()
         self._token_scores_LE = None
-        if embedding_D is not None and hidden_D is not None and prefetcher.pays():
+        if embedding_D is not None and hidden_D is not None:
             started = time.perf_counter()
             self._token_scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
             likely = self._guesser.likely(self._token_scores_LE)
@@ -116,9 +115,6 @@ class OffloadedExperts:
     def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
         """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is done."""
         slots, cache = self._slots, self._cache
-        if len(cache) == cache.layers * cache.experts:  # all are here for good: no policy to feed, nothing to guess
-            cache.hits += len(keys)
-            return self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
         missing = [key for key in keys if not cache.use(key)]
         self._settle_guesses(row, keys, missing)
         if not missing:
@@ -198,7 +194,7 @@ class OffloadedExperts:
     def _read_warm(self) -> None:
         """Keep one read of a popular expert going until the cache has no free room; demands overtake it."""
         self._slots.adopt()
-        while self._warm and (self._warm[-1] in self._slots or self._warm[-1] in self._cache):
+        while self._warm and self._warm[-1] in self._slots:
             self._warm.pop()
         if not self._slots.room():
             self._warm.clear()

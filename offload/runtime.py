@@ -196,7 +196,7 @@ class Runtime:
         network = self._network
         if isinstance(self._experts, OffloadedExperts):
             embedding_D = hidden_D = None
-            if self._experts.guesses_tokens and len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None:
+            if len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None and self._experts.guesses_tokens:
                 embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
             self._experts.begin(len(ids_T), embedding_D, hidden_D)
         return network.forward(ids_T, self._cache, all_logits)
@@ -446,12 +446,13 @@ def _open_quantized(
             source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed), plan.transit, device)
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
-        cache = make_cache(policy, plan.slots, rows, routed, popularity)
+        # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
+        cache = make_cache(policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
         held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
         ahead = prefetch and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
         prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
         guesser = predictor or NextGate(config, weights, ops)
-        warm = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)[: plan.slots] if popularity else []
+        warm = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)[: plan.slots] if popularity and prefetch else []
         experts = OffloadedExperts(export, held, ops, export.levels.to(device), prefetcher, guesser, warm)
         network = DeepseekV2(config, weights, ops, experts)
         return cls(

@@ -443,7 +443,11 @@ class Slots:
         return self._table.slab[self._table.slot_of[key]]
 
     def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins."""
+        """A forward pass over more tokens begins.  What an interrupted one has left in transit is given up; the cache takes
+        what has arrived to warm it."""
+        for key in [key for key, read in self._coming.items() if read.urgency != WARM]:
+            self.drop(key)
+        self.adopt()
         self.cache.advance(tokens)
         self._source.advance(tokens)
 
@@ -497,11 +501,6 @@ class Slots:
             self._table.free.append(slot)
         else:
             self._leaving.append((read, slot))
-
-    def abandon(self) -> None:
-        """Give up what an interrupted step has left in transit; reads that warm the cache go on."""
-        for key in [key for key, read in self._coming.items() if read.urgency != WARM]:
-            self.drop(key)
 
     def room(self) -> int:
         """Slots of the cache that are still free."""

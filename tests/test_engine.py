@@ -527,5 +527,7 @@ def test_popular_experts_fill_free_slots(sample_export, wanted):
         step = runtime.start()
         for one in IDS:
             step([one])
+        step([5])
         whole(runtime)
         assert not runtime._experts._warm
+        assert not runtime._experts._slots._coming  # what was read to warm the cache holds no read buffer for ever
