@@ -335,6 +335,9 @@ def available_memory() -> int:
     return max(available, 0)
 
 
+_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
+
+
 def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]) -> dict[str, Any]:
     """All resident weights, verified and placed; a few at a time, so that reading and copying overlap."""
     own = threading.local()  # each thread's staging memory
@@ -347,7 +350,7 @@ def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[s
             raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}")
         return place(name, weight)
 
-    pool = ThreadPoolExecutor(6)
+    pool = ThreadPoolExecutor(_LOADERS)
     try:
         names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))  # the largest first, so that no thread ends alone
         return dict(zip(names, pool.map(load, names), strict=True))
@@ -442,10 +445,10 @@ def _open_quantized(
         source = disk = DiskReader(export, direct=not fits)
         place = _placer(device, ops)
         weights = _load(export, resident_shapes(config), place)
-        if plan.host:
-            source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed), plan.transit, device)
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
+        if plan.host:
+            source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed, popularity), plan.transit, device)
         # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
         cache = make_cache(policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
         held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
