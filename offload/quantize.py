@@ -104,6 +104,25 @@ def quantize(
             return manifest
 
 
+def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header alone, since hashing 31 GB would
+    double the time, of any other file whole.  Raises ``CheckpointError``."""
+    folder, files = checkpoint.folder, {}
+    for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
+        if not (folder / name).is_file():
+            continue
+        with open(inside(folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if name in COPIED and size > MAX_COPIED_BYTES:
+                raise CheckpointError(f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file")
+            if name.endswith(".safetensors"):
+                head = file.read(8)
+                files[name] = {"bytes": size, "header_sha256": _sha256(head + file.read(int.from_bytes(head, "little")))}
+            else:
+                files[name] = {"bytes": size, "sha256": _sha256(file.read())}
+    return files
+
+
 def partial_folder(destination: Path) -> Path:
     """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the destination has no name."""
     if destination.name in ("", ".."):
@@ -247,20 +266,8 @@ class _Job:
 
     def _identity(self) -> dict[str, Any]:
         """What the export is made of; a partial folder made of something else is not resumed."""
-        folder, files = self._checkpoint.folder, {}
-        for name in sorted({info.file for info in self._checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
-            if not (folder / name).is_file():
-                continue
-            with open(inside(folder, name), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if name in COPIED and size > MAX_COPIED_BYTES:
-                    raise CheckpointError(f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file")
-                if name.endswith(".safetensors"):  # the header alone: hashing 31 GB would double the time
-                    head = file.read(8)
-                    files[name] = {"bytes": size, "header_sha256": _sha256(head + file.read(int.from_bytes(head, "little")))}
-                else:
-                    files[name] = {"bytes": size, "sha256": _sha256(file.read())}
-        return {"format_version": FORMAT_VERSION, "resident": self._mode, "source": {"name": folder.resolve().name, "files": files}}
+        source = {"name": self._checkpoint.folder.resolve().name, "files": source_files(self._checkpoint)}
+        return {"format_version": FORMAT_VERSION, "resident": self._mode, "source": source}
 
     def _load_state(self, overwrite: bool) -> dict[str, Any]:
         path, identity = self._partial / "state.json", self._identity()

@@ -77,29 +77,16 @@ def command(
 
 def _finished(source: Path, destination: Path, resident: str) -> bool:
     """Whether ``destination`` is an export that was made of these source files, in this precision."""
-    import hashlib
-
+    from model.checkpoint import Checkpoint
+    from offload.quantize import source_files
     from quant.export import MANIFEST, Export
 
     if not (destination / MANIFEST).is_file():
         return False
     with Export.open(destination) as export:
-        made_of, mode = export.manifest["source"].get("files", {}), export.manifest["quantization"]["resident"]
-    if not made_of or mode != ("int8" if resident == "auto" else resident):
-        return False
-    for name, facts in made_of.items():
-        path = source / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            return False
-        with open(path, "rb") as file:
-            if "header_sha256" in facts:
-                head = file.read(8)
-                same = hashlib.sha256(head + file.read(int.from_bytes(head, "little"))).hexdigest() == facts["header_sha256"]
-            else:
-                same = hashlib.sha256(file.read()).hexdigest() == facts["sha256"]
-        if not same:
-            return False
-    return True
+        made_of, mode = export.manifest["source"].get("files"), export.manifest["quantization"]["resident"]
+    with Checkpoint.open(source) as checkpoint:
+        return mode == ("int8" if resident == "auto" else resident) and made_of == source_files(checkpoint)
 
 
 def _quantize(
