@@ -204,7 +204,8 @@ def test_resuming_keeps_finished_files(source, wanted, tmp_path):
 def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path):
     destination = tmp_path / "export"
     with pytest.raises(Stop):
-        quantize(source, destination, resident="nf4", progress=stop_at(0.5))
+        quantize(source, destination, resident="nf4", workers=1, progress=stop_at(0.9))  # late enough to have finished a file
+    assert (tmp_path / "export.partial" / "state.json").is_file()
     with pytest.raises(ExportError, match="--overwrite"):
         quantize(source, destination)
     quantize(source, destination, overwrite=True)

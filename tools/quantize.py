@@ -86,7 +86,7 @@ def _finished(source: Path, destination: Path, resident: str) -> bool:
     with Export.open(destination) as export:
         made_of, mode = export.manifest["source"].get("files"), export.manifest["quantization"]["resident"]
     with Checkpoint.open(source) as checkpoint:
-        return mode == ("int8" if resident == "auto" else resident) and made_of == source_files(checkpoint)
+        return bool(mode == ("int8" if resident == "auto" else resident) and made_of == source_files(checkpoint))
 
 
 def _quantize(
