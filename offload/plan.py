@@ -66,7 +66,7 @@ def prefill_chunk(config: Config, expert_elements: int, context: int, room: int)
 class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``: ``slots`` experts stay there and
     ``transit`` more are on their way in or being used once.  With a GPU, ``host`` is the same for RAM, where
-    ``host_slots`` experts stay."""
+    ``host_slots`` experts stay.  A prefill pass takes ``prefill_chunk`` tokens."""
 
     components: dict[str, int]
     slots: int
@@ -76,6 +76,7 @@ class Plan:
     tier: str
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
 
     @property
     def total(self) -> int:
@@ -92,6 +93,7 @@ def make_plan(
     slots: int | None = None,
     host_budget: int | None = None,
     host_fixed: dict[str, int] | None = None,
+    chunk: int = PREFILL_CHUNK,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on the ``fixed`` components, read buffers, and as many expert slots as remain, or
     exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  Raises ``PlanError`` with the
@@ -125,7 +127,7 @@ def make_plan(
                 f"budget is {format_size(host_budget)}: raise --ram"
             )
         host = {**host_fixed, "expert slots": host_slots * record_bytes, "read buffers": transit * record_bytes}
-    return Plan(components, count, transit, record_bytes, budget, tier, host, host_slots)
+    return Plan(components, count, transit, record_bytes, budget, tier, host, host_slots, chunk)
 
 
 def _divide(room: int, wanted: int, everything: int, top_k: int) -> tuple[int, int]:

@@ -32,11 +32,12 @@ from model.kv_cache import LatentCache
 from model.tokenizer import Tokenizer
 from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
+from offload.memory import Arena, Staging
 from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, prefill_chunk, scratch_bytes
 from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
-from offload.store import Arena, DiskReader, HostTier, Slots, Source, Staging, disk_bandwidth
+from offload.store import DiskReader, HostTier, Slots, Source, disk_bandwidth
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
@@ -78,12 +79,11 @@ class Runtime:
         ops: TorchOps,
         touched_bytes: int,
         store: Source | None = None,
-        chunk: int = PREFILL_CHUNK,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
         self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
         self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
-        self._store, self._chunk = store, chunk
+        self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
@@ -400,6 +400,38 @@ def _kv_bytes(config: Config, context: int, dtype: torch.dtype) -> int:
     return config.num_hidden_layers * context * config.latent_width * dtype.itemsize
 
 
+def _plan(
+    export: Export,
+    config: Config,
+    ops: TorchOps,
+    device: torch.device,
+    budget: int,
+    host_budget: int | None,
+    context: int,
+    slots: int | None,
+    dtype: torch.dtype,
+) -> Plan:
+    """What of the export goes where.  Raises ``PlanError``."""
+    size, elements = export.layout.record_bytes, config.hidden_size * config.moe_intermediate_size
+    weights_bytes, kv_bytes = export.resident_bytes + export.predictor_bytes, _kv_bytes(config, context, dtype)
+    fixed = _fixed_bytes(config, weights_bytes, kv_bytes, elements, device)
+    chunk, room = PREFILL_CHUNK, budget - sum(fixed.values())
+    if ops.absorbs and (slots is not None or room < len(config.moe_layers) * config.n_routed_experts * size):
+        chunk = prefill_chunk(config, elements, context, room)
+        fixed["scratch"] = scratch_bytes(config, elements, chunk=chunk)
+    return make_plan(
+        config,
+        tier="ram" if device.type == "cpu" else "vram",
+        budget=budget,
+        fixed=fixed,
+        record_bytes=size,
+        slots=slots,
+        host_budget=host_budget,
+        host_fixed={"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES},
+        chunk=chunk,
+    )
+
+
 def _open_quantized(
     cls: type[Runtime],
     folder: Path,
@@ -419,26 +451,8 @@ def _open_quantized(
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
         if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
             raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
-        tokenizer = Tokenizer(folder, config.bos_token_id)
-        dtype, size = torch.float16, layout.record_bytes
-        elements = config.hidden_size * config.moe_intermediate_size
-        fixed = _fixed_bytes(config, export.resident_bytes + export.predictor_bytes, _kv_bytes(config, context, dtype), elements, device)
-        tier = "ram" if device.type == "cpu" else "vram"
-        chunk, room = PREFILL_CHUNK, budget - sum(fixed.values())
-        if ops.absorbs and (slots is not None or room < len(config.moe_layers) * config.n_routed_experts * size):
-            chunk = prefill_chunk(config, elements, context, room)
-            fixed["scratch"] = scratch_bytes(config, elements, chunk=chunk)
-        host_fixed = {"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES}
-        plan = make_plan(
-            config,
-            tier=tier,
-            budget=budget,
-            fixed=fixed,
-            record_bytes=size,
-            slots=slots,
-            host_budget=host_budget,
-            host_fixed=host_fixed,
-        )
+        tokenizer, dtype, size = Tokenizer(folder, config.bos_token_id), torch.float16, layout.record_bytes
+        plan = _plan(export, config, ops, device, budget, host_budget, context, slots, dtype)
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed
         # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
@@ -470,7 +484,6 @@ def _open_quantized(
             ops,
             _touched_bytes(config, weights),
             source,
-            chunk,
         )
     except BaseException:
         if source is not None:
