@@ -67,11 +67,10 @@ class Prefetcher:
         self.accuracy = {horizon: Accuracy() for horizon in HORIZONS}
 
     def pays(self) -> bool:
-        """Whether what guesses can hide, the time of the reads that a layer needs, is well above what they cost: the time
-        to make them, and several times that to start reads and to share the interpreter with their threads."""
+        """Whether what guesses can hide, the time of the reads that a layer needs, is well above the time to make them."""
         self._considered += 1
         hides = self._missing.value * self._record_bytes / self._bandwidth()
-        return hides > 20 * self._cost.value or self._considered % 256 == 0  # times change: look again now and then
+        return hides > 4 * self._cost.value or self._considered % 256 == 0  # times change: look again now and then
 
     def guess(self, row: int, keys: Iterable[int], horizon: str) -> None:
         """What ``row`` is expected to use when it comes, the most likely first."""

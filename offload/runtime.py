@@ -37,7 +37,7 @@ from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_si
 from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
-from offload.store import DiskReader, HostTier, Slots, Source, disk_bandwidth
+from offload.store import HELP_BYTES, DiskReader, HostTier, Slots, Source, disk_bandwidth
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
@@ -466,7 +466,8 @@ def _open_quantized(
         # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
         cache = make_cache(policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
         held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
-        ahead = prefetch and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
+        # Records that are not worth waking a thread for are not worth reading ahead either.
+        ahead = prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
         prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
         guesser = predictor or NextGate(config, weights, ops)
         warm = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)[: plan.slots] if popularity and prefetch else []

@@ -50,7 +50,8 @@ def main(export: str, slots: int | None, decode_tokens: int, repetitions: int) -
 
     def compare(names: tuple[str, str], one: Any, other: Any) -> None:
         one(), other()
-        times = [(one(), other()) for _ in range(repetitions)]
+        # Turns change, since on a busy machine whoever goes first is a little slower.
+        times = [(one(), other()) if number % 2 else (other(), one())[::-1] for number in range(repetitions)]
         a, b = (statistics.median(column) for column in zip(*times, strict=True))
         print(f"{names[0]} {1e3 * a:.2f} ms a token, {names[1]} {1e3 * b:.2f}: {b / a:.3f} times the speed of {names[1]}", flush=True)
 
