@@ -15,7 +15,7 @@ from offload import runtime as runtime_module
 from offload.cache import POLICIES, make_cache
 from offload.prefetch import Prefetcher
 from offload.runtime import Runtime
-from offload.store import DEMAND, DiskReader, Slots
+from offload.store import DEMAND, WARM, DiskReader, Slots
 from quant.export import Export, layer_file
 from slotmoe import ExportError
 
@@ -529,6 +529,19 @@ def test_slots_keep_a_reserve_for_demands(sample_export):
             slots.settle(key, keep=())
         assert len(slots.cache) == 7
         assert 2 in slots  # a prefetch that nothing has pushed out
+        reader.close()
+
+
+def test_what_was_read_to_warm_the_cache_moves_into_it_with_the_next_step(sample_export):
+    with Export.open(sample_export) as export:
+        reader = DiskReader(export, direct=False)
+        slots = Slots(reader, make_cache("lru", 2, 7, 32), 10, 6, reader.record_bytes, torch.device("cpu"))
+        assert all(slots.prefetch(key, WARM) for key in (3, 4, 5))
+        while pending := [read for read in slots._coming.values() if not read.done]:
+            reader.wait(pending)
+        slots.advance(1)
+        assert (3 in slots.cache, 4 in slots.cache, 5 in slots) == (True, True, False)  # there was room for two
+        assert not slots._coming
         reader.close()
 
 
