@@ -196,27 +196,28 @@ class OffloadedExperts:
         self._slots.adopt()
         while self._warm and self._warm[-1] in self._slots:
             self._warm.pop()
-        if not self._slots.room():
+        if self._slots.full:
             self._warm.clear()
-        elif self._warm and self._slots.prefetch(self._warm[-1], WARM):
+        elif self._warm and self._slots.room() and self._slots.prefetch(self._warm[-1], WARM):
             self._warm.pop()
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
         """Read experts in order of layer until no slot is free; ``progress(done, total)`` in bytes."""
-        size, total = self._layout.record_bytes, self._cache.slots * self._layout.record_bytes
+        size, total = self._layout.record_bytes, self._slots.planned * self._layout.record_bytes
         self._slots.fill(range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total))
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache``, and ``prefetch`` by horizon (see ``offload.prefetch.Accuracy``)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses
         counts = {"hits": cache.hits, "misses": cache.misses, "hit_rate": cache.hits / looked if looked else None}
-        counts |= {"already_coming": self._met, "evictions": cache.evictions, "bypassed": cache.bypassed, "slots": cache.slots}
+        counts |= {"already_coming": self._met, "evictions": cache.evictions, "bypassed": cache.bypassed, "slots": self._slots.planned}
         found: dict[str, Any] = {"cache": counts, "wait_seconds": self._slots.wait_seconds}
         if self._prefetcher is not None:
             found["prefetch"] = {horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()}
         return found
 
     def close(self) -> None:
+        self._slots.close()
         if self.trace is not None:
             self.trace.close()
 

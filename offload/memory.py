@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+TOUCHED_AT_ONCE = 16 << 20
+
 
 def page_aligned(count: int) -> Tensor:
     """``count`` bytes of page-aligned memory, uint8, zero; pages cost nothing until they are written."""
@@ -17,6 +20,34 @@ def page_aligned(count: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
         region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=torch.uint8)
+
+
+class Touching:
+    """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte ``start`` on.
+
+    The first write to a page costs as much as reading it from a disk, or several times that in a virtual machine whose host
+    has to find the page too; done here, the disk and the first tokens don't wait for it.
+    """
+
+    def __init__(self, memory: Tensor, start: int):
+        self._memory, self.ready, self._stop = memory, start, False  # bytes from the beginning that cost nothing more
+        self._thread = threading.Thread(target=self._run, name="slotmoe-touch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self.ready < len(self._memory) and not self._stop:
+            piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
+            ctypes.memset(piece.data_ptr(), 0, len(piece))  # unlike a torch operation, never on several threads
+            self.ready += len(piece)
+
+    def finish(self) -> None:
+        """Wait for the last page."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Stop early."""
+        self._stop = True
+        self._thread.join()
 
 
 class Arena:

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from offload.cache import Cache
-from offload.memory import page_aligned
+from offload.memory import Touching, page_aligned
 from quant.export import Export, layer_file
 from slotmoe import ExportError
 
 DEMAND, WARM = 0, 1 << 30  # urgencies; prefetches lie between them, the number of layers until their use
 READERS = 8
 PIECE_BYTES = 1 << 20  # records are read in pieces, so that one missing expert too is worth several reads in flight
+LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 
 
@@ -372,7 +373,9 @@ class HostTier:
 
 class Slots:
     """Expert slots of the fast tier, [cache.slots + transit, record_bytes] on ``device``; ``reserve`` of the transit slots
-    are for demands alone, at least as many as one token's experts of a layer."""
+    are for demands alone, at least as many as one token's experts of a layer.
+
+    On the CPU a large slab grows: it begins with a few slots, and a thread gets the pages of the others (``Touching``)."""
 
     def __init__(self, source: Source, cache: Cache, transit: int, reserve: int, record_bytes: int, device: torch.device):
         total = min(cache.slots + transit, cache.layers * cache.experts)
@@ -385,6 +388,23 @@ class Slots:
         self._coming: OrderedDict[int, Read] = OrderedDict()  # keys in transit slots, oldest first
         self._leaving: list[tuple[Read, int]] = []  # given up, but a piece is still arriving in the slot
         self.wait_seconds = 0.0
+        self.planned, self._touching = cache.slots, None
+        first = max(transit + reserve, LAZY_BYTES // record_bytes)
+        if device.type == "cpu" and first < total:
+            self._table.free, cache.slots = self._table.free[-first:], first - transit
+            self._touching = Touching(slab.view(-1), first * record_bytes)
+
+    def _grow(self) -> None:
+        """Take over the slots whose pages are there now."""
+        if self._touching is None:
+            return
+        slab, cache = self._table.slab, self.cache
+        known = cache.slots + self.transit
+        ready = self._touching.ready // slab.shape[1]
+        self._table.free[:0] = range(known, ready)
+        cache.slots = ready - self.transit
+        if ready == len(slab):
+            cache.slots, self._touching = self.planned, None
 
     def __contains__(self, key: int) -> bool:
         """Whether ``key`` is here or on its way."""
@@ -441,6 +461,7 @@ class Slots:
 
     def settle(self, key: int, keep: Collection[int]) -> None:
         """``key``, in transit, has been used: the cache keeps it or lets it go.  ``keep`` is not evicted for it."""
+        self._grow()
         del self._coming[key]
         self._table.settle(key, keep)
 
@@ -455,13 +476,20 @@ class Slots:
             self._leaving.append((read, slot))
 
     def room(self) -> int:
-        """Slots of the cache that are still free."""
+        """Slots of the cache that are free now."""
+        self._grow()
         return self.cache.slots - len(self.cache)
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is free and nothing will grow."""
+        return len(self.cache) == self.planned
 
     def adopt(self) -> None:
         """Let the cache keep what was read to warm it and has arrived, as long as it has room."""
+        self._grow()
         for key in [key for key, read in self._coming.items() if read.urgency == WARM and read.done]:
-            if self.room() and self._coming[key].error is None:
+            if len(self.cache) < self.cache.slots and self._coming[key].error is None:
                 del self._coming[key]
                 self.cache.add(key)
             else:
@@ -469,6 +497,9 @@ class Slots:
 
     def fill(self, keys: Iterable[int], done: Callable[[], None]) -> None:
         """Read uncached ``keys`` into the cache's free room, several at a time, and wait; ``done()`` after each."""
+        if self._touching is not None:
+            self._touching.finish()
+            self._grow()
         pending: list[Read] = []
         room = self.room()
         for key in keys:
@@ -508,6 +539,11 @@ class Slots:
                 self._source.wait([read for read, _ in self._leaving])
             self._collect()
         return self._table.free.pop()
+
+    def close(self) -> None:
+        """Stop what still goes on in other threads; the source is closed by itself."""
+        if self._touching is not None:
+            self._touching.close()
 
     def _collect(self) -> None:
         if self._leaving:

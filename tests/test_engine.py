@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from offload import runtime as runtime_module
+from offload import store
 from offload.cache import POLICIES, make_cache
+from offload.memory import Touching, page_aligned
 from offload.prefetch import Prefetcher
 from offload.runtime import Runtime
 from offload.store import DEMAND, WARM, DiskReader, Slots
@@ -556,3 +558,60 @@ def test_popular_experts_fill_free_slots(sample_export, wanted):
         whole(runtime)
         assert not runtime._experts._warm
         assert not runtime._experts._slots._coming  # what was read to warm the cache holds no read buffer for ever
+
+
+class Pages:
+    """A twin of ``Touching`` whose pages come when the test says so."""
+
+    def __init__(self, memory, start):
+        self.memory, self.ready, self.closed = memory, start, False
+
+    def come(self, count):
+        self.ready = min(self.ready + count, len(self.memory))
+
+    def finish(self):
+        self.ready = len(self.memory)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("planned", [60, 7 * 32])
+def test_slots_grow_with_their_pages_and_results_stay_the_same(sample_export, wanted, monkeypatch, planned):
+    monkeypatch.setattr(store, "LAZY_BYTES", 0)
+    monkeypatch.setattr(store, "Touching", Pages)
+    with Runtime.open(sample_export, context=256, slots=planned) as runtime:
+        slots, size = runtime._experts._slots, runtime.plan.record_bytes
+        pages = slots._touching
+        assert (slots.cache.slots, slots.planned) == (6, planned)
+        step, rows = runtime.start(), []
+        for one in IDS:
+            rows.append(step([one]))
+            assert len(slots.cache) <= slots.cache.slots <= planned
+            pages.come(size * 9 // 2)
+        pages.finish()
+        rows.append(step([5]))
+        whole(runtime)
+        assert (slots.cache.slots, slots._touching) == (planned, None)
+        assert len(slots.cache) == planned or planned == 7 * 32
+        assert torch.equal(torch.stack(rows[:-1]).view(len(IDS), -1), wanted[0])
+
+
+def test_filling_waits_for_the_last_page(sample_export, monkeypatch):
+    monkeypatch.setattr(store, "LAZY_BYTES", 0)
+    monkeypatch.setattr(store, "Touching", Pages)
+    with Runtime.open(sample_export, context=64, slots=60) as runtime:
+        runtime.warm()
+        assert len(runtime._experts._slots.cache) == 60
+        whole(runtime)
+
+
+def test_closing_stops_the_thread_that_gets_pages():
+    memory = page_aligned(1 << 30)
+    touching = Touching(memory, 4096)
+    touching.close()
+    assert 4096 < touching.ready < len(memory)
+    assert "slotmoe-touch" not in [thread.name for thread in threading.enumerate()]
+    small = Touching(memory[: 50 << 20], 0)
+    small.finish()
+    assert small.ready == 50 << 20
