@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.checkpoint import expert_name
+from model.shapes import expert_name
 from offload.prefetch import Prefetcher
 from offload.store import WARM, Slots
 from offload.trace import TraceWriter

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import INDEX_NAME, Checkpoint, expert_name, inside, resident_shapes
+from model.checkpoint import INDEX_NAME, Checkpoint, inside
 from model.config import Config
+from model.shapes import expert_name, resident_shapes
 from offload.plan import format_size
 from quant import nf4
 from quant.export import (
@@ -46,25 +47,13 @@ from quant.export import (
     write_json,
 )
 from quant.matmul import quantize_int8, quantize_nf4
+from quant.sizes import BLOCK, TILE, resident_quantization
 from slotmoe import CheckpointError, ConfigError, ExportError
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 _CHUNK = 8 << 20  # resident weights quantized at once
-
-
-def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
-    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the source), int8 or nf4.
-
-    Norms and the router gate keep the source's precision.  The embedding is gathered by row, and ``kv_b_proj`` is used
-    by column when it is absorbed into the query, which the NF4 tiles don't serve: both are at least int8.
-    """
-    if mode == "bf16" or len(shape) == 1 or name.endswith(".mlp.gate.weight"):
-        return "none"
-    if mode == "nf4" and not name.endswith((".kv_b_proj.weight", "embed_tokens.weight")):
-        return "nf4"
-    return "int8"
 
 
 def quantize(
@@ -342,7 +331,7 @@ class _Job:
         with ResidentWriter(self._partial, self._parts) as writer:
             for name, shape in self._shapes.items():
                 width = checkpoint.infos[name].row_bytes // checkpoint.infos[name].dtype.itemsize
-                step = max(nf4.TILE, _CHUNK // width // nf4.TILE * nf4.TILE)
+                step = max(TILE, _CHUNK // width // TILE * TILE)
                 for start in range(0, shape[0], step):
                     piece = checkpoint.rows(name, start, min(start + step, shape[0]))
                     checkpoint.check_finite(name, piece)
@@ -394,7 +383,7 @@ def export_manifest(
         "source": source,
         "quantization": {
             "experts": "nf4",
-            "block": nf4.BLOCK,
+            "block": BLOCK,
             "layout": "tiles16",
             "levels": list(nf4.LEVELS),
             "resident": mode,

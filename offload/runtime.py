@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 import model
-from model.checkpoint import Checkpoint, resident_shapes
+from model.checkpoint import Checkpoint
 from model.config import Config, read_config
 from model.deepseek_v2 import DeepseekV2
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
+from model.shapes import resident_shapes
 from model.tokenizer import Tokenizer
 from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 import model
-from model.checkpoint import resident_shapes
 from model.config import read_config
+from model.shapes import resident_shapes
 from offload.quantize import (
     Progress,
     check_destination,
     check_space,
     export_manifest,
     publish,
-    resident_quantization,
     small_files,
 )
 from quant.export import (
@@ -37,6 +36,7 @@ from quant.export import (
     resident_parts,
     write_json,
 )
+from quant.sizes import resident_quantization
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
 

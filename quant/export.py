@@ -49,13 +49,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from quant import nf4
 from quant.int8 import Int8Weight
-from quant.nf4 import Nf4Weight
+from quant.nf4 import Nf4Weight, dequantize
+from quant.sizes import ALIGNMENT, BLOCK, absmax_shape, codes_shape
 from slotmoe import ExportError, read_json
 
 FORMAT_VERSION = 1
-ALIGNMENT = 4096
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 MAX_PREDICTOR_WIDTH = 1 << 14
@@ -109,10 +108,10 @@ class RecordLayout:
         self.parts: dict[str, Part] = {}
         offset = 0
         for name, shape in self.shapes.items():
-            self.parts[name + ".weight"] = part = Part(torch.uint8, nf4.codes_shape(*shape), offset)
+            self.parts[name + ".weight"] = part = Part(torch.uint8, codes_shape(*shape), offset)
             offset += part.nbytes
         for name, shape in self.shapes.items():
-            self.parts[name + ".weight.absmax"] = part = Part(torch.float16, nf4.absmax_shape(*shape), offset)
+            self.parts[name + ".weight.absmax"] = part = Part(torch.float16, absmax_shape(*shape), offset)
             offset += part.nbytes
         self.payload_bytes = offset
         self.record_bytes = -(-offset // ALIGNMENT) * ALIGNMENT
@@ -144,8 +143,8 @@ def resident_parts(name: str, shape: tuple[int, ...], quantization: str, dtype: 
     if quantization == "nf4":
         N, K = shape
         return {
-            name: Part(torch.uint8, nf4.codes_shape(N, K), 0),
-            name + ".absmax": Part(torch.float16, nf4.absmax_shape(N, K), 0),
+            name: Part(torch.uint8, codes_shape(N, K), 0),
+            name + ".absmax": Part(torch.float16, absmax_shape(N, K), 0),
         }
     return {name: Part(dtype, shape, 0)}
 
@@ -468,7 +467,7 @@ class Export:
         record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
         self.read_range(layer, expert, 0, record.numpy().data)
         self.verify_record(layer, expert, record.numpy().data)
-        return {name: nf4.dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
+        return {name: dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
         """The resident weight ``name`` (the source's tensor name), read into page-aligned memory from ``empty`` and verified."""
@@ -587,7 +586,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure that readers rely on."""
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
     _require(quantization["layout"] == "tiles16", f"unknown layout {quantization['layout']!r:.40}")
-    _require(quantization["block"] == nf4.BLOCK, f"unknown block {quantization['block']!r:.40}")
+    _require(quantization["block"] == BLOCK, f"unknown block {quantization['block']!r:.40}")
     levels = quantization["levels"]
     _require(_is_list(levels, int | float, 16) and all(abs(level) < 1e30 for level in levels), "levels are not 16 numbers")
     for key, high in (("hidden_size", 1 << 20), ("moe_intermediate_size", 1 << 20), ("n_routed_experts", 4096)):

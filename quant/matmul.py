@@ -23,7 +23,8 @@ from quant import int8, kernels, nf4
 from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
 from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
-from quant.nf4 import TILE, Nf4Weight
+from quant.nf4 import Nf4Weight
+from quant.sizes import TILE
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK, TILE = 64, 16
+from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape
+
 _CHUNK = 1 << 17  # weights quantized at once
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -31,16 +32,6 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 MIDPOINTS = (np.array(LEVELS[:-1], np.float32) + np.array(LEVELS[1:], np.float32)) / 2
-
-
-def codes_shape(N: int, K: int) -> tuple[int, int, int]:
-    """Shape of the code tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 512)``."""
-    return -(-N // TILE), -(-K // BLOCK), TILE * BLOCK // 2
-
-
-def absmax_shape(N: int, K: int) -> tuple[int, int, int]:
-    """Shape of the scale tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 16)``."""
-    return -(-N // TILE), -(-K // BLOCK), TILE
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint, resident_shapes
+from model.checkpoint import Checkpoint
 from model.config import parse_config, read_config
+from model.shapes import resident_shapes
 from model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from offload.quantize import quantize
 from offload.runtime import Runtime

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import expert_name, expert_shapes, resident_shapes
 from model.config import parse_config
+from model.shapes import expert_name, expert_shapes, resident_shapes
 from tests.conftest import SAMPLE
 
 _PEAK = """

@@ -9,12 +9,12 @@ from model.config import parse_config
 from model.deepseek_v2 import DeepseekV2, route
 from model.kv_cache import LatentCache
 from offload.experts import ResidentExperts
-from offload.quantize import resident_quantization
 from offload.runtime import Runtime
 from quant import kernels
 from quant.int8 import Int8Weight
 from quant.matmul import NativeOps, TorchOps, gate_order_sum, quantize_int8, quantize_nf4
 from quant.nf4 import LEVELS, Nf4Weight
+from quant.sizes import resident_quantization
 from tests import plain
 from tests.oracle import relative_error, transformers_logits
 from tests.tiny import CONFIG, REMOVE, random_weights, write_checkpoint

@@ -135,7 +135,7 @@ def test_design_arithmetic():
     from pathlib import Path
 
     import model
-    from model.checkpoint import expert_shapes, resident_shapes
+    from model.shapes import expert_shapes, resident_shapes
     from quant.export import RecordLayout
 
     def facts(name):

@@ -19,11 +19,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model.checkpoint import Checkpoint, expert_name, resident_shapes
-from offload.quantize import quantize, resident_quantization
+from model.checkpoint import Checkpoint
+from model.shapes import expert_name, resident_shapes
+from offload.quantize import quantize
 from offload.runtime import Runtime
 from quant import int8, nf4
 from quant.export import ALIGNMENT, MANIFEST, PROJECTIONS, RESIDENT, Export, layer_file, manifest_checksum
+from quant.sizes import resident_quantization
 from slotmoe import ConfigError, ExportError
 from tests.tiny import SAMPLE, random_weights, write_checkpoint
 

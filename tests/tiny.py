@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import model
-from model.checkpoint import expert_name, expert_shapes, resident_shapes
 from model.config import parse_config
+from model.shapes import expert_name, expert_shapes, resident_shapes
 
 SAMPLE = Path(model.__file__).parent / "sample"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

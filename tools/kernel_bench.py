@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quant import kernels as qk
 from quant import nf4
+from quant.sizes import absmax_shape, codes_shape
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 1408, 6
 LATENT, ROPE, HEADS = 512, 64, 16
@@ -71,7 +72,7 @@ def records(count: int) -> tuple[Tensor, list[Tensor], int]:
     memory = torch.empty(count * step + 64, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % 64 :][: count * step]
     shapes = [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
-    codes = sum(math.prod(nf4.codes_shape(*shape)) for shape in shapes)
+    codes = sum(math.prod(codes_shape(*shape)) for shape in shapes)
     first = memory[:step]
     first.random_(0, 256)
     first[codes:size] = torch.full(((size - codes) // 2,), 0.02, dtype=torch.float16).view(torch.uint8)
@@ -116,8 +117,8 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
         computing("linear_int8, 512 tokens", macs, n * HIDDEN, partial(native.linear_int8, many, first, scale), rounds),
     ]
 
-    codes = packed.view(torch.uint8).view(-1, *nf4.codes_shape(n, HIDDEN))  # any bytes are codes
-    absmax = torch.rand((len(codes), *nf4.absmax_shape(n, HIDDEN))).half()
+    codes = packed.view(torch.uint8).view(-1, *codes_shape(n, HIDDEN))  # any bytes are codes
+    absmax = torch.rand((len(codes), *absmax_shape(n, HIDDEN))).half()
 
     def coded() -> None:
         for c, a in zip(codes, absmax, strict=True):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quant import kernels, nf4
 from quant.matmul import dequantize
+from quant.sizes import BLOCK
 
 ROWS, COLUMNS = 1408, 2048  # one projection of a V2-Lite expert
 
@@ -27,8 +28,8 @@ def bitsandbytes_nf4(weight: Tensor) -> Tensor:
     """The weight quantized by bitsandbytes and dequantized with its scales rounded to fp16, float32."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight, blocksize=nf4.BLOCK, quant_type="nf4")
-    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=-1).view(-1, nf4.BLOCK)
+    packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=-1).view(-1, BLOCK)
     values: Tensor = torch.tensor(nf4.LEVELS)[codes.int()] * state.absmax.half().float()[:, None]
     return values.view(weight.shape)
 
@@ -43,7 +44,7 @@ def main() -> None:
 
     weight = (torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     quantizers: dict[str, Callable[[Tensor], object]] = {
-        "bitsandbytes": lambda w: quantize_4bit(w, blocksize=nf4.BLOCK, quant_type="nf4"),
+        "bitsandbytes": lambda w: quantize_4bit(w, blocksize=BLOCK, quant_type="nf4"),
         "torch": nf4.quantize,
     }
     native = kernels.load()

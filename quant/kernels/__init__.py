@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.nf4 import BLOCK, LEVELS, TILE, absmax_shape, codes_shape
+from quant.nf4 import LEVELS
+from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, nf4_bytes
 
 __all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
@@ -40,8 +40,7 @@ _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 @cache
 def record_bytes(hidden: int, intermediate: int) -> int:
     """Bytes of one expert's record, without padding after it."""
-    shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    return sum(math.prod(codes_shape(*s)) + 2 * math.prod(absmax_shape(*s)) for s in shapes)
+    return 2 * nf4_bytes(intermediate, hidden) + nf4_bytes(hidden, intermediate)
 
 
 @dataclass(frozen=True)
