@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from model.config import Config, read_config
 from model.tokenizer import Tokenizer
+from offload.machine import available_memory
 from offload.plan import PREFILL_CHUNK
 from offload.predictor import NextGate, Predictor, rms
-from offload.runtime import Runtime, available_memory
+from offload.runtime import Runtime
 from quant import int8
 from quant.export import predictor_parts, write_predictor
 from quant.matmul import TorchOps

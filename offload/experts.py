@@ -206,6 +206,10 @@ class OffloadedExperts:
         size, total = self._layout.record_bytes, self._slots.planned * self._layout.record_bytes
         self._slots.fill(range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total))
 
+    def memory(self) -> Tensor:
+        """The memory of the slots, uint8, with all its pages."""
+        return self._slots.memory()
+
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache``, and ``prefetch`` by horizon (see ``offload.prefetch.Accuracy``)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses

@@ -1,7 +1,7 @@
 """What goes where, in bytes: pure arithmetic over a config's geometry, without torch.
 
 Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds resident weights, latent KV cache, slots
-and scratch, and ``ram`` the process itself.
+and scratch, and ``ram`` the process itself and a host tier of experts.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import re
 from dataclasses import dataclass, field
 
 from model.config import Config
+from model.shapes import resident_shapes
+from quant.sizes import record_bytes, resident_bytes
 from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
-# The process grows this much between open and the first token: library pages, thread stacks, allocator slack.
-RUNTIME_BYTES = 96 << 20
+# What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
+IMPORT_BYTES = 226 << 20
+CUDA_IMPORT_BYTES = 1 << 30
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -42,22 +45,78 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def scratch_bytes(config: Config, expert_elements: int, value_bytes: int = 4, chunk: int = PREFILL_CHUNK) -> int:
-    """Peak of a prefill chunk's temporaries: activations of every expert a token uses, one attention block, a
-    dequantized slice of weights and one expert's dequantized projection."""
-    T, D, H = chunk, config.hidden_size, config.num_attention_heads
-    query = T * H * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    experts = T * config.num_experts_per_tok * D
-    widest = max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size, config.moe_intermediate_size)
-    attention = 4 * max(1 << 22, T * H * 64)  # scores of one block and its expanded keys and values
-    return value_bytes * (3 * query + experts + 6 * T * D + 3 * T * widest + attention + 4 * expert_elements + 3 * (1 << 22))
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parts: ``resident`` weights in memory by component, those of them that one decoded token
+    ``touched``, and one expert's record."""
+
+    resident: dict[str, int]
+    touched: int
+    record_bytes: int
 
 
-def prefill_chunk(config: Config, expert_elements: int, context: int, room: int) -> int:
+def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
+    """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
+    components: dict[str, int] = {}
+    for name, shape in resident_shapes(config).items():
+        key = _component(name)
+        components[key] = components.get(key, 0) + resident_bytes(name, shape, resident)
+    total, table = sum(components.values()), resident_shapes(config)["model.embed_tokens.weight"]
+    if predictor_bytes:
+        components["predictor"] = predictor_bytes
+    untouched = 0 if config.tie_word_embeddings else resident_bytes("model.embed_tokens.weight", table, resident)
+    return Sizes(components, total - untouched, record_bytes(config.hidden_size, config.moe_intermediate_size))
+
+
+def _component(name: str) -> str:
+    """The part of the model that a resident tensor belongs to."""
+    for part, component in (
+        ("embed_tokens", "embeddings"),
+        ("lm_head", "embeddings"),
+        (".shared_experts.", "shared experts"),
+        (".mlp.gate.", "router"),
+        (".mlp.", "dense layers"),
+    ):
+        if part in name:
+            return component
+    return "attention"
+
+
+def kv_bytes(config: Config, positions: int, value_bytes: int = 2) -> int:
+    """Bytes of the latent KV cache for so many positions."""
+    return config.num_hidden_layers * positions * config.latent_width * value_bytes
+
+
+def runtime_growth(config: Config, resident: int) -> int:
+    """What the process takes beside its parts once it has run: pages of libraries and thread stacks, the manifest's records,
+    and what is lost at the ends of large pages that hold ``resident`` bytes of weights."""
+    return (14 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
+
+
+def scratch_bytes(config: Config, tokens: int, kernels: bool = True, value_bytes: int = 4) -> int:
+    """Peak of the temporaries of a prefill pass over ``tokens`` tokens.
+
+    With native ``kernels``: queries before and after absorption and the attention's output, then the outputs of every
+    expert that a token uses; freed blocks of one kind rarely serve the other.  Without: one block of scores with its
+    expanded keys and values, and a dequantized slice of weights.
+    """
+    c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
+    if kernels:
+        query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
+        attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
+    query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size, c.moe_intermediate_size)
+    scores = 4 * max(1 << 22, T * H * 64)
+    weights = 4 * D * c.moe_intermediate_size + 3 * (1 << 22)
+    return value_bytes * (3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest + scores + weights)
+
+
+def _prefill_chunk(config: Config, context: int, room: int) -> int:
     """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass brings every expert that it
     needs once, so a longer one reads less; its scratch may take a twentieth of the ``room`` that experts would get."""
-    base, best = scratch_bytes(config, expert_elements), PREFILL_CHUNK
-    while 2 * best <= min(context, 4096) and scratch_bytes(config, expert_elements, chunk=2 * best) - base <= room // 20:
+    base, best = scratch_bytes(config, PREFILL_CHUNK), PREFILL_CHUNK
+    while 2 * best <= min(context, 4096) and scratch_bytes(config, 2 * best) - base <= room // 20:
         best *= 2
     return best
 
@@ -66,7 +125,8 @@ def prefill_chunk(config: Config, expert_elements: int, context: int, room: int)
 class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``: ``slots`` experts stay there and
     ``transit`` more are on their way in or being used once.  With a GPU, ``host`` is the same for RAM, where
-    ``host_slots`` experts stay.  A prefill pass takes ``prefill_chunk`` tokens."""
+    ``host_slots`` experts stay.  A prefill pass takes ``prefill_chunk`` tokens.  ``shortfall`` is what the least number of
+    slots needs beyond the budget, by tier: empty if the plan works."""
 
     components: dict[str, int]
     slots: int
@@ -74,69 +134,104 @@ class Plan:
     record_bytes: int
     budget: int
     tier: str
+    context: int
+    prefill_chunk: int = PREFILL_CHUNK
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
-    prefill_chunk: int = PREFILL_CHUNK
+    host_budget: int = 0
+    shortfall: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return sum(self.components.values())
 
+    def check(self) -> Plan:
+        """The plan itself; raises ``PlanError`` with the shortfall if not even one token's experts fit."""
+        for tier, missing in self.shortfall.items():
+            fast = tier == self.tier
+            components, budget = (self.components, self.budget) if fast else (self.host, self.host_budget)
+            parts = ", ".join(f"{name} {format_size(size)}" for name, size in components.items() if size)
+            raise PlanError(
+                f"needs at least {format_size(budget + missing)} of {tier} ({parts}), the budget is {format_size(budget)}, "
+                f"{format_size(missing)} short: raise --{tier}" + (", lower --context, or quantize with --resident nf4" if fast else "")
+            )
+        return self
+
 
 def make_plan(
     config: Config,
+    sizes: Sizes,
     *,
     tier: str,
     budget: int,
-    fixed: dict[str, int],
-    record_bytes: int,
+    context: int,
+    runtime_bytes: int,
     slots: int | None = None,
     host_budget: int | None = None,
-    host_fixed: dict[str, int] | None = None,
-    chunk: int = PREFILL_CHUNK,
+    kernels: bool = True,
 ) -> Plan:
-    """Spend ``budget`` bytes of ``tier`` on the ``fixed`` components, read buffers, and as many expert slots as remain, or
-    exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  Raises ``PlanError`` with the
-    shortfall if not even one token's experts fit."""
+    """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert slots as remain, or exactly
+    ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  ``runtime_bytes`` is what the process holds
+    before a model is opened.  Raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     if slots is not None and slots < top_k:
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
-    wanted = everything if slots is None else min(slots, everything)
-    room = (budget - sum(fixed.values())) // record_bytes
-    count, transit = _divide(room, wanted, everything, top_k)
-    least = top_k if slots is None else wanted
+    runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
+    fixed = {**sizes.resident, "latent KV cache": kv_bytes(config, context)}
+    if tier == "ram":
+        fixed |= runtime
+    scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK
+    room = budget - sum(fixed.values()) - scratch
+    if kernels and (slots is not None or room < everything * sizes.record_bytes):
+        chunk = _prefill_chunk(config, context, room)
+        scratch = scratch_bytes(config, chunk)
+    fixed["prefill scratch"] = scratch
+    count, transit = _divide((budget - sum(fixed.values())) // sizes.record_bytes, slots, everything, top_k)
+    least = min(slots or top_k, everything)
     if count < least:
-        least += 0 if least == everything else top_k
-        needed = sum(fixed.values()) + least * record_bytes
-        parts = ", ".join(f"{name} {format_size(size)}" for name, size in fixed.items())
-        raise PlanError(
-            f"needs at least {format_size(needed)} of {tier} ({parts}, {least} expert slots and read buffers of "
-            f"{format_size(record_bytes)} each), the budget is {format_size(budget)}, {format_size(needed - budget)} short: "
-            f"raise --{tier}, lower --context, or quantize with --resident nf4"
-        )
-    components = {**fixed, "expert slots": count * record_bytes, "read buffers": min(transit, everything - count) * record_bytes}
-    host: dict[str, int] = {}
-    host_slots = 0
-    if host_budget is not None and host_fixed is not None:
-        room = (host_budget - sum(host_fixed.values())) // record_bytes
+        count, transit = least, top_k
+    buffers = min(transit, everything - count)
+    components = {**fixed, "expert slots": count * sizes.record_bytes, "read buffers": buffers * sizes.record_bytes}
+    shortfall = {tier: sum(components.values()) - budget}
+    host, host_slots = dict[str, int](), 0
+    if host_budget is not None:
+        room = (host_budget - sum(runtime.values())) // sizes.record_bytes
         host_slots = max(0, min(room - transit, everything))
-        if room < transit:
-            needed = sum(host_fixed.values()) + transit * record_bytes
-            raise PlanError(
-                f"needs at least {format_size(needed)} of ram ({transit} read buffers of {format_size(record_bytes)} each), the "
-                f"budget is {format_size(host_budget)}: raise --ram"
-            )
-        host = {**host_fixed, "expert slots": host_slots * record_bytes, "read buffers": transit * record_bytes}
-    return Plan(components, count, transit, record_bytes, budget, tier, host, host_slots, chunk)
+        host = {**runtime, "expert slots": host_slots * sizes.record_bytes, "read buffers": transit * sizes.record_bytes}
+        shortfall["ram"] = sum(host.values()) - host_budget
+    return Plan(
+        components,
+        count,
+        transit,
+        sizes.record_bytes,
+        budget,
+        tier,
+        context,
+        chunk,
+        host,
+        host_slots,
+        host_budget or 0,
+        {tier: missing for tier, missing in shortfall.items() if missing > 0},
+    )
 
 
-def _divide(room: int, wanted: int, everything: int, top_k: int) -> tuple[int, int]:
-    """How many of ``room`` records are slots, at most ``wanted``, and how many are read buffers.
+def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
+    """How many of ``room`` records are slots, at most ``slots``, and how many are read buffers.
 
     A layer's demand needs ``top_k`` buffers; up to three times as many more hold what is read ahead, but never more than
     an eighth of the room.  If everything fits, each expert has its slot and buffers take no memory of their own.
     """
+    wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
         return everything, 4 * top_k
     transit = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
     return min(wanted, room - transit), transit
+
+
+def predicted_peak(config: Config, plan: Plan, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes of the fast tier at the peak of a run: the plan, less positions that it never reaches and what shorter prefill
+    passes need less."""
+    positions = min(prompt_tokens + new_tokens, plan.context)
+    unused = plan.components["latent KV cache"] * (plan.context - positions) // plan.context
+    scratch = plan.components["prefill scratch"]
+    return plan.total - unused - scratch + scratch * min(prompt_tokens, plan.prefill_chunk) // plan.prefill_chunk

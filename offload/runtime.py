@@ -8,8 +8,6 @@ with Runtime.open("sample") as runtime:
 from __future__ import annotations
 
 import math
-import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -33,23 +30,19 @@ from model.shapes import resident_shapes
 from model.tokenizer import Tokenizer
 from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
+from offload.machine import available_memory, cache_folder, peak_rss, process_bytes
 from offload.memory import Arena, Staging
-from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, prefill_chunk, scratch_bytes
+from offload.plan import PREFILL_CHUNK, Plan, kv_bytes, make_plan, parse_size, runtime_growth, scratch_bytes, sizes_of
 from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
 from offload.store import HELP_BYTES, DiskReader, HostTier, Slots, Source, disk_bandwidth
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
-from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
+from quant.matmul import TorchOps, map_tensors, pick_ops
 from slotmoe import ConfigError, PlanError, read_json
 
-__all__ = ["Runtime", "Token", "cache_folder", "resolve_model"]
-
-
-def cache_folder() -> Path:
-    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``."""
-    return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+__all__ = ["Runtime", "Token", "resolve_model"]
 
 
 def resolve_model(path: str | Path) -> Path:
@@ -137,7 +130,8 @@ class Runtime:
         )
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].
+        """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].  This result is the
+        caller's, beyond the budget, and as large as it says.
 
         Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside the vocabulary.
         """
@@ -233,8 +227,12 @@ class Runtime:
             self._experts.fill(progress or (lambda done, total: None))
 
     def read_bandwidth(self) -> float:
-        """Bytes a second at which all threads together read RAM, measured now."""
-        return self._ops.read_bandwidth()
+        """Bytes a second at which all threads together read RAM, measured now: over the slots, once their pages are there,
+        or where they are few over memory of its own, as far as the budget allows."""
+        memory = self._experts.memory() if isinstance(self._experts, OffloadedExperts) and self.device.type == "cpu" else None
+        if memory is None or (memory.nbytes < _MEASURED_BYTES <= self.plan.budget - self.plan.total):
+            memory = torch.ones(_MEASURED_BYTES, dtype=torch.uint8)
+        return self._ops.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
 
     def disk_bandwidth(self) -> float:
         """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
@@ -307,35 +305,15 @@ def _budget(device: torch.device, ram: int | str | None, vram: int | str | None)
         raise PlanError("--vram is given but the device is the CPU: give --ram, or --device cuda")
     if ram is not None:
         return parse_size(ram)
-    return int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+    return int(available_memory() * 0.9) + process_bytes()
 
 
 def _host_budget(ram: int | str | None) -> int:
     """Bytes of RAM for the host tier below a GPU: as asked, or nine tenths of what is free now."""
-    return parse_size(ram) if ram is not None else int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+    return parse_size(ram) if ram is not None else int(available_memory() * 0.9) + process_bytes()
 
 
-def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    try:  # ru_maxrss would count the parent's memory at the time of fork too
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def available_memory() -> int:
-    """Bytes of RAM that this process can still take: what the machine has free, or less under a memory cgroup."""
-    available: int = psutil.virtual_memory().available
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            root = Path("/sys/fs/cgroup")
-            available = min(available, int((root / limit).read_text()) - int((root / usage).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(available, 0)
-
-
+_MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
@@ -374,63 +352,11 @@ def _placer(device: torch.device, ops: TorchOps) -> Callable[[str, Any], Any]:
     return place
 
 
-def _touched_bytes(config: Config, weights: dict[str, Any]) -> int:
-    """Bytes of resident weights that one decoded token reads: all but the embedding table, unless it is the head too."""
-    skipped = set() if config.tie_word_embeddings else {"model.embed_tokens.weight"}
-    return sum(nbytes(weights[name]) for name in resident_shapes(config) if name not in skipped)
-
-
-def _fixed_bytes(config: Config, weights_bytes: int, kv_bytes: int, expert_elements: int, device: torch.device) -> dict[str, int]:
-    """Planned bytes of all that is no expert slot."""
-    widened = 2 * len(config.moe_layers) * config.n_routed_experts * config.hidden_size  # bf16 gates held in float32
-    fixed = {"resident weights": weights_bytes + widened, "latent KV cache": kv_bytes}
-    fixed["scratch"] = scratch_bytes(config, expert_elements, 4 if device.type == "cpu" else 6)
-    if device.type == "cpu":
-        fixed["runtime"] = psutil.Process().memory_info().rss + RUNTIME_BYTES
-    return fixed
-
-
 def _generation_eos(folder: Path, config: Config) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     found = read_json(path, 1 << 20).get("eos_token_id") if path.is_file() else None
     extra = found if isinstance(found, list) else [found]
     return tuple({*config.eos_token_ids, *(one for one in extra if isinstance(one, int))})
-
-
-def _kv_bytes(config: Config, context: int, dtype: torch.dtype) -> int:
-    return config.num_hidden_layers * context * config.latent_width * dtype.itemsize
-
-
-def _plan(
-    export: Export,
-    config: Config,
-    ops: TorchOps,
-    device: torch.device,
-    budget: int,
-    host_budget: int | None,
-    context: int,
-    slots: int | None,
-    dtype: torch.dtype,
-) -> Plan:
-    """What of the export goes where.  Raises ``PlanError``."""
-    size, elements = export.layout.record_bytes, config.hidden_size * config.moe_intermediate_size
-    weights_bytes, kv_bytes = export.resident_bytes + export.predictor_bytes, _kv_bytes(config, context, dtype)
-    fixed = _fixed_bytes(config, weights_bytes, kv_bytes, elements, device)
-    chunk, room = PREFILL_CHUNK, budget - sum(fixed.values())
-    if ops.absorbs and (slots is not None or room < len(config.moe_layers) * config.n_routed_experts * size):
-        chunk = prefill_chunk(config, elements, context, room)
-        fixed["scratch"] = scratch_bytes(config, elements, chunk=chunk)
-    return make_plan(
-        config,
-        tier="ram" if device.type == "cpu" else "vram",
-        budget=budget,
-        fixed=fixed,
-        record_bytes=size,
-        slots=slots,
-        host_budget=host_budget,
-        host_fixed={"runtime": psutil.Process().memory_info().rss + RUNTIME_BYTES},
-        chunk=chunk,
-    )
 
 
 def _open_quantized(
@@ -453,7 +379,18 @@ def _open_quantized(
         if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
             raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
         tokenizer, dtype, size = Tokenizer(folder, config.bos_token_id), torch.float16, layout.record_bytes
-        plan = _plan(export, config, ops, device, budget, host_budget, context, slots, dtype)
+        sizes = sizes_of(config, export.manifest["quantization"]["resident"], export.predictor_bytes)
+        plan = make_plan(
+            config,
+            sizes,
+            tier="ram" if device.type == "cpu" else "vram",
+            budget=budget,
+            context=context,
+            runtime_bytes=process_bytes(),
+            slots=slots,
+            host_budget=host_budget,
+            kernels=ops.absorbs,
+        ).check()
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed
         # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
@@ -484,7 +421,7 @@ def _open_quantized(
             _generation_eos(folder, config),
             export,
             ops,
-            _touched_bytes(config, weights),
+            sizes.touched,
             source,
         )
     except BaseException:
@@ -494,6 +431,19 @@ def _open_quantized(
         raise
 
 
+def _reference_plan(config: Config, checkpoint: Checkpoint, tier: str, budget: int, context: int) -> Plan:
+    """Everything resident, in the checkpoint's own precision; the cache in float32."""
+    components = {
+        "resident weights": checkpoint.nbytes,
+        "latent KV cache": kv_bytes(config, context, value_bytes=4),
+        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
+    }
+    if tier == "ram":
+        components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
+    missing = sum(components.values()) - budget
+    return Plan(components, 0, 0, 0, budget, tier, context, shortfall={tier: missing} if missing > 0 else {})
+
+
 def _open_reference(
     cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, device: torch.device, budget: int, context: int, slots: int | None
 ) -> Runtime:
@@ -501,11 +451,7 @@ def _open_reference(
         raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
     with Checkpoint.open(folder) as checkpoint:
         tokenizer = Tokenizer(folder, config.bos_token_id)
-        kv_bytes = _kv_bytes(config, context, torch.float32)
-        elements = config.hidden_size * config.moe_intermediate_size
-        fixed = _fixed_bytes(config, checkpoint.nbytes, kv_bytes, elements, device)
-        tier = "ram" if device.type == "cpu" else "vram"
-        plan = make_plan(config, tier=tier, budget=budget, fixed=fixed, record_bytes=1, slots=None)
+        plan = _reference_plan(config, checkpoint, "ram" if device.type == "cpu" else "vram", budget, context).check()
         place = _placer(device, ops)
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
@@ -520,5 +466,5 @@ def _open_reference(
             _generation_eos(folder, config),
             checkpoint,
             ops,
-            _touched_bytes(config, weights),
+            checkpoint.nbytes,
         )

@@ -394,6 +394,16 @@ class Slots:
             self._table.free, cache.slots = self._table.free[-first:], first - transit
             self._touching = Touching(slab.view(-1), first * record_bytes)
 
+    def memory(self) -> Tensor:
+        """All slots as one, uint8, with all its pages."""
+        self._finish_growing()
+        return self._table.slab.view(-1)
+
+    def _finish_growing(self) -> None:
+        if self._touching is not None:
+            self._touching.finish()
+            self._grow()
+
     def _grow(self) -> None:
         """Take over the slots whose pages are there now."""
         if self._touching is None:
@@ -497,9 +507,7 @@ class Slots:
 
     def fill(self, keys: Iterable[int], done: Callable[[], None]) -> None:
         """Read uncached ``keys`` into the cache's free room, several at a time, and wait; ``done()`` after each."""
-        if self._touching is not None:
-            self._touching.finish()
-            self._grow()
+        self._finish_growing()
         pending: list[Read] = []
         room = self.room()
         for key in keys:

@@ -146,14 +146,17 @@ class TorchOps:
         copied: Weight = map_tensors(weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor))
         return copied
 
-    def read_bandwidth(self) -> float:
-        """Bytes a second (median of 5) at which all threads together read 1 GiB of RAM."""
-        memory, seconds = torch.ones(1 << 27, dtype=torch.int64), []
+    def read_bandwidth(self, memory: Tensor) -> float:
+        """Bytes a second (median of 5) at which all threads together read ``memory``, uint8, whose pages exist."""
+        seconds = []
         for _ in range(6):
             started = time.perf_counter()
-            memory.sum()
+            self._read(memory)
             seconds.append(time.perf_counter() - started)
         return memory.nbytes / median(seconds[1:])
+
+    def _read(self, memory: Tensor) -> None:
+        memory[: memory.nbytes // 8 * 8].view(torch.int64).sum()
 
     def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""
@@ -296,8 +299,8 @@ class NativeOps(TorchOps):
             return TiledInt8Weight(self._native.pack_int8(weight.q, empty), scale)
         return super().prepare(name, weight, empty)
 
-    def read_bandwidth(self) -> float:
-        return self._native.read_bandwidth()
+    def _read(self, memory: Tensor) -> None:
+        self._native.read(memory)
 
     def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, TiledInt8Weight):

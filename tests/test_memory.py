@@ -15,7 +15,7 @@ from tests.conftest import SAMPLE
 _PEAK = """
 import pathlib, sys
 from offload.quantize import quantize
-from offload.runtime import peak_rss
+from offload.machine import peak_rss
 quantize(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), workers=2)
 print(peak_rss() / 2**20)
 """

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 @click.option("--decode-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Tokens of one decode run.")
 @click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Tokens taken as cached already.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Runs; medians are reported.")
+@click.option("--calibrate", is_flag=True, help="Keep the bandwidths measured here for slotmoe plan.")
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int, calibrate: bool, as_json: bool, **options: Any
+) -> None:
     """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth cached tokens.
 
     The ceiling of decode is the bytes that one token touches over the read bandwidth measured in the same run, with every
@@ -36,28 +39,28 @@ def command(model: str, prompt_tokens: int, decode_tokens: int, depth: int, repe
       slotmoe bench sample
       slotmoe bench lite-random --depth 8192 --context 9000 --threads 2
       slotmoe bench lite-random --ram 5GiB --prompt-tokens 64 --json
+      slotmoe bench lite-random --calibrate          what slotmoe plan then reckons with
     """
+    from offload.machine import cache_folder
+    from offload.speed import store_bandwidths
     from tools.progress import byte_progress
 
     with open_runtime(model, options, quiet=as_json) as runtime:
         needed = max(prompt_tokens, depth + decode_tokens)
         if needed > runtime.context:
             raise click.UsageError(f"{needed} positions are needed, the context has {runtime.context}: raise --context")
-        bandwidth = [runtime.read_bandwidth() for _ in range(3)]
         with byte_progress("Filling expert slots", quiet=as_json) as progress:
             runtime.warm(progress)
-        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions, bandwidth)
+        report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
+        if calibrate:
+            disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
+            store_bandwidths(cache_folder() / "machine.json", report["ceiling"]["read_bandwidth"], disk)
     report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def measure(
-    runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int, bandwidth: list[float]
-) -> dict[str, Any]:
-    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object.
-
-    Read bandwidth is measured beside each run where the budget leaves room for the gigabyte that this takes.
-    """
+def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int) -> dict[str, Any]:
+    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -65,8 +68,7 @@ def measure(
     def ids(count: int) -> list[int]:
         return torch.randint(runtime.config.vocab_size, (count,), generator=generator).tolist()
 
-    prefill, decode, read = [], [], [0, 0.0, 0]  # bytes from disk, seconds and tokens of decode
-    spacious = runtime.plan.budget - runtime.plan.total > 1 << 30
+    prefill, decode, bandwidth, read = [], [], [], [0, 0.0, 0]  # bytes from disk, seconds and tokens of decode
     runtime.start()(ids(8))  # first-use costs: thread pools, page faults of scratch memory
     for _ in range(repetitions):
         step, prompt = runtime.start(), ids(prompt_tokens)
@@ -80,8 +82,7 @@ def measure(
         seconds_taken = time.perf_counter() - started
         decode.append(decode_tokens / seconds_taken)
         read = [a + b for a, b in zip(read, (runtime.stats()["io"]["disk"]["bytes"] - before, seconds_taken, decode_tokens), strict=True)]
-        if spacious:
-            bandwidth.append(runtime.read_bandwidth())
+        bandwidth.append(runtime.read_bandwidth())
     step, waited = runtime.start(depth), runtime.stats()["wait_seconds"]
     with runtime.kernel_timing() as seconds:
         started = time.perf_counter()

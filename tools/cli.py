@@ -15,6 +15,7 @@ _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
+    "plan": ("tools.plan", "Say whether a model fits, what goes where, and how fast it will be."),
     "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
     "replay": ("tools.replay", "Compare expert cache policies and sizes on recorded routing."),
 }

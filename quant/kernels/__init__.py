@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -317,17 +316,6 @@ class Kernels:
         """Read every byte of uint8 [n] with all threads: what the kernels' speed is held against."""
         _check("memory", memory, torch.uint8, ndim=1)
         self._lib.slotmoe_read(memory.data_ptr(), memory.numel())
-
-    def read_bandwidth(self, size: int = 1 << 30, repeats: int = 5) -> float:
-        """Bytes a second (median) at which all threads together read `size` bytes of memory."""
-        _count("size", size)
-        memory = torch.ones(size, dtype=torch.uint8)  # written, so that every page exists
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            self.read(memory)
-            seconds.append(time.perf_counter() - start)
-        return size / statistics.median(seconds[1:])
 
     def linear_nf4(self, x: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor, n: int) -> Tensor:
         """x float32 [T, K], codes and absmax of W [n, K] as tiles16, levels float32 [16] -> float32 [T, n] = x W^T."""

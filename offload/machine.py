@@ -1,0 +1,41 @@
+"""What this machine and this process have, without torch."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import psutil
+
+
+def cache_folder() -> Path:
+    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``."""
+    return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+
+
+def process_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    found: int = psutil.Process().memory_info().rss
+    return found
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    try:  # ru_maxrss would count the parent's memory at the time of fork too
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory() -> int:
+    """Bytes of RAM that this process can still take: what the machine has free, or less under a memory cgroup."""
+    available: int = psutil.virtual_memory().available
+    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            root = Path("/sys/fs/cgroup")
+            available = min(available, int((root / limit).read_text()) - int((root / usage).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(available, 0)
