@@ -107,9 +107,10 @@ def store_bandwidths(path: Path, ram: float | None, disk: float | None) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted tokens a second, the hit rate assumed, and the seconds of one decoded token by what it waits for."""
+    """Predicted tokens a second (``prefill`` None where nothing that is modelled bounds it), the hit rate assumed, and the
+    seconds of one decoded token by what it waits for."""
 
-    prefill: float
+    prefill: float | None
     decode: float
     hit_rate: float
     seconds: dict[str, float]
@@ -163,7 +164,7 @@ class Setting:
         copied = used * (1 - self.hits(self.plan.slots)) * record
         return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE, "PCIe": copied / rates.pcie}
 
-    def _prefill(self, tokens: int) -> float:
+    def _prefill(self, tokens: int) -> float | None:
         """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU computing is not counted."""
         c, rates, plan = self.config, self.bandwidths, self.plan
         rows, each = len(c.moe_layers), c.num_experts_per_tok / c.n_routed_experts
@@ -178,4 +179,4 @@ class Setting:
             else:
                 seconds += max(needed * (1 - self.hits(plan.slots)) / rates.pcie, disk)
             left -= chunk
-        return tokens / seconds if seconds else math.inf
+        return tokens / seconds if seconds else None

@@ -230,8 +230,6 @@ def _ways_out(model: _Model, machine: _Machine, resident: str, context: int, slo
     """Up to three changes that make the plan fit, the cheapest first."""
     from dataclasses import replace
 
-    from offload.plan import format_size
-
     ways: list[str] = []
     again = "" if model.resident is None else "quantize again with "
     if not plan.shortfall:
@@ -247,17 +245,28 @@ def _ways_out(model: _Model, machine: _Machine, resident: str, context: int, slo
             ways.append(f"{again}--resident nf4 and --context {smaller}")
     if machine.vram is not None and not _plan(model, replace(machine, vram=None), resident, context, slots)[0].shortfall:
         ways.append("--device cpu: RAM alone is enough")
-    raised = [
-        f"--{tier} {format_size(_rounded(machine, tier) + missing)}".replace(" GiB", "GiB") for tier, missing in plan.shortfall.items()
-    ]
+    if (smaller := _smaller_model(model, machine, context)) is not None:
+        ways.append(smaller)
+    raised = [f"--{tier} {_rounded_up((plan.budget if tier == plan.tier else plan.host_budget) + n)}" for tier, n in plan.shortfall.items()]
     return [*ways, " and ".join(raised)][:3]
 
 
-def _rounded(machine: _Machine, tier: str) -> int:
-    """The budget of ``tier`` and what rounding to a tenth of a GiB may cut off."""
-    budget = machine.ram if tier == "ram" else machine.vram
-    assert budget is not None
-    return budget + (52 << 20)
+def _smaller_model(model: _Model, machine: _Machine, context: int) -> str | None:
+    """V2-Lite instead of a larger model, if that fits."""
+    from model.config import read_config
+    from offload.plan import format_size
+    from tools.synth import geometry_path
+
+    lite = _Model("v2-lite", read_config(geometry_path("v2-lite")))
+    plan, sizes = _plan(lite, machine, "int8", min(context, lite.config.max_position_embeddings), None)
+    if plan.shortfall or model.config.hidden_size <= lite.config.hidden_size:
+        return None
+    return f"a smaller model: v2-lite, {format_size(sum(sizes.resident.values()))} of resident weights"
+
+
+def _rounded_up(size: int) -> str:
+    """A size option of at least ``size`` bytes, to the tenth of a GiB or the MiB."""
+    return f"{-(-size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{-(-size >> 20)}MiB"
 
 
 def _report(model: _Model, machine: _Machine, plan: Plan, resident: str, why: str, speed: Speed | None) -> dict[str, Any]:
@@ -340,10 +349,11 @@ def _outlook(report: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{tier} {rate['bytes_per_second'] / 1e9:.3g} GB/s ({rate['origin']})" for tier, rate in report["bandwidths"].items())
     spent = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in sorted(seconds.items(), key=lambda one: -one[1]) if value >= 5e-4)
     gpu = "" if "vram" not in report["budget"] else " GPU speeds are what bytes over bandwidth allow; they are not measured."
+    prefill = "" if report["prefill_tokens_per_second"] is None else f"prefill {report['prefill_tokens_per_second']:.3g} tokens/s, "
     lines = [
         f"{report['slots']} of {report['experts']} experts in fast slots{host}; a context of up to {report['largest_context']} fits.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: peak {peak};",
-        f"  prefill {report['prefill_tokens_per_second']:.3g} tokens/s, decode {report['decode_tokens_per_second']:.3g} tokens/s "
+        f"  {prefill}decode {report['decode_tokens_per_second']:.3g} tokens/s "
         f"at {report['hit_rate']:.0%} hits, bound by {report['bottleneck']}.{gpu}",
         f"One token: {spent}.",
         f"Bandwidths: {rates}.",
