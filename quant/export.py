@@ -26,6 +26,11 @@ With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4
 order above (weight, scale, bias from left to right, line by line), without holes.  The manifest, replaced by one rename,
 names the file that counts; another of that pattern is a leftover of a killed run.
 
+``quantization.report`` in the manifest is optional and for people: what quantization cost, by tensor family, as
+``offload.report`` defines it.  An object of ``weights`` (count), ``bits_per_weight`` (of all, with padding) and ``families``,
+a list of ``family``, ``stored`` (nf4, int8, bf16, fp16 or fp32), ``weights``, ``bits_per_weight``, ``relative_rms_error``,
+``by_layer`` (layer -> the same error; empty if exact or in no layer) and ``worst_layer`` (a layer or null).
+
 Records follow each other from the end of the header, which is padded with spaces to a multiple of 4096.  Sizes, headers
 and small files are verified at open; a resident tensor's and a record's checksum (xxh3-128) whenever it is read.
 Shape legend: I moe_intermediate_size, H hidden_size, N rows out, K columns in.
