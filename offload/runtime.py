@@ -43,6 +43,7 @@ from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, nbytes, pick_ops
 from slotmoe import ConfigError, PlanError, read_json
 
+_PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 __all__ = ["Runtime", "Token", "cache_folder", "resolve_model"]
 
 
@@ -147,6 +148,29 @@ class Runtime:
             out.copy_(self._forward(part, all_logits=True))
         return logits
 
+    def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
+        """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size] each, on the runtime's device.
+
+        Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128 positions, so that those of
+        two runtimes match.  Raises as ``logits`` does.
+        """
+        ids, position = self._check_ids(token_ids, len(token_ids)), 0
+        self._restart()
+        mine = self._generation
+        for part in ids.split(self._chunk):
+            self._check_current(mine)
+            self._forward(part)
+            hidden_TD = self._network.hidden_TD
+            assert hidden_TD is not None
+            for start in range(0, len(part), _PIECE):
+                if position + start + _PIECE > first:
+                    yield self._network.head(hidden_TD[max(start, first - position) : start + _PIECE])
+            position += len(part)
+
+    def _check_current(self, generation: int) -> None:
+        if generation != self._generation:
+            raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
+
     def generate(
         self,
         prompt: str | list[int],
@@ -181,8 +205,7 @@ class Runtime:
         mine = self._generation
 
         def step(ids: list[int]) -> Tensor:
-            if mine != self._generation:
-                raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
+            self._check_current(mine)
             started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
