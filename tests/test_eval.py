@@ -197,6 +197,23 @@ def test_several_texts_and_an_export_as_reference(model, evaluate, tmp_path):
     assert not {"kl_divergence", "worst_tokens"} & set(alone)
 
 
+def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_path):
+    """So much that its direction shows, token by token."""
+    write_checkpoint(tmp_path / "other", seed=1)
+    arguments = ["--text", model / "text", "--window", 50, "--worst", 7, "--json"]
+    report = evaluate(model / "export", *arguments, "--reference", tmp_path / "other")[1]
+    with Runtime.open(model / "export", context=64) as runtime, Runtime.open(tmp_path / "other", quantize=False, context=64) as other:
+        ids = runtime.tokenizer.encode((model / "text").read_text(encoding="utf-8"), add_bos=False)
+        pieces = [[0, *ids[start : start + 49]] for start in range(0, len(ids), 49)]
+        q, p = (torch.cat([one.logits(piece)[:-1] for piece in pieces]).double().softmax(-1) for one in (runtime, other))
+    kl = (p * (p / q).log()).sum(-1)
+    assert report["kl_divergence"] == pytest.approx(kl.mean().item(), rel=1e-6)
+    assert report["kl_divergence"] != pytest.approx((q * (q / p).log()).sum(-1).mean().item(), rel=1e-3)
+    assert report["top1_agreement"] == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
+    assert [one["position"] for one in report["worst_tokens"]] == kl.topk(7).indices.tolist()
+    assert [one["kl_divergence"] for one in report["worst_tokens"]] == pytest.approx(kl.topk(7).values.tolist(), rel=1e-6)
+
+
 def test_worst_tokens_are_shown_in_their_place(model, evaluate):
     arguments = [model / "export", "--text", model / "text", "--reference", model / "checkpoint", "--window", 50, "--worst", 3]
     code, out, _ = evaluate(*arguments)
