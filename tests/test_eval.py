@@ -194,6 +194,9 @@ def test_several_texts_and_an_export_as_reference(model, evaluate, tmp_path):
     assert report["bits_per_byte"] == report["reference_bits_per_byte"]
     alone = evaluate(model / "export", *arguments)[1]
     assert alone["bits_per_byte"] == report["bits_per_byte"]
+    _, by_torch, err = evaluate(model / "export", *arguments, "--kernels", "torch")
+    assert (by_torch["settings"]["kernels"], err) == ("torch", "")
+    assert by_torch["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=0.01)
     assert not {"kl_divergence", "worst_tokens"} & set(alone)
 
 

@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 @click.option("--window", type=int, metavar="N", help="Positions that one pass reads. [default: --context]")
 @click.option("--stride", type=int, metavar="N", help="Tokens from one window's begin to the next one's. [default: --window - 1]")
 @click.option("--worst", type=click.IntRange(0, 1000), default=10, show_default=True, metavar="N", help="Show the N worst tokens.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "torch"]),
+    default="auto",
+    help="torch rounds no activations, several times slower on a CPU: the cost of the weights alone.",
+)
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -71,6 +77,7 @@ def command(
     Examples:
       slotmoe eval lite-export --text book.txt
       slotmoe eval lite-export --text a.txt --text b.txt --reference DeepSeek-V2-Lite-Chat --window 1024
+      slotmoe eval lite-export --text page.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
       slotmoe eval lite-nf4 --text book.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
@@ -95,8 +102,9 @@ def command(
                 _print(evaluation.report(), sys.stderr)
             raise
         settings = {"model": model, "reference": reference, "method": method, "window": window, "stride": stride}
-        settings |= {"windows": sum(map(len, windows)), "kernels": runtime.stats()["kernels"], "threads": runtime.threads}
-    report = {**evaluation.report(), "seconds": time.perf_counter() - started, "settings": settings}
+        stats = runtime.stats()
+        settings |= {"windows": sum(map(len, windows)), "kernels": stats["kernels"], "threads": runtime.threads}
+        report = {**evaluation.report(), "seconds": time.perf_counter() - started, "settings": settings, "memory": stats["memory"]}
     print(json.dumps(report)) if as_json else _print(report, sys.stdout)
 
 
@@ -207,7 +215,7 @@ def _print(report: dict[str, Any], out: Any) -> None:
 
     compared, console = "kl_divergence" in report, Console(file=out)
     columns = ["text", "tokens", "bytes", "bits/byte", "perplexity"]
-    columns += ["reference's", "KL (nats)", "same top"] if compared else []
+    columns += ["ref.", "KL, nats", "same top"] if compared else []
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, justify="left" if column == "text" else "right")
@@ -227,7 +235,7 @@ def _print_worst(tokens: list[dict[str, Any]], console: Any) -> None:
     from rich.table import Table
     from rich.text import Text as Cell
 
-    title = "Tokens whose predictions differ most: chance of the token, and the likeliest token, by reference -> model"
+    title = "Where predictions differ most (reference -> model)"
     table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("KL", "after", "token", "chance", "likeliest"):
         table.add_column(column, justify="right" if column in ("KL", "after", "chance") else "left", no_wrap=True)

@@ -57,9 +57,10 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> An
             cache_policy=options["cache_policy"],
             prefetch=not options["no_prefetch"],
             slots=options["slots"],
+            kernels=options.get("kernels", "auto"),
             progress=progress,
         )
-    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch":
+    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
         click.echo(
             "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower", err=True
         )
