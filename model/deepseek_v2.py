@@ -199,9 +199,12 @@ class DeepseekV2:
             h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
         cache.length = start + len(ids_T)
         self.hidden_TD = h_TD
-        if not all_logits:
-            h_TD = h_TD[-1:]
-        return self.ops.linear(rms_norm(h_TD, self.norm, eps), self.lm_head)
+        return self.head(h_TD if all_logits else h_TD[-1:])
+
+    @torch.inference_mode()
+    def head(self, h_TD: Tensor) -> Tensor:
+        """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
+        return self.ops.linear(self.ops.rms_norm(h_TD, self.norm, self.config.rms_norm_eps), self.lm_head)
 
     def _one_token(self, index: int, fused: FusedLayer, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> Tensor:
         """``_attention`` and ``_feed_forward`` in as few calls as the choice of experts leaves."""

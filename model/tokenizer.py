@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ class Tokenizer:
         if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of ``text`` without a beginning, and how many characters of it end with each token.
+
+        Of a character that several tokens make up, the first of them counts it.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""

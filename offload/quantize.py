@@ -25,6 +25,7 @@ from model.checkpoint import INDEX_NAME, Checkpoint, inside
 from model.config import Config
 from model.shapes import expert_name, resident_shapes
 from offload.plan import format_size
+from offload.report import experts_name, quantization_report
 from quant import nf4
 from quant.export import (
     COPIED,
@@ -46,7 +47,9 @@ from quant.export import (
     sync_folder,
     write_json,
 )
-from quant.matmul import quantize_int8, quantize_nf4
+from quant.int8 import Int8Weight
+from quant.matmul import quantize_int8, quantize_nf4, squared_error
+from quant.nf4 import Nf4Weight
 from quant.sizes import BLOCK, TILE, resident_quantization
 from slotmoe import CheckpointError, ConfigError, ExportError
 
@@ -54,6 +57,7 @@ RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 _CHUNK = 8 << 20  # resident weights quantized at once
+_LEVELS = torch.tensor(nf4.LEVELS)
 
 
 def quantize(
@@ -232,11 +236,18 @@ class _Job:
                 shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
         files = {**self._state["files"], **small_files(self._partial)}
         source = self._state["identity"]["source"]
-        manifest = export_manifest(self._config, self._layout, self._mode, self._quantization, self._shapes, source, files)
+        manifest = export_manifest(
+            self._config, self._layout, self._mode, self._quantization, self._shapes, source, files, report=self._report()
+        )
         write_json(self._partial / MANIFEST, manifest)
         (self._partial / "state.json").unlink()
         sync_folder(self._partial)
         return manifest
+
+    def _report(self) -> dict[str, Any]:
+        errors = {name: squares for found in self._state["errors"].values() for name, squares in found.items()}
+        layers, experts = self._config.moe_layers, self._config.n_routed_experts
+        return quantization_report(layers, experts, self._layout, self._shapes, self._quantization, self._parts, errors)
 
     def _run_tasks(self, tasks: list[Callable[[], None]], workers: int) -> None:
         threads = torch.get_num_threads()
@@ -262,7 +273,7 @@ class _Job:
         path, identity = self._partial / "state.json", self._identity()
         try:
             state: dict[str, Any] = json.loads(path.read_text())
-            if state["identity"] == identity:
+            if state["identity"] == identity and isinstance(state["errors"], dict):
                 return state
             if not overwrite:
                 raise ExportError(
@@ -273,7 +284,7 @@ class _Job:
                 raise
         for leftover in self._partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        return {"identity": identity, "files": {}}
+        return {"identity": identity, "files": {}, "errors": {}}
 
     def _missing(self, name: str, source_bytes: int) -> bool:
         """True if the file has to be written; counts a finished one as progress."""
@@ -303,31 +314,36 @@ class _Job:
             done = self._done
         self._progress(min(done, self._total), self._total)
 
-    def _finish_file(self, name: str, entry: dict[str, Any]) -> None:
+    def _finish_file(self, name: str, entry: dict[str, Any], errors: dict[str, list[float]]) -> None:
+        """Record that a file is whole; ``errors`` are the sums of ``squared_error`` of the quantized weights in it."""
         with self._lock:
-            self._state["files"][name] = entry
+            self._state["files"][name], self._state["errors"][name] = entry, errors
             write_json(self._partial / "state.json", self._state)
 
     def _write_layer(self, layer: int) -> None:
         checkpoint, layout = self._checkpoint, self._layout
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+        errors = {experts_name(layer, projection): [0.0, 0.0] for projection in PROJECTIONS}
         with LayerWriter(self._partial, layer, self._config.n_routed_experts, layout) as writer:
             for expert in range(self._config.n_routed_experts):
                 for projection in PROJECTIONS:
                     name = expert_name(layer, expert, projection)
                     info = checkpoint.infos[name]
+                    source = checkpoint.rows(name, 0, info.shape[0])
                     try:
-                        codes, absmax = quantize_nf4(checkpoint.rows(name, 0, info.shape[0]))
+                        codes, absmax = quantize_nf4(source)
                     except nf4.NotFiniteError:
                         raise _not_finite(checkpoint, name) from None
+                    _add(errors[experts_name(layer, projection)], source, Nf4Weight(codes, absmax, _LEVELS, layout.shapes[projection]))
                     layout.part(record, f"{projection}.weight").copy_(codes)
                     layout.part(record, f"{projection}.weight.absmax").copy_(absmax)
                     self._advance(info.nbytes)
                 writer.write(record)
-            self._finish_file(layer_file(layer), writer.commit())
+            self._finish_file(layer_file(layer), writer.commit(), errors)
 
     def _write_resident(self) -> None:
         checkpoint = self._checkpoint
+        errors = {name: [0.0, 0.0] for name, kind in self._quantization.items() if kind != "none"}
         with ResidentWriter(self._partial, self._parts) as writer:
             for name, shape in self._shapes.items():
                 width = checkpoint.infos[name].row_bytes // checkpoint.infos[name].dtype.itemsize
@@ -335,25 +351,35 @@ class _Job:
                 for start in range(0, shape[0], step):
                     piece = checkpoint.rows(name, start, min(start + step, shape[0]))
                     checkpoint.check_finite(name, piece)
-                    self._write_piece(writer, name, piece)
+                    made = self._write_piece(writer, name, piece)
+                    if made is not None:
+                        _add(errors[name], piece, made)
                     self._advance(piece.nbytes)
-            self._finish_file(RESIDENT, writer.commit())
+            self._finish_file(RESIDENT, writer.commit(), errors)
 
-    def _write_piece(self, writer: ResidentWriter, name: str, piece: torch.Tensor) -> None:
+    def _write_piece(self, writer: ResidentWriter, name: str, piece: torch.Tensor) -> Int8Weight | Nf4Weight | None:
+        """Write some rows of a resident weight; returns what they became, None if they stay as they are."""
         quantization = self._quantization[name]
         if quantization == "int8":
             values, scales = quantize_int8(piece)
             writer.write(name, values)
             writer.write(name + ".scale", scales)
-        elif quantization == "nf4":
+            return Int8Weight(values, scales)
+        if quantization == "nf4":
             try:
                 values, scales = quantize_nf4(piece)
             except nf4.NotFiniteError:
                 raise _not_finite(self._checkpoint, name) from None
             writer.write(name, values)
             writer.write(name + ".absmax", scales)
-        else:
-            writer.write(name, piece)
+            return Nf4Weight(values, scales, _LEVELS, (len(piece), piece.shape[1]))
+        writer.write(name, piece)
+        return None
+
+
+def _add(total: list[float], source: torch.Tensor, made: Int8Weight | Nf4Weight) -> None:
+    error, square = squared_error(source, made)
+    total[0], total[1] = total[0] + error, total[1] + square
 
 
 def small_files(folder: Path) -> dict[str, Any]:
@@ -376,8 +402,10 @@ def export_manifest(
     source: dict[str, Any],
     files: dict[str, Any],
     linked_layers: dict[str, int] | None = None,
+    report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of an export, signed.  ``linked_layers`` maps a layer to the one whose file it is a hard link to."""
+    """The manifest of an export, signed.  ``linked_layers`` maps a layer to the one whose file it is a hard link to; ``report``
+    says what quantization cost, where weights were quantized (``offload.report``)."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": source,
@@ -388,6 +416,7 @@ def export_manifest(
             "levels": list(nf4.LEVELS),
             "resident": mode,
             "resident_shapes": {name: list(shapes[name]) for name, kind in quantization.items() if kind == "nf4"},
+            **({"report": report} if report is not None else {}),
         },
         "experts": {
             "layers": list(config.moe_layers),

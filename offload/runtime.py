@@ -42,6 +42,7 @@ from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, pick_ops
 from slotmoe import ConfigError, PlanError, read_json
 
+_PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 __all__ = ["Runtime", "Token", "resolve_model"]
 
 
@@ -96,6 +97,7 @@ class Runtime:
         *,
         slots: int | None = None,
         kernels: str = "auto",
+        logits_rows: int = 1,
         progress: Progress | None = None,
     ) -> Runtime:
         """Open an export, a checkpoint folder (quantized once into the cache folder) or ``sample``.
@@ -103,6 +105,7 @@ class Runtime:
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.  ``context`` is the number
         of positions of the latent cache.  ``slots`` caps the experts that stay on the fast tier; None takes all that
         fit.  ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
+        ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
         ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
@@ -126,7 +129,7 @@ class Runtime:
             return _open_reference(cls, folder, config, ops, where, budget, context, slots)
         host_budget = _host_budget(ram) if where.type == "cuda" else None
         return _open_quantized(
-            cls, folder, config, ops, where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch
+            cls, folder, config, ops, where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch, logits_rows
         )
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -141,6 +144,29 @@ class Runtime:
         for part, out in zip(ids.split(self._chunk), logits.split(self._chunk), strict=True):
             out.copy_(self._forward(part, all_logits=True))
         return logits
+
+    def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
+        """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size] each, on the runtime's device.
+
+        Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128 positions, so that those of
+        two runtimes match.  Raises as ``logits`` does.
+        """
+        ids, position = self._check_ids(token_ids, len(token_ids)), 0
+        self._restart()
+        mine = self._generation
+        for part in ids.split(self._chunk):
+            self._check_current(mine)
+            self._forward(part)
+            hidden_TD = self._network.hidden_TD
+            assert hidden_TD is not None
+            for start in range(0, len(part), _PIECE):
+                if position + start + _PIECE > first:
+                    yield self._network.head(hidden_TD[max(start, first - position) : start + _PIECE])
+            position += len(part)
+
+    def _check_current(self, generation: int) -> None:
+        if generation != self._generation:
+            raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
 
     def generate(
         self,
@@ -176,8 +202,7 @@ class Runtime:
         mine = self._generation
 
         def step(ids: list[int]) -> Tensor:
-            if mine != self._generation:
-                raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
+            self._check_current(mine)
             started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
@@ -371,6 +396,7 @@ def _open_quantized(
     slots: int | None,
     policy: str,
     prefetch: bool,
+    logits_rows: int,
 ) -> Runtime:
     export = Export.open(folder)
     source: Source | None = None
@@ -390,6 +416,7 @@ def _open_quantized(
             slots=slots,
             host_budget=host_budget,
             kernels=ops.absorbs,
+            logits_rows=logits_rows,
         ).check()
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed

@@ -26,6 +26,11 @@ With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4
 order above (weight, scale, bias from left to right, line by line), without holes.  The manifest, replaced by one rename,
 names the file that counts; another of that pattern is a leftover of a killed run.
 
+``quantization.report`` in the manifest is optional and for people: what quantization cost, by tensor family, as
+``offload.report`` defines it.  An object of ``weights`` (count), ``bits_per_weight`` (of all, with padding) and ``families``,
+a list of ``family``, ``stored`` (nf4, int8, bf16, fp16 or fp32), ``weights``, ``bits_per_weight``, ``relative_rms_error``,
+``by_layer`` (layer -> the same error; empty if exact or in no layer) and ``worst_layer`` (a layer or null).
+
 Records follow each other from the end of the header, which is padded with spaces to a multiple of 4096.  Sizes, headers
 and small files are verified at open; a resident tensor's and a record's checksum (xxh3-128) whenever it is read.
 Shape legend: I moe_intermediate_size, H hidden_size, N rows out, K columns in.
@@ -589,6 +594,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     _require(quantization["block"] == BLOCK, f"unknown block {quantization['block']!r:.40}")
     levels = quantization["levels"]
     _require(_is_list(levels, int | float, 16) and all(abs(level) < 1e30 for level in levels), "levels are not 16 numbers")
+    if "report" in quantization:
+        _check_report(quantization["report"])
     for key, high in (("hidden_size", 1 << 20), ("moe_intermediate_size", 1 << 20), ("n_routed_experts", 4096)):
         _integer(experts[key], 1, high)
     layout = _layout(manifest)
@@ -613,6 +620,31 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     _check_size(files[RESIDENT], sum(_part(item).nbytes for item in files[RESIDENT]["tensors"].values()))
     for name in predictors:
         _check_size(files[name], _check_predictor(files[name]["tensors"], experts))
+
+
+def _check_report(report: dict[str, Any]) -> None:
+    """What quantization cost must have the documented keys and possible figures."""
+    _require(set(report) == {"weights", "bits_per_weight", "families"}, "the report has other keys than its format")
+    _integer(report["weights"], 1, 1 << 50)
+    _number(report["bits_per_weight"], 256)
+    keys = {"family", "stored", "weights", "bits_per_weight", "relative_rms_error", "worst_layer", "by_layer"}
+    _require(_is_list(report["families"], dict, len(report["families"])), "the report's families are no list")
+    for row in report["families"]:
+        _require(set(row) == keys and isinstance(row["family"], str), "a family of the report has other keys than its format")
+        _require(row["stored"] in ("nf4", "int8", "bf16", "fp16", "fp32"), f"unknown storage {row['stored']!r:.40} in the report")
+        _integer(row["weights"], 1, 1 << 50)
+        for figure, high in ((row["bits_per_weight"], 1 << 20), (row["relative_rms_error"], 1000)):
+            _number(figure, high)
+        for layer, error in row["by_layer"].items():
+            _integer(int(layer), 0, 99999)
+            _number(error, 1000)
+        worst = row["worst_layer"]
+        _require(not row["by_layer"] if worst is None else str(_integer(worst, 0, 99999)) in row["by_layer"], "worst_layer is no layer")
+
+
+def _number(value: Any, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= high:
+        raise ValueError(f"{value!r:.40} is not a number from 0 to {high}")
 
 
 def _check_size(entry: dict[str, Any], data_bytes: int) -> None:

@@ -7,6 +7,7 @@ Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_l
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,7 @@ class TiledInt8Weight:
 Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+_CACHED = 1 << 16  # weights whose temporaries stay in the cache
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -97,6 +99,27 @@ def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """``int8.quantize``, by the native kernel where there is one; the same bytes."""
     native = kernels.load()
     return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
+
+
+def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
+    """Sum of the squared differences between a matrix and what was made of it, and sum of the matrix's squares, in float64.
+
+    Native kernels and torch agree to its last digits.
+    """
+    native = kernels.load()
+    if native is None:
+        N, K = source_NK.shape
+        step = max(TILE, _CACHED // K // TILE * TILE)
+        errors, squares = [], []
+        for start in range(0, N, step):
+            source = source_NK[start : start + step].double().flatten()
+            error = source - dequantize(rows(weight, start, min(start + step, N))).flatten()
+            errors.append(error.dot(error).item())
+            squares.append(source.dot(source).item())
+        return math.fsum(errors), math.fsum(squares)
+    if isinstance(weight, Int8Weight):
+        return native.int8_error(source_NK, weight.q, weight.scale)
+    return native.nf4_error(source_NK, weight.codes, weight.absmax, weight.levels)
 
 
 def rows(weight: Weight, start: int, stop: int) -> Weight:

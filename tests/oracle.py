@@ -8,17 +8,22 @@ import torch
 from safetensors import safe_open
 
 
-def transformers_logits(folder, ids):
+def transformers_network(folder):
     """The oracle: transformers' DeepseekV2 in float32 with eager experts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import DeepseekV2ForCausalLM
 
-        network = DeepseekV2ForCausalLM.from_pretrained(
+        return DeepseekV2ForCausalLM.from_pretrained(
             folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
         )
-        with torch.no_grad():
-            return network(torch.tensor([ids])).logits[0]
+
+
+def transformers_logits(folder, ids):
+    """Logits of the oracle, float32 [T, vocab_size]."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return transformers_network(folder)(torch.tensor([ids])).logits[0]
 
 
 def relative_error(found, wanted):

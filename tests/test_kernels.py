@@ -564,6 +564,40 @@ def test_quantize_nf4_refuses_a_scale_beyond_fp16(kernels):
         kernels.quantize_nf4(torch.full((1, 64), 65520.0))
 
 
+@quick
+@given(st.integers(1, 40), st.integers(1, 200), seeds, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_errors_of_quantized_weights(kernels, n, k, seed, dtype):
+    """In any order of additions but to the last digits of float64, from codes that no quantizer made."""
+    rng = np.random.default_rng(seed)
+    w, codes, absmax = random_nf4(rng, n, k, 0.3, LEVELS, True)
+    q, scale = rng.integers(-127, 128, (n, k)), rng.uniform(0, 0.1, n).astype(np.float32)
+    source = torch_of(rng.standard_normal((n, k))).to(dtype)
+    x = source.double().numpy()
+    for found, made in (
+        (kernels.nf4_error(source, codes, absmax, levels_tensor), w.astype(np.float32)),
+        (kernels.int8_error(source, torch.from_numpy(q.astype(np.int8)), torch.from_numpy(scale)), q.astype(np.float32) * scale[:, None]),
+    ):
+        assert found == pytest.approx((((x - made) ** 2).sum(), (x**2).sum()), rel=1e-12)
+
+
+def test_errors_are_the_same_bits_for_every_instruction_set_and_number_of_threads():
+    torch.manual_seed(0)
+    source = torch.randn(150, 333)
+    codes, absmax = native.quantize_nf4(source)
+    q, scale = native.quantize_int8(source)
+    before, found = (native.isa, native.threads), set()
+    try:
+        for isa in native.isas:
+            for threads in (1, 2, 5):
+                native.set_isa(isa)
+                native.set_threads(threads)
+                found.add((native.nf4_error(source, codes, absmax, levels_tensor), native.int8_error(source, q, scale)))
+    finally:
+        native.set_isa(before[0])
+        native.set_threads(before[1])
+    assert len(found) == 1
+
+
 # --- the binding
 
 
@@ -605,6 +639,10 @@ def test_bad_arguments_are_refused():
         lambda: native.quantize_nf4(torch.ones(64)),
         lambda: native.quantize_nf4(torch.ones(4, 64), levels_tensor.flip(0)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
+        lambda: native.nf4_error(torch.ones(33, 128), codes, absmax, levels_tensor),
+        lambda: native.nf4_error(torch.ones(32, 128), codes, absmax, levels_tensor[:15]),
+        lambda: native.int8_error(torch.ones(4, 64), torch.ones(4, 65, dtype=torch.int8), torch.ones(4)),
+        lambda: native.int8_error(torch.ones(4, 64), torch.ones(4, 64, dtype=torch.int8), torch.ones(3)),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]

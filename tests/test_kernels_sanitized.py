@@ -53,6 +53,8 @@ int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*
 int slotmoe_attention(const Attention*, const float*, const float*, uint16_t*, int64_t, int64_t, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
+int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
+int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
 
 static uint32_t state = 1;
@@ -178,12 +180,15 @@ static void quantize(int64_t n, int64_t k) {
     Array<uint16_t> absmax(tiles(n) * blocks(k) * 16), source(n * k);
     Array<int8_t> q(n * k);
     Floats scale(n), wide(n * k);
+    Array<double> tile_sums(2 * tiles(n)), row_sums(2 * n);
     halves(source, n * k);
     for (int type = 0; type < 3; type++) {
         const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
         const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
         if (status != 3) check(status);  // random bf16 may well exceed fp16
         check(slotmoe_quantize_int8(src, type, n, k, q, scale));
+        check(slotmoe_nf4_error(src, type, n, k, levels, codes, absmax, tile_sums));
+        check(slotmoe_int8_error(src, type, n, k, q, scale, row_sums));
     }
 }
 

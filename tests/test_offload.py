@@ -62,7 +62,7 @@ def test_budget_too_small_says_by_how_much(sample_export):
     text = str(refused.value)
     needed = parse_size(text.split("at least ")[1].split(" of ")[0])
     short = parse_size(text.split("100.0 MiB, ")[1].split(" short")[0])
-    assert abs(needed - (100 << 20) - short) < 1 << 20
+    assert abs(needed - (100 << 20) - short) < 0.06 * needed  # sizes have one decimal, and this process may need 1.0 GiB
 
 
 @pytest.mark.parametrize(

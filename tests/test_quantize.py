@@ -27,6 +27,7 @@ from quant import int8, nf4
 from quant.export import ALIGNMENT, MANIFEST, PROJECTIONS, RESIDENT, Export, layer_file, manifest_checksum
 from quant.sizes import resident_quantization
 from slotmoe import ConfigError, ExportError
+from tests.oracle import rebuild
 from tests.tiny import SAMPLE, random_weights, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -502,6 +503,52 @@ def test_export_can_be_rebuilt_from_the_documented_bytes(tmp_path):
                         tiled = absmax.astype(np.float16).reshape(-1, 16, absmax.shape[1]).transpose(0, 2, 1)
                         np.testing.assert_array_equal(stored, tiled)
                         assert torch.equal(values[projection], documented_values(source))
+
+
+@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
+def test_report_says_what_quantization_cost(resident, tmp_path):
+    """Against weights rebuilt from the documented bytes, layer by layer."""
+    weights = random_weights(write_checkpoint(tmp_path / "source", **ODD))
+    quantize(tmp_path / "source", tmp_path / "export", resident=resident)
+    report = json.loads((tmp_path / "export" / MANIFEST).read_text())["quantization"]["report"]
+    found = {row["family"]: row for row in report["families"]}
+    rebuilt = rebuild(tmp_path / "export")
+    layers: dict[str, dict[int, list[float]]] = {}
+    for name, weight in weights.items():
+        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        layer = int(parts[1]) if parts[0] == "layers" else -1
+        key = ".".join(part for part in parts if part != "layers" and not part.isdigit())
+        key = "norms" if key.endswith("norm") else key
+        made = rebuilt[name][: weight.shape[0], : weight.shape[1]] if weight.dim() == 2 else rebuilt[name]
+        sums = layers.setdefault(key, {}).setdefault(layer, [0.0, 0.0, 0])
+        sums[0] += (weight.double() - made).square().sum().item()
+        sums[1] += weight.double().square().sum().item()
+        sums[2] += weight.numel()
+    assert set(found) == set(layers)
+    assert report["weights"] == sum(weight.numel() for weight in weights.values())
+    for key, sums in layers.items():
+        row = found[key]
+        assert row["weights"] == sum(one[2] for one in sums.values())
+        total = [sum(one[i] for one in sums.values()) for i in (0, 1)]
+        assert row["relative_rms_error"] == pytest.approx((total[0] / total[1]) ** 0.5, rel=1e-5, abs=1e-12)
+        if total[0] and -1 not in sums:
+            errors = {layer: (one[0] / one[1]) ** 0.5 for layer, one in sums.items()}
+            assert row["by_layer"] == {str(layer): pytest.approx(error, rel=1e-5) for layer, error in errors.items()}
+            assert row["worst_layer"] == max(errors, key=errors.get)
+        else:
+            assert (row["worst_layer"], row["by_layer"]) == (None, {})
+        assert (row["stored"] == "bf16") == (total[0] == 0)
+    data = 0
+    for path in (tmp_path / "export").rglob("*.safetensors"):
+        raw = path.read_bytes()
+        data += len(raw) - 8 - int.from_bytes(raw[:8], "little")
+    assert report["bits_per_weight"] == pytest.approx(8 * data / report["weights"], rel=1e-5)
+
+
+def test_torch_and_native_kernels_write_the_same_export(source, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr("quant.kernels.load", lambda: None)
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
 
 
 def test_files_are_standard_and_records_aligned(wanted, source, tmp_path):

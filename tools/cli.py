@@ -17,6 +17,7 @@ _COMMANDS = {
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
     "plan": ("tools.plan", "Say whether a model fits, what goes where, and how fast it will be."),
     "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
+    "eval": ("tools.eval", "Score text: bits per byte, perplexity, and divergence from a reference."),
     "replay": ("tools.replay", "Compare expert cache policies and sizes on recorded routing."),
 }
 

@@ -36,7 +36,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> Any:
+def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logits_rows: int = 1) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it must quantize."""
     from model.config import read_config
     from offload.runtime import Runtime, resolve_model
@@ -57,9 +57,11 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False) -> An
             cache_policy=options["cache_policy"],
             prefetch=not options["no_prefetch"],
             slots=options["slots"],
+            kernels=options.get("kernels", "auto"),
+            logits_rows=logits_rows,
             progress=progress,
         )
-    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch":
+    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
         click.echo(
             "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower", err=True
         )

@@ -241,8 +241,8 @@ def _ways_out(model: _Model, machine: _Machine, resident: str, context: int, slo
     if resident != "nf4":
         if not _plan(model, machine, "nf4", context, slots)[0].shortfall:
             ways.append(f"{again}--resident nf4")
-        elif not largest and (smaller := _largest_context(model, machine, "nf4", slots)):
-            ways.append(f"{again}--resident nf4 and --context {smaller}")
+        elif not largest and (shorter := _largest_context(model, machine, "nf4", slots)):
+            ways.append(f"{again}--resident nf4 and --context {shorter}")
     if machine.vram is not None and not _plan(model, replace(machine, vram=None), resident, context, slots)[0].shortfall:
         ways.append("--device cpu: RAM alone is enough")
     if (smaller := _smaller_model(model, machine, context)) is not None:

@@ -107,6 +107,7 @@ def _quantize(
     if not quiet:
         print(f"{destination}: {format_size(report['bytes'])} in {report['seconds']:.1f} s", end="", file=sys.stderr)
         print(f" (experts {format_size(report['expert_bytes'])}, resident {format_size(report['resident_bytes'])})", file=sys.stderr)
+        _print_errors(report)
     return report
 
 
@@ -137,4 +138,23 @@ def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict
     sizes = {"bytes": sum(entry["bytes"] for entry in files.values())}
     sizes["expert_bytes"] = sum(entry["bytes"] for name, entry in files.items() if name.startswith("experts/"))
     sizes["resident_bytes"] = files["resident.safetensors"]["bytes"]
-    return {"export": str(destination), **sizes, "seconds": seconds, "quantization": manifest["quantization"]["resident"]}
+    cost = {key: manifest["quantization"]["report"][key] for key in ("bits_per_weight", "families")}
+    return {"export": str(destination), **sizes, "seconds": seconds, "quantization": manifest["quantization"]["resident"], **cost}
+
+
+def _print_errors(report: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What quantization cost: RMS error as a share of the weights' RMS", box=SIMPLE, pad_edge=False)
+    for column in ("tensors", "as", "million", "bits", "error", "worst layer"):
+        table.add_column(column, justify="left" if column in ("tensors", "as") else "right", no_wrap=True)
+    for row in report["families"]:
+        worst = "" if row["worst_layer"] is None else f"{row['by_layer'][str(row['worst_layer'])]:.3%} in {row['worst_layer']}"
+        error = f"{row['relative_rms_error']:.3%}" if row["relative_rms_error"] else "0"
+        table.add_row(row["family"], row["stored"], f"{row['weights'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}", error, worst)
+    table.add_section()
+    total = sum(row["weights"] for row in report["families"])
+    table.add_row("all, with padding", "", f"{total / 1e6:.2f}", f"{report['bits_per_weight']:.3f}", "", "")
+    Console(stderr=True).print(table)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, nf4_bytes
 
 __all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
-ABI = 2
+ABI = 3
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -242,6 +243,8 @@ class Kernels:
             "attention": [pointer, pointer, pointer, pointer, size, size, pointer, pointer, pointer],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
+            "nf4_error": [pointer, number, size, size, pointer, pointer, pointer, pointer],
+            "int8_error": [pointer, number, size, size, pointer, pointer, pointer],
             "set_isa": [ctypes.c_char_p],
             "isa_count": [],
             "isa_supported": [number],
@@ -565,6 +568,28 @@ class Kernels:
         self._made(self._lib.slotmoe_quantize_int8(source.data_ptr(), kind, n, k, q.data_ptr(), scale.data_ptr()))
         return q, scale
 
+    def nf4_error(self, source: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor) -> tuple[float, float]:
+        """Sum of the squared differences between ``source``, [N, K] in any of its dtypes, and its NF4 weight, and sum of the
+        source's squares; float64 throughout."""
+        n, k, kind = _source(source)
+        _check("codes", codes, torch.uint8, codes_shape(n, k))
+        _check("absmax", absmax, torch.float16, absmax_shape(n, k))
+        _check("levels", levels, torch.float32, (16,))
+        sums = torch.empty((codes.shape[0], 2), dtype=torch.float64)
+        pointers = levels.data_ptr(), codes.data_ptr(), absmax.data_ptr(), sums.data_ptr()
+        self._done(self._lib.slotmoe_nf4_error(source.data_ptr(), kind, n, k, *pointers))
+        return _total(sums)
+
+    def int8_error(self, source: Tensor, q: Tensor, scale: Tensor) -> tuple[float, float]:
+        """``nf4_error`` of an int8 weight: ``q`` int8 [N, K] row-major, ``scale`` float32 [N]."""
+        n, k, kind = _source(source)
+        _check("q", q, torch.int8, (n, k))
+        _check("scale", scale, torch.float32, (n,))
+        sums = torch.empty((n, 2), dtype=torch.float64)
+        pointers = q.data_ptr(), scale.data_ptr(), sums.data_ptr()
+        self._done(self._lib.slotmoe_int8_error(source.data_ptr(), kind, n, k, *pointers))
+        return _total(sums)
+
     def _made(self, status: int) -> None:
         if status == 2:
             raise ValueError("the source holds NaN or infinity")
@@ -577,6 +602,12 @@ class Kernels:
             raise MemoryError("the kernels could not allocate their working memory")
         if status:
             raise ValueError("the kernels refused an argument: levels must be finite")
+
+
+def _total(sums: Tensor) -> tuple[float, float]:
+    """Sums of the two columns, rounded once, so that they depend on no order."""
+    errors, squares = sums.T.tolist()
+    return math.fsum(errors), math.fsum(squares)
 
 
 def _rows(cache: Tensor, width: int) -> int:

@@ -139,7 +139,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 2; }
+EXPORT int slotmoe_abi() { return 3; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -416,6 +416,25 @@ EXPORT int slotmoe_quantize_int8(const void* src, int type, int64_t n, int64_t k
         });
         for (int s : status)
             if (s) return s;
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_nf4_error(const void* src, int type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
+                             const uint16_t* absmax, double* sums) {
+    if (type < 0 || type > 2 || n < 1 || k < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
+            isa.nf4_error(src, Source(type), n, k, levels, codes, absmax, begin, end, sums);
+        });
+        return kOk;
+    });
+}
+
+EXPORT int slotmoe_int8_error(const void* src, int type, int64_t n, int64_t k, const int8_t* q, const float* scale, double* sums) {
+    if (type < 0 || type > 2 || n < 1 || k < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(n, [&](int, int64_t begin, int64_t end) { isa.int8_error(src, Source(type), k, q, scale, begin, end, sums); });
         return kOk;
     });
 }

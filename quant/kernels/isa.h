@@ -104,6 +104,12 @@ struct Isa {
                         uint8_t* codes, uint16_t* absmax);
     int (*quantize_int8)(const void* src, Source type, int64_t k, int64_t begin, int64_t end, int8_t* q, float* scale);
 
+    // sums [tiles or rows, 2]: of (src - dequantized)^2 and of src^2, for tiles or rows begin..end of src [N, K].
+    void (*nf4_error)(const void* src, Source type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
+                      const uint16_t* absmax, int64_t begin, int64_t end, double* sums);
+    void (*int8_error)(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin, int64_t end,
+                       double* sums);
+
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads every byte; the sum only keeps the compiler honest
 };
 

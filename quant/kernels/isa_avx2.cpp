@@ -51,6 +51,14 @@ struct Lanes {
         _mm_storeu_si128(h + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
+    static __m256 pick(F table, __m256i code) {  // bit 3 of a code says which half of the table; a blend looks at bit 31
+        const __m256 low = _mm256_permutevar8x32_ps(table.a, code), high = _mm256_permutevar8x32_ps(table.b, code);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    }
+    static F pick(const float* levels, const int32_t* code) {
+        return {pick(load(levels), bytes(code)), pick(load(levels), bytes(code + 8))};
+    }
+
     static __m256i bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static I start(int32_t bias) { return {_mm256_set1_epi32(bias), _mm256_set1_epi32(bias)}; }
     static __m256i dot(__m256i sum, __m256i w, __m256i x) {

@@ -43,6 +43,10 @@ struct Lanes {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
+    static F pick(const float* levels, const int32_t* code) {  // levels[code], 16 times
+        return _mm512_permutexvar_ps(_mm512_loadu_si512(code), load(levels));
+    }
+
     static I start(int32_t bias) { return _mm512_set1_epi32(bias); }
     static I dot(I sum, W w, const int8_t* x4) {
         int32_t x;

@@ -65,6 +65,12 @@ struct Lanes {
     static F load_int8(const int8_t* p) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(p[i]); return r; }
     static void store_half(uint16_t* p, const F& a) { for (int i = 0; i < 16; i++) p[i] = to_half(a.v[i]); }
 
+    static F pick(const float* levels, const int32_t* code) {
+        F r;
+        for (int i = 0; i < 16; i++) r.v[i] = levels[code[i]];
+        return r;
+    }
+
     static I start(int32_t bias) { I r; for (int32_t& x : r.v) x = bias; return r; }
     static I dot(I sum, const W& w, const int8_t* x) {
         for (int lane = 0; lane < 16; lane++) {

@@ -1,4 +1,4 @@
-// Making NF4 and int8 weights, byte for byte as bitsandbytes and torch do in fp32.
+// Making NF4 and int8 weights, byte for byte as bitsandbytes and torch do in fp32, and what that costs.
 //
 // Shapes: src [N, K] row-major f32, f16 or bf16; NF4 codes [tiles, B, 512], absmax fp16 [tiles, B, 16]; int8 q [N, K], scale [N].
 namespace slotmoe {
@@ -92,6 +92,79 @@ int quantize_int8(const void* src, Source type, int64_t k, int64_t begin, int64_
         }
     }
     return 0;
+}
+
+// Sums of squared differences and of squared weights in float64. Eight of each, always added in the same order, so that
+// every instruction set and number of threads gives the same bits. Compilers don't find these vectors by themselves.
+struct Squares {
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef double Doubles __attribute__((vector_size(64)));
+    Doubles error = {}, weight = {};
+
+    void add(const float* wanted, const float* found) {  // 64 of each
+        for (int i = 0; i < kBlock; i += 8) {
+            Floats a, b;
+            memcpy(&a, wanted + i, sizeof a);
+            memcpy(&b, found + i, sizeof b);
+            const Doubles w = __builtin_convertvector(a, Doubles), e = w - __builtin_convertvector(b, Doubles);
+            error += e * e;
+            weight += w * w;
+        }
+    }
+    void store(double* out) const {
+        out[0] = out[1] = 0;
+        for (int j = 0; j < 8; j++) out[0] += error[j], out[1] += weight[j];
+    }
+};
+
+void nf4_error(const void* src, Source type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
+               const uint16_t* absmax, int64_t begin, int64_t end, double* sums) {
+    const int64_t blocks = (k + kBlock - 1) / kBlock;
+    for (int64_t tile = begin; tile < end; tile++) {
+        Squares squares;
+        for (int64_t b = 0; b < blocks; b++) {
+            const uint8_t* in = codes + (tile * blocks + b) * 512;
+            const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
+            alignas(64) float scales[kTile];
+            alignas(64) uint8_t byte[kTile][kBlock];  // all rows first: what was just stored in pieces is slow to load whole
+            Lanes::store(scales, Lanes::load_half(absmax + (tile * blocks + b) * kTile));
+            for (int t = 0; t < 8; t++)
+                for (int lane = 0; lane < kTile; lane++) {
+                    uint32_t both;
+                    memcpy(&both, in + 64 * t + 4 * lane, 4);
+                    const uint32_t high = both >> 4 & 0x0f0f0f0f, low = both & 0x0f0f0f0f;
+                    memcpy(byte[lane] + 8 * t, &high, 4);
+                    memcpy(byte[lane] + 8 * t + 4, &low, 4);
+                }
+            for (int64_t lane = 0; lane < kTile && tile * kTile + lane < n; lane++) {
+                alignas(64) float v[kBlock], w[kBlock];
+                alignas(64) int32_t code[kBlock];
+                load_source(src, type, (tile * kTile + lane) * k + b * kBlock, columns, v);
+                for (int i = 0; i < kBlock; i++) code[i] = byte[lane][i];
+                const typename Lanes::F scale = Lanes::broadcast(scales[lane]);
+                for (int i = 0; i < kBlock; i += 16) Lanes::store(w + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
+                squares.add(v, w);
+            }
+        }
+        squares.store(sums + 2 * tile);
+    }
+}
+
+void int8_error(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin, int64_t end,
+                double* sums) {
+    for (int64_t row = begin; row < end; row++) {
+        Squares squares;
+        for (int64_t c = 0; c < k; c += kBlock) {
+            const int64_t n = k - c < kBlock ? k - c : kBlock;
+            alignas(64) float v[kBlock], w[kBlock];
+            int8_t in[kBlock] = {};
+            load_source(src, type, row * k + c, n, v);
+            memcpy(in, q + row * k + c, size_t(n));
+            for (int i = 0; i < kBlock; i++) w[i] = float(in[i]) * scale[row];
+            squares.add(v, w);
+        }
+        squares.store(sums + 2 * row);
+    }
 }
 
 }  // namespace
