@@ -173,7 +173,8 @@ def make_plan(
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert slots as remain, or exactly
     ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  ``runtime_bytes`` is what the process holds
-    before a model is opened; ``logits_rows`` rows of the vocabulary's width are in memory at once.  Raises ``PlanError`` for slots that can't serve one token."""
+    before a model is opened; ``logits_rows`` rows of logits are in memory at once.  Raises ``PlanError`` for slots that
+    can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     if slots is not None and slots < top_k:
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
@@ -197,7 +198,7 @@ def make_plan(
     host, host_slots = dict[str, int](), 0
     if host_budget is not None:
         room = (host_budget - sum(runtime.values())) // sizes.record_bytes
-        host_slots = max(0, min(room - transit, everything))
+        host_slots = max(0, min(room - transit, everything)) if count < everything else 0
         host = {**runtime, "expert slots": host_slots * sizes.record_bytes, "read buffers": transit * sizes.record_bytes}
         shortfall["ram"] = sum(host.values()) - host_budget
     return Plan(

@@ -32,10 +32,22 @@ from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.machine import available_memory, cache_folder, peak_rss, process_bytes
 from offload.memory import Arena, Staging
-from offload.plan import PREFILL_CHUNK, Plan, kv_bytes, make_plan, parse_size, runtime_growth, scratch_bytes, sizes_of
+from offload.plan import (
+    PREFILL_CHUNK,
+    Plan,
+    Sizes,
+    kv_bytes,
+    make_plan,
+    parse_size,
+    predicted_peak,
+    runtime_growth,
+    scratch_bytes,
+    sizes_of,
+)
 from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
+from offload.speed import Bandwidths, Setting
 from offload.store import HELP_BYTES, DiskReader, HostTier, Slots, Source, disk_bandwidth
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
@@ -72,12 +84,12 @@ class Runtime:
         eos_token_ids: tuple[int, ...],
         source: Export | Checkpoint,
         ops: TorchOps,
-        touched_bytes: int,
+        sizes: Sizes | None,
         store: Source | None = None,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
         self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
-        self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
+        self._experts, self._ops, self._sizes = network.experts, ops, sizes
         self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
@@ -270,9 +282,25 @@ class Runtime:
 
     def bytes_per_token(self, position: int) -> dict[str, int]:
         """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""
+        assert self._sizes is not None
         experts = len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
-        latent = self._cache.nbytes // self._cache.context * position
-        return {"resident weights": self._touched_bytes, "experts": experts, "latent KV cache": latent}
+        return {"resident weights": self._sizes.touched, "experts": experts, "latent KV cache": kv_bytes(self.config, position)}
+
+    def predict(self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths) -> dict[str, Any]:
+        """What the plan expects of a run: ``peak`` (tier -> bytes), ``components``, ``hit_rate``, tokens a second of prefill
+        and decode, ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
+        assert self._sizes is not None and isinstance(self._source, Export)
+        random = str(self._source.manifest["source"]["name"]).startswith("random weights")
+        speed = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random).predict(prompt_tokens, new_tokens)
+        return {
+            "peak": {self.plan.tier: predicted_peak(self.config, self.plan, prompt_tokens, new_tokens)},
+            "components": dict(self.plan.components),
+            "prefill_tokens_per_second": speed.prefill,
+            "decode_tokens_per_second": speed.decode,
+            "hit_rate": speed.hit_rate,
+            "decode_seconds": speed.seconds,
+            "bottleneck": speed.bottleneck,
+        }
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
@@ -448,7 +476,7 @@ def _open_quantized(
             _generation_eos(folder, config),
             export,
             ops,
-            sizes.touched,
+            sizes,
             source,
         )
     except BaseException:
@@ -493,5 +521,5 @@ def _open_reference(
             _generation_eos(folder, config),
             checkpoint,
             ops,
-            checkpoint.nbytes,
+            None,
         )
