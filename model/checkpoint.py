@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -171,6 +173,20 @@ class Checkpoint:
                 found = list(infos[name].shape)
                 raise CheckpointError(f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}")
         return cls(folder, config, {name: infos[name] for name in expected})
+
+    @contextmanager
+    def read_from(self, file: str, path: Path) -> Iterator[None]:
+        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError`` unless its header is the known one."""
+        found = read_header(path)[0]
+        known = {name: info for name, info in self.infos.items() if info.file == file}
+        if any(name not in found or replace(found[name], file=file) != info for name, info in known.items()):
+            raise CheckpointError(f"{path}: its header is not the one that {file} had before; download this file again")
+        usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
+        try:
+            yield
+        finally:
+            os.close(self._files[file])
+            self._files[file] = usual
 
     @property
     def nbytes(self) -> int:

@@ -16,15 +16,9 @@ from torch import Tensor
 import model
 from model.checkpoint import resident_shapes
 from model.config import read_config
-from offload.quantize import (
-    Progress,
-    check_destination,
-    check_space,
-    export_manifest,
-    publish,
-    resident_quantization,
-    small_files,
-)
+from offload.contents import resident_quantization
+from offload.destination import check_destination, check_space, publish
+from offload.quantize import Progress, export_manifest, small_files
 from quant.export import (
     MANIFEST,
     RESIDENT,

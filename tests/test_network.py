@@ -8,8 +8,8 @@ from model.checkpoint import Checkpoint
 from model.config import parse_config
 from model.deepseek_v2 import DeepseekV2, route
 from model.kv_cache import LatentCache
+from offload.contents import resident_quantization
 from offload.experts import ResidentExperts
-from offload.quantize import resident_quantization
 from offload.runtime import Runtime
 from quant import kernels
 from quant.int8 import Int8Weight

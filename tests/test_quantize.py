@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 
 from model.checkpoint import Checkpoint, expert_name, resident_shapes
-from offload.quantize import quantize, resident_quantization
+from offload.contents import resident_quantization
+from offload.quantize import quantize
 from offload.runtime import Runtime
 from quant import int8, nf4
 from quant.export import ALIGNMENT, MANIFEST, PROJECTIONS, RESIDENT, Export, layer_file, manifest_checksum
@@ -78,7 +79,6 @@ def attempt(die_at=None, after=None):
         for name in ("fsync", "rename", "unlink", "mkdir"):
             setattr(os, name, counted(getattr(os, name)))
         shutil.copyfile = counted(shutil.copyfile)
-        offload.quantize.LayerWriter.write = counted(offload.quantize.LayerWriter.write)
         try:
             offload.quantize.quantize(source, destination, workers=2)
             os._exit(0)
