@@ -5,6 +5,7 @@ Work happens in ``DST.partial``, which one process owns at a time; the last act 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -73,6 +74,17 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
         if partial.is_dir() and not any(partial.iterdir()):
             partial.rmdir()
         os.close(handle)
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Raise ``ExportError`` instead of an ``OSError`` that says that the disk of ``folder`` is full."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ExportError(f"{folder}: the disk is full; make room and run the same command to resume") from None
 
 
 def check_space(partial: Path, needed: int) -> None:

@@ -8,7 +8,6 @@ those bytes are durable, so a killed run resumes to the same bytes.  The last ac
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 from model.checkpoint import INDEX_NAME, Checkpoint, inside
 from model.config import Config
 from offload.contents import Contents
-from offload.destination import check_destination, check_space, locked, partial_folder, publish
+from offload.destination import check_destination, check_space, full_disk_explained, locked, partial_folder, publish
 from quant import nf4
 from quant.assemble import Assembly, publish_file, temporary_name
 from quant.export import (
@@ -99,16 +98,12 @@ def quantize(
             if found is None:
                 check_destination(destination, overwrite)
             job = _Job(checkpoint, partial, mode, workers or min(os.cpu_count() or 1, 8), progress or _ignore, shards)
-            try:
+            with full_disk_explained(partial):
                 if found is not None:
                     return _repair(job, partial, destination, found, checking or _ignore, notify or _ignore)
                 job.load_state(overwrite)
                 manifest = job.run()
                 publish(partial, destination)
-            except OSError as problem:
-                if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise ExportError(f"{partial}: the disk is full; make room and run the same command to resume") from None
             return manifest
 
 
