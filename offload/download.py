@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 from quant.export import sync_folder, write_json
 from slotmoe import DownloadError
@@ -90,6 +91,24 @@ class Stopped(Exception):
     """The download was given up because the program ends."""
 
 
+class Ending(threading.Event):
+    """Set when the program ends; that cuts the connections which it was told to watch, whatever they wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+
+    def watch(self, connection: socket.socket) -> None:
+        self._sockets.add(connection)
+        if self.is_set():
+            raise Stopped
+
+    def set(self) -> None:
+        super().set()
+        for connection in list(self._sockets):
+            _cut(connection)
+
+
 def patiently(action: Callable[[], T], what: str, patience: Patience, stop: threading.Event, gained: Callable[[], int] = lambda: 0) -> T:
     """What ``action`` returns, after as many attempts as ``patience`` allows.
 
@@ -142,11 +161,11 @@ def fetch(
     )
 
 
-def read_range(remote: Remote, start: int, stop: int, size: int, patience: Patience, ending: threading.Event) -> bytes:
+def read_range(remote: Remote, start: int, stop: int, size: int, patience: Patience, ending: Ending) -> bytes:
     """Bytes ``start`` to ``stop`` of a file of ``size`` bytes.  Raises like ``fetch``."""
 
     def once() -> bytes:
-        with _opened(remote, start, stop, size, patience.stall, lambda _: None) as response:
+        with _opened(remote, start, stop, size, patience.stall, ending.watch) as response:
             with _network_errors():
                 data = response.read(stop - start)
             if len(data) < stop - start:
@@ -169,6 +188,7 @@ class _Transfer:
         self._starts = range(0, expected.size, PIECE_BYTES) or range(1)
         self._received = self._load()
         self._busy: dict[socket.socket, float] = {}  # when each connection last brought something
+        self._silent: WeakSet[socket.socket] = WeakSet()
         self._handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._digest, self._hashed = expected.digest(), 0
 
@@ -225,7 +245,7 @@ class _Transfer:
                         future.result()
                     if self._stop.is_set():
                         raise Stopped
-                    self._cut(self._patience.stall)
+                    self._cut_silent(self._patience.stall)
                     self._hash()
                     if time.monotonic() - saved > _SAVE_SECONDS:
                         self._save()
@@ -233,18 +253,18 @@ class _Transfer:
             except BaseException:
                 self._halt.set()
                 while not all(future.done() for future in pending):
-                    self._cut(0)
+                    self._cut_silent(0)
                     wait(pending, timeout=0.05)
                 self._save()
                 raise
 
-    def _cut(self, silent_for: float) -> None:
+    def _cut_silent(self, silent_for: float) -> None:
         """End the connections that have brought nothing for so many seconds."""
         now = time.monotonic()
         for connection, last in list(self._busy.items()):
             if now - last >= silent_for:
-                with suppress(OSError):  # it is closed already
-                    connection.shutdown(socket.SHUT_RDWR)
+                self._silent.add(connection)
+                _cut(connection)
 
     def _hash(self) -> None:
         """Let the checksum follow as far as the file is there without a hole."""
@@ -295,6 +315,10 @@ class _Transfer:
                     self._received[piece] += count
                     self._busy[held[-1]] = time.monotonic()
                     self._advance(count)
+        except PassingError:
+            if any(connection in self._silent for connection in held):
+                raise PassingError(f"the connection stalled for {self._patience.stall:g} seconds") from None
+            raise
         finally:
             for connection in held:
                 self._busy.pop(connection, None)
@@ -375,6 +399,12 @@ def _connection(url: str, timeout: float) -> tuple[http.client.HTTPConnection, s
     if proxy:
         secure.set_tunnel(parts.hostname, parts.port, headers)
     return secure, target, {}
+
+
+def _cut(connection: socket.socket) -> None:
+    """Wake whoever waits for the connection's bytes: no more will come."""
+    with suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES, MAX_INDEX_BYTES, SINGLE_NAME, weight_files
 from model.config import read_config
 from offload.destination import full_disk_explained, locked, partial_folder
-from offload.download import CONNECTIONS, Expected, PassingError, Patience, Stopped, fetch, patiently, read_range, status_error
+from offload.download import CONNECTIONS, Ending, Expected, PassingError, Patience, Stopped, fetch, patiently, read_range, status_error
 from offload.plan import format_size
 from offload.quantize import Progress, quantize
 from quant.export import COPIED, FORMAT_VERSION, MANIFEST, MAX_COPIED_BYTES, write_json
@@ -188,7 +188,7 @@ class HubShards:
         self._pin, self._weights, self._kept = pin, download / "weights", kept
         self._arriving, self._notify, self._patience = arriving, notify, patience
         self.folder = download / "headers" / pin.repo.rpartition("/")[2]
-        self.stop, self._lock = threading.Event(), threading.Lock()
+        self.stop, self._lock = Ending(), threading.Lock()
         self._done, self._total = 0, 0
 
     def prepare(self) -> None:
@@ -406,14 +406,17 @@ def quantize_from_hub(
         pin = resolve(repo, revision) if begun is None or overwrite else begun
         if pin != begun:
             _clear(download)
-        if keep_source:
-            kept.mkdir(exist_ok=True)
+        foreign = [path.name for path in kept.iterdir() if path.name not in pin.files] if keep_source and kept.is_dir() else []
+        if foreign:
+            raise ExportError(f"{kept}: holds {foreign[0]}, which {repo} has not, so nothing is put there; move it away")
         shards = HubShards(pin, download, kept if keep_source else None, arriving, notify, patience or Patience())
         try:
             with full_disk_explained(download):
                 shards.prepare()
                 ready(shards.folder)
                 _plan(download, pin)
+                if keep_source:
+                    kept.mkdir(exist_ok=True)
             manifest = quantize(
                 shards.folder, destination, overwrite=overwrite, wait_for_lock=wait_for_lock, notify=notify, shards=shards, **options
             )
@@ -469,7 +472,9 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise ExportError(f"{cache}: can't be made ({problem.strerror}); set SLOTMOE_CACHE to a folder that can") from None
-        write_json(note, {"commit": commit})
+        fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")  # two may start at once
+        fresh.write_text(json.dumps({"commit": commit}))
+        os.rename(fresh, note)
     destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"
     if not (destination / MANIFEST).is_file():
         quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)

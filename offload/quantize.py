@@ -269,7 +269,7 @@ class _Job:
                 for name, assembly in self._assemblies.items():
                     assembly.sync()
                     self._state["written"][name] = dict(assembly.checksums)
-                self._save_state()
+                write_json(self._partial / "state.json", self._state)
 
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
@@ -327,21 +327,19 @@ class _Job:
         """Check a file that has all of its tensors, note that it's done, then name it: ``_finished`` may have to do the last."""
         with self._lock:
             assembly = self._assemblies.pop(file, None) or Assembly(self._partial / file, self._contents.parts(file), self._written(file))
+        entry = None
         try:
             if file == RESIDENT:
                 entry = assembly.finish_tensors()
             else:
                 entry = assembly.finish_records(self._contents.config.n_routed_experts, self._contents.layout)
-            self._state["files"][file] = entry
         finally:
             assembly.close()
-            self._state["written"].pop(file, None)
-            self._save_state()
+            with self._lock:
+                self._state["written"].pop(file, None)
+                self._state["files"] |= {file: entry} if entry is not None else {}
+                write_json(self._partial / "state.json", self._state)
         publish_file(self._partial / file)
-
-    def _save_state(self) -> None:
-        with self._lock:
-            write_json(self._partial / "state.json", self._state)
 
     def _finished(self, file: str) -> bool:
         """Whether ``file`` is whole, under its own name or, after a kill, still under the temporary one."""
