@@ -34,12 +34,17 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             raise ExportError(f"{destination}: exists and is not an export, so it is never overwritten; choose another destination")
         if not overwrite:
             raise ExportError(f"{destination}: exists; pass --overwrite to replace it, or choose another destination")
-    ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
     for folder in (destination, partial_folder(destination), _replaced_folder(destination)):
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        foreign = [name for name in names if (plain := name.removesuffix(".tmp")) not in ours and not is_predictor(plain)]
-        if foreign:
-            raise ExportError(f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away")
+        check_ours(folder)
+
+
+def check_ours(folder: Path) -> None:
+    """Raise ``ExportError`` if ``folder``, which is about to be emptied, holds what no export has."""
+    ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    foreign = [name for name in names if (plain := name.removesuffix(".tmp")) not in ours and not is_predictor(plain)]
+    if foreign:
+        raise ExportError(f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away")
 
 
 @contextmanager

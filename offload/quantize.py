@@ -25,7 +25,7 @@ import torch
 from model.checkpoint import INDEX_NAME, Checkpoint, inside
 from model.config import Config
 from offload.contents import Contents
-from offload.destination import check_destination, check_space, full_disk_explained, locked, partial_folder, publish
+from offload.destination import check_destination, check_ours, check_space, full_disk_explained, locked, partial_folder, publish
 from quant import nf4
 from quant.assemble import Assembly, publish_file, temporary_name
 from quant.export import (
@@ -97,6 +97,8 @@ def quantize(
             found = None if overwrite else _export_of(checkpoint, mode, destination)
             if found is None:
                 check_destination(destination, overwrite)
+            else:
+                check_ours(partial)
             job = _Job(checkpoint, partial, mode, workers or min(os.cpu_count() or 1, 8), progress or _ignore, shards)
             with full_disk_explained(partial):
                 if found is not None:
@@ -128,6 +130,8 @@ def _repair(
     """Make the damaged files of an export again, each in the moment of one rename; returns the manifest."""
     damaged = damaged_files(destination, manifest, checking)
     for name, problem in damaged.items():
+        if (destination / name).is_dir():
+            raise ExportError(f"{destination / name}: is a folder; move it away, so that the file can be made")
         notify(f"{destination / name} {problem}; " + ("removed, calibrate again" if is_predictor(name) else "it is made again"))
     if not damaged:
         notify(f"{destination}: is this export already, and every checksum is right")
