@@ -293,7 +293,7 @@ class HubShards:
 
     def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
         for path in self._weights.iterdir():
-            if path.name.removesuffix(".incomplete").removesuffix(".ranges") not in files:
+            if path.name.removesuffix(".tmp").removesuffix(".incomplete").removesuffix(".ranges") not in files:
                 self._leave(path)  # it was done when the last run was killed
         sizes = {name: self._pin.files[name].size for name in files}
         coming = [name for name in files if self._here(name) is None and self._cached(name, check=False) is None]

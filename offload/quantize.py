@@ -115,6 +115,8 @@ def _ignore(*_arguments: Any) -> None:
 
 def _export_of(checkpoint: Checkpoint, mode: str, destination: Path) -> dict[str, Any] | None:
     """The manifest of ``destination`` if it is an export of ``checkpoint`` in this precision, else None."""
+    if destination.is_symlink():
+        return None
     try:
         manifest = read_manifest(destination)
     except ExportError:

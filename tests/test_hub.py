@@ -243,6 +243,45 @@ def test_peak_disk_is_two_weight_files_beyond_the_export(served, wanted, sample,
         subprocess.run(["umount", disk], check=True)
 
 
+MEASURED = """
+import json, sys
+from pathlib import Path
+import huggingface_hub, torch, offload.hub
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+work, peak = Path(sys.argv[1]), 0
+def measure(_done, _total):
+    global peak
+    now = 0
+    for path in work.rglob("*"):
+        try:
+            now += path.stat().st_blocks * 512
+        except FileNotFoundError:
+            pass
+    peak = max(peak, now)
+offload.hub.quantize_from_hub("org/tiny", "main", work / "export", progress=measure)
+print(json.dumps({"peak_disk": peak, "rss_before": before, "peak_rss": status("VmHWM")}))
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_and_disk_at_real_sizes(hub, tmp_path):
+    """Three layers of V2-Lite's widths in eight files of 350 MB; run with -s to see the figures."""
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944, "n_routed_experts": 64, "vocab_size": 102400}
+    write_checkpoint(tmp_path / "tiny", shards=8, num_hidden_layers=3, n_group=1, topk_group=1, **sizes)
+    hub.add(NAME, Repo(tmp_path / "tiny"))
+    (tmp_path / "work").mkdir()
+    child = subprocess.run([sys.executable, "-c", MEASURED, tmp_path / "work"], cwd=ROOT, capture_output=True, check=True)
+    report = json.loads(child.stdout)
+    export = sum(path.stat().st_size for path in (tmp_path / "work" / "export").rglob("*") if path.is_file())
+    shard = max(path.stat().st_size for path in (tmp_path / "tiny").iterdir())
+    print({**report, "export": export, "largest_weight_file": shard})
+    assert report["peak_disk"] <= export + 2 * shard + (4 << 20)
+    assert report["peak_rss"] - report["rss_before"] < 600 << 20
+
+
 # Runs in a process of its own: imports once, then forks a child for every attempt and kills it.
 KILLER = """
 import hashlib, json, os, random, shutil, signal, sys, time
