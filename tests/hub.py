@@ -77,21 +77,27 @@ class Repo:
         return {"id": "x/y", "sha": self.commit, "siblings": siblings}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, request, client_address):
+        pass  # clients are killed and hang up
+
+
 class Hub:
     """Both servers, running until ``close``."""
 
     def __init__(self):
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(kind), bind_and_activate=True) for kind in ("hub", "cdn")]
+        self.servers = [_Server(("127.0.0.1", 0), self._handler(kind)) for kind in ("hub", "cdn")]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         self.reset()
         for server in self.servers:
-            server.daemon_threads, server.block_on_close = True, False
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def reset(self):
         """Forget repositories, faults and what was asked for."""
         self.repos, self.commits, self.faults, self.requests = {}, {}, [], []
-        self.delay, self.served = 0.0, 0
+        self.delay, self.served, self.signature = 0.0, 0, 0
 
     def add(self, name, repo, revision="main"):
         self.repos[name, revision] = self.repos[name, repo.commit] = repo
@@ -167,7 +173,7 @@ class Hub:
 
     def _send(self, handler, kind, repo_name, repo, name):
         if kind != "cdn" and name in repo.lfs:
-            place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature=x"
+            place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature={self.signature}"
             handler.answer(
                 302, Location=place, X_Repo_Commit=repo.commit, X_Linked_Etag=f'"{repo.checksum(name)}"', X_Linked_Size=repo.size(name)
             )

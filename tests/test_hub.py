@@ -556,8 +556,7 @@ def test_interrupted(moment, served, wanted, tmp_path):
     assert child.returncode == 130
     assert "Traceback" not in message
     assert "run the same command again to resume" in message
-    if moment == "weights":
-        assert time.perf_counter() - start < 5, "it does not wait for a silent server"
+    assert time.perf_counter() - start < 15, "it does not wait for a silent server"
     served.faults.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted
