@@ -391,7 +391,7 @@ def quantize_from_hub(
 
     Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and ``DownloadError``.
     """
-    partial_folder(destination)  # refuses impossible names
+    partial = partial_folder(destination)
     download, kept = (destination.with_name(destination.name + suffix) for suffix in (".download", ".source"))
     with locked(download, wait_for_lock):
         if wait_for_lock and (destination / MANIFEST).is_file():
@@ -422,7 +422,7 @@ def quantize_from_hub(
             )
         except BaseException:
             shards.stop.set()
-            if not (download / "plan.json").exists():
+            if not any((download / "weights").glob("*")) and not partial.exists():  # nothing has begun
                 _clear(download)
             raise
         if keep_source:

@@ -184,6 +184,16 @@ def test_resumes_inside_a_file(served, wanted, tmp_path, monkeypatch):
     assert tree(tmp_path / "export") == wanted
 
 
+def test_existing_destination(served, tmp_path):
+    make(tmp_path / "export", resident="bf16")
+    before = tree(tmp_path)
+    with pytest.raises(ExportError, match="exists; pass --overwrite"):
+        make(tmp_path / "export")
+    assert tree(tmp_path) == before, "nothing is left of the attempt"
+    make(tmp_path / "export", resident="bf16")  # the same again
+    assert tree(tmp_path) == before
+
+
 def test_begun_with_something_else(served, wanted, tmp_path):
     served.add(NAME, served.repos[NAME, "main"], "v2")
     with pytest.raises(Stop):
@@ -284,18 +294,26 @@ def test_peak_memory_and_disk_at_real_sizes(hub, tmp_path):
 
 # Runs in a process of its own: imports once, then forks a child for every attempt and kills it.
 KILLER = """
-import hashlib, json, os, random, shutil, signal, sys, time
+import hashlib, json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 import huggingface_hub, offload.download, offload.hub, torch
 work, kills = Path(sys.argv[1]), int(sys.argv[2])
 offload.download.PIECE_BYTES, offload.download._SAVE_SECONDS = 512 << 10, 0.02
 def tree():
     return {str(p.relative_to(work)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(work.rglob("*")) if p.is_file()}
-def attempt(after=None):
+def attempt(after=None, event=None):
+    '''Quantize in a child that is killed ``after`` seconds, or shortly after its ``event``-th report of progress.'''
     child = os.fork()
     if not child:
+        seen = 0
+        def count(_done, _total):
+            nonlocal seen
+            seen += 1
+            if seen == event:
+                threading.Timer(random.SystemRandom().random() * 0.03, os.kill, (os.getpid(), signal.SIGKILL)).start()
         try:
-            offload.hub.quantize_from_hub("org/tiny", "main", work / "export", workers=2)
+            offload.hub.quantize_from_hub("org/tiny", "main", work / "export", workers=2, progress=count, arriving=count)
+            (work / "events").write_text(str(seen))
             os._exit(0)
         except BaseException as problem:
             print(repr(problem), file=sys.stderr)
@@ -308,19 +326,26 @@ def attempt(after=None):
 work.mkdir()
 start = time.perf_counter()
 assert attempt() == 0
-duration, wanted = time.perf_counter() - start, tree()
-report = {"killed": 0, "wrong": [], "resumed": 0, "state": 0, "ranges": 0, "duration": duration, "files": wanted}
+duration, events = time.perf_counter() - start, int((work / "events").read_text())
+(work / "events").unlink()
+wanted = tree()
+report = {"killed": 0, "wrong": [], "rounds": 0, "state": 0, "ranges": 0, "duration": duration, "events": events, "files": wanted}
 generator = random.Random(int(sys.argv[3]))
 while report["killed"] < kills:
     shutil.rmtree(work)
     work.mkdir()
+    report["rounds"] += 1
     for _ in range(generator.choice((1, 2, 4))):
-        if not os.WIFSIGNALED(attempt(after=generator.random() * duration)):
+        early = generator.random() < 0.25
+        when = {"after": generator.random() * duration} if early else {"event": generator.randint(1, events)}
+        if not os.WIFSIGNALED(attempt(**when)):
             break
         report["killed"] += 1
         report["state"] += any(work.glob("*.partial/state.json"))
         report["ranges"] += any(work.glob("*.download/weights/*.ranges"))
-    if attempt() != 0 or tree() != wanted:
+    status = attempt()
+    (work / "events").unlink(missing_ok=True)
+    if status != 0 or tree() != wanted:
         report["wrong"].append(report["killed"])
 print(json.dumps(report))
 """
