@@ -44,6 +44,10 @@ class PlanError(SlotmoeError):
     """A request that can't fit: budgets, context or prompt length."""
 
 
+class DownloadError(SlotmoeError):
+    """A download that the network or the server made fail; the same command resumes it.  The command line exits with 1."""
+
+
 def read_json(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> dict[str, Any]:
     """The JSON object in ``path``; ``error`` is raised, naming the file, for anything else.
 

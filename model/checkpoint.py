@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -125,6 +127,20 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}")
         return cls(folder, config, {name: infos[name] for name in expected})
 
+    @contextmanager
+    def read_from(self, file: str, path: Path) -> Iterator[None]:
+        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError`` unless its header is the known one."""
+        found = read_header(path)[0]
+        known = {name: info for name, info in self.infos.items() if info.file == file}
+        if any(name not in found or replace(found[name], file=file) != info for name, info in known.items()):
+            raise CheckpointError(f"{path}: its header is not the one that {file} had before; download this file again")
+        usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
+        try:
+            yield
+        finally:
+            os.close(self._files[file])
+            self._files[file] = usual
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the network uses."""
@@ -167,24 +183,36 @@ class Checkpoint:
         self.close()
 
 
+def weight_files(folder: Path) -> dict[str, str] | None:
+    """File of each tensor by the index in ``folder``, every name checked to be plain; None if there is no index.
+
+    Raises ``CheckpointError``.
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map object")
+    for file in dict.fromkeys(str(value) for value in weight_map.values()):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
+            raise CheckpointError(f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder")
+    return {name: str(file) for name, file in weight_map.items()}
+
+
 def _locate(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the folder, from its index or from its single file."""
-    if (folder / INDEX_NAME).exists():
-        index = folder / INDEX_NAME
-        weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map object")
+    weight_map = weight_files(folder)
+    if weight_map is not None:
         headers: dict[str, dict[str, TensorInfo]] = {}
         left = MAX_HEADER_BYTES
-        for file in dict.fromkeys(str(value) for value in weight_map.values()):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
-                raise CheckpointError(f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder")
+        for file in dict.fromkeys(weight_map.values()):
             headers[file], used = read_header(inside(folder, file), left)
             left -= used
         infos = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or name not in headers[file]:
-                raise CheckpointError(f"{index}: says that {name:.120} is in {file!r:.120}, but it is not there")
+            if name not in headers[file]:
+                raise CheckpointError(f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not there")
             infos[name] = headers[file][name]
         return infos
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():

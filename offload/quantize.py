@@ -1,32 +1,36 @@
-"""Checkpoint in, export out: streamed an expert at a time, resumable, never half-written under its final name.
+"""Checkpoint in, export out: a tensor at a time, resumable, never half-written under its final name.
 
-Work happens in ``DST.partial``.  A file gets its name there only when it is whole and durable; ``state.json`` lists the
-finished ones, so that a killed run resumes to the same bytes.  The last act is to rename the folder to ``DST``.
+Every tensor is quantized straight to its place in the file of the export that holds it, so weight files can arrive in any
+order and leave at once (``offload.hub``).  Work happens in ``DST.partial``.  ``state.json`` there says what is done: each
+finished file's manifest entry, and the checksums of the tensors that unfinished files hold already.  It is written after
+those bytes are durable, so a killed run resumes to the same bytes.  The last act is to rename the folder to ``DST``.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from model.checkpoint import INDEX_NAME, Checkpoint, inside
 from model.config import Config
-from model.shapes import expert_name, resident_shapes
-from offload.plan import format_size
+from model.shapes import expert_name
+from offload.contents import Contents
+from offload.destination import check_destination, check_ours, check_space, full_disk_explained, locked, partial_folder, publish
 from offload.report import experts_name, quantization_report
 from quant import nf4
+from quant.assemble import Assembly, publish_file, temporary_name
 from quant.export import (
     COPIED,
     FORMAT_VERSION,
@@ -34,23 +38,19 @@ from quant.export import (
     MAX_COPIED_BYTES,
     PROJECTIONS,
     RESIDENT,
-    LayerWriter,
-    Part,
     RecordLayout,
-    ResidentWriter,
     file_checksum,
     is_predictor,
-    layer_file,
     manifest_checksum,
-    place,
-    resident_parts,
+    read_manifest,
     sync_folder,
     write_json,
 )
 from quant.int8 import Int8Weight
 from quant.matmul import quantize_int8, quantize_nf4, squared_error
 from quant.nf4 import Nf4Weight
-from quant.sizes import BLOCK, TILE, resident_quantization
+from quant.sizes import BLOCK, TILE
+from quant.verify import damaged_files
 from slotmoe import CheckpointError, ConfigError, ExportError
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
@@ -58,6 +58,16 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 _CHUNK = 8 << 20  # resident weights quantized at once
 _LEVELS = torch.tensor(nf4.LEVELS)
+
+
+class Shards(Protocol):
+    """Weight files that are not all in the checkpoint's folder, but come one after the other."""
+
+    def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
+        """Say what will be brought; returns the disk, in bytes, that it takes at its peak beyond what is taken already."""
+
+    def bring(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
+        """Each file with the place where it lies; it may be gone when the next one is asked for."""
 
 
 def quantize(
@@ -69,32 +79,89 @@ def quantize(
     overwrite: bool = False,
     wait_for_lock: bool = False,
     progress: Progress | None = None,
+    checking: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its manifest.
 
-    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the destination can't take the
-    export.  Interrupted or failed, it leaves ``DST.partial``, from which the same call resumes.
+    If ``destination`` is an export of this source already, its checksums are compared (``checking`` is told) and what is
+    damaged is made again.  Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns what it made.
+    With ``shards``, ``source`` needs only the headers of its weight files.  ``notify`` gets sentences for people.
+
+    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the destination can't take the
+    export.
     """
     if resident not in RESIDENT_CHOICES:
         raise ConfigError(f"resident {resident!r:.40} is unknown, expected one of: {', '.join(RESIDENT_CHOICES)}")
     mode = "int8" if resident == "auto" else resident
     with Checkpoint.open(source) as checkpoint:
         partial = partial_folder(destination)
-        with _locked(partial, wait_for_lock):
+        with locked(partial, wait_for_lock):
             if wait_for_lock and (destination / MANIFEST).exists():
                 finished: dict[str, Any] = json.loads((destination / MANIFEST).read_text())
                 return finished
-            check_destination(destination, overwrite)
-            job = _Job(checkpoint, partial, mode, overwrite, progress or (lambda done, total: None))
-            try:
-                manifest = job.run(workers or min(os.cpu_count() or 1, 8))
+            found = None if overwrite else _export_of(checkpoint, mode, destination)
+            if found is None:
+                check_destination(destination, overwrite)
+            else:
+                check_ours(partial)
+            job = _Job(checkpoint, partial, mode, workers or min(os.cpu_count() or 1, 8), progress or _ignore, shards)
+            with full_disk_explained(partial):
+                if found is not None:
+                    return _repair(job, partial, destination, found, checking or _ignore, notify or _ignore)
+                job.load_state(overwrite)
+                manifest = job.run()
                 publish(partial, destination)
-            except OSError as problem:
-                if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise ExportError(f"{partial}: the disk is full; make room and run the same command to resume") from None
             return manifest
+
+
+def _ignore(*_arguments: Any) -> None:
+    """For callers that want no progress and no sentences."""
+
+
+def _export_of(checkpoint: Checkpoint, mode: str, destination: Path) -> dict[str, Any] | None:
+    """The manifest of ``destination`` if it is an export of ``checkpoint`` in this precision, else None."""
+    if destination.is_symlink():
+        return None
+    try:
+        manifest = read_manifest(destination)
+    except ExportError:
+        return None
+    source = manifest.get("source")
+    same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
+    return manifest if same and manifest["quantization"]["resident"] == mode else None
+
+
+def _repair(
+    job: _Job, partial: Path, destination: Path, manifest: dict[str, Any], checking: Progress, notify: Callable[[str], None]
+) -> dict[str, Any]:
+    """Make the damaged files of an export again, each in the moment of one rename; returns the manifest."""
+    damaged = damaged_files(destination, manifest, checking)
+    for name, problem in damaged.items():
+        if (destination / name).is_dir():
+            raise ExportError(f"{destination / name}: is a folder; move it away, so that the file can be made")
+        notify(f"{destination / name} {problem}; " + ("removed, calibrate again" if is_predictor(name) else "it is made again"))
+    if not damaged:
+        notify(f"{destination}: is this export already, and every checksum is right")
+    predictors = [name for name in damaged if is_predictor(name)]
+    entries = job.rebuild([name for name in damaged if name not in predictors]) if len(damaged) > len(predictors) else {}
+    for name, entry in entries.items():
+        if entry != manifest["files"][name]:
+            raise ExportError(f"{destination / name}: this slotmoe makes other bytes of the source; pass --overwrite to replace the export")
+    for name in entries:
+        (destination / name).parent.mkdir(exist_ok=True)
+        os.rename(partial / name, destination / name)
+        sync_folder((destination / name).parent)
+    if predictors:
+        manifest["files"] = {name: entry for name, entry in manifest["files"].items() if name not in predictors}
+        manifest["checksum"] = manifest_checksum(manifest)
+        write_json(destination / MANIFEST, manifest)
+        for name in predictors:
+            (destination / name).unlink(missing_ok=True)
+    shutil.rmtree(partial)
+    return manifest
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -116,88 +183,6 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return files
 
 
-def partial_folder(destination: Path) -> Path:
-    """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the destination has no name."""
-    if destination.name in ("", ".."):
-        raise ExportError(f"{destination}: is not the name of a new folder; choose another destination")
-    return destination.with_name(destination.name + ".partial")
-
-
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with ``overwrite``, an export."""
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
-    if destination.is_dir() and any(destination.iterdir()):
-        if not (destination / MANIFEST).is_file():
-            raise ExportError(f"{destination}: exists and is not an export, so it is never overwritten; choose another destination")
-        if not overwrite:
-            raise ExportError(f"{destination}: exists; pass --overwrite to replace it, or choose another destination")
-    ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
-    for folder in (destination, partial_folder(destination), _replaced_folder(destination)):
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        foreign = [name for name in names if (plain := name.removesuffix(".tmp")) not in ours and not is_predictor(plain)]
-        if foreign:
-            raise ExportError(f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away")
-
-
-@contextmanager
-def _locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
-    """Own the folder ``partial`` (made if absent); a second process waits or is refused."""
-    while True:
-        try:
-            partial.mkdir(exist_ok=True)
-        except OSError as problem:
-            raise ExportError(f"{partial}: can't be made ({problem.strerror}); choose another destination") from None
-        try:
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        except OSError as problem:
-            raise ExportError(f"{partial}: is no folder of ours ({problem.strerror}); choose another destination") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(handle)
-            raise ExportError(f"{partial}: another process is writing it; wait for it to finish") from None
-        try:
-            same = os.path.samestat(os.fstat(handle), os.stat(partial))
-        except FileNotFoundError:
-            same = False
-        if same:
-            break
-        os.close(handle)  # the other process finished and renamed it meanwhile
-    try:
-        yield
-    finally:
-        if partial.is_dir() and not any(partial.iterdir()):
-            partial.rmdir()
-        os.close(handle)
-
-
-def check_space(partial: Path, needed: int) -> None:
-    """Raise ``ExportError`` unless the disk of ``partial`` has ``needed`` free bytes."""
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise ExportError(
-            f"{partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)}; make room or choose another destination"
-        )
-
-
-def _replaced_folder(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".replaced")
-
-
-def publish(partial: Path, destination: Path) -> None:
-    """Give the finished folder its name, replacing an older export."""
-    replaced = _replaced_folder(destination)
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
-    if destination.is_dir() and any(destination.iterdir()):
-        os.rename(destination, replaced)
-    os.rename(partial, destination)
-    sync_folder(destination.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 class _Stopped(Exception):
     """Raised inside workers when the run is being given up."""
 
@@ -205,39 +190,34 @@ class _Stopped(Exception):
 class _Job:
     """One quantization: what to write, what is already there, and the workers that write the rest."""
 
-    def __init__(self, checkpoint: Checkpoint, partial: Path, mode: str, overwrite: bool, progress: Progress):
-        self._checkpoint, self._config, self._partial = checkpoint, checkpoint.config, partial
-        self._mode, self._progress = mode, progress
-        config = self._config
-        self._layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-        self._shapes = resident_shapes(config)
-        self._quantization = {name: resident_quantization(name, shape, mode) for name, shape in self._shapes.items()}
-        parts: dict[str, Part] = {}
-        for name, shape in self._shapes.items():
-            parts |= resident_parts(name, shape, self._quantization[name], checkpoint.infos[name].dtype)
-        self._parts = place(parts)
+    def __init__(self, checkpoint: Checkpoint, partial: Path, mode: str, workers: int, progress: Progress, shards: Shards | None):
+        self._checkpoint, self._partial, self._mode = checkpoint, partial, mode
+        self._workers, self._progress, self._shards = workers, progress, shards
+        self._contents = Contents(checkpoint.config, mode, {name: info.dtype for name, info in checkpoint.infos.items()})
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._done, self._total = 0, checkpoint.nbytes
-        self._state = self._load_state(overwrite)
+        self._done, self._total = 0, 0
+        self._state: dict[str, Any] = {}
+        self._assemblies: dict[str, Assembly] = {}
+        self._left: dict[str, set[str]] = {}  # by file of the export: source tensors that are still to be written
 
-    def run(self, workers: int) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
-        self._check_space()
-        tasks: list[Callable[[], None]] = []
-        for layer in self._config.moe_layers:
-            if self._missing(layer_file(layer), self._layer_source_bytes()):
-                tasks.append(lambda layer=layer: self._write_layer(layer))  # type: ignore[misc]
-        resident_source = sum(self._checkpoint.infos[name].nbytes for name in self._shapes)
-        if self._missing(RESIDENT, resident_source):
-            tasks.insert(0, self._write_resident)
-        self._run_tasks(tasks, workers)
+        contents = self._contents
+        files = self._write_files(contents.files)
         for name in COPIED:
             if (self._checkpoint.folder / name).is_file():
                 shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
-        files = {**self._state["files"], **small_files(self._partial)}
+        files |= small_files(self._partial)
         source = self._state["identity"]["source"]
         manifest = export_manifest(
-            self._config, self._layout, self._mode, self._quantization, self._shapes, source, files, report=self._report()
+            contents.config,
+            contents.layout,
+            self._mode,
+            contents.quantization,
+            contents.resident_shapes,
+            source,
+            files,
+            report=self._report(),
         )
         write_json(self._partial / MANIFEST, manifest)
         (self._partial / "state.json").unlink()
@@ -245,36 +225,30 @@ class _Job:
         return manifest
 
     def _report(self) -> dict[str, Any]:
+        contents = self._contents
         errors = {name: squares for found in self._state["errors"].values() for name, squares in found.items()}
-        layers, experts = self._config.moe_layers, self._config.n_routed_experts
-        return quantization_report(layers, experts, self._layout, self._shapes, self._quantization, self._parts, errors)
+        layers, experts = contents.config.moe_layers, contents.config.n_routed_experts
+        parts = contents.parts(RESIDENT)
+        return quantization_report(layers, experts, contents.layout, contents.resident_shapes, contents.quantization, parts, errors)
 
-    def _run_tasks(self, tasks: list[Callable[[], None]], workers: int) -> None:
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures: set[Future[None]] = {pool.submit(task) for task in tasks}
-            try:
-                pending = futures
-                while pending:  # short waits, so that Ctrl-C is seen at once
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-            finally:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                torch.set_num_threads(threads)
+    def rebuild(self, names: list[str]) -> dict[str, Any]:
+        """Write the files ``names`` of the export into the partial folder; returns their manifest entries."""
+        self.load_state(overwrite=False)
+        copied = [name for name in names if name in COPIED]
+        for name in copied:
+            shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
+        entries = self._write_files([name for name in names if name not in copied])
+        return entries | {name: entry for name, entry in small_files(self._partial).items() if name in copied}
 
-    def _identity(self) -> dict[str, Any]:
-        """What the export is made of; a partial folder made of something else is not resumed."""
+    def load_state(self, overwrite: bool) -> None:
+        """Go on from what a killed run left; anything else in the partial folder is removed or, without ``overwrite``, refused."""
         source = {"name": self._checkpoint.folder.resolve().name, "files": source_files(self._checkpoint)}
-        return {"format_version": FORMAT_VERSION, "resident": self._mode, "source": source}
-
-    def _load_state(self, overwrite: bool) -> dict[str, Any]:
-        path, identity = self._partial / "state.json", self._identity()
+        identity = {"format_version": FORMAT_VERSION, "resident": self._mode, "source": source}
         try:
-            state: dict[str, Any] = json.loads(path.read_text())
-            if state["identity"] == identity and isinstance(state["errors"], dict):
-                return state
+            state: dict[str, Any] = json.loads((self._partial / "state.json").read_text())
+            if state["identity"] == identity and isinstance(state["errors"], dict) and isinstance(state["written"], dict):
+                self._state = state
+                return
             if not overwrite:
                 raise ExportError(
                     f"{self._partial}: was begun from another source or with other options; pass --overwrite to start anew, or remove it"
@@ -284,27 +258,153 @@ class _Job:
                 raise
         for leftover in self._partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        return {"identity": identity, "files": {}, "errors": {}}
+        self._state = {"identity": identity, "files": {}, "written": {}, "errors": {}}
 
-    def _missing(self, name: str, source_bytes: int) -> bool:
-        """True if the file has to be written; counts a finished one as progress."""
-        entry = self._state["files"].get(name)
-        path = self._partial / name
-        if entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]:
-            self._advance(source_bytes)
-            return False
-        return True
+    def _write_files(self, names: list[str]) -> dict[str, Any]:
+        """Write the files ``names`` from their tensors, unless they are finished; returns their manifest entries."""
+        infos, todo = self._checkpoint.infos, list[str]()
+        self._total = sum(infos[tensor].nbytes for name in names for tensor in self._contents.tensors(name))
+        missing = [name for name in names if not self._finished(name)]
+        for name in missing:
+            written, parts_of = self._written(name), self._contents.part_names
+            tensors = [tensor for tensor in self._contents.tensors(name) if not written.keys() >= set(parts_of(tensor))]
+            self._left[name] = set(tensors)
+            todo += tensors
+        self._check_space(missing, todo)
+        self._advance(self._total - sum(infos[tensor].nbytes for tensor in todo))
+        try:
+            if self._shards is None:
+                self._write_tensors(todo)
+            else:
+                self._write_arriving(todo, self._shards)
+            for name in missing:
+                if name not in self._state["files"]:  # an earlier run was killed after its last tensor
+                    self._finish(name)
+        finally:
+            for assembly in self._assemblies.values():
+                assembly.close()
+        return {name: self._state["files"][name] for name in names}
 
-    def _layer_source_bytes(self) -> int:
-        layer = self._config.moe_layers[0]
-        one = sum(self._checkpoint.infos[expert_name(layer, 0, name)].nbytes for name in PROJECTIONS)
-        return one * self._config.n_routed_experts
+    def _write_arriving(self, names: list[str], shards: Shards) -> None:
+        """Quantize ``names`` one weight file after the other, in the order in which they come."""
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self._checkpoint.infos[name].file, []).append(name)
+        with closing(shards.bring(sorted(by_shard))) as arrivals:
+            for file, path in arrivals:
+                with self._checkpoint.read_from(file, path):
+                    self._write_tensors(by_shard[file])
+                for name, assembly in self._assemblies.items():
+                    assembly.sync()
+                    self._state["written"][name] = dict(assembly.checksums)
+                write_json(self._partial / "state.json", self._state)
 
-    def _check_space(self) -> None:
-        per_layer = self._config.n_routed_experts * (self._layout.record_bytes + 1024)
-        needed = len(self._config.moe_layers) * per_layer + sum(part.nbytes for part in self._parts.values()) + (16 << 20)
-        needed -= sum(file.stat().st_size for file in self._partial.rglob("*") if file.is_file())
-        check_space(self._partial, needed)
+    def _write_tensors(self, names: list[str]) -> None:
+        """Quantize the tensors ``names`` to their places, in parallel."""
+        queue = deque(names)
+
+        def work() -> None:
+            while True:
+                try:
+                    name = queue.popleft()
+                except IndexError:
+                    return
+                self._write_tensor(name)
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                pending: set[Future[None]] = {pool.submit(work) for _ in range(self._workers)}
+                while pending:  # short waits, so that Ctrl-C is seen at once
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+            except BaseException:
+                self._stop.set()
+                raise
+            finally:
+                pool.shutdown(wait=True)
+                torch.set_num_threads(threads)
+
+    def _write_tensor(self, name: str) -> None:
+        checkpoint, contents = self._checkpoint, self._contents
+        info, file = checkpoint.infos[name], contents.file_of(name)
+        with self._lock:
+            if file not in self._assemblies:
+                self._assemblies[file] = Assembly(self._partial / file, contents.parts(file), self._written(file))
+            assembly = self._assemblies[file]
+        step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
+        squares = [0.0, 0.0]
+        for start in range(0, info.shape[0], step):
+            piece = checkpoint.rows(name, start, min(start + step, info.shape[0]))
+            if file == RESIDENT:
+                checkpoint.check_finite(name, piece)
+            try:
+                outputs = _quantized(piece, contents.kind(name))
+            except nf4.NotFiniteError:
+                raise _not_finite(checkpoint, name) from None
+            for part, output in zip(contents.part_names(name), outputs, strict=True):
+                assembly.write(part, output)
+            if (made := _weight(outputs, contents.kind(name), piece)) is not None:
+                squares = [a + b for a, b in zip(squares, squared_error(piece, made), strict=True)]
+            self._advance(piece.nbytes)
+        with self._lock:
+            if contents.kind(name) != "none":
+                self._state["errors"].setdefault(file, {})[name] = squares
+            self._left[file].remove(name)
+            whole = not self._left[file]
+        if whole:
+            self._finish(file)
+
+    def _finish(self, file: str) -> None:
+        """Check a file that has all of its tensors, note that it's done, then name it: ``_finished`` may have to do the last."""
+        with self._lock:
+            assembly = self._assemblies.pop(file, None) or Assembly(self._partial / file, self._contents.parts(file), self._written(file))
+        entry = None
+        try:
+            if file == RESIDENT:
+                entry = assembly.finish_tensors()
+            else:
+                entry = assembly.finish_records(self._contents.config.n_routed_experts, self._contents.layout)
+        finally:
+            assembly.close()
+            with self._lock:
+                self._state["written"].pop(file, None)
+                if entry is not None:
+                    self._state["files"][file] = entry
+                    self._state["errors"][file] = self._summed_errors(file)
+                write_json(self._partial / "state.json", self._state)
+        publish_file(self._partial / file)
+
+    def _summed_errors(self, file: str) -> dict[str, list[float]]:
+        """The sums of ``squared_error`` of a whole file's weights, all routed experts of a layer as one."""
+        errors, config = self._state["errors"].get(file, {}), self._contents.config
+        layer = self._contents.layer(file)
+        if layer is None:
+            return errors  # type: ignore[no-any-return]
+        experts = range(config.n_routed_experts)
+        return {
+            experts_name(layer, projection): [
+                math.fsum(errors[expert_name(layer, expert, projection)][i] for expert in experts) for i in (0, 1)
+            ]
+            for projection in PROJECTIONS
+        }
+
+    def _finished(self, file: str) -> bool:
+        """Whether ``file`` is whole, under its own name or, after a kill, still under the temporary one."""
+        entry = self._state["files"].get(file)
+        for path in (self._partial / file, temporary_name(self._partial / file)):
+            if entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]:
+                publish_file(self._partial / file)
+                return True
+        self._state["files"].pop(file, None)
+        return False
+
+    def _written(self, file: str) -> dict[str, str]:
+        """Checksums of what the unfinished ``file`` holds already; nothing if it is not there as it was."""
+        known: dict[str, str] = self._state["written"].get(file, {})
+        path = temporary_name(self._partial / file)
+        return known if known and path.is_file() and path.stat().st_size == self._contents.nbytes(file) else {}
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
@@ -312,74 +412,30 @@ class _Job:
         with self._lock:
             self._done += count
             done = self._done
-        self._progress(min(done, self._total), self._total)
+        self._progress(done, self._total)
 
-    def _finish_file(self, name: str, entry: dict[str, Any], errors: dict[str, list[float]]) -> None:
-        """Record that a file is whole; ``errors`` are the sums of ``squared_error`` of the quantized weights in it."""
-        with self._lock:
-            self._state["files"][name], self._state["errors"][name] = entry, errors
-            write_json(self._partial / "state.json", self._state)
+    def _check_space(self, missing: list[str], tensors: list[str]) -> None:
+        taken = sum(path.stat().st_blocks * 512 for file in missing if (path := temporary_name(self._partial / file)).is_file())
+        needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
+        if self._shards is not None:
+            files = sorted({self._checkpoint.infos[name].file for name in tensors})
+            needed += self._shards.announce(files, needed, shutil.disk_usage(self._partial).free)
+        check_space(self._partial, needed)
 
-    def _write_layer(self, layer: int) -> None:
-        checkpoint, layout = self._checkpoint, self._layout
-        record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
-        errors = {experts_name(layer, projection): [0.0, 0.0] for projection in PROJECTIONS}
-        with LayerWriter(self._partial, layer, self._config.n_routed_experts, layout) as writer:
-            for expert in range(self._config.n_routed_experts):
-                for projection in PROJECTIONS:
-                    name = expert_name(layer, expert, projection)
-                    info = checkpoint.infos[name]
-                    source = checkpoint.rows(name, 0, info.shape[0])
-                    try:
-                        codes, absmax = quantize_nf4(source)
-                    except nf4.NotFiniteError:
-                        raise _not_finite(checkpoint, name) from None
-                    _add(errors[experts_name(layer, projection)], source, Nf4Weight(codes, absmax, _LEVELS, layout.shapes[projection]))
-                    layout.part(record, f"{projection}.weight").copy_(codes)
-                    layout.part(record, f"{projection}.weight.absmax").copy_(absmax)
-                    self._advance(info.nbytes)
-                writer.write(record)
-            self._finish_file(layer_file(layer), writer.commit(), errors)
 
-    def _write_resident(self) -> None:
-        checkpoint = self._checkpoint
-        errors = {name: [0.0, 0.0] for name, kind in self._quantization.items() if kind != "none"}
-        with ResidentWriter(self._partial, self._parts) as writer:
-            for name, shape in self._shapes.items():
-                width = checkpoint.infos[name].row_bytes // checkpoint.infos[name].dtype.itemsize
-                step = max(TILE, _CHUNK // width // TILE * TILE)
-                for start in range(0, shape[0], step):
-                    piece = checkpoint.rows(name, start, min(start + step, shape[0]))
-                    checkpoint.check_finite(name, piece)
-                    made = self._write_piece(writer, name, piece)
-                    if made is not None:
-                        _add(errors[name], piece, made)
-                    self._advance(piece.nbytes)
-            self._finish_file(RESIDENT, writer.commit(), errors)
-
-    def _write_piece(self, writer: ResidentWriter, name: str, piece: torch.Tensor) -> Int8Weight | Nf4Weight | None:
-        """Write some rows of a resident weight; returns what they became, None if they stay as they are."""
-        quantization = self._quantization[name]
-        if quantization == "int8":
-            values, scales = quantize_int8(piece)
-            writer.write(name, values)
-            writer.write(name + ".scale", scales)
-            return Int8Weight(values, scales)
-        if quantization == "nf4":
-            try:
-                values, scales = quantize_nf4(piece)
-            except nf4.NotFiniteError:
-                raise _not_finite(self._checkpoint, name) from None
-            writer.write(name, values)
-            writer.write(name + ".absmax", scales)
-            return Nf4Weight(values, scales, _LEVELS, (len(piece), piece.shape[1]))
-        writer.write(name, piece)
+def _weight(outputs: tuple[torch.Tensor, ...], kind: str, piece: torch.Tensor) -> Int8Weight | Nf4Weight | None:
+    """What readers will see in the place of ``piece``; None if that is the piece itself."""
+    if kind == "none":
         return None
+    values, scales = outputs
+    return Int8Weight(values, scales) if kind == "int8" else Nf4Weight(values, scales, _LEVELS, (len(piece), piece.shape[1]))
 
 
-def _add(total: list[float], source: torch.Tensor, made: Int8Weight | Nf4Weight) -> None:
-    error, square = squared_error(source, made)
-    total[0], total[1] = total[0] + error, total[1] + square
+def _quantized(piece: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:
+    """What the export holds of some rows of a weight: the rows themselves, or codes and scales."""
+    if kind == "int8":
+        return quantize_int8(piece)
+    return quantize_nf4(piece) if kind == "nf4" else (piece,)
 
 
 def small_files(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.machine import available_memory, cache_folder, peak_rss, process_bytes
 from offload.memory import Arena, Staging
+from offload.names import is_hub_id
 from offload.plan import (
     PREFILL_CHUNK,
     Plan,
@@ -58,13 +59,23 @@ _PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of 
 __all__ = ["Runtime", "Token", "resolve_model"]
 
 
-def resolve_model(path: str | Path) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.  Raises ``ConfigError``."""
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
+
+    A hub id that is no folder here becomes an export in the cache folder first; ``offload.hub.hub_export`` gets
+    ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
+    """
     folder = Path(path)
+    if is_hub_id(str(path)) and not folder.exists():
+        from offload.hub import hub_export
+
+        return hub_export(str(path), revision, cache_folder(), **reporting)
+    if revision is not None:
+        raise ConfigError(f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out")
     if str(path) == "sample" and not folder.is_dir():
         return Path(model.__file__).parent / "sample"
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, or 'sample'")
+        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'")
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
     return folder
@@ -111,12 +122,14 @@ class Runtime:
         kernels: str = "auto",
         logits_rows: int = 1,
         progress: Progress | None = None,
+        revision: str | None = None,
     ) -> Runtime:
-        """Open an export, a checkpoint folder (quantized once into the cache folder) or ``sample``.
+        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or ``sample``.
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.  ``context`` is the number
         of positions of the latent cache.  ``slots`` caps the experts that stay on the fast tier; None takes all that
-        fit.  ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
+        fit.  ``revision`` of a hub id is a branch, tag or commit.
+        ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
         ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
         ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
 
@@ -126,7 +139,9 @@ class Runtime:
             raise ConfigError(f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}, expected at least 1")
-        folder, where = resolve_model(path), _device(device)
+        if not quantize and is_hub_id(str(path)) and not Path(path).exists():
+            raise ConfigError(f"{path}: quantize=False needs the original checkpoint in a folder; download it first")
+        folder, where = resolve_model(path, revision, **({"progress": progress} if progress else {})), _device(device)
         budget = _budget(where, ram, vram)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:

@@ -16,14 +16,8 @@ from torch import Tensor
 import model
 from model.config import read_config
 from model.shapes import resident_shapes
-from offload.quantize import (
-    Progress,
-    check_destination,
-    check_space,
-    export_manifest,
-    publish,
-    small_files,
-)
+from offload.destination import check_destination, check_space, publish
+from offload.quantize import Progress, export_manifest, small_files
 from quant.export import (
     MANIFEST,
     RESIDENT,

@@ -44,7 +44,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -195,17 +195,19 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
+    """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets from the data's start."""
+    parts = {}
+    for expert in range(experts):
+        start = expert * layout.record_bytes
+        for name, part in layout.parts.items():
+            parts[f"model.layers.{layer}.mlp.experts.{expert}.{name}"] = Part(part.dtype, part.shape, start + part.offset)
+    return parts
+
+
 def layer_header(layer: int, experts: int, layout: RecordLayout) -> bytes:
     """Header of the file that holds the records of ``layer``."""
-
-    def parts() -> Iterator[tuple[str, Part]]:
-        for expert in range(experts):
-            start = expert * layout.record_bytes
-            for name, part in layout.parts.items():
-                full = f"model.layers.{layer}.mlp.experts.{expert}.{name}"
-                yield full, Part(part.dtype, part.shape, start + part.offset)
-
-    return safetensors_header(parts())
+    return safetensors_header(layer_parts(layer, experts, layout).items())
 
 
 class _Writer:
@@ -283,11 +285,20 @@ class ResidentWriter(_Writer):
         """Finish the file; returns its entry for the manifest."""
         assert all(self._written[name] == part.nbytes for name, part in self._parts.items())
         self._file.flush()
-        tensors = {
-            name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": self._hashes[name].hexdigest()}
-            for name, part in self._parts.items()
-        }
-        return self._commit({"checksum": file_checksum(self._temporary), "tensors": tensors})
+        checksums = {name: digest.hexdigest() for name, digest in self._hashes.items()}
+        return self._commit({"checksum": file_checksum(self._temporary), "tensors": describe_tensors(self._parts, checksums)})
+
+
+def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[str, Any]:
+    """The tensors of a file as the manifest holds them."""
+    return {
+        name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": checksums[name]} for name, part in parts.items()
+    }
+
+
+def tensor_parts(entry: dict[str, Any]) -> dict[str, Part]:
+    """The tensors of a file's manifest entry and their places, from the data's start."""
+    return place({name: Part(_DTYPES[item["dtype"]], tuple(item["shape"]), 0) for name, item in entry["tensors"].items()})
 
 
 def file_checksum(path: Path) -> str:
@@ -333,7 +344,7 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         parts = place({name: Part(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()})
         described = {name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": ""} for name, part in parts.items()}
         _check_predictor(described, manifest["experts"])
@@ -363,7 +374,7 @@ class Export:
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
         self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
         self._files: dict[str, int] = {}
-        self._resident_parts = place({name: _part(item) for name, item in manifest["files"][RESIDENT]["tensors"].items()})
+        self._resident_parts = tensor_parts(manifest["files"][RESIDENT])
         self._resident_start, self._direct = 0, False
         self._predictor = next(filter(is_predictor, manifest["files"]), None)
 
@@ -371,8 +382,8 @@ class Export:
     def open(cls, path: str | Path) -> Export:
         """Open the export in folder ``path``; raises ``ExportError`` naming the file that is damaged or missing."""
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        export = cls(folder, manifest, _layout(manifest))
+        manifest = read_manifest(folder)
+        export = cls(folder, manifest, manifest_layout(manifest))
         try:
             export._verify_files()
         except BaseException:
@@ -403,7 +414,7 @@ class Export:
 
     def _open_file(self, name: str) -> None:
         """Open one of the format's own files, inside the folder and of the size that the manifest names."""
-        path = _regular_file(self.folder, name)
+        path = regular_file(self.folder, name)
         try:
             handle = os.open(path, os.O_RDONLY)
         except OSError as problem:
@@ -497,7 +508,7 @@ class Export:
 
     def _predictor_parts(self) -> dict[str, Part]:
         assert self._predictor is not None
-        return place({name: _part(item) for name, item in self.manifest["files"][self._predictor]["tensors"].items()})
+        return tensor_parts(self.manifest["files"][self._predictor])
 
     def predictor(self) -> dict[str, Tensor] | None:
         """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError`` naming a damaged file."""
@@ -534,7 +545,7 @@ class Export:
         self.close()
 
 
-def _regular_file(folder: Path, name: str) -> Path:
+def regular_file(folder: Path, name: str) -> Path:
     """Path of ``name`` in ``folder``; raises ``ExportError`` for a link that leads elsewhere and for what is no file."""
     path = folder / name
     if os.path.realpath(path) != os.path.join(os.path.realpath(folder), name):
@@ -544,7 +555,8 @@ def _regular_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _layout(manifest: dict[str, Any]) -> RecordLayout:
+def manifest_layout(manifest: dict[str, Any]) -> RecordLayout:
+    """Layout of the records that ``manifest`` describes."""
     return RecordLayout(manifest["experts"]["hidden_size"], manifest["experts"]["moe_intermediate_size"])
 
 
@@ -552,9 +564,9 @@ def _part(item: dict[str, Any]) -> Part:
     return Part(_DTYPES[item["dtype"]], tuple(item["shape"]), 0)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of ``folder``, its values checked for type and range before anything uses them."""
-    path = _regular_file(folder, MANIFEST)
+    path = regular_file(folder, MANIFEST)
     if not path.exists():
         raise ExportError(f"{path}: is missing; {folder} is no finished export (slotmoe quantize SRC DST makes one)")
     manifest = read_json(path, MAX_MANIFEST_BYTES, ExportError)
@@ -598,7 +610,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         _check_report(quantization["report"])
     for key, high in (("hidden_size", 1 << 20), ("moe_intermediate_size", 1 << 20), ("n_routed_experts", 4096)):
         _integer(experts[key], 1, high)
-    layout = _layout(manifest)
+    layout = manifest_layout(manifest)
     _require(experts["record_bytes"] == layout.record_bytes and experts["record"] == layout.describe(), "the record layout is unknown")
     layers = experts["layers"]
     _require(_is_list(layers, int, len(layers)) and 0 < len(layers) <= 1000, "layers is not a list of layers")

@@ -1,14 +1,27 @@
-"""Fixtures that several files share: the bundled sample as a checkpoint and as an export."""
+"""Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub on loopback."""
 
 import os
-from pathlib import Path
+import tempfile
 
 import pytest
 
-import model
+from offload.download import Patience
 from offload.quantize import quantize
+from tests.hub import TOKEN, Hub
+from tests.tiny import SAMPLE
 
-SAMPLE = Path(model.__file__).parent / "sample"
+HUB = Hub()
+HOME = tempfile.TemporaryDirectory()
+# huggingface_hub reads these when it is imported, which any test may be the first to do.
+os.environ |= {
+    "HF_ENDPOINT": HUB.endpoint,
+    "HF_HOME": HOME.name,
+    "HF_TOKEN": TOKEN,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "NO_PROXY": "127.0.0.1",
+}
+for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,3 +36,22 @@ def sample_export(tmp_path_factory):
     destination = tmp_path_factory.mktemp("sample") / "export"
     quantize(SAMPLE, destination)
     return destination
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub on loopback, empty, and an empty cache of huggingface_hub's."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    for name in ("fsync", "fdatasync"):  # no machine loses its power here, and a busy disk takes its time
+        monkeypatch.setattr(os, name, lambda handle: None)
+    HUB.reset()
+    yield HUB
+    HUB.reset()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Few and quick attempts to resolve a repository."""
+    monkeypatch.setattr("offload.hub._RESOLVING", Patience(attempts=3, pause=0.01))

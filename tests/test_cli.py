@@ -90,7 +90,7 @@ BAD_USE = {
     "quantize-nothing": (["quantize", "nowhere", "dst"], "nowhere: no such folder"),
     "quantize-no-destination": (["quantize", "CHECKPOINT"], "DST"),
     "quantize-onto-itself": (["quantize", "CHECKPOINT", "CHECKPOINT", "--overwrite"], "not an export"),
-    "quantize-onto-export": (["quantize", "CHECKPOINT", "EXPORT"], "--overwrite"),
+    "quantize-onto-export": (["quantize", "CHECKPOINT", "EXPORT", "--resident", "nf4"], "--overwrite"),
     "quantize-resident": (["quantize", "CHECKPOINT", "dst", "--resident", "int4"], "int4"),
     "quantize-workers": (["quantize", "CHECKPOINT", "dst", "--workers", "0"], "workers"),
     "quantize-nowhere": (["quantize", "CHECKPOINT", "nowhere/dst"], "nowhere/dst"),

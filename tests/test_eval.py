@@ -16,9 +16,8 @@ from model.tokenizer import Tokenizer
 from offload.evaluate import Evaluation, Text, windows_of
 from offload.quantize import quantize
 from offload.runtime import Runtime
-from tests.conftest import SAMPLE
 from tests.oracle import rebuild, transformers_network
-from tests.tiny import write_checkpoint
+from tests.tiny import SAMPLE, write_checkpoint
 from tools.cli import main
 
 DATA = Path(__file__).parent / "data"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from model.generate import Sampling, generate, sample
 from model.tokenizer import TextStream, Tokenizer
 from slotmoe import CheckpointError, ConfigError
-from tests.conftest import SAMPLE
+from tests.tiny import SAMPLE
 
 TOKENIZER = Tokenizer(SAMPLE, 0)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from model.config import parse_config
 from model.shapes import expert_name, expert_shapes, resident_shapes
-from tests.conftest import SAMPLE
+from tests.tiny import SAMPLE
 
 _PEAK = """
 import pathlib, sys

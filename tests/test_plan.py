@@ -20,8 +20,7 @@ from quant.export import Export, RecordLayout
 from quant.matmul import nbytes
 from quant.nf4 import Nf4Weight
 from slotmoe import ConfigError, PlanError
-from tests.conftest import SAMPLE
-from tests.tiny import write_checkpoint
+from tests.tiny import SAMPLE, write_checkpoint
 from tools.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -30,12 +30,21 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-LIGHT = "offload.plan offload.cache offload.prefetch offload.replay tools.cli tools.run tools.quantize tools.replay model.config".split()
+LIGHT = (
+    "offload.plan offload.cache offload.prefetch offload.replay offload.names tools.cli tools.run tools.quantize tools.verify"
+    " tools.replay model.config"
+).split()
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_without_torch(module):
     code = f"import {module}, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("module", ["offload.hub", "offload.runtime", "tools.quantize"])
+def test_hub_library_is_imported_only_for_a_hub_id(module):
+    code = f"import {module}, sys; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -50,3 +59,10 @@ def test_version_is_one():
     from slotmoe import __version__
 
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_conftest_is_imported_once():
+    """pytest knows it by another name: an import would make a second hub, at another address."""
+    for path in (ROOT / "tests").glob("*.py"):
+        modules = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert "tests.conftest" not in modules, path

@@ -81,7 +81,6 @@ def attempt(die_at=None, after=None):
         for name in ("fsync", "rename", "unlink", "mkdir"):
             setattr(os, name, counted(getattr(os, name)))
         shutil.copyfile = counted(shutil.copyfile)
-        offload.quantize.LayerWriter.write = counted(offload.quantize.LayerWriter.write)
         try:
             offload.quantize.quantize(source, destination, workers=2)
             os._exit(0)

@@ -10,8 +10,8 @@ import torch
 
 from model.deepseek_v2 import DeepseekV2
 from offload.runtime import Runtime
-from tests.conftest import SAMPLE
 from tests.oracle import rebuild, relative_error, transformers_logits
+from tests.tiny import SAMPLE
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "expected.json").read_text())

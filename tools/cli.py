@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from slotmoe import SlotmoeError, __version__
+from slotmoe import DownloadError, SlotmoeError, __version__
 
 _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
+    "verify": ("tools.verify", "Check every checksum of an export."),
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
     "plan": ("tools.plan", "Say whether a model fits, what goes where, and how fast it will be."),
     "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
@@ -49,8 +50,8 @@ def cli() -> None:
       slotmoe run sample "It is a truth universally acknowledged, that"
 
     \b
-    Then with a real checkpoint folder in Hugging Face's format:
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
+    Then with a real checkpoint, from the hub or a folder in Hugging Face's format:
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat lite-export
       slotmoe run lite-export --chat "Why is the sky blue?"
     """
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(code if isinstance(code, int) else 0)
     except SlotmoeError as problem:
         click.echo(f"slotmoe: {problem}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(problem, DownloadError) else 2)
     except click.ClickException as problem:
         problem.show()
         sys.exit(2)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from offload.cache import DEFAULT_POLICY, POLICIES
+from offload.names import is_hub_id
+from slotmoe import ConfigError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
 _RUNTIME = [
+    REVISION,
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto takes the GPU when there is one."),
     click.option("--ram", metavar="SIZE", help="RAM budget for the whole process, like 8GiB. [default: 90% of what is free]"),
     click.option("--vram", metavar="SIZE", help="GPU memory budget, like 20GiB. [default: 90% of what is free]"),
@@ -36,19 +41,37 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def is_on_hub(model: str, revision: str | None) -> bool:
+    """Whether ``model`` is a hub id; a folder of that name goes first, and is said to.  Raises ``ConfigError``."""
+    if not is_hub_id(model) or not Path(model).exists():
+        return is_hub_id(model)
+    if revision is not None:
+        raise ConfigError(f"{model}: is a folder here, which goes before the hub; leave out --revision or call from elsewhere")
+    if not (Path(model) / "slotmoe.json").exists():
+        click.echo(f"slotmoe: {model} is a folder here, so it is not looked up on the hub", err=True)
+    return False
+
+
 def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logits_rows: int = 1) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it must quantize."""
     from model.config import read_config
     from offload.runtime import Runtime, resolve_model
-    from tools.progress import byte_progress
+    from tools.progress import byte_bars
 
-    context = options["context"]
-    source = click.get_current_context().get_parameter_source("context")
-    if source == click.core.ParameterSource.DEFAULT:
-        context = min(context, read_config(resolve_model(model) / "config.json").max_position_embeddings)
-    with byte_progress(f"Quantizing {model}, once", quiet) as progress:
+    def notify(text: str) -> None:
+        if not quiet:
+            click.echo(f"slotmoe: {text}", err=True)
+
+    on_hub = is_on_hub(model, options["revision"])
+    with byte_bars("Downloading", f"Quantizing {model}, once", quiet=quiet) as (arriving, progress):
+        reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
+        folder = resolve_model(model, options["revision"], **reporting)
+        context = options["context"]
+        source = click.get_current_context().get_parameter_source("context")
+        if source == click.core.ParameterSource.DEFAULT:
+            context = min(context, read_config(folder / "config.json").max_position_embeddings)
         runtime = Runtime.open(
-            model,
+            folder,
             device=options["device"],
             vram=options["vram"],
             ram=options["ram"],

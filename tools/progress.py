@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes over two seconds, on stderr, and only on a terminal."""
+"""Progress bars for everything that takes over two seconds, on stderr, and only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+Update = Callable[[int, int], None]
+
 
 @contextmanager
-def byte_progress(text: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
     """A callback ``(done bytes, total bytes)`` behind a bar that appears with its first call."""
+    with byte_bars(text, quiet=quiet) as (update,):
+        yield update
+
+
+@contextmanager
+def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
+    """One callback like ``byte_progress``'s for each text; their bars stand below each other."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
-    task = bar.add_task(text, total=None, visible=False)
+    bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
-    def update(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, visible=True)
+    def updater(text: str) -> Update:
+        task = bars.add_task(text, total=None, visible=False, start=False)
 
-    with bar:
-        yield update
+        def update(done: int, total: int) -> None:
+            if not bars.tasks[task].started:
+                bars.start_task(task)
+            bars.update(task, completed=done, total=total, visible=True)
+
+        return update
+
+    with bars:
+        yield tuple(updater(text) for text in texts)

@@ -1,4 +1,4 @@
-"""``slotmoe quantize``: a checkpoint folder in, an export out."""
+"""``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from tools.options import REVISION, is_on_hub
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 
@@ -31,15 +33,19 @@ RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
     help="Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished already, that alone.",
 )
 @click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that quantize. [default: all cores]")
+@REVISION
+@click.option("--keep-source", is_flag=True, help="Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
 @click.option("--overwrite", is_flag=True, help="Replace an export at DST, or start anew after a run with other options.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the export.")
-def command(
-    source: str, destination: Path, resident: str, texts: tuple[Path, ...], workers: int | None, overwrite: bool, as_json: bool
-) -> None:
-    """Quantize the checkpoint folder SRC (Hugging Face's DeepSeek-V2 format, or 'sample') into the export DST.
+def command(source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample') into the export DST.
 
     Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small however large the model.
-    Interrupted or killed, the same command resumes where it stopped; DST appears only when it is complete.
+    Interrupted or killed, the same command resumes where it stopped; DST appears only when it is complete.  Where DST is
+    this export already, its checksums are compared, and what is damaged is made again.
+
+    A hub id (owner/model) is downloaded one weight file at a time, each removed when it is quantized: beyond the export
+    that takes the disk of two of them.  Token, endpoint and cache are huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 
     --calibrate reads text like what the model will read and write, and learns which experts a token will use before it
     starts.  Where experts don't fit in memory, they are then read earlier.  100,000 tokens (half a megabyte) do well.
@@ -47,26 +53,11 @@ def command(
     \b
     Examples:
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
-      slotmoe quantize DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate letters.txt --calibrate manual.txt
     """
-    from model.config import read_config
-    from offload.runtime import resolve_model
-    from slotmoe import ConfigError
-
-    folder = resolve_model(source)
-    if (folder / "slotmoe.json").is_file():
-        raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
-    if unknown := read_config(folder / "config.json").unknown_keys:
-        print(f"slotmoe: {folder / 'config.json'}: keys that are not known here are ignored: {', '.join(unknown)}", file=sys.stderr)
-    if texts:  # before hours of work, not after
-        from model.tokenizer import Tokenizer
-        from offload.calibrate import read_tokens
-
-        read_tokens(texts, Tokenizer(folder, read_config(folder / "config.json").bos_token_id))
-    report: dict[str, Any] = {"export": str(destination)}
-    if not (texts and not overwrite and _finished(folder, destination, resident)):
-        report = _quantize(source, folder, destination, resident, workers, overwrite, as_json)
+    report = _quantize(source, destination, texts, as_json, **options)
     if texts:
         report["calibration"] = _calibrate(destination, texts, as_json)
     if as_json:
@@ -75,31 +66,58 @@ def command(
     print(f'Run it: slotmoe run {destination} "Your prompt"', file=sys.stderr)
 
 
-def _finished(source: Path, destination: Path, resident: str) -> bool:
-    """Whether ``destination`` is an export that was made of these source files, in this precision."""
-    from model.checkpoint import Checkpoint
-    from offload.quantize import source_files
-    from quant.export import MANIFEST, Export
+def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
+    """What can be said about the source and the calibration texts before hours of work, not after."""
+    from model.config import read_config
+    from slotmoe import ConfigError
 
-    if not (destination / MANIFEST).is_file():
-        return False
-    with Export.open(destination) as export:
-        made_of, mode = export.manifest["source"].get("files"), export.manifest["quantization"]["resident"]
-    with Checkpoint.open(source) as checkpoint:
-        return bool(mode == ("int8" if resident == "auto" else resident) and made_of == source_files(checkpoint))
+    if (folder / "slotmoe.json").is_file():
+        raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
+    config = read_config(folder / "config.json")
+    if config.unknown_keys:
+        print(
+            f"slotmoe: {folder / 'config.json'}: keys that are not known here are ignored: {', '.join(config.unknown_keys)}",
+            file=sys.stderr,
+        )
+    if texts:
+        from model.tokenizer import Tokenizer
+        from offload.calibrate import read_tokens
+
+        read_tokens(texts, Tokenizer(folder, config.bos_token_id))
 
 
 def _quantize(
-    source: str, folder: Path, destination: Path, resident: str, workers: int | None, overwrite: bool, quiet: bool
+    source: str,
+    destination: Path,
+    texts: tuple[Path, ...],
+    quiet: bool,
+    revision: str | None,
+    keep_source: bool,
+    overwrite: bool,
+    **options: Any,
 ) -> dict[str, Any]:
+    from offload.hub import quantize_from_hub
     from offload.plan import format_size
     from offload.quantize import quantize
-    from tools.progress import byte_progress
+    from offload.runtime import resolve_model
+    from tools.progress import byte_bars
 
-    started = time.perf_counter()
+    def notify(text: str) -> None:
+        if not quiet:
+            print(f"slotmoe: {text}", file=sys.stderr)
+
+    started, on_hub = time.perf_counter(), is_on_hub(source, revision)
+    if not on_hub:
+        folder = resolve_model(source, revision)
+        _check_source(folder, texts)
     try:
-        with byte_progress(f"Quantizing {source}", quiet) as progress:
-            manifest = quantize(folder, destination, resident=resident, workers=workers, overwrite=overwrite, progress=progress)
+        with byte_bars("Downloading", "Quantizing", f"Checking {destination}", quiet=quiet) as (arriving, progress, checking):
+            options |= {"overwrite": overwrite, "progress": progress, "checking": checking, "notify": notify}
+            if on_hub:
+                options |= {"keep_source": keep_source, "arriving": arriving, "ready": lambda folder: _check_source(folder, texts)}
+                manifest = quantize_from_hub(source, revision or "main", destination, **options)
+            else:
+                manifest = quantize(folder, destination, **options)
     except KeyboardInterrupt:
         print(f"\nslotmoe: stopped; run the same command again to resume from {destination}.partial", file=sys.stderr)
         raise

@@ -39,8 +39,9 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, or 'sample'; the last two are quantized
-    once into a cache folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe).  PROMPT '-' reads the prompt from stdin.
+    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like deepseek-ai/DeepSeek-V2-Lite,
+    or 'sample'; the last three are quantized once into a cache folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe).
+    PROMPT '-' reads the prompt from stdin.
 
     \b
     Examples:
