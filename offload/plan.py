@@ -15,6 +15,7 @@ from quant.sizes import record_bytes, resident_bytes
 from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
+HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30

@@ -34,6 +34,7 @@ from offload.machine import available_memory, cache_folder, peak_rss, process_by
 from offload.memory import Arena, Staging
 from offload.names import is_hub_id
 from offload.plan import (
+    HELP_BYTES,
     PREFILL_CHUNK,
     Plan,
     Sizes,
@@ -49,7 +50,7 @@ from offload.predictor import NextGate, Predictor
 from offload.prefetch import Prefetcher
 from offload.quantize import Progress, cached_export
 from offload.speed import Bandwidths, Setting
-from offload.store import HELP_BYTES, DiskReader, HostTier, Slots, Source, disk_bandwidth
+from offload.store import DiskReader, HostTier, Slots, Source, disk_bandwidth, disk_latency
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, pick_ops
@@ -290,6 +291,11 @@ class Runtime:
         """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
         assert isinstance(self._source, Export)
         return disk_bandwidth(self._source)
+
+    def disk_latency(self) -> float:
+        """Seconds of one small read from the export's disk, measured now."""
+        assert isinstance(self._source, Export)
+        return disk_latency(self._source)
 
     def kernel_timing(self) -> AbstractContextManager[dict[str, float]]:
         """Seconds spent inside each native kernel while this is open, by name."""

@@ -15,13 +15,13 @@ from datetime import date
 from pathlib import Path
 
 from model.config import Config
-from offload.plan import Plan, Sizes, kv_bytes
+from offload.plan import HELP_BYTES, Plan, Sizes, kv_bytes
 from slotmoe import ConfigError, read_json
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
 LAYER_SECONDS = 2.5e-4  # Python and torch between the kernels of one layer
-READ_SECONDS = 4e-5  # Python and the system for one missing expert
+MISS_SECONDS = 1.5e-4  # Python for one missing expert that is read by the thread that waits for it
 THREAD_ATTENTION = 49e9  # multiply-adds a second of the attention kernel on one thread
 THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
 # Hits of the default policy against the share of experts in slots: the sample on its held-out texts (README).
@@ -30,12 +30,13 @@ TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes a second of each tier, and where the figures come from (``assumed``, ``given`` or ``measured on DATE``)."""
+    """Bytes a second of each tier, seconds of one small read, and where the figures come from (``assumed``, ``given`` or ``measured on DATE``)."""
 
     ram: float = 40e9
     disk: float = 2e9
     gpu: float = 500e9
     pcie: float = 25e9
+    latency: float = 1e-4  # seconds of one small read from the disk
     origin: dict[str, str] = field(default_factory=dict)
 
     def told(self, origin: str, **values: float | None) -> Bandwidths:
@@ -89,16 +90,15 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     if not path.is_file():
         return Bandwidths()
     found = read_json(path, 1 << 16)
-    values = {name: found.get(name) for name in ("ram", "disk")}
+    values = {name: found.get(name) for name in ("ram", "disk", "latency")}
     if not all(value is None or (isinstance(value, int | float) and 0 < value < 1e15) for value in values.values()):
         raise ConfigError(f"{path}: is not what slotmoe bench --calibrate writes; delete it or run that again")
     return Bandwidths().told(f"measured on {str(found.get('date'))[:10]}", **values)
 
 
-def store_bandwidths(path: Path, ram: float | None, disk: float | None) -> None:
-    """Keep measured bandwidths, bytes a second, for later plans."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known |= {name: value for name, value in (("ram", ram), ("disk", disk)) if value} | {"date": date.today().isoformat()}
+def store_bandwidths(path: Path, ram: float, disk: float, latency: float) -> None:
+    """Keep measured bandwidths, bytes a second, and seconds of one small read, for later plans."""
+    known = {"ram": ram, "disk": disk, "latency": latency, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(known))
@@ -148,8 +148,11 @@ class Setting:
     def predict(self, prompt_tokens: int, new_tokens: int) -> Speed:
         """Speed for a prompt and its continuation."""
         seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
-        # Reads hide behind computing, but not perfectly.
-        decode = 1 / math.hypot(sum(spent for name, spent in seconds.items() if name != "disk"), seconds["disk"])
+        computing = sum(spent for name, spent in seconds.items() if name != "disk")
+        if self.sizes.record_bytes <= HELP_BYTES:  # nothing is read ahead, and the thread that computes reads
+            decode = 1 / (computing + seconds["disk"])
+        else:  # reads hide behind computing, but not perfectly
+            decode = 1 / math.hypot(computing, seconds["disk"])
         return Speed(self._prefill(prompt_tokens), decode, self.hits(self.plan.slots), seconds)
 
     def _decode_seconds(self, depth: int) -> dict[str, float]:
@@ -157,7 +160,8 @@ class Setting:
         used = len(c.moe_layers) * c.num_experts_per_tok
         touched = self.sizes.touched + kv_bytes(c, depth) + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
-        seconds = {"between kernels": c.num_hidden_layers * LAYER_SECONDS, "disk": missing * (record / rates.disk + READ_SECONDS)}
+        each = rates.latency + MISS_SECONDS if record <= HELP_BYTES else record / rates.disk
+        seconds = {"between kernels": c.num_hidden_layers * LAYER_SECONDS, "disk": missing * each}
         if self.plan.tier == "ram":
             attention = c.num_hidden_layers * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * depth
             return seconds | {"RAM": touched / rates.ram / KERNEL_SHARE, "attention": attention / (self.threads * THREAD_ATTENTION)}

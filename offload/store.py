@@ -31,6 +31,7 @@ from torch import Tensor
 
 from offload.cache import Cache
 from offload.memory import Touching, page_aligned
+from offload.plan import HELP_BYTES
 from quant.export import Export, layer_file
 from slotmoe import ExportError
 
@@ -38,7 +39,6 @@ DEMAND, WARM = 0, 1 << 30  # urgencies; prefetches lie between them, the number 
 READERS = 8
 PIECE_BYTES = 1 << 20  # records are read in pieces, so that one missing expert too is worth several reads in flight
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
-HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 
 
 class Read:
@@ -252,6 +252,26 @@ def disk_bandwidth(export: Export, total: int = 1 << 30) -> float:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, [random.choice(paths) for _ in range(8)]))
     return 8 * rounds * size / (time.perf_counter() - started)
+
+
+def disk_latency(export: Export) -> float:
+    """Median seconds of one direct read of a record, or of 128 KiB, when nothing else is read."""
+    path = export.folder / layer_file(export.layers[0])
+    size, random, seconds = min(export.layout.record_bytes, HELP_BYTES), Random(0), []
+    memory = page_aligned(size).numpy().data
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        places = max(1, os.fstat(handle).st_size // size)
+        for _ in range(64):
+            started = time.perf_counter()
+            os.preadv(handle, [memory], random.randrange(places) * size)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        os.close(handle)
+    return sorted(seconds)[len(seconds) // 2]
 
 
 class Source(Protocol):

@@ -189,10 +189,9 @@ def test_hits_follow_the_measured_points():
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
     path = tmp_path / "new" / "machine.json"
     assert stored_bandwidths(path).origin_of("disk") == "assumed"
-    store_bandwidths(path, 31e9, None)
-    store_bandwidths(path, None, 3e9)
+    store_bandwidths(path, 31e9, 3e9, 2e-4)
     found = stored_bandwidths(path)
-    assert (found.ram, found.disk) == (31e9, 3e9)
+    assert (found.ram, found.disk, found.latency) == (31e9, 3e9, 2e-4)
     assert found.origin_of("disk").startswith("measured on 20")
     path.write_text('{"ram": "fast"}')
     with pytest.raises(ConfigError, match=r"machine\.json: is not what slotmoe bench --calibrate writes"):

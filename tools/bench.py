@@ -54,7 +54,7 @@ def command(
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
         if calibrate:
             disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
-            store_bandwidths(cache_folder() / "machine.json", report["ceiling"]["read_bandwidth"], disk)
+            store_bandwidths(cache_folder() / "machine.json", report["ceiling"]["read_bandwidth"], disk, runtime.disk_latency())
     report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
     print(json.dumps(report)) if as_json else _print(report)
 
