@@ -30,7 +30,8 @@ TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes a second of each tier, seconds of one small read, and where the figures come from (``assumed``, ``given`` or ``measured on DATE``)."""
+    """Bytes a second of each tier, seconds of one small read, and where the figures come from: ``assumed``, ``given`` or
+    ``measured on DATE``."""
 
     ram: float = 40e9
     disk: float = 2e9
@@ -149,11 +150,9 @@ class Setting:
         """Speed for a prompt and its continuation."""
         seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
         computing = sum(spent for name, spent in seconds.items() if name != "disk")
-        if self.sizes.record_bytes <= HELP_BYTES:  # nothing is read ahead, and the thread that computes reads
-            decode = 1 / (computing + seconds["disk"])
-        else:  # reads hide behind computing, but not perfectly
-            decode = 1 / math.hypot(computing, seconds["disk"])
-        return Speed(self._prefill(prompt_tokens), decode, self.hits(self.plan.slots), seconds)
+        # Reads hide behind computing, but not perfectly; small ones are made by the thread that computes.
+        together = computing + seconds["disk"] if self.sizes.record_bytes <= HELP_BYTES else math.hypot(computing, seconds["disk"])
+        return Speed(self._prefill(prompt_tokens), 1 / together, self.hits(self.plan.slots), seconds)
 
     def _decode_seconds(self, depth: int) -> dict[str, float]:
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
