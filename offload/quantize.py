@@ -103,8 +103,12 @@ def quantize(
             with full_disk_explained(partial):
                 if found is not None:
                     return _repair(job, partial, destination, found, checking or _ignore, notify or _ignore)
-                job.load_state(overwrite)
-                manifest = job.run()
+                manifest = _export_of(checkpoint, mode, partial)  # a run that was killed before the last rename
+                if manifest is None:
+                    job.load_state(overwrite)
+                    manifest = job.run()
+                (partial / "state.json").unlink(missing_ok=True)
+                sync_folder(partial)
                 publish(partial, destination)
             return manifest
 
@@ -113,12 +117,12 @@ def _ignore(*_arguments: Any) -> None:
     """For callers that want no progress and no sentences."""
 
 
-def _export_of(checkpoint: Checkpoint, mode: str, destination: Path) -> dict[str, Any] | None:
-    """The manifest of ``destination`` if it is an export of ``checkpoint`` in this precision, else None."""
-    if destination.is_symlink():
+def _export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, else None."""
+    if folder.is_symlink():
         return None
     try:
-        manifest = read_manifest(destination)
+        manifest = read_manifest(folder)
     except ExportError:
         return None
     source = manifest.get("source")
@@ -205,8 +209,6 @@ class _Job:
             contents.config, contents.layout, self._mode, contents.quantization, contents.resident_shapes, source, files
         )
         write_json(self._partial / MANIFEST, manifest)
-        (self._partial / "state.json").unlink()
-        sync_folder(self._partial)
         return manifest
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:

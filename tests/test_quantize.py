@@ -212,6 +212,20 @@ def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path)
     assert tree(destination) == wanted
 
 
+def test_killed_before_the_last_rename_has_nothing_to_do_again(source, wanted, tmp_path, monkeypatch):
+    def killed(*_arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offload.quantize.publish", killed)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "export")
+    seen = []
+    quantize(source, tmp_path / "export", progress=lambda done, total: seen.append(done))
+    assert seen == []
+    assert tree(tmp_path / "export") == wanted
+
+
 def test_finished_file_that_lost_bytes_is_written_again(source, wanted, tmp_path):
     with pytest.raises(Stop):
         quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.9))
