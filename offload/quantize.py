@@ -111,8 +111,14 @@ def quantize(
             with full_disk_explained(partial):
                 if found is not None:
                     return _repair(job, partial, destination, found, checking or _ignore, notify or _ignore)
-                job.load_state(overwrite)
-                manifest = job.run()
+                manifest = _export_of(checkpoint, mode, partial)  # a run that was killed before the last rename
+                if manifest is None or not _has_sizes(partial, manifest):
+                    job.load_state(overwrite)
+                    manifest = job.run()
+                for path in list(partial.rglob("*")):  # the state, and what kills left half-written
+                    if path.is_file() and str(path.relative_to(partial)) not in (MANIFEST, *manifest["files"]):
+                        path.unlink()
+                sync_folder(partial)
                 publish(partial, destination)
             return manifest
 
@@ -121,17 +127,22 @@ def _ignore(*_arguments: Any) -> None:
     """For callers that want no progress and no sentences."""
 
 
-def _export_of(checkpoint: Checkpoint, mode: str, destination: Path) -> dict[str, Any] | None:
-    """The manifest of ``destination`` if it is an export of ``checkpoint`` in this precision, else None."""
-    if destination.is_symlink():
+def _export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, else None."""
+    if folder.is_symlink():
         return None
     try:
-        manifest = read_manifest(destination)
+        manifest = read_manifest(folder)
     except ExportError:
         return None
     source = manifest.get("source")
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
     return manifest if same and manifest["quantization"]["resident"] == mode else None
+
+
+def _has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
+    paths = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
 def _repair(
@@ -220,8 +231,6 @@ class _Job:
             report=self._report(),
         )
         write_json(self._partial / MANIFEST, manifest)
-        (self._partial / "state.json").unlink()
-        sync_folder(self._partial)
         return manifest
 
     def _report(self) -> dict[str, Any]:
@@ -391,13 +400,18 @@ class _Job:
         }
 
     def _finished(self, file: str) -> bool:
-        """Whether ``file`` is whole, under its own name or, after a kill, still under the temporary one."""
-        entry = self._state["files"].get(file)
-        for path in (self._partial / file, temporary_name(self._partial / file)):
-            if entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]:
-                publish_file(self._partial / file)
-                return True
-        self._state["files"].pop(file, None)
+        """Whether ``file`` is whole, under its own name or, killed before the rename, still under the temporary one."""
+        entry, path = self._state["files"].get(file), self._partial / file
+        if entry is None:
+            return False
+        if not path.exists():
+            publish_file(path)
+        if path.is_file() and path.stat().st_size == entry["bytes"]:
+            return True
+        # Its successor will have the right size long before it is whole: forget the entry first.
+        del self._state["files"][file]
+        write_json(self._partial / "state.json", self._state)
+        path.unlink(missing_ok=True)
         return False
 
     def _written(self, file: str) -> dict[str, str]:

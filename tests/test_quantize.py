@@ -214,6 +214,68 @@ def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path)
     assert tree(destination) == wanted
 
 
+def test_killed_before_the_last_rename_has_nothing_to_do_again(source, wanted, tmp_path, monkeypatch):
+    def killed(*_arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offload.quantize.publish", killed)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "export")
+    seen = []
+    quantize(source, tmp_path / "export", progress=lambda done, total: seen.append(done))
+    assert seen == []
+    assert tree(tmp_path / "export") == wanted
+
+
+@pytest.mark.parametrize("name", [RESIDENT, layer_file(2), "config.json"])
+def test_lost_before_the_last_rename(name, source, wanted, tmp_path, monkeypatch):
+    def killed(*_arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offload.quantize.publish", killed)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "export")
+    (tmp_path / "export.partial" / name).unlink()
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+
+
+@pytest.mark.parametrize("name", ["state.json.tmp", "slotmoe.json.tmp", "config.json.tmp", "experts/layer-00001.safetensors.tmp"])
+@pytest.mark.parametrize("share", [0.9, 2])
+def test_half_written_leftovers_are_not_published(name, share, source, wanted, tmp_path, monkeypatch):
+    def killed(*_arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offload.quantize.publish", killed)
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "export", workers=1, progress=stop_at(share))
+    (tmp_path / "export.partial" / name).write_text("half")
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+
+
+def test_file_that_lost_bytes_is_not_taken_for_whole_after_a_kill(source, wanted, tmp_path):
+    """Its successor has the right size from its first byte on."""
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.9))
+    partial = tmp_path / "export.partial"
+    for lost in (lambda: os.truncate(partial / RESIDENT, 5000), (partial / RESIDENT).unlink):
+        if (partial / RESIDENT).exists():
+            lost()
+
+        def killed(_done, _total):
+            if (partial / (RESIDENT + ".tmp")).exists():
+                raise Stop
+
+        with pytest.raises(Stop):
+            quantize(source, tmp_path / "export", workers=1, progress=killed)
+    quantize(source, tmp_path / "export")
+    assert tree(tmp_path / "export") == wanted
+
+
 def test_finished_file_that_lost_bytes_is_written_again(source, wanted, tmp_path):
     with pytest.raises(Stop):
         quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.9))
