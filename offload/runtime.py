@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch import Tensor
 import model
 from model.checkpoint import Checkpoint, resident_shapes
 from model.config import Config, read_config
-from model.deepseek_v2 import DeepseekV2
+from model.deepseek_v2 import DeepseekV2, unwatched
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
 from model.tokenizer import Tokenizer
@@ -35,7 +34,8 @@ from offload.experts import OffloadedExperts, ResidentExperts
 from offload.memory import Arena, Staging
 from offload.plan import PREFILL_CHUNK, RUNTIME_BYTES, Plan, make_plan, parse_size, prefill_chunk, scratch_bytes
 from offload.predictor import NextGate, Predictor
-from offload.prefetch import Prefetcher
+from offload.prefetch import Accuracy, Prefetcher
+from offload.profiler import Profiler, peak_rss
 from offload.quantize import Progress, cached_export
 from offload.store import HELP_BYTES, DiskReader, HostTier, Slots, Source, disk_bandwidth
 from offload.trace import TraceWriter
@@ -85,6 +85,7 @@ class Runtime:
         self._experts, self._ops, self._touched_bytes = network.experts, ops, touched_bytes
         self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
+        self._profiler: Profiler | None = None
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
     @classmethod
@@ -183,11 +184,15 @@ class Runtime:
         def step(ids: list[int]) -> Tensor:
             if mine != self._generation:
                 raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
-            started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
+            started, kind, profiler = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode", self._profiler
+            if profiler is not None:
+                profiler.begin()
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
             self._counts[kind + "_tokens"] += len(ids)
             self._counts[kind + "_seconds"] += time.perf_counter() - started
+            if profiler is not None:
+                profiler.end(kind, len(ids))
             return logits
 
         return step
@@ -252,10 +257,46 @@ class Runtime:
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
+        experts, layers, config = self._quantized("trace"), self.config.moe_layers, self.config
+        experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+
+    def profile(self, origin: float | None = None) -> Profiler:
+        """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
+        experts = self._quantized("profile")
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else None
+        origin = time.perf_counter() if origin is None else origin
+        profiler = Profiler(len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize)
+        self._profiler = experts.profiler = profiler
+        self._network.lap = experts.lap = profiler.lap
+        return profiler
+
+    def stop_profile(self) -> None:
+        """Stop watching."""
+        experts = self._quantized("profile")
+        self._profiler = experts.profiler = None
+        self._network.lap = experts.lap = unwatched
+
+    def prefetch_by_layer(self) -> list[Accuracy]:
+        """What became of the guesses for each MoE layer; empty where nothing is read ahead."""
+        return self._quantized("profile").prefetch_by_layer()
+
+    def memory_in_use(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
+        plan, used = self.plan, psutil.Process().memory_info().rss
+        if self.device.type == "cuda":  # everything is allocated at open
+            known = {name: size for name, size in plan.components.items() if name != "scratch"}
+            host = {name: size for name, size in plan.host.items() if name != "runtime"}
+            return {"vram": (torch.cuda.memory_allocated(self.device), known), "ram": (used, host)}
+        cached, slab = self._quantized("profile").present()
+        buffers = min(plan.components["read buffers"], slab - cached)
+        latent = self._cache.nbytes * self._cache.length // self._cache.context
+        known = {"resident weights": plan.components["resident weights"], "latent KV cache": latent}
+        return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
+
+    def _quantized(self, purpose: str) -> OffloadedExperts:
         if not isinstance(self._experts, OffloadedExperts):
-            raise ConfigError("the reference path has no expert cache to trace; open the model quantized")
-        layers, config = self.config.moe_layers, self.config
-        self._experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+            raise ConfigError(f"the reference path has no expert cache to {purpose}; open the model quantized")
+        return self._experts
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""
@@ -312,15 +353,6 @@ def _budget(device: torch.device, ram: int | str | None, vram: int | str | None)
 def _host_budget(ram: int | str | None) -> int:
     """Bytes of RAM for the host tier below a GPU: as asked, or nine tenths of what is free now."""
     return parse_size(ram) if ram is not None else int(available_memory() * 0.9) + psutil.Process().memory_info().rss
-
-
-def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    try:  # ru_maxrss would count the parent's memory at the time of fork too
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def available_memory() -> int:

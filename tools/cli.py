@@ -16,6 +16,7 @@ _COMMANDS = {
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
     "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
+    "profile": ("tools.profile", "Report where a run's memory and time go: charts, HTML, JSON."),
     "replay": ("tools.replay", "Compare expert cache policies and sizes on recorded routing."),
 }
 
