@@ -42,11 +42,13 @@ LONGEST = 4000  # memory samples kept; beyond them every second one goes and the
 
 @dataclass
 class Pass:
-    """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, and its seconds by part."""
+    """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, the bytes that came from each
+    slower tier meanwhile, and its seconds by part."""
 
     kind: str
     tokens: int
     began: float
+    moved: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -67,11 +69,13 @@ class Profiler:
         self.hits, self.misses, self.coming = ([0] * rows for _ in range(3))
         self._origin, self._synchronize = origin, synchronize
         self._seconds: dict[str, float] = {}
-        self._last = 0.0
+        self._began = self._last = 0.0
+        self._moved: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """A step starts; the time since the one before went into sampling."""
+    def begin(self, moved: dict[str, int]) -> None:
+        """A step starts; the time since the one before went into sampling.  ``moved`` counts each slower tier's bytes so far."""
         self.between_steps()
+        self._moved = moved
         self._seconds = {}
         self._began = self._last = time.perf_counter()
 
@@ -83,10 +87,11 @@ class Profiler:
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
 
-    def end(self, kind: str, tokens: int) -> None:
+    def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
         """The step over ``tokens`` tokens is done."""
         self.lap("rest")
-        self.passes.append(Pass(kind, tokens, self._began - self._origin, self._seconds))
+        came = {tier: size - self._moved[tier] for tier, size in moved.items()}
+        self.passes.append(Pass(kind, tokens, self._began - self._origin, came, self._seconds))
 
     def between_steps(self) -> None:
         """What has passed since the last step's end was its sampling; call it after the last step too."""

@@ -186,16 +186,20 @@ class Runtime:
                 raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
             started, kind, profiler = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode", self._profiler
             if profiler is not None:
-                profiler.begin()
+                profiler.begin(self._moved())
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
             self._counts[kind + "_tokens"] += len(ids)
             self._counts[kind + "_seconds"] += time.perf_counter() - started
             if profiler is not None:
-                profiler.end(kind, len(ids))
+                profiler.end(kind, len(ids), self._moved())
             return logits
 
         return step
+
+    def _moved(self) -> dict[str, int]:
+        """Bytes that came from each slower tier so far."""
+        return {tier: counts["bytes"] for tier, counts in self._store.stats().items()} if self._store is not None else {}
 
     def _forward(self, ids_T: Tensor, all_logits: bool = False) -> Tensor:
         network = self._network
@@ -289,7 +293,7 @@ class Runtime:
             return {"vram": (torch.cuda.memory_allocated(self.device), known), "ram": (used, host)}
         cached, slab = self._quantized("profile").present()
         buffers = min(plan.components["read buffers"], slab - cached)
-        latent = self._cache.nbytes * self._cache.length // self._cache.context
+        latent = self._cache.nbytes // self._cache.context * max(self._cache.length, self._cache.written)
         known = {"resident weights": plan.components["resident weights"], "latent KV cache": latent}
         return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 

@@ -476,10 +476,11 @@ class Slots:
             self._leaving.append((read, slot))
 
     def present(self) -> tuple[int, int]:
-        """Bytes of cached records, and bytes of the slab that surely have their pages; for another thread to ask."""
+        """Bytes of cached records, and bytes of the slab that have their pages by now; for another thread to ask now and then."""
         size, touching = self._table.slab.shape[1], self._touching
         used = (len(self.cache) + len(self._coming) + len(self._leaving)) * size
-        return len(self.cache) * size, max(used, touching.ready if touching is not None else self._touched)
+        self._touched = max(self._touched, used, touching.ready if touching is not None else 0)  # pages never go
+        return len(self.cache) * size, self._touched
 
     def room(self) -> int:
         """Slots of the cache that are free now."""

@@ -30,7 +30,8 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-LIGHT = "offload.plan offload.cache offload.prefetch offload.replay tools.cli tools.run tools.quantize tools.replay model.config".split()
+LIGHT = "offload.plan offload.cache offload.prefetch offload.profiler offload.replay model.config".split()
+LIGHT += "tools.cli tools.run tools.quantize tools.replay tools.profile".split()
 
 
 @pytest.mark.parametrize("module", LIGHT)

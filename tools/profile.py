@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ def command(
                 "new_tokens": len(words),
                 "asked_tokens": max_new_tokens,
             }
-            report["settings"] |= {key: value for key, value in options.items() if value is not None}
+            report["settings"] = {key: value for key, value in options.items() if value is not None} | report["settings"]
         _finish(report, output, as_json, stopped)
 
 
@@ -121,7 +122,8 @@ def _finish(report: dict[str, Any], output: Path, as_json: bool, stopped: BaseEx
     """Write the folder and tell about it; raises ``stopped`` then, if the run was stopped."""
     from tools.profile_report import write_report
 
-    write_report(report, output)
+    with _uninterrupted():
+        write_report(report, output)
     if stopped is not None:
         click.echo(f"slotmoe: {output / 'report.html'} has what was measured until then, and says so", err=True)
         raise stopped
@@ -133,6 +135,19 @@ def _finish(report: dict[str, Any], output: Path, as_json: bool, stopped: BaseEx
         console = Console(file=sys.stdout)
         console.print(overview(report))
         console.print(f"Report: {output / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this: who presses it twice still gets the report."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

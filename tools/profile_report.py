@@ -38,17 +38,21 @@ _COLOURS = {
     "sampling": GREY,
     "rest": "#DDDDDD",
 }
-_GIB = 1 << 30
+CHARTS = "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted".split()
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write charts, ``profile.json`` and, last, ``report.html`` into ``folder``, each replaced whole or not at all."""
-    images = {}
-    for name, (title, draw) in _charts(report).items():
-        images[name] = title, _png(title, draw)
-        _replace(folder / f"{name}.png", images[name][1])
+    """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or not at all.  Charts of an
+    earlier report that this one does not have are removed."""
+    images = {name: (title, _png(title, draw)) for name, (title, draw) in _charts(report).items()}
+    page = _html(report, images)
+    for name in CHARTS:
+        if name in images:
+            _replace(folder / f"{name}.png", images[name][1])
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)
     _replace(folder / "profile.json", json.dumps(report).encode())
-    _replace(folder / "report.html", _html(report, images).encode())
+    _replace(folder / "report.html", page.encode())
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -124,13 +128,14 @@ def _charts(report: dict[str, Any]) -> dict[str, tuple[str, Draw]]:
             title = f"Time of a token by component, {kind}: {sum(spent.values()):.1f} ms, mean of {report['time'][kind]['tokens']}"
             charts[f"time-{kind}"] = title, partial(_draw_time, spent=spent)
     steps = [step for step in report["steps"] if step["kind"] == "decode"]
+    if steps:
+        charts["bytes"] = "Bytes by tier: what a decoded token took, mean", partial(_draw_bytes, moved=_moved(report))
     if len(steps) > 1:
         charts["tokens"] = "Time of each decoded token by component", partial(_draw_tokens, steps=steps)
     uses = [layer["uses"] for layer in report["layers"]]
     if any(map(any, uses)):
         charts["expert-use"] = "Expert use by layer: tokens that each expert computed", partial(_draw_uses, layers=report["layers"])
         charts["layers"] = _rates_title(report), partial(_draw_rates, layers=report["layers"])
-        charts["bytes"] = "Bytes by tier: what memory and disk gave for a token", partial(_draw_bytes, moved=_moved(report))
     charts["predicted"] = "Memory: the plan beside what was measured at the peak", partial(_draw_predicted, rows=compared(report))
     return charts
 
@@ -149,6 +154,11 @@ def _png(title: str, draw: Draw) -> bytes:
     return buffer.getvalue()
 
 
+def _unit(most: int) -> tuple[str, int]:
+    """A unit for an axis that reaches ``most`` bytes, and its bytes."""
+    return ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
+
+
 def _legend(axes: Axes) -> None:
     """Beside the chart, in the order of the stack."""
     handles, labels = axes.get_legend_handles_labels()
@@ -156,14 +166,25 @@ def _legend(axes: Axes) -> None:
 
 
 def _draw_memory(axes: Axes, report: dict[str, Any], tier: str, series: dict[str, Any]) -> None:
-    parts, budget, peak = series["components"], report["budget"][tier] / _GIB, report["peak"][tier] / _GIB
-    stack = [[size / _GIB for size in sizes] for sizes in parts.values()]
+    parts, (unit, scale) = series["components"], _unit(report["peak"][tier])
+    budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
+    stack = [[size / scale for size in sizes] for sizes in parts.values()]
     axes.stackplot(series["seconds"], stack, labels=list(parts), colors=[_COLOURS[name] for name in parts], linewidth=0)
-    axes.plot(series["seconds"], [size / _GIB for size in series["bytes"]], color="black", linewidth=0.8, label="all of it")
-    axes.axhline(budget, color="black", linestyle="--", linewidth=1.5, label="budget")
+    axes.plot(series["seconds"], [size / scale for size in series["bytes"]], color="black", linewidth=0.8, label="all of it")
+    if budget < 2 * peak:  # else the chart would be empty below its line
+        axes.axhline(budget, color="black", linestyle="--", linewidth=1.5, label="budget")
     at = report["peak_seconds"][tier]
     axes.plot([at], [peak], "v", color="black", markersize=8, label="peak")
-    axes.set(xlabel="time since the start (s)", ylabel=f"{tier} in use (GiB)", ylim=(0, 1.1 * max(peak, min(budget, 2 * peak))))
+    axes.set(
+        xlabel="time since the start (s)", ylabel=f"{tier} in use ({unit})", ylim=(0, 1.1 * max(peak, budget if budget < 2 * peak else 0))
+    )
+    for kind in ("prefill", "decode"):  # a line where each phase begins
+        began = [step["began"] for step in report["steps"] if step["kind"] == kind]
+        if began:
+            axes.axvline(began[0], color="black", linestyle=":", linewidth=1)
+            axes.annotate(
+                kind, (began[0], 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=9
+            )
     axes.margins(x=0)
     _legend(axes)
 
@@ -225,11 +246,11 @@ def _fates(guesses: dict[str, int]) -> int:
 
 
 def _moved(report: dict[str, Any]) -> dict[str, float]:
-    """MB by what gave it: memory for a decoded token, and the slower tiers on average over the whole run."""
+    """MB a decoded token by what gave them: what is read from memory, and what came from the slower tiers, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
-    count = sum(report["time"][kind]["tokens"] for kind in ("prefill", "decode"))
-    names = {"host": "RAM to the GPU, mean of the run", "disk": "disk, mean of the run"}
-    return moved | {names[tier]: counts["bytes"] / count / 1e6 for tier, counts in report["io"].items()}
+    steps = [step["moved"] for step in report["steps"] if step["kind"] == "decode"]
+    names = {"host": "RAM to the GPU", "disk": "disk"}
+    return moved | {names[tier]: sum(step[tier] for step in steps) / len(steps) / 1e6 for tier in report["io"]}
 
 
 def _draw_bytes(axes: Axes, moved: dict[str, float]) -> None:
@@ -242,10 +263,11 @@ def _draw_bytes(axes: Axes, moved: dict[str, float]) -> None:
 
 def _draw_predicted(axes: Axes, rows: list[dict[str, Any]]) -> None:
     shown = [row for row in rows if row["unit"] in ("ram", "vram")][::-1]
-    places = range(len(shown))
+    places, most = range(len(shown)), max(row[key] for row in shown for key in ("predicted", "measured"))
+    unit, scale = _unit(most)
     for key, offset, colour in (("predicted", 0.2, SKY), ("measured", -0.2, BLUE)):
-        bars = axes.barh([place + offset for place in places], [row[key] / _GIB for row in shown], 0.38, color=colour, label=key)
+        bars = axes.barh([place + offset for place in places], [row[key] / scale for row in shown], 0.38, color=colour, label=key)
         axes.bar_label(bars, [format_size(row[key]) for row in shown], padding=4, fontsize=8)
-    axes.set_yticks(list(places), [f"{row['name']}" for row in shown])
-    axes.set(xlabel="memory (GiB)", xlim=(0, 1.2 * max(row[key] / _GIB for row in shown for key in ("predicted", "measured"))))
-    axes.legend(loc="lower right", frameon=False)
+    axes.set_yticks(list(places), [row["name"] for row in shown])
+    axes.set(xlabel=f"memory ({unit})", xlim=(0, 1.2 * most / scale))
+    _legend(axes)
