@@ -479,7 +479,9 @@ class Slots:
         """Bytes of cached records, and bytes of the slab that have their pages by now; for another thread to ask now and then."""
         size, touching = self._table.slab.shape[1], self._touching
         used = (len(self.cache) + len(self._coming) + len(self._leaving)) * size
-        self._touched = max(self._touched, used, touching.ready if touching is not None else 0)  # pages never go
+        if touching is not None:  # its pages, and those of the first slots that are in use
+            used = touching.ready - touching.start + min(used, touching.start)
+        self._touched = max(self._touched, used)  # pages never go
         return len(self.cache) * size, self._touched
 
     def room(self) -> int:

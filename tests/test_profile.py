@@ -1,11 +1,17 @@
 """``slotmoe profile``: what it measures, what it writes, and how it fails."""
 
 import base64
+import contextlib
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +24,7 @@ from tests.browser import BROWSER, Browser
 from tools.cli import main
 from tools.profile_report import CHARTS, compared, write_report
 
+ROOT = Path(__file__).parent.parent
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
 
 
@@ -72,6 +79,7 @@ def test_counts_are_those_of_the_routing_and_of_the_cache(reported):
 
 def test_parts_add_up_to_the_time_of_the_run(reported):
     _, _, report = reported
+    assert 0 < report["steps"][0]["began"] < report["memory"]["ram"]["seconds"][-1]
     assert [step["kind"] for step in report["steps"]] == ["prefill"] + ["decode"] * 39
     for step, after in pairwise(report["steps"]):
         assert set(step["seconds"]) <= set(PARTS)
@@ -360,8 +368,25 @@ def test_live_without_a_terminal_says_so(profile):
     code, out, err = profile(TEXT, "-n", "2", "--live")
     assert code == 0
     assert "--live needs a terminal" in err
-    assert "Peak of ram" in out
+    assert "ram: peak" in out
     assert "Time of a token" in out
+
+
+def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tools.cli", "profile", sample_export, TEXT, "-n", "300", "--live", "-o", tmp_path / "out"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while data := os.read(terminal, 1 << 16):
+            shown += data
+    os.close(terminal)
+    assert child.wait() == 0
+    for part in (b"tokens/s", b"ram: peak", b"expert slots", b"Time of a token", b"attention"):
+        assert part in shown
 
 
 @pytest.mark.slow

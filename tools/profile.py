@@ -244,7 +244,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
             # What came and went between two samples was no weight, slot or buffer.
             unseen = most - sample.total[tier] if name == "scratch and rest" else 0
             components.setdefault(name, {})[tier] = size + unseen
-    report: dict[str, Any] = {"peak": peak, "now": latest.total, "budget": _budgets(runtime), "components": components, "time": {}}
+    report: dict[str, Any] = {"peak": peak, "latest": latest.total, "budget": _budgets(runtime), "components": components, "time": {}}
     for kind in ("prefill", "decode"):
         count, spent = profiler.tokens(kind), profiler.seconds(kind)
         per_token = {part: 1000 * seconds / count for part, seconds in spent.items()} if count else {}
@@ -307,6 +307,7 @@ def _series(samples: list[Sample], tier: str) -> dict[str, Any]:
 def overview(report: dict[str, Any]) -> RenderableType:
     """The figures as tables for a terminal."""
     from rich import box
+    from rich.columns import Columns
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -314,25 +315,28 @@ def overview(report: dict[str, Any]) -> RenderableType:
     from offload.plan import format_size
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), min_width=44)
         for number, column in enumerate(columns):
             made.add_column(column, justify="right" if number else "left", no_wrap=True)
         return made
 
     tables: list[RenderableType] = []
     for tier, peak in report["peak"].items():
-        parts = table(f"Peak of {tier}: {format_size(peak)}, budget {format_size(report['budget'][tier])}", "component", "size", "share")
+        latest, budget = format_size(report["latest"][tier]), format_size(report["budget"][tier])
+        parts = table(f"{tier}: peak {format_size(peak)}, now {latest}, budget {budget}", "at the peak", "size", "share")
         for name, sizes in report["components"].items():
             if sizes.get(tier):
                 parts.add_row(name, format_size(sizes[tier]), f"{sizes[tier] / peak:.0%}")
         tables.append(parts)
-    times = table("Time of a token", "ms", *(f"{kind} ({report['time'][kind]['tokens']})" for kind in ("prefill", "decode")), "of decode")
+    times = table(
+        "Time of a token in ms", "", *(f"{kind} ({report['time'][kind]['tokens']})" for kind in ("prefill", "decode")), "of decode"
+    )
     prefill, decode = (report["time"][kind]["milliseconds_per_token"] for kind in ("prefill", "decode"))
     for part in dict.fromkeys([*decode, *prefill]):
         share = f"{decode[part] / sum(decode.values()):.0%}" if part in decode else ""
         times.add_row(part, *(f"{spent[part]:.2f}" if part in spent else "" for spent in (prefill, decode)), share)
     tables.append(times)
-    return Group(*tables, Text(", ".join(_sentences(report)) + "."))
+    return Group(Text(", ".join(_sentences(report)) + "."), Columns(tables))
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
