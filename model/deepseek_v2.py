@@ -101,6 +101,10 @@ class Layer:
     mlp: Mlp | None
 
 
+def unwatched(part: str) -> None:
+    """A stopwatch that nobody reads.  ``lap(part)`` says that the time since the last lap went into ``part``."""
+
+
 def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
     prefix = f"model.layers.{layer}."
 
@@ -178,6 +182,7 @@ class DeepseekV2:
         self.fused = [ops.fuse(layer, sizes, c.rms_norm_eps, _LATENT_EPS, c.softmax_scale) for layer in self.layers]
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
         self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
+        self.lap: Callable[[str], None] = unwatched
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, cache: LatentCache, all_logits: bool = False) -> Tensor:
@@ -191,15 +196,19 @@ class DeepseekV2:
         table_TC = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
+        self.lap("rest")
         for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
             if fused is not None and len(ids_T) == 1:
                 h_TD = self._one_token(index, fused, h_TD, table_TC, cache)
                 continue
             h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, cache)
+            self.lap("attention")
             h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
         cache.length = start + len(ids_T)
         self.hidden_TD = h_TD
-        return self.head(h_TD if all_logits else h_TD[-1:])
+        logits_TV = self.head(h_TD if all_logits else h_TD[-1:])
+        self.lap("head")
+        return logits_TV
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
@@ -209,16 +218,27 @@ class DeepseekV2:
     def _one_token(self, index: int, fused: FusedLayer, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> Tensor:
         """``_attention`` and ``_feed_forward`` in as few calls as the choice of experts leaves."""
         h_1D, x_1D, logits_1E = fused.begin(h_1D, table_1C, cache.layers[index], cache.length)
-        y_1D = None if logits_1E is None else self.experts(index, x_1D, *route(logits_1E, self.config))
-        return fused.end(h_1D, x_1D, y_1D)
+        self.lap("attention")
+        y_1D = None
+        if logits_1E is not None:
+            weights_1K, indices_1K = route(logits_1E, self.config)
+            self.lap("gate")
+            y_1D = self.experts(index, x_1D, weights_1K, indices_1K)
+        h_1D = fused.end(h_1D, x_1D, y_1D)
+        self.lap("shared experts and dense layers")
+        return h_1D
 
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:
             assert layer.mlp is not None
-            return self.ops.mlp(x_TD, *layer.mlp)
-        weights_TK, indices_TK = route(self.ops.linear(x_TD, layer.gate), self.config)
-        y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
-        return y_TD if layer.mlp is None else y_TD + self.ops.mlp(x_TD, *layer.mlp)
+            y_TD = self.ops.mlp(x_TD, *layer.mlp)
+        else:
+            weights_TK, indices_TK = route(self.ops.linear(x_TD, layer.gate), self.config)
+            self.lap("gate")
+            y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
+            y_TD = y_TD if layer.mlp is None else y_TD + self.ops.mlp(x_TD, *layer.mlp)
+        self.lap("shared experts and dense layers")
+        return y_TD
 
     def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TC: Tensor, cache: LatentCache) -> Tensor:
         """MLA.  Only the latent row is cached; keys and values are absorbed into the query and output, or expanded

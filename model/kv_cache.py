@@ -19,12 +19,13 @@ class LatentCache:
 
     def __init__(self, config: Config, context: int, dtype: torch.dtype, device: torch.device):
         self.context, self.length = context, 0
+        self.written = 0  # positions that some layer has written; a pass may still be on its way
         shape = (config.num_hidden_layers, context, config.latent_width)
         self.layers = torch.empty(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, start: int, latent_TW: torch.Tensor) -> torch.Tensor:
         """Store float32 rows from position ``start``; returns all rows up to the end of these, in the cache's dtype."""
-        end = start + len(latent_TW)
+        self.written = end = start + len(latent_TW)
         if self.layers.dtype == torch.float16:  # saturate instead of overflowing to infinity
             latent_TW = latent_TW.clamp(-65504.0, 65504.0)
         self.layers[layer, start:end] = latent_TW

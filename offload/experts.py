@@ -10,17 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from itertools import chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from model.deepseek_v2 import unwatched
 from model.shapes import expert_name
-from offload.prefetch import Prefetcher
-from offload.store import WARM, Slots
+from offload.prefetch import Accuracy, Prefetcher, total
+from offload.store import WARM, Read, Slots
 from offload.trace import TraceWriter
 from quant.export import PROJECTIONS, Export
 from quant.matmul import TorchOps, gate_order_sum
+
+if TYPE_CHECKING:
+    from offload.profiler import Profiler
 
 
 class Guesser(Protocol):
@@ -74,6 +78,8 @@ class OffloadedExperts:
         self._token_scores_LE: Tensor | None = None
         self._met = 0  # missing experts whose read had begun when the gate asked
         self.trace: TraceWriter | None = None
+        self.profiler: Profiler | None = None
+        self.lap: Callable[[str], None] = unwatched
 
     @property
     def guesses_tokens(self) -> bool:
@@ -97,11 +103,14 @@ class OffloadedExperts:
                 prefetcher.guess(row, self._keys(row, experts), "token")
             prefetcher.cost((time.perf_counter() - started) / len(likely))
             prefetcher.pump(-1)
+        self.lap("cache and prefetch")
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         indices, row = indices_TK.tolist(), self._rows[layer]
         if self.trace is not None:
             self.trace.add(layer, indices)
+        if self.profiler is not None:
+            self.profiler.chose(row, indices)
         if len(indices) == 1:
             y_TD = self._decode(row, x_TD[0], weights_TK[0], self._keys(row, indices[0]))[None]
         else:
@@ -110,6 +119,7 @@ class OffloadedExperts:
             self._read_warm()
         if self._prefetcher is not None:
             self._prefetcher.computing()
+        self.lap("cache and prefetch")
         return y_TD
 
     def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
@@ -119,16 +129,21 @@ class OffloadedExperts:
         self._settle_guesses(row, keys, missing)
         if not missing:
             self._guess(row, x_D)
-            return self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
+            self.lap("cache and prefetch")
+            y_D = self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
+            self.lap("experts")
+            return y_D
         reads = slots.demand(missing, keep=keys)
         self._guess(row, x_D)
         y_KD = torch.empty(len(keys), len(x_D), device=x_D.device)
         ready = [key for key in keys if key not in missing]
+        self.lap("cache and prefetch")
         while ready or reads:
             if ready:
                 records = [slots.record(key) for key in ready]
                 y_KD[[keys.index(key) for key in ready]] = self._ops.experts_each(x_D, records, self._layout, self._levels)
-            finished = slots.wait(reads) if reads else []
+                self.lap("experts")
+            finished = self._wait(reads) if reads else []
             ready, reads = [read.key for read in finished], [read for read in reads if read not in finished]
         for key in missing:
             slots.settle(key, keep=keys)
@@ -146,16 +161,18 @@ class OffloadedExperts:
         reads = slots.demand(missing[: slots.transit], keep=missing[: slots.transit])
         coming = missing[len(reads) :]
         self._guess(row, x_TD)
+        self.lap("cache and prefetch")
         while here or reads:
             arrived = [read for read in reads if read.done]
             if here and not arrived:
                 ready = [here.pop()]
             else:
-                arrived = slots.wait(reads)
+                arrived = self._wait(reads)
                 ready, reads = [read.key for read in arrived], [read for read in reads if read not in arrived]
             for key in ready:
                 tokens, places = users[key]
                 y_TKD[tokens, places] = self._ops.expert(x_TD[tokens], slots.record(key), self._layout, self._levels)
+                self.lap("experts")
                 if key not in cache:
                     slots.settle(key, keep=here)
                 if coming and len(reads) < slots.transit:
@@ -164,9 +181,19 @@ class OffloadedExperts:
                     self._prefetcher.pump(row)
         return y_TKD
 
+    def _wait(self, reads: list[Read]) -> list[Read]:
+        """Those of ``reads`` that are done, at least one."""
+        finished = self._slots.wait(reads)
+        # A record that was in RAM has nothing left to read from disk.
+        self.lap("waiting for disk" if any(read.buffer for read in finished) else "waiting for RAM")
+        return finished
+
     def _settle_guesses(self, row: int, keys: Collection[int], missing: list[int]) -> None:
         """Tell the prefetcher what the gate has chosen; reads that this proves wrong are given up."""
-        self._met += sum(key in self._slots for key in missing)
+        coming = sum(key in self._slots for key in missing)
+        self._met += coming
+        if self.profiler is not None:
+            self.profiler.looked(row, len(keys) - len(missing), len(missing), coming)
         if self._prefetcher is not None:
             self._prefetcher.asked(row, keys, len(missing))
 
@@ -219,6 +246,16 @@ class OffloadedExperts:
         if self._prefetcher is not None:
             found["prefetch"] = {horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()}
         return found
+
+    def present(self) -> tuple[int, int]:
+        """Bytes of cached records, and bytes of all slots that have been written or made ready."""
+        return self._slots.present()
+
+    def prefetch_by_layer(self) -> list[Accuracy]:
+        """What became of the guesses for each MoE layer, of both horizons together; empty without a prefetcher."""
+        if self._prefetcher is None:
+            return []
+        return [total(both) for both in zip(*self._prefetcher.by_row.values(), strict=True)]
 
     def close(self) -> None:
         self._slots.close()

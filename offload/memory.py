@@ -30,7 +30,8 @@ class Touching:
     """
 
     def __init__(self, memory: Tensor, start: int):
-        self._memory, self.ready, self._stop = memory, start, False  # bytes from the beginning that cost nothing more
+        self._memory, self._stop, self.start = memory, False, start
+        self.ready = start  # bytes from the beginning that cost nothing more
         self._thread = threading.Thread(target=self._run, name="slotmoe-touch", daemon=True)
         self._thread.start()
 

@@ -231,10 +231,22 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
     return min(wanted, room - transit), transit
 
 
-def predicted_peak(config: Config, plan: Plan, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes of the fast tier at the peak of a run: the plan, less positions that it never reaches and what shorter prefill
+def predicted_components(plan: Plan, prompt_tokens: int, new_tokens: int) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches and what shorter prefill
     passes need less."""
-    positions = min(prompt_tokens + new_tokens, plan.context)
-    unused = plan.components["latent KV cache"] * (plan.context - positions) // plan.context
-    scratch = plan.components["prefill scratch"]
-    return plan.total - unused - scratch + scratch * min(prompt_tokens, plan.prefill_chunk) // plan.prefill_chunk
+    components = dict(plan.components)
+    components["latent KV cache"] = components["latent KV cache"] * min(prompt_tokens + new_tokens, plan.context) // plan.context
+    components["prefill scratch"] = components["prefill scratch"] * min(prompt_tokens, plan.prefill_chunk) // plan.prefill_chunk
+    found = {name: {plan.tier: size} for name, size in components.items()}
+    for name, size in plan.host.items():
+        found.setdefault(name, {})["ram"] = size
+    return found
+
+
+def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Tier -> bytes of all components."""
+    total: dict[str, int] = {}
+    for parts in components.values():
+        for tier, size in parts.items():
+            total[tier] = total.get(tier, 0) + size
+    return total

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 HORIZONS = ("token", "layer")
@@ -29,6 +29,11 @@ class Accuracy:
     used: int = 0
     wasted: int = 0
     cancelled: int = 0
+
+
+def total(counts: Iterable[Accuracy]) -> Accuracy:
+    """The sum, count by count."""
+    return Accuracy(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
 class Average:
@@ -64,7 +69,12 @@ class Prefetcher:
         self._missing = Average(0.01, float(experts))
         self._free_since: float | None = None
         self._considered = 0
-        self.accuracy = {horizon: Accuracy() for horizon in HORIZONS}
+        self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
+
+    @property
+    def accuracy(self) -> dict[str, Accuracy]:
+        """The counts of each horizon, over all rows."""
+        return {horizon: total(rows) for horizon, rows in self.by_row.items()}
 
     def pays(self) -> bool:
         """Whether what guesses can hide, the time of the reads that a layer needs, is well above the time to make them."""
@@ -78,7 +88,7 @@ class Prefetcher:
         self._guesses[row] = named, horizon
         self._absent[row] = [key for key in named if key not in self._target]
         for key in [key for key in self._reading[row] if key not in named]:  # the later word refutes the earlier
-            self.accuracy[self._reading[row].pop(key)].cancelled += 1
+            self.by_row[self._reading[row].pop(key)][row].cancelled += 1
             self._target.drop(key)
 
     def cost(self, seconds: float) -> None:
@@ -92,7 +102,7 @@ class Prefetcher:
         self._missing.add(missing)
         (named, horizon), absent = self._guesses[row], self._absent[row]
         if named:
-            accuracy = self.accuracy[horizon]
+            accuracy = self.by_row[horizon][row]
             accuracy.guessed += len(named)
             accuracy.right += sum(key in keys for key in named)
             accuracy.asked += len(keys)
@@ -100,9 +110,9 @@ class Prefetcher:
                 self._right[horizon].add(sum(key in keys for key in absent) / len(absent))
         for key, named_by in self._reading[row].items():
             if key in keys:
-                self.accuracy[named_by].used += 1
+                self.by_row[named_by][row].used += 1
             else:
-                self.accuracy[named_by].wasted += 1
+                self.by_row[named_by][row].wasted += 1
                 self._target.drop(key)
         self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
 

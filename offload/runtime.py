@@ -23,7 +23,7 @@ from torch import Tensor
 import model
 from model.checkpoint import Checkpoint
 from model.config import Config, read_config
-from model.deepseek_v2 import DeepseekV2
+from model.deepseek_v2 import DeepseekV2, unwatched
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
 from model.shapes import resident_shapes
@@ -38,16 +38,18 @@ from offload.plan import (
     PREFILL_CHUNK,
     Plan,
     Sizes,
+    by_tier,
     kv_bytes,
     make_plan,
     parse_size,
-    predicted_peak,
+    predicted_components,
     runtime_growth,
     scratch_bytes,
     sizes_of,
 )
 from offload.predictor import NextGate, Predictor
-from offload.prefetch import Prefetcher
+from offload.prefetch import Accuracy, Prefetcher
+from offload.profiler import Profiler
 from offload.quantize import Progress, cached_export
 from offload.speed import Bandwidths, Setting
 from offload.store import DiskReader, HostTier, Slots, Source, disk_bandwidth, disk_latency
@@ -104,6 +106,7 @@ class Runtime:
         self._experts, self._ops, self._sizes = network.experts, ops, sizes
         self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
+        self._profiler: Profiler | None = None
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
     @classmethod
@@ -231,14 +234,22 @@ class Runtime:
 
         def step(ids: list[int]) -> Tensor:
             self._check_current(mine)
-            started, kind = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode"
+            started, kind, profiler = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode", self._profiler
+            if profiler is not None:
+                profiler.begin(self._moved())
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
             self._counts[kind + "_tokens"] += len(ids)
             self._counts[kind + "_seconds"] += time.perf_counter() - started
+            if profiler is not None:
+                profiler.end(kind, len(ids), self._moved())
             return logits
 
         return step
+
+    def _moved(self) -> dict[str, int]:
+        """Bytes that came from each slower tier so far."""
+        return {tier: counts["bytes"] for tier, counts in self._store.stats().items()} if self._store is not None else {}
 
     def _forward(self, ids_T: Tensor, all_logits: bool = False) -> Tensor:
         network = self._network
@@ -308,14 +319,16 @@ class Runtime:
         return {"resident weights": self._sizes.touched, "experts": experts, "latent KV cache": kv_bytes(self.config, position)}
 
     def predict(self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths) -> dict[str, Any]:
-        """What the plan expects of a run: ``peak`` (tier -> bytes), ``components``, ``hit_rate``, tokens a second of prefill
-        and decode, ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
+        """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their ``peak`` (tier ->
+        bytes), ``hit_rate``, tokens a second of prefill and decode, ``decode_seconds`` by what a token waits for, and its
+        ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
         random = str(self._source.manifest["source"]["name"]).startswith("random weights")
         speed = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random).predict(prompt_tokens, new_tokens)
+        components = predicted_components(self.plan, prompt_tokens, new_tokens)
         return {
-            "peak": {self.plan.tier: predicted_peak(self.config, self.plan, prompt_tokens, new_tokens)},
-            "components": dict(self.plan.components),
+            "peak": by_tier(components),
+            "components": components,
             "prefill_tokens_per_second": speed.prefill,
             "decode_tokens_per_second": speed.decode,
             "hit_rate": speed.hit_rate,
@@ -325,10 +338,46 @@ class Runtime:
 
     def trace(self, path: str | Path) -> None:
         """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
+        experts, layers, config = self._quantized("trace"), self.config.moe_layers, self.config
+        experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+
+    def profile(self, origin: float | None = None) -> Profiler:
+        """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
+        experts = self._quantized("profile")
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else None
+        origin = time.perf_counter() if origin is None else origin
+        profiler = Profiler(len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize)
+        self._profiler = experts.profiler = profiler
+        self._network.lap = experts.lap = profiler.lap
+        return profiler
+
+    def stop_profile(self) -> None:
+        """Stop watching."""
+        experts = self._quantized("profile")
+        self._profiler = experts.profiler = None
+        self._network.lap = experts.lap = unwatched
+
+    def prefetch_by_layer(self) -> list[Accuracy]:
+        """What became of the guesses for each MoE layer; empty where nothing is read ahead."""
+        return self._quantized("profile").prefetch_by_layer()
+
+    def memory_in_use(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
+        plan, used, resident = self.plan, process_bytes(), self._sizes.resident if self._sizes is not None else {}
+        if self.device.type == "cuda":  # everything is allocated at open
+            known = {name: size for name, size in plan.components.items() if name != "prefill scratch"}
+            host = {name: size for name, size in plan.host.items() if name != "runtime"}
+            return {"vram": (torch.cuda.memory_allocated(self.device), known), "ram": (used, host)}
+        cached, slab = self._quantized("profile").present()
+        buffers = min(plan.components["read buffers"], slab - cached)
+        latent = self._cache.nbytes // self._cache.context * max(self._cache.length, self._cache.written)
+        known = {"resident weights": sum(resident.values()), "latent KV cache": latent}
+        return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
+
+    def _quantized(self, purpose: str) -> OffloadedExperts:
         if not isinstance(self._experts, OffloadedExperts):
-            raise ConfigError("the reference path has no expert cache to trace; open the model quantized")
-        layers, config = self.config.moe_layers, self.config
-        self._experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+            raise ConfigError(f"the reference path has no expert cache to {purpose}; open the model quantized")
+        return self._experts
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""

@@ -408,7 +408,7 @@ class Slots:
         self._coming: OrderedDict[int, Read] = OrderedDict()  # keys in transit slots, oldest first
         self._leaving: list[tuple[Read, int]] = []  # given up, but a piece is still arriving in the slot
         self.wait_seconds = 0.0
-        self.planned, self._touching = cache.slots, None
+        self.planned, self._touching, self._touched = cache.slots, None, 0
         first = max(transit + reserve, LAZY_BYTES // record_bytes)
         if device.type == "cpu" and first < total:
             self._table.free, cache.slots = self._table.free[-first:], first - transit
@@ -434,7 +434,7 @@ class Slots:
         self._table.free[:0] = range(known, ready)
         cache.slots = ready - self.transit
         if ready == len(slab):
-            cache.slots, self._touching = self.planned, None
+            cache.slots, self._touching, self._touched = self.planned, None, slab.nbytes
 
     def __contains__(self, key: int) -> bool:
         """Whether ``key`` is here or on its way."""
@@ -504,6 +504,15 @@ class Slots:
             self._table.free.append(slot)
         else:
             self._leaving.append((read, slot))
+
+    def present(self) -> tuple[int, int]:
+        """Bytes of cached records, and bytes of the slab that have their pages by now; for another thread to ask now and then."""
+        size, touching = self._table.slab.shape[1], self._touching
+        used = (len(self.cache) + len(self._coming) + len(self._leaving)) * size
+        if touching is not None:  # its pages, and those of the first slots that are in use
+            used = touching.ready - touching.start + min(used, touching.start)
+        self._touched = max(self._touched, used)  # pages never go
+        return len(self.cache) * size, self._touched
 
     def room(self) -> int:
         """Slots of the cache that are free now."""

@@ -126,13 +126,13 @@ def test_prefill_passes_grow_with_the_room():
 _RUN = """
 import json, sys
 from offload.machine import peak_rss
-from offload.plan import predicted_peak
+from offload.plan import by_tier, predicted_components
 from offload.runtime import Runtime
 slots, prompt = int(sys.argv[1]), int(sys.argv[2])
 with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
     for repetition in range(3):
         list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
-    print(json.dumps([peak_rss(), predicted_peak(runtime.config, runtime.plan, prompt, 40), runtime.stats()["kernels"]]))
+    print(json.dumps([peak_rss(), by_tier(predicted_components(runtime.plan, prompt, 40))["ram"], runtime.stats()["kernels"]]))
 """
 
 

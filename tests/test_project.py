@@ -30,10 +30,10 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-LIGHT = (
-    "offload.plan offload.cache offload.prefetch offload.replay offload.names tools.cli tools.run tools.quantize tools.verify"
-    " tools.replay model.config"
-).split()
+LIGHT = "offload.plan offload.speed offload.machine offload.cache offload.prefetch offload.profiler offload.replay offload.names".split()
+LIGHT += (
+    "model.config model.shapes quant.sizes tools.cli tools.run tools.quantize tools.verify tools.plan tools.profile tools.replay".split()
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

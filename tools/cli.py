@@ -19,6 +19,7 @@ _COMMANDS = {
     "plan": ("tools.plan", "Say whether a model fits, what goes where, and how fast it will be."),
     "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
     "eval": ("tools.eval", "Score text: bits per byte, perplexity, and divergence from a reference."),
+    "profile": ("tools.profile", "Report where a run's memory and time go: charts, HTML, JSON."),
     "replay": ("tools.replay", "Compare expert cache policies and sizes on recorded routing."),
 }
 

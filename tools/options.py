@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,36 @@ _RUNTIME = [
     ),
     click.option("--no-prefetch", is_flag=True, help="Read experts only when a gate has asked for them, never ahead."),
 ]
+
+
+_GENERATION = [
+    click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens."),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: always the likeliest token."),
+    click.option(
+        "--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens that reach this probability."
+    ),
+    click.option("--top-k", type=int, default=0, metavar="N", help="Sample from the N likeliest tokens. [default: 0, all]"),
+    click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
+    click.option("--chat", is_flag=True, help="Send PROMPT through the model's chat template, as a user's message."),
+    click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Record which experts were used, for later replay."),
+]
+
+
+def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of what is generated: how long, by which sampling, from which kind of prompt."""
+    for option in reversed(_GENERATION):
+        function = option(function)
+    return function
+
+
+def prompt_text(prompt: str) -> str:
+    """The prompt of the command line: itself, or stdin where it is ``-``.  Raises ``ConfigError``."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
 
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:

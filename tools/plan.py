@@ -67,7 +67,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
-    from offload.plan import predicted_peak
+    from offload.plan import by_tier, predicted_components
     from offload.speed import Setting
     from slotmoe import PlanError
 
@@ -90,7 +90,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
         speed = setting.predict(prompt_tokens, new_tokens)
     report = _report(found, machine, plan, resident, why, speed) | {
         "largest_context": _largest_context(found, machine, resident, options["slots"]),
-        "predicted_peak": {plan.tier: predicted_peak(found.config, plan, prompt_tokens, new_tokens)},
+        "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
         "ways_out": _ways_out(found, machine, resident, context, options["slots"], plan),
         "settings": {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": machine.threads, "context": context},
     }
@@ -270,16 +270,14 @@ def _rounded_up(size: int) -> str:
 
 
 def _report(model: _Model, machine: _Machine, plan: Plan, resident: str, why: str, speed: Speed | None) -> dict[str, Any]:
+    from offload.plan import by_tier
+
     components: dict[str, dict[str, int]] = {}
     for tier, parts in ((plan.tier, plan.components), ("ram", plan.host)):
         for name, size in parts.items():
             components.setdefault(name, {})[tier] = size
     everything = len(model.config.moe_layers) * model.config.n_routed_experts
     components["all experts"] = {"disk": everything * plan.record_bytes}
-    total: dict[str, int] = {}
-    for parts in components.values():
-        for tier, size in parts.items():
-            total[tier] = total.get(tier, 0) + size
     budgets = {"ram": machine.ram} | ({} if machine.vram is None else {"vram": machine.vram})
     used = ("ram", "disk") if machine.vram is None else ("ram", "disk", "gpu", "pcie")
     rates = {tier: {"bytes_per_second": getattr(machine.bandwidths, tier), "origin": machine.bandwidths.origin_of(tier)} for tier in used}
@@ -287,7 +285,7 @@ def _report(model: _Model, machine: _Machine, plan: Plan, resident: str, why: st
         "model": model.name,
         "fits": not plan.shortfall,
         "components": components,
-        "total": total,
+        "total": by_tier(components),
         "budget": budgets,
         "shortfall": sum(plan.shortfall.values()),
         "shortfall_by_tier": plan.shortfall,

@@ -8,21 +8,14 @@ from typing import Any
 
 import click
 
-from slotmoe import ConfigError
-from tools.options import open_runtime, runtime_options
+from tools.options import generation_options, open_runtime, prompt_text, runtime_options
 
 
 @click.command(name="run")
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt")
-@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: always the likeliest token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens that reach this probability.")
-@click.option("--top-k", type=int, default=0, metavar="N", help="Sample from the N likeliest tokens. [default: 0, all]")
-@click.option("--seed", type=int, metavar="N", help="Make sampling repeatable.")
-@click.option("--chat", is_flag=True, help="Send PROMPT through the model's chat template, as a user's message.")
+@generation_options
 @runtime_options
-@click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Record which experts were used, for later replay.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and all statistics instead of text.")
 def command(
     model: str,
@@ -49,11 +42,7 @@ def command(
       slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
       slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
     """
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError:
-            raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
+    prompt = prompt_text(prompt)
     with open_runtime(model, options, quiet=as_json) as runtime:
         if trace is not None:
             runtime.trace(trace)
