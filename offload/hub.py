@@ -57,7 +57,7 @@ def resolve(repo: str, revision: str) -> Pin:
     from huggingface_hub import HfApi
 
     def ask() -> Any:
-        with _hub_errors(repo, revision):
+        with hub_errors(repo, revision):
             return HfApi(library_name="slotmoe").model_info(repo, revision=revision, files_metadata=True, timeout=30)
 
     try:
@@ -98,7 +98,7 @@ def _cached_pin(repo: str, revision: str) -> Pin | None:
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str) -> Iterator[None]:
+def hub_errors(repo: str, revision: str) -> Iterator[None]:
     """huggingface_hub's errors as ours: what the user can do about it, or ``PassingError``."""
     from huggingface_hub import constants, errors
 
@@ -167,7 +167,7 @@ class _RemoteFile:
 
         pin, expected = self._pin, self._pin.files[self._file]
         url = hf_hub_url(pin.repo, self._file, revision=pin.commit)
-        with _hub_errors(pin.repo, pin.commit):
+        with hub_errors(pin.repo, pin.commit):
             found = get_hf_file_metadata(url, library_name="slotmoe")
         if found.commit_hash not in (None, pin.commit):
             raise DownloadError(f"{self.name}: the hub answers for commit {found.commit_hash} instead of {pin.commit}; try again later")

@@ -20,6 +20,7 @@ from quant.export import Export, RecordLayout
 from quant.matmul import nbytes
 from quant.nf4 import Nf4Weight
 from slotmoe import ConfigError, PlanError
+from tests.hub import NAME, Repo
 from tests.tiny import SAMPLE, write_checkpoint
 from tools.cli import main
 
@@ -314,3 +315,14 @@ def test_plan_needs_no_torch():
     code = "import sys; from tools.cli import cli; cli.main(['plan', 'v2', '--ram', '64GiB'], standalone_mode=False)"
     command = [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_a_hub_id_fetches_the_config_alone(plan, hub):
+    hub.add(NAME, Repo(SAMPLE))
+    report = json.loads(plan(NAME, "--ram", "2GiB", "--json")[1])
+    assert report["components"]["all experts"] == {"disk": 7 * 32 * 28672}
+    assert {one["name"] for one in hub.requests} == {"config.json"}
+    code, _, err = plan("no/model", "--ram", "2GiB")
+    assert (code, "no/model: is no folder here and no model on" in err) == (2, True)
+    code, _, err = plan(NAME, "--revision", "nowhere")
+    assert (code, "has no revision 'nowhere'" in err) == (2, True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tools.options import runtime_options
+from tools.options import is_on_hub, runtime_options
 
 if TYPE_CHECKING:
     from model.config import Config
@@ -57,9 +57,10 @@ class _Machine:
 def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **options: Any) -> None:
     """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are needed.
 
-    MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, or the path of a config.json.  Speeds come from
-    bandwidths: those given here, those that slotmoe bench --calibrate has measured on this machine, or assumptions; the
-    report says which.  If the model does not fit, it names the shortfall and the cheapest ways out.
+    MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, the path of a config.json, or a hub id, of which
+    the config alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate has
+    measured on this machine, or assumptions; the report says which.  If the model does not fit, it names the shortfall and the
+    cheapest ways out.
 
     \b
     Examples:
@@ -71,7 +72,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     from offload.speed import Setting
     from slotmoe import PlanError
 
-    found, machine = _model(model), _machine(options)
+    found, machine = _model(model, options["revision"]), _machine(options)
     context = options["context"]
     limit = found.config.max_position_embeddings
     if click.get_current_context().get_parameter_source("context") == click.core.ParameterSource.DEFAULT:
@@ -97,13 +98,15 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def _model(name: str) -> _Model:
+def _model(name: str, revision: str | None) -> _Model:
     """What MODEL is, from its config and, for an export, its manifest.  Raises ``ConfigError``."""
     from model.config import read_config
     from slotmoe import ConfigError, read_json
     from tools.synth import geometry_path
 
     folder = Path(name)
+    if is_on_hub(name, revision):
+        return _Model(name, read_config(_hub_config(name, revision or "main")))
     if not folder.is_dir():
         return _Model(name, read_config(geometry_path(name)))
     config = read_config(folder / "config.json")
@@ -118,6 +121,24 @@ def _model(name: str) -> _Model:
     except (KeyError, TypeError, AssertionError):
         raise ConfigError(f"{path}: is not a complete export's manifest; quantize again") from None
     return _Model(name, config, resident, predictor, str(source).startswith("random weights"))
+
+
+def _hub_config(repo: str, revision: str) -> Path:
+    """The config of a model on the hub, from huggingface_hub's cache where it is there already.  Raises ``ConfigError`` or
+    ``DownloadError``."""
+    from huggingface_hub import errors, hf_hub_download
+
+    from slotmoe import DownloadError
+
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision))
+    except errors.LocalEntryNotFoundError:
+        raise DownloadError(f"{repo}: the hub can't be reached and its config.json is not in huggingface_hub's cache") from None
+    except Exception:
+        from offload.hub import hub_errors  # imports torch, for the few who have an error to be told
+
+        with hub_errors(repo, revision):
+            raise
 
 
 def _machine(options: dict[str, Any]) -> _Machine:
