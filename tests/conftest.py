@@ -1,7 +1,6 @@
 """Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub on loopback."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,9 @@ import pytest
 import model
 from offload.download import Patience
 from offload.quantize import quantize
-from tests.hub import TOKEN, Hub
+from tests.hub import HOME, HUB, TOKEN
 
 SAMPLE = Path(model.__file__).parent / "sample"
-HUB = Hub()
-HOME = tempfile.TemporaryDirectory()
 # huggingface_hub reads these when it is imported, which any test may be the first to do.
 os.environ |= {
     "HF_ENDPOINT": HUB.endpoint,
