@@ -1,17 +1,14 @@
 """Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub on loopback."""
 
 import os
-import tempfile
 
 import pytest
 
 from offload.download import Patience
 from offload.quantize import quantize
-from tests.hub import TOKEN, Hub
+from tests.hub import HOME, HUB, TOKEN
 from tests.tiny import SAMPLE
 
-HUB = Hub()
-HOME = tempfile.TemporaryDirectory()
 # huggingface_hub reads these when it is imported, which any test may be the first to do.
 os.environ |= {
     "HF_ENDPOINT": HUB.endpoint,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -206,6 +207,11 @@ class Hub:
         for server in self.servers:
             server.shutdown()
             server.server_close()
+
+
+# One for the whole run: huggingface_hub reads its endpoint only when it is imported.
+HUB = Hub()
+HOME = tempfile.TemporaryDirectory()
 
 
 def make(destination, **options):
