@@ -8,10 +8,10 @@ sampled by a thread of its own.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ class Profiler:
         self.hits, self.misses, self.coming = ([0] * rows for _ in range(3))
         self._origin, self._synchronize = origin, synchronize
         self._seconds: dict[str, float] = {}
+        self._laps: list[tuple[str, float]] = []
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
 
@@ -77,19 +78,19 @@ class Profiler:
         self.between_steps()
         self._moved = moved
         self._seconds = {}
-        self._began = self._last = time.perf_counter()
+        self._laps.clear()  # of a step that was stopped
+        self._began = self._last = perf_counter()
 
     def lap(self, part: str) -> None:
         """The time since the last lap went into ``part``."""
         if self._synchronize is not None:
             self._synchronize()
-        now = time.perf_counter()
-        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
-        self._last = now
+        self._laps.append((part, perf_counter()))
 
     def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
         """The step over ``tokens`` tokens is done."""
         self.lap("rest")
+        self._sum_up()
         came = {tier: size - self._moved[tier] for tier, size in moved.items()}
         self.passes.append(Pass(kind, tokens, self._began - self._origin, came, self._seconds))
 
@@ -97,6 +98,16 @@ class Profiler:
         """What has passed since the last step's end was its sampling; call it after the last step too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.lap("sampling")
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Laps become seconds by part."""
+        seconds, last = self._seconds, self._last
+        for part, now in self._laps:
+            seconds[part] = seconds.get(part, 0.0) + now - last
+            last = now
+        self._laps.clear()
+        self._last = last
 
     def chose(self, row: int, indices: list[list[int]]) -> None:
         """The gate of ``row`` chose ``indices`` [T, K]."""
@@ -144,7 +155,7 @@ class MemorySampler:
     def __init__(self, interval: float = 0.05):
         self.samples: list[Sample] = []
         self._runtime: Runtime | None = None
-        self.origin, self._interval = time.perf_counter(), interval
+        self.origin, self._interval = perf_counter(), interval
         self._process = psutil.Process()
         self.baseline: int = self._process.memory_info().rss
         self.earlier_peak = peak_rss()
@@ -202,11 +213,11 @@ class MemorySampler:
     def _loading(self) -> Sample:
         used = self._process.memory_info().rss
         grown = max(0, used - self.baseline)
-        return Sample(time.perf_counter() - self.origin, {"ram": used}, {"ram": {"runtime": used - grown, "resident weights": grown}})
+        return Sample(perf_counter() - self.origin, {"ram": used}, {"ram": {"runtime": used - grown, "resident weights": grown}})
 
     def _running(self, runtime: Runtime) -> Sample:
         now, components = runtime.memory_in_use(), {}
         for tier, (total, known) in now.items():
             parts = {"runtime": self.baseline, **known} if tier == "ram" else known
             components[tier] = {**parts, "scratch and rest": max(0, total - sum(parts.values()))}
-        return Sample(time.perf_counter() - self.origin, {tier: total for tier, (total, _) in now.items()}, components)
+        return Sample(perf_counter() - self.origin, {tier: total for tier, (total, _) in now.items()}, components)
