@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ class Touching:
         self._thread.start()
 
     def _run(self) -> None:
+        with suppress(OSError):  # Linux has priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while self.ready < len(self._memory) and not self._stop:
             piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
             ctypes.memset(piece.data_ptr(), 0, len(piece))  # unlike a torch operation, never on several threads
