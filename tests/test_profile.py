@@ -404,3 +404,9 @@ def test_watching_costs_at_most_a_twentieth(sample_export):
         found = measure(runtime, decode_tokens=40, repetitions=150)
     print(found)
     assert found["lower_quartile"]["ratio"] <= 1.05
+
+
+def test_warm_slots_are_full_before_the_first_token(profile):
+    report = json.loads(profile(TEXT, "-n", "5", "--slots", "224", "--warm", "--json")[1])
+    assert report["cache"]["hit_rate"] == 1.0
+    assert json.loads(profile(TEXT, "-n", "5", "--slots", "224", "--json")[1])["cache"]["hit_rate"] < 1.0

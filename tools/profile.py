@@ -51,6 +51,7 @@ _TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context
     metavar="DIR",
     help="Folder of the report; an earlier report there is replaced.",
 )
+@click.option("--warm", is_flag=True, help="Fill the expert slots first, as after a long run; predictions are for that state.")
 @click.option("--live", is_flag=True, help="Show the figures in the terminal while the model runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: what profile.json holds.")
 def command(
@@ -65,6 +66,7 @@ def command(
     chat: bool,
     trace: str | None,
     output: Path,
+    warm: bool,
     live: bool,
     as_json: bool,
     **options: Any,
@@ -80,9 +82,11 @@ def command(
     Examples:
       slotmoe profile sample
       slotmoe profile lite-export --ram 5GiB -n 64 -o lite-5gib --live
+      slotmoe profile lite-export --ram 5GiB --warm --json > steady.json
       slotmoe profile lite-export --text notes.txt --context 8192 --json > profile.json
     """
     from offload.profiler import MemorySampler
+    from tools.progress import byte_progress
 
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")
@@ -90,6 +94,9 @@ def command(
         import offload.runtime  # noqa: F401  # torch's own memory belongs to the baseline, not to the model
 
         with MemorySampler() as sampler, open_runtime(model, options, quiet=as_json) as runtime, sampler.watching(runtime):
+            if warm:
+                with byte_progress("Filling expert slots", as_json) as progress:
+                    runtime.warm(progress)
             given = _workload(runtime, prompt, text, max_new_tokens, chat)
             if trace is not None:
                 runtime.trace(trace)
