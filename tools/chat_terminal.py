@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.output import Output
 
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_PAUSE = 30  # times as long as a drawing took passes until the next one
 _PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
@@ -113,12 +115,16 @@ class _SavedHistory(FileHistory):
 
 class _View:
     """An answer on its way: finished Markdown blocks stay on the terminal, the unfinished one and the status line are redrawn
-    below them until it is finished too.  What does not fit on the screen meanwhile is its beginning."""
+    below them until it is finished too.  What of it does not fit on the screen meanwhile is its beginning.
+
+    Drawing takes time from the model (highlighting code 0.5 ms a line), so it is done less often where it costs more."""
 
     def __init__(self, console: Console, status: Callable[[], str]):
         self._console, self._status = console, status
         self._block, self._printed = "", False
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8, transient=True, redirect_stdout=False)
+        self._drawn: list[list[Segment]] = []
+        self._next_drawing = 0.0
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True, redirect_stdout=False)
 
     def __enter__(self) -> _View:
         self._live.start()
@@ -137,23 +143,41 @@ class _View:
             self._print(done)
 
     def _print(self, text: str) -> None:
-        if text.strip():
-            if self._printed:
-                self._console.print()
-            self._console.print(_markdown(text))
-            self._printed = True
+        if not text.strip():
+            return
+        self._next_drawing = 0.0
+        if self._printed:
+            self._console.print()
+        self._console.print(_markdown(text))
+        self._printed = True
 
     def _render(self) -> RenderableType:
-        lines = self._console.render_lines(_markdown(self._block), pad=False) if self._block.strip() else []
-        if lines and self._printed:
-            lines.insert(0, [])
-        lines = lines[-max(self._console.height - 2, 1) :]
-        lines.append([Segment(self._status()[: self._console.width - 1], self._console.get_style("dim"))])
-        return Segments(segment for line in lines for segment in [*line, Segment.line()])
+        started = time.perf_counter()
+        if started >= self._next_drawing:
+            self._drawn = self._draw()
+            self._next_drawing = started + _PAUSE * (time.perf_counter() - started)
+        status = Segment(self._status()[: self._console.width - 1], self._console.get_style("dim"))
+        return Segments(segment for line in [*self._drawn, [status]] for segment in [*line, Segment.line()])
+
+    def _draw(self) -> list[list[Segment]]:
+        """The last lines of the unfinished block, as many as the screen has place for above the status line."""
+        room = max(self._console.height - 2, 1)
+        source = self._block.splitlines(keepends=True)
+        if len(source) > room:
+            source = [*source[: self._block.startswith(("```", "~~~"))], *source[-room:]]
+        if not source:
+            return []
+        lines = self._console.render_lines(_markdown("".join(source)), pad=False)
+        return [*([[]] if self._printed else []), *lines][-room:]
 
 
 def _markdown(text: str) -> Markdown:
-    return Markdown(text, hyperlinks=False)  # an address is shown, not hidden behind other words
+    markdown = Markdown(text, hyperlinks=False)  # an address is shown, not hidden behind other words
+    for token in markdown.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":  # models mean the ends of their lines, as in a poem
+                child.type = "hardbreak"
+    return markdown
 
 
 def _finished(text: str) -> int:
