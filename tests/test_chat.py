@@ -366,6 +366,16 @@ def test_refused_message_can_be_edited(terminal, talking):
     assert "/nonsense: no such command" in terminal.printed.getvalue()
 
 
+def test_what_ended_an_answer_is_said_below_it(terminal, talking):
+    chat = talking(max_new_tokens=9)
+    chat._notify = terminal.say
+    terminal.keys.send_text("Hello\r\x04")
+    talk(chat, terminal)
+    lines = [line.strip() for line in terminal.printed.getvalue().splitlines() if line.strip()]
+    assert lines[-1] == "the answer was stopped after 9 tokens (--max-new-tokens)"
+    assert lines[0] in chat.exchanges[0].assistant
+
+
 @pytest.mark.parametrize("presses", [1, 3])
 def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, talking, monkeypatch, presses):
     def generate(self, *arguments):

@@ -49,6 +49,7 @@ class Terminal:
         self._status = status
         self._line, self._draft = "", ""  # what was read last, and what the next prompt begins with
         self._answered = False  # whether some of the answer to it was shown
+        self._view: _View | None = None  # of the latest answer
         self._session: PromptSession[str] = PromptSession(
             "> ",
             multiline=True,
@@ -79,13 +80,15 @@ class Terminal:
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with _first_interrupt_only(), contextlib.closing(answer), _View(self._console, self._status) as view:
+        with _first_interrupt_only(), contextlib.closing(answer), _View(self._console, self._status) as self._view:
             for piece in answer:
                 self._answered = True
-                view.add(piece)
+                self._view.add(piece)
 
     def say(self, text: str) -> None:
-        """A remark of the program's."""
+        """A remark of the program's, below what was answered so far."""
+        if self._view is not None:
+            self._view.flush()
         self._console.print(Text(_visible(text), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
@@ -131,8 +134,7 @@ class _View:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        rest, self._block = self._block, ""
-        self._print(rest)
+        self.flush()
         self._live.stop()
 
     def add(self, text: str) -> None:
@@ -141,6 +143,11 @@ class _View:
             end = _finished(self._block)
             done, self._block = self._block[:end], self._block[end:]
             self._print(done)
+
+    def flush(self) -> None:
+        """Print the unfinished block as if it were finished."""
+        rest, self._block = self._block, ""
+        self._print(rest)
 
     def _print(self, text: str) -> None:
         if not text.strip():
