@@ -68,8 +68,9 @@ def said(answer):
 
 
 def fed(runtime):
+    """Tokens read and made so far."""
     tokens = runtime.stats()["tokens"]
-    return tokens["prefill_tokens"] + tokens["decode_tokens"]
+    return tokens["prefill_tokens"], tokens["decode_tokens"]
 
 
 # What the model is sent
@@ -97,7 +98,7 @@ def test_only_what_is_new_is_read(talking):
     prompt = chat.sent[1]
     assert prompt[: len(held)] == held  # the first message and its answer, all but the token that was made last
     assert len(held) == len(chat.sent[0]) + 29
-    assert fed(chat.runtime) - before == len(prompt) - len(held) + 29
+    assert fed(chat.runtime) == (before[0] + len(prompt) - len(held), before[1] + 29)
 
 
 def test_regenerate_reads_nothing_and_gives_another_answer(talking):
@@ -105,7 +106,7 @@ def test_regenerate_reads_nothing_and_gives_another_answer(talking):
     first = said(chat.answer("What news?"))
     before = fed(chat.runtime)
     second = said(chat.regenerate())
-    assert fed(chat.runtime) - before == 24  # the prompt's last token, and 23 of the answer's
+    assert fed(chat.runtime) == (before[0], before[1] + 24)  # the prompt's last token, and 23 of the answer's
     assert chat.exchanges == [Exchange("What news?", second)]
     assert second != first
     again = talking(temperature=1.0, seed=5)

@@ -199,7 +199,7 @@ def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
 def test_measurements_leave_nothing_to_reuse(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         list(runtime.generate(IDS, 5))
-        runtime.start(40)([3])
+        runtime.start(40)(IDS[:1])
         assert next_logits(runtime, IDS)[1] == len(IDS)
         runtime.logits(IDS)
         assert next_logits(runtime, IDS)[1] == 1

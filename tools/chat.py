@@ -106,7 +106,7 @@ def command(
     Examples:
       slotmoe chat sample
       slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in one sentence."
-      printf '%s\n' "Why is the sky blue?" "And at dusk?" /stats | slotmoe chat lite-export --seed 1
+      printf '%s\\n' "Why is the sky blue?" "And at dusk?" /stats | slotmoe chat lite-export --seed 1
     """
     from model.generate import Sampling
     from tools.conversation import Conversation
