@@ -75,7 +75,9 @@ class Conversation:
         finally:
             if pieces or complete:
                 self.exchanges = [*earlier, Exchange(message, "".join(pieces))]
-        if made == self._max_new_tokens:
+        if not pieces:
+            self._notify("the model gave an empty answer")
+        elif made == self._max_new_tokens:
             self._notify(f"the answer was stopped after {made} tokens (--max-new-tokens)")
         elif made == limit:
             self._notify("the answer was stopped because the context is full; your next message makes room in it")
