@@ -247,7 +247,7 @@ class Pty:
         os.write(self._handle, text.encode())
 
     def until(self, text, seconds=60):
-        """Wait until ``text`` is shown; what was shown after it is left for the next time."""
+        """Wait until ``text`` is shown and return what was shown before it; what is after it is left for the next time."""
         deadline = time.monotonic() + seconds
         while text.encode() not in self._unread:
             ready, _, _ = select.select([self._handle], [], [], max(deadline - time.monotonic(), 0))
@@ -256,7 +256,8 @@ class Pty:
             if b"\x1b[6n" in new:  # where is the cursor?
                 os.write(self._handle, b"\x1b[1;1R")
             self._unread += new
-        self._unread = self._unread.partition(text.encode())[2]
+        before, _, self._unread = self._unread.partition(text.encode())
+        return before
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -272,8 +273,10 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.until("context 0 of 1,024")
         terminal.send("Tell me of the kings of England, and of their wars with France, at length.\r")
         terminal.until("tokens/s")
+        terminal.send("typed meanwhile")
+        shown = terminal.until("tokens/s")
         terminal.send("\x03")
-        terminal.until("stopped")
+        assert b"typed" not in shown + terminal.until("stopped")
         terminal.until("of 1,024")  # the prompt is back, with its status line
         terminal.send("/stats\r")
         terminal.until("1 of 1 exchanges")

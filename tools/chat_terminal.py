@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
+import termios
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +82,7 @@ class Terminal:
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with _first_interrupt_only(), contextlib.closing(answer), _View(self._console, self._status) as self._view:
+        with _first_interrupt_only(), _no_echo(), contextlib.closing(answer), _View(self._console, self._status) as self._view:
             for piece in answer:
                 self._answered = True
                 self._view.add(piece)
@@ -215,6 +217,21 @@ def _keys() -> KeyBindings:
         event.current_buffer.newline(copy_margin=False)
 
     return keys
+
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    """What is typed meanwhile does not show in the middle of an answer; the next prompt has it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
