@@ -82,7 +82,10 @@ class Tokenizer:
             named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default")
         if not isinstance(template, str):
-            raise ConfigError("tokenizer_config.json: has no chat_template; run without --chat")
+            raise ConfigError(
+                "tokenizer_config.json: has no chat_template, so this is not a chat model: take its Chat or Instruct version, or "
+                "continue text with 'slotmoe run MODEL PROMPT', without --chat"
+            )
         tokens = {}
         for name in ("bos_token", "eos_token"):
             token = self.settings.get(name)

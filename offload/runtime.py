@@ -106,6 +106,7 @@ class Runtime:
         self._experts, self._ops, self._sizes = network.experts, ops, sizes
         self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
+        self._held: list[int] = []  # tokens of the first rows of the latent cache; the rows after them mean nothing
         self._profiler: Profiler | None = None
         self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
 
@@ -212,7 +213,8 @@ class Runtime:
         """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it is made.
 
         Stops at an end-of-sentence token, after ``max_new_tokens``, or when the context is full.  ``chat`` sends the text
-        through the model's chat template as a user's message.  Raises ``PlanError`` if the prompt does not fit.
+        through the model's chat template as a user's message.  What the prompt shares with the beginning of the latest
+        sequence is still in the latent cache and is not computed again.  Raises ``PlanError`` if the prompt does not fit.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -222,19 +224,26 @@ class Runtime:
             prompt = self.tokenizer.encode(text)
         self._check_ids(prompt, len(prompt) + 1)
         room = self._cache.context - len(prompt)
-        return generate(self.start(), prompt, self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
+        kept = _shared(self._held, prompt[:-1])  # the last token is fed in any case: its logits are wanted
+        self._restart(kept)
+        return generate(self._step(), prompt[kept:], self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
         """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
         [1, vocab_size].  ``depth`` positions are taken as cached already, filled with a constant: for measurements."""
-        self._restart()
+        self._held.clear()
+        self._restart(depth)
         self._cache.layers[:, :depth] = 0.1
-        self._cache.length = depth
+        return self._step()
+
+    def _step(self) -> Callable[[list[int]], Tensor]:
+        """``step(ids)`` of the present sequence, which appends to what the latent cache holds."""
         mine = self._generation
 
         def step(ids: list[int]) -> Tensor:
             self._check_current(mine)
-            started, kind, profiler = time.perf_counter(), "prefill" if self._cache.length == 0 else "decode", self._profiler
+            kind = "prefill" if len(ids) > 1 or self._cache.length == 0 else "decode"
+            started, profiler = time.perf_counter(), self._profiler
             if profiler is not None:
                 profiler.begin(self._moved())
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
@@ -258,11 +267,17 @@ class Runtime:
             if len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None and self._experts.guesses_tokens:
                 embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
             self._experts.begin(len(ids_T), embedding_D, hidden_D)
-        return network.forward(ids_T, self._cache, all_logits)
+        position = self._cache.length
+        del self._held[position:]  # first: a pass that is interrupted has overwritten some of these rows
+        logits = network.forward(ids_T, self._cache, all_logits)
+        if len(self._held) == position:  # not after rows of unknown tokens
+            self._held += ids_T.tolist()
+        return logits
 
-    def _restart(self) -> None:
+    def _restart(self, kept: int = 0) -> None:
+        """A new sequence begins, with the first ``kept`` rows of the latent cache."""
         self._generation += 1
-        self._cache.length = 0
+        self._cache.length = kept
 
     def _check_ids(self, ids: list[int], needed: int) -> Tensor:
         if not ids:
@@ -279,6 +294,11 @@ class Runtime:
     def context(self) -> int:
         """Positions that the latent cache holds."""
         return self._cache.context
+
+    @property
+    def position(self) -> int:
+        """Positions of the latent cache that the present sequence has filled.  Another thread may ask."""
+        return self._cache.length
 
     @property
     def threads(self) -> int:
@@ -410,6 +430,12 @@ class Runtime:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from offload.plan import parse_size
 from offload.runtime import Runtime
 from offload.trace import read_trace
 from slotmoe import ConfigError, PlanError
+from tests.tiny import SAMPLE
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -101,6 +102,107 @@ def test_new_generation_supersedes_the_old_one(sample_export):
         runtime.generate(PROMPT, 9)
         with pytest.raises(ConfigError, match="superseded"):
             list(old)
+
+
+def fed(runtime):
+    """Tokens that went through the network so far."""
+    tokens = runtime.stats()["tokens"]
+    return tokens["prefill_tokens"] + tokens["decode_tokens"]
+
+
+def next_logits(runtime, ids):
+    """Logits after ``ids`` with whatever the latent cache holds of them, and how many tokens were fed for that."""
+    before = fed(runtime)
+    seen, original = [], runtime._network.head
+    runtime._network.head = lambda h_TD: seen.append(original(h_TD)) or seen[-1]
+    try:
+        list(runtime.generate(ids, 1))
+    finally:
+        del runtime._network.head
+    return seen[-1], fed(runtime) - before
+
+
+@pytest.fixture(params=["native", "torch", "reference"])
+def reusing(request, sample_export):
+    """A runtime, and whether logits after ``ids`` are those of feeding them anew: bitwise by native kernels, else within invariant 2."""
+    options = {"quantize": False} if request.param == "reference" else {"kernels": "torch" if request.param == "torch" else "auto"}
+    path = SAMPLE if request.param == "reference" else sample_export
+    with Runtime.open(path, context=256, threads=1, **options) as runtime:
+        if request.param == "native" and runtime.stats()["kernels"] == "torch":
+            pytest.skip("the native kernels were not built")
+
+        def same(found, ids):
+            wanted = runtime.logits(ids)[-1:]
+            if request.param == "native":
+                return torch.equal(found, wanted)
+            return ((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).median() <= 2e-3
+
+        yield runtime, same
+
+
+def test_a_shared_beginning_is_not_fed_again(reusing):
+    runtime, same = reusing
+    answer = [token.id for token in runtime.generate(IDS, 20)]
+    assert len(answer) == 20
+    longer = IDS + answer + [7, 8, 9]  # the next message of a conversation; the answer's last token was never fed
+    found, count = next_logits(runtime, longer)
+    assert (count, same(found, longer)) == (4, True)
+    found, count = next_logits(runtime, IDS)  # the same prompt again
+    assert (count, same(found, IDS)) == (1, True)
+    other = [*IDS[:30], 77, *IDS[31:50]]
+    found, count = next_logits(runtime, other)
+    assert (count, same(found, other)) == (20, True)
+    found, count = next_logits(runtime, IDS)  # what came after position 30 is gone
+    assert (count, same(found, IDS)) == (30, True)
+    strange = [9, *IDS]
+    found, count = next_logits(runtime, strange)
+    assert (count, same(found, strange)) == (61, True)
+
+
+def test_interrupted_answer_is_kept(reusing):
+    runtime, same = reusing
+    tokens = runtime.generate(IDS, 100)
+    answer = [next(tokens).id for _ in range(10)]
+    tokens.close()
+    longer = IDS + answer + [7, 8]
+    found, count = next_logits(runtime, longer)
+    assert (count, same(found, longer)) == (3, True)
+
+
+@pytest.mark.parametrize("moment", [1, 4, 7])
+def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
+    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the others still hold."""
+    runtime, same = reusing
+    list(runtime.generate(IDS, 20))
+    original, calls = type(runtime._experts).__call__, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(type(runtime._experts), "__call__", interrupted)
+    other = [*IDS[:30], 77, *IDS[31:50]]
+    with pytest.raises(KeyboardInterrupt):
+        list(runtime.generate(other, 1))
+    found, count = next_logits(runtime, IDS)
+    assert (count, same(found, IDS)) == (30, True)
+    calls = -7  # the first pass is whole, the second one makes the answer's second token
+    with pytest.raises(KeyboardInterrupt):
+        list(runtime.generate(IDS, 5))
+    found, count = next_logits(runtime, IDS)
+    assert (count, same(found, IDS)) == (1, True)
+
+
+def test_measurements_leave_nothing_to_reuse(sample_export):
+    with Runtime.open(sample_export, context=256) as runtime:
+        list(runtime.generate(IDS, 5))
+        runtime.start(40)(IDS[:1])
+        assert next_logits(runtime, IDS)[1] == len(IDS)
+        runtime.logits(IDS)
+        assert next_logits(runtime, IDS)[1] == 1
 
 
 _PEAK = """

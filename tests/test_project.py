@@ -31,9 +31,8 @@ def test_packages_import_only_what_they_may(package):
 
 
 LIGHT = "offload.plan offload.speed offload.machine offload.cache offload.prefetch offload.profiler offload.replay offload.names".split()
-LIGHT += (
-    "model.config model.shapes quant.sizes tools.cli tools.run tools.quantize tools.verify tools.plan tools.profile tools.replay".split()
-)
+LIGHT += "model.config model.shapes quant.sizes tools.cli tools.run tools.chat tools.quantize tools.verify tools.plan".split()
+LIGHT += "tools.profile tools.replay".split()
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -45,6 +44,11 @@ def test_light_modules_import_without_torch(module):
 @pytest.mark.parametrize("module", ["offload.hub", "offload.runtime", "tools.quantize"])
 def test_hub_library_is_imported_only_for_a_hub_id(module):
     code = f"import {module}, sys; assert 'huggingface_hub' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_prompt_library_is_imported_only_on_a_terminal():
+    code = "import tools.chat, tools.conversation, sys; assert 'prompt_toolkit' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

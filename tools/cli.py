@@ -13,6 +13,7 @@ from slotmoe import DownloadError, SlotmoeError, __version__
 
 _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
+    "chat": ("tools.chat", "Talk to a model, with history, commands and formatted answers."),
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
     "verify": ("tools.verify", "Check every checksum of an export."),
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
@@ -54,6 +55,7 @@ def cli() -> None:
     Then with a real checkpoint, from the hub or a folder in Hugging Face's format:
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite-Chat lite-export
       slotmoe run lite-export --chat "Why is the sky blue?"
+      slotmoe chat lite-export
     """
 
 

@@ -35,22 +35,39 @@ _RUNTIME = [
 ]
 
 
-_GENERATION = [
-    click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Stop after N tokens."),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy: always the likeliest token."),
-    click.option(
-        "--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens that reach this probability."
-    ),
-    click.option("--top-k", type=int, default=0, metavar="N", help="Sample from the N likeliest tokens. [default: 0, all]"),
-    click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
+def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
+    return [
+        click.option(
+            "-n", "--max-new-tokens", type=int, default=max_new_tokens, show_default=True, metavar="N", help="Stop after N tokens."
+        ),
+        click.option("--temperature", type=float, default=temperature, show_default=True, help="0 is greedy: always the likeliest token."),
+        click.option(
+            "--top-p", type=float, default=top_p, show_default=True, help="Sample from the likeliest tokens that reach this probability."
+        ),
+        click.option("--top-k", type=int, default=0, metavar="N", help="Sample from the N likeliest tokens. [default: 0, all]"),
+        click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
+    ]
+
+
+_TRACE = click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Record which experts were used, for later replay.")
+_GENERATION: list[Decorator] = [
+    *_sampling(max_new_tokens=128, temperature=0.0, top_p=1.0),
     click.option("--chat", is_flag=True, help="Send PROMPT through the model's chat template, as a user's message."),
-    click.option("--trace", type=click.Path(dir_okay=False), metavar="FILE", help="Record which experts were used, for later replay."),
+    _TRACE,
 ]
+_CHAT: list[Decorator] = [*_sampling(max_new_tokens=1024, temperature=0.3, top_p=0.95), _TRACE]
 
 
 def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of what is generated: how long, by which sampling, from which kind of prompt."""
     for option in reversed(_GENERATION):
+        function = option(function)
+    return function
+
+
+def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of how a chat's answers are generated; the defaults are those that DeepSeek gives its chat models."""
+    for option in reversed(_CHAT):
         function = option(function)
     return function
 

@@ -55,7 +55,7 @@ def command(
         except KeyboardInterrupt:
             if not as_json:
                 print(flush=True)
-                print(_summary(runtime.stats()), file=sys.stderr)
+                print(summary(runtime.stats()), file=sys.stderr)
             raise
         stats = runtime.stats()
         if as_json:
@@ -64,7 +64,7 @@ def command(
             print(json.dumps({**report, **_speeds(stats), **stats}))
         else:
             print(flush=True)
-            print(_summary(stats), file=sys.stderr)
+            print(summary(stats), file=sys.stderr)
 
 
 def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
@@ -75,7 +75,8 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _summary(stats: dict[str, Any]) -> str:
+def summary(stats: dict[str, Any]) -> str:
+    """One line: speeds, hits, bytes read and memory, from ``Runtime.stats``."""
     from offload.plan import format_size
 
     lines = []
