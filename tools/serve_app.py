@@ -304,7 +304,7 @@ async def _messages(service: Service, form: Messages, request: Request) -> Respo
         def event(kind: str, **content: Any) -> str:
             return f"event: {kind}\n" + _data({"type": kind, **content})
 
-        open_ends = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage()}
+        open_ends: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage()}
         yield event("message_start", message={**about, **open_ends})
         yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         async for _, piece in answers.pieces():
