@@ -9,12 +9,24 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from model.generate import Sampling, penalize, random_source, sample
 from model.tokenizer import TextStream, Tokenizer
 from slotmoe import CheckpointError
+
+
+class Grammar(Protocol):
+    """What an answer has to look like, token by token."""
+
+    def allowed(self) -> Tensor:
+        """Which ids may come next, bool [V]; the end-of-sentence tokens where the answer may end.  Raises ``ConfigError``
+        where that is too much work to tell."""
+
+    def consume(self, chosen: int) -> bool:
+        """``chosen`` came next; whether the answer is complete and nothing may follow."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Piece:
 
 class Answer:
     """The answer to ``prompt``.  ``take`` chooses the next token; ``logprobs`` is how many likeliest ids to tell with each
-    token, None for no log-probabilities at all."""
+    token, None for no log-probabilities at all; ``grammar`` is what it has to look like, if anything."""
 
     def __init__(
         self,
@@ -53,9 +65,10 @@ class Answer:
         max_new_tokens: int,
         stop: tuple[str, ...] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ):
         self._prompt, self._tokenizer, self._eos, self._sampling = frozenset(prompt), tokenizer, eos_token_ids, sampling
-        self._left, self._stop, self._logprobs = max_new_tokens, stop, logprobs
+        self._left, self._stop, self._logprobs, self._grammar = max_new_tokens, stop, logprobs, grammar
         self._random, self._stream, self._counts = random_source(sampling.seed), TextStream(tokenizer), Counter[int]()
         self._held: list[Made] = []  # tokens whose text may turn out to begin a stop string
         self.ids: list[int] = []
@@ -65,6 +78,8 @@ class Answer:
         not finite."""
         logits_V = logits_V[: self._tokenizer.size]
         adjusted_V = penalize(logits_V, self._sampling, self._prompt, self._counts)
+        if self._grammar is not None:
+            adjusted_V = adjusted_V.masked_fill(~self._grammar.allowed(), -math.inf)
         chosen = sample(adjusted_V, self._sampling, self._random)
         if not math.isfinite(float(adjusted_V[chosen])):
             raise CheckpointError("the model computed NaN or infinite logits; its weights are broken")
@@ -74,9 +89,10 @@ class Answer:
         self._counts[chosen] += 1
         self._left -= 1
         self._held.append(self._made(chosen, logits_V))
+        complete = self._grammar is not None and self._grammar.consume(chosen)
         piece = self._release()
-        if piece.finish is None and self._left == 0:
-            rest = self.end("length")
+        if piece.finish is None and (complete or self._left == 0):
+            rest = self.end("stop" if complete else "length")
             return replace(rest, text=piece.text + rest.text, tokens=piece.tokens + rest.tokens)
         return piece
 

@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from click.testing import CliRunner
 
+from model.tokenizer import FIM_TOKENS, Tokenizer
 from offload.runtime import Runtime
 from tests.browser import BROWSER, Browser
+from tests.tiny import SAMPLE
 from tools.cli import cli
 from tools.serve import make_server
 
@@ -160,6 +162,41 @@ def runtime_tokens(served, runtime):
     return list(runtime.generate("Call me", 4))
 
 
+def test_gap_is_filled_with_a_coder_models_tokens(runtime, tmp_path):
+    source = json.loads((SAMPLE / "tokenizer.json").read_text())
+    for number, token in enumerate(FIM_TOKENS):
+        about = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        source["added_tokens"].append({"id": 4096 + number, "content": token, **about})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    plain, coder = runtime.tokenizer, Tokenizer(tmp_path, 0)
+    before, after = plain.encode("def f(", add_bos=False), plain.encode("return x", add_bos=False)
+    assert coder.encode_gap("def f(", "return x") == [0, 4096, *before, 4097, *after, 4098]
+
+
+def test_answers_follow_a_json_schema_and_a_bad_one_leaves_no_trace(served):
+    schema = {
+        "type": "object",
+        "properties": {"king": {"enum": ["Lear", "Henry"]}, "years": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["king", "years"],
+        "additionalProperties": False,
+    }
+
+    def ask(schema, **options):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return served.chat(response_format=form, **{"max_tokens": 60, "temperature": 1, "seed": 3, **options})
+
+    for bad in ({"type": "nonsense"}, {"type": "string", "pattern": "("}, {"$ref": "#/nowhere"}, {"enum": ["x" * 70_000]}):
+        statuses = [ask(schema)[0], ask(bad)[0], ask(schema)[0]]
+        assert statuses == [200, 413 if "enum" in bad else 400, 200], bad
+    for choice in ask(schema, n=4)[1]["choices"]:
+        found = json.loads(choice["message"]["content"])
+        assert choice["finish_reason"] == "stop" and found["king"] in ("Lear", "Henry") and 1 <= found["years"] <= 99
+    status, answer, _ = served.chat(response_format={"type": "json_object"}, max_tokens=5)
+    assert status == 200 and answer["choices"][0]["message"]["content"].startswith("{")
+    status, answer, _ = served.chat(response_format={"type": "text"}, max_tokens=5)
+    assert status == 200 and not answer["choices"][0]["message"]["content"].startswith("{")
+
+
 REFUSED = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "0"}, "temperature"),
@@ -183,7 +220,8 @@ REFUSED = [
     ({"stream": "yes"}, "stream"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from model.answer import Answer, Piece
+from model.answer import Answer, Grammar, Piece
 from model.generate import Sampling
 from offload.batch import Batch, Job, QueueFullError
 from offload.runtime import Runtime
 from tools.serve_forms import RefusedError
+from tools.serve_grammar import Grammars
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -26,6 +27,7 @@ class Service:
     def __init__(self, runtime: Runtime, batch: Batch, name: str):
         self.runtime, self.batch, self.name = runtime, batch, name
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
+        self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids)
         self.refused = 0
         self.registry = CollectorRegistry()
         self.queue_seconds = Histogram("slotmoe_queue_seconds", "From request to place", buckets=_SECONDS, registry=self.registry)
@@ -121,6 +123,7 @@ class Answers:
         choices: int = 1,
         stop: tuple[str, ...] = (),
         logprobs: int | None = None,
+        grammar: Callable[[], Grammar] | None = None,
     ):
         self._service, self._loop = service, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -130,7 +133,8 @@ class Answers:
             for choice in range(choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
                 own = replace(sampling, seed=seed)
-                answer = Answer(prompt, service.tokenizer, service.runtime.eos_token_ids, own, most, stop, logprobs)
+                rules = grammar() if grammar is not None else None
+                answer = Answer(prompt, service.tokenizer, service.runtime.eos_token_ids, own, most, stop, logprobs, rules)
                 self.jobs.append(Job(prompt, answer, self._emitter(len(self.jobs)), owner))
         try:
             service.batch.submit(self.jobs)

@@ -179,8 +179,10 @@ def _data(content: dict[str, Any]) -> str:
 async def _chat(service: Service, form: Chat, request: Request) -> Response:
     service.known(form.model)
     sampling, limit, logprobs = form.sampling(service.tokenizer.size), form.limit(), form.likeliest()
+    schema = form.schema_wanted()
+    grammar = await asyncio.to_thread(service.grammars.compile, schema) if schema is not None else None
     prompt = await asyncio.to_thread(service.chat, [one.plain() for one in form.messages])
-    answers = Answers(service, request.state.owner, [prompt], sampling, limit, form.n or 1, form.stops, logprobs)
+    answers = Answers(service, request.state.owner, [prompt], sampling, limit, form.n or 1, form.stops, logprobs, grammar)
     about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
     def details(tokens: list[Made]) -> dict[str, Any] | None:
@@ -232,7 +234,7 @@ def _chat_logprob(service: Service, made: Made) -> dict[str, Any]:
 async def _completion(service: Service, form: Completion, request: Request) -> Response:
     service.known(form.model)
     sampling, given = form.sampling(service.tokenizer.size), form.prompts()
-    prompts = [await asyncio.to_thread(service.tokenizer.encode, one) if isinstance(one, str) else one for one in given]
+    prompts = [await asyncio.to_thread(_encode, service, one, form.suffix) for one in given]
     if len(prompts) * (form.n or 1) > 16:
         raise RefusedError("prompts times n is more than 16 answers in one request", param="n")
     n = form.n or 1
@@ -267,6 +269,12 @@ async def _completion(service: Service, form: Completion, request: Request) -> R
         finish = _FINISH[pieces[-1].finish or "stop"]
         choices.append(choice(index, echoed(index) + _text(pieces), _tokens(pieces), finish, 0))
     return JSONResponse({**about, "choices": choices, "usage": answers.usage()})
+
+
+def _encode(service: Service, prompt: str | list[int], suffix: str | None) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return service.tokenizer.encode(prompt) if suffix is None else service.tokenizer.encode_gap(prompt, suffix)
 
 
 def _completion_logprobs(service: Service, tokens: list[Made], offset: int) -> dict[str, Any]:

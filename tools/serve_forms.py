@@ -103,7 +103,19 @@ class Message(Form):
 
 
 class TextFormat(Form):
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class Schema(Form):
+    name: Annotated[str, Field(max_length=64)]
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(Form):
+    type: Literal["json_schema"]
+    json_schema: Schema
 
 
 class Chat(Sampled):
@@ -114,19 +126,23 @@ class Chat(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
 
-    @field_validator("response_format", "tools", "tool_choice", mode="before")
+    @field_validator("tools", "tool_choice", mode="before")
     @classmethod
-    def plain_only(cls, value: Any, info: Any) -> Any:
-        """Say why constrained answers are refused, not only that."""
-        if info.field_name == "response_format" and isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
-            raise ValueError("this server cannot constrain an answer to JSON; leave response_format out and ask for JSON in the prompt")
-        if info.field_name != "response_format" and value not in (None, [], "none"):
-            raise ValueError("this server has no tool calls; leave it out")
+    def no_tools(cls, value: Any) -> Any:
+        """Say why, not only that."""
+        if value not in (None, [], "none"):
+            raise ValueError("this server has no tool calls: the models' templates have none; describe the answer with response_format")
         return value
+
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to follow; None for plain text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.definition
+        return {"type": "object"} if self.response_format is not None and self.response_format.type == "json_object" else None
 
     def limit(self) -> int | None:
         """The most tokens of an answer; None for as many as the context holds."""
@@ -153,12 +169,17 @@ class Completion(Sampled):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+    suffix: Text | None = None
     best_of: Literal[1] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, each as text or as token ids.  Raises ``RefusedError``."""
         if self.echo and self.logprobs is not None:
             raise RefusedError("echo with logprobs is not supported: the log-probabilities of a prompt are not kept", param="echo")
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise RefusedError("suffix can only be given with one prompt, as text", param="suffix")
+        if self.suffix is not None and self.echo:
+            raise RefusedError("suffix and echo can't be given together", param="echo")
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
