@@ -93,10 +93,11 @@ def penalize(logits_V: Tensor, sampling: Sampling, prompt: Collection[int], coun
     if s.repetition_penalty != 1 and len(seen):
         values = logits_V[seen]
         logits_V[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
-    for one, count in counts.items():
-        logits_V[one] -= s.presence_penalty + s.frequency_penalty * count
-    for one, value in s.logit_bias:
-        logits_V[one] += value
+    if counts and (s.presence_penalty or s.frequency_penalty):
+        times = torch.tensor(list(counts.values()), dtype=torch.float32)
+        logits_V[list(counts)] -= s.presence_penalty + s.frequency_penalty * times
+    if s.logit_bias:
+        logits_V[[one for one, _ in s.logit_bias]] += torch.tensor([value for _, value in s.logit_bias])
     return logits_V
 
 

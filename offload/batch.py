@@ -144,8 +144,9 @@ class Batch:
         running = [place for place in self._places if place.job is not None and place is not self._filling]
         if running:
             self._decode(running)
-        if self._filling is None and self._waiting and self.running < len(self._places):
-            self._place(self._waiting.popleft())
+        with self._work:  # so that whoever submits counts a job as waiting or as running
+            if self._filling is None and self._waiting and self.running < len(self._places):
+                self._place(self._waiting.popleft())
         if self._filling is not None:
             self._fill(self._filling, shared=bool(running))
         self.totals.steps += 1

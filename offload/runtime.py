@@ -301,6 +301,7 @@ class Runtime:
         if source != sequence:
             self._caches[sequence].layers[:, :length] = self._caches[source].layers[:, :length]
         self._caches[sequence].length = length
+        self._caches[sequence].written = max(self._caches[sequence].written, length)
 
     def _count(self, kind: str, tokens: int, started: float) -> None:
         self._counts[kind + "_tokens"] += tokens

@@ -44,9 +44,16 @@ class Caller:
         return self
 
 
-@pytest.fixture(scope="module", params=[None, 40], ids=["all-experts", "40-slots"])
-def runtime(request, sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=256, sequences=8, slots=request.param, cache_policy="lru") as runtime:
+@pytest.fixture(scope="module")
+def runtime(sample_export):
+    with Runtime.open(sample_export, ram="2GiB", context=256, sequences=8) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def tight(sample_export):
+    """Half of the experts fit."""
+    with Runtime.open(sample_export, ram="2GiB", context=256, sequences=8, slots=112) as runtime:
         yield runtime
 
 
@@ -58,8 +65,11 @@ def batch(runtime):
     assert batch.problem is None
 
 
-def test_answers_together_are_token_for_token_those_alone(runtime, batch):
+@pytest.mark.parametrize("which", ["runtime", "tight"])
+def test_answers_together_are_token_for_token_those_alone(which, request):
     """Prompts of one token and of more than a shared piece, so that decoding and filling interleave."""
+    runtime = request.getfixturevalue(which)
+    batch = Batch(runtime, 8, 4)
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     assert len(long) > 128
     prompts = [*(runtime.tokenizer.encode(one) for one in PROMPTS[:6]), long, [0]]

@@ -34,6 +34,7 @@ LIGHT = "offload.plan offload.speed offload.machine offload.cache offload.prefet
 LIGHT += (
     "model.config model.shapes quant.sizes tools.cli tools.run tools.quantize tools.verify tools.plan tools.profile tools.replay".split()
 )
+LIGHT += ["tools.serve"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -428,6 +431,48 @@ def test_failed_model_ends_the_server(runtime, monkeypatch):
         monkeypatch.undo()
         served.server.should_exit = False
     assert not served.thread.is_alive()
+
+
+@pytest.mark.slow
+def test_soak(runtime):
+    """A minute of clients that ask, leave and send nonsense ends with the places, descriptors, threads and memory of its start."""
+    process = psutil.Process()
+
+    def client(served, seed, end):
+        source, kinds = random.Random(seed), Counter()
+        while time.monotonic() < end:
+            kind = source.choice(["whole", "stream", "leave", "nonsense", "page"])
+            kinds[kind] += 1
+            body = {
+                **GREEDY,
+                "prompt": source.choice(PROMPTS) * source.randrange(1, 20),
+                "max_tokens": source.randrange(1, 60),
+                "n": source.choice([1, 1, 2]),
+            }
+            if kind == "whole":
+                assert served.ask("POST", "/v1/completions", body)[0] in (200, 429)
+            elif kind == "nonsense":
+                assert served.ask("POST", "/v1/completions", source.randbytes(source.randrange(2000)))[0] == 400
+            elif kind == "page":
+                assert served.ask("GET", source.choice(["/", "/metrics", "/stats", "/health"]))[0] == 200
+            else:
+                connection, response = served.open("POST", "/v1/completions", {**body, "stream": True})
+                response.read(source.randrange(1, 400)) if kind == "leave" else response.read()
+                connection.close()
+        return kinds
+
+    with Served(runtime) as served:
+        with ThreadPoolExecutor(10) as pool:
+            [*pool.map(lambda seed: client(served, seed, time.monotonic() + 8), range(10))]
+            served.idle()
+            before = process.num_fds(), threading.active_count(), process.memory_info().rss
+            kinds = sum(pool.map(lambda seed: client(served, seed, time.monotonic() + 60), range(10, 20)), Counter())
+        served.idle()
+        time.sleep(6)  # kept connections are closed after five seconds
+        after = process.num_fds(), threading.active_count(), process.memory_info().rss
+        print(kinds, served.batch.totals, before, after)
+        assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 32 << 20
+        assert served.complete("Call me", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def start(export, *options, script=None, **environment):
