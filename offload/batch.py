@@ -80,7 +80,8 @@ class Batch:
         self._work = threading.Condition()
         self._closing = False
         self._seconds = 1.0  # a job's usual time from its place to its end
-        self.totals, self.problem = Totals(), None  # type: tuple[Totals, BaseException | None]
+        self.totals = Totals()
+        self.problem: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="slotmoe-batch", daemon=True)
         self._thread.start()
 

@@ -284,6 +284,7 @@ def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
     with Served(runtime, keys=("first", "second")) as served:
         paths = ["/", "/stats", "/metrics", "/v1/models", "/openapi.json", "/health/", "//health", "/%68ealth", "/health?x", "/nowhere"]
         assert {path: served.ask("GET", path)[0] for path in paths} == {**dict.fromkeys(paths, 401), "/health?x": 200}
+        assert "Basic" in served.ask("GET", "/")[2]["www-authenticate"]  # a browser asks its user
         for right in ({"Authorization": "Bearer second"}, {"x_api_key": "first"}, {"Authorization": "Basic eDpmaXJzdA=="}):
             assert served.ask("GET", "/v1/models", **right)[0] == 200
         for wrong in ({"Authorization": "Bearer firs"}, {"x_api_key": "x"}, {"Authorization": "Basic ?"}, {"Authorization": "Bearer "}):
