@@ -114,6 +114,10 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
         assert isinstance(problem, HTTPException)
         return error(request, RefusedError(str(problem.detail), problem.status_code))
 
+    async def unforeseen(request: Request, problem: Exception) -> Response:
+        return error(request, RefusedError("the server failed; its log says how", 500))
+
+    app.add_exception_handler(Exception, unforeseen)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ConfigError, unfit)
