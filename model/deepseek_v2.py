@@ -2,13 +2,14 @@
 
 Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
 V v_head_dim, W = R + P latent row, C = P / 2, S cached positions, B one block of them, E routed experts, K experts a token.
+A pass is over the tokens of one sequence, or over one token of each of several (T of them, each with a cache of its own).
 Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -190,8 +191,28 @@ class DeepseekV2:
 
         The cache grows only when the whole step is done, so a step that raises can be repeated.
         """
-        start = cache.length
-        positions_T = torch.arange(start, start + len(ids_T), device=ids_T.device, dtype=torch.float32)
+        h_TD = self._pass(ids_T, [cache])
+        logits_TV = self.head(h_TD if all_logits else h_TD[-1:])
+        self.lap("head")
+        return logits_TV
+
+    @torch.inference_mode()
+    def forward_together(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
+        """Append one of ``ids`` (int64 [T]) to each of T sequences and return their logits, float32 [T, vocab].
+
+        With ops whose rows do not depend on each other, each row is bitwise what ``forward`` gives its sequence alone.
+        """
+        h_TD = self._pass(ids_T, caches)
+        # A tied head is the embedding, row-major, and torch's product of several rows differs in the last bit.
+        logits_TV = torch.cat([self.head(h_1D) for h_1D in h_TD.split(1 if self.config.tie_word_embeddings else len(h_TD))])
+        self.lap("head")
+        return logits_TV
+
+    def _pass(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
+        """All layers over the T tokens of one sequence, or one token of each of several: the residual stream, [T, D]."""
+        each = len(ids_T) // len(caches)
+        starts = torch.tensor([cache.length for cache in caches], device=ids_T.device, dtype=torch.float32)
+        positions_T = (starts[:, None] + torch.arange(each, device=ids_T.device, dtype=torch.float32)).flatten()
         angles = positions_T[:, None] * self.frequencies
         table_TC = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
@@ -199,16 +220,15 @@ class DeepseekV2:
         self.lap("rest")
         for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
             if fused is not None and len(ids_T) == 1:
-                h_TD = self._one_token(index, fused, h_TD, table_TC, cache)
+                h_TD = self._one_token(index, fused, h_TD, table_TC, caches[0])
                 continue
-            h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, cache)
+            h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, caches)
             self.lap("attention")
             h_TD = h_TD + self._feed_forward(index, layer, rms_norm(h_TD, layer.post_attention_layernorm, eps))
-        cache.length = start + len(ids_T)
+        for cache in caches:
+            cache.length += each
         self.hidden_TD = h_TD
-        logits_TV = self.head(h_TD if all_logits else h_TD[-1:])
-        self.lap("head")
-        return logits_TV
+        return h_TD
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
@@ -240,9 +260,9 @@ class DeepseekV2:
         self.lap("shared experts and dense layers")
         return y_TD
 
-    def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TC: Tensor, cache: LatentCache) -> Tensor:
-        """MLA.  Only the latent row is cached; keys and values are absorbed into the query and output, or expanded
-        block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
+    def _attention(self, index: int, layer: Layer, x_TD: Tensor, table_TC: Tensor, caches: Sequence[LatentCache]) -> Tensor:
+        """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values are absorbed into the query
+        and output, or expanded block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
         c, ops, T = self.config, self.ops, len(x_TD)
         rms_norm = ops.rms_norm
         H, N, P, R, V = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank, c.v_head_dim
@@ -254,21 +274,28 @@ class DeepseekV2:
         c_TR, k_TP = ops.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
         rotated = ops.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), table_TC)  # the key's rope part is one more head
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
-        rows_SW = cache.write(index, cache.length, torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, _LATENT_EPS), k_TP], dim=-1))
+        latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, _LATENT_EPS), k_TP], dim=-1)
+        each = T // len(caches)
+        rows = [cache.write(index, cache.length, part) for cache, part in zip(caches, latent_TW.split(each), strict=True)]
 
-        S = len(rows_SW)
+        S = len(rows[0])
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if ops.absorbs or T == 1 or absorbed_cost <= expanded_cost:
+        if ops.absorbs or each == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            o_THR = ops.mla(q_THW, rows_SW, R, c.softmax_scale)
-            if o_THR is None:
-                o_THR = _attend(q_THW, self._absorbed(rows_SW, T), S, c.softmax_scale)
-            o_THV = ops.absorb_value(o_THR, layer.kv_b_proj, N)
-        else:
+            outputs = [self._over_latents(part, rows_SW) for part, rows_SW in zip(q_THW.split(each), rows, strict=True)]
+            o_THV = ops.absorb_value(outputs[0] if len(outputs) == 1 else torch.cat(outputs), layer.kv_b_proj, N)
+        else:  # one sequence, several tokens
             q_THX = torch.cat([q_THN, q_THP], dim=-1)
-            o_THV = _attend(q_THX, self._expanded(rows_SW, T, layer.kv_b_proj), S, c.softmax_scale)
+            o_THV = _attend(q_THX, self._expanded(rows[0], T, layer.kv_b_proj), S, c.softmax_scale)
         return ops.linear(o_THV.reshape(T, H * V), layer.o_proj)
+
+    def _over_latents(self, q_THW: Tensor, rows_SW: Tensor) -> Tensor:
+        """Attention of one sequence's absorbed queries over its latent rows, [T, H, R]."""
+        o_THR = self.ops.mla(q_THW, rows_SW, self.config.kv_lora_rank, self.config.softmax_scale)
+        if o_THR is None:
+            o_THR = _attend(q_THW, self._absorbed(rows_SW, len(q_THW)), len(rows_SW), self.config.softmax_scale)
+        return o_THR
 
     def _block_size(self, T: int) -> int:
         return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self.config.num_attention_heads)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,12 +25,22 @@ class Token:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
+    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
+
+    ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv 1909.05858), 1 is off;
+    ``presence_penalty`` and ``frequency_penalty`` are taken from those of what the answer holds, once or once per time, as
+    OpenAI's API defines them; ``logit_bias`` (id, value) is added.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < 1e6:
@@ -41,12 +51,19 @@ class Sampling:
             raise ConfigError(f"top_k is {self.top_k}, expected 0 (off) or a positive count")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed is {self.seed}, expected an integer from 0 to 2^63 - 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is {self.min_p}, expected a number from 0 to 1")
+        if not 0 < self.repetition_penalty < 1e3:
+            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, expected a number above 0 (1 is off)")
+        if not all(math.isfinite(one) for one in (self.presence_penalty, self.frequency_penalty, *(v for _, v in self.logit_bias))):
+            raise ConfigError("presence_penalty, frequency_penalty and logit_bias must be finite numbers")
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 CPU logits: temperature, then top-k, then top-p (arXiv 1904.09751) on what is left.
+    """One id from float32 CPU logits: temperature, then top-k, then top-p (arXiv 1904.09751) on what is left, then min-p.
 
-    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least one stays.
+    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least one stays.  Min-p drops
+    those less likely than ``min_p`` times the likeliest.
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -58,7 +75,40 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     if sampling.top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities[0], 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def penalize(logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]) -> Tensor:
+    """``logits_V`` with the penalties and the bias of ``sampling``: ``counts`` is how often the answer so far holds an id.
+
+    Without any the same tensor comes back; else a copy.
+    """
+    s = sampling
+    if s.repetition_penalty == 1 and not (s.presence_penalty or s.frequency_penalty or s.logit_bias):
+        return logits_V
+    logits_V = logits_V.clone()
+    seen = torch.tensor([one for one in {*prompt, *counts} if one < len(logits_V)], dtype=torch.long)
+    if s.repetition_penalty != 1 and len(seen):
+        values = logits_V[seen]
+        logits_V[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+    if counts and (s.presence_penalty or s.frequency_penalty):
+        times = torch.tensor(list(counts.values()), dtype=torch.float32)
+        logits_V[list(counts)] -= s.presence_penalty + s.frequency_penalty * times
+    if s.logit_bias:
+        logits_V[[one for one, _ in s.logit_bias]] += torch.tensor([value for _, value in s.logit_bias])
+    return logits_V
+
+
+def random_source(seed: int | None) -> torch.Generator:
+    """A source of random numbers; the same for the same ``seed``, a fresh one for None."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def generate(
@@ -74,12 +124,7 @@ def generate(
     ``step(ids)`` appends ids to the sequence and returns the last one's logits, float32 [1, V] on any device.  Rows past
     the tokenizer's vocabulary are never chosen.  The last token's text carries what an incomplete character leaves.
     """
-    generator = torch.Generator()
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    stream, ids = TextStream(tokenizer), prompt
+    generator, stream, ids = random_source(sampling.seed), TextStream(tokenizer), prompt
     held: list[Token] = []  # tokens of a character that is not complete yet
     for _ in range(max_new_tokens):
         logits_V = step(ids)[0, : tokenizer.size].cpu()

@@ -20,6 +20,7 @@ MAX_TOKENIZER_VALUES = 350_000  # DeepSeek-V2's 100,000 tokens and as many merge
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20  # CPU time, memory and characters of one rendering
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
+FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001  # as the Coder models spell them
 
 
 class Tokenizer:
@@ -59,6 +60,15 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
+    def encode_gap(self, before: str, after: str) -> list[int]:
+        """Token ids that ask a Coder model for what belongs between two texts.  Raises ``ConfigError`` if the tokenizer has
+        no fill-in-the-middle tokens."""
+        begin, hole, end = (self._backend.token_to_id(token) for token in FIM_TOKENS)
+        if begin is None or hole is None or end is None:
+            raise ConfigError("this model can't fill in the middle: its tokenizer has no tokens for that; leave suffix out")
+        start = [] if self.bos_token_id is None else [self.bos_token_id]
+        return [*start, begin, *self.encode(before, add_bos=False), hole, *self.encode(after, add_bos=False), end]
+
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` without a beginning, and how many characters of it end with each token.
 
@@ -66,6 +76,11 @@ class Tokenizer:
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
+
+    def to_json(self) -> str:
+        """The whole tokenizer, as in ``tokenizer.json``."""
+        text: str = self._backend.to_str()
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -42,15 +42,13 @@ class Guesser(Protocol):
         """Each row's experts worth guessing, the best first."""
 
 
-def users_of(indices: list[list[int]]) -> dict[int, tuple[list[int], list[int]]]:
-    """Expert -> (its tokens, its places in their gate's order), experts ascending, from indices [T, K]."""
-    users: dict[int, tuple[list[int], list[int]]] = {}
-    for token, chosen in enumerate(indices):
-        for k, expert in enumerate(chosen):
-            tokens, places = users.setdefault(expert, ([], []))
-            tokens.append(token)
-            places.append(k)
-    return dict(sorted(users.items()))
+def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Expert -> (its tokens, its rows of the outputs [T * K, D]), experts ascending; int64."""
+    chosen = indices_TK.flatten()
+    order = chosen.argsort(stable=True)
+    experts, counts = chosen[order].unique_consecutive(return_counts=True)
+    sizes = counts.tolist()
+    return dict(zip(experts.tolist(), zip((order // indices_TK.shape[1]).split(sizes), order.split(sizes), strict=True), strict=True))
 
 
 class OffloadedExperts:
@@ -114,7 +112,7 @@ class OffloadedExperts:
         if len(indices) == 1:
             y_TD = self._decode(row, x_TD[0], weights_TK[0], self._keys(row, indices[0]))[None]
         else:
-            y_TD = gate_order_sum(self._prefill(row, x_TD, indices), weights_TK)
+            y_TD = gate_order_sum(self._prefill(row, x_TD, indices, users_of(indices_TK)), weights_TK)
         if self._warm:
             self._read_warm()
         if self._prefetcher is not None:
@@ -149,11 +147,13 @@ class OffloadedExperts:
             slots.settle(key, keep=keys)
         return gate_order_sum(y_KD[None], weights_K[None])[0]
 
-    def _prefill(self, row: int, x_TD: Tensor, indices: list[list[int]]) -> Tensor:
-        """Expert by expert over many tokens, each brought once, while others compute: unweighted, float32 [T, K, D]."""
+    def _prefill(self, row: int, x_TD: Tensor, indices: list[list[int]], uses: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """Expert by expert over many tokens, of one sequence or of several, each brought once, while others compute:
+        unweighted, float32 [T, K, D]."""
         slots, cache = self._slots, self._cache
         y_TKD = torch.empty(len(indices), len(indices[0]), x_TD.shape[1], device=x_TD.device)
-        users = {row * self._experts + expert: use for expert, use in users_of(indices).items()}
+        y_ND = y_TKD.flatten(0, 1)
+        users = {row * self._experts + expert: use for expert, use in uses.items()}
         here, missing = [key for key in users if key in cache], [key for key in users if key not in cache]
         cache.use_chunk(row, indices)
         self._settle_guesses(row, users, missing)
@@ -170,8 +170,8 @@ class OffloadedExperts:
                 arrived = self._wait(reads)
                 ready, reads = [read.key for read in arrived], [read for read in reads if read not in arrived]
             for key in ready:
-                tokens, places = users[key]
-                y_TKD[tokens, places] = self._ops.expert(x_TD[tokens], slots.record(key), self._layout, self._levels)
+                tokens, rows = users[key]
+                y_ND.index_copy_(0, rows, self._ops.expert(x_TD.index_select(0, tokens), slots.record(key), self._layout, self._levels))
                 self.lap("experts")
                 if key not in cache:
                     slots.settle(key, keep=here)
@@ -271,7 +271,7 @@ class ResidentExperts:
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        for expert, (tokens, places) in users_of(indices_TK.tolist()).items():
+        for expert, (tokens, rows) in users_of(indices_TK).items():
             weights = (self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
-            y_TKD[tokens, places] = self._ops.mlp(x_TD[tokens], *weights)
+            y_TKD.flatten(0, 1).index_copy_(0, rows, self._ops.mlp(x_TD[tokens], *weights))
         return gate_order_sum(y_TKD, weights_TK)

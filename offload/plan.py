@@ -171,16 +171,18 @@ def make_plan(
     host_budget: int | None = None,
     kernels: bool = True,
     logits_rows: int = 1,
+    sequences: int = 1,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert slots as remain, or exactly
     ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  ``runtime_bytes`` is what the process holds
-    before a model is opened; ``logits_rows`` rows of logits are in memory at once.  Raises ``PlanError`` for slots that
+    before a model is opened; ``logits_rows`` rows of logits are in memory at once, and the
+    latents of ``sequences`` sequences of ``context`` positions.  Raises ``PlanError`` for slots that
     can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     if slots is not None and slots < top_k:
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
     runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
-    fixed = {**sizes.resident, "latent KV cache": kv_bytes(config, context), "logits": 4 * logits_rows * config.vocab_size}
+    fixed = {**sizes.resident, "latent KV cache": sequences * kv_bytes(config, context), "logits": 4 * logits_rows * config.vocab_size}
     if tier == "ram":
         fixed |= runtime
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK

@@ -85,14 +85,15 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
 
 
 class Runtime:
-    """An open model.  One sequence at a time; not for use from several threads at once."""
+    """An open model; not for use from several threads at once.  ``generate``, ``start`` and ``logits`` hold one sequence at a
+    time, the first; ``offload.batch`` decodes several together."""
 
     def __init__(
         self,
         config: Config,
         tokenizer: Tokenizer,
         network: DeepseekV2,
-        cache: LatentCache,
+        caches: list[LatentCache],
         plan: Plan,
         device: torch.device,
         eos_token_ids: tuple[int, ...],
@@ -102,7 +103,9 @@ class Runtime:
         store: Source | None = None,
     ):
         self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
-        self._network, self._cache, self._eos, self._source = network, cache, eos_token_ids, source
+        self._network, self._caches, self._cache, self._source = network, caches, caches[0], source
+        self.eos_token_ids = eos_token_ids
+        self._latest: LatentCache | None = None  # whose token the network's hidden state belongs to
         self._experts, self._ops, self._sizes = network.experts, ops, sizes
         self._store, self._chunk = store, plan.prefill_chunk
         self._generation = 0
@@ -126,6 +129,7 @@ class Runtime:
         slots: int | None = None,
         kernels: str = "auto",
         logits_rows: int = 1,
+        sequences: int = 1,
         progress: Progress | None = None,
         revision: str | None = None,
     ) -> Runtime:
@@ -136,12 +140,15 @@ class Runtime:
         fit.  ``revision`` of a hub id is a branch, tag or commit.
         ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
         ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
+        ``sequences`` latent caches of ``context`` positions each are kept, for ``append`` and ``append_each``.
         ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
         if cache_policy not in (None, *POLICIES):
             raise ConfigError(f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}")
+        if not 1 <= sequences <= 256:
+            raise ConfigError(f"sequences is {sequences}, expected 1 to 256")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}, expected at least 1")
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
@@ -158,10 +165,24 @@ class Runtime:
             raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
         ops = pick_ops(where, kernels, threads) if quantize else TorchOps()
         if not quantize:
+            if sequences > 1:
+                raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
             return _open_reference(cls, folder, config, ops, where, budget, context, slots)
         host_budget = _host_budget(ram) if where.type == "cuda" else None
         return _open_quantized(
-            cls, folder, config, ops, where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch, logits_rows
+            cls,
+            folder,
+            config,
+            ops,
+            where,
+            budget,
+            host_budget,
+            context,
+            slots,
+            cache_policy or DEFAULT_POLICY,
+            prefetch,
+            logits_rows,
+            sequences,
         )
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -226,7 +247,7 @@ class Runtime:
         room = self._cache.context - len(prompt)
         kept = _shared(self._held, prompt[:-1])  # the last token is fed in any case: its logits are wanted
         self._restart(kept)
-        return generate(self._step(), prompt[kept:], self.tokenizer, min(max_new_tokens, room), self._eos, sampling)
+        return generate(self._step(), prompt[kept:], self.tokenizer, min(max_new_tokens, room), self.eos_token_ids, sampling)
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
         """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
@@ -248,8 +269,7 @@ class Runtime:
                 profiler.begin(self._moved())
             for part in torch.tensor(ids, device=self.device).split(self._chunk):
                 logits = self._forward(part)
-            self._counts[kind + "_tokens"] += len(ids)
-            self._counts[kind + "_seconds"] += time.perf_counter() - started
+            self._count(kind, len(ids), started)
             if profiler is not None:
                 profiler.end(kind, len(ids), self._moved())
             return logits
@@ -260,24 +280,64 @@ class Runtime:
         """Bytes that came from each slower tier so far."""
         return {tier: counts["bytes"] for tier, counts in self._store.stats().items()} if self._store is not None else {}
 
-    def _forward(self, ids_T: Tensor, all_logits: bool = False) -> Tensor:
-        network = self._network
+    def append(self, sequence: int, ids: list[int]) -> Tensor:
+        """Append ``ids`` to one of the ``sequences`` and return the last one's logits, float32 [1, vocab_size]."""
+        cache, started = self._caches[sequence], time.perf_counter()
+        kind = "prefill" if cache.length == 0 or len(ids) > 1 else "decode"
+        for part in torch.tensor(ids, device=self.device).split(self._chunk):
+            logits = self._forward(part, cache=cache)
+        self._count(kind, len(ids), started)
+        return logits
+
+    def append_each(self, sequences: list[int], ids: list[int]) -> Tensor:
+        """Append one id to each of several sequences in one pass, so that an expert brought for one serves all: logits,
+        float32 [len(ids), vocab_size].  With the native kernels each row is bitwise what ``append`` alone gives."""
+        started = time.perf_counter()
+        if isinstance(self._experts, OffloadedExperts):
+            self._experts.begin(len(ids), None, None)
+        self._latest = None
+        self._held.clear()
+        logits = self._network.forward_together(torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences])
+        self._count("decode", len(ids), started)
+        return logits
+
+    def length(self, sequence: int) -> int:
+        """Positions of a sequence that are cached."""
+        return self._caches[sequence].length
+
+    def keep(self, sequence: int, length: int, source: int) -> None:
+        """Let ``sequence`` be the first ``length`` positions of ``source``, which may be itself."""
+        assert length <= self._caches[source].length
+        self._held.clear()
+        if source != sequence:
+            self._caches[sequence].layers[:, :length] = self._caches[source].layers[:, :length]
+        self._caches[sequence].length = length
+        self._caches[sequence].written = max(self._caches[sequence].written, length)
+
+    def _count(self, kind: str, tokens: int, started: float) -> None:
+        self._counts[kind + "_tokens"] += tokens
+        self._counts[kind + "_seconds"] += time.perf_counter() - started
+
+    def _forward(self, ids_T: Tensor, all_logits: bool = False, cache: LatentCache | None = None) -> Tensor:
+        network, cache = self._network, cache or self._cache
         if isinstance(self._experts, OffloadedExperts):
             embedding_D = hidden_D = None
-            if len(ids_T) == 1 and self._cache.length > 0 and network.hidden_TD is not None and self._experts.guesses_tokens:
+            if len(ids_T) == 1 and self._latest is cache and network.hidden_TD is not None and self._experts.guesses_tokens:
                 embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
             self._experts.begin(len(ids_T), embedding_D, hidden_D)
-        position = self._cache.length
-        del self._held[position:]  # first: a pass that is interrupted has overwritten some of these rows
-        logits = network.forward(ids_T, self._cache, all_logits)
-        if len(self._held) == position:  # not after rows of unknown tokens
+        alone, position = cache is self._cache, cache.length
+        if alone:
+            del self._held[position:]  # first: a pass that is interrupted has overwritten some of these rows
+        self._latest = cache
+        logits = network.forward(ids_T, cache, all_logits)
+        if alone and len(self._held) == position:  # not after rows of unknown tokens
             self._held += ids_T.tolist()
         return logits
 
     def _restart(self, kept: int = 0) -> None:
         """A new sequence begins, with the first ``kept`` rows of the latent cache."""
         self._generation += 1
-        self._cache.length = kept
+        self._cache.length, self._latest = kept, None
 
     def _check_ids(self, ids: list[int], needed: int) -> Tensor:
         if not ids:
@@ -390,7 +450,7 @@ class Runtime:
             return {"vram": (torch.cuda.memory_allocated(self.device), known), "ram": (used, host)}
         cached, slab = self._quantized("profile").present()
         buffers = min(plan.components["read buffers"], slab - cached)
-        latent = self._cache.nbytes // self._cache.context * max(self._cache.length, self._cache.written)
+        latent = sum(cache.nbytes // cache.context * max(cache.length, cache.written) for cache in self._caches)
         known = {"resident weights": sum(resident.values()), "latent KV cache": latent}
         return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 
@@ -422,7 +482,7 @@ class Runtime:
         if self._store is not None:
             self._store.close()
         self._source.close()
-        del self._network, self._cache, self._experts
+        del self._network, self._cache, self._caches, self._experts, self._latest
         self._network = self._cache = self._experts = None  # type: ignore[assignment]
 
     def __enter__(self) -> Runtime:
@@ -521,6 +581,7 @@ def _open_quantized(
     policy: str,
     prefetch: bool,
     logits_rows: int,
+    sequences: int,
 ) -> Runtime:
     export = Export.open(folder)
     source: Source | None = None
@@ -541,6 +602,7 @@ def _open_quantized(
             host_budget=host_budget,
             kernels=ops.absorbs,
             logits_rows=logits_rows,
+            sequences=sequences,
         ).check()
         rows, routed = len(export.layers), config.n_routed_experts
         fits = max(plan.slots, plan.host_slots) == rows * routed
@@ -566,7 +628,7 @@ def _open_quantized(
             config,
             tokenizer,
             network,
-            LatentCache(config, context, dtype, device),
+            [LatentCache(config, context, dtype, device) for _ in range(sequences)],
             plan,
             device,
             _generation_eos(folder, config),
@@ -611,7 +673,7 @@ def _open_reference(
             config,
             tokenizer,
             network,
-            cache,
+            [cache],
             plan,
             device,
             _generation_eos(folder, config),

@@ -50,8 +50,8 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, path):
-        """Load a file and wait until it and a second are over, so that what loads late is seen too."""
-        self.call("Page.navigate", url=Path(path).absolute().as_uri())
+        """Load a file, or an address, and wait until it and a second are over, so that what loads late is seen too."""
+        self.call("Page.navigate", url=path if "://" in str(path) else Path(path).absolute().as_uri())
         while not self._loaded:
             self._next()
         time.sleep(1)
@@ -59,6 +59,24 @@ class Browser:
 
     def evaluate(self, expression):
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def wait(self, expression, seconds=10):
+        """Wait until ``expression`` is true; its value."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.02)
+        return value
+
+    def type(self, text):
+        self.call("Input.insertText", text=text)
+
+    def press(self, key, text="", modifiers=0):
+        """One key, with the text that it types; ``modifiers`` 1 is Alt, 8 is Shift."""
+        code = {"Enter": 13, "Escape": 27}.get(key, ord(key[0].upper()))
+        for kind in ("keyDown", "keyUp"):
+            about = {"type": kind, "key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+            self.call("Input.dispatchKeyEvent", **about, **({"text": text} if kind == "keyDown" and text else {}))
 
     def screenshot(self):
         """The whole page, PNG."""

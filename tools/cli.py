@@ -14,6 +14,7 @@ from slotmoe import DownloadError, SlotmoeError, __version__
 _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
     "chat": ("tools.chat", "Talk to a model, with history, commands and formatted answers."),
+    "serve": ("tools.serve", "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page."),
     "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
     "verify": ("tools.verify", "Check every checksum of an export."),
     "synth": ("tools.synth", "Write an export of a real geometry with random weights."),

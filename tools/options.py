@@ -100,7 +100,7 @@ def is_on_hub(model: str, revision: str | None) -> bool:
     return False
 
 
-def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logits_rows: int = 1) -> Any:
+def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logits_rows: int = 1, sequences: int = 1) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it must quantize."""
     from model.config import read_config
     from offload.runtime import Runtime, resolve_model
@@ -130,6 +130,7 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logit
             slots=options["slots"],
             kernels=options.get("kernels", "auto"),
             logits_rows=logits_rows,
+            sequences=sequences,
             progress=progress,
         )
     if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
