@@ -194,3 +194,16 @@ def test_min_p_keeps_what_is_likely_enough():
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     drawn = {sample(logits, Sampling(1.0, min_p=0.5), random_source(seed)) for seed in range(60)}
     assert drawn == {0, 1}
+
+
+def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(sample_export):
+    prompt = [5, 9, 300, 17, 2, 40, 8, 21]
+    with Runtime.open(sample_export, context=64, sequences=2) as runtime:
+        wanted = [token.id for token in runtime.generate(prompt, 8)]
+        runtime.keep(1, 0, source=1)
+        runtime.append(1, [7, 7, 7, 7, 7, 7, 7])
+        runtime.keep(0, 6, source=1)
+        assert [token.id for token in runtime.generate(prompt, 8)] == wanted
+        runtime.keep(0, 2, source=0)
+        runtime.append_each([0, 1], [77, 78])
+        assert [token.id for token in runtime.generate(prompt, 8)] == wanted
