@@ -125,11 +125,12 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
             yield token
 
     def flush(self):
+        views.append(self)
         if again and pressed and pressed.pop():  # pressed again while the first is dealt with
             signal.raise_signal(signal.SIGINT)
         flushed(self)
 
-    pressed, flushed = [], _View.flush
+    pressed, views, flushed = [], [], _View.flush
     monkeypatch.setattr(_View, "flush", flush)
 
     original = Runtime.generate
@@ -141,6 +142,7 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     assert 0 < len(chat.exchanges[0].assistant) < len(chat.exchanges[1].assistant)
     assert terminal.printed.getvalue().count("stopped\n") == 1
     assert chat.exchanges[0].assistant.splitlines()[0] in terminal.printed.getvalue().partition("stopped")[0]
+    assert not any(view._live.is_started for view in views)
     assert signal.getsignal(signal.SIGINT) is before
 
 
