@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,21 +170,8 @@ class Runtime:
                 raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
             return _open_reference(cls, folder, config, ops, where, budget, context, slots)
         host_budget = _host_budget(ram) if where.type == "cuda" else None
-        return _open_quantized(
-            cls,
-            folder,
-            config,
-            ops,
-            where,
-            budget,
-            host_budget,
-            context,
-            slots,
-            cache_policy or DEFAULT_POLICY,
-            prefetch,
-            logits_rows,
-            sequences,
-        )
+        wish = _Wish(where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch, logits_rows, sequences)
+        return _open_quantized(cls, folder, config, ops, wish)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].  This result is the
@@ -568,80 +556,89 @@ def _generation_eos(folder: Path, config: Config) -> tuple[int, ...]:
     return tuple({*config.eos_token_ids, *(one for one in extra if isinstance(one, int))})
 
 
-def _open_quantized(
-    cls: type[Runtime],
-    folder: Path,
-    config: Config,
-    ops: TorchOps,
-    device: torch.device,
-    budget: int,
-    host_budget: int | None,
-    context: int,
-    slots: int | None,
-    policy: str,
-    prefetch: bool,
-    logits_rows: int,
-    sequences: int,
-) -> Runtime:
-    export = Export.open(folder)
+@dataclass(frozen=True)
+class _Wish:
+    """What the caller of ``Runtime.open`` asks for; budgets in bytes."""
+
+    device: torch.device
+    budget: int
+    host_budget: int | None
+    context: int
+    slots: int | None
+    policy: str
+    prefetch: bool
+    logits_rows: int
+    sequences: int
+
+    @property
+    def tier(self) -> str:
+        """The fast tier."""
+        return "ram" if self.device.type == "cpu" else "vram"
+
+
+def _open_quantized(cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, wish: _Wish) -> Runtime:
+    export, device = Export.open(folder), wish.device
     source: Source | None = None
     try:
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
         if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
             raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
-        tokenizer, dtype, size = Tokenizer(folder, config.bos_token_id), torch.float16, layout.record_bytes
+        tokenizer = Tokenizer(folder, config.bos_token_id)
         sizes = sizes_of(config, export.manifest["quantization"]["resident"], export.predictor_bytes)
         plan = make_plan(
             config,
             sizes,
-            tier="ram" if device.type == "cpu" else "vram",
-            budget=budget,
-            context=context,
+            tier=wish.tier,
+            budget=wish.budget,
+            context=wish.context,
             runtime_bytes=process_bytes(),
-            slots=slots,
-            host_budget=host_budget,
+            slots=wish.slots,
+            host_budget=wish.host_budget,
             kernels=ops.absorbs,
-            logits_rows=logits_rows,
-            sequences=sequences,
+            logits_rows=wish.logits_rows,
+            sequences=wish.sequences,
         ).check()
         rows, routed = len(export.layers), config.n_routed_experts
-        fits = max(plan.slots, plan.host_slots) == rows * routed
         # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
-        source = disk = DiskReader(export, direct=not fits)
+        source = disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < rows * routed)
         place = _placer(device, ops)
         weights = _load(export, resident_shapes(config), place)
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
         if plan.host:
-            source = HostTier(disk, make_cache(policy, plan.host_slots, rows, routed, popularity), plan.transit, device)
-        # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
-        cache = make_cache(policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
-        held = Slots(source, cache, plan.transit, config.num_experts_per_tok, size, device)
-        # Records that are not worth waking a thread for are not worth reading ahead either.
-        ahead = prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > config.num_experts_per_tok
-        prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
-        guesser = predictor or NextGate(config, weights, ops)
-        warm = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)[: plan.slots] if popularity and prefetch else []
-        experts = OffloadedExperts(export, held, ops, export.levels.to(device), prefetcher, guesser, warm)
+            source = HostTier(disk, make_cache(wish.policy, plan.host_slots, rows, routed, popularity), plan.transit, device)
+        experts = _offloaded(export, config, ops, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
         network = DeepseekV2(config, weights, ops, experts)
-        return cls(
-            config,
-            tokenizer,
-            network,
-            [LatentCache(config, context, dtype, device) for _ in range(sequences)],
-            plan,
-            device,
-            _generation_eos(folder, config),
-            export,
-            ops,
-            sizes,
-            source,
-        )
+        caches = [LatentCache(config, wish.context, torch.float16, device) for _ in range(wish.sequences)]
+        return cls(config, tokenizer, network, caches, plan, device, _generation_eos(folder, config), export, ops, sizes, source)
     except BaseException:
         if source is not None:
             source.close()
         export.close()
         raise
+
+
+def _offloaded(
+    export: Export,
+    config: Config,
+    ops: TorchOps,
+    plan: Plan,
+    wish: _Wish,
+    source: Source,
+    disk: DiskReader,
+    guesser: NextGate | Predictor,
+    popularity: list[float] | None,
+) -> OffloadedExperts:
+    """The slots over ``source``, their cache, and the prefetcher if reading ahead can pay."""
+    rows, routed, size, top_k = len(export.layers), export.experts, plan.record_bytes, config.num_experts_per_tok
+    # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
+    cache = make_cache(wish.policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
+    held = Slots(source, cache, plan.transit, top_k, size, wish.device)
+    # Records that are not worth waking a thread for are not worth reading ahead either.
+    ahead = wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
+    prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
+    likely = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True) if popularity and wish.prefetch else []
+    return OffloadedExperts(export, held, ops, export.levels.to(wish.device), prefetcher, guesser, likely[: plan.slots])
 
 
 def _reference_plan(config: Config, checkpoint: Checkpoint, tier: str, budget: int, context: int) -> Plan:
@@ -669,15 +666,5 @@ def _open_reference(
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
         cache = LatentCache(config, context, torch.float32, device)
-        return cls(
-            config,
-            tokenizer,
-            network,
-            [cache],
-            plan,
-            device,
-            _generation_eos(folder, config),
-            checkpoint,
-            ops,
-            None,
-        )
+        eos = _generation_eos(folder, config)
+        return cls(config, tokenizer, network, [cache], plan, device, eos, checkpoint, ops, None)
