@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-TOUCHED_AT_ONCE = 16 << 20
+TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 
 
 def page_aligned(count: int) -> Tensor:

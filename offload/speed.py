@@ -147,7 +147,7 @@ class Setting:
         return share if self.random_routing else text_hits(share)
 
     def predict(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        """Speed for a prompt and its continuation."""
+        """Speed for a prompt and its continuation, with the slots full: a cold start is slower."""
         seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
         computing = sum(spent for name, spent in seconds.items() if name != "disk")
         # Reads hide behind computing, but not perfectly; small ones are made by the thread that computes.
