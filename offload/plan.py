@@ -95,7 +95,8 @@ def runtime_growth(config: Config, resident: int) -> int:
 
 
 def scratch_bytes(config: Config, tokens: int, kernels: bool = True, value_bytes: int = 4) -> int:
-    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, within 20% at real geometries.
+    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at most a quarter
+    too large at real geometries.
 
     With native ``kernels``: queries before and after absorption and the attention's output, then the outputs of every
     expert that a token uses; freed blocks of one kind rarely serve the other.  Without: one block of scores with its

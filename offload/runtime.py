@@ -165,13 +165,9 @@ class Runtime:
         if not 1 <= context <= config.max_position_embeddings:
             raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
         ops = pick_ops(where, kernels, threads) if quantize else TorchOps()
-        if not quantize:
-            if sequences > 1:
-                raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
-            return _open_reference(cls, folder, config, ops, where, budget, context, slots)
         host_budget = _host_budget(ram) if where.type == "cuda" else None
         wish = _Wish(where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch, logits_rows, sequences)
-        return _open_quantized(cls, folder, config, ops, wish)
+        return (_open_quantized if quantize else _open_reference)(cls, folder, config, ops, wish)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].  This result is the
@@ -641,30 +637,31 @@ def _offloaded(
     return OffloadedExperts(export, held, ops, export.levels.to(wish.device), prefetcher, guesser, likely[: plan.slots])
 
 
-def _reference_plan(config: Config, checkpoint: Checkpoint, tier: str, budget: int, context: int) -> Plan:
+def _reference_plan(config: Config, checkpoint: Checkpoint, wish: _Wish) -> Plan:
     """Everything resident, in the checkpoint's own precision; the cache in float32."""
     components = {
         "resident weights": checkpoint.nbytes,
-        "latent KV cache": kv_bytes(config, context, value_bytes=4),
+        "latent KV cache": kv_bytes(config, wish.context, value_bytes=4),
         "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
     }
-    if tier == "ram":
+    if wish.tier == "ram":
         components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
-    missing = sum(components.values()) - budget
-    return Plan(components, 0, 0, 0, budget, tier, context, shortfall={tier: missing} if missing > 0 else {})
+    missing = sum(components.values()) - wish.budget
+    shortfall = {wish.tier: missing} if missing > 0 else {}
+    return Plan(components, 0, 0, 0, wish.budget, wish.tier, wish.context, shortfall=shortfall)
 
 
-def _open_reference(
-    cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, device: torch.device, budget: int, context: int, slots: int | None
-) -> Runtime:
-    if slots is not None:
+def _open_reference(cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, wish: _Wish) -> Runtime:
+    if wish.slots is not None:
         raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
+    if wish.sequences > 1:
+        raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
     with Checkpoint.open(folder) as checkpoint:
         tokenizer = Tokenizer(folder, config.bos_token_id)
-        plan = _reference_plan(config, checkpoint, "ram" if device.type == "cpu" else "vram", budget, context).check()
-        place = _placer(device, ops)
+        plan = _reference_plan(config, checkpoint, wish).check()
+        place = _placer(wish.device, ops)
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
-        cache = LatentCache(config, context, torch.float32, device)
+        cache = LatentCache(config, wish.context, torch.float32, wish.device)
         eos = _generation_eos(folder, config)
-        return cls(config, tokenizer, network, [cache], plan, device, eos, checkpoint, ops, None)
+        return cls(config, tokenizer, network, [cache], plan, wish.device, eos, checkpoint, ops, None)
