@@ -254,6 +254,48 @@ class TorchOps:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
         return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
 
+    def experts_by_slot(
+        self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor
+    ) -> None:
+        """Each token through those of its experts that are in the slab: their unweighted outputs, into ``y`` (float32 [T, K, D]).
+
+        ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the device) names each expert's row;
+        -1 says that it is not there, and its output is left as it is.  An entry's output depends on its token and record alone,
+        bitwise, so the entries may come in several calls.  With a table of a layer's experts, int32 [E], ``slots`` is
+        ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA graph can hold the call.
+        """
+        for t, slots in enumerate(slots_TK.tolist()):
+            for k, slot in enumerate(slots):
+                if slot >= 0:
+                    y_TKD[t, k] = self.expert(x_TD[t : t + 1], slab[slot], layout, levels)[0]
+
+    def experts_grouped(
+        self,
+        x_TD: Tensor,
+        tokens_N: Tensor,
+        starts_G1: Tensor,
+        slots_G: Tensor,
+        slab: Tensor,
+        layout: RecordLayout,
+        levels: Tensor,
+    ) -> Tensor:
+        """Many tokens, grouped by expert: the unweighted outputs, float32 [N, D], of the rows ``x[tokens]``.
+
+        Group g is rows ``starts[g]`` to ``starts[g + 1]`` of ``tokens`` and goes through the record in row ``slots[g]`` of ``slab``
+        (uint8 [S, record_bytes]).  ``tokens`` is int64 [N], ``starts`` int32 [G + 1] from 0 to N without descending, ``slots``
+        int32 [G], none negative, all on the device.  A row's output does not depend on the other rows or groups, bitwise.
+        """
+        y_ND = torch.empty(len(tokens_N), x_TD.shape[1], device=x_TD.device)
+        starts = starts_G1.tolist()
+        for start, stop, slot in zip(starts, starts[1:], slots_G.tolist(), strict=False):
+            if start < stop:
+                y_ND[start:stop] = self.expert(x_TD[tokens_N[start:stop]], slab[slot], layout, levels)
+        return y_ND
+
+    def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """``gate_order_sum``, in one launch where these ops have one, float32 [T, D]."""
+        return gate_order_sum(y_TKD, weights_TK)
+
 
 def _matrix(weight: Weight) -> Matrix | None:
     """The weight bound for native calls; None if it is row-major int8, which only the absorbed products and ``embed`` take."""
