@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -42,13 +42,7 @@ class Guesser(Protocol):
         """Each row's experts worth guessing, the best first."""
 
 
-def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Expert -> (its tokens, its rows of the outputs [T * K, D]), experts ascending; int64."""
-    chosen = indices_TK.flatten()
-    order = chosen.argsort(stable=True)
-    experts, counts = chosen[order].unique_consecutive(return_counts=True)
-    sizes = counts.tolist()
-    return dict(zip(experts.tolist(), zip((order // indices_TK.shape[1]).split(sizes), order.split(sizes), strict=True), strict=True))
+_TOKENS_AT_ONCE = 128  # of several experts in one call, so that what has arrived meanwhile is soon looked at
 
 
 class OffloadedExperts:
@@ -112,7 +106,7 @@ class OffloadedExperts:
         if len(indices) == 1:
             y_TD = self._decode(row, x_TD[0], weights_TK[0], self._keys(row, indices[0]))[None]
         else:
-            y_TD = gate_order_sum(self._prefill(row, x_TD, indices, users_of(indices_TK)), weights_TK)
+            y_TD = self._ops.weighted_sum(self._prefill(row, x_TD, indices_TK, indices), weights_TK)
         if self._warm:
             self._read_warm()
         if self._prefetcher is not None:
@@ -147,32 +141,35 @@ class OffloadedExperts:
             slots.settle(key, keep=keys)
         return gate_order_sum(y_KD[None], weights_K[None])[0]
 
-    def _prefill(self, row: int, x_TD: Tensor, indices: list[list[int]], uses: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    def _prefill(self, row: int, x_TD: Tensor, indices_TK: Tensor, indices: list[list[int]]) -> Tensor:
         """Expert by expert over many tokens, of one sequence or of several, each brought once, while others compute:
         unweighted, float32 [T, K, D]."""
         slots, cache = self._slots, self._cache
-        y_TKD = torch.empty(len(indices), len(indices[0]), x_TD.shape[1], device=x_TD.device)
-        y_ND = y_TKD.flatten(0, 1)
-        users = {row * self._experts + expert: use for expert, use in uses.items()}
-        here, missing = [key for key in users if key in cache], [key for key in users if key not in cache]
+        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        tokens = {row * self._experts + expert: count for expert, count in sorted(Counter(chain.from_iterable(indices)).items())}
+        here, missing = [key for key in tokens if key in cache], [key for key in tokens if key not in cache]
         cache.use_chunk(row, indices)
-        self._settle_guesses(row, users, missing)
+        self._settle_guesses(row, tokens, missing)
         missing.sort(key=lambda key: key not in slots)  # first those that a prefetch has begun to read
         reads = slots.demand(missing[: slots.transit], keep=missing[: slots.transit])
         coming = missing[len(reads) :]
         self._guess(row, x_TD)
         self.lap("cache and prefetch")
         while here or reads:
-            arrived = [read for read in reads if read.done]
-            if here and not arrived:
-                ready = [here.pop()]
+            if here and not any(read.done for read in reads):
+                totals = accumulate(tokens[key] for key in here)
+                several = max(1, sum(total <= _TOKENS_AT_ONCE for total in totals))
+                ready, here = here[:several], here[several:]
             else:
                 arrived = self._wait(reads)
                 ready, reads = [read.key for read in arrived], [read for read in reads if read not in arrived]
+            table = [-1] * self._experts
             for key in ready:
-                tokens, rows = users[key]
-                y_ND.index_copy_(0, rows, self._ops.expert(x_TD.index_select(0, tokens), slots.record(key), self._layout, self._levels))
-                self.lap("experts")
+                table[key - row * self._experts] = slots.slot(key)
+            slots_TK = torch.tensor(table, dtype=torch.int32, device=x_TD.device)[indices_TK]
+            self._ops.experts_by_slot(x_TD, slots.slab, slots_TK, self._layout, self._levels, y_TKD)
+            self.lap("experts")
+            for key in ready:
                 if key not in cache:
                     slots.settle(key, keep=here)
                 if coming and len(reads) < slots.transit:
@@ -271,7 +268,8 @@ class ResidentExperts:
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        for expert, (tokens, rows) in users_of(indices_TK).items():
+        for expert in indices_TK.unique().tolist():
             weights = (self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
-            y_TKD.flatten(0, 1).index_copy_(0, rows, self._ops.mlp(x_TD[tokens], *weights))
+            uses = (indices_TK == expert).nonzero(as_tuple=True)
+            y_TKD[uses] = self._ops.mlp(x_TD[uses[0]], *weights)
         return gate_order_sum(y_TKD, weights_TK)

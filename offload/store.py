@@ -440,6 +440,15 @@ class Slots:
         """Whether ``key`` is here or on its way."""
         return key in self._table.slot_of
 
+    @property
+    def slab(self) -> Tensor:
+        """All slots, uint8 [slots, record_bytes] on the device."""
+        return self._table.slab
+
+    def slot(self, key: int) -> int:
+        """The row of the slab with the record of ``key``, which is cached or whose read is done."""
+        return self._table.slot_of[key]
+
     def record(self, key: int) -> Tensor:
         """The record of ``key``, which is cached or whose read is done: uint8 [record_bytes] on the device."""
         return self._table.slab[self._table.slot_of[key]]

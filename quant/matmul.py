@@ -264,10 +264,9 @@ class TorchOps:
         bitwise, so the entries may come in several calls.  With a table of a layer's experts, int32 [E], ``slots`` is
         ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA graph can hold the call.
         """
-        for t, slots in enumerate(slots_TK.tolist()):
-            for k, slot in enumerate(slots):
-                if slot >= 0:
-                    y_TKD[t, k] = self.expert(x_TD[t : t + 1], slab[slot], layout, levels)[0]
+        for slot in slots_TK[slots_TK >= 0].unique().tolist():
+            uses = (slots_TK == slot).nonzero(as_tuple=True)
+            y_TKD[uses] = self.expert(x_TD[uses[0]], slab[slot], layout, levels)
 
     def experts_grouped(
         self,
@@ -438,7 +437,17 @@ class NativeOps(TorchOps):
         return self._native.experts_each(x_D.contiguous(), records, layout.moe_intermediate_size, levels)
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
-        return self._native.expert_prefill(x_TD.contiguous(), record, layout.moe_intermediate_size, levels)
+        y_T1D = x_TD.new_empty(len(x_TD), 1, x_TD.shape[1])
+        self.experts_by_slot(x_TD, record[None], torch.zeros(len(x_TD), 1, dtype=torch.int32), layout, levels, y_T1D)
+        return y_T1D[:, 0]
+
+    def experts_by_slot(
+        self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor
+    ) -> None:
+        self._native.experts_by_slot(x_TD.contiguous(), slab, slots_TK.contiguous(), layout.moe_intermediate_size, levels, y_TKD)
+
+    def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
 
 def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:

@@ -293,15 +293,34 @@ def test_experts(kernels, i, h, k, seed):
         # Hits first, misses later, in any split: bitwise the same sum.
         split = torch.cat([kernels.experts_each(x[row], [r], i, levels_tensor) for r in records])
         assert torch.equal(split, outs)
-        assert torch.equal(kernels.weighted_sum(split, weights), got)
+        assert torch.equal(kernels.weighted_sum(split[None], weights[None])[0], got)
         total = torch.zeros(h)
         for w, out in zip(weights, split, strict=True):
             total = total + w * out
         assert torch.equal(total, got)
-    for e in range(k):
-        rows = kernels.expert_prefill(x, experts[e][1], i, levels_tensor)
-        for row in range(3):
-            assert torch.equal(rows[row], kernels.experts_each(x[row], [experts[e][1]], i, levels_tensor)[0])
+    slab = slab_of([record for _, record in experts])
+    slots = torch.from_numpy(rng.integers(-1, k, (3, 4), dtype=np.int32))
+    y = torch.full((3, 4, h), 7.0)
+    kernels.experts_by_slot(x, slab, slots, i, levels_tensor, y)
+    for row, entry in np.ndindex(3, 4):
+        slot = int(slots[row, entry])
+        want = torch.full((h,), 7.0) if slot < 0 else kernels.experts_each(x[row], [experts[slot][1]], i, levels_tensor)[0]
+        assert torch.equal(y[row, entry], want)
+
+
+def slab_of(records):
+    """Records as slots, each at a multiple of 64 bytes, in poisoned memory: uint8 [S, stride]."""
+    slab = torch.full((len(records), -(-len(records[0]) // 64) * 64 + 64), 255, dtype=torch.uint8)
+    for slot, record in zip(slab, records, strict=True):
+        slot[: len(record)] = record
+    return slab
+
+
+def through_one(kernels, x, record, intermediate):
+    """All of x through one expert, [T, H]."""
+    y = torch.empty(len(x), 1, x.shape[1])
+    kernels.experts_by_slot(x, slab_of([record]), torch.zeros(len(x), 1, dtype=torch.int32), intermediate, levels_tensor, y)
+    return y[:, 0]
 
 
 def test_expert_error_at_a_real_size(kernels):
@@ -310,7 +329,19 @@ def test_expert_error_at_a_real_size(kernels):
     x = torch_of(rng.standard_normal((4, 512)))
     want = expert(x.numpy().astype(np.float64), *weights)
     # Three quantized matrices: gate, up and down each add an error of at most 1.5%.
-    assert relative(kernels.expert_prefill(x, record, 352, levels_tensor), want) < 0.015 * math.sqrt(3)
+    assert relative(through_one(kernels, x, record, 352), want) < 0.015 * math.sqrt(3)
+
+
+def test_more_uses_than_one_pass_takes(kernels):
+    """Each output is that of a call of its own, wherever the passes of 512 cut an expert's tokens."""
+    rng = np.random.default_rng(12)
+    slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(3)])
+    x, slots = torch_of(rng.standard_normal((400, 64))), torch.from_numpy(rng.integers(0, 3, (400, 3), dtype=np.int32))
+    y = torch.empty(400, 3, 64)
+    kernels.experts_by_slot(x, slab, slots, 32, levels_tensor, y)
+    for row in (0, 1, 170, 171, 399):
+        for entry, slot in enumerate(slots[row].tolist()):
+            assert torch.equal(y[row, entry], kernels.experts_each(x[row], [slab[slot]], 32, levels_tensor)[0])
 
 
 def test_experts_with_extreme_activations(kernels):
@@ -338,7 +369,7 @@ def test_threads_change_nothing(kernels):
                 kernels.linear_nf4(x, codes, absmax, levels_tensor, 333),
                 kernels.linear_int8(x, packed, torch.ones(333)),
                 kernels.experts_decode(x[0], experts, weights, 176, levels_tensor),
-                kernels.expert_prefill(x, experts[0], 176, levels_tensor),
+                through_one(kernels, x, experts[0], 176),
                 kernels.mla(q[None], cache, 500, 64, 0.2),
                 *kernels.quantize_nf4(x),
                 *kernels.quantize_int8(x),
@@ -608,6 +639,7 @@ def test_bad_arguments_are_refused():
     _, record = random_expert(rng, 64, 32)
     size = qk.record_bytes(64, 32)
     packed = native.pack_int8(torch.ones(32, 128, dtype=torch.int8))
+    x64, slots = torch.randn(2, 64), torch.zeros(2, 1, dtype=torch.int32)
     cache = torch.zeros(10, 72).half()
     cases = [
         lambda: native.linear_nf4(x.double(), codes, absmax, levels_tensor, 32),
@@ -628,7 +660,11 @@ def test_bad_arguments_are_refused():
         lambda: native.experts_each(torch.ones(64), [record], 33, levels_tensor),
         lambda: native.experts_each(torch.ones(0), [record], 32, levels_tensor),
         lambda: native.experts_decode(torch.ones(64), [record], torch.ones(2), 32, levels_tensor),
-        lambda: native.expert_prefill(torch.ones(64), record, 32, levels_tensor),
+        lambda: native.experts_by_slot(torch.ones(64), record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)),
+        lambda: native.experts_by_slot(x64, record[None], slots, 32, levels_tensor, torch.empty(2, 2, 64)),
+        lambda: native.experts_by_slot(x64, record[None], slots + 1, 32, levels_tensor, torch.empty(2, 1, 64)),
+        lambda: native.experts_by_slot(x64, record[None, :-64], slots, 32, levels_tensor, torch.empty(2, 1, 64)),
+        lambda: native.experts_by_slot(x64, record[None], slots.long(), 32, levels_tensor, torch.empty(2, 1, 64)),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 11, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 0, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 5, 73, 1.0),

@@ -94,8 +94,9 @@ def experts(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
     rows = [streaming(native, "experts_decode", memory, count * size, decode, rounds)]
     for tokens in (1, 4, 16, 48, 128, 512):
         many = torch.randn(tokens, HIDDEN)
-        action = partial(native.expert_prefill, many, all_records[0], INTERMEDIATE, LEVELS)
-        rows.append(computing(f"expert_prefill, {tokens} tokens", 3 * tokens * HIDDEN * INTERMEDIATE, size, action, rounds))
+        slots, y = torch.zeros(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1, HIDDEN)
+        action = partial(native.experts_by_slot, many, all_records[0][None], slots, INTERMEDIATE, LEVELS, y)
+        rows.append(computing(f"experts_by_slot, {tokens} tokens", 3 * tokens * HIDDEN * INTERMEDIATE, size, action, rounds))
     return rows
 
 

@@ -32,7 +32,7 @@ from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, nf4_bytes
 
 __all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
-ABI = 3
+ABI = 4
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -234,8 +234,8 @@ class Kernels:
             "linear_dense": [pointer, size, size, size, pointer, number, pointer],
             "mlp": [pointer, size, pointer, pointer, pointer, pointer],
             "experts_decode": [pointer, pointer, size, pointer, size, size, pointer, pointer],
-            "weighted_sum": [pointer, pointer, size, size, pointer],
-            "expert_prefill": [pointer, size, pointer, size, size, pointer, pointer],
+            "weighted_sum": [pointer, pointer, size, size, size, pointer],
+            "experts_by_slot": [pointer, size, size, pointer, pointer, size, size, size, size, pointer, pointer],
             "mla": [pointer, size, size, pointer, size, size, size, size, ctypes.c_float, pointer],
             "absorb_query": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
@@ -426,27 +426,38 @@ class Kernels:
         )
 
     def weighted_sum(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """outputs float32 [k, H], weights float32 [k] -> float32 [H]: products added one by one in order, from zero."""
-        _check("outputs", outputs, torch.float32, ndim=2)
-        k, hidden = outputs.shape
+        """outputs float32 [T, k, H], weights float32 [T, k] -> float32 [T, H]: products added one by one in order, from zero."""
+        _check("outputs", outputs, torch.float32, ndim=3)
+        t, k, hidden = outputs.shape
         _count("H", hidden)
-        _check("weights", weights, torch.float32, (k,))
-        y = outputs.new_empty(hidden)
-        self._done(self._lib.slotmoe_weighted_sum(outputs.data_ptr(), weights.data_ptr(), k, hidden, y.data_ptr()))
+        _check("weights", weights, torch.float32, (t, k))
+        y = outputs.new_empty((t, hidden))
+        self._done(self._lib.slotmoe_weighted_sum(outputs.data_ptr(), weights.data_ptr(), t, k, hidden, y.data_ptr()))
         return y
 
-    def expert_prefill(self, x: Tensor, record: Tensor, intermediate: int, levels: Tensor) -> Tensor:
-        """x float32 [T, H] through one expert -> float32 [T, H]; each row bitwise what `experts_each` gives for it."""
+    def experts_by_slot(self, x: Tensor, slab: Tensor, slots: Tensor, intermediate: int, levels: Tensor, y: Tensor) -> None:
+        """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S, >= record_bytes]), unweighted,
+        into y float32 [T, k, H]: slots int32 [T, k] names their rows; where it is negative, y is left as it is.
+
+        Each row is bitwise what `experts_each` gives for it.
+        """
         _check("x", x, torch.float32, ndim=2)
         t, hidden = x.shape
         _count("H", hidden)
         _count("intermediate", intermediate)
         _check("levels", levels, torch.float32, (16,))
-        address = _record(record, record_bytes(hidden, intermediate))
-        y = torch.empty_like(x)
-        pointers = levels.data_ptr(), y.data_ptr()
-        self._done(self._lib.slotmoe_expert_prefill(x.data_ptr(), t, address, hidden, intermediate, *pointers))
-        return y
+        _check("slots", slots, torch.int32, ndim=2)
+        k = slots.shape[1]
+        _check("y", y, torch.float32, (t, k, hidden))
+        _check("slots", slots, torch.int32, (t, k))
+        _check("slab", slab, torch.uint8, ndim=2)
+        size, stride = slab.shape
+        if size:
+            _record(slab[0], record_bytes(hidden, intermediate))
+        if stride % 64:
+            raise ValueError(f"records stand {stride} bytes apart, expected a multiple of 64")
+        pointers = x.data_ptr(), t, k, slots.data_ptr(), slab.data_ptr(), size, stride
+        self._done(self._lib.slotmoe_experts_by_slot(*pointers, hidden, intermediate, levels.data_ptr(), y.data_ptr()))
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache.

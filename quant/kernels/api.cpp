@@ -2,6 +2,7 @@
 // every shape and size; what is checked here again is only what a wrong count would turn into a wild pointer.
 //
 // Every int function returns 0, or: 1 bad argument, 2 NaN or infinity in the source, 3 scale beyond fp16, 4 out of memory.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -139,7 +140,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 3; }
+EXPORT int slotmoe_abi() { return 4; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -374,21 +375,105 @@ EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records,
     });
 }
 
-EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t k, int64_t h, float* y) {
-    if (k < 0 || h < 1) return kBadArgument;
-    return guarded([&](Job&, const Isa& isa) {
-        isa.weighted_sum(outs, weights, k, h, 0, h, y);
+// outs [t, k, h], weights [t, k] -> y [t, h].
+EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t t, int64_t k, int64_t h, float* y) {
+    if (t < 0 || k < 0 || h < 1) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, 0, h, y + row * h);
+        });
         return kOk;
     });
 }
 
-// T tokens through one expert: y [t, h].
-EXPORT int slotmoe_expert_prefill(const float* x, int64_t t, const uint8_t* record, int64_t h, int64_t i, const float* levels, float* y) {
-    if (t < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+namespace {
+
+// One token's use of one expert: its token, and its row of the output.
+struct Use {
+    int64_t slot, token, out;
+};
+
+// The uses of one expert that a pass takes, [first, first + rows) of the pass.
+struct Part {
+    Expert expert;
+    int64_t first, rows;
+};
+
+// A few experts, each weight decoded once for all its tokens. `uses` come expert by expert, `part_of` says whose each is.
+void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows, const Part* parts,
+                  int64_t count, int64_t h, int64_t i, const Levels& levels, float* y) {
+    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
+    ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);  // part by part, [B, rows] each
+    double* x_factor = job.scratch<double>(kXFactor, rows);
+    float* gate = job.scratch<float>(kGate, rows * i);
+    float* up = job.scratch<float>(kUp, rows * i);
+    ActBlock* act = job.scratch<ActBlock>(kAct, rows * act_blocks);
+    double* act_factor = job.scratch<double>(kActFactor, rows);
+    float* outs = job.scratch<float>(kOuts, rows * h);
+    const auto quantize = [&](const float* in, int64_t k, int64_t row, ActBlock* blocks, double* factor) {
+        const Part& part = parts[part_of[row]];
+        isa.quantize_rows(in, k, 0, 1, part.rows, levels.offset, blocks + part.first * up_to(k, kBlock) + row - part.first, factor + row);
+    };
+    job.parallel(rows, [&](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) quantize(x + uses[row].token * h, h, row, x_blocks, x_factor);
+    });
+    job.parallel(count * in_tiles, [&](int, int64_t begin, int64_t end) {
+        for (int64_t p = begin / in_tiles; p * in_tiles < end; p++) {
+            const Part& part = parts[p];
+            const int64_t first = begin > p * in_tiles ? begin - p * in_tiles : 0;
+            const int64_t last = end < (p + 1) * in_tiles ? end - p * in_tiles : in_tiles;
+            const ActBlock* blocks = x_blocks + part.first * in_blocks;
+            float *g = gate + part.first * i, *u = up + part.first * i;
+            isa.nf4_tiles(part.expert.gate, levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
+            isa.nf4_tiles(part.expert.up, levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
+            const int64_t column = first * kTile, columns = (last * kTile < i ? last * kTile : i) - column;
+            for (int64_t at = column; at < part.rows * i; at += i) isa.silu_mul(g + at, u + at, g + at, columns);
+        }
+    });
+    job.parallel(rows, [&](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) quantize(gate + row * i, i, row, act, act_factor);
+    });
+    job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
+        for (int64_t p = 0; p < count; p++) {
+            const Part& part = parts[p];
+            isa.nf4_tiles(part.expert.down, levels, act + part.first * act_blocks, act_factor + part.first, part.rows, begin, end,
+                          outs + part.first * h, h);
+        }
+        const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;
+        for (int64_t row = 0; row < rows; row++) memcpy(y + uses[row].out * h + column, outs + row * h + column, size_t(columns) * sizeof(float));
+    });
+}
+
+}  // namespace
+
+// T tokens through those of their K experts that are in the slab of `size` records, `stride` bytes apart: slots [t, k], negative
+// where one is not there and its row of y [t, k, h] is left as it is. A row's arithmetic is that of slotmoe_experts_decode.
+EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int32_t* slots, const uint8_t* slab, int64_t size, int64_t stride,
+                                   int64_t h, int64_t i, const float* levels, float* y) {
+    if (t < 0 || k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+    for (int64_t at = 0; at < t * k; at++)
+        if (slots[at] >= size) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Expert expert = expert_at(record, h, i);
-        const Nf4Matrix w[3] = {expert.gate, expert.up, expert.down};
-        return mlp_nf4(job, isa, x, t, h, i, w, levels, {}, y);
+        const Levels& fitted = levels_for(levels);
+        Use* uses = job.scratch<Use>(kUses, t * k);
+        int64_t found = 0;
+        for (int64_t at = 0; at < t * k; at++)
+            if (slots[at] >= 0) uses[found++] = {slots[at], at / k, at};
+        std::sort(uses, uses + found, [](const Use& a, const Use& b) { return a.slot != b.slot ? a.slot < b.slot : a.out < b.out; });
+        Part* parts = job.scratch<Part>(kParts, kPassTokens);
+        int32_t* part_of = job.scratch<int32_t>(kPartOf, kPassTokens);
+        for (int64_t first = 0; first < found; first += kPassTokens) {
+            const int64_t rows = found - first < kPassTokens ? found - first : kPassTokens;
+            int64_t count = 0;
+            for (int64_t row = 0; row < rows; row++) {
+                const int64_t slot = uses[first + row].slot;
+                if (row == 0 || slot != uses[first + row - 1].slot) parts[count++] = {expert_at(slab + slot * stride, h, i), row, 0};
+                parts[count - 1].rows++;
+                part_of[row] = int32_t(count - 1);
+            }
+            pass_experts(job, isa, x, uses + first, part_of, rows, parts, count, h, i, fitted, y);
+        }
+        return kOk;
     });
 }
 

@@ -17,7 +17,8 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads, kQuery, kQueryLatent,
-            kQueryFull, kRow, kLatentOut, kValues, kSlotCount };
+            kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
+            kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }

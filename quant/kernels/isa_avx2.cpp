@@ -23,6 +23,7 @@ struct Lanes {
     using W = I;
     using Table = __m256i;
     static constexpr int kWeightOffset = 0;
+    static constexpr int kTilesAtOnce = 1, kTokensAtOnce = 2;  // what the registers hold for many tokens
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -22,6 +22,7 @@ struct Lanes {
     using W = __m512i;      // 16 lanes x 4 weights
     using Table = __m512i;  // 16 levels
     static constexpr int kWeightOffset = 128;
+    static constexpr int kTilesAtOnce = 2, kTokensAtOnce = 4;  // what the registers hold for many tokens
 
     static F zero() { return _mm512_setzero_ps(); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }

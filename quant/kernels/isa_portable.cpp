@@ -15,6 +15,7 @@ struct Lanes {
     struct Pairs { int16_t v[32]; };
     struct Table { int8_t v[16]; };
     static constexpr int kWeightOffset = 0;
+    static constexpr int kTilesAtOnce = 1, kTokensAtOnce = 1;  // what the registers hold for many tokens
 
     static F zero() { return broadcast(0); }
     static F load(const float* p) { F r; memcpy(r.v, p, 64); return r; }

@@ -8,7 +8,7 @@ namespace {
 using F = Lanes::F;
 using W = Lanes::W;
 
-constexpr int kTokens = 128;       // tokens that pass over a decoded block: their sums (8 KB) and activations (12 KB) stay in L1
+constexpr int kTokens = 128;       // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
 constexpr int kPrefetch = 4096;    // bytes ahead, one row
 
 struct Nf4Tile {
@@ -66,31 +66,73 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
     return total;
 }
 
-// One decoded block (registers on AVX-512) for `n` tokens.
-template <class Tile>
-inline void many_tokens(const Tile& tile, const ActBlock* x, int64_t n, float* totals) {
-    W w[16];
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) tile.pair(t, w[2 * t], w[2 * t + 1]);
-    const F scale = tile.block_scale();
-    for (int64_t i = 0; i < n; i++) {
-        Lanes::I dots[kXScales];
+// One block of `Tiles` tiles, decoded, for `Tokens` tokens: each weight that is loaded serves all tokens, each activation all tiles.
+template <class Tile, int Tiles, int Tokens>
+inline void add_block(const W (*w)[16], const F* scale, const ActBlock* x, float* totals) {
+    F sums[Tiles][Tokens];
 #pragma GCC unroll 4
-        for (int j = 0; j < kXScales; j++) {
-            Lanes::I d = Lanes::start(x[i].bias[j]);
+    for (int j = 0; j < kXScales; j++) {
+        Lanes::I dots[Tiles][Tokens];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) d = Lanes::dot(d, w[4 * j + c], x[i].q + 16 * j + 4 * c);
-            dots[j] = d;
+        for (int i = 0; i < Tokens; i++)
+#pragma GCC unroll 2
+            for (int a = 0; a < Tiles; a++) dots[a][i] = Lanes::start(x[i].bias[j]);
+#pragma GCC unroll 4
+        for (int c = 4 * j; c < 4 * j + 4; c++)
+#pragma GCC unroll 4
+            for (int i = 0; i < Tokens; i++)
+#pragma GCC unroll 2
+                for (int a = 0; a < Tiles; a++) dots[a][i] = Lanes::dot(dots[a][i], w[a][c], x[i].q + 4 * c);
+#pragma GCC unroll 4
+        for (int i = 0; i < Tokens; i++) {
+            const F s = Lanes::broadcast(x[i].scale[j]);
+#pragma GCC unroll 2
+            for (int a = 0; a < Tiles; a++) {
+                const F d = Lanes::to_float(dots[a][i]);
+                sums[a][i] = j == 0 ? Lanes::mul(d, s) : Lanes::fma(d, s, sums[a][i]);
+            }
         }
-        float* total = totals + i * kTile;
-        Lanes::store(total, Tile::accumulate(Lanes::load(total), scaled(dots, x[i]), scale));
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < Tiles; a++)
+#pragma GCC unroll 4
+        for (int i = 0; i < Tokens; i++) {
+            float* total = totals + (a * kTokens + i) * kTile;
+            Lanes::store(total, Tile::accumulate(Lanes::load(total), sums[a][i], scale[a]));
+        }
+}
+
+// `Tiles` neighbouring tiles from the one at index i for n <= kTokens tokens of t: totals [Tiles, kTokens, 16].
+template <class Tile, int Tiles, class At>
+SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, int64_t t, int64_t n, int64_t blocks, float* totals) {
+    constexpr int kAtOnce = Lanes::kTokensAtOnce;
+    for (int a = 0; a < Tiles; a++) memset(totals + a * kTokens * kTile, 0, size_t(n) * kTile * sizeof(float));
+    Tile first = at(i), second = at(i + Tiles - 1);
+    for (int64_t b = 0; b < blocks; b++, first.next(), second.next(), x += t) {
+        alignas(64) W w[Tiles][16];
+        F scale[Tiles];
+#pragma GCC unroll 2
+        for (int a = 0; a < Tiles; a++) {
+            const Tile& tile = a == 0 ? first : second;
+#pragma GCC unroll 8
+            for (int c = 0; c < 8; c++) tile.pair(c, w[a][2 * c], w[a][2 * c + 1]);
+            scale[a] = tile.block_scale();
+#pragma GCC unroll 16
+            for (int line = 0; line < Tile::kBytes; line += 64) Lanes::prefetch(tile.bytes() + kPrefetch + line);
+        }
+        int64_t token = 0;
+        for (; token + kAtOnce <= n; token += kAtOnce) add_block<Tile, Tiles, kAtOnce>(w, scale, x + token, totals + token * kTile);
+        if constexpr (kAtOnce > 2)
+            for (; token + 2 <= n; token += 2) add_block<Tile, Tiles, 2>(w, scale, x + token, totals + token * kTile);
+        for (; token < n; token++) add_block<Tile, Tiles, 1>(w, scale, x + token, totals + token * kTile);
     }
 }
 
 // finish(token, tile, totals[16]) receives each result.
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
-    alignas(64) float totals[kTokens * kTile];
+    constexpr int kTiles = Lanes::kTilesAtOnce;
+    alignas(64) float totals[kTiles * kTokens * kTile];
     if (t == 1) {
         for (int64_t i = begin; i < end; i++) {
             Lanes::store(totals, one_token(at(i), x, blocks));
@@ -100,11 +142,15 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     }
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t n = t - first < kTokens ? t - first : kTokens;
-        for (int64_t i = begin; i < end; i++) {
-            memset(totals, 0, size_t(n) * kTile * sizeof(float));
-            Tile tile = at(i);
-            for (int64_t b = 0; b < blocks; b++, tile.next()) many_tokens(tile, x + b * t + first, n, totals);
-            for (int64_t token = 0; token < n; token++) finish(first + token, i, totals + token * kTile);
+        for (int64_t i = begin, tiles; i < end; i += tiles) {
+            // A few tokens don't pay for holding a second tile in memory.
+            tiles = n < Lanes::kTokensAtOnce || end - i < kTiles ? 1 : kTiles;
+            if (tiles == 1)
+                many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);
+            else
+                many_tokens<Tile, kTiles>(at, i, x + first, t, n, blocks, totals);
+            for (int64_t a = 0; a < tiles; a++)
+                for (int64_t token = 0; token < n; token++) finish(first + token, i + a, totals + (a * kTokens + token) * kTile);
         }
     }
 }
