@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from quant.nf4 import LEVELS
-from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, nf4_bytes
+from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, latent_bytes, nf4_bytes
 
-__all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "latent_bytes", "load", "record_bytes"]
+__all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
 ABI = 4
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
@@ -41,11 +41,6 @@ _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def record_bytes(hidden: int, intermediate: int) -> int:
     """Bytes of one expert's record, without padding after it."""
     return 2 * nf4_bytes(intermediate, hidden) + nf4_bytes(hidden, intermediate)
-
-
-def latent_bytes(r: int, p: int) -> int:
-    """Bytes of a row of the latent cache: one for each of R latent and P rope columns, both rounded up to 4, and 2 scales."""
-    return -(-r // 4) * 4 + -(-p // 4) * 4 + 8
 
 
 @dataclass(frozen=True)
