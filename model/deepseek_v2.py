@@ -1,7 +1,7 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top to bottom.
 
 Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
-V v_head_dim, W = R + P latent row, C = P / 2, S cached positions, B one block of them, E routed experts, K experts a token.
+V v_head_dim, W = R + P latent row, X elements of a cached one, C = P / 2, S cached positions, B one block of them, E routed experts, K experts a token.
 A pass is over the tokens of one sequence, or over one token of each of several (T of them, each with a cache of its own).
 Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
 """
@@ -57,9 +57,15 @@ class Ops(Protocol):
     def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
 
-    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        """Causal attention of the last T of S positions over the latent rows, float32 [T, H, R]; None if these ops have
-        no kernel for it and the network's blockwise attention shall serve."""
+    def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
+        """Elements and dtype of a token's row in the latent cache, X of them."""
+
+    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
+        """Write float32 latent rows to rows of the cache."""
+
+    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
+        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R]; None if these ops have
+        no kernel for it, their rows are plain [S, W], and the network's blockwise attention shall serve."""
 
     def fuse(self, layer: Layer, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
         """The layer's weights bound for decoding one token in few calls; None if these ops go op by op.  ``sizes`` are
@@ -70,9 +76,9 @@ class FusedLayer(Protocol):
     """A layer for one token: what comes before its experts are chosen, and what comes after they are computed.  Bitwise what
     the ops give one by one, so that decode equals prefill."""
 
-    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SW: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SX: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [1, E] (None in a dense layer); writes
-        the token's latent row at ``position`` of the layer's cache [S, W]."""
+        the token's latent row at ``position`` of the layer's cache [S, X]."""
 
     def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum (None in a dense layer)."""
@@ -276,25 +282,27 @@ class DeepseekV2:
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, _LATENT_EPS), k_TP], dim=-1)
         each = T // len(caches)
-        rows = [cache.write(index, cache.length, part) for cache, part in zip(caches, latent_TW.split(each), strict=True)]
+        rows = [cache.extend(index, each) for cache in caches]
+        for rows_SX, part in zip(rows, latent_TW.split(each), strict=True):
+            ops.store_latents(part, R, rows_SX[-each:])
 
         S = len(rows[0])
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
         if ops.absorbs or each == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([ops.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            outputs = [self._over_latents(part, rows_SW) for part, rows_SW in zip(q_THW.split(each), rows, strict=True)]
+            outputs = [self._over_latents(part, rows_SX) for part, rows_SX in zip(q_THW.split(each), rows, strict=True)]
             o_THV = ops.absorb_value(outputs[0] if len(outputs) == 1 else torch.cat(outputs), layer.kv_b_proj, N)
         else:  # one sequence, several tokens
             q_THX = torch.cat([q_THN, q_THP], dim=-1)
             o_THV = _attend(q_THX, self._expanded(rows[0], T, layer.kv_b_proj), S, c.softmax_scale)
         return ops.linear(o_THV.reshape(T, H * V), layer.o_proj)
 
-    def _over_latents(self, q_THW: Tensor, rows_SW: Tensor) -> Tensor:
-        """Attention of one sequence's absorbed queries over its latent rows, [T, H, R]."""
-        o_THR = self.ops.mla(q_THW, rows_SW, self.config.kv_lora_rank, self.config.softmax_scale)
+    def _over_latents(self, q_THW: Tensor, rows_SX: Tensor) -> Tensor:
+        """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
+        o_THR = self.ops.mla(q_THW, rows_SX, self.config.kv_lora_rank, self.config.softmax_scale)
         if o_THR is None:
-            o_THR = _attend(q_THW, self._absorbed(rows_SW, len(q_THW)), len(rows_SW), self.config.softmax_scale)
+            o_THR = _attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), self.config.softmax_scale)
         return o_THR
 
     def _block_size(self, T: int) -> int:

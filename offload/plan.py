@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from model.config import Config
 from model.shapes import resident_shapes
-from quant.sizes import record_bytes, resident_bytes
+from quant.sizes import latent_bytes, record_bytes, resident_bytes
 from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
@@ -83,9 +83,11 @@ def _component(name: str) -> str:
     return "attention"
 
 
-def kv_bytes(config: Config, positions: int, value_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each."""
-    return config.num_hidden_layers * positions * config.latent_width * value_bytes
+def kv_bytes(config: Config, positions: int, kernels: bool = True, value_bytes: int = 2) -> int:
+    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each, which the
+    native ``kernels`` keep in 8 bits, with two scales."""
+    row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim) if kernels else config.latent_width * value_bytes
+    return config.num_hidden_layers * positions * row
 
 
 def runtime_growth(config: Config, resident: int) -> int:
@@ -183,7 +185,7 @@ def make_plan(
     if slots is not None and slots < top_k:
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
     runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
-    fixed = {**sizes.resident, "latent KV cache": sequences * kv_bytes(config, context), "logits": 4 * logits_rows * config.vocab_size}
+    fixed = {**sizes.resident, "latent KV cache": sequences * kv_bytes(config, context, kernels), "logits": 4 * logits_rows * config.vocab_size}
     if tier == "ram":
         fixed |= runtime
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK

@@ -235,10 +235,12 @@ class Runtime:
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
         """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
-        [1, vocab_size].  ``depth`` positions are taken as cached already, filled with a constant: for measurements."""
+        [1, vocab_size].  ``depth`` positions are taken as cached already, filled with random numbers: for measurements."""
         self._held.clear()
         self._restart(depth)
-        self._cache.layers[:, :depth] = 0.1
+        latent_SW = torch.randn(depth, self.config.latent_width, generator=torch.Generator().manual_seed(0)).to(self.device)
+        for layer in range(self.config.num_hidden_layers):
+            self._ops.store_latents(latent_SW, self.config.kv_lora_rank, self._cache.layers[layer, :depth])
         return self._step()
 
     def _step(self) -> Callable[[list[int]], Tensor]:
@@ -380,7 +382,8 @@ class Runtime:
         """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""
         assert self._sizes is not None
         experts = len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
-        return {"resident weights": self._sizes.touched, "experts": experts, "latent KV cache": kv_bytes(self.config, position)}
+        latent = self._cache.nbytes // self._cache.context * position
+        return {"resident weights": self._sizes.touched, "experts": experts, "latent KV cache": latent}
 
     def predict(self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths) -> dict[str, Any]:
         """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their ``peak`` (tier ->
@@ -605,7 +608,8 @@ def _open_quantized(cls: type[Runtime], folder: Path, config: Config, ops: Torch
             source = HostTier(disk, make_cache(wish.policy, plan.host_slots, rows, routed, popularity), plan.transit, device)
         experts = _offloaded(export, config, ops, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
         network = DeepseekV2(config, weights, ops, experts)
-        caches = [LatentCache(config, wish.context, torch.float16, device) for _ in range(wish.sequences)]
+        row = ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
+        caches = [LatentCache(config, wish.context, row, device) for _ in range(wish.sequences)]
         return cls(config, tokenizer, network, caches, plan, device, _generation_eos(folder, config), export, ops, sizes, source)
     except BaseException:
         if source is not None:
@@ -641,7 +645,7 @@ def _reference_plan(config: Config, checkpoint: Checkpoint, wish: _Wish) -> Plan
     """Everything resident, in the checkpoint's own precision; the cache in float32."""
     components = {
         "resident weights": checkpoint.nbytes,
-        "latent KV cache": kv_bytes(config, wish.context, value_bytes=4),
+        "latent KV cache": kv_bytes(config, wish.context, kernels=False, value_bytes=4),
         "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
     }
     if wish.tier == "ram":
@@ -662,6 +666,6 @@ def _open_reference(cls: type[Runtime], folder: Path, config: Config, ops: Torch
         place = _placer(wish.device, ops)
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
-        cache = LatentCache(config, wish.context, torch.float32, wish.device)
+        cache = LatentCache(config, wish.context, (config.latent_width, torch.float32), wish.device)
         eos = _generation_eos(folder, config)
         return cls(config, tokenizer, network, [cache], plan, wish.device, eos, checkpoint, ops, None)

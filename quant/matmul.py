@@ -25,7 +25,7 @@ from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
 from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
 from quant.nf4 import Nf4Weight
-from quant.sizes import TILE
+from quant.sizes import TILE, latent_bytes
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,15 @@ class TorchOps:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
         return TorchOps.linear(self, latent_BR, kv_b)
 
-    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+    def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
+        """Elements and dtype of a token's row in the latent cache."""
+        return R + P, torch.float16
+
+    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
+        """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing to infinity."""
+        rows_TX.copy_(latent_TW.clamp(-65504.0, 65504.0) if rows_TX.dtype == torch.float16 else latent_TW)
+
+    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
@@ -324,9 +332,9 @@ class FusedLayer:
     def __init__(self, native: Kernels, attention: AttentionLayer, mlp: Mlp | None):
         self._native, self._attention, self._mlp = native, attention, mlp
 
-    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SW: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SX: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``model.deepseek_v2.FusedLayer``."""
-        return self._native.attention(self._attention, h_1D, table_1C, rows_SW, position)
+        return self._native.attention(self._attention, h_1D, table_1C, rows_SX, position)
 
     def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
         """See ``model.deepseek_v2.FusedLayer``."""
@@ -395,8 +403,14 @@ class NativeOps(TorchOps):
             return self._native.absorb_value(o_THR, kv_b.q, kv_b.scale, N)
         return super().absorb_value(o_THR, kv_b, N)
 
-    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
-        return self._native.mla(q_THW.contiguous(), rows_SW, len(rows_SW), R, scale)
+    def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
+        return latent_bytes(R, P), torch.uint8
+
+    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
+        self._native.store_latents(latent_TW.contiguous(), R, rows_TX)
+
+    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
+        return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
     def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
         """``layer`` (``model.deepseek_v2.Layer``) bound for one token at a time; ``sizes`` are H, N, P, R, V of its attention.

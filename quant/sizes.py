@@ -51,3 +51,9 @@ def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
         return math.prod(shape) + 4 * shape[0]
     widened = len(shape) == 1 or name.endswith(".mlp.gate.weight")
     return math.prod(shape) * (4 if widened else 2)
+
+
+def latent_bytes(r: int, p: int) -> int:
+    """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope columns, either rounded up to 4,
+    and two float32 scales."""
+    return -(-r // 4) * 4 + -(-p // 4) * 4 + 8

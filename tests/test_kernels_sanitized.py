@@ -26,6 +26,7 @@ DRIVER = r"""
 #include "api.h"
 
 using slotmoe::Attention;
+using slotmoe::latent_bytes;
 using slotmoe::Matrix;
 
 extern "C" {
@@ -42,16 +43,17 @@ int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, 
 int64_t slotmoe_record_bytes(int64_t, int64_t);
 int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            float*);
-int slotmoe_mla(const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
+                            const float*, float*);
+int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
+int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
 int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, const float*, const float*, uint16_t*, int64_t, int64_t, float*, float*, float*);
+int slotmoe_attention(const Attention*, const float*, const float*, uint8_t*, int64_t, int64_t, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
@@ -159,9 +161,10 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
     Array<int8_t> kv_b(heads * (n + v) * r);
     Attention a{heads, n, p, r, v, 1e-6f, 1e-6f, 0.01f, 0, norm, q_rank ? query_norm.p : nullptr, latent_norm, norm, query.matrix,
                 query_b.matrix, latent.matrix, out.matrix, experts ? gate.matrix : Matrix{}, kv_b, scale};
-    const int64_t rows = 70, stride = r + p + 3, count = (rows - 1) * stride + r + p;
-    Array<uint16_t> cache(count);
-    halves(cache, count);
+    const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
+    Array<uint8_t> cache((rows - 1) * stride + size);
+    Floats latents(rows * (r + p));
+    check(slotmoe_store_latents(latents, rows, r, p, cache, stride));
     for (int64_t position : {int64_t(0), rows - 1}) check(slotmoe_attention(&a, h, table, cache, stride, position, y, x, logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
     check(slotmoe_rotate(many, tables, 3, heads, p, turned));
@@ -212,11 +215,12 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     for (auto* record : owned) delete record;
 }
 
-static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra) {
+static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra, float size_of_rows = 1) {
     Floats q(heads * (r + p)), out(heads * r);
-    const int64_t stride = r + p + extra, count = (context - 1) * stride + r + p;  // the last row has no slack
-    Array<uint16_t> cache(count);
-    halves(cache, count);
+    const int64_t size = latent_bytes(r, p), stride = size + extra;
+    Array<uint8_t> cache((context - 1) * stride + size);  // the last row has no slack
+    Floats latents(context * (r + p), size_of_rows);
+    check(slotmoe_store_latents(latents, context, r, p, cache, stride));
     check(slotmoe_mla(q, 1, heads, cache, context, stride, r, p, 0.01f, out));
     const int64_t several = context < 5 ? context : 5;
     Floats many(several * heads * (r + p)), outs(several * heads * r);
@@ -251,7 +255,8 @@ static void all() {
         layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
     }
     attention(2, 2500, 70, 10, 5);
-    attention(1, 20, 2000, 100, 0);  // longer than one 32-bit sum takes
+    attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
+    for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
 }
 
 int main(int argc, char**) {

@@ -123,7 +123,8 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
     network = native_network(overrides, resident)
     config = network.config
     assert None not in network.fused
-    cache = [LatentCache(config, 40, torch.float16, torch.device("cpu")) for _ in range(3)]
+    row = network.ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
+    cache = [LatentCache(config, 40, row, torch.device("cpu")) for _ in range(3)]
     alone = feed(network, cache[0], IDS, [1] * 40)
     whole = feed(network, cache[1], IDS, [40])
     if not config.tie_word_embeddings:  # a tied head is the embedding, row-major, and torch multiplies by it
@@ -138,7 +139,8 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
 def test_bf16_weights_go_op_by_op():
     network = native_network({"n_shared_experts": None}, "bf16")
     assert set(network.fused) == {None}
-    cache = LatentCache(network.config, 40, torch.float16, torch.device("cpu"))
+    row = network.ops.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
+    cache = LatentCache(network.config, 40, row, torch.device("cpu"))
     assert feed(network, cache, IDS, [39, 1]).isfinite().all()
 
 
@@ -174,7 +176,7 @@ def reference(tmp_path_factory):
         network = DeepseekV2(checkpoint.config, weights, ops, ResidentExperts(weights, ops))
 
         def cache(context=128, dtype=torch.float32):
-            made = LatentCache(checkpoint.config, context, dtype, torch.device("cpu"))
+            made = LatentCache(checkpoint.config, context, (checkpoint.config.latent_width, dtype), torch.device("cpu"))
             made.layers.fill_(float("nan"))  # rows that are not written yet must never be read
             return made
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from quant.nf4 import LEVELS
-from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, nf4_bytes
+from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, latent_bytes, nf4_bytes
 
 __all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
 
-ABI = 4
+ABI = 5
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -193,7 +193,7 @@ class AttentionLayer:
             _count(name, value, least)
         if p % 2:
             raise ValueError(f"P is {p}, expected an even number: rotation takes pairs")
-        self.hidden, self.width, self.pairs, self.experts = latent.k, r + p, p // 2, gate.n if gate else 0
+        self.hidden, self.row_bytes, self.pairs, self.experts = latent.k, latent_bytes(r, p), p // 2, gate.n if gate else 0
         latent.check("latent", r + p, latent.k)
         out.check("out", latent.k, heads * v)
         if (query_norm is None) != (query_b is None):
@@ -237,6 +237,7 @@ class Kernels:
             "weighted_sum": [pointer, pointer, size, size, size, pointer],
             "experts_by_slot": [pointer, size, size, pointer, pointer, size, size, size, size, pointer, pointer],
             "mla": [pointer, size, size, pointer, size, size, size, size, ctypes.c_float, pointer],
+            "store_latents": [pointer, size, size, size, pointer, size],
             "absorb_query": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "rotate": [pointer, pointer, size, size, size, pointer],
@@ -459,12 +460,28 @@ class Kernels:
         pointers = x.data_ptr(), t, k, slots.data_ptr(), slab.data_ptr(), size, stride
         self._done(self._lib.slotmoe_experts_by_slot(*pointers, hidden, intermediate, levels.data_ptr(), y.data_ptr()))
 
+    def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
+        """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R, P)] (rows may be strided).
+
+        Each part, latent and rope columns, is rotated by an orthogonal matrix and rounded to 8 bits with one float32 scale
+        (attention.h); a part with NaN or infinity gets the scale NaN.
+        """
+        _check("latent", latent, torch.float32, ndim=2)
+        t, width = latent.shape
+        _count("R", r)
+        if r > width:
+            raise ValueError(f"R is {r}, latent has {width} columns")
+        stride = _rows(cache, latent_bytes(r, width - r))
+        if len(cache) != t:
+            raise ValueError(f"cache has {len(cache)} rows, latent {t}")
+        self._done(self._lib.slotmoe_store_latents(latent.data_ptr(), t, r, width - r, cache.data_ptr(), stride))
+
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache.
 
-        q float32 [T, heads, R + P], cache float16 [capacity, R + P] (rows may be strided), R = `latent` -> float32
-        [T, heads, R] = softmax(scale * q cache^T) cache[:, :R], token t over the first `context` - T + t + 1 rows; later
-        rows are not read.  Each token's result is bitwise that of a call of its own.
+        q float32 [T, heads, R + P], R = `latent`; cache uint8 [capacity, latent_bytes(R, P)] of rows from `store_latents`,
+        which may be strided -> float32 [T, heads, R] = softmax(scale * q rows^T) rows[:, :R], token t over the first
+        `context` - T + t + 1 rows; later rows are not read.  Each token's result is bitwise that of a call of its own.
         """
         _check("q", q, torch.float32, ndim=3)
         tokens, heads, width = q.shape
@@ -473,7 +490,7 @@ class Kernels:
         _count("context", context, tokens)
         if not 1 <= latent <= width:
             raise ValueError(f"latent is {latent}, q has {width} columns")
-        stride = _rows(cache, width)
+        stride = _rows(cache, latent_bytes(latent, width - latent))
         if context > cache.shape[0]:
             raise ValueError(f"context is {context}, the cache has {cache.shape[0]} rows")
         out = q.new_empty((tokens, heads, latent))
@@ -500,15 +517,15 @@ class Kernels:
         """One token through a layer's attention: h float32 [1, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y), both
         float32 [1, H], and the router's logits x gate^T, float32 [1, E] or None.
 
-        `table` complex64 [1, P / 2] is the position's rotation; the token's latent row is written to `cache` (float16
-        [capacity, R + P], rows may be strided) at `position`, and rows up to it are attended to.  Bitwise what rms_norm,
-        the linear layers, rotate, absorb_query, mla and absorb_value give one after the other.
+        `table` complex64 [1, P / 2] is the position's rotation; the token's latent row is written to `cache` (uint8
+        [capacity, latent_bytes(R, P)], rows may be strided) at `position`, and rows up to it are attended to.  Bitwise what
+        rms_norm, the linear layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the other.
         """
         _check("h", h, torch.float32, (1, layer.hidden))
         _check("table", table, torch.complex64, (1, layer.pairs))
         if table.is_conj():
             raise ValueError("table must be resolved, not conjugated lazily")
-        stride = _rows(cache, layer.width)
+        stride = _rows(cache, layer.row_bytes)
         if not 0 <= position < cache.shape[0]:
             raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
         y, x = torch.empty_like(h), torch.empty_like(h)
@@ -622,12 +639,12 @@ def _total(sums: Tensor) -> tuple[float, float]:
 
 
 def _rows(cache: Tensor, width: int) -> int:
-    """Elements from one row to the next of a latent cache, float16 [capacity, width]."""
-    if cache.dtype != torch.float16 or not cache.is_cpu or cache.dim() != 2 or cache.shape[1] != width:
-        raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, expected float16 [capacity, {width}] on the CPU")
+    """Bytes from one row to the next of a latent cache, uint8 [capacity, width]."""
+    if cache.dtype != torch.uint8 or not cache.is_cpu or cache.dim() != 2 or cache.shape[1] != width:
+        raise ValueError(f"cache is {cache.dtype} {tuple(cache.shape)}, expected uint8 [capacity, {width}] on the CPU")
     stride = cache.stride(0) if cache.shape[0] > 1 else width
-    if (width > 1 and cache.stride(1) != 1) or stride < width:
-        raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent elements")
+    if cache.stride(1) != 1 or stride < width:
+        raise ValueError(f"cache has strides {cache.stride()}, expected rows of {width} adjacent bytes")
     return stride
 
 

@@ -1,4 +1,6 @@
 // Multi-head latent attention: its parts one by one, for any number of tokens, and a layer's whole attention of one token.
+#include <cstring>
+
 #include "api.h"
 
 using namespace slotmoe;
@@ -6,47 +8,48 @@ using namespace slotmoe;
 namespace {
 
 // What a query over `context` rows needs; the split into spans follows from the context alone.
-Mla mla_for(const uint16_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
+Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
     const int64_t chunks = up_to(context, kChunkRows);
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.span_chunks = up_to(chunks, 32);
-    m.r_padded = up_to(r, 64) * 64, m.k_padded = m.r_padded + up_to(p, 32) * 32;
-    const int64_t longer = (r > p ? m.r_padded : m.k_padded - m.r_padded) / 32, steps = longer < 32 ? longer : 32;
-    const int64_t q_max = 2147483647 / (2 * steps * 8191);
-    m.q_max = int(q_max < 8191 ? q_max : 8191);
+    m.span_chunks = up_to(chunks, 32), m.tiles = up_to(heads, kTile);
+    m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
+    const int64_t q_max = 2147483647 / (127 * (r > p ? r : p));
+    m.q_max = int(q_max < 32767 ? q_max : 32767);
     return m;
 }
 
-int64_t mla_span_floats(const Mla& m) { return 32 * m.heads * (m.r_padded + 2); }  // there are at most 32 spans
+int64_t mla_query_ints(const Mla& m) { return m.tiles * kTile * m.k; }
+int64_t mla_query_floats(const Mla& m) { return m.heads * (m.r + m.p) + 2 * m.tiles * kTile; }
+int64_t mla_span_floats(const Mla& m) { return 32 * (m.heads * m.r_padded + 2 * m.tiles * kTile); }  // there are at most 32 spans
 
 int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
 
-void mla_buffers(Mla& m, int16_t* q_int, float* q_scale, float* spans) {
-    const int64_t count = mla_span_count(m);
-    m.q_int = q_int, m.q_scale = q_scale, m.q_ratio = q_scale + m.heads;
-    m.span_max = spans, m.span_sum = m.span_max + count * m.heads, m.span_out = m.span_sum + count * m.heads;
+void mla_buffers(Mla& m, int16_t* q_int, float* q_floats, float* spans) {
+    const int64_t count = mla_span_count(m), padded = m.tiles * kTile;
+    m.q_int = q_int, m.q_scale = q_floats, m.q_mixed = q_floats + 2 * padded;
+    m.span_max = spans, m.span_sum = m.span_max + count * padded, m.span_out = m.span_sum + count * padded;
 }
 
 }  // namespace
 
 // The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
 // One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
-EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint16_t* cache, int64_t context, int64_t stride, int64_t r,
+EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride, int64_t r,
                        int64_t p, float scale, float* out) {
-    if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < r + p) return kBadArgument;
+    if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
         const int64_t copies = t > 1 ? job.threads() : 1, span_floats = mla_span_floats(last);
-        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * heads * last.k_padded);
-        float* q_scale = job.scratch<float>(kMlaScale, copies * 2 * heads);
+        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * mla_query_ints(last));
+        float* q_floats = job.scratch<float>(kMlaScale, copies * mla_query_floats(last));
         float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
         const size_t each = isa.mla_scratch(last);
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
         if (t == 1) {
             Mla m = last;
             m.q = q;
-            mla_buffers(m, q_int, q_scale, spans);
+            mla_buffers(m, q_int, q_floats, spans);
             isa.mla_queries(m, 0, heads);
             job.parallel(mla_span_count(m),
                          [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
@@ -57,10 +60,26 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint16_t*
             for (int64_t token = begin; token < end; token++) {
                 Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
                 m.q = q + token * heads * (r + p);
-                mla_buffers(m, q_int + thread * heads * m.k_padded, q_scale + thread * 2 * heads, spans + thread * span_floats);
+                mla_buffers(m, q_int + thread * mla_query_ints(m), q_floats + thread * mla_query_floats(m), spans + thread * span_floats);
                 isa.mla_queries(m, 0, heads);
                 isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
                 isa.mla_merge(m, 0, heads, out + token * heads * r);
+            }
+        });
+        return kOk;
+    });
+}
+
+// rows [t, r + p] -> t cache rows, `stride` bytes apart.
+EXPORT int slotmoe_store_latents(const float* rows, int64_t t, int64_t r, int64_t p, uint8_t* cache, int64_t stride) {
+    if (t < 0 || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        float* copies = job.scratch<float>(kRow, (r + p) * job.threads());
+        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+            float* row = copies + thread * (r + p);
+            for (int64_t i = begin; i < end; i++) {
+                memcpy(row, rows + i * (r + p), size_t(r + p) * 4);
+                isa.store_latent(row, r, p, cache + i * stride);
             }
         });
         return kOk;
@@ -116,10 +135,10 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t
 // One token: h [hidden] -> y = h + attention(rms_norm(h)). Its latent row is written to `cache` at `position`, then it attends to
 // the rows up to its own. table [p / 2] complex. Then what its feed-forward starts with: x = next_norm(y), logits = x gate^T.
 // Every element is computed as by the separate entries, one after the other.
-EXPORT int slotmoe_attention(const Attention* a, const float* h, const float* table, uint16_t* cache, int64_t stride, int64_t position,
+EXPORT int slotmoe_attention(const Attention* a, const float* h, const float* table, uint8_t* cache, int64_t stride, int64_t position,
                              float* y, float* x, float* logits) {
     const int64_t heads = a->heads, n = a->n, p = a->p, r = a->r, v = a->v, width = r + p;
-    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || position < 0 || stride < width) return kBadArgument;
+    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || position < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     if (!a->query.valid() || !a->latent.valid() || !a->out.valid() || (a->query_norm && !a->query_b.valid())) return kBadArgument;
     if (a->gate.n && !a->gate.valid()) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
@@ -140,12 +159,12 @@ EXPORT int slotmoe_attention(const Attention* a, const float* h, const float* ta
         }
         isa.rms_norm(row, a->latent_norm, r, a->latent_eps, row);
         rotate(row + r, table, p / 2, row + r);
-        isa.store_latent(row, width, cache + position * stride);
+        isa.store_latent(row, r, p, cache + position * stride);
 
         Mla m = mla_for(cache, heads, position + 1, stride, r, p, a->scale);
         float* q_full = job.scratch<float>(kQueryFull, heads * width);  // in the cache's columns
         m.q = q_full;
-        mla_buffers(m, job.scratch<int16_t>(kMlaQuery, heads * m.k_padded), job.scratch<float>(kMlaScale, 2 * heads),
+        mla_buffers(m, job.scratch<int16_t>(kMlaQuery, mla_query_ints(m)), job.scratch<float>(kMlaScale, mla_query_floats(m)),
                     job.scratch<float>(kMlaSpans, mla_span_floats(m)));
         const size_t each = isa.mla_scratch(m);
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());

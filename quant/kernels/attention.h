@@ -1,48 +1,138 @@
 // MLA decode: one query per head against the latent cache, which all heads share.
 //
-// Plain fp32 would be bound by multiply-adds, not by the cache, so both products run on 16-bit integers: a cache row is
-// 14 bits (sign included) of its largest value, a query about as much, probabilities 12 bits of the chunk's largest. That
-// is about as exact as the fp16 cache itself. Softmax is fp32. The context is cut into chunks of 64 rows, and chunks
-// into spans by the context's length alone, so that the result does not depend on the threads.
+// A cache row is kept as what is multiplied: 8-bit integers, with one scale for the latent columns and one for the rope
+// columns, since either may be much larger. Before it is rounded each part is mixed: random signs, then a Walsh-Hadamard
+// transform (arXiv 2404.00456). That is orthogonal, so queries that are mixed too give the same scores, and the weighted
+// sum of rows is mixed back at the end; it spreads outliers over the part, so that one scale serves any row as well as a
+// Gaussian one. Queries are 16-bit integers. A row's weight is a byte relative to the second largest of a chunk of 64
+// rows; the largest, beside which the others may be small and many, is multiplied in fp32. Softmax is fp32.
 //
-// Latent and rope columns have scales of their own: either may be much larger than the other.
+// Chunks are grouped into spans by the context's length alone, so that the result does not depend on the threads.
 //
-// Shapes: q [heads, R + P]; cache [context, stride]; out [heads, R]; Rp = R padded to 64; Kp = Rp + P padded to 32.
+// Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in tiles
+// of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2].
 namespace slotmoe {
 namespace {
 
-constexpr int kRowMax = 8191;    // 13 bits and a sign
-constexpr int kProbMax = 4095;   // 12 bits: 64 rows x 4095 x 8191 < 2^31
-constexpr int kGroupRows = 16;
+constexpr int kQuads = kChunkRows / 4;  // four rows of one column are neighbours when rows are summed
+constexpr int kSumColumns = 64;            // that are summed together
 constexpr uint32_t kNaN = 0x7fc00000;
 constexpr float kNoScore = -3.4e38f;
-constexpr int kHalfInfinity = 0x7c00;
-constexpr int kStepColumns = 32;
-constexpr int kMaxColumns = 1024;  // that one int32 sum takes; longer rows are summed in pieces
 
 struct Chunk {
-    int16_t* rows;       // [16, Kp], the group of rows being scored: it stays in L1
-    int32_t* pairs;      // [32, Rp]: columns of rows 2i (low half) and 2i + 1
-    float* row_scale;    // [64] of latent columns, 0 past the end
-    float* score_scale;  // [64] what a score is in units of: row_scale, or the rope columns' scale where the latent is 0
-    float* row_ratio;    // [64] rope columns' scale / score_scale
-    float* scores;       // [heads, 64] of the latent columns, then of all
-    float* rope_scores;  // [heads, 64]
-    int16_t* probs;      // [heads, 64] as integers; two neighbours are the pair of rows that `pairs` holds
-    float* prob_scale;   // [heads]
-    float* correction;   // [heads]
-    int32_t* unused;     // [16] where pairs of rope columns go
+    int16_t* wide;      // [kScoreRows, K]: the rows being scored
+    int8_t* quads;      // [16, 64, 4]: the columns being summed
+    float* scores;      // [tiles, 64, 16]: scores, then probabilities relative to the largest, times the row's scale
+    int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
+    float* step;        // [Hp]: what 1 is worth in a byte
+    float* top;         // [Hp]: the largest weight, whose byte is 0
+    float* top_row;     // [Hp]: its row
+    float* correction;  // [Hp]: of what the chunks before have summed
 };
 
-// A cache row of n floats, as LatentCache.write stores it.
-void store_latent(const float* row, int64_t n, uint16_t* out) {
+// --- mixing
+
+struct Signs {  // of the Walsh-Hadamard transform of 16 values
+    float at[16][16];
+    constexpr Signs() : at() {
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++) {
+                const int common = i & j;
+                at[i][j] = (common ^ common >> 1 ^ common >> 2 ^ common >> 3) & 1 ? -1.0f : 1.0f;
+            }
+    }
+};
+alignas(64) constexpr Signs kSigns;
+
+// x [n] -> its Walsh-Hadamard transform over sqrt(n), its own inverse; n is a power of two.
+void walsh(float* x, int64_t n) {
+    const float norm = 1.0f / __builtin_sqrtf(float(n));
+    if (n < 16) {
+        for (int64_t half = 1; half < n; half *= 2)
+            for (int64_t i = 0; i < n; i++)
+                if (!(i & half)) {
+                    const float a = x[i], b = x[i + half];
+                    x[i] = a + b, x[i + half] = a - b;
+                }
+        for (int64_t i = 0; i < n; i++) x[i] *= norm;
+        return;
+    }
+    const auto minus = Lanes::broadcast(-1.0f), scale = Lanes::broadcast(norm);
+    for (int64_t half = 16; half < n; half *= 2)
+        for (int64_t i = 0; i < n; i += 2 * half)
+            for (int64_t j = i; j < i + half; j += 16) {
+                const auto a = Lanes::load(x + j), b = Lanes::load(x + j + half);
+                Lanes::store(x + j, Lanes::add(a, b));
+                Lanes::store(x + j + half, Lanes::fma(b, minus, a));
+            }
     for (int64_t i = 0; i < n; i += 16) {
-        const int64_t left = n - i < 16 ? n - i : 16;
-        alignas(64) float v[16] = {};
-        alignas(64) uint16_t half[16];
-        for (int64_t j = 0; j < left; j++) v[j] = row[i + j] < -65504.0f ? -65504.0f : row[i + j] > 65504.0f ? 65504.0f : row[i + j];
-        Lanes::store_half(half, Lanes::load(v));
-        memcpy(out + i, half, size_t(left) * 2);
+        auto sum = Lanes::zero();
+        for (int j = 0; j < 16; j++) sum = Lanes::fma(Lanes::broadcast(x[i + j]), Lanes::load(kSigns.at[j]), sum);
+        Lanes::store(x + i, Lanes::mul(sum, scale));
+    }
+}
+
+// The largest powers of two that make up n, each by itself.
+void walsh_parts(float* x, int64_t n) {
+    int64_t part = 1;
+    while (part * 2 <= n) part *= 2;
+    for (; n > 0; part /= 2)
+        if (part <= n) walsh(x, part), x += part, n -= part;
+}
+
+void flip_signs(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] = bits_float(float_bits(x[i]) ^ (uint32_t(i) * 0x9e3779b9u & 0x80000000u));
+}
+
+void mix(float* x, int64_t n) { flip_signs(x, n), walsh_parts(x, n); }
+void unmix(float* x, int64_t n) { walsh_parts(x, n), flip_signs(x, n); }
+
+// What the values of a part are multiplied by to become integers up to `most`; x is cleared where that is nothing.
+float part_inverse(float* x, int64_t n, int most, float& scale) {
+    const uint32_t top = max_bits(x, n);
+    scale = top < kInfinityBits ? bits_float(top) / float(most) : bits_float(kNaN);
+    if (top < kInfinityBits && bits_float(top) > 1e-30f) return float(most) / bits_float(top);
+    if (top < kInfinityBits) scale = 0.0f;  // the inverse is beyond a float
+    memset(x, 0, size_t(n) * 4);
+    return 0.0f;
+}
+
+// --- rows and queries as they are multiplied
+
+// row [R + P], which is overwritten -> out [R4 + P4 + 8].
+void store_latent(float* row, int64_t r, int64_t p, uint8_t* out) {
+    const int64_t r4 = (r + 3) / 4 * 4, k = r4 + (p + 3) / 4 * 4;
+    int8_t* q = reinterpret_cast<int8_t*>(out);
+    float scales[2];
+    mix(row, r), mix(row + r, p);
+    const float latent = part_inverse(row, r, 127, scales[0]), rope = part_inverse(row + r, p, 127, scales[1]);
+    memset(q, 0, size_t(k));
+    for (int64_t i = 0; i < r; i++) q[i] = int8_t(int32_t(round_even(row[i] * latent)));
+    for (int64_t i = 0; i < p; i++) q[r4 + i] = int8_t(int32_t(round_even(row[r + i] * rope)));
+    memcpy(out + k, scales, sizeof scales);
+}
+
+// A part of one head -> its lane of the tile.
+float store_query(float* q, int64_t n, int most, int16_t* out) {
+    float scale;
+    mix(q, n);
+    const float inverse = part_inverse(q, n, most, scale);
+    for (int64_t i = 0; i < n; i++) out[i / 2 * 2 * kTile + i % 2] = int16_t(int32_t(round_even(q[i] * inverse)));
+    return scale;
+}
+
+// Heads begin..end: q -> q_int, q_scale; whoever has the last also clears the lanes that no head has.
+void mla_queries(Mla& m, int64_t begin, int64_t end) {
+    const int64_t padded = m.tiles * kTile;
+    for (int64_t h = begin; h < (end == m.heads ? padded : end); h++) {
+        int16_t* out = m.q_int + h / kTile * m.k * kTile + h % kTile * 2;
+        for (int64_t i = 0; i < m.k; i += 2) memset(out + i * kTile, 0, 4);
+        m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
+        if (h >= m.heads) continue;
+        float* q = m.q_mixed + h * (m.r + m.p);
+        memcpy(q, m.q + h * (m.r + m.p), size_t(m.r + m.p) * 4);
+        m.q_scale[h] = m.scale * store_query(q, m.r, m.q_max, out);
+        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, m.q_max, out + m.r4 * kTile);
     }
 }
 
@@ -53,17 +143,15 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
         used += (size_t(bytes) + 63) / 64 * 64;
         return p;
     };
-    c.rows = reinterpret_cast<int16_t*>(take(kGroupRows * m.k_padded * 2));
-    c.pairs = reinterpret_cast<int32_t*>(take(kChunkRows / 2 * m.r_padded * 4));
-    c.row_scale = reinterpret_cast<float*>(take(kChunkRows * 4));
-    c.score_scale = reinterpret_cast<float*>(take(kChunkRows * 4));
-    c.row_ratio = reinterpret_cast<float*>(take(kChunkRows * 4));
-    c.scores = reinterpret_cast<float*>(take(m.heads * kChunkRows * 4));
-    c.rope_scores = reinterpret_cast<float*>(take(m.heads * kChunkRows * 4));
-    c.probs = reinterpret_cast<int16_t*>(take(kChunkRows * m.heads * 2));
-    c.prob_scale = reinterpret_cast<float*>(take(m.heads * 4));
-    c.correction = reinterpret_cast<float*>(take(m.heads * 4));
-    c.unused = reinterpret_cast<int32_t*>(take(64));
+    const int64_t padded = m.tiles * kTile;
+    c.wide = reinterpret_cast<int16_t*>(take(Lanes::kScoreRows * m.k * 2));
+    c.quads = reinterpret_cast<int8_t*>(take(kChunkRows * kSumColumns));
+    c.scores = reinterpret_cast<float*>(take(padded * kChunkRows * 4));
+    c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads * 4));
+    c.step = reinterpret_cast<float*>(take(padded * 4));
+    c.top = reinterpret_cast<float*>(take(padded * 4));
+    c.top_row = reinterpret_cast<float*>(take(padded * 4));
+    c.correction = reinterpret_cast<float*>(take(padded * 4));
     return used;
 }
 
@@ -74,249 +162,209 @@ size_t mla_scratch(const Mla& m) {
     return mla_layout(m, no_bytes, c);
 }
 
-// Two parts' scales -> the scale of their common score and the second's ratio to it.
-inline void join_scales(float first, float second, float& scale, float& ratio) {
-    scale = first > 0.0f ? first : second;
-    ratio = scale > 0.0f ? second / scale : 0.0f;
-    if (first != first || second != second) scale = bits_float(kNaN);
-}
+// --- scores
 
-// n values -> integers up to q_max; returns their scale.
-inline float quantize_query(const float* q, int64_t n, int q_max, int16_t* out) {
-    const uint32_t top = max_bits(q, n);
-    if (top >= kInfinityBits) return bits_float(kNaN);
-    if (bits_float(top) < 1e-30f) return 0.0f;  // times a cache of fp16 it is no score
-    const float inverse = float(q_max) / bits_float(top);
-    for (int64_t i = 0; i < n; i++) out[i] = int16_t(int32_t(round_even(q[i] * inverse)));
-    return bits_float(top) / float(q_max);
-}
-
-void mla_queries(Mla& m, int64_t begin, int64_t end) {
-    memset(m.q_int + begin * m.k_padded, 0, size_t((end - begin) * m.k_padded) * 2);
-    for (int64_t h = begin; h < end; h++) {
-        const float* q = m.q + h * (m.r + m.p);
-        int16_t* out = m.q_int + h * m.k_padded;
-        const float latent = quantize_query(q, m.r, m.q_max, out), rope = quantize_query(q + m.r, m.p, m.q_max, out + m.r_padded);
-        join_scales(latent, rope, m.q_scale[h], m.q_ratio[h]);
-    }
-}
-
-// One part of a row: its scale, and what its values are multiplied by.
-inline float part_inverse(const uint16_t* in, int64_t n, float& scale) {
-    uint16_t top = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint16_t bits = in[i] & 0x7fff;
-        top = bits > top ? bits : top;
-    }
-    if (top == 0 || top >= kHalfInfinity) {
-        scale = top ? bits_float(kNaN) : 0.0f;
-        return 0.0f;
-    }
-    const float largest = top < 0x400 ? float(top) * 0x1p-24f : bits_float((uint32_t(top) << 13) + (112u << 23));
-    scale = largest / float(kRowMax);
-    return float(kRowMax) / largest;
-}
-
-// 16 columns of two rows, as integers.
-inline void convert(const uint16_t* a, const uint16_t* b, Lanes::F inverse_a, Lanes::F inverse_b, int16_t* out_a, int16_t* out_b,
-                    int32_t* pair) {
-    const Lanes::I low = Lanes::to_int(Lanes::mul(Lanes::load_half(a), inverse_a));
-    const Lanes::I high = Lanes::to_int(Lanes::mul(Lanes::load_half(b), inverse_b));
-    Lanes::store_rows(out_a, out_b, low, high);
-    Lanes::store_pairs(pair, low, high);
-}
-
-// n columns of two rows; `pair` moves on by Step columns for each, and 0 throws the pairs away.
-template <int Step>
-inline void convert_part(const uint16_t* a, const uint16_t* b, int64_t n, float scale_a, float scale_b, int16_t* out_a, int16_t* out_b,
-                         int32_t* pair) {
-    const auto inverse_a = Lanes::broadcast(scale_a), inverse_b = Lanes::broadcast(scale_b);
+// k bytes -> 16-bit integers.
+inline void widen(const int8_t* in, int64_t k, int16_t* out) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) convert(a + i, b + i, inverse_a, inverse_b, out_a + i, out_b + i, pair + i * Step);
-    if (i == n) return;
-    alignas(64) uint16_t tail_a[16] = {}, tail_b[16] = {};
-    memcpy(tail_a, a + i, size_t(n - i) * 2), memcpy(tail_b, b + i, size_t(n - i) * 2);
-    convert(tail_a, tail_b, inverse_a, inverse_b, out_a + i, out_b + i, pair + i * Step);
+    for (; i + 32 <= k; i += 32) Lanes::widen(in + i, out + i);
+    for (; i < k; i++) out[i] = in[i];
 }
 
-// n <= 16 cache rows from `first` -> c.rows, and from row `group` of the chunk c.pairs and the scales.
-void load_rows(const Mla& m, int64_t first, int64_t n, int64_t group, const Chunk& c) {
-    if (m.k_padded > m.r + m.p || n < kGroupRows) memset(c.rows, 0, size_t(kGroupRows * m.k_padded) * 2);
-    for (int64_t r = 0; r < n; r += 2) {
-        const uint16_t* in[2] = {m.cache + (first + r) * m.stride, m.cache + (first + r + 1) * m.stride};
-        float latent[2] = {}, rope[2] = {};  // inverses
-        if (r + 1 == n) in[1] = in[0];       // times 0
-        for (int64_t i = 0; i < 2 && r + i < n; i++) {
-            const int64_t row = group + r + i;
-            float rope_scale = 0.0f;
-            latent[i] = part_inverse(in[i], m.r, c.row_scale[row]);
-            rope[i] = part_inverse(in[i] + m.r, m.p, rope_scale);
-            join_scales(c.row_scale[row], rope_scale, c.score_scale[row], c.row_ratio[row]);
-        }
-        int16_t *a = c.rows + r * m.k_padded, *b = a + m.k_padded;
-        int32_t* pair = c.pairs + (group + r) / 2 * m.r_padded;
-        if (m.r_padded > m.r) memset(pair, 0, size_t(m.r_padded) * 4);
-        convert_part<1>(in[0], in[1], m.r, latent[0], latent[1], a, b, pair);
-        convert_part<0>(in[0] + m.r, in[1] + m.r, m.p, rope[0], rope[1], a + m.r_padded, b + m.r_padded, c.unused);
-    }
-}
-
-// Columns begin..end of the products of H queries and R = 16 / H rows: sums[i * R + j] for query i and row j.
-template <int H>
-SLOTMOE_NOINLINE void dot_block(const int16_t* q, const int16_t* rows, int64_t stride, int64_t begin, int64_t end, float* sums) {
-    constexpr int R = 16 / H;
-    Lanes::I dots[16];
-    Lanes::F floats[16];
+// Columns begin..end of 16 heads by kScoreRows rows; a row is broadcast, two columns at a time.
+inline void dot_rows(const int16_t* q, const int16_t* wide, int64_t k, int64_t begin, int64_t end, Lanes::I* dots) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) dots[i] = Lanes::izero();
-    for (int64_t c = begin; c < end; c += kStepColumns) {
+    for (int j = 0; j < Lanes::kScoreRows; j++) dots[j] = Lanes::izero();
+    for (int64_t c = begin; c < end; c += 2) {
+        const auto pair = Lanes::load16(q + c * kTile);
 #pragma GCC unroll 16
-        for (int j = 0; j < R; j++) {
-            const auto row = Lanes::load16(rows + j * stride + c);
-#pragma GCC unroll 4
-            for (int i = 0; i < H; i++) dots[i * R + j] = Lanes::dot16(dots[i * R + j], row, Lanes::load16(q + i * stride + c));
-        }
+        for (int j = 0; j < Lanes::kScoreRows; j++)
+            dots[j] = Lanes::dot16(dots[j], pair, reinterpret_cast<const int16_t (*)[2]>(wide + j * k + c));
     }
+}
+
+// One tile of heads by kScoreRows rows, whose scales are [kScoreRows][2] -> scores [kScoreRows, 16].
+SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t tile, const int16_t* wide, const float (*scales)[2], float* scores) {
+    const int16_t* q = m.q_int + tile * m.k * kTile;
+    const auto latent = Lanes::load(m.q_scale + tile * kTile), rope = Lanes::load(m.q_scale + (m.tiles + tile) * kTile);
+    Lanes::I dots[Lanes::kScoreRows];
+    dot_rows(q, wide, m.k, 0, m.r4, dots);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) floats[i] = Lanes::to_float(dots[i]);
-    Lanes::sum_lanes(floats, sums);
-}
-
-// Both parts' scores of H heads by 16 / H rows, in units of the query's and the row's scales.
-template <int H>
-void score_block(const Mla& m, int64_t h, int64_t r, const Chunk& c, int64_t group) {
-    constexpr int R = 16 / H;
-    const int16_t *q = m.q_int + h * m.k_padded, *rows = c.rows + r * m.k_padded;
-    alignas(64) float sums[16];
-    for (int64_t begin = 0, end; begin < m.k_padded; begin = end) {
-        const bool latent = begin < m.r_padded;
-        const int64_t part = latent ? m.r_padded : m.k_padded;
-        end = begin + kMaxColumns < part ? begin + kMaxColumns : part;
-        dot_block<H>(q, rows, m.k_padded, begin, end, sums);
-        float* out = (latent ? c.scores : c.rope_scores) + h * kChunkRows + group + r;
-        for (int i = 0; i < H; i++, out += kChunkRows)
-            if (begin == 0 || begin == m.r_padded)
-                memcpy(out, sums + i * R, R * sizeof(float));
-            else
-                for (int j = 0; j < R; j++) out[j] += sums[i * R + j];
+    for (int j = 0; j < Lanes::kScoreRows; j++)
+        Lanes::store(scores + j * kTile, Lanes::mul(Lanes::to_float(dots[j]), Lanes::mul(Lanes::broadcast(scales[j][0]), latent)));
+    if (m.p == 0) return;
+    dot_rows(q, wide, m.k, m.r4, m.k, dots);
+#pragma GCC unroll 16
+    for (int j = 0; j < Lanes::kScoreRows; j++) {
+        float* s = scores + j * kTile;
+        Lanes::store(s, Lanes::fma(Lanes::to_float(dots[j]), Lanes::mul(Lanes::broadcast(scales[j][1]), rope), Lanes::load(s)));
     }
 }
 
-// scores -> probabilities relative to the running maximum, as integers; updates the running maximum and sum.
-inline void softmax_head(const Mla& m, int64_t h, int64_t n, bool first, const Chunk& c, float& running_max, float& running_sum) {
-    float* s = c.scores + h * kChunkRows;
-    const float scale = m.q_scale[h] * m.scale, ratio = m.q_ratio[h];
-    float tops[16], sums[16] = {}, largests[16] = {}, weighted[kChunkRows];
-    const float* rope = c.rope_scores + h * kChunkRows;
-    if (m.p > 0)
-        for (int i = 0; i < kChunkRows; i++) s[i] += rope[i] * (ratio * c.row_ratio[i]);
-    for (int i = 0; i < kChunkRows; i++) s[i] = i < n ? s[i] * scale * c.score_scale[i] : kNoScore;
-    for (int j = 0; j < 16; j++) tops[j] = kNoScore;
-    for (int i = 0; i < kChunkRows; i += 16)
-        for (int j = 0; j < 16; j++) tops[j] = s[i + j] > tops[j] ? s[i + j] : tops[j];
-    float top = first ? kNoScore : running_max, sum = 0.0f, largest = 0.0f;
-    for (int j = 0; j < 16; j++) top = tops[j] > top ? tops[j] : top;
-    for (int i = 0; i < kChunkRows; i += 16)
-        for (int j = 0; j < 16; j++) {
-            const float p = exp_float(s[i + j] - top), w = p * c.row_scale[i + j];
-            sums[j] += p;
-            weighted[i + j] = w;
-            largests[j] = w > largests[j] ? w : largests[j];
+// --- softmax, the heads of a tile side by side
+
+// Four rows' weights -> their bytes. What is above `second` is the largest, and no byte; NaN is none either.
+inline void weight_bytes(const float (*w)[kTile], const float* second, const float* inverse, int32_t* bytes) {
+    const auto byte = [&](int row, int h) {
+        const float v = w[row][h] <= second[h] ? w[row][h] * inverse[h] : 0.0f;
+        return int32_t(round_even(v));
+    };
+    for (int h = 0; h < kTile; h++) bytes[h] = byte(0, h) | byte(1, h) << 8 | byte(2, h) << 16 | byte(3, h) << 24;
+}
+
+// Scores of n rows -> weights and what goes with them; updates the running maxima and sums.
+SLOTMOE_NOINLINE void softmax_tile(const Mla& m, int64_t tile, const uint8_t* rows, int64_t n, bool first, const Chunk& c, float* maxima,
+                                   float* sums) {
+    float (*s)[kTile] = reinterpret_cast<float (*)[kTile]>(c.scores + tile * kChunkRows * kTile);
+    const int64_t lane = tile * kTile;
+    auto largest = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
+    for (int64_t i = 0; i < n; i++) largest = Lanes::max(Lanes::load(s[i]), largest);
+    alignas(64) float maximum[kTile], second[kTile], inverse[kTile];
+    Lanes::store(maximum, largest);
+    for (int64_t i = 0; i < n; i++)
+        for (int h = 0; h < kTile; h++) s[i][h] = exp_float(s[i][h] - maximum[h]);
+    auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), top_row = Lanes::zero();
+    for (int64_t i = 0; i < n; i++) {
+        float scale;
+        memcpy(&scale, rows + i * m.stride + m.k, 4);
+        const auto p = Lanes::load(s[i]), w = Lanes::mul(p, Lanes::broadcast(scale));
+        sum = Lanes::add(sum, p);
+        next = Lanes::max(Lanes::min(w, top), next);
+        top_row = Lanes::where_greater(w, top, Lanes::broadcast(float(i)), top_row);
+        top = Lanes::max(w, top);
+        Lanes::store(s[i], w);
+    }
+    for (int64_t i = n; i % 4; i++) Lanes::store(s[i], Lanes::zero());
+    for (int h = 0; h < kTile; h++) c.correction[lane + h] = first ? 0.0f : exp_float(maxima[lane + h] - maximum[h]);
+    Lanes::store(sums + lane, first ? sum : Lanes::fma(Lanes::load(sums + lane), Lanes::load(c.correction + lane), sum));
+    Lanes::store(maxima + lane, largest), Lanes::store(c.top_row + lane, top_row), Lanes::store(second, next);
+    Lanes::store(c.top + lane, Lanes::where_greater(top, next, top, Lanes::zero()));  // two that are equal are bytes
+    for (int h = 0; h < kTile; h++) {
+        c.step[lane + h] = second[h] / float(Lanes::kMostWeight);
+        inverse[h] = second[h] > 1e-30f ? float(Lanes::kMostWeight) / second[h] : 0.0f;
+    }
+    for (int64_t i = 0; i < n; i += 4) weight_bytes(s + i, second, inverse, c.weights + (tile * kQuads + i / 4) * kTile);
+}
+
+// --- sums of rows
+
+// Columns column..column + 64 of n rows -> quads, zeros past R4. Rows past n repeat the last, whose weights are 0 there.
+inline void load_quads(const Mla& m, const uint8_t* rows, int64_t n, int64_t column, int8_t* quads) {
+    const int64_t columns = m.r4 - column < kSumColumns ? m.r4 - column : kSumColumns;
+    int8_t tail[4][kSumColumns];
+    if (columns < kSumColumns) memset(tail, 0, sizeof tail);
+    for (int64_t quad = 0; quad < (n + 3) / 4; quad++) {
+        const int8_t* in[4];
+        for (int j = 0; j < 4; j++) {
+            const int64_t row = quad * 4 + j < n ? quad * 4 + j : n - 1;
+            in[j] = reinterpret_cast<const int8_t*>(rows + row * m.stride) + column;
+            if (columns < kSumColumns) in[j] = static_cast<int8_t*>(memcpy(tail[j], in[j], size_t(columns)));
         }
-    for (int j = 0; j < 16; j++) {
-        sum += sums[j];
-        largest = largests[j] > largest ? largests[j] : largest;
-    }
-    c.correction[h] = first ? 0.0f : exp_float(running_max - top);
-    running_sum = first ? sum : running_sum * c.correction[h] + sum;
-    running_max = top;
-    c.prob_scale[h] = largest / float(kProbMax);
-    const float inverse = largest > 1e-30f ? float(kProbMax) / largest : 0.0f;
-    int16_t* probs = c.probs + h * kChunkRows;
-    for (int i = 0; i < kChunkRows; i++) {
-        const float p = weighted[i] * inverse;
-        probs[i] = int16_t(int32_t(round_even(p > 0.0f ? p : 0.0f)));  // NaN too: it is in the sum already
+        Lanes::interleave(in[0], in[1], in[2], in[3], quads + quad * 4 * kSumColumns);
     }
 }
 
-// out [H heads, 64 columns] = out * correction + probabilities x rows.
+// out [H heads, 64 columns] = out * correction + weights x rows.
 template <int H>
-SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t column, int64_t n, const Chunk& c, float* out) {
+SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, const Chunk& c, float* out) {
+    const int32_t* weights = c.weights + h / kTile * kQuads * kTile + h % kTile;
     Lanes::I dots[H][4];
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) dots[i][j] = Lanes::izero();
-    for (int64_t pair = 0; pair < (n + 1) / 2; pair++) {
-        const int16_t* rows = reinterpret_cast<const int16_t*>(c.pairs + pair * m.r_padded + column);
-        const int16_t* probs = c.probs + h * kChunkRows + 2 * pair;
+    for (int64_t quad = 0; quad < quads; quad++) {
+        const int8_t* rows = c.quads + quad * 4 * kSumColumns;
+        Lanes::W values[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const auto v = Lanes::load16(rows + 32 * j);
+        for (int j = 0; j < 4; j++) values[j] = Lanes::load_bytes(rows + 64 * j);
 #pragma GCC unroll 4
-            for (int i = 0; i < H; i++) dots[i][j] = Lanes::dot16(dots[i][j], v, probs + i * kChunkRows);
+        for (int i = 0; i < H; i++) {
+            const auto weight = Lanes::broadcast_bytes(weights + quad * kTile + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) dots[i][j] = Lanes::dot_bytes(dots[i][j], weight, values[j]);
         }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < H; i++)
+    for (int i = 0; i < H; i++) {
+        const int64_t top_row = int64_t(c.top_row[h + i]);
+        const int8_t* top = c.quads + top_row / 4 * 4 * kSumColumns;
+        const auto correction = Lanes::broadcast(c.correction[h + i]), step = Lanes::broadcast(c.step[h + i]);
+        const auto largest = Lanes::broadcast(c.top[h + i]);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            float* o = out + (h + i) * m.r_padded + column + 16 * j;
-            const auto kept = Lanes::mul(Lanes::load(o), Lanes::broadcast(c.correction[h + i]));
-            Lanes::store(o, Lanes::fma(Lanes::to_float(dots[i][j]), Lanes::broadcast(c.prob_scale[h + i]), kept));
+            float* o = out + i * m.r_padded + 16 * j;
+            auto sum = Lanes::fma(Lanes::to_float(dots[i][j]), step, Lanes::mul(Lanes::load(o), correction));
+            Lanes::store(o, Lanes::fma(Lanes::pick_byte(top + 64 * j, int(top_row % 4)), largest, sum));
         }
+    }
+}
+
+// out [heads, Rp] = out * correction + weights x rows; meanwhile the rows from `next` to `last` come nearer.
+void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last, float* out) {
+    const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4;
+    const int64_t slice = (last - next) * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
+    for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
+        load_quads(m, rows, n, column, c.quads);
+        for (int64_t h = 0; h < four; h += 4) {
+            for (const uint8_t* end = next + slice; next < end && next < last; next += 64) Lanes::prefetch_far(next);
+            value_block<4>(m, h, quads, c, out + h * m.r_padded + column);
+        }
+        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, c, out + h * m.r_padded + column);
+    }
+}
+
+// --- all of it
+
+// The scores of n rows, for all heads.
+void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
+    for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
+        float scales[Lanes::kScoreRows][2];
+        for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
+            const uint8_t* row = rows + (first + j < n ? first + j : n - 1) * m.stride;  // scores past n are not read
+            widen(reinterpret_cast<const int8_t*>(row), m.k, c.wide + j * m.k);
+            memcpy(scales[j], row + m.k, sizeof scales[j]);
+        }
+        for (int64_t tile = 0; tile < m.tiles; tile++) score_rows(m, tile, c.wide, scales, c.scores + (tile * kChunkRows + first) * kTile);
+    }
 }
 
 void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
     Chunk c;
     mla_layout(m, scratch, c);
-    const int64_t four = m.heads / 4 * 4;
+    const int64_t padded = m.tiles * kTile;
     for (int64_t span = begin; span < end; span++) {
-        float *maxima = m.span_max + span * m.heads, *sums = m.span_sum + span * m.heads;
+        float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
         float* out = m.span_out + span * m.heads * m.r_padded;
         memset(out, 0, size_t(m.heads * m.r_padded) * 4);
         const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
         const int64_t stop = limit < m.context ? limit : m.context;
         for (int64_t first = start; first < stop; first += kChunkRows) {
             const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows;
-            memset(c.row_scale, 0, kChunkRows * sizeof(float));
-            memset(c.score_scale, 0, kChunkRows * sizeof(float));
-            memset(c.row_ratio, 0, kChunkRows * sizeof(float));
-            for (int64_t group = 0; group < n; group += kGroupRows) {
-                load_rows(m, first + group, n - group < kGroupRows ? n - group : kGroupRows, group, c);
-                for (int64_t h = 0; h < four; h += 4)
-                    for (int64_t r = 0; r < kGroupRows; r += 4) score_block<4>(m, h, r, c, group);
-                for (int64_t h = four; h < m.heads; h++) score_block<1>(m, h, 0, c, group);
-            }
-            for (int64_t h = 0; h < m.heads; h++) softmax_head(m, h, n, first == start, c, maxima[h], sums[h]);
-            const int64_t next_rows = stop - first - n < kChunkRows ? stop - first - n : kChunkRows;
-            const uint8_t* next = reinterpret_cast<const uint8_t*>(m.cache + (first + n) * m.stride);
-            const int64_t next_bytes = next_rows * m.stride * 2, slice = next_bytes * 64 * 4 / (m.r_padded * m.heads) + 64;
-            int64_t fetched = 0;
-            for (int64_t h = 0; h < four; h += 4)
-                for (int64_t column = 0; column < m.r_padded; column += 64) {
-                    for (int64_t until = fetched + slice; fetched < until && fetched < next_bytes; fetched += 64) Lanes::prefetch_far(next + fetched);
-                    value_block<4>(m, h, column, n, c, out);
-                }
-            for (int64_t h = four; h < m.heads; h++)
-                for (int64_t column = 0; column < m.r_padded; column += 64) value_block<1>(m, h, column, n, c, out);
+            const uint8_t* rows = m.cache + first * m.stride;
+            score_chunk(m, rows, n, c);
+            for (int64_t tile = 0; tile < m.tiles; tile++) softmax_tile(m, tile, rows, n, first == start, c, maxima, sums);
+            const int64_t next = first + n, after = next + kChunkRows < m.context ? next + kChunkRows : m.context;
+            sum_values(m, rows, n, c, m.cache + next * m.stride, m.cache + after * m.stride, out);
         }
     }
 }
 
 void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
     const int64_t chunks = (m.context + kChunkRows - 1) / kChunkRows, spans = (chunks + m.span_chunks - 1) / m.span_chunks;
+    const int64_t padded = m.tiles * kTile;
     for (int64_t h = begin; h < end; h++) {
         float top = m.span_max[h], sum = 0.0f;
-        for (int64_t s = 1; s < spans; s++) top = m.span_max[s * m.heads + h] > top ? m.span_max[s * m.heads + h] : top;
-        for (int64_t s = 0; s < spans; s++) sum += m.span_sum[s * m.heads + h] * exp_float(m.span_max[s * m.heads + h] - top);
+        for (int64_t s = 1; s < spans; s++) top = m.span_max[s * padded + h] > top ? m.span_max[s * padded + h] : top;
+        for (int64_t s = 0; s < spans; s++) sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
         float* y = out + h * m.r;
         for (int64_t i = 0; i < m.r; i++) y[i] = 0.0f;
         for (int64_t s = 0; s < spans; s++) {
-            const float weight = exp_float(m.span_max[s * m.heads + h] - top) / sum;
+            const float weight = exp_float(m.span_max[s * padded + h] - top) / sum;
             const float* in = m.span_out + (s * m.heads + h) * m.r_padded;
             for (int64_t i = 0; i < m.r; i++) y[i] += weight * in[i];
         }
+        unmix(y, m.r);
     }
 }
 

@@ -49,22 +49,26 @@ struct Int8Matrix {
 };
 
 struct Mla {
-    const float* q;         // [heads, R + P]
-    const uint16_t* cache;  // fp16 [context, stride], columns past R + P unused
+    const float* q;        // [heads, R + P]
+    const uint8_t* cache;  // [context] rows, `stride` bytes apart; see attention.h
     int64_t heads, context, stride, r, p;
     float scale;
     int64_t span_chunks;  // chunks of kChunkRows rows in one span
-    int64_t r_padded, k_padded;  // R rounded up to 64; that plus P rounded up to 32
-    int q_max;                   // largest |q_int| that no 32-bit sum can overflow with
-    // Filled by mla_queries. q = q_int * q_scale for the first R columns, q_int * q_scale * q_ratio for the others.
-    int16_t* q_int;  // [heads, k_padded]
-    float* q_scale;  // [heads]
-    float* q_ratio;  // [heads]
+    int64_t tiles;        // of 16 heads
+    int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
+    int64_t r_padded;     // R rounded up to 64
+    int q_max;            // largest |q_int| that no 32-bit sum can overflow with
+    // Filled by mla_queries
+    float* q_mixed;  // [heads, R + P]
+    int16_t* q_int;  // [tiles, k / 2, 16 heads, 2 columns]
+    float* q_scale;  // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
     // Per span: running maximum, sum and weighted sum of rows
-    float* span_max;  // [spans, heads]
-    float* span_sum;  // [spans, heads]
+    float* span_max;  // [spans, tiles * 16]
+    float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
 };
+
+constexpr int64_t latent_bytes(int64_t r, int64_t p) { return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 8; }  // of a cache row
 
 enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -91,7 +95,7 @@ struct Isa {
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);
 
-    void (*store_latent)(const float* row, int64_t n, uint16_t* out);  // to fp16, saturating
+    void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
 
     // Heads begin..end; see dense.h. A head of q and of out stands ldq and ldo floats after the one before.
     void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,

@@ -32,6 +32,11 @@ struct Lanes {
     static F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
     static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
     static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+    static F max(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }  // b where either is NaN, min too
+    static F min(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+    static F where_greater(F a, F b, F yes, F no) {
+        return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)), _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
+    }
     static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
     static F load_half(const uint16_t* p) {
         const __m128i* h = reinterpret_cast<const __m128i*>(p);
@@ -84,33 +89,43 @@ struct Lanes {
     static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }
-    static I to_int(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }  // to nearest even
-    static void store_rows(int16_t* a, int16_t* b, I low, I high) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm256_permute4x64_epi64(_mm256_packs_epi32(low.a, low.b), 0xd8));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(b), _mm256_permute4x64_epi64(_mm256_packs_epi32(high.a, high.b), 0xd8));
-    }
-    static void store_pairs(int32_t* p, I low, I high) {
-        __m256i* out = reinterpret_cast<__m256i*>(p);
-        _mm256_storeu_si256(out, _mm256_blend_epi16(low.a, _mm256_slli_epi32(high.a, 16), 0xaa));
-        _mm256_storeu_si256(out + 1, _mm256_blend_epi16(low.b, _mm256_slli_epi32(high.b, 16), 0xaa));
-    }
     static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static I load16(const int16_t* p) { return {bytes(p), bytes(p + 16)}; }
-    static I dot16(I sum, I a, I b) {
-        return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(a.a, b.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(a.b, b.b))};
-    }
-    static I dot16(I sum, I a, const int16_t* pair) {
+    static I dot16(I sum, I a, const int16_t (*pair)[2]) {
         int32_t b;
         memcpy(&b, pair, 4);
-        return dot16(sum, a, I{_mm256_set1_epi32(b), _mm256_set1_epi32(b)});
+        const __m256i v = _mm256_set1_epi32(b);
+        return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(a.a, v)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(a.b, v))};
     }
 
-    static void sum_lanes(const F* v, float* out) {
-        for (int i = 0; i < 16; i += 4) {
-            __m256 s[4];
-            for (int j = 0; j < 4; j++) s[j] = _mm256_add_ps(v[i + j].a, v[i + j].b);
-            const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-            _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+    static void widen(const int8_t* in, int16_t* out) {
+        const __m256i all = bytes(in);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(all)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(all, 1)));
+    }
+
+    static constexpr int kScoreRows = 4;     // rows that are scored together
+    static constexpr int kMostWeight = 127;  // of a row's weight: two products of 127 * 127 fit 16 bits
+    static W load_bytes(const int8_t* p) { return weights(p); }
+    static W broadcast_bytes(const int32_t* p) { return start(*p); }
+    static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
+    }
+    static I dot_bytes(I sum, W weight, W value) { return {dot_bytes(sum.a, weight.a, value.a), dot_bytes(sum.b, weight.b, value.b)}; }
+    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
+        const __m128i up = _mm_cvtsi32_si128(24 - 8 * i);
+        const auto one = [&](const int8_t* at) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(bytes(at), up), 24)); };
+        return {one(p), one(p + 32)};
+    }
+    // out[4 c + j] = column c of row j, 64 columns.
+    static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
+        for (int i = 0; i < 64; i += 16) {
+            const auto part = [&](const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)); };
+            const __m128i ab_low = _mm_unpacklo_epi8(part(a), part(b)), ab_high = _mm_unpackhi_epi8(part(a), part(b));
+            const __m128i cd_low = _mm_unpacklo_epi8(part(c), part(d)), cd_high = _mm_unpackhi_epi8(part(c), part(d));
+            __m128i* to = reinterpret_cast<__m128i*>(out + 4 * i);
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(ab_low, cd_low)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab_low, cd_low));
+            _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab_high, cd_high)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab_high, cd_high));
         }
     }
 };

@@ -31,6 +31,9 @@ struct Lanes {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN, min too
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F where_greater(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes); }
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     static F load_bf16(const uint16_t* p) {
@@ -70,36 +73,42 @@ struct Lanes {
     static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return _mm512_add_epi32(sum, _mm512_loadu_si512(p)); }
-    static I to_int(F v) { return _mm512_cvtps_epi32(v); }  // to nearest even
-    static void store_rows(int16_t* a, int16_t* b, I low, I high) {
-        const __m512i both = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi32(low, high));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm512_castsi512_si256(both));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(b), _mm512_extracti64x4_epi64(both, 1));
-    }
-    static void store_pairs(int32_t* p, I low, I high) {
-        _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
-    }
     static I izero() { return _mm512_setzero_si512(); }
     static I load16(const int16_t* p) { return _mm512_loadu_si512(p); }
-    static I dot16(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
-    static I dot16(I sum, I a, const int16_t* pair) {
-        int32_t b;
-        memcpy(&b, pair, 4);
-        return _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi32(b));
+    // As instructions: GCC 12 copies the sums to and fro around the intrinsics, two moves for each product.
+    static I dot16(I sum, I a, const int16_t (*pair)[2]) {
+        asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*pair));
+        return sum;
     }
 
-    // out[i] = the sum of a[i]'s lanes, i < 16.
-    static void sum_lanes(const F* a, float* out) {
-        __m512 b[8], c[4];
-        for (int i = 0; i < 8; i++)
-            b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
-        for (int i = 0; i < 4; i++)
-            c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-        const __m512 d = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
-        const __m512 e = _mm512_add_ps(_mm512_unpacklo_ps(c[2], c[3]), _mm512_unpackhi_ps(c[2], c[3]));
-        const __m512 f = _mm512_add_ps(_mm512_shuffle_ps(d, e, 0x44), _mm512_shuffle_ps(d, e, 0xee));  // lane 4L + m: a[4m + L]
-        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, f));
+    static void widen(const int8_t* in, int16_t* out) {
+        _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
+    }
+
+    static constexpr int kScoreRows = 8;     // rows that are scored together
+    static constexpr int kMostWeight = 255;  // of a row's weight
+    static W load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+    static W broadcast_bytes(const int32_t* p) { return _mm512_set1_epi32(*p); }
+    static I dot_bytes(I sum, W weight, W value) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(value));
+        return sum;
+    }
+    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
+        const __m512i up = _mm512_sll_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(24 - 8 * i));
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24));
+    }
+    // out[4 c + j] = column c of row j, 64 columns.
+    static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
+        // Unpacking stays within 16 bytes, so first 4 neighbouring columns go to each 16.
+        const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const auto dealt = [&](const int8_t* p) { return _mm512_permutexvar_epi32(deal, _mm512_loadu_si512(p)); };
+        const __m512i va = dealt(a), vb = dealt(b), vc = dealt(c), vd = dealt(d);
+        const __m512i ab_low = _mm512_unpacklo_epi8(va, vb), ab_high = _mm512_unpackhi_epi8(va, vb);
+        const __m512i cd_low = _mm512_unpacklo_epi8(vc, vd), cd_high = _mm512_unpackhi_epi8(vc, vd);
+        _mm512_storeu_si512(out, _mm512_unpacklo_epi16(ab_low, cd_low));
+        _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
+        _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
+        _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
     }
 };
 

@@ -24,6 +24,12 @@ struct Lanes {
     static F add(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
     static F mul(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
     static F fma(const F& a, const F& b, F c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
+    static F max(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }  // b for NaN
+    static F min(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
+    static F where_greater(const F& a, const F& b, const F& yes, F no) {
+        for (int i = 0; i < 16; i++) no.v[i] = a.v[i] > b.v[i] ? yes.v[i] : no.v[i];
+        return no;
+    }
     static F to_float(const I& a) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]); return r; }
 
     static float half(uint16_t h) {
@@ -94,33 +100,33 @@ struct Lanes {
         for (int i = 0; i < 16; i++) sum.v[i] = int32_t(uint32_t(sum.v[i]) + words[i]);
         return sum;
     }
-    static I to_int(const F& v) {  // to nearest even, |v| < 2^22; anything for NaN
-        I r;
-        for (int i = 0; i < 16; i++) r.v[i] = v.v[i] == v.v[i] ? int32_t((v.v[i] + 12582912.0f) - 12582912.0f) : 0;
-        return r;
-    }
-    static void store_rows(int16_t* a, int16_t* b, const I& low, const I& high) {
-        for (int i = 0; i < 16; i++) a[i] = int16_t(low.v[i]), b[i] = int16_t(high.v[i]);
-    }
-    static void store_pairs(int32_t* p, const I& low, const I& high) {
-        for (int i = 0; i < 16; i++) p[i] = int32_t((uint32_t(low.v[i]) & 0xffff) | uint32_t(high.v[i]) << 16);
-    }
     static I izero() { return start(0); }
     static Pairs load16(const int16_t* p) { Pairs r; memcpy(r.v, p, 64); return r; }
-    static I dot16(I sum, const Pairs& a, const Pairs& b) {
-        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+    static I dot16(I sum, const Pairs& a, const int16_t (*pair)[2]) {
+        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * (*pair)[0] + a.v[2 * i + 1] * (*pair)[1];
         return sum;
     }
-    static I dot16(I sum, const Pairs& a, const int16_t* b) {
-        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b[0] + a.v[2 * i + 1] * b[1];
+    static void widen(const int8_t* in, int16_t* out) {
+        for (int i = 0; i < 32; i++) out[i] = in[i];
+    }
+
+    static constexpr int kScoreRows = 4;     // rows that are scored together
+    static constexpr int kMostWeight = 255;  // of a row's weight
+    static W load_bytes(const int8_t* p) { return weights(p); }
+    static int32_t broadcast_bytes(const int32_t* p) { return *p; }
+    static I dot_bytes(I sum, int32_t weight, const W& value) {
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 4; j++) sum.v[i] += int32_t(uint32_t(weight) >> 8 * j & 255) * value.v[4 * i + j];
         return sum;
     }
-    static void sum_lanes(const F* v, float* out) {
-        for (int i = 0; i < 16; i++) {
-            float s = 0;
-            for (int lane = 0; lane < 16; lane++) s += v[i].v[lane];
-            out[i] = s;
-        }
+    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
+        F r;
+        for (int lane = 0; lane < 16; lane++) r.v[lane] = float(p[4 * lane + i]);
+        return r;
+    }
+    // out[4 c + j] = column c of row j, 64 columns.
+    static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
+        for (int i = 0; i < 64; i++) out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
     }
 };
 
