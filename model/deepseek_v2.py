@@ -73,14 +73,16 @@ class Ops(Protocol):
 
 
 class FusedLayer(Protocol):
-    """A layer for one token: what comes before its experts are chosen, and what comes after they are computed.  Bitwise what
-    the ops give one by one, so that decode equals prefill."""
+    """A layer for one token of each sequence: what comes before its experts are chosen, and what comes after they are computed.
+    Bitwise what the ops give one by one, so that decode equals prefill."""
 
-    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SX: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [1, E] (None in a dense layer); writes
-        the token's latent row at ``position`` of the layer's cache [S, X]."""
+    def begin(
+        self, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [T, E] (None in a dense layer); writes
+        each token's latent row at its position of its sequence's cache [S, X]."""
 
-    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
+    def end(self, h_TD: Tensor, x_TD: Tensor, y_TD: Tensor | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum (None in a dense layer)."""
 
 
@@ -225,8 +227,8 @@ class DeepseekV2:
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
         self.lap("rest")
         for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
-            if fused is not None and len(ids_T) == 1:
-                h_TD = self._one_token(index, fused, h_TD, table_TC, caches[0])
+            if fused is not None and each == 1:
+                h_TD = self._one_token_each(index, fused, h_TD, table_TC, caches)
                 continue
             h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, caches)
             self.lap("attention")
@@ -241,18 +243,19 @@ class DeepseekV2:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
         return self.ops.linear(self.ops.rms_norm(h_TD, self.norm, self.config.rms_norm_eps), self.lm_head)
 
-    def _one_token(self, index: int, fused: FusedLayer, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> Tensor:
+    def _one_token_each(self, index: int, fused: FusedLayer, h_TD: Tensor, table_TC: Tensor, caches: Sequence[LatentCache]) -> Tensor:
         """``_attention`` and ``_feed_forward`` in as few calls as the choice of experts leaves."""
-        h_1D, x_1D, logits_1E = fused.begin(h_1D, table_1C, cache.layers[index], cache.length)
+        rows, positions = [cache.extend(index, 1) for cache in caches], [cache.length for cache in caches]
+        h_TD, x_TD, logits_TE = fused.begin(h_TD, table_TC, rows, positions)
         self.lap("attention")
-        y_1D = None
-        if logits_1E is not None:
-            weights_1K, indices_1K = route(logits_1E, self.config)
+        y_TD = None
+        if logits_TE is not None:
+            weights_TK, indices_TK = route(logits_TE, self.config)
             self.lap("gate")
-            y_1D = self.experts(index, x_1D, weights_1K, indices_1K)
-        h_1D = fused.end(h_1D, x_1D, y_1D)
+            y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
+        h_TD = fused.end(h_TD, x_TD, y_TD)
         self.lap("shared experts and dense layers")
-        return h_1D
+        return h_TD
 
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from statistics import median
@@ -323,7 +323,7 @@ def _mlp(*weights: Weight) -> Mlp | None:
 
 
 class FusedLayer:
-    """One token through a layer in few native calls, its weights checked and bound once.
+    """One token of each sequence through a layer in few native calls, the weights checked and bound once.
 
     Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so fewer and larger calls are
     faster.  Each gives bitwise what the single ops give.
@@ -332,15 +332,17 @@ class FusedLayer:
     def __init__(self, native: Kernels, attention: AttentionLayer, mlp: Mlp | None):
         self._native, self._attention, self._mlp = native, attention, mlp
 
-    def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SX: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(
+        self, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``model.deepseek_v2.FusedLayer``."""
-        return self._native.attention(self._attention, h_1D, table_1C, rows_SX, position)
+        return self._native.attention(self._attention, h_TD, table_TC, rows, positions)
 
-    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
+    def end(self, h_TD: Tensor, x_TD: Tensor, y_TD: Tensor | None) -> Tensor:
         """See ``model.deepseek_v2.FusedLayer``."""
         if self._mlp is not None:
-            return self._native.mlp(x_1D, self._mlp, h_1D, y_1D)
-        return h_1D if y_1D is None else h_1D + y_1D
+            return self._native.mlp(x_TD, self._mlp, h_TD, y_TD)
+        return h_TD if y_TD is None else h_TD + y_TD
 
 
 class NativeOps(TorchOps):

@@ -945,12 +945,13 @@ def same(got, want):
     st.tuples(*(st.integers(1, top) for top in (140, 5)), st.integers(0, 20), st.integers(0, 8), st.integers(1, 80), st.integers(1, 20)),
     st.sampled_from([0, 1, 30]),
     st.sampled_from([0, 7]),
-    st.sampled_from(["first", "middle", "last"]),
+    st.lists(st.sampled_from(["first", "middle", "last"]), min_size=1, max_size=7),
     st.sampled_from([1.0, 1e4]),
     st.integers(1, 3),
     seeds,
 )
 def test_attention_is_bitwise_its_parts(kernels, kinds, shape, q_rank, experts, where, size, threads, seed):
+    """One token of each of a few sequences, in one call, is what the single ops give each of them alone."""
     rng = np.random.default_rng(seed)
     hidden, heads, n, pairs, r, v = shape
     if n + pairs == 0:
@@ -959,22 +960,24 @@ def test_attention_is_bitwise_its_parts(kernels, kinds, shape, q_rank, experts, 
     kernels.set_threads(threads)
     layer = RandomLayer(kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts)
     layer.latent_norm *= size  # 1e4: past what fp16 holds
-    capacity = int(rng.integers(1, 200))
-    position = {"first": 0, "middle": capacity // 2, "last": capacity - 1}[where]
-    size = latent_bytes(r, p)
-    buffer = torch.full((capacity, size + 3), 0xFF, dtype=torch.uint8)
-    kernels.store_latents(torch_of(rng.standard_normal((position, r + p))), r, buffer[:position, :size])
-    caches = [buffer.clone()[:, :size] for _ in range(2)]
-    h, table = (
-        torch_of(rng.standard_normal((1, hidden))),
-        torch.polar(torch.full((1, pairs), 0.9), torch_of(rng.uniform(-9, 9, (1, pairs)))),
-    )
-    got = kernels.attention(layer.prepared(), h, table, caches[0], position)
-    want = layer.one_by_one(h, table, caches[1], position)
-    assert same(got, want)
-    assert torch.equal(caches[0][: position + 1], caches[1][: position + 1])
-    assert (caches[0][position + 1 :] == 0xFF).all()
-    assert (caches[0]._base[:, size:] == 0xFF).all()
+    capacities = [int(rng.integers(1, 200)) for _ in where]
+    positions = [{"first": 0, "middle": c // 2, "last": c - 1}[one] for one, c in zip(where, capacities, strict=True)]
+    size, caches, others = latent_bytes(r, p), [], []
+    for capacity, position in zip(capacities, positions, strict=True):
+        buffer = torch.full((max(capacity, 2), size + 3), 0xFF, dtype=torch.uint8)
+        kernels.store_latents(torch_of(rng.standard_normal((position, r + p))), r, buffer[:position, :size])
+        caches.append(buffer.clone()[:, :size])
+        others.append(buffer.clone()[:, :size])
+    t = len(where)
+    h = torch_of(rng.standard_normal((t, hidden)))
+    table = torch.polar(torch.full((t, pairs), 0.9), torch_of(rng.uniform(-9, 9, (t, pairs))))
+    got = kernels.attention(layer.prepared(), h, table, caches, positions)
+    for i, position in enumerate(positions):
+        want = layer.one_by_one(h[i : i + 1], table[i : i + 1], others[i], position)
+        assert same([None if one is None else one[i : i + 1] for one in got], want)
+        assert torch.equal(caches[i][: position + 1], others[i][: position + 1])
+        assert (caches[i][position + 1 :] == 0xFF).all()
+        assert (caches[i]._base[:, size:] == 0xFF).all()
     assert got[0].isfinite().all()
 
 
@@ -986,7 +989,7 @@ def test_threads_change_nothing_in_a_fused_layer(kernels):
     for threads in (1, 2, 3, 7):
         kernels.set_threads(threads)
         cache = rows.clone()
-        results.append([*kernels.attention(layer.prepared(), h, table, cache, 850), cache])
+        results.append([*kernels.attention(layer.prepared(), h, table, [cache], [850]), cache])
     assert all(same(other, results[0]) for other in results[1:])
 
 
@@ -996,11 +999,11 @@ def test_a_layer_holds_its_memory(kernels):
     layer = RandomLayer(kernels, rng, ["int8", "nf4", "bfloat16"], 64, 2, 8, 4, 32, 8, 24, 9)
     prepared = layer.prepared()
     h, table = torch.randn(1, 64), torch.polar(torch.ones(1, 2), torch.rand(1, 2))
-    want = kernels.attention(prepared, h, table, torch.zeros(3, 44, dtype=torch.uint8), 0)
+    want = kernels.attention(prepared, h, table, [torch.zeros(3, 44, dtype=torch.uint8)], [0])
     del layer
     for size in (8, 64, 2048, 16384):  # would be given the freed memory
         torch.full((size,), float("nan"))
-    assert same(kernels.attention(prepared, h, table, torch.zeros(3, 44, dtype=torch.uint8), 0), want)
+    assert same(kernels.attention(prepared, h, table, [torch.zeros(3, 44, dtype=torch.uint8)], [0]), want)
 
 
 def test_bad_layers_are_refused(kernels):
@@ -1031,25 +1034,28 @@ def test_bad_layers_are_refused(kernels):
         with pytest.raises(ValueError, match=r"expected|must"):
             qk.AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
     prepared, h, table, cache = layer.prepared(), torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64), torch.zeros(5, 44, dtype=torch.uint8)
-    kernels.attention(prepared, h, table, cache, 4)
+    kernels.attention(prepared, h, table, [cache], [4])
     pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
     int8, codes = qk.Matrix.int8(pack, torch.ones(16)), (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half())
     nf4s = [qk.Matrix.nf4(*codes, levels, 16, 16) for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))]
     mlp = qk.Mlp(int8, int8, int8)
     cases = [
-        lambda: kernels.attention(prepared, h[0], table, cache, 0),
-        lambda: kernels.attention(prepared, h.repeat(2, 1), table, cache, 0),
-        lambda: kernels.attention(prepared, h.double(), table, cache, 0),
-        lambda: kernels.attention(prepared, h.to("meta"), table, cache, 0),
-        lambda: kernels.attention(prepared, h, table[:, :1], cache, 0),
-        lambda: kernels.attention(prepared, h, table.real, cache, 0),
-        lambda: kernels.attention(prepared, h, table.conj(), cache, 0),
-        lambda: kernels.attention(prepared, h, table, cache, 5),
-        lambda: kernels.attention(prepared, h, table, cache, -1),
-        lambda: kernels.attention(prepared, h, table, cache.float(), 0),
-        lambda: kernels.attention(prepared, h, table, cache[:, :43], 0),
-        lambda: kernels.attention(prepared, h, table, torch.zeros(44, 5, dtype=torch.uint8).t(), 0),
-        lambda: kernels.attention(prepared, h, table, cache[:1].expand(5, 44), 0),
+        lambda: kernels.attention(prepared, h[0], table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.repeat(2, 1), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.double(), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.to("meta"), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h, table[:, :1], [cache], [0]),
+        lambda: kernels.attention(prepared, h, table.real, [cache], [0]),
+        lambda: kernels.attention(prepared, h, table.conj(), [cache], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache], [5]),
+        lambda: kernels.attention(prepared, h, table, [cache], [-1]),
+        lambda: kernels.attention(prepared, h, table, [cache], [0, 1]),
+        lambda: kernels.attention(prepared, h, table, [], []),
+        lambda: kernels.attention(prepared, h.repeat(2, 1), table.repeat(2, 1), [cache, torch.zeros(5, 50, dtype=torch.uint8)[:, :44]], [0, 0]),
+        lambda: kernels.attention(prepared, h, table, [cache.float()], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache[:, :43]], [0]),
+        lambda: kernels.attention(prepared, h, table, [torch.zeros(44, 5, dtype=torch.uint8).t()], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache[:1].expand(5, 44)], [0]),
         lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(1, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.complex64).conj()),

@@ -53,7 +53,7 @@ int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, i
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, const float*, const float*, uint8_t*, int64_t, int64_t, float*, float*, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
@@ -156,16 +156,18 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                   int64_t experts) {
     Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden), query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
     Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v), gate(Matrix::f32, experts ? experts : 1, hidden);
-    Floats h(hidden), table(p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f), scale(heads * (n + v));
-    Floats y(hidden), x(hidden), logits(experts);
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f), scale(heads * (n + v));
+    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts);
     Array<int8_t> kv_b(heads * (n + v) * r);
     Attention a{heads, n, p, r, v, 1e-6f, 1e-6f, 0.01f, 0, norm, q_rank ? query_norm.p : nullptr, latent_norm, norm, query.matrix,
                 query_b.matrix, latent.matrix, out.matrix, experts ? gate.matrix : Matrix{}, kv_b, scale};
     const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
-    Array<uint8_t> cache((rows - 1) * stride + size);
+    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size), third((rows - 1) * stride + size);
     Floats latents(rows * (r + p));
-    check(slotmoe_store_latents(latents, rows, r, p, cache, stride));
-    for (int64_t position : {int64_t(0), rows - 1}) check(slotmoe_attention(&a, h, table, cache, stride, position, y, x, logits));
+    for (uint8_t* one : {cache.p, third.p}) check(slotmoe_store_latents(latents, rows, r, p, one, stride));
+    uint8_t* const caches[] = {cache, short_cache, third};
+    const int64_t positions[] = {rows - 1, 0, rows / 2};
+    for (int64_t tokens : {1, 3}) check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
     check(slotmoe_rotate(many, tables, 3, heads, p, turned));
 }

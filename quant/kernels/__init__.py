@@ -241,7 +241,7 @@ class Kernels:
             "absorb_query": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "rotate": [pointer, pointer, size, size, size, pointer],
-            "attention": [pointer, pointer, pointer, pointer, size, size, pointer, pointer, pointer],
+            "attention": [pointer, size, pointer, pointer, pointer, size, pointer, pointer, pointer, pointer],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
             "nf4_error": [pointer, number, size, size, pointer, pointer, pointer, pointer],
@@ -512,25 +512,34 @@ class Kernels:
         return out
 
     def attention(
-        self, layer: AttentionLayer, h: Tensor, table: Tensor, cache: Tensor, position: int
+        self, layer: AttentionLayer, h: Tensor, table: Tensor, caches: Sequence[Tensor], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One token through a layer's attention: h float32 [1, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y), both
-        float32 [1, H], and the router's logits x gate^T, float32 [1, E] or None.
+        """One token of each of T sequences through a layer's attention: h float32 [T, H] -> y = h + attention(rms_norm(h)),
+        x = rms_norm(y), both float32 [T, H], and the router's logits x gate^T, float32 [T, E] or None.
 
-        `table` complex64 [1, P / 2] is the position's rotation; the token's latent row is written to `cache` (uint8
-        [capacity, latent_bytes(R, P)], rows may be strided) at `position`, and rows up to it are attended to.  Bitwise what
-        rms_norm, the linear layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the other.
+        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent row is written to its sequence's cache (uint8
+        [capacity, latent_bytes(R, P)], rows may be strided, alike in all) at its position, and rows up to it are attended to.
+        Bitwise what rms_norm, the linear layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the
+        other, and what each token gives alone.
         """
-        _check("h", h, torch.float32, (1, layer.hidden))
-        _check("table", table, torch.complex64, (1, layer.pairs))
+        t = len(caches)
+        _count("T", t)
+        _check("h", h, torch.float32, (t, layer.hidden))
+        _check("table", table, torch.complex64, (t, layer.pairs))
         if table.is_conj():
             raise ValueError("table must be resolved, not conjugated lazily")
-        stride = _rows(cache, layer.row_bytes)
-        if not 0 <= position < cache.shape[0]:
-            raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
+        strides = {_rows(cache, layer.row_bytes) for cache in caches}
+        if len(strides) > 1:
+            raise ValueError(f"the caches' rows stand {sorted(strides)} bytes apart, expected the same in all")
+        if len(positions) != t:
+            raise ValueError(f"{len(positions)} positions, expected one for each of {t} caches")
+        for cache, position in zip(caches, positions, strict=True):
+            if not 0 <= position < cache.shape[0]:
+                raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
         y, x = torch.empty_like(h), torch.empty_like(h)
-        logits = torch.empty(1, layer.experts, dtype=torch.float32) if layer.experts else None
-        inputs = layer.address, h.data_ptr(), table.data_ptr(), cache.data_ptr(), stride, position
+        logits = torch.empty(t, layer.experts, dtype=torch.float32) if layer.experts else None
+        addresses, places = (ctypes.c_void_p * t)(*(cache.data_ptr() for cache in caches)), (ctypes.c_int64 * t)(*positions)
+        inputs = layer.address, t, h.data_ptr(), table.data_ptr(), addresses, strides.pop(), places
         outputs = y.data_ptr(), x.data_ptr(), None if logits is None else logits.data_ptr()
         self._done(self._lib.slotmoe_attention(*inputs, *outputs))
         return y, x, logits

@@ -18,7 +18,7 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kSlotCount };
+            kMlas, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -62,16 +62,16 @@ struct Attention {
     const float* kv_b_scale;
 };
 
-// One row x [k] times a matrix -> y [n], its activations quantized as the matrix wants them.
+// Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them.
 class Product {
 public:
-    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, float* y, Slot blocks = kX, Slot factor = kXFactor)
-        : isa_(isa), w_(w), x_(x), y_(y) {
+    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX, Slot factor = kXFactor)
+        : isa_(isa), w_(w), x_(x), t_(t), y_(y) {
         if (w.kind > Matrix::nf4) return;
         if (w.kind == Matrix::nf4) levels_ = levels_for(w.levels);
-        blocks_ = job.scratch<ActBlock>(blocks, up_to(w.k, kBlock));
-        factor_ = job.scratch<double>(factor, 1);
-        isa.quantize_rows(x, w.k, 0, 1, 1, levels_.offset, blocks_, factor_);
+        blocks_ = job.scratch<ActBlock>(blocks, t * up_to(w.k, kBlock));
+        factor_ = job.scratch<double>(factor, t);
+        job.parallel(t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, w.k, begin, end, t, levels_.offset, blocks_, factor_); });
     }
 
     int64_t tiles() const { return w_.tiles(); }
@@ -79,17 +79,18 @@ public:
     void run(int64_t begin, int64_t end) const {  // tiles begin..end
         const int64_t last = end * kTile < w_.n ? end * kTile : w_.n;
         if (w_.kind == Matrix::int8)
-            isa_.int8_tiles(w_.as_int8(), blocks_, factor_, 1, begin, end, y_, w_.n);
+            isa_.int8_tiles(w_.as_int8(), blocks_, factor_, t_, begin, end, y_, w_.n);
         else if (w_.kind == Matrix::nf4)
-            isa_.nf4_tiles(w_.as_nf4(), levels_, blocks_, factor_, 1, begin, end, y_, w_.n);
+            isa_.nf4_tiles(w_.as_nf4(), levels_, blocks_, factor_, t_, begin, end, y_, w_.n);
         else
-            isa_.linear_dense(x_, 1, w_.k, w_.data, Source(w_.kind - Matrix::f32), begin * kTile, last, y_, w_.n);
+            isa_.linear_dense(x_, t_, w_.k, w_.data, Source(w_.kind - Matrix::f32), begin * kTile, last, y_, w_.n);
     }
 
 private:
     const Isa& isa_;
     const Matrix& w_;
     const float* x_;
+    int64_t t_;
     float* y_;
     Levels levels_{};
     ActBlock* blocks_ = nullptr;

@@ -132,63 +132,100 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t
 
 // --- all of it
 
-// One token: h [hidden] -> y = h + attention(rms_norm(h)). Its latent row is written to `cache` at `position`, then it attends to
-// the rows up to its own. table [p / 2] complex. Then what its feed-forward starts with: x = next_norm(y), logits = x gate^T.
-// Every element is computed as by the separate entries, one after the other.
-EXPORT int slotmoe_attention(const Attention* a, const float* h, const float* table, uint8_t* cache, int64_t stride, int64_t position,
-                             float* y, float* x, float* logits) {
-    const int64_t heads = a->heads, n = a->n, p = a->p, r = a->r, v = a->v, width = r + p;
-    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || position < 0 || stride < latent_bytes(r, p)) return kBadArgument;
+// One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to its
+// sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what the
+// feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate entries, one after
+// the other, and so as for a token alone.
+EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches, int64_t stride,
+                             const int64_t* positions, float* y, float* x, float* logits) {
+    const int64_t heads = a->heads, n = a->n, p = a->p, r = a->r, v = a->v, width = r + p, hidden = a->latent.k;
+    if (t < 1 || heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || stride < latent_bytes(r, p)) return kBadArgument;
     if (!a->query.valid() || !a->latent.valid() || !a->out.valid() || (a->query_norm && !a->query_b.valid())) return kBadArgument;
     if (a->gate.n && !a->gate.valid()) return kBadArgument;
+    for (int64_t token = 0; token < t; token++)
+        if (positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        float* q = job.scratch<float>(kQuery, heads * (n + p));
-        float* q_in = a->query_norm ? job.scratch<float>(kQueryLatent, a->query.n) : q;
-        float* row = job.scratch<float>(kRow, width);
-        isa.rms_norm(h, a->input_norm, a->latent.k, a->eps, x);
-        const Product query(job, isa, a->query, x, q_in), latent(job, isa, a->latent, x, row, kAct, kActFactor);
+        const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
+            job.parallel(t, [&](int, int64_t begin, int64_t end) {
+                for (int64_t token = begin; token < end; token++) isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
+            });
+        };
+        const int64_t q_columns = heads * (n + p);
+        float* q = job.scratch<float>(kQuery, t * q_columns);
+        float* q_in = a->query_norm ? job.scratch<float>(kQueryLatent, t * a->query.n) : q;
+        float* rows = job.scratch<float>(kRow, t * width);
+        norm(h, a->input_norm, hidden, a->eps, x);
+        const Product query(job, isa, a->query, x, t, q_in), latent(job, isa, a->latent, x, t, rows, kAct, kActFactor);
         job.parallel(query.tiles() + latent.tiles(), [&](int, int64_t begin, int64_t end) {
             const int64_t split = query.tiles();
             if (begin < split) query.run(begin, end < split ? end : split);
             if (end > split) latent.run(begin > split ? begin - split : 0, end - split);
         });
         if (a->query_norm) {
-            isa.rms_norm(q_in, a->query_norm, a->query.n, a->latent_eps, q_in);
-            const Product query_b(job, isa, a->query_b, q_in, q);
+            norm(q_in, a->query_norm, a->query.n, a->latent_eps, q_in);
+            const Product query_b(job, isa, a->query_b, q_in, t, q);
             job.parallel(query_b.tiles(), [&](int, int64_t begin, int64_t end) { query_b.run(begin, end); });
         }
-        isa.rms_norm(row, a->latent_norm, r, a->latent_eps, row);
-        rotate(row + r, table, p / 2, row + r);
-        isa.store_latent(row, r, p, cache + position * stride);
 
-        Mla m = mla_for(cache, heads, position + 1, stride, r, p, a->scale);
-        float* q_full = job.scratch<float>(kQueryFull, heads * width);  // in the cache's columns
-        m.q = q_full;
-        mla_buffers(m, job.scratch<int16_t>(kMlaQuery, mla_query_ints(m)), job.scratch<float>(kMlaScale, mla_query_floats(m)),
-                    job.scratch<float>(kMlaSpans, mla_span_floats(m)));
-        const size_t each = isa.mla_scratch(m);
+        float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
+        Mla* mlas = job.scratch<Mla>(kMlas, t);
+        int64_t spans = 0, ints = 0, floats = 0, span_floats = 0;
+        size_t each = 0;
+        for (int64_t token = 0; token < t; token++) {
+            Mla& m = mlas[token];
+            m = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a->scale);
+            m.q = q_full + token * heads * width;
+            ints += mla_query_ints(m), floats += mla_query_floats(m), span_floats += mla_span_floats(m);
+            spans += mla_span_count(m);
+            each = isa.mla_scratch(m) > each ? isa.mla_scratch(m) : each;
+        }
+        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, ints);
+        float *q_floats = job.scratch<float>(kMlaScale, floats), *span_out = job.scratch<float>(kMlaSpans, span_floats);
+        for (int64_t token = 0; token < t; token++) {
+            Mla& m = mlas[token];
+            mla_buffers(m, q_int, q_floats, span_out);
+            q_int += mla_query_ints(m), q_floats += mla_query_floats(m), span_out += mla_span_floats(m);
+        }
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
-        float* latent_out = job.scratch<float>(kLatentOut, heads * r);
-        float* values = job.scratch<float>(kValues, heads * v);
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            isa.absorb_query(q, n + p, 1, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, q_full, width);
-            for (int64_t head = begin; head < end; head++) rotate(q + head * (n + p) + n, table, p / 2, q_full + head * width + r);
-            isa.mla_queries(m, begin, end);
+        float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
+        float* values = job.scratch<float>(kValues, t * heads * v);
+
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; token++) {
+                float* row = rows + token * width;
+                isa.rms_norm(row, a->latent_norm, r, a->latent_eps, row);
+                rotate(row + r, table + token * p, p / 2, row + r);
+                isa.store_latent(row, r, p, caches[token] + positions[token] * stride);
+            }
         });
-        job.parallel(mla_span_count(m),
-                     [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
         job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            isa.mla_merge(m, begin, end, latent_out);
-            isa.absorb_value(latent_out, 1, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, values);
+            isa.absorb_query(q, n + p, t, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, q_full, width);
+            for (int64_t token = 0; token < t; token++)
+                for (int64_t head = begin; head < end; head++)
+                    rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
+            for (int64_t token = 0; token < t; token++) isa.mla_queries(mlas[token], begin, end);
         });
-        const Product out(job, isa, a->out, values, y);
+        job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t token = 0, first = 0; token < t && first < end; token++) {
+                const int64_t count = mla_span_count(mlas[token]);
+                const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
+                if (from < to) isa.mla_spans(mlas[token], from, to, scratch + size_t(thread) * each);
+                first += count;
+            }
+        });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+            for (int64_t token = 0; token < t; token++) isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
+            isa.absorb_value(latent_out, t, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, values);
+        });
+        const Product out(job, isa, a->out, values, t, y);
         job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
             out.run(begin, end);
-            for (int64_t i = begin * kTile; i < (end * kTile < a->out.n ? end * kTile : a->out.n); i++) y[i] = h[i] + y[i];
+            for (int64_t token = 0; token < t; token++)
+                for (int64_t i = token * hidden + begin * kTile; i < token * hidden + (end * kTile < hidden ? end * kTile : hidden); i++) y[i] = h[i] + y[i];
         });
-        isa.rms_norm(y, a->next_norm, a->latent.k, a->eps, x);
+        norm(y, a->next_norm, hidden, a->eps, x);
         if (!a->gate.n) return kOk;
-        const Product gate(job, isa, a->gate, x, logits);
+        const Product gate(job, isa, a->gate, x, t, logits);
         job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
         return kOk;
     });

@@ -61,66 +61,104 @@ void linear_dense(const float* x, int64_t t, int64_t k, const void* w, Source ty
 }
 
 constexpr int64_t kRowsAhead = 12;
-constexpr int64_t kColumns = 256;  // columns whose sums stay in registers while all rows pass
+constexpr int kSums = 16;  // vectors of sums that stay in registers while all rows pass
 
-// out[h] = sum over n < N of q[h][n] * scale[row] * w[row], one token, head h.
-inline void absorb_query_head(const float* x, const int8_t* rows, const float* scale, int64_t n, int64_t r, float* out) {
-    constexpr int kSums = kColumns / 16;
+// out[h] = sum over n < N of q[h][n] * scale[row] * w[row], head h of `Tokens` tokens, which stand ldx and ldo floats apart.
+template <int Tokens>
+inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r, float* out, int64_t ldo) {
+    constexpr int kVectors = kSums / Tokens, kColumns = kVectors * 16;
     int64_t column = 0;
     for (; column + kColumns <= r; column += kColumns) {
-        F sums[kSums];
+        F sums[Tokens][kVectors];
 #pragma GCC unroll 16
-        for (int j = 0; j < kSums; j++) sums[j] = Lanes::zero();
+        for (int j = 0; j < kSums; j++) sums[j / kVectors][j % kVectors] = Lanes::zero();
         for (int64_t i = 0; i < n; i++) {
-            const F a = Lanes::broadcast(x[i] * scale[i]);
             const int8_t* p = rows + i * r + column;
+            F a[Tokens];
+#pragma GCC unroll 4
+            for (int token = 0; token < Tokens; token++) a[token] = Lanes::broadcast(x[token * ldx + i] * scale[i]);
 #pragma GCC unroll 4
             for (int line = 0; line < kColumns; line += 64) Lanes::prefetch(p + kRowsAhead * r + line);
 #pragma GCC unroll 16
-            for (int j = 0; j < kSums; j++) sums[j] = Lanes::fma(a, Lanes::load_int8(p + 16 * j), sums[j]);
+            for (int j = 0; j < kVectors; j++) {
+                const F w = Lanes::load_int8(p + 16 * j);
+#pragma GCC unroll 4
+                for (int token = 0; token < Tokens; token++) sums[token][j] = Lanes::fma(a[token], w, sums[token][j]);
+            }
         }
 #pragma GCC unroll 16
-        for (int j = 0; j < kSums; j++) Lanes::store(out + column + 16 * j, sums[j]);
+        for (int j = 0; j < kSums; j++) Lanes::store(out + j / kVectors * ldo + column + j % kVectors * 16, sums[j / kVectors][j % kVectors]);
     }
-    for (; column < r; column++) {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < n; i++) sum += x[i] * scale[i] * float(rows[i * r + column]);
-        out[column] = sum;
-    }
+    for (int token = 0; token < Tokens; token++)
+        for (int64_t c = column; c < r; c++) {
+            F sum = Lanes::zero();  // rounded as the vectors above, so that a column does not depend on how many tokens there are
+            alignas(64) int8_t bytes[16] = {};
+            alignas(64) float lanes[16];
+            for (int64_t i = 0; i < n; i++) {
+                bytes[0] = rows[i * r + c];
+                sum = Lanes::fma(Lanes::broadcast(x[token * ldx + i] * scale[i]), Lanes::load_int8(bytes), sum);
+            }
+            Lanes::store(lanes, sum);
+            out[token * ldo + c] = lanes[0];
+        }
 }
 
-// out[v] = scale[v] * (latent . w[v]), one token, one head's value rows.
-inline void absorb_value_head(const float* x, const int8_t* rows, const float* scale, int64_t values, int64_t r, float* out) {
+// out[v] = scale[v] * (latent . w[v]), one head's value rows for `Tokens` tokens, which stand ldx and ldo floats apart.
+template <int Tokens>
+inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values, int64_t r, float* out, int64_t ldo) {
     const int64_t whole = r / 64 * 64;
     for (int64_t v = 0; v < values; v++) {
         const int8_t* p = rows + v * r;
-        F sums[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
+        F sums[Tokens][4];
+#pragma GCC unroll 16
+        for (int i = 0; i < 4 * Tokens; i++) sums[i / 4][i % 4] = Lanes::zero();
         for (int64_t j = 0; j < whole; j += 64)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sums[i] = Lanes::fma(Lanes::load(x + j + 16 * i), Lanes::load_int8(p + j + 16 * i), sums[i]);
-        float total = lane_sum(sums);
-        for (int64_t j = whole; j < r; j++) total += x[j] * float(p[j]);
-        out[v] = total * scale[v];
+            for (int i = 0; i < 4; i++) {
+                const F w = Lanes::load_int8(p + j + 16 * i);
+#pragma GCC unroll 4
+                for (int token = 0; token < Tokens; token++) sums[token][i] = Lanes::fma(Lanes::load(x + token * ldx + j + 16 * i), w, sums[token][i]);
+            }
+        for (int token = 0; token < Tokens; token++) {
+            float total = lane_sum(sums[token]);
+            for (int64_t j = whole; j < r; j++) total += x[token * ldx + j] * float(p[j]);
+            out[token * ldo + v] = total * scale[v];
+        }
     }
+}
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+// Tokens share the conversion of a weight, four or two at a time; each one's arithmetic is that of a token alone.
+template <class Run>
+inline void by_tokens(int64_t t, Run run) {
+    int64_t token = 0;
+    for (; token + 4 <= t; token += 4) run(Count<4>(), token);
+    for (; token + 2 <= t; token += 2) run(Count<2>(), token);
+    for (; token < t; token++) run(Count<1>(), token);
 }
 
 void absorb_query(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head,
                   int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo) {
     for (int64_t h = begin; h < end; h++)
-        for (int64_t token = 0; token < t; token++) {
-            const int64_t at = token * heads + h;
-            absorb_query_head(q + at * ldq, w + h * per_head * r, scale + h * per_head, n, r, out + at * ldo);
-        }
+        by_tokens(t, [&](auto count, int64_t token) {
+            const int64_t at = token * heads + h, row = h * per_head;
+            absorb_query_head<decltype(count)::value>(q + at * ldq, heads * ldq, w + row * r, scale + row, n, r, out + at * ldo, heads * ldo);
+        });
 }
 
 void absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head,
                   int64_t r, int64_t begin, int64_t end, float* out) {
     const int64_t values = per_head - n;
     for (int64_t h = begin; h < end; h++)
-        for (int64_t token = 0; token < t; token++) {
+        by_tokens(t, [&](auto count, int64_t token) {
             const int64_t at = token * heads + h, row = h * per_head + n;
-            absorb_value_head(latent + at * r, w + row * r, scale + row, values, r, out + at * values);
-        }
+            absorb_value_head<decltype(count)::value>(latent + at * r, heads * r, w + row * r, scale + row, values, r, out + at * values,
+                                                      heads * values);
+        });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 namespace slotmoe {
 
 constexpr int kMaxThreads = 256;
-constexpr int kScratchSlots = 20;
+constexpr int kScratchSlots = 21;
 
 using PhaseFn = void (*)(void* context, int thread, int64_t begin, int64_t end);
 
