@@ -9,6 +9,7 @@ using F = Lanes::F;
 using W = Lanes::W;
 
 constexpr int kTokens = 128;       // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
+constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
 constexpr int kPrefetch = 4096;    // bytes ahead, one row
 
 struct Nf4Tile {
@@ -143,8 +144,8 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
     for (int64_t first = 0; first < t; first += kTokens) {
         const int64_t n = t - first < kTokens ? t - first : kTokens;
         for (int64_t i = begin, tiles; i < end; i += tiles) {
-            // A few tokens don't pay for holding a second tile in memory.
-            tiles = n < Lanes::kTokensAtOnce || end - i < kTiles ? 1 : kTiles;
+            // With few tokens the weights arrive from memory, and one stream of them is faster than two.
+            tiles = n < kManyTokens || end - i < kTiles ? 1 : kTiles;
             if (tiles == 1)
                 many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);
             else
