@@ -55,5 +55,5 @@ def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
 
 def latent_bytes(r: int, p: int) -> int:
     """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope columns, either rounded up to 4,
-    and two float32 scales."""
-    return -(-r // 4) * 4 + -(-p // 4) * 4 + 8
+    and a scale and a sum of 4 bytes for each."""
+    return -(-r // 4) * 4 + -(-p // 4) * 4 + 16

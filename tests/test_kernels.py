@@ -708,7 +708,7 @@ def test_bad_arguments_are_refused():
     size = qk.record_bytes(64, 32)
     packed = native.pack_int8(torch.ones(32, 128, dtype=torch.int8))
     x64, slots = torch.randn(2, 64), torch.zeros(2, 1, dtype=torch.int32)
-    cache, rows = torch.zeros(10, 80, dtype=torch.uint8), torch.ones(10, 72)
+    cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
     cases = [
         lambda: native.linear_nf4(x.double(), codes, absmax, levels_tensor, 32),
         lambda: native.linear_nf4(x[:, :64], codes, absmax, levels_tensor, 32),
@@ -737,7 +737,7 @@ def test_bad_arguments_are_refused():
         lambda: native.mla(torch.ones(2, 72)[None], cache, 0, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 5, 73, 1.0),
         lambda: native.mla(torch.ones(2, 68)[None], cache, 5, 64, 1.0),
-        lambda: native.mla(torch.ones(2, 72)[None], torch.zeros(80, 10, dtype=torch.uint8).t(), 5, 64, 1.0),
+        lambda: native.mla(torch.ones(2, 72)[None], torch.zeros(88, 10, dtype=torch.uint8).t(), 5, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache.half(), 5, 64, 1.0),
         lambda: native.store_latents(rows, 64, cache[1:]),
         lambda: native.store_latents(rows, 64, cache[:, 1:]),
@@ -999,11 +999,11 @@ def test_a_layer_holds_its_memory(kernels):
     layer = RandomLayer(kernels, rng, ["int8", "nf4", "bfloat16"], 64, 2, 8, 4, 32, 8, 24, 9)
     prepared = layer.prepared()
     h, table = torch.randn(1, 64), torch.polar(torch.ones(1, 2), torch.rand(1, 2))
-    want = kernels.attention(prepared, h, table, [torch.zeros(3, 44, dtype=torch.uint8)], [0])
+    want = kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0])
     del layer
     for size in (8, 64, 2048, 16384):  # would be given the freed memory
         torch.full((size,), float("nan"))
-    assert same(kernels.attention(prepared, h, table, [torch.zeros(3, 44, dtype=torch.uint8)], [0]), want)
+    assert same(kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0]), want)
 
 
 def test_bad_layers_are_refused(kernels):
@@ -1033,7 +1033,8 @@ def test_bad_layers_are_refused(kernels):
     for change in changes:
         with pytest.raises(ValueError, match=r"expected|must"):
             qk.AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
-    prepared, h, table, cache = layer.prepared(), torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64), torch.zeros(5, 44, dtype=torch.uint8)
+    prepared, h, table = layer.prepared(), torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64)
+    cache, wider = (torch.zeros(5, width, dtype=torch.uint8) for width in (52, 58))
     kernels.attention(prepared, h, table, [cache], [4])
     pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
     int8, codes = qk.Matrix.int8(pack, torch.ones(16)), (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half())
@@ -1051,11 +1052,11 @@ def test_bad_layers_are_refused(kernels):
         lambda: kernels.attention(prepared, h, table, [cache], [-1]),
         lambda: kernels.attention(prepared, h, table, [cache], [0, 1]),
         lambda: kernels.attention(prepared, h, table, [], []),
-        lambda: kernels.attention(prepared, h.repeat(2, 1), table.repeat(2, 1), [cache, torch.zeros(5, 50, dtype=torch.uint8)[:, :44]], [0, 0]),
+        lambda: kernels.attention(prepared, h.repeat(2, 1), table.repeat(2, 1), [cache, wider[:, :52]], [0, 0]),
         lambda: kernels.attention(prepared, h, table, [cache.float()], [0]),
-        lambda: kernels.attention(prepared, h, table, [cache[:, :43]], [0]),
-        lambda: kernels.attention(prepared, h, table, [torch.zeros(44, 5, dtype=torch.uint8).t()], [0]),
-        lambda: kernels.attention(prepared, h, table, [cache[:1].expand(5, 44)], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache[:, :51]], [0]),
+        lambda: kernels.attention(prepared, h, table, [torch.zeros(52, 5, dtype=torch.uint8).t()], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache[:1].expand(5, 52)], [0]),
         lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(1, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.complex64).conj()),

@@ -14,20 +14,18 @@ Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
     m.span_chunks = up_to(chunks, 32), m.tiles = up_to(heads, kTile);
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
-    const int64_t q_max = 2147483647 / (127 * (r > p ? r : p));
-    m.q_max = int(q_max < 32767 ? q_max : 32767);
     return m;
 }
 
-int64_t mla_query_ints(const Mla& m) { return m.tiles * kTile * m.k; }
+int64_t mla_query_bytes(const Mla& m) { return m.tiles * kTile * m.k * 2; }
 int64_t mla_query_floats(const Mla& m) { return m.heads * (m.r + m.p) + 2 * m.tiles * kTile; }
 int64_t mla_span_floats(const Mla& m) { return 32 * (m.heads * m.r_padded + 2 * m.tiles * kTile); }  // there are at most 32 spans
 
 int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
 
-void mla_buffers(Mla& m, int16_t* q_int, float* q_floats, float* spans) {
+void mla_buffers(Mla& m, uint8_t* q_digits, float* q_floats, float* spans) {
     const int64_t count = mla_span_count(m), padded = m.tiles * kTile;
-    m.q_int = q_int, m.q_scale = q_floats, m.q_mixed = q_floats + 2 * padded;
+    m.q_digits = q_digits, m.q_scale = q_floats, m.q_mixed = q_floats + 2 * padded;
     m.span_max = spans, m.span_sum = m.span_max + count * padded, m.span_out = m.span_sum + count * padded;
 }
 
@@ -41,7 +39,7 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
     return guarded([&](Job& job, const Isa& isa) {
         const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
         const int64_t copies = t > 1 ? job.threads() : 1, span_floats = mla_span_floats(last);
-        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, copies * mla_query_ints(last));
+        uint8_t* q_digits = job.scratch<uint8_t>(kMlaQuery, copies * mla_query_bytes(last));
         float* q_floats = job.scratch<float>(kMlaScale, copies * mla_query_floats(last));
         float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
         const size_t each = isa.mla_scratch(last);
@@ -49,7 +47,7 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
         if (t == 1) {
             Mla m = last;
             m.q = q;
-            mla_buffers(m, q_int, q_floats, spans);
+            mla_buffers(m, q_digits, q_floats, spans);
             isa.mla_queries(m, 0, heads);
             job.parallel(mla_span_count(m),
                          [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
@@ -60,7 +58,7 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
             for (int64_t token = begin; token < end; token++) {
                 Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
                 m.q = q + token * heads * (r + p);
-                mla_buffers(m, q_int + thread * mla_query_ints(m), q_floats + thread * mla_query_floats(m), spans + thread * span_floats);
+                mla_buffers(m, q_digits + thread * mla_query_bytes(m), q_floats + thread * mla_query_floats(m), spans + thread * span_floats);
                 isa.mla_queries(m, 0, heads);
                 isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
                 isa.mla_merge(m, 0, heads, out + token * heads * r);
@@ -169,22 +167,22 @@ EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, cons
 
         float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
         Mla* mlas = job.scratch<Mla>(kMlas, t);
-        int64_t spans = 0, ints = 0, floats = 0, span_floats = 0;
+        int64_t spans = 0, bytes = 0, floats = 0, span_floats = 0;
         size_t each = 0;
         for (int64_t token = 0; token < t; token++) {
             Mla& m = mlas[token];
             m = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a->scale);
             m.q = q_full + token * heads * width;
-            ints += mla_query_ints(m), floats += mla_query_floats(m), span_floats += mla_span_floats(m);
+            bytes += mla_query_bytes(m), floats += mla_query_floats(m), span_floats += mla_span_floats(m);
             spans += mla_span_count(m);
             each = isa.mla_scratch(m) > each ? isa.mla_scratch(m) : each;
         }
-        int16_t* q_int = job.scratch<int16_t>(kMlaQuery, ints);
+        uint8_t* q_digits = job.scratch<uint8_t>(kMlaQuery, bytes);
         float *q_floats = job.scratch<float>(kMlaScale, floats), *span_out = job.scratch<float>(kMlaSpans, span_floats);
         for (int64_t token = 0; token < t; token++) {
             Mla& m = mlas[token];
-            mla_buffers(m, q_int, q_floats, span_out);
-            q_int += mla_query_ints(m), q_floats += mla_query_floats(m), span_out += mla_span_floats(m);
+            mla_buffers(m, q_digits, q_floats, span_out);
+            q_digits += mla_query_bytes(m), q_floats += mla_query_floats(m), span_out += mla_span_floats(m);
         }
         uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
         float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
@@ -221,7 +219,8 @@ EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, cons
         job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
             out.run(begin, end);
             for (int64_t token = 0; token < t; token++)
-                for (int64_t i = token * hidden + begin * kTile; i < token * hidden + (end * kTile < hidden ? end * kTile : hidden); i++) y[i] = h[i] + y[i];
+                for (int64_t i = begin * kTile; i < (end * kTile < hidden ? end * kTile : hidden); i++)
+                    y[token * hidden + i] = h[token * hidden + i] + y[token * hidden + i];
         });
         norm(y, a->next_norm, hidden, a->eps, x);
         if (!a->gate.n) return kOk;

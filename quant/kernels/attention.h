@@ -4,13 +4,14 @@
 // columns, since either may be much larger. Before it is rounded each part is mixed: random signs, then a Walsh-Hadamard
 // transform (arXiv 2404.00456). That is orthogonal, so queries that are mixed too give the same scores, and the weighted
 // sum of rows is mixed back at the end; it spreads outliers over the part, so that one scale serves any row as well as a
-// Gaussian one. Queries are 16-bit integers. A row's weight is a byte relative to the second largest of a chunk of 64
+// Gaussian one. Queries have 14 bits, as two unsigned 7-bit digits, so that both products are of bytes (AVX2's sum of two
+// products fits 16 bits). A row's weight is a byte relative to the second largest of a chunk of 64
 // rows; the largest, beside which the others may be small and many, is multiplied in fp32. Softmax is fp32.
 //
 // Chunks are grouped into spans by the context's length alone, so that the result does not depend on the threads.
 //
 // Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in tiles
-// of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2].
+// of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the integers.
 namespace slotmoe {
 namespace {
 
@@ -18,9 +19,9 @@ constexpr int kQuads = kChunkRows / 4;  // four rows of one column are neighbour
 constexpr int kSumColumns = 64;            // that are summed together
 constexpr uint32_t kNaN = 0x7fc00000;
 constexpr float kNoScore = -3.4e38f;
+constexpr int kDigit = 128, kQueryZero = kDigit / 2 * kDigit, kQueryMax = kQueryZero - 1;  // q + kQueryZero = kDigit * high + low
 
 struct Chunk {
-    int16_t* wide;      // [kScoreRows, K]: the rows being scored
     int8_t* quads;      // [16, 64, 4]: the columns being summed
     float* scores;      // [tiles, 64, 16]: scores, then probabilities relative to the largest, times the row's scale
     int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
@@ -99,52 +100,75 @@ float part_inverse(float* x, int64_t n, int most, float& scale) {
 
 // --- rows and queries as they are multiplied
 
-// row [R + P], which is overwritten -> out [R4 + P4 + 8].
+// What a row holds besides its integers.
+struct Tail {
+    float scale[2];  // of the latent and of the rope columns
+    int32_t sum[2];
+};
+
+inline Tail tail_of(const Mla& m, const uint8_t* row) {
+    Tail tail;
+    memcpy(&tail, row + m.k, sizeof tail);
+    return tail;
+}
+
+inline int32_t round_to(const float* x, int64_t n, float inverse, int8_t* out) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t q = int32_t(round_even(x[i] * inverse));
+        out[i] = int8_t(q), sum += q;
+    }
+    return sum;
+}
+
+// row [R + P], which is overwritten -> out [latent_bytes].
 void store_latent(float* row, int64_t r, int64_t p, uint8_t* out) {
     const int64_t r4 = (r + 3) / 4 * 4, k = r4 + (p + 3) / 4 * 4;
     int8_t* q = reinterpret_cast<int8_t*>(out);
-    float scales[2];
+    Tail tail;
     mix(row, r), mix(row + r, p);
-    const float latent = part_inverse(row, r, 127, scales[0]), rope = part_inverse(row + r, p, 127, scales[1]);
+    const float latent = part_inverse(row, r, 127, tail.scale[0]), rope = part_inverse(row + r, p, 127, tail.scale[1]);
     memset(q, 0, size_t(k));
-    for (int64_t i = 0; i < r; i++) q[i] = int8_t(int32_t(round_even(row[i] * latent)));
-    for (int64_t i = 0; i < p; i++) q[r4 + i] = int8_t(int32_t(round_even(row[r + i] * rope)));
-    memcpy(out + k, scales, sizeof scales);
+    tail.sum[0] = round_to(row, r, latent, q), tail.sum[1] = round_to(row + r, p, rope, q + r4);
+    memcpy(out + k, &tail, sizeof tail);
 }
 
 // A part of one head -> its lane of the tile.
-float store_query(float* q, int64_t n, int most, int16_t* out) {
+float store_query(float* q, int64_t n, uint8_t* out) {
     float scale;
     mix(q, n);
-    const float inverse = part_inverse(q, n, most, scale);
-    for (int64_t i = 0; i < n; i++) out[i / 2 * 2 * kTile + i % 2] = int16_t(int32_t(round_even(q[i] * inverse)));
+    const float inverse = part_inverse(q, n, kQueryMax, scale);
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t digits = int32_t(round_even(q[i] * inverse)) + kQueryZero;
+        uint8_t* to = out + i / 4 * 8 * kTile + i % 4;
+        to[0] = uint8_t(digits / kDigit), to[4 * kTile] = uint8_t(digits % kDigit);
+    }
     return scale;
 }
 
-// Heads begin..end: q -> q_int, q_scale; whoever has the last also clears the lanes that no head has.
+// Heads begin..end: q -> q_digits, q_scale; whoever has the last also clears the lanes that no head has.
 void mla_queries(Mla& m, int64_t begin, int64_t end) {
     const int64_t padded = m.tiles * kTile;
     for (int64_t h = begin; h < (end == m.heads ? padded : end); h++) {
-        int16_t* out = m.q_int + h / kTile * m.k * kTile + h % kTile * 2;
-        for (int64_t i = 0; i < m.k; i += 2) memset(out + i * kTile, 0, 4);
+        uint8_t* out = m.q_digits + h / kTile * m.k * 2 * kTile + h % kTile * 4;
+        for (int64_t i = 0; i < 2 * m.k; i += 4) memset(out + i * kTile, 0, 4);
         m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
         if (h >= m.heads) continue;
         float* q = m.q_mixed + h * (m.r + m.p);
         memcpy(q, m.q + h * (m.r + m.p), size_t(m.r + m.p) * 4);
-        m.q_scale[h] = m.scale * store_query(q, m.r, m.q_max, out);
-        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, m.q_max, out + m.r4 * kTile);
+        m.q_scale[h] = m.scale * store_query(q, m.r, out);
+        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, out + m.r4 * 2 * kTile);
     }
 }
 
 size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
     size_t used = 0;
     const auto take = [&](int64_t bytes) {
-        uint8_t* p = base + used;
+        uint8_t* p = base ? base + used : nullptr;
         used += (size_t(bytes) + 63) / 64 * 64;
         return p;
     };
     const int64_t padded = m.tiles * kTile;
-    c.wide = reinterpret_cast<int16_t*>(take(Lanes::kScoreRows * m.k * 2));
     c.quads = reinterpret_cast<int8_t*>(take(kChunkRows * kSumColumns));
     c.scores = reinterpret_cast<float*>(take(padded * kChunkRows * 4));
     c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads * 4));
@@ -155,49 +179,56 @@ size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
     return used;
 }
 
-alignas(64) uint8_t no_bytes[64];
-
 size_t mla_scratch(const Mla& m) {
     Chunk c;
-    return mla_layout(m, no_bytes, c);
+    return mla_layout(m, nullptr, c);
 }
 
 // --- scores
 
-// k bytes -> 16-bit integers.
-inline void widen(const int8_t* in, int64_t k, int16_t* out) {
-    int64_t i = 0;
-    for (; i + 32 <= k; i += 32) Lanes::widen(in + i, out + i);
-    for (; i < k; i++) out[i] = in[i];
-}
-
-// Columns begin..end of 16 heads by kScoreRows rows; a row is broadcast, two columns at a time.
-inline void dot_rows(const int16_t* q, const int16_t* wide, int64_t k, int64_t begin, int64_t end, Lanes::I* dots) {
+// Columns begin..end of 16 heads by kScoreRows rows, each by both digits; a row is broadcast, four columns at a time.
+inline void dot_rows(const uint8_t* q, const int8_t* const* rows, int64_t begin, int64_t end, Lanes::I (*dots)[2]) {
+    for (int64_t c = begin; c < end; c += 4) {
+        const auto high = Lanes::load_bytes(q + 2 * c * kTile), low = Lanes::load_bytes(q + (2 * c + 4) * kTile);
 #pragma GCC unroll 16
-    for (int j = 0; j < Lanes::kScoreRows; j++) dots[j] = Lanes::izero();
-    for (int64_t c = begin; c < end; c += 2) {
-        const auto pair = Lanes::load16(q + c * kTile);
-#pragma GCC unroll 16
-        for (int j = 0; j < Lanes::kScoreRows; j++)
-            dots[j] = Lanes::dot16(dots[j], pair, reinterpret_cast<const int16_t (*)[2]>(wide + j * k + c));
+        for (int j = 0; j < Lanes::kScoreRows; j++) {
+            const auto row = Lanes::broadcast_bytes(rows[j] + c);
+            dots[j][0] = Lanes::dot_bytes(dots[j][0], high, row);
+            dots[j][1] = Lanes::dot_bytes(dots[j][1], low, row);
+        }
     }
 }
 
-// One tile of heads by kScoreRows rows, whose scales are [kScoreRows][2] -> scores [kScoreRows, 16].
-SLOTMOE_NOINLINE void score_rows(const Mla& m, int64_t tile, const int16_t* wide, const float (*scales)[2], float* scores) {
-    const int16_t* q = m.q_int + tile * m.k * kTile;
-    const auto latent = Lanes::load(m.q_scale + tile * kTile), rope = Lanes::load(m.q_scale + (m.tiles + tile) * kTile);
-    Lanes::I dots[Lanes::kScoreRows];
-    dot_rows(q, wide, m.k, 0, m.r4, dots);
+// One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16].
+SLOTMOE_NOINLINE void score_part(const Mla& m, int64_t tile, int part, const int8_t* const* rows, const Tail* tails, float* scores) {
+    const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile), digit = Lanes::broadcast(float(kDigit));
+    Lanes::I dots[Lanes::kScoreRows][2];
 #pragma GCC unroll 16
     for (int j = 0; j < Lanes::kScoreRows; j++)
-        Lanes::store(scores + j * kTile, Lanes::mul(Lanes::to_float(dots[j]), Lanes::mul(Lanes::broadcast(scales[j][0]), latent)));
-    if (m.p == 0) return;
-    dot_rows(q, wide, m.k, m.r4, m.k, dots);
+        dots[j][0] = Lanes::start(-kQueryZero / kDigit * tails[j].sum[part]), dots[j][1] = Lanes::start(0);
+    dot_rows(m.q_digits + tile * m.k * 2 * kTile, rows, part ? m.r4 : 0, part ? m.k : m.r4, dots);
 #pragma GCC unroll 16
     for (int j = 0; j < Lanes::kScoreRows; j++) {
-        float* s = scores + j * kTile;
-        Lanes::store(s, Lanes::fma(Lanes::to_float(dots[j]), Lanes::mul(Lanes::broadcast(scales[j][1]), rope), Lanes::load(s)));
+        const auto sum = Lanes::fma(Lanes::to_float(dots[j][0]), digit, Lanes::to_float(dots[j][1]));
+        const auto before = part ? Lanes::load(scores + j * kTile) : Lanes::zero();
+        Lanes::store(scores + j * kTile, Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
+    }
+}
+
+// The scores of n rows, for all heads; those past n are not read.
+void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
+    for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
+        const int8_t* row[Lanes::kScoreRows];
+        Tail tails[Lanes::kScoreRows];
+        for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
+            const uint8_t* bytes = rows + (first + j < n ? first + j : n - 1) * m.stride;
+            row[j] = reinterpret_cast<const int8_t*>(bytes), tails[j] = tail_of(m, bytes);
+        }
+        for (int64_t tile = 0; tile < m.tiles; tile++) {
+            float* scores = c.scores + (tile * kChunkRows + first) * kTile;
+            score_part(m, tile, 0, row, tails, scores);
+            if (m.p > 0) score_part(m, tile, 1, row, tails, scores);
+        }
     }
 }
 
@@ -225,9 +256,7 @@ SLOTMOE_NOINLINE void softmax_tile(const Mla& m, int64_t tile, const uint8_t* ro
         for (int h = 0; h < kTile; h++) s[i][h] = exp_float(s[i][h] - maximum[h]);
     auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), top_row = Lanes::zero();
     for (int64_t i = 0; i < n; i++) {
-        float scale;
-        memcpy(&scale, rows + i * m.stride + m.k, 4);
-        const auto p = Lanes::load(s[i]), w = Lanes::mul(p, Lanes::broadcast(scale));
+        const auto p = Lanes::load(s[i]), w = Lanes::mul(p, Lanes::broadcast(tail_of(m, rows + i * m.stride).scale[0]));
         sum = Lanes::add(sum, p);
         next = Lanes::max(Lanes::min(w, top), next);
         top_row = Lanes::where_greater(w, top, Lanes::broadcast(float(i)), top_row);
@@ -272,7 +301,7 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, const 
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) dots[i][j] = Lanes::izero();
+        for (int j = 0; j < 4; j++) dots[i][j] = Lanes::start(0);
     for (int64_t quad = 0; quad < quads; quad++) {
         const int8_t* rows = c.quads + quad * 4 * kSumColumns;
         Lanes::W values[4];
@@ -315,19 +344,6 @@ void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, co
 }
 
 // --- all of it
-
-// The scores of n rows, for all heads.
-void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
-    for (int64_t first = 0; first < n; first += Lanes::kScoreRows) {
-        float scales[Lanes::kScoreRows][2];
-        for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
-            const uint8_t* row = rows + (first + j < n ? first + j : n - 1) * m.stride;  // scores past n are not read
-            widen(reinterpret_cast<const int8_t*>(row), m.k, c.wide + j * m.k);
-            memcpy(scales[j], row + m.k, sizeof scales[j]);
-        }
-        for (int64_t tile = 0; tile < m.tiles; tile++) score_rows(m, tile, c.wide, scales, c.scores + (tile * kChunkRows + first) * kTile);
-    }
-}
 
 void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
     Chunk c;

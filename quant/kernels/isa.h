@@ -57,10 +57,9 @@ struct Mla {
     int64_t tiles;        // of 16 heads
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
-    int q_max;            // largest |q_int| that no 32-bit sum can overflow with
     // Filled by mla_queries
     float* q_mixed;  // [heads, R + P]
-    int16_t* q_int;  // [tiles, k / 2, 16 heads, 2 columns]
+    uint8_t* q_digits;  // [tiles, k / 4, 2 digits, 16 heads, 4 columns]
     float* q_scale;  // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
     // Per span: running maximum, sum and weighted sum of rows
     float* span_max;  // [spans, tiles * 16]
@@ -68,7 +67,7 @@ struct Mla {
     float* span_out;  // [spans, heads, r_padded]
 };
 
-constexpr int64_t latent_bytes(int64_t r, int64_t p) { return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 8; }  // of a cache row
+constexpr int64_t latent_bytes(int64_t r, int64_t p) { return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 16; }  // of a cache row
 
 enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
 

@@ -89,25 +89,15 @@ struct Lanes {
     static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }
-    static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-    static I load16(const int16_t* p) { return {bytes(p), bytes(p + 16)}; }
-    static I dot16(I sum, I a, const int16_t (*pair)[2]) {
-        int32_t b;
-        memcpy(&b, pair, 4);
-        const __m256i v = _mm256_set1_epi32(b);
-        return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(a.a, v)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(a.b, v))};
+    static constexpr int kScoreRows = 2;     // rows that are scored together
+    static constexpr int kMostWeight = 127;  // of a row's weight
+    static W load_bytes(const void* p) { return {bytes(p), bytes(static_cast<const uint8_t*>(p) + 32)}; }
+    static W broadcast_bytes(const void* p) {  // 4 to each lane
+        int32_t four;
+        memcpy(&four, p, 4);
+        return start(four);
     }
-
-    static void widen(const int8_t* in, int16_t* out) {
-        const __m256i all = bytes(in);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(all)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(all, 1)));
-    }
-
-    static constexpr int kScoreRows = 4;     // rows that are scored together
-    static constexpr int kMostWeight = 127;  // of a row's weight: two products of 127 * 127 fit 16 bits
-    static W load_bytes(const int8_t* p) { return weights(p); }
-    static W broadcast_bytes(const int32_t* p) { return start(*p); }
+    // Bytes up to 127 by signed bytes: two products fit 16 bits.
     static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
     }

@@ -73,22 +73,15 @@ struct Lanes {
     static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return _mm512_add_epi32(sum, _mm512_loadu_si512(p)); }
-    static I izero() { return _mm512_setzero_si512(); }
-    static I load16(const int16_t* p) { return _mm512_loadu_si512(p); }
-    // As instructions: GCC 12 copies the sums to and fro around the intrinsics, two moves for each product.
-    static I dot16(I sum, I a, const int16_t (*pair)[2]) {
-        asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*pair));
-        return sum;
-    }
-
-    static void widen(const int8_t* in, int16_t* out) {
-        _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
-    }
-
     static constexpr int kScoreRows = 8;     // rows that are scored together
     static constexpr int kMostWeight = 255;  // of a row's weight
-    static W load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
-    static W broadcast_bytes(const int32_t* p) { return _mm512_set1_epi32(*p); }
+    static W load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+    static W broadcast_bytes(const void* p) {  // 4 to each lane
+        int32_t four;
+        memcpy(&four, p, 4);
+        return _mm512_set1_epi32(four);
+    }
+    // Unsigned by signed bytes. An instruction, since GCC 12 copies the sums to and fro around the intrinsic.
     static I dot_bytes(I sum, W weight, W value) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(value));
         return sum;

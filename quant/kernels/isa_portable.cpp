@@ -12,7 +12,6 @@ struct Lanes {
     struct F { float v[16]; };
     struct I { int32_t v[16]; };
     struct W { int8_t v[64]; };
-    struct Pairs { int16_t v[32]; };
     struct Table { int8_t v[16]; };
     static constexpr int kWeightOffset = 0;
     static constexpr int kTilesAtOnce = 1, kTokensAtOnce = 1;  // what the registers hold for many tokens
@@ -100,23 +99,17 @@ struct Lanes {
         for (int i = 0; i < 16; i++) sum.v[i] = int32_t(uint32_t(sum.v[i]) + words[i]);
         return sum;
     }
-    static I izero() { return start(0); }
-    static Pairs load16(const int16_t* p) { Pairs r; memcpy(r.v, p, 64); return r; }
-    static I dot16(I sum, const Pairs& a, const int16_t (*pair)[2]) {
-        for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * (*pair)[0] + a.v[2 * i + 1] * (*pair)[1];
-        return sum;
-    }
-    static void widen(const int8_t* in, int16_t* out) {
-        for (int i = 0; i < 32; i++) out[i] = in[i];
-    }
-
     static constexpr int kScoreRows = 4;     // rows that are scored together
     static constexpr int kMostWeight = 255;  // of a row's weight
-    static W load_bytes(const int8_t* p) { return weights(p); }
-    static int32_t broadcast_bytes(const int32_t* p) { return *p; }
-    static I dot_bytes(I sum, int32_t weight, const W& value) {
+    static W load_bytes(const void* p) { W r; memcpy(r.v, p, 64); return r; }
+    static W broadcast_bytes(const void* p) {  // 4 to each lane
+        W r;
+        for (int i = 0; i < 16; i++) memcpy(r.v + 4 * i, p, 4);
+        return r;
+    }
+    static I dot_bytes(I sum, const W& weight, const W& value) {  // unsigned by signed
         for (int i = 0; i < 16; i++)
-            for (int j = 0; j < 4; j++) sum.v[i] += int32_t(uint32_t(weight) >> 8 * j & 255) * value.v[4 * i + j];
+            for (int j = 4 * i; j < 4 * i + 4; j++) sum.v[i] += uint8_t(weight.v[j]) * value.v[j];
         return sum;
     }
     static F pick_byte(const int8_t* p, int i) {  // of each lane's 4

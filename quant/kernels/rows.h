@@ -129,7 +129,7 @@ void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t ld
 
 uint64_t read_memory(const void* memory, int64_t bytes) {
     const uint8_t* p = static_cast<const uint8_t*>(memory);
-    Lanes::I sums[4] = {Lanes::izero(), Lanes::izero(), Lanes::izero(), Lanes::izero()};
+    Lanes::I sums[4] = {Lanes::start(0), Lanes::start(0), Lanes::start(0), Lanes::start(0)};
     int64_t i = 0;
     for (; i + 256 <= bytes; i += 256)
         for (int j = 0; j < 4; j++) sums[j] = Lanes::add_bytes(sums[j], p + i + 64 * j);
