@@ -201,7 +201,14 @@ EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, cons
             for (int64_t token = 0; token < t; token++)
                 for (int64_t head = begin; head < end; head++)
                     rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
-            for (int64_t token = 0; token < t; token++) isa.mla_queries(mlas[token], begin, end);
+        });
+        // The heads of a tile share cache lines, so a tile is one thread's.
+        const int64_t tiles = mlas[0].tiles;
+        job.parallel(t * tiles, [&](int, int64_t begin, int64_t end) {
+            for (int64_t at = begin; at < end; at++) {
+                const int64_t first = at % tiles * kTile;
+                isa.mla_queries(mlas[at / tiles], first, first + kTile < heads ? first + kTile : heads);
+            }
         });
         job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
             for (int64_t token = 0, first = 0; token < t && first < end; token++) {

@@ -107,22 +107,34 @@ inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, c
 template <int Tokens>
 inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values, int64_t r, float* out, int64_t ldo) {
     const int64_t whole = r / 64 * 64;
-    for (int64_t v = 0; v < values; v++) {
-        const int8_t* p = rows + v * r;
-        F sums[Tokens][4];
+    for (int64_t first = 0; first < values; first += 16) {  // 16 rows, whose lanes are summed together
+        const int64_t count = values - first < 16 ? values - first : 16;
+        F parts[Tokens][16];
+        alignas(64) float totals[16];
+        for (int64_t v = 0; v < 16; v++) {
+            const int8_t* p = rows + (first + (v < count ? v : 0)) * r;
+            F sums[Tokens][4];
 #pragma GCC unroll 16
-        for (int i = 0; i < 4 * Tokens; i++) sums[i / 4][i % 4] = Lanes::zero();
-        for (int64_t j = 0; j < whole; j += 64)
+            for (int i = 0; i < 4 * Tokens; i++) sums[i / 4][i % 4] = Lanes::zero();
+            for (int64_t j = 0; j < whole; j += 64)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                const F w = Lanes::load_int8(p + j + 16 * i);
+                for (int i = 0; i < 4; i++) {
+                    const F w = Lanes::load_int8(p + j + 16 * i);
 #pragma GCC unroll 4
-                for (int token = 0; token < Tokens; token++) sums[token][i] = Lanes::fma(Lanes::load(x + token * ldx + j + 16 * i), w, sums[token][i]);
-            }
+                    for (int token = 0; token < Tokens; token++)
+                        sums[token][i] = Lanes::fma(Lanes::load(x + token * ldx + j + 16 * i), w, sums[token][i]);
+                }
+#pragma GCC unroll 4
+            for (int token = 0; token < Tokens; token++)
+                parts[token][v] = Lanes::add(Lanes::add(sums[token][0], sums[token][1]), Lanes::add(sums[token][2], sums[token][3]));
+        }
         for (int token = 0; token < Tokens; token++) {
-            float total = lane_sum(sums[token]);
-            for (int64_t j = whole; j < r; j++) total += x[token * ldx + j] * float(p[j]);
-            out[token * ldo + v] = total * scale[v];
+            Lanes::sum_lanes(parts[token], totals);
+            for (int64_t v = 0; v < count; v++) {
+                float total = totals[v];
+                for (int64_t j = whole; j < r; j++) total += x[token * ldx + j] * float(rows[(first + v) * r + j]);
+                out[token * ldo + first + v] = total * scale[first + v];
+            }
         }
     }
 }
