@@ -473,7 +473,7 @@ def test_mla_shows_nan(kernels):
 def test_latents_of_nothing(kernels):
     """Rows of zeros, and of numbers so small that their inverse is no float, are rows of zeros."""
     rows = np.zeros((70, 72))
-    rows[::2] = 1e-35
+    rows[::2] = 1e-40
     rows[3, 64:], rows[5, :64] = 1.0, 1.0
     got = kernels.mla(torch.ones(1, 3, 72), latent_cache(kernels, rows, 64), 70, 64, 0.1)[0]
     rows[::2] = 0
@@ -994,7 +994,12 @@ def test_bad_layers_are_refused(kernels):
     for change in changes:
         with pytest.raises(ValueError, match=r"expected|must"):
             qk.AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
-    prepared, h, table, cache = layer.prepared(), torch.randn(1, 64), torch.ones(1, 2, dtype=torch.complex64), torch.zeros(5, 52, dtype=torch.uint8)
+    prepared, h, table, cache = (
+        layer.prepared(),
+        torch.randn(1, 64),
+        torch.ones(1, 2, dtype=torch.complex64),
+        torch.zeros(5, 52, dtype=torch.uint8),
+    )
     kernels.attention(prepared, h, table, cache, 4)
     pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
     int8, codes = qk.Matrix.int8(pack, torch.ones(16)), (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half())
