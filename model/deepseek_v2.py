@@ -1,7 +1,8 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top to bottom.
 
 Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
-V v_head_dim, W = R + P latent row, X elements of a cached one, C = P / 2, S cached positions, B one block of them, E routed experts, K experts a token.
+V v_head_dim, W = R + P latent row, X elements of a cached one, C = P / 2, S cached positions, B one block of them, E routed
+experts, K experts a token.
 A pass is over the tokens of one sequence, or over one token of each of several (T of them, each with a cache of its own).
 Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
 """

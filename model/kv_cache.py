@@ -2,7 +2,7 @@
 
 Shapes: S context positions, R ``kv_lora_rank``, P ``qk_rope_head_dim``.  A token costs R + P values a layer and nothing
 else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB.  What a row is made
-of is for the operations to say (``model.deepseek_v2.Ops.latent_row``): the native kernels keep 8 bits a value and two scales.
+of is for the operations to say (``model.deepseek_v2.Ops.latent_row``): the native kernels keep 8 bits a value.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _component(name: str) -> str:
 
 def kv_bytes(config: Config, positions: int, kernels: bool = True, value_bytes: int = 2) -> int:
     """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each, which the
-    native ``kernels`` keep in 8 bits, with two scales."""
+    native ``kernels`` keep in 8 bits, with 16 bytes of scales and sums a row."""
     row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim) if kernels else config.latent_width * value_bytes
     return config.num_hidden_layers * positions * row
 
@@ -185,7 +185,11 @@ def make_plan(
     if slots is not None and slots < top_k:
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
     runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
-    fixed = {**sizes.resident, "latent KV cache": sequences * kv_bytes(config, context, kernels), "logits": 4 * logits_rows * config.vocab_size}
+    fixed = {
+        **sizes.resident,
+        "latent KV cache": sequences * kv_bytes(config, context, kernels),
+        "logits": 4 * logits_rows * config.vocab_size,
+    }
     if tier == "ram":
         fixed |= runtime
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK

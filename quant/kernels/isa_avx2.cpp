@@ -118,6 +118,15 @@ struct Lanes {
             _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab_high, cd_high)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab_high, cd_high));
         }
     }
+
+    static void sum_lanes(const F* v, float* out) {
+        for (int i = 0; i < 16; i += 4) {
+            __m256 s[4];
+            for (int j = 0; j < 4; j++) s[j] = _mm256_add_ps(v[i + j].a, v[i + j].b);
+            const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+            _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+        }
+    }
 };
 
 }  // namespace

@@ -100,18 +100,11 @@ struct Lanes {
         return sum;
     }
     static constexpr int kScoreRows = 4;     // rows that are scored together
-    static constexpr int kMostWeight = 255;  // of a row's weight
-    static W load_bytes(const void* p) { W r; memcpy(r.v, p, 64); return r; }
-    static W broadcast_bytes(const void* p) {  // 4 to each lane
-        W r;
-        for (int i = 0; i < 16; i++) memcpy(r.v + 4 * i, p, 4);
-        return r;
-    }
-    static I dot_bytes(I sum, const W& weight, const W& value) {  // unsigned by signed
-        for (int i = 0; i < 16; i++)
-            for (int j = 4 * i; j < 4 * i + 4; j++) sum.v[i] += uint8_t(weight.v[j]) * value.v[j];
-        return sum;
-    }
+    static constexpr int kMostWeight = 127;  // of a row's weight
+    static W load_bytes(const void* p) { return weights(static_cast<const int8_t*>(p)); }
+    static const int8_t* broadcast_bytes(const void* p) { return static_cast<const int8_t*>(p); }  // 4 to each lane
+    static I dot_bytes(const I& sum, const W& a, const int8_t* b) { return dot(sum, a, b); }
+    static I dot_bytes(const I& sum, const int8_t* a, const W& b) { return dot(sum, b, a); }
     static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
         F r;
         for (int lane = 0; lane < 16; lane++) r.v[lane] = float(p[4 * lane + i]);
@@ -120,6 +113,14 @@ struct Lanes {
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
         for (int i = 0; i < 64; i++) out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
+    }
+
+    static void sum_lanes(const F* v, float* out) {
+        for (int i = 0; i < 16; i++) {
+            float s = 0;
+            for (int lane = 0; lane < 16; lane++) s += v[i].v[lane];
+            out[i] = s;
+        }
     }
 };
 
