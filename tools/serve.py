@@ -59,7 +59,8 @@ def command(
     keys, most = _keys(api_keys, api_key_file), parse_size(max_body)
     if not keys and not _is_loopback(host):
         raise ConfigError(f"--host {host}: others could use this server; give --api-key, --api-key-file or $SLOTMOE_API_KEY")
-    with _listening(host, port) as listener, open_runtime(model, options, logits_rows=max_sequences, sequences=max_sequences) as runtime:
+    rows = max(max_sequences, 16)  # of logits: one of each answer, or those that score a prompt's tokens
+    with _listening(host, port) as listener, open_runtime(model, options, logits_rows=rows, sequences=max_sequences) as runtime:
         name = name or _name(model)
         server, batch = make_server(runtime, name, (keys, (host, *hosts), most), max_sequences, max_queue)
         address, port = listener.getsockname()[:2]
