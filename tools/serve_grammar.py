@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
@@ -26,14 +27,14 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 class Mask:
     """``model.answer.Grammar`` of one answer."""
 
-    def __init__(self, matcher: LLMatcher):
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, size: int):
+        self._matcher, self._size = matcher, size  # the size of the tokenizer
 
     def allowed(self) -> Tensor:
-        mask = self._matcher.compute_logit_bias()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise ConfigError("the JSON schema needs too much work for each token; make it simpler")
-        return torch.frombuffer(bytearray(mask), dtype=torch.uint8) > 0
+        return torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_))
 
     def consume(self, chosen: int) -> bool:
         self._matcher.consume_token(chosen)
@@ -60,7 +61,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RefusedError(f"the schemas can't be followed together ({matcher.get_error()[:200]})")
-        return lambda: Mask(matcher.deep_copy())
+        return lambda: Mask(matcher.deep_copy(), self._source.size)
 
     def _calls(self, calling: Calling, content: str | None) -> str:
         """The grammar of an answer that is calls, or free where they are not forced: text, then perhaps calls."""
