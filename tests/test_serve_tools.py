@@ -131,6 +131,9 @@ def test_results_belong_to_the_calls_before_them(runtime):
     for wrong in (turns[:2], turns[:3], turns[:2] + turns[:1], turns[2:], [*turns, turns[-1]], turns[:3] + turns[2:]):
         with pytest.raises(RefusedError, match=r"has no result|answers no call"):
             Dialect(runtime.tokenizer).prompt(wrong, None)
+    renamed = Turn("tool", results=(Result("c", "ok", name="weather"),))
+    with pytest.raises(RefusedError, match="name of another"):
+        Dialect(runtime.tokenizer).prompt([*turns[:-1], renamed], None)
 
 
 @pytest.mark.parametrize("form", [PLAIN, NATIVE], ids=["plain", "native"])
@@ -152,9 +155,10 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
 
 def test_arguments_that_json_cannot_hold_are_none():
     assert arguments_of('{"a": 1.5}') == {"a": 1.5}
-    assert {arguments_of(text) is None for text in ('{"a": 1e999}', '{"a": ' + "9" * 5000 + "}", '{"a":' * 5000 + "1" + "}" * 5000)} == {
-        True
-    }
+    assert {
+        arguments_of(text) is None
+        for text in ('{"a": 1e999}', '{"a": "\\ud800"}', '{"a": ' + "9" * 5000 + "}", '{"a":' * 5000 + "1" + "}" * 5000)
+    } == {True}
 
 
 def follows(runtime, text, wish, schema=None, tokenizer=None):
@@ -255,7 +259,7 @@ def test_a_bad_schema_leaves_no_trace_and_is_named(served):
         {"properties": {"a": {"pattern": "(", "type": "string"}}},
         {"$ref": "#/nowhere"},
         {"not": {}},
-        {"x-guidance": {"lenient": True}, "not": {}},
+        {"x-guidance": {"lenient": True}},
         {"properties": {"a": {"enum": ["x" * 62_000]}, "b": {"enum": ["y" * 62_000]}}},
     ]
     for schema in bad:
@@ -362,7 +366,7 @@ def test_openai_client_calls_and_answers(served):
         assert parts[-1].finish_reason == "tool_calls" and not any(part.delta.content for part in parts)
         with client.chat.completions.stream(**options) as stream:
             assert stream.get_final_completion().choices[0].message.tool_calls[0].function.arguments == call.function.arguments
-        result = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
+        result = {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "It rains."}
         history = [*USER, answer.choices[0].message, result]
         said = client.chat.completions.create(**{**options, "messages": history, "tool_choice": "auto", "max_tokens": 4})
         assert said.choices[0].message.content and said.usage.prompt_tokens > answer.usage.prompt_tokens
@@ -428,14 +432,14 @@ def test_log_probabilities_of_a_prompt(served, runtime):
     told = found["logprobs"]
     assert (found["text"], found["finish_reason"]) == (text, "length") and only["usage"]["completion_tokens"] == 0 < 128 < len(ids)
     assert told["token_logprobs"][0] is None is told["top_logprobs"][0] and told["token_logprobs"][1:] == pytest.approx(
-        expected[1:], abs=2e-4
+        expected[1:], abs=1e-5
     )
     assert all(max(one.values()) >= score for one, score in zip(told["top_logprobs"][1:], told["token_logprobs"][1:], strict=True))
     assert len(told["tokens"]) == len(ids) == len(told["text_offset"])
     assert all(text[at:].startswith(token) for at, token in zip(told["text_offset"], told["tokens"], strict=True) if "\ufffd" not in token)
     both = served.complete(text, max_tokens=4, echo=True, logprobs=1)["choices"][0]
     assert both["text"] == text + plain["text"] and both["logprobs"]["token_logprobs"][: len(ids)] == told["token_logprobs"]
-    assert both["logprobs"]["token_logprobs"][len(ids) :] == pytest.approx(plain["logprobs"]["token_logprobs"], abs=2e-4)
+    assert both["logprobs"]["token_logprobs"][len(ids) :] == pytest.approx(plain["logprobs"]["token_logprobs"], abs=1e-5)
     events = served.events("/v1/completions", {**GREEDY, "prompt": ids, "max_tokens": 4, "echo": True, "logprobs": 1})
     pieces = [event["choices"][0] for event in events]
     assert "".join(one["text"] for one in pieces) == both["text"]
@@ -454,7 +458,7 @@ def test_scored_prompts_beside_answers_under_way(served, runtime):
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(served.complete, "Call me", max_tokens=60) for _ in range(2)]
         for found, wanted in zip(pool.map(score, texts), expected, strict=True):
-            assert found[1:] == pytest.approx(wanted[1:], abs=2e-4)
+            assert found[1:] == pytest.approx(wanted[1:], abs=1e-5)
         assert len({answer.result()["choices"][0]["text"] for answer in answers}) == 1
 
 

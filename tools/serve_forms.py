@@ -67,11 +67,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call, ``id``, gave."""
+    """What a call, ``id``, gave; ``name`` is its function's, if it was told again."""
 
     id: str
     text: str
     failed: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,11 @@ class AssistantMessage(Form):
 class ToolMessage(Form):
     role: Literal["tool"]
     tool_call_id: CallId
+    name: Name | None = None
     content: Text | list[TextPart]
 
     def turn(self) -> Turn:
-        return Turn("tool", results=(Result(self.tool_call_id, joined(self.content)),))
+        return Turn("tool", results=(Result(self.tool_call_id, joined(self.content), name=self.name),))
 
 
 class Function(Form):

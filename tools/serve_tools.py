@@ -47,7 +47,7 @@ class CallFormat:
 
 
 PLAIN = CallFormat("<tool_call>", '{"name": "', '", "arguments": ', "}</tool_call>", "\n<tool_call>", "")
-# As DeepSeek-V2.5's model card shows it: https://huggingface.co/deepseek-ai/DeepSeek-V2.5
+# As the model card shows it: https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".
 NATIVE = CallFormat(_CALLS, f"{_CALL}function{_SEP}", "\n```json\n", f"\n```{_END_CALL}", "\n", _END_CALLS)
 
 
@@ -114,7 +114,7 @@ class Dialect:
 def paired(turns: list[Turn]) -> list[Turn]:
     """``turns`` with the results of a message's calls as one turn, in the order of the calls.
 
-    Raises ``RefusedError`` where a call has no result right after it, or a result no call.
+    Raises ``RefusedError`` where a call has no result right after it, or a result no call of its name.
     """
     found: list[Turn] = []
     for turn in turns:
@@ -128,6 +128,10 @@ def paired(turns: list[Turn]) -> list[Turn]:
             missing = next((one for one in calls if one not in given), None)
             what = "a result answers no call of the message before it" if missing is None else f"call {missing!r:.80} has no result"
             raise RefusedError(f"messages: {what}", param="messages")
+        names = {one.id: one.name for one in before.calls}
+        wrong = next((one for one in turn.results if one.name not in (None, names[one.id])), None)
+        if wrong is not None:
+            raise RefusedError(f"messages: the result for {wrong.id!r:.80} has the name of another function", param="messages")
         if given:
             found[index] = replace(turn, results=tuple(sorted(turn.results, key=lambda one: calls.index(one.id))))
     return found
@@ -172,7 +176,7 @@ class Reader:
     def feed(self, text: str) -> list[Part]:
         """What ``text`` brought."""
         self._kept += text
-        return [part for part in iter(self._parts.__next__, None) if part is not None]
+        return list(iter(self._parts.__next__, None))
 
     def end(self) -> list[Part]:
         """What was held back, at the end of the answer."""
@@ -244,10 +248,10 @@ def collected(parts: list[Part]) -> tuple[str, list[tuple[str, str, bool]]]:
 
 
 def arguments_of(text: str) -> dict[str, Any] | None:
-    """A complete call's arguments; None if Python and JSON can't hold them: numbers too long or large, too many levels."""
+    """A complete call's arguments; None if they can't be sent on: numbers too long or large, half a surrogate, too many levels."""
     try:
         arguments: dict[str, Any] = json.loads(text)
-        json.dumps(arguments, allow_nan=False)
+        json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
     return arguments
