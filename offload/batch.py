@@ -17,7 +17,7 @@ import torch
 
 from model.answer import Answer, Piece
 from offload.runtime import Runtime
-from slotmoe import SlotmoeError
+from slotmoe import ConfigError, SlotmoeError
 
 _SHARED_PIECE = 64  # tokens of a prompt between two decode steps; a whole prefill pass where nobody decodes
 
@@ -30,9 +30,10 @@ class QueueFullError(Exception):
 class Job:
     """A prompt and where its answer goes: ``emit(piece)`` is called from the batch's thread, the last time with a finish.
 
-    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown`` or ``error`` where the batch ended it.  Only prompts of the
-    same ``owner`` share latents.  The tokens of a prompt that is ``scored`` are all computed, and noted in ``answer.read`` with
-    their log-probabilities before the first piece.  Moments are ``time.monotonic()``.
+    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown``, ``error``, or ``refused`` for a grammar that can't be followed
+    to its end, where the batch ended it.  Only prompts of the same ``owner`` share latents.  The tokens of a prompt that is
+    ``scored`` are all computed, and noted in ``answer.read`` with their log-probabilities before the first piece.  Moments are
+    ``time.monotonic()``.
     """
 
     prompt: list[int]
@@ -228,7 +229,7 @@ class Batch:
         try:
             piece = job.answer.take(logits_V.cpu())
         except SlotmoeError as problem:
-            piece = job.answer.end("error", str(problem))
+            piece = job.answer.end("refused" if isinstance(problem, ConfigError) else "error", str(problem))
         self.totals.answer_tokens += len(job.answer.ids) - before
         if piece.finish is None and len(place.tokens) == self._runtime.context:
             rest = job.answer.end("length")

@@ -272,6 +272,11 @@ def test_a_bad_schema_leaves_no_trace_and_is_named(served):
     for _ in range(300):
         deep = {"properties": {"a": deep}}
     assert ask(deep)[0] == 400
+    endless = {"properties": {"a": {"$ref": "#/$defs/r"}}, "required": ["a"], "$defs": {"r": {"$ref": "#/$defs/r"}}}
+    for whole in (endless, endless | {"additionalProperties": False}):
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": whole}}]
+        status, answer, _ = served.chat(tools=tools, tool_choice=NAMED, max_tokens=100, temperature=1)
+        assert status == 400 and "nothing that could come next" in answer["error"]["message"], answer
     large = {"properties": {"a": {"enum": ["x" * 60_000]}}}
     tools = [{"type": "function", "function": {"name": f"f{number}", "parameters": large}} for number in range(5)]
     status, answer, _ = served.chat(tools=tools)

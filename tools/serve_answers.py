@@ -175,9 +175,9 @@ class Answers:
         left = len(self.jobs)
         while left:
             index, piece = await self._pieces.get()
-            if piece.finish == "error":
+            if piece.finish in ("error", "refused"):
                 self.leave()
-                raise RefusedError(piece.error, 500)
+                raise RefusedError(piece.error, 500 if piece.finish == "error" else 400)
             left -= piece.finish is not None
             yield index, piece
 

@@ -33,7 +33,7 @@ class Mask:
     def allowed(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise ConfigError("the JSON schema needs too much work for each token; make it simpler")
+            raise ConfigError("the JSON schema leaves nothing that could come next, or takes too much work to tell; make it simpler")
         return torch.from_numpy(np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_))
 
     def consume(self, chosen: int) -> bool:
