@@ -84,7 +84,7 @@ def make_server(
     from offload.batch import Batch
     from tools.serve_answers import Service
     from tools.serve_app import make_app
-    from tools.serve_guard import Guard
+    from tools.serve_guard import Connection, Guard
 
     class Server(uvicorn.Server):
         """Lets running answers end with a reason when the server is told to."""
@@ -99,7 +99,7 @@ def make_server(
     batch = Batch(runtime, sequences, waiting, ended)
     settings = uvicorn.Config(
         Guard(make_app(Service(runtime, batch, name)), *guarded),
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",

@@ -11,12 +11,15 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _BODY_SECONDS = 30.0  # in which a request's body has to arrive
+_PATIENCE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
 _ASK = [(b"www-authenticate", b'Basic realm="slotmoe: any name, the API key as password"')]
 
 
@@ -103,6 +106,34 @@ class Guard:
             if len(body) > self._max_body:
                 return None
         return bytes(body)
+
+
+class Connection(H11Protocol):
+    """HTTP/1.1 with a client that may stop half-way: while it asks, where uvicorn waits forever for the rest of a header, or
+    while it is answered, where it waits forever for room to write.
+
+    Every ``_PATIENCE_SECONDS`` the connection is looked at.  While the client is to move, nothing else does: either no
+    request is under way, or writing waits for it to read.  If then all is as it was the last time, the connection ends.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _seen: tuple[object, int] | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        clients_turn = self.cycle is None or self.cycle.response_complete or self.flow.write_paused
+        now = (self.cycle, self.transport.get_write_buffer_size()) if clients_turn else None
+        if now is not None and now == self._seen:
+            return self.transport.abort()
+        self._seen, self._timer = now, self.loop.call_later(_PATIENCE_SECONDS, self._look)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
