@@ -98,7 +98,7 @@ def make_server(
 
     batch = Batch(runtime, sequences, waiting, ended)
     settings = uvicorn.Config(
-        Guard(make_app(Service(runtime, batch, name)), *guarded),
+        Guard(make_app(Service(runtime, batch, name), bool(guarded[0])), *guarded),
         http=Connection,
         ws="none",
         lifespan="off",
