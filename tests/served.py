@@ -16,6 +16,14 @@ GREEDY = {"model": "sample", "temperature": 0}
 USER = [{"role": "user", "content": "Tell me of the king."}]
 PROMPTS = ["My fellow citizens,", "It is a truth", "def main(", "Call me", "To be or not", "Once upon a time", "import os", "The law"]
 
+FAILING = """
+import sys
+from offload.runtime import Runtime
+Runtime.append = lambda *_: 1 / 0
+from tools.cli import main
+main(sys.argv[1:])
+"""
+
 
 class Served:
     """A server in a thread of this process, and the least of clients."""

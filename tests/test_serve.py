@@ -385,27 +385,6 @@ def test_ctrl_c_ends_running_answers_with_a_reason(sample_export):
     child.stderr.close()
 
 
-FAILING = """
-import sys
-from offload.runtime import Runtime
-Runtime.append = lambda *_: 1 / 0
-from tools.cli import main
-main(sys.argv[1:])
-"""
-
-
-def test_failed_model_ends_the_process(sample_export):
-    child, port = start(sample_export, script=FAILING)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/v1/completions", json.dumps({**GREEDY, "prompt": "x"}), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 500 and b"server_error" in response.read()
-    connection.close()
-    assert child.wait(5) == 1
-    assert "ZeroDivisionError" in child.stderr.read()
-    child.stderr.close()
-
-
 def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(cli, ["serve", "sample", *arguments])

@@ -19,17 +19,17 @@ from tests.tiny import SAMPLE
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The sample with a context that holds whatever is drawn, and so many tokens that end an answer that all are short."""
+    """The sample, where so many tokens end an answer that most are short."""
     source, destination = (tmp_path_factory.mktemp("terse") / name for name in ("source", "export"))
     shutil.copytree(SAMPLE, source)
     tokenizer = Tokenizer(source, 0)
     common = Counter(tokenizer.encode((Path(__file__).parent / "data/heldout/sotu.txt").read_text())).most_common()
-    config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 32768}
+    config = json.loads((source / "config.json").read_text())
     config["eos_token_id"] = [one for one, _ in common if tokenizer.decode([one]).startswith(" ")][:60]  # none is in compact JSON
     (source / "config.json").write_text(json.dumps(config))
     quantize(source, destination)
     with (
-        Runtime.open(destination, ram="4GiB", context=32768, sequences=8) as runtime,
+        Runtime.open(destination, ram="2GiB", context=1024, sequences=8) as runtime,
         Served(runtime, ("first", "second"), 64, 4 << 20) as served,
     ):
         yield served
@@ -37,21 +37,21 @@ def served(tmp_path_factory):
 
 def check(served, *options):
     """What ``schemathesis run`` found with all of its checks."""
-    command = ["run", f"http://127.0.0.1:{served.port}/openapi.json", "--header", "Authorization: Bearer first", "--checks", "all"]
-    command += ["--mode", "all", "--continue-on-failure", "--no-color", "--output-sanitize", "false", *options]
-    environment = os.environ | {"SCHEMATHESIS_HOOKS": ""}
+    command = ["run", f"http://127.0.0.1:{served.port}/openapi.json", "--header", "Authorization: Bearer first", "--no-color", *options]
+    command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--output-sanitize", "false"]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks"}
     found = subprocess.run([sys.executable, "-m", "schemathesis.cli", *command], capture_output=True, text=True, env=environment)
-    assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout
+    print(found.stdout)
+    assert found.returncode == 0, found.stderr
 
 
 def test_schemathesis(served):
-    print(check(served, "--max-examples", "8", "--seed", "1", "--phases", "fuzzing"))
+    check(served, "--max-examples", "8", "--seed", "1", "--phases", "fuzzing")
 
 
 @pytest.mark.slow
 def test_schemathesis_at_length(served):
-    print(check(served, "--max-examples", "100", "--request-timeout", "60"))
+    check(served, "--max-examples", "100", "--request-timeout", "60")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from slotmoe import ConfigError
 from tools.options import open_runtime, runtime_options
 
 _GRACE_SECONDS = 3  # for answers to be delivered once the server was told to end
+_FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 
 
 @click.command(name="serve")
@@ -94,6 +95,8 @@ def make_server(
             super().handle_exit(sig, frame)
 
     def ended() -> None:
+        if batch.problem is not None:
+            settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
     batch = Batch(runtime, sequences, waiting, ended)
@@ -107,6 +110,7 @@ def make_server(
         server_header=False,
         limit_concurrency=1024,
         timeout_graceful_shutdown=_GRACE_SECONDS,
+        proxy_headers=False,
     )
     server = Server(settings)
     return server, batch

@@ -58,7 +58,7 @@ class Sampled(Form):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # less would overflow logits
     logit_bias: Bias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
