@@ -70,9 +70,10 @@ def test_parameters_are_honoured(served, runtime):
     assert biased == runtime.tokenizer.decode([300] * 5)
     punished = served.complete("Call me", max_tokens=5, logit_bias={"300": 50}, frequency_penalty=2, presence_penalty=2)
     assert punished["choices"][0]["text"] == biased  # 12 points are fewer than 50
-    assert (
-        served.complete("a a a a a a", repetition_penalty=9)["choices"][0]["text"] != served.complete("a a a a a a")["choices"][0]["text"]
-    )
+    texts = [served.complete("a a a a a a", max_tokens=30)["choices"][0]["text"]]
+    for penalty in ({"repetition_penalty": 9}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+        texts.append(served.complete("a a a a a a", max_tokens=30, **penalty)["choices"][0]["text"])
+    assert texts[0] not in texts[1:]
     hot = {"temperature": 2, "seed": 5, "n": 2}
     drawn = [choice["text"] for choice in served.complete("Call me", **hot)["choices"]]
     assert drawn == [choice["text"] for choice in served.complete("Call me", **hot)["choices"]] and drawn[0] != drawn[1]
