@@ -13,7 +13,7 @@ import torch
 from model.tokenizer import Tokenizer
 from offload.quantize import quantize
 from offload.runtime import Runtime
-from tests.test_serve import GREEDY, USER, Served
+from tests.served import GREEDY, USER, Served
 from tests.tiny import SAMPLE
 from tools import serve_answers
 from tools.serve_forms import Call, Calling, RefusedError, Result, Tool, Turn

@@ -201,20 +201,19 @@ class Answers:
 
 
 def _room(service: Service, prompt: list[int], limit: int | None) -> int:
-    """The most tokens of an answer to ``prompt``: ``limit``, or all that the context has room for."""
+    """The most tokens of an answer to ``prompt``: ``limit``, or what the context has room for, if that is less."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
     if not prompt:
         raise RefusedError("the prompt is empty", param="prompt")
     if any(one >= vocabulary for one in prompt):
         raise RefusedError(f"a token id of the prompt is outside 0 to {vocabulary - 1}, the model's vocabulary", param="prompt")
     room = context - len(prompt)
-    if room < (1 if limit is None else limit):
-        wanted = f" and the answer {limit}" if limit else ""
+    if room < (0 if limit == 0 else 1):
         raise RefusedError(
-            f"the context holds {context} tokens; the prompt has {len(prompt)}{wanted}. Shorten one, or start the server with --context",
+            f"the context holds {context} tokens, the prompt has {len(prompt)}. Shorten it, or start the server with --context",
             code="context_length_exceeded",
         )
-    return room if limit is None else limit
+    return room if limit is None else min(limit, room)
 
 
 def _scorable(service: Service, prompts: list[list[int]], choices: int, likeliest: int) -> None:

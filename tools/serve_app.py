@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 from model.answer import Made, Piece
 from slotmoe import ConfigError, __version__
 from tools.serve_answers import Answers, Service
+from tools.serve_description import describe
 from tools.serve_forms import Chat, Completion, Messages, RefusedError
 from tools.serve_tools import Part, Reader, arguments_of, collected
 
@@ -42,8 +43,8 @@ class _Stream(StreamingResponse):
             self._answers.leave()
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application; the door in front of it is ``tools.serve_guard.Guard``."""
+def make_app(service: Service, keyed: bool) -> FastAPI:
+    """The application; the door in front of it, ``tools.serve_guard.Guard``, asks for a key if ``keyed``."""
     app = FastAPI(title="slotmoe", version=__version__, docs_url=None, redoc_url=None)
     page = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
 
@@ -90,6 +91,7 @@ def make_app(service: Service) -> FastAPI:
         return await _messages(service, form, request)
 
     _answer_errors(app, service)
+    describe(app.openapi(), service, keyed)
     return app
 
 
@@ -97,7 +99,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     """Every error leaves in the form of the API that was called."""
 
     def error(request: Request, problem: RefusedError) -> Response:
-        headers = {"retry-after": str(service.batch.retry_after)} if problem.status == 429 else {}
+        headers = {"retry-after": str(service.batch.retry_after)} if problem.status == 429 else None
         return JSONResponse(error_body(request.url.path, problem), problem.status, headers)
 
     async def refused(request: Request, problem: Exception) -> Response:
@@ -113,7 +115,8 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
 
     async def other(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
-        return error(request, RefusedError(str(problem.detail), problem.status_code))
+        body = error_body(request.url.path, RefusedError(str(problem.detail), problem.status_code))
+        return JSONResponse(body, problem.status_code, problem.headers)  # which methods are allowed
 
     async def unforeseen(request: Request, problem: Exception) -> Response:
         return error(request, RefusedError("the server failed; its log says how", 500))

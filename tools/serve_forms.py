@@ -9,17 +9,24 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from model.generate import Sampling
 
+
+def _integral(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is the integer 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 MAX_CHOICES = 16
 MAX_TOOLS = 128
-Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+WHOLE = BeforeValidator(_integral)
+Id = Annotated[int, Field(ge=0, lt=1 << 31), WHOLE]
 Text = Annotated[str, Field(max_length=1 << 22)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
-Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
@@ -101,14 +108,14 @@ class Sampled(Form):
     model: Annotated[str, Field(max_length=512)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     stop: Stop | Stops | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # less would overflow logits
     logit_bias: Bias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -242,10 +249,10 @@ class Chat(Sampled):
     messages: Annotated[
         list[Annotated[Message | AssistantMessage | ToolMessage, Field(discriminator="role")]], Field(min_length=1, max_length=4096)
     ]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
@@ -297,11 +304,11 @@ class Completion(Sampled):
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
         | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
     suffix: Text | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[Literal[1], WHOLE] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, each as text or as token ids.  Raises ``RefusedError``."""
@@ -379,11 +386,11 @@ class Messages(Form):
 
     model: Annotated[str, Field(max_length=512)]
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1), WHOLE]
     system: Text | list[TextPart] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31), WHOLE] | None = None
     stop_sequences: Stops | None = None
     stream: bool | None = None
     metadata: Metadata | None = None
