@@ -318,7 +318,12 @@ def test_what_cannot_be_called_is_refused(served, fields, param):
         {"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "tool", "name": "other"}},
         {"tools": ANTHROPIC_TOOLS, "stop_sequences": ["x"]},
         {"tool_choice": {"type": "any"}},
-        {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "x", "name": "weather", "input": {}}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "tool_use", "id": "x", "name": "weather", "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]},
+            ]
+        },
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]},
         {"messages": [*USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "weather", "input": {}}]}]},
     ],
