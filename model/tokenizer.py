@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Tokenizer:
     def encode_gap(self, before: str, after: str) -> list[int]:
         """Token ids that ask a Coder model for what belongs between two texts.  Raises ``ConfigError`` if the tokenizer has
         no fill-in-the-middle tokens."""
-        begin, hole, end = (self._backend.token_to_id(token) for token in FIM_TOKENS)
+        begin, hole, end = (self.token_id(token) for token in FIM_TOKENS)
         if begin is None or hole is None or end is None:
             raise ConfigError("this model can't fill in the middle: its tokenizer has no tokens for that; leave suffix out")
         start = [] if self.bos_token_id is None else [self.bos_token_id]
@@ -77,6 +78,11 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
 
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is spelled like this, if there is one."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def to_json(self) -> str:
         """The whole tokenizer, as in ``tokenizer.json``."""
         text: str = self._backend.to_str()
@@ -87,37 +93,54 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """``messages`` through the model's chat template, ready for the assistant's answer.
-
-        Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
-        """
+    @property
+    def template(self) -> str | None:
+        """The model's chat template; None if it has none."""
         template = self._template_file or self.settings.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default")
-        if not isinstance(template, str):
+        return template if isinstance(template, str) else None
+
+    def chat(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None, begun: bool = False) -> str:
+        """``messages`` through the model's chat template, ready for the assistant's answer, of which the last message is
+        the beginning if it is ``begun``.  ``tools`` are for templates that use them.
+
+        Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
+        """
+        if self.template is None:
             raise ConfigError(
                 "tokenizer_config.json: has no chat_template, so this is not a chat model: take its Chat or Instruct version, or "
                 "continue text with 'slotmoe run MODEL PROMPT', without --chat"
             )
-        tokens = {}
-        for name in ("bos_token", "eos_token"):
-            token = self.settings.get(name)
-            tokens[name] = token.get("content", "") if isinstance(token, dict) else token or ""
-        return _render(template, {"messages": messages, "add_generation_prompt": True, **tokens})
+        tokens = {"bos_token": self._spelling("bos_token"), "eos_token": self.eos_token}
+        variables = {"messages": messages, "add_generation_prompt": not begun, **({"tools": tools} if tools else {}), **tokens}
+        text = _render(self.template, variables)
+        return text.removesuffix(self.eos_token) if begun else text
+
+    @property
+    def eos_token(self) -> str:
+        """How the end-of-sentence token is spelled; empty if the settings don't say."""
+        return self._spelling("eos_token")
+
+    def _spelling(self, name: str) -> str:
+        token = self.settings.get(name)
+        return str(token.get("content", "") if isinstance(token, dict) else token or "")
 
 
 class TextStream:
-    """Turns a stream of ids into text that never ends inside a UTF-8 character."""
+    """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens have no text, unless ``shown``
+    says what."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
+        self._tokenizer, self._shown = tokenizer, shown or {}
         self._ids: list[int] = []  # the last finished token, for context, and those whose text is not out yet
         self._printed = ""  # what of their text is already out
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
+        if token_id in self._shown:
+            return self.flush() + self._shown[token_id]
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
         # A trailing replacement mark may be the start of a character that the next tokens complete.

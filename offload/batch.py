@@ -17,7 +17,7 @@ import torch
 
 from model.answer import Answer, Piece
 from offload.runtime import Runtime
-from slotmoe import SlotmoeError
+from slotmoe import ConfigError, SlotmoeError
 
 _SHARED_PIECE = 64  # tokens of a prompt between two decode steps; a whole prefill pass where nobody decodes
 
@@ -30,14 +30,17 @@ class QueueFullError(Exception):
 class Job:
     """A prompt and where its answer goes: ``emit(piece)`` is called from the batch's thread, the last time with a finish.
 
-    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown`` or ``error`` where the batch ended it.  Only prompts of the
-    same ``owner`` share latents.  Moments are ``time.monotonic()``.
+    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown``, ``error``, or ``refused`` for a grammar that can't be followed
+    to its end, where the batch ended it.  Only prompts of the same ``owner`` share latents.  The tokens of a prompt that is
+    ``scored`` are all computed, and noted in ``answer.read`` with their log-probabilities before the first piece.  Moments are
+    ``time.monotonic()``.
     """
 
     prompt: list[int]
     answer: Answer
     emit: Callable[[Piece], None]
     owner: str = ""
+    scored: bool = False
     cancelled: bool = False  # set by whoever no longer wants the answer; its place is free within one step
     reused: int = 0  # tokens of the prompt that were cached already
     submitted: float = field(default_factory=time.monotonic)
@@ -166,7 +169,8 @@ class Batch:
 
     def _place(self, job: Job) -> None:
         """Give ``job`` a place, and in it what some place already holds of its prompt."""
-        shared = {place.index: _common(place.tokens, job.prompt) for place in self._places if place.owner == job.owner}
+        sources = [] if job.scored else [place for place in self._places if place.owner == job.owner]
+        shared = {place.index: _common(place.tokens, job.prompt) for place in sources}
         source = max(shared, key=shared.__getitem__, default=None)
         length = shared[source] if source is not None else 0
         free = [place for place in self._places if place.job is None]
@@ -182,11 +186,25 @@ class Batch:
         job, done = place.job, len(place.tokens)
         assert job is not None
         piece = job.prompt[done : done + (_SHARED_PIECE if shared else self._runtime.plan.prefill_chunk)]
-        logits = self._append(place, piece)
+        logits_V = self._score(place, piece) if job.scored else self._append(place, piece)[0]
         self.totals.prompt_tokens += len(piece)
         if len(place.tokens) == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
-            self._take(place, logits[0])
+            self._take(place, logits_V)
+
+    def _score(self, place: _Place, ids: list[int]) -> torch.Tensor:
+        """``_append``, each row of logits judging the prompt's next token; the last row."""
+        job, done = place.job, len(place.tokens)
+        assert job is not None
+        if done == 0:
+            job.answer.score(job.prompt[0], None)
+        for rows_RV in self._runtime.append_rows(place.index, ids):
+            for logits_V in rows_RV.cpu():
+                done += 1
+                if done < len(job.prompt):
+                    job.answer.score(job.prompt[done], logits_V)
+        place.tokens += ids
+        return rows_RV[-1]
 
     def _append(self, place: _Place, ids: list[int]) -> torch.Tensor:
         logits = self._runtime.append(place.index, ids)
@@ -211,7 +229,7 @@ class Batch:
         try:
             piece = job.answer.take(logits_V.cpu())
         except SlotmoeError as problem:
-            piece = job.answer.end("error", str(problem))
+            piece = job.answer.end("refused" if isinstance(problem, ConfigError) else "error", str(problem))
         self.totals.answer_tokens += len(job.answer.ids) - before
         if piece.finish is None and len(place.tokens) == self._runtime.context:
             rest = job.answer.end("length")

@@ -59,6 +59,7 @@ from quant.export import MANIFEST, Export, RecordLayout
 from quant.matmul import TorchOps, map_tensors, pick_ops
 from slotmoe import ConfigError, PlanError, read_json
 
+ROWS_AT_ONCE = 16  # rows of logits that ``Runtime.append_rows`` makes at once
 _PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 __all__ = ["Runtime", "Token", "resolve_model"]
 
@@ -274,6 +275,19 @@ class Runtime:
             logits = self._forward(part, cache=cache)
         self._count(kind, len(ids), started)
         return logits
+
+    def append_rows(self, sequence: int, ids: list[int]) -> Iterator[Tensor]:
+        """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size] at a time.  Nothing else may
+        be computed until the last of them is taken."""
+        cache, started = self._caches[sequence], time.perf_counter()
+        for part in torch.tensor(ids, device=self.device).split(self._chunk):
+            self._forward(part, cache=cache)
+            hidden_TD = self._network.hidden_TD
+            assert hidden_TD is not None
+            # A tied head goes row by row, as in ``forward_together``.
+            for rows_RD in hidden_TD.split(1 if self.config.tie_word_embeddings else ROWS_AT_ONCE):
+                yield self._network.head(rows_RD)
+        self._count("prefill", len(ids), started)
 
     def append_each(self, sequences: list[int], ids: list[int]) -> Tensor:
         """Append one id to each of several sequences in one pass, so that an expert brought for one serves all: logits,

@@ -2,87 +2,21 @@
 
 import http.client
 import json
-import os
-import random
 import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 from click.testing import CliRunner
 
 from model.tokenizer import FIM_TOKENS, Tokenizer
 from offload.runtime import Runtime
 from tests.browser import BROWSER, Browser
+from tests.served import GREEDY, PROMPTS, USER, Served, start
 from tests.tiny import SAMPLE
 from tools.cli import cli
-from tools.serve import make_server
-
-GREEDY = {"model": "sample", "temperature": 0}
-USER = [{"role": "user", "content": "Tell me of the king."}]
-PROMPTS = ["My fellow citizens,", "It is a truth", "def main(", "Call me", "To be or not", "Once upon a time", "import os", "The law"]
-
-
-class Served:
-    """A server in a thread of this process, and the least of clients."""
-
-    def __init__(self, runtime, keys=(), waiting=4, max_body=1 << 16):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.server, self.batch = make_server(runtime, "sample", (keys, ("box.local",), max_body), 8, waiting)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join(20)
-        self.batch.close()
-        self.listener.close()
-
-    def open(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, data, given)
-        return connection, connection.getresponse()
-
-    def ask(self, method, path, body=None, **headers):
-        connection, response = self.open(method, path, body, **headers)
-        data = response.read()
-        connection.close()
-        is_json = "json" in response.headers.get("content-type", "")
-        return response.status, json.loads(data) if is_json else data.decode(), response.headers
-
-    def complete(self, prompt, **options):
-        status, answer, _ = self.ask("POST", "/v1/completions", {**GREEDY, "prompt": prompt, **options})
-        assert status == 200, answer
-        return answer
-
-    def chat(self, **options):
-        return self.ask("POST", "/v1/chat/completions", {**GREEDY, "messages": USER, "max_tokens": 8, **options})
-
-    def events(self, path, body):
-        connection, response = self.open("POST", path, {**body, "stream": True})
-        lines = response.read().decode().split("\n\n")
-        connection.close()
-        assert response.status == 200 and lines.pop() == "" and lines.pop() == "data: [DONE]"
-        return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-    def idle(self, seconds=5.0):
-        end = time.monotonic() + seconds
-        while self.batch.running or self.batch.queued:
-            assert time.monotonic() < end, "a place is still taken"
-            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +70,18 @@ def test_parameters_are_honoured(served, runtime):
     assert biased == runtime.tokenizer.decode([300] * 5)
     punished = served.complete("Call me", max_tokens=5, logit_bias={"300": 50}, frequency_penalty=2, presence_penalty=2)
     assert punished["choices"][0]["text"] == biased  # 12 points are fewer than 50
-    assert (
-        served.complete("a a a a a a", repetition_penalty=9)["choices"][0]["text"] != served.complete("a a a a a a")["choices"][0]["text"]
-    )
+    texts = [served.complete("a a a a a a", max_tokens=30)["choices"][0]["text"]]
+    for penalty in ({"repetition_penalty": 9}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+        texts.append(served.complete("a a a a a a", max_tokens=30, **penalty)["choices"][0]["text"])
+    assert texts[0] not in texts[1:]
     hot = {"temperature": 2, "seed": 5, "n": 2}
     drawn = [choice["text"] for choice in served.complete("Call me", **hot)["choices"]]
     assert drawn == [choice["text"] for choice in served.complete("Call me", **hot)["choices"]] and drawn[0] != drawn[1]
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         assert served.complete("Call me", max_tokens=30, temperature=2, **narrow)["choices"][0]["text"] == text, narrow
     ids = runtime.tokenizer.encode("Call me")
+    most = served.complete(ids, max_tokens=10**20)  # an upper bound; the context ends before
+    assert (most["choices"][0]["finish_reason"], most["usage"]["total_tokens"]) == ("length", 512)
     assert [one["text"] for one in served.complete(["Call me", "Call me"], max_tokens=30)["choices"]] == [text, text]
     assert served.complete(ids, max_tokens=30)["choices"][0]["text"] == served.complete([ids], max_tokens=30)["choices"][0]["text"] == text
 
@@ -233,7 +170,6 @@ REFUSED = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///"}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
-    ({"max_tokens": 600}, None),
     ({"messages": [{"role": "user", "content": "word " * 600}]}, None),
 ]
 
@@ -258,7 +194,7 @@ def test_what_is_not_honoured_is_refused(served, fields, param):
         (b'{"model": "sample", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
         (b'{"model": "sample", "prompt": [4096]}', 400),
         (b'{"model": "sample", "prompt": []}', 400),
-        (b'{"model": "sample", "prompt": "x", "echo": true, "logprobs": 1}', 400),
+        (b'{"model": "sample", "prompt": "x", "max_tokens": 0}', 400),
         (b'{"model": "sample", "prompt": "x", "suffix": "y"}', 400),
         (b'{"model": "other", "prompt": "x"}', 404),
         (b" " * (1 << 17), 413),
@@ -354,8 +290,8 @@ def test_openai_client(served):
         assert text and "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == text
         assert parts[-1].usage.completion_tokens == answer.usage.completion_tokens == len(answer.choices[0].logprobs.content) == 8
         assert client.completions.create(**GREEDY, prompt="Call me", max_tokens=3).choices[0].finish_reason == "length"
-        with pytest.raises(openai.BadRequestError, match="tool"):
-            client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])
+        with pytest.raises(openai.BadRequestError, match="supported"):
+            client.chat.completions.create(**options, verbosity="low")
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**{**options, "model": "other"})
 
@@ -372,7 +308,7 @@ def test_anthropic_client(served):
         cut = client.messages.create(**options, stop_sequences=[answer.content[0].text[3:6]])
         assert (cut.stop_reason, cut.content[0].text) == ("stop_sequence", answer.content[0].text[:3])
         with pytest.raises(anthropic.BadRequestError, match="supported"):
-            client.messages.create(**options, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+            client.messages.create(**options, thinking={"type": "enabled", "budget_tokens": 1024})
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell")
@@ -434,56 +370,6 @@ def test_failed_model_ends_the_server(runtime, monkeypatch):
     assert not served.thread.is_alive()
 
 
-@pytest.mark.slow
-def test_soak(runtime):
-    """A minute of clients that ask, leave and send nonsense ends with the places, descriptors, threads and memory of its start."""
-    process = psutil.Process()
-
-    def client(served, seed, end):
-        source, kinds = random.Random(seed), Counter()
-        while time.monotonic() < end:
-            kind = source.choice(["whole", "stream", "leave", "nonsense", "page"])
-            kinds[kind] += 1
-            body = {
-                **GREEDY,
-                "prompt": source.choice(PROMPTS) * source.randrange(1, 20),
-                "max_tokens": source.randrange(1, 60),
-                "n": source.choice([1, 1, 2]),
-            }
-            if kind == "whole":
-                assert served.ask("POST", "/v1/completions", body)[0] in (200, 429)
-            elif kind == "nonsense":
-                assert served.ask("POST", "/v1/completions", source.randbytes(source.randrange(2000)))[0] == 400
-            elif kind == "page":
-                assert served.ask("GET", source.choice(["/", "/metrics", "/stats", "/health"]))[0] == 200
-            else:
-                connection, response = served.open("POST", "/v1/completions", {**body, "stream": True})
-                response.read(source.randrange(1, 400)) if kind == "leave" else response.read()
-                connection.close()
-        return kinds
-
-    with Served(runtime) as served:
-        with ThreadPoolExecutor(10) as pool:
-            [*pool.map(lambda seed: client(served, seed, time.monotonic() + 8), range(10))]
-            served.idle()
-            before = process.num_fds(), threading.active_count(), process.memory_info().rss
-            kinds = sum(pool.map(lambda seed: client(served, seed, time.monotonic() + 60), range(10, 20)), Counter())
-        served.idle()
-        time.sleep(6)  # kept connections are closed after five seconds
-        after = process.num_fds(), threading.active_count(), process.memory_info().rss
-        print(kinds, served.batch.totals, before, after)
-        assert after[0] <= before[0] and after[1] <= before[1] and after[2] - before[2] < 32 << 20
-        assert served.complete("Call me", max_tokens=1)["usage"]["completion_tokens"] == 1
-
-
-def start(export, *options, script=None, **environment):
-    command = ["-m", "tools.cli"] if script is None else ["-c", script]
-    arguments = ["serve", str(export), "--port", "0", "--ram", "2GiB", "--context", "512", "--name", "sample", *options]
-    child = subprocess.Popen([sys.executable, *command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-    line = child.stderr.readline()
-    return child, int(re.search(r":(\d+),", line)[1]) if "ready" in line else line
-
-
 def test_ctrl_c_ends_running_answers_with_a_reason(sample_export):
     child, port = start(sample_export)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -497,27 +383,6 @@ def test_ctrl_c_ends_running_answers_with_a_reason(sample_export):
     assert child.wait(10) == 130
     assert '"finish_reason":"length"' in rest and rest.endswith("data: [DONE]\n\n")
     assert child.stderr.read().strip() == "slotmoe: interrupted"
-    child.stderr.close()
-
-
-FAILING = """
-import sys
-from offload.runtime import Runtime
-Runtime.append = lambda *_: 1 / 0
-from tools.cli import main
-main(sys.argv[1:])
-"""
-
-
-def test_failed_model_ends_the_process(sample_export):
-    child, port = start(sample_export, script=FAILING)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/v1/completions", json.dumps({**GREEDY, "prompt": "x"}), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 500 and b"server_error" in response.read()
-    connection.close()
-    assert child.wait(5) == 1
-    assert "ZeroDivisionError" in child.stderr.read()
     child.stderr.close()
 
 

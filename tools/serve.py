@@ -15,6 +15,7 @@ from slotmoe import ConfigError
 from tools.options import open_runtime, runtime_options
 
 _GRACE_SECONDS = 3  # for answers to be delivered once the server was told to end
+_FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 
 
 @click.command(name="serve")
@@ -59,7 +60,8 @@ def command(
     keys, most = _keys(api_keys, api_key_file), parse_size(max_body)
     if not keys and not _is_loopback(host):
         raise ConfigError(f"--host {host}: others could use this server; give --api-key, --api-key-file or $SLOTMOE_API_KEY")
-    with _listening(host, port) as listener, open_runtime(model, options, logits_rows=max_sequences, sequences=max_sequences) as runtime:
+    rows = max(max_sequences, 16)  # of logits: one of each answer, or those that score a prompt's tokens
+    with _listening(host, port) as listener, open_runtime(model, options, logits_rows=rows, sequences=max_sequences) as runtime:
         name = name or _name(model)
         server, batch = make_server(runtime, name, (keys, (host, *hosts), most), max_sequences, max_queue)
         address, port = listener.getsockname()[:2]
@@ -84,7 +86,7 @@ def make_server(
     from offload.batch import Batch
     from tools.serve_answers import Service
     from tools.serve_app import make_app
-    from tools.serve_guard import Guard
+    from tools.serve_guard import Connection, Guard
 
     class Server(uvicorn.Server):
         """Lets running answers end with a reason when the server is told to."""
@@ -94,12 +96,14 @@ def make_server(
             super().handle_exit(sig, frame)
 
     def ended() -> None:
+        if batch.problem is not None:
+            settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
     batch = Batch(runtime, sequences, waiting, ended)
     settings = uvicorn.Config(
-        Guard(make_app(Service(runtime, batch, name)), *guarded),
-        http="h11",
+        Guard(make_app(Service(runtime, batch, name), bool(guarded[0])), *guarded),
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -107,6 +111,7 @@ def make_server(
         server_header=False,
         limit_concurrency=1024,
         timeout_graceful_shutdown=_GRACE_SECONDS,
+        proxy_headers=False,
     )
     server = Server(settings)
     return server, batch

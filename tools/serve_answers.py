@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from model.answer import Answer, Grammar, Piece
 from model.generate import Sampling
 from offload.batch import Batch, Job, QueueFullError
 from offload.runtime import Runtime
-from tools.serve_forms import RefusedError
+from tools.serve_forms import Calling, RefusedError, Turn
 from tools.serve_grammar import Grammars
+from tools.serve_tools import Dialect
 
+MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -27,7 +29,8 @@ class Service:
     def __init__(self, runtime: Runtime, batch: Batch, name: str):
         self.runtime, self.batch, self.name = runtime, batch, name
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
-        self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids)
+        self.dialect = Dialect(runtime.tokenizer)
+        self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
         self.refused = 0
         self.registry = CollectorRegistry()
         self.queue_seconds = Histogram("slotmoe_queue_seconds", "From request to place", buckets=_SECONDS, registry=self.registry)
@@ -44,9 +47,9 @@ class Service:
         if model != self.name:
             raise RefusedError(f"the model {model!r:.80} is not here; this server has {self.name!r}", 404, "model", "model_not_found")
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of ``messages`` through the model's template, which takes a child process its time."""
-        return self.tokenizer.encode(self.tokenizer.chat(messages))
+    def chat(self, turns: list[Turn], calling: Calling | None) -> list[int]:
+        """Token ids of a conversation through the model's template, which takes a child process its time."""
+        return self.tokenizer.encode(self.dialect.prompt(turns, calling))
 
     def observe(self, job: Job) -> None:
         """Note how long an answer that has ended took."""
@@ -110,6 +113,8 @@ class Service:
 class Answers:
     """The answers of one request: ``prompts`` times ``choices``, in the batch until they end or ``leave`` is called.
 
+    ``grammar`` makes the mask of each; ``shown`` are special tokens that appear in the text.  Where ``scored``, the prompts'
+    own tokens and their log-probabilities are in ``jobs[i].answer.read`` from the first piece on.
     Made inside the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue is full.
     """
 
@@ -124,18 +129,22 @@ class Answers:
         stop: tuple[str, ...] = (),
         logprobs: int | None = None,
         grammar: Callable[[], Grammar] | None = None,
+        shown: Mapping[int, str] | None = None,
+        scored: bool = False,
     ):
         self._service, self._loop = service, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self.jobs: list[Job] = []
+        if scored:
+            _scorable(service, prompts, choices, logprobs or 0)
         for prompt in prompts:
             most = _room(service, prompt, limit)
             for choice in range(choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
                 own = replace(sampling, seed=seed)
                 rules = grammar() if grammar is not None else None
-                answer = Answer(prompt, service.tokenizer, service.runtime.eos_token_ids, own, most, stop, logprobs, rules)
-                self.jobs.append(Job(prompt, answer, self._emitter(len(self.jobs)), owner))
+                answer = Answer(prompt, service.tokenizer, service.runtime.eos_token_ids, own, most, stop, logprobs, rules, shown)
+                self.jobs.append(Job(prompt, answer, self._emitter(len(self.jobs)), owner, scored))
         try:
             service.batch.submit(self.jobs)
         except QueueFullError:
@@ -166,9 +175,9 @@ class Answers:
         left = len(self.jobs)
         while left:
             index, piece = await self._pieces.get()
-            if piece.finish == "error":
+            if piece.finish in ("error", "refused"):
                 self.leave()
-                raise RefusedError(piece.error, 500)
+                raise RefusedError(piece.error, 500 if piece.finish == "error" else 400)
             left -= piece.finish is not None
             yield index, piece
 
@@ -192,17 +201,27 @@ class Answers:
 
 
 def _room(service: Service, prompt: list[int], limit: int | None) -> int:
-    """The most tokens of an answer to ``prompt``: ``limit``, or all that the context has room for."""
+    """The most tokens of an answer to ``prompt``: ``limit``, or what the context has room for, if that is less."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
     if not prompt:
         raise RefusedError("the prompt is empty", param="prompt")
     if any(one >= vocabulary for one in prompt):
         raise RefusedError(f"a token id of the prompt is outside 0 to {vocabulary - 1}, the model's vocabulary", param="prompt")
     room = context - len(prompt)
-    if room < max(1, limit or 1):
-        wanted = f" and the answer {limit}" if limit else ""
+    if room < (0 if limit == 0 else 1):
         raise RefusedError(
-            f"the context holds {context} tokens; the prompt has {len(prompt)}{wanted}. Shorten one, or start the server with --context",
+            f"the context holds {context} tokens, the prompt has {len(prompt)}. Shorten it, or start the server with --context",
             code="context_length_exceeded",
         )
-    return limit or room
+    return room if limit is None else min(limit, room)
+
+
+def _scorable(service: Service, prompts: list[list[int]], choices: int, likeliest: int) -> None:
+    """Raises ``RefusedError`` unless the prompts' log-probabilities can be told."""
+    told = sum(len(prompt) for prompt in prompts) * choices * (1 + likeliest)
+    if told > MAX_SCORES:
+        raise RefusedError(
+            f"echo with logprobs would tell {told} log-probabilities, more than {MAX_SCORES} in one request", param="logprobs"
+        )
+    if any(one >= service.tokenizer.size for prompt in prompts for one in prompt):
+        raise RefusedError(f"a token id of the prompt is outside 0 to {service.tokenizer.size - 1}, those that are text", param="prompt")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, S
 from model.answer import Made, Piece
 from slotmoe import ConfigError, __version__
 from tools.serve_answers import Answers, Service
+from tools.serve_description import describe
 from tools.serve_forms import Chat, Completion, Messages, RefusedError
+from tools.serve_tools import Part, Reader, arguments_of, collected
 
 _FINISH = {"stop": "stop", "length": "length", "shutdown": "length"}
-_ANTHROPIC_FINISH = {"stop": "end_turn", "length": "max_tokens", "shutdown": "max_tokens"}
+_ANTHROPIC_FINISH = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _ANTHROPIC_ERRORS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -41,8 +43,8 @@ class _Stream(StreamingResponse):
             self._answers.leave()
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application; the door in front of it is ``tools.serve_guard.Guard``."""
+def make_app(service: Service, keyed: bool) -> FastAPI:
+    """The application; the door in front of it, ``tools.serve_guard.Guard``, asks for a key if ``keyed``."""
     app = FastAPI(title="slotmoe", version=__version__, docs_url=None, redoc_url=None)
     page = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
 
@@ -89,6 +91,7 @@ def make_app(service: Service) -> FastAPI:
         return await _messages(service, form, request)
 
     _answer_errors(app, service)
+    describe(app.openapi(), service, keyed)
     return app
 
 
@@ -96,7 +99,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     """Every error leaves in the form of the API that was called."""
 
     def error(request: Request, problem: RefusedError) -> Response:
-        headers = {"retry-after": str(service.batch.retry_after)} if problem.status == 429 else {}
+        headers = {"retry-after": str(service.batch.retry_after)} if problem.status == 429 else None
         return JSONResponse(error_body(request.url.path, problem), problem.status, headers)
 
     async def refused(request: Request, problem: Exception) -> Response:
@@ -112,7 +115,8 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
 
     async def other(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
-        return error(request, RefusedError(str(problem.detail), problem.status_code))
+        body = error_body(request.url.path, RefusedError(str(problem.detail), problem.status_code))
+        return JSONResponse(body, problem.status_code, problem.headers)  # which methods are allowed
 
     async def unforeseen(request: Request, problem: Exception) -> Response:
         return error(request, RefusedError("the server failed; its log says how", 500))
@@ -183,10 +187,12 @@ def _data(content: dict[str, Any]) -> str:
 async def _chat(service: Service, form: Chat, request: Request) -> Response:
     service.known(form.model)
     sampling, limit, logprobs = form.sampling(service.tokenizer.size), form.limit(), form.likeliest()
-    schema = form.schema_wanted()
-    grammar = await asyncio.to_thread(service.grammars.compile, schema) if schema is not None else None
-    prompt = await asyncio.to_thread(service.chat, [one.plain() for one in form.messages])
-    answers = Answers(service, request.state.owner, [prompt], sampling, limit, form.n or 1, form.stops, logprobs, grammar)
+    schema, calling, n = form.schema_wanted(), form.calling(), form.n or 1
+    grammar = await asyncio.to_thread(service.grammars.compile, schema, calling)
+    prompt = await asyncio.to_thread(service.chat, form.turns(), calling)
+    shown = service.dialect.shown if calling is not None else None
+    answers = Answers(service, request.state.owner, [prompt], sampling, limit, n, form.stops, logprobs, grammar, shown)
+    readers = [service.dialect.reader(calling, schema) for _ in answers.jobs]
     about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
     def details(tokens: list[Made]) -> dict[str, Any] | None:
@@ -200,10 +206,13 @@ async def _chat(service: Service, form: Chat, request: Request) -> Response:
         for index in range(len(answers.jobs)):
             yield chunk(index, {"role": "assistant", "content": ""})
         async for index, piece in answers.pieces():
-            if piece.text or piece.tokens:
-                yield chunk(index, {"content": piece.text}, tokens=piece.tokens)
+            deltas = [_delta(part) for part in _parts(readers[index], piece) if not part.complete]
+            if piece.tokens and not deltas and logprobs is not None:
+                deltas = [{"content": ""}]
+            for number, delta in enumerate(deltas):
+                yield chunk(index, delta, tokens=piece.tokens if number == 0 else None)
             if piece.finish is not None:
-                yield chunk(index, {}, _FINISH[piece.finish])
+                yield chunk(index, {}, _chat_finish(readers[index], piece))
         if form.usage_wanted:
             yield _data({**about, "object": "chat.completion.chunk", "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
@@ -212,13 +221,41 @@ async def _chat(service: Service, form: Chat, request: Request) -> Response:
         return _Stream(_events("", stream()), answers)
     choices = []
     for index, pieces in enumerate(await _finished(request, answers)):
-        message = {"role": "assistant", "content": _text(pieces), "refusal": None}
-        finish = _FINISH[pieces[-1].finish or "stop"]
+        message = _message([part for piece in pieces for part in _parts(readers[index], piece)])
+        finish = _chat_finish(readers[index], pieces[-1])
         choices.append({"index": index, "message": message, "logprobs": details(_tokens(pieces)), "finish_reason": finish})
     return JSONResponse({**about, "object": "chat.completion", "choices": choices, "usage": answers.usage()})
 
 
-def _text(pieces: list[Piece]) -> str:
+def _parts(reader: Reader, piece: Piece) -> list[Part]:
+    return reader.feed(piece.text) + (reader.end() if piece.finish is not None else [])
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What a part of an answer adds to OpenAI's message."""
+    if part.call is None:
+        return {"content": part.text}
+    if part.name is None:
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+    return {"tool_calls": [{"index": part.call, **_called(part.name, "")}]}
+
+
+def _called(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _message(parts: list[Part]) -> dict[str, Any]:
+    text, calls = collected(parts)
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    return {**message, "tool_calls": [_called(name, arguments) for name, arguments, _ in calls]} if calls else message
+
+
+def _chat_finish(reader: Reader, piece: Piece) -> str:
+    assert piece.finish is not None
+    return "tool_calls" if reader.calls and piece.finish == "stop" else _FINISH[piece.finish]
+
+
+def _text(pieces: Sequence[Piece | Made]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -227,7 +264,7 @@ def _tokens(pieces: list[Piece]) -> list[Made]:
 
 
 def _chat_logprob(service: Service, made: Made) -> dict[str, Any]:
-    def told(one: int, logprob: float) -> dict[str, Any]:
+    def told(one: int, logprob: float | None) -> dict[str, Any]:
         text = service.tokenizer.decode([one])
         # Part of a character is no text, and its bytes are not known here.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
@@ -237,12 +274,12 @@ def _chat_logprob(service: Service, made: Made) -> dict[str, Any]:
 
 async def _completion(service: Service, form: Completion, request: Request) -> Response:
     service.known(form.model)
-    sampling, given = form.sampling(service.tokenizer.size), form.prompts()
+    sampling, given, n = form.sampling(service.tokenizer.size), form.prompts(), form.n or 1
     prompts = [await asyncio.to_thread(_encode, service, one, form.suffix) for one in given]
-    if len(prompts) * (form.n or 1) > 16:
+    if len(prompts) * n > 16:
         raise RefusedError("prompts times n is more than 16 answers in one request", param="n")
-    n = form.n or 1
-    answers = Answers(service, request.state.owner, prompts, sampling, form.max_tokens or 16, n, form.stops, form.logprobs)
+    limit, scored = 16 if form.max_tokens is None else form.max_tokens, bool(form.echo) and form.logprobs is not None
+    answers = Answers(service, request.state.owner, prompts, sampling, limit, n, form.stops, form.logprobs, scored=scored)
     about = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": service.name}
 
     def echoed(index: int) -> str:
@@ -254,14 +291,16 @@ async def _completion(service: Service, form: Completion, request: Request) -> R
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     async def stream() -> AsyncIterator[str]:
-        offsets = [0] * len(answers.jobs)
-        for index in range(len(answers.jobs)):
-            if form.echo:
-                yield _data({**about, "choices": [choice(index, echoed(index), [], None, 0)]})
+        offsets: list[int | None] = [None if form.echo else 0 for _ in answers.jobs]
         async for index, piece in answers.pieces():
+            offset = offsets[index]
+            if offset is None:
+                read = answers.jobs[index].answer.read
+                yield _data({**about, "choices": [choice(index, echoed(index), read, None, 0)]})
+                offset = len(_text(read)) if scored else len(echoed(index))
             finish = _FINISH[piece.finish] if piece.finish is not None else None
-            yield _data({**about, "choices": [choice(index, piece.text, list(piece.tokens), finish, offsets[index])]})
-            offsets[index] += len(piece.text)
+            yield _data({**about, "choices": [choice(index, piece.text, list(piece.tokens), finish, offset)]})
+            offsets[index] = offset + len(piece.text)
         if form.usage_wanted:
             yield _data({**about, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
@@ -271,7 +310,8 @@ async def _completion(service: Service, form: Completion, request: Request) -> R
     choices = []
     for index, pieces in enumerate(await _finished(request, answers)):
         finish = _FINISH[pieces[-1].finish or "stop"]
-        choices.append(choice(index, echoed(index) + _text(pieces), _tokens(pieces), finish, 0))
+        tokens = answers.jobs[index].answer.read + _tokens(pieces)
+        choices.append(choice(index, echoed(index) + _text(pieces), tokens, finish, 0))
     return JSONResponse({**about, "choices": choices, "usage": answers.usage()})
 
 
@@ -290,16 +330,19 @@ def _completion_logprobs(service: Service, tokens: list[Made], offset: int) -> d
     return {
         "tokens": [decode([one.id]) for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
-        "top_logprobs": [{decode([id_]): value for id_, value in one.likeliest} for one in tokens],
+        "top_logprobs": [None if one.logprob is None else {decode([id_]): value for id_, value in one.likeliest} for one in tokens],
         "text_offset": offsets,
     }
 
 
 async def _messages(service: Service, form: Messages, request: Request) -> Response:
     service.known(form.model)
-    prompt = await asyncio.to_thread(service.chat, form.plain())
-    stops = tuple(form.stop_sequences or ())
-    answers = Answers(service, request.state.owner, [prompt], form.sampling(), form.max_tokens, stop=stops)
+    calling = form.calling()
+    grammar = await asyncio.to_thread(service.grammars.compile, None, calling)
+    prompt = await asyncio.to_thread(service.chat, form.turns(), calling)
+    shown, stops = service.dialect.shown if calling is not None else None, tuple(form.stop_sequences or ())
+    answers = Answers(service, request.state.owner, [prompt], form.sampling(), form.max_tokens, stop=stops, grammar=grammar, shown=shown)
+    reader = service.dialect.reader(calling)
     about: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": service.name}
 
     def usage() -> dict[str, int]:
@@ -309,7 +352,7 @@ async def _messages(service: Service, form: Messages, request: Request) -> Respo
         return {**fresh, "cache_creation_input_tokens": 0, "output_tokens": counts["completion_tokens"]}
 
     def ending(piece: Piece) -> dict[str, Any]:
-        reason = "stop_sequence" if piece.stopped_by is not None else _ANTHROPIC_FINISH[piece.finish or "stop"]
+        reason = "stop_sequence" if piece.stopped_by is not None else _ANTHROPIC_FINISH[_chat_finish(reader, piece)]
         return {"stop_reason": reason, "stop_sequence": piece.stopped_by}
 
     async def stream() -> AsyncIterator[str]:
@@ -318,17 +361,65 @@ async def _messages(service: Service, form: Messages, request: Request) -> Respo
 
         open_ends: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage()}
         yield event("message_start", message={**about, **open_ends})
-        yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        blocks = _Blocks()
         async for _, piece in answers.pieces():
-            if piece.text:
-                yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece.text})
+            for part in _parts(reader, piece):
+                for kind, content in blocks.add(part):
+                    yield event(kind, **content)
             if piece.finish is not None:
-                yield event("content_block_stop", index=0)
+                for kind, content in blocks.end():
+                    yield event(kind, **content)
                 yield event("message_delta", delta=ending(piece), usage=usage())
         yield event("message_stop")
 
     if form.stream:
         return _Stream(_events("/v1/messages", stream()), answers)
     pieces = (await _finished(request, answers))[0]
-    content = [{"type": "text", "text": _text(pieces)}]
+    content = _content([part for piece in pieces for part in _parts(reader, piece)])
     return JSONResponse({**about, "content": content, **ending(pieces[-1]), "usage": usage()})
+
+
+def _content(parts: list[Part]) -> list[dict[str, Any]]:
+    """Anthropic's blocks of a whole answer.  A call that was cut off has no arguments that could be told, and is left out."""
+    text, calls = collected(parts)
+    used = [(name, arguments_of(arguments)) for name, arguments, complete in calls if complete]
+    blocks = [{"type": "tool_use", "id": _use_id(), "name": name, "input": given} for name, given in used if given is not None]
+    return [{"type": "text", "text": text}, *blocks] if text or not blocks else blocks
+
+
+def _use_id() -> str:
+    return f"toolu_{uuid.uuid4().hex}"
+
+
+class _Blocks:
+    """The events of Anthropic's content blocks, one after the other, as an answer's parts arrive."""
+
+    def __init__(self) -> None:
+        self._index, self._open = -1, False
+
+    def add(self, part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
+        if part.name is not None:
+            yield from self._begin({"type": "tool_use", "id": _use_id(), "name": part.name, "input": {}})
+        elif part.call is None and not self._open:
+            yield from self._begin({"type": "text", "text": ""})
+        if part.text:
+            is_text = part.call is None
+            delta = {"type": "text_delta", "text": part.text} if is_text else {"type": "input_json_delta", "partial_json": part.text}
+            yield "content_block_delta", {"index": self._index, "delta": delta}
+        if part.complete:
+            yield from self._close()
+
+    def end(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._index < 0:
+            yield from self._begin({"type": "text", "text": ""})
+        yield from self._close()
+
+    def _begin(self, block: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._close()
+        self._index, self._open = self._index + 1, True
+        yield "content_block_start", {"index": self._index, "content_block": block}
+
+    def _close(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._open:
+            self._open = False
+            yield "content_block_stop", {"index": self._index}
