@@ -4,11 +4,13 @@ import http.client
 import json
 import os
 import random
+import resource
 import socket
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from offload.runtime import Runtime
 from tests.served import FAILING, GREEDY, PROMPTS, USER, Served, start
 from tools import serve_guard
+from tools.serve import _allow_descriptors
 
 SOAK_SECONDS = float(os.environ.get("SLOTMOE_SOAK_SECONDS", "60"))
 HALVES = [b"", b"GE", b"POST /v1/completions HTTP/1.1\r\nHost: local", b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost: localhost\r\n"]
@@ -85,6 +88,31 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
     with connect(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea") as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         assert ended(connection)
+
+
+def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
+    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.5)
+    limit = 8 + 4 + 256
+    with ExitStack() as stack:
+        for _ in range(limit + 40):
+            stack.enter_context(connect(served.port))
+        end = time.monotonic() + 5
+        while len(served.server.server_state.connections) != limit:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while served.server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert served.complete("Call me", max_tokens=1)
+
+
+def test_files_for_a_long_queue_are_allowed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    for count in (548, 2000, 9000):
+        _allow_descriptors(count)
+    assert asked == [(2000, 4096), (4096, 4096)]
 
 
 def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, monkeypatch):
