@@ -206,10 +206,11 @@ def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
 
 
 def test_no_page_elsewhere_can_read_an_answer(served):
-    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    for method, headers in (("OPTIONS", asked), ("OPTIONS", asked | {"Origin": f"http://localhost:{served.port}"}), ("GET", {})):
-        status, _, found = served.ask(method, "/v1/chat/completions", **{k.replace("-", "_"): v for k, v in headers.items()})
-        assert status in (403, 405)
+    here = f"http://127.0.0.1:{served.port}"
+    for method, origin, expected in (("OPTIONS", "http://evil.example", 403), ("OPTIONS", here, 405), ("GET", here, 405)):
+        asked = {"Origin": origin, "Access_Control_Request_Method": "POST"}
+        status, _, found = served.ask(method, "/v1/chat/completions", **asked)
+        assert status == expected
         assert not [name for name in found if name.lower().startswith("access-control")]
 
 
