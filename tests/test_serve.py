@@ -210,7 +210,9 @@ def test_bodies_that_are_no_request(served, body, status):
 
 def test_routes_and_kinds_of_content(served):
     assert served.ask("GET", "/nowhere")[0] == 404
-    assert served.ask("GET", "/v1/completions")[0] == 405
+    status, _, headers = served.ask("GET", "/v1/completions")
+    assert (status, headers["allow"]) == (405, "POST")
+    assert served.ask("POST", "/health")[0] == 405
     assert served.ask("GET", "/v1/models/other")[0] == 404
     assert served.ask("GET", "/v1/models/sample")[1]["id"] == "sample"
     assert served.ask("POST", "/v1/completions", {}, Content_Type="text/plain")[0] == 415
