@@ -327,7 +327,7 @@ class Soak:
         self.port = port
 
     def open(self, path, body):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         data = body if isinstance(body, bytes) else json.dumps(body)
         connection.request("POST" if body else "GET", path, data or None, {"Content-Type": "application/json"})
         return connection
@@ -380,7 +380,7 @@ class Soak:
 
     def half(self, source, body):
         """No whole request; some of them wait until the server has had enough."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as half:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=300) as half:
             half.sendall(source.choice([*HALVES, source.randbytes(80)]))
             if source.random() < 0.02:
                 half.recv(1)
@@ -443,7 +443,7 @@ def test_soak(sample_export):
         assert soak.whole("/v1/completions", {**GREEDY, "prompt": "Call me"}) == 200
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(60)
         reader.join()
         child.stderr.close()
     assert set(log) <= {"WARNING:  Invalid HTTP request received.", "socket.send() raised exception."}  # asyncio, to who has left
