@@ -239,6 +239,15 @@ def test_counts_and_sizes_are_capped(served, fields):
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
 
 
+def test_schema_and_prompt_are_capped_where_the_body_is_not(runtime):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 70_000]}}}
+    with Served(runtime, max_body=4 << 20) as served:
+        status, answer, _ = served.chat(response_format=schema)
+        assert (status, answer["error"]["param"]) == (413, "response_format")
+        status, answer, _ = served.ask("POST", "/v1/completions", {**GREEDY, "prompt": "word " * 200_000})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_pictures_and_templates_of_others_are_refused(served):
     picture = {"type": "image", "source": {"type": "url", "url": "http://localhost/x.png"}}
     body = {"model": "sample", "max_tokens": 3, "messages": [{"role": "user", "content": [picture]}]}
