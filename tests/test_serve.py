@@ -17,6 +17,7 @@ from tests.browser import BROWSER, Browser
 from tests.served import GREEDY, PROMPTS, USER, Served, start
 from tests.tiny import SAMPLE
 from tools.cli import cli
+from tools.serve_bench import first_token, serving, serving_cost, together
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,9 @@ def test_bodies_that_are_no_request(served, body, status):
 
 def test_routes_and_kinds_of_content(served):
     assert served.ask("GET", "/nowhere")[0] == 404
-    assert served.ask("GET", "/v1/completions")[0] == 405
+    status, _, headers = served.ask("GET", "/v1/completions")
+    assert (status, headers["allow"]) == (405, "POST")
+    assert served.ask("POST", "/health")[0] == 405
     assert served.ask("GET", "/v1/models/other")[0] == 404
     assert served.ask("GET", "/v1/models/sample")[1]["id"] == "sample"
     assert served.ask("POST", "/v1/completions", {}, Content_Type="text/plain")[0] == 415
@@ -396,3 +399,13 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     assert "an API key" in str(run("--api-key", "with space").exception)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in str(run("--port", str(taken.getsockname()[1])).exception)
+
+
+def test_bench_compares_in_turn(runtime):
+    with serving(runtime, 8) as port, ThreadPoolExecutor(2) as clients:
+        found = serving_cost(runtime, clients, port, 8, 1)
+        for other in ("bench", "generate"):
+            assert found[f"cost_beside_{other}"] == pytest.approx(found[other] / found["serve"] - 1)
+        assert 8 <= together(runtime, clients, port, 2, 20, [1])["counted"] <= 40
+        first = first_token(runtime, clients, port, 400, 1, [1])
+        assert first["cached"] < 0.5 * first["cold"]

@@ -4,11 +4,13 @@ import http.client
 import json
 import os
 import random
+import resource
 import socket
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from offload.runtime import Runtime
 from tests.served import FAILING, GREEDY, PROMPTS, USER, Served, start
 from tools import serve_guard
+from tools.serve import _allow_descriptors
 
 SOAK_SECONDS = float(os.environ.get("SLOTMOE_SOAK_SECONDS", "60"))
 HALVES = [b"", b"GE", b"POST /v1/completions HTTP/1.1\r\nHost: local", b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost: localhost\r\n"]
@@ -82,9 +85,36 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
         received = b"400" if half == HALVES[3] else b""
         assert received in connection.recv(100)
         assert ended(connection) and time.monotonic() - began < 2
-    with connect(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea") as connection:
+    with connect(served.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        assert ended(connection)
+        connection.sendall(b"GET /hea")  # which ends uvicorn's own wait for the next request
+        began = time.monotonic()
+        assert ended(connection) and time.monotonic() - began < 2
+
+
+def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
+    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.5)
+    limit = 8 + 4 + 256
+    with ExitStack() as stack:
+        for _ in range(limit + 40):
+            stack.enter_context(connect(served.port))
+        end = time.monotonic() + 5
+        while len(served.server.server_state.connections) != limit:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while served.server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert served.complete("Call me", max_tokens=1)
+
+
+def test_files_for_a_long_queue_are_allowed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    for count in (548, 2000, 9000):
+        _allow_descriptors(count)
+    assert asked == [(2000, 4096), (4096, 4096)]
 
 
 def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, monkeypatch):
@@ -134,7 +164,7 @@ def test_who_does_not_read_the_answer_loses_the_connection(served, monkeypatch):
 def test_headers_are_bounded(served, headers):
     with connect(served.port) as connection:
         try:
-            connection.sendall(request(b"{}", **headers))
+            connection.sendall(request(b"", **headers).replace(b"POST /v1/completions", b"GET /health"))
             answer = connection.recv(4096)
         except ConnectionError:  # it did not even read them all
             answer = b""
@@ -142,12 +172,14 @@ def test_headers_are_bounded(served, headers):
     assert served.complete("Call me", max_tokens=1)
 
 
-def test_refused_bodies_are_read_so_that_the_refusal_arrives(keyed):
-    body = b" " * 900_000
-    assert keyed.ask("POST", "/v1/completions", body, x_api_key="first")[0] == 413
-    assert keyed.ask("POST", "/v1/completions", body)[0] == 401
-    assert keyed.ask("POST", "/v1/completions", body, x_api_key="first", Content_Type="text/plain")[0] == 415
-    assert keyed.ask("POST", "/v1/messages", body, x_api_key="first")[1]["type"] == "error"
+def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
+    """More than the sockets' buffers hold, to a server that would otherwise close while the client still writes."""
+    body = b" " * (12 << 20)
+    with Served(runtime, keys=("first",), max_body=1 << 20) as served:
+        assert served.ask("POST", "/v1/completions", body, x_api_key="first")[0] == 413
+        assert served.ask("POST", "/v1/completions", body)[0] == 401
+        assert served.ask("POST", "/v1/completions", body, x_api_key="first", Content_Type="text/plain")[0] == 415
+        assert served.ask("POST", "/v1/messages", body, x_api_key="first")[1]["type"] == "error"
 
 
 def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
@@ -174,10 +206,11 @@ def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
 
 
 def test_no_page_elsewhere_can_read_an_answer(served):
-    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    for method, headers in (("OPTIONS", asked), ("OPTIONS", asked | {"Origin": f"http://localhost:{served.port}"}), ("GET", {})):
-        status, _, found = served.ask(method, "/v1/chat/completions", **{k.replace("-", "_"): v for k, v in headers.items()})
-        assert status in (403, 405)
+    here = f"http://127.0.0.1:{served.port}"
+    for method, origin, expected in (("OPTIONS", "http://evil.example", 403), ("OPTIONS", here, 405), ("GET", here, 405)):
+        asked = {"Origin": origin, "Access_Control_Request_Method": "POST"}
+        status, _, found = served.ask(method, "/v1/chat/completions", **asked)
+        assert status == expected
         assert not [name for name in found if name.lower().startswith("access-control")]
 
 
@@ -204,6 +237,15 @@ BEYOND = [
 def test_counts_and_sizes_are_capped(served, fields):
     status, answer, _ = served.ask("POST", "/v1/completions", {**GREEDY, "prompt": "x", **fields})
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_schema_and_prompt_are_capped_where_the_body_is_not(runtime):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 70_000]}}}
+    with Served(runtime, max_body=4 << 20) as served:
+        status, answer, _ = served.chat(response_format=schema)
+        assert (status, answer["error"]["param"]) == (413, "response_format")
+        status, answer, _ = served.ask("POST", "/v1/completions", {**GREEDY, "prompt": "word " * 200_000})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_pictures_and_templates_of_others_are_refused(served):
@@ -294,7 +336,7 @@ class Soak:
         self.port = port
 
     def open(self, path, body):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         data = body if isinstance(body, bytes) else json.dumps(body)
         connection.request("POST" if body else "GET", path, data or None, {"Content-Type": "application/json"})
         return connection
@@ -347,7 +389,7 @@ class Soak:
 
     def half(self, source, body):
         """No whole request; some of them wait until the server has had enough."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as half:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=300) as half:
             half.sendall(source.choice([*HALVES, source.randbytes(80)]))
             if source.random() < 0.02:
                 half.recv(1)
@@ -410,7 +452,7 @@ def test_soak(sample_export):
         assert soak.whole("/v1/completions", {**GREEDY, "prompt": "Call me"}) == 200
     finally:
         child.terminate()
-        child.wait(10)
+        child.wait(60)
         reader.join()
         child.stderr.close()
     assert set(log) <= {"WARNING:  Invalid HTTP request received.", "socket.send() raised exception."}  # asyncio, to who has left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from slotmoe import ConfigError
 from tools.options import open_runtime, runtime_options
 
 _GRACE_SECONDS = 3  # for answers to be delivered once the server was told to end
+_SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests that need no answer of the model
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 
 
@@ -58,6 +60,7 @@ def command(
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
     keys, most = _keys(api_keys, api_key_file), parse_size(max_body)
+    _allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
     if not keys and not _is_loopback(host):
         raise ConfigError(f"--host {host}: others could use this server; give --api-key, --api-key-file or $SLOTMOE_API_KEY")
     rows = max(max_sequences, 16)  # of logits: one of each answer, or those that score a prompt's tokens
@@ -109,7 +112,7 @@ def make_server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=1024,
+        limit_concurrency=sequences + waiting + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         proxy_headers=False,
     )
@@ -131,6 +134,14 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
         if not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ConfigError("an API key is empty or holds characters that no HTTP header can; use letters, digits and signs")
     return tuple(dict.fromkeys(keys))
+
+
+def _allow_descriptors(count: int) -> None:
+    """Let the process open ``count`` files and connections, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_loopback(host: str) -> bool:

@@ -142,6 +142,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            return transport.abort()  # uvicorn itself only refuses requests, so that silent clients could take all descriptors
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
