@@ -9,7 +9,7 @@ Shapes: T tokens, H heads, N and V width of a head's unrotated query and value, 
 import triton
 import triton.language as tl
 
-SPLITS = tl.constexpr(32)  # at most so many programs share a context
+SPLITS = tl.constexpr(64)  # at most so many programs share a context
 ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
 
 
@@ -93,7 +93,7 @@ def attend(
     W = R + P
     if WHERE:
         length = (tl.load(where_ptr) + 1).to(tl.int32)
-        rows_ptr = tl.multiple_of(tl.load(where_ptr + 1) + layer_bytes, 16).to(tl.pointer_type(tl.float16))
+        rows_ptr = tl.multiple_of((tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)), 16)
     else:
         length = S - T + 1 + t
     share, splits = _split(length)
@@ -101,10 +101,10 @@ def attend(
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
         r = tl.arange(0, LATENT)
         p = tl.arange(0, ROPE)
-        q_ptr += (t * H + head)[:, None] * W
+        row_of_q = q_ptr + (t * H + head)[:, None] * W
         latent_there, rope_there = (head < H)[:, None] & (r < R)[None, :], (head < H)[:, None] & (p < P)[None, :]
-        latent = tl.load(q_ptr + r[None, :], mask=latent_there, other=0.0)
-        rope = tl.load(q_ptr + R + p[None, :], mask=rope_there, other=0.0)
+        latent = tl.load(row_of_q + r[None, :], mask=latent_there, other=0.0)
+        rope = tl.load(row_of_q + R + p[None, :], mask=rope_there, other=0.0)
         size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
         size = tl.where(size > 0, size, 1.0)
         latent, rope = (latent / size[:, None]).to(tl.float16), (rope / size[:, None]).to(tl.float16)

@@ -169,10 +169,10 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def route(
-    logits_ptr, table_ptr, weights_ptr, indices_ptr, slots_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    RENORM: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E] to the best TOP_K experts: weights, indices and, by TABLE, slots; the lowest index of equals first.
+    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of equals first.
 
     GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
     """
@@ -205,5 +205,3 @@ def route(
     weights = weights / (tl.sum(weights, 0) + 1e-20) if RENORM else weights * factor
     tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
     tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)
-    if TABLE:
-        tl.store(slots_ptr + t * TOP_K + k, tl.load(table_ptr + indices, mask=k < TOP_K), mask=k < TOP_K)

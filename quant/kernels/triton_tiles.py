@@ -48,7 +48,9 @@ def _product(x_ptr, row, there, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND: tl.
     BN: tl.constexpr = n.shape[0]
     total = tl.zeros([BM, BN], tl.float32)
     x_ptr += row.to(tl.int64)[:, None] * K
-    for start in range(0, K, 64):
+    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a processor hide the wait.
+    STAGES: tl.constexpr = 1 if KIND == NF4 else 3
+    for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0)
         w = _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND, BN)
