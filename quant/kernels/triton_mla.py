@@ -16,8 +16,8 @@ ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
 @triton.jit
 def _split(length):
     """Rows that one program takes, a multiple of ROWS, and how many programs have any."""
-    rows = tl.cdiv(tl.cdiv(length, SPLITS), ROWS) * ROWS
-    return rows, tl.cdiv(length, rows)
+    rows = (length + SPLITS * ROWS - 1) // (SPLITS * ROWS) * ROWS
+    return rows, (length + rows - 1) // rows
 
 
 @triton.jit
@@ -110,8 +110,8 @@ def attend(
         latent, rope = (latent / size[:, None]).to(tl.float16), (rope / size[:, None]).to(tl.float16)
         factor = size * scale * 1.4426950408889634  # powers of two
         best = tl.full([HEADS], float("-inf"), tl.float32)
-        total = tl.zeros([HEADS], tl.float32)
-        sums = tl.zeros([HEADS, LATENT], tl.float32)
+        total = tl.full([HEADS], 0, tl.float32)
+        sums = tl.full([HEADS, LATENT], 0, tl.float32)
         stop = tl.minimum(length, (split + 1) * share)
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
@@ -139,7 +139,7 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     best = tl.load(best_ptr + at + i, mask=i < splits, other=float("-inf"))
     greatest = tl.max(best, 0)
     total = tl.sum(tl.load(total_ptr + at + i, mask=i < splits, other=0.0) * tl.exp2(best - greatest), 0)
-    out = tl.zeros_like(r).to(tl.float32)
+    out = r.to(tl.float32) * 0
     for first in range(0, splits, 8):
         j = first + tl.arange(0, 8)
         weight = tl.exp2(tl.load(best_ptr + at + j, mask=j < splits, other=float("-inf")) - greatest)
