@@ -3,8 +3,11 @@
 Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
 """
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 LEVELS = torch.tensor(nf4.LEVELS)
+ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -280,3 +284,18 @@ with Runtime.open({str(sample_export)!r}, device="cpu", context=64, ram="1GiB") 
 assert not [name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("quant.triton")]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "card", [["86"], *(pytest.param([card, "prefill"], marks=pytest.mark.slow) for card in ("80", "86", "89", "90", "100", "120"))]
+)
+def test_kernels_compile_for_cards_that_are_not_here(card):
+    """With V2-Lite's shapes; they fit the least shared memory of these cards (99 KiB) and leave registers enough."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_gpu", *card]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == (34 if "prefill" in card else 12)
+    for kernel in kernels:
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
