@@ -39,12 +39,12 @@ def compile_instead(capability):
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
             name, value = parameter.name, given[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
                 signature[name], constants[name] = "constexpr", value
                 continue
             address = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
             signature[name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-            if address % 16 == 0 and not isinstance(value, float):
+            if not parameter.do_not_specialize and not isinstance(value, float) and address % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         key = kernel.__name__, kernel.fn.__module__, str((signature, constants, attributes))
         if key in seen:

@@ -53,6 +53,11 @@ def error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def ops(request):
     return TorchOps() if request.param == "torch" else pick_ops(DEVICE, "triton")
@@ -249,6 +254,12 @@ def test_gate_takes_the_first_of_equals(triton_ops):
     assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_gate_of_no_numbers_still_names_experts(triton_ops):
+    _, indices_TK = triton_ops.route(torch.full((1, 20), torch.nan, device=DEVICE), 1, 1, 3, 1.0)
+    assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
+
+
 def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
     """Row times record bytes outgrows 32 bits; the pages between are never touched."""
     small, layout = make_slab(1, 64, 32)
@@ -257,7 +268,7 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
     slab[S - 1] = small[0]
     x_TD, y = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 1, 64, device=DEVICE)
     triton_ops.experts_by_slot(x_TD, slab, torch.tensor([[S - 1]], dtype=torch.int32, device=DEVICE), layout, LEVELS.to(DEVICE), y)
-    assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-6
+    assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-5
 
 
 def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():

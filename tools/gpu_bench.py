@@ -80,7 +80,8 @@ def random_network(config: Config, ops: TorchOps, device: torch.device) -> Deeps
     weights: dict[str, Any] = {}
     for name, shape in resident_shapes(config).items():
         if resident_quantization(name, shape, "int8") == "int8":
-            weights[name] = random_int8(*shape, device)
+            N, K = shape
+            weights[name] = random_int8(N, K, device)
         else:
             weights[name] = torch.ones(shape, device=device) if len(shape) == 1 else torch.randn(shape, device=device) * shape[1] ** -0.5
     layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
@@ -123,7 +124,7 @@ def device_seconds(actions: Sequence[Callable[[], Any]], rounds: int = 7) -> flo
         ended.record()
         ended.synchronize()
         times.append(started.elapsed_time(ended) / 1e3)
-    return statistics.median(times[1:])
+    return float(statistics.median(times[1:]))
 
 
 def streaming(name: str, size: int, actions: Sequence[Callable[[], Any]], ceiling: float) -> Row:
