@@ -97,11 +97,12 @@ def test_grouped_experts_are_those_experts(ops, sizes):
     starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([2, 0, 3, 1][: len(sizes)], dtype=torch.int32, device=DEVICE)
     y_ND = ops.experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE))
+    plain_ND = TorchOps(torch.bfloat16).experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE))
     assert y_ND.shape == (N, 128) and y_ND.dtype == torch.float32
     for g, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=False)):
         if size:
             expected = expert_of(slab, int(slots[g]), layout, x_TD[tokens_N[start : start + size]])
-            assert error(y_ND[start : start + size], expected) < 1e-2
+            assert error(y_ND[start : start + size], expected) <= 2 * error(plain_ND[start : start + size], expected)
 
 
 def test_grouped_rows_do_not_depend_on_each_other(ops):
