@@ -254,9 +254,7 @@ class TorchOps:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
         return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
 
-    def experts_by_slot(
-        self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor
-    ) -> None:
+    def experts_by_slot(self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor) -> None:
         """Each token through those of its experts that are in the slab: their unweighted outputs, into ``y`` (float32 [T, K, D]).
 
         ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the device) names each expert's row;

@@ -53,10 +53,19 @@ def command(
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
         if calibrate:
-            disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
-            store_bandwidths(cache_folder() / "machine.json", report["ceiling"]["read_bandwidth"], disk, runtime.disk_latency())
+            store_bandwidths(cache_folder() / "machine.json", **_calibration(runtime, report))
     report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
     print(json.dumps(report)) if as_json else _print(report)
+
+
+def _calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
+    """What ``offload.speed.Bandwidths`` can know of this machine: what the report has, and the rest measured now."""
+    disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
+    known = {"disk": disk, "latency": runtime.disk_latency()}
+    if (link := report["link"]) is None:
+        return known | {"ram": report["ceiling"]["read_bandwidth"]}
+    measured = {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
+    return known | measured | {"gpu": report["ceiling"]["read_bandwidth"], "ram": runtime.ram_bandwidth()}
 
 
 def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int) -> dict[str, Any]:
