@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -264,7 +264,7 @@ class CardExperts(OffloadedExperts):
         self.lap("cache and prefetch")
         if here:
             run(len(here), uses.here_G)
-        for group, later in zip(groups, [*groups[1:], []], strict=True):
+        for group, later in zip_longest(groups, groups[1:], fillvalue=[]):
             ahead = slots.demand(later, keep=[*group, *later])
             while not all(read.done for read in reads):
                 if not by_cpu.step():
