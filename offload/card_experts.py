@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -188,7 +188,9 @@ class CardExperts(OffloadedExperts):
         and in RAM; waits only where there is neither."""
         while reads or lent:
             if finished := [read for read in reads if read.done]:
-                arrived([read.key for read in self._placed.wait(finished)])
+                self._placed.wait(finished)
+                self.lap("waiting for RAM")
+                arrived([read.key for read in finished])
                 self.lap("experts")
                 reads = [read for read in reads if read not in finished]
             elif ready := [read for read in lent if read.done]:
@@ -264,12 +266,14 @@ class CardExperts(OffloadedExperts):
         self.lap("cache and prefetch")
         if here:
             run(len(here), uses.here_G)
-        for group, later in zip_longest(groups, groups[1:], fillvalue=[]):
+        for number, group in enumerate(groups):
+            later = groups[number + 1] if number + 1 < len(groups) else []
             ahead = slots.demand(later, keep=[*group, *later])
             while not all(read.done for read in reads):
                 if not by_cpu.step():
                     self._await([read for read in reads if not read.done] + by_cpu.lent)
             slots.wait(reads)
+            self.lap("waiting for RAM")
             slots_G = full(card, (len(group),), 0)
             for place, key in enumerate(group):
                 slots_G[place].fill_(slots.slot(key))

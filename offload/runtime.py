@@ -320,28 +320,36 @@ class Runtime:
         return logits
 
     def _on_card(self, forward: Callable[[], Tensor]) -> Tensor:
-        """What ``forward`` gives; once more, with what the allocator has kept given back, where the card had no memory left.
+        """What ``forward`` gives, computed; once more, with what the allocator has kept given back, where the card had no
+        memory left.
 
         Raises ``DeviceError`` if the card fails; a step that raises has changed nothing and can be repeated."""
-        if self._card is None:
+        card = self._card
+        if card is None:
             return forward()
+
+        def computed() -> Tensor:
+            logits = forward()
+            card.record().synchronize()  # what fails in a kernel fails here
+            return logits
+
         try:
             try:
-                return forward()
+                return computed()
             except torch.OutOfMemoryError:
                 pass  # the tensors of its frames are free after this block
-            self._card.release()
-            return forward()
+            card.release()
+            return computed()
         except torch.OutOfMemoryError:
-            free = self._card.memory().free
+            free = card.memory().free
             raise DeviceError(
-                f"{self._card.name} has no memory left in the middle of a step ({format_size(free)} free): another program has taken it; "
+                f"{card.name} has no memory left in the middle of a step ({format_size(free)} free): another program has taken it; "
                 f"end that, or open the model with a lower --vram (now {format_size(self.plan.budget)}) or --context"
             ) from None
         except RuntimeError as problem:
             if "CUDA" not in str(problem):
                 raise
-            raise DeviceError(f"{self._card.name} failed ({str(problem).partition(chr(10))[0]}); start the program again") from None
+            raise DeviceError(f"{card.name} failed ({str(problem).partition(chr(10))[0]}); start the program again") from None
 
     def _restart(self, kept: int = 0) -> None:
         """A new sequence begins, with the first ``kept`` rows of the latent cache."""
@@ -433,7 +441,9 @@ class Runtime:
         ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
         random = str(self._source.manifest["source"]["name"]).startswith("random weights")
-        speed = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random).predict(prompt_tokens, new_tokens)
+        misses = self._experts.misses.mode if isinstance(self._experts, CardExperts) else "fetch"
+        setting = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random, misses)
+        speed = setting.predict(prompt_tokens, new_tokens)
         components = predicted_components(self.plan, prompt_tokens, new_tokens)
         return {
             "peak": by_tier(components),
@@ -453,7 +463,8 @@ class Runtime:
     def profile(self, origin: float | None = None) -> Profiler:
         """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
         experts = self._quantized("profile")
-        synchronize = self._card.synchronize if self._card is not None else None
+        card = self._card
+        synchronize = (lambda: card.record().synchronize()) if card is not None else None
         origin = time.perf_counter() if origin is None else origin
         profiler = Profiler(len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize)
         self._profiler = experts.profiler = profiler

@@ -136,7 +136,8 @@ def text_hits(share: float) -> float:
 @dataclass(frozen=True)
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may use any expert, as with
-    the weights of ``slotmoe synth``; else it uses experts as text does."""
+    the weights of ``slotmoe synth``; else it uses experts as text does.  ``misses`` is how
+    a card's missing experts are computed (``offload.misses``)."""
 
     config: Config
     sizes: Sizes
@@ -144,6 +145,7 @@ class Setting:
     bandwidths: Bandwidths
     threads: int
     random_routing: bool
+    misses: str = "fetch"
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots."""
@@ -168,8 +170,13 @@ class Setting:
         if self.plan.tier == "ram":
             attention = c.num_hidden_layers * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * depth
             return seconds | {"RAM": touched / rates.ram / KERNEL_SHARE, "attention": attention / (self.threads * THREAD_ATTENTION)}
-        copied = used * (1 - self.hits(self.plan.slots)) * record
-        return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE, "PCIe": copied / rates.pcie}
+        absent = used * (1 - self.hits(self.plan.slots)) * record
+        computed = {
+            "fetch": {"PCIe": absent / rates.pcie},
+            "cpu": {"CPU experts": absent / rates.experts},
+            "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + rates.experts)},
+        }
+        return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill(self, tokens: int) -> float | None:
         """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU computing is not counted."""

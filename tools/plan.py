@@ -68,6 +68,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
+    from offload.misses import choose_mode
     from offload.plan import by_tier, predicted_components
     from offload.speed import Setting
     from slotmoe import PlanError
@@ -87,7 +88,8 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     plan, sizes = _plan(found, machine, resident, context, options["slots"])
     speed = None
     if not plan.shortfall:
-        setting = Setting(found.config, sizes, plan, machine.bandwidths, machine.threads, found.random_routing)
+        misses = choose_mode(options["misses"], machine.bandwidths, sizes.record_bytes, found.config.num_experts_per_tok)
+        setting = Setting(found.config, sizes, plan, machine.bandwidths, machine.threads, found.random_routing, misses)
         speed = setting.predict(prompt_tokens, new_tokens)
     report = _report(found, machine, plan, resident, why, speed) | {
         "largest_context": _largest_context(found, machine, resident, options["slots"]),

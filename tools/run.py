@@ -76,10 +76,10 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 
 
 def summary(stats: dict[str, Any]) -> str:
-    """One line: speeds, hits, bytes read and memory, from ``Runtime.stats``."""
+    """One line: the device and why it was taken, speeds, hits, bytes read and memory, from ``Runtime.stats``."""
     from offload.plan import format_size
 
-    lines = []
+    lines = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind in ("prefill", "decode"):
         count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
         if count:
