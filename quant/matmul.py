@@ -7,6 +7,7 @@ Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_l
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from quant.int8 import Int8Weight
 from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
 from quant.nf4 import Nf4Weight
 from quant.sizes import TILE
+from slotmoe import ConfigError
 
 
 @dataclass(frozen=True)
@@ -440,11 +442,15 @@ class NativeOps(TorchOps):
 
 
 def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
-    """The ops for ``device``: native kernels on a CPU where they were built, else torch.
+    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built, else torch.
 
-    ``choice`` is ``auto`` or ``torch``, the plain reference.  ``threads`` defaults to the physical cores.
+    ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only under Triton's interpreter.
+    ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
     """
     threads = threads or psutil.cpu_count(logical=False) or 1
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        torch.set_num_threads(threads)
+        return _triton_ops(device, required=choice == "triton")
     native = kernels.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
         torch.set_num_threads(threads)
@@ -452,3 +458,17 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
     native.set_threads(threads)
     torch.set_num_threads(1)
     return NativeOps(native)
+
+
+def _triton_ops(device: torch.device, required: bool) -> TorchOps:
+    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so never without a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        if required:
+            raise ConfigError("kernels triton: Triton is not installed here; pip install triton (Linux), or use kernels torch")
+        return TorchOps(torch.bfloat16)
+    from quant.triton_ops import TritonOps
+
+    ops = TritonOps(device)
+    if device.type == "cpu" and not ops.interpreted:
+        raise ConfigError("kernels triton: on a CPU they run only under Triton's interpreter; set TRITON_INTERPRET=1, for tests")
+    return ops

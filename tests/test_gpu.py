@@ -8,7 +8,7 @@ import torch
 
 from quant import nf4
 from quant.export import PROJECTIONS, RecordLayout
-from quant.matmul import TorchOps, gate_order_sum
+from quant.matmul import TorchOps, gate_order_sum, pick_ops
 
 LEVELS = torch.tensor(nf4.LEVELS)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,9 +40,9 @@ def error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "triton"])
 def ops(request):
-    return TorchOps()
+    return TorchOps() if request.param == "torch" else pick_ops(DEVICE, "triton")
 
 
 def test_experts_by_slot_are_those_experts_and_leave_the_others(ops):
