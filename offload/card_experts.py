@@ -269,9 +269,9 @@ class CardExperts(OffloadedExperts):
         for number, group in enumerate(groups):
             later = groups[number + 1] if number + 1 < len(groups) else []
             ahead = slots.demand(later, keep=[*group, *later])
-            while not all(read.done for read in reads):
+            while waiting := [read for read in reads if not read.done]:
                 if not by_cpu.step():
-                    self._await([read for read in reads if not read.done] + by_cpu.lent)
+                    self._await(waiting + by_cpu.lent)
             slots.wait(reads)
             self.lap("waiting for RAM")
             slots_G = full(card, (len(group),), 0)

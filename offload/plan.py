@@ -16,6 +16,7 @@ from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 LENT = 4  # records lent to the CPU at once in prefill: one that is computed with, the others on their way from disk
+LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
 HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
 IMPORT_BYTES = 226 << 20
@@ -187,7 +188,7 @@ def make_plan(
         raise PlanError(f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}")
     runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
     fixed = {**sizes.resident, "latent KV cache": sequences * kv_bytes(config, context), "logits": 4 * logits_rows * config.vocab_size}
-    fixed |= runtime if tier == "ram" else {"slot table": 4 * everything}
+    fixed |= runtime if tier == "ram" else {"slot table": 4 * everything + LEVELS_BYTES}
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK
     room = budget - sum(fixed.values()) - scratch
     if kernels and (slots is not None or room < everything * sizes.record_bytes):

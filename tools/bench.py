@@ -54,12 +54,12 @@ def command(
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
         if calibrate:
-            store_bandwidths(cache_folder() / "machine.json", **_calibration(runtime, report))
+            store_bandwidths(cache_folder() / "machine.json", **calibration(runtime, report))
     report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def _calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
+def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``offload.speed.Bandwidths`` can know of this machine: what the report has, and the rest measured now."""
     disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
     known = {"disk": disk, "latency": runtime.disk_latency()}
