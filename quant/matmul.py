@@ -237,8 +237,16 @@ class TorchOps:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
-    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
+    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> Any:
         """No kernel: the network goes op by op."""
+        return None
+
+    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Any:
+        """No graphs: the network runs a step's parts one by one."""
+        return None
+
+    def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor] | None:
+        """No kernel: the network's own gate serves."""
         return None
 
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ Shape legend as in ``model.deepseek_v2``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,7 +53,7 @@ def parts(weight: Weight) -> Parts:
 
 def power(n: int, least: int = 16) -> int:
     """The least power of two that holds ``n``, as Triton wants its blocks."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())
 
 
 class Workspace:
@@ -63,19 +65,21 @@ class Workspace:
 
     def __init__(self, layer: Any, sizes: tuple[int, int, int, int, int]):
         H, _, P, R, V = sizes
-        D, self.device = len(layer.input_layernorm), layer.input_layernorm.device
+        D, self._device = len(layer.input_layernorm), layer.input_layernorm.device
+        self.ids_1 = torch.zeros(1, dtype=torch.int64, device=self._device)
         self.h_1D, self.middle_1D, self.x_1D, self.y_1D = (self.empty(1, D) for _ in range(4))
-        self.table_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=self.device)
+        self.table_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=self._device)
         self.q_HW = self.empty(H, R + P)
         self.part, self.best, self.total = (self.empty(H, mla.SPLITS.value, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
-        self.where = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self._now = (-1, 0)
+        self.where = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self.set_by_step = False  # whether a ``Step`` has set ``where`` for all layers
+        self._now = (0, 0)
         self._table: Tensor | None = None
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device)
+        return torch.empty(shape, device=self._device)
 
     def scratch(self, name: str, width: int) -> Tensor:
         """A row of ``width`` float32 values, the same for every layer that asks for it."""
@@ -83,17 +87,45 @@ class Workspace:
             self._scratch[name, width] = self.empty(1, width)
         return self._scratch[name, width]
 
-    def go_to(self, position: int, address: int, table_1C: Tensor) -> None:
-        """Every layer of a step says where it is; the first one's word is written to the device."""
-        if Stretch.capturing:  # of a whole step, whose buffers are set before each replay
-            return
-        if position != self._now[0]:
-            self.where[0].fill_(position)
-        if address != self._now[1]:
-            self.where[1].fill_(address)
+    def go_to(self, position: int, address: int) -> None:
+        """Write down where the step is, unless that is there already."""
+        for index, (new, old) in enumerate(zip((position, address), self._now, strict=True)):
+            if new != old:
+                self.where[index].fill_(new)
+        self._now = (position, address)
+
+    def turn(self, table_1C: Tensor) -> None:
+        """Keep the rotation's table of this step; all layers bring the same tensor."""
         if table_1C is not self._table:
             self.table_1C.copy_(table_1C)
-        self._now, self._table = (position, address), table_1C
+            self._table = table_1C
+
+
+class Step:
+    """A whole step of one token as one graph, for a network whose experts all have slots: nothing in it waits for the host.
+
+    ``function(ids_1, position_1, layers_LSW)`` computes it; the position, int64 [1], is read on the device.  What it returns is
+    valid until the next step.  One graph serves all caches of one shape; it keeps the addresses of all it has touched.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Any], workspace: Workspace, graph: Any):
+        self._function, self._own, self._graph = function, workspace, graph
+        self._stretches: dict[torch.Size, Stretch] = {}
+
+    def __call__(self, ids_1: Tensor, position: int, layers_LSW: Tensor) -> Any:
+        own, shape = self._own, layers_LSW.shape
+        if shape not in self._stretches:  # of the layers only their places in the cache matter, and all of a shape agree on those
+            call = partial(self._call, layers_LSW)
+            self._stretches[shape] = Stretch(call, (own.ids_1,), self._graph)
+        own.go_to(position, layers_LSW.data_ptr())
+        own.set_by_step = True
+        try:
+            return self._stretches[shape](ids_1)
+        finally:
+            own.set_by_step = False
+
+    def _call(self, layers_LSW: Tensor, ids_1: Tensor) -> Any:
+        return self._function(ids_1, self._own.where[:1], layers_LSW)
 
 
 class TritonLayer:
@@ -120,8 +152,10 @@ class TritonLayer:
     def begin(self, h_1D: Tensor, table_1C: Tensor, rows_SW: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``model.deepseek_v2.FusedLayer``; the cache is float16."""
         assert rows_SW.dtype == torch.float16 and rows_SW.is_contiguous()
-        at = rows_SW.storage_offset() * 2
-        self._own.go_to(position, rows_SW.untyped_storage().data_ptr(), table_1C)
+        at = int(rows_SW.storage_offset()) * 2
+        self._own.turn(table_1C)
+        if not self._own.set_by_step:
+            self._own.go_to(position, rows_SW.untyped_storage().data_ptr())
         if at not in self._before:
             self._before[at] = Stretch(lambda h_1D: self._attention(h_1D, at), (self._own.h_1D,), self._ops.graph)
         self._before[at](h_1D)

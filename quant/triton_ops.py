@@ -7,12 +7,14 @@ Shape legend: T tokens, N rows out, K columns in or experts a token, D hidden_si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from quant.export import RecordLayout
 from quant.kernels import triton_mla as mla
@@ -21,7 +23,7 @@ from quant.kernels import triton_tiles as tiles
 from quant.matmul import TorchOps, Weight
 from quant.sizes import TILE
 from quant.stretch import CudaGraph
-from quant.triton_layer import DENSE, TritonLayer, Workspace, parts, power
+from quant.triton_layer import DENSE, Step, TritonLayer, Workspace, parts, power
 
 _BM, _BN = 64, 64  # of a tile of many tokens; grouped rows depend on it bitwise, so it is one
 _FEW = 16  # tokens that attend one by one over the latent cache; more are the network's blockwise attention's
@@ -32,7 +34,7 @@ class TritonOps(TorchOps):
 
     def __init__(self, device: torch.device):
         super().__init__(torch.bfloat16)
-        self.interpreted = bool(triton.knobs.runtime.interpret)
+        self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self.graph: Any = CudaGraph if device.type == "cuda" else None
         self.workspace: Workspace | None = None
@@ -88,7 +90,7 @@ class TritonOps(TorchOps):
             return self.row(x_TK.float(), weight, y_TN)
         BM = 16 if T <= 16 else _BM
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
-            x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, BM=BM, BN=_BN, WIDEN=self.interpreted
+            x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, BM=BM, BN=_BN, WIDEN=self.interpreted, num_warps=max(4, BM // 8)
         )
         return y_TN
 
@@ -103,7 +105,7 @@ class TritonOps(TorchOps):
         h_TN, BM = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device), 16 if T <= 16 else _BM
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
-            KIND=gate.kind, BM=BM, BN=_BN, WIDEN=self.interpreted,
+            KIND=gate.kind, BM=BM, BN=_BN, WIDEN=self.interpreted, num_warps=max(4, BM // 8),
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
 
@@ -153,7 +155,21 @@ class TritonOps(TorchOps):
             self.workspace = Workspace(layer, sizes)
         return TritonLayer(self, self.workspace, layer, sizes, eps, latent_eps, scale)
 
+    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Step | None:
+        """``function`` (see ``Step``) as one graph; None before any layer was fused."""
+        return None if self.workspace is None else Step(function, self.workspace, self.graph)
+
     # Routed experts.
+
+    def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor]:
+        T, E = logits_TE.shape
+        weights_TK = torch.empty(T, top_k, device=logits_TE.device)
+        indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
+        rows.route[(T,)](
+            logits_TE.contiguous(), weights_TK, indices_TK, E, top_k, groups, kept, 0.0 if factor is None else factor,
+            RENORM=factor is None, BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
+        )  # fmt: skip
+        return weights_TK, indices_TK
 
     def experts_by_slot(self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor) -> None:
         T, K = slots_TK.shape
@@ -183,7 +199,7 @@ class TritonOps(TorchOps):
         most = N // _BM + min(N, G)  # tiles of rows if every group but the last ends in a started one
         if not most:
             return y_ND
-        sizes = {"GROUPS": power(G), "BM": _BM, "BN": _BN, "WIDEN": self.interpreted}
+        sizes = {"GROUPS": power(G), "BM": _BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": _BM // 8}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), most)](
             x_TD.contiguous(), tokens_N, starts_G1, slots_G, G, slab, levels, h, width, D,
             layout.record_bytes, at.up, at.gate_absmax, at.up_absmax, **sizes,

@@ -9,15 +9,15 @@ Shapes: T tokens, H heads, N and V width of a head's unrotated query and value, 
 import triton
 import triton.language as tl
 
-SPLITS = tl.constexpr(32)  # at most so many programs share a context
+SPLITS = tl.constexpr(64)  # at most so many programs share a context
 ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
 
 
 @triton.jit
 def _split(length):
     """Rows that one program takes, a multiple of ROWS, and how many programs have any."""
-    rows = tl.cdiv(tl.cdiv(length, SPLITS), ROWS) * ROWS
-    return rows, tl.cdiv(length, rows)
+    rows = (length + SPLITS * ROWS - 1) // (SPLITS * ROWS) * ROWS
+    return rows, (length + rows - 1) // rows
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def attend(
     W = R + P
     if WHERE:
         length = (tl.load(where_ptr) + 1).to(tl.int32)
-        rows_ptr = tl.multiple_of(tl.load(where_ptr + 1) + layer_bytes, 16).to(tl.pointer_type(tl.float16))
+        rows_ptr = tl.multiple_of((tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)), 16)
     else:
         length = S - T + 1 + t
     share, splits = _split(length)
@@ -101,17 +101,17 @@ def attend(
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
         r = tl.arange(0, LATENT)
         p = tl.arange(0, ROPE)
-        q_ptr += (t * H + head)[:, None] * W
+        row_of_q = q_ptr + (t * H + head)[:, None] * W
         latent_there, rope_there = (head < H)[:, None] & (r < R)[None, :], (head < H)[:, None] & (p < P)[None, :]
-        latent = tl.load(q_ptr + r[None, :], mask=latent_there, other=0.0)
-        rope = tl.load(q_ptr + R + p[None, :], mask=rope_there, other=0.0)
+        latent = tl.load(row_of_q + r[None, :], mask=latent_there, other=0.0)
+        rope = tl.load(row_of_q + R + p[None, :], mask=rope_there, other=0.0)
         size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
         size = tl.where(size > 0, size, 1.0)
         latent, rope = (latent / size[:, None]).to(tl.float16), (rope / size[:, None]).to(tl.float16)
         factor = size * scale * 1.4426950408889634  # powers of two
         best = tl.full([HEADS], float("-inf"), tl.float32)
-        total = tl.zeros([HEADS], tl.float32)
-        sums = tl.zeros([HEADS, LATENT], tl.float32)
+        total = tl.full([HEADS], 0, tl.float32)
+        sums = tl.full([HEADS, LATENT], 0, tl.float32)
         stop = tl.minimum(length, (split + 1) * share)
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
@@ -139,7 +139,7 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     best = tl.load(best_ptr + at + i, mask=i < splits, other=float("-inf"))
     greatest = tl.max(best, 0)
     total = tl.sum(tl.load(total_ptr + at + i, mask=i < splits, other=0.0) * tl.exp2(best - greatest), 0)
-    out = tl.zeros_like(r).to(tl.float32)
+    out = r.to(tl.float32) * 0
     for first in range(0, splits, 8):
         j = first + tl.arange(0, 8)
         weight = tl.exp2(tl.load(best_ptr + at + j, mask=j < splits, other=float("-inf")) - greatest)

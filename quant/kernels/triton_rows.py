@@ -15,6 +15,13 @@ DENSE = tl.constexpr(2)  # row-major float32 or bfloat16
 
 
 @triton.jit
+def silu(x):
+    """Without an exponential that overflows."""
+    e = tl.exp(-tl.abs(x))
+    return x * tl.where(x >= 0, 1.0, e) / (1 + e)
+
+
+@triton.jit
 def nf4_shift(j):
     """By how many bits column 8 t + j stands above the bottom of its word: high nibbles are columns 0 to 3, low ones 4 to 7."""
     return tl.where(j < 4, 8 * j + 4, 8 * j - 32)
@@ -24,18 +31,18 @@ def nf4_shift(j):
 def _nf4_rows(x_ptr, g_ptr, codes_ptr, absmax_ptr, levels_ptr, tile, K, NORM: tl.constexpr, BLOCKS: tl.constexpr):
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
     words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
-    blocks = tl.cdiv(K, 64)
+    blocks = (K + 63) // 64
     lane = tl.arange(0, 16)
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
-    total = tl.zeros([BLOCKS * 8, 16], tl.float32)
-    squares = tl.zeros([BLOCKS * 8], tl.float32)
+    total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
+    squares = tl.full([BLOCKS * 8], 0, tl.float32)
     for first in range(0, blocks, BLOCKS):
         here = first * 8 + group
         there = here < blocks * 8
         words = tl.load(words_ptr + (tile * blocks * 8 + here)[:, None] * 16 + lane[None, :], mask=there[:, None], other=0)
         at = (tile * blocks + here // 8)[:, None] * 16 + lane[None, :]
         scale = tl.load(absmax_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
-        part = tl.zeros([BLOCKS * 8, 16], tl.float32)
+        part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
         for j in tl.static_range(8):
             column = here * 8 + j
             x = tl.load(x_ptr + column, mask=column < K, other=0.0)
@@ -52,8 +59,8 @@ def _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND: tl.constexpr, 
     """The same of a row-major matrix."""
     n = tile * 16 + tl.arange(0, 16)
     column = tl.arange(0, COLUMNS)
-    total = tl.zeros([16, COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
+    total = tl.full([16, COLUMNS], 0, tl.float32)
+    squares = tl.full([COLUMNS], 0, tl.float32)
     for first in range(0, K, COLUMNS):
         k = first + column
         w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)
@@ -86,7 +93,7 @@ def linear(
 ):  # fmt: skip
     """y [N + N2] = both weights times x [K], normed with g if NORM (STORE keeps that row too), plus r, or r + (r2 + .)."""
     tile = tl.program_id(0)
-    tiles = tl.cdiv(N, 16)
+    tiles = (N + 15) // 16
     if tile < tiles:
         y, squares = _rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND, NORM)
         n = tile * 16 + tl.arange(0, 16)
@@ -119,7 +126,7 @@ def gate_up(x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y
     gate, _ = _rows(x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False)
     up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False)
     n = tile * 16 + tl.arange(0, 16)
-    tl.store(y_ptr + n, gate / (1 + tl.exp(-gate)) * up, mask=n < N)
+    tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
 
 
 @triton.jit
@@ -137,7 +144,7 @@ def experts_gate_up(
         gate, _ = _nf4_rows(x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8)
         up, _ = _nf4_rows(x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8)
         n = tile * 16 + tl.arange(0, 16)
-        tl.store(y_ptr + entry * N + n, gate / (1 + tl.exp(-gate)) * up, mask=n < N)
+        tl.store(y_ptr + entry * N + n, silu(gate) * up, mask=n < N)
 
 
 @triton.jit
@@ -169,10 +176,10 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def route(
-    logits_ptr, table_ptr, weights_ptr, indices_ptr, slots_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    RENORM: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E] to the best TOP_K experts: weights, indices and, by TABLE, slots; the lowest index of equals first.
+    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of equals first.
 
     GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
     """
@@ -186,7 +193,7 @@ def route(
         group = tl.arange(0, GROUP_BLOCK)
         inside = (e // size)[None, :] == group[:, None]
         best = tl.max(tl.where(inside & (e < E)[None, :], scores[None, :], -1.0), 1)
-        keep = tl.zeros([GROUP_BLOCK], tl.int32)
+        keep = tl.full([GROUP_BLOCK], 0, tl.int32)
         for _ in range(KEPT):
             first = tl.min(tl.where(best == tl.max(best, 0), group, GROUP_BLOCK), 0)
             keep = tl.where(group == first, 1, keep)
@@ -194,8 +201,8 @@ def route(
         scores = tl.where(tl.max(tl.where(inside, keep[:, None], 0), 0) > 0, scores, 0.0)
     scores = tl.where(e < E, scores, -1.0)
     k = tl.arange(0, K_BLOCK)
-    weights = tl.zeros([K_BLOCK], tl.float32)
-    indices = tl.zeros([K_BLOCK], tl.int32)
+    weights = tl.full([K_BLOCK], 0, tl.float32)
+    indices = tl.full([K_BLOCK], 0, tl.int32)
     for rank in range(TOP_K):
         best = tl.max(scores, 0)
         first = tl.min(tl.where(scores == best, e, BLOCK), 0)
@@ -205,5 +212,3 @@ def route(
     weights = weights / (tl.sum(weights, 0) + 1e-20) if RENORM else weights * factor
     tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
     tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)
-    if TABLE:
-        tl.store(slots_ptr + t * TOP_K + k, tl.load(table_ptr + indices, mask=k < TOP_K), mask=k < TOP_K)

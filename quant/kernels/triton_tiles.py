@@ -9,7 +9,7 @@ bfloat16 and cuts off what should be rounded.
 import triton
 import triton.language as tl
 
-from quant.kernels.triton_rows import INT8, NF4, nf4_shift
+from quant.kernels.triton_rows import INT8, NF4, nf4_shift, silu
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def _rounded(x, WIDEN: tl.constexpr):
 def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, BN: tl.constexpr):
     """Columns ``start`` to ``start + 63`` of rows n, float32 [BN, 64]; int8 without its scale."""
     if KIND == NF4:
-        blocks = tl.cdiv(K, 64)
+        blocks = (K + 63) // 64
         tile = n // 16 * blocks + start // 64
-        there = n < tl.cdiv(N, 16) * 16
+        there = n < (N + 15) // 16 * 16
         word_ptr = w_ptr.to(tl.pointer_type(tl.int32)) + (tile * 128 + n % 16)[:, None] + 16 * tl.arange(0, 8)[None, :]
         words = tl.load(word_ptr, mask=there[:, None], other=0)
         codes = tl.reshape((words[:, :, None] >> nf4_shift(tl.arange(0, 8))[None, None, :]) & 15, [BN, 64])
@@ -46,9 +46,11 @@ def _product(x_ptr, row, there, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND: tl.
     """Rows ``row`` of x [., K] where ``there``, times rows n of the weight: float32 [BM, BN]."""
     BM: tl.constexpr = row.shape[0]
     BN: tl.constexpr = n.shape[0]
-    total = tl.zeros([BM, BN], tl.float32)
+    total = tl.full([BM, BN], 0, tl.float32)
     x_ptr += row.to(tl.int64)[:, None] * K
-    for start in range(0, K, 64):
+    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a processor hide the wait.
+    STAGES: tl.constexpr = 1 if KIND == NF4 else 3
+    for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0)
         w = _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND, BN)
@@ -80,7 +82,7 @@ def gate_up(
     t = tl.program_id(1) * BM + tl.arange(0, BM)
     gate = _product(x_ptr, t, t < T, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
     up = _product(x_ptr, t, t < T, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    y = gate / (1 + tl.exp(-gate)) * up
+    y = silu(gate) * up
     tl.store(y_ptr + t.to(tl.int64)[:, None] * N + n[None, :], _rounded(y, WIDEN).to(tl.bfloat16), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
@@ -90,7 +92,7 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
     g = tl.arange(0, GROUPS)
     start = tl.load(starts_ptr + g, mask=g < G, other=0)
     size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
-    tiles = tl.cdiv(size, BM)
+    tiles = (size + BM - 1) // BM
     found = tl.sum(tl.where((tl.cumsum(tiles, 0) <= tile) & (g < G), 1, 0), 0)
     before = tl.sum(tl.where(g < found, tiles, 0), 0)
     first = tl.sum(tl.where(g == found, start, 0), 0) + (tile - before) * BM
@@ -116,7 +118,7 @@ def experts_gate_up(
         token = tl.load(tokens_ptr + row, mask=there, other=0)
         gate = _product(x_ptr, token, there, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN)
         up = _product(x_ptr, token, there, record_ptr + up_at, up_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN)
-        y = gate / (1 + tl.exp(-gate)) * up
+        y = silu(gate) * up
         tl.store(
             y_ptr + row.to(tl.int64)[:, None] * N + n[None, :], _rounded(y, WIDEN).to(tl.bfloat16), mask=there[:, None] & (n < N)[None, :]
         )
