@@ -101,17 +101,26 @@ class CardExperts(OffloadedExperts):
         card: Card,
         host: HostTier,
         misses: Misses,
+        top_k: int,
     ):
         super().__init__(export, slots, ops, levels, prefetcher, guesser, warm)
         self._placed, self._card, self._host, self.misses, self.layout = slots, card, host, misses, export.layout
-        self._fetched = self._computed = 0
+        self._top_k, self._fetched, self._computed = top_k, 0, 0
         self._compute_seconds = 0.0
         self._interrupted = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether one token needs nothing of the host: every expert is in a slot and nobody watches.  Then a call may be
+        recorded, and repeated without being made (``model.deepseek_v2.Experts``)."""
+        return self._placed.complete and self.trace is None and self.profiler is None
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
         if self._interrupted:
             self._placed.rebuild()
-        self._interrupted = True
+        alone = tokens == 1 and self.on_device
+        self._cache.hits += alone * len(self._rows) * self._top_k
+        self._interrupted = not alone  # what is not called changes nothing either
         super().begin(tokens, embedding_D, hidden_D)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
@@ -143,9 +152,8 @@ class CardExperts(OffloadedExperts):
     def _one(self, layer: int, row: int, x_1D: Tensor, indices_1K: Tensor, y_1KD: Tensor) -> None:
         """One token: what is here first, by the table, then what is missing."""
         slots, cache, card = self._placed, self._cache, self._card
-        if slots.complete and self.trace is None and self.profiler is None:
+        if self.on_device:
             self._by_slot(x_1D, slots.table_LE[row][indices_1K], y_1KD)
-            cache.hits += indices_1K.shape[1]
             return
         chosen = card.download(indices_1K)
         token = card.download(x_1D) if self.misses.mode != "fetch" else None

@@ -252,7 +252,7 @@ def _offloaded(
     placed = CardSlots(source, cache, plan.transit, top_k, size, wish.card)
     prefetcher = Prefetcher(rows, routed, size, placed, source.bandwidth) if ahead else None
     on_card = wish.card.empty(tuple(levels.shape), levels.dtype).copy_(levels)
-    return CardExperts(export, placed, wish.ops, on_card, prefetcher, guesser, warm, wish.card, source, misses)
+    return CardExperts(export, placed, wish.ops, on_card, prefetcher, guesser, warm, wish.card, source, misses, top_k)
 
 
 def _reference_plan(config: Config, checkpoint: Checkpoint, wish: Wish) -> Plan:

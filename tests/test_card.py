@@ -12,14 +12,17 @@ import torch
 
 from offload import device, host, opening
 from offload.cache import POLICIES
+from offload.card_experts import CardSlots
 from offload.device import CudaFacts, choose_device
 from offload.misses import MODES, Costs, choose_mode, for_cpu
 from offload.plan import make_plan
 from offload.prefetch import Prefetcher
+from offload.quantize import quantize
 from offload.runtime import Runtime
 from offload.speed import MEASURED, Bandwidths
 from quant.export import Export
 from slotmoe import ConfigError, DeviceError, ExportError, PlanError
+from tests.tiny import write_checkpoint
 from tests.twin import Twin
 from tools.bench import calibration, measure
 
@@ -118,6 +121,18 @@ def test_a_step_with_every_expert_in_a_slot_never_waits_for_the_host(on_twin):
         assert runtime.stats()["cache"]["hits"] == hits + 5 * 7 * 6
 
 
+def test_popular_experts_fill_slots_behind_their_copies(on_twin, wanted):
+    """A copy to warm the cache is nobody's to wait for: its slot counts when it is there."""
+    with on_twin(Twin(lambda number: 0.005), misses="fetch", slots=60) as runtime:
+        runtime._experts._warm = list(range(190, 200))
+        step, rows = runtime.start(), []
+        for one in IDS[:6]:
+            rows.append(step([one]))
+        assert any(key in runtime._experts._slots for key in range(190, 200))
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+        whole(runtime)
+
+
 def test_one_wait_a_layer_where_experts_are_missing(on_twin):
     twin = Twin()
     with on_twin(twin, slots=22, misses="fetch", prefetch=False) as runtime:
@@ -126,6 +141,22 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
         before = twin.syncs
         step(IDS[20:21])
         assert twin.syncs == before + 7
+
+
+def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path):
+    """Interpreted, on a tiny model."""
+    pytest.importorskip("triton")
+    write_checkpoint(tmp_path / "tiny")
+    quantize(tmp_path / "tiny", tmp_path / "export")
+    found = []
+    for options in ({}, {"slots": 3}, {"slots": 6, "prefetch": False}):
+        with open_on(tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options) as runtime:
+            assert runtime.stats()["kernels"] == "triton, interpreted"
+            found.append((runtime.logits(IDS[:7]), [token.id for token in runtime.generate(IDS[:4], 3)]))
+            whole(runtime)
+    for logits, ids in found[1:]:
+        assert torch.equal(logits, found[0][0])
+        assert ids == found[0][1]
 
 
 # Misses, split
@@ -380,6 +411,27 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
         found = runtime.logits(IDS)
         assert torch.equal(found, wanted[0]) if mode == "fetch" else torch.allclose(found, wanted[0], rtol=1e-3, atol=1e-3)
         whole(runtime)
+
+
+@pytest.mark.parametrize("moment", [1, 100])
+def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
+    """The table on the card is a copy of what the host knows: a step that changed one of them only is no step's truth."""
+    original, calls = CardSlots._entered, 0
+
+    def entered(self, key, leaving):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise KeyboardInterrupt
+        original(self, key, leaving)
+
+    monkeypatch.setattr(CardSlots, "_entered", entered)
+    with on_twin(Twin(), misses="fetch", slots=22) as runtime:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.logits(IDS)
+        runtime.start()(IDS[:1])
+        whole(runtime)
+        assert torch.equal(runtime.logits(IDS), wanted[0])
 
 
 def test_a_disk_that_fails_under_what_the_cpu_computes(on_twin, wanted, monkeypatch):

@@ -59,20 +59,22 @@ class TwinDownload:
         return self._host
 
 
-class TwinOps(TorchOps):
-    """Plain torch that tells the twin what it launches."""
+class Told:
+    """Ops that tell the twin what they launch."""
 
-    def __init__(self, twin):
-        super().__init__(torch.float32)
-        self._twin = twin
+    twin = None
 
     def experts_by_slot(self, x_TD, slab, slots_TK, layout, levels, y_TKD):
-        self._twin.launch([slab[slot] for slot in slots_TK.flatten().tolist() if slot >= 0])
+        self.twin.launch([slab[slot] for slot in slots_TK.flatten().tolist() if slot >= 0])
         super().experts_by_slot(x_TD, slab, slots_TK, layout, levels, y_TKD)
 
     def experts_grouped(self, x_TD, tokens_N, starts_G1, slots_G, slab, layout, levels):
-        self._twin.launch([slab[slot] for slot in slots_G.tolist()])
+        self.twin.launch([slab[slot] for slot in slots_G.tolist()])
         return super().experts_grouped(x_TD, tokens_N, starts_G1, slots_G, slab, layout, levels)
+
+
+class TwinOps(Told, TorchOps):
+    """Plain torch."""
 
 
 class Twin:
@@ -81,7 +83,8 @@ class Twin:
 
     device, name = torch.device("cpu"), "the twin"
 
-    def __init__(self, delay=None, capacity=GIB):
+    def __init__(self, delay=None, capacity=GIB, triton=False):
+        self._triton = triton
         nothing = lambda number: None  # noqa: E731
         self.delay, self.fail, self.spoil, self.on_launch = delay or (lambda number: 0.0), nothing, nothing, nothing
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
@@ -113,7 +116,14 @@ class Twin:
     # What the seam asks for
 
     def ops(self, kernels, threads):
-        return TwinOps(self)
+        if self._triton:
+            from quant.triton_ops import TritonOps
+
+            ops = type("TwinTriton", (Told, TritonOps), {})(self.device)
+        else:
+            ops = TwinOps(torch.float32)
+        ops.twin = self
+        return ops
 
     def empty(self, shape, dtype):
         size = torch.Size(shape).numel() * dtype.itemsize
