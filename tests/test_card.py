@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+from model.deepseek_v2 import DeepseekV2
 from offload import device, host, opening
 from offload.cache import POLICIES
 from offload.card_experts import CardSlots
@@ -143,9 +144,10 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
         assert twin.syncs == before + 7
 
 
-def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path):
-    """Interpreted, on a tiny model."""
+def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatch):
+    """Interpreted, on a tiny model; the head, most of an interpreter's time, is left out."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
     write_checkpoint(tmp_path / "tiny")
     quantize(tmp_path / "tiny", tmp_path / "export")
     found = []
