@@ -21,6 +21,7 @@ from offload.prefetch import Prefetcher
 from offload.quantize import quantize
 from offload.runtime import Runtime
 from offload.speed import MEASURED, Bandwidths
+from offload.store import WARM
 from quant.export import Export
 from slotmoe import ConfigError, DeviceError, ExportError, PlanError
 from tests.tiny import write_checkpoint
@@ -122,16 +123,19 @@ def test_a_step_with_every_expert_in_a_slot_never_waits_for_the_host(on_twin):
         assert runtime.stats()["cache"]["hits"] == hits + 5 * 7 * 6
 
 
-def test_popular_experts_fill_slots_behind_their_copies(on_twin, wanted):
+def test_popular_experts_fill_slots_behind_their_copies(on_twin):
     """A copy to warm the cache is nobody's to wait for: its slot counts when it is there."""
-    with on_twin(Twin(lambda number: 0.005), misses="fetch", slots=60) as runtime:
-        runtime._experts._warm = list(range(190, 200))
-        step, rows = runtime.start(), []
-        for one in IDS[:6]:
-            rows.append(step([one]))
-        assert any(key in runtime._experts._slots for key in range(190, 200))
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        whole(runtime)
+    with on_twin(Twin(lambda number: 0.2), misses="fetch", slots=60) as runtime:
+        slots = runtime._experts._slots
+        assert slots.prefetch(7, WARM)
+        read = slots._coming[7]
+        runtime._store.wait([read])
+        slots.adopt()
+        assert 7 not in slots.cache
+        read.copy.synchronize()
+        slots.adopt()
+        assert 7 in slots.cache
+        assert slots.table_LE[0, 7] == slots.slot(7)
 
 
 def test_one_wait_a_layer_where_experts_are_missing(on_twin):
