@@ -132,6 +132,8 @@ class Runtime:
             raise ConfigError(f"misses {misses!r:.40} is unknown, expected one of: {', '.join(MODES)}")
         folder = resolve_model(path, revision, **({"progress": progress} if progress else {}))
         card, why = choose_device(device)
+        if card is None and misses != "auto":
+            raise ConfigError(f"misses {misses} is given but the device is the CPU, which computes every expert: leave it out")
         budget, host_budget = budgets(card, ram, vram)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
@@ -380,7 +382,7 @@ class Runtime:
     @property
     def threads(self) -> int:
         """CPU threads in use."""
-        return self._ops.threads
+        return self._experts.misses.ops.threads if isinstance(self._experts, CardExperts) else self._ops.threads
 
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
@@ -485,7 +487,8 @@ class Runtime:
         """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
         plan, used, resident = self.plan, process_bytes(), self._sizes.resident if self._sizes is not None else {}
         if self._card is not None:  # everything is allocated at open
-            known = {name: size for name, size in plan.components.items() if name != "prefill scratch"}
+            known = {name: plan.components[name] for name in ("latent KV cache", "expert slots", "read buffers")}
+            known["resident weights"] = sum(resident.values())
             host = {name: size for name, size in plan.host.items() if name != "runtime"}
             return {"vram": (self._card.memory().allocated, known), "ram": (used, host)}
         cached, slab = self._quantized("profile").present()

@@ -1,6 +1,7 @@
 """The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU is needed."""
 
 import gc
+import json
 import re
 import threading
 import time
@@ -9,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from model.deepseek_v2 import DeepseekV2
 from offload import device, host, opening
@@ -27,6 +29,7 @@ from slotmoe import ConfigError, DeviceError, ExportError, PlanError
 from tests.tiny import write_checkpoint
 from tests.twin import Twin
 from tools.bench import calibration, measure
+from tools.cli import cli
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -497,6 +500,36 @@ def test_facts_of_this_machine():
     facts = device.cuda_facts()
     assert facts.built == torch.backends.cuda.is_built()
     assert bool(device.why_not(facts)) == (choose_device("auto")[0] is None)
+
+
+def test_misses_are_refused_where_there_is_no_card(sample_export):
+    with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
+        Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
+
+
+def test_profile_of_a_card(sample_export, tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.runtime.choose_device", lambda wanted: (Twin(), "a test"))
+    arguments = [
+        "profile",
+        str(sample_export),
+        "Call me",
+        "-n",
+        "3",
+        "--slots",
+        "40",
+        "--misses",
+        "fetch",
+        "-o",
+        str(tmp_path / "p"),
+        "--json",
+    ]
+    found = CliRunner().invoke(cli, [*arguments, "--threads", "1"], catch_exceptions=False)
+    assert found.exit_code == 0
+    report = json.loads(found.stdout)
+    assert report["components"]["expert slots"]["vram"] == 40 * 28672
+    assert report["time"]["decode"]["milliseconds_per_token"]["experts"] > 0
+    assert {"ram", "gpu", "pcie", "experts"} <= set(report["bandwidths"])
+    assert (tmp_path / "p" / "memory-vram.png").is_file()
 
 
 def test_runtime_tells_its_device(on_twin, sample_export):

@@ -55,7 +55,8 @@ def command(
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)
         if calibrate:
             store_bandwidths(cache_folder() / "machine.json", **calibration(runtime, report))
-    report["settings"] |= {"model": model, **{key: value for key, value in options.items() if value is not None}}
+    asked = {key: value for key, value in options.items() if value is not None}
+    report["settings"] = {"model": model, **asked, **report["settings"]}
     print(json.dumps(report)) if as_json else _print(report)
 
 
@@ -127,6 +128,7 @@ def measure(runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int
             "kernels": stats["kernels"],
             "threads": runtime.threads,
             "device": stats["device"]["name"],
+            **({"misses": stats["misses"]["mode"]} if "misses" in stats else {}),
         },
         "disk": _disk(runtime, moved),
         "link": _link(runtime, moved, speed),

@@ -143,7 +143,7 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logit
             progress=progress,
             misses=options["misses"],
         )
-    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
+    if runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
         click.echo(
             "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower", err=True
         )

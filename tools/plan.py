@@ -156,8 +156,9 @@ def _machine(options: dict[str, Any]) -> _Machine:
     vram, card = options["vram"], None
     if options["gpu"] is not None:
         card = _card(options["gpu"])
-        bandwidths = bandwidths.told(f"of {options['gpu']}", gpu=card.bandwidth, pcie=card.pcie)
+        bandwidths = bandwidths.told(f"of {options['gpu']}", gpu=card.bandwidth, pcie=card.pcie, pcie_busy=card.pcie)
     rates = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    rates["pcie_busy"] = rates["pcie"]
     bandwidths = bandwidths.told("given", **{tier: float(parse_size(rate)) for tier, rate in rates.items() if rate is not None})
     # What run would find free, once it has imported its libraries.
     ram = options["ram"] or int(available_memory() * 0.9) - process_bytes() + IMPORT_BYTES

@@ -91,5 +91,6 @@ def summary(stats: dict[str, Any]) -> str:
             read += f", {cache['already_coming'] / cache['misses']:.0%} of the missing ones ahead of the gate"
         lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}")
+    beside = f" and {format_size(memory['beside_vram'])} of the CUDA context and other programs" if "beside_vram" in memory else ""
+    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}{beside}")
     return "[" + "; ".join(lines) + "]"
