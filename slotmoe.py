@@ -44,6 +44,10 @@ class PlanError(SlotmoeError):
     """A request that can't fit: budgets, context or prompt length."""
 
 
+class DeviceError(SlotmoeError):
+    """A graphics card that failed at work, or whose memory another program took.  The command line exits with 1."""
+
+
 class DownloadError(SlotmoeError):
     """A download that the network or the server made fail; the same command resumes it.  The command line exits with 1."""
 

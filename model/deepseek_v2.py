@@ -21,7 +21,13 @@ from model.config import Config, Rope
 from model.kv_cache import LatentCache
 
 Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's experts, in gate order."""
+"""``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's experts, in gate order.
+
+It may have an attribute ``on_device``.  While that is true, a call with one token asks nothing of the host: it reads the
+indices on the device alone, where every expert is, and its work may be recorded once and repeated without calling it again.
+"""
+
+OnDevice = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _MAX_BLOCK = 4096  # cached rows widened to float32 at once, so that no temporary grows with the context
 _MAX_SCORES = 1 << 22
@@ -72,10 +78,20 @@ class Ops(Protocol):
         """The layer's weights bound for decoding one token in few calls; None if these ops go op by op.  ``sizes`` are
         H, N, P, R, V."""
 
+    def step(self, function: OnDevice) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]] | None:
+        """A decode step as one piece of work for the device, or None.  ``function(ids_1, position_1, layers_LSW)`` computes it
+        without the host, the position being a tensor; the result takes ``(ids_1, position, layers_LSW)``."""
+
+    def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor] | None:
+        """What ``route`` gives, of ``groups`` groups (1: no groups); ``factor`` None renormalises.  None if these ops have no
+        kernel for it."""
+
 
 class FusedLayer(Protocol):
     """A layer for one token of each sequence: what comes before its experts are chosen, and what comes after they are computed.
-    Bitwise what the ops give one by one, so that decode equals prefill."""
+    Bitwise what the ops give one by one, so that decode equals prefill.  ``together``: whether more than one sequence may come."""
+
+    together: bool
 
     def begin(
         self, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
@@ -190,6 +206,7 @@ class DeepseekV2:
             (config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim),
         )
         self.fused = [ops.fuse(layer, sizes, c.rms_norm_eps, _LATENT_EPS, c.softmax_scale) for layer in self.layers]
+        self._step = ops.step(self._on_device) if all(fused is not None for fused in self.fused) else None
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
         self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
         self.lap: Callable[[str], None] = unwatched
@@ -200,6 +217,10 @@ class DeepseekV2:
 
         The cache grows only when the whole step is done, so a step that raises can be repeated.
         """
+        if self._step is not None and len(ids_T) == 1 and getattr(self.experts, "on_device", False) and self.lap is unwatched:
+            self.hidden_TD, logits_1V = self._step(ids_T, cache.length, cache.layers)
+            cache.length += 1
+            return logits_1V
         h_TD = self._pass(ids_T, [cache])
         logits_TV = self.head(h_TD if all_logits else h_TD[-1:])
         self.lap("head")
@@ -222,14 +243,14 @@ class DeepseekV2:
         each = len(ids_T) // len(caches)
         starts = torch.tensor([cache.length for cache in caches], device=ids_T.device, dtype=torch.float32)
         positions_T = (starts[:, None] + torch.arange(each, device=ids_T.device, dtype=torch.float32)).flatten()
-        angles = positions_T[:, None] * self.frequencies
-        table_TC = torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
+        table_TC = self._table(positions_T)
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
         self.lap("rest")
         for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
-            if fused is not None and each == 1:
-                h_TD = self._one_token_each(index, fused, h_TD, table_TC, caches)
+            if fused is not None and each == 1 and (len(caches) == 1 or fused.together):
+                rows, positions = [cache.extend(index, 1) for cache in caches], [cache.length for cache in caches]
+                h_TD = self._one_token_each(index, fused, h_TD, table_TC, rows, positions)
                 continue
             h_TD = h_TD + self._attention(index, layer, rms_norm(h_TD, layer.input_layernorm, eps), table_TC, caches)
             self.lap("attention")
@@ -239,31 +260,51 @@ class DeepseekV2:
         self.hidden_TD = h_TD
         return h_TD
 
+    def _on_device(self, ids_1: Tensor, position_1: Tensor, layers_LSW: Tensor) -> tuple[Tensor, Tensor]:
+        """A decode step for which nothing has to be known here: the residual stream, [1, D], and logits, float32 [1, vocab]."""
+        h_1D, table_1C = self.ops.embed(ids_1, self.embed_tokens), self._table(position_1.float())
+        for index, fused in enumerate(self.fused):
+            assert fused is not None
+            h_1D = self._one_token_each(index, fused, h_1D, table_1C, [layers_LSW[index]], [0])
+        return h_1D, self.head(h_1D)
+
+    def _table(self, positions_T: Tensor) -> Tensor:
+        """The rotation of each position's pairs, complex [T, C]."""
+        angles = positions_T[:, None] * self.frequencies
+        return torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
+
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
         return self.ops.linear(self.ops.rms_norm(h_TD, self.norm, self.config.rms_norm_eps), self.lm_head)
 
-    def _one_token_each(self, index: int, fused: FusedLayer, h_TD: Tensor, table_TC: Tensor, caches: Sequence[LatentCache]) -> Tensor:
+    def _one_token_each(
+        self, index: int, fused: FusedLayer, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
+    ) -> Tensor:
         """``_attention`` and ``_feed_forward`` in as few calls as the choice of experts leaves."""
-        rows, positions = [cache.extend(index, 1) for cache in caches], [cache.length for cache in caches]
         h_TD, x_TD, logits_TE = fused.begin(h_TD, table_TC, rows, positions)
         self.lap("attention")
         y_TD = None
         if logits_TE is not None:
-            weights_TK, indices_TK = route(logits_TE, self.config)
+            weights_TK, indices_TK = self._route(logits_TE)
             self.lap("gate")
             y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
         h_TD = fused.end(h_TD, x_TD, y_TD)
         self.lap("shared experts and dense layers")
         return h_TD
 
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        groups, kept = (c.n_group, c.topk_group) if c.topk_method == "group_limited_greedy" else (1, 1)
+        factor = None if c.norm_topk_prob and c.num_experts_per_tok > 1 else c.routed_scaling_factor
+        return self.ops.route(logits_TE, groups, kept, c.num_experts_per_tok, factor) or route(logits_TE, c)
+
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:
             assert layer.mlp is not None
             y_TD = self.ops.mlp(x_TD, *layer.mlp)
         else:
-            weights_TK, indices_TK = route(self.ops.linear(x_TD, layer.gate), self.config)
+            weights_TK, indices_TK = self._route(self.ops.linear(x_TD, layer.gate))
             self.lap("gate")
             y_TD = self.experts(index, x_TD, weights_TK, indices_TK)
             y_TD = y_TD if layer.mlp is None else y_TD + self.ops.mlp(x_TD, *layer.mlp)

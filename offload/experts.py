@@ -181,8 +181,7 @@ class OffloadedExperts:
     def _wait(self, reads: list[Read]) -> list[Read]:
         """Those of ``reads`` that are done, at least one."""
         finished = self._slots.wait(reads)
-        # A record that was in RAM has nothing left to read from disk.
-        self.lap("waiting for disk" if any(read.buffer for read in finished) else "waiting for RAM")
+        self.lap("waiting for disk")
         return finished
 
     def _settle_guesses(self, row: int, keys: Collection[int], missing: list[int]) -> None:

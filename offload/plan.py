@@ -15,6 +15,8 @@ from quant.sizes import latent_bytes, record_bytes, resident_bytes
 from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
+LENT = 4  # records lent to the CPU at once in prefill: one that is computed with, the others on their way from disk
+LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
 HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
 IMPORT_BYTES = 226 << 20
@@ -129,8 +131,9 @@ def _prefill_chunk(config: Config, context: int, room: int) -> int:
 class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``: ``slots`` experts stay there and
     ``transit`` more are on their way in or being used once.  With a GPU, ``host`` is the same for RAM, where
-    ``host_slots`` experts stay.  A prefill pass takes ``prefill_chunk`` tokens.  ``shortfall`` is what the least number of
-    slots needs beyond the budget, by tier: empty if the plan works."""
+    ``host_slots`` experts stay and ``host_transit`` more are on their way or lent to the CPU.  A prefill pass takes
+    ``prefill_chunk`` tokens.  ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
+    plan works."""
 
     components: dict[str, int]
     slots: int
@@ -142,6 +145,7 @@ class Plan:
     prefill_chunk: int = PREFILL_CHUNK
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
+    host_transit: int = 0
     host_budget: int = 0
     shortfall: dict[str, int] = field(default_factory=dict)
 
@@ -190,8 +194,7 @@ def make_plan(
         "latent KV cache": sequences * kv_bytes(config, context, kernels),
         "logits": 4 * logits_rows * config.vocab_size,
     }
-    if tier == "ram":
-        fixed |= runtime
+    fixed |= runtime if tier == "ram" else {"slot table": 4 * everything + LEVELS_BYTES}
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK
     room = budget - sum(fixed.values()) - scratch
     if kernels and (slots is not None or room < everything * sizes.record_bytes):
@@ -205,11 +208,11 @@ def make_plan(
     buffers = min(transit, everything - count)
     components = {**fixed, "expert slots": count * sizes.record_bytes, "read buffers": buffers * sizes.record_bytes}
     shortfall = {tier: sum(components.values()) - budget}
-    host, host_slots = dict[str, int](), 0
+    host, host_slots, host_transit = dict[str, int](), 0, 0
     if host_budget is not None:
-        room = (host_budget - sum(runtime.values())) // sizes.record_bytes
-        host_slots = max(0, min(room - transit, everything)) if count < everything else 0
-        host = {**runtime, "expert slots": host_slots * sizes.record_bytes, "read buffers": transit * sizes.record_bytes}
+        room, host_transit = (host_budget - sum(runtime.values())) // sizes.record_bytes, transit + max(top_k, LENT)
+        host_slots = max(0, min(room - host_transit, everything)) if count < everything else 0
+        host = {**runtime, "expert slots": host_slots * sizes.record_bytes, "read buffers": host_transit * sizes.record_bytes}
         shortfall["ram"] = sum(host.values()) - host_budget
     return Plan(
         components,
@@ -222,6 +225,7 @@ def make_plan(
         chunk,
         host,
         host_slots,
+        host_transit,
         host_budget or 0,
         {tier: missing for tier, missing in shortfall.items() if missing > 0},
     )

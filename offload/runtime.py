@@ -7,13 +7,9 @@ with Runtime.open("sample") as runtime:
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,45 +18,32 @@ import torch
 from torch import Tensor
 
 import model
-from model.checkpoint import Checkpoint
-from model.config import Config, read_config
-from model.deepseek_v2 import DeepseekV2, unwatched
+from model.config import read_config
+from model.deepseek_v2 import unwatched
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
-from model.shapes import resident_shapes
-from model.tokenizer import Tokenizer
-from offload.cache import DEFAULT_POLICY, POLICIES, make_cache
-from offload.experts import OffloadedExperts, ResidentExperts
-from offload.machine import available_memory, cache_folder, peak_rss, process_bytes
-from offload.memory import Arena, Staging
+from offload.cache import DEFAULT_POLICY, POLICIES
+from offload.card_experts import CardExperts
+from offload.device import Card, choose_device
+from offload.experts import OffloadedExperts
+from offload.machine import cache_folder, peak_rss, process_bytes
+from offload.measure import copy_bandwidth, device_bandwidth, disk_bandwidth, disk_latency, together
+from offload.misses import MODES
 from offload.names import is_hub_id
-from offload.plan import (
-    HELP_BYTES,
-    PREFILL_CHUNK,
-    Plan,
-    Sizes,
-    by_tier,
-    kv_bytes,
-    make_plan,
-    parse_size,
-    predicted_components,
-    runtime_growth,
-    scratch_bytes,
-    sizes_of,
-)
-from offload.predictor import NextGate, Predictor
-from offload.prefetch import Accuracy, Prefetcher
+from offload.opening import Parts, Wish, budgets, open_model
+from offload.plan import by_tier, format_size, kv_bytes, predicted_components
+from offload.prefetch import Accuracy
 from offload.profiler import Profiler
 from offload.quantize import Progress, cached_export
 from offload.speed import Bandwidths, Setting
-from offload.store import DiskReader, HostTier, Slots, Source, disk_bandwidth, disk_latency
 from offload.trace import TraceWriter
-from quant.export import MANIFEST, Export, RecordLayout
-from quant.matmul import TorchOps, map_tensors, pick_ops
-from slotmoe import ConfigError, PlanError, read_json
+from quant.export import MANIFEST, Export
+from quant.matmul import TorchOps, pick_ops
+from slotmoe import ConfigError, DeviceError, PlanError
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Runtime.append_rows`` makes at once
 _PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
+_MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 __all__ = ["Runtime", "Token", "resolve_model"]
 
 
@@ -90,26 +73,14 @@ class Runtime:
     """An open model; not for use from several threads at once.  ``generate``, ``start`` and ``logits`` hold one sequence at a
     time, the first; ``offload.batch`` decodes several together."""
 
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: Tokenizer,
-        network: DeepseekV2,
-        caches: list[LatentCache],
-        plan: Plan,
-        device: torch.device,
-        eos_token_ids: tuple[int, ...],
-        source: Export | Checkpoint,
-        ops: TorchOps,
-        sizes: Sizes | None,
-        store: Source | None = None,
-    ):
-        self.config, self.tokenizer, self.plan, self.device = config, tokenizer, plan, device
-        self._network, self._caches, self._cache, self._source = network, caches, caches[0], source
-        self.eos_token_ids = eos_token_ids
+    def __init__(self, parts: Parts, ops: TorchOps, card: Card | None, why: str):
+        self.config, self.tokenizer, self.plan, self.eos_token_ids = parts.config, parts.tokenizer, parts.plan, parts.eos_token_ids
+        self.device = torch.device("cpu") if card is None else card.device
+        self._card, self._why = card, why
+        self._network, self._caches, self._cache, self._source = parts.network, parts.caches, parts.caches[0], parts.source
         self._latest: LatentCache | None = None  # whose token the network's hidden state belongs to
-        self._experts, self._ops, self._sizes = network.experts, ops, sizes
-        self._store, self._chunk = store, plan.prefill_chunk
+        self._experts, self._ops, self._sizes = parts.network.experts, ops, parts.sizes
+        self._store, self._chunk = parts.store, parts.plan.prefill_chunk
         self._generation = 0
         self._held: list[int] = []  # tokens of the first rows of the latent cache; the rows after them mean nothing
         self._profiler: Profiler | None = None
@@ -134,6 +105,7 @@ class Runtime:
         sequences: int = 1,
         progress: Progress | None = None,
         revision: str | None = None,
+        misses: str = "auto",
     ) -> Runtime:
         """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or ``sample``.
 
@@ -144,6 +116,8 @@ class Runtime:
         ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
         ``sequences`` latent caches of ``context`` positions each are kept, for ``append`` and ``append_each``.
         ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
+        ``misses`` says who computes an expert that is in no slot of a GPU: ``fetch``, the GPU, once it is copied there; ``cpu``;
+        ``hybrid``, both, split by measured bandwidths; ``auto`` takes what these advise, ``fetch`` where none were measured.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -155,8 +129,13 @@ class Runtime:
             raise ConfigError(f"threads is {threads}, expected at least 1")
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(f"{path}: quantize=False needs the original checkpoint in a folder; download it first")
-        folder, where = resolve_model(path, revision, **({"progress": progress} if progress else {})), _device(device)
-        budget = _budget(where, ram, vram)
+        if misses not in MODES:
+            raise ConfigError(f"misses {misses!r:.40} is unknown, expected one of: {', '.join(MODES)}")
+        folder = resolve_model(path, revision, **({"progress": progress} if progress else {}))
+        card, why = choose_device(device)
+        if card is None and misses != "auto":
+            raise ConfigError(f"misses {misses} is given but the device is the CPU, which computes every expert: leave it out")
+        budget, host_budget = budgets(card, ram, vram)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress)
@@ -165,10 +144,26 @@ class Runtime:
         config = read_config(folder / "config.json")
         if not 1 <= context <= config.max_position_embeddings:
             raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
-        ops = pick_ops(where, kernels, threads) if quantize else TorchOps()
-        host_budget = _host_budget(ram) if where.type == "cuda" else None
-        wish = _Wish(where, budget, host_budget, context, slots, cache_policy or DEFAULT_POLICY, prefetch, logits_rows, sequences)
-        return (_open_quantized if quantize else _open_reference)(cls, folder, config, ops, wish)
+        if not quantize:
+            ops = TorchOps()
+        else:
+            ops = pick_ops(torch.device("cpu"), kernels, threads) if card is None else card.ops(kernels, threads)
+        wish = Wish(
+            card,
+            ops,
+            budget,
+            host_budget,
+            context,
+            slots,
+            cache_policy or DEFAULT_POLICY,
+            prefetch,
+            logits_rows,
+            sequences,
+            misses,
+            kernels,
+            threads,
+        )
+        return cls(open_model(folder, config, wish, quantize), ops, card, why)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].  This result is the
@@ -293,11 +288,15 @@ class Runtime:
         """Append one id to each of several sequences in one pass, so that an expert brought for one serves all: logits,
         float32 [len(ids), vocab_size].  With the native kernels each row is bitwise what ``append`` alone gives."""
         started = time.perf_counter()
-        if isinstance(self._experts, OffloadedExperts):
-            self._experts.begin(len(ids), None, None)
         self._latest = None
         self._held.clear()
-        logits = self._network.forward_together(torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences])
+
+        def forward() -> Tensor:
+            if isinstance(self._experts, OffloadedExperts):
+                self._experts.begin(len(ids), None, None)
+            return self._network.forward_together(torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences])
+
+        logits = self._on_card(forward)
         self._count("decode", len(ids), started)
         return logits
 
@@ -320,19 +319,55 @@ class Runtime:
 
     def _forward(self, ids_T: Tensor, all_logits: bool = False, cache: LatentCache | None = None) -> Tensor:
         network, cache = self._network, cache or self._cache
-        if isinstance(self._experts, OffloadedExperts):
-            embedding_D = hidden_D = None
-            if len(ids_T) == 1 and self._latest is cache and network.hidden_TD is not None and self._experts.guesses_tokens:
-                embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
-            self._experts.begin(len(ids_T), embedding_D, hidden_D)
         alone, position = cache is self._cache, cache.length
         if alone:
             del self._held[position:]  # first: a pass that is interrupted has overwritten some of these rows
-        self._latest = cache
-        logits = network.forward(ids_T, cache, all_logits)
+        known, self._latest = self._latest is cache, cache
+
+        def forward() -> Tensor:
+            if isinstance(self._experts, OffloadedExperts):
+                embedding_D = hidden_D = None
+                if len(ids_T) == 1 and known and network.hidden_TD is not None and self._experts.guesses_tokens:
+                    embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
+                self._experts.begin(len(ids_T), embedding_D, hidden_D)
+            return network.forward(ids_T, cache, all_logits)
+
+        logits = self._on_card(forward)
         if alone and len(self._held) == position:  # not after rows of unknown tokens
             self._held += ids_T.tolist()
         return logits
+
+    def _on_card(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What ``forward`` gives, computed; once more, with what the allocator has kept given back, where the card had no
+        memory left.
+
+        Raises ``DeviceError`` if the card fails; a step that raises has changed nothing and can be repeated."""
+        card = self._card
+        if card is None:
+            return forward()
+
+        def computed() -> Tensor:
+            logits = forward()
+            card.record().synchronize()  # what fails in a kernel fails here
+            return logits
+
+        try:
+            try:
+                return computed()
+            except torch.OutOfMemoryError:
+                pass  # the tensors of its frames are free after this block
+            card.release()
+            return computed()
+        except torch.OutOfMemoryError:
+            free = card.memory().free
+            raise DeviceError(
+                f"{card.name} has no memory left in the middle of a step ({format_size(free)} free): another program has taken it; "
+                f"end that, or open the model with a lower --vram (now {format_size(self.plan.budget)}) or --context"
+            ) from None
+        except RuntimeError as problem:
+            if "CUDA" not in str(problem):
+                raise
+            raise DeviceError(f"{card.name} failed ({str(problem).partition(chr(10))[0]}); start the program again") from None
 
     def _restart(self, kept: int = 0) -> None:
         """A new sequence begins, with the first ``kept`` rows of the latent cache."""
@@ -363,7 +398,7 @@ class Runtime:
     @property
     def threads(self) -> int:
         """CPU threads in use."""
-        return self._ops.threads
+        return self._experts.misses.ops.threads if isinstance(self._experts, CardExperts) else self._ops.threads
 
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
@@ -371,12 +406,32 @@ class Runtime:
             self._experts.fill(progress or (lambda done, total: None))
 
     def read_bandwidth(self) -> float:
-        """Bytes a second at which all threads together read RAM, measured now: over the slots, once their pages are there,
-        or where they are few over memory of its own, as far as the budget allows."""
-        memory = self._experts.memory() if isinstance(self._experts, OffloadedExperts) and self.device.type == "cpu" else None
+        """Bytes a second at which the fast tier is read, measured now: a GPU's memory over its slots; RAM by all threads
+        together, over the slots once their pages are there, or where they are few over memory of its own, as far as the budget
+        allows."""
+        memory = self._experts.memory() if isinstance(self._experts, OffloadedExperts) else None
+        if self._card is not None:
+            assert memory is not None
+            return device_bandwidth(self._card, memory[: 16 * _MEASURED_BYTES])
         if memory is None or (memory.nbytes < _MEASURED_BYTES <= self.plan.budget - self.plan.total):
             memory = torch.ones(_MEASURED_BYTES, dtype=torch.uint8)
         return self._ops.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
+
+    def link_bandwidths(self) -> dict[str, float]:
+        """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same while the CPU computes
+        experts; ``experts``, the records that it gets through meanwhile.  Empty without a GPU."""
+        if self._card is None or not isinstance(self._experts, CardExperts):
+            return {}
+        rows, misses, layout = self._experts.spare(8), self._experts.misses, self._experts.layout
+        alone = copy_bandwidth(self._card, rows)
+        busy, experts = together(self._card, rows, misses.ops, layout, misses.levels)
+        return {"pcie": alone, "pcie_busy": busy, "experts": experts}
+
+    def ram_bandwidth(self) -> float:
+        """Bytes a second at which all threads together read RAM, measured now."""
+        if not isinstance(self._experts, CardExperts):
+            return self.read_bandwidth()
+        return self._experts.misses.ops.read_bandwidth(torch.ones(_MEASURED_BYTES, dtype=torch.uint8))
 
     def disk_bandwidth(self) -> float:
         """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
@@ -405,7 +460,9 @@ class Runtime:
         ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
         random = str(self._source.manifest["source"]["name"]).startswith("random weights")
-        speed = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random).predict(prompt_tokens, new_tokens)
+        misses = self._experts.misses.mode if isinstance(self._experts, CardExperts) else "fetch"
+        setting = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random, misses)
+        speed = setting.predict(prompt_tokens, new_tokens)
         components = predicted_components(self.plan, prompt_tokens, new_tokens)
         return {
             "peak": by_tier(components),
@@ -425,7 +482,8 @@ class Runtime:
     def profile(self, origin: float | None = None) -> Profiler:
         """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
         experts = self._quantized("profile")
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else None
+        card = self._card
+        synchronize = (lambda: card.record().synchronize()) if card is not None else None
         origin = time.perf_counter() if origin is None else origin
         profiler = Profiler(len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize)
         self._profiler = experts.profiler = profiler
@@ -445,10 +503,11 @@ class Runtime:
     def memory_in_use(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
         plan, used, resident = self.plan, process_bytes(), self._sizes.resident if self._sizes is not None else {}
-        if self.device.type == "cuda":  # everything is allocated at open
-            known = {name: size for name, size in plan.components.items() if name != "prefill scratch"}
+        if self._card is not None:  # everything is allocated at open
+            known = {name: plan.components[name] for name in ("latent KV cache", "expert slots", "read buffers")}
+            known["resident weights"] = sum(resident.values())
             host = {name: size for name, size in plan.host.items() if name != "runtime"}
-            return {"vram": (torch.cuda.memory_allocated(self.device), known), "ram": (used, host)}
+            return {"vram": (self._card.memory().allocated, known), "ram": (used, host)}
         cached, slab = self._quantized("profile").present()
         buffers = min(plan.components["read buffers"], slab - cached)
         latent = sum(cache.nbytes // cache.context * max(cache.length, cache.written) for cache in self._caches)
@@ -461,14 +520,17 @@ class Runtime:
         return self._experts
 
     def stats(self) -> dict[str, Any]:
-        """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``."""
+        """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``, ``misses``
+        with a GPU, and ``device``: which, and why it was taken."""
         memory: dict[str, Any] = {"plan": dict(self.plan.components), "budget": self.plan.budget, "tier": self.plan.tier}
         if self.plan.host:
             memory["host_plan"] = dict(self.plan.host)
         memory["peak_rss"] = peak_rss()
-        if self.device.type == "cuda":
-            memory["peak_vram"] = torch.cuda.max_memory_allocated(self.device)
-        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name}
+        name = "cpu"
+        if self._card is not None:
+            name, card = self._card.name, self._card.memory()
+            memory |= {"peak_vram": card.peak, "reserved_vram": card.reserved, "beside_vram": card.beside}
+        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name, "device": {"name": name, "why": self._why}}
         if isinstance(self._experts, OffloadedExperts):
             found |= self._experts.stats()
         if self._store is not None:
@@ -497,189 +559,3 @@ def _shared(one: list[int], other: list[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     pairs = zip(one, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {name!r:.40} is unknown, expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _budget(device: torch.device, ram: int | str | None, vram: int | str | None) -> int:
-    """Bytes of the fast tier that may be used: as asked, or nine tenths of what is free now."""
-    if device.type == "cuda":
-        return parse_size(vram) if vram is not None else int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    if vram is not None:
-        raise PlanError("--vram is given but the device is the CPU: give --ram, or --device cuda")
-    if ram is not None:
-        return parse_size(ram)
-    return int(available_memory() * 0.9) + process_bytes()
-
-
-def _host_budget(ram: int | str | None) -> int:
-    """Bytes of RAM for the host tier below a GPU: as asked, or nine tenths of what is free now."""
-    return parse_size(ram) if ram is not None else int(available_memory() * 0.9) + process_bytes()
-
-
-_MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
-_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
-
-
-def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """All resident weights, verified and placed; a few at a time, so that reading and copying overlap."""
-    own = threading.local()  # each thread's staging memory
-
-    def load(name: str) -> Any:
-        if not hasattr(own, "staging"):
-            own.staging = Staging()
-        weight = export.resident(name, own.staging.fresh())
-        if tuple(weight.shape) != shapes[name]:
-            raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}")
-        return place(name, weight)
-
-    pool = ThreadPoolExecutor(_LOADERS)
-    try:
-        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))  # the largest first, so that no thread ends alone
-        return dict(zip(names, pool.map(load, names), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _placer(device: torch.device, ops: TorchOps) -> Callable[[str, Any], Any]:
-    """A function that puts a resident weight on ``device`` in the form that ``ops`` wants; norms and router gates, small
-    and used in float32, are widened to it."""
-    arena = Arena()
-
-    def place(name: str, weight: Any) -> Any:
-        if isinstance(weight, Tensor) and (weight.dim() == 1 or name.endswith(".mlp.gate.weight")):
-            weight = weight.float()
-        if device.type == "cpu":
-            return ops.prepare(name, weight, arena.empty)
-        return map_tensors(weight, lambda tensor: tensor.to(device))
-
-    return place
-
-
-def _generation_eos(folder: Path, config: Config) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    found = read_json(path, 1 << 20).get("eos_token_id") if path.is_file() else None
-    extra = found if isinstance(found, list) else [found]
-    return tuple({*config.eos_token_ids, *(one for one in extra if isinstance(one, int))})
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What the caller of ``Runtime.open`` asks for; budgets in bytes."""
-
-    device: torch.device
-    budget: int
-    host_budget: int | None
-    context: int
-    slots: int | None
-    policy: str
-    prefetch: bool
-    logits_rows: int
-    sequences: int
-
-    @property
-    def tier(self) -> str:
-        """The fast tier."""
-        return "ram" if self.device.type == "cpu" else "vram"
-
-
-def _open_quantized(cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, wish: _Wish) -> Runtime:
-    export, device = Export.open(folder), wish.device
-    source: Source | None = None
-    try:
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-        if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
-            raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
-        tokenizer = Tokenizer(folder, config.bos_token_id)
-        sizes = sizes_of(config, export.manifest["quantization"]["resident"], export.predictor_bytes)
-        plan = make_plan(
-            config,
-            sizes,
-            tier=wish.tier,
-            budget=wish.budget,
-            context=wish.context,
-            runtime_bytes=process_bytes(),
-            slots=wish.slots,
-            host_budget=wish.host_budget,
-            kernels=ops.absorbs,
-            logits_rows=wish.logits_rows,
-            sequences=wish.sequences,
-        ).check()
-        rows, routed = len(export.layers), config.n_routed_experts
-        # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
-        source = disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < rows * routed)
-        place = _placer(device, ops)
-        weights = _load(export, resident_shapes(config), place)
-        predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
-        popularity = predictor.popularity if predictor is not None else None
-        if plan.host:
-            source = HostTier(disk, make_cache(wish.policy, plan.host_slots, rows, routed, popularity), plan.transit, device)
-        experts = _offloaded(export, config, ops, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
-        network = DeepseekV2(config, weights, ops, experts)
-        row = ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
-        caches = [LatentCache(config, wish.context, row, device) for _ in range(wish.sequences)]
-        return cls(config, tokenizer, network, caches, plan, device, _generation_eos(folder, config), export, ops, sizes, source)
-    except BaseException:
-        if source is not None:
-            source.close()
-        export.close()
-        raise
-
-
-def _offloaded(
-    export: Export,
-    config: Config,
-    ops: TorchOps,
-    plan: Plan,
-    wish: _Wish,
-    source: Source,
-    disk: DiskReader,
-    guesser: NextGate | Predictor,
-    popularity: list[float] | None,
-) -> OffloadedExperts:
-    """The slots over ``source``, their cache, and the prefetcher if reading ahead can pay."""
-    rows, routed, size, top_k = len(export.layers), export.experts, plan.record_bytes, config.num_experts_per_tok
-    # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
-    cache = make_cache(wish.policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
-    held = Slots(source, cache, plan.transit, top_k, size, wish.device)
-    # Records that are not worth waking a thread for are not worth reading ahead either.
-    ahead = wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
-    prefetcher = Prefetcher(rows, routed, size, held, disk.bandwidth) if ahead else None
-    likely = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True) if popularity and wish.prefetch else []
-    return OffloadedExperts(export, held, ops, export.levels.to(wish.device), prefetcher, guesser, likely[: plan.slots])
-
-
-def _reference_plan(config: Config, checkpoint: Checkpoint, wish: _Wish) -> Plan:
-    """Everything resident, in the checkpoint's own precision; the cache in float32."""
-    components = {
-        "resident weights": checkpoint.nbytes,
-        "latent KV cache": kv_bytes(config, wish.context, kernels=False, value_bytes=4),
-        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
-    }
-    if wish.tier == "ram":
-        components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
-    missing = sum(components.values()) - wish.budget
-    shortfall = {wish.tier: missing} if missing > 0 else {}
-    return Plan(components, 0, 0, 0, wish.budget, wish.tier, wish.context, shortfall=shortfall)
-
-
-def _open_reference(cls: type[Runtime], folder: Path, config: Config, ops: TorchOps, wish: _Wish) -> Runtime:
-    if wish.slots is not None:
-        raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
-    if wish.sequences > 1:
-        raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
-    with Checkpoint.open(folder) as checkpoint:
-        tokenizer = Tokenizer(folder, config.bos_token_id)
-        plan = _reference_plan(config, checkpoint, wish).check()
-        place = _placer(wish.device, ops)
-        weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-        network = DeepseekV2(config, weights, ops, ResidentExperts(weights, ops))
-        cache = LatentCache(config, wish.context, (config.latent_width, torch.float32), wish.device)
-        eos = _generation_eos(folder, config)
-        return cls(config, tokenizer, network, [cache], plan, wish.device, eos, checkpoint, ops, None)

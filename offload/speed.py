@@ -26,6 +26,7 @@ THREAD_ATTENTION = 200e9  # multiply-adds a second of the attention kernel on on
 THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
 # Hits of the default policy against the share of experts in slots: the sample on its held-out texts (README).
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
+MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Bandwidths:
     disk: float = 2e9
     gpu: float = 500e9
     pcie: float = 25e9
+    pcie_busy: float = 20e9  # the same while the CPU computes experts
+    experts: float = 20e9  # records that the CPU's kernels get through meanwhile
     latency: float = 1e-4  # seconds of one small read from the disk
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -91,15 +94,16 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     if not path.is_file():
         return Bandwidths()
     found = read_json(path, 1 << 16)
-    values = {name: found.get(name) for name in ("ram", "disk", "latency")}
+    values = {name: found.get(name) for name in MEASURED}
     if not all(value is None or (isinstance(value, int | float) and 0 < value < 1e15) for value in values.values()):
         raise ConfigError(f"{path}: is not what slotmoe bench --calibrate writes; delete it or run that again")
     return Bandwidths().told(f"measured on {str(found.get('date'))[:10]}", **values)
 
 
-def store_bandwidths(path: Path, ram: float, disk: float, latency: float) -> None:
-    """Keep measured bandwidths, bytes a second, and seconds of one small read, for later plans."""
-    known = {"ram": ram, "disk": disk, "latency": latency, "date": date.today().isoformat()}
+def store_bandwidths(path: Path, **values: float) -> None:
+    """Keep measured figures for later: those of ``Bandwidths`` that ``MEASURED`` names.  What is not measured now is forgotten."""
+    assert set(values) <= set(MEASURED)
+    known = {**values, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(known))
@@ -132,7 +136,8 @@ def text_hits(share: float) -> float:
 @dataclass(frozen=True)
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may use any expert, as with
-    the weights of ``slotmoe synth``; else it uses experts as text does."""
+    the weights of ``slotmoe synth``; else it uses experts as text does.  ``misses`` is how
+    a card's missing experts are computed (``offload.misses``)."""
 
     config: Config
     sizes: Sizes
@@ -140,6 +145,7 @@ class Setting:
     bandwidths: Bandwidths
     threads: int
     random_routing: bool
+    misses: str = "fetch"
 
     def hits(self, slots: int) -> float:
         """Hit rate to expect of so many slots."""
@@ -164,8 +170,13 @@ class Setting:
         if self.plan.tier == "ram":
             attention = c.num_hidden_layers * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * depth
             return seconds | {"RAM": touched / rates.ram / KERNEL_SHARE, "attention": attention / (self.threads * THREAD_ATTENTION)}
-        copied = used * (1 - self.hits(self.plan.slots)) * record
-        return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE, "PCIe": copied / rates.pcie}
+        absent = used * (1 - self.hits(self.plan.slots)) * record
+        computed = {
+            "fetch": {"PCIe": absent / rates.pcie},
+            "cpu": {"CPU experts": absent / rates.experts},
+            "hybrid": {"PCIe and CPU experts": absent / (rates.pcie_busy + rates.experts)},
+        }
+        return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill(self, tokens: int) -> float | None:
         """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU computing is not counted."""

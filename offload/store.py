@@ -2,7 +2,7 @@
 
     Slots       one slab of records on the fast tier (the GPU's memory; RAM when there is no GPU)
       | read(key, slot, urgency) -> Read
-    HostTier    a slab in pinned RAM, only when the fast tier is a GPU's memory
+    HostTier    a slab in pinned RAM, only when the fast tier is a GPU's memory (``offload.host``)
       | read(key, slot, urgency) -> Read
     DiskReader  threads with several aligned O_DIRECT reads in flight, the most urgent first
 
@@ -15,25 +15,22 @@ from __future__ import annotations
 
 import heapq
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from pathlib import Path
-from random import Random
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from offload.cache import Cache
+from offload.device import Card, Copy
 from offload.memory import Touching, page_aligned
 from offload.plan import HELP_BYTES
-from quant.export import Export, layer_file
-from slotmoe import ExportError
+from quant.export import Export
+from slotmoe import DeviceError, ExportError
 
 DEMAND, WARM = 0, 1 << 30  # urgencies; prefetches lie between them, the number of layers until their use
 READERS = 8
@@ -42,9 +39,10 @@ LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first toke
 
 
 class Read:
-    """One record on its way into memory.  ``done`` is True when it can be used or when ``error`` says why not."""
+    """One record on its way into memory.  ``done`` is True when it can be used or when ``error`` says why not; on a card it can
+    be used by kernels that wait for ``copy`` first."""
 
-    __slots__ = ("after", "buffer", "cancelled", "done", "error", "key", "outstanding", "started", "taken", "urgency")
+    __slots__ = ("after", "buffer", "cancelled", "copy", "done", "error", "key", "outstanding", "started", "taken", "urgency")
 
     def __init__(self, key: int, buffer: memoryview, urgency: int, after: Callable[[bool], None] | None = None):
         # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read failed or was given up.
@@ -52,6 +50,7 @@ class Read:
         self.taken = self.outstanding = 0  # bytes given to readers, pieces being read
         self.started = self.done = self.cancelled = False
         self.error: BaseException | None = None
+        self.copy: Copy | None = None
 
 
 class DiskReader:
@@ -230,50 +229,6 @@ class DiskReader:
         self._export.verify_record(layer, expert, read.buffer)
 
 
-def disk_bandwidth(export: Export, total: int = 1 << 30) -> float:
-    """Bytes a second of 8 threads that read random aligned 4 MiB of the export's experts, ``total`` bytes in all."""
-    paths = [export.folder / layer_file(layer) for layer in export.layers]
-    size = min(4 << 20, paths[0].stat().st_size // 4096 * 4096)
-    rounds, random = max(1, total // size // 8), Random(0)
-
-    def read(path: Path) -> None:
-        try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            handle = os.open(path, os.O_RDONLY)
-        try:
-            memory = page_aligned(size).numpy().data  # like the slots: fewer, larger pages make a direct read faster
-            for _ in range(rounds):
-                os.preadv(handle, [memory], random.randrange(os.fstat(handle).st_size // size) * size)
-        finally:
-            os.close(handle)
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(read, [random.choice(paths) for _ in range(8)]))
-    return 8 * rounds * size / (time.perf_counter() - started)
-
-
-def disk_latency(export: Export) -> float:
-    """Median seconds of one direct read of a record, or of 128 KiB, when nothing else is read."""
-    path = export.folder / layer_file(export.layers[0])
-    size, random, seconds = min(export.layout.record_bytes, HELP_BYTES), Random(0), []
-    memory = page_aligned(size).numpy().data
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        handle = os.open(path, os.O_RDONLY)
-    try:
-        places = max(1, os.fstat(handle).st_size // size)
-        for _ in range(64):
-            started = time.perf_counter()
-            os.preadv(handle, [memory], random.randrange(places) * size)
-            seconds.append(time.perf_counter() - started)
-    finally:
-        os.close(handle)
-    return sorted(seconds)[len(seconds) // 2]
-
-
 class Source(Protocol):
     """Where ``Slots`` gets records from: ``DiskReader`` or ``HostTier``."""
 
@@ -294,7 +249,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class _Table:
+class Table:
     """A slab [slots + transit, record_bytes] and which key is in which slot.
 
     ``cache`` decides which keys stay, at most ``cache.slots`` of them; the other ``transit`` slots hold records on their
@@ -306,111 +261,34 @@ class _Table:
         self.slot_of: dict[int, int] = {}
         self.free = list(range(len(slab) - 1, -1, -1))
 
-    def settle(self, key: int, keep: Collection[int]) -> None:
-        """``key`` was used and is not cached: let the cache admit it in place of another, or free its slot."""
+    def settle(self, key: int, keep: Collection[int]) -> int | None:
+        """``key`` was used and is not cached: let the cache admit it in place of another, or free its slot.  Who left, if any."""
         leaving = self.cache.offer(key, keep)
         if leaving is not None:
             self.free.append(self.slot_of.pop(leaving))
-
-
-class HostTier:
-    """Experts in RAM between the disk and a GPU's slots, under a cache of their own.
-
-    Copies to the device run in the reading threads, on a stream of their own, after the kernels that were queued when
-    the slot was given away; a ``Read`` is done when the record is on the device.
-    """
-
-    def __init__(self, disk: DiskReader, cache: Cache, transit: int, device: torch.device):
-        slab = page_aligned((cache.slots + transit) * disk.record_bytes).view(-1, disk.record_bytes)
-        self._disk, self._table, self._lock = disk, _Table(cache, slab), threading.Lock()
-        self._device, self._in_use = device, dict[int, int]()
-        self.bytes_copied, self.copy_seconds = 0, 0.0
-        self._stream = None
-        if device.type == "cuda":
-            # Registered in place: pinning memory that exists costs no second copy of it.
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
-            self._stream = torch.cuda.Stream(device)
-        self.submit, self.hasten, self.cancel, self.wait = disk.submit, disk.hasten, disk.cancel, disk.wait
-
-    def read(self, key: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target`` on the device: from RAM if it is there, else from disk through RAM."""
-        ready = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
-        with self._lock:
-            here = self._table.cache.use(key)
-            slot = self._table.slot_of[key] if here else self._table.free.pop()
-            if here:
-                self._in_use[key] = self._in_use.get(key, 0) + 1
-        record = self._table.slab[slot]
-
-        def after(arrived: bool) -> None:
-            if arrived:
-                self._copy(record, target, ready)
-            with self._lock:
-                self._release(key, slot, here, arrived)
-
-        return Read(key, memoryview(b"") if here else record.numpy().data, urgency, after)
-
-    def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins."""
-        with self._lock:
-            self._table.cache.advance(tokens)
-
-    def _copy(self, record: Tensor, target: Tensor, ready: Any) -> None:
-        started = time.perf_counter()
-        if self._stream is None:
-            target.copy_(record)
-        else:
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(ready)
-                target.copy_(record, non_blocking=True)
-                self._stream.synchronize()
-        with self._lock:
-            self.bytes_copied += target.nbytes
-            self.copy_seconds += time.perf_counter() - started
-
-    def _release(self, key: int, slot: int, here: bool, arrived: bool) -> None:
-        if here:
-            self._in_use[key] -= 1
-            if self._in_use[key] == 0:
-                del self._in_use[key]
-        elif not arrived or key in self._table.cache:  # in the cache: the same record was read twice at once
-            self._table.free.append(slot)
-        else:
-            self._table.slot_of[key] = slot
-            self._table.settle(key, keep=self._in_use)
-
-    def stats(self) -> dict[str, Any]:
-        """Those of the disk, and ``host``: bytes copied to the device, hits and misses in RAM."""
-        cache = self._table.cache
-        counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds, "hits": cache.hits, "misses": cache.misses}
-        return {**self._disk.stats(), "host": counts}
-
-    def close(self) -> None:
-        self._disk.close()
-        if self._stream is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._table.slab.data_ptr())
+        return leaving
 
 
 class Slots:
-    """Expert slots of the fast tier, [cache.slots + transit, record_bytes] on ``device``; ``reserve`` of the transit slots
-    are for demands alone, at least as many as one token's experts of a layer.
+    """Expert slots of the fast tier, [cache.slots + transit, record_bytes] in RAM or on ``card``; ``reserve`` of the transit
+    slots are for demands alone, at least as many as one token's experts of a layer.
 
-    On the CPU a large slab grows: it begins with a few slots, and a thread gets the pages of the others (``Touching``)."""
+    In RAM a large slab grows: it begins with a few slots, and a thread gets the pages of the others (``Touching``)."""
 
-    def __init__(self, source: Source, cache: Cache, transit: int, reserve: int, record_bytes: int, device: torch.device):
+    def __init__(self, source: Source, cache: Cache, transit: int, reserve: int, record_bytes: int, card: Card | None = None):
         total = min(cache.slots + transit, cache.layers * cache.experts)
-        if device.type == "cpu":
+        if card is None:
             slab = page_aligned(total * record_bytes).view(total, record_bytes)
         else:
-            slab = torch.empty(total, record_bytes, dtype=torch.uint8, device=device)
-        self._source, self._table, self.cache = source, _Table(cache, slab), cache
-        self.transit, self._reserve = transit, reserve
+            slab = card.empty((total, record_bytes), torch.uint8)
+        self._source, self._table, self.cache = source, Table(cache, slab), cache
+        self.transit, self._reserve, self._card = transit, reserve, card
         self._coming: OrderedDict[int, Read] = OrderedDict()  # keys in transit slots, oldest first
         self._leaving: list[tuple[Read, int]] = []  # given up, but a piece is still arriving in the slot
         self.wait_seconds = 0.0
         self.planned, self._touching, self._touched = cache.slots, None, 0
         first = max(transit + reserve, LAZY_BYTES // record_bytes)
-        if device.type == "cpu" and first < total:
+        if card is None and first < total:
             self._table.free, cache.slots = self._table.free[-first:], first - transit
             self._touching = Touching(slab.view(-1), first * record_bytes)
 
@@ -488,11 +366,17 @@ class Slots:
         return True
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Block until some of ``reads`` are done and return them.  Raises what made one fail; its slot is free then."""
+        """Block until some of ``reads`` are done and return them; on a card the kernels launched from now on wait for their
+        copies.  Raises what made one fail; its slot is free then."""
         started = time.perf_counter()
         finished = self._source.wait(reads)
         self.wait_seconds += time.perf_counter() - started
         for read in finished:
+            if read.copy is not None and self._card is not None and read.error is None:
+                try:
+                    self._card.wait(read.copy)
+                except RuntimeError as problem:
+                    read.error = DeviceError(f"copying an expert to {self._card.name} failed ({problem})")
             if read.error is not None:
                 self.drop(read.key)
                 raise read.error
@@ -502,7 +386,12 @@ class Slots:
         """``key``, in transit, has been used: the cache keeps it or lets it go.  ``keep`` is not evicted for it."""
         self._grow()
         del self._coming[key]
-        self._table.settle(key, keep)
+        leaving = self._table.settle(key, keep)
+        if leaving != key:
+            self._entered(key, leaving)
+
+    def _entered(self, key: int, leaving: int | None) -> None:
+        """``key`` is cached now, in place of ``leaving``."""
 
     def drop(self, key: int) -> None:
         """Give up a key in transit, arrived or not; nothing happens if it is not there."""
@@ -536,10 +425,11 @@ class Slots:
     def adopt(self) -> None:
         """Let the cache keep what was read to warm it and has arrived, as long as it has room."""
         self._grow()
-        for key in [key for key, read in self._coming.items() if read.urgency == WARM and read.done]:
+        for key in [key for key, read in self._coming.items() if read.urgency == WARM and _arrived(read)]:
             if len(self.cache) < self.cache.slots and self._coming[key].error is None:
                 del self._coming[key]
                 self.cache.add(key)
+                self._entered(key, None)
             else:
                 self.drop(key)
 
@@ -565,11 +455,16 @@ class Slots:
             pending.remove(read)
             del self._coming[read.key]
             self.cache.add(read.key)
+            self._entered(read.key, None)
             done()
 
     def _begin(self, key: int, urgency: int, keep: Collection[int]) -> Read:
         slot = self._acquire(keep)
-        read = self._source.read(key, self._table.slab[slot], urgency)
+        try:
+            read = self._source.read(key, self._table.slab[slot], urgency)
+        except BaseException:
+            self._table.free.append(slot)
+            raise
         self._table.slot_of[key] = slot
         self._coming[key] = read
         return read
@@ -595,3 +490,8 @@ class Slots:
         if self._leaving:
             self._table.free += [slot for read, slot in self._leaving if read.done]
             self._leaving = [(read, slot) for read, slot in self._leaving if not read.done]
+
+
+def _arrived(read: Read) -> bool:
+    """Whether a read is done, on a card its copy too."""
+    return read.done and (read.copy is None or read.copy.done())

@@ -7,7 +7,10 @@ Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_l
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +29,7 @@ from quant.int8 import Int8Weight
 from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
 from quant.nf4 import Nf4Weight
 from quant.sizes import TILE, latent_bytes
+from slotmoe import ConfigError
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class TiledInt8Weight:
 Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+_TRITON_CAPABILITY = 8, 0  # older cards multiply no bfloat16, and their shared memory is too small for the attention
 _CACHED = 1 << 16  # weights whose temporaries stay in the cache
 
 
@@ -243,8 +248,16 @@ class TorchOps:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
-    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> FusedLayer | None:
+    def fuse(self, layer: Any, sizes: tuple[int, int, int, int, int], eps: float, latent_eps: float, scale: float) -> Any:
         """No kernel: the network goes op by op."""
+        return None
+
+    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Any:
+        """No graphs: the network runs a step's parts one by one."""
+        return None
+
+    def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor] | None:
+        """No kernel: the network's own gate serves."""
         return None
 
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
@@ -262,9 +275,7 @@ class TorchOps:
         """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
         return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
 
-    def experts_by_slot(
-        self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor
-    ) -> None:
+    def experts_by_slot(self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor) -> None:
         """Each token through those of its experts that are in the slab: their unweighted outputs, into ``y`` (float32 [T, K, D]).
 
         ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the device) names each expert's row;
@@ -328,6 +339,8 @@ class FusedLayer:
     Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so fewer and larger calls are
     faster.  Each gives bitwise what the single ops give.
     """
+
+    together = True
 
     def __init__(self, native: Kernels, attention: AttentionLayer, mlp: Mlp | None):
         self._native, self._attention, self._mlp = native, attention, mlp
@@ -467,11 +480,15 @@ class NativeOps(TorchOps):
 
 
 def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
-    """The ops for ``device``: native kernels on a CPU where they were built, else torch.
+    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built, else torch.
 
-    ``choice`` is ``auto`` or ``torch``, the plain reference.  ``threads`` defaults to the physical cores.
+    ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only under Triton's interpreter.
+    ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
     """
     threads = threads or psutil.cpu_count(logical=False) or 1
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        torch.set_num_threads(threads)
+        return _triton_ops(device, required=choice == "triton")
     native = kernels.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
         torch.set_num_threads(threads)
@@ -479,3 +496,26 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
     native.set_threads(threads)
     torch.set_num_threads(1)
     return NativeOps(native)
+
+
+def _triton_ops(device: torch.device, required: bool) -> TorchOps:
+    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so never without a GPU."""
+    reason, cuda = "", device.type == "cuda"
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton, on Linux)"
+    elif cuda and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        reason = f"the GPU's compute capability is below {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
+    elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+    else:
+        from quant.triton_ops import TritonOps
+
+        ops = TritonOps(device)
+        if cuda or ops.interpreted:
+            return ops
+        reason = "on a CPU they run only under Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+    if required:
+        raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
+    plain = TorchOps(torch.bfloat16)
+    plain.name = f"torch, since {reason}"
+    return plain

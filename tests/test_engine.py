@@ -5,14 +5,12 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 
-from offload import runtime as runtime_module
-from offload import store
+from offload import opening, store
 from offload.cache import POLICIES, make_cache
 from offload.memory import Touching, page_aligned
 from offload.prefetch import Prefetcher
@@ -45,7 +43,7 @@ def always_guessing(request, monkeypatch):
     if "costs_more" not in request.node.name:
         monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
     if "too_small" not in request.node.name:
-        monkeypatch.setattr(runtime_module, "HELP_BYTES", 0)
+        monkeypatch.setattr(opening, "HELP_BYTES", 0)
 
 
 def whole(runtime):
@@ -68,37 +66,6 @@ def test_logits_and_text_are_bitwise_the_same_for_every_setting(sample_export, w
         assert stats["cache"]["misses"] > 0
         assert ("prefetch" in stats) == options.get("prefetch", True)
         whole(runtime)
-
-
-def with_host(monkeypatch, host_slots):
-    """The three tiers of a GPU, on the CPU: slots that files can't be read into, below them ``host_slots`` in RAM."""
-
-    def plan(*arguments, **options):
-        return replace(original(*arguments, **options), host={"runtime": 0}, host_slots=host_slots)
-
-    original = runtime_module.make_plan
-    monkeypatch.setattr(runtime_module, "make_plan", plan)
-
-
-@pytest.mark.parametrize("host_slots", [0, 40, 224])
-def test_three_tiers_give_the_same_logits(sample_export, wanted, monkeypatch, host_slots):
-    with_host(monkeypatch, host_slots)
-    with Runtime.open(sample_export, context=256, slots=22) as runtime:
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert [token.id for token in runtime.generate(PROMPT, 40)] == wanted[1]
-        io = runtime.stats()["io"]
-        assert io["host"]["bytes"] > 0
-        assert io["disk"]["bytes"] > 0
-        assert (io["host"]["hits"] > 0) == (host_slots > 0)
-        if host_slots == 224:  # each expert left the disk once
-            assert io["disk"]["bytes"] <= 224 * runtime.plan.record_bytes
-        whole(runtime)
-        host = runtime._store._table
-        deadline = time.monotonic() + 5
-        while len(host.free) + len(host.slot_of) < len(host.slab) and time.monotonic() < deadline:
-            time.sleep(0.01)  # a prefetch is still on its way
-        assert sorted([*host.free, *host.slot_of.values()]) == list(range(len(host.slab)))
-        assert {*host.slot_of} == host.cache._cached
 
 
 # Faults
@@ -521,7 +488,7 @@ def test_a_full_shelf_refuses_prefetches():
 def test_slots_keep_a_reserve_for_demands(sample_export):
     with Export.open(sample_export) as export:
         reader = DiskReader(export, direct=False)
-        slots = Slots(reader, make_cache("lru", 8, 7, 32), 10, 6, reader.record_bytes, torch.device("cpu"))
+        slots = Slots(reader, make_cache("lru", 8, 7, 32), 10, 6, reader.record_bytes)
         assert [slots.prefetch(key, 1) for key in range(6)] == [True] * 4 + [False] * 2
         reads = slots.demand([40, 41, 42, 43, 44, 45, 1], keep=[40, 41, 42, 43, 44, 45, 1])
         while pending := [read for read in reads if not read.done]:
@@ -537,7 +504,7 @@ def test_slots_keep_a_reserve_for_demands(sample_export):
 def test_what_was_read_to_warm_the_cache_moves_into_it_with_the_next_step(sample_export):
     with Export.open(sample_export) as export:
         reader = DiskReader(export, direct=False)
-        slots = Slots(reader, make_cache("lru", 2, 7, 32), 10, 6, reader.record_bytes, torch.device("cpu"))
+        slots = Slots(reader, make_cache("lru", 2, 7, 32), 10, 6, reader.record_bytes)
         assert all(slots.prefetch(key, WARM) for key in (3, 4, 5))
         while pending := [read for read in slots._coming.values() if not read.done]:
             reader.wait(pending)

@@ -190,7 +190,7 @@ def test_hits_follow_the_measured_points():
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
     path = tmp_path / "new" / "machine.json"
     assert stored_bandwidths(path).origin_of("disk") == "assumed"
-    store_bandwidths(path, 31e9, 3e9, 2e-4)
+    store_bandwidths(path, ram=31e9, disk=3e9, latency=2e-4)
     found = stored_bandwidths(path)
     assert (found.ram, found.disk, found.latency) == (31e9, 3e9, 2e-4)
     assert found.origin_of("disk").startswith("measured on 20")

@@ -32,7 +32,7 @@ def test_packages_import_only_what_they_may(package):
 
 LIGHT = "offload.plan offload.speed offload.machine offload.cache offload.prefetch offload.profiler offload.replay offload.names".split()
 LIGHT += "model.config model.shapes quant.sizes tools.cli tools.run tools.chat tools.serve tools.quantize tools.verify".split()
-LIGHT += "tools.plan tools.profile tools.replay".split()
+LIGHT += "tools.plan tools.profile tools.replay offload.misses".split()
 
 
 @pytest.mark.parametrize("module", LIGHT)

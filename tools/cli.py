@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from slotmoe import DownloadError, SlotmoeError, __version__
+from slotmoe import DeviceError, DownloadError, SlotmoeError, __version__
 
 _COMMANDS = {
     "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(code if isinstance(code, int) else 0)
     except SlotmoeError as problem:
         click.echo(f"slotmoe: {problem}", err=True)
-        sys.exit(1 if isinstance(problem, DownloadError) else 2)
+        sys.exit(1 if isinstance(problem, DownloadError | DeviceError) else 2)
     except click.ClickException as problem:
         problem.show()
         sys.exit(2)

@@ -143,10 +143,10 @@ def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Te
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    import torch
-
+    from offload.device import choose_device
     from offload.evaluate import LOGITS_ROWS
     from offload.machine import available_memory
+    from offload.opening import FREE_SHARE
     from offload.plan import parse_size
     from offload.runtime import Runtime, resolve_model
     from quant.export import MANIFEST
@@ -155,10 +155,10 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     is_export = (resolve_model(reference) / MANIFEST).is_file()
     sizes: dict[str, Any] = {name: options[name] and parse_size(options[name]) for name in ("ram", "vram")}
     if is_export:
-        sizes["ram"] = (sizes["ram"] or int(available_memory() * 0.9)) // 2
-        if options["device"] != "cpu" and torch.cuda.is_available():
-            sizes["vram"] = (sizes["vram"] or int(torch.cuda.mem_get_info()[0] * 0.9)) // 2
-    chosen = {name: options[name] for name in ("device", "context", "threads", "cache_policy")}
+        sizes["ram"] = (sizes["ram"] or int(available_memory() * FREE_SHARE)) // 2
+        if (card := choose_device(options["device"])[0]) is not None:
+            sizes["vram"] = (sizes["vram"] or int(card.memory().free * FREE_SHARE)) // 2
+    chosen = {name: options[name] for name in ("device", "context", "threads", "cache_policy", "misses")}
     try:
         return Runtime.open(reference, **sizes, **chosen, prefetch=not options["no_prefetch"], quantize=is_export, logits_rows=LOGITS_ROWS)
     except PlanError as problem:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from offload.cache import DEFAULT_POLICY, POLICIES
+from offload.misses import MODES
 from offload.names import is_hub_id
 from slotmoe import ConfigError
 
@@ -30,6 +31,14 @@ _RUNTIME = [
         default=DEFAULT_POLICY,
         show_default=True,
         help="Which experts stay in memory.",
+    ),
+    click.option(
+        "--misses",
+        type=click.Choice(MODES),
+        default="auto",
+        show_default=True,
+        help="With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either (hybrid). auto takes what "
+        "slotmoe bench --calibrate has measured to be fastest, else fetch.",
     ),
     click.option("--no-prefetch", is_flag=True, help="Read experts only when a gate has asked for them, never ahead."),
 ]
@@ -132,8 +141,9 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, logit
             logits_rows=logits_rows,
             sequences=sequences,
             progress=progress,
+            misses=options["misses"],
         )
-    if runtime.device.type == "cpu" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
+    if runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch" and options.get("kernels") != "torch":
         click.echo(
             "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower", err=True
         )

@@ -68,6 +68,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
+    from offload.misses import choose_mode
     from offload.plan import by_tier, predicted_components
     from offload.speed import Setting
     from slotmoe import PlanError
@@ -87,7 +88,8 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     plan, sizes = _plan(found, machine, resident, context, options["slots"])
     speed = None
     if not plan.shortfall:
-        setting = Setting(found.config, sizes, plan, machine.bandwidths, machine.threads, found.random_routing)
+        misses = choose_mode(options["misses"], machine.bandwidths, sizes.record_bytes, found.config.num_experts_per_tok)
+        setting = Setting(found.config, sizes, plan, machine.bandwidths, machine.threads, found.random_routing, misses)
         speed = setting.predict(prompt_tokens, new_tokens)
     report = _report(found, machine, plan, resident, why, speed) | {
         "largest_context": _largest_context(found, machine, resident, options["slots"]),
@@ -154,8 +156,9 @@ def _machine(options: dict[str, Any]) -> _Machine:
     vram, card = options["vram"], None
     if options["gpu"] is not None:
         card = _card(options["gpu"])
-        bandwidths = bandwidths.told(f"of {options['gpu']}", gpu=card.bandwidth, pcie=card.pcie)
+        bandwidths = bandwidths.told(f"of {options['gpu']}", gpu=card.bandwidth, pcie=card.pcie, pcie_busy=card.pcie)
     rates = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    rates["pcie_busy"] = rates["pcie"]
     bandwidths = bandwidths.told("given", **{tier: float(parse_size(rate)) for tier, rate in rates.items() if rate is not None})
     # What run would find free, once it has imported its libraries.
     ram = options["ram"] or int(available_memory() * 0.9) - process_bytes() + IMPORT_BYTES

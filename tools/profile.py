@@ -299,8 +299,12 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
         },
     }
     # Last, because measuring takes memory of its own.
-    rates = Bandwidths(ram=runtime.read_bandwidth(), disk=runtime.disk_bandwidth(), latency=runtime.disk_latency())
-    report["bandwidths"] = {"ram": rates.ram, "disk": rates.disk, "disk_latency": rates.latency}
+    link = runtime.link_bandwidths()
+    fast = {**link, "gpu": runtime.read_bandwidth()} if link else {}
+    rates = Bandwidths().told(
+        "measured", ram=runtime.ram_bandwidth(), disk=runtime.disk_bandwidth(), latency=runtime.disk_latency(), **fast
+    )
+    report["bandwidths"] = {"ram": rates.ram, "disk": rates.disk, "disk_latency": rates.latency, **fast}
     return report | {"predicted": runtime.predict(max(prompt, 1), max(new, 1), rates)}
 
 

@@ -76,10 +76,10 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 
 
 def summary(stats: dict[str, Any]) -> str:
-    """One line: speeds, hits, bytes read and memory, from ``Runtime.stats``."""
+    """One line: the device and why it was taken, speeds, hits, bytes read and memory, from ``Runtime.stats``."""
     from offload.plan import format_size
 
-    lines = []
+    lines = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind in ("prefill", "decode"):
         count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
         if count:
@@ -91,5 +91,6 @@ def summary(stats: dict[str, Any]) -> str:
             read += f", {cache['already_coming'] / cache['misses']:.0%} of the missing ones ahead of the gate"
         lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}")
+    beside = f" and {format_size(memory['beside_vram'])} of the CUDA context and other programs" if "beside_vram" in memory else ""
+    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}{beside}")
     return "[" + "; ".join(lines) + "]"
