@@ -125,8 +125,8 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
     assert None not in network.fused
     row = network.ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
     cache = [LatentCache(config, 40, row, torch.device("cpu")) for _ in range(3)]
-    padded = sum(-(-width // 4) * 4 for width in (config.kv_lora_rank, config.qk_rope_head_dim)) + 16  # two scales, two sums
-    assert cache[0].nbytes == config.num_hidden_layers * 40 * padded
+    values = sum(-(-width // 4) * 4 for width in (config.kv_lora_rank, config.qk_rope_head_dim))
+    assert cache[0].nbytes == config.num_hidden_layers * 40 * (values + 16)  # two scales and two sums
     alone = feed(network, cache[0], IDS, [1] * 40)
     whole = feed(network, cache[1], IDS, [40])
     if not config.tie_word_embeddings:  # a tied head is the embedding, row-major, and torch multiplies by it
