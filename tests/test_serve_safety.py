@@ -333,7 +333,7 @@ class Soak:
     """Clients of a server at ``port``: what each does is drawn from its seed."""
 
     def __init__(self, port):
-        self.port = port
+        self.port, self.refused = port, []
 
     def open(self, path, body):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
@@ -344,8 +344,10 @@ class Soak:
     def whole(self, path, body=b""):
         connection = self.open(path, body)
         response = connection.getresponse()
-        response.read()
+        data = response.read()
         connection.close()
+        if path == "/v1/messages" and response.status == 400:  # which were all valid
+            self.refused.append(data)
         return response.status
 
     def client(self, seed, end):
@@ -445,8 +447,10 @@ def test_soak(sample_export):
         after = settled()
         print(json.dumps({"before": before, "after": after, "requests": sum(kinds.values()), "kinds": dict(sorted(kinds.items()))}))
         growth = after.pop("bytes") - before.pop("bytes")
+        assert after.pop("threads") <= before.pop("threads") + (os.cpu_count() or 1) + 4  # asyncio's pool, which fills on demand
         assert after == before
         assert growth < 32 << 20
+        assert soak.refused == []
         statuses = {one.split()[1] for one in kinds}
         assert statuses <= {"200", "400", "404", "429", "None"}
         assert soak.whole("/v1/completions", {**GREEDY, "prompt": "Call me"}) == 200
