@@ -22,7 +22,7 @@ from torch import Tensor
 
 from offload.cache import Cache
 from offload.device import Card, full
-from offload.experts import Guesser, OffloadedExperts, users_of
+from offload.experts import Guesser, OffloadedExperts
 from offload.host import HostTier
 from offload.misses import Costs, for_cpu
 from offload.plan import LENT
@@ -30,6 +30,15 @@ from offload.prefetch import Prefetcher
 from offload.store import Read, Slots
 from quant.export import Export
 from quant.matmul import TorchOps
+
+
+def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Expert -> (its tokens, its rows of the outputs [T * K, D]), experts ascending; int64."""
+    chosen = indices_TK.flatten()
+    order = chosen.argsort(stable=True)
+    experts, counts = chosen[order].unique_consecutive(return_counts=True)
+    sizes = counts.tolist()
+    return dict(zip(experts.tolist(), zip((order // indices_TK.shape[1]).split(sizes), order.split(sizes), strict=True), strict=True))
 
 
 class CardSlots(Slots):

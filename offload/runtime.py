@@ -31,7 +31,7 @@ from offload.measure import copy_bandwidth, device_bandwidth, disk_bandwidth, di
 from offload.misses import MODES
 from offload.names import is_hub_id
 from offload.opening import Parts, Wish, budgets, open_model
-from offload.plan import by_tier, format_size, kv_bytes, predicted_components
+from offload.plan import by_tier, format_size, predicted_components
 from offload.prefetch import Accuracy
 from offload.profiler import Profiler
 from offload.quantize import Progress, cached_export

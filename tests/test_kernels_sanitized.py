@@ -53,7 +53,8 @@ int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, i
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*, int64_t, const int64_t*, float*, float*,
+                      float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);

@@ -528,17 +528,17 @@ class Kernels:
         _check("table", table, torch.complex64, (t, layer.pairs))
         if table.is_conj():
             raise ValueError("table must be resolved, not conjugated lazily")
-        strides = {_rows(cache, layer.row_bytes) for cache in caches}
+        strides = {_rows(one, layer.row_bytes) for one in caches}
         if len(strides) > 1:
             raise ValueError(f"the caches' rows stand {sorted(strides)} bytes apart, expected the same in all")
         if len(positions) != t:
             raise ValueError(f"{len(positions)} positions, expected one for each of {t} caches")
-        for cache, position in zip(caches, positions, strict=True):
-            if not 0 <= position < cache.shape[0]:
-                raise ValueError(f"position is {position}, expected one of the cache's {cache.shape[0]} rows")
+        for one, position in zip(caches, positions, strict=True):
+            if not 0 <= position < one.shape[0]:
+                raise ValueError(f"position is {position}, expected one of the cache's {one.shape[0]} rows")
         y, x = torch.empty_like(h), torch.empty_like(h)
         logits = torch.empty(t, layer.experts, dtype=torch.float32) if layer.experts else None
-        addresses, places = (ctypes.c_void_p * t)(*(cache.data_ptr() for cache in caches)), (ctypes.c_int64 * t)(*positions)
+        addresses, places = (ctypes.c_void_p * t)(*(one.data_ptr() for one in caches)), (ctypes.c_int64 * t)(*positions)
         inputs = layer.address, t, h.data_ptr(), table.data_ptr(), addresses, strides.pop(), places
         outputs = y.data_ptr(), x.data_ptr(), None if logits is None else logits.data_ptr()
         self._done(self._lib.slotmoe_attention(*inputs, *outputs))
