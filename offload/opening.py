@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import model
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.deepseek_v2 import DeepseekV2
@@ -27,6 +28,7 @@ from offload.host import HostTier
 from offload.machine import available_memory, cache_folder, process_bytes
 from offload.memory import Arena, Staging
 from offload.misses import Costs, choose_mode
+from offload.names import is_hub_id
 from offload.plan import (
     HELP_BYTES,
     PREFILL_CHUNK,
@@ -93,6 +95,28 @@ class Parts:
     source: Export | Checkpoint
     sizes: Sizes | None = None
     store: Source | None = None
+
+
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
+
+    A hub id that is no folder here becomes an export in the cache folder first; ``offload.hub.hub_export`` gets
+    ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
+    """
+    folder = Path(path)
+    if is_hub_id(str(path)) and not folder.exists():
+        from offload.hub import hub_export
+
+        return hub_export(str(path), revision, cache_folder(), **reporting)
+    if revision is not None:
+        raise ConfigError(f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out")
+    if str(path) == "sample" and not folder.is_dir():
+        return Path(model.__file__).parent / "sample"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'")
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
+    return folder
 
 
 def budgets(card: Card | None, ram: int | str | None, vram: int | str | None) -> tuple[int, int | None]:
