@@ -45,6 +45,7 @@ class TiledInt8Weight:
 Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
+_TRITON_CAPABILITY = 8, 0  # older cards multiply no bfloat16, and their shared memory is too small for the attention
 _CACHED = 1 << 16  # weights whose temporaries stay in the cache
 
 
@@ -473,6 +474,8 @@ def _triton_ops(device: torch.device, required: bool) -> TorchOps:
     if importlib.util.find_spec("triton") is None:
         if required:
             raise ConfigError("kernels triton: Triton is not installed here; pip install triton (Linux), or use kernels torch")
+        return TorchOps(torch.bfloat16)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
         return TorchOps(torch.bfloat16)
     from quant.triton_ops import TritonOps
 

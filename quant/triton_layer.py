@@ -114,6 +114,7 @@ class Step:
 
     def __call__(self, ids_1: Tensor, position: int, layers_LSW: Tensor) -> Any:
         own, shape = self._own, layers_LSW.shape
+        assert layers_LSW.storage_offset() == 0  # the layers' places are counted from there
         if shape not in self._stretches:  # of the layers only their places in the cache matter, and all of a shape agree on those
             call = partial(self._call, layers_LSW)
             self._stretches[shape] = Stretch(call, (own.ids_1,), self._graph)

@@ -8,6 +8,7 @@ Shape legend: T tokens, N rows out, K columns in or experts a token, D hidden_si
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import environ
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from quant.sizes import TILE
 from quant.stretch import CudaGraph
 from quant.triton_layer import DENSE, Step, TritonLayer, Workspace, parts, power
 
+environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns that its default will change; this is the present one
 _BM, _BN = 64, 64  # of a tile of many tokens; grouped rows depend on it bitwise, so it is one
 _FEW = 16  # tokens that attend one by one over the latent cache; more are the network's blockwise attention's
 

@@ -3,8 +3,11 @@
 Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
 """
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 LEVELS = torch.tensor(nf4.LEVELS)
+ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -47,6 +51,11 @@ def expert_of(slab, slot, layout, x_TD):
 def error(found, expected):
     """Relative RMS difference."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -88,11 +97,12 @@ def test_grouped_experts_are_those_experts(ops, sizes):
     starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([2, 0, 3, 1][: len(sizes)], dtype=torch.int32, device=DEVICE)
     y_ND = ops.experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE))
+    plain_ND = TorchOps(torch.bfloat16).experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE))
     assert y_ND.shape == (N, 128) and y_ND.dtype == torch.float32
     for g, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=False)):
         if size:
             expected = expert_of(slab, int(slots[g]), layout, x_TD[tokens_N[start : start + size]])
-            assert error(y_ND[start : start + size], expected) < 1e-2
+            assert error(y_ND[start : start + size], expected) <= 2 * error(plain_ND[start : start + size], expected)
 
 
 def test_grouped_rows_do_not_depend_on_each_other(ops):
@@ -245,6 +255,12 @@ def test_gate_takes_the_first_of_equals(triton_ops):
     assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_gate_of_no_numbers_still_names_experts(triton_ops):
+    _, indices_TK = triton_ops.route(torch.full((1, 20), torch.nan, device=DEVICE), 1, 1, 3, 1.0)
+    assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
+
+
 def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
     """Row times record bytes outgrows 32 bits; the pages between are never touched."""
     small, layout = make_slab(1, 64, 32)
@@ -253,7 +269,7 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
     slab[S - 1] = small[0]
     x_TD, y = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 1, 64, device=DEVICE)
     triton_ops.experts_by_slot(x_TD, slab, torch.tensor([[S - 1]], dtype=torch.int32, device=DEVICE), layout, LEVELS.to(DEVICE), y)
-    assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-6
+    assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-5
 
 
 def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():
@@ -280,3 +296,18 @@ with Runtime.open({str(sample_export)!r}, device="cpu", context=64, ram="1GiB") 
 assert not [name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("quant.triton")]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "card", [["86"], *(pytest.param([card, "prefill"], marks=pytest.mark.slow) for card in ("80", "86", "89", "90", "100", "120"))]
+)
+def test_kernels_compile_for_cards_that_are_not_here(card):
+    """With V2-Lite's shapes; they fit the least shared memory of these cards (99 KiB) and leave registers enough."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_gpu", *card]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == (34 if "prefill" in card else 12)
+    for kernel in kernels:
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel

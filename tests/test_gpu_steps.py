@@ -3,11 +3,15 @@
 Without a CUDA device the kernels are interpreted, and a graph is a list of what was done to which memory.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import parse_config
+from model.config import parse_config, read_config
 from model.deepseek_v2 import DeepseekV2
 from model.kv_cache import LatentCache
 from model.shapes import expert_name
@@ -21,8 +25,10 @@ from quant.nf4 import Nf4Weight
 from quant.sizes import resident_quantization
 from quant.stretch import Stretch
 from tests.tiny import CONFIG, random_weights, write_checkpoint
+from tools.gpu_bench import GEOMETRY, DeviceExperts, random_network, touched
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton, which is for Linux")
+ROOT = Path(__file__).parent.parent
 LEVELS = torch.tensor(nf4.LEVELS)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {"num_hidden_layers": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -94,29 +100,19 @@ class Recorded(TorchDispatchMode):
             work()
 
 
-class DeviceExperts:
-    """All experts of a network in one slab, found on the device."""
-
-    def __init__(self, ops, config, weights, on_device):
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-        count = len(config.moe_layers) * config.n_routed_experts
-        slab = torch.zeros(count, layout.record_bytes, dtype=torch.uint8)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-        for (layer, expert), slot in zip(((m, e) for m in config.moe_layers for e in range(config.n_routed_experts)), order, strict=True):
-            for name in PROJECTIONS:
-                codes, absmax = nf4.quantize(weights[expert_name(layer, expert, name)])
-                layout.part(slab[slot], f"{name}.weight").copy_(codes)
-                layout.part(slab[slot], f"{name}.weight.absmax").copy_(absmax)
-        tables = order.int().view(len(config.moe_layers), -1).to(DEVICE)
-        self.tables = dict(zip(config.moe_layers, tables, strict=True))
-        self.ops, self.slab, self.layout, self.on_device, self.calls = ops, slab.to(DEVICE), layout, on_device, 0
-
-    def __call__(self, layer, x_TD, weights_TK, indices_TK):
-        self.calls += 1
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        levels = LEVELS.to(x_TD.device)
-        self.ops.experts_by_slot(x_TD, self.slab, self.tables[layer][indices_TK], self.layout, levels, y_TKD)
-        return self.ops.weighted_sum(y_TKD, weights_TK)
+def experts_of(ops, config, weights, on_device):
+    """All experts of a checkpoint in one slab, in no order."""
+    layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+    count = len(config.moe_layers) * config.n_routed_experts
+    slab = torch.zeros(count, layout.record_bytes, dtype=torch.uint8)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    for (layer, expert), slot in zip(((m, e) for m in config.moe_layers for e in range(config.n_routed_experts)), order, strict=True):
+        for name in PROJECTIONS:
+            codes, absmax = nf4.quantize(weights[expert_name(layer, expert, name)])
+            layout.part(slab[slot], f"{name}.weight").copy_(codes)
+            layout.part(slab[slot], f"{name}.weight.absmax").copy_(absmax)
+    tables = order.int().view(len(config.moe_layers), -1).to(DEVICE)
+    return DeviceExperts(ops, layout, slab.to(DEVICE), dict(zip(config.moe_layers, tables, strict=True)), on_device)
 
 
 def make_network(ops, resident="int8", on_device=False, **overrides):
@@ -133,7 +129,7 @@ def make_network(ops, resident="int8", on_device=False, **overrides):
         elif kind == "nf4":
             weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))
-    return DeepseekV2(config, placed, ops, DeviceExperts(ops, config, weights, on_device))
+    return DeepseekV2(config, placed, ops, experts_of(ops, config, weights, on_device))
 
 
 def cache_of(network, context=40):
@@ -265,6 +261,26 @@ def test_what_a_graph_would_not_do_again_is_found():
     assert stretch(torch.ones(2)).tolist() == [2, 2]
     position[0] = 5
     assert stretch(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_the_benchmarks_network_decodes():
+    raw = {**CONFIG, **SMALL}
+    network = random_network(parse_config({**raw, "num_key_value_heads": 2}), triton_ops(), DEVICE)
+    logits = decode(network, [3], cache_of(network))
+    assert logits.shape == (1, 32) and bool(logits.isfinite().all()) and network.experts.calls == 1
+
+
+def test_the_benchmark_needs_a_card():
+    if DEVICE.type == "cpu":
+        result = subprocess.run([sys.executable, "-m", "tools.gpu_bench"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and "needs a CUDA device" in result.stderr and result.stdout == ""
+
+
+def test_bytes_of_a_token():
+    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache a position."""
+    config = read_config(GEOMETRY)
+    assert touched(config, 0) == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
+    assert touched(config, 1000) - touched(config, 0) == 27 * 576 * 2 * 1000
 
 
 def test_a_runtime_on_triton_kernels_says_what_the_others_say(tmp_path):

@@ -80,7 +80,7 @@ def queries(
         tl.store(row_ptr + R + 2 * i + 1, tl.clamp(second, -65504.0, 65504.0).to(tl.float16), mask=i < P // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def attend(
     q_ptr, rows_ptr, where_ptr, layer_bytes, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
     WHERE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
@@ -148,7 +148,7 @@ def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
     return out / total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def combine(part_ptr, best_ptr, total_ptr, S, y_ptr, T, H, R, LATENT: tl.constexpr):
     """y [T, H, R] from the splits of each token's context."""
     head, t = tl.program_id(0), tl.program_id(1)

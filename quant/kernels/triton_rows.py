@@ -205,7 +205,7 @@ def route(
     indices = tl.full([K_BLOCK], 0, tl.int32)
     for rank in range(TOP_K):
         best = tl.max(scores, 0)
-        first = tl.min(tl.where(scores == best, e, BLOCK), 0)
+        first = tl.minimum(tl.min(tl.where(scores == best, e, BLOCK), 0), E - 1)  # a logit that is NaN equals nothing
         weights = tl.where(k == rank, best, weights)
         indices = tl.where(k == rank, first, indices)
         scores = tl.where(e == first, -2.0, scores)

@@ -60,7 +60,7 @@ def _product(x_ptr, row, there, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND: tl.
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear(
     x_ptr, w_ptr, scale_ptr, levels_ptr, y_ptr, T, N, K,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
@@ -72,7 +72,7 @@ def linear(
     tl.store(y_ptr + t.to(tl.int64)[:, None] * N + n[None, :], y, mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_up(
     x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, T, N, K,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
@@ -100,7 +100,7 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
     return found, first, stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def experts_gate_up(
     x_ptr, tokens_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
     record_bytes, up_at, gate_absmax_at, up_absmax_at,
@@ -124,7 +124,7 @@ def experts_gate_up(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def experts_down(
     x_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K, record_bytes, down_at, down_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
