@@ -116,7 +116,7 @@ def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatc
         with open_on(tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options) as runtime:
             assert runtime.stats()["kernels"] == "triton, interpreted"
             step = runtime.start()
-            found.append(torch.cat([step(ids) for ids in (IDS[:4], IDS[4:5], IDS[5:6])]))
+            found.append(torch.cat([step(ids) for ids in (IDS[:3], IDS[3:4])]))
             whole(runtime)
     assert torch.equal(*found)
 
