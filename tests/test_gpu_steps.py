@@ -25,6 +25,7 @@ from quant.nf4 import Nf4Weight
 from quant.sizes import resident_quantization
 from quant.stretch import Stretch
 from tests.tiny import CONFIG, random_weights, write_checkpoint
+from tests.twin import Twin
 from tools.gpu_bench import GEOMETRY, DeviceExperts, random_network, touched
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton, which is for Linux")
@@ -261,6 +262,26 @@ def test_what_a_graph_would_not_do_again_is_found():
     assert stretch(torch.ones(2)).tolist() == [2, 2]
     position[0] = 5
     assert stretch(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(tmp_path, monkeypatch):
+    """On the engine's twin of a card; the head, most of an interpreter's time, is left out."""
+    monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
+    write_checkpoint(tmp_path / "source", **{**SMALL, "vocab_size": CONFIG["vocab_size"]})
+    quantize(tmp_path / "source", tmp_path / "export")
+    found, made = [], []
+    for graph in (None, Recorded):
+        twin = Twin()
+        monkeypatch.setattr(twin, "ops", lambda kernels, threads, graph=graph: triton_ops(graph))
+        monkeypatch.setattr("offload.runtime.choose_device", lambda wanted, twin=twin: (twin, "a test"))
+        Recorded.made = 0
+        with Runtime.open(tmp_path / "export", context=32, misses="fetch") as runtime:
+            runtime.warm()
+            step, before = runtime.start(), runtime.stats()["cache"]["hits"]
+            found.append(torch.cat([step([one]).clone() for one in (5, 900, 17)]))
+            assert runtime.stats()["cache"]["hits"] == before + 3 * SMALL["num_experts_per_tok"]
+            made.append(Recorded.made)
+    assert torch.equal(*found) and made == [0, 1]
 
 
 def test_the_benchmarks_network_decodes():
