@@ -245,8 +245,8 @@ def whole(runtime):
     tier.advance(0)  # gives back what is lent
     deadline = time.monotonic() + 5
     below = tier._table
-    while len(below.free) + len(below.slot_of) < len(below.slab) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a prefetch is still on its way
+    while (len(below.free) + len(below.slot_of) < len(below.slab) or tier._in_use) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
         tier.stats()
     assert sorted([*below.free, *below.slot_of.values()]) == list(range(len(below.slab)))
     assert {*below.slot_of} == below.cache._cached
