@@ -245,6 +245,17 @@ def test_a_model_that_does_not_fit_gets_three_ways_out_that_work(plan):
         assert json.loads(plan(*changed, "--json")[1])["fits"], way
 
 
+def test_split_misses_are_predicted_by_both_bandwidths(plan):
+    arguments = ["v2", "--gpu", "rtx-4090", "--ram", "256GiB", "--pcie-bandwidth", "20GB", "--json"]
+    spent = {mode: json.loads(plan(*arguments, "--misses", mode)[1])["decode_seconds"] for mode in ("auto", "fetch", "cpu", "hybrid")}
+    assert spent["auto"] == spent["fetch"]
+    fetched, computed = spent["fetch"]["PCIe"], spent["cpu"]["CPU experts"]
+    assert computed == pytest.approx(fetched)  # 20 GB/s is also what is assumed of the CPU
+    assert spent["hybrid"]["PCIe and CPU experts"] == pytest.approx(fetched / 2)
+    code, _, err = plan("v2-lite", "--device", "cpu", "--misses", "cpu")
+    assert code == 2 and "--misses cpu is given and no GPU is planned for" in err
+
+
 def test_the_largest_context_is_the_largest(plan):
     report = json.loads(plan("v2-lite", "--ram", "3GiB", "--json")[1])
     largest = report["largest_context"]
