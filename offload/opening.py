@@ -20,7 +20,7 @@ from model.deepseek_v2 import DeepseekV2
 from model.kv_cache import LatentCache
 from model.shapes import resident_shapes
 from model.tokenizer import Tokenizer
-from offload.cache import make_cache
+from offload.cache import Cache, make_cache
 from offload.card_experts import CardExperts, CardSlots, Misses
 from offload.device import Card
 from offload.experts import OffloadedExperts, ResidentExperts
@@ -234,8 +234,7 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
         if card is not None:
-            below = make_cache(wish.policy, plan.host_slots, rows, routed, popularity)
-            source = HostTier(disk, below, plan.host_transit, card)
+            source = HostTier(disk, _cache(wish, plan.host_slots, rows, routed, popularity), plan.host_transit, card)
         experts = _offloaded(export, config, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
         network = DeepseekV2(config, weights, ops, experts)
         caches = [LatentCache(config, wish.context, torch.float16, wish.device) for _ in range(wish.sequences)]
@@ -245,6 +244,11 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
             source.close()
         export.close()
         raise
+
+
+def _cache(wish: Wish, slots: int, rows: int, routed: int, popularity: list[float] | None) -> Cache:
+    """Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do."""
+    return make_cache(wish.policy if slots < rows * routed else "lru", slots, rows, routed, popularity)
 
 
 def _offloaded(
@@ -259,8 +263,7 @@ def _offloaded(
 ) -> OffloadedExperts:
     """The slots over ``source``, their cache, and the prefetcher if reading ahead can pay."""
     rows, routed, size, top_k = len(export.layers), export.experts, plan.record_bytes, config.num_experts_per_tok
-    # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
-    cache = make_cache(wish.policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
+    cache = _cache(wish, plan.slots, rows, routed, popularity)
     # Records that are not worth waking a thread for are not worth reading ahead either.
     ahead = wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
     likely = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True) if popularity and wish.prefetch else []
