@@ -221,7 +221,7 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
             runtime_bytes=process_bytes(),
             slots=wish.slots,
             host_budget=wish.host_budget,
-            kernels=ops.absorbs,
+            kernels="native" if ops.absorbs else "triton" if ops.name.startswith("triton") else "torch",
             logits_rows=wish.logits_rows,
             sequences=wish.sequences,
         ).check()
@@ -287,7 +287,7 @@ def _reference_plan(config: Config, checkpoint: Checkpoint, wish: Wish) -> Plan:
     components = {
         "resident weights": checkpoint.nbytes,
         "latent KV cache": kv_bytes(config, wish.context, value_bytes=4),
-        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
+        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, "torch"),
     }
     if wish.tier == "ram":
         components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)

@@ -106,11 +106,11 @@ def test_a_budget_that_cannot_work_says_what_would():
 
 def test_host_memory_below_a_gpu():
     config = geometry("v2")
-    plan = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=64 * GIB, runtime_bytes=GIB, kernels=False)
+    plan = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=64 * GIB, runtime_bytes=GIB, kernels="triton")
     assert plan.shortfall == {}
     assert "runtime" not in plan.components
     assert 0 <= 64 * GIB - sum(plan.host.values()) < plan.record_bytes
-    short = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=GIB, runtime_bytes=GIB, kernels=False)
+    short = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=GIB, runtime_bytes=GIB, kernels="triton")
     with pytest.raises(PlanError, match=r"of ram .*: raise --ram$"):
         short.check()
 
@@ -172,7 +172,7 @@ def test_a_gpu_waits_for_pcie_or_the_disk():
     rates = Bandwidths(gpu=card.bandwidth, pcie=card.pcie, disk=5e9)
 
     def predict(ram):
-        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": False}
+        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": "torch"}
         plan = make_plan(config, sizes, budget=card.budget, host_budget=ram, **options)
         assert not plan.shortfall
         return Setting(config, sizes, plan, rates, 8, False).predict(512, 128)

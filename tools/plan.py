@@ -218,7 +218,7 @@ def _plan(model: _Model, machine: _Machine, resident: str, context: int, slots: 
         runtime_bytes=CUDA_IMPORT_BYTES if gpu else IMPORT_BYTES,
         slots=slots,
         host_budget=machine.ram if gpu else None,
-        kernels=not gpu,
+        kernels="triton" if gpu else "native",
     )
     return plan, sizes
 
