@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -471,15 +473,22 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
 
 def _triton_ops(device: torch.device, required: bool) -> TorchOps:
     """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so never without a GPU."""
+    reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
-        if required:
-            raise ConfigError("kernels triton: Triton is not installed here; pip install triton (Linux), or use kernels torch")
-        return TorchOps(torch.bfloat16)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
-        return TorchOps(torch.bfloat16)
-    from quant.triton_ops import TritonOps
+        reason = "Triton is not installed (pip install triton, on Linux)"
+    elif cuda and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        reason = f"the GPU's compute capability is below {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
+    elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+    else:
+        from quant.triton_ops import TritonOps
 
-    ops = TritonOps(device)
-    if device.type == "cpu" and not ops.interpreted:
-        raise ConfigError("kernels triton: on a CPU they run only under Triton's interpreter; set TRITON_INTERPRET=1, for tests")
-    return ops
+        ops = TritonOps(device)
+        if cuda or ops.interpreted:
+            return ops
+        reason = "on a CPU they run only under Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+    if required:
+        raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
+    plain = TorchOps(torch.bfloat16)
+    plain.name = f"torch, since {reason}"
+    return plain

@@ -69,7 +69,7 @@ class TritonOps(TorchOps):
             levels if levels is not None or other is None else other.levels,
             add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
             KIND=kind, KIND2=kind if other is None else other.kind,
-            NORM=norm is not None, STORE=normed is not None, RESIDUALS=len(add),
+            NORM=norm is not None, STORE=normed is not None, RESIDUALS=len(add), num_warps=8 if kind == DENSE else 4,
         )  # fmt: skip
         return out
 
@@ -77,7 +77,19 @@ class TritonOps(TorchOps):
         """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
         gate, up = parts(gate_proj), parts(up_proj)
         N, K = gate_proj.shape
-        rows.gate_up[(triton.cdiv(N, TILE),)](x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, N, K, KIND=gate.kind)
+        rows.gate_up[(triton.cdiv(N, TILE),)](
+            x_1D,
+            gate.data,
+            gate.scale,
+            up.data,
+            up.scale,
+            gate.levels,
+            out_1I,
+            N,
+            K,
+            KIND=gate.kind,
+            num_warps=8 if gate.kind == DENSE else 4,
+        )
         return out_1I
 
     # Any number of tokens.

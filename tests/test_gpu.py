@@ -3,8 +3,10 @@
 Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
 """
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
 from quant.matmul import TorchOps, dequantize, gate_order_sum, pick_ops
 from quant.nf4 import Nf4Weight
+from slotmoe import ConfigError
 from tests.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
@@ -270,6 +273,21 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
     x_TD, y = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 1, 64, device=DEVICE)
     triton_ops.experts_by_slot(x_TD, slab, torch.tensor([[S - 1]], dtype=torch.int32, device=DEVICE), layout, LEVELS.to(DEVICE), y)
     assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-5
+
+
+def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "no C compiler" in pick_ops(cuda).name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "below 8.0" in pick_ops(cuda).name
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ops = pick_ops(cuda)
+    assert type(ops) is TorchOps and ops.compute == torch.bfloat16 and ops.name.startswith("torch, since Triton is not installed")
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        pick_ops(cuda, "triton")
 
 
 def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():
