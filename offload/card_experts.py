@@ -113,7 +113,7 @@ class CardExperts(OffloadedExperts):
         top_k: int,
     ):
         super().__init__(export, slots, ops, levels, prefetcher, guesser, warm)
-        self._placed, self._card, self._host, self.misses, self.layout = slots, card, host, misses, export.layout
+        self._placed, self._card, self._host, self.misses = slots, card, host, misses
         self._top_k, self._fetched, self._computed = top_k, 0, 0
         self._compute_seconds = 0.0
         self._interrupted = False
@@ -150,7 +150,7 @@ class CardExperts(OffloadedExperts):
         return y_TD
 
     def _by_slot(self, x_TD: Tensor, slots_TK: Tensor, y_TKD: Tensor) -> None:
-        self._ops.experts_by_slot(x_TD, self._placed.slab, slots_TK, self.layout, self._levels, y_TKD)
+        self._ops.experts_by_slot(x_TD, self._placed.slab, slots_TK, self._layout, self._levels, y_TKD)
 
     def _watch(self, layer: int, row: int, indices: list[list[int]]) -> None:
         if self.trace is not None:
@@ -190,7 +190,7 @@ class CardExperts(OffloadedExperts):
         def compute(ready: list[Read]) -> None:
             assert token is not None
             records = [self._host.record(read) for read in ready]
-            y_RD = card.upload(self.misses.ops.experts_each(token.get()[0], records, self.layout, self.misses.levels))
+            y_RD = card.upload(self.misses.ops.experts_each(token.get()[0], records, self._layout, self.misses.levels))
             for read, y_D in zip(ready, y_RD, strict=True):
                 y_1KD[0, keys.index(read.key)] = y_D
 
@@ -272,7 +272,7 @@ class CardExperts(OffloadedExperts):
         def run(count: int, slots_G: Tensor) -> None:
             nonlocal done
             tokens_N, rows_N, starts_G1 = uses.part(done, count)
-            y = self._ops.experts_grouped(x_TD, tokens_N, starts_G1, slots_G, slots.slab, self.layout, self._levels)
+            y = self._ops.experts_grouped(x_TD, tokens_N, starts_G1, slots_G, slots.slab, self._layout, self._levels)
             y_ND.index_copy_(0, rows_N, y)
             done += count
             self.lap("experts")
@@ -323,7 +323,7 @@ class CardExperts(OffloadedExperts):
     def spare(self, count: int) -> list[Tensor]:
         """``count`` places on the card for a record each, free slots as far as there are: to measure copies with."""
         free = self._placed.spare()[:count]
-        return free + list(self._card.empty((count - len(free), self.layout.record_bytes), torch.uint8))
+        return free + list(self._card.empty((count - len(free), self._layout.record_bytes), torch.uint8))
 
     def stats(self) -> dict[str, Any]:
         """Also ``misses``: how they are computed, how many were fetched and how many the CPU computed, in how many seconds."""
@@ -380,6 +380,6 @@ class _ByCpu:
         card, misses = self._experts._card, self._experts.misses
         for read in ready:
             tokens, rows = self._users[read.key]
-            record, layout = self._experts._host.record(read), self._experts.layout
+            record, layout = self._experts._host.record(read), self._experts._layout
             y = misses.ops.expert(self._x_TD.get()[tokens], record, layout, misses.levels)
             self._y_ND.index_copy_(0, card.upload(rows), card.upload(y))

@@ -12,9 +12,9 @@ event that ``wait`` makes the compute stream wait for.  The host waits only wher
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quant.matmul import TorchOps, pick_ops
-from slotmoe import ConfigError
+from slotmoe import ConfigError, DeviceError
 
 MIN_CAPABILITY = 7, 0
 
@@ -183,7 +183,11 @@ class CudaCard:
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.
-        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+            return True
+        with suppress(RuntimeError):  # CUDA keeps a refusal for this thread's next launch to report: here is one that hears it
+            torch.zeros(1, device=self.device)
+        return False
 
     def unpin(self, memory: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
@@ -270,11 +274,35 @@ def choose_device(wanted: str, make: Callable[[], Card] = CudaCard) -> tuple[Car
     return card, "as asked" if wanted == "cuda" else f"{facts.name} is here"
 
 
+def compute(card: Card, step: Callable[[], Tensor], ways_out: str) -> Tensor:
+    """What ``step`` gives, computed; once more, with what the allocator has kept given back, where the card had no memory left.
+
+    Raises ``DeviceError`` if the card fails; ``ways_out`` is what could be asked for instead."""
+
+    def once() -> Tensor:
+        result = step()
+        card.record().synchronize()  # what fails in a kernel fails here
+        return result
+
+    try:
+        try:
+            return once()
+        except torch.OutOfMemoryError:
+            pass  # the tensors of its frames are free after this block
+        card.release()
+        return once()
+    except torch.OutOfMemoryError:
+        raise DeviceError(
+            f"{card.name} has no memory left in the middle of a step ({card.memory().free >> 20} MiB free): another program has taken it; "
+            f"end that, or open the model with {ways_out}"
+        ) from None
+    except RuntimeError as problem:
+        if "CUDA" not in str(problem):
+            raise
+        told = str(problem).partition("\n")[0]
+        raise DeviceError(f"{card.name} failed ({told}); start the program again") from None
+
+
 def full(card: Card, shape: tuple[int, ...], value: int) -> Tensor:
     """int32 on the card, ``value`` everywhere: set by a kernel, without a copy."""
     return card.empty(shape, torch.int32).fill_(value)
-
-
-def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes that a tensor takes of torch's allocator, which rounds up to 512."""
-    return -(-math.prod(shape) * dtype.itemsize // 512) * 512

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import model
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.deepseek_v2 import DeepseekV2
 from model.kv_cache import LatentCache
 from model.shapes import resident_shapes
 from model.tokenizer import Tokenizer
-from offload.cache import make_cache
+from offload.cache import Cache, make_cache
 from offload.card_experts import CardExperts, CardSlots, Misses
 from offload.device import Card
 from offload.experts import OffloadedExperts, ResidentExperts
@@ -27,6 +28,7 @@ from offload.host import HostTier
 from offload.machine import available_memory, cache_folder, process_bytes
 from offload.memory import Arena, Staging
 from offload.misses import Costs, choose_mode
+from offload.names import is_hub_id
 from offload.plan import (
     HELP_BYTES,
     PREFILL_CHUNK,
@@ -93,6 +95,28 @@ class Parts:
     source: Export | Checkpoint
     sizes: Sizes | None = None
     store: Source | None = None
+
+
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
+
+    A hub id that is no folder here becomes an export in the cache folder first; ``offload.hub.hub_export`` gets
+    ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
+    """
+    folder = Path(path)
+    if is_hub_id(str(path)) and not folder.exists():
+        from offload.hub import hub_export
+
+        return hub_export(str(path), revision, cache_folder(), **reporting)
+    if revision is not None:
+        raise ConfigError(f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out")
+    if str(path) == "sample" and not folder.is_dir():
+        return Path(model.__file__).parent / "sample"
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'")
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
+    return folder
 
 
 def budgets(card: Card | None, ram: int | str | None, vram: int | str | None) -> tuple[int, int | None]:
@@ -197,7 +221,7 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
             runtime_bytes=process_bytes(),
             slots=wish.slots,
             host_budget=wish.host_budget,
-            kernels=ops.absorbs,
+            kernels="native" if ops.absorbs else "triton" if ops.name.startswith("triton") else "torch",
             logits_rows=wish.logits_rows,
             sequences=wish.sequences,
         ).check()
@@ -210,8 +234,7 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
         if card is not None:
-            below = make_cache(wish.policy, plan.host_slots, rows, routed, popularity)
-            source = HostTier(disk, below, plan.host_transit, card)
+            source = HostTier(disk, _cache(wish, plan.host_slots, rows, routed, popularity), plan.host_transit, card)
         experts = _offloaded(export, config, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
         network = DeepseekV2(config, weights, ops, experts)
         row = ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
@@ -222,6 +245,11 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
             source.close()
         export.close()
         raise
+
+
+def _cache(wish: Wish, slots: int, rows: int, routed: int, popularity: list[float] | None) -> Cache:
+    """Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do."""
+    return make_cache(wish.policy if slots < rows * routed else "lru", slots, rows, routed, popularity)
 
 
 def _offloaded(
@@ -236,8 +264,7 @@ def _offloaded(
 ) -> OffloadedExperts:
     """The slots over ``source``, their cache, and the prefetcher if reading ahead can pay."""
     rows, routed, size, top_k = len(export.layers), export.experts, plan.record_bytes, config.num_experts_per_tok
-    # Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do.
-    cache = make_cache(wish.policy if plan.slots < rows * routed else "lru", plan.slots, rows, routed, popularity)
+    cache = _cache(wish, plan.slots, rows, routed, popularity)
     # Records that are not worth waking a thread for are not worth reading ahead either.
     ahead = wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
     likely = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True) if popularity and wish.prefetch else []
@@ -260,8 +287,8 @@ def _reference_plan(config: Config, checkpoint: Checkpoint, wish: Wish) -> Plan:
     """Everything resident, in the checkpoint's own precision; the cache in float32."""
     components = {
         "resident weights": checkpoint.nbytes,
-        "latent KV cache": kv_bytes(config, wish.context, kernels=False, value_bytes=4),
-        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, kernels=False),
+        "latent KV cache": kv_bytes(config, wish.context, "torch", value_bytes=4),
+        "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, "torch"),
     }
     if wish.tier == "ram":
         components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)

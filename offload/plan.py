@@ -16,6 +16,8 @@ from slotmoe import PlanError
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 LENT = 4  # records lent to the CPU at once in prefill: one that is computed with, the others on their way from disk
+SPLITS, FEW = 64, 16  # of the Triton kernels: programs that share a context, tokens that attend one by one
+CUBLAS_BYTES = 8 << 20  # its workspace, which torch's allocator gives; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
 HELP_BYTES = 128 << 10  # a record this small is read by the waiting thread itself: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
@@ -85,10 +87,10 @@ def _component(name: str) -> str:
     return "attention"
 
 
-def kv_bytes(config: Config, positions: int, kernels: bool = True, value_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each, which the
-    native ``kernels`` keep in 8 bits, with 16 bytes of scales and sums a row."""
-    row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim) if kernels else config.latent_width * value_bytes
+def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
+    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each, which
+    ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a row, and others in ``value_bytes``."""
+    row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim) if kernels == "native" else config.latent_width * value_bytes
     return config.num_hidden_layers * positions * row
 
 
@@ -98,24 +100,56 @@ def runtime_growth(config: Config, resident: int) -> int:
     return (14 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
 
 
-def scratch_bytes(config: Config, tokens: int, kernels: bool = True, value_bytes: int = 4) -> int:
+def scratch_bytes(config: Config, tokens: int, kernels: str = "native", value_bytes: int = 4) -> int:
     """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at most a quarter
     too large at real geometries.
 
-    With native ``kernels``: queries before and after absorption and the attention's output, then the outputs of every
-    expert that a token uses; freed blocks of one kind rarely serve the other.  Without: one block of scores with its
-    expanded keys and values, and a dequantized slice of weights.
+    With ``native`` kernels: queries before and after absorption and the attention's output, then the outputs of every
+    expert that a token uses; freed blocks of one kind rarely serve the other.  With ``torch``: one block of scores with its
+    expanded keys and values, and a dequantized slice of weights.  For ``triton`` see ``_card_scratch``.
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
-    if kernels:
+    if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
+    if kernels == "triton":
+        return _card_scratch(config, tokens)
     query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     widest = max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size, c.moe_intermediate_size)
     scores = 4 * max(1 << 22, T * H * 64)
     weights = 4 * D * c.moe_intermediate_size + 3 * (1 << 22)
     return value_bytes * (3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest + scores + weights)
+
+
+def _card_scratch(c: Config, T: int) -> int:
+    """The same with Triton's kernels, where a pass has all its temporaries from one allocator, which gives what was freed to
+    whoever asks next: the largest of its parts, and what lasts.
+
+    Attention: the residual stream and its norm, the queries and copies of them, the output and its sums, two blocks of scores,
+    and two blocks of expanded keys and values, which are the larger the fewer tokens there are; up to ``few`` tokens deep in a
+    context go through the absorbed form, whose queries are wide.  Experts: the outputs by use, twice, and what is between
+    their projections.
+    """
+    D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
+    head, P, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    each = c.qk_nope_head_dim + V
+    few = min(T, R * each // max(1, 2 * R - each))
+
+    def attention(tokens: int, key: int, value: int, expanded: int) -> int:
+        block = min(4096, max(64, (1 << 22) // (tokens * H)))  # of cached rows
+        rows = 2 * D + H * (3 * key + 4 * value) + (H + 1) * P
+        return 4 * tokens * rows + 8 * tokens * H * block + 4 * block * H * expanded
+
+    expanded, splits = 2 * (each + head), 4 * H * SPLITS * (R + 2)  # the latter are partial sums of one token's attention
+    parts = (
+        attention(T, head, V, expanded),
+        attention(few, head, V, expanded),
+        attention(few, R + P, R, 0),
+        T * (12 * D + K * (8 * D + 2 * c.moe_intermediate_size)),
+        FEW * splits,
+    )
+    return max(parts) + splits + CUBLAS_BYTES
 
 
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
@@ -176,14 +210,14 @@ def make_plan(
     runtime_bytes: int,
     slots: int | None = None,
     host_budget: int | None = None,
-    kernels: bool = True,
+    kernels: str = "native",
     logits_rows: int = 1,
     sequences: int = 1,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert slots as remain, or exactly
     ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  ``runtime_bytes`` is what the process holds
     before a model is opened; ``logits_rows`` rows of logits are in memory at once, and the latents of ``sequences`` sequences
-    of ``context`` positions.  Without native ``kernels`` a prefill pass needs more scratch and keeps one length.  A plan that
+    of ``context`` positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one length.  A plan that
     doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     if slots is not None and slots < top_k:
@@ -197,7 +231,7 @@ def make_plan(
     fixed |= runtime if tier == "ram" else {"slot table": 4 * everything + LEVELS_BYTES}
     scratch, chunk = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6), PREFILL_CHUNK
     room = budget - sum(fixed.values()) - scratch
-    if kernels and (slots is not None or room < everything * sizes.record_bytes):
+    if kernels == "native" and (slots is not None or room < everything * sizes.record_bytes):
         chunk = _prefill_chunk(config, context, room)
         scratch = scratch_bytes(config, chunk)
     fixed["prefill scratch"] = scratch

@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import model
 from model.config import read_config
 from model.deepseek_v2 import unwatched
 from model.generate import Sampling, Token, generate
 from model.kv_cache import LatentCache
 from offload.cache import DEFAULT_POLICY, POLICIES
 from offload.card_experts import CardExperts
-from offload.device import Card, choose_device
+from offload.device import Card, choose_device, compute
 from offload.experts import OffloadedExperts
 from offload.machine import cache_folder, peak_rss, process_bytes
 from offload.measure import copy_bandwidth, device_bandwidth, disk_bandwidth, disk_latency, together
 from offload.misses import MODES
 from offload.names import is_hub_id
-from offload.opening import Parts, Wish, budgets, open_model
+from offload.opening import Parts, Wish, budgets, open_model, resolve_model
 from offload.plan import by_tier, format_size, predicted_components
 from offload.prefetch import Accuracy
 from offload.profiler import Profiler
@@ -39,34 +38,12 @@ from offload.speed import Bandwidths, Setting
 from offload.trace import TraceWriter
 from quant.export import MANIFEST, Export
 from quant.matmul import TorchOps, pick_ops
-from slotmoe import ConfigError, DeviceError, PlanError
+from slotmoe import ConfigError, PlanError
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Runtime.append_rows`` makes at once
 _PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
 _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 __all__ = ["Runtime", "Token", "resolve_model"]
-
-
-def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
-
-    A hub id that is no folder here becomes an export in the cache folder first; ``offload.hub.hub_export`` gets
-    ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
-    """
-    folder = Path(path)
-    if is_hub_id(str(path)) and not folder.exists():
-        from offload.hub import hub_export
-
-        return hub_export(str(path), revision, cache_folder(), **reporting)
-    if revision is not None:
-        raise ConfigError(f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out")
-    if str(path) == "sample" and not folder.is_dir():
-        return Path(model.__file__).parent / "sample"
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'")
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
-    return folder
 
 
 class Runtime:
@@ -135,7 +112,7 @@ class Runtime:
         card, why = choose_device(device)
         if card is None and misses != "auto":
             raise ConfigError(f"misses {misses} is given but the device is the CPU, which computes every expert: leave it out")
-        budget, host_budget = budgets(card, ram, vram)
+        limits = budgets(card, ram, vram)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress)
@@ -148,21 +125,8 @@ class Runtime:
             ops = TorchOps()
         else:
             ops = pick_ops(torch.device("cpu"), kernels, threads) if card is None else card.ops(kernels, threads)
-        wish = Wish(
-            card,
-            ops,
-            budget,
-            host_budget,
-            context,
-            slots,
-            cache_policy or DEFAULT_POLICY,
-            prefetch,
-            logits_rows,
-            sequences,
-            misses,
-            kernels,
-            threads,
-        )
+        policy = cache_policy or DEFAULT_POLICY
+        wish = Wish(card, ops, *limits, context, slots, policy, prefetch, logits_rows, sequences, misses, kernels, threads)
         return cls(open_model(folder, config, wish, quantize), ops, card, why)
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -296,7 +260,7 @@ class Runtime:
                 self._experts.begin(len(ids), None, None)
             return self._network.forward_together(torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences])
 
-        logits = self._on_card(forward)
+        logits = self._computed(forward)
         self._count("decode", len(ids), started)
         return logits
 
@@ -332,42 +296,16 @@ class Runtime:
                 self._experts.begin(len(ids_T), embedding_D, hidden_D)
             return network.forward(ids_T, cache, all_logits)
 
-        logits = self._on_card(forward)
+        logits = self._computed(forward)
         if alone and len(self._held) == position:  # not after rows of unknown tokens
             self._held += ids_T.tolist()
         return logits
 
-    def _on_card(self, forward: Callable[[], Tensor]) -> Tensor:
-        """What ``forward`` gives, computed; once more, with what the allocator has kept given back, where the card had no
-        memory left.
-
-        Raises ``DeviceError`` if the card fails; a step that raises has changed nothing and can be repeated."""
-        card = self._card
-        if card is None:
+    def _computed(self, forward: Callable[[], Tensor]) -> Tensor:
+        """What ``forward`` gives, on a card when it is there.  Raises ``DeviceError``; a step that raises can be repeated."""
+        if self._card is None:
             return forward()
-
-        def computed() -> Tensor:
-            logits = forward()
-            card.record().synchronize()  # what fails in a kernel fails here
-            return logits
-
-        try:
-            try:
-                return computed()
-            except torch.OutOfMemoryError:
-                pass  # the tensors of its frames are free after this block
-            card.release()
-            return computed()
-        except torch.OutOfMemoryError:
-            free = card.memory().free
-            raise DeviceError(
-                f"{card.name} has no memory left in the middle of a step ({format_size(free)} free): another program has taken it; "
-                f"end that, or open the model with a lower --vram (now {format_size(self.plan.budget)}) or --context"
-            ) from None
-        except RuntimeError as problem:
-            if "CUDA" not in str(problem):
-                raise
-            raise DeviceError(f"{card.name} failed ({str(problem).partition(chr(10))[0]}); start the program again") from None
+        return compute(self._card, forward, f"a lower --vram (now {format_size(self.plan.budget)}) or --context")
 
     def _restart(self, kept: int = 0) -> None:
         """A new sequence begins, with the first ``kept`` rows of the latent cache."""
@@ -420,9 +358,9 @@ class Runtime:
     def link_bandwidths(self) -> dict[str, float]:
         """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same while the CPU computes
         experts; ``experts``, the records that it gets through meanwhile.  Empty without a GPU."""
-        if self._card is None or not isinstance(self._experts, CardExperts):
+        if self._card is None or not isinstance(self._experts, CardExperts) or not isinstance(self._source, Export):
             return {}
-        rows, misses, layout = self._experts.spare(8), self._experts.misses, self._experts.layout
+        rows, misses, layout = self._experts.spare(8), self._experts.misses, self._source.layout
         alone = copy_bandwidth(self._card, rows)
         busy, experts = together(self._card, rows, misses.ops, layout, misses.levels)
         return {"pcie": alone, "pcie_busy": busy, "experts": experts}

@@ -163,7 +163,7 @@ class Setting:
     def _decode_seconds(self, depth: int) -> dict[str, float]:
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
         used = len(c.moe_layers) * c.num_experts_per_tok
-        touched = self.sizes.touched + kv_bytes(c, depth, kernels=self.plan.tier == "ram") + used * record
+        touched = self.sizes.touched + kv_bytes(c, depth, "native" if self.plan.tier == "ram" else "triton") + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
         each = rates.latency + MISS_SECONDS if record <= HELP_BYTES else record / rates.disk
         seconds = {"between kernels": c.num_hidden_layers * LAYER_SECONDS, "disk": missing * each}

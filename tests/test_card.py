@@ -1,10 +1,7 @@
 """The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU is needed."""
 
-import gc
 import json
 import re
-import threading
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -15,25 +12,18 @@ from click.testing import CliRunner
 from model.deepseek_v2 import DeepseekV2
 from offload import device, host, opening
 from offload.cache import POLICIES
-from offload.card_experts import CardSlots
 from offload.device import CudaFacts, choose_device
 from offload.misses import MODES, Costs, choose_mode, for_cpu
-from offload.plan import make_plan
 from offload.prefetch import Prefetcher
 from offload.quantize import quantize
 from offload.runtime import Runtime
 from offload.speed import MEASURED, Bandwidths
 from offload.store import WARM
-from quant.export import Export
-from slotmoe import ConfigError, DeviceError, ExportError, PlanError
+from slotmoe import ConfigError
 from tests.tiny import write_checkpoint
-from tests.twin import Twin
+from tests.twin import EXPERTS, IDS, PROMPT, Twin, measured, open_on, slow, whole
 from tools.bench import calibration, measure
 from tools.cli import cli
-
-PROMPT = "My fellow citizens of the Senate and House of Representatives,"
-IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-EXPERTS = 7 * 32
 
 
 @pytest.fixture(autouse=True)
@@ -41,18 +31,6 @@ def always_guessing(monkeypatch):
     """The sample's records are too small to be read ahead; here they are nevertheless."""
     monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
     monkeypatch.setattr(opening, "HELP_BYTES", 0)
-
-
-def open_on(export, twin, host_slots=EXPERTS, **options):
-    """The sample on a twin, with so many experts in RAM below it."""
-
-    def plan(*arguments, **given):
-        return replace(make_plan(*arguments, **given), host_slots=host_slots)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "make_plan", plan)
-        patch.setattr("offload.runtime.choose_device", lambda wanted: (twin, "a test"))
-        return Runtime.open(export, context=256, threads=1, **options)
 
 
 @pytest.fixture
@@ -65,30 +43,6 @@ def wanted(sample_export):
     """Logits and greedy ids with every expert in a slot."""
     with open_on(sample_export, Twin(), misses="fetch") as runtime:
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
-
-
-def whole(runtime):
-    """No slot is lost or used twice, on the card and in RAM, and the card's table says what is true."""
-    slots, tier = runtime._experts._slots, runtime._store
-    table = slots._table
-    held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots._leaving)]
-    assert sorted(held) == list(range(len(table.slab)))
-    assert {*table.slot_of} == {*slots._coming} | slots.cache._cached
-    told = {key: slot for key, slot in enumerate(slots.table_LE.flatten().tolist()) if slot >= 0}
-    assert told == {key: table.slot_of[key] for key in slots.cache._cached}
-    tier.advance(0)  # gives back what is lent
-    deadline = time.monotonic() + 5
-    below = tier._table
-    while len(below.free) + len(below.slot_of) < len(below.slab) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a prefetch is still on its way
-        tier.stats()
-    assert sorted([*below.free, *below.slot_of.values()]) == list(range(len(below.slab)))
-    assert {*below.slot_of} == below.cache._cached
-    assert not tier._in_use
-
-
-def slow(number):
-    return 0.0005 * (number % 3)
 
 
 SIZES = [{"slots": 6}, {"slots": 22}, {"slots": 56, "prefetch": False}, {"slots": 112}, {}]
@@ -156,23 +110,19 @@ def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatc
     """Interpreted, on a tiny model; the head, most of an interpreter's time, is left out."""
     pytest.importorskip("triton")
     monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
-    write_checkpoint(tmp_path / "tiny")
+    write_checkpoint(tmp_path / "tiny", num_hidden_layers=2)
     quantize(tmp_path / "tiny", tmp_path / "export")
     found = []
     for options in ({}, {"slots": 3}):
         with open_on(tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options) as runtime:
             assert runtime.stats()["kernels"] == "triton, interpreted"
             step = runtime.start()
-            found.append(torch.cat([step(ids) for ids in (IDS[:4], IDS[4:5], IDS[5:6])]))
+            found.append(torch.cat([step(ids) for ids in (IDS[:3], IDS[3:4])]))
             whole(runtime)
     assert torch.equal(*found)
 
 
 # Misses, split
-
-
-def measured(**values):
-    return Bandwidths().told("measured on a day", **values)
 
 
 @pytest.mark.parametrize("host_slots", [0, 40, EXPERTS])
@@ -281,187 +231,6 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
         assert torch.equal(runtime.logits(IDS), wanted[0])
         assert not runtime.stats()["io"]["host"]["pinned"]
     assert [record.message for record in caplog.records] == ["the system locks no more RAM for the twin; copies from it are slower"]
-
-
-# Memory of the card
-
-
-def test_what_is_allocated_is_what_was_planned(on_twin):
-    twin = Twin()
-    with on_twin(twin, misses="fetch", slots=60) as runtime:
-        unseen = ("latent KV cache", "logits", "prefill scratch")  # not asked of the seam
-        planned = sum(size for name, size in runtime.plan.components.items() if name not in unseen)
-        assert 0.97 * planned <= twin.peak <= planned
-        assert runtime.stats()["memory"]["peak_vram"] == twin.peak
-    del runtime
-    gc.collect()
-    assert twin.allocated == 0
-
-
-def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin):
-    twin = Twin(capacity=400 << 20)
-    twin.taken = 380 << 20
-    with pytest.raises(PlanError, match=r"the plan takes .* of the twin, of which 20.0 MiB are free: give --vram 20MiB or less"):
-        on_twin(twin, vram="300MiB")
-    assert twin.peak == 0
-
-
-@pytest.mark.parametrize("after", [3, 120])
-def test_another_program_takes_the_memory_while_the_model_is_opened(on_twin, wanted, after):
-    twin = Twin(capacity=400 << 20)
-    original, calls = twin.empty, 0
-
-    def empty(shape, dtype):
-        nonlocal calls
-        calls += 1
-        if calls == after:
-            twin.taken = 399 << 20
-        return original(shape, dtype)
-
-    twin.empty = empty
-    with pytest.raises(PlanError, match=r"the twin ran out of memory while the model was opened: the budget is 300.0 MiB.*lower --vram"):
-        on_twin(twin, vram="300MiB", misses="fetch")
-    gc.collect()
-    assert twin.allocated == 0
-    assert twin.released == 1
-    twin.taken = 0
-    with on_twin(twin, vram="300MiB", misses="fetch") as runtime:
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-
-
-@pytest.mark.parametrize("moment", [1, 50])
-@pytest.mark.parametrize("times", [1, 2])
-def test_out_of_memory_in_the_middle_of_an_answer(on_twin, wanted, moment, times):
-    twin = Twin()
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
-        left = times
-
-        def on_launch(number):
-            nonlocal left
-            if number >= moment and left:
-                left -= 1
-                raise torch.OutOfMemoryError("out of memory: tried to allocate 20 MiB")
-
-        twin.on_launch = on_launch
-        if times == 1:  # what the allocator had kept was enough
-            assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
-            assert twin.released == 1
-        else:
-            with pytest.raises(DeviceError, match=r"the twin has no memory left in the middle of a step .*lower --vram"):
-                list(runtime.generate(PROMPT, 8))
-        assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        whole(runtime)
-
-
-# Faults
-
-
-@pytest.mark.parametrize("moment", [1, 60])
-@pytest.mark.parametrize("way", ["fail", "spoil"])
-def test_a_copy_that_fails_ends_the_step_and_nothing_else(on_twin, wanted, moment, way):
-    """When it is queued, or on its way."""
-    twin, broken = Twin(), True
-
-    def act(number):
-        if broken and number >= moment and way == "fail":
-            raise RuntimeError("an invalid argument")
-        return broken and number >= moment
-
-    setattr(twin, way, act)
-    with on_twin(twin, misses="fetch", slots=22) as runtime:
-        with pytest.raises(DeviceError, match=r"copying an expert to the twin failed \(an (invalid argument|illegal memory access)\)"):
-            runtime.logits(IDS)
-        broken = False
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-        assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
-        whole(runtime)
-
-
-@pytest.mark.parametrize("moment", [1, 15])
-@pytest.mark.parametrize(
-    ("mode", "where"),
-    [
-        ("fetch", "launch"),
-        ("fetch", "copy"),
-        ("fetch", "wait"),
-        ("hybrid", "launch"),
-        ("hybrid", "wait"),
-        ("hybrid", "lend"),
-        ("cpu", "lend"),
-    ],
-)
-def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode, where, moment):
-    monkeypatch.setattr(opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9))
-    twin, calls, armed = Twin(slow), 0, False
-
-    def stop(number=None):
-        nonlocal calls, armed
-        if armed and threading.current_thread() is threading.main_thread():  # which alone gets signals
-            calls += 1
-            if calls == moment:
-                armed = False
-                raise KeyboardInterrupt
-
-    twin.on_launch = stop if where == "launch" else lambda number: None
-    twin.fail = stop if where == "copy" else lambda number: None
-    if where in ("wait", "lend"):
-        owner = Twin if where == "wait" else host.HostTier
-        original = getattr(owner, where)
-        monkeypatch.setattr(owner, where, lambda *arguments: (stop(), original(*arguments))[1])
-    with on_twin(twin, 40, misses=mode, slots=40, kernels="torch") as runtime:
-        step = runtime.start()
-        step(IDS[:30])
-        calls, armed = 0, True
-        with pytest.raises(KeyboardInterrupt):
-            [step([one]) for one in IDS[30:]] + [runtime.logits(IDS)]
-        runtime.start()(IDS[:1])
-        whole(runtime)
-        found = runtime.logits(IDS)
-        assert torch.equal(found, wanted[0]) if mode == "fetch" else torch.allclose(found, wanted[0], rtol=1e-3, atol=1e-3)
-        whole(runtime)
-
-
-@pytest.mark.parametrize("moment", [1, 100])
-def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
-    """The table on the card is a copy of what the host knows: a step that changed one of them only is no step's truth."""
-    original, calls = CardSlots._entered, 0
-
-    def entered(self, key, leaving):
-        nonlocal calls
-        calls += 1
-        if calls == moment:
-            raise KeyboardInterrupt
-        original(self, key, leaving)
-
-    monkeypatch.setattr(CardSlots, "_entered", entered)
-    with on_twin(Twin(), misses="fetch", slots=22) as runtime:
-        with pytest.raises(KeyboardInterrupt):
-            runtime.logits(IDS)
-        runtime.start()(IDS[:1])
-        whole(runtime)
-        assert torch.equal(runtime.logits(IDS), wanted[0])
-
-
-def test_a_disk_that_fails_under_what_the_cpu_computes(on_twin, wanted, monkeypatch):
-    broken, original = False, Export.read_range
-
-    def read_range(self, layer, expert, start, out):
-        if broken:
-            raise ExportError("the disk is gone")
-        original(self, layer, expert, start, out)
-
-    monkeypatch.setattr(Export, "read_range", read_range)
-    with on_twin(Twin(), 0, misses="cpu", slots=40, kernels="torch") as runtime:
-        step = runtime.start()
-        for one in IDS[:20]:
-            step([one])
-        broken = True
-        with pytest.raises(ExportError, match="the disk is gone"):
-            step(IDS[20:21])
-        broken = False
-        torch.testing.assert_close(runtime.logits(IDS), wanted[0], rtol=1e-3, atol=1e-3)
-        whole(runtime)
 
 
 # Which device

@@ -69,6 +69,7 @@ BAD_USE = {
     "size-of-unknown-unit": (["run", "EXPORT", "x", "--ram", "8GiBB"], "8GiBB"),
     "size-zero": (["run", "EXPORT", "x", "--ram", "0"], "'0' is not a possible size"),
     "size-endless": (["run", "EXPORT", "x", "--ram", "9" * 400 + "GiB"], "is not a size"),
+    "misses-without-gpu": (["run", "EXPORT", "x", "--device", "cpu", "--misses", "fetch"], "misses fetch"),
     "vram-without-gpu": (["run", "EXPORT", "x", "--device", "cpu", "--vram", "1GiB"], "--vram"),
     "temperature-negative": (["run", "EXPORT", "x", "--temperature", "-1"], "temperature is -1"),
     "temperature-nan": (["run", "EXPORT", "x", "--temperature", "nan"], "temperature is nan"),

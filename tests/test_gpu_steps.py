@@ -153,7 +153,7 @@ def open_with(folder, kernels, context):
     """On the CPU but for Triton's kernels, which go where the GPU is, if there is one."""
     if kernels == "triton" and DEVICE.type == "cuda":
         return Runtime.open(folder, device="cuda", vram="1GiB", context=context)
-    return Runtime.open(folder, device="cpu", ram="4GiB", context=context, kernels=kernels)
+    return Runtime.open(folder, device="cpu", ram="2GiB", context=context, kernels=kernels)
 
 
 @pytest.mark.parametrize("case", CONFIGS)

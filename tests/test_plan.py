@@ -52,7 +52,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
         rows * config.n_routed_experts * sizes.record_bytes / 1e9,
         rows * config.num_experts_per_tok * sizes.record_bytes / 1e9,
         sum(math.prod(shape) for shape in resident_shapes(config).values()) / 1e9,
-        kv_bytes(config, 1, kernels=False),
+        kv_bytes(config, 1, "torch"),
     )
     assert found == pytest.approx(wanted, rel=0.02)
     assert sizes.record_bytes == RecordLayout(config.hidden_size, config.moe_intermediate_size).record_bytes
@@ -106,11 +106,11 @@ def test_a_budget_that_cannot_work_says_what_would():
 
 def test_host_memory_below_a_gpu():
     config = geometry("v2")
-    plan = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=64 * GIB, runtime_bytes=GIB, kernels=False)
+    plan = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=64 * GIB, runtime_bytes=GIB, kernels="triton")
     assert plan.shortfall == {}
     assert "runtime" not in plan.components
     assert 0 <= 64 * GIB - sum(plan.host.values()) < plan.record_bytes
-    short = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=GIB, runtime_bytes=GIB, kernels=False)
+    short = plan_of(config, 23 * GIB, resident="nf4", tier="vram", host_budget=GIB, runtime_bytes=GIB, kernels="triton")
     with pytest.raises(PlanError, match=r"of ram .*: raise --ram$"):
         short.check()
 
@@ -172,7 +172,7 @@ def test_a_gpu_waits_for_pcie_or_the_disk():
     rates = Bandwidths(gpu=card.bandwidth, pcie=card.pcie, disk=5e9)
 
     def predict(ram):
-        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": False}
+        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": "torch"}
         plan = make_plan(config, sizes, budget=card.budget, host_budget=ram, **options)
         assert not plan.shortfall
         return Setting(config, sizes, plan, rates, 8, False).predict(512, 128)
@@ -243,6 +243,17 @@ def test_a_model_that_does_not_fit_gets_three_ways_out_that_work(plan):
         else:
             changed = [*arguments, *way.replace(" and ", " ").split()]
         assert json.loads(plan(*changed, "--json")[1])["fits"], way
+
+
+def test_split_misses_are_predicted_by_both_bandwidths(plan):
+    arguments = ["v2", "--gpu", "rtx-4090", "--ram", "256GiB", "--pcie-bandwidth", "20GB", "--json"]
+    spent = {mode: json.loads(plan(*arguments, "--misses", mode)[1])["decode_seconds"] for mode in ("auto", "fetch", "cpu", "hybrid")}
+    assert spent["auto"] == spent["fetch"]
+    fetched, computed = spent["fetch"]["PCIe"], spent["cpu"]["CPU experts"]
+    assert computed == pytest.approx(fetched)  # 20 GB/s is also what is assumed of the CPU
+    assert spent["hybrid"]["PCIe and CPU experts"] == pytest.approx(fetched / 2)
+    code, _, err = plan("v2-lite", "--device", "cpu", "--misses", "cpu")
+    assert code == 2 and "--misses cpu is given and no GPU is planned for" in err
 
 
 def test_the_largest_context_is_the_largest(plan):

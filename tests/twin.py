@@ -9,11 +9,17 @@ late, so that what slips through is a wrong result.
 import threading
 import time
 import weakref
+from dataclasses import replace
 from queue import Queue
 
+import pytest
 import torch
 
+from offload import opening
 from offload.device import CardMemory
+from offload.plan import make_plan
+from offload.runtime import Runtime
+from offload.speed import Bandwidths
 from quant.matmul import TorchOps
 
 GIB = 1 << 30
@@ -206,3 +212,50 @@ class Twin:
             number = self._written.get(row.data_ptr(), -1)
             assert number <= self._ordered, f"kernel {self._tick} reads a slot and nobody has waited for copy {number} into it"
             self._read[row.data_ptr()] = self._tick
+
+
+# The engine on it
+
+PROMPT = "My fellow citizens of the Senate and House of Representatives,"
+IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+EXPERTS = 7 * 32
+
+
+def open_on(export, twin, host_slots=EXPERTS, **options):
+    """The sample on a twin, with so many experts in RAM below it."""
+
+    def plan(*arguments, **given):
+        return replace(make_plan(*arguments, **given), host_slots=host_slots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "make_plan", plan)
+        patch.setattr("offload.runtime.choose_device", lambda wanted: (twin, "a test"))
+        return Runtime.open(export, context=256, threads=1, **options)
+
+
+def whole(runtime):
+    """No slot is lost or used twice, on the card and in RAM, and the card's table says what is true."""
+    slots, tier = runtime._experts._slots, runtime._store
+    table = slots._table
+    held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots._leaving)]
+    assert sorted(held) == list(range(len(table.slab)))
+    assert {*table.slot_of} == {*slots._coming} | slots.cache._cached
+    told = {key: slot for key, slot in enumerate(slots.table_LE.flatten().tolist()) if slot >= 0}
+    assert told == {key: table.slot_of[key] for key in slots.cache._cached}
+    tier.advance(0)  # gives back what is lent
+    deadline = time.monotonic() + 5
+    below = tier._table
+    while (len(below.free) + len(below.slot_of) < len(below.slab) or tier._in_use) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
+        tier.stats()
+    assert sorted([*below.free, *below.slot_of.values()]) == list(range(len(below.slab)))
+    assert {*below.slot_of} == below.cache._cached
+    assert not tier._in_use
+
+
+def slow(number):
+    return 0.0005 * (number % 3)
+
+
+def measured(**values):
+    return Bandwidths().told("measured on a day", **values)

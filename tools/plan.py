@@ -169,6 +169,10 @@ def _machine(options: dict[str, Any]) -> _Machine:
         vram = card.budget if card is not None else _installed_gpu()
         if vram is None and options["device"] == "cuda":
             raise PlanError("--device cuda: no GPU is found on this machine; give --gpu NAME or --vram SIZE")
+    if vram is None and options["misses"] != "auto":
+        raise PlanError(
+            f"--misses {options['misses']} is given and no GPU is planned for, without which the CPU computes everything: drop it"
+        )
     threads = options["threads"] or psutil.cpu_count(logical=False) or 1
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
@@ -214,7 +218,7 @@ def _plan(model: _Model, machine: _Machine, resident: str, context: int, slots: 
         runtime_bytes=CUDA_IMPORT_BYTES if gpu else IMPORT_BYTES,
         slots=slots,
         host_budget=machine.ram if gpu else None,
-        kernels=not gpu,
+        kernels="triton" if gpu else "native",
     )
     return plan, sizes
 
