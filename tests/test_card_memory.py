@@ -94,7 +94,10 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
     for tokens in (16, 128, 170, PREFILL_CHUNK):
         for context in (512, 4096):
             ops = pick_ops(torch.device("cpu"), "triton")
-            network, cache = DeepseekV2(config, weights, ops, Experts(ops, layout)), LatentCache(config, context, torch.float16, META)
+            network, cache = (
+                DeepseekV2(config, weights, ops, Experts(ops, layout)),
+                LatentCache(config, context, (config.latent_width, torch.float16), META),
+            )
             network.layers, network.fused = network.layers[:3], network.fused[:3]  # a dense one and two of experts
             cache.length = context - tokens
             with Allocations() as allocations:

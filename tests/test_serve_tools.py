@@ -365,8 +365,8 @@ def test_a_schema_of_the_answer_beside_functions(served, runtime):
 class Weather(pydantic.BaseModel):
     """The weather of a city."""
 
-    city: str
-    days: int
+    city: str = pydantic.Field(max_length=20)
+    days: int = pydantic.Field(ge=0, le=9)
 
 
 def test_openai_client_calls_and_answers(served):
