@@ -470,9 +470,7 @@ class NativeOps(TorchOps):
         self.experts_by_slot(x_TD, record[None], torch.zeros(len(x_TD), 1, dtype=torch.int32), layout, levels, y_T1D)
         return y_T1D[:, 0]
 
-    def experts_by_slot(
-        self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor
-    ) -> None:
+    def experts_by_slot(self, x_TD: Tensor, slab: Tensor, slots_TK: Tensor, layout: RecordLayout, levels: Tensor, y_TKD: Tensor) -> None:
         self._native.experts_by_slot(x_TD.contiguous(), slab, slots_TK.contiguous(), layout.moe_intermediate_size, levels, y_TKD)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
