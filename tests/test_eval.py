@@ -66,7 +66,7 @@ def one_torch_thread():
 
 def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thread):
     """The export's weights, dequantized by others, in transformers' network.  Ours through torch differs by its float16 latent
-    cache; the native kernels also round activations to 8 bits, which is part of what runs, so they get a wider bound."""
+    cache; the native kernels also round activations and latents to 8 bits, which is part of what runs, so they get a wider bound."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(SAMPLE / name, tmp_path / name)
     weights, text = rebuild(sample_export), (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:3000] + " naïve 漢字 🙂"
@@ -76,7 +76,7 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
     (tmp_path / "text").write_text(text, encoding="utf-8")
     (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, 300)
     read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
-    for kernels, bound in (("torch", 1e-4), ("auto", 5e-4)):
+    for kernels, bound in (("torch", 1e-4), ("auto", 1e-3)):
         exported = Runtime.open(sample_export, context=300, kernels=kernels)
         with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=300) as reference:
             evaluation = Evaluation(runtime, reference)
@@ -183,7 +183,7 @@ def test_logits_from_are_the_rows_of_logits(first, sample_export):
 def test_several_texts_and_an_export_as_reference(model, evaluate, tmp_path):
     (tmp_path / "other").write_text("Something else.\n" * 5)
     arguments = ["--text", model / "text", "--text", tmp_path / "other", "--json"]
-    code, report, _ = evaluate(model / "export", *arguments, "--reference", model / "export", "--ram", "2GiB")
+    code, report, _ = evaluate(model / "export", *arguments, "--reference", model / "export", "--ram", "6GiB")
     assert code == 0
     assert [Path(one["file"]).name for one in report["files"]] == ["text", "other"]
     assert report["tokens"] == sum(one["tokens"] for one in report["files"])

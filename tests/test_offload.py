@@ -29,6 +29,15 @@ def test_decode_equals_prefill_in_the_quantized_path(sample_export):
         torch.testing.assert_close(torch.cat([step(IDS[:23]), step(IDS[23:])]), whole[[22, 59]], rtol=1e-3, atol=1e-3)
 
 
+def test_experts_that_a_prompt_brought_stay(sample_export):
+    """Where all have room: a second pass over the same tokens misses none."""
+    with Runtime.open(sample_export, context=256) as runtime:
+        runtime.logits(IDS)
+        missed = runtime.stats()["cache"]["misses"]
+        runtime.logits(IDS)
+        assert missed > 0 and runtime.stats()["cache"]["misses"] == missed
+
+
 def test_trace_records_every_step(sample_export, tmp_path):
     with Runtime.open(sample_export, context=256) as runtime:
         runtime.trace(tmp_path / "trace")

@@ -264,22 +264,27 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(keyed, r
     """One answer runs, so prompts come in pieces; after the first one the client is gone, and its latents stay in their place."""
     keyed.idle()
     alone = "".join(token.text for token in runtime.generate(CANARY, 8))
-    append, reached, left = runtime.append, threading.Event(), threading.Event()
+    append, append_each, reached, left = runtime.append, runtime.append_each, threading.Event(), threading.Event()
 
     def paused(index, ids):
         logits = append(index, ids)
         if len(ids) == 64:
             reached.set()
-            left.wait(10)
+            left.wait(60)
         return logits
 
+    def slow(*arguments):  # so that the first answer lasts until the other prompt is there
+        time.sleep(0.005)
+        return append_each(*arguments)
+
     monkeypatch.setattr(runtime, "append", paused)
+    monkeypatch.setattr(runtime, "append_each", slow)
     asked, before = json.dumps({**GREEDY, "prompt": CANARY, "max_tokens": 8}).encode(), keyed.batch.totals.prompt_tokens
     with connect(keyed.port, request(json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500}).encode(), **{"x-api-key": "second"})):
         while not keyed.batch.totals.answer_tokens or not keyed.batch.running:
             time.sleep(0.005)
-        connect(keyed.port, request(asked, **{"x-api-key": "first"})).close()
-        assert reached.wait(10)
+        with connect(keyed.port, request(asked, **{"x-api-key": "first"})):
+            assert reached.wait(60)
         time.sleep(0.3)  # the server has seen that the client left
         left.set()
     keyed.idle()
