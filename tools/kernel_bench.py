@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quant import kernels as qk
 from quant import nf4
-from quant.sizes import absmax_shape, codes_shape
+from quant.sizes import absmax_shape, codes_shape, latent_bytes
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 1408, 6
 LATENT, ROPE, HEADS = 512, 64, 16
@@ -136,15 +136,17 @@ def attention(native: qk.Kernels, rounds: int) -> list[Row]:
     """One token over as many layers' caches as outgrow the processor's; seconds are for one layer."""
     rows = []
     for heads, context in ((HEADS, 128), (HEADS, 1024), (HEADS, 8192), (128, 8192)):
-        layers = torch.randn((27 * 1024 // context + 1, context, LATENT + ROPE)).half()
-        q = torch.randn(heads, LATENT + ROPE)
+        layers = torch.empty((27 * 1024 // context + 1, context, latent_bytes(LATENT, ROPE)), dtype=torch.uint8)
+        for cache in layers:
+            native.store_latents(torch.randn(context, LATENT + ROPE), LATENT, cache)
+        q = torch.randn(1, heads, LATENT + ROPE)
 
         def attend(layers: Tensor = layers, q: Tensor = q, context: int = context) -> None:
             for cache in layers:
                 native.mla(q, cache, context, LATENT, 0.1)
 
         macs = len(layers) * heads * context * (2 * LATENT + ROPE)
-        row = computing(f"mla, {heads} heads, context {context}", macs, 2 * layers.numel(), attend, rounds)
+        row = computing(f"mla, {heads} heads, context {context}", macs, layers.numel(), attend, rounds)
         rows.append(row | {"seconds": float(str(row["seconds"])) / len(layers)})
     return rows
 
