@@ -279,8 +279,9 @@ class TorchOps:
         """Each token through those of its experts that are in the slab: their unweighted outputs, into ``y`` (float32 [T, K, D]).
 
         ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the device) names each expert's row;
-        -1 says that it is not there, and its output is left as it is.  An entry's output depends on its token and record alone,
-        bitwise, so the entries may come in several calls.  With a table of a layer's experts, int32 [E], ``slots`` is
+        -1 says that it is not there, and its output is left as it is.  A call takes all of an expert's uses; experts may come in
+        several calls.  With kernels an entry's output depends on its token and record alone, bitwise; torch's products depend on
+        the number of rows in their last bits.  With a table of a layer's experts, int32 [E], ``slots`` is
         ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA graph can hold the call.
         """
         for slot in slots_TK[slots_TK >= 0].unique().tolist():

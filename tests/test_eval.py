@@ -69,14 +69,14 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
     cache; the native kernels also round activations and latents to 8 bits, which is part of what runs, so they get a wider bound."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(SAMPLE / name, tmp_path / name)
-    weights, text = rebuild(sample_export), (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:3000] + " naïve 漢字 🙂"
+    weights, text = rebuild(sample_export), (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:6000] + " naïve 漢字 🙂"
     with Checkpoint.open(SAMPLE) as checkpoint:  # whose shapes have no padding
         whole = {name: weights[name][tuple(map(slice, info.shape))].contiguous() for name, info in checkpoint.infos.items()}
     save_file(whole, tmp_path / "model.safetensors")
     (tmp_path / "text").write_text(text, encoding="utf-8")
     (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, 300)
     read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
-    for kernels, bound in (("torch", 1e-4), ("auto", 1e-3)):
+    for kernels, bound in (("torch", 1e-4), ("auto", 5e-4)):
         exported = Runtime.open(sample_export, context=300, kernels=kernels)
         with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=300) as reference:
             evaluation = Evaluation(runtime, reference)
