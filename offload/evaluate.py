@@ -35,7 +35,6 @@ from offload.calibrate import read_text
 from offload.runtime import Runtime
 from slotmoe import CheckpointError, ConfigError
 
-METHODS = ("strided", "llama.cpp")
 LOGITS_ROWS = 384  # rows of float32 in memory at once: two pieces of 128, and the float64 distributions of 32 rows twice
 _ROWS = 32  # rows whose float64 distributions are in memory at once
 _CONTEXT = 16  # tokens shown before a bad one
