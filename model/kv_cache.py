@@ -7,6 +7,8 @@ of is for the operations to say (``model.deepseek_v2.Ops.latent_row``): the nati
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from model.config import Config
@@ -16,13 +18,22 @@ class LatentCache:
     """Latents of one sequence: ``layers[l]`` is [S, X], of which the first ``length`` rows are valid.
 
     A row of X elements of ``dtype`` is the normed latent, R values, and the rotated key part that all heads share, P values.
+    ``empty(shape, dtype)`` makes their memory where it isn't to be just torch's on ``device``.
     """
 
-    def __init__(self, config: Config, context: int, row: tuple[int, torch.dtype], device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        context: int,
+        row: tuple[int, torch.dtype],
+        device: torch.device,
+        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+    ):
         self.context, self.length = context, 0
         self.written = 0  # positions that some layer has written; a pass may still be on its way
         columns, dtype = row
-        self.layers = torch.empty((config.num_hidden_layers, context, columns), dtype=dtype, device=device)
+        shape = config.num_hidden_layers, context, columns
+        self.layers = empty(shape, dtype) if empty is not None else torch.empty(shape, dtype=dtype, device=device)
 
     def extend(self, layer: int, count: int) -> torch.Tensor:
         """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""

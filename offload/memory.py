@@ -24,6 +24,11 @@ def page_aligned(count: int) -> Tensor:
     return torch.frombuffer(region, dtype=torch.uint8)
 
 
+def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU in memory of its own, page-aligned and zero."""
+    return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
 class Touching:
     """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte ``start`` on.
 

@@ -26,7 +26,7 @@ from offload.device import Card
 from offload.experts import OffloadedExperts, ResidentExperts
 from offload.host import HostTier
 from offload.machine import available_memory, cache_folder, process_bytes
-from offload.memory import Arena, Staging
+from offload.memory import Arena, Staging, in_large_pages
 from offload.misses import Costs, choose_mode
 from offload.names import is_hub_id
 from offload.plan import (
@@ -238,7 +238,8 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
         experts = _offloaded(export, config, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
         network = DeepseekV2(config, weights, ops, experts)
         row = ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
-        caches = [LatentCache(config, wish.context, row, wish.device) for _ in range(wish.sequences)]
+        empty = in_large_pages if card is None else None  # all of it is read for each token
+        caches = [LatentCache(config, wish.context, row, wish.device, empty) for _ in range(wish.sequences)]
         return Parts(config, tokenizer, network, caches, plan, _generation_eos(folder, config), export, sizes, source)
     except BaseException:
         if source is not None:

@@ -582,3 +582,11 @@ def test_closing_stops_the_thread_that_gets_pages():
     small = Touching(memory[: 50 << 20], 0)
     small.finish()
     assert small.ready == 50 << 20
+
+
+def test_every_sequence_has_its_latents_in_pages_of_their_own(sample_export):
+    """Large pages begin at multiples of 2 MiB, so memory that begins in the middle of a page gets fewer."""
+    with Runtime.open(sample_export, context=256, sequences=2) as runtime:
+        places = [cache.layers.data_ptr() for cache in runtime._caches]
+    assert len(set(places)) == 2
+    assert not any(place % 4096 for place in places)
