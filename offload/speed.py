@@ -22,7 +22,7 @@ KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
 LAYER_SECONDS = 2e-4  # Python and torch between the kernels of one layer
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel of its own for one missing expert that the computing thread reads
-THREAD_ATTENTION = 200e9  # multiply-adds a second of the attention kernel on one thread (AVX-512 VNNI)
+THREAD_ATTENTION = 260e9  # multiply-adds a second of the attention kernel on one thread (Zen 5, AVX-512 VNNI)
 THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
 # Hits of the default policy against the share of experts in slots: the sample on its held-out texts (README).
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))

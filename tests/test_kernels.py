@@ -484,6 +484,24 @@ def test_mla_of_many_tokens_is_bitwise_that_of_each(kernels, tokens, heads, befo
         assert torch.equal(got[t], kernels.mla(q[t : t + 1], cache, before + t + 1, 32, 0.2)[0])
 
 
+@pytest.mark.parametrize("context", [1025, 2500])
+@pytest.mark.parametrize("course", ["level", "rising", "falling", "one peak"])
+def test_mla_over_a_long_context(kernels, context, course):
+    """Several chunks in a span, whose scores go their own ways: each chunk beyond what float32 holds of the one before."""
+    rng = np.random.default_rng(19)
+    rows, q = rng.standard_normal((context, 40)), np.zeros((3, 40))
+    q[:, 32] = (1.0, 1.5, 2.0)  # the heads' scores are the 33rd column, up to a factor
+    chunk = np.arange(context) // 64
+    rows[:, 32:] = 0
+    rows[:, 32] = {"level": 0 * chunk, "rising": 100 * chunk, "falling": -100 * chunk, "one peak": 200 * (chunk == 9)}[course]
+    rows[:, 32] += rng.standard_normal(context) if course == "level" else 0
+    cache = latent_cache(kernels, rows, 32)
+    got = kernels.mla(torch_of(q)[None], cache, context, 32, 1.0)[0]
+    assert relative(got, attention(q, rows, 32, 1.0)) < 0.03
+    rows[-1, 0] = np.nan
+    assert kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, 32), context, 32, 1.0).isnan().all()
+
+
 def test_mla_shows_nan(kernels):
     rows, q = np.random.default_rng(17).standard_normal((100, 72)), torch.randn(5, 72)
     cache = latent_cache(kernels, rows, 64)

@@ -16,7 +16,7 @@ namespace slotmoe {
 constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 
 // Scratch slots. A phase uses each for one thing.
-enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaQuery, kMlaScale, kMlaSpans, kMlaThreads, kQuery, kQueryLatent,
+enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
             kMlas, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");

@@ -7,26 +7,34 @@ using namespace slotmoe;
 
 namespace {
 
+constexpr int64_t kMostSpans = 16;
+
 // What a query over `context` rows needs; the split into spans follows from the context alone.
 Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
-    const int64_t chunks = up_to(context, kChunkRows);
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
-    m.span_chunks = up_to(chunks, 32), m.tiles = up_to(heads, kTile);
+    m.span_chunks = up_to(up_to(context, kChunkRows), kMostSpans), m.tiles = up_to(heads, kTile);
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     return m;
 }
 
-int64_t mla_query_bytes(const Mla& m) { return m.tiles * kTile * m.k * 2; }
-int64_t mla_query_floats(const Mla& m) { return m.heads * (m.r + m.p) + 2 * m.tiles * kTile; }
-int64_t mla_span_floats(const Mla& m) { return 32 * (m.heads * m.r_padded + 2 * m.tiles * kTile); }  // there are at most 32 spans
-
 int64_t mla_span_count(const Mla& m) { return up_to(up_to(m.context, kChunkRows), m.span_chunks); }
 
-void mla_buffers(Mla& m, uint8_t* q_digits, float* q_floats, float* spans) {
-    const int64_t count = mla_span_count(m), padded = m.tiles * kTile;
-    m.q_digits = q_digits, m.q_scale = q_floats, m.q_mixed = q_floats + 2 * padded;
-    m.span_max = spans, m.span_sum = m.span_max + count * padded, m.span_out = m.span_sum + count * padded;
+// Bytes that a query needs while it is computed, wherever in the context: base, if given, is where m finds them.
+int64_t mla_buffers(Mla& m, uint8_t* base) {
+    int64_t used = 0;
+    const auto take = [&](int64_t bytes) {
+        uint8_t* p = base ? base + used : nullptr;
+        used += up_to(bytes, 64) * 64;
+        return p;
+    };
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(4 * count)); };
+    const int64_t padded = m.tiles * kTile;
+    m.q_mixed = floats(m.heads * (m.r + m.p)), m.q_scale = floats(2 * padded);
+    m.q_rows = take(m.heads * 2 * m.k), m.q_digits = take(padded * 2 * m.k);
+    m.span_max = floats(kMostSpans * padded), m.span_sum = floats(kMostSpans * padded);
+    m.span_out = floats(kMostSpans * m.heads * m.r_padded);
+    return used;
 }
 
 }  // namespace
@@ -37,30 +45,27 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
                        int64_t p, float scale, float* out) {
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Mla last = mla_for(cache, heads, context, stride, r, p, scale);
-        const int64_t copies = t > 1 ? job.threads() : 1, span_floats = mla_span_floats(last);
-        uint8_t* q_digits = job.scratch<uint8_t>(kMlaQuery, copies * mla_query_bytes(last));
-        float* q_floats = job.scratch<float>(kMlaScale, copies * mla_query_floats(last));
-        float* spans = job.scratch<float>(kMlaSpans, copies * span_floats);
-        const size_t each = isa.mla_scratch(last);
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
+        Mla last = mla_for(cache, heads, context, stride, r, p, scale);
+        const int64_t bytes = mla_buffers(last, nullptr), each = int64_t(isa.mla_scratch(last));
+        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
         if (t == 1) {
-            Mla m = last;
-            m.q = q;
-            mla_buffers(m, q_digits, q_floats, spans);
-            isa.mla_queries(m, 0, heads);
-            job.parallel(mla_span_count(m),
-                         [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(m, begin, end, scratch + size_t(thread) * each); });
-            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(m, begin, end, out); });
+            last.q = q;
+            mla_buffers(last, buffers);
+            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(last, begin, end); });
+            job.parallel(last.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(last, begin, end); });
+            job.parallel(mla_span_count(last), [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(last, begin, end, scratch + thread * each); });
+            job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(last, begin, end, out); });
             return kOk;
         }
         job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
             for (int64_t token = begin; token < end; token++) {
                 Mla m = mla_for(cache, heads, context - t + token + 1, stride, r, p, scale);
                 m.q = q + token * heads * (r + p);
-                mla_buffers(m, q_digits + thread * mla_query_bytes(m), q_floats + thread * mla_query_floats(m), spans + thread * span_floats);
+                mla_buffers(m, buffers + thread * bytes);
                 isa.mla_queries(m, 0, heads);
-                isa.mla_spans(m, 0, mla_span_count(m), scratch + size_t(thread) * each);
+                isa.mla_pack(m, 0, m.tiles);
+                isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * each);
                 isa.mla_merge(m, 0, heads, out + token * heads * r);
             }
         });
@@ -167,24 +172,16 @@ EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, cons
 
         float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
         Mla* mlas = job.scratch<Mla>(kMlas, t);
-        int64_t spans = 0, bytes = 0, floats = 0, span_floats = 0;
-        size_t each = 0;
+        int64_t spans = 0;
         for (int64_t token = 0; token < t; token++) {
-            Mla& m = mlas[token];
-            m = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a->scale);
-            m.q = q_full + token * heads * width;
-            bytes += mla_query_bytes(m), floats += mla_query_floats(m), span_floats += mla_span_floats(m);
-            spans += mla_span_count(m);
-            each = isa.mla_scratch(m) > each ? isa.mla_scratch(m) : each;
+            mlas[token] = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a->scale);
+            mlas[token].q = q_full + token * heads * width;
+            spans += mla_span_count(mlas[token]);
         }
-        uint8_t* q_digits = job.scratch<uint8_t>(kMlaQuery, bytes);
-        float *q_floats = job.scratch<float>(kMlaScale, floats), *span_out = job.scratch<float>(kMlaSpans, span_floats);
-        for (int64_t token = 0; token < t; token++) {
-            Mla& m = mlas[token];
-            mla_buffers(m, q_digits, q_floats, span_out);
-            q_digits += mla_query_bytes(m), q_floats += mla_query_floats(m), span_out += mla_span_floats(m);
-        }
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, int64_t(each) * job.threads());
+        const int64_t bytes = mla_buffers(mlas[0], nullptr), each = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
+        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
+        for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
         float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
         float* values = job.scratch<float>(kValues, t * heads * v);
 
@@ -198,23 +195,21 @@ EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, cons
         });
         job.parallel(heads, [&](int, int64_t begin, int64_t end) {
             isa.absorb_query(q, n + p, t, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, q_full, width);
-            for (int64_t token = 0; token < t; token++)
+            for (int64_t token = 0; token < t; token++) {
                 for (int64_t head = begin; head < end; head++)
                     rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
+                isa.mla_queries(mlas[token], begin, end);
+            }
         });
-        // The heads of a tile share cache lines, so a tile is one thread's.
         const int64_t tiles = mlas[0].tiles;
         job.parallel(t * tiles, [&](int, int64_t begin, int64_t end) {
-            for (int64_t at = begin; at < end; at++) {
-                const int64_t first = at % tiles * kTile;
-                isa.mla_queries(mlas[at / tiles], first, first + kTile < heads ? first + kTile : heads);
-            }
+            for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
         });
         job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
             for (int64_t token = 0, first = 0; token < t && first < end; token++) {
                 const int64_t count = mla_span_count(mlas[token]);
                 const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-                if (from < to) isa.mla_spans(mlas[token], from, to, scratch + size_t(thread) * each);
+                if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * each);
                 first += count;
             }
         });

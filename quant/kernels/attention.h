@@ -4,9 +4,11 @@
 // columns, since either may be much larger. Before it is rounded each part is mixed: random signs, then a Walsh-Hadamard
 // transform (arXiv 2404.00456). That is orthogonal, so queries that are mixed too give the same scores, and the weighted
 // sum of rows is mixed back at the end; it spreads outliers over the part, so that one scale serves any row as well as a
-// Gaussian one. Queries have 14 bits, as two unsigned 7-bit digits, so that both products are of bytes (AVX2's sum of two
-// products fits 16 bits). A row's weight is a byte relative to the second largest of a chunk of 64
-// rows; the largest, beside which the others may be small and many, is multiplied in fp32. Softmax is fp32.
+// Gaussian one. A query is two unsigned digits, so that its products are of bytes: of 7 bits where the sum of two products
+// must fit 16 (AVX2, portable), else of 8. With the latter every other four columns are coarse, without the low digit: after
+// mixing all columns weigh alike, so that this saves a quarter of the products and keeps half of what the low digits are for.
+// Softmax is fp32. A row's weight, which is its probability times its scale, is a byte relative to the largest of a chunk of
+// 64 rows; where the largest is far above the next, beside which the others may be small and many, it is multiplied in fp32.
 //
 // Chunks are grouped into spans by the context's length alone, so that the result does not depend on the threads.
 //
@@ -16,18 +18,23 @@ namespace slotmoe {
 namespace {
 
 constexpr int kQuads = kChunkRows / 4;  // four rows of one column are neighbours when rows are summed
-constexpr int kSumColumns = 64;            // that are summed together
+constexpr int kSumColumns = 64;         // that are summed together
 constexpr uint32_t kNaN = 0x7fc00000;
 constexpr float kNoScore = -3.4e38f;
-constexpr int kDigit = 128, kQueryZero = kDigit / 2 * kDigit, kQueryMax = kQueryZero - 1;  // q + kQueryZero = kDigit * high + low
+constexpr float kGrowth = 32.0f;  // where scores have grown by more since a span began, what has been summed is scaled down
+// A query is kDigit * high + low - kZero; its coarse columns have no low digit.
+constexpr int kDigit = Lanes::kQueryDigit, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
 
 struct Chunk {
     int8_t* quads;      // [16, 64, 4]: the columns being summed
-    float* scores;      // [tiles, 64, 16]: scores, then probabilities relative to the largest, times the row's scale
+    float* scales;      // [64]: the rows', of their latent columns
+    float* scores;      // [tiles, 64, 16]: scores, then weights
     int32_t* weights;   // [tiles, 16, 16]: four rows' bytes
+    float* largest;     // [Hp]: score
     float* step;        // [Hp]: what 1 is worth in a byte
-    float* top;         // [Hp]: the largest weight, whose byte is 0
-    float* top_row;     // [Hp]: its row
+    uint32_t* alone;    // [tiles]: the heads, a bit each, whose largest weight is in no byte
+    float* top;         // [Hp]: that weight
+    int32_t* top_row;   // [Hp]: its row
     float* correction;  // [Hp]: of what the chunks before have summed
 };
 
@@ -133,49 +140,63 @@ void store_latent(float* row, int64_t r, int64_t p, uint8_t* out) {
     memcpy(out + k, &tail, sizeof tail);
 }
 
-// A part of one head -> its lane of the tile.
-float store_query(float* q, int64_t n, uint8_t* out) {
+// Whether the four columns from `column` of a part on have a low digit.
+inline bool fine(int64_t column) { return !Lanes::kCoarse || column % 8 == 0; }
+
+// A part of one head -> its digits; returns what 1 is worth.
+float store_query(float* q, int64_t n, uint8_t* high, uint8_t* low) {
     float scale;
     mix(q, n);
     const float inverse = part_inverse(q, n, kQueryMax, scale);
+    const int32_t half = Lanes::kCoarse ? kDigit / 2 : 0;
     for (int64_t i = 0; i < n; i++) {
-        const int32_t digits = int32_t(round_even(q[i] * inverse)) + kQueryZero;
-        uint8_t* to = out + i / 4 * 8 * kTile + i % 4;
-        to[0] = uint8_t(digits / kDigit), to[4 * kTile] = uint8_t(digits % kDigit);
+        const int32_t digits = int32_t(round_even(q[i] * inverse)) + kZero + half * int32_t(i >> 2 & 1);  // coarse ones are rounded
+        high[i] = uint8_t(digits / kDigit), low[i] = uint8_t(digits % kDigit);
     }
     return scale;
 }
 
-// Heads begin..end: q -> q_digits, q_scale; whoever has the last also clears the lanes that no head has.
-void mla_queries(Mla& m, int64_t begin, int64_t end) {
+// Heads begin..end: q -> q_rows, q_scale.
+void mla_queries(const Mla& m, int64_t begin, int64_t end) {
+    const int64_t width = m.r + m.p, padded = m.tiles * kTile;
+    for (int64_t h = begin; h < end; h++) {
+        float* q = m.q_mixed + h * width;
+        uint8_t* digits = m.q_rows + h * 2 * m.k;
+        memcpy(q, m.q + h * width, size_t(width) * 4);
+        memset(digits, 0, size_t(2 * m.k));
+        m.q_scale[h] = m.scale * store_query(q, m.r, digits, digits + m.k);
+        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, digits + m.r4, digits + m.k + m.r4);
+    }
+}
+
+// Tiles begin..end: q_rows -> q_digits. Lanes that no head has repeat the first, with a scale of 0.
+void mla_pack(const Mla& m, int64_t begin, int64_t end) {
     const int64_t padded = m.tiles * kTile;
-    for (int64_t h = begin; h < (end == m.heads ? padded : end); h++) {
-        uint8_t* out = m.q_digits + h / kTile * m.k * 2 * kTile + h % kTile * 4;
-        for (int64_t i = 0; i < 2 * m.k; i += 4) memset(out + i * kTile, 0, 4);
-        m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
-        if (h >= m.heads) continue;
-        float* q = m.q_mixed + h * (m.r + m.p);
-        memcpy(q, m.q + h * (m.r + m.p), size_t(m.r + m.p) * 4);
-        m.q_scale[h] = m.scale * store_query(q, m.r, out);
-        m.q_scale[padded + h] = m.scale * store_query(q + m.r, m.p, out + m.r4 * 2 * kTile);
+    for (int64_t h = begin * kTile; h < end * kTile; h++) {
+        const bool none = h >= m.heads;
+        const uint8_t *high = m.q_rows + (none ? 0 : h) * 2 * m.k, *low = high + m.k;
+        uint8_t* out = m.q_digits + h / kTile * 2 * m.k * kTile + h % kTile * 4;
+        if (none) m.q_scale[h] = m.q_scale[padded + h] = 0.0f;
+        for (int64_t i = 0; i < m.k; i += 4, out += 4 * kTile) {
+            memcpy(out, high + i, 4);
+            if (fine(i < m.r4 ? i : i - m.r4)) memcpy(out += 4 * kTile, low + i, 4);
+        }
     }
 }
 
 size_t mla_layout(const Mla& m, uint8_t* base, Chunk& c) {
     size_t used = 0;
-    const auto take = [&](int64_t bytes) {
-        uint8_t* p = base ? base + used : nullptr;
-        used += (size_t(bytes) + 63) / 64 * 64;
+    const auto take = [&](int64_t count) {  // of 4 bytes each
+        float* p = base ? reinterpret_cast<float*>(base + used) : nullptr;
+        used += (size_t(count) * 4 + 63) / 64 * 64;
         return p;
     };
     const int64_t padded = m.tiles * kTile;
-    c.quads = reinterpret_cast<int8_t*>(take(kChunkRows * kSumColumns));
-    c.scores = reinterpret_cast<float*>(take(padded * kChunkRows * 4));
-    c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads * 4));
-    c.step = reinterpret_cast<float*>(take(padded * 4));
-    c.top = reinterpret_cast<float*>(take(padded * 4));
-    c.top_row = reinterpret_cast<float*>(take(padded * 4));
-    c.correction = reinterpret_cast<float*>(take(padded * 4));
+    c.quads = reinterpret_cast<int8_t*>(take(kQuads * kSumColumns));
+    c.scales = take(kChunkRows), c.scores = take(padded * kChunkRows);
+    c.weights = reinterpret_cast<int32_t*>(take(padded * kQuads));
+    c.largest = take(padded), c.step = take(padded), c.top = take(padded), c.correction = take(padded);
+    c.top_row = reinterpret_cast<int32_t*>(take(padded)), c.alone = reinterpret_cast<uint32_t*>(take(m.tiles));
     return used;
 }
 
@@ -186,33 +207,43 @@ size_t mla_scratch(const Mla& m) {
 
 // --- scores
 
-// Columns begin..end of 16 heads by kScoreRows rows, each by both digits; a row is broadcast, four columns at a time.
-inline void dot_rows(const uint8_t* q, const int8_t* const* rows, int64_t begin, int64_t end, Lanes::I (*dots)[2]) {
-    for (int64_t c = begin; c < end; c += 4) {
-        const auto high = Lanes::load_bytes(q + 2 * c * kTile), low = Lanes::load_bytes(q + (2 * c + 4) * kTile);
+// Four columns of 16 heads by kScoreRows rows; a row is broadcast. Returns where the queries go on.
+template <bool Fine>
+inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int64_t column, Lanes::I (*dots)[2]) {
+    const auto high = Lanes::load_bytes(q), low = Lanes::load_bytes(q + (Fine ? 4 * kTile : 0));
 #pragma GCC unroll 16
-        for (int j = 0; j < Lanes::kScoreRows; j++) {
-            const auto row = Lanes::broadcast_bytes(rows[j] + c);
-            dots[j][0] = Lanes::dot_bytes(dots[j][0], high, row);
-            dots[j][1] = Lanes::dot_bytes(dots[j][1], low, row);
-        }
+    for (int j = 0; j < Lanes::kScoreRows; j++) {
+        const auto row = Lanes::broadcast_bytes(rows[j] + column);
+        dots[j][0] = Lanes::dot_bytes(dots[j][0], high, row);
+        if (Fine) dots[j][1] = Lanes::dot_bytes(dots[j][1], low, row);
     }
+    return q + (Fine ? 8 : 4) * kTile;
 }
 
-// One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16].
-SLOTMOE_NOINLINE void score_part(const Mla& m, int64_t tile, int part, const int8_t* const* rows, const Tail* tails, float* scores) {
+// One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16]. Returns where the
+// queries go on.
+SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part, const uint8_t* q, const int8_t* const* rows,
+                                           const Tail* tails, float* scores) {
     const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile), digit = Lanes::broadcast(float(kDigit));
     Lanes::I dots[Lanes::kScoreRows][2];
 #pragma GCC unroll 16
     for (int j = 0; j < Lanes::kScoreRows; j++)
-        dots[j][0] = Lanes::start(-kQueryZero / kDigit * tails[j].sum[part]), dots[j][1] = Lanes::start(0);
-    dot_rows(m.q_digits + tile * m.k * 2 * kTile, rows, part ? m.r4 : 0, part ? m.k : m.r4, dots);
+        dots[j][0] = Lanes::start(-kZero / kDigit * tails[j].sum[part]), dots[j][1] = Lanes::start(0);
+    const int64_t end = part ? m.k : m.r4;
+    int64_t c = part ? m.r4 : 0;
+#pragma GCC unroll 4
+    for (; c + 8 <= end; c += 8) {
+        q = dot_rows<true>(q, rows, c, dots);
+        q = dot_rows<!Lanes::kCoarse>(q, rows, c + 4, dots);
+    }
+    if (c < end) q = dot_rows<true>(q, rows, c, dots);
 #pragma GCC unroll 16
     for (int j = 0; j < Lanes::kScoreRows; j++) {
         const auto sum = Lanes::fma(Lanes::to_float(dots[j][0]), digit, Lanes::to_float(dots[j][1]));
         const auto before = part ? Lanes::load(scores + j * kTile) : Lanes::zero();
         Lanes::store(scores + j * kTile, Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
     }
+    return q;
 }
 
 // The scores of n rows, for all heads; those past n are not read.
@@ -223,56 +254,87 @@ void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
         for (int64_t j = 0; j < Lanes::kScoreRows; j++) {
             const uint8_t* bytes = rows + (first + j < n ? first + j : n - 1) * m.stride;
             row[j] = reinterpret_cast<const int8_t*>(bytes), tails[j] = tail_of(m, bytes);
+            c.scales[first + j] = tails[j].scale[0];
         }
         for (int64_t tile = 0; tile < m.tiles; tile++) {
             float* scores = c.scores + (tile * kChunkRows + first) * kTile;
-            score_part(m, tile, 0, row, tails, scores);
-            if (m.p > 0) score_part(m, tile, 1, row, tails, scores);
+            const uint8_t* q = score_part(m, tile, 0, m.q_digits + tile * 2 * m.k * kTile, row, tails, scores);
+            if (m.p > 0) score_part(m, tile, 1, q, row, tails, scores);
+            auto largest = first ? Lanes::load(c.largest + tile * kTile) : Lanes::broadcast(kNoScore);
+            for (int j = 0; j < Lanes::kScoreRows; j++) largest = Lanes::max(Lanes::load(scores + j * kTile), largest);
+            Lanes::store(c.largest + tile * kTile, largest);
         }
     }
 }
 
 // --- softmax, the heads of a tile side by side
 
-// Four rows' weights -> their bytes. What is above `second` is the largest, and no byte; NaN is none either.
-inline void weight_bytes(const float (*w)[kTile], const float* second, const float* inverse, int32_t* bytes) {
-    const auto byte = [&](int row, int h) {
-        const float v = w[row][h] <= second[h] ? w[row][h] * inverse[h] : 0.0f;
-        return int32_t(round_even(v));
-    };
-    for (int h = 0; h < kTile; h++) bytes[h] = byte(0, h) | byte(1, h) << 8 | byte(2, h) << 16 | byte(3, h) << 24;
+// e^x for -87 <= x <= 87, and for x beyond that of the nearer bound; NaN for NaN.
+inline Lanes::F exp_lanes(Lanes::F x) {
+    const auto shift = Lanes::broadcast(12582912.0f);  // 1.5 * 2^23: the nearest integer stands in the sum's last bits
+    x = Lanes::min(Lanes::broadcast(87.0f), Lanes::max(Lanes::broadcast(-87.0f), x));
+    const auto shifted = Lanes::fma(x, Lanes::broadcast(1.44269504f), shift), n = Lanes::add(shifted, Lanes::broadcast(-12582912.0f));
+    const auto r = Lanes::fma(n, Lanes::broadcast(2.12194440e-4f), Lanes::fma(n, Lanes::broadcast(-0.693359375f), x));
+    constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    auto p = Lanes::broadcast(1.9875691500e-4f);
+#pragma GCC unroll 5
+    for (const float term : kTerms) p = Lanes::fma(p, r, Lanes::broadcast(term));
+    p = Lanes::fma(Lanes::mul(p, r), r, Lanes::add(r, Lanes::broadcast(1.0f)));
+    return Lanes::mul(p, Lanes::power_of_two(shifted));
 }
 
-// Scores of n rows -> weights and what goes with them; updates the running maxima and sums.
-SLOTMOE_NOINLINE void softmax_tile(const Mla& m, int64_t tile, const uint8_t* rows, int64_t n, bool first, const Chunk& c, float* maxima,
-                                   float* sums) {
+// Scores of n rows -> weights and what goes with them; updates what they are relative to, and the sums. False if what has been
+// summed so far must be multiplied by `correction`.
+SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool first, const Chunk& c, float* maxima, float* sums) {
     float (*s)[kTile] = reinterpret_cast<float (*)[kTile]>(c.scores + tile * kChunkRows * kTile);
     const int64_t lane = tile * kTile;
-    auto largest = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
-    for (int64_t i = 0; i < n; i++) largest = Lanes::max(Lanes::load(s[i]), largest);
-    alignas(64) float maximum[kTile], second[kTile], inverse[kTile];
-    Lanes::store(maximum, largest);
-    for (int64_t i = 0; i < n; i++)
-        for (int h = 0; h < kTile; h++) s[i][h] = exp_float(s[i][h] - maximum[h]);
-    auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), top_row = Lanes::zero();
+    const auto largest = Lanes::load(c.largest + lane), before = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
+    const auto limit = Lanes::add(before, Lanes::broadcast(kGrowth)), minus = Lanes::broadcast(-1.0f);
+    const auto reference = Lanes::mul(Lanes::where_greater(largest, limit, largest, before), minus);
+    const bool steady = first || !Lanes::greater(largest, limit);
+    Lanes::store(maxima + lane, Lanes::mul(reference, minus));
+    if (first) Lanes::store(sums + lane, Lanes::zero());
+    if (!steady) {
+        const auto correction = exp_lanes(Lanes::add(before, reference));
+        Lanes::store(c.correction + lane, correction);
+        Lanes::store(sums + lane, Lanes::mul(Lanes::load(sums + lane), correction));
+    }
+    auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), row = Lanes::zero();
     for (int64_t i = 0; i < n; i++) {
-        const auto p = Lanes::load(s[i]), w = Lanes::mul(p, Lanes::broadcast(tail_of(m, rows + i * m.stride).scale[0]));
+        const auto p = exp_lanes(Lanes::add(Lanes::load(s[i]), reference)), w = Lanes::mul(p, Lanes::broadcast(c.scales[i]));
+        Lanes::store(s[i], w);
         sum = Lanes::add(sum, p);
         next = Lanes::max(Lanes::min(w, top), next);
-        top_row = Lanes::where_greater(w, top, Lanes::broadcast(float(i)), top_row);
+        row = Lanes::where_greater(w, top, Lanes::broadcast(float(i)), row);
         top = Lanes::max(w, top);
-        Lanes::store(s[i], w);
     }
     for (int64_t i = n; i % 4; i++) Lanes::store(s[i], Lanes::zero());
-    for (int h = 0; h < kTile; h++) c.correction[lane + h] = first ? 0.0f : exp_float(maxima[lane + h] - maximum[h]);
-    Lanes::store(sums + lane, first ? sum : Lanes::fma(Lanes::load(sums + lane), Lanes::load(c.correction + lane), sum));
-    Lanes::store(maxima + lane, largest), Lanes::store(c.top_row + lane, top_row), Lanes::store(second, next);
-    Lanes::store(c.top + lane, Lanes::where_greater(top, next, top, Lanes::zero()));  // two that are equal are bytes
-    for (int h = 0; h < kTile; h++) {
-        c.step[lane + h] = second[h] / float(Lanes::kMostWeight);
-        inverse[h] = second[h] > 1e-30f ? float(Lanes::kMostWeight) / second[h] : 0.0f;
+    const auto bytes_to = Lanes::mul(next, Lanes::broadcast(Lanes::kAlone));
+    const auto most = Lanes::max(Lanes::where_greater(top, bytes_to, next, top), Lanes::broadcast(1e-30f));
+    alignas(64) float inverse[kTile], alone_row[kTile];
+    Lanes::store(sums + lane, Lanes::add(Lanes::load(sums + lane), sum));
+    Lanes::store(c.step + lane, Lanes::mul(most, Lanes::broadcast(1.0f / float(Lanes::kMostWeight))));
+    Lanes::store(c.top + lane, top), Lanes::store(alone_row, row), Lanes::store(inverse, most);
+    for (float& v : inverse) v = float(Lanes::kMostWeight) / v;
+    c.alone[tile] = Lanes::greater(top, bytes_to);
+    for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
+        const int h = __builtin_ctz(heads);
+        c.top_row[lane + h] = int32_t(alone_row[h]);
+        s[c.top_row[lane + h]][h] = 0.0f;
     }
-    for (int64_t i = 0; i < n; i += 4) weight_bytes(s + i, second, inverse, c.weights + (tile * kQuads + i / 4) * kTile);
+    // The nearest integer stands in the last bits of 1.5 * 2^23 + v.
+    const auto byte = [&](int64_t i, int h) { return float_bits(s[i][h] * inverse[h] + 12582912.0f) - 0x4b400000u; };
+    int32_t* bytes = c.weights + tile * kQuads * kTile;
+    for (int64_t i = 0; i < n; i += 4, bytes += kTile)
+        for (int h = 0; h < kTile; h++) bytes[h] = int32_t(byte(i, h) + (byte(i + 1, h) << 8) + (byte(i + 2, h) << 16) + (byte(i + 3, h) << 24));
+    return steady;
+}
+
+void scale_down(const Mla& m, int64_t tile, const Chunk& c, float* out) {
+    for (int64_t h = tile * kTile; h < m.heads && h < (tile + 1) * kTile; h++) {
+        const auto correction = Lanes::broadcast(c.correction[h]);
+        for (float* o = out + h * m.r_padded; o < out + (h + 1) * m.r_padded; o += 16) Lanes::store(o, Lanes::mul(Lanes::load(o), correction));
+    }
 }
 
 // --- sums of rows
@@ -293,54 +355,72 @@ inline void load_quads(const Mla& m, const uint8_t* rows, int64_t n, int64_t col
     }
 }
 
-// out [H heads, 64 columns] = out * correction + weights x rows.
+// Four rows' bytes times the weights of H heads.
 template <int H>
-SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, const Chunk& c, float* out) {
+inline void value_quad(const int32_t* weights, const int8_t* rows, Lanes::I (*dots)[4]) {
+    Lanes::W values[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) values[j] = Lanes::load_bytes(rows + 64 * j);
+#pragma GCC unroll 4
+    for (int i = 0; i < H; i++) {
+        const auto weight = Lanes::broadcast_bytes(weights + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) dots[i][j] = Lanes::dot_bytes(dots[i][j], weight, values[j]);
+    }
+}
+
+// out [H heads, 64 columns] += weights x rows.
+template <int H>
+SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool first, const Chunk& c, float* out) {
     const int32_t* weights = c.weights + h / kTile * kQuads * kTile + h % kTile;
     Lanes::I dots[H][4];
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) dots[i][j] = Lanes::start(0);
-    for (int64_t quad = 0; quad < quads; quad++) {
-        const int8_t* rows = c.quads + quad * 4 * kSumColumns;
-        Lanes::W values[4];
+    const int8_t* rows = c.quads;
+    int64_t quad = 0;
+    for (; quad + 4 <= quads; quad += 4)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) values[j] = Lanes::load_bytes(rows + 64 * j);
-#pragma GCC unroll 4
-        for (int i = 0; i < H; i++) {
-            const auto weight = Lanes::broadcast_bytes(weights + quad * kTile + i);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) dots[i][j] = Lanes::dot_bytes(dots[i][j], weight, values[j]);
-        }
-    }
+        for (int i = 0; i < 4; i++) value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
+    for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++) {
-        const int64_t top_row = int64_t(c.top_row[h + i]);
-        const int8_t* top = c.quads + top_row / 4 * 4 * kSumColumns;
-        const auto correction = Lanes::broadcast(c.correction[h + i]), step = Lanes::broadcast(c.step[h + i]);
-        const auto largest = Lanes::broadcast(c.top[h + i]);
+        const auto step = Lanes::broadcast(c.step[h + i]);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             float* o = out + i * m.r_padded + 16 * j;
-            auto sum = Lanes::fma(Lanes::to_float(dots[i][j]), step, Lanes::mul(Lanes::load(o), correction));
-            Lanes::store(o, Lanes::fma(Lanes::pick_byte(top + 64 * j, int(top_row % 4)), largest, sum));
+            Lanes::store(o, Lanes::fma(Lanes::to_float(dots[i][j]), step, first ? Lanes::zero() : Lanes::load(o)));
         }
     }
 }
 
-// out [heads, Rp] = out * correction + weights x rows; meanwhile the rows from `next` to `last` come nearer.
-void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last, float* out) {
+// out [Rp] += weight * the latent integers of a row.
+void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
+    const int8_t* q = reinterpret_cast<const int8_t*>(row);
+    const auto times = Lanes::broadcast(weight);
+    int64_t i = 0;
+    for (; i + 16 <= m.r; i += 16) Lanes::store(out + i, Lanes::fma(Lanes::load_int8(q + i), times, Lanes::load(out + i)));
+    for (; i < m.r; i++) out[i] += weight * float(q[i]);
+}
+
+// out [heads, Rp] += weights x rows; meanwhile the rows from `next` to `last` come nearer.
+void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last, bool first, float* out) {
     const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4;
     const int64_t slice = (last - next) * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
         load_quads(m, rows, n, column, c.quads);
         for (int64_t h = 0; h < four; h += 4) {
-            for (const uint8_t* end = next + slice; next < end && next < last; next += 64) Lanes::prefetch_far(next);
-            value_block<4>(m, h, quads, c, out + h * m.r_padded + column);
+            for (const uint8_t* end = next + slice; next < end && next < last; next += 64) Lanes::prefetch(next);
+            value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
         }
-        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, c, out + h * m.r_padded + column);
+        for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);
     }
+    for (int64_t tile = 0; tile < m.tiles; tile++)
+        for (uint32_t heads = c.alone[tile]; heads; heads &= heads - 1) {
+            const int64_t h = tile * kTile + __builtin_ctz(heads);
+            if (h < m.heads) add_row(m, rows + c.top_row[h] * m.stride, c.top[h], out + h * m.r_padded);
+        }
 }
 
 // --- all of it
@@ -352,16 +432,19 @@ void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
     for (int64_t span = begin; span < end; span++) {
         float *maxima = m.span_max + span * padded, *sums = m.span_sum + span * padded;
         float* out = m.span_out + span * m.heads * m.r_padded;
-        memset(out, 0, size_t(m.heads * m.r_padded) * 4);
         const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
-        const int64_t stop = limit < m.context ? limit : m.context;
+        const int64_t stop = limit < m.context ? limit : m.context, floats = m.heads * m.r_padded;
         for (int64_t first = start; first < stop; first += kChunkRows) {
-            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows;
+            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows, chunk = (first - start) / kChunkRows;
             const uint8_t* rows = m.cache + first * m.stride;
+            // Another core may have been the last to read the next span's sums; getting them back for writing takes long.
+            for (int64_t i = floats * chunk / m.span_chunks; stop < m.context && i < floats * (chunk + 1) / m.span_chunks; i += 16)
+                Lanes::prefetch_write(out + floats + i);
             score_chunk(m, rows, n, c);
-            for (int64_t tile = 0; tile < m.tiles; tile++) softmax_tile(m, tile, rows, n, first == start, c, maxima, sums);
+            for (int64_t tile = 0; tile < m.tiles; tile++)
+                if (!softmax_tile(m, tile, n, first == start, c, maxima, sums)) scale_down(m, tile, c, out);
             const int64_t next = first + n, after = next + kChunkRows < m.context ? next + kChunkRows : m.context;
-            sum_values(m, rows, n, c, m.cache + next * m.stride, m.cache + after * m.stride, out);
+            sum_values(m, rows, n, c, m.cache + next * m.stride, m.cache + after * m.stride, first == start, out);
         }
     }
 }

@@ -57,11 +57,12 @@ struct Mla {
     int64_t tiles;        // of 16 heads
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
-    // Filled by mla_queries
-    float* q_mixed;  // [heads, R + P]
-    uint8_t* q_digits;  // [tiles, k / 4, 2 digits, 16 heads, 4 columns]
-    float* q_scale;  // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
-    // Per span: running maximum, sum and weighted sum of rows
+    // Filled by mla_queries and, the last, by mla_pack
+    float* q_mixed;     // [heads, R + P]
+    uint8_t* q_rows;    // [heads, 2 digits, k]
+    float* q_scale;     // [2, tiles * 16]: of the latent columns and of the rope columns, times `scale`
+    uint8_t* q_digits;  // [tiles, k / 4, 2 digits or 1, 16 heads, 4 columns]
+    // Per span: what probabilities are relative to, their sum and the weighted sum of rows
     float* span_max;  // [spans, tiles * 16]
     float* span_sum;  // [spans, tiles * 16]
     float* span_out;  // [spans, heads, r_padded]
@@ -89,7 +90,8 @@ struct Isa {
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
     void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y);
 
-    void (*mla_queries)(Mla& m, int64_t begin, int64_t end);                       // heads begin..end
+    void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
+    void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
     void (*mla_spans)(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch);  // spans begin..end
     void (*mla_merge)(const Mla& m, int64_t begin, int64_t end, float* out);        // heads begin..end
     size_t (*mla_scratch)(const Mla& m);

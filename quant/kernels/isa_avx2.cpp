@@ -37,6 +37,14 @@ struct Lanes {
     static F where_greater(F a, F b, F yes, F no) {
         return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)), _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
     }
+    static uint32_t greater(F a, F b) {  // a bit a lane
+        const auto bits = [](__m256 x, __m256 y) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ))); };
+        return bits(a.a, b.a) | bits(a.b, b.b) << 8;
+    }
+    static __m256 power_of_two(__m256 shifted) {
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(127 << 23)));
+    }
+    static F power_of_two(F shifted) { return {power_of_two(shifted.a), power_of_two(shifted.b)}; }  // 2^n of 1.5 * 2^23 + n
     static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
     static F load_half(const uint16_t* p) {
         const __m128i* h = reinterpret_cast<const __m128i*>(p);
@@ -86,11 +94,14 @@ struct Lanes {
         low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)), _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
-    static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+    static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }
+    static constexpr int kQueryDigit = 128;      // a query's digits are less
+    static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 2;     // rows that are scored together
     static constexpr int kMostWeight = 127;  // of a row's weight
+    static constexpr float kAlone = 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return {bytes(p), bytes(static_cast<const uint8_t*>(p) + 32)}; }
     static W broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;
@@ -102,11 +113,6 @@ struct Lanes {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
     }
     static I dot_bytes(I sum, W weight, W value) { return {dot_bytes(sum.a, weight.a, value.a), dot_bytes(sum.b, weight.b, value.b)}; }
-    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
-        const __m128i up = _mm_cvtsi32_si128(24 - 8 * i);
-        const auto one = [&](const int8_t* at) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(bytes(at), up), 24)); };
-        return {one(p), one(p + 32)};
-    }
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
         for (int i = 0; i < 64; i += 16) {

@@ -34,6 +34,10 @@ struct Lanes {
     static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN, min too
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F where_greater(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes); }
+    static uint32_t greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // a bit a lane
+    static F power_of_two(F shifted) {  // 2^n of 1.5 * 2^23 + n
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23), _mm512_set1_epi32(127 << 23)));
+    }
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     static F load_bf16(const uint16_t* p) {
@@ -70,11 +74,14 @@ struct Lanes {
         low = _mm512_shuffle_epi8(table, _mm512_and_si512(c, nibble));
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
-    static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+    static void prefetch_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
 
     static I add_bytes(I sum, const uint8_t* p) { return _mm512_add_epi32(sum, _mm512_loadu_si512(p)); }
+    static constexpr int kQueryDigit = 256;      // a query's digits are less
+    static constexpr bool kCoarse = true;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 8;     // rows that are scored together
     static constexpr int kMostWeight = 255;  // of a row's weight
+    static constexpr float kAlone = 2.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return _mm512_loadu_si512(p); }
     static W broadcast_bytes(const void* p) {  // 4 to each lane
         int32_t four;
@@ -85,10 +92,6 @@ struct Lanes {
     static I dot_bytes(I sum, W weight, W value) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(value));
         return sum;
-    }
-    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
-        const __m512i up = _mm512_sll_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(24 - 8 * i));
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(up, 24));
     }
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {

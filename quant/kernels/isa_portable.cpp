@@ -29,6 +29,20 @@ struct Lanes {
         for (int i = 0; i < 16; i++) no.v[i] = a.v[i] > b.v[i] ? yes.v[i] : no.v[i];
         return no;
     }
+    static uint32_t greater(const F& a, const F& b) {  // a bit a lane
+        uint32_t bits = 0;
+        for (int i = 0; i < 16; i++) bits |= uint32_t(a.v[i] > b.v[i]) << i;
+        return bits;
+    }
+    static F power_of_two(F shifted) {  // 2^n of 1.5 * 2^23 + n
+        for (float& v : shifted.v) {
+            uint32_t bits;
+            memcpy(&bits, &v, 4);
+            bits = (bits << 23) + (127u << 23);
+            memcpy(&v, &bits, 4);
+        }
+        return shifted;
+    }
     static F to_float(const I& a) { F r; for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]); return r; }
 
     static float half(uint16_t h) {
@@ -91,7 +105,7 @@ struct Lanes {
         for (int i = 0; i < 64; i++) high.v[i] = table.v[codes[i] >> 4], low.v[i] = table.v[codes[i] & 15];
     }
     static void prefetch(const void*) {}
-    static void prefetch_far(const void*) {}
+    static void prefetch_write(const void*) {}
 
     static I add_bytes(I sum, const uint8_t* p) {
         uint32_t words[16];
@@ -99,17 +113,15 @@ struct Lanes {
         for (int i = 0; i < 16; i++) sum.v[i] = int32_t(uint32_t(sum.v[i]) + words[i]);
         return sum;
     }
+    static constexpr int kQueryDigit = 128;      // a query's digits are less
+    static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 4;     // rows that are scored together
     static constexpr int kMostWeight = 127;  // of a row's weight
+    static constexpr float kAlone = 1.0f;  // a weight of more than this times the next one is no byte
     static W load_bytes(const void* p) { return weights(static_cast<const int8_t*>(p)); }
     static const int8_t* broadcast_bytes(const void* p) { return static_cast<const int8_t*>(p); }  // 4 to each lane
     static I dot_bytes(const I& sum, const W& a, const int8_t* b) { return dot(sum, a, b); }
     static I dot_bytes(const I& sum, const int8_t* a, const W& b) { return dot(sum, b, a); }
-    static F pick_byte(const int8_t* p, int i) {  // of each lane's 4
-        F r;
-        for (int lane = 0; lane < 16; lane++) r.v[lane] = float(p[4 * lane + i]);
-        return r;
-    }
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
         for (int i = 0; i < 64; i++) out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
