@@ -1,0 +1,52 @@
+"""What a longer context costs: ``python -m tools.depth_bench EXPORT [--depth N] [--against N]``.
+
+Decode after few and after many cached tokens, in turn in one process, since the speed of a shared machine changes between
+two runs of ``slotmoe bench``: the medians, and the median of the ratios pair by pair with their range.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import click
+import torch
+
+from offload.runtime import Runtime
+
+
+def seconds(runtime: Runtime, depth: int, ids: list[int]) -> float:
+    """One token, the first left out: it finds the cache's rows where filling them left them."""
+    step = runtime.start(depth)
+    step(ids[:1])
+    started = time.perf_counter()
+    for token in ids[1:]:
+        step([token])
+    return (time.perf_counter() - started) / (len(ids) - 1)
+
+
+@click.command()
+@click.argument("export")
+@click.option("--depth", type=int, default=8192, show_default=True, help="Tokens cached before the long turns.")
+@click.option("--against", type=int, default=128, show_default=True, help="Tokens cached before the short turns.")
+@click.option("--decode-tokens", type=int, default=9, show_default=True, help="Tokens of one turn.")
+@click.option("--repetitions", type=int, default=15, show_default=True, help="Turns of each.")
+@click.option("--threads", type=int, help="Threads (default: all cores).")
+def main(export: str, depth: int, against: int, decode_tokens: int, repetitions: int, threads: int | None) -> None:
+    """Print milliseconds a token at both depths and the speed at --depth over that at --against."""
+    ids = torch.randint(2, 1000, (decode_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
+        runtime.warm()
+        seconds(runtime, depth, ids), seconds(runtime, against, ids)
+        # Turns change, so that neither is always the one that follows the other's filling of the cache.
+        turns = [(against, depth) if number % 2 else (depth, against) for number in range(repetitions)]
+        pairs = [{each: seconds(runtime, each, ids) for each in turn} for turn in turns]
+    short, long = ([pair[each] for pair in pairs] for each in (against, depth))
+    ratios = [a / b for a, b in zip(short, long, strict=True)]
+    for each, times in ((against, short), (depth, long)):
+        print(f"after {each} tokens: {1e3 * statistics.median(times):.2f} ms a token ({1e3 * min(times):.2f}-{1e3 * max(times):.2f})")
+    print(f"speed after {depth} over that after {against}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
