@@ -11,9 +11,6 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -22,7 +19,6 @@ namespace slotmoe {
 namespace {
 
 constexpr int kPiecesPerThread = 4;
-constexpr size_t kPage = 4096, kLargePage = 2 << 20;
 constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the Python between two kernels of a busy decode step
 
 inline void relax() {
@@ -77,7 +73,7 @@ struct Pool {
     std::vector<std::thread> workers;
 
     void* buffer[kScratchSlots] = {};
-    size_t size[kScratchSlots] = {}, alignment[kScratchSlots] = {};
+    size_t size[kScratchSlots] = {};
 
     int threads() const { return int(workers.size()) + 1; }
 
@@ -212,17 +208,12 @@ void Job::run(PhaseFn fn, void* context, int64_t count) {
 
 void* Job::scratch_bytes(int slot, size_t bytes) {
     if (bytes > pool_->size[slot]) {
-        // What a token's weights leave of the caches of addresses is little, so that one look-up should serve much.
-        const size_t page = bytes < kLargePage / 4 ? kPage : kLargePage, size = (bytes + page - 1) / page * page;
-        if (pool_->buffer[slot]) ::operator delete(pool_->buffer[slot], std::align_val_t(pool_->alignment[slot]));
+        const size_t size = (bytes + 4095) / 4096 * 4096;
+        ::operator delete(pool_->buffer[slot], std::align_val_t(64));
         pool_->buffer[slot] = nullptr;
         pool_->size[slot] = 0;
-        pool_->alignment[slot] = page == kPage ? 64 : page;
-        pool_->buffer[slot] = ::operator new(size, std::align_val_t(pool_->alignment[slot]));
+        pool_->buffer[slot] = ::operator new(size, std::align_val_t(64));
         pool_->size[slot] = size;
-#if defined(__linux__)
-        if (page == kLargePage) madvise(pool_->buffer[slot], size, MADV_HUGEPAGE);
-#endif
     }
     return pool_->buffer[slot];
 }
