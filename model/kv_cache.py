@@ -18,7 +18,7 @@ class LatentCache:
     """Latents of one sequence: ``layers[l]`` is [S, X], of which the first ``length`` rows are valid.
 
     A row of X elements of ``dtype`` is the normed latent, R values, and the rotated key part that all heads share, P values.
-    ``empty(shape, dtype)`` makes their memory where it isn't to be just torch's on ``device``.
+    ``empty(shape, dtype)`` makes their memory; without it torch does, on ``device``.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ def page_aligned(count: int) -> Tensor:
 
 
 def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU in memory of its own, page-aligned and zero."""
+    """A zero tensor on the CPU in memory of its own, in large pages from 4 MiB on where the system has them."""
     return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 

@@ -16,7 +16,7 @@ from offload.runtime import Runtime
 
 
 def seconds(runtime: Runtime, depth: int, ids: list[int]) -> float:
-    """One token, the first left out: it finds the cache's rows where filling them left them."""
+    """Seconds of one token after ``depth`` cached ones; the first is left out, as it finds the rows where filling left them."""
     step = runtime.start(depth)
     step(ids[:1])
     started = time.perf_counter()
@@ -27,13 +27,15 @@ def seconds(runtime: Runtime, depth: int, ids: list[int]) -> float:
 
 @click.command()
 @click.argument("export")
-@click.option("--depth", type=int, default=8192, show_default=True, help="Tokens cached before the long turns.")
-@click.option("--against", type=int, default=128, show_default=True, help="Tokens cached before the short turns.")
-@click.option("--decode-tokens", type=int, default=9, show_default=True, help="Tokens of one turn.")
-@click.option("--repetitions", type=int, default=15, show_default=True, help="Turns of each.")
-@click.option("--threads", type=int, help="Threads (default: all cores).")
+@click.option("--depth", type=click.IntRange(1), default=8192, show_default=True, help="Tokens cached before the long turns.")
+@click.option("--against", type=click.IntRange(1), default=128, show_default=True, help="Tokens cached before the short turns.")
+@click.option("--decode-tokens", type=click.IntRange(2), default=9, show_default=True, help="Tokens of one turn; the first is not counted.")
+@click.option("--repetitions", type=click.IntRange(1), default=15, show_default=True, help="Turns of each.")
+@click.option("--threads", type=click.IntRange(1), help="Threads (default: all cores).")
 def main(export: str, depth: int, against: int, decode_tokens: int, repetitions: int, threads: int | None) -> None:
     """Print milliseconds a token at both depths and the speed at --depth over that at --against."""
+    if against >= depth:
+        raise click.UsageError(f"--against is {against}, expected less than --depth, which is {depth}")
     ids = torch.randint(2, 1000, (decode_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
         runtime.warm()
