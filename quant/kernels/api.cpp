@@ -15,6 +15,7 @@ using namespace slotmoe;
 
 namespace {
 
+constexpr int64_t kSumColumns = 256;   // of the experts' outputs, that a thread sums at least
 constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
 
 // --- instruction sets
@@ -337,14 +338,13 @@ EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records,
     if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         const Levels& fitted = levels_for(levels);
-        const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
-        const int threads = job.threads();
+        const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
+        const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
         ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
         double* x_factor = job.scratch<double>(kXFactor, 1);
         float* gate = job.scratch<float>(kGate, k * i);
         float* up = job.scratch<float>(kUp, k * i);
-        ActBlock* act = job.scratch<ActBlock>(kAct, threads * k * act_blocks);
-        double* act_factor = job.scratch<double>(kActFactor, threads * k);
+        ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
         float* outs = weights ? job.scratch<float>(kOuts, k * h) : y;
 
         isa.quantize_rows(x, h, 0, 1, 1, fitted.offset, x_blocks, x_factor);
@@ -359,18 +359,25 @@ EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records,
                 isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, rows);
             }
         });
-        bool quantized[kMaxThreads] = {};
-        job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t e = 0; e < k; e++) {
-                ActBlock* blocks = act + (thread * k + e) * act_blocks;
-                if (!quantized[thread])  // each thread all of them for itself: cheaper than another phase
-                    isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, act_factor + thread * k + e);
-                isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, act_factor + thread * k + e, 1, begin, end,
-                                outs + e * h, h);
+        // Expert by expert again, so that a thread reads long streams, and mostly activations that it has made itself.
+        struct {
+            int64_t expert = -1;  // whose activations the thread has quantized, cheaper than a phase for it
+            double factor;
+        } held[kMaxThreads];
+        job.parallel(k * out_tiles, [&](int thread, int64_t begin, int64_t end) {
+            for (int64_t e = begin / out_tiles; e * out_tiles < end; e++) {
+                const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
+                const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
+                ActBlock* blocks = act + thread * act_blocks;
+                if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, &held[thread].factor);
+                held[thread].expert = e;
+                isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, &held[thread].factor, 1, first, last, outs + e * h, h);
             }
-            quantized[thread] = true;
-            if (weights) isa.weighted_sum(outs, weights, k, h, begin * kTile, end * kTile < h ? end * kTile : h, y);
         });
+        if (weights)
+            job.parallel(up_to(h, kSumColumns), [&](int, int64_t begin, int64_t end) {
+                isa.weighted_sum(outs, weights, k, h, begin * kSumColumns, end * kSumColumns < h ? end * kSumColumns : h, y);
+            });
         return kOk;
     });
 }

@@ -31,6 +31,7 @@ struct Lanes {
     static F broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
     static F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
     static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+    static F div(F a, F b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
     static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
     static F max(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }  // b where either is NaN, min too
     static F min(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
@@ -125,14 +126,30 @@ struct Lanes {
         }
     }
 
-    static void sum_lanes(const F* v, float* out) {
+    static void store_int8(int8_t* p, F v) {  // integers within 8 bits
+        const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));  // 0-3, 8-11; 4-7, 12-15
+        const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+        const __m128i low = _mm256_castsi256_si128(ordered), high = _mm256_extracti128_si256(ordered, 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
+    }
+    // out[i] = all lanes of v[i], joined two and two, i < 16.
+    template <__m256 (*kJoin)(__m256, __m256)>
+    static __m256 neighbours(__m256 a, __m256 b) {
+        return kJoin(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    }
+    template <__m256 (*kJoin)(__m256, __m256)>
+    static void join_lanes(const F* v, float* out) {
         for (int i = 0; i < 16; i += 4) {
             __m256 s[4];
-            for (int j = 0; j < 4; j++) s[j] = _mm256_add_ps(v[i + j].a, v[i + j].b);
-            const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
-            _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+            for (int j = 0; j < 4; j++) s[j] = kJoin(v[i + j].a, v[i + j].b);
+            const __m256 t = neighbours<kJoin>(neighbours<kJoin>(s[0], s[1]), neighbours<kJoin>(s[2], s[3]));
+            _mm_storeu_ps(out + i, _mm256_castps256_ps128(kJoin(t, _mm256_permute2f128_ps(t, t, 1))));
         }
     }
+    static __m256 sum(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+    static __m256 larger(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+    static void sum_lanes(const F* v, float* out) { join_lanes<sum>(v, out); }
+    static void max_lanes(const F* v, float* out) { join_lanes<larger>(v, out); }
 };
 
 }  // namespace

@@ -30,6 +30,7 @@ struct Lanes {
     static F broadcast(float v) { return _mm512_set1_ps(v); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN, min too
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -107,19 +108,25 @@ struct Lanes {
         _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
     }
 
-    // out[i] = the sum of a[i]'s lanes, i < 16.
-    static void sum_lanes(const F* a, float* out) {
+    static void store_int8(int8_t* p, F v) {  // integers within 8 bits
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+    // out[i] = all lanes of a[i], joined two and two, i < 16.
+    template <F (*kJoin)(F, F)>
+    static void join_lanes(const F* a, float* out) {
         __m512 b[8], c[4];
         for (int i = 0; i < 8; i++)
-            b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+            b[i] = kJoin(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
         for (int i = 0; i < 4; i++)
-            c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-        const __m512 d = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
-        const __m512 e = _mm512_add_ps(_mm512_unpacklo_ps(c[2], c[3]), _mm512_unpackhi_ps(c[2], c[3]));
-        const __m512 f = _mm512_add_ps(_mm512_shuffle_ps(d, e, 0x44), _mm512_shuffle_ps(d, e, 0xee));  // lane 4L + m: a[4m + L]
+            c[i] = kJoin(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+        const __m512 d = kJoin(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
+        const __m512 e = kJoin(_mm512_unpacklo_ps(c[2], c[3]), _mm512_unpackhi_ps(c[2], c[3]));
+        const __m512 f = kJoin(_mm512_shuffle_ps(d, e, 0x44), _mm512_shuffle_ps(d, e, 0xee));  // lane 4L + m: a[4m + L]
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, f));
     }
+    static void sum_lanes(const F* a, float* out) { join_lanes<add>(a, out); }
+    static void max_lanes(const F* a, float* out) { join_lanes<max>(a, out); }
 };
 
 }  // namespace

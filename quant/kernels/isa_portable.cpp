@@ -22,6 +22,7 @@ struct Lanes {
     static F broadcast(float v) { F r; for (float& x : r.v) x = v; return r; }
     static F add(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
     static F mul(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
+    static F div(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] /= b.v[i]; return a; }
     static F fma(const F& a, const F& b, F c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
     static F max(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }  // b for NaN
     static F min(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
@@ -127,11 +128,19 @@ struct Lanes {
         for (int i = 0; i < 64; i++) out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
     }
 
+    static void store_int8(int8_t* p, const F& v) { for (int i = 0; i < 16; i++) p[i] = int8_t(v.v[i]); }  // integers within 8 bits
     static void sum_lanes(const F* v, float* out) {
         for (int i = 0; i < 16; i++) {
             float s = 0;
             for (int lane = 0; lane < 16; lane++) s += v[i].v[lane];
             out[i] = s;
+        }
+    }
+    static void max_lanes(const F* v, float* out) {
+        for (int i = 0; i < 16; i++) {
+            float m = v[i].v[0];
+            for (int lane = 1; lane < 16; lane++) m = m > v[i].v[lane] ? m : v[i].v[lane];
+            out[i] = m;
         }
     }
 };

@@ -18,7 +18,7 @@
 namespace slotmoe {
 namespace {
 
-constexpr int kPiecesPerThread = 4;
+constexpr int kSmallestPieces = 32;  // of a thread's share
 constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the Python between two kernels of a busy decode step
 
 inline void relax() {
@@ -82,8 +82,14 @@ struct Pool {
         for (int i = 0; i < n; i++) {
             const int range = (thread + i) % n;
             const int64_t end = count * (range + 1) / n;
-            for (int64_t begin; (begin = next[range].value.fetch_add(grain)) < end;)
-                fn(context, thread, begin, begin + grain < end ? begin + grain : end);
+            int64_t begin = next[range].value.load();
+            while (begin < end) {
+                // Half of what is left: long streams, and yet all threads are done at about the same time.
+                const int64_t half = (end - begin + 1) / 2, piece = half > grain ? half : end - begin < grain ? end - begin : grain;
+                if (!next[range].value.compare_exchange_weak(begin, begin + piece)) continue;
+                fn(context, thread, begin, begin + piece);
+                begin = next[range].value.load();
+            }
         }
     }
 
@@ -201,7 +207,7 @@ void Job::run(PhaseFn fn, void* context, int64_t count) {
     pool_->fn = fn;
     pool_->context = context;
     pool_->count = count;
-    const int64_t pieces = int64_t(pool_->threads()) * kPiecesPerThread;
+    const int64_t pieces = int64_t(pool_->threads()) * kSmallestPieces;
     pool_->grain = (count + pieces - 1) / pieces;
     pool_->run();
 }

@@ -5,6 +5,8 @@
 namespace slotmoe {
 namespace {
 
+using F = Lanes::F;
+
 inline uint32_t float_bits(float v) {
     uint32_t bits;
     memcpy(&bits, &v, 4);
@@ -36,27 +38,40 @@ inline uint32_t max_bits(const float* x, int64_t n) {
     return top;
 }
 
-// q, scale and bias of 64 columns; v is normalized, |v| < 2.
-inline void quantize_block(const float* v, float offset, ActBlock& out) {
-    for (int j = 0; j < kXScales; j++) {
-        const float* part = v + j * kXBlock;
-        int8_t* q = out.q + j * kXBlock;
-        const uint32_t top = max_bits(part, kXBlock);
-        // 2^-100 of the row's largest value: nothing that a float sum could see
-        const float largest = top < 0x0d800000 ? 0.0f : bits_float(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
-        for (int i = 0; i < kXBlock; i++) {
-            const int32_t r = int32_t(round_even(part[i] * inverse));
-            q[i] = int8_t(r);
-            sum += r;
-        }
-        out.scale[j] = largest / 127.0f;
-        out.bias[j] = int32_t(round_even(offset * float(sum))) - Lanes::kWeightOffset * sum;
+constexpr int kPartsAtOnce = 16;  // parts of kXBlock columns
+
+// q, scale and bias of `count` <= 4 blocks, the first at `out`, one `t` after the other; v is normalized, |v| < 2.
+inline void quantize_blocks(const float* v, int64_t count, float offset, ActBlock* out, int64_t t) {
+    F parts[kPartsAtOnce];
+    alignas(64) float largest[kPartsAtOnce], inverse[kPartsAtOnce], scale[kPartsAtOnce], sums[kPartsAtOnce];
+    alignas(64) int32_t bias[kPartsAtOnce];
+    for (int i = 0; i < kPartsAtOnce; i++) {
+        const F part = Lanes::load(v + i * kXBlock);
+        parts[i] = Lanes::max(part, Lanes::mul(part, Lanes::broadcast(-1.0f)));
+    }
+    Lanes::max_lanes(parts, largest);
+    const F zero = Lanes::zero(), most = Lanes::broadcast(127.0f);
+    const F least = Lanes::broadcast(0x1p-100f);  // below it nothing that a float sum could see
+    const F top = Lanes::where_greater(least, Lanes::load(largest), zero, Lanes::load(largest));
+    Lanes::store(scale, Lanes::div(top, most));
+    Lanes::store(inverse, Lanes::where_greater(top, zero, Lanes::div(most, top), zero));
+    const F shift = Lanes::broadcast(12582912.0f), back = Lanes::broadcast(-12582912.0f);  // as in round_even
+    alignas(64) int8_t q[kPartsAtOnce * kXBlock];
+    for (int i = 0; i < kPartsAtOnce; i++) {
+        const F scaled = Lanes::mul(Lanes::load(v + i * kXBlock), Lanes::broadcast(inverse[i]));
+        parts[i] = Lanes::add(Lanes::add(scaled, shift), back);
+        Lanes::store_int8(q + i * kXBlock, parts[i]);
+    }
+    Lanes::sum_lanes(parts, sums);
+    for (int i = 0; i < kPartsAtOnce; i++) bias[i] = int32_t(round_even(offset * sums[i])) - Lanes::kWeightOffset * int32_t(sums[i]);
+    for (int64_t b = 0; b < count; b++, out += t) {
+        memcpy(out->q, q + b * kBlock, sizeof out->q);
+        memcpy(out->scale, scale + b * kXScales, sizeof out->scale);
+        memcpy(out->bias, bias + b * kXScales, sizeof out->bias);
     }
 }
 
 void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks, double* factor) {
-    const int64_t count = (k + kBlock - 1) / kBlock;
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
         const uint32_t top = max_bits(in, k);
@@ -71,13 +86,14 @@ void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_
         double back = finite ? 1.0 : double(bits_float(0x7fc00000));
         for (int i = 0; i < (e < 0 ? -e : e); i++) back *= e < 0 ? 0.5 : 2.0;
         factor[row] = back;
-        for (int64_t b = 0; b < count; b++) {
-            float v[kBlock];
-            const int64_t n = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
-            if (n < kBlock || !finite) memset(v, 0, sizeof v);
+        constexpr int kColumns = kPartsAtOnce * kXBlock;
+        for (int64_t b = 0, column = 0; column < k; b += kColumns / kBlock, column += kColumns) {
+            alignas(64) float v[kColumns];
+            const int64_t n = k - column < kColumns ? k - column : kColumns;
+            if (n < kColumns || !finite) memset(v, 0, sizeof v);
             if (finite)
-                for (int64_t i = 0; i < n; i++) v[i] = in[b * kBlock + i] * first * second;
-            quantize_block(v, offset, blocks[b * t + row]);
+                for (int64_t i = 0; i < n; i++) v[i] = in[column + i] * first * second;
+            quantize_blocks(v, (n + kBlock - 1) / kBlock, offset, blocks + b * t + row, t);
         }
     }
 }
