@@ -1,8 +1,11 @@
 """Measure the native kernels beside what bounds them: `python -m tools.kernel_bench [--json]`.
 
 A shared machine's bandwidth moves by half within seconds, so every timing of a kernel that streams its weights from memory
-is paired with a plain read of the same bytes just before it, and the ratio is the median over pairs. Kernels that compute
-(many tokens, attention) are given as multiply-adds a second and, for comparison between machines, bytes of weights or cache.
+is paired with a plain read of the same bytes just before it, and the ratio is the median over pairs. Weights lie in large
+pages, as the runtime has them. Each of the two is run once untimed before it is timed: which core read a line last makes the
+first pass slower where the cores have a third-level cache each, and the two deal the lines to the threads differently.
+Kernels that compute (many tokens, attention) are given as multiply-adds a second and, for comparison between machines, bytes
+of weights or cache.
 
 Shapes are V2-Lite's: H = 2048, I = 1408, k = 6 experts; 16 heads over a latent of 512 + 64; context 8192.
 """
@@ -20,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from offload.memory import in_large_pages, page_aligned
 from quant import kernels as qk
 from quant import nf4
 from quant.sizes import absmax_shape, codes_shape, latent_bytes
@@ -40,10 +44,11 @@ def seconds(action: Callable[[], object]) -> float:
 
 def streaming(native: qk.Kernels, name: str, memory: Tensor, used: int, action: Callable[[], object], rounds: int) -> Row:
     """`action` reads `used` bytes spread over all of `memory` (uint8 [n]) once."""
-    action()
     pairs = []
     for _ in range(rounds):
+        native.read(memory)
         read = seconds(lambda: native.read(memory))
+        action()
         pairs.append((memory.numel() / read, used / seconds(action)))
     return {
         "kernel": name,
@@ -69,8 +74,7 @@ def records(count: int) -> tuple[Tensor, list[Tensor], int]:
     """-> the memory, `count` page-aligned random expert records in it, bytes of one."""
     size = qk.record_bytes(HIDDEN, INTERMEDIATE)
     step = -(-size // 4096) * 4096
-    memory = torch.empty(count * step + 64, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % 64 :][: count * step]
+    memory = page_aligned(count * step)
     shapes = [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
     codes = sum(math.prod(codes_shape(*shape)) for shape in shapes)
     first = memory[:step]
@@ -105,7 +109,7 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
     n = 8192
     x, many = torch.randn(1, HIDDEN), torch.randn(512, HIDDEN)
     macs = 512 * HIDDEN * n
-    packed = torch.randint(-127, 128, (working_set // (n * HIDDEN), n // 16, HIDDEN // 64, 1024), dtype=torch.int8)
+    packed = in_large_pages((working_set // (n * HIDDEN), n // 16, HIDDEN // 64, 1024), torch.int8).random_(-127, 128)
     scale = torch.rand(n)
 
     def int8() -> None:
@@ -119,7 +123,7 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
     ]
 
     codes = packed.view(torch.uint8).view(-1, *codes_shape(n, HIDDEN))  # any bytes are codes
-    absmax = torch.rand((len(codes), *absmax_shape(n, HIDDEN))).half()
+    absmax = in_large_pages((len(codes), *absmax_shape(n, HIDDEN)), torch.float16).uniform_()
 
     def coded() -> None:
         for c, a in zip(codes, absmax, strict=True):
@@ -136,7 +140,7 @@ def attention(native: qk.Kernels, rounds: int) -> list[Row]:
     """One token over as many layers' caches as outgrow the processor's; seconds are for one layer."""
     rows = []
     for heads, context in ((HEADS, 128), (HEADS, 1024), (HEADS, 8192), (128, 8192)):
-        layers = torch.empty((27 * 1024 // context + 1, context, latent_bytes(LATENT, ROPE)), dtype=torch.uint8)
+        layers = in_large_pages((27 * 1024 // context + 1, context, latent_bytes(LATENT, ROPE)), torch.uint8)
         for cache in layers:
             native.store_latents(torch.randn(context, LATENT + ROPE), LATENT, cache)
         q = torch.randn(1, heads, LATENT + ROPE)

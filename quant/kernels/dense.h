@@ -60,37 +60,48 @@ void linear_dense(const float* x, int64_t t, int64_t k, const void* w, Source ty
     if (type == Source::bf16) dense_rows<LoadBf16>(x, t, k, static_cast<const uint16_t*>(w), begin, end, y, ldy);
 }
 
-constexpr int64_t kRowsAhead = 12;
-constexpr int kSums = 16;  // vectors of sums that stay in registers while all rows pass
+constexpr int kSums = 16;            // vectors of sums that stay in registers
+constexpr int64_t kRowsAtOnce = 16;  // whose columns pass in turn, so that memory is read from end to end
+constexpr int64_t kAhead = 6144;     // bytes
+
+// What comes kAhead bytes after row i of a head's n: `gap` bytes lie between these and the next head's.
+inline const int8_t* ahead(const int8_t* row, int64_t i, int64_t n, int64_t r, int64_t gap) {
+    return row + kAhead + ((n - i) * r > kAhead ? 0 : gap);
+}
 
 // out[h] = sum over n < N of q[h][n] * scale[row] * w[row], head h of `Tokens` tokens, which stand ldx and ldo floats apart.
 template <int Tokens>
-inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r, float* out, int64_t ldo) {
+inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r, int64_t gap, float* out,
+                              int64_t ldo) {
     constexpr int kVectors = kSums / Tokens, kColumns = kVectors * 16;
-    int64_t column = 0;
-    for (; column + kColumns <= r; column += kColumns) {
-        F sums[Tokens][kVectors];
+    const int64_t whole = r / kColumns * kColumns;
+    for (int64_t first = 0; first == 0 || first < n; first += kRowsAtOnce)
+        for (int64_t column = 0; column < whole; column += kColumns) {
+            F sums[Tokens][kVectors];
 #pragma GCC unroll 16
-        for (int j = 0; j < kSums; j++) sums[j / kVectors][j % kVectors] = Lanes::zero();
-        for (int64_t i = 0; i < n; i++) {
-            const int8_t* p = rows + i * r + column;
-            F a[Tokens];
-#pragma GCC unroll 4
-            for (int token = 0; token < Tokens; token++) a[token] = Lanes::broadcast(x[token * ldx + i] * scale[i]);
-#pragma GCC unroll 4
-            for (int line = 0; line < kColumns; line += 64) Lanes::prefetch(p + kRowsAhead * r + line);
-#pragma GCC unroll 16
-            for (int j = 0; j < kVectors; j++) {
-                const F w = Lanes::load_int8(p + 16 * j);
-#pragma GCC unroll 4
-                for (int token = 0; token < Tokens; token++) sums[token][j] = Lanes::fma(a[token], w, sums[token][j]);
+            for (int j = 0; j < kSums; j++) {
+                const float* sum = out + j / kVectors * ldo + column + j % kVectors * 16;
+                sums[j / kVectors][j % kVectors] = first ? Lanes::load(sum) : Lanes::zero();
             }
-        }
+            for (int64_t i = first; i < n && i < first + kRowsAtOnce; i++) {
+                const int8_t *p = rows + i * r + column, *later = ahead(p, i, n, r, gap);
+                F a[Tokens];
+#pragma GCC unroll 4
+                for (int token = 0; token < Tokens; token++) a[token] = Lanes::broadcast(x[token * ldx + i] * scale[i]);
+#pragma GCC unroll 4
+                for (int line = 0; line < kColumns; line += 64) Lanes::prefetch(later + line);
 #pragma GCC unroll 16
-        for (int j = 0; j < kSums; j++) Lanes::store(out + j / kVectors * ldo + column + j % kVectors * 16, sums[j / kVectors][j % kVectors]);
-    }
+                for (int j = 0; j < kVectors; j++) {
+                    const F w = Lanes::load_int8(p + 16 * j);
+#pragma GCC unroll 4
+                    for (int token = 0; token < Tokens; token++) sums[token][j] = Lanes::fma(a[token], w, sums[token][j]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int j = 0; j < kSums; j++) Lanes::store(out + j / kVectors * ldo + column + j % kVectors * 16, sums[j / kVectors][j % kVectors]);
+        }
     for (int token = 0; token < Tokens; token++)
-        for (int64_t c = column; c < r; c++) {
+        for (int64_t c = whole; c < r; c++) {
             F sum = Lanes::zero();  // rounded as the vectors above, so that a column does not depend on how many tokens there are
             alignas(64) int8_t bytes[16] = {};
             alignas(64) float lanes[16];
@@ -105,18 +116,21 @@ inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, c
 
 // out[v] = scale[v] * (latent . w[v]), one head's value rows for `Tokens` tokens, which stand ldx and ldo floats apart.
 template <int Tokens>
-inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values, int64_t r, float* out, int64_t ldo) {
+inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values, int64_t r, int64_t gap,
+                              float* out, int64_t ldo) {
     const int64_t whole = r / 64 * 64;
     for (int64_t first = 0; first < values; first += 16) {  // 16 rows, whose lanes are summed together
         const int64_t count = values - first < 16 ? values - first : 16;
         F parts[Tokens][16];
         alignas(64) float totals[16];
         for (int64_t v = 0; v < 16; v++) {
-            const int8_t* p = rows + (first + (v < count ? v : 0)) * r;
+            const int64_t row = first + (v < count ? v : 0);
+            const int8_t *p = rows + row * r, *later = ahead(p, row, values, r, gap);
             F sums[Tokens][4];
 #pragma GCC unroll 16
             for (int i = 0; i < 4 * Tokens; i++) sums[i / 4][i % 4] = Lanes::zero();
-            for (int64_t j = 0; j < whole; j += 64)
+            for (int64_t j = 0; j < whole; j += 64) {
+                Lanes::prefetch(later + j);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) {
                     const F w = Lanes::load_int8(p + j + 16 * i);
@@ -124,6 +138,7 @@ inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, c
                     for (int token = 0; token < Tokens; token++)
                         sums[token][i] = Lanes::fma(Lanes::load(x + token * ldx + j + 16 * i), w, sums[token][i]);
                 }
+            }
 #pragma GCC unroll 4
             for (int token = 0; token < Tokens; token++)
                 parts[token][v] = Lanes::add(Lanes::add(sums[token][0], sums[token][1]), Lanes::add(sums[token][2], sums[token][3]));
@@ -158,7 +173,7 @@ void absorb_query(const float* q, int64_t ldq, int64_t t, int64_t heads, const i
     for (int64_t h = begin; h < end; h++)
         by_tokens(t, [&](auto count, int64_t token) {
             const int64_t at = token * heads + h, row = h * per_head;
-            absorb_query_head<decltype(count)::value>(q + at * ldq, heads * ldq, w + row * r, scale + row, n, r, out + at * ldo, heads * ldo);
+            absorb_query_head<decltype(count)::value>(q + at * ldq, heads * ldq, w + row * r, scale + row, n, r, (per_head - n) * r, out + at * ldo, heads * ldo);
         });
 }
 
@@ -168,7 +183,7 @@ void absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* w
     for (int64_t h = begin; h < end; h++)
         by_tokens(t, [&](auto count, int64_t token) {
             const int64_t at = token * heads + h, row = h * per_head + n;
-            absorb_value_head<decltype(count)::value>(latent + at * r, heads * r, w + row * r, scale + row, values, r, out + at * values,
+            absorb_value_head<decltype(count)::value>(latent + at * r, heads * r, w + row * r, scale + row, values, r, n * r, out + at * values,
                                                       heads * values);
         });
 }
