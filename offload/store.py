@@ -282,6 +282,7 @@ class Slots:
         else:
             slab = card.empty((total, record_bytes), torch.uint8)
         self._source, self._table, self.cache = source, Table(cache, slab), cache
+        self._records = slab.unbind()  # made once: a decode step takes six a layer
         self.transit, self._reserve, self._card = transit, reserve, card
         self._coming: OrderedDict[int, Read] = OrderedDict()  # keys in transit slots, oldest first
         self._leaving: list[tuple[Read, int]] = []  # given up, but a piece is still arriving in the slot
@@ -329,7 +330,7 @@ class Slots:
 
     def record(self, key: int) -> Tensor:
         """The record of ``key``, which is cached or whose read is done: uint8 [record_bytes] on the device."""
-        return self._table.slab[self._table.slot_of[key]]
+        return self._records[self._table.slot_of[key]]
 
     def advance(self, tokens: int) -> None:
         """A forward pass over more tokens begins.  What an interrupted one has left in transit is given up; the cache takes
