@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 It may have an attribute ``on_device``.  While that is true, a call with one token asks nothing of the host: it reads the
 indices on the device alone, where every expert is, and its work may be recorded once and repeated without calling it again.
+It may have a method ``here()``, which says where the experts are, as ``Ops.decoder`` takes it, or None while it wants to be called
+for every layer; then ``used(layer, indices_NK)`` tells it what the gates of N MoE layers from ``layer`` on have chosen instead.
 """
 
 OnDevice = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -85,6 +87,17 @@ class Ops(Protocol):
     def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor] | None:
         """What ``route`` gives, of ``groups`` groups (1: no groups); ``factor`` None renormalises.  None if these ops have no
         kernel for it."""
+
+    def decoder(
+        self, fused: Sequence[Any], groups: int, kept: int, top_k: int, factor: float | None, intermediate: int
+    ) -> Callable[..., tuple[int, Tensor, Tensor, Tensor, Tensor]] | None:
+        """All layers of one token in one call, as far as their experts are there, or None if these ops have no such kernel.
+
+        The result takes ``(first, h_1D, table_1C, layers_LSX, position, *here)`` and goes through the layers from ``first`` on.  It
+        returns the layer that it could not finish, or their number; ``h_1D`` as it is there, behind the attention; ``x_1D`` and
+        ``weights_1K`` for the experts of that layer; and the choices of all gates on the way, ``indices_NK``.  ``fused`` are the
+        layers as ``fuse`` gave them, the others are ``route``'s and the experts' intermediate size.
+        """
 
 
 class FusedLayer(Protocol):
@@ -206,7 +219,9 @@ class DeepseekV2:
             (config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim),
         )
         self.fused = [ops.fuse(layer, sizes, c.rms_norm_eps, _LATENT_EPS, c.softmax_scale) for layer in self.layers]
-        self._step = ops.step(self._on_device) if all(fused is not None for fused in self.fused) else None
+        whole = all(fused is not None for fused in self.fused)
+        self._step = ops.step(self._on_device) if whole else None
+        self._decode = ops.decoder(self.fused, *self._gate(), config.moe_intermediate_size) if whole else None
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
         self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
         self.lap: Callable[[str], None] = unwatched
@@ -247,7 +262,10 @@ class DeepseekV2:
         h_TD = self.ops.embed(ids_T, self.embed_tokens)
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
         self.lap("rest")
-        for index, (layer, fused) in enumerate(zip(self.layers, self.fused, strict=True)):
+        done = 0
+        if self._decode is not None and len(ids_T) == 1 and self.lap is unwatched:
+            done, h_TD = self._ahead(h_TD, table_TC, caches[0])
+        for index, (layer, fused) in enumerate(zip(self.layers[done:], self.fused[done:], strict=True), done):
             if fused is not None and each == 1 and (len(caches) == 1 or fused.together):
                 rows, positions = [cache.extend(index, 1) for cache in caches], [cache.length for cache in caches]
                 h_TD = self._one_token_each(index, fused, h_TD, table_TC, rows, positions)
@@ -293,11 +311,30 @@ class DeepseekV2:
         self.lap("shared experts and dense layers")
         return h_TD
 
-    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _ahead(self, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> tuple[int, Tensor]:
+        """Layers of one token in as few calls as they find their experts: how many are done, and the residual stream."""
+        done, experts = 0, cast(Any, self.experts)
+        assert self._decode is not None
+        while done < len(self.layers) and hasattr(experts, "here") and (here := experts.here()) is not None:
+            cache.extend(done, 1)
+            index, h_1D, x_1D, weights_1K, indices_NK = self._decode(done, h_1D, table_1C, cache.layers, cache.length, *here)
+            missing = index < len(self.layers)
+            experts.used(done, indices_NK[:-1] if missing else indices_NK)
+            if missing:
+                fused = self.fused[index]
+                assert fused is not None
+                h_1D = fused.end(h_1D, x_1D, experts(index, x_1D, weights_1K, indices_NK[-1:]))
+            done = index + missing
+        return done, h_1D
+
+    def _gate(self) -> tuple[int, int, int, float | None]:
+        """Groups, kept groups, experts a token and factor of the gates, as ``Ops.route`` takes them."""
         c = self.config
         groups, kept = (c.n_group, c.topk_group) if c.topk_method == "group_limited_greedy" else (1, 1)
-        factor = None if c.norm_topk_prob and c.num_experts_per_tok > 1 else c.routed_scaling_factor
-        return self.ops.route(logits_TE, groups, kept, c.num_experts_per_tok, factor) or route(logits_TE, c)
+        return groups, kept, c.num_experts_per_tok, None if c.norm_topk_prob and c.num_experts_per_tok > 1 else c.routed_scaling_factor
+
+    def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.route(logits_TE, *self._gate()) or route(logits_TE, self.config)
 
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:

@@ -116,7 +116,6 @@ class CardExperts(OffloadedExperts):
         self._placed, self._card, self._host, self.misses = slots, card, host, misses
         self._top_k, self._fetched, self._computed = top_k, 0, 0
         self._compute_seconds = 0.0
-        self._interrupted = False
 
     @property
     def on_device(self) -> bool:
@@ -125,12 +124,10 @@ class CardExperts(OffloadedExperts):
         return self._placed.complete and self.trace is None and self.profiler is None
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
-        if self._interrupted:
-            self._placed.rebuild()
+        super().begin(tokens, embedding_D, hidden_D)
         alone = tokens == 1 and self.on_device
         self._cache.hits += alone * len(self._rows) * self._top_k
         self._interrupted = not alone  # what is not called changes nothing either
-        super().begin(tokens, embedding_D, hidden_D)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
@@ -144,8 +141,7 @@ class CardExperts(OffloadedExperts):
             self._read_warm()
         if self._prefetcher is not None:
             self._prefetcher.computing()
-        if row == len(self._rows) - 1:
-            self._interrupted = False
+        self._done(row)
         self.lap("cache and prefetch")
         return y_TD
 

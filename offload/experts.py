@@ -69,6 +69,7 @@ class OffloadedExperts:
         self._warm = list(reversed(warm))
         self._token_scores_LE: Tensor | None = None
         self._met = 0  # missing experts whose read had begun when the gate asked
+        self._interrupted = False  # while a step is under way, and after one that did not end
         self.trace: TraceWriter | None = None
         self.profiler: Profiler | None = None
         self.lap: Callable[[str], None] = unwatched
@@ -81,6 +82,9 @@ class OffloadedExperts:
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
         """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
         (float32 [D]) let the guesser name the experts of all layers at once."""
+        if self._interrupted:
+            self._slots.rebuild()
+        self._interrupted = True
         self._slots.advance(tokens)
         prefetcher = self._prefetcher
         if prefetcher is None:
@@ -111,8 +115,29 @@ class OffloadedExperts:
             self._read_warm()
         if self._prefetcher is not None:
             self._prefetcher.computing()
+        self._done(row)
         self.lap("cache and prefetch")
         return y_TD
+
+    def here(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the experts are, for a call that goes through several layers of one token: the slab, the slots int32 [R, E]
+        (negative: not cached) and the levels.  None while each layer is wanted: to be watched, or to read ahead between two."""
+        if self.trace is not None or self.profiler is not None or self._prefetcher is not None or self._warm:
+            return None
+        return self._slots.slab, self._slots.table_LE, self._levels
+
+    def used(self, layer: int, indices_NK: Tensor) -> None:
+        """Such a call has used experts of N MoE layers from ``layer`` on, all of them cached."""
+        row = sum(one < layer for one in self._rows)
+        for experts in indices_NK.tolist():
+            for key in self._keys(row, experts):
+                self._cache.use(key)
+            row += 1
+        self._done(row - 1)
+
+    def _done(self, row: int) -> None:
+        if row == len(self._rows) - 1:
+            self._interrupted = False
 
     def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
         """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is done."""

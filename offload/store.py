@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import count
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -273,6 +274,8 @@ class Slots:
     """Expert slots of the fast tier, [cache.slots + transit, record_bytes] in RAM or on ``card``; ``reserve`` of the transit
     slots are for demands alone, at least as many as one token's experts of a layer.
 
+    ``table_LE``, int32 [layers, E] on the device, says which slot a cached expert is in, and -1 of the others.
+
     In RAM a large slab grows: it begins with a few slots, and a thread gets the pages of the others (``Touching``)."""
 
     def __init__(self, source: Source, cache: Cache, transit: int, reserve: int, record_bytes: int, card: Card | None = None):
@@ -283,6 +286,8 @@ class Slots:
             slab = card.empty((total, record_bytes), torch.uint8)
         self._source, self._table, self.cache = source, Table(cache, slab), cache
         self._records = slab.unbind()  # made once: a decode step takes six a layer
+        self._slots = np.full((cache.layers, cache.experts), -1, np.int32)
+        self.table_LE = torch.from_numpy(self._slots)
         self.transit, self._reserve, self._card = transit, reserve, card
         self._coming: OrderedDict[int, Read] = OrderedDict()  # keys in transit slots, oldest first
         self._leaving: list[tuple[Read, int]] = []  # given up, but a piece is still arriving in the slot
@@ -393,6 +398,16 @@ class Slots:
 
     def _entered(self, key: int, leaving: int | None) -> None:
         """``key`` is cached now, in place of ``leaving``."""
+        if leaving is not None:
+            self._slots.flat[leaving] = -1
+        self._slots.flat[key] = self._table.slot_of[key]
+
+    def rebuild(self) -> None:
+        """Make the table what it has to be: a step that was interrupted may have changed only one of the two."""
+        self._slots.fill(-1)
+        for key, slot in self._table.slot_of.items():
+            if key in self.cache:
+                self._slots.flat[key] = slot
 
     def drop(self, key: int) -> None:
         """Give up a key in transit, arrived or not; nothing happens if it is not there."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from quant import int8, kernels, nf4
 from quant.export import PROJECTIONS, RecordLayout
 from quant.int8 import Int8Weight
-from quant.kernels import AttentionLayer, Kernels, Matrix, Mlp, PackedInt8
+from quant.kernels import AttentionLayer, Decoded, Decoder, Kernels, Matrix, Mlp, PackedInt8, Router
 from quant.nf4 import Nf4Weight
 from quant.sizes import TILE, latent_bytes
 from slotmoe import ConfigError
@@ -260,6 +261,10 @@ class TorchOps:
         """No kernel: the network's own gate serves."""
         return None
 
+    def decoder(self, fused: Sequence[Any], groups: int, kept: int, top_k: int, factor: float | None, intermediate: int) -> Any:
+        """No kernel: the network goes layer by layer."""
+        return None
+
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         """One token through its k experts and their weighted sum in the order given: float32 [D].
 
@@ -335,7 +340,7 @@ def _mlp(*weights: Weight) -> Mlp | None:
 
 
 class FusedLayer:
-    """One token of each sequence through a layer in few native calls, the weights checked and bound once.
+    """One token of each sequence through a layer in few native calls, ``attention`` and ``mlp`` being its weights, checked and bound.
 
     Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so fewer and larger calls are
     faster.  Each gives bitwise what the single ops give.
@@ -344,18 +349,18 @@ class FusedLayer:
     together = True
 
     def __init__(self, native: Kernels, attention: AttentionLayer, mlp: Mlp | None):
-        self._native, self._attention, self._mlp = native, attention, mlp
+        self._native, self.attention, self.mlp = native, attention, mlp
 
     def begin(
         self, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See ``model.deepseek_v2.FusedLayer``."""
-        return self._native.attention(self._attention, h_TD, table_TC, rows, positions)
+        return self._native.attention(self.attention, h_TD, table_TC, rows, positions)
 
     def end(self, h_TD: Tensor, x_TD: Tensor, y_TD: Tensor | None) -> Tensor:
         """See ``model.deepseek_v2.FusedLayer``."""
-        if self._mlp is not None:
-            return self._native.mlp(x_TD, self._mlp, h_TD, y_TD)
+        if self.mlp is not None:
+            return self._native.mlp(x_TD, self.mlp, h_TD, y_TD)
         return h_TD if y_TD is None else h_TD + y_TD
 
 
@@ -459,6 +464,15 @@ class NativeOps(TorchOps):
             scale=scale,
         )
         return FusedLayer(self._native, attention, mlp)
+
+    def route(self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None) -> tuple[Tensor, Tensor]:
+        return self._native.route(logits_TE.contiguous(), Router(groups, kept, top_k, factor))
+
+    def decoder(
+        self, fused: Sequence[FusedLayer], groups: int, kept: int, top_k: int, factor: float | None, intermediate: int
+    ) -> Callable[..., Decoded]:
+        layers = [(layer.attention, layer.mlp) for layer in fused]
+        return partial(self._native.decode, Decoder(layers, Router(groups, kept, top_k, factor), intermediate))
 
     def experts(self, x_D: Tensor, records: list[Tensor], weights_K: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
         return self._native.experts_decode(x_D.contiguous(), records, weights_K, layout.moe_intermediate_size, levels)

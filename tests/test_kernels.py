@@ -1095,3 +1095,137 @@ def test_bad_layers_are_refused(kernels):
     for case in cases:
         with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused"):
             case()
+
+
+# --- a router, and all layers in one call
+
+
+@quick
+@given(st.integers(0, 5), st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 3), (8, 8)]), st.integers(1, 20), st.booleans(), st.data())
+def test_route(kernels, t, groups, each, renormalize, data):
+    """The network's own gate is the oracle where no scores are equal; among equals the lower index comes first."""
+    (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
+    experts, top_k = count * each, data.draw(st.integers(1, kept * each))
+    logits = torch_of(np.round(rng.standard_normal((t, experts)) * data.draw(st.sampled_from([1, 4, 4000]))))
+    logits *= data.draw(st.sampled_from([1, 1e-3]))
+    weights, indices = kernels.route(logits, qk.Router(count, kept, top_k, None if renormalize else 1.5))
+    scores = logits.double().softmax(-1).float()
+    best = scores.view(t, count, each).amax(-1).sort(descending=True, stable=True).indices[:, :kept]
+    mask = torch.zeros(t, count, dtype=torch.bool).scatter_(1, best, True).repeat_interleave(each, 1)
+    want, order = scores.masked_fill(~mask, 0).sort(descending=True, stable=True)
+    want, order = want[:, :top_k], order[:, :top_k]
+    torch.testing.assert_close(
+        weights, (want / want.double().sum(-1, keepdim=True) if renormalize else want * 1.5).float(), rtol=1e-6, atol=1e-30
+    )
+    assert torch.equal(indices, order)
+
+
+def test_route_of_what_is_not_finite(kernels):
+    logits = torch.randn(3, 12)
+    logits[0, 7], logits[1, 0] = float("nan"), float("inf")
+    for router in (qk.Router(1, 1, 5, 1.0), qk.Router(4, 2, 5, None)):
+        weights, indices = kernels.route(logits, router)
+        assert weights[:2].isnan().all() and weights[2].isfinite().all()
+        assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 for row in indices.tolist())
+    for bad in (
+        qk.Router(5, 1, 2, 1.0),
+        qk.Router(4, 5, 2, 1.0),
+        qk.Router(4, 0, 2, 1.0),
+        qk.Router(1, 1, 13, 1.0),
+        qk.Router(1, 1, 0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="don't fit"):
+            kernels.route(logits, bad)
+
+
+class RandomModel:
+    """A few layers, dense, with experts, with shared ones or without, to go through in one call or in several."""
+
+    def __init__(self, kernels, rng, hidden, width, experts, top_k):
+        self.kernels, self.width = kernels, width
+        self.router, self.layers = qk.Router(2, 1, top_k, 1.3), []
+        for count, has_mlp in ((0, True), (experts, True), (experts, False), (0, False), (experts, True)):
+            layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
+            kind = ["int8", "nf4"][int(rng.integers(2))]
+            parts = [AnyMatrix(kernels, rng, kind, *shape).fused for shape in [(width, hidden), (width, hidden), (hidden, width)]]
+            self.layers.append((layer.prepared(), qk.Mlp(*parts) if has_mlp else None))
+        self.slab = slab_of([random_expert(rng, hidden, width)[1] for _ in range(3 * experts)])
+        self.slots = torch.from_numpy(rng.permutation(3 * experts).astype(np.int32)).view(3, experts)
+        self.decoder = qk.Decoder(self.layers, self.router, width)
+
+    def start(self, rng, position):
+        """A token's residual stream and rotations, and caches with `position` rows in a larger buffer."""
+        size = latent_bytes(20, 4)
+        caches = torch.full((5, 90, size + 5), 0xFF, dtype=torch.uint8)[..., :size]
+        for cache in caches:
+            self.kernels.store_latents(torch_of(rng.standard_normal((position, 24))), 20, cache[:position])
+        table = torch.polar(torch.ones(1, 2), torch_of(rng.uniform(-9, 9, (1, 2))))
+        return torch_of(rng.standard_normal((1, self.decoder.hidden))), table, caches
+
+    def before_experts(self, index, h, table, caches, position):
+        h, x, logits = self.kernels.attention(self.layers[index][0], h, table, [caches[index]], [position])
+        return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
+
+    def after(self, index, row, h, x, weights, indices):
+        y, mlp = None, self.layers[index][1]
+        if weights is not None:
+            records = [self.slab[slot] for slot in self.slots[row][indices[0]].tolist()]
+            y = self.kernels.experts_decode(x[0], records, weights[0], self.width, levels_tensor)[None]
+        if mlp is not None:
+            return self.kernels.mlp(x, mlp, h, y)
+        return h if y is None else h + y
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 100), st.integers(1, 60), st.integers(1, 3), st.floats(0, 1), st.integers(0, 80), st.integers(1, 3), seeds)
+def test_decode_is_bitwise_its_parts(kernels, hidden, width, top_k, present, position, threads, seed):
+    """Also where it has to stop at experts that are nowhere, and goes on behind them."""
+    rng = np.random.default_rng(seed)
+    kernels.set_threads(threads)
+    model = RandomModel(kernels, rng, hidden, width, 6, top_k)
+    h, table, caches = model.start(rng, position)
+    others, want, rows = caches._base.clone()[..., : caches.shape[2]], h, [0, 0, 1, 2, 2]
+    slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) > present), -1)
+    at, asked = 0, 0
+    while at < 5:
+        got = kernels.decode(model.decoder, at, h, table, caches, position, model.slab, slots, levels_tensor)
+        asked += len(got.indices)
+        choices = []
+        for index in range(at, 5):
+            want, x, weights, indices = model.before_experts(index, want, table, others, position)
+            choices += [] if indices is None else indices.tolist()
+            if index == got.layer:
+                break
+            assert weights is None or (slots[rows[index]][indices] >= 0).all()
+            want = model.after(index, rows[index], want, x, weights, indices)
+        assert torch.equal(got.h, want) and got.indices.tolist() == choices
+        if got.layer < 5:
+            assert (slots[rows[index]][indices] < 0).any()
+            assert same([got.x, got.weights], [x, weights])
+            want = model.after(index, rows[index], want, x, weights, indices)
+        h, at = want, got.layer + 1
+    assert asked == 3
+    assert torch.equal(caches._base, others._base)
+
+
+def test_decode_refuses(kernels):
+    rng = np.random.default_rng(17)
+    model = RandomModel(kernels, rng, 64, 32, 6, 2)
+    h, table, caches = model.start(rng, 3)
+    good = [model.decoder, 0, h, table, caches, 3, model.slab, model.slots, levels_tensor]
+    kernels.decode(*good)
+    odd = torch.zeros(model.slab.numel() + 1, dtype=torch.uint8)[1:].view(model.slab.shape)
+    wide = torch.zeros(len(model.slab), model.slab.shape[1] + 8, dtype=torch.uint8)
+    changes = [(1, 5), (1, -1), (2, h[:, 1:]), (2, h.double()), (3, table[:, 1:]), (4, caches[1:]), (4, caches[0]), (4, caches[..., 1:])]
+    changes += [(5, -1), (5, 90), (6, model.slab[:, :64].contiguous()), (6, odd), (6, wide), (7, model.slots[1:]), (7, model.slots.long())]
+    changes += [(7, model.slots + 18), (8, levels_tensor[1:]), (8, levels_tensor * float("nan"))]
+    for place, bad in changes:
+        with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
+            kernels.decode(*good[:place], bad, *good[place + 1 :])
+    layer, mlp = model.layers[1]
+    smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
+    for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
+        with pytest.raises(ValueError, match=r"no layers|different"):
+            qk.Decoder(layers, model.router, 32)
+    with pytest.raises(ValueError, match="don't fit"):
+        qk.Decoder([(layer, mlp)], qk.Router(1, 1, 7, 1.0), 32)

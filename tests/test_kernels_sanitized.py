@@ -27,7 +27,10 @@ DRIVER = r"""
 
 using slotmoe::Attention;
 using slotmoe::latent_bytes;
+using slotmoe::Layer;
 using slotmoe::Matrix;
+using slotmoe::Model;
+using slotmoe::Router;
 
 extern "C" {
 int slotmoe_isa_count();
@@ -57,6 +60,9 @@ int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uin
                       float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
+int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_decode(const Model*, int64_t, const float*, const float*, uint8_t*, int64_t, int64_t, int64_t, const int32_t*, const uint8_t*,
+                   int64_t, int64_t, const float*, float*, float*, float*, int64_t*, int64_t*, double*);
 int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
@@ -152,6 +158,35 @@ static void mlp(int64_t t, int64_t h, int64_t i) {
     }
 }
 
+// Two such layers in one call: their last row and the slab's last record have no slack. Then with no expert anywhere.
+static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h, const float* table) {
+    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i), apart = (record + 63) / 64 * 64;
+    Array<uint8_t> slab((count - 1) * apart + record);
+    for (int64_t slot = 0; slot < count; slot++)
+        halves(reinterpret_cast<uint16_t*>(slab + slot * apart + record / 544 * 512), record / 544 * 16);
+    Weights in(Matrix::int8, i, hidden), down(Matrix::int8, hidden, i);
+    const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
+    const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
+    const Model model{2, hidden, experts, i, layers, Router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5}};
+    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1, each = rows * stride;
+    Array<uint8_t> caches(each + (rows - 1) * stride + size);
+    Floats latents(rows * (a.r + a.p)), levels(16), y(hidden), x(hidden), weights(top_k);
+    for (int64_t l = 0; l < 2; l++) check(slotmoe_store_latents(latents, rows, a.r, a.p, caches + l * each, stride));
+    Array<int32_t> slots(2 * experts);
+    Array<int64_t> indices(2 * top_k);
+    double seconds[4] = {};
+    for (int64_t expected : {2, 0}) {
+        for (int64_t at = 0; at < 2 * experts; at++) slots[at] = expected ? int32_t(at % count) : -1;
+        int64_t reached = -1;
+        check(slotmoe_decode(&model, 0, h, table, caches, each, stride, rows - 1, slots, slab, count, apart, levels, y, x, weights, indices,
+                             &reached, seconds));
+        if (reached != expected) check(int(10 + reached));
+    }
+    Floats logits(3 * experts), several(3 * top_k);
+    Array<int64_t> chosen(3 * top_k);
+    check(slotmoe_route(&model.router, logits, 3, experts, several, chosen));
+}
+
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its last, which has no slack.
 static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r, int64_t v, int64_t q_rank,
                   int64_t experts) {
@@ -171,6 +206,7 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
     for (int64_t tokens : {1, 3}) check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
     check(slotmoe_rotate(many, tables, 3, heads, p, turned));
+    if (experts) decode(a, hidden, experts, h, table);
 }
 
 static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {

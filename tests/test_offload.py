@@ -9,6 +9,7 @@ import torch
 
 from offload.plan import parse_size
 from offload.runtime import Runtime
+from offload.store import Slots
 from offload.trace import read_trace
 from slotmoe import ConfigError, PlanError
 from tests.tiny import SAMPLE
@@ -180,29 +181,58 @@ def test_interrupted_answer_is_kept(reusing):
 
 @pytest.mark.parametrize("moment", [1, 4, 7])
 def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
-    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the others still hold."""
+    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the others still hold.  Decode
+    with native kernels goes through all layers in one call; there it is the end of a pass."""
     runtime, same = reusing
     list(runtime.generate(IDS, 20))
-    original, calls = type(runtime._experts).__call__, 0
+    calls = 0
 
-    def interrupted(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == moment:
-            raise KeyboardInterrupt
-        return original(*arguments)
+    def interrupting(original):
+        def interrupted(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise KeyboardInterrupt
+            return original(*arguments)
 
-    monkeypatch.setattr(type(runtime._experts), "__call__", interrupted)
+        return interrupted
+
+    for name in {"__call__", "used"} & set(dir(type(runtime._experts))):
+        monkeypatch.setattr(type(runtime._experts), name, interrupting(getattr(type(runtime._experts), name)))
     other = [*IDS[:30], 77, *IDS[31:50]]
     with pytest.raises(KeyboardInterrupt):
         list(runtime.generate(other, 1))
     found, count = next_logits(runtime, IDS)
     assert (count, same(found, IDS)) == (30, True)
-    calls = -7  # the first pass is whole, the second one makes the answer's second token
+    calls = -7  # the first pass is whole, a later one makes the answer's second token, or the one number moment + 1
     with pytest.raises(KeyboardInterrupt):
-        list(runtime.generate(IDS, 5))
+        list(runtime.generate(IDS, 20))
     found, count = next_logits(runtime, IDS)
     assert (count, same(found, IDS)) == (1, True)
+
+
+@pytest.mark.parametrize("moment", [5, 50])
+def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monkeypatch, moment):
+    """Ctrl-C when the cache has let an expert go and the table of slots still names it."""
+    with Runtime.open(sample_export, context=256, slots=200, prefetch=False) as runtime:
+
+        def logits():
+            step = runtime.start()
+            return torch.cat([step([token]) for token in range(50, 250)])
+
+        want, original, calls = logits(), Slots._entered, 0
+
+        def interrupted(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise KeyboardInterrupt
+            original(*arguments)
+
+        monkeypatch.setattr(Slots, "_entered", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            logits()
+        assert torch.equal(logits(), want)
 
 
 def test_measurements_leave_nothing_to_reuse(sample_export):

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ from torch import Tensor
 from quant.nf4 import LEVELS
 from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape, latent_bytes, nf4_bytes
 
-__all__ = ["AttentionLayer", "Kernels", "Matrix", "Mlp", "PackedInt8", "load", "record_bytes"]
+__all__ = ["AttentionLayer", "Decoder", "Kernels", "Matrix", "Mlp", "PackedInt8", "Router", "load", "record_bytes"]
 
-ABI = 5
+ABI = 6
+_PARTS = ("attention", "route", "experts_decode", "mlp")  # that `decode` tells the seconds of
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -103,6 +105,44 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input_norm", "query_norm", "latent_norm", "next_norm")),
         *((name, _Matrix) for name in ("query", "query_b", "latent", "out", "gate")),
         *((name, ctypes.c_void_p) for name in ("kv_b", "kv_b_scale")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of quant/kernels/api.h."""
+
+    _fields_ = [("attention", ctypes.c_void_p), ("mlp", ctypes.c_void_p)]
+
+
+class Router(ctypes.Structure):
+    """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part, and of their experts `top_k`;
+    weights are probabilities times `factor`, or add up to 1 if `renormalize`.  `Router` of quant/kernels/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("groups", "kept", "top_k", "renormalize")),
+        ("factor", ctypes.c_double),
+    ]
+    groups: int
+    kept: int
+    top_k: int
+
+    def __init__(self, groups: int, kept: int, top_k: int, factor: float | None) -> None:
+        """`factor` None renormalizes."""
+        super().__init__(groups, kept, top_k, factor is None, 0.0 if factor is None else factor)
+
+    def check(self, experts: int) -> None:
+        """Raise `ValueError` unless it can choose among so many experts."""
+        if self.groups < 1 or experts % self.groups or not 1 <= self.kept <= self.groups or not 1 <= self.top_k <= experts:
+            raise ValueError(f"{self.kept} of {self.groups} groups and top {self.top_k} don't fit {experts} experts")
+
+
+class _Model(ctypes.Structure):
+    """`Model` of quant/kernels/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "hidden", "experts", "intermediate")),
+        ("layer", ctypes.c_void_p),
+        ("router", Router),
     ]
 
 
@@ -219,12 +259,53 @@ class AttentionLayer:
         self.address = ctypes.addressof(self._native)
 
 
+class Decoder:
+    """All layers of a model for one token at a time, checked once: an `AttentionLayer` each, and an `Mlp` (shared experts or a
+    dense one) or None.  Layers that have a router send x through experts of size `intermediate`."""
+
+    def __init__(self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router, intermediate: int) -> None:
+        if not layers:
+            raise ValueError("there are no layers")
+        attention, mlps = [layer for layer, _ in layers], [mlp for _, mlp in layers]
+        self.hidden, self.row_bytes, self.pairs = attention[0].hidden, attention[0].row_bytes, attention[0].pairs
+        self.experts = max(layer.experts for layer in attention)
+        self.routed = [layer.experts > 0 for layer in attention]
+        for layer, mlp in layers:
+            if (layer.hidden, layer.row_bytes, layer.pairs) != (self.hidden, self.row_bytes, self.pairs):
+                raise ValueError("the layers have different sizes")
+            if layer.experts not in (0, self.experts) or (mlp is not None and mlp.hidden != self.hidden):
+                raise ValueError("the layers have different numbers of experts, or an MLP of another size")
+        if self.experts:
+            router.check(self.experts)
+        _count("intermediate", intermediate)
+        self.record_bytes, self.top_k = record_bytes(self.hidden, intermediate), router.top_k
+        each = (_Layer * len(layers))()
+        for one, (layer, mlp) in zip(each, layers, strict=True):
+            one.attention, one.mlp = layer.address, mlp and ctypes.addressof(mlp.native)
+        self._memory = attention, mlps, each
+        self._native = _Model(len(layers), self.hidden, self.experts, intermediate, ctypes.addressof(each), router)
+        self.address = ctypes.addressof(self._native)
+
+
+class Decoded(NamedTuple):
+    """What `Kernels.decode` has done: every layer before `layer`, and of that one all up to its experts, which are not all there.
+    `h` float32 [1, H] is the residual stream; before the experts, with `x` [1, H] their input, and `weights` [1, k].  `indices`
+    int64 [n, k] are the choices of the routers that were asked, this layer's the last."""
+
+    layer: int
+    h: Tensor
+    x: Tensor
+    weights: Tensor
+    indices: Tensor
+
+
 class Kernels:
     """The native kernels.  Methods allocate their results, may be called from several threads (jobs queue), release the
     GIL while they run, and raise ValueError for bad arguments before anything is read."""
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
+        self._timed: dict[str, float] | None = None  # seconds by name, while `timing` is open
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         signatures = {
             "linear_nf4": [pointer, size, size, size, pointer, pointer, pointer, pointer],
@@ -242,6 +323,8 @@ class Kernels:
             "absorb_value": [pointer, size, size, pointer, pointer, size, size, size, pointer],
             "rotate": [pointer, pointer, size, size, size, pointer],
             "attention": [pointer, size, pointer, pointer, pointer, size, pointer, pointer, pointer, pointer],
+            "route": [pointer, pointer, size, size, pointer, pointer],
+            "decode": [pointer, size, *[pointer] * 3, size, size, size, pointer, pointer, size, size, *[pointer] * 7],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
             "nf4_error": [pointer, number, size, size, pointer, pointer, pointer, pointer],
@@ -287,10 +370,13 @@ class Kernels:
             return call
 
         for name, function in plain.items():
-            setattr(self._lib, f"slotmoe_{name}", timed(name, function))
+            if name != "decode":  # which tells its parts
+                setattr(self._lib, f"slotmoe_{name}", timed(name, function))
+        self._timed = seconds
         try:
             yield seconds
         finally:
+            self._timed = None
             for name, function in plain.items():
                 setattr(self._lib, f"slotmoe_{name}", function)
 
@@ -543,6 +629,69 @@ class Kernels:
         outputs = y.data_ptr(), x.data_ptr(), None if logits is None else logits.data_ptr()
         self._done(self._lib.slotmoe_attention(*inputs, *outputs))
         return y, x, logits
+
+    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+        """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and of equals the lower index."""
+        _check("logits", logits, torch.float32, ndim=2)
+        t, experts = logits.shape
+        router.check(experts)
+        weights, indices = logits.new_empty((t, router.top_k)), torch.empty((t, router.top_k), dtype=torch.int64)
+        pointers = ctypes.byref(router), logits.data_ptr(), t, experts, weights.data_ptr(), indices.data_ptr()
+        self._done(self._lib.slotmoe_route(*pointers))
+        return weights, indices
+
+    def decode(
+        self,
+        model: Decoder,
+        first: int,
+        h: Tensor,
+        table: Tensor,
+        caches: Tensor,
+        position: int,
+        slab: Tensor,
+        slots: Tensor,
+        levels: Tensor,
+    ) -> Decoded:
+        """One token through the layers from `first` on, up to one whose experts are not all there: h float32 [1, H].
+
+        `table` complex64 [1, P / 2] is its position's rotations; its latent rows are written at `position` of `caches`, uint8
+        [layers, capacity, latent_bytes(R, P)].  `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >=
+        record_bytes], coded by `levels`, float32 [16]) an expert's record is in, negative if none.  Bitwise what `attention`,
+        `route`, `experts_decode` and `mlp` give layer by layer.
+        """
+        layers = len(model.routed)
+        if not 0 <= first < layers:
+            raise ValueError(f"first is {first}, expected one of {layers} layers")
+        _check("h", h, torch.float32, (1, model.hidden))
+        _check("table", table, torch.complex64, (1, model.pairs))
+        if table.is_conj():
+            raise ValueError("table must be resolved, not conjugated lazily")
+        if caches.dim() != 3 or len(caches) != layers:
+            raise ValueError(f"caches have shape {tuple(caches.shape)}, expected those of {layers} layers")
+        stride = _rows(caches[0], model.row_bytes)
+        if not 0 <= position < caches.shape[1]:
+            raise ValueError(f"position is {position}, expected one of the cache's {caches.shape[1]} rows")
+        _check("slab", slab, torch.uint8, ndim=2)
+        size, apart = slab.shape
+        if size:
+            _record(slab[0], model.record_bytes)
+        if apart % 64:
+            raise ValueError(f"records stand {apart} bytes apart, expected a multiple of 64")
+        rows = sum(model.routed)
+        _check("slots", slots, torch.int32, (rows, model.experts))
+        _check("levels", levels, torch.float32, (16,))
+        y, x, weights = torch.empty_like(h), torch.empty_like(h), torch.empty((1, model.top_k))
+        indices = torch.empty((rows, model.top_k), dtype=torch.int64)
+        reached, parts = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
+        inputs = h.data_ptr(), table.data_ptr(), caches.data_ptr(), caches.stride(0), stride, position
+        experts = slots.data_ptr(), slab.data_ptr(), size, apart, levels.data_ptr()
+        outputs = (one.data_ptr() for one in (y, x, weights, indices))
+        self._done(self._lib.slotmoe_decode(model.address, first, *inputs, *experts, *outputs, ctypes.byref(reached), parts))
+        if self._timed is not None:
+            for name, seconds in zip(_PARTS, parts, strict=True):
+                self._timed[name] = self._timed.get(name, 0.0) + seconds
+        before, layer = sum(model.routed[:first]), reached.value
+        return Decoded(layer, y, x, weights, indices[before : sum(model.routed[: layer + 1])])
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
         """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32

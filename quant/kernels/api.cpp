@@ -141,7 +141,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 5; }
+EXPORT int slotmoe_abi() { return 6; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -263,7 +263,7 @@ struct Added {
 };
 
 template <class Tiles>
-int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added, float* y, Tiles tiles) {
+void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added, float* y, Tiles tiles) {
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
@@ -296,33 +296,34 @@ int mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int
                     y[at] = added.residual[at] + (added.others ? added.others[at] + y[at] : y[at]);
         });
     }
-    return kOk;
-}
-
-int mlp_nf4(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, const Nf4Matrix* w, const float* levels, Added added,
-            float* y) {
-    const Levels& fitted = levels_for(levels);
-    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
-        isa.nf4_tiles(w[which], fitted, b, f, rows, begin, end, o, ld);
-    };
-    return mlp_rows(job, isa, x, t, h, i, fitted.offset, added, y, tiles);
 }
 
 }  // namespace
 
-// w: gate [i, h], up [i, h], down [h, i], all int8 or all NF4 with the same levels. residual and others may be null: see `Added`.
-EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
+// Gate [i, h], up [i, h], down [h, i], all int8 or all NF4 with the same levels.
+void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
     const int64_t h = w[0].k, i = w[0].n;
+    if (w[0].kind == Matrix::nf4) {
+        const Nf4Matrix coded[3] = {w[0].as_nf4(), w[1].as_nf4(), w[2].as_nf4()};
+        const Levels& fitted = levels_for(w[0].levels);
+        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
+            isa.nf4_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld);
+        };
+        return mlp_rows(job, isa, x, t, h, i, fitted.offset, {residual, others}, y, tiles);
+    }
+    const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
+    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
+        isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld);
+    };
+    mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
+}
+
+// residual and others may be null: see `Added`.
+EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
     if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        if (w[0].kind == Matrix::nf4) {
-            const Nf4Matrix coded[3] = {w[0].as_nf4(), w[1].as_nf4(), w[2].as_nf4()};
-            return mlp_nf4(job, isa, x, t, h, i, coded, w[0].levels, {residual, others}, y);
-        }
-        const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
-        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o,
-                               int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
-        return mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
+        mlp(job, isa, x, t, w, residual, others, y);
+        return kOk;
     });
 }
 
@@ -332,52 +333,58 @@ EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
     return (2 * up_to(i, kTile) * up_to(h, kBlock) + up_to(h, kTile) * up_to(i, kBlock)) * (512 + 2 * kTile);
 }
 
-// One token through k experts. With weights: y [h] = their sum in the given order. Without: y [k, h], each expert's output.
+// With weights: y [h] = the experts' sum in the given order. Without: y [k, h], each expert's output.
+void slotmoe::experts_of_one(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
+                             int64_t i, const float* levels, float* y) {
+    const Levels& fitted = levels_for(levels);
+    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
+    const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
+    ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
+    double* x_factor = job.scratch<double>(kXFactor, 1);
+    float* gate = job.scratch<float>(kGate, k * i);
+    float* up = job.scratch<float>(kUp, k * i);
+    ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
+    float* outs = weights ? job.scratch<float>(kOuts, k * h) : y;
+
+    isa.quantize_rows(x, h, 0, 1, 1, fitted.offset, x_blocks, x_factor);
+    job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
+        for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
+            const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
+            const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
+            const Expert expert = expert_at(records[e], h, i);
+            isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, 1, first, last, gate + e * i, i);
+            isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, 1, first, last, up + e * i, i);
+            const int64_t row = first * kTile, rows = (last * kTile < i ? last * kTile : i) - row;
+            isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, rows);
+        }
+    });
+    // Expert by expert again, so that a thread reads long streams, and mostly activations that it has made itself.
+    struct {
+        int64_t expert = -1;  // whose activations the thread has quantized, cheaper than a phase for it
+        double factor;
+    } held[kMaxThreads];
+    job.parallel(k * out_tiles, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t e = begin / out_tiles; e * out_tiles < end; e++) {
+            const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
+            const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
+            ActBlock* blocks = act + thread * act_blocks;
+            if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, &held[thread].factor);
+            held[thread].expert = e;
+            isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, &held[thread].factor, 1, first, last, outs + e * h, h);
+        }
+    });
+    if (weights)
+        job.parallel(up_to(h, kSumColumns), [&](int, int64_t begin, int64_t end) {
+            isa.weighted_sum(outs, weights, k, h, begin * kSumColumns, end * kSumColumns < h ? end * kSumColumns : h, y);
+        });
+}
+
+// One token through k experts.
 EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
                                   int64_t i, const float* levels, float* y) {
     if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Levels& fitted = levels_for(levels);
-        const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
-        const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
-        ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
-        double* x_factor = job.scratch<double>(kXFactor, 1);
-        float* gate = job.scratch<float>(kGate, k * i);
-        float* up = job.scratch<float>(kUp, k * i);
-        ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
-        float* outs = weights ? job.scratch<float>(kOuts, k * h) : y;
-
-        isa.quantize_rows(x, h, 0, 1, 1, fitted.offset, x_blocks, x_factor);
-        job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
-            for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
-                const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
-                const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
-                const Expert expert = expert_at(records[e], h, i);
-                isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, 1, first, last, gate + e * i, i);
-                isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, 1, first, last, up + e * i, i);
-                const int64_t row = first * kTile, rows = (last * kTile < i ? last * kTile : i) - row;
-                isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, rows);
-            }
-        });
-        // Expert by expert again, so that a thread reads long streams, and mostly activations that it has made itself.
-        struct {
-            int64_t expert = -1;  // whose activations the thread has quantized, cheaper than a phase for it
-            double factor;
-        } held[kMaxThreads];
-        job.parallel(k * out_tiles, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t e = begin / out_tiles; e * out_tiles < end; e++) {
-                const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
-                const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
-                ActBlock* blocks = act + thread * act_blocks;
-                if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, &held[thread].factor);
-                held[thread].expert = e;
-                isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, &held[thread].factor, 1, first, last, outs + e * h, h);
-            }
-        });
-        if (weights)
-            job.parallel(up_to(h, kSumColumns), [&](int, int64_t begin, int64_t end) {
-                isa.weighted_sum(outs, weights, k, h, begin * kSumColumns, end * kSumColumns < h ? end * kSumColumns : h, y);
-            });
+        experts_of_one(job, isa, x, records, k, weights, h, i, levels, y);
         return kOk;
     });
 }

@@ -18,7 +18,7 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kMlas, kSlotCount };
+            kMlas, kScores, kLogits, kStreams, kRecords, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -60,7 +60,36 @@ struct Attention {
     Matrix gate;                         // of the router; n is 0 in a layer without one
     const int8_t* kv_b;
     const float* kv_b_scale;
+
+    bool valid(int64_t stride) const;  // with cache rows of `stride` bytes
 };
+
+// What becomes of the logits of a router.
+struct Router {
+    int64_t groups, kept, top_k;  // of groups of experts, the best `kept` take part
+    int64_t renormalize;          // weights add up to 1; else each is a probability times `factor`
+    double factor;
+
+    bool valid(int64_t e) const { return groups >= 1 && e >= groups && e % groups == 0 && kept >= 1 && kept <= groups && top_k >= 1 && top_k <= e; }
+};
+
+struct Layer {
+    const Attention* attention;
+    const Matrix* mlp;  // gate, up, down of the dense MLP or the shared experts; null if there are none
+};
+
+struct Model {
+    int64_t layers, hidden, experts, intermediate;  // the last two are of the routed experts
+    const Layer* layer;
+    Router router;
+};
+
+// What entries of other files are made of. No argument is checked here.
+void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
+               int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
+void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y);
+void experts_of_one(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
+                    int64_t i, const float* levels, float* y);
 
 // Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them.
 class Product {

@@ -135,99 +135,108 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t
 
 // --- all of it
 
+bool Attention::valid(int64_t stride) const {
+    if (heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || stride < latent_bytes(r, p)) return false;
+    if (!query.valid() || !latent.valid() || !out.valid() || (query_norm && !query_b.valid())) return false;
+    return !gate.n || gate.valid();
+}
+
+void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
+                        int64_t stride, const int64_t* positions, float* y, float* x, float* logits) {
+    const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
+    const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; token++) isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
+        });
+    };
+    const int64_t q_columns = heads * (n + p);
+    float* q = job.scratch<float>(kQuery, t * q_columns);
+    float* q_in = a.query_norm ? job.scratch<float>(kQueryLatent, t * a.query.n) : q;
+    float* rows = job.scratch<float>(kRow, t * width);
+    norm(h, a.input_norm, hidden, a.eps, x);
+    const Product query(job, isa, a.query, x, t, q_in), latent(job, isa, a.latent, x, t, rows, kAct, kActFactor);
+    job.parallel(query.tiles() + latent.tiles(), [&](int, int64_t begin, int64_t end) {
+        const int64_t split = query.tiles();
+        if (begin < split) query.run(begin, end < split ? end : split);
+        if (end > split) latent.run(begin > split ? begin - split : 0, end - split);
+    });
+    if (a.query_norm) {
+        norm(q_in, a.query_norm, a.query.n, a.latent_eps, q_in);
+        const Product query_b(job, isa, a.query_b, q_in, t, q);
+        job.parallel(query_b.tiles(), [&](int, int64_t begin, int64_t end) { query_b.run(begin, end); });
+    }
+
+    float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
+    Mla* mlas = job.scratch<Mla>(kMlas, t);
+    int64_t spans = 0;
+    for (int64_t token = 0; token < t; token++) {
+        mlas[token] = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a.scale);
+        mlas[token].q = q_full + token * heads * width;
+        spans += mla_span_count(mlas[token]);
+    }
+    const int64_t bytes = mla_buffers(mlas[0], nullptr), each = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
+    uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
+    for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
+    float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
+    float* values = job.scratch<float>(kValues, t * heads * v);
+
+    job.parallel(t, [&](int, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            float* row = rows + token * width;
+            isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
+            rotate(row + r, table + token * p, p / 2, row + r);
+            isa.store_latent(row, r, p, caches[token] + positions[token] * stride);
+        }
+    });
+    job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+        isa.absorb_query(q, n + p, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, q_full, width);
+        for (int64_t token = 0; token < t; token++) {
+            for (int64_t head = begin; head < end; head++)
+                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
+            isa.mla_queries(mlas[token], begin, end);
+        }
+    });
+    const int64_t tiles = mlas[0].tiles;
+    job.parallel(t * tiles, [&](int, int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
+    });
+    job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t token = 0, first = 0; token < t && first < end; token++) {
+            const int64_t count = mla_span_count(mlas[token]);
+            const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
+            if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * each);
+            first += count;
+        }
+    });
+    job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t token = 0; token < t; token++) isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
+        isa.absorb_value(latent_out, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, values);
+    });
+    const Product out(job, isa, a.out, values, t, y);
+    job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
+        out.run(begin, end);
+        for (int64_t token = 0; token < t; token++)
+            for (int64_t i = begin * kTile; i < (end * kTile < hidden ? end * kTile : hidden); i++)
+                y[token * hidden + i] = h[token * hidden + i] + y[token * hidden + i];
+    });
+    norm(y, a.next_norm, hidden, a.eps, x);
+    if (!a.gate.n) return;
+    const Product gate(job, isa, a.gate, x, t, logits);
+    job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
+}
+
 // One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to its
 // sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what the
 // feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate entries, one after
 // the other, and so as for a token alone.
 EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches, int64_t stride,
                              const int64_t* positions, float* y, float* x, float* logits) {
-    const int64_t heads = a->heads, n = a->n, p = a->p, r = a->r, v = a->v, width = r + p, hidden = a->latent.k;
-    if (t < 1 || heads < 1 || n < 0 || p < 0 || p % 2 || r < 1 || v < 1 || stride < latent_bytes(r, p)) return kBadArgument;
-    if (!a->query.valid() || !a->latent.valid() || !a->out.valid() || (a->query_norm && !a->query_b.valid())) return kBadArgument;
-    if (a->gate.n && !a->gate.valid()) return kBadArgument;
+    if (t < 1 || !a->valid(stride)) return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
-            job.parallel(t, [&](int, int64_t begin, int64_t end) {
-                for (int64_t token = begin; token < end; token++) isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
-            });
-        };
-        const int64_t q_columns = heads * (n + p);
-        float* q = job.scratch<float>(kQuery, t * q_columns);
-        float* q_in = a->query_norm ? job.scratch<float>(kQueryLatent, t * a->query.n) : q;
-        float* rows = job.scratch<float>(kRow, t * width);
-        norm(h, a->input_norm, hidden, a->eps, x);
-        const Product query(job, isa, a->query, x, t, q_in), latent(job, isa, a->latent, x, t, rows, kAct, kActFactor);
-        job.parallel(query.tiles() + latent.tiles(), [&](int, int64_t begin, int64_t end) {
-            const int64_t split = query.tiles();
-            if (begin < split) query.run(begin, end < split ? end : split);
-            if (end > split) latent.run(begin > split ? begin - split : 0, end - split);
-        });
-        if (a->query_norm) {
-            norm(q_in, a->query_norm, a->query.n, a->latent_eps, q_in);
-            const Product query_b(job, isa, a->query_b, q_in, t, q);
-            job.parallel(query_b.tiles(), [&](int, int64_t begin, int64_t end) { query_b.run(begin, end); });
-        }
-
-        float* q_full = job.scratch<float>(kQueryFull, t * heads * width);  // in the cache's columns
-        Mla* mlas = job.scratch<Mla>(kMlas, t);
-        int64_t spans = 0;
-        for (int64_t token = 0; token < t; token++) {
-            mlas[token] = mla_for(caches[token], heads, positions[token] + 1, stride, r, p, a->scale);
-            mlas[token].q = q_full + token * heads * width;
-            spans += mla_span_count(mlas[token]);
-        }
-        const int64_t bytes = mla_buffers(mlas[0], nullptr), each = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
-        uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
-        for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
-        float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
-        float* values = job.scratch<float>(kValues, t * heads * v);
-
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++) {
-                float* row = rows + token * width;
-                isa.rms_norm(row, a->latent_norm, r, a->latent_eps, row);
-                rotate(row + r, table + token * p, p / 2, row + r);
-                isa.store_latent(row, r, p, caches[token] + positions[token] * stride);
-            }
-        });
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            isa.absorb_query(q, n + p, t, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, q_full, width);
-            for (int64_t token = 0; token < t; token++) {
-                for (int64_t head = begin; head < end; head++)
-                    rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
-                isa.mla_queries(mlas[token], begin, end);
-            }
-        });
-        const int64_t tiles = mlas[0].tiles;
-        job.parallel(t * tiles, [&](int, int64_t begin, int64_t end) {
-            for (int64_t at = begin; at < end; at++) isa.mla_pack(mlas[at / tiles], at % tiles, at % tiles + 1);
-        });
-        job.parallel(spans, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t token = 0, first = 0; token < t && first < end; token++) {
-                const int64_t count = mla_span_count(mlas[token]);
-                const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-                if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * each);
-                first += count;
-            }
-        });
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-            for (int64_t token = 0; token < t; token++) isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
-            isa.absorb_value(latent_out, t, heads, a->kv_b, a->kv_b_scale, n, n + v, r, begin, end, values);
-        });
-        const Product out(job, isa, a->out, values, t, y);
-        job.parallel(out.tiles(), [&](int, int64_t begin, int64_t end) {
-            out.run(begin, end);
-            for (int64_t token = 0; token < t; token++)
-                for (int64_t i = begin * kTile; i < (end * kTile < hidden ? end * kTile : hidden); i++)
-                    y[token * hidden + i] = h[token * hidden + i] + y[token * hidden + i];
-        });
-        norm(y, a->next_norm, hidden, a->eps, x);
-        if (!a->gate.n) return kOk;
-        const Product gate(job, isa, a->gate, x, t, logits);
-        job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
+        attention(job, isa, *a, t, h, table, caches, stride, positions, y, x, logits);
         return kOk;
     });
 }

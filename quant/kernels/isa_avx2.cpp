@@ -95,6 +95,7 @@ struct Lanes {
         low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)), _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+    static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 
     static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }

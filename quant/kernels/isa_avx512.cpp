@@ -75,6 +75,7 @@ struct Lanes {
         low = _mm512_shuffle_epi8(table, _mm512_and_si512(c, nibble));
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+    static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
 
     static I add_bytes(I sum, const uint8_t* p) { return _mm512_add_epi32(sum, _mm512_loadu_si512(p)); }

@@ -106,6 +106,7 @@ struct Lanes {
         for (int i = 0; i < 64; i++) high.v[i] = table.v[codes[i] >> 4], low.v[i] = table.v[codes[i] & 15];
     }
     static void prefetch(const void*) {}
+    static void prefetch_to_l2(const void*) {}
     static void prefetch_write(const void*) {}
 
     static I add_bytes(I sum, const uint8_t* p) {
