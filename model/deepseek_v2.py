@@ -10,6 +10,7 @@ Activations are float32; what a weight is made of (fp32, int8, NF4, on which dev
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
@@ -90,13 +91,14 @@ class Ops(Protocol):
 
     def decoder(
         self, fused: Sequence[Any], groups: int, kept: int, top_k: int, factor: float | None, intermediate: int
-    ) -> Callable[..., tuple[int, Tensor, Tensor, Tensor, Tensor]] | None:
+    ) -> Callable[..., tuple[int, Tensor, Tensor, Tensor, Tensor, Sequence[float]]] | None:
         """All layers of one token in one call, as far as their experts are there, or None if these ops have no such kernel.
 
         The result takes ``(first, h_1D, table_1C, layers_LSX, position, *here)`` and goes through the layers from ``first`` on.  It
         returns the layer that it could not finish, or their number; ``h_1D`` as it is there, behind the attention; ``x_1D`` and
-        ``weights_1K`` for the experts of that layer; and the choices of all gates on the way, ``indices_NK``.  ``fused`` are the
-        layers as ``fuse`` gave them, the others are ``route``'s and the experts' intermediate size.
+        ``weights_1K`` for the experts of that layer; the choices of all gates on the way, ``indices_NK``; and the seconds that
+        attention, gates, experts and the rest of the feed-forward took.  ``fused`` are the layers as ``fuse`` gave them, the
+        others are ``route``'s and the experts' intermediate size.
         """
 
 
@@ -140,8 +142,14 @@ class Layer:
     mlp: Mlp | None
 
 
-def unwatched(part: str) -> None:
-    """A stopwatch that nobody reads.  ``lap(part)`` says that the time since the last lap went into ``part``."""
+Lap = Callable[..., None]
+"""``lap(part, now=None)`` of a stopwatch: the time since the last lap, until ``now`` of ``time.perf_counter()``, went into ``part``."""
+
+_PARTS = ("attention", "gate", "experts", "shared experts and dense layers")  # whose seconds ``Ops.decoder`` tells
+
+
+def unwatched(part: str, now: float | None = None) -> None:
+    """A stopwatch that nobody reads."""
 
 
 def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
@@ -224,7 +232,7 @@ class DeepseekV2:
         self._decode = ops.decoder(self.fused, *self._gate(), config.moe_intermediate_size) if whole else None
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
         self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
-        self.lap: Callable[[str], None] = unwatched
+        self.lap: Lap = unwatched
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, cache: LatentCache, all_logits: bool = False) -> Tensor:
@@ -263,7 +271,7 @@ class DeepseekV2:
         eps, rms_norm = self.config.rms_norm_eps, self.ops.rms_norm
         self.lap("rest")
         done = 0
-        if self._decode is not None and len(ids_T) == 1 and self.lap is unwatched:
+        if self._decode is not None and len(ids_T) == 1:
             done, h_TD = self._ahead(h_TD, table_TC, caches[0])
         for index, (layer, fused) in enumerate(zip(self.layers[done:], self.fused[done:], strict=True), done):
             if fused is not None and each == 1 and (len(caches) == 1 or fused.together):
@@ -317,13 +325,19 @@ class DeepseekV2:
         assert self._decode is not None
         while done < len(self.layers) and hasattr(experts, "here") and (here := experts.here()) is not None:
             cache.extend(done, 1)
-            index, h_1D, x_1D, weights_1K, indices_NK = self._decode(done, h_1D, table_1C, cache.layers, cache.length, *here)
+            now = time.perf_counter()
+            self.lap("cache and prefetch", now)
+            index, h_1D, x_1D, weights_1K, indices_NK, spent = self._decode(done, h_1D, table_1C, cache.layers, cache.length, *here)
+            for part, seconds in zip(_PARTS, spent, strict=True):
+                now += seconds
+                self.lap(part, now)
             missing = index < len(self.layers)
             experts.used(done, indices_NK[:-1] if missing else indices_NK)
             if missing:
                 fused = self.fused[index]
                 assert fused is not None
                 h_1D = fused.end(h_1D, x_1D, experts(index, x_1D, weights_1K, indices_NK[-1:]))
+                self.lap("shared experts and dense layers")
             done = index + missing
         return done, h_1D
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from model.deepseek_v2 import unwatched
+from model.deepseek_v2 import Lap, unwatched
 from model.shapes import expert_name
 from offload.prefetch import Accuracy, Prefetcher, total
 from offload.store import WARM, Read, Slots
@@ -65,14 +65,14 @@ class OffloadedExperts:
     ):
         self._layout, self._experts, self._levels, self._ops = export.layout, export.experts, levels, ops
         self._slots, self._cache, self._prefetcher, self._guesser = slots, slots.cache, prefetcher, guesser
-        self._rows = {layer: row for row, layer in enumerate(export.layers)}
+        self._layers, self._rows = export.layers, {layer: row for row, layer in enumerate(export.layers)}
         self._warm = list(reversed(warm))
         self._token_scores_LE: Tensor | None = None
         self._met = 0  # missing experts whose read had begun when the gate asked
         self._interrupted = False  # while a step is under way, and after one that did not end
         self.trace: TraceWriter | None = None
         self.profiler: Profiler | None = None
-        self.lap: Callable[[str], None] = unwatched
+        self.lap: Lap = unwatched
 
     @property
     def guesses_tokens(self) -> bool:
@@ -121,19 +121,24 @@ class OffloadedExperts:
 
     def here(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Where the experts are, for a call that goes through several layers of one token: the slab, the slots int32 [R, E]
-        (negative: not cached) and the levels.  None while each layer is wanted: to be watched, or to read ahead between two."""
-        if self.trace is not None or self.profiler is not None or self._prefetcher is not None or self._warm:
+        (negative: not cached) and the levels.  None where something is to be read ahead between two."""
+        if self._prefetcher is not None or self._warm:
             return None
         return self._slots.slab, self._slots.table_LE, self._levels
 
     def used(self, layer: int, indices_NK: Tensor) -> None:
         """Such a call has used experts of N MoE layers from ``layer`` on, all of them cached."""
-        row = sum(one < layer for one in self._rows)
-        for experts in indices_NK.tolist():
+        first = sum(one < layer for one in self._rows)
+        for row, experts in enumerate(indices_NK.tolist(), first):
+            if self.trace is not None:
+                self.trace.add(self._layers[row], [experts])
+            if self.profiler is not None:
+                self.profiler.chose(row, [experts])
+                self.profiler.looked(row, len(experts), 0, 0)
             for key in self._keys(row, experts):
                 self._cache.use(key)
-            row += 1
-        self._done(row - 1)
+        self._done(first + len(indices_NK) - 1)
+        self.lap("cache and prefetch")
 
     def _done(self, row: int) -> None:
         if row == len(self._rows) - 1:

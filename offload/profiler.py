@@ -81,11 +81,11 @@ class Profiler:
         self._laps.clear()  # of a step that was stopped
         self._began = self._last = perf_counter()
 
-    def lap(self, part: str) -> None:
-        """The time since the last lap went into ``part``."""
+    def lap(self, part: str, now: float | None = None) -> None:
+        """The time since the last lap, until now or that moment of ``perf_counter``, went into ``part``."""
         if self._synchronize is not None:
             self._synchronize()
-        self._laps.append((part, perf_counter()))
+        self._laps.append((part, perf_counter() if now is None else now))
 
     def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
         """The step over ``tokens`` tokens is done."""

@@ -20,7 +20,8 @@ from slotmoe import ConfigError, read_json
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
-LAYER_SECONDS = 2e-4  # Python and torch between the kernels of one layer
+TOKEN_SECONDS = 1e-3  # Python and torch of one token whose layers are all in one call (2 Zen 4 cores)
+LAYER_SECONDS = 2e-4  # the same of each layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel of its own for one missing expert that the computing thread reads
 THREAD_ATTENTION = 260e9  # multiply-adds a second of the attention kernel on one thread (Zen 5, AVX-512 VNNI)
 THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
@@ -168,6 +169,9 @@ class Setting:
         each = rates.latency + MISS_SECONDS if record <= HELP_BYTES else record / rates.disk
         seconds = {"between kernels": c.num_hidden_layers * LAYER_SECONDS, "disk": missing * each}
         if self.plan.tier == "ram":
+            if missing == 0 or record <= HELP_BYTES:  # nothing is read ahead, so only a miss comes between two layers
+                alone = len(c.moe_layers) * (1 - (1 - missing / used) ** c.num_experts_per_tok)
+                seconds["between kernels"] = TOKEN_SECONDS + alone * LAYER_SECONDS
             attention = c.num_hidden_layers * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * depth
             return seconds | {"RAM": touched / rates.ram / KERNEL_SHARE, "attention": attention / (self.threads * THREAD_ATTENTION)}
         absent = used * (1 - self.hits(self.plan.slots)) * record

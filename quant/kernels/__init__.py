@@ -290,13 +290,15 @@ class Decoder:
 class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one all up to its experts, which are not all there.
     `h` float32 [1, H] is the residual stream; before the experts, with `x` [1, H] their input, and `weights` [1, k].  `indices`
-    int64 [n, k] are the choices of the routers that were asked, this layer's the last."""
+    int64 [n, k] are the choices of the routers that were asked, this layer's the last; `seconds` are what attention, routers, experts
+    and MLPs took."""
 
     layer: int
     h: Tensor
     x: Tensor
     weights: Tensor
     indices: Tensor
+    seconds: list[float]
 
 
 class Kernels:
@@ -691,7 +693,7 @@ class Kernels:
             for name, seconds in zip(_PARTS, parts, strict=True):
                 self._timed[name] = self._timed.get(name, 0.0) + seconds
         before, layer = sum(model.routed[:first]), reached.value
-        return Decoded(layer, y, x, weights, indices[before : sum(model.routed[: layer + 1])])
+        return Decoded(layer, y, x, weights, indices[before : sum(model.routed[: layer + 1])], list(parts))
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
         """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32

@@ -1,6 +1,10 @@
 // Multi-head latent attention: its parts one by one, for any number of tokens, and a layer's whole attention of one token.
 #include <cstring>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include "api.h"
 
 using namespace slotmoe;
@@ -9,11 +13,22 @@ namespace {
 
 constexpr int64_t kMostSpans = 16;
 
+// Of a core's first-level data cache; 0 where the system does not say.
+int64_t first_level_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return bytes;
+#else
+    return 0;
+#endif
+}
+
 // What a query over `context` rows needs; the split into spans follows from the context alone.
 Mla mla_for(const uint8_t* cache, int64_t heads, int64_t context, int64_t stride, int64_t r, int64_t p, float scale) {
     Mla m{};
     m.cache = cache, m.heads = heads, m.context = context, m.stride = stride, m.r = r, m.p = p, m.scale = scale;
     m.span_chunks = up_to(up_to(context, kChunkRows), kMostSpans), m.tiles = up_to(heads, kTile);
+    m.near = kChunkRows * stride < first_level_bytes();
     m.r4 = up_to(r, 4) * 4, m.k = m.r4 + up_to(p, 4) * 4, m.r_padded = up_to(r, 64) * 64;
     return m;
 }

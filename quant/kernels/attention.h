@@ -411,7 +411,8 @@ void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, co
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
         load_quads(m, rows, n, column, c.quads);
         for (int64_t h = 0; h < four; h += 4) {
-            for (const uint8_t* end = next + slice; next < end && next < last; next += 64) Lanes::prefetch(next);
+            for (const uint8_t* end = next + slice; next < end && next < last; next += 64)
+                m.near ? Lanes::prefetch(next) : Lanes::prefetch_to_l2(next);
             value_block<4>(m, h, quads, first, c, out + h * m.r_padded + column);
         }
         for (int64_t h = four; h < m.heads; h++) value_block<1>(m, h, quads, first, c, out + h * m.r_padded + column);

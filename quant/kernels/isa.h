@@ -57,6 +57,7 @@ struct Mla {
     int64_t tiles;        // of 16 heads
     int64_t r4, k;        // R rounded up to 4; that plus P rounded up to 4
     int64_t r_padded;     // R rounded up to 64
+    bool near;            // a chunk's rows fit the first-level cache
     // Filled by mla_queries and, the last, by mla_pack
     float* q_mixed;     // [heads, R + P]
     uint8_t* q_rows;    // [heads, 2 digits, k]
