@@ -20,7 +20,7 @@ from slotmoe import ConfigError, read_json
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
-TOKEN_SECONDS = 1e-3  # Python and torch of one token whose layers are all in one call (2 Zen 4 cores)
+TOKEN_SECONDS = 5e-4  # Python and torch of a token whose layers are all in one call: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of each layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel of its own for one missing expert that the computing thread reads
 THREAD_ATTENTION = 260e9  # multiply-adds a second of the attention kernel on one thread (Zen 5, AVX-512 VNNI)

@@ -69,37 +69,47 @@ inline const int8_t* ahead(const int8_t* row, int64_t i, int64_t n, int64_t r, i
     return row + kAhead + ((n - i) * r > kAhead ? 0 : gap);
 }
 
+// Rows first to last of a head's n, 16 * Vectors of their columns, added to out or, where first is 0, from zero.
+template <int Tokens, int Vectors>
+inline void absorb_columns(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t first, int64_t last, int64_t n, int64_t r,
+                           int64_t gap, int64_t column, float* out, int64_t ldo) {
+    F sums[Tokens][Vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < Tokens * Vectors; j++) {
+        const float* sum = out + j / Vectors * ldo + column + j % Vectors * 16;
+        sums[j / Vectors][j % Vectors] = first ? Lanes::load(sum) : Lanes::zero();
+    }
+    for (int64_t i = first; i < last; i++) {
+        const int8_t *p = rows + i * r + column, *later = ahead(p, i, n, r, gap);
+        F a[Tokens];
+#pragma GCC unroll 4
+        for (int token = 0; token < Tokens; token++) a[token] = Lanes::broadcast(x[token * ldx + i] * scale[i]);
+#pragma GCC unroll 4
+        for (int line = 0; line < 16 * Vectors; line += 64) Lanes::prefetch_to_l2(later + line);
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; j++) {
+            const F w = Lanes::load_int8(p + 16 * j);
+#pragma GCC unroll 4
+            for (int token = 0; token < Tokens; token++) sums[token][j] = Lanes::fma(a[token], w, sums[token][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < Tokens * Vectors; j++) Lanes::store(out + j / Vectors * ldo + column + j % Vectors * 16, sums[j / Vectors][j % Vectors]);
+}
+
 // out[h] = sum over n < N of q[h][n] * scale[row] * w[row], head h of `Tokens` tokens, which stand ldx and ldo floats apart.
 template <int Tokens>
 inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r, int64_t gap, float* out,
                               int64_t ldo) {
     constexpr int kVectors = kSums / Tokens, kColumns = kVectors * 16;
-    const int64_t whole = r / kColumns * kColumns;
-    for (int64_t first = 0; first == 0 || first < n; first += kRowsAtOnce)
-        for (int64_t column = 0; column < whole; column += kColumns) {
-            F sums[Tokens][kVectors];
-#pragma GCC unroll 16
-            for (int j = 0; j < kSums; j++) {
-                const float* sum = out + j / kVectors * ldo + column + j % kVectors * 16;
-                sums[j / kVectors][j % kVectors] = first ? Lanes::load(sum) : Lanes::zero();
-            }
-            for (int64_t i = first; i < n && i < first + kRowsAtOnce; i++) {
-                const int8_t *p = rows + i * r + column, *later = ahead(p, i, n, r, gap);
-                F a[Tokens];
-#pragma GCC unroll 4
-                for (int token = 0; token < Tokens; token++) a[token] = Lanes::broadcast(x[token * ldx + i] * scale[i]);
-#pragma GCC unroll 4
-                for (int line = 0; line < kColumns; line += 64) Lanes::prefetch_to_l2(later + line);
-#pragma GCC unroll 16
-                for (int j = 0; j < kVectors; j++) {
-                    const F w = Lanes::load_int8(p + 16 * j);
-#pragma GCC unroll 4
-                    for (int token = 0; token < Tokens; token++) sums[token][j] = Lanes::fma(a[token], w, sums[token][j]);
-                }
-            }
-#pragma GCC unroll 16
-            for (int j = 0; j < kSums; j++) Lanes::store(out + j / kVectors * ldo + column + j % kVectors * 16, sums[j / kVectors][j % kVectors]);
-        }
+    const int64_t whole = r / 16 * 16;
+    for (int64_t first = 0; first == 0 || first < n; first += kRowsAtOnce) {
+        const int64_t last = first + kRowsAtOnce < n ? first + kRowsAtOnce : n;
+        int64_t column = 0;
+        for (; column + kColumns <= r; column += kColumns)
+            absorb_columns<Tokens, kVectors>(x, ldx, rows, scale, first, last, n, r, gap, column, out, ldo);
+        for (; column < whole; column += 16) absorb_columns<Tokens, 1>(x, ldx, rows, scale, first, last, n, r, gap, column, out, ldo);
+    }
     for (int token = 0; token < Tokens; token++)
         for (int64_t c = whole; c < r; c++) {
             F sum = Lanes::zero();  // rounded as the vectors above, so that a column does not depend on how many tokens there are
