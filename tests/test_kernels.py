@@ -518,6 +518,17 @@ def test_mla_shows_nan(kernels):
     assert not lost[[0, 1, 3, 4]].any()
 
 
+def test_no_piece_of_a_range_goes_past_its_end(kernels):
+    rows = torch.randn(1999, 12)
+    for threads in (1, 2, 3, 7):
+        kernels.set_threads(threads)
+        for count in (1000, 1001, 1500, 1999):
+            cache = torch.full((2100, latent_bytes(8, 4)), 0xFF, dtype=torch.uint8)
+            kernels.store_latents(rows[:count], 8, cache[:count])
+            assert (cache[count:] == 0xFF).all()
+            assert torch.equal(cache[count - 1 : count], latent_cache(kernels, rows[count - 1 : count].numpy(), 8))
+
+
 def test_latents_of_nothing(kernels):
     """Rows of zeros, and of numbers so small that their inverse is no float, are rows of zeros."""
     rows = np.zeros((70, 72))
@@ -1144,7 +1155,8 @@ class RandomModel:
     def __init__(self, kernels, rng, hidden, width, experts, top_k):
         self.kernels, self.width = kernels, width
         self.router, self.layers = qk.Router(2, 1, top_k, 1.3), []
-        for count, has_mlp in ((0, True), (experts, True), (experts, False), (0, False), (experts, True)):
+        kinds = [(0, True), (experts, True), (experts, False), (0, False), (experts, True)]
+        for count, has_mlp in (kinds[index] for index in rng.permutation(5)):
             layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
             kind = ["int8", "nf4"][int(rng.integers(2))]
             parts = [AnyMatrix(kernels, rng, kind, *shape).fused for shape in [(width, hidden), (width, hidden), (hidden, width)]]
@@ -1184,7 +1196,8 @@ def test_decode_is_bitwise_its_parts(kernels, hidden, width, top_k, present, pos
     kernels.set_threads(threads)
     model = RandomModel(kernels, rng, hidden, width, 6, top_k)
     h, table, caches = model.start(rng, position)
-    others, want, rows = caches._base.clone()[..., : caches.shape[2]], h, [0, 0, 1, 2, 2]
+    others, want = caches._base.clone()[..., : caches.shape[2]], h
+    rows = [sum(model.decoder.routed[:index]) for index in range(5)]
     slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) > present), -1)
     at, asked = 0, 0
     while at < 5:
@@ -1222,7 +1235,7 @@ def test_decode_refuses(kernels):
     for place, bad in changes:
         with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
             kernels.decode(*good[:place], bad, *good[place + 1 :])
-    layer, mlp = model.layers[1]
+    layer, mlp = next(one for one in model.layers if one[0].experts and one[1])
     smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
     for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):

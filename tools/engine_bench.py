@@ -19,16 +19,20 @@ from offload.experts import OffloadedExperts
 from offload.runtime import Runtime
 
 
-def past(experts: OffloadedExperts) -> Any:
-    """The same experts without an engine: every record is known to be in its slot."""
-    slots, table = experts._slots, experts._slots._table.slot_of
+class Past:
+    """The same experts without an engine: every record is known to be in its slot, and nobody is told of its use."""
 
-    def compute(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        first = experts._rows[layer] * experts._experts
-        records = [slots._table.slab[table[first + expert]] for expert in indices_TK[0].tolist()]
-        return experts._ops.experts(x_TD[0], records, weights_TK[0], experts._layout, experts._levels)[None]
+    def __init__(self, experts: OffloadedExperts) -> None:
+        self._engine, self.here = experts, experts.here
 
-    return compute
+    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        engine, slots = self._engine, self._engine._slots
+        first = engine._rows[layer] * engine._experts
+        records = [slots._table.slab[slots.slot(first + expert)] for expert in indices_TK[0].tolist()]
+        return engine._ops.experts(x_TD[0], records, weights_TK[0], engine._layout, engine._levels)[None]
+
+    def used(self, layer: int, indices_NK: Tensor) -> None:
+        pass
 
 
 def seconds(runtime: Runtime, ids: list[int]) -> float:
@@ -59,7 +63,7 @@ def main(export: str, slots: int | None, decode_tokens: int, repetitions: int) -
         runtime.warm()
         engine, network = runtime._experts, runtime._network
         assert isinstance(engine, OffloadedExperts)
-        direct = past(engine)
+        direct: Any = Past(engine)
 
         def without() -> float:
             network.experts, runtime._experts = direct, direct
