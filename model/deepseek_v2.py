@@ -229,7 +229,10 @@ class DeepseekV2:
         self.fused = [ops.fuse(layer, sizes, c.rms_norm_eps, _LATENT_EPS, c.softmax_scale) for layer in self.layers]
         whole = all(fused is not None for fused in self.fused)
         self._step = ops.step(self._on_device) if whole else None
-        self._decode = ops.decoder(self.fused, *self._gate(), config.moe_intermediate_size) if whole else None
+        groups, kept = (c.n_group, c.topk_group) if c.topk_method == "group_limited_greedy" else (1, 1)
+        factor = None if c.norm_topk_prob and c.num_experts_per_tok > 1 else c.routed_scaling_factor
+        self._gate = groups, kept, c.num_experts_per_tok, factor  # as ``Ops.route`` takes it
+        self._decode = ops.decoder(self.fused, *self._gate, config.moe_intermediate_size) if whole else None
         self.frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(self.norm.device)
         self.hidden_TD: Tensor | None = None  # residual stream after the last layer of the latest forward
         self.lap: Lap = unwatched
@@ -323,7 +326,9 @@ class DeepseekV2:
         """Layers of one token in as few calls as they find their experts: how many are done, and the residual stream."""
         done, experts = 0, cast(Any, self.experts)
         assert self._decode is not None
-        while done < len(self.layers) and hasattr(experts, "here") and (here := experts.here()) is not None:
+        if not hasattr(experts, "here"):
+            return done, h_1D
+        while done < len(self.layers) and (here := experts.here()) is not None:
             cache.extend(done, 1)
             now = time.perf_counter()
             self.lap("cache and prefetch", now)
@@ -341,14 +346,8 @@ class DeepseekV2:
             done = index + missing
         return done, h_1D
 
-    def _gate(self) -> tuple[int, int, int, float | None]:
-        """Groups, kept groups, experts a token and factor of the gates, as ``Ops.route`` takes them."""
-        c = self.config
-        groups, kept = (c.n_group, c.topk_group) if c.topk_method == "group_limited_greedy" else (1, 1)
-        return groups, kept, c.num_experts_per_tok, None if c.norm_topk_prob and c.num_experts_per_tok > 1 else c.routed_scaling_factor
-
     def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ops.route(logits_TE, *self._gate()) or route(logits_TE, self.config)
+        return self.ops.route(logits_TE, *self._gate) or route(logits_TE, self.config)
 
     def _feed_forward(self, index: int, layer: Layer, x_TD: Tensor) -> Tensor:
         if layer.gate is None:

@@ -116,7 +116,8 @@ class _Layer(ctypes.Structure):
 
 class Router(ctypes.Structure):
     """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part, and of their experts `top_k`;
-    weights are probabilities times `factor`, or add up to 1 if `renormalize`.  `Router` of quant/kernels/api.h."""
+    weights are probabilities times `factor`, or add up to 1 if `renormalize` (group-limited greedy, DeepSeek-V2, section 2.2.2).
+    `Router` of quant/kernels/api.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("groups", "kept", "top_k", "renormalize")),
@@ -261,7 +262,8 @@ class AttentionLayer:
 
 class Decoder:
     """All layers of a model for one token at a time, checked once: an `AttentionLayer` each, and an `Mlp` (shared experts or a
-    dense one) or None.  Layers that have a router send x through experts of size `intermediate`."""
+    dense one) or None.  Layers that have a router, at least one, send x through experts of size `intermediate`.  Raises
+    `ValueError` where the layers do not fit together or the router does not fit their experts."""
 
     def __init__(self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router, intermediate: int) -> None:
         if not layers:
@@ -275,8 +277,7 @@ class Decoder:
                 raise ValueError("the layers have different sizes")
             if layer.experts not in (0, self.experts) or (mlp is not None and mlp.hidden != self.hidden):
                 raise ValueError("the layers have different numbers of experts, or an MLP of another size")
-        if self.experts:
-            router.check(self.experts)
+        router.check(self.experts)
         _count("intermediate", intermediate)
         self.record_bytes, self.top_k = record_bytes(self.hidden, intermediate), router.top_k
         each = (_Layer * len(layers))()
@@ -288,10 +289,10 @@ class Decoder:
 
 
 class Decoded(NamedTuple):
-    """What `Kernels.decode` has done: every layer before `layer`, and of that one all up to its experts, which are not all there.
-    `h` float32 [1, H] is the residual stream; before the experts, with `x` [1, H] their input, and `weights` [1, k].  `indices`
-    int64 [n, k] are the choices of the routers that were asked, this layer's the last; `seconds` are what attention, routers, experts
-    and MLPs took."""
+    """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the number of layers, all up to its
+    experts, which are not all there.  `h` float32 [1, H] is the residual stream there.  `x` float32 [1, H] and `weights` float32
+    [1, k] are those experts' input and weights, and mean nothing where all layers are done.  `indices` int64 [n, k] are the choices of
+    the routers that were asked, this layer's the last; `seconds` are what attention, routers, experts and MLPs took."""
 
     layer: int
     h: Tensor
@@ -789,7 +790,7 @@ class Kernels:
         if status == 4:
             raise MemoryError("the kernels could not allocate their working memory")
         if status:
-            raise ValueError("the kernels refused an argument: levels must be finite")
+            raise ValueError("the kernels refused an argument: levels must be finite, and slots rows of the slab")
 
 
 def _total(sums: Tensor) -> tuple[float, float]:

@@ -66,9 +66,9 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, i
 // One token at `position` through the layers from `first` on: the residual stream h [hidden] -> y [hidden], bitwise as by
 // slotmoe_attention, slotmoe_route, slotmoe_experts_decode and slotmoe_mlp. caches are the layers' latent rows, layer_stride bytes
 // apart. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`) an expert is,
-// negative if nowhere: the first layer that wants such a one is `reached` with only its choice made, y before its feed-forward, x [hidden] the
-// norm of that. Otherwise all layers are done. weights [top_k] and indices [MoE layers, top_k] are what the routers chose.
-// seconds [4]: added up, of attention, routers, experts, and MLPs.
+// negative if nowhere: the first layer that wants such a one is `reached` with only its choice made, y before its feed-forward,
+// x [hidden] the norm of that, weights [top_k] its router's. Otherwise all layers are done. indices [MoE layers, top_k] are what the
+// routers chose. seconds [4]: added up, of attention, routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, const float* h, const float* table, uint8_t* caches, int64_t layer_stride, int64_t stride,
                           int64_t position, const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
                           const float* levels, float* y, float* x, float* weights, int64_t* indices, int64_t* reached, double* seconds) {
