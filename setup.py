@@ -1,27 +1,41 @@
-"""Only the native kernels; everything else about the package is in pyproject.toml.
+"""Where the packages lie, and the native kernels; everything else is in pyproject.toml.
 
-`optional=True`: where they do not compile, the package installs without them and runs on torch.
-One binary serves every CPU of its architecture: each isa_*.cpp asks for its own instruction set, chosen at run time.
+The top-level folders install inside one package, `slotmoe`: `model/` as `slotmoe.model`, and so on. `package_dir` says so
+to setuptools; the links in `slotmoe/` say the same to mypy and to editors (docs/decisions/import-package.md has the reason).
+
+`optional=True`: where the kernels do not compile, the package installs without them and runs on torch. One binary serves
+every CPU of its architecture: each isa_*.cpp asks for its own instruction set, chosen at run time.
 """
 
 import os
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
-sources = sorted(Path("quant/kernels").glob("*.cpp"))
-flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FOLDERS = ("model", "quant", "offload", "tools")
+KERNELS = Path("quant/kernels/cpu")
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
 setup(
+    packages=["slotmoe", *(f"slotmoe.{package}" for package in PACKAGES)],
+    package_dir={f"slotmoe.{folder}": folder for folder in FOLDERS},
     ext_modules=[
         Extension(
-            "quant.kernels._native",
-            sources=[str(path) for path in sources],
-            depends=[str(path) for path in sorted(Path("quant/kernels").glob("*.h"))],
+            "slotmoe.quant.kernels.cpu._native",
+            sources=[str(path) for path in sorted(KERNELS.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
             language="c++",
-            extra_compile_args=[] if os.name == "nt" else [*flags, "-pthread"],
+            extra_compile_args=[] if os.name == "nt" else [*FLAGS, "-pthread"],
             extra_link_args=[] if os.name == "nt" else ["-pthread"],
             optional=True,
         )
-    ]
+    ],
 )

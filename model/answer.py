@@ -1,6 +1,6 @@
 """One answer on its way: logits in, text out, with stop strings, penalties and log-probabilities.  Shapes: V vocabulary rows.
 
-``model.generate`` is the loop for one sequence; here the loop belongs to the caller, who may serve several answers in turn.
+``slotmoe.model.generate`` is the loop for one sequence; here the loop belongs to the caller, who may serve several answers in turn.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from model.generate import Sampling, penalize, random_source, sample
-from model.tokenizer import TextStream, Tokenizer
-from slotmoe import CheckpointError
+from slotmoe.errors import CheckpointError
+from slotmoe.model.generate import Sampling, penalize, random_source, sample
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
@@ -72,9 +72,23 @@ class Answer:
         grammar: Grammar | None = None,
         shown: Mapping[int, str] | None = None,
     ):
-        self._prompt, self._tokenizer, self._eos, self._sampling = frozenset(prompt), tokenizer, eos_token_ids, sampling
-        self._left, self._stop, self._logprobs, self._grammar = max_new_tokens, stop, logprobs, grammar
-        self._random, self._stream, self._counts = random_source(sampling.seed), TextStream(tokenizer, shown), Counter[int]()
+        self._prompt, self._tokenizer, self._eos, self._sampling = (
+            frozenset(prompt),
+            tokenizer,
+            eos_token_ids,
+            sampling,
+        )
+        self._left, self._stop, self._logprobs, self._grammar = (
+            max_new_tokens,
+            stop,
+            logprobs,
+            grammar,
+        )
+        self._random, self._stream, self._counts = (
+            random_source(sampling.seed),
+            TextStream(tokenizer, shown),
+            Counter[int](),
+        )
         self._held: list[Made] = []  # tokens whose text may turn out to begin a stop string
         self.ids: list[int] = []
         self._reading = TextStream(tokenizer)
@@ -84,7 +98,11 @@ class Answer:
         """Note the prompt's next token in ``read``, foretold by float32 CPU logits of at least the tokenizer's size; the first
         one by none."""
         text = self._reading.push(one)
-        self.read.append(Made(one, text, None) if logits_V is None else self._made(one, text, logits_V[: self._tokenizer.size]))
+        self.read.append(
+            Made(one, text, None)
+            if logits_V is None
+            else self._made(one, text, logits_V[: self._tokenizer.size])
+        )
 
     def take(self, logits_V: Tensor) -> Piece:
         """Choose a token from float32 CPU logits of at least the tokenizer's size.  Raises ``CheckpointError`` if they, or
@@ -116,14 +134,21 @@ class Answer:
     def end(self, finish: str, error: str = "") -> Piece:
         """All that was held back, and why the answer ends here."""
         tokens, self._held = tuple(self._held), []
-        return Piece("".join(one.text for one in tokens) + self._stream.flush(), tokens, finish, error=error)
+        return Piece(
+            "".join(one.text for one in tokens) + self._stream.flush(), tokens, finish, error=error
+        )
 
     def _made(self, chosen: int, text: str, logits_V: Tensor) -> Made:
         if self._logprobs is None:
             return Made(chosen, text)
         logprobs_V = logits_V.log_softmax(dim=-1)
         best = logprobs_V.topk(self._logprobs)
-        return Made(chosen, text, float(logprobs_V[chosen]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        return Made(
+            chosen,
+            text,
+            float(logprobs_V[chosen]),
+            tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+        )
 
     def _release(self) -> Piece:
         """The held tokens that no stop string can reach any more; or everything before one, if it is there."""
@@ -148,4 +173,6 @@ class Answer:
 
 def overlap(text: str, stop: str) -> int:
     """Characters at the end of ``text`` that are the beginning of ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -18,9 +18,10 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import Config, read_config
-from model.shapes import expert_name, expert_shapes, resident_shapes
-from slotmoe import CheckpointError, read_json
+from slotmoe.errors import CheckpointError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.config import Config, read_config
+from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,9 +58,13 @@ def inside(folder: Path, name: str) -> Path:
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if real.parent not in (home, blobs):
-        raise CheckpointError(f"{path}: is a link that leads out of the folder; copy the file itself here")
+        raise CheckpointError(
+            f"{path}: is a link that leads out of the folder; copy the file itself here"
+        )
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing or not a regular file; download the checkpoint again")
+        raise CheckpointError(
+            f"{path}: is missing or not a regular file; download the checkpoint again"
+        )
     return path
 
 
@@ -76,24 +81,34 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                     f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES} in the checkpoint; not a real one"
                 )
             if file.read(header_bytes).count(b"{") > MAX_TENSORS:
-                raise CheckpointError(f"{path}: more than {MAX_TENSORS} tensors; not a real checkpoint")
+                raise CheckpointError(
+                    f"{path}: more than {MAX_TENSORS} tensors; not a real checkpoint"
+                )
         # The library checks bounds, overlaps, holes and the file's size against the header, so offsets follow from the order.
         with safe_open(path, framework="pt") as opened:
             infos, offset = {}, 8 + header_bytes
             for name in opened.offset_keys():
                 part = opened.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
-                    raise CheckpointError(f"{path}: {name:.120} has dtype {part.get_dtype()}, expected BF16, F16 or F32")
-                info = TensorInfo(path.name, _DTYPES[part.get_dtype()], tuple(part.get_shape()), offset)
+                    raise CheckpointError(
+                        f"{path}: {name:.120} has dtype {part.get_dtype()}, expected BF16, F16 or F32"
+                    )
+                info = TensorInfo(
+                    path.name, _DTYPES[part.get_dtype()], tuple(part.get_shape()), offset
+                )
                 if not info.shape:
-                    raise CheckpointError(f"{path}: {name:.120} is a scalar, expected at least one dimension")
+                    raise CheckpointError(
+                        f"{path}: {name:.120} is a scalar, expected at least one dimension"
+                    )
                 infos[name] = info
                 offset += info.nbytes
             return infos, header_bytes
     except (SafetensorError, OSError, ValueError) as problem:
         if isinstance(problem, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: damaged or truncated ({str(problem)[:160]}); download this file again") from None
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({str(problem)[:160]}); download this file again"
+        ) from None
 
 
 class Checkpoint:
@@ -101,7 +116,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
-        self._files = {name: os.open(folder / name, os.O_RDONLY) for name in {info.file for info in infos.values()}}
+        self._files = {
+            name: os.open(folder / name, os.O_RDONLY)
+            for name in {info.file for info in infos.values()}
+        }
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -117,14 +135,20 @@ class Checkpoint:
                 for expert in range(config.n_routed_experts):
                     name = expert_name(layer, expert, projection)
                     if name not in infos:
-                        raise CheckpointError(f"{folder}: tensor {name} is missing; config.json asks for it")
+                        raise CheckpointError(
+                            f"{folder}: tensor {name} is missing; config.json asks for it"
+                        )
                     expected[name] = shape
         for name, wanted in expected.items():
             if name not in infos:
-                raise CheckpointError(f"{folder}: tensor {name} is missing; config.json asks for it")
+                raise CheckpointError(
+                    f"{folder}: tensor {name} is missing; config.json asks for it"
+                )
             if infos[name].shape != wanted:
                 found = list(infos[name].shape)
-                raise CheckpointError(f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}")
+                raise CheckpointError(
+                    f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}"
+                )
         return cls(folder, config, {name: infos[name] for name in expected})
 
     @contextmanager
@@ -132,8 +156,13 @@ class Checkpoint:
         """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError`` unless its header is the known one."""
         found = read_header(path)[0]
         known = {name: info for name, info in self.infos.items() if info.file == file}
-        if any(name not in found or replace(found[name], file=file) != info for name, info in known.items()):
-            raise CheckpointError(f"{path}: its header is not the one that {file} had before; download this file again")
+        if any(
+            name not in found or replace(found[name], file=file) != info
+            for name, info in known.items()
+        ):
+            raise CheckpointError(
+                f"{path}: its header is not the one that {file} had before; download this file again"
+            )
         usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
         try:
             yield
@@ -153,11 +182,16 @@ class Checkpoint:
         """
         info = self.infos[name]
         data = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        view, offset = data.view(-1).view(torch.uint8).numpy().data, info.offset + start * info.row_bytes
+        view, offset = (
+            data.view(-1).view(torch.uint8).numpy().data,
+            info.offset + start * info.row_bytes,
+        )
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:
-                raise CheckpointError(f"{self.folder / info.file}: ends inside {name}; it was truncated while being read")
+                raise CheckpointError(
+                    f"{self.folder / info.file}: ends inside {name}; it was truncated while being read"
+                )
             view, offset = view[count:], offset + count
         return data
 
@@ -170,7 +204,9 @@ class Checkpoint:
     def check_finite(self, name: str, data: torch.Tensor) -> None:
         """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or infinity."""
         if not torch.isfinite(data).all():
-            raise CheckpointError(f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights; the file is damaged")
+            raise CheckpointError(
+                f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights; the file is damaged"
+            )
 
     def close(self) -> None:
         while self._files:
@@ -179,7 +215,12 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -196,7 +237,9 @@ def weight_files(folder: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{index}: has no weight_map object")
     for file in dict.fromkeys(str(value) for value in weight_map.values()):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
-            raise CheckpointError(f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder")
+            raise CheckpointError(
+                f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder"
+            )
     return {name: str(file) for name, file in weight_map.items()}
 
 
@@ -212,11 +255,15 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
         infos = {}
         for name, file in weight_map.items():
             if name not in headers[file]:
-                raise CheckpointError(f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not there")
+                raise CheckpointError(
+                    f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not there"
+                )
             infos[name] = headers[file][name]
         return infos
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
         return read_header(inside(folder, SINGLE_NAME))[0]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(f"{folder}: holds pickled weights, which can run code and are never opened; convert them to safetensors")
+        raise CheckpointError(
+            f"{folder}: holds pickled weights, which can run code and are never opened; convert them to safetensors"
+        )
     raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slotmoe import ConfigError, read_json
+from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import read_json
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INT = 1 << 31
@@ -104,7 +105,11 @@ class Config:
 
     @property
     def softmax_scale(self) -> float:
-        return 1.0 / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim) * self.rope.softmax_factor
+        return (
+            1.0
+            / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim)
+            * self.rope.softmax_factor
+        )
 
 
 class _Reader:
@@ -117,7 +122,9 @@ class _Reader:
         found = repr(self.values[key])[:80] if key in self.values else "nothing"
         return ConfigError(f"{self.where}: {key} is {found}, expected {expected}")
 
-    def integer(self, key: str, low: int = 1, high: int = MAX_INT, default: int | None = None) -> int:
+    def integer(
+        self, key: str, low: int = 1, high: int = MAX_INT, default: int | None = None
+    ) -> int:
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise self.fail(key, f"an integer from {low} to {high}")
@@ -125,7 +132,12 @@ class _Reader:
 
     def number(self, key: str, default: float | None = None, positive: bool = True) -> float:
         value: object = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30 or (positive and value == 0):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value < 1e30
+            or (positive and value == 0)
+        ):
             raise self.fail(key, "a positive number" if positive else "a number of at least 0")
         return float(value)
 
@@ -141,12 +153,18 @@ class _Reader:
         """Refuse ``key`` unless absent or one of ``allowed``."""
         if key in self.values and self.values[key] not in allowed:
             supported = " or ".join(json.dumps(value) for value in allowed)
-            raise ConfigError(f"{self.where}: {key} {json.dumps(self.values[key])[:80]} is not supported, only {supported}{why}")
+            raise ConfigError(
+                f"{self.where}: {key} {json.dumps(self.values[key])[:80]} is not supported, only {supported}{why}"
+            )
 
 
 def _read_rope(values: dict[str, Any], where: str) -> Rope:
     """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters`` (transformers 5)."""
-    given = [(key, values[key]) for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
+    given = [
+        (key, values[key])
+        for key in ("rope_parameters", "rope_scaling")
+        if values.get(key) is not None
+    ]
     for key, value in given:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} is {value!r:.80}, expected an object or null")
@@ -158,7 +176,9 @@ def _read_rope(values: dict[str, Any], where: str) -> Rope:
     if kind in ("default", None):
         return Rope(theta)
     if kind != "yarn":
-        raise ConfigError(f"{where}: rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
+        raise ConfigError(
+            f"{where}: rope type {kind!r:.80} is not supported, only 'yarn' and 'default'"
+        )
     known = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
     known |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
     if unknown := sorted(set(merged) - known):
@@ -177,7 +197,9 @@ def _read_rope(values: dict[str, Any], where: str) -> Rope:
 def _token_ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
     found = values.get(key)
     ids = [] if found is None else found if isinstance(found, list) else [found]
-    if len(ids) > 64 or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_INT for i in ids):
+    if len(ids) > 64 or any(
+        not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_INT for i in ids
+    ):
         raise ConfigError(f"{where}: {key} is {found!r:.80}, expected a token id or a list of them")
     return tuple(ids)
 
@@ -185,12 +207,18 @@ def _token_ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
 def _refuse_unsupported(reader: _Reader) -> None:
     values, where = reader.values, reader.where
     if values.get("model_type") != "deepseek_v2":
-        raise ConfigError(f"{where}: model_type {values.get('model_type')!r:.80} is not supported, only 'deepseek_v2'")
+        raise ConfigError(
+            f"{where}: model_type {values.get('model_type')!r:.80} is not supported, only 'deepseek_v2'"
+        )
     architectures = values.get("architectures") or ["DeepseekV2ForCausalLM"]
     if architectures != ["DeepseekV2ForCausalLM"]:
-        raise ConfigError(f"{where}: architectures {architectures!r:.80} is not supported, only DeepseekV2ForCausalLM")
+        raise ConfigError(
+            f"{where}: architectures {architectures!r:.80} is not supported, only DeepseekV2ForCausalLM"
+        )
     if values.get("quantization_config"):
-        raise ConfigError(f"{where}: quantization_config is set; give the original bf16, fp16 or fp32 checkpoint")
+        raise ConfigError(
+            f"{where}: quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
+        )
     reader.require("scoring_func", ("softmax",))
     reader.require("topk_method", ("greedy", "group_limited_greedy"))
     reader.require("hidden_act", ("silu",))
@@ -198,7 +226,11 @@ def _refuse_unsupported(reader: _Reader) -> None:
     reader.require("mlp_bias", (False, None))
     reader.require("ep_size", (1, None))
     reader.require("rope_interleave", (True, None))
-    reader.require("num_key_value_heads", (values.get("num_attention_heads"), None), " (MLA has one key a head)")
+    reader.require(
+        "num_key_value_heads",
+        (values.get("num_attention_heads"), None),
+        " (MLA has one key a head)",
+    )
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
@@ -215,7 +247,9 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
         num_hidden_layers=reader.integer("num_hidden_layers", high=1000),
         num_attention_heads=reader.integer("num_attention_heads", high=4096),
         n_routed_experts=reader.integer("n_routed_experts", high=4096),
-        n_shared_experts=0 if values.get("n_shared_experts", 0) is None else reader.integer("n_shared_experts", 0, 256),
+        n_shared_experts=0
+        if values.get("n_shared_experts", 0) is None
+        else reader.integer("n_shared_experts", 0, 256),
         num_experts_per_tok=reader.integer("num_experts_per_tok", high=256),
         n_group=reader.integer("n_group", high=4096) if grouped else 1,
         topk_group=reader.integer("topk_group", high=4096) if grouped else 1,
@@ -224,7 +258,9 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
         routed_scaling_factor=reader.number("routed_scaling_factor"),
         first_k_dense_replace=reader.integer("first_k_dense_replace", 0),
         moe_layer_freq=reader.integer("moe_layer_freq", default=1),
-        q_lora_rank=None if values.get("q_lora_rank", 0) is None else reader.integer("q_lora_rank", high=1 << 20),
+        q_lora_rank=None
+        if values.get("q_lora_rank", 0) is None
+        else reader.integer("q_lora_rank", high=1 << 20),
         kv_lora_rank=reader.integer("kv_lora_rank", high=1 << 20),
         qk_nope_head_dim=reader.integer("qk_nope_head_dim", high=1 << 16),
         qk_rope_head_dim=reader.integer("qk_rope_head_dim", high=1 << 16),
@@ -243,16 +279,26 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
 
 def _check_consistency(config: Config, where: str) -> None:
     if config.qk_rope_head_dim % 2:
-        raise ConfigError(f"{where}: qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number")
+        raise ConfigError(
+            f"{where}: qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number"
+        )
     if config.n_routed_experts % config.n_group:
-        raise ConfigError(f"{where}: n_routed_experts {config.n_routed_experts} is not a multiple of n_group {config.n_group}")
+        raise ConfigError(
+            f"{where}: n_routed_experts {config.n_routed_experts} is not a multiple of n_group {config.n_group}"
+        )
     if config.topk_group > config.n_group:
-        raise ConfigError(f"{where}: topk_group {config.topk_group} is more than n_group {config.n_group}")
+        raise ConfigError(
+            f"{where}: topk_group {config.topk_group} is more than n_group {config.n_group}"
+        )
     reachable = config.n_routed_experts // config.n_group * config.topk_group
     if config.num_experts_per_tok > reachable:
-        raise ConfigError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, but the gate can reach only {reachable} experts")
+        raise ConfigError(
+            f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, but the gate can reach only {reachable} experts"
+        )
     if not config.moe_layers:
-        raise ConfigError(f"{where}: first_k_dense_replace {config.first_k_dense_replace} leaves no layer with experts")
+        raise ConfigError(
+            f"{where}: first_k_dense_replace {config.first_k_dense_replace} leaves no layer with experts"
+        )
 
 
 def read_config(path: Path) -> Config:

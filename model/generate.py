@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.tokenizer import TextStream, Tokenizer
-from slotmoe import CheckpointError, ConfigError
+from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,20 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p is {self.min_p}, expected a number from 0 to 1")
         if not 0 < self.repetition_penalty < 1e3:
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, expected a number above 0 (1 is off)")
-        if not all(math.isfinite(one) for one in (self.presence_penalty, self.frequency_penalty, *(v for _, v in self.logit_bias))):
-            raise ConfigError("presence_penalty, frequency_penalty and logit_bias must be finite numbers")
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty}, expected a number above 0 (1 is off)"
+            )
+        if not all(
+            math.isfinite(one)
+            for one in (
+                self.presence_penalty,
+                self.frequency_penalty,
+                *(v for _, v in self.logit_bias),
+            )
+        ):
+            raise ConfigError(
+                "presence_penalty, frequency_penalty and logit_bias must be finite numbers"
+            )
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -71,33 +82,47 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     if sampling.top_k:
         order = order[: sampling.top_k]
     # The best logit is subtracted before dividing, so that a tiny temperature can't overflow.
-    probabilities = ((logits_V[order] - logits_V[order[0]]).double() / sampling.temperature).softmax(dim=-1)
+    probabilities = (
+        (logits_V[order] - logits_V[order[0]]).double() / sampling.temperature
+    ).softmax(dim=-1)
     if sampling.top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     if sampling.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities[0], 0.0)
+        probabilities = probabilities.masked_fill(
+            probabilities < sampling.min_p * probabilities[0], 0.0
+        )
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def penalize(logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]) -> Tensor:
+def penalize(
+    logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]
+) -> Tensor:
     """``logits_V`` with the penalties and the bias of ``sampling``: ``counts`` is how often the answer so far holds an id.
 
     Without any the same tensor comes back; else a copy.
     """
     s = sampling
-    if s.repetition_penalty == 1 and not (s.presence_penalty or s.frequency_penalty or s.logit_bias):
+    if s.repetition_penalty == 1 and not (
+        s.presence_penalty or s.frequency_penalty or s.logit_bias
+    ):
         return logits_V
     logits_V = logits_V.clone()
-    seen = torch.tensor([one for one in {*prompt, *counts} if one < len(logits_V)], dtype=torch.long)
+    seen = torch.tensor(
+        [one for one in {*prompt, *counts} if one < len(logits_V)], dtype=torch.long
+    )
     if s.repetition_penalty != 1 and len(seen):
         values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+        logits_V[seen] = torch.where(
+            values > 0, values / s.repetition_penalty, values * s.repetition_penalty
+        )
     if counts and (s.presence_penalty or s.frequency_penalty):
         times = torch.tensor(list(counts.values()), dtype=torch.float32)
         logits_V[list(counts)] -= s.presence_penalty + s.frequency_penalty * times
     if s.logit_bias:
-        logits_V[[one for one, _ in s.logit_bias]] += torch.tensor([value for _, value in s.logit_bias])
+        logits_V[[one for one, _ in s.logit_bias]] += torch.tensor(
+            [value for _, value in s.logit_bias]
+        )
     return logits_V
 
 
@@ -130,7 +155,9 @@ def generate(
         logits_V = step(ids)[0, : tokenizer.size].cpu()
         chosen = sample(logits_V, sampling, generator)
         if not math.isfinite(float(logits_V[chosen])):
-            raise CheckpointError("the model computed NaN or infinite logits; its weights are broken")
+            raise CheckpointError(
+                "the model computed NaN or infinite logits; its weights are broken"
+            )
         if chosen in eos_token_ids:
             break
         logprob = float(logits_V[chosen] - logits_V.logsumexp(dim=-1))

@@ -2,7 +2,7 @@
 
 Shapes: S context positions, R ``kv_lora_rank``, P ``qk_rope_head_dim``.  A token costs R + P values a layer and nothing
 else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB.  What a row is made
-of is for the operations to say (``model.deepseek_v2.Ops.latent_row``): the native kernels keep 8 bits a value.
+of is for the operations to say (``slotmoe.model.network.Ops.latent_row``): the native kernels keep 8 bits a value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from model.config import Config
+from slotmoe.model.config import Config
 
 
 class LatentCache:
@@ -33,7 +33,11 @@ class LatentCache:
         self.written = 0  # positions that some layer has written; a pass may still be on its way
         columns, dtype = row
         shape = config.num_hidden_layers, context, columns
-        self.layers = empty(shape, dtype) if empty is not None else torch.empty(shape, dtype=dtype, device=device)
+        self.layers = (
+            empty(shape, dtype)
+            if empty is not None
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
 
     def extend(self, layer: int, count: int) -> torch.Tensor:
         """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""

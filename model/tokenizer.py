@@ -14,11 +14,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from slotmoe import ConfigError, read_json
+from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import read_json
 
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
 MAX_TOKENIZER_VALUES = 350_000  # DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
-TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20  # CPU time, memory and characters of one rendering
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = (
+    0.5,
+    64 << 20,
+    4 << 20,
+)  # CPU time, memory and characters of one rendering
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001  # as the Coder models spell them
@@ -36,18 +41,28 @@ class Tokenizer:
         with open(path, "rb") as file:
             data = file.read(MAX_TOKENIZER_BYTES + 1)
         if len(data) > MAX_TOKENIZER_BYTES or data.count(b",") > MAX_TOKENIZER_VALUES:
-            raise ConfigError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values; not a real tokenizer")
+            raise ConfigError(
+                f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values; not a real tokenizer"
+            )
         try:
             self._backend = Backend.from_buffer(data)
         except KeyboardInterrupt:
             raise
-        except BaseException as problem:  # the library raises bare Exception, and its panics aren't even that
-            raise ConfigError(f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})") from None
+        except (
+            BaseException
+        ) as problem:  # the library raises bare Exception, and its panics aren't even that
+            raise ConfigError(
+                f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
+            ) from None
         settings_path = folder / "tokenizer_config.json"
-        self.settings: dict[str, Any] = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
+        self.settings: dict[str, Any] = (
+            read_json(settings_path, 1 << 22) if settings_path.exists() else {}
+        )
         template_path = folder / "chat_template.jinja"
         self._template_file = _read_template(template_path) if template_path.exists() else None
-        self.bos_token_id = bos_token_id if self.settings.get("add_bos_token", bos_token_id is not None) else None
+        self.bos_token_id = (
+            bos_token_id if self.settings.get("add_bos_token", bos_token_id is not None) else None
+        )
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
 
@@ -55,7 +70,10 @@ class Tokenizer:
         """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and the text has none."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except (UnicodeError, TypeError):  # lone surrogates, which is how Python passes on bytes that are no text
+        except (
+            UnicodeError,
+            TypeError,
+        ):  # lone surrogates, which is how Python passes on bytes that are no text
             raise ConfigError("the prompt is not valid UTF-8 text") from None
         if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
@@ -66,9 +84,18 @@ class Tokenizer:
         no fill-in-the-middle tokens."""
         begin, hole, end = (self.token_id(token) for token in FIM_TOKENS)
         if begin is None or hole is None or end is None:
-            raise ConfigError("this model can't fill in the middle: its tokenizer has no tokens for that; leave suffix out")
+            raise ConfigError(
+                "this model can't fill in the middle: its tokenizer has no tokens for that; leave suffix out"
+            )
         start = [] if self.bos_token_id is None else [self.bos_token_id]
-        return [*start, begin, *self.encode(before, add_bos=False), hole, *self.encode(after, add_bos=False), end]
+        return [
+            *start,
+            begin,
+            *self.encode(before, add_bos=False),
+            hole,
+            *self.encode(after, add_bos=False),
+            end,
+        ]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` without a beginning, and how many characters of it end with each token.
@@ -98,11 +125,20 @@ class Tokenizer:
         """The model's chat template; None if it has none."""
         template = self._template_file or self.settings.get("chat_template")
         if isinstance(template, list):  # several named templates
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            named = {
+                item.get("name"): item.get("template")
+                for item in template
+                if isinstance(item, dict)
+            }
             template = named.get("default")
         return template if isinstance(template, str) else None
 
-    def chat(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None, begun: bool = False) -> str:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        tools: list[dict[str, Any]] | None = None,
+        begun: bool = False,
+    ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of which the last message is
         the beginning if it is ``begun``.  ``tools`` are for templates that use them.
 
@@ -114,7 +150,12 @@ class Tokenizer:
                 "continue text with 'slotmoe run MODEL PROMPT', without --chat"
             )
         tokens = {"bos_token": self._spelling("bos_token"), "eos_token": self.eos_token}
-        variables = {"messages": messages, "add_generation_prompt": not begun, **({"tools": tools} if tools else {}), **tokens}
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": not begun,
+            **({"tools": tools} if tools else {}),
+            **tokens,
+        }
         text = _render(self.template, variables)
         return text.removesuffix(self.eos_token) if begun else text
 
@@ -134,7 +175,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         self._tokenizer, self._shown = tokenizer, shown or {}
-        self._ids: list[int] = []  # the last finished token, for context, and those whose text is not out yet
+        self._ids: list[
+            int
+        ] = []  # the last finished token, for context, and those whose text is not out yet
         self._printed = ""  # what of their text is already out
 
     def push(self, token_id: int) -> str:
@@ -177,15 +220,27 @@ def _render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(TEMPLATE_SECONDS), str(TEMPLATE_MEMORY), str(TEMPLATE_OUTPUT)],
+            [
+                sys.executable,
+                "-c",
+                _CHILD,
+                str(TEMPLATE_SECONDS),
+                str(TEMPLATE_MEMORY),
+                str(TEMPLATE_OUTPUT),
+            ],
             input=request.encode(),
             capture_output=True,
-            timeout=60 * TEMPLATE_SECONDS,  # the child bounds its own CPU time; this is for a machine that stands still
+            timeout=60
+            * TEMPLATE_SECONDS,  # the child bounds its own CPU time; this is for a machine that stands still
         )
     except subprocess.TimeoutExpired:
-        raise ConfigError("chat_template: did not finish; the machine is overloaded, or the template is hostile") from None
+        raise ConfigError(
+            "chat_template: did not finish; the machine is overloaded, or the template is hostile"
+        ) from None
     if child.returncode < 0:
-        raise ConfigError(f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile")
+        raise ConfigError(
+            f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile"
+        )
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
         raise ConfigError(f"chat_template: failed ({lines[-1][:160]})")

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.cache import Cache
-from offload.device import Card, full
-from offload.experts import Guesser, OffloadedExperts
-from offload.host import HostTier
-from offload.misses import Costs, for_cpu
-from offload.plan import LENT
-from offload.prefetch import Prefetcher
-from offload.store import Read, Slots
-from quant.export import Export
-from quant.matmul import TorchOps
+from slotmoe.offload.experts import Guesser, OffloadedExperts
+from slotmoe.offload.plan.memory import LENT
+from slotmoe.offload.policy.cache import Cache
+from slotmoe.offload.policy.hybrid import Costs, for_cpu
+from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.offload.tiers.device import Card, full
+from slotmoe.offload.tiers.disk import Read
+from slotmoe.offload.tiers.host import HostTier
+from slotmoe.offload.tiers.slots import Slots
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.reader import Export
 
 
 def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -38,7 +39,13 @@ def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     order = chosen.argsort(stable=True)
     experts, counts = chosen[order].unique_consecutive(return_counts=True)
     sizes = counts.tolist()
-    return dict(zip(experts.tolist(), zip((order // indices_TK.shape[1]).split(sizes), order.split(sizes), strict=True), strict=True))
+    return dict(
+        zip(
+            experts.tolist(),
+            zip((order // indices_TK.shape[1]).split(sizes), order.split(sizes), strict=True),
+            strict=True,
+        )
+    )
 
 
 class CardSlots(Slots):
@@ -46,7 +53,15 @@ class CardSlots(Slots):
 
     Entries change by kernels that carry their value, never by copies, which would wait for the records' own."""
 
-    def __init__(self, source: HostTier, cache: Cache, transit: int, reserve: int, record_bytes: int, card: Card):
+    def __init__(
+        self,
+        source: HostTier,
+        cache: Cache,
+        transit: int,
+        reserve: int,
+        record_bytes: int,
+        card: Card,
+    ):
         super().__init__(source, cache, transit, reserve, record_bytes, card)
         self.card = card
         self.table_LE = full(card, (cache.layers, cache.experts), -1)
@@ -77,7 +92,10 @@ class CardSlots(Slots):
 
     def rebuild(self) -> None:
         """Make the table what it has to be: a step that was interrupted may have changed only one of the two."""
-        slots = [self._table.slot_of[key] if key in self.cache else -1 for key in range(self._entries.numel())]
+        slots = [
+            self._table.slot_of[key] if key in self.cache else -1
+            for key in range(self._entries.numel())
+        ]
         self._entries.copy_(self.card.upload(torch.tensor(slots, dtype=torch.int32)))
 
 
@@ -120,7 +138,7 @@ class CardExperts(OffloadedExperts):
     @property
     def on_device(self) -> bool:
         """Whether one token needs nothing of the host: every expert is in a slot and nobody watches.  Then a call may be
-        recorded, and repeated without being made (``model.deepseek_v2.Experts``)."""
+        recorded, and repeated without being made (``slotmoe.model.network.Experts``)."""
         return self._placed.complete and self.trace is None and self.profiler is None
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
@@ -146,7 +164,9 @@ class CardExperts(OffloadedExperts):
         return y_TD
 
     def _by_slot(self, x_TD: Tensor, slots_TK: Tensor, y_TKD: Tensor) -> None:
-        self._ops.experts_by_slot(x_TD, self._placed.slab, slots_TK, self._layout, self._levels, y_TKD)
+        self._ops.experts_by_slot(
+            x_TD, self._placed.slab, slots_TK, self._layout, self._levels, y_TKD
+        )
 
     def _watch(self, layer: int, row: int, indices: list[list[int]]) -> None:
         if self.trace is not None:
@@ -186,7 +206,11 @@ class CardExperts(OffloadedExperts):
         def compute(ready: list[Read]) -> None:
             assert token is not None
             records = [self._host.record(read) for read in ready]
-            y_RD = card.upload(self.misses.ops.experts_each(token.get()[0], records, self._layout, self.misses.levels))
+            y_RD = card.upload(
+                self.misses.ops.experts_each(
+                    token.get()[0], records, self._layout, self.misses.levels
+                )
+            )
             for read, y_D in zip(ready, y_RD, strict=True):
                 y_1KD[0, keys.index(read.key)] = y_D
 
@@ -195,7 +219,11 @@ class CardExperts(OffloadedExperts):
             slots.settle(key, keep=keys)
 
     def _bring(
-        self, reads: list[Read], lent: list[Read], arrived: Callable[[list[int]], None], compute: Callable[[list[Read]], None]
+        self,
+        reads: list[Read],
+        lent: list[Read],
+        arrived: Callable[[list[int]], None],
+        compute: Callable[[list[Read]], None],
     ) -> None:
         """``arrived(keys)`` for reads whose copies are queued, as soon as they are, before ``compute(reads)`` for what is lent
         and in RAM; waits only where there is neither."""
@@ -253,22 +281,32 @@ class CardExperts(OffloadedExperts):
         indices = chosen_TK.tolist()
         self._watch(layer, row, indices)
         users = {row * self._experts + expert: use for expert, use in users_of(chosen_TK).items()}
-        here, missing = [key for key in users if key in cache], [key for key in users if key not in cache]
+        here, missing = (
+            [key for key in users if key in cache],
+            [key for key in users if key not in cache],
+        )
         cache.use_chunk(row, indices)
         self._settle_guesses(row, users, missing)
         computed = self._decide_many(users, missing)
         self._count(len(missing) - len(computed), len(computed))
         # First what is on its way, then what is in RAM, so that the disk has its time.
-        fetched = sorted(set(missing).difference(computed), key=lambda key: (key not in slots, key not in self._host))
+        fetched = sorted(
+            set(missing).difference(computed),
+            key=lambda key: (key not in slots, key not in self._host),
+        )
         size = max(1, slots.transit // 2)
         groups = [fetched[start : start + size] for start in range(0, len(fetched), size)]
-        uses = _Uses(card, [users[key] for key in [*here, *fetched]], [slots.slot(key) for key in here])
+        uses = _Uses(
+            card, [users[key] for key in [*here, *fetched]], [slots.slot(key) for key in here]
+        )
         y_ND, done = y_TKD.flatten(0, 1), 0
 
         def run(count: int, slots_G: Tensor) -> None:
             nonlocal done
             tokens_N, rows_N, starts_G1 = uses.part(done, count)
-            y = self._ops.experts_grouped(x_TD, tokens_N, starts_G1, slots_G, slots.slab, self._layout, self._levels)
+            y = self._ops.experts_grouped(
+                x_TD, tokens_N, starts_G1, slots_G, slots.slab, self._layout, self._levels
+            )
             y_ND.index_copy_(0, rows_N, y)
             done += count
             self.lap("experts")
@@ -304,7 +342,9 @@ class CardExperts(OffloadedExperts):
         """Which of a pass's missing experts the CPU computes: those that the fewest tokens want."""
         if self.misses.mode == "fetch":
             return []
-        absent = sorted((key for key in missing if key not in self._placed), key=lambda key: len(users[key][0]))
+        absent = sorted(
+            (key for key in missing if key not in self._placed), key=lambda key: len(users[key][0])
+        )
         return absent[: for_cpu([len(users[key][0]) for key in absent], self.misses.costs)]
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
@@ -319,11 +359,18 @@ class CardExperts(OffloadedExperts):
     def spare(self, count: int) -> list[Tensor]:
         """``count`` places on the card for a record each, free slots as far as there are: to measure copies with."""
         free = self._placed.spare()[:count]
-        return free + list(self._card.empty((count - len(free), self._layout.record_bytes), torch.uint8))
+        return free + list(
+            self._card.empty((count - len(free), self._layout.record_bytes), torch.uint8)
+        )
 
     def stats(self) -> dict[str, Any]:
         """Also ``misses``: how they are computed, how many were fetched and how many the CPU computed, in how many seconds."""
-        counts = {"mode": self.misses.mode, "fetched": self._fetched, "computed": self._computed, "seconds": self._compute_seconds}
+        counts = {
+            "mode": self.misses.mode,
+            "fetched": self._fetched,
+            "computed": self._computed,
+            "seconds": self._compute_seconds,
+        }
         return {**super().stats(), "misses": counts}
 
 
@@ -336,8 +383,15 @@ class _Uses:
         self._bounds = list(accumulate((len(tokens) for tokens, _ in users), initial=0))
         bounds, slots = (torch.tensor(one, dtype=torch.int64) for one in (self._bounds, here))
         empty = [torch.empty(0, dtype=torch.int64)]
-        parts = [torch.cat([*(tokens for tokens, _ in users), *empty]), torch.cat([*(rows for _, rows in users), *empty]), bounds, slots]
-        self._tokens_N, self._rows_N, self._bounds_G1, here_G = card.upload(torch.cat(parts)).split([len(part) for part in parts])
+        parts = [
+            torch.cat([*(tokens for tokens, _ in users), *empty]),
+            torch.cat([*(rows for _, rows in users), *empty]),
+            bounds,
+            slots,
+        ]
+        self._tokens_N, self._rows_N, self._bounds_G1, here_G = card.upload(torch.cat(parts)).split(
+            [len(part) for part in parts]
+        )
         self.here_G = here_G.int()
 
     def part(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,9 +404,18 @@ class _Uses:
 class _ByCpu:
     """The experts of a pass that the CPU computes: a few at a time are borrowed from the host tier."""
 
-    def __init__(self, experts: CardExperts, keys: list[int], users: dict[int, tuple[Tensor, Tensor]], x_TD: Tensor, y_ND: Tensor):
+    def __init__(
+        self,
+        experts: CardExperts,
+        keys: list[int],
+        users: dict[int, tuple[Tensor, Tensor]],
+        x_TD: Tensor,
+        y_ND: Tensor,
+    ):
         self._experts, self._users, self._y_ND = experts, users, y_ND
-        self._waiting = sorted(keys, key=lambda key: key not in experts._host, reverse=True)  # taken from the end: those in RAM first
+        self._waiting = sorted(
+            keys, key=lambda key: key not in experts._host, reverse=True
+        )  # taken from the end: those in RAM first
         self._x_TD = experts._card.download(x_TD) if keys else None
         self.lent: list[Read] = []
         self._borrow()

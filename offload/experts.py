@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from model.deepseek_v2 import Lap, unwatched
-from model.shapes import expert_name
-from offload.prefetch import Accuracy, Prefetcher, total
-from offload.store import WARM, Read, Slots
-from offload.trace import TraceWriter
-from quant.export import PROJECTIONS, Export
-from quant.matmul import TorchOps, gate_order_sum
+from slotmoe.model.names import expert_name
+from slotmoe.model.network import Lap, unwatched
+from slotmoe.offload.observe.trace import TraceWriter
+from slotmoe.offload.policy.prefetch import Accuracy, Prefetcher, total
+from slotmoe.offload.tiers.disk import WARM, Read
+from slotmoe.offload.tiers.slots import Slots
+from slotmoe.quant.backends.base import TorchOps, gate_order_sum
+from slotmoe.quant.export.layout import PROJECTIONS
+from slotmoe.quant.export.reader import Export
 
 if TYPE_CHECKING:
-    from offload.profiler import Profiler
+    from slotmoe.offload.observe.profiler import Profiler
 
 
 class Guesser(Protocol):
-    """Scores of experts before their gate has spoken; the higher the likelier.  See ``offload.predictor``."""
+    """Scores of experts before their gate has spoken; the higher the likelier.  See ``slotmoe.offload.predictor``."""
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """The experts of all MoE layers, or the first ones, from a token's embedding and the last hidden state before it:
@@ -42,7 +44,9 @@ class Guesser(Protocol):
         """Each row's experts worth guessing, the best first."""
 
 
-_TOKENS_AT_ONCE = 128  # of several experts in one call, so that what has arrived meanwhile is soon looked at
+_TOKENS_AT_ONCE = (
+    128  # of several experts in one call, so that what has arrived meanwhile is soon looked at
+)
 
 
 class OffloadedExperts:
@@ -63,9 +67,22 @@ class OffloadedExperts:
         guesser: Guesser,
         warm: Sequence[int] = (),
     ):
-        self._layout, self._experts, self._levels, self._ops = export.layout, export.experts, levels, ops
-        self._slots, self._cache, self._prefetcher, self._guesser = slots, slots.cache, prefetcher, guesser
-        self._layers, self._rows = export.layers, {layer: row for row, layer in enumerate(export.layers)}
+        self._layout, self._experts, self._levels, self._ops = (
+            export.layout,
+            export.experts,
+            levels,
+            ops,
+        )
+        self._slots, self._cache, self._prefetcher, self._guesser = (
+            slots,
+            slots.cache,
+            prefetcher,
+            guesser,
+        )
+        self._layers, self._rows = (
+            export.layers,
+            {layer: row for row, layer in enumerate(export.layers)},
+        )
         self._warm = list(reversed(warm))
         self._token_scores_LE: Tensor | None = None
         self._met = 0  # missing experts whose read had begun when the gate asked
@@ -152,7 +169,9 @@ class OffloadedExperts:
         if not missing:
             self._guess(row, x_D)
             self.lap("cache and prefetch")
-            y_D = self._ops.experts(x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels)
+            y_D = self._ops.experts(
+                x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels
+            )
             self.lap("experts")
             return y_D
         reads = slots.demand(missing, keep=keys)
@@ -163,24 +182,39 @@ class OffloadedExperts:
         while ready or reads:
             if ready:
                 records = [slots.record(key) for key in ready]
-                y_KD[[keys.index(key) for key in ready]] = self._ops.experts_each(x_D, records, self._layout, self._levels)
+                y_KD[[keys.index(key) for key in ready]] = self._ops.experts_each(
+                    x_D, records, self._layout, self._levels
+                )
                 self.lap("experts")
             finished = self._wait(reads) if reads else []
-            ready, reads = [read.key for read in finished], [read for read in reads if read not in finished]
+            ready, reads = (
+                [read.key for read in finished],
+                [read for read in reads if read not in finished],
+            )
         for key in missing:
             slots.settle(key, keep=keys)
         return gate_order_sum(y_KD[None], weights_K[None])[0]
 
-    def _prefill(self, row: int, x_TD: Tensor, indices_TK: Tensor, indices: list[list[int]]) -> Tensor:
+    def _prefill(
+        self, row: int, x_TD: Tensor, indices_TK: Tensor, indices: list[list[int]]
+    ) -> Tensor:
         """Expert by expert over many tokens, of one sequence or of several, each brought once, while others compute:
         unweighted, float32 [T, K, D]."""
         slots, cache = self._slots, self._cache
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        tokens = {row * self._experts + expert: count for expert, count in sorted(Counter(chain.from_iterable(indices)).items())}
-        here, missing = [key for key in tokens if key in cache], [key for key in tokens if key not in cache]
+        tokens = {
+            row * self._experts + expert: count
+            for expert, count in sorted(Counter(chain.from_iterable(indices)).items())
+        }
+        here, missing = (
+            [key for key in tokens if key in cache],
+            [key for key in tokens if key not in cache],
+        )
         cache.use_chunk(row, indices)
         self._settle_guesses(row, tokens, missing)
-        missing.sort(key=lambda key: key not in slots)  # first those that a prefetch has begun to read
+        missing.sort(
+            key=lambda key: key not in slots
+        )  # first those that a prefetch has begun to read
         reads = slots.demand(missing[: slots.transit], keep=missing[: slots.transit])
         coming = missing[len(reads) :]
         self._guess(row, x_TD)
@@ -192,7 +226,10 @@ class OffloadedExperts:
                 ready, here = here[:several], here[several:]
             else:
                 arrived = self._wait(reads)
-                ready, reads = [read.key for read in arrived], [read for read in reads if read not in arrived]
+                ready, reads = (
+                    [read.key for read in arrived],
+                    [read for read in reads if read not in arrived],
+                )
             table = [-1] * self._experts
             for key in ready:
                 table[key - row * self._experts] = slots.slot(key)
@@ -203,7 +240,9 @@ class OffloadedExperts:
                 if key not in cache:
                     slots.settle(key, keep=here)
                 if coming and len(reads) < slots.transit:
-                    reads += slots.demand([coming.pop(0)], keep=[*ready, *(read.key for read in reads)])
+                    reads += slots.demand(
+                        [coming.pop(0)], keep=[*ready, *(read.key for read in reads)]
+                    )
                 elif not coming and self._prefetcher is not None:
                     self._prefetcher.pump(row)
         return y_TKD
@@ -232,11 +271,17 @@ class OffloadedExperts:
             started = time.perf_counter()
             if x.dim() == 1:
                 scores_LE = self._token_scores_LE
-                known = scores_LE[row + 1] if scores_LE is not None and row + 1 < len(scores_LE) else None
+                known = (
+                    scores_LE[row + 1]
+                    if scores_LE is not None and row + 1 < len(scores_LE)
+                    else None
+                )
                 experts = self._guesser.likely(self._guesser.layer_scores(row, x, known)[None])[0]
                 prefetcher.cost(time.perf_counter() - started)
             else:  # whatever any token is likely to use, most tokens first
-                uses = Counter(chain.from_iterable(self._guesser.likely(self._guesser.layer_scores(row, x))))
+                uses = Counter(
+                    chain.from_iterable(self._guesser.likely(self._guesser.layer_scores(row, x)))
+                )
                 experts = [expert for expert, _ in uses.most_common()]
             prefetcher.guess(row + 1, self._keys(row + 1, experts), "layer")
         prefetcher.pump(row)
@@ -257,20 +302,33 @@ class OffloadedExperts:
     def fill(self, progress: Callable[[int, int], None]) -> None:
         """Read experts in order of layer until no slot is free; ``progress(done, total)`` in bytes."""
         size, total = self._layout.record_bytes, self._slots.planned * self._layout.record_bytes
-        self._slots.fill(range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total))
+        self._slots.fill(
+            range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total)
+        )
 
     def memory(self) -> Tensor:
         """The memory of the slots, uint8, with all its pages."""
         return self._slots.memory()
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``cache``, and ``prefetch`` by horizon (see ``offload.prefetch.Accuracy``)."""
+        """Counters: ``cache``, and ``prefetch`` by horizon (see ``slotmoe.offload.policy.prefetch.Accuracy``)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses
-        counts = {"hits": cache.hits, "misses": cache.misses, "hit_rate": cache.hits / looked if looked else None}
-        counts |= {"already_coming": self._met, "evictions": cache.evictions, "bypassed": cache.bypassed, "slots": self._slots.planned}
+        counts = {
+            "hits": cache.hits,
+            "misses": cache.misses,
+            "hit_rate": cache.hits / looked if looked else None,
+        }
+        counts |= {
+            "already_coming": self._met,
+            "evictions": cache.evictions,
+            "bypassed": cache.bypassed,
+            "slots": self._slots.planned,
+        }
         found: dict[str, Any] = {"cache": counts, "wait_seconds": self._slots.wait_seconds}
         if self._prefetcher is not None:
-            found["prefetch"] = {horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()}
+            found["prefetch"] = {
+                horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()
+            }
         return found
 
     def present(self) -> tuple[int, int]:

@@ -32,10 +32,15 @@ def peak_rss() -> int:
 def available_memory() -> int:
     """Bytes of RAM that this process can still take: what the machine has free, or less under a memory cgroup."""
     available: int = psutil.virtual_memory().available
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             root = Path("/sys/fs/cgroup")
-            available = min(available, int((root / limit).read_text()) - int((root / usage).read_text()))
+            available = min(
+                available, int((root / limit).read_text()) - int((root / usage).read_text())
+            )
         except (OSError, ValueError):
             continue
     return max(available, 0)

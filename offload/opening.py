@@ -13,23 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import model
-from model.checkpoint import Checkpoint
-from model.config import Config
-from model.deepseek_v2 import DeepseekV2
-from model.kv_cache import LatentCache
-from model.shapes import resident_shapes
-from model.tokenizer import Tokenizer
-from offload.cache import Cache, make_cache
-from offload.card_experts import CardExperts, CardSlots, Misses
-from offload.device import Card
-from offload.experts import OffloadedExperts, ResidentExperts
-from offload.host import HostTier
-from offload.machine import available_memory, cache_folder, process_bytes
-from offload.memory import Arena, Staging, in_large_pages
-from offload.misses import Costs, choose_mode
-from offload.names import is_hub_id
-from offload.plan import (
+from slotmoe import model
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import Config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import resident_shapes
+from slotmoe.model.network import DeepseekV2
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.card_experts import CardExperts, CardSlots, Misses
+from slotmoe.offload.experts import OffloadedExperts, ResidentExperts
+from slotmoe.offload.ingest.hub_id import is_hub_id
+from slotmoe.offload.machine import available_memory, cache_folder, process_bytes
+from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     PREFILL_CHUNK,
     Plan,
@@ -42,13 +39,20 @@ from offload.plan import (
     scratch_bytes,
     sizes_of,
 )
-from offload.predictor import NextGate, Predictor
-from offload.prefetch import Prefetcher
-from offload.speed import stored_bandwidths
-from offload.store import DiskReader, Slots, Source
-from quant.export import MANIFEST, Export, RecordLayout
-from quant.matmul import TorchOps, pick_ops
-from slotmoe import ConfigError, PlanError, read_json
+from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.policy.cache import Cache, make_cache
+from slotmoe.offload.policy.hybrid import Costs, choose_mode
+from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.tiers.device import Card
+from slotmoe.offload.tiers.disk import DiskReader, Source
+from slotmoe.offload.tiers.host import HostTier
+from slotmoe.offload.tiers.memory import Arena, Staging, in_large_pages
+from slotmoe.offload.tiers.slots import Slots
+from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.layout import MANIFEST, RecordLayout
+from slotmoe.quant.export.reader import Export
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 
@@ -100,30 +104,44 @@ class Parts:
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
     """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
 
-    A hub id that is no folder here becomes an export in the cache folder first; ``offload.hub.hub_export`` gets
+    A hub id that is no folder here becomes an export in the cache folder first; ``slotmoe.offload.ingest.hub.hub_export`` gets
     ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
     """
     folder = Path(path)
     if is_hub_id(str(path)) and not folder.exists():
-        from offload.hub import hub_export
+        from slotmoe.offload.ingest.hub import hub_export
 
         return hub_export(str(path), revision, cache_folder(), **reporting)
     if revision is not None:
-        raise ConfigError(f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out")
+        raise ConfigError(
+            f"{folder}: a revision is of a model on the hub, but this is a folder here; leave the revision out"
+        )
     if str(path) == "sample" and not folder.is_dir():
         return Path(model.__file__).parent / "sample"
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'")
+        raise ConfigError(
+            f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, a hub id or 'sample'"
+        )
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)")
+        raise ConfigError(
+            f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)"
+        )
     return folder
 
 
-def budgets(card: Card | None, ram: int | str | None, vram: int | str | None) -> tuple[int, int | None]:
+def budgets(
+    card: Card | None, ram: int | str | None, vram: int | str | None
+) -> tuple[int, int | None]:
     """Bytes of the fast tier that may be used, and of RAM below a card: as asked, or nine tenths of what is free now."""
-    free_ram = parse_size(ram) if ram is not None else int(available_memory() * FREE_SHARE) + process_bytes()
+    free_ram = (
+        parse_size(ram)
+        if ram is not None
+        else int(available_memory() * FREE_SHARE) + process_bytes()
+    )
     if card is not None:
-        return parse_size(vram) if vram is not None else int(card.memory().free * FREE_SHARE), free_ram
+        return parse_size(vram) if vram is not None else int(
+            card.memory().free * FREE_SHARE
+        ), free_ram
     if vram is not None:
         raise PlanError("--vram is given but the device is the CPU: give --ram, or --device cuda")
     return free_ram, None
@@ -162,7 +180,9 @@ def _check_free(plan: Plan, card: Card | None) -> None:
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
-def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]) -> dict[str, Any]:
+def _load(
+    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
+) -> dict[str, Any]:
     """All resident weights, verified and placed; a few at a time, so that reading and copying overlap."""
     own = threading.local()  # each thread's staging memory
 
@@ -171,12 +191,16 @@ def _load(export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[s
             own.staging = Staging()
         weight = export.resident(name, own.staging.fresh())
         if tuple(weight.shape) != shapes[name]:
-            raise ConfigError(f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}")
+            raise ConfigError(
+                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for {list(shapes[name])}"
+            )
         return place(name, weight)
 
     pool = ThreadPoolExecutor(_LOADERS)
     try:
-        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))  # the largest first, so that no thread ends alone
+        names = sorted(
+            shapes, key=lambda name: -math.prod(shapes[name])
+        )  # the largest first, so that no thread ends alone
         return dict(zip(names, pool.map(load, names), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -208,10 +232,18 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
     source: Source | None = None
     try:
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-        if (export.layout.shapes, export.experts, export.layers) != (layout.shapes, config.n_routed_experts, config.moe_layers):
-            raise ConfigError(f"{folder}: config.json and {MANIFEST} describe different models; quantize again")
+        if (export.layout.shapes, export.experts, export.layers) != (
+            layout.shapes,
+            config.n_routed_experts,
+            config.moe_layers,
+        ):
+            raise ConfigError(
+                f"{folder}: config.json and {MANIFEST} describe different models; quantize again"
+            )
         tokenizer = Tokenizer(folder, config.bos_token_id)
-        sizes = sizes_of(config, export.manifest["quantization"]["resident"], export.predictor_bytes)
+        sizes = sizes_of(
+            config, export.manifest["quantization"]["resident"], export.predictor_bytes
+        )
         plan = make_plan(
             config,
             sizes,
@@ -221,7 +253,11 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
             runtime_bytes=process_bytes(),
             slots=wish.slots,
             host_budget=wish.host_budget,
-            kernels="native" if ops.absorbs else "triton" if ops.name.startswith("triton") else "torch",
+            kernels="native"
+            if ops.absorbs
+            else "triton"
+            if ops.name.startswith("triton")
+            else "torch",
             logits_rows=wish.logits_rows,
             sequences=wish.sequences,
         ).check()
@@ -234,13 +270,40 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
         predictor = Predictor.load(export, config.num_experts_per_tok, ops, place)
         popularity = predictor.popularity if predictor is not None else None
         if card is not None:
-            source = HostTier(disk, _cache(wish, plan.host_slots, rows, routed, popularity), plan.host_transit, card)
-        experts = _offloaded(export, config, plan, wish, source, disk, predictor or NextGate(config, weights, ops), popularity)
+            source = HostTier(
+                disk,
+                _cache(wish, plan.host_slots, rows, routed, popularity),
+                plan.host_transit,
+                card,
+            )
+        experts = _offloaded(
+            export,
+            config,
+            plan,
+            wish,
+            source,
+            disk,
+            predictor or NextGate(config, weights, ops),
+            popularity,
+        )
         network = DeepseekV2(config, weights, ops, experts)
         row = ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
         empty = in_large_pages if card is None else None  # all of it is read for each token
-        caches = [LatentCache(config, wish.context, row, wish.device, empty) for _ in range(wish.sequences)]
-        return Parts(config, tokenizer, network, caches, plan, _generation_eos(folder, config), export, sizes, source)
+        caches = [
+            LatentCache(config, wish.context, row, wish.device, empty)
+            for _ in range(wish.sequences)
+        ]
+        return Parts(
+            config,
+            tokenizer,
+            network,
+            caches,
+            plan,
+            _generation_eos(folder, config),
+            export,
+            sizes,
+            source,
+        )
     except BaseException:
         if source is not None:
             source.close()
@@ -250,7 +313,9 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
 
 def _cache(wish: Wish, slots: int, rows: int, routed: int, popularity: list[float] | None) -> Cache:
     """Where every expert has a slot nothing ever leaves, and the cheapest bookkeeping will do."""
-    return make_cache(wish.policy if slots < rows * routed else "lru", slots, rows, routed, popularity)
+    return make_cache(
+        wish.policy if slots < rows * routed else "lru", slots, rows, routed, popularity
+    )
 
 
 def _offloaded(
@@ -264,11 +329,22 @@ def _offloaded(
     popularity: list[float] | None,
 ) -> OffloadedExperts:
     """The slots over ``source``, their cache, and the prefetcher if reading ahead can pay."""
-    rows, routed, size, top_k = len(export.layers), export.experts, plan.record_bytes, config.num_experts_per_tok
+    rows, routed, size, top_k = (
+        len(export.layers),
+        export.experts,
+        plan.record_bytes,
+        config.num_experts_per_tok,
+    )
     cache = _cache(wish, plan.slots, rows, routed, popularity)
     # Records that are not worth waking a thread for are not worth reading ahead either.
-    ahead = wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
-    likely = sorted(range(rows * routed), key=popularity.__getitem__, reverse=True) if popularity and wish.prefetch else []
+    ahead = (
+        wish.prefetch and size > HELP_BYTES and plan.slots < rows * routed and plan.transit > top_k
+    )
+    likely = (
+        sorted(range(rows * routed), key=popularity.__getitem__, reverse=True)
+        if popularity and wish.prefetch
+        else []
+    )
     levels, warm = export.levels, likely[: plan.slots]
     if wish.card is None:
         slots = Slots(source, cache, plan.transit, top_k, size)
@@ -277,11 +353,28 @@ def _offloaded(
     assert isinstance(source, HostTier)
     bandwidths = stored_bandwidths(cache_folder() / "machine.json")
     mode = choose_mode(wish.misses, bandwidths, size, top_k)
-    misses = Misses(mode, Costs.of(bandwidths, size), pick_ops(torch.device("cpu"), wish.kernels, wish.threads), levels)
+    misses = Misses(
+        mode,
+        Costs.of(bandwidths, size),
+        pick_ops(torch.device("cpu"), wish.kernels, wish.threads),
+        levels,
+    )
     placed = CardSlots(source, cache, plan.transit, top_k, size, wish.card)
     prefetcher = Prefetcher(rows, routed, size, placed, source.bandwidth) if ahead else None
     on_card = wish.card.empty(tuple(levels.shape), levels.dtype).copy_(levels)
-    return CardExperts(export, placed, wish.ops, on_card, prefetcher, guesser, warm, wish.card, source, misses, top_k)
+    return CardExperts(
+        export,
+        placed,
+        wish.ops,
+        on_card,
+        prefetcher,
+        guesser,
+        warm,
+        wish.card,
+        source,
+        misses,
+        top_k,
+    )
 
 
 def _reference_plan(config: Config, checkpoint: Checkpoint, wish: Wish) -> Plan:
@@ -301,9 +394,13 @@ def _reference_plan(config: Config, checkpoint: Checkpoint, wish: Wish) -> Plan:
 def open_reference(folder: Path, config: Config, wish: Wish) -> Parts:
     """A checkpoint as it is, everything resident."""
     if wish.slots is not None:
-        raise ConfigError("the reference path (quantize=False) keeps every expert resident; slots can't be given")
+        raise ConfigError(
+            "the reference path (quantize=False) keeps every expert resident; slots can't be given"
+        )
     if wish.sequences > 1:
-        raise ConfigError("the reference path (quantize=False) holds one sequence; sequences can't be given")
+        raise ConfigError(
+            "the reference path (quantize=False) holds one sequence; sequences can't be given"
+        )
     with Checkpoint.open(folder) as checkpoint:
         tokenizer = Tokenizer(folder, config.bos_token_id)
         plan = _reference_plan(config, checkpoint, wish).check()
@@ -312,4 +409,6 @@ def open_reference(folder: Path, config: Config, wish: Wish) -> Parts:
         weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
         network = DeepseekV2(config, weights, wish.ops, ResidentExperts(weights, wish.ops))
         cache = LatentCache(config, wish.context, (config.latent_width, torch.float32), wish.device)
-        return Parts(config, tokenizer, network, [cache], plan, _generation_eos(folder, config), checkpoint)
+        return Parts(
+            config, tokenizer, network, [cache], plan, _generation_eos(folder, config), checkpoint
+        )

@@ -3,7 +3,7 @@
 Shape legend: D hidden_size, L MoE layers ("rows", counted from 0), E routed experts, R and Q hidden widths.
 
 Both horizons of the trained predictor are one hidden layer wide, ``out(silu(in(x) + bias)) + bias``, trained so that
-``sigmoid(score)`` is the probability that the expert is used (``offload.calibrate``):
+``sigmoid(score)`` is the probability that the expert is used (``slotmoe.offload.study.calibrate``):
 
     token   rms(embedding of the token), rms(last hidden state of the token before)  [2 D] -> [R] -> [L, E]
     layer   rms(input of MoE layer r)                                                  [D] -> [Q] -> [E] of MoE layer r + 1
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import Config
-from quant.export import Export
-from quant.int8 import Int8Weight
-from quant.matmul import TorchOps, nbytes
+from slotmoe.model.config import Config
+from slotmoe.quant.backends.base import TorchOps, nbytes
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.int8 import Int8Weight
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
 _WORTH_LOGIT = math.log(WORTH / (1 - WORTH))
@@ -38,7 +38,9 @@ class NextGate:
 
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchOps):
         layers = config.moe_layers
-        norms = [weights[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in layers]
+        norms = [
+            weights[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in layers
+        ]
         self._first_norm = norms[0]
         self._gates = [weights[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
@@ -63,8 +65,14 @@ class NextGate:
 class Predictor:
     """The trained guesses of an export.  ``popularity`` has, for each key ``row * E + expert``, its uses a token."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], top_k: int, ops: TorchOps, place: Callable[[str, Any], Any] | None = None):
-        """``tensors`` as in the file (``quant.export.predictor_parts``), ``top_k`` the experts that a token uses in a layer.
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        top_k: int,
+        ops: TorchOps,
+        place: Callable[[str, Any], Any] | None = None,
+    ):
+        """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k`` the experts that a token uses in a layer.
         ``place`` puts a named weight on its device in the form that ``ops`` multiplies with; by default it stays where it is."""
         self._ops, self._top_k = ops, top_k
         put: Callable[[str, Any], Any] = place or ops.prepare
@@ -72,7 +80,9 @@ class Predictor:
         def matrix(name: str, row: int | None = None) -> tuple[Any, Tensor]:
             parts = (tensors[f"{name}.{part}"] for part in ("weight", "weight.scale", "bias"))
             q, scale, bias = parts if row is None else (part[row] for part in parts)
-            return put(f"predictor.{name}.weight", Int8Weight(q, scale)), put(f"predictor.{name}.bias", bias)
+            return put(f"predictor.{name}.weight", Int8Weight(q, scale)), put(
+                f"predictor.{name}.bias", bias
+            )
 
         self._token = [matrix("token.in"), matrix("token.out")]
         rows = len(tensors["layer.mix"]) if "layer.mix" in tensors else 0
@@ -82,7 +92,13 @@ class Predictor:
         self._rows = rows + 1
 
     @classmethod
-    def load(cls, export: Export, top_k: int, ops: TorchOps, place: Callable[[str, Any], Any] | None = None) -> Predictor | None:
+    def load(
+        cls,
+        export: Export,
+        top_k: int,
+        ops: TorchOps,
+        place: Callable[[str, Any], Any] | None = None,
+    ) -> Predictor | None:
         """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if its file is damaged."""
         tensors = export.predictor()
         return None if tensors is None else cls(tensors, top_k, ops, place)
@@ -90,7 +106,12 @@ class Predictor:
     @property
     def nbytes(self) -> int:
         """Bytes in memory of all matrices and biases."""
-        return sum(nbytes(part) for one in [self._token, *self._layers] for matrix in one for part in matrix)
+        return sum(
+            nbytes(part)
+            for one in [self._token, *self._layers]
+            for matrix in one
+            for part in matrix
+        )
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """Every MoE layer's experts, from a token's embedding row and the residual stream after the last layer (before the
@@ -103,7 +124,9 @@ class Predictor:
         as a token uses."""
         found = scores_RE.topk(min(2 * self._top_k, scores_RE.shape[-1]), dim=-1)
         counts = (found.values > _WORTH_LOGIT).sum(dim=-1).tolist()
-        return [experts[:count] for experts, count in zip(found.indices.tolist(), counts, strict=True)]
+        return [
+            experts[:count] for experts, count in zip(found.indices.tolist(), counts, strict=True)
+        ]
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
         """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32 logits [E] or [T, E].

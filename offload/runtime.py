@@ -17,28 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import read_config
-from model.deepseek_v2 import unwatched
-from model.generate import Sampling, Token, generate
-from model.kv_cache import LatentCache
-from offload.cache import DEFAULT_POLICY, POLICIES
-from offload.card_experts import CardExperts
-from offload.device import Card, choose_device, compute
-from offload.experts import OffloadedExperts
-from offload.machine import cache_folder, peak_rss, process_bytes
-from offload.measure import copy_bandwidth, device_bandwidth, disk_bandwidth, disk_latency, together
-from offload.misses import MODES
-from offload.names import is_hub_id
-from offload.opening import Parts, Wish, budgets, open_model, resolve_model
-from offload.plan import by_tier, format_size, predicted_components
-from offload.prefetch import Accuracy
-from offload.profiler import Profiler
-from offload.quantize import Progress, cached_export
-from offload.speed import Bandwidths, Setting
-from offload.trace import TraceWriter
-from quant.export import MANIFEST, Export
-from quant.matmul import TorchOps, pick_ops
-from slotmoe import ConfigError, PlanError
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.model.config import read_config
+from slotmoe.model.generate import Sampling, Token, generate
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.network import unwatched
+from slotmoe.offload.card_experts import CardExperts
+from slotmoe.offload.experts import OffloadedExperts
+from slotmoe.offload.ingest.hub_id import is_hub_id
+from slotmoe.offload.ingest.quantize import Progress, cached_export
+from slotmoe.offload.machine import cache_folder, peak_rss, process_bytes
+from slotmoe.offload.observe.measure import (
+    copy_bandwidth,
+    device_bandwidth,
+    disk_bandwidth,
+    disk_latency,
+    together,
+)
+from slotmoe.offload.observe.profiler import Profiler
+from slotmoe.offload.observe.trace import TraceWriter
+from slotmoe.offload.opening import Parts, Wish, budgets, open_model, resolve_model
+from slotmoe.offload.plan.memory import by_tier, format_size, predicted_components
+from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.offload.policy.prefetch import Accuracy
+from slotmoe.offload.tiers.device import Card, choose_device, compute
+from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.quant.export.reader import Export
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Runtime.append_rows`` makes at once
 _PIECE = 128  # rows of logits made at once; a prefill pass takes a multiple of it
@@ -48,20 +56,37 @@ __all__ = ["Runtime", "Token", "resolve_model"]
 
 class Runtime:
     """An open model; not for use from several threads at once.  ``generate``, ``start`` and ``logits`` hold one sequence at a
-    time, the first; ``offload.batch`` decodes several together."""
+    time, the first; ``slotmoe.offload.scheduler`` decodes several together."""
 
     def __init__(self, parts: Parts, ops: TorchOps, card: Card | None, why: str):
-        self.config, self.tokenizer, self.plan, self.eos_token_ids = parts.config, parts.tokenizer, parts.plan, parts.eos_token_ids
+        self.config, self.tokenizer, self.plan, self.eos_token_ids = (
+            parts.config,
+            parts.tokenizer,
+            parts.plan,
+            parts.eos_token_ids,
+        )
         self.device = torch.device("cpu") if card is None else card.device
         self._card, self._why = card, why
-        self._network, self._caches, self._cache, self._source = parts.network, parts.caches, parts.caches[0], parts.source
+        self._network, self._caches, self._cache, self._source = (
+            parts.network,
+            parts.caches,
+            parts.caches[0],
+            parts.source,
+        )
         self._latest: LatentCache | None = None  # whose token the network's hidden state belongs to
         self._experts, self._ops, self._sizes = parts.network.experts, ops, parts.sizes
         self._store, self._chunk = parts.store, parts.plan.prefill_chunk
         self._generation = 0
-        self._held: list[int] = []  # tokens of the first rows of the latent cache; the rows after them mean nothing
+        self._held: list[
+            int
+        ] = []  # tokens of the first rows of the latent cache; the rows after them mean nothing
         self._profiler: Profiler | None = None
-        self._counts = {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
+        self._counts = {
+            "prefill_tokens": 0,
+            "prefill_seconds": 0.0,
+            "decode_tokens": 0,
+            "decode_seconds": 0.0,
+        }
 
     @classmethod
     def open(
@@ -92,41 +117,70 @@ class Runtime:
         ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
         ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
         ``sequences`` latent caches of ``context`` positions each are kept, for ``append`` and ``append_each``.
-        ``cache_policy`` is one of ``offload.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
+        ``cache_policy`` is one of ``slotmoe.offload.policy.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
         ``misses`` says who computes an expert that is in no slot of a GPU: ``fetch``, the GPU, once it is copied there; ``cpu``;
         ``hybrid``, both, split by measured bandwidths; ``auto`` takes what these advise, ``fetch`` where none were measured.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
         if cache_policy not in (None, *POLICIES):
-            raise ConfigError(f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}")
+            raise ConfigError(
+                f"cache policy {cache_policy!r:.40} is unknown, expected one of: {', '.join(POLICIES)}"
+            )
         if not 1 <= sequences <= 256:
             raise ConfigError(f"sequences is {sequences}, expected 1 to 256")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}, expected at least 1")
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
-            raise ConfigError(f"{path}: quantize=False needs the original checkpoint in a folder; download it first")
+            raise ConfigError(
+                f"{path}: quantize=False needs the original checkpoint in a folder; download it first"
+            )
         if misses not in MODES:
-            raise ConfigError(f"misses {misses!r:.40} is unknown, expected one of: {', '.join(MODES)}")
+            raise ConfigError(
+                f"misses {misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
+            )
         folder = resolve_model(path, revision, **({"progress": progress} if progress else {}))
         card, why = choose_device(device)
         if card is None and misses != "auto":
-            raise ConfigError(f"misses {misses} is given but the device is the CPU, which computes every expert: leave it out")
+            raise ConfigError(
+                f"misses {misses} is given but the device is the CPU, which computes every expert: leave it out"
+            )
         limits = budgets(card, ram, vram)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
             folder = cached_export(folder, cache_folder(), progress)
         elif not quantize and is_export:
-            raise ConfigError(f"{folder}: is an export, already quantized; quantize=False needs the original checkpoint")
+            raise ConfigError(
+                f"{folder}: is an export, already quantized; quantize=False needs the original checkpoint"
+            )
         config = read_config(folder / "config.json")
         if not 1 <= context <= config.max_position_embeddings:
-            raise PlanError(f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings")
+            raise PlanError(
+                f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings"
+            )
         if not quantize:
             ops = TorchOps()
         else:
-            ops = pick_ops(torch.device("cpu"), kernels, threads) if card is None else card.ops(kernels, threads)
+            ops = (
+                pick_ops(torch.device("cpu"), kernels, threads)
+                if card is None
+                else card.ops(kernels, threads)
+            )
         policy = cache_policy or DEFAULT_POLICY
-        wish = Wish(card, ops, *limits, context, slots, policy, prefetch, logits_rows, sequences, misses, kernels, threads)
+        wish = Wish(
+            card,
+            ops,
+            *limits,
+            context,
+            slots,
+            policy,
+            prefetch,
+            logits_rows,
+            sequences,
+            misses,
+            kernels,
+            threads,
+        )
         return cls(open_model(folder, config, wish, quantize), ops, card, why)
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -158,12 +212,16 @@ class Runtime:
             assert hidden_TD is not None
             for start in range(0, len(part), _PIECE):
                 if position + start + _PIECE > first:
-                    yield self._network.head(hidden_TD[max(start, first - position) : start + _PIECE])
+                    yield self._network.head(
+                        hidden_TD[max(start, first - position) : start + _PIECE]
+                    )
             position += len(part)
 
     def _check_current(self, generation: int) -> None:
         if generation != self._generation:
-            raise ConfigError("this generation was superseded: a Runtime holds one sequence at a time")
+            raise ConfigError(
+                "this generation was superseded: a Runtime holds one sequence at a time"
+            )
 
     def generate(
         self,
@@ -189,18 +247,31 @@ class Runtime:
             prompt = self.tokenizer.encode(text)
         self._check_ids(prompt, len(prompt) + 1)
         room = self._cache.context - len(prompt)
-        kept = _shared(self._held, prompt[:-1])  # the last token is fed in any case: its logits are wanted
+        kept = _shared(
+            self._held, prompt[:-1]
+        )  # the last token is fed in any case: its logits are wanted
         self._restart(kept)
-        return generate(self._step(), prompt[kept:], self.tokenizer, min(max_new_tokens, room), self.eos_token_ids, sampling)
+        return generate(
+            self._step(),
+            prompt[kept:],
+            self.tokenizer,
+            min(max_new_tokens, room),
+            self.eos_token_ids,
+            sampling,
+        )
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
         """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
         [1, vocab_size].  ``depth`` positions are taken as cached already, filled with random numbers: for measurements."""
         self._held.clear()
         self._restart(depth)
-        latent_SW = torch.randn(depth, self.config.latent_width, generator=torch.Generator().manual_seed(0)).to(self.device)
+        latent_SW = torch.randn(
+            depth, self.config.latent_width, generator=torch.Generator().manual_seed(0)
+        ).to(self.device)
         for layer in range(self.config.num_hidden_layers):
-            self._ops.store_latents(latent_SW, self.config.kv_lora_rank, self._cache.layers[layer, :depth])
+            self._ops.store_latents(
+                latent_SW, self.config.kv_lora_rank, self._cache.layers[layer, :depth]
+            )
         return self._step()
 
     def _step(self) -> Callable[[list[int]], Tensor]:
@@ -224,7 +295,11 @@ class Runtime:
 
     def _moved(self) -> dict[str, int]:
         """Bytes that came from each slower tier so far."""
-        return {tier: counts["bytes"] for tier, counts in self._store.stats().items()} if self._store is not None else {}
+        return (
+            {tier: counts["bytes"] for tier, counts in self._store.stats().items()}
+            if self._store is not None
+            else {}
+        )
 
     def append(self, sequence: int, ids: list[int]) -> Tensor:
         """Append ``ids`` to one of the ``sequences`` and return the last one's logits, float32 [1, vocab_size]."""
@@ -258,7 +333,9 @@ class Runtime:
         def forward() -> Tensor:
             if isinstance(self._experts, OffloadedExperts):
                 self._experts.begin(len(ids), None, None)
-            return self._network.forward_together(torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences])
+            return self._network.forward_together(
+                torch.tensor(ids, device=self.device), [self._caches[one] for one in sequences]
+            )
 
         logits = self._computed(forward)
         self._count("decode", len(ids), started)
@@ -281,18 +358,30 @@ class Runtime:
         self._counts[kind + "_tokens"] += tokens
         self._counts[kind + "_seconds"] += time.perf_counter() - started
 
-    def _forward(self, ids_T: Tensor, all_logits: bool = False, cache: LatentCache | None = None) -> Tensor:
+    def _forward(
+        self, ids_T: Tensor, all_logits: bool = False, cache: LatentCache | None = None
+    ) -> Tensor:
         network, cache = self._network, cache or self._cache
         alone, position = cache is self._cache, cache.length
         if alone:
-            del self._held[position:]  # first: a pass that is interrupted has overwritten some of these rows
+            del self._held[
+                position:
+            ]  # first: a pass that is interrupted has overwritten some of these rows
         known, self._latest = self._latest is cache, cache
 
         def forward() -> Tensor:
             if isinstance(self._experts, OffloadedExperts):
                 embedding_D = hidden_D = None
-                if len(ids_T) == 1 and known and network.hidden_TD is not None and self._experts.guesses_tokens:
-                    embedding_D, hidden_D = self._ops.embed(ids_T, network.embed_tokens)[0], network.hidden_TD[-1]
+                if (
+                    len(ids_T) == 1
+                    and known
+                    and network.hidden_TD is not None
+                    and self._experts.guesses_tokens
+                ):
+                    embedding_D, hidden_D = (
+                        self._ops.embed(ids_T, network.embed_tokens)[0],
+                        network.hidden_TD[-1],
+                    )
                 self._experts.begin(len(ids_T), embedding_D, hidden_D)
             return network.forward(ids_T, cache, all_logits)
 
@@ -305,7 +394,11 @@ class Runtime:
         """What ``forward`` gives, on a card when it is there.  Raises ``DeviceError``; a step that raises can be repeated."""
         if self._card is None:
             return forward()
-        return compute(self._card, forward, f"a lower --vram (now {format_size(self.plan.budget)}) or --context")
+        return compute(
+            self._card,
+            forward,
+            f"a lower --vram (now {format_size(self.plan.budget)}) or --context",
+        )
 
     def _restart(self, kept: int = 0) -> None:
         """A new sequence begins, with the first ``kept`` rows of the latent cache."""
@@ -320,7 +413,9 @@ class Runtime:
                 f"the prompt has {len(ids)} tokens and the context holds {self._cache.context}: raise --context or shorten the prompt"
             )
         if not all(isinstance(one, int) and 0 <= one < self.config.vocab_size for one in ids):
-            raise ConfigError(f"a token id is outside 0 to {self.config.vocab_size - 1}, the model's vocabulary")
+            raise ConfigError(
+                f"a token id is outside 0 to {self.config.vocab_size - 1}, the model's vocabulary"
+            )
         return torch.tensor(ids, device=self.device)
 
     @property
@@ -336,7 +431,11 @@ class Runtime:
     @property
     def threads(self) -> int:
         """CPU threads in use."""
-        return self._experts.misses.ops.threads if isinstance(self._experts, CardExperts) else self._ops.threads
+        return (
+            self._experts.misses.ops.threads
+            if isinstance(self._experts, CardExperts)
+            else self._ops.threads
+        )
 
     def warm(self, progress: Progress | None = None) -> None:
         """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
@@ -351,14 +450,20 @@ class Runtime:
         if self._card is not None:
             assert memory is not None
             return device_bandwidth(self._card, memory[: 16 * _MEASURED_BYTES])
-        if memory is None or (memory.nbytes < _MEASURED_BYTES <= self.plan.budget - self.plan.total):
+        if memory is None or (
+            memory.nbytes < _MEASURED_BYTES <= self.plan.budget - self.plan.total
+        ):
             memory = torch.ones(_MEASURED_BYTES, dtype=torch.uint8)
         return self._ops.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
 
     def link_bandwidths(self) -> dict[str, float]:
         """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same while the CPU computes
         experts; ``experts``, the records that it gets through meanwhile.  Empty without a GPU."""
-        if self._card is None or not isinstance(self._experts, CardExperts) or not isinstance(self._source, Export):
+        if (
+            self._card is None
+            or not isinstance(self._experts, CardExperts)
+            or not isinstance(self._source, Export)
+        ):
             return {}
         rows, misses, layout = self._experts.spare(8), self._experts.misses, self._source.layout
         alone = copy_bandwidth(self._card, rows)
@@ -369,7 +474,9 @@ class Runtime:
         """Bytes a second at which all threads together read RAM, measured now."""
         if not isinstance(self._experts, CardExperts):
             return self.read_bandwidth()
-        return self._experts.misses.ops.read_bandwidth(torch.ones(_MEASURED_BYTES, dtype=torch.uint8))
+        return self._experts.misses.ops.read_bandwidth(
+            torch.ones(_MEASURED_BYTES, dtype=torch.uint8)
+        )
 
     def disk_bandwidth(self) -> float:
         """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
@@ -388,18 +495,28 @@ class Runtime:
     def bytes_per_token(self, position: int) -> dict[str, int]:
         """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""
         assert self._sizes is not None
-        experts = len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
+        experts = (
+            len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
+        )
         latent = self._cache.nbytes // self._cache.context * position
-        return {"resident weights": self._sizes.touched, "experts": experts, "latent KV cache": latent}
+        return {
+            "resident weights": self._sizes.touched,
+            "experts": experts,
+            "latent KV cache": latent,
+        }
 
-    def predict(self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths) -> dict[str, Any]:
+    def predict(
+        self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths
+    ) -> dict[str, Any]:
         """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their ``peak`` (tier ->
         bytes), ``hit_rate``, tokens a second of prefill and decode, ``decode_seconds`` by what a token waits for, and its
         ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
         random = str(self._source.manifest["source"]["name"]).startswith("random weights")
         misses = self._experts.misses.mode if isinstance(self._experts, CardExperts) else "fetch"
-        setting = Setting(self.config, self._sizes, self.plan, bandwidths, self.threads, random, misses)
+        setting = Setting(
+            self.config, self._sizes, self.plan, bandwidths, self.threads, random, misses
+        )
         speed = setting.predict(prompt_tokens, new_tokens)
         components = predicted_components(self.plan, prompt_tokens, new_tokens)
         return {
@@ -413,9 +530,11 @@ class Runtime:
         }
 
     def trace(self, path: str | Path) -> None:
-        """Record the routing of everything from now on into ``path`` (format: ``offload.trace``), until ``close``."""
+        """Record the routing of everything from now on into ``path`` (format: ``slotmoe.offload.observe.trace``), until ``close``."""
         experts, layers, config = self._quantized("trace"), self.config.moe_layers, self.config
-        experts.trace = TraceWriter(Path(path), layers, config.n_routed_experts, config.num_experts_per_tok)
+        experts.trace = TraceWriter(
+            Path(path), layers, config.n_routed_experts, config.num_experts_per_tok
+        )
 
     def profile(self, origin: float | None = None) -> Profiler:
         """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
@@ -423,7 +542,9 @@ class Runtime:
         card = self._card
         synchronize = (lambda: card.record().synchronize()) if card is not None else None
         origin = time.perf_counter() if origin is None else origin
-        profiler = Profiler(len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize)
+        profiler = Profiler(
+            len(self.config.moe_layers), self.config.n_routed_experts, origin, synchronize
+        )
         self._profiler = experts.profiler = profiler
         self._network.lap = experts.lap = profiler.lap
         return profiler
@@ -440,35 +561,60 @@ class Runtime:
 
     def memory_in_use(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
-        plan, used, resident = self.plan, process_bytes(), self._sizes.resident if self._sizes is not None else {}
+        plan, used, resident = (
+            self.plan,
+            process_bytes(),
+            self._sizes.resident if self._sizes is not None else {},
+        )
         if self._card is not None:  # everything is allocated at open
-            known = {name: plan.components[name] for name in ("latent KV cache", "expert slots", "read buffers")}
+            known = {
+                name: plan.components[name]
+                for name in ("latent KV cache", "expert slots", "read buffers")
+            }
             known["resident weights"] = sum(resident.values())
             host = {name: size for name, size in plan.host.items() if name != "runtime"}
             return {"vram": (self._card.memory().allocated, known), "ram": (used, host)}
         cached, slab = self._quantized("profile").present()
         buffers = min(plan.components["read buffers"], slab - cached)
-        latent = sum(cache.nbytes // cache.context * max(cache.length, cache.written) for cache in self._caches)
+        latent = sum(
+            cache.nbytes // cache.context * max(cache.length, cache.written)
+            for cache in self._caches
+        )
         known = {"resident weights": sum(resident.values()), "latent KV cache": latent}
         return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 
     def _quantized(self, purpose: str) -> OffloadedExperts:
         if not isinstance(self._experts, OffloadedExperts):
-            raise ConfigError(f"the reference path has no expert cache to {purpose}; open the model quantized")
+            raise ConfigError(
+                f"the reference path has no expert cache to {purpose}; open the model quantized"
+            )
         return self._experts
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``, ``misses``
         with a GPU, and ``device``: which, and why it was taken."""
-        memory: dict[str, Any] = {"plan": dict(self.plan.components), "budget": self.plan.budget, "tier": self.plan.tier}
+        memory: dict[str, Any] = {
+            "plan": dict(self.plan.components),
+            "budget": self.plan.budget,
+            "tier": self.plan.tier,
+        }
         if self.plan.host:
             memory["host_plan"] = dict(self.plan.host)
         memory["peak_rss"] = peak_rss()
         name = "cpu"
         if self._card is not None:
             name, card = self._card.name, self._card.memory()
-            memory |= {"peak_vram": card.peak, "reserved_vram": card.reserved, "beside_vram": card.beside}
-        found = {"tokens": dict(self._counts), "memory": memory, "kernels": self._ops.name, "device": {"name": name, "why": self._why}}
+            memory |= {
+                "peak_vram": card.peak,
+                "reserved_vram": card.reserved,
+                "beside_vram": card.beside,
+            }
+        found = {
+            "tokens": dict(self._counts),
+            "memory": memory,
+            "kernels": self._ops.name,
+            "device": {"name": name, "why": self._why},
+        }
         if isinstance(self._experts, OffloadedExperts):
             found |= self._experts.stats()
         if self._store is not None:
@@ -489,7 +635,12 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

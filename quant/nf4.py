@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.sizes import BLOCK, TILE, absmax_shape, codes_shape
+from slotmoe.quant.shapes import BLOCK, TILE, absmax_shape, codes_shape
 
 _CHUNK = 1 << 17  # weights quantized at once
 LEVELS = (
@@ -63,7 +63,9 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         rows = weight_NK[start * TILE : stop * TILE]
         padded = torch.zeros((stop - start) * TILE, blocks * BLOCK)
         padded[: len(rows), :K] = rows
-        codes[start:stop], absmax[start:stop] = _quantize_tiles(padded.view(stop - start, TILE, blocks, BLOCK))
+        codes[start:stop], absmax[start:stop] = _quantize_tiles(
+            padded.view(stop - start, TILE, blocks, BLOCK)
+        )
     return codes, absmax
 
 
@@ -79,7 +81,12 @@ def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
         np.greater(scaled, midpoint, out=below)
         np.add(codes, below.view(np.uint8), out=codes)
     # Four neighbouring columns move as one 32-bit word; codes are below 16, so no bit crosses a byte when shifted.
-    words = torch.from_numpy(codes).view(torch.int32).view(tiles, TILE, blocks, 8, 2).permute(4, 0, 2, 3, 1)
+    words = (
+        torch.from_numpy(codes)
+        .view(torch.int32)
+        .view(tiles, TILE, blocks, 8, 2)
+        .permute(4, 0, 2, 3, 1)
+    )
     packed = (words[0] << 4 | words[1]).contiguous().view(torch.uint8)  # tile, block, t, lane, i
     return packed.view(tiles, blocks, TILE * BLOCK // 2), absmax.half().transpose(1, 2)
 
@@ -89,6 +96,8 @@ def dequantize(weight: Nf4Weight) -> Tensor:
     N, K = weight.shape
     tiles, blocks, _ = weight.codes.shape
     codes = weight.codes.view(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
-    values = weight.levels[torch.stack([codes >> 4, codes & 15], dim=4).int()]  # tile, block, t, lane, half, i
+    values = weight.levels[
+        torch.stack([codes >> 4, codes & 15], dim=4).int()
+    ]  # tile, block, t, lane, half, i
     values = values * weight.absmax.float().view(tiles, blocks, 1, TILE, 1, 1)
     return values.permute(0, 3, 1, 2, 4, 5).reshape(tiles * TILE, blocks * BLOCK)[:N, :K]

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from offload.download import Patience
-from offload.quantize import quantize
-from tests.hub import HOME, HUB, TOKEN
-from tests.tiny import SAMPLE
+from slotmoe.offload.ingest.download import Patience
+from slotmoe.offload.ingest.quantize import quantize
+from tests.support.hub import HOME, HUB, TOKEN
+from tests.support.tiny import SAMPLE
 
 # huggingface_hub reads these when it is imported, which any test may be the first to do.
 os.environ |= {
@@ -45,7 +45,10 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    for name in ("fsync", "fdatasync"):  # no machine loses its power here, and a busy disk takes its time
+    for name in (
+        "fsync",
+        "fdatasync",
+    ):  # no machine loses its power here, and a busy disk takes its time
         monkeypatch.setattr(os, name, lambda handle: None)
     HUB.reset()
     yield HUB
@@ -55,4 +58,4 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Few and quick attempts to resolve a repository."""
-    monkeypatch.setattr("offload.hub._RESOLVING", Patience(attempts=3, pause=0.01))
+    monkeypatch.setattr("slotmoe.offload.ingest.hub._RESOLVING", Patience(attempts=3, pause=0.01))

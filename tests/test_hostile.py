@@ -15,20 +15,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint
-from model.config import parse_config, read_config
-from model.shapes import resident_shapes
-from model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
-from offload.quantize import quantize
-from offload.runtime import Runtime
-from quant.export import COPIED, MANIFEST, RESIDENT, Export, checksum, layer_file, manifest_checksum
-from quant.int8 import Int8Weight
-from quant.nf4 import Nf4Weight
-from slotmoe import CheckpointError, ConfigError, ExportError, SlotmoeError
-from tests.tiny import REMOVE, write_checkpoint
+from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import parse_config, read_config
+from slotmoe.model.names import resident_shapes
+from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, checksum, layer_file
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.nf4 import Nf4Weight
+from tests.support.tiny import REMOVE, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
-INDEX, FIRST, SECOND = "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX, FIRST, SECOND = (
+    "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+)
 EXPERT, NORM = "model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"
 
 
@@ -79,7 +85,10 @@ def edit_tensor(folder, name, change):
         tensors = load_file(folder / file)
         if name in tensors:
             tensors[name] = change(tensors[name])
-            save_file({key: value.contiguous() for key, value in tensors.items() if value is not None}, folder / file)
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items() if value is not None},
+                folder / file,
+            )
             return
     raise AssertionError(name)
 
@@ -108,7 +117,9 @@ def edit_entry(name, change):
 
 
 def remap(name, file):
-    return lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].__setitem__(name, file))
+    return lambda folder: edit_json(
+        folder / INDEX, lambda index: index["weight_map"].__setitem__(name, file)
+    )
 
 
 def linked_out(folder):
@@ -165,7 +176,9 @@ def append(name):
 
 
 def truncate(name, keep):
-    return lambda folder: os.truncate(folder / name, keep if keep >= 0 else (folder / name).stat().st_size + keep)
+    return lambda folder: os.truncate(
+        folder / name, keep if keep >= 0 else (folder / name).stat().st_size + keep
+    )
 
 
 def f32(start, stop, shape=(1,)):
@@ -181,14 +194,29 @@ BAD_CHECKPOINTS = {
     "shard-of-seven-bytes": (truncate(FIRST, 7), FIRST),
     "shard-empty": (truncate(FIRST, 0), FIRST),
     "shard-a-byte-long": (append(FIRST), FIRST),
-    "shard-is-folder": (lambda folder: ((folder / FIRST).unlink(), (folder / FIRST).mkdir()), FIRST),
+    "shard-is-folder": (
+        lambda folder: ((folder / FIRST).unlink(), (folder / FIRST).mkdir()),
+        FIRST,
+    ),
     "shard-is-pipe": (fifo(FIRST), FIRST),
     "shard-is-html": (write(FIRST, b"<!DOCTYPE html><html>Entry not found</html>"), FIRST),
-    "shard-is-lfs-pointer": (write(FIRST, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), FIRST),
+    "shard-is-lfs-pointer": (
+        write(FIRST, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        FIRST,
+    ),
     "index-is-pipe": (fifo(INDEX), INDEX),
-    "index-names-absent-tensor": (remap("model.layers.9.mlp.gate.weight", FIRST), "model.layers.9.mlp.gate.weight"),
-    "index-names-wrong-shard": (lambda folder: edit_json(folder / INDEX, lambda index: swap(index["weight_map"])), "is in"),
-    "index-misses-tensor": (lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].pop(EXPERT)), EXPERT),
+    "index-names-absent-tensor": (
+        remap("model.layers.9.mlp.gate.weight", FIRST),
+        "model.layers.9.mlp.gate.weight",
+    ),
+    "index-names-wrong-shard": (
+        lambda folder: edit_json(folder / INDEX, lambda index: swap(index["weight_map"])),
+        "is in",
+    ),
+    "index-misses-tensor": (
+        lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].pop(EXPERT)),
+        EXPERT,
+    ),
     "index-without-map": (write(INDEX, b'{"metadata": {}}'), "weight_map"),
     "index-map-is-list": (write(INDEX, b'{"weight_map": ["a"]}'), "weight_map"),
     "index-map-empty": (write(INDEX, b'{"weight_map": {}}'), "weight_map"),
@@ -212,14 +240,29 @@ BAD_CHECKPOINTS = {
     "norm-is-scalar": (lambda folder: edit_tensor(folder, NORM, lambda w: w[0]), NORM),
     "expert-is-float64": (lambda folder: edit_tensor(folder, EXPERT, lambda w: w.double()), "F64"),
     "expert-is-int32": (lambda folder: edit_tensor(folder, EXPERT, lambda w: w.int()), "I32"),
-    "expert-is-fp8": (lambda folder: edit_tensor(folder, EXPERT, lambda w: w.to(torch.float8_e4m3fn)), "F8_E4M3"),
-    "shape-negative": (edit_entry(EXPERT, lambda entry: entry.update(shape=[-48, -64])), SECOND[:6]),
-    "shape-overflows": (edit_entry(EXPERT, lambda entry: entry.update(shape=[1 << 62, 1 << 62])), SECOND[:6]),
-    "shape-wraps-to-right-size": (edit_entry(EXPERT, lambda entry: entry.update(shape=[(1 << 63) + 48 * 64, 2])), SECOND[:6]),
+    "expert-is-fp8": (
+        lambda folder: edit_tensor(folder, EXPERT, lambda w: w.to(torch.float8_e4m3fn)),
+        "F8_E4M3",
+    ),
+    "shape-negative": (
+        edit_entry(EXPERT, lambda entry: entry.update(shape=[-48, -64])),
+        SECOND[:6],
+    ),
+    "shape-overflows": (
+        edit_entry(EXPERT, lambda entry: entry.update(shape=[1 << 62, 1 << 62])),
+        SECOND[:6],
+    ),
+    "shape-wraps-to-right-size": (
+        edit_entry(EXPERT, lambda entry: entry.update(shape=[(1 << 63) + 48 * 64, 2])),
+        SECOND[:6],
+    ),
     "shape-is-text": (edit_entry(EXPERT, lambda entry: entry.update(shape="48x64")), SECOND[:6]),
     "dtype-unknown": (edit_entry(EXPERT, lambda entry: entry.update(dtype="X99")), SECOND[:6]),
     "offsets-overlap": (single({"a": f32(0, 4), "b": f32(2, 6)}, b"123456"), "model.safetensors"),
-    "offsets-with-hole": (single({"a": f32(0, 4), "b": f32(8, 12)}, b"1" * 12), "model.safetensors"),
+    "offsets-with-hole": (
+        single({"a": f32(0, 4), "b": f32(8, 12)}, b"1" * 12),
+        "model.safetensors",
+    ),
     "offsets-same": (single({"a": f32(0, 4), "b": f32(0, 4)}, b"1234"), "model.safetensors"),
     "offsets-backwards": (single({"a": f32(4, 0)}, b"1234"), "model.safetensors"),
     "offsets-huge": (single({"a": f32(0, 1 << 60)}, b"1234"), "model.safetensors"),
@@ -230,32 +273,65 @@ BAD_CHECKPOINTS = {
     "header-length-huge": (write(FIRST, b"\xff" * 8 + b"{}"), FIRST),
     "header-length-63-bits": (write(FIRST, struct.pack("<Q", (1 << 63) - 1) + b"{}"), FIRST),
     "header-over-cap": (single(b'{"a":' + b" " * (9 << 20) + b"1}"), "header of"),
-    "header-too-many-tensors": (single({f"t{i:x}": f32(0, 0, (0,)) for i in range(120_000)}), "more than 100000 tensors"),
+    "header-too-many-tensors": (
+        single({f"t{i:x}": f32(0, 0, (0,)) for i in range(120_000)}),
+        "more than 100000 tensors",
+    ),
     "header-not-json": (single(b"{'a': 1}"), "model.safetensors"),
     "header-not-utf8": (single(b'{"\xff\xfe": 1}'), "model.safetensors"),
     "header-is-list": (single(b"[1, 2]"), "model.safetensors"),
     "header-deep": (single(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"), "model.safetensors"),
     "header-empty": (single(b"{}"), "is missing"),
-    "names-with-escapes": (single({"\x1b[2J\n\u202eevil": {**f32(0, 4), "dtype": "I32"}}, b"1234"), "\\x1b[2J\\n\\u202eevil"),
+    "names-with-escapes": (
+        single({"\x1b[2J\n\u202eevil": {**f32(0, 4), "dtype": "I32"}}, b"1234"),
+        "\\x1b[2J\\n\\u202eevil",
+    ),
     "index-names-with-escapes": (remap("\x1b[2J\nslotmoe: all is well", FIRST), "\\x1b[2J\\n"),
     "pickle-only": (pickled, "pickled"),
-    "no-weights": (lambda folder: [(folder / name).unlink() for name in (INDEX, FIRST, SECOND)], INDEX),
-    "config-twice-a-key": (write("config.json", b'{"model_type": "deepseek_v2", "model_type": "deepseek_v2"}'), "twice"),
+    "no-weights": (
+        lambda folder: [(folder / name).unlink() for name in (INDEX, FIRST, SECOND)],
+        INDEX,
+    ),
+    "config-twice-a-key": (
+        write("config.json", b'{"model_type": "deepseek_v2", "model_type": "deepseek_v2"}'),
+        "twice",
+    ),
     "config-nan": (write("config.json", b'{"rms_norm_eps": NaN}'), "NaN"),
     "config-infinity": (write("config.json", b'{"rms_norm_eps": -Infinity}'), "Infinity"),
-    "config-deep-list": (write("config.json", b'{"model_type":' + b"[" * 90_000 + b"]" * 90_000 + b"}"), "config.json"),
-    "config-deep-list-within-parser": (write("config.json", b'{"hidden_size":' + b"[" * 700 + b"]" * 700 + b"}"), "nested deeper"),
-    "config-deep-object": (write("config.json", b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "config.json"),
+    "config-deep-list": (
+        write("config.json", b'{"model_type":' + b"[" * 90_000 + b"]" * 90_000 + b"}"),
+        "config.json",
+    ),
+    "config-deep-list-within-parser": (
+        write("config.json", b'{"hidden_size":' + b"[" * 700 + b"]" * 700 + b"}"),
+        "nested deeper",
+    ),
+    "config-deep-object": (
+        write("config.json", b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
+        "config.json",
+    ),
     "config-large": (write("config.json", b'{"a": "' + b"x" * (1 << 20) + b'"}'), "more than"),
-    "config-many-values": (write("config.json", b'{"a": [' + b"[]," * 300_000 + b"1]}"), "more than"),
-    "config-long-number": (write("config.json", b'{"vocab_size": ' + b"9" * 5000 + b"}"), "config.json"),
+    "config-many-values": (
+        write("config.json", b'{"a": [' + b"[]," * 300_000 + b"1]}"),
+        "more than",
+    ),
+    "config-long-number": (
+        write("config.json", b'{"vocab_size": ' + b"9" * 5000 + b"}"),
+        "config.json",
+    ),
     "config-not-utf8": (write("config.json", b'{"a": "\xff"}'), "config.json"),
     "config-with-bom": (write("config.json", b"\xef\xbb\xbf{}"), "config.json"),
     "config-list": (write("config.json", b"[]"), "config.json"),
     "config-empty": (write("config.json", b""), "config.json"),
     "config-is-pipe": (fifo("config.json"), "config.json"),
-    "index-twice-a-key": (write(INDEX, b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}'), "twice"),
-    "index-many-values": (write(INDEX, b'{"weight_map": {' + b'"":1,' * 300_000 + b'"a":1}}'), "more than"),
+    "index-twice-a-key": (
+        write(INDEX, b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}'),
+        "twice",
+    ),
+    "index-many-values": (
+        write(INDEX, b'{"weight_map": {' + b'"":1,' * 300_000 + b'"a":1}}'),
+        "more than",
+    ),
     "index-over-cap": (write(INDEX, b'{"weight_map": "' + b"x" * (9 << 20) + b'"}'), "more than"),
 }
 
@@ -274,7 +350,9 @@ def test_bad_checkpoint(name, checkpoint):
         lambda: Runtime.open(checkpoint, quantize=False, context=16),
     ):
         refused(action, wanted, kind=(CheckpointError, ConfigError))
-    assert sorted(path.name for path in checkpoint.parent.iterdir()) == before, "something was written"
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == before, (
+        "something was written"
+    )
     assert not (checkpoint / "was-run").exists()
 
 
@@ -301,15 +379,26 @@ def poke(value):
 )
 def test_weights_that_are_no_numbers(name, value, resident, checkpoint):
     edit_tensor(checkpoint, name, poke(value))
-    refused(lambda: quantize(checkpoint, checkpoint.parent / "export", resident=resident), name, "model-0000", kind=CheckpointError)
+    refused(
+        lambda: quantize(checkpoint, checkpoint.parent / "export", resident=resident),
+        name,
+        "model-0000",
+        kind=CheckpointError,
+    )
     assert not (checkpoint.parent / "export").exists()
     if value != 1e6:  # beyond fp16's range, which only the export minds
-        refused(lambda: Runtime.open(checkpoint, quantize=False, context=16), name, kind=CheckpointError)
+        refused(
+            lambda: Runtime.open(checkpoint, quantize=False, context=16), name, kind=CheckpointError
+        )
 
 
 BAD_CONFIG_VALUES = {
     "model_type": ["deepseek_v3", "llama", None, 2, ["deepseek_v2"], REMOVE],
-    "architectures": [["LlamaForCausalLM"], "DeepseekV2ForCausalLM", ["DeepseekV2ForCausalLM", "X"]],
+    "architectures": [
+        ["LlamaForCausalLM"],
+        "DeepseekV2ForCausalLM",
+        ["DeepseekV2ForCausalLM", "X"],
+    ],
     "scoring_func": ["sigmoid", None, 1],
     "topk_method": ["noaux_tc", "gready", None, []],
     "quantization_config": [{"quant_method": "fp8"}, "fp8", [1]],
@@ -373,7 +462,9 @@ def test_unsupported_config_value_is_named(key, good, tmp_path):
     if key == "num_attention_heads":
         del config["num_key_value_heads"]
     for value in BAD_CONFIG_VALUES[key]:
-        changed = {name: item for name, item in {**config, key: value}.items() if item is not REMOVE}
+        changed = {
+            name: item for name, item in {**config, key: value}.items() if item is not REMOVE
+        }
         (tmp_path / "config.json").write_text(json.dumps(changed))
         refused(lambda: read_config(tmp_path / "config.json"), "config.json", key, kind=ConfigError)
 
@@ -382,7 +473,12 @@ def test_unsupported_config_value_is_named(key, good, tmp_path):
 def test_unsupported_rope_settings_are_named(settings, good):
     config = json.loads((good / "checkpoint" / "config.json").read_text())
     for key in ("rope_scaling", "rope_parameters"):
-        refused(lambda key=key: parse_config({**config, "rope_scaling": None, key: settings}), "config.json", "rope", kind=ConfigError)
+        refused(
+            lambda key=key: parse_config({**config, "rope_scaling": None, key: settings}),
+            "config.json",
+            "rope",
+            kind=ConfigError,
+        )
 
 
 def test_hub_cache_links_are_accepted(checkpoint, tmp_path):
@@ -414,12 +510,26 @@ def test_small_file_that_is_huge(checkpoint, tmp_path):
 
 def test_code_of_the_checkpoint_is_never_imported(checkpoint, tmp_path, monkeypatch):
     code = f"open({str(tmp_path / 'was-run')!r}, 'w')\n"
-    stolen = ("configuration_deepseek.py", "modeling_deepseek.py", "tokenization.py", "json.py", "jinja2.py", "datetime.py", "resource.py")
+    stolen = (
+        "configuration_deepseek.py",
+        "modeling_deepseek.py",
+        "tokenization.py",
+        "json.py",
+        "jinja2.py",
+        "datetime.py",
+        "resource.py",
+    )
     for name in stolen:
         (checkpoint / name).write_text(code)
-    auto_map = {"AutoConfig": "configuration_deepseek.C", "AutoModelForCausalLM": "modeling_deepseek.M"}
+    auto_map = {
+        "AutoConfig": "configuration_deepseek.C",
+        "AutoModelForCausalLM": "modeling_deepseek.M",
+    }
     edit_json(checkpoint / "config.json", lambda config: config.update(auto_map=auto_map))
-    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(auto_map={"AutoTokenizer": ["tokenization.T", None]}))
+    edit_json(
+        checkpoint / "tokenizer_config.json",
+        lambda config: config.update(auto_map={"AutoTokenizer": ["tokenization.T", None]}),
+    )
     monkeypatch.chdir(checkpoint)  # the template's child process must not import from here either
     with Runtime.open(checkpoint, context=64) as runtime:
         assert list(runtime.generate("Hello", 2, chat=True))
@@ -453,15 +563,28 @@ TEMPLATES = {
 }
 
 
-WHICH_LIMIT = {"endless-loop": "did not finish", "time": "did not finish", "endless-output": "characters", "memory": "MemoryError"}
+WHICH_LIMIT = {
+    "endless-loop": "did not finish",
+    "time": "did not finish",
+    "endless-output": "characters",
+    "memory": "MemoryError",
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_hostile_template(name, checkpoint):
-    edit_json(checkpoint / "tokenizer_config.json", lambda config: config.update(chat_template=TEMPLATES[name]))
+    edit_json(
+        checkpoint / "tokenizer_config.json",
+        lambda config: config.update(chat_template=TEMPLATES[name]),
+    )
     tokenizer = Tokenizer(checkpoint, 0)
     limits = [limit for prefix, limit in WHICH_LIMIT.items() if name.startswith(prefix)]
-    refused(lambda: tokenizer.chat([{"role": "user", "content": "hi"}]), "chat_template", *limits, kind=ConfigError)
+    refused(
+        lambda: tokenizer.chat([{"role": "user", "content": "hi"}]),
+        "chat_template",
+        *limits,
+        kind=ConfigError,
+    )
 
 
 def test_template_file_goes_before_the_setting(checkpoint):
@@ -477,7 +600,9 @@ def charsmap(folder):
     """A normalizer whose table is garbage: the library panics."""
     edit_json(
         folder / "tokenizer.json",
-        lambda values: values.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}),
+        lambda values: values.update(
+            normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}
+        ),
     )
 
 
@@ -486,9 +611,15 @@ TOKENIZERS = {
     "empty": write("tokenizer.json", b""),
     "not-json": write("tokenizer.json", b"{"),
     "not-a-tokenizer": write("tokenizer.json", b'{"version": "1.0"}'),
-    "unknown-model": lambda folder: edit_json(folder / "tokenizer.json", lambda values: values["model"].update(type="Magic")),
-    "id-too-large": lambda folder: edit_json(folder / "tokenizer.json", lambda values: values["model"]["vocab"].update(a=1 << 40)),
-    "merge-of-nothing": lambda folder: edit_json(folder / "tokenizer.json", lambda values: values["model"]["merges"].insert(0, "zzq qqz")),
+    "unknown-model": lambda folder: edit_json(
+        folder / "tokenizer.json", lambda values: values["model"].update(type="Magic")
+    ),
+    "id-too-large": lambda folder: edit_json(
+        folder / "tokenizer.json", lambda values: values["model"]["vocab"].update(a=1 << 40)
+    ),
+    "merge-of-nothing": lambda folder: edit_json(
+        folder / "tokenizer.json", lambda values: values["model"]["merges"].insert(0, "zzq qqz")
+    ),
     "deep": write("tokenizer.json", b'{"model":' + b"[" * 100_000),
     "library-panics": charsmap,
     "too-large": lambda folder: os.truncate(folder / "tokenizer.json", MAX_TOKENIZER_BYTES + 1),
@@ -534,7 +665,11 @@ def read_everything(folder):
             else:
                 parts = [weight]
             for part in parts:
-                found[name] = found.get(name, b"") + str(part.shape).encode() + part.contiguous().view(torch.uint8).numpy().tobytes()
+                found[name] = (
+                    found.get(name, b"")
+                    + str(part.shape).encode()
+                    + part.contiguous().view(torch.uint8).numpy().tobytes()
+                )
         return found
 
 
@@ -584,21 +719,41 @@ def other_config(folder):
 HEADER, Q = ("files", layer_file(1)), "model.layers.0.self_attn.q_a_proj.weight"
 BAD_EXPORTS = {
     "newer-version": (signed("format_version", value=2), "newer"),
-    "newer-version-unsigned": (lambda folder: edit_json(folder / MANIFEST, lambda m: m.update(format_version=7)), "newer"),
+    "newer-version-unsigned": (
+        lambda folder: edit_json(folder / MANIFEST, lambda m: m.update(format_version=7)),
+        "newer",
+    ),
     "version-zero": (signed("format_version", value=0), "format_version"),
     "version-true": (signed("format_version", value=True), "format_version"),
     "version-text": (signed("format_version", value="1"), "format_version"),
-    "unsigned-level": (lambda folder: edit_json(folder / MANIFEST, lambda m: m["quantization"]["levels"].reverse()), "checksum"),
-    "unsigned-size": (lambda folder: edit_json(folder / MANIFEST, lambda m: m["files"][RESIDENT].update(bytes=1)), "checksum"),
-    "no-checksum": (lambda folder: edit_json(folder / MANIFEST, lambda m: m.pop("checksum")), "checksum"),
+    "unsigned-level": (
+        lambda folder: edit_json(
+            folder / MANIFEST, lambda m: m["quantization"]["levels"].reverse()
+        ),
+        "checksum",
+    ),
+    "unsigned-size": (
+        lambda folder: edit_json(folder / MANIFEST, lambda m: m["files"][RESIDENT].update(bytes=1)),
+        "checksum",
+    ),
+    "no-checksum": (
+        lambda folder: edit_json(folder / MANIFEST, lambda m: m.pop("checksum")),
+        "checksum",
+    ),
     "sixteen-levels-are-seventeen": (signed("quantization", "levels", value=[0.0] * 17), "levels"),
     "levels-of-text": (signed("quantization", "levels", value=["0"] * 16), "levels"),
     "levels-infinite": (lambda folder: infinite_level(folder), "levels"),
-    "levels-an-object": (signed("quantization", "levels", value={str(i): 0 for i in range(16)}), "levels"),
+    "levels-an-object": (
+        signed("quantization", "levels", value={str(i): 0 for i in range(16)}),
+        "levels",
+    ),
     "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
     "block-unknown": (signed("quantization", "block", value=128), "block"),
     "record-of-other-size": (signed("experts", "record_bytes", value=4096), "record"),
-    "record-with-other-offsets": (signed("experts", "record", "up_proj.weight", "offset", value=0), "record"),
+    "record-with-other-offsets": (
+        signed("experts", "record", "up_proj.weight", "offset", value=0),
+        "record",
+    ),
     "hidden-size-negative": (signed("experts", "hidden_size", value=-64), "integer"),
     "hidden-size-true": (signed("experts", "hidden_size", value=True), "integer"),
     "hidden-size-huge": (signed("experts", "hidden_size", value=1 << 20), "record"),
@@ -613,32 +768,67 @@ BAD_EXPORTS = {
     "file-parent": (signed("files", "../x", value={"bytes": 1, "checksum": ""}), "files"),
     "file-absolute": (signed("files", "/etc/passwd", value={"bytes": 1, "checksum": ""}), "files"),
     "file-drive": (signed("files", "C:\\x", value={"bytes": 1, "checksum": ""}), "files"),
-    "file-of-unknown-layer": (signed("files", layer_file(7), value={"bytes": 1, "checksum": ""}), "files"),
+    "file-of-unknown-layer": (
+        signed("files", layer_file(7), value={"bytes": 1, "checksum": ""}),
+        "files",
+    ),
     "file-without-config": (signed("files", "config.json", value=REMOVE), "files"),
     "file-without-resident": (signed("files", RESIDENT, value=REMOVE), RESIDENT),
     "file-without-layer": (signed("files", layer_file(1), value=REMOVE), "layer-00001"),
     "file-size-negative": (signed(*HEADER, "bytes", value=-1), "integer"),
     "header-size-wrong": (signed(*HEADER, "header_bytes", value=4096), "hold"),
     "records-too-few": (signed(*HEADER, "records", value=["0" * 32] * 7), "records"),
-    "records-an-object": (signed(*HEADER, "records", value={str(i): "0" * 32 for i in range(8)}), "records"),
+    "records-an-object": (
+        signed(*HEADER, "records", value={str(i): "0" * 32 for i in range(8)}),
+        "records",
+    ),
     "records-of-null": (signed(*HEADER, "records", value=[None] * 8), "records"),
     "records-wrong": (signed(*HEADER, "records", value=["0" * 32] * 8), "layer-00001"),
-    "tensor-without-checksum": (signed("files", RESIDENT, "tensors", NORM, "checksum", value=REMOVE), "checksum"),
+    "tensor-without-checksum": (
+        signed("files", RESIDENT, "tensors", NORM, "checksum", value=REMOVE),
+        "checksum",
+    ),
     "tensor-missing": (signed("files", RESIDENT, "tensors", NORM, value=REMOVE), MANIFEST),
-    "tensor-added": (signed("files", RESIDENT, "tensors", "x", value={"dtype": "U8", "shape": [1], "checksum": ""}), "x has dtype"),
-    "tensor-dtype-unknown": (signed("files", RESIDENT, "tensors", NORM, "dtype", value="F64"), "F64"),
-    "tensor-dtype-of-same-size": (signed("files", RESIDENT, "tensors", NORM, "dtype", value="F16"), "header"),
-    "tensor-shape-negative": (signed("files", RESIDENT, "tensors", NORM, "shape", value=[-64]), "integer"),
+    "tensor-added": (
+        signed(
+            "files", RESIDENT, "tensors", "x", value={"dtype": "U8", "shape": [1], "checksum": ""}
+        ),
+        "x has dtype",
+    ),
+    "tensor-dtype-unknown": (
+        signed("files", RESIDENT, "tensors", NORM, "dtype", value="F64"),
+        "F64",
+    ),
+    "tensor-dtype-of-same-size": (
+        signed("files", RESIDENT, "tensors", NORM, "dtype", value="F16"),
+        "header",
+    ),
+    "tensor-shape-negative": (
+        signed("files", RESIDENT, "tensors", NORM, "shape", value=[-64]),
+        "integer",
+    ),
     "tensor-shape-empty": (signed("files", RESIDENT, "tensors", NORM, "shape", value=[]), NORM),
-    "tensor-shape-huge": (signed("files", RESIDENT, "tensors", NORM, "shape", value=[1 << 31] * 3), "hold"),
+    "tensor-shape-huge": (
+        signed("files", RESIDENT, "tensors", NORM, "shape", value=[1 << 31] * 3),
+        "hold",
+    ),
     "nf4-shape-missing": (signed("quantization", "resident_shapes", value={}), Q),
-    "nf4-shape-of-other-tiles": (signed("quantization", "resident_shapes", Q, value=[4096, 4096]), Q),
+    "nf4-shape-of-other-tiles": (
+        signed("quantization", "resident_shapes", Q, value=[4096, 4096]),
+        Q,
+    ),
     "manifest-missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
     "manifest-empty": (write(MANIFEST, b""), MANIFEST),
     "manifest-list": (write(MANIFEST, b"[]"), MANIFEST),
     "manifest-over-cap": (write(MANIFEST, b'{"a": "' + b"x" * (9 << 20) + b'"}'), "more than"),
-    "manifest-many-values": (write(MANIFEST, b'{"a": [' + b"[]," * 2_000_000 + b"1]}"), "more than"),
-    "manifest-deep": (write(MANIFEST, b'{"format_version": 1, "a":' + b"[" * 900 + b"]" * 900 + b"}"), MANIFEST),
+    "manifest-many-values": (
+        write(MANIFEST, b'{"a": [' + b"[]," * 2_000_000 + b"1]}"),
+        "more than",
+    ),
+    "manifest-deep": (
+        write(MANIFEST, b'{"format_version": 1, "a":' + b"[" * 900 + b"]" * 900 + b"}"),
+        MANIFEST,
+    ),
     "manifest-is-pipe": (fifo(MANIFEST), MANIFEST),
     "manifest-link-out": (export_link(MANIFEST), "link"),
     "layer-missing": (lambda folder: (folder / layer_file(2)).unlink(), "layer-00002"),
@@ -649,13 +839,25 @@ BAD_EXPORTS = {
     "layer-link-out": (export_link(layer_file(1)), "link"),
     "layers-link-out": (export_link("experts"), "link"),
     "layer-is-pipe": (fifo(layer_file(1)), "layer-00001"),
-    "layer-is-folder": (lambda folder: ((folder / layer_file(1)).unlink(), (folder / layer_file(1)).mkdir()), "layer-00001"),
+    "layer-is-folder": (
+        lambda folder: ((folder / layer_file(1)).unlink(), (folder / layer_file(1)).mkdir()),
+        "layer-00001",
+    ),
     "resident-missing": (lambda folder: (folder / RESIDENT).unlink(), RESIDENT),
     "resident-a-byte-short": (truncate(RESIDENT, -1), RESIDENT),
     "resident-link-out": (export_link(RESIDENT), "link"),
-    "report-storage": (signed("quantization", "report", "families", 0, "stored", value="int2"), "unknown storage 'int2'"),
-    "report-error": (signed("quantization", "report", "families", 0, "relative_rms_error", value=1e9), "is not a number from 0 to 1000"),
-    "report-layer": (signed("quantization", "report", "families", 0, "worst_layer", value=77), "worst_layer"),
+    "report-storage": (
+        signed("quantization", "report", "families", 0, "stored", value="int2"),
+        "unknown storage 'int2'",
+    ),
+    "report-error": (
+        signed("quantization", "report", "families", 0, "relative_rms_error", value=1e9),
+        "is not a number from 0 to 1000",
+    ),
+    "report-layer": (
+        signed("quantization", "report", "families", 0, "worst_layer", value=77),
+        "worst_layer",
+    ),
     "report-keys": (signed("quantization", "report", "bits", value=4), "other keys"),
     "config-missing": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "config-changed": (other_config, "config.json"),
@@ -703,11 +905,20 @@ def test_export_without_a_report_opens(export):
 
 def test_export_of_another_geometry(good, export, tmp_path):
     """A config.json that is signed but describes another model."""
-    for key, value in (("n_shared_experts", 1), ("num_hidden_layers", 2), ("n_routed_experts", 4), ("vocab_size", 4095)):
-        edit_json(export / "config.json", lambda config, key=key, value=value: config.update({key: value}))
+    for key, value in (
+        ("n_shared_experts", 1),
+        ("num_hidden_layers", 2),
+        ("n_routed_experts", 4),
+        ("vocab_size", 4095),
+    ):
+        edit_json(
+            export / "config.json", lambda config, key=key, value=value: config.update({key: value})
+        )
         data = (export / "config.json").read_bytes()
         entry = {"bytes": len(data), "checksum": checksum(data)}
-        resign(export, lambda manifest, entry=entry: manifest["files"].update({"config.json": entry}))
+        resign(
+            export, lambda manifest, entry=entry: manifest["files"].update({"config.json": entry})
+        )
         refused(lambda: Runtime.open(export, context=16), kind=(ConfigError, ExportError))
         shutil.copyfile(good / "export" / "config.json", export / "config.json")
 
@@ -716,7 +927,13 @@ def leaves(value, path=()):
     """Paths of every value in a JSON tree, containers included."""
     if path:
         yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from leaves(item, (*path, key))
 
@@ -727,7 +944,9 @@ def test_every_manifest_value_may_be_hostile(value, export):
     text, wanted = (export / MANIFEST).read_text(), read_everything(export)
     opened = 0
     for path in leaves(json.loads(text)):
-        if len(path) > 4 and path[:2] == ("files", RESIDENT) and hash_of(path) % 4:  # many alike: a quarter of them
+        if (
+            len(path) > 4 and path[:2] == ("files", RESIDENT) and hash_of(path) % 4
+        ):  # many alike: a quarter of them
             continue
         signed(*path, value=value)(export)
         try:
@@ -802,22 +1021,28 @@ def test_a_flipped_byte_anywhere_is_refused(name, export):
 
 
 def test_flips_cover_every_file(good):
-    present = {str(path.relative_to(good / "export")) for path in (good / "export").rglob("*") if path.is_file()}
+    present = {
+        str(path.relative_to(good / "export"))
+        for path in (good / "export").rglob("*")
+        if path.is_file()
+    }
     assert present == set(FILES)
-    assert set(COPIED) & present == {name for name in FILES if name.endswith(".json") and name != MANIFEST}
+    assert set(COPIED) & present == {
+        name for name in FILES if name.endswith(".json") and name != MANIFEST
+    }
 
 
 MEMORY_SCRIPT = """
 import json, sys
-import model.checkpoint, model.tokenizer, offload.quantize, quant.export, offload.runtime, tokenizers
+import slotmoe.model.checkpoint, slotmoe.model.tokenizer, slotmoe.offload.ingest.quantize, slotmoe.quant.export, slotmoe.offload.runtime, tokenizers
 from pathlib import Path
-from slotmoe import SlotmoeError
+from slotmoe.errors import SlotmoeError
 def high_water():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 actions = {
-    "checkpoint": lambda path: model.checkpoint.Checkpoint.open(path),
-    "export": lambda path: quant.export.Export.open(path),
-    "tokenizer": lambda path: model.tokenizer.Tokenizer(path, 0),
+    "checkpoint": lambda path: slotmoe.model.checkpoint.Checkpoint.open(path),
+    "export": lambda path: slotmoe.quant.export.reader.Export.open(path),
+    "tokenizer": lambda path: slotmoe.model.tokenizer.Tokenizer(path, 0),
 }
 report, start = {}, high_water()
 for kind, path in json.load(sys.stdin):
@@ -839,19 +1064,38 @@ def test_refusals_take_little_memory(good, tmp_path):
     cases = {
         ("checkpoint", "header-at-cap"): single(json.dumps(many).encode().replace(b" ", b"")),
         ("checkpoint", "header-of-spaces"): single(b"{}" + b" " * ((8 << 20) - 2)),
-        ("checkpoint", "header-over-cap"): single({f"t{i:x}": f32(0, 0, (0,)) for i in range(150_000)}),
-        ("checkpoint", "index-at-cap"): write(INDEX, b'{"weight_map": {"a": "' + b"x" * ((8 << 20) - 40) + b'\xf0\x9f\x90\x8d"}}'),
-        ("checkpoint", "index-many"): write(INDEX, json.dumps({"weight_map": {f"{i:x}": FIRST for i in range(199_000)}}).encode()),
-        ("checkpoint", "index-too-many"): write(INDEX, b'{"weight_map": {"a": [' + b"[]," * 2_500_000 + b"1]}}"),
-        ("checkpoint", "config-lists"): write("config.json", b'{"a": [' + b"{}," * 190_000 + b"1]}"),
+        ("checkpoint", "header-over-cap"): single(
+            {f"t{i:x}": f32(0, 0, (0,)) for i in range(150_000)}
+        ),
+        ("checkpoint", "index-at-cap"): write(
+            INDEX, b'{"weight_map": {"a": "' + b"x" * ((8 << 20) - 40) + b'\xf0\x9f\x90\x8d"}}'
+        ),
+        ("checkpoint", "index-many"): write(
+            INDEX, json.dumps({"weight_map": {f"{i:x}": FIRST for i in range(199_000)}}).encode()
+        ),
+        ("checkpoint", "index-too-many"): write(
+            INDEX, b'{"weight_map": {"a": [' + b"[]," * 2_500_000 + b"1]}}"
+        ),
+        ("checkpoint", "config-lists"): write(
+            "config.json", b'{"a": [' + b"{}," * 190_000 + b"1]}"
+        ),
         ("checkpoint", "terabyte"): lambda folder: os.truncate(folder / FIRST, 1 << 40),
-        ("export", "manifest-lists"): write(MANIFEST, b'{"format_version": 1, "a": [' + b"[]," * 199_000 + b"1]}"),
-        ("export", "manifest-text"): write(MANIFEST, b'{"format_version": 1, "a": "' + b"x" * (8_000_000) + b'"}'),
+        ("export", "manifest-lists"): write(
+            MANIFEST, b'{"format_version": 1, "a": [' + b"[]," * 199_000 + b"1]}"
+        ),
+        ("export", "manifest-text"): write(
+            MANIFEST, b'{"format_version": 1, "a": "' + b"x" * (8_000_000) + b'"}'
+        ),
         ("export", "terabyte"): lambda folder: os.truncate(folder / RESIDENT, 1 << 40),
         ("export", "huge-matrices"): signed("experts", "hidden_size", value=1 << 20),
         ("tokenizer", "lists"): write("tokenizer.json", b'{"model": [' + b"[]," * 349_000 + b"1]}"),
-        ("tokenizer", "too-many-lists"): write("tokenizer.json", b'{"model": [' + b"[]," * 5_000_000 + b"1]}"),
-        ("tokenizer", "vocabulary"): write("tokenizer.json", b'{"model": {"type": "BPE", "merges": 5, "vocab": {' + vocabulary + b"}}}"),
+        ("tokenizer", "too-many-lists"): write(
+            "tokenizer.json", b'{"model": [' + b"[]," * 5_000_000 + b"1]}"
+        ),
+        ("tokenizer", "vocabulary"): write(
+            "tokenizer.json",
+            b'{"model": {"type": "BPE", "merges": 5, "vocab": {' + vocabulary + b"}}}",
+        ),
     }
     todo = []
     for (kind, name), breaking in cases.items():
@@ -860,11 +1104,17 @@ def test_refusals_take_little_memory(good, tmp_path):
         breaking(folder)
         todo.append((kind, str(folder)))
     child = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT], input=json.dumps(todo).encode(), cwd=ROOT, capture_output=True, check=True
+        [sys.executable, "-c", MEMORY_SCRIPT],
+        input=json.dumps(todo).encode(),
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     report = {Path(path).name: used for path, used in json.loads(child.stdout).items()}
     assert len(report) == len(cases)
-    assert {name: used for name, used in report.items() if not isinstance(used, float) or used >= 100} == {}
+    assert {
+        name: used for name, used in report.items() if not isinstance(used, float) or used >= 100
+    } == {}
 
 
 def test_prompt_that_is_no_text(checkpoint):

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from offload.runtime import Runtime
+from slotmoe.offload.runtime import Runtime
 
 ROOT = Path(__file__).parent.parent
-FORBIDDEN = {"model": {"quant", "offload", "tools"}, "quant": {"model", "offload", "tools"}, "offload": {"tools"}}
+FORBIDDEN = {
+    "model": {"quant", "offload", "tools"},
+    "quant": {"model", "offload", "tools"},
+    "offload": {"tools"},
+}
 
 
 def imported_packages(path):
@@ -30,9 +34,9 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-LIGHT = "offload.plan offload.speed offload.machine offload.cache offload.prefetch offload.profiler offload.replay offload.names".split()
-LIGHT += "model.config model.shapes quant.sizes tools.cli tools.run tools.chat tools.serve tools.quantize tools.verify".split()
-LIGHT += "tools.plan tools.profile tools.replay offload.misses".split()
+LIGHT = "slotmoe.offload.plan.memory slotmoe.offload.plan.speed slotmoe.offload.machine slotmoe.offload.policy.cache slotmoe.offload.policy.prefetch slotmoe.offload.observe.profiler slotmoe.offload.study.replay slotmoe.offload.ingest.hub_id".split()
+LIGHT += "slotmoe.model.config slotmoe.model.names slotmoe.quant.shapes slotmoe.tools.cli slotmoe.tools.run slotmoe.tools.chat slotmoe.tools.serve slotmoe.tools.quantize slotmoe.tools.verify".split()
+LIGHT += "slotmoe.tools.plan slotmoe.tools.profile slotmoe.tools.replay slotmoe.offload.policy.hybrid".split()
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -41,22 +45,38 @@ def test_light_modules_import_without_torch(module):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("module", ["offload.hub", "offload.runtime", "tools.quantize"])
+@pytest.mark.parametrize(
+    "module", ["slotmoe.offload.ingest.hub", "slotmoe.offload.runtime", "slotmoe.tools.quantize"]
+)
 def test_hub_library_is_imported_only_for_a_hub_id(module):
     code = f"import {module}, sys; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_prompt_library_is_imported_only_on_a_terminal():
-    code = "import tools.chat, tools.conversation, sys; assert 'prompt_toolkit' not in sys.modules"
+    code = "import slotmoe.tools.chat, slotmoe.tools.chat.conversation, sys; assert 'prompt_toolkit' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_contract_of_the_runtime():
     parameters = inspect.signature(Runtime.open).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ["path", "device", "vram", "ram", "context", "threads", "cache_policy", "prefetch", "quantize"]
-    assert list(inspect.signature(Runtime.generate).parameters)[1:4] == ["prompt", "max_new_tokens", "temperature"]
+    assert positional == [
+        "path",
+        "device",
+        "vram",
+        "ram",
+        "context",
+        "threads",
+        "cache_policy",
+        "prefetch",
+        "quantize",
+    ]
+    assert list(inspect.signature(Runtime.generate).parameters)[1:4] == [
+        "prompt",
+        "max_new_tokens",
+        "temperature",
+    ]
 
 
 def test_version_is_one():
@@ -68,5 +88,9 @@ def test_version_is_one():
 def test_conftest_is_imported_once():
     """pytest knows it by another name: an import would make a second hub, at another address."""
     for path in (ROOT / "tests").glob("*.py"):
-        modules = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        modules = [
+            node.module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        ]
         assert "tests.conftest" not in modules, path

@@ -9,20 +9,45 @@ from typing import Any
 
 import click
 
-from slotmoe import DeviceError, DownloadError, SlotmoeError, __version__
+from slotmoe import __version__
+from slotmoe.errors import DeviceError, DownloadError, SlotmoeError
 
 _COMMANDS = {
-    "run": ("tools.run", "Continue a prompt with a model, streaming the text."),
-    "chat": ("tools.chat", "Talk to a model, with history, commands and formatted answers."),
-    "serve": ("tools.serve", "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page."),
-    "quantize": ("tools.quantize", "Turn a checkpoint into a 4-bit export that loads fast."),
-    "verify": ("tools.verify", "Check every checksum of an export."),
-    "synth": ("tools.synth", "Write an export of a real geometry with random weights."),
-    "plan": ("tools.plan", "Say whether a model fits, what goes where, and how fast it will be."),
-    "bench": ("tools.bench", "Measure prefill and decode speed beside the machine's ceiling."),
-    "eval": ("tools.eval", "Score text: bits per byte, perplexity, and divergence from a reference."),
-    "profile": ("tools.profile", "Report where a run's memory and time go: charts, HTML, JSON."),
-    "replay": ("tools.replay", "Compare expert cache policies and sizes on recorded routing."),
+    "run": ("slotmoe.tools.run", "Continue a prompt with a model, streaming the text."),
+    "chat": (
+        "slotmoe.tools.chat",
+        "Talk to a model, with history, commands and formatted answers.",
+    ),
+    "serve": (
+        "slotmoe.tools.serve",
+        "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page.",
+    ),
+    "quantize": (
+        "slotmoe.tools.quantize",
+        "Turn a checkpoint into a 4-bit export that loads fast.",
+    ),
+    "verify": ("slotmoe.tools.verify", "Check every checksum of an export."),
+    "synth": ("slotmoe.tools.synth", "Write an export of a real geometry with random weights."),
+    "plan": (
+        "slotmoe.tools.plan",
+        "Say whether a model fits, what goes where, and how fast it will be.",
+    ),
+    "bench": (
+        "slotmoe.tools.bench",
+        "Measure prefill and decode speed beside the machine's ceiling.",
+    ),
+    "eval": (
+        "slotmoe.tools.eval",
+        "Score text: bits per byte, perplexity, and divergence from a reference.",
+    ),
+    "profile": (
+        "slotmoe.tools.profile",
+        "Report where a run's memory and time go: charts, HTML, JSON.",
+    ),
+    "replay": (
+        "slotmoe.tools.replay",
+        "Compare expert cache policies and sizes on recorded routing.",
+    ),
 }
 
 
@@ -76,7 +101,10 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("\nslotmoe: interrupted", err=True)
         sys.exit(130)
     except OSError as problem:
-        click.echo(f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}", err=True)
+        click.echo(
+            f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}",
+            err=True,
+        )
         sys.exit(1)
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tools.options import open_runtime, runtime_options
+from slotmoe.tools.options import open_runtime, runtime_options
 
 if TYPE_CHECKING:
-    from offload.evaluate import Evaluation, Text
-    from offload.runtime import Runtime
+    from slotmoe.offload.runtime import Runtime
+    from slotmoe.offload.study.evaluate import Evaluation, Text
 
 
 @click.command(name="eval")
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="UTF-8 text to score; repeatable.",
 )
-@click.option("--reference", metavar="SRC", help="Compare with this model: the unquantized checkpoint folder, 'sample', or an export.")
+@click.option(
+    "--reference",
+    metavar="SRC",
+    help="Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
+)
 @click.option(
     "--method",
     type=click.Choice(["strided", "llama.cpp"]),
@@ -37,9 +41,23 @@ if TYPE_CHECKING:
     show_default=True,
     help="strided scores every token once; llama.cpp the second half of each window, as its perplexity tool does.",
 )
-@click.option("--window", type=int, metavar="N", help="Positions that one pass reads. [default: --context]")
-@click.option("--stride", type=int, metavar="N", help="Tokens from one window's begin to the next one's. [default: --window - 1]")
-@click.option("--worst", type=click.IntRange(0, 1000), default=10, show_default=True, metavar="N", help="Show the N worst tokens.")
+@click.option(
+    "--window", type=int, metavar="N", help="Positions that one pass reads. [default: --context]"
+)
+@click.option(
+    "--stride",
+    type=int,
+    metavar="N",
+    help="Tokens from one window's begin to the next one's. [default: --window - 1]",
+)
+@click.option(
+    "--worst",
+    type=click.IntRange(0, 1000),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Show the N worst tokens.",
+)
 @click.option(
     "--kernels",
     type=click.Choice(["auto", "torch"]),
@@ -81,7 +99,7 @@ def command(
       slotmoe eval lite-nf4 --text book.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from offload.evaluate import Evaluation, windows_of
+    from slotmoe.offload.study.evaluate import Evaluation, windows_of
 
     window = options["context"] = _window(model, window, options["context"])
     read = _read(model, reference, texts)
@@ -101,68 +119,110 @@ def command(
                 print("slotmoe: stopped; so far:", file=sys.stderr)
                 _print(evaluation.report(), sys.stderr)
             raise
-        settings = {"model": model, "reference": reference, "method": method, "window": window, "stride": stride}
+        settings = {
+            "model": model,
+            "reference": reference,
+            "method": method,
+            "window": window,
+            "stride": stride,
+        }
         stats = runtime.stats()
-        settings |= {"windows": sum(map(len, windows)), "kernels": stats["kernels"], "threads": runtime.threads}
-        report = {**evaluation.report(), "seconds": time.perf_counter() - started, "settings": settings, "memory": stats["memory"]}
+        settings |= {
+            "windows": sum(map(len, windows)),
+            "kernels": stats["kernels"],
+            "threads": runtime.threads,
+        }
+        report = {
+            **evaluation.report(),
+            "seconds": time.perf_counter() - started,
+            "settings": settings,
+            "memory": stats["memory"],
+        }
     print(json.dumps(report)) if as_json else _print(report, sys.stdout)
 
 
 def _window(model: str, window: int | None, context: int) -> int:
     """Positions of a window: as asked, within --context if that was given too, and within what the model can."""
-    from model.config import read_config
-    from offload.runtime import resolve_model
-    from slotmoe import PlanError
+    from slotmoe.errors import PlanError
+    from slotmoe.model.config import read_config
+    from slotmoe.offload.runtime import resolve_model
 
     limit = read_config(resolve_model(model) / "config.json").max_position_embeddings
-    given = click.get_current_context().get_parameter_source("context") != click.core.ParameterSource.DEFAULT
+    given = (
+        click.get_current_context().get_parameter_source("context")
+        != click.core.ParameterSource.DEFAULT
+    )
     if window is None:
         return context if given else min(context, limit)
     if window > limit:
-        raise PlanError(f"--window {window} is beyond {limit}, the model's max_position_embeddings: lower --window")
+        raise PlanError(
+            f"--window {window} is beyond {limit}, the model's max_position_embeddings: lower --window"
+        )
     if given and window > context:
-        raise PlanError(f"--window {window} is beyond --context {context}: raise --context or lower --window")
+        raise PlanError(
+            f"--window {window} is beyond --context {context}: raise --context or lower --window"
+        )
     return window
 
 
 def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Text]:
     """The texts as MODEL's tokens, once it is known that the reference reads them alike."""
-    from model.config import read_config
-    from model.tokenizer import Tokenizer
-    from offload.evaluate import Text, check_same_vocabulary
-    from offload.runtime import resolve_model
+    from slotmoe.model.config import read_config
+    from slotmoe.model.tokenizer import Tokenizer
+    from slotmoe.offload.runtime import resolve_model
+    from slotmoe.offload.study.evaluate import Text, check_same_vocabulary
 
     folders = [resolve_model(one) for one in (model, reference) if one is not None]
     configs = [read_config(folder / "config.json") for folder in folders]
-    tokenizers = [Tokenizer(folder, config.bos_token_id) for folder, config in zip(folders, configs, strict=True)]
+    tokenizers = [
+        Tokenizer(folder, config.bos_token_id)
+        for folder, config in zip(folders, configs, strict=True)
+    ]
     read = [[Text.read(path, tokenizer) for path in paths] for tokenizer in tokenizers]
     if reference is not None:
-        check_same_vocabulary(folders[0], folders[1], (configs[0].vocab_size, configs[1].vocab_size), *read)
+        check_same_vocabulary(
+            folders[0], folders[1], (configs[0].vocab_size, configs[1].vocab_size), *read
+        )
     return read[0]
 
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    from offload.device import choose_device
-    from offload.evaluate import LOGITS_ROWS
-    from offload.machine import available_memory
-    from offload.opening import FREE_SHARE
-    from offload.plan import parse_size
-    from offload.runtime import Runtime, resolve_model
-    from quant.export import MANIFEST
-    from slotmoe import PlanError
+    from slotmoe.errors import PlanError
+    from slotmoe.offload.machine import available_memory
+    from slotmoe.offload.opening import FREE_SHARE
+    from slotmoe.offload.plan.memory import parse_size
+    from slotmoe.offload.runtime import Runtime, resolve_model
+    from slotmoe.offload.study.evaluate import LOGITS_ROWS
+    from slotmoe.offload.tiers.device import choose_device
+    from slotmoe.quant.export.layout import MANIFEST
 
     is_export = (resolve_model(reference) / MANIFEST).is_file()
-    sizes: dict[str, Any] = {name: options[name] and parse_size(options[name]) for name in ("ram", "vram")}
+    sizes: dict[str, Any] = {
+        name: options[name] and parse_size(options[name]) for name in ("ram", "vram")
+    }
     if is_export:
         sizes["ram"] = (sizes["ram"] or int(available_memory() * FREE_SHARE)) // 2
         if (card := choose_device(options["device"])[0]) is not None:
             sizes["vram"] = (sizes["vram"] or int(card.memory().free * FREE_SHARE)) // 2
-    chosen = {name: options[name] for name in ("device", "context", "threads", "cache_policy", "misses")}
+    chosen = {
+        name: options[name] for name in ("device", "context", "threads", "cache_policy", "misses")
+    }
     try:
-        return Runtime.open(reference, **sizes, **chosen, prefetch=not options["no_prefetch"], quantize=is_export, logits_rows=LOGITS_ROWS)
+        return Runtime.open(
+            reference,
+            **sizes,
+            **chosen,
+            prefetch=not options["no_prefetch"],
+            quantize=is_export,
+            logits_rows=LOGITS_ROWS,
+        )
     except PlanError as problem:
-        advice = "" if is_export else "; or quantize it with --resident bf16 and give that export as the reference"
+        advice = (
+            ""
+            if is_export
+            else "; or quantize it with --resident bf16 and give that export as the reference"
+        )
         raise PlanError(f"the reference {reference} {problem}{advice}") from None
 
 
@@ -170,21 +230,31 @@ def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     """Budgets for the model beside an open reference, whose plan counts memory that it has not touched yet."""
     import psutil
 
-    from offload.machine import available_memory
-    from offload.plan import parse_size
+    from slotmoe.offload.machine import available_memory
+    from slotmoe.offload.plan.memory import parse_size
 
     tier = reference.plan.tier
     if tier == "vram":
-        return {} if options["vram"] is None else {"vram": max(1, parse_size(options["vram"]) - reference.plan.total)}
+        return (
+            {}
+            if options["vram"] is None
+            else {"vram": max(1, parse_size(options["vram"]) - reference.plan.total)}
+        )
     used = psutil.Process().memory_info().rss
-    budget = parse_size(options["ram"]) if options["ram"] is not None else int(available_memory() * 0.9) + used
+    budget = (
+        parse_size(options["ram"])
+        if options["ram"] is not None
+        else int(available_memory() * 0.9) + used
+    )
     return {"ram": max(1, budget - max(0, reference.plan.total - used))}
 
 
-def _open_beside(model: str, options: dict[str, Any], reference: Runtime | None, quiet: bool) -> Runtime:
-    from offload.evaluate import LOGITS_ROWS
-    from offload.plan import format_size
-    from slotmoe import PlanError
+def _open_beside(
+    model: str, options: dict[str, Any], reference: Runtime | None, quiet: bool
+) -> Runtime:
+    from slotmoe.errors import PlanError
+    from slotmoe.offload.plan.memory import format_size
+    from slotmoe.offload.study.evaluate import LOGITS_ROWS
 
     try:
         runtime: Runtime = open_runtime(model, options, quiet, LOGITS_ROWS)
@@ -192,12 +262,16 @@ def _open_beside(model: str, options: dict[str, Any], reference: Runtime | None,
         if reference is None:
             raise
         taken = format_size(reference.plan.total)
-        raise PlanError(f"{model} beside the reference, which takes {taken}, {problem}; or evaluate without --reference") from None
+        raise PlanError(
+            f"{model} beside the reference, which takes {taken}, {problem}; or evaluate without --reference"
+        ) from None
     return runtime
 
 
-def _run(evaluation: Evaluation, texts: list[Text], windows: list[Any], model: str, quiet: bool) -> None:
-    from tools.progress import byte_progress
+def _run(
+    evaluation: Evaluation, texts: list[Text], windows: list[Any], model: str, quiet: bool
+) -> None:
+    from slotmoe.tools.progress import byte_progress
 
     done, total = 0, sum(int(text.ends[-1]) for text in texts)
     with byte_progress(f"Evaluating {model}", quiet) as progress:
@@ -224,9 +298,18 @@ def _print(report: dict[str, Any], out: Any) -> None:
         table.add_column(column, justify="left" if column == "text" else "right")
     rows = [(Path(one["file"]).name, one) for one in report["files"]]
     for name, one in [*rows, ("all", report)] if len(rows) > 1 else rows:
-        cells = [f"{one['tokens']}", f"{one['bytes']}", f"{one['bits_per_byte']:.4f}", f"{one['perplexity']:.3f}"]
+        cells = [
+            f"{one['tokens']}",
+            f"{one['bytes']}",
+            f"{one['bits_per_byte']:.4f}",
+            f"{one['perplexity']:.3f}",
+        ]
         if compared:
-            cells += [f"{one['reference_bits_per_byte']:.4f}", f"{one['kl_divergence']:.5f}", f"{one['top1_agreement']:.2%}"]
+            cells += [
+                f"{one['reference_bits_per_byte']:.4f}",
+                f"{one['kl_divergence']:.5f}",
+                f"{one['top1_agreement']:.2%}",
+            ]
         table.add_row(_visible(name), *cells)
     console.print(table)
     if report.get("worst_tokens"):
@@ -241,11 +324,21 @@ def _print_worst(tokens: list[dict[str, Any]], console: Any) -> None:
     title = "Where predictions differ most (reference -> model)"
     table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("KL", "after", "token", "chance", "likeliest"):
-        table.add_column(column, justify="right" if column in ("KL", "after", "chance") else "left", no_wrap=True)
+        table.add_column(
+            column, justify="right" if column in ("KL", "after", "chance") else "left", no_wrap=True
+        )
     for one in tokens:
-        context, token, wanted, found = (_visible(one[key]) for key in ("context", "token", "reference_top", "top"))
+        context, token, wanted, found = (
+            _visible(one[key]) for key in ("context", "token", "reference_top", "top")
+        )
         chance = f"{one['reference_probability']:.2%} -> {one['probability']:.2%}"
-        table.add_row(f"{one['kl_divergence']:.3f}", Cell(context[-30:]), Cell(token), chance, Cell(f"{wanted} -> {found}"))
+        table.add_row(
+            f"{one['kl_divergence']:.3f}",
+            Cell(context[-30:]),
+            Cell(token),
+            chance,
+            Cell(f"{wanted} -> {found}"),
+        )
     console.print(table)
 
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Update = Callable[[int, int], None]
 
@@ -22,7 +29,13 @@ def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
 def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
     """One callback like ``byte_progress``'s for each text; their bars stand below each other."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
     def updater(text: str) -> Update:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tools.options import REVISION, is_on_hub
+from slotmoe.tools.options import REVISION, is_on_hub
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 
@@ -32,12 +32,27 @@ RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
     metavar="TEXT",
     help="Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished already, that alone.",
 )
-@click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that quantize. [default: all cores]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Threads that quantize. [default: all cores]",
+)
 @REVISION
-@click.option("--keep-source", is_flag=True, help="Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
-@click.option("--overwrite", is_flag=True, help="Replace an export at DST, or start anew after a run with other options.")
+@click.option(
+    "--keep-source",
+    is_flag=True,
+    help="Keep what is downloaded from the hub, as a checkpoint folder DST.source.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an export at DST, or start anew after a run with other options.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the export.")
-def command(source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def command(
+    source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any
+) -> None:
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample') into the export DST.
 
     Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small however large the model.
@@ -68,8 +83,8 @@ def command(source: str, destination: Path, texts: tuple[Path, ...], as_json: bo
 
 def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     """What can be said about the source and the calibration texts before hours of work, not after."""
-    from model.config import read_config
-    from slotmoe import ConfigError
+    from slotmoe.errors import ConfigError
+    from slotmoe.model.config import read_config
 
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
@@ -80,8 +95,8 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
             file=sys.stderr,
         )
     if texts:
-        from model.tokenizer import Tokenizer
-        from offload.calibrate import read_tokens
+        from slotmoe.model.tokenizer import Tokenizer
+        from slotmoe.offload.study.calibrate import read_tokens
 
         read_tokens(texts, Tokenizer(folder, config.bos_token_id))
 
@@ -96,11 +111,11 @@ def _quantize(
     overwrite: bool,
     **options: Any,
 ) -> dict[str, Any]:
-    from offload.hub import quantize_from_hub
-    from offload.plan import format_size
-    from offload.quantize import quantize
-    from offload.runtime import resolve_model
-    from tools.progress import byte_bars
+    from slotmoe.offload.ingest.hub import quantize_from_hub
+    from slotmoe.offload.ingest.quantize import quantize
+    from slotmoe.offload.plan.memory import format_size
+    from slotmoe.offload.runtime import resolve_model
+    from slotmoe.tools.progress import byte_bars
 
     def notify(text: str) -> None:
         if not quiet:
@@ -111,42 +126,78 @@ def _quantize(
         folder = resolve_model(source, revision)
         _check_source(folder, texts)
     try:
-        with byte_bars("Downloading", "Quantizing", f"Checking {destination}", quiet=quiet) as (arriving, progress, checking):
-            options |= {"overwrite": overwrite, "progress": progress, "checking": checking, "notify": notify}
+        with byte_bars("Downloading", "Quantizing", f"Checking {destination}", quiet=quiet) as (
+            arriving,
+            progress,
+            checking,
+        ):
+            options |= {
+                "overwrite": overwrite,
+                "progress": progress,
+                "checking": checking,
+                "notify": notify,
+            }
             if on_hub:
-                options |= {"keep_source": keep_source, "arriving": arriving, "ready": lambda folder: _check_source(folder, texts)}
+                options |= {
+                    "keep_source": keep_source,
+                    "arriving": arriving,
+                    "ready": lambda folder: _check_source(folder, texts),
+                }
                 manifest = quantize_from_hub(source, revision or "main", destination, **options)
             else:
                 manifest = quantize(folder, destination, **options)
     except KeyboardInterrupt:
-        print(f"\nslotmoe: stopped; run the same command again to resume from {destination}.partial", file=sys.stderr)
+        print(
+            f"\nslotmoe: stopped; run the same command again to resume from {destination}.partial",
+            file=sys.stderr,
+        )
         raise
     report = _report(manifest, destination, time.perf_counter() - started)
     if not quiet:
-        print(f"{destination}: {format_size(report['bytes'])} in {report['seconds']:.1f} s", end="", file=sys.stderr)
-        print(f" (experts {format_size(report['expert_bytes'])}, resident {format_size(report['resident_bytes'])})", file=sys.stderr)
+        print(
+            f"{destination}: {format_size(report['bytes'])} in {report['seconds']:.1f} s",
+            end="",
+            file=sys.stderr,
+        )
+        print(
+            f" (experts {format_size(report['expert_bytes'])}, resident {format_size(report['resident_bytes'])})",
+            file=sys.stderr,
+        )
         _print_errors(report)
     return report
 
 
 def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[str, Any]:
-    from offload.calibrate import calibrate
-    from offload.plan import format_size
-    from tools.progress import byte_progress
+    from slotmoe.offload.plan.memory import format_size
+    from slotmoe.offload.study.calibrate import calibrate
+    from slotmoe.tools.progress import byte_progress
 
     started = time.perf_counter()
     try:
         with byte_progress("Calibrating", quiet) as progress:
             found = calibrate(destination, texts, progress)
     except KeyboardInterrupt:
-        print(f"\nslotmoe: stopped; {destination} is a whole export, calibrated as before", file=sys.stderr)
+        print(
+            f"\nslotmoe: stopped; {destination} is a whole export, calibrated as before",
+            file=sys.stderr,
+        )
         raise
     found["seconds"] = time.perf_counter() - started
     if not quiet:
-        print(f"Calibrated on {found['tokens']} tokens in {found['seconds']:.1f} s ({format_size(found['bytes'])})", file=sys.stderr)
-        for name, text in (("token", "before a token starts"), ("layer", "one MoE layer ahead"), ("popular", "by popularity alone")):
+        print(
+            f"Calibrated on {found['tokens']} tokens in {found['seconds']:.1f} s ({format_size(found['bytes'])})",
+            file=sys.stderr,
+        )
+        for name, text in (
+            ("token", "before a token starts"),
+            ("layer", "one MoE layer ahead"),
+            ("popular", "by popularity alone"),
+        ):
             if name in found["recall"]:
-                shares = ", ".join(f"{share:.1%} by {n}" for n, share in zip(found["guesses"], found["recall"][name], strict=True))
+                shares = ", ".join(
+                    f"{share:.1%} by {n}"
+                    for n, share in zip(found["guesses"], found["recall"][name], strict=True)
+                )
                 print(f"  experts named {text}: {shares} guesses a layer", file=sys.stderr)
     return found
 
@@ -154,10 +205,18 @@ def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[
 def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict[str, Any]:
     files = manifest["files"]
     sizes = {"bytes": sum(entry["bytes"] for entry in files.values())}
-    sizes["expert_bytes"] = sum(entry["bytes"] for name, entry in files.items() if name.startswith("experts/"))
+    sizes["expert_bytes"] = sum(
+        entry["bytes"] for name, entry in files.items() if name.startswith("experts/")
+    )
     sizes["resident_bytes"] = files["resident.safetensors"]["bytes"]
     cost = {key: manifest["quantization"]["report"][key] for key in ("bits_per_weight", "families")}
-    return {"export": str(destination), **sizes, "seconds": seconds, "quantization": manifest["quantization"]["resident"], **cost}
+    return {
+        "export": str(destination),
+        **sizes,
+        "seconds": seconds,
+        "quantization": manifest["quantization"]["resident"],
+        **cost,
+    }
 
 
 def _print_errors(report: dict[str, Any]) -> None:
@@ -165,14 +224,33 @@ def _print_errors(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="What quantization cost: RMS error as a share of the weights' RMS", box=SIMPLE, pad_edge=False)
+    table = Table(
+        title="What quantization cost: RMS error as a share of the weights' RMS",
+        box=SIMPLE,
+        pad_edge=False,
+    )
     for column in ("tensors", "as", "million", "bits", "error", "worst layer"):
-        table.add_column(column, justify="left" if column in ("tensors", "as") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("tensors", "as") else "right", no_wrap=True
+        )
     for row in report["families"]:
-        worst = "" if row["worst_layer"] is None else f"{row['by_layer'][str(row['worst_layer'])]:.3%} in {row['worst_layer']}"
+        worst = (
+            ""
+            if row["worst_layer"] is None
+            else f"{row['by_layer'][str(row['worst_layer'])]:.3%} in {row['worst_layer']}"
+        )
         error = f"{row['relative_rms_error']:.3%}" if row["relative_rms_error"] else "0"
-        table.add_row(row["family"], row["stored"], f"{row['weights'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}", error, worst)
+        table.add_row(
+            row["family"],
+            row["stored"],
+            f"{row['weights'] / 1e6:.2f}",
+            f"{row['bits_per_weight']:.3f}",
+            error,
+            worst,
+        )
     table.add_section()
     total = sum(row["weights"] for row in report["families"])
-    table.add_row("all, with padding", "", f"{total / 1e6:.2f}", f"{report['bits_per_weight']:.3f}", "", "")
+    table.add_row(
+        "all, with padding", "", f"{total / 1e6:.2f}", f"{report['bits_per_weight']:.3f}", "", ""
+    )
     Console(stderr=True).print(table)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tools.options import generation_options, open_runtime, prompt_text, runtime_options
+from slotmoe.tools.options import generation_options, open_runtime, prompt_text, runtime_options
 
 
 @click.command(name="run")
@@ -16,7 +16,12 @@ from tools.options import generation_options, open_runtime, prompt_text, runtime
 @click.argument("prompt")
 @generation_options
 @runtime_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and all statistics instead of text.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with the text and all statistics instead of text.",
+)
 def command(
     model: str,
     prompt: str,
@@ -48,7 +53,9 @@ def command(
             runtime.trace(trace)
         tokens = []
         try:
-            for token in runtime.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, chat):
+            for token in runtime.generate(
+                prompt, max_new_tokens, temperature, top_p, top_k, seed, chat
+            ):
                 tokens.append(token)
                 if not as_json:
                     print(token.text, end="", flush=True)
@@ -59,7 +66,10 @@ def command(
             raise
         stats = runtime.stats()
         if as_json:
-            report = {"text": "".join(token.text for token in tokens), "ids": [token.id for token in tokens]}
+            report = {
+                "text": "".join(token.text for token in tokens),
+                "ids": [token.id for token in tokens],
+            }
             report["logprobs"] = [token.logprob for token in tokens]
             print(json.dumps({**report, **_speeds(stats), **stats}))
         else:
@@ -70,20 +80,24 @@ def command(
 def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     tokens = stats["tokens"]
     return {
-        f"{kind}_tokens_per_second": tokens[f"{kind}_tokens"] / tokens[f"{kind}_seconds"] if tokens[f"{kind}_tokens"] else None
+        f"{kind}_tokens_per_second": tokens[f"{kind}_tokens"] / tokens[f"{kind}_seconds"]
+        if tokens[f"{kind}_tokens"]
+        else None
         for kind in ("prefill", "decode")
     }
 
 
 def summary(stats: dict[str, Any]) -> str:
     """One line: the device and why it was taken, speeds, hits, bytes read and memory, from ``Runtime.stats``."""
-    from offload.plan import format_size
+    from slotmoe.offload.plan.memory import format_size
 
     lines = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind in ("prefill", "decode"):
         count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
         if count:
-            lines.append(f"{kind} {count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)")
+            lines.append(
+                f"{kind} {count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)"
+            )
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"
@@ -91,6 +105,12 @@ def summary(stats: dict[str, Any]) -> str:
             read += f", {cache['already_coming'] / cache['misses']:.0%} of the missing ones ahead of the gate"
         lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-    beside = f" and {format_size(memory['beside_vram'])} of the CUDA context and other programs" if "beside_vram" in memory else ""
-    lines.append(f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}{beside}")
+    beside = (
+        f" and {format_size(memory['beside_vram'])} of the CUDA context and other programs"
+        if "beside_vram" in memory
+        else ""
+    )
+    lines.append(
+        f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}{beside}"
+    )
     return "[" + "; ".join(lines) + "]"

@@ -13,13 +13,28 @@ import click
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--resident", type=click.Choice(["auto", "bf16", "int8", "nf4"]), default="auto", help="As for slotmoe quantize.")
 @click.option(
-    "--share-layers", type=click.IntRange(1, 1000), metavar="N", help="Write N distinct expert layers and hard-link the others to them."
+    "--resident",
+    type=click.Choice(["auto", "bf16", "int8", "nf4"]),
+    default="auto",
+    help="As for slotmoe quantize.",
+)
+@click.option(
+    "--share-layers",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Write N distinct expert layers and hard-link the others to them.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an export at DST.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the export.")
-def command(geometry: str, destination: Path, resident: str, share_layers: int | None, overwrite: bool, as_json: bool) -> None:
+def command(
+    geometry: str,
+    destination: Path,
+    resident: str,
+    share_layers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real model's, its text is noise.
 
     GEOMETRY is v2 (236B), v2-lite (16B), sample, or the path of a config.json.
@@ -30,29 +45,48 @@ def command(geometry: str, destination: Path, resident: str, share_layers: int |
       slotmoe synth v2 v2-random --share-layers 4   22 GB instead of 131
       slotmoe bench lite-random --ram 5GiB
     """
-    from offload.plan import format_size
-    from offload.synth import synthesize
-    from tools.progress import byte_progress
+    from slotmoe.offload.ingest.synth import synthesize
+    from slotmoe.offload.plan.memory import format_size
+    from slotmoe.tools.progress import byte_progress
 
     started = time.perf_counter()
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
-        manifest = synthesize(geometry_path(geometry), destination, resident, share_layers, overwrite, progress)
+        manifest = synthesize(
+            geometry_path(geometry), destination, resident, share_layers, overwrite, progress
+        )
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     if as_json:
-        print(json.dumps({"export": str(destination), "bytes": size, "seconds": time.perf_counter() - started}))
+        print(
+            json.dumps(
+                {
+                    "export": str(destination),
+                    "bytes": size,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+        )
     else:
-        print(f"{destination}: {format_size(size)} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        print(
+            f"{destination}: {format_size(size)} in {time.perf_counter() - started:.1f} s",
+            file=sys.stderr,
+        )
         print(f"Measure it: slotmoe bench {destination}", file=sys.stderr)
 
 
 def geometry_path(geometry: str) -> Path:
     """The config file of a geometry's name, or the path itself.  Raises ``ConfigError``."""
-    import model
-    from slotmoe import ConfigError
+    from slotmoe import model
+    from slotmoe.errors import ConfigError
 
     package = Path(model.__file__).parent
-    names = {"v2": package / "geometries/v2.json", "v2-lite": package / "geometries/v2-lite.json", "sample": package / "sample/config.json"}
+    names = {
+        "v2": package / "geometries/v2.json",
+        "v2-lite": package / "geometries/v2-lite.json",
+        "sample": package / "sample/config.json",
+    }
     path = names.get(geometry, Path(geometry))
     if not path.is_file():
-        raise ConfigError(f"{geometry}: no such geometry; give {', '.join(names)} or the path of a config.json")
+        raise ConfigError(
+            f"{geometry}: no such geometry; give {', '.join(names)} or the path of a config.json"
+        )
     return path

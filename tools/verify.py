@@ -13,7 +13,12 @@ import click
 
 @click.command(name="verify")
 @click.argument("export", metavar="EXPORT", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with what is wrong with which file.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object with what is wrong with which file.",
+)
 def command(export: Path, as_json: bool) -> int:
     """Check every checksum of EXPORT: of each file, its header, its tensors and its expert records.
 
@@ -25,15 +30,18 @@ def command(export: Path, as_json: bool) -> int:
       slotmoe verify lite-export
       slotmoe verify lite-export --json
     """
-    from offload.plan import format_size
-    from quant.export import MANIFEST, read_manifest
-    from quant.verify import damaged_files
-    from slotmoe import ExportError
-    from tools.progress import byte_progress
+    from slotmoe.errors import ExportError
+    from slotmoe.offload.plan.memory import format_size
+    from slotmoe.quant.export.layout import MANIFEST
+    from slotmoe.quant.export.validate import read_manifest
+    from slotmoe.quant.export.verify import damaged_files
+    from slotmoe.tools.progress import byte_progress
 
     started = time.perf_counter()
     if not (export / MANIFEST).exists():
-        raise ExportError(f"{export}: holds no {MANIFEST}, so it is no finished export (slotmoe quantize SRC DST makes one)")
+        raise ExportError(
+            f"{export}: holds no {MANIFEST}, so it is no finished export (slotmoe quantize SRC DST makes one)"
+        )
     manifest: dict[str, Any] = {"files": {}}
     try:
         manifest = read_manifest(export)
@@ -42,26 +50,44 @@ def command(export: Path, as_json: bool) -> int:
     except ExportError as problem:
         damaged = {MANIFEST: str(problem).removeprefix(f"{export / MANIFEST}: ")}
     advice = {name: _advice(name, export, manifest) for name in damaged}
-    size, seconds = sum(entry["bytes"] for entry in manifest["files"].values()), time.perf_counter() - started
+    size, seconds = (
+        sum(entry["bytes"] for entry in manifest["files"].values()),
+        time.perf_counter() - started,
+    )
     if as_json:
-        bad = [{"file": name, "problem": wrong, "advice": advice[name]} for name, wrong in damaged.items()]
+        bad = [
+            {"file": name, "problem": wrong, "advice": advice[name]}
+            for name, wrong in damaged.items()
+        ]
         print(
             json.dumps(
-                {"export": str(export), "ok": not bad, "files": len(manifest["files"]), "bytes": size, "seconds": seconds, "bad": bad}
+                {
+                    "export": str(export),
+                    "ok": not bad,
+                    "files": len(manifest["files"]),
+                    "bytes": size,
+                    "seconds": seconds,
+                    "bad": bad,
+                }
             )
         )
         return int(bool(damaged))
     for name, wrong in damaged.items():
         print(f"{export / name}: {wrong}\n  {advice[name]}")
     if damaged:
-        print(f"slotmoe: {len(damaged)} of {len(manifest['files']) + (MANIFEST in damaged)} files are bad", file=sys.stderr)
+        print(
+            f"slotmoe: {len(damaged)} of {len(manifest['files']) + (MANIFEST in damaged)} files are bad",
+            file=sys.stderr,
+        )
         return 1
-    print(f"{export}: all {len(manifest['files'])} files are right ({format_size(size)} in {seconds:.1f} s)")
+    print(
+        f"{export}: all {len(manifest['files'])} files are right ({format_size(size)} in {seconds:.1f} s)"
+    )
     return 0
 
 
 def _advice(name: str, export: Path, manifest: dict[str, Any]) -> str:
-    from quant.export import MANIFEST, is_predictor
+    from slotmoe.quant.export.layout import MANIFEST, is_predictor
 
     made_of = manifest.get("source")
     source = made_of if isinstance(made_of, dict) else {}

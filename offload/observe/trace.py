@@ -1,0 +1,115 @@
+"""Records which experts a run used, for replay under other cache sizes and policies.
+
+A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 1, "layers": [...], "n_routed_experts": E,
+"num_experts_per_tok": K}``, then one block for each forward step, little-endian: a u32 token count T (more than 1 in
+prefill), then u16 expert indices [T, number of layers, K] in gate order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slotmoe.errors import ConfigError
+
+_LONGEST_HEADER = 1 << 16
+
+
+class TraceWriter:
+    """Writes a trace step by step; a step that fails half-way leaves nothing in the file."""
+
+    def __init__(
+        self, path: Path, layers: tuple[int, ...], n_routed_experts: int, num_experts_per_tok: int
+    ):
+        try:
+            self._file = path.open("wb")
+        except OSError as problem:
+            raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
+        header = {"format": "slotmoe-trace", "version": 1, "layers": list(layers)}
+        header |= {"n_routed_experts": n_routed_experts, "num_experts_per_tok": num_experts_per_tok}
+        self._file.write(json.dumps(header).encode() + b"\n")
+        self._layers = layers
+        self._step: dict[int, np.ndarray] = {}
+
+    def add(self, layer: int, indices: list[list[int]]) -> None:
+        """Indices [T, K] of one layer of the present step; a layer met again starts a new step."""
+        if layer in self._step:
+            self._step.clear()
+        self._step[layer] = np.array(indices, "<u2")
+        if len(self._step) == len(self._layers):
+            block = np.stack([self._step[one] for one in self._layers], axis=1)
+            self._file.write(np.uint32(len(block)).astype("<u4").tobytes() + block.tobytes())
+            self._step.clear()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and steps (uint16 [T, layers, K] each) of a trace file.  Raises ``ConfigError``.
+
+    Everything is checked against the bytes that are there: counts, and that each gate chose K different experts below E.
+    """
+    with path.open("rb") as file:
+        header = _parse_header(path, file.readline(_LONGEST_HEADER))
+        body = file.read()
+    shape = len(header["layers"]), header["num_experts_per_tok"]
+    steps: list[np.ndarray] = []
+    offset = 0
+    while offset < len(body):
+        tokens = int.from_bytes(body[offset : offset + 4], "little")
+        size = 2 * tokens * shape[0] * shape[1]
+        if tokens == 0 or offset + 4 + size > len(body):
+            raise ConfigError(
+                f"{path}: step {len(steps)} counts {tokens} tokens, {size} bytes, and {max(len(body) - offset - 4, 0)} bytes are left: "
+                "the recording was cut off or damaged; record it again with slotmoe run MODEL PROMPT --trace FILE"
+            )
+        steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(tokens, *shape))
+        offset += 4 + size
+    if steps:
+        _check_indices(path, np.concatenate(steps), header)
+    return header, steps
+
+
+def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+        layers, experts, top = (
+            header["layers"],
+            header["n_routed_experts"],
+            header["num_experts_per_tok"],
+        )
+        known = header["format"] == "slotmoe-trace" and header["version"] == 1
+        known = known and all(type(number) is int for number in (*layers, experts, top))
+        known = (
+            known
+            and len(layers) > 0
+            and layers == sorted(set(layers))
+            and layers[0] >= 0
+            and 1 <= top <= experts <= 1 << 16
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"{path}: not a slotmoe trace of version 1, whose first line is JSON with format, version, layers, "
+            "n_routed_experts and num_experts_per_tok; record one with slotmoe run MODEL PROMPT --trace FILE"
+        )
+    return dict(header)
+
+
+def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
+    """Of all tokens [N, layers, K] at once: steps of decode have one token each, and there may be many."""
+    ranked = np.sort(tokens, axis=2)
+    wrong = (ranked[:, :, -1] >= header["n_routed_experts"]) | (
+        ranked[:, :, 1:] == ranked[:, :, :-1]
+    ).any(axis=2)
+    if wrong.any():
+        token, row = np.argwhere(wrong)[0]
+        raise ConfigError(
+            f"{path}: token {token} chose experts {tokens[token, row].tolist()} in layer {header['layers'][row]}, expected "
+            f"{tokens.shape[2]} different ones below {header['n_routed_experts']}; the file is damaged, record it again"
+        )

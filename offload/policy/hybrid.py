@@ -1,0 +1,57 @@
+"""Who computes an expert that is in no slot: the card, once it is copied there, or the CPU, where it lies.  Without torch.
+
+Both go on at once, so the best split is the one whose slower side is done first.  It follows from two measured figures:
+how fast records are copied, and how fast the CPU kernels get through them, each while the other goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.plan.speed import Bandwidths
+
+MODES = ("auto", "fetch", "cpu", "hybrid")
+BOUND_TOKENS = (
+    3  # up to so many tokens the CPU kernels are bound by reading the record; beyond, by arithmetic
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds in which one record is copied to the card, and in which the CPU computes one token's expert."""
+
+    fetch: float
+    compute: float
+
+    @staticmethod
+    def of(bandwidths: Bandwidths, record_bytes: int) -> Costs:
+        return Costs(record_bytes / bandwidths.pcie_busy, record_bytes / bandwidths.experts)
+
+
+def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: int) -> str:
+    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what the measured bandwidths advise where all of a token's
+    experts are missing; ``fetch`` where nothing was measured.  Raises ``ConfigError``."""
+    if wanted not in MODES:
+        raise ConfigError(f"misses {wanted!r:.40} is unknown, expected one of: {', '.join(MODES)}")
+    if wanted != "auto":
+        return wanted
+    if not all(
+        bandwidths.origin_of(name).startswith("measured") for name in ("pcie_busy", "experts")
+    ):
+        return "fetch"
+    computed = for_cpu([1] * top_k, Costs.of(bandwidths, record_bytes))
+    return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"
+
+
+def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
+    """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many tokens want each, the fewest
+    first.  The others are fetched."""
+    best, spent, least = 0, 0.0, len(tokens) * costs.fetch
+    for count, wanted in enumerate(tokens, 1):
+        spent += costs.compute * max(1.0, wanted / BOUND_TOKENS)
+        both = max(spent, (len(tokens) - count) * costs.fetch)
+        if both < least:
+            best, least = count, both
+    return best

@@ -1,0 +1,163 @@
+"""What to read before a gate asks for it: bookkeeping over integers, without torch.
+
+Two horizons make guesses (``slotmoe.offload.predictor`` has the arithmetic): ``token``, every layer's experts before the token
+starts, and ``layer``, the next MoE layer's experts from the present layer's input.  The later word replaces the earlier.
+
+A guess costs nothing while the disk would idle; a wrong one delays a demand when the disk would not.  So what is
+expected to be wasted has to fit into the time in which the step computes and demands nothing: with a share ``p`` of
+right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes may be on their way ahead of the gates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import astuple, dataclass
+from typing import Protocol
+
+HORIZONS = ("token", "layer")
+
+
+@dataclass
+class Accuracy:
+    """Counts of one horizon.  ``guessed`` and ``right``: guesses, and those that the gate confirmed; ``asked``: what the
+    gates chose where guesses had been made; ``used``, ``wasted``, ``cancelled``: what became of guesses that were read."""
+
+    guessed: int = 0
+    right: int = 0
+    asked: int = 0
+    used: int = 0
+    wasted: int = 0
+    cancelled: int = 0
+
+
+def total(counts: Iterable[Accuracy]) -> Accuracy:
+    """The sum, count by count."""
+    return Accuracy(*map(sum, zip(*map(astuple, counts), strict=True)))
+
+
+class Average:
+    """Exponential moving average from ``start`` on."""
+
+    def __init__(self, weight: float, start: float):
+        self.value, self._weight = start, weight
+
+    def add(self, value: float) -> None:
+        self.value += self._weight * (value - self.value)
+
+
+class Target(Protocol):
+    """Where guesses are read to: ``slotmoe.offload.tiers.slots.Slots``."""
+
+    def prefetch(self, key: int, urgency: int) -> bool: ...
+
+    def drop(self, key: int) -> None: ...
+
+    def __contains__(self, key: int) -> bool: ...
+
+
+class Prefetcher:
+    """Guesses by MoE layer ("row"), and which of them to read now.  ``bandwidth()`` is the disk's, in bytes a second."""
+
+    def __init__(
+        self,
+        rows: int,
+        experts: int,
+        record_bytes: int,
+        target: Target,
+        bandwidth: Callable[[], float],
+    ):
+        self._experts, self._record_bytes, self._target, self._bandwidth = (
+            experts,
+            record_bytes,
+            target,
+            bandwidth,
+        )
+        self._guesses: list[tuple[list[int], str]] = [([], "layer")] * rows
+        self._absent: list[list[int]] = [
+            [] for _ in range(rows)
+        ]  # guesses that were not in memory when they were made
+        self._reading: list[dict[int, str]] = [
+            {} for _ in range(rows)
+        ]  # key -> horizon, until the gate has spoken
+        self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
+        self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
+        self._missing = Average(0.01, float(experts))
+        self._free_since: float | None = None
+        self._considered = 0
+        self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
+
+    @property
+    def accuracy(self) -> dict[str, Accuracy]:
+        """The counts of each horizon, over all rows."""
+        return {horizon: total(rows) for horizon, rows in self.by_row.items()}
+
+    def pays(self) -> bool:
+        """Whether what guesses can hide, the time of the reads that a layer needs, is well above the time to make them."""
+        self._considered += 1
+        hides = self._missing.value * self._record_bytes / self._bandwidth()
+        return (
+            hides > 4 * self._cost.value or self._considered % 256 == 0
+        )  # times change: look again now and then
+
+    def guess(self, row: int, keys: Iterable[int], horizon: str) -> None:
+        """What ``row`` is expected to use when it comes, the most likely first."""
+        named = list(keys)
+        self._guesses[row] = named, horizon
+        self._absent[row] = [key for key in named if key not in self._target]
+        for key in [
+            key for key in self._reading[row] if key not in named
+        ]:  # the later word refutes the earlier
+            self.by_row[self._reading[row].pop(key)][row].cancelled += 1
+            self._target.drop(key)
+
+    def cost(self, seconds: float) -> None:
+        """Making one layer's guesses for one token took so long."""
+        self._cost.add(seconds)
+
+    def asked(self, row: int, keys: Collection[int], missing: int) -> None:
+        """The gate of ``row`` has chosen ``keys``, ``missing`` of them not cached: guesses for it were right or wrong."""
+        if self._free_since is not None and row > 0:
+            self._idle.add(time.perf_counter() - self._free_since)
+        self._missing.add(missing)
+        (named, horizon), absent = self._guesses[row], self._absent[row]
+        if named:
+            accuracy = self.by_row[horizon][row]
+            accuracy.guessed += len(named)
+            accuracy.right += sum(key in keys for key in named)
+            accuracy.asked += len(keys)
+            if absent:
+                self._right[horizon].add(sum(key in keys for key in absent) / len(absent))
+        for key, named_by in self._reading[row].items():
+            if key in keys:
+                self.by_row[named_by][row].used += 1
+            else:
+                self.by_row[named_by][row].wasted += 1
+                self._target.drop(key)
+        self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
+
+    def pump(self, row: int) -> None:
+        """Start reads for the layers after ``row`` (-1: before the first) as far as they are worth it."""
+        ahead = sum(map(len, self._reading)) * self._record_bytes
+        window = self._idle.value * self._bandwidth()
+        for later in range(row + 1, len(self._guesses)):
+            horizon, reading = self._guesses[later][1], self._reading[later]
+            allowed = window / max(1 - self._right[horizon].value, 0.02)
+            for key in self._absent[later]:
+                if ahead >= allowed:
+                    return
+                if key not in self._target:
+                    if not self._target.prefetch(key, later - row):
+                        return
+                    reading[key] = horizon
+                    ahead += self._record_bytes
+
+    def computing(self) -> None:
+        """All demands are met and the step goes on: from here until the next gate the disk has nothing else to do."""
+        self._free_since = time.perf_counter()
+
+    def reset(self) -> None:
+        """Forget all guesses before a step; what they read is the target's to drop."""
+        for row in range(len(self._guesses)):
+            self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
+        self._free_since = None

@@ -1,0 +1,433 @@
+"""Trains an export's predictor (``slotmoe.offload.predictor``) on text: reads it, watches the gates, learns to name their choices.
+
+The text goes through the prefill path in windows, each a sequence of its own.  Of every token but a window's first, what
+the predictor will see (embedding, the last hidden state before it, the input of each MoE layer) and what the gates chose
+are kept in 16 bits, as many tokens as a quarter of the free memory holds; on these the predictor is trained, then come the
+next.  Windows are read in random order, so that each such group is a fair sample of all texts.
+
+The loss is binary cross-entropy, so that ``sigmoid(score)`` is a probability; least squares, as in a first trial, ranks
+worse.  The last 5% of each text are not trained on: they give the reported recall, computed by the quantized predictor.
+
+Shape legend: T tokens, B a batch of them, D hidden_size, L MoE layers (rows), E experts, K experts a token, R and Q the
+predictor's widths.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.config import Config, read_config
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.machine import available_memory
+from slotmoe.offload.plan.memory import PREFILL_CHUNK
+from slotmoe.offload.predictor import NextGate, Predictor, rms
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant import int8
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.layout import predictor_parts
+from slotmoe.quant.export.writer import write_predictor
+
+MIN_TOKENS = 5000
+_WINDOW = 1024  # tokens read as one sequence
+_TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
+_BATCH, _EPOCHS, _MIN_STEPS = 512, 6, 300
+_BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy while it is quantized
+
+
+def read_text(path: Path) -> str:
+    """A text file whole.  Raises ``ConfigError`` if it can't be read, is empty or no UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as problem:
+        raise ConfigError(
+            f"{path}: can't be read ({problem.strerror}); a text file is expected here"
+        ) from None
+    except UnicodeDecodeError as problem:
+        raise ConfigError(
+            f"{path}: byte {problem.start} is not UTF-8; a text file is expected here"
+        ) from None
+    if not text.strip():
+        raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
+    return text
+
+
+def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each text file.  Raises ``ConfigError`` if one is no UTF-8 text or all together are too short."""
+    found = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
+    count = sum(map(len, found))
+    if count < MIN_TOKENS:
+        raise ConfigError(
+            f"{', '.join(map(str, texts))}: {count} tokens of text, calibration needs {MIN_TOKENS} or more (100,000 do well)"
+        )
+    return found
+
+
+def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
+    """Sequences of 2 to ``width`` tokens to read one by one, each with the tokenizer's beginning."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = width - len(begin)
+    windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [window for window in windows if len(window) > 1]
+
+
+class Samples:
+    """What the predictor sees of T tokens, scaled to mean square 1, float16, and what the gates chose."""
+
+    def __init__(self, config: Config, tokens: int):
+        D, L = config.hidden_size, len(config.moe_layers)
+        self.token = torch.empty(
+            tokens, 2 * D, dtype=torch.float16
+        )  # its embedding, the last hidden state before it
+        self.inputs = torch.empty(
+            L - 1, tokens, D, dtype=torch.float16
+        )  # of every MoE layer that has a next one
+        self.used = torch.empty(tokens, L, config.num_experts_per_tok, dtype=torch.int16)
+
+    @staticmethod
+    def bytes_per_token(config: Config) -> int:
+        L = len(config.moe_layers)
+        return 2 * ((L + 1) * config.hidden_size + L * config.num_experts_per_tok)
+
+
+def record(
+    runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
+) -> Samples:
+    """Read each window as a sequence of its own and watch; its first token, before which nothing was, is no sample.
+    ``advance(samples)`` is called after each."""
+    network, config = runtime._network, runtime.config
+    samples = Samples(config, sum(len(window) - 1 for window in windows))
+    rows = {layer: row for row, layer in enumerate(config.moe_layers)}
+    inner, done, skip, last = network.experts, 0, 0, len(rows) - 1
+
+    def experts(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        row, place = rows[layer], slice(done, done + len(x_TD) - skip)
+        if row < last:
+            samples.inputs[row, place] = rms(x_TD[skip:]).to(samples.inputs)
+        samples.used[place, row] = indices_TK[skip:].to(samples.used)
+        return inner(layer, x_TD, weights_TK, indices_TK)
+
+    network.experts = experts
+    try:
+        for window in windows:
+            step, skip = runtime.start(), 1
+            hidden_TD: Tensor | None = None
+            for start in range(0, len(window), PREFILL_CHUNK):
+                ids = window[start : start + PREFILL_CHUNK]
+                step(ids)
+                assert network.hidden_TD is not None
+                before = (
+                    network.hidden_TD[:-1]
+                    if hidden_TD is None
+                    else torch.cat([hidden_TD[-1:], network.hidden_TD[:-1]])
+                )
+                embedding = network.ops.embed(
+                    torch.tensor(ids[skip:], device=runtime.device, dtype=torch.int64),
+                    network.embed_tokens,
+                )
+                place = slice(done, done + len(ids) - skip)
+                samples.token[place] = torch.cat([rms(embedding), rms(before)], dim=-1).to(
+                    samples.token
+                )
+                done, skip, hidden_TD = done + len(ids) - skip, 0, network.hidden_TD
+            if advance is not None:
+                advance(len(window) - 1)
+    finally:
+        network.experts = inner
+    return samples
+
+
+def recall(scores_TRE: Tensor, used_TRK: Tensor, guesses: Sequence[int]) -> list[float]:
+    """Share of the used experts that are among the n with the best scores, averaged over tokens and rows, for each n."""
+    named = torch.zeros(scores_TRE.shape, dtype=torch.bool).scatter_(-1, used_TRK.long(), True)
+    hits = named.gather(-1, scores_TRE.topk(max(guesses), dim=-1).indices)
+    return [hits[..., :n].sum().item() / used_TRK.numel() for n in guesses]
+
+
+def measure(
+    predictor: Predictor | None,
+    samples: Samples,
+    guesses: Sequence[int],
+    untrained: NextGate | None = None,
+) -> dict[str, list[float]]:
+    """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next layer's without the token's
+    (``layer_alone``), of guessing the ``popular`` experts always, and of the ``untrained`` gates."""
+    D, rows = samples.token.shape[1] // 2, range(len(samples.inputs))
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(samples.token), 4096):
+        x_TX, used_TLK = samples.token[start : start + 4096], samples.used[start : start + 4096]
+        inputs = samples.inputs[:, start : start + 4096]
+        scored: dict[str, list[Tensor]] = {}
+        if predictor is not None:
+            token_TLE = predictor.token_scores(x_TX[:, :D], x_TX[:, D:])
+            popular_LE = torch.tensor(predictor.popularity).view(token_TLE.shape[1:])
+            scored = {
+                "token": list(token_TLE.unbind(1)),
+                "popular": list(popular_LE.expand_as(token_TLE).unbind(1)),
+            }
+            scored["layer"] = [
+                predictor.layer_scores(row, inputs[row], token_TLE[:, row + 1]) for row in rows
+            ]
+            scored["layer_alone"] = [predictor.layer_scores(row, inputs[row]) for row in rows]
+        if untrained is not None:
+            scored["untrained"] = [untrained.layer_scores(row, inputs[row]) for row in rows]
+        for name, scores in scored.items():
+            if scores:
+                found = torch.tensor(
+                    recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
+                ) * len(x_TX)
+                totals[name] = totals.get(name, torch.zeros(len(guesses))) + found
+    return {name: (total / len(samples.token)).tolist() for name, total in totals.items()}
+
+
+class _Net(nn.Module):
+    """The predictor in float32.  Matrices begin uniform, the last biases where every expert is as likely as any other."""
+
+    def __init__(self, config: Config, R: int, Q: int, generator: torch.Generator):
+        super().__init__()
+        D, L, E, K = (
+            config.hidden_size,
+            len(config.moe_layers),
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+        )
+        parts = predictor_parts(D, L, E, R, Q)
+        self.names = list(parts)
+        for name in [name for name in parts if name.endswith(".weight")]:
+            shape = parts[name].shape
+            weight = (torch.rand(shape, generator=generator) * 2 - 1) * shape[-1] ** -0.5
+            likely = math.log(K / max(E - K, 1)) if ".out." in name else 0.0
+            self.register_parameter(_attribute(name), nn.Parameter(weight))
+            self.register_parameter(
+                _attribute(name.replace("weight", "bias")),
+                nn.Parameter(torch.full(shape[:-1], likely)),
+            )
+        if L > 1:
+            self.layer_mix = nn.Parameter(torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1))
+        self.rows = L
+
+    def loss(self, token_BX: Tensor, inputs_RBD: Tensor, used_BLK: Tensor) -> Tensor:
+        """Cross-entropies of both horizons and of their mixture, summed over experts, averaged over tokens."""
+        get = self.get_parameter
+        hidden_BR = F.silu(F.linear(token_BX, get("token_in_weight"), get("token_in_bias")))
+        token_BLE = F.linear(hidden_BR, get("token_out_weight"), get("token_out_bias")).unflatten(
+            -1, (self.rows, -1)
+        )
+        target_BLE = torch.zeros_like(token_BLE).scatter_(-1, used_BLK, 1.0)
+        total = _cross_entropy(token_BLE, target_BLE)
+        if self.rows > 1:
+            hidden_RBQ = F.silu(
+                torch.baddbmm(get("layer_in_bias")[:, None], inputs_RBD, get("layer_in_weight").mT)
+            )
+            layer_RBE = torch.baddbmm(
+                get("layer_out_bias")[:, None], hidden_RBQ, get("layer_out_weight").mT
+            )
+            layer_BRE, target_BRE = layer_RBE.transpose(0, 1), target_BLE[:, 1:]
+            mixed_BRE = (
+                torch.stack(
+                    [layer_BRE.detach(), token_BLE[:, 1:].detach(), torch.ones_like(target_BRE)], -1
+                )
+                @ self.layer_mix[..., None]
+            )
+            total = (
+                total
+                + _cross_entropy(layer_BRE, target_BRE)
+                + _cross_entropy(mixed_BRE[..., 0], target_BRE)
+            )
+        return total
+
+    def tensors(self, popularity: Tensor) -> dict[str, Tensor]:
+        """As the file holds them."""
+        found = {"popularity": popularity}
+        for name in self.names:
+            if name.endswith(".weight"):
+                weight = self.get_parameter(_attribute(name)).detach().cpu()
+                q, scale = int8.quantize(weight.flatten(0, -2))
+                found[name], found[name + ".scale"] = (
+                    q.view(weight.shape),
+                    scale.view(weight.shape[:-1]),
+                )
+            elif not name.endswith(".scale") and name != "popularity":
+                found[name] = self.get_parameter(_attribute(name)).detach().cpu().contiguous()
+        return {name: found[name] for name in self.names}
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(scores, target, reduction="sum") / len(scores)
+
+
+class _Trainer:
+    """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a cosine to zero."""
+
+    def __init__(self, net: _Net, steps: int, generator: torch.Generator, device: torch.device):
+        self._net, self._steps, self._generator, self._device, self._step = (
+            net.to(device),
+            steps,
+            generator,
+            device,
+            0,
+        )
+        groups = []
+        for name, parameter in net.named_parameters():
+            rate = 1 / parameter.shape[-1] if name.endswith("weight") else 0.002
+            groups.append(
+                {
+                    "params": [parameter],
+                    "lr": rate,
+                    "rate": rate,
+                    "weight_decay": 0.1 if name.endswith("weight") else 0.0,
+                }
+            )
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+
+    def run(self, samples: Samples, epochs: int, advance: Callable[[int], None]) -> None:
+        for _ in range(epochs):
+            order = torch.randperm(len(samples.token), generator=self._generator)
+            for batch in order.split(_BATCH):
+                self._step += 1
+                share = self._step / self._steps
+                for group in self._optimizer.param_groups:
+                    group["lr"] = (
+                        group["rate"]
+                        * min(1.0, 20 * share)
+                        * (0.5 + 0.5 * math.cos(math.pi * share))
+                    )
+                inputs = samples.token[batch], samples.inputs[:, batch]
+                token_BX, inputs_RBD = (one.to(self._device, torch.float32) for one in inputs)
+                loss = self._net.loss(
+                    token_BX, inputs_RBD, samples.used[batch].to(self._device, torch.int64)
+                )
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
+                advance(len(batch))
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    """R, and the largest Q whose matrices take at most ``_LAYER_BYTES``, or the smallest."""
+    D, L, E = config.hidden_size, len(config.moe_layers), config.n_routed_experts
+    fitting = [width for width in _LAYER_WIDTHS if (L - 1) * width * (D + E) <= _LAYER_BYTES]
+    return _TOKEN_WIDTH, fitting[0] if fitting else _LAYER_WIDTHS[-1]
+
+
+def calibrate(
+    folder: Path,
+    texts: Sequence[Path],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train a predictor for the export in ``folder`` on text files and put it there, in place of an older one.
+
+    Returns what was reached on the text kept back: ``tokens`` (trained on), ``held_back`` (tokens), ``guesses`` (a layer:
+    K, 1.5 K, 2 K), ``recall`` by horizon (``measure``), ``bytes``.  ``progress(done, total)`` is in bytes of text.
+    The same text, seed and threads give the same bytes.  Killed, it leaves the export as it was.
+
+    Raises ``ConfigError`` for bad text, ``ExportError`` for a damaged export, ``PlanError`` if memory is too small.
+    """
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer(folder, config.bos_token_id)
+    width = min(_WINDOW, config.max_position_embeddings)
+    training: list[list[int]] = []
+    held_back: list[list[int]] = []
+    for ids in read_tokens(texts, tokenizer):
+        cut = len(ids) - len(ids) // 20
+        training += split(ids[:cut], tokenizer, width)
+        held_back += split(ids[cut:], tokenizer, width)
+    random.Random(seed).shuffle(training)
+    if not held_back:  # many tiny texts
+        held_back.append(training.pop())
+    tokens, kept_back = (sum(len(window) - 1 for window in part) for part in (training, held_back))
+    (R, Q), D, L, E = (
+        _widths(config),
+        config.hidden_size,
+        len(config.moe_layers),
+        config.n_routed_experts,
+    )
+    parameters = sum(
+        part.nbytes // part.dtype.itemsize for part in predictor_parts(D, L, E, R, Q).values()
+    )
+    groups = _groups(training, available_memory() // 4 // Samples.bytes_per_token(config))
+    kept = (
+        max(sum(map(len, group)) for group in [*groups, held_back]) + 4 * _BATCH
+    ) * Samples.bytes_per_token(config)
+    free = int(available_memory() * 0.9) + psutil.Process().memory_info().rss
+    epochs = max(_EPOCHS, math.ceil(_MIN_STEPS * _BATCH / tokens))
+
+    text_bytes, done = sum(path.stat().st_size for path in texts), 0
+    total = epochs * (
+        2 * tokens + kept_back
+    )  # reading a token takes about as long as training on it
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(text_bytes * done // total, text_bytes)
+
+    generator = torch.Generator().manual_seed(seed)
+    context = max(len(window) for window in [*training, *held_back])
+    ram = None if device == "cuda" else free - kept - _BYTES_A_PARAMETER * parameters
+    with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
+        net = _Net(config, R, Q, generator)
+        steps = epochs * sum(
+            math.ceil(sum(len(window) - 1 for window in group) / _BATCH) for group in groups
+        )
+        trainer = _Trainer(net, steps, generator, runtime.device)
+        uses = torch.zeros(L * E)
+        for group in groups:
+            samples = record(runtime, group, lambda count: advance(epochs * count))
+            keys = samples.used.long() + torch.arange(L)[:, None] * E
+            uses += keys.flatten().bincount(minlength=L * E)
+            with _torch_threads(threads):
+                trainer.run(samples, epochs, advance)
+        tensors = net.tensors(uses / tokens)
+        samples = record(runtime, held_back, lambda count: advance(epochs * count))
+    guesses = [min(E, math.ceil(config.num_experts_per_tok * share)) for share in (1, 1.5, 2)]
+    with _torch_threads(threads):
+        found = measure(
+            Predictor(tensors, config.num_experts_per_tok, TorchOps()), samples, guesses
+        )
+    write_predictor(folder, tensors)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        "tokens": tokens,
+        "held_back": kept_back,
+        "guesses": guesses,
+        "recall": found,
+        "bytes": size,
+    }
+
+
+def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
+    """Windows in their order, in as few and as equal groups as hold at most about ``capacity`` tokens each."""
+    count = max(1, math.ceil(sum(map(len, windows)) / max(capacity, 1)))
+    size = math.ceil(len(windows) / count)
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """The runtime leaves torch one thread, because its own kernels have the rest; training is torch's alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,292 @@
+"""How well a model predicts text, and how far it is from a reference: bits per byte, perplexity, KL divergence.
+
+A text is tokenized whole and read in windows, each a sequence of its own that begins with the beginning-of-sentence token if
+the tokenizer wants one.  Two ways to cut windows of W positions:
+
+    ``strided``    Window k begins ``stride`` tokens after the one before and scores what none has scored yet, so that every
+                   token of the text is scored exactly once.  (Without a beginning token the text's first can't be.)
+    ``llama.cpp``  What its perplexity tool does with ``-c W``: the text with one beginning token is cut into pieces of W
+                   tokens, what remains at the end is left out, the first token of each piece is replaced by the beginning
+                   token, and those from W // 2 + 1 on are scored: W - 1 - W // 2 a window.
+
+Probabilities are a softmax over all ``vocab_size`` rows of the model, in float64, as in transformers and llama.cpp; rows past
+the tokenizer's vocabulary count too.  With p the reference's probabilities and q the model's, a token's KL divergence is
+``sum p (ln p - ln q)`` in nats over the distribution that predicts it.
+
+Shape legend: R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study.calibrate import read_text
+
+LOGITS_ROWS = 384  # rows of float32 in memory at once: two pieces of 128, and the float64 distributions of 32 rows twice
+_ROWS = 32  # rows whose float64 distributions are in memory at once
+_CONTEXT = 16  # tokens shown before a bad one
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenized file: ``ids``, the ``begin`` of each window (no or one token), and the bytes of text up to each token's end,
+    int64, with a 0 in front."""
+
+    path: Path
+    ids: list[int]
+    begin: list[int]
+    ends: np.ndarray[Any, np.dtype[np.int64]]
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
+        """Raises ``ConfigError`` for a file that can't be read, is no UTF-8, is empty or has less than two tokens."""
+        text = read_text(path)
+        ids, ends = tokenizer.encode_with_ends(text)
+        if len(ids) < 2:
+            raise ConfigError(
+                f"{path}: has {len(ids)} token, evaluation needs 2 or more; give a longer text"
+            )
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        size = np.cumsum(
+            1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF), dtype=np.int64
+        )  # UTF-8 up to a character
+        ends[-1] = len(text)  # with whatever the tokenizer drops at the end
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return cls(path, ids, begin, np.concatenate([[0], size])[[0, *ends]])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``start`` to ``stop`` of a text, of which those from ``first`` on are scored."""
+
+    start: int
+    first: int
+    stop: int
+
+
+def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
+    """Windows of ``window`` positions, each ``stride`` tokens after the one before, that score every token once."""
+    start, done = 0, 1 - len(text.begin)
+    while done < len(text.ids):
+        stop = min(start + window - len(text.begin), len(text.ids))
+        yield Window(start, done, stop)
+        start, done = start + stride, stop
+
+
+def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
+    """The windows of llama.cpp's perplexity tool for ``-c window``; none if the text is shorter."""
+    begin = len(text.begin)
+    for start in range(0, len(text.ids) + begin - window + 1, window):
+        yield Window(start, start + window // 2 + 1 - begin, start + window - begin)
+
+
+def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
+    """The windows of a text.  ``stride`` None is as long as possible.  Raises ``ConfigError`` for sizes that can't work."""
+    if method == "llama.cpp":
+        if stride is not None:
+            raise ConfigError(
+                "--stride goes with --method strided; llama.cpp's windows follow each other"
+            )
+        if window < 3:
+            raise ConfigError(
+                f"--window is {window}, expected at least 3: llama.cpp scores its second half"
+            )
+        found = list(like_llama_cpp(text, window))
+        if not found:
+            raise ConfigError(
+                f"{text.path}: has {len(text.ids)} tokens, less than one window of {window}, and llama.cpp's method scores whole "
+                "windows: lower --window, or leave out --method"
+            )
+        return found
+    longest = window - 1  # the beginning token, or else the window's first, is not scored
+    if longest < 1:
+        raise ConfigError(
+            f"--window is {window}, expected at least 2: a token to predict, and one before it"
+        )
+    if stride is not None and not 1 <= stride <= longest:
+        raise ConfigError(
+            f"--stride is {stride}, expected 1 to {longest} for windows of {window}: no token may be left out"
+        )
+    return list(strided(text, window, stride or longest))
+
+
+@dataclass
+class Totals:
+    """Sums over scored tokens: negative log-likelihood in nats, and with a reference its own, KL divergence in nats and how
+    often both put the same token first."""
+
+    tokens: int = 0
+    bytes: int = 0
+    nll: float = 0.0
+    reference_nll: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(self, other: Totals) -> None:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def report(self, compared: bool) -> dict[str, Any]:
+        """The figures, under the names that ``slotmoe eval --json`` gives them."""
+        found = {"tokens": self.tokens, "bytes": self.bytes, **_likelihood("", self.nll, self)}
+        if compared:
+            found |= {
+                "kl_divergence": self.divergence / self.tokens,
+                "top1_agreement": self.agreed / self.tokens,
+            }
+            found |= _likelihood("reference_", self.reference_nll, self)
+        return found
+
+
+def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
+    mean = min(nll / totals.tokens, 700.0)  # e^700 is the last power that a float holds
+    bits = nll / math.log(2) / totals.bytes if totals.bytes else 0.0
+    return {f"{prefix}bits_per_byte": bits, f"{prefix}perplexity": math.exp(mean)}
+
+
+@dataclass
+class Evaluation:
+    """A running evaluation of ``runtime``, beside ``reference`` if there is one.  ``files`` and ``worst`` hold what is done."""
+
+    runtime: Runtime
+    reference: Runtime | None = None
+    keep: int = 10
+    files: dict[Path, Totals] = field(default_factory=dict)
+    _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
+
+    def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
+        """Score one text.  ``advance(bytes)`` is called with the bytes of text dealt with since the last call."""
+        totals = self.files.setdefault(text.path, Totals())
+        reached = 0
+        for window in windows:
+            fed = (
+                text.begin + text.ids[window.start : window.stop - 1]
+            )  # nothing follows the last token
+            row = window.first - window.start + len(text.begin) - 1
+            others = (
+                repeat(None) if self.reference is None else self.reference.logits_from(fed, row)
+            )
+            at = window.first
+            for logits_RV, wanted_RV in zip(
+                self.runtime.logits_from(fed, row), others, strict=self.reference is not None
+            ):
+                for start in range(0, len(logits_RV), _ROWS):
+                    part = slice(start, start + _ROWS)
+                    at = self._score(
+                        text,
+                        at,
+                        totals,
+                        logits_RV[part],
+                        None if wanted_RV is None else wanted_RV[part],
+                    )
+                advance(int(text.ends[at]) - reached)
+                reached = int(text.ends[at])
+        advance(int(text.ends[-1]) - reached)
+
+    def _score(
+        self, text: Text, at: int, totals: Totals, logits_RV: Tensor, wanted_RV: Tensor | None
+    ) -> int:
+        """Count the tokens from ``at`` on, one a row; returns the first that is not."""
+        stop = at + len(logits_RV)
+        target_R1 = torch.tensor(text.ids[at:stop], device=logits_RV.device)[:, None]
+        found_RV = logits_RV.double().log_softmax(dim=-1)
+        log_q_R = found_RV.gather(1, target_R1)[:, 0]
+        part = Totals(
+            tokens=stop - at, bytes=int(text.ends[stop] - text.ends[at]), nll=-log_q_R.sum().item()
+        )
+        if wanted_RV is not None:
+            wanted_RV = wanted_RV.double().log_softmax(dim=-1)
+            log_p_R = wanted_RV.gather(1, target_R1)[:, 0]
+            kl_R = (wanted_RV.exp() * (wanted_RV - found_RV)).sum(dim=-1)
+            best = found_RV.argmax(dim=-1), wanted_RV.argmax(dim=-1)
+            part.reference_nll, part.divergence = -log_p_R.sum().item(), kl_R.sum().item()
+            part.agreed = int((best[0] == best[1]).sum())
+            self._remember(text, at, kl_R, log_q_R, log_p_R, *best)
+        if not math.isfinite(part.nll + part.reference_nll + part.divergence):
+            raise CheckpointError(
+                "the model or its reference computed NaN or infinite logits; its weights are broken"
+            )
+        totals.add(part)
+        return stop
+
+    def _remember(
+        self,
+        text: Text,
+        at: int,
+        kl_R: Tensor,
+        log_q_R: Tensor,
+        log_p_R: Tensor,
+        best_R: Tensor,
+        wanted_R: Tensor,
+    ) -> None:
+        """Keep the tokens whose distributions differ most."""
+        for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
+            kl, index, decode = kl_R[row].item(), at + row, self.runtime.tokenizer.decode
+            if len(self._worst) == self.keep and kl <= self._worst[0][0]:
+                break
+            entry = {
+                "file": str(text.path),
+                "position": index,
+                "context": decode(text.ids[max(0, index - _CONTEXT) : index]),
+                "token": decode([text.ids[index]]),
+                "kl_divergence": kl,
+                "probability": math.exp(log_q_R[row].item()),
+                "reference_probability": math.exp(log_p_R[row].item()),
+                "top": decode([int(best_R[row])]),
+                "reference_top": decode([int(wanted_R[row])]),
+            }
+            heapq.heappush(
+                self._worst, (kl, -sum(one.tokens for one in self.files.values()) - row, entry)
+            )
+            if len(self._worst) > self.keep:
+                heapq.heappop(self._worst)
+
+    def report(self) -> dict[str, Any]:
+        """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``, the worst first."""
+        total, compared = Totals(), self.reference is not None
+        for one in self.files.values():
+            total.add(one)
+        files = [
+            {"file": str(path), **one.report(compared)}
+            for path, one in self.files.items()
+            if one.tokens
+        ]
+        found = {**total.report(compared), "files": files}
+        if compared:
+            found["worst_tokens"] = [
+                entry for _, _, entry in sorted(self._worst, key=lambda item: -item[0])
+            ]
+        return found
+
+
+def check_same_vocabulary(
+    model: Path,
+    reference: Path,
+    sizes: tuple[int, int],
+    texts: Sequence[Text],
+    others: Sequence[Text],
+) -> None:
+    """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the texts as the same tokens."""
+    advice = "divergence compares probabilities of the same tokens: give the checkpoint that the model was made of"
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{reference}: the reference has {sizes[1]} vocabulary rows and {model} has {sizes[0]}; {advice}"
+        )
+    for text, other in zip(texts, others, strict=True):
+        if (text.ids, text.begin) != (other.ids, other.begin):
+            raise ConfigError(
+                f"{reference}: the reference's tokenizer reads {text.path} as other tokens than that of {model}; {advice}"
+            )

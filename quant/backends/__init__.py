@@ -1,0 +1,66 @@
+"""Who multiplies: the one place that picks a backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import psutil
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.native import NativeOps
+from slotmoe.quant.kernels.cpu import bindings
+
+_TRITON_CAPABILITY = (
+    8,
+    0,
+)  # older cards multiply no bfloat16, and their shared memory is too small for the attention
+
+
+def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
+    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built, else torch.
+
+    ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only under Triton's interpreter.
+    ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
+    """
+    threads = threads or psutil.cpu_count(logical=False) or 1
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        torch.set_num_threads(threads)
+        return _triton_ops(device, required=choice == "triton")
+    native = bindings.load() if choice == "auto" and device.type == "cpu" else None
+    if native is None:
+        torch.set_num_threads(threads)
+        return TorchOps(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    native.set_threads(threads)
+    torch.set_num_threads(1)
+    return NativeOps(native)
+
+
+def _triton_ops(device: torch.device, required: bool) -> TorchOps:
+    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so never without a GPU."""
+    reason, cuda = "", device.type == "cuda"
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton, on Linux)"
+    elif cuda and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        reason = (
+            f"the GPU's compute capability is below {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
+        )
+    elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+    else:
+        from slotmoe.quant.backends.triton import TritonOps
+
+        ops = TritonOps(device)
+        if cuda or ops.interpreted:
+            return ops
+        reason = (
+            "on a CPU they run only under Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+        )
+    if required:
+        raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
+    plain = TorchOps(torch.bfloat16)
+    plain.name = f"torch, since {reason}"
+    return plain

@@ -1,0 +1,99 @@
+"""Stretches of a decode step as CUDA graphs: captured once, then started by one call each.
+
+A small model's kernels take a few microseconds, and Python and the driver as much again to start each.  A graph starts
+dozens at once.  What it holds is addresses, not values: it reads its inputs from the same buffers and leaves its outputs in
+the same buffers each time, and whatever changes from step to step (the position, the sequence's cache) must lie in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Graph(Protocol):
+    """Work on the device that can be repeated.  Made from a function without arguments, which it runs at least once; what
+    the function returned is ``outputs``, and ``replay`` repeats the work into it."""
+
+    outputs: Any
+
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not touch the host."""
+
+    _stream: torch.cuda.Stream | None = (
+        None  # one for all, and one pool: graphs of a step never run at the same time
+    )
+    _pool: Any = None
+
+    def __init__(self, function: Callable[[], Any]):
+        cls = CudaGraph
+        if cls._stream is None:
+            cls._stream, cls._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        cls._stream.wait_stream(torch.cuda.current_stream())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(cls._stream):
+            function()  # kernels compile and load, which a capture forbids
+            cls._stream.synchronize()
+            # Readers in other threads go on copying, which a capture of all threads would forbid.
+            self._graph.capture_begin(pool=cls._pool, capture_error_mode="thread_local")
+            try:
+                self.outputs = function()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(cls._stream)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Stretch:
+    """A function of tensors that is run as a graph where ``graph`` makes one, and plainly where it is None.
+
+    ``buffers`` are the inputs that the graph reads: one that is given elsewhere is copied into its buffer first.  The outputs
+    are valid until the next call.  Inside another graph's capture, with gradients on, or for inputs of other shapes or types
+    than the buffers', the function runs plainly.  It must give the same when it is run twice on the same inputs.
+    """
+
+    capturing = False  # whether some stretch is being captured now
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        buffers: tuple[Tensor, ...],
+        graph: Callable[[Callable[[], Any]], Graph] | None,
+    ):
+        self._function, self._buffers, self._make = function, buffers, graph
+        self._graph: Graph | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if (
+            self._make is None
+            or Stretch.capturing
+            or torch.is_grad_enabled()
+            or not self._fit(inputs)
+        ):
+            return self._function(*inputs)
+        for buffer, given in zip(self._buffers, inputs, strict=True):
+            if given.data_ptr() != buffer.data_ptr():
+                buffer.copy_(given)
+        if self._graph is None:
+            Stretch.capturing = True
+            try:
+                self._graph = self._make(lambda: self._function(*self._buffers))
+            finally:
+                Stretch.capturing = False
+        self._graph.replay()
+        return self._graph.outputs
+
+    def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
+        pairs = zip(self._buffers, inputs, strict=True)
+        return all(
+            b.shape == i.shape and b.dtype == i.dtype and b.device == i.device and i.is_contiguous()
+            for b, i in pairs
+        )

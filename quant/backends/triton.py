@@ -1,0 +1,342 @@
+"""``TritonOps``: the ops of a CUDA device, with the kernels of ``quant/kernels/triton_*.py``.
+
+One token goes through kernels that are bound by reading the weights, in float32; many go through tensor cores in bfloat16.
+Weights stay as they are stored, in both.  With ``TRITON_INTERPRET=1`` the same kernels run on a CPU, for tests.
+Shape legend: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R kv_lora_rank, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import environ
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from slotmoe.quant.backends.base import TorchOps, Weight
+from slotmoe.quant.backends.graphs import CudaGraph
+from slotmoe.quant.backends.triton_layer import DENSE, Step, TritonLayer, Workspace, parts, power
+from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.kernels.triton import mla as mla
+from slotmoe.quant.kernels.triton import rows as rows
+from slotmoe.quant.kernels.triton import tiles as tiles
+from slotmoe.quant.shapes import TILE
+
+environ.setdefault(
+    "TRITON_DEFAULT_FP_FUSION", "1"
+)  # Triton 3.9 warns that its default will change; this is the present one
+_BM, _BN = 64, 64  # of a tile of many tokens; grouped rows depend on it bitwise, so it is one
+_FEW = 16  # tokens that attend one by one over the latent cache; more are the network's blockwise attention's
+
+
+class TritonOps(TorchOps):
+    """See the module.  ``graph`` makes the graphs of a decode step's stretches; None runs them plainly."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(torch.bfloat16)
+        self.interpreted = isinstance(rows.linear, InterpretedFunction)
+        self.name = "triton, interpreted" if self.interpreted else "triton"
+        self.graph: Any = CudaGraph if device.type == "cuda" else None
+        self.workspace: Workspace | None = None
+
+    # One token.
+
+    def row(
+        self,
+        x_1K: Tensor,
+        weight: Weight,
+        out: Tensor,
+        second: Weight | None = None,
+        norm: tuple[Tensor, float] | None = None,
+        normed: Tensor | None = None,
+        add: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """One row through one weight or two, one launch: ``out`` is float32 of N or N + N2 values.
+
+        ``norm`` is a weight and an epsilon: the row is normed first, and stands in ``normed`` too if that is given.  ``add`` is
+        one tensor or two: ``add[0] + y`` or ``add[0] + (add[1] + y)``.
+        """
+        kind, data, scale, levels = parts(weight)
+        other = None if second is None else parts(second)
+        N, K = weight.shape
+        N2 = 0 if second is None else second.shape[0]
+        gain, eps = (None, 0.0) if norm is None else norm
+        rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
+            x_1K, gain, eps, normed, data, scale, N,
+            data if other is None else other.data, scale if other is None else other.scale, N2,
+            levels if levels is not None or other is None else other.levels,
+            add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
+            KIND=kind, KIND2=kind if other is None else other.kind,
+            NORM=norm is not None, STORE=normed is not None, RESIDUALS=len(add), num_warps=8 if kind == DENSE else 4,
+        )  # fmt: skip
+        return out
+
+    def row_gate_up(
+        self, x_1D: Tensor, gate_proj: Weight, up_proj: Weight, out_1I: Tensor
+    ) -> Tensor:
+        """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
+        gate, up = parts(gate_proj), parts(up_proj)
+        N, K = gate_proj.shape
+        rows.gate_up[(triton.cdiv(N, TILE),)](
+            x_1D,
+            gate.data,
+            gate.scale,
+            up.data,
+            up.scale,
+            gate.levels,
+            out_1I,
+            N,
+            K,
+            KIND=gate.kind,
+            num_warps=8 if gate.kind == DENSE else 4,
+        )
+        return out_1I
+
+    # Any number of tokens.
+
+    def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
+        kind, data, scale, levels = parts(weight)
+        T, (N, K) = len(x_TK), weight.shape
+        if kind == DENSE and T != 1:
+            return F.linear(x_TK.to(data.dtype), data).float()
+        x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
+        if T == 1:
+            return self.row(x_TK.float(), weight, y_TN)
+        BM = 16 if T <= 16 else _BM
+        tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
+            x_TK,
+            data,
+            scale,
+            levels,
+            y_TN,
+            T,
+            N,
+            K,
+            KIND=kind,
+            BM=BM,
+            BN=_BN,
+            WIDEN=self.interpreted,
+            num_warps=max(4, BM // 8),
+        )
+        return y_TN
+
+    def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
+        gate, up = parts(gate_proj), parts(up_proj)
+        T, (N, K) = len(x_TD), gate_proj.shape
+        if gate.kind != up.kind or (gate.kind == DENSE and T != 1):
+            return super().mlp(x_TD, gate_proj, up_proj, down_proj)
+        x_TD = x_TD.contiguous()
+        if T == 1:
+            return self.linear(
+                self.row_gate_up(x_TD, gate_proj, up_proj, torch.empty(1, N, device=x_TD.device)),
+                down_proj,
+            )
+        h_TN, BM = (
+            torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device),
+            16 if T <= 16 else _BM,
+        )
+        tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
+            x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
+            KIND=gate.kind, BM=BM, BN=_BN, WIDEN=self.interpreted, num_warps=max(4, BM // 8),
+        )  # fmt: skip
+        return self.linear(h_TN, down_proj)
+
+    def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
+        return self.linear(latent_BR, kv_b)
+
+    # Attention.
+
+    def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
+        T, H, N = q_THN.shape
+        _, data, scale, _ = parts(kv_b)
+        R, BR = kv_b.shape[1], 64
+        y_THR = torch.empty(T, H, R, device=q_THN.device)
+        mla.absorb_query[(triton.cdiv(R, BR), H, T)](
+            q_THN.contiguous(),
+            data,
+            scale,
+            y_THR,
+            H,
+            N,
+            kv_b.shape[0] // H,
+            R,
+            SCALED=scale is not None,
+            WIDTH=power(N),
+            BR=BR,
+        )
+        return y_THR
+
+    def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
+        T, H, R = o_THR.shape
+        _, data, scale, _ = parts(kv_b)
+        V, BV = kv_b.shape[0] // H - N, 16
+        y_THV = torch.empty(T, H, V, device=o_THR.device)
+        mla.values[(triton.cdiv(V, BV), H, T)](
+            o_THR.contiguous(), None, None, None, data, scale, y_THV, H, N, V, R,
+            PARTS=False, SCALED=scale is not None, LATENT=power(R), BV=BV,
+        )  # fmt: skip
+        return y_THV
+
+    def mla(self, q_THW: Tensor, rows_SW: Tensor, R: int, scale: float) -> Tensor | None:
+        T, H, W = q_THW.shape
+        if T > _FEW or rows_SW.dtype != torch.float16:
+            return None
+        splits, (S, P) = mla.SPLITS.value, (len(rows_SW), W - R)
+        part, best, total = (
+            torch.empty(T, H, splits, width, device=q_THW.device) for width in (R, 1, 1)
+        )
+        y_THR = torch.empty(T, H, R, device=q_THW.device)
+        mla.attend[(splits, triton.cdiv(H, 16), T)](
+            q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
+            WHERE=False, HEADS=16, LATENT=power(R), ROPE=power(P),
+        )  # fmt: skip
+        mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
+        return y_THR
+
+    def fuse(
+        self,
+        layer: Any,
+        sizes: tuple[int, int, int, int, int],
+        eps: float,
+        latent_eps: float,
+        scale: float,
+    ) -> TritonLayer:
+        """``layer`` bound for one token at a time; its buffers are shared by all layers, so results last until the next call."""
+        if self.workspace is None:
+            self.workspace = Workspace(layer, sizes)
+        return TritonLayer(self, self.workspace, layer, sizes, eps, latent_eps, scale)
+
+    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Step | None:
+        """``function`` (see ``Step``) as one graph; None before any layer was fused."""
+        return None if self.workspace is None else Step(function, self.workspace, self.graph)
+
+    # Routed experts.
+
+    def route(
+        self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None
+    ) -> tuple[Tensor, Tensor]:
+        T, E = logits_TE.shape
+        weights_TK = torch.empty(T, top_k, device=logits_TE.device)
+        indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
+        rows.route[(T,)](
+            logits_TE.contiguous(), weights_TK, indices_TK, E, top_k, groups, kept, 0.0 if factor is None else factor,
+            RENORM=factor is None, BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
+        )  # fmt: skip
+        return weights_TK, indices_TK
+
+    def experts_by_slot(
+        self,
+        x_TD: Tensor,
+        slab: Tensor,
+        slots_TK: Tensor,
+        layout: RecordLayout,
+        levels: Tensor,
+        y_TKD: Tensor,
+    ) -> None:
+        T, K = slots_TK.shape
+        D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        h = torch.empty(T * K, width, device=x_TD.device)
+        rows.experts_gate_up[(triton.cdiv(width, TILE), T * K)](
+            x_TD.contiguous(),
+            slab,
+            slots_TK,
+            levels,
+            h,
+            K,
+            D,
+            width,
+            layout.record_bytes,
+            at.up,
+            at.gate_absmax,
+            at.up_absmax,
+        )
+        rows.experts_down[(triton.cdiv(D, TILE), T * K)](
+            h, slab, slots_TK, levels, y_TKD, D, width, layout.record_bytes, at.down, at.down_absmax
+        )
+
+    def experts_grouped(
+        self,
+        x_TD: Tensor,
+        tokens_N: Tensor,
+        starts_G1: Tensor,
+        slots_G: Tensor,
+        slab: Tensor,
+        layout: RecordLayout,
+        levels: Tensor,
+    ) -> Tensor:
+        N, G = len(tokens_N), len(slots_G)
+        D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        h = torch.empty(N, width, dtype=torch.bfloat16, device=x_TD.device)
+        y_ND = torch.empty(N, D, device=x_TD.device)
+        most = N // _BM + min(
+            N, G
+        )  # tiles of rows if every group but the last ends in a started one
+        if not most:
+            return y_ND
+        sizes = {
+            "GROUPS": power(G),
+            "BM": _BM,
+            "BN": _BN,
+            "WIDEN": self.interpreted,
+            "num_warps": _BM // 8,
+        }
+        tiles.experts_gate_up[(triton.cdiv(width, _BN), most)](
+            x_TD.contiguous(), tokens_N, starts_G1, slots_G, G, slab, levels, h, width, D,
+            layout.record_bytes, at.up, at.gate_absmax, at.up_absmax, **sizes,
+        )  # fmt: skip
+        tiles.experts_down[(triton.cdiv(D, _BN), most)](
+            h,
+            starts_G1,
+            slots_G,
+            G,
+            slab,
+            levels,
+            y_ND,
+            D,
+            width,
+            layout.record_bytes,
+            at.down,
+            at.down_absmax,
+            **sizes,
+        )
+        return y_ND
+
+    def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        T, K, D = y_TKD.shape
+        out_TD, block = torch.empty(T, D, device=y_TKD.device), 256
+        # Multiplied and added apart, as torch does, so that both give the same bits.
+        rows.weighted_sum[(triton.cdiv(D, block), T)](
+            y_TKD.contiguous(),
+            weights_TK.contiguous(),
+            out_TD,
+            K,
+            D,
+            BLOCK=block,
+            enable_fp_fusion=False,
+        )
+        return out_TD
+
+
+class Offsets(NamedTuple):
+    """Where the parts of a record begin, in bytes; the gate's codes begin at 0."""
+
+    up: int
+    down: int
+    gate_absmax: int
+    up_absmax: int
+    down_absmax: int
+
+
+def offsets(layout: RecordLayout) -> Offsets:
+    names = (
+        "up_proj.weight",
+        "down_proj.weight",
+        "gate_proj.weight.absmax",
+        "up_proj.weight.absmax",
+        "down_proj.weight.absmax",
+    )
+    return Offsets(*(layout.parts[name].offset for name in names))

@@ -1,0 +1,279 @@
+"""``Export``: an open export, whose tensors and records are verified whenever they are read."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotmoe.errors import ExportError
+from slotmoe.quant.export.layout import (
+    COPIED,
+    PROJECTIONS,
+    RESIDENT,
+    Part,
+    RecordLayout,
+    checksum,
+    is_predictor,
+    layer_file,
+    layer_header,
+    safetensors_header,
+    tensor_parts,
+)
+from slotmoe.quant.export.validate import manifest_layout, read_manifest, regular_file
+from slotmoe.quant.export.writer import file_checksum
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.nf4 import Nf4Weight, dequantize
+from slotmoe.quant.shapes import ALIGNMENT
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Page-aligned memory, as direct reads need it."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(
+        shape
+    )
+
+
+class Export:
+    """An open export.  Reads are thread-safe; close it or use it as a context manager."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], layout: RecordLayout):
+        self.folder, self.manifest, self.layout = folder, manifest, layout
+        self.experts: int = manifest["experts"]["n_routed_experts"]
+        self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
+        self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
+        self._files: dict[str, int] = {}
+        self._resident_parts = tensor_parts(manifest["files"][RESIDENT])
+        self._resident_start, self._direct = 0, False
+        self._predictor = next(filter(is_predictor, manifest["files"]), None)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Export:
+        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is damaged or missing."""
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        export = cls(folder, manifest, manifest_layout(manifest))
+        try:
+            export._verify_files()
+        except BaseException:
+            export.close()
+            raise
+        return export
+
+    def _verify_files(self) -> None:
+        for name in COPIED:
+            path, entry = self.folder / name, self.manifest["files"].get(name)
+            if entry is None:
+                continue
+            self._open_file(name)
+            if file_checksum(path) != entry["checksum"]:
+                raise ExportError(
+                    f"{path}: its checksum is not the manifest's; the file was changed or damaged"
+                )
+        for layer in self.layers:
+            self._open_file(layer_file(layer))  # its size bounds the work that the header takes
+            named = self.manifest["experts"]["linked_layers"].get(
+                str(layer), layer
+            )  # a hard link keeps its origin's names
+            header = layer_header(named, self.experts, self.layout)
+            self._verify_header(layer_file(layer), header)
+        self._open_file(RESIDENT)
+        header = safetensors_header(self._resident_parts.items())
+        self._verify_header(RESIDENT, header)
+        self._resident_start = len(header)
+        if self._predictor is not None:
+            self._open_file(self._predictor)
+            self._verify_header(
+                self._predictor, safetensors_header(self._predictor_parts().items())
+            )
+
+    def _open_file(self, name: str) -> None:
+        """Open one of the format's own files, inside the folder and of the size that the manifest names."""
+        path = regular_file(self.folder, name)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as problem:
+            raise ExportError(
+                f"{path}: can't be opened ({problem.strerror}); the export is incomplete"
+            ) from None
+        self._files[name] = handle
+        found, wanted = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
+        if found != wanted:
+            raise ExportError(
+                f"{path}: has {found} bytes, the manifest says {wanted}; the file is truncated or not this export's"
+            )
+
+    def _verify_header(self, name: str, header: bytes) -> None:
+        """The header must be, byte for byte, what the format prescribes for this geometry."""
+        if (
+            self.manifest["files"][name]["header_bytes"] != len(header)
+            or os.pread(self._files[name], len(header), 0) != header
+        ):
+            raise ExportError(
+                f"{self.folder / name}: its header is not the one that the manifest describes; quantize again"
+            )
+
+    def _read(
+        self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None
+    ) -> None:
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises ``ExportError``."""
+        done, needed = 0, len(data) if needed is None else needed
+        while done < needed:
+            try:
+                count = os.preadv(self._files[name], [data[done:]], offset + done)
+            except OSError as problem:
+                raise ExportError(
+                    f"{self.folder / name}: reading {what} failed ({problem.strerror})"
+                ) from None
+            if self._direct and done + count < needed:
+                count -= count % ALIGNMENT  # the next direct read has to be aligned again
+            if count == 0:
+                raise ExportError(
+                    f"{self.folder / name}: ends inside {what}; the file was truncated while in use"
+                )
+            done += count
+
+    def _verify(self, name: str, data: memoryview, wanted: str, what: str) -> None:
+        if checksum(data) != wanted:
+            raise ExportError(
+                f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize it again"
+            )
+
+    def bypass_page_cache(self) -> bool:
+        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned memory; False if that is refused.
+
+        A model larger than memory gains nothing from the page cache, which would take memory from the slots.
+        """
+        handles = [self._files[name] for name in (RESIDENT, *map(layer_file, self.layers))]
+        flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
+        try:
+            for handle in handles:
+                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) | flag)
+                os.preadv(handle, [probe], 0)
+            self._direct = flag != 0
+        except OSError:
+            for handle in handles:
+                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~flag)
+        return self._direct
+
+    def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:
+        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``; verifies nothing."""
+        name = layer_file(layer)
+        offset = (
+            self.manifest["files"][name]["header_bytes"] + expert * self.layout.record_bytes + start
+        )
+        self._read(name, offset, out, f"layer {layer} expert {expert}")
+
+    def verify_record(self, layer: int, expert: int, record: memoryview) -> None:
+        """Raises ``ExportError`` unless ``record`` has the checksum that the manifest names."""
+        name = layer_file(layer)
+        self._verify(
+            name,
+            record,
+            self.manifest["files"][name]["records"][expert],
+            f"layer {layer} expert {expert}",
+        )
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32 [I, H], ``down_proj``
+        float32 [H, I].  Raises ``ExportError`` if the export has no such expert or its record is damaged."""
+        if layer not in self.layers or not 0 <= expert < self.experts:
+            raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
+        record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
+        self.read_range(layer, expert, 0, record.numpy().data)
+        self.verify_record(layer, expert, record.numpy().data)
+        return {
+            name: dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS
+        }
+
+    def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
+        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory from ``empty`` and verified."""
+        if name + ".scale" in self._resident_parts:
+            return Int8Weight(self._tensor(name, empty), self._tensor(name + ".scale", empty))
+        if name + ".absmax" in self._resident_parts:
+            N, K = self.manifest["quantization"]["resident_shapes"][name]
+            return Nf4Weight(
+                self._tensor(name, empty),
+                self._tensor(name + ".absmax", empty),
+                self.levels,
+                (N, K),
+            )
+        return self._tensor(name, empty)
+
+    def _tensor(self, name: str, empty: Empty) -> Tensor:
+        if name not in self._resident_parts:
+            raise ExportError(
+                f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json"
+            )
+        part = self._resident_parts[name]
+        start = self._resident_start + part.offset
+        before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
+        raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
+        self._read(RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes)
+        out = raw[before : before + part.nbytes]
+        self._verify(
+            RESIDENT,
+            out.numpy().data,
+            self.manifest["files"][RESIDENT]["tensors"][name]["checksum"],
+            name,
+        )
+        return out.view(part.dtype).view(part.shape)
+
+    def _predictor_parts(self) -> dict[str, Part]:
+        assert self._predictor is not None
+        return tensor_parts(self.manifest["files"][self._predictor])
+
+    def predictor(self) -> dict[str, Tensor] | None:
+        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError`` naming a damaged file."""
+        if self._predictor is None:
+            return None
+        entry, found = self.manifest["files"][self._predictor], {}
+        for name, part in self._predictor_parts().items():
+            found[name] = out = torch.empty(part.shape, dtype=part.dtype)
+            data = out.view(-1).view(torch.uint8).numpy().data
+            self._read(self._predictor, entry["header_bytes"] + part.offset, data, name)
+            self._verify(self._predictor, data, entry["tensors"][name]["checksum"], name)
+            if not out.isfinite().all():
+                raise ExportError(
+                    f"{self.folder / self._predictor}: {name} is not finite; calibrate again"
+                )
+        return found
+
+    @property
+    def predictor_bytes(self) -> int:
+        """Bytes of all the predictor's tensors, 0 if there is none."""
+        return (
+            0
+            if self._predictor is None
+            else sum(part.nbytes for part in self._predictor_parts().values())
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all resident tensors."""
+        return sum(part.nbytes for part in self._resident_parts.values())
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Export:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

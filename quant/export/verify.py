@@ -1,0 +1,115 @@
+"""Every checksum of an export: of each file, its header, its tensors and its expert records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from slotmoe.errors import ExportError
+from slotmoe.quant.export.layout import COPIED, tensor_parts
+from slotmoe.quant.export.validate import manifest_layout, regular_file
+
+Span = tuple[int, int]
+_PIECE = 4 << 20
+
+
+def span_checksums(
+    path: Path, spans: Sequence[Span], advance: Callable[[int], None] | None = None
+) -> tuple[str, list[str]]:
+    """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans may nest or overlap.
+
+    ``advance`` is told how many bytes each step read.
+    """
+    whole, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans]
+    waiting = sorted(range(len(spans)), key=lambda index: spans[index], reverse=True)
+    position, active = 0, set[int]()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            data, end = memoryview(piece), position + len(piece)
+            whole.update(data)
+            while waiting and spans[waiting[-1]][0] < end:
+                active.add(waiting.pop())
+            for index in active:
+                start, stop = spans[index]
+                digests[index].update(data[max(start - position, 0) : stop - position])
+            active = {index for index in active if spans[index][1] > end}
+            position = end
+            if advance is not None:
+                advance(len(piece))
+    return whole.hexdigest(), [digest.hexdigest() for digest in digests]
+
+
+def damaged_files(
+    folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
+) -> dict[str, str]:
+    """What is wrong with each file of the export in ``folder`` that is not as its ``manifest`` says; empty if all are.
+
+    ``progress(done, total)`` is called in bytes of the export.
+    """
+    total, done, found = sum(entry["bytes"] for entry in manifest["files"].values()), 0, {}
+    for name, entry in manifest["files"].items():
+        before = done
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(min(done, total), total)
+
+        problem = _damage(folder, name, manifest, advance)
+        if problem is not None:
+            found[name] = problem
+            done = before
+            advance(entry["bytes"])
+    return found
+
+
+def _damage(
+    folder: Path, name: str, manifest: dict[str, Any], advance: Callable[[int], None]
+) -> str | None:
+    entry = manifest["files"][name]
+    try:
+        path = regular_file(folder, name)
+        if not path.exists():
+            return "is missing"
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"has {size} bytes instead of {entry['bytes']}"
+        expected = _expected_spans(name, manifest)
+        whole, found = span_checksums(path, [span for span, _ in expected.values()], advance)
+    except ExportError:
+        return "is no regular file inside the export"
+    except OSError as problem:
+        return f"can't be read ({problem.strerror})"
+    wrong = [
+        what
+        for (what, (_, wanted)), digest in zip(expected.items(), found, strict=True)
+        if digest != wanted
+    ]
+    if wrong:
+        return f"is damaged in {wrong[0]}" + (
+            f" and {len(wrong) - 1} more of {len(expected)} parts" if len(wrong) > 1 else ""
+        )
+    return None if whole == entry["checksum"] else "is damaged"
+
+
+def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span, str]]:
+    """What the parts of a file are called, where they lie and the checksum that each should have."""
+    entry = manifest["files"][name]
+    if name in COPIED:
+        return {}
+    start = entry["header_bytes"]
+    spans = {"its header": ((0, start), entry["header_checksum"])}
+    if "records" in entry:
+        size = manifest_layout(manifest).record_bytes
+        for expert, wanted in enumerate(entry["records"]):
+            spans[f"expert {expert}"] = (
+                (start + expert * size, start + (expert + 1) * size),
+                wanted,
+            )
+    else:
+        for tensor, part in tensor_parts(entry).items():
+            span = start + part.offset, start + part.offset + part.nbytes
+            spans[tensor] = (span, entry["tensors"][tensor]["checksum"])
+    return spans

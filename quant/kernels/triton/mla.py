@@ -1,0 +1,230 @@
+"""Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long latent cache.
+
+The context is split over programs (flash decoding); how depends on its length alone, so a result does not change with
+anything else.  Keys and values are the fp16 latent rows themselves.  Where a kernel takes ``where`` (int64 [2] on the device:
+the token's position, the address of its layer 0's row 0), one captured graph serves every position and every sequence.
+Shapes: T tokens, H heads, N and V width of a head's unrotated query and value, P of its rotated part, R latent, X = N + V.
+"""
+
+import triton
+import triton.language as tl
+
+SPLITS = tl.constexpr(64)  # at most so many programs share a context
+ROWS = tl.constexpr(32)  # latent rows that a program takes at a time
+
+
+@triton.jit
+def _split(length):
+    """Rows that one program takes, a multiple of ROWS, and how many programs have any."""
+    rows = (length + SPLITS * ROWS - 1) // (SPLITS * ROWS) * ROWS
+    return rows, (length + rows - 1) // rows
+
+
+@triton.jit
+def _rotated(x_ptr, table_ptr, P, PAIRS: tl.constexpr):
+    """Both halves of interleaved pairs times the complex table [P / 2]."""
+    i = tl.arange(0, PAIRS)
+    there = i < P // 2
+    real, imaginary = (
+        tl.load(x_ptr + 2 * i, mask=there, other=0.0),
+        tl.load(x_ptr + 2 * i + 1, mask=there, other=0.0),
+    )
+    c, s = (
+        tl.load(table_ptr + 2 * i, mask=there, other=0.0),
+        tl.load(table_ptr + 2 * i + 1, mask=there, other=0.0),
+    )
+    return real * c - imaginary * s, real * s + imaginary * c
+
+
+@triton.jit
+def _absorbed(q_ptr, w_ptr, scale_ptr, first, r, N, R, SCALED: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns r of the sum over n of q[n] * kv_b[first + n]."""
+    n = tl.arange(0, WIDTH)
+    q = tl.load(q_ptr + n, mask=n < N, other=0.0)
+    if SCALED:
+        q *= tl.load(scale_ptr + first + n, mask=n < N, other=0.0)
+    w = tl.load(
+        w_ptr + (first + n)[:, None] * R + r[None, :],
+        mask=(n < N)[:, None] & (r < R)[None, :],
+        other=0,
+    )
+    return tl.sum(w.to(tl.float32) * q[:, None], 0)
+
+
+@triton.jit
+def absorb_query(
+    q_ptr,
+    w_ptr,
+    scale_ptr,
+    y_ptr,
+    H,
+    N,
+    X,
+    R,
+    SCALED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """y [T, H, R] = each head's q [T, H, N] times its first N rows of kv_b [H * X, R]."""
+    head, t = tl.program_id(1), tl.program_id(2)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    y = _absorbed(q_ptr + (t * H + head) * N, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
+    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
+
+
+@triton.jit
+def queries(
+    q_ptr, c_ptr, table_ptr, norm_ptr, eps, w_ptr, scale_ptr, where_ptr, layer_bytes, y_ptr, H, N, P, R, X,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, LATENT: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One token, from its projections q [H * (N + P)] and c [R + P]: each head's absorbed query and rotated part into
+    y [H, R + P]; the last head's program norms the latent, rotates the key and writes both into the cache."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    W = R + P
+    i = tl.arange(0, PAIRS)
+    if head < H:
+        r = block * BR + tl.arange(0, BR)
+        q_ptr += head * (N + P)
+        y = _absorbed(q_ptr, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
+        tl.store(y_ptr + head * W + r, y, mask=r < R)
+        if block == 0:
+            first, second = _rotated(q_ptr + N, table_ptr, P, PAIRS)
+            tl.store(y_ptr + head * W + R + 2 * i, first, mask=i < P // 2)
+            tl.store(y_ptr + head * W + R + 2 * i + 1, second, mask=i < P // 2)
+    elif block == 0:
+        row_ptr = (tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)) + tl.load(
+            where_ptr
+        ) * W
+        r = tl.arange(0, LATENT)
+        c = tl.load(c_ptr + r, mask=r < R, other=0.0)
+        c = c / tl.sqrt(tl.sum(c * c, 0) / R + eps) * tl.load(norm_ptr + r, mask=r < R, other=0.0)
+        first, second = _rotated(c_ptr + R, table_ptr, P, PAIRS)
+        tl.store(row_ptr + r, tl.clamp(c, -65504.0, 65504.0).to(tl.float16), mask=r < R)
+        tl.store(
+            row_ptr + R + 2 * i, tl.clamp(first, -65504.0, 65504.0).to(tl.float16), mask=i < P // 2
+        )
+        tl.store(
+            row_ptr + R + 2 * i + 1,
+            tl.clamp(second, -65504.0, 65504.0).to(tl.float16),
+            mask=i < P // 2,
+        )
+
+
+@triton.jit(do_not_specialize=["S", "T"])
+def attend(
+    q_ptr, rows_ptr, where_ptr, layer_bytes, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
+    WHERE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R], best score and total weight.
+
+    Queries are scaled to at most 1 before they become fp16, and their scores back, so that no size overflows.
+    """
+    split, t = tl.program_id(0), tl.program_id(2)
+    W = R + P
+    if WHERE:
+        length = (tl.load(where_ptr) + 1).to(tl.int32)
+        rows_ptr = tl.multiple_of(
+            (tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)), 16
+        )
+    else:
+        length = S - T + 1 + t
+    share, splits = _split(length)
+    if split < splits:
+        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        r = tl.arange(0, LATENT)
+        p = tl.arange(0, ROPE)
+        row_of_q = q_ptr + (t * H + head)[:, None] * W
+        latent_there, rope_there = (
+            (head < H)[:, None] & (r < R)[None, :],
+            (head < H)[:, None] & (p < P)[None, :],
+        )
+        latent = tl.load(row_of_q + r[None, :], mask=latent_there, other=0.0)
+        rope = tl.load(row_of_q + R + p[None, :], mask=rope_there, other=0.0)
+        size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
+        size = tl.where(size > 0, size, 1.0)
+        latent, rope = (
+            (latent / size[:, None]).to(tl.float16),
+            (rope / size[:, None]).to(tl.float16),
+        )
+        factor = size * scale * 1.4426950408889634  # powers of two
+        best = tl.full([HEADS], float("-inf"), tl.float32)
+        total = tl.full([HEADS], 0, tl.float32)
+        sums = tl.full([HEADS, LATENT], 0, tl.float32)
+        stop = tl.minimum(length, (split + 1) * share)
+        for first in range(split * share, stop, ROWS):
+            s = first + tl.arange(0, ROWS)
+            row_ptr = rows_ptr + s.to(tl.int64)[:, None] * W
+            there = s < stop
+            c = tl.load(row_ptr + r[None, :], mask=there[:, None] & (r < R)[None, :], other=0.0)
+            k = tl.load(row_ptr + R + p[None, :], mask=there[:, None] & (p < P)[None, :], other=0.0)
+            scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            better = tl.maximum(best, tl.max(scores, 1))
+            decay, weights = tl.exp2(best - better), tl.exp2(scores - better[:, None])
+            total = total * decay + tl.sum(weights, 1)
+            sums = sums * decay[:, None] + tl.dot(weights.to(tl.float16), c)
+            best = better
+        at = (t * H + head) * SPLITS + split
+        tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=latent_there)
+        tl.store(best_ptr + at, best, mask=head < H)
+        tl.store(total_ptr + at, total, mask=head < H)
+
+
+@triton.jit
+def _combined(part_ptr, best_ptr, total_ptr, at, splits, r, R):
+    """What the splits from row ``at`` on amount to: columns r of the latent output."""
+    i = tl.arange(0, SPLITS)
+    best = tl.load(best_ptr + at + i, mask=i < splits, other=float("-inf"))
+    greatest = tl.max(best, 0)
+    total = tl.sum(
+        tl.load(total_ptr + at + i, mask=i < splits, other=0.0) * tl.exp2(best - greatest), 0
+    )
+    out = r.to(tl.float32) * 0
+    for first in range(0, splits, 8):
+        j = first + tl.arange(0, 8)
+        weight = tl.exp2(
+            tl.load(best_ptr + at + j, mask=j < splits, other=float("-inf")) - greatest
+        )
+        part = tl.load(
+            part_ptr + (at + j)[:, None] * R + r[None, :],
+            mask=(j < splits)[:, None] & (r < R)[None, :],
+            other=0.0,
+        )
+        out += tl.sum(part * weight[:, None], 0)
+    return out / total
+
+
+@triton.jit(do_not_specialize=["S", "T"])
+def combine(part_ptr, best_ptr, total_ptr, S, y_ptr, T, H, R, LATENT: tl.constexpr):
+    """y [T, H, R] from the splits of each token's context."""
+    head, t = tl.program_id(0), tl.program_id(1)
+    r = tl.arange(0, LATENT)
+    _, splits = _split(S - T + 1 + t)
+    y = _combined(part_ptr, best_ptr, total_ptr, (t * H + head) * SPLITS, splits, r, R)
+    tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
+
+
+@triton.jit
+def values(
+    o_ptr, best_ptr, total_ptr, where_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
+    PARTS: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T, H, R], or made of one
+    token's splits if PARTS."""
+    head, t = tl.program_id(1), tl.program_id(2)
+    r = tl.arange(0, LATENT)
+    if PARTS:
+        _, splits = _split((tl.load(where_ptr) + 1).to(tl.int32))
+        o = _combined(o_ptr, best_ptr, total_ptr, head * SPLITS, splits, r, R)
+        o = tl.where(r < R, o, 0.0)
+    else:
+        o = tl.load(o_ptr + (t * H + head) * R + r, mask=r < R, other=0.0)
+    v = tl.program_id(0) * BV + tl.arange(0, BV)
+    n = head * (N + V) + N + v
+    w = tl.load(
+        w_ptr + n[:, None] * R + r[None, :], mask=(v < V)[:, None] & (r < R)[None, :], other=0
+    ).to(tl.float32)
+    y = tl.sum(w * o[None, :], 1)
+    if SCALED:
+        y *= tl.load(scale_ptr + n, mask=v < V, other=0.0)
+    tl.store(y_ptr + (t * H + head) * V + v, y, mask=v < V)

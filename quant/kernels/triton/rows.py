@@ -1,0 +1,269 @@
+"""Triton kernels for one token: products of weights with one row of activations, bound by the read of the weights.
+
+A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are stored; a code becomes a
+number in a register.  ``slotmoe.quant.backends.triton`` launches these and knows what the arguments mean; only it imports this module.
+Shapes: K columns, N rows of a weight; kinds of weight as below.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words,
+word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+"""
+
+import triton
+import triton.language as tl
+
+INT8 = tl.constexpr(0)  # row-major, a float32 scale a row
+NF4 = tl.constexpr(1)
+DENSE = tl.constexpr(2)  # row-major float32 or bfloat16
+
+
+@triton.jit
+def silu(x):
+    """Without an exponential that overflows."""
+    e = tl.exp(-tl.abs(x))
+    return x * tl.where(x >= 0, 1.0, e) / (1 + e)
+
+
+@triton.jit
+def nf4_shift(j):
+    """By how many bits column 8 t + j stands above the bottom of its word: high nibbles are columns 0 to 3, low ones 4 to 7."""
+    return tl.where(j < 4, 8 * j + 4, 8 * j - 32)
+
+
+@triton.jit
+def _nf4_rows(
+    x_ptr,
+    g_ptr,
+    codes_ptr,
+    absmax_ptr,
+    levels_ptr,
+    tile,
+    K,
+    NORM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+    blocks = (K + 63) // 64
+    lane = tl.arange(0, 16)
+    group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
+    total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
+    squares = tl.full([BLOCKS * 8], 0, tl.float32)
+    for first in range(0, blocks, BLOCKS):
+        here = first * 8 + group
+        there = here < blocks * 8
+        words = tl.load(
+            words_ptr + (tile * blocks * 8 + here)[:, None] * 16 + lane[None, :],
+            mask=there[:, None],
+            other=0,
+        )
+        at = (tile * blocks + here // 8)[:, None] * 16 + lane[None, :]
+        scale = tl.load(absmax_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
+        part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
+        for j in tl.static_range(8):
+            column = here * 8 + j
+            x = tl.load(x_ptr + column, mask=column < K, other=0.0)
+            if NORM:
+                squares += x * x
+                x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
+            part += (
+                tl.load(levels_ptr + ((words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15))
+                * x[:, None]
+            )
+        total += part * scale
+    return tl.sum(total, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def _plain_rows(
+    x_ptr,
+    g_ptr,
+    w_ptr,
+    scale_ptr,
+    tile,
+    N,
+    K,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The same of a row-major matrix."""
+    n = tile * 16 + tl.arange(0, 16)
+    column = tl.arange(0, COLUMNS)
+    total = tl.full([16, COLUMNS], 0, tl.float32)
+    squares = tl.full([COLUMNS], 0, tl.float32)
+    for first in range(0, K, COLUMNS):
+        k = first + column
+        w = tl.load(
+            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
+        )
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        if NORM:
+            squares += x * x
+            x *= tl.load(g_ptr + k, mask=k < K, other=0.0)
+        total += w.to(tl.float32) * x[None, :]
+    y = tl.sum(total, 1)
+    if KIND == INT8:
+        y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    return y, tl.sum(squares, 0)
+
+
+@triton.jit
+def _rows(
+    x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND: tl.constexpr, NORM: tl.constexpr
+):
+    if KIND == NF4:
+        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, 8)
+    elif KIND == INT8:
+        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
+    else:
+        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 1024)
+    return y, squares
+
+
+@triton.jit
+def linear(
+    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr, r_ptr, r2_ptr, y_ptr, K,
+    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr, RESIDUALS: tl.constexpr,
+):  # fmt: skip
+    """y [N + N2] = both weights times x [K], normed with g if NORM (STORE keeps that row too), plus r, or r + (r2 + .)."""
+    tile = tl.program_id(0)
+    tiles = (N + 15) // 16
+    if tile < tiles:
+        y, squares = _rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND, NORM)
+        n = tile * 16 + tl.arange(0, 16)
+        there = n < N
+    else:
+        y, squares = _rows(
+            x_ptr, g_ptr, w2_ptr, scale2_ptr, levels_ptr, tile - tiles, N2, K, KIND2, NORM
+        )
+        n = (tile - tiles) * 16 + tl.arange(0, 16)
+        there = n < N2
+        n += N
+    if NORM:
+        factor = 1 / tl.sqrt(squares / K + eps)
+        y *= factor
+        if STORE:  # noqa: SIM102 (a condition at compile time and one at run time)
+            if tile == 0:
+                for first in range(0, K, 512):
+                    k = first + tl.arange(0, 512)
+                    x = tl.load(x_ptr + k, mask=k < K) * factor * tl.load(g_ptr + k, mask=k < K)
+                    tl.store(normed_ptr + k, x, mask=k < K)
+    if RESIDUALS == 2:
+        y = tl.load(r2_ptr + n, mask=there) + y
+    if RESIDUALS >= 1:
+        y = tl.load(r_ptr + n, mask=there) + y
+    tl.store(y_ptr + n, y, mask=there)
+
+
+@triton.jit
+def gate_up(
+    x_ptr,
+    gate_ptr,
+    gate_scale_ptr,
+    up_ptr,
+    up_scale_ptr,
+    levels_ptr,
+    y_ptr,
+    N,
+    K,
+    KIND: tl.constexpr,
+):
+    """y [N] = silu(gate x) * (up x)."""
+    tile = tl.program_id(0)
+    gate, _ = _rows(x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False)
+    up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False)
+    n = tile * 16 + tl.arange(0, 16)
+    tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
+
+
+@triton.jit
+def experts_gate_up(
+    x_ptr, slab_ptr, slots_ptr, levels_ptr, y_ptr, TOP_K, D, N, record_bytes, up_at, gate_absmax_at, up_absmax_at
+):  # fmt: skip
+    """Every (token, expert) entry that is present: y [T * K, N] = silu(gate x) * (up x)."""
+    tile, entry = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + entry)
+    if slot >= 0:
+        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
+        gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
+        up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
+        x_ptr += entry // TOP_K * D
+        gate, _ = _nf4_rows(
+            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8
+        )
+        up, _ = _nf4_rows(
+            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8
+        )
+        n = tile * 16 + tl.arange(0, 16)
+        tl.store(y_ptr + entry * N + n, silu(gate) * up, mask=n < N)
+
+
+@triton.jit
+def experts_down(
+    x_ptr, slab_ptr, slots_ptr, levels_ptr, y_ptr, D, K, record_bytes, down_at, down_absmax_at
+):
+    """The same entries: y [T * K, D] = down x."""
+    tile, entry = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + entry)
+    if slot >= 0:
+        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
+        absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
+        x_ptr += entry * K
+        y, _ = _nf4_rows(
+            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, 8
+        )
+        n = tile * 16 + tl.arange(0, 16)
+        tl.store(y_ptr + entry * D + n, y, mask=n < D)
+
+
+@triton.jit
+def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
+    """out [T, D] = sum of weight times output in the gate's order; to be compiled without contraction into multiply-adds."""
+    t = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = d < D
+    y_ptr += t * TOP_K * D
+    total = tl.load(y_ptr + d, mask=there) * tl.load(weights_ptr + t * TOP_K)
+    for k in range(1, TOP_K):
+        total += tl.load(y_ptr + k * D + d, mask=there) * tl.load(weights_ptr + t * TOP_K + k)
+    tl.store(out_ptr + t * D + d, total, mask=there)
+
+
+@triton.jit
+def route(
+    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of equals first.
+
+    GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
+    """
+    t = tl.program_id(0)
+    e = tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"))
+    scores = tl.exp(logits - tl.max(logits, 0))
+    scores = scores / tl.sum(scores, 0)
+    size = E // GROUPS
+    if GROUPS > 1:
+        group = tl.arange(0, GROUP_BLOCK)
+        inside = (e // size)[None, :] == group[:, None]
+        best = tl.max(tl.where(inside & (e < E)[None, :], scores[None, :], -1.0), 1)
+        keep = tl.full([GROUP_BLOCK], 0, tl.int32)
+        for _ in range(KEPT):
+            first = tl.min(tl.where(best == tl.max(best, 0), group, GROUP_BLOCK), 0)
+            keep = tl.where(group == first, 1, keep)
+            best = tl.where(group == first, -2.0, best)
+        scores = tl.where(tl.max(tl.where(inside, keep[:, None], 0), 0) > 0, scores, 0.0)
+    scores = tl.where(e < E, scores, -1.0)
+    k = tl.arange(0, K_BLOCK)
+    weights = tl.full([K_BLOCK], 0, tl.float32)
+    indices = tl.full([K_BLOCK], 0, tl.int32)
+    for rank in range(TOP_K):
+        best = tl.max(scores, 0)
+        first = tl.minimum(
+            tl.min(tl.where(scores == best, e, BLOCK), 0), E - 1
+        )  # a logit that is NaN equals nothing
+        weights = tl.where(k == rank, best, weights)
+        indices = tl.where(k == rank, first, indices)
+        scores = tl.where(e == first, -2.0, scores)
+    weights = weights / (tl.sum(weights, 0) + 1e-20) if RENORM else weights * factor
+    tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
+    tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)

@@ -1,0 +1,181 @@
+"""Triton kernels for many tokens: matrix products on tensor cores, weights decoded in registers.
+
+A program makes BM rows by BN columns of a product, 64 weights of a row at a time: bfloat16 operands, float32 sums.  A row's
+result does not depend on the rows beside it.  Grouped products take rows of many groups at once, each group with a weight
+of its own.  WIDEN: round to bfloat16 but hold and multiply as float32, which is the same; Triton's interpreter multiplies no
+bfloat16 and cuts off what should be rounded.
+"""
+
+import triton
+import triton.language as tl
+
+from slotmoe.quant.kernels.triton.rows import INT8, NF4, nf4_shift, silu
+
+
+@triton.jit
+def _rounded(x, WIDEN: tl.constexpr):
+    """To bfloat16, to the nearest, and of equals to the even one."""
+    if WIDEN:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        y = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.bfloat16)
+    return y
+
+
+@triton.jit
+def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, BN: tl.constexpr):
+    """Columns ``start`` to ``start + 63`` of rows n, float32 [BN, 64]; int8 without its scale."""
+    if KIND == NF4:
+        blocks = (K + 63) // 64
+        tile = n // 16 * blocks + start // 64
+        there = n < (N + 15) // 16 * 16
+        word_ptr = (
+            w_ptr.to(tl.pointer_type(tl.int32))
+            + (tile * 128 + n % 16)[:, None]
+            + 16 * tl.arange(0, 8)[None, :]
+        )
+        words = tl.load(word_ptr, mask=there[:, None], other=0)
+        codes = tl.reshape(
+            (words[:, :, None] >> nf4_shift(tl.arange(0, 8))[None, None, :]) & 15, [BN, 64]
+        )
+        scale = tl.load(scale_ptr + tile * 16 + n % 16, mask=there, other=0.0).to(tl.float32)
+        w = tl.load(levels_ptr + codes) * scale[:, None]
+    else:
+        k = start + tl.arange(0, 64)
+        w = tl.load(
+            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
+        ).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    row,
+    there,
+    w_ptr,
+    scale_ptr,
+    levels_ptr,
+    n,
+    N,
+    K,
+    KIND: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Rows ``row`` of x [., K] where ``there``, times rows n of the weight: float32 [BM, BN]."""
+    BM: tl.constexpr = row.shape[0]
+    BN: tl.constexpr = n.shape[0]
+    total = tl.full([BM, BN], 0, tl.float32)
+    x_ptr += row.to(tl.int64)[:, None] * K
+    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a processor hide the wait.
+    STAGES: tl.constexpr = 1 if KIND == NF4 else 3
+    for start in tl.range(0, K, 64, num_stages=STAGES):
+        k = start + tl.arange(0, 64)
+        x = tl.load(x_ptr + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0)
+        w = _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND, BN)
+        total += tl.dot(_rounded(x, WIDEN), tl.trans(_rounded(w, WIDEN)))
+    if KIND == INT8:
+        total *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def linear(
+    x_ptr, w_ptr, scale_ptr, levels_ptr, y_ptr, T, N, K,
+    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y [T, N] = x [T, K] times the weight."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.program_id(1) * BM + tl.arange(0, BM)
+    y = _product(x_ptr, t, t < T, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    tl.store(
+        y_ptr + t.to(tl.int64)[:, None] * N + n[None, :],
+        y,
+        mask=(t < T)[:, None] & (n < N)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up(
+    x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, T, N, K,
+    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y bfloat16 [T, N] = silu(gate x) * (up x)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.program_id(1) * BM + tl.arange(0, BM)
+    gate = _product(x_ptr, t, t < T, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    up = _product(x_ptr, t, t < T, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    y = silu(gate) * up
+    tl.store(
+        y_ptr + t.to(tl.int64)[:, None] * N + n[None, :],
+        _rounded(y, WIDEN).to(tl.bfloat16),
+        mask=(t < T)[:, None] & (n < N)[None, :],
+    )
+
+
+@triton.jit
+def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
+    """Which group the ``tile``-th tile of BM rows belongs to (G: none), and its first and the group's last row + 1."""
+    g = tl.arange(0, GROUPS)
+    start = tl.load(starts_ptr + g, mask=g < G, other=0)
+    size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
+    tiles = (size + BM - 1) // BM
+    found = tl.sum(tl.where((tl.cumsum(tiles, 0) <= tile) & (g < G), 1, 0), 0)
+    before = tl.sum(tl.where(g < found, tiles, 0), 0)
+    first = tl.sum(tl.where(g == found, start, 0), 0) + (tile - before) * BM
+    stop = tl.sum(tl.where(g == found, start + size, 0), 0)
+    return found, first, stop
+
+
+@triton.jit(do_not_specialize=["G"])
+def experts_gate_up(
+    x_ptr, tokens_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
+    record_bytes, up_at, gate_absmax_at, up_absmax_at,
+    GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y bfloat16 [rows, N] = silu(gate x) * (up x), each row's x by ``tokens`` and its weights by its group's slot."""
+    group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
+    if group < G:
+        record_ptr = slab_ptr + tl.load(slots_ptr + group).to(tl.int64) * record_bytes
+        gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
+        up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        row = first + tl.arange(0, BM)
+        there = row < stop
+        token = tl.load(tokens_ptr + row, mask=there, other=0)
+        gate = _product(
+            x_ptr, token, there, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+        )
+        up = _product(
+            x_ptr, token, there, record_ptr + up_at, up_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+        )
+        y = silu(gate) * up
+        tl.store(
+            y_ptr + row.to(tl.int64)[:, None] * N + n[None, :],
+            _rounded(y, WIDEN).to(tl.bfloat16),
+            mask=there[:, None] & (n < N)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["G"])
+def experts_down(
+    x_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K, record_bytes, down_at, down_absmax_at,
+    GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y [rows, N] = down x, by the same groups."""
+    group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
+    if group < G:
+        record_ptr = slab_ptr + tl.load(slots_ptr + group).to(tl.int64) * record_bytes
+        absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        row = first + tl.arange(0, BM)
+        there = row < stop
+        y = _product(
+            x_ptr, row, there, record_ptr + down_at, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+        )
+        tl.store(
+            y_ptr + row.to(tl.int64)[:, None] * N + n[None, :],
+            y,
+            mask=there[:, None] & (n < N)[None, :],
+        )

@@ -1,0 +1,64 @@
+"""Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything is downloaded."""
+
+from __future__ import annotations
+
+import math
+
+BLOCK, TILE = (
+    64,
+    16,
+)  # weights of a row that share a scale; rows that are stored together (see ``slotmoe.quant.nf4``)
+ALIGNMENT = 4096
+
+
+def codes_shape(N: int, K: int) -> tuple[int, int, int]:
+    """Shape of the code tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 512)``."""
+    return -(-N // TILE), -(-K // BLOCK), TILE * BLOCK // 2
+
+
+def absmax_shape(N: int, K: int) -> tuple[int, int, int]:
+    """Shape of the scale tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 16)``."""
+    return -(-N // TILE), -(-K // BLOCK), TILE
+
+
+def nf4_bytes(N: int, K: int) -> int:
+    """Bytes of the codes and float16 scales of a [N, K] matrix."""
+    return math.prod(codes_shape(N, K)) + 2 * math.prod(absmax_shape(N, K))
+
+
+def record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
+    """Bytes of one expert's record in the export."""
+    payload = 2 * nf4_bytes(moe_intermediate_size, hidden_size) + nf4_bytes(
+        hidden_size, moe_intermediate_size
+    )
+    return -(-payload // ALIGNMENT) * ALIGNMENT
+
+
+def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
+    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the source), int8 or nf4.
+
+    Norms and the router gate keep the source's precision.  The embedding is gathered by row, and ``kv_b_proj`` is used
+    by column when it is absorbed into the query, which the NF4 tiles don't serve: both are at least int8.
+    """
+    if mode == "bf16" or len(shape) == 1 or name.endswith(".mlp.gate.weight"):
+        return "none"
+    if mode == "nf4" and not name.endswith((".kv_b_proj.weight", "embed_tokens.weight")):
+        return "nf4"
+    return "int8"
+
+
+def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
+    """Bytes of a resident weight in memory.  Norms and router gates are held in float32, other unquantized weights in bf16."""
+    quantization = resident_quantization(name, shape, mode)
+    if quantization == "nf4":
+        return nf4_bytes(*shape)
+    if quantization == "int8":
+        return math.prod(shape) + 4 * shape[0]
+    widened = len(shape) == 1 or name.endswith(".mlp.gate.weight")
+    return math.prod(shape) * (4 if widened else 2)
+
+
+def latent_bytes(r: int, p: int) -> int:
+    """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope columns, either rounded up to 4,
+    and a scale and a sum of 4 bytes for each."""
+    return -(-r // 4) * 4 + -(-p // 4) * 4 + 16

@@ -1,0 +1,59 @@
+"""slotmoe: DeepSeek-V2 on one machine whose GPU, and perhaps whose RAM, is far smaller than the model.
+
+with slotmoe.Runtime.open("sample") as runtime:
+    for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):
+        print(token.text, end="", flush=True)
+
+``Runtime``, ``Token`` and ``Export`` need torch, so they are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slotmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    DownloadError,
+    ExportError,
+    PlanError,
+    SlotmoeError,
+)
+
+if TYPE_CHECKING:
+    from slotmoe.model.generate import Token
+    from slotmoe.offload.runtime import Runtime
+    from slotmoe.quant.export.reader import Export
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "DownloadError",
+    "Export",
+    "ExportError",
+    "PlanError",
+    "Runtime",
+    "SlotmoeError",
+    "Token",
+    "__version__",
+]
+_LAZY = {
+    "Export": "slotmoe.quant.export.reader",
+    "Runtime": "slotmoe.offload.runtime",
+    "Token": "slotmoe.model.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slotmoe' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

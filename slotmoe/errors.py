@@ -1,0 +1,38 @@
+"""The errors that a user can cause, under one base."""
+
+from __future__ import annotations
+
+
+class SlotmoeError(ValueError):
+    """Base of every error that bad input, a bad file or an impossible request can cause.
+
+    Messages quote names from files of strangers, so control characters are escaped: they neither break the line nor
+    reach the terminal.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
+
+
+class ConfigError(SlotmoeError):
+    """A ``config.json``, tokenizer or option that is malformed or asks for something unsupported."""
+
+
+class CheckpointError(SlotmoeError):
+    """A source checkpoint whose files are missing, damaged or not what its config promises."""
+
+
+class ExportError(SlotmoeError):
+    """An export that is damaged, truncated, mismatched or half-written, or a destination that can't take one."""
+
+
+class PlanError(SlotmoeError):
+    """A request that can't fit: budgets, context or prompt length."""
+
+
+class DeviceError(SlotmoeError):
+    """A graphics card that failed at work, or whose memory another program took.  The command line exits with 1."""
+
+
+class DownloadError(SlotmoeError):
+    """A download that the network or the server made fail; the same command resumes it.  The command line exits with 1."""

@@ -1,0 +1,149 @@
+"""Sampling, streaming of text, and when generation stops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.generate import Sampling, generate, sample
+from slotmoe.model.tokenizer import TextStream, Tokenizer
+from tests.support.tiny import SAMPLE
+
+TOKENIZER = Tokenizer(SAMPLE, 0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_greedy_takes_the_likeliest():
+    assert sample(torch.tensor([0.0, 3.0, 2.0]), Sampling(), seeded()) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=1.0), {0, 1, 2, 3}),
+        (Sampling(temperature=1.0, top_k=2), {1, 2}),
+        (Sampling(temperature=1.0, top_p=0.5), {1}),
+        (Sampling(temperature=1.0, top_p=0.9), {1, 2}),
+        (Sampling(temperature=1.0, top_p=1e-9), {1}),
+        (Sampling(temperature=1e-6), {1}),
+    ],
+    ids=str,
+)
+def test_sampling_keeps_what_it_should(sampling, allowed):
+    logits = torch.tensor([0.05, 0.6, 0.3, 0.05]).log()
+    generator = seeded()
+    assert {sample(logits, sampling, generator) for _ in range(400)} == allowed
+
+
+def test_sampling_follows_the_tempered_distribution():
+    logits, generator = torch.tensor([0.0, 1.0, 2.0]), seeded(1)
+    counts = torch.bincount(
+        torch.tensor([sample(logits, Sampling(temperature=2.0), generator) for _ in range(6000)])
+    )
+    torch.testing.assert_close(counts / 6000, (logits / 2).softmax(-1), atol=0.025, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"seed": -1},
+    ],
+)
+def test_impossible_sampling_is_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_stream_gives_back_the_text_and_never_half_a_character(text):
+    stream, parts = TextStream(TOKENIZER), []
+    ids = TOKENIZER.encode(text, add_bos=False)
+    for one in ids:
+        parts.append(stream.push(one))
+        assert "\ufffd" not in parts[-1] or "\ufffd" in text
+    assert "".join(parts) + stream.flush() == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.size - 1), max_size=40))
+def test_stream_of_any_ids_adds_up_to_their_text(ids):
+    stream = TextStream(TOKENIZER)
+    assert "".join([stream.push(one) for one in ids]) + stream.flush() == TOKENIZER.decode(ids)
+
+
+def steps(wanted, vocab=4200):
+    """A model that answers the ids ``wanted``, one after the other."""
+    remaining = iter(wanted)
+
+    def step(ids):
+        logits = torch.zeros(1, vocab)
+        logits[0, next(remaining)] = 9.0
+        return logits
+
+    return step
+
+
+def run(wanted, count=99, eos=(1,)):
+    return list(generate(steps(wanted), [0], TOKENIZER, count, eos, Sampling()))
+
+
+def test_stops_at_end_of_sentence_without_yielding_it():
+    assert [token.id for token in run([50, 60, 1, 70])] == [50, 60]
+
+
+def test_stops_after_max_new_tokens():
+    assert [token.id for token in run([50, 60, 70], count=2)] == [50, 60]
+
+
+def test_incomplete_character_at_the_end_is_flushed():
+    ids = TOKENIZER.encode("日", add_bos=False)
+    assert len(ids) > 1
+    assert "".join(token.text for token in run([*ids, 1])) == "日"
+    cut = run([*ids[:-1], 1])
+    assert [token.id for token in cut] == ids[:-1]
+    assert "".join(token.text for token in cut) == TOKENIZER.decode(ids[:-1])
+
+
+def test_rows_past_the_tokenizer_are_never_chosen():
+    logits = torch.zeros(1, TOKENIZER.size + 100)
+    logits[0, TOKENIZER.size :] = 50.0
+    logits[0, 77] = 1.0
+    tokens = list(generate(lambda ids: logits, [0], TOKENIZER, 3, (1,), Sampling()))
+    assert [token.id for token in tokens] == [77] * 3
+    assert all(token.logprob <= 0 for token in tokens)
+
+
+def test_logprob_is_that_of_the_untempered_model():
+    logits = torch.zeros(1, TOKENIZER.size)
+    logits[0, 77] = 5.0
+    token = next(
+        generate(lambda ids: logits, [0], TOKENIZER, 1, (), Sampling(temperature=0.01, seed=1))
+    )
+    assert token.logprob == pytest.approx(logits[0].log_softmax(-1)[77].item())
+
+
+def test_broken_logits_are_an_error_not_a_text():
+    with pytest.raises(CheckpointError, match="NaN"):
+        list(
+            generate(
+                lambda ids: torch.full((1, 4096), float("nan")), [0], TOKENIZER, 1, (), Sampling()
+            )
+        )
+
+
+def test_chat_template_and_bos():
+    text = TOKENIZER.chat([{"role": "user", "content": "Hello"}])
+    assert text == "<|begin_of_sentence|>User: Hello\n\nAssistant:"
+    ids = TOKENIZER.encode(text)
+    assert ids[0] == 0
+    assert ids.count(0) == 1

@@ -1,0 +1,420 @@
+"""Cache policies against slow references, the optimum against brute force, and ``slotmoe replay`` from traces to charts."""
+
+import json
+import random
+import signal
+import tracemalloc
+from functools import cache as memoize
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.observe.trace import TraceWriter, read_trace
+from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, LayerAware, Lfu, Lrfu, make_cache
+from slotmoe.offload.study.replay import gate_choices, optimum, replay
+from slotmoe.tools.cli import main
+
+ROWS, EXPERTS, TOP = 3, 4, 2
+KEYS = range(ROWS * EXPERTS)
+POPULARITY = [0.1, 0.9, 0.3, 0.7] * ROWS
+GATES = st.sampled_from(list(combinations(range(EXPERTS), TOP)))
+TOKENS = st.lists(st.tuples(*[GATES] * ROWS), min_size=1, max_size=40)
+SLOTS = st.integers(1, len(KEYS) - 1)
+quickly = settings(max_examples=60, deadline=None)
+
+
+class Reference:
+    """What each policy's worth of a key is, straight from the list of all (token, key) uses; the lowest leaves."""
+
+    def __init__(self, policy, popularity):
+        self.policy, self.popularity = policy.removesuffix("+bypass"), popularity
+        self.uses, self.now, self.row = [], 0, 0
+        self.judged = dict.fromkeys(KEYS, 0)  # when the layer-aware policy last looked at a key
+
+    def visit(self, row, chosen):
+        self.row = row
+        self.uses += [(self.now, key) for key in chosen]
+        self.judged.update(dict.fromkeys(range(row * EXPERTS, row * EXPERTS + EXPERTS), self.now))
+
+    def worth(self, key):
+        tokens = [token for token, used in self.uses if used == key]
+        if self.policy == "lru":
+            return max(
+                (place for place, (_, used) in enumerate(self.uses) if used == key), default=-1
+            )
+        if self.policy == "lfu":
+            return Lfu.PRIOR * self.popularity[key] + len(tokens)
+        if self.policy == "lrfu":
+            prior = self.popularity[key] / (1 - Lrfu.DECAY) * Lrfu.DECAY**self.now
+            return prior + sum(Lrfu.DECAY ** (self.now - token) for token in tokens)
+        if self.policy == "least-stale":
+            return ROWS if self.now in tokens else key // EXPERTS
+        then = self.judged[key]
+        short = sum((1 - LayerAware.SHORT) * LayerAware.SHORT ** (then - token) for token in tokens)
+        long = sum((1 - LayerAware.LONG) * LayerAware.LONG ** (then - token) for token in tokens)
+        long += self.popularity[key] * LayerAware.LONG**then
+        chance = sum(
+            w * x for w, x in zip(LayerAware.WEIGHTS, (then in tokens, short, long), strict=True)
+        )
+        layers_until = next(
+            n for n in range(1, ROWS + 1) if (self.row + n) % ROWS == key // EXPERTS
+        )
+        return chance / layers_until
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(quickly, max_examples=150)
+@given(
+    TOKENS, SLOTS, st.lists(st.sampled_from(KEYS)), st.randoms(use_true_random=False), st.booleans()
+)
+def test_policy_does_what_its_reference_says(policy, tokens, slots, disturbed, chance, popular):
+    """With keys added and removed from outside, keys kept, with and without a prior; equal worths may leave in any order."""
+    popularity = [chance.random() for _ in KEYS] if popular else None
+    cache, reference = (
+        make_cache(policy, slots, ROWS, EXPERTS, popularity),
+        Reference(policy, popularity or [0.0] * len(KEYS)),
+    )
+    inside, counts = set(), dict.fromkeys(("hits", "misses", "evictions", "bypassed"), 0)
+    for token in tokens:
+        cache.advance()
+        reference.now += 1
+        if disturbed:
+            key = disturbed.pop()
+            if key in inside:
+                cache.remove(key)
+                inside.remove(key)
+            elif len(inside) < slots:
+                cache.add(key)
+                inside.add(key)
+                reference.judged[key] = reference.now
+        for row, experts in enumerate(token):
+            keys = [row * EXPERTS + expert for expert in experts]
+            hits = [cache.use(key) for key in keys]
+            assert hits == [key in inside for key in keys]
+            counts["hits"] += sum(hits)
+            counts["misses"] += TOP - sum(hits)
+            reference.visit(row, keys)
+            keep = {*keys, chance.choice(KEYS)}
+            for key in [key for key in keys if key not in inside]:
+                leaving = cache.offer(key, keep)
+                others = {other: reference.worth(other) for other in inside - keep}
+                least, mine = min(others.values(), default=np.inf), reference.worth(key)
+                if len(inside) < slots:
+                    assert leaving is None
+                    inside.add(key)
+                elif leaving == key:
+                    assert not others or (cache.bypass and least >= mine - 1e-9)
+                    counts["bypassed"] += 1
+                else:
+                    assert others[leaving] <= least + 1e-9
+                    assert not cache.bypass or least < mine + 1e-9
+                    inside = inside - {leaving} | {key}
+                    counts["evictions"] += 1
+                assert {key for key in KEYS if key in cache} == inside
+                assert len(cache) == len(inside)
+    assert {name: getattr(cache, name) for name in counts} == counts
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_everything_kept_means_bypass(policy):
+    cache = make_cache(policy, 2, ROWS, EXPERTS)
+    cache.advance()
+    for key in (0, 1, 2):
+        cache.use(key)
+    assert [cache.offer(key, keep={0, 1}) for key in (0, 1, 2)] == [None, None, 2]
+    assert (0 in cache, 1 in cache, 2 in cache) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    "policy", [name for name in POLICIES if not name.startswith("least-stale")]
+)
+@quickly
+@given(st.data())
+def test_chunk_equals_token_by_token(policy, data):
+    """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer.  (To least-stale a chunk is one pass.)"""
+    rows = 1 if policy == "lru" else ROWS
+    tokens = data.draw(st.lists(st.tuples(*[GATES] * rows), min_size=1, max_size=12))
+    inside = data.draw(st.sets(st.sampled_from(range(rows * EXPERTS)), min_size=1))
+    whole, single = (
+        make_cache(policy, len(inside), rows, EXPERTS, POPULARITY[: rows * EXPERTS])
+        for _ in range(2)
+    )
+    for cache in (whole, single):
+        for key in inside:
+            cache.add(key)
+    whole.advance(len(tokens))
+    for row in range(rows):
+        whole.use_chunk(row, [token[row] for token in tokens])
+    for token in tokens:
+        single.advance()
+        for row, chosen in enumerate(token):
+            for expert in chosen:
+                single.use(row * EXPERTS + expert)
+    used = {
+        row * EXPERTS + expert
+        for token in tokens
+        for row, chosen in enumerate(token)
+        for expert in chosen
+    }
+    assert (whole.hits, whole.misses) == (len(used & inside), len(used - inside))
+    offers = sorted(used - inside)
+    assert [whole.offer(key) for key in offers] == [single.offer(key) for key in offers]
+
+
+def test_least_stale_takes_a_chunk_for_one_pass():
+    cache = make_cache("least-stale", 3, ROWS, EXPERTS)
+    for key in (0, 1, 4):
+        cache.add(key)
+    cache.advance(3)
+    cache.use_chunk(0, [[0], [2], [3]])
+    assert [cache.offer(2), cache.offer(3)] == [1, 4]
+    assert 0 in cache  # the chunk's first token used it
+
+
+def test_averages_survive_their_rescaling(monkeypatch):
+    """A run far longer than ``RESCALE`` decides as one that never rescales; SHORT**-9000 would overflow."""
+    shuffle = random.Random(5)
+    tokens = [
+        [[r * EXPERTS + e for e in shuffle.sample(range(EXPERTS), TOP)] for r in range(ROWS)]
+        for _ in range(400)
+    ]
+    usual = replay(tokens, DEFAULT_POLICY, 5, EXPERTS)
+    monkeypatch.setattr(LayerAware, "RESCALE", 7)
+    assert replay(tokens, DEFAULT_POLICY, 5, EXPERTS) == usual
+    monkeypatch.undo()
+    cache = make_cache(DEFAULT_POLICY, 5, ROWS, EXPERTS)
+    for _ in range(9000):
+        cache.advance()
+        cache.use(1)
+
+
+def best_by_trying_all(uses, slots):
+    @memoize
+    def best(time, inside):
+        if time == len(uses):
+            return 0
+        key = uses[time]
+        if key in inside:
+            return 1 + best(time + 1, inside)
+        if len(inside) < slots:
+            return max(best(time + 1, inside), best(time + 1, inside | {key}))
+        return max(
+            best(time + 1, inside), *(best(time + 1, inside - {other} | {key}) for other in inside)
+        )
+
+    return best(0, frozenset())
+
+
+def as_choices(tokens):
+    return [
+        [[row * EXPERTS + expert for expert in chosen] for row, chosen in enumerate(token)]
+        for token in tokens
+    ]
+
+
+@quickly
+@given(st.lists(st.tuples(GATES, GATES), min_size=1, max_size=6), st.integers(1, 4))
+def test_optimum_equals_brute_force(tokens, slots):
+    choices = as_choices(tokens)
+    assert optimum(choices, slots) == best_by_trying_all(
+        [key for token in choices for keys in token for key in keys], slots
+    )
+
+
+def test_replay_by_hand():
+    assert (
+        replay([[[0], [4]], [[0], [5]], [[0], [5]]], "least-stale", 2, EXPERTS) == 3
+    )  # 4 is stale when 5 comes
+    assert (
+        replay([[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]], "lfu", 2, EXPERTS) == 4
+    )  # 3 doesn't push out 2, of the same token
+
+
+@quickly
+@given(TOKENS, SLOTS)
+def test_no_policy_beats_the_optimum(tokens, slots):
+    choices = as_choices(tokens)
+    best = optimum(choices, slots)
+    assert all(replay(choices, policy, slots, EXPERTS) <= best for policy in POLICIES)
+
+
+def write_trace(path, tokens=60, seed=0, layers=(1, 2, 5), experts=8, top=3):
+    """Routing with favourites, half of it prefill and half decode."""
+    chance = np.random.default_rng(seed)
+    favour = chance.random((len(layers), experts)) ** 3 + 0.01
+    writer = TraceWriter(path, layers, experts, top)
+    for step in (tokens - tokens // 2, *[1] * (tokens // 2)):
+        for row, layer in enumerate(layers):
+            p = favour[row] / favour[row].sum()
+            writer.add(
+                layer,
+                [chance.choice(experts, top, replace=False, p=p).tolist() for _ in range(step)],
+            )
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def slotmoe(capsys):
+    """Run one command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return (caught.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_replay_command(slotmoe, tmp_path):
+    traces = [write_trace(tmp_path / f"{seed}.trace", seed=seed) for seed in (0, 1)]
+    chart = tmp_path / "chart.png"
+    code, out, err = slotmoe("replay", *traces, "--json", "-o", chart)
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert [trace["tokens"] for trace in report["traces"]] == [60, 60]
+    found = {(result["policy"], result["slots"]): result for result in report["results"]}
+    assert {policy for policy, _ in found} == {*POLICIES, "optimum"}
+    assert sorted({size for _, size in found}) == [
+        3,
+        4,
+        6,
+        8,
+        12,
+        18,
+        24,
+    ]  # 5, 10, ... % of 24, but at least one layer's K
+    per_trace = [gate_choices(read_trace(path)[1], 8) for path in traces]
+    for (policy, size), result in found.items():
+        hits = [
+            optimum(one, size) if policy == "optimum" else replay(one, policy, size, 8)
+            for one in per_trace
+        ]
+        best = [optimum(one, size) for one in per_trace]
+        assert result["by_trace"]["hit_rate"] == [one / (60 * 3 * 3) for one in hits]
+        assert result["hit_rate"] == pytest.approx(sum(hits) / 2 / 540)
+        assert result["of_optimum"] == pytest.approx(np.mean(np.divide(hits, best)))
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert chart.stat().st_size > 10_000
+    code, out, _ = slotmoe("replay", traces[0], "--slots", "6", "--policy", "lru")
+    rate = replay(per_trace[0], "lru", 6, 8) / 540
+    assert code == 0
+    assert next(line.split() for line in out.splitlines() if line.strip().startswith("lru")) == [
+        "lru",
+        f"{100 * rate:.1f}",
+    ]
+    assert out.index("lru") < out.index("optimum")
+
+
+def test_replay_counts_the_optimum_as_whole_where_it_has_no_hits(slotmoe, tmp_path):
+    code, out, _ = slotmoe(
+        "replay", write_trace(tmp_path / "one.trace", tokens=1), "--slots", 3, "--json"
+    )
+    assert code == 0
+    assert {
+        (result["hit_rate"], result["of_optimum"]) for result in json.loads(out)["results"]
+    } == {(0.0, 1.0)}
+
+
+def _header(**changes):
+    header = {
+        "format": "slotmoe-trace",
+        "version": 1,
+        "layers": [1, 2],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return json.dumps({**header, **changes}).encode() + b"\n"
+
+
+def _step(count, *indices):
+    return np.uint32(count).tobytes() + np.array(indices, "<u2").tobytes()
+
+
+GOOD = _step(1, 0, 1, 2, 3)
+BAD_TRACES = {
+    "empty-file": (b"", "not a slotmoe trace"),
+    "binary": (bytes(range(256)) * 9, "not a slotmoe trace"),
+    "endless-line": (b"[" * 3_000_000, "not a slotmoe trace"),
+    "json-list": (b"[1]\n", "not a slotmoe trace"),
+    "other-version": (_header(version=2), "not a slotmoe trace"),
+    "other-format": (_header(format="x"), "not a slotmoe trace"),
+    "no-layers": (_header(layers=[]), "not a slotmoe trace"),
+    "layer-twice": (_header(layers=[2, 2]), "not a slotmoe trace"),
+    "layer-text": (_header(layers="12"), "not a slotmoe trace"),
+    "layer-number": (_header(layers=[1.5]), "not a slotmoe trace"),
+    "no-experts": (_header(n_routed_experts=0), "not a slotmoe trace"),
+    "too-many-experts": (_header(n_routed_experts=1 << 40), "not a slotmoe trace"),
+    "more-than-all": (_header(num_experts_per_tok=5), "not a slotmoe trace"),
+    "experts-true": (_header(num_experts_per_tok=True), "not a slotmoe trace"),
+    "no-tokens": (_header(), "holds no tokens"),
+    "cut-off": (
+        _header() + GOOD + GOOD[:-1],
+        "step 1 counts 1 tokens, 8 bytes, and 7 bytes are left",
+    ),
+    "cut-in-count": (
+        _header() + GOOD + b"\1",
+        "step 1 counts 1 tokens, 8 bytes, and 0 bytes are left",
+    ),
+    "huge-count": (_header() + GOOD + _step(0xFFFFFFFF, 1, 2), "step 1 counts 4294967295 tokens"),
+    "zero-count": (_header() + GOOD + _step(0), "step 1 counts 0 tokens"),
+    "no-such-expert": (
+        _header() + GOOD + _step(1, 0, 1, 2, 4),
+        r"token 1 chose experts \[2, 4\] in layer 2",
+    ),
+    "expert-twice": (
+        _header() + GOOD + _step(1, 3, 3, 1, 2),
+        r"token 1 chose experts \[3, 3\] in layer 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRACES)
+def test_bad_trace_is_refused(slotmoe, tmp_path, name):
+    """In one line that says which file and what is wrong, without allocating what the file only claims to hold."""
+    data, message = BAD_TRACES[name]
+    path = tmp_path / "bad.trace"
+    path.write_bytes(data)
+    tracemalloc.start()
+    if name != "no-tokens":
+        with pytest.raises(ConfigError, match=message):
+            read_trace(path)
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+    code, out, err = slotmoe("replay", path)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"slotmoe: {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.trace"], "nowhere.trace"),
+        ([], "TRACE"),
+        (["GOOD", "--slots", "0"], "--slots"),
+        (["GOOD", "--slots", "25"], "24 experts"),
+        (["GOOD", "--policy", "magic"], "layer-aware"),
+        (["GOOD", "-o", "chart.pdf"], ".png"),
+        (["GOOD", "-o", "nowhere/chart.png"], "folder"),
+        (["GOOD", "OTHER"], "another model"),
+    ],
+    ids=str,
+)
+def test_impossible_replays_are_refused(slotmoe, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    places = {
+        "GOOD": write_trace(tmp_path / "good"),
+        "OTHER": write_trace(tmp_path / "other", experts=9),
+    }
+    code, out, err = slotmoe("replay", *[places.get(argument, argument) for argument in arguments])
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not list(tmp_path.glob("chart*"))

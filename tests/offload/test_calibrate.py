@@ -1,0 +1,634 @@
+"""The predictor: its file, its training, what it is worth, and that nothing damaged or half-written is believed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from slotmoe.errors import ConfigError, ExportError
+from slotmoe.model.config import read_config
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study import calibrate as module
+from slotmoe.offload.study.calibrate import MIN_TOKENS, calibrate, measure, read_text, record, split
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.layout import (
+    MANIFEST,
+    checksum,
+    is_predictor,
+    predictor_parts,
+    safetensors_header,
+)
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.writer import write_predictor
+from slotmoe.tools.bench import recall
+from slotmoe.tools.cli import main
+from tests.support.tiny import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+D, L, E, K = 64, 2, 8, 3
+TEXT = "\n".join(topics.values())
+
+
+def quick(patch, steps=100, epochs=6, width=96):
+    """Smaller and shorter trainings than real ones."""
+    for name, value in (("_MIN_STEPS", steps), ("_EPOCHS", epochs), ("_TOKEN_WIDTH", width)):
+        patch.setattr(module, name, value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a tiny checkpoint, its export, the same calibrated, training text, and what calibration reported."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    write_checkpoint(folder / "checkpoint")
+    quantize(folder / "checkpoint", folder / "plain")
+    shutil.copytree(folder / "plain", folder / "calibrated")
+    (folder / "text").write_text(TEXT[:30000])
+    (folder / "other").write_text(TEXT[30000:40000])
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        seen = []
+        report = calibrate(
+            folder / "calibrated",
+            [folder / "text"],
+            lambda done, total: seen.append((done, total)),
+            threads=1,
+        )
+    (folder / "report").write_text(json.dumps(report))
+    assert seen[-1] == ((folder / "text").stat().st_size,) * 2
+    assert seen == sorted(seen)
+    return folder
+
+
+def report_of(made):
+    return json.loads((made / "report").read_text())
+
+
+@pytest.fixture
+def export(made, tmp_path):
+    shutil.copytree(made / "calibrated", tmp_path / "export")
+    return tmp_path / "export"
+
+
+def predictor_file(folder):
+    return next(path for path in folder.iterdir() if is_predictor(path.name))
+
+
+def sign(folder, change):
+    """Edit the manifest and give it the right checksum, as a forger would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def random_tensors(seed):
+    parts, generator = predictor_parts(D, L, E, 16, 16), torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(part.shape, generator=generator) * 9).to(part.dtype)
+        for name, part in parts.items()
+    }
+
+
+def test_file_is_what_the_format_says(made):
+    path = predictor_file(made / "calibrated")
+    with Export.open(made / "calibrated") as export:
+        found = export.predictor()
+        assert (
+            export.predictor_bytes
+            == report_of(made)["bytes"]
+            == sum(tensor.nbytes for tensor in found.values())
+        )
+    widths = found["token.in.weight"].shape[0], found["layer.in.weight"].shape[1]
+    parts = predictor_parts(D, L, E, *widths)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
+        name: (part.dtype, part.shape) for name, part in parts.items()
+    }
+    theirs = load_file(path)
+    assert set(theirs) == set(found)
+    assert all(torch.equal(theirs[name], found[name]) for name in found)
+    assert path.read_bytes()[:8] == (4096 - 8).to_bytes(8, "little")
+    ours = b"".join(
+        found[name].numpy().tobytes()
+        for name in sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
+    )
+    assert path.read_bytes()[4096:] == ours
+    assert path.name == f"predictor-{checksum(ours)[:16]}.safetensors"
+
+
+def test_scores_are_the_documented_arithmetic(made):
+    with Export.open(made / "calibrated") as export:
+        tensors = export.predictor()
+        t = {name: tensor.double() for name, tensor in tensors.items()}
+        predictor = Predictor.load(export, K, TorchOps())
+
+    def layers(x, name, row):
+        for part in ("in", "out"):
+            weight, scale, bias = (
+                t[f"{name}.{part}.{kind}"] for kind in ("weight", "weight.scale", "bias")
+            )
+            if row is not None:
+                weight, scale, bias = weight[row], scale[row], bias[row]
+            x = weight * scale[:, None] @ x + bias
+            x = x * x.sigmoid() if part == "in" else x
+        return x
+
+    e, h = torch.randn(2, D, dtype=torch.double) * torch.tensor([[0.01], [30.0]])
+    token = layers(
+        torch.cat([e / e.square().mean().sqrt(), h / h.square().mean().sqrt()]), "token", None
+    ).view(L, E)
+    assert torch.allclose(predictor.token_scores(e.float(), h.float()).double(), token, atol=1e-4)
+    layer = layers(h / h.square().mean().sqrt(), "layer", 0)
+    assert torch.allclose(predictor.layer_scores(0, h.float()).double(), layer, atol=1e-4)
+    a, b, c = t["layer.mix"][0]
+    mixed = predictor.layer_scores(0, h.float(), token[1].float())
+    assert torch.allclose(mixed.double(), a * layer + b * token[1] + c, atol=1e-4)
+    many = predictor.layer_scores(0, h.float().repeat(5, 1))
+    assert many.shape == (5, E)
+    assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
+    assert predictor.nbytes == sum(
+        tensor.nbytes for name, tensor in tensors.items() if name not in ("layer.mix", "popularity")
+    )
+
+
+def test_an_export_without_one_has_none(made):
+    with Export.open(made / "plain") as export:
+        assert export.predictor() is None
+        assert export.predictor_bytes == 0
+        assert Predictor.load(export, K, TorchOps()) is None
+
+
+def forged(name, change):
+    """Replace one tensor, with every checksum made right again."""
+
+    def apply(folder):
+        with Export.open(folder) as export:
+            tensors = export.predictor()
+        tensors[name] = change(tensors[name])
+        write_predictor(folder, tensors)
+
+    return apply
+
+
+def edited(change):
+    def apply(folder):
+        name = predictor_file(folder).name
+        sign(folder, lambda manifest: change(manifest["files"], name))
+
+    return apply
+
+
+def reshaped(name, shape):
+    """A manifest and a header that agree with each other, but not with the model."""
+
+    def apply(folder):
+        path = predictor_file(folder)
+        entry = json.loads((folder / MANIFEST).read_text())["files"][path.name]
+        entry["tensors"][name]["shape"] = shape
+        sign(folder, lambda manifest: manifest["files"].__setitem__(path.name, entry))
+
+    return apply
+
+
+def set_nan(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[3] = float("nan")
+    return tensor
+
+
+def flip(position):
+    def apply(folder):
+        path = predictor_file(folder)
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+
+    return apply
+
+
+DAMAGES = {
+    "truncated": lambda folder: predictor_file(folder).write_bytes(
+        predictor_file(folder).read_bytes()[:-1]
+    ),
+    "longer": lambda folder: predictor_file(folder).write_bytes(
+        predictor_file(folder).read_bytes() + b"\0"
+    ),
+    "missing": lambda folder: predictor_file(folder).unlink(),
+    "header changed": flip(100),
+    "first weight changed": flip(4096),
+    "last weight changed": flip(-1),
+    "NaN bias": forged("token.out.bias", set_nan),
+    "NaN scale": forged("layer.in.weight.scale", set_nan),
+    "infinite popularity": forged("popularity", lambda tensor: tensor * float("inf")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_file_is_refused_by_name(damage, export):
+    damage(export)
+
+    def read():
+        with Export.open(export) as opened:
+            opened.predictor()
+
+    with pytest.raises(ExportError, match=r"predictor-[0-9a-f]{16}\.safetensors: "):
+        read()
+
+
+FORGERIES = {
+    "transposed": reshaped("token.in.weight", [2 * D, 96]),
+    "wider": reshaped("token.in.weight", [256, 2 * D]),
+    "huge": reshaped("token.in.weight", [1 << 40, 2 * D]),
+    "fraction": reshaped("popularity", [16.0]),
+    "other model": reshaped("popularity", [17]),
+    "dtype": edited(
+        lambda files, name: files[name]["tensors"]["token.in.bias"].__setitem__("dtype", "F16")
+    ),
+    "tensor missing": edited(lambda files, name: files[name]["tensors"].pop("layer.mix")),
+    "tensor too many": edited(
+        lambda files, name: files[name]["tensors"].__setitem__(
+            "x", {"dtype": "F32", "shape": [1], "checksum": ""}
+        )
+    ),
+    "no checksum": edited(
+        lambda files, name: files[name]["tensors"]["token.in.bias"].pop("checksum")
+    ),
+    "size": edited(lambda files, name: files[name].__setitem__("bytes", 5)),
+    "no tensors": edited(lambda files, name: files[name].pop("tensors")),
+    "two": edited(
+        lambda files, name: files.__setitem__("predictor-0123456789abcdef.safetensors", files[name])
+    ),
+    "path": edited(lambda files, name: files.__setitem__("../" + name, files.pop(name))),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES)
+def test_forged_manifest_is_refused_before_anything_is_read(forgery, export):
+    forgery(export)
+    with pytest.raises(ExportError, match=MANIFEST):
+        Export.open(export)
+
+
+def test_predictor_of_another_model_is_not_written(made, export):
+    before = {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()}
+    parts = predictor_parts(D, L, E + 1, 16, 16)
+    with pytest.raises(ValueError, match="predictor"):
+        write_predictor(
+            export,
+            {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()},
+        )
+    assert {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()} == before
+
+
+# Runs in a process of its own: gives the export a new predictor in a child that kills itself at its n-th change of the disk.
+KILLER = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.writer import write_predictor
+from tests.offload.test_calibrate import random_tensors
+source, work = Path(sys.argv[1]), Path(sys.argv[2])
+with Export.open(source) as export:
+    old = export.predictor()
+new, found = random_tensors(1), []
+for die_at in range(1, 100):
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(source, work)
+    child = os.fork()
+    if not child:
+        calls = 0
+        def counted(function):
+            def call(*arguments, **options):
+                global calls
+                calls += 1
+                if calls == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+            return call
+        for name in ("fsync", "rename", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        write_predictor(work, new)
+        os._exit(0)
+    survived = os.waitpid(child, 0)[1] == 0
+    with Export.open(work) as export:
+        tensors = export.predictor()
+    same = lambda wanted: tensors is not None and wanted.keys() == tensors.keys() and all(wanted[n].equal(tensors[n]) for n in wanted)
+    found.append("old" if old is not None and same(old) else "new" if same(new) else "none" if tensors is None else "broken")
+    if survived:
+        break
+    write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
+    listed = [name for name in json.loads((work / "slotmoe.json").read_text())["files"] if "predictor" in name]
+    assert [path.name for path in work.iterdir() if "predictor" in path.name] == listed
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("before", ["plain", "calibrated"])
+def test_killed_at_every_change_of_the_disk(before, made, tmp_path):
+    command = [sys.executable, "-c", KILLER, str(made / before), str(tmp_path / "work")]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    old = {"plain": "none", "calibrated": "old"}[before]
+    assert set(found) == {old, "new"}
+    assert found == sorted(found, key=lambda state: state == "new"), (
+        "once the new one is there it stays"
+    )
+    assert len(found) >= 6
+
+
+def test_same_text_gives_the_same_bytes(made, export, monkeypatch):
+    quick(monkeypatch)
+    before = predictor_file(export)
+    data = before.read_bytes()
+    calibrate(export, [made / "text"], threads=1)
+    assert predictor_file(export) == before
+    assert before.read_bytes() == data
+    calibrate(export, [made / "text"], threads=1, seed=1)
+    assert (
+        [path.name for path in export.iterdir() if "predictor" in path.name]
+        == [predictor_file(export).name]
+        != [before.name]
+    )
+
+
+def test_recall_beats_popularity(made):
+    shares = report_of(made)["recall"]
+    assert report_of(made)["guesses"] == [K, 5, 2 * K]
+    for n in range(3):
+        assert shares["token"][n] > shares["popular"][n] + 0.05
+        assert shares["layer"][n] > shares["popular"][n] + 0.05
+
+
+def test_scores_are_probabilities(made):
+    """Neither too timid nor too bold: logistic regression of the uses on the scores would leave them nearly as they are."""
+    with Export.open(made / "calibrated") as export:
+        predictor = Predictor.load(export, K, TorchOps())
+    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
+        samples = record(
+            runtime,
+            split(
+                runtime.tokenizer.encode(read_text(made / "text"), add_bos=False),
+                runtime.tokenizer,
+                256,
+            ),
+        )
+    p = predictor.token_scores(samples.token[:, :D], samples.token[:, D:]).sigmoid()
+    used = torch.zeros_like(p).scatter_(-1, samples.used.long(), 1.0)
+    assert torch.allclose(p.sum(-1).mean(), torch.tensor(float(K)), rtol=0.1)
+    z = p.logit()
+    missing_slope = ((used - p) * z).sum() / (
+        p * (1 - p) * z.square()
+    ).sum()  # logistic regression's next step from 1
+    assert abs(missing_slope) < 0.3
+    assert torch.allclose(torch.tensor(predictor.popularity), used.mean(0).flatten(), atol=0.03)
+
+
+def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
+    """Against a run token by token, in chunks that don't divide the window."""
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+        windows = split(list(range(5, 45)), runtime.tokenizer, 21)
+        assert [len(window) for window in windows] == [21, 21]
+        samples = record(runtime, windows)
+        network, seen = runtime._network, []
+        inner = network.experts
+
+        def experts(layer, x_TD, weights_TK, indices_TK):
+            seen.append((x_TD[0].clone(), indices_TK[0].clone()))
+            return inner(layer, x_TD, weights_TK, indices_TK)
+
+        network.experts, place = experts, 0
+        for window in windows:
+            step, before = runtime.start(), None
+            for token in window:
+                seen.clear()
+                step([token])
+                if before is not None:
+                    embedding = network.ops.embed(torch.tensor([token]), network.embed_tokens)[0]
+                    wanted = torch.cat(
+                        [one / one.square().mean().sqrt() for one in (embedding, before)]
+                    )
+                    assert torch.allclose(samples.token[place].float(), wanted, atol=5e-3)
+                    x = seen[0][0]
+                    assert torch.allclose(
+                        samples.inputs[0, place].float(), x / x.square().mean().sqrt(), atol=5e-3
+                    )
+                    assert samples.used[place].tolist() == [used.tolist() for _, used in seen]
+                    place += 1
+                before = network.hidden_TD[-1].clone()
+        assert place == len(samples.token) == 40
+
+
+def test_hook_is_gone_after_a_failure(made):
+    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+        before = runtime._network.experts
+        with pytest.raises(RuntimeError):
+            record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
+        assert runtime._network.experts is before
+
+
+def test_little_memory_means_several_groups(made, export, monkeypatch):
+    original, sizes = module._groups, []
+
+    def groups(windows, capacity):
+        found = original(windows, 2000)
+        assert [window for group in found for window in group] == windows
+        sizes.extend(sum(map(len, group)) for group in found)
+        return found
+
+    monkeypatch.setattr(module, "_groups", groups)
+    quick(monkeypatch)
+    report = calibrate(export, [made / "text"], threads=1)
+    assert len(sizes) > 2
+    assert max(sizes) < 2300
+    assert report["recall"]["token"][0] > report["recall"]["popular"][0] + 0.04
+
+
+def test_next_gate_is_the_next_layers_gate(made):
+    """Brute force: capture the residual stream itself, apply the next layer's norm and gate to it."""
+    with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
+        network, residuals, inputs = runtime._network, {}, {}
+        norm, inner = network.ops.rms_norm, network.experts
+
+        def rms_norm(x_TD, weight_D, eps):
+            for index, layer in enumerate(network.layers):
+                if weight_D is layer.post_attention_layernorm:
+                    residuals[index] = x_TD
+            return norm(x_TD, weight_D, eps)
+
+        def experts(layer, x_TD, weights_TK, indices_TK):
+            inputs[layer] = x_TD
+            return inner(layer, x_TD, weights_TK, indices_TK)
+
+        network.ops.rms_norm, network.experts = rms_norm, experts
+        runtime.logits([5, 9, 300, 7])
+        weights = {}
+        for index, layer in enumerate(network.layers):
+            weights[f"model.layers.{index}.post_attention_layernorm.weight"] = (
+                layer.post_attention_layernorm
+            )
+            weights[f"model.layers.{index}.mlp.gate.weight"] = layer.gate
+        guess = NextGate(runtime.config, weights, TorchOps())
+        h, after = residuals[1].double(), network.layers[2]
+        normed = (
+            h
+            / (h.square().mean(-1, keepdim=True) + runtime.config.rms_norm_eps).sqrt()
+            * after.post_attention_layernorm
+        )
+        wanted = normed @ after.gate.double().T
+        assert torch.allclose(guess.layer_scores(0, inputs[1]).double(), wanted, atol=1e-4)
+        assert torch.allclose(guess.layer_scores(0, inputs[1][2]).double(), wanted[2], atol=1e-4)
+        normed = h[:1] / h[:1].square().mean().sqrt() * network.layers[1].post_attention_layernorm
+        assert torch.allclose(
+            guess.token_scores(h[0].float(), h[0].float()).double(),
+            normed @ network.layers[1].gate.double().T,
+            atol=1e-4,
+        )
+
+
+def test_measure_counts_what_is_named():
+    used = torch.tensor([[[0, 1]], [[2, 3]]])
+    scores = torch.tensor([[[9.0, 1, 8, 0]], [[0.0, 1, 9, 8]]])
+    assert module.recall(scores, used, (1, 2, 3)) == [0.5, 0.75, 1.0]
+
+
+@pytest.fixture
+def slotmoe(made, capsys, monkeypatch):
+    quick(monkeypatch, steps=1, epochs=1, width=32)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        signal.signal(signal.SIGTERM, before)
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing", None, "No such file"),
+        ("folder", ..., "Is a directory"),
+        ("empty", b" \n", "is empty"),
+        ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
+        (
+            "short",
+            b"It is a truth universally acknowledged.",
+            f"12 tokens of text, calibration needs {MIN_TOKENS} or more",
+        ),
+    ],
+)
+def test_bad_text_is_refused_before_any_work(name, content, message, made, slotmoe, tmp_path):
+    path = tmp_path / name
+    if content is ...:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    others = [] if name == "short" else ["--calibrate", made / "text"]
+    code, out, err = slotmoe(
+        "quantize", made / "checkpoint", tmp_path / "export", *others, "--calibrate", path
+    )
+    assert not (tmp_path / "export").exists()
+    assert (code, out) == (2, "")
+    assert message in err
+    assert name in err
+    assert err.count("\n") == 1
+
+
+def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, slotmoe, tmp_path):
+    destination = tmp_path / "export"
+    arguments = "quantize", made / "checkpoint", destination, "--calibrate", made / "text", "--json"
+    code, out, _ = slotmoe(*arguments)
+    assert code == 0
+    found = json.loads(out)
+    assert found["expert_bytes"] > 0
+    assert found["calibration"]["tokens"] > MIN_TOKENS * 0.9
+    inodes = {path.name: path.stat().st_ino for path in destination.rglob("layer-*")}
+    first = predictor_file(destination)
+    code, _, err = slotmoe(
+        "quantize",
+        made / "checkpoint",
+        destination,
+        "--calibrate",
+        made / "text",
+        "--calibrate",
+        made / "other",
+    )
+    assert code == 0
+    assert "before a token starts" in err
+    assert predictor_file(destination) != first
+    assert {path.name: path.stat().st_ino for path in destination.rglob("layer-*")} == inodes
+    code, _, err = slotmoe(*arguments, "--resident", "nf4")
+    assert (code, "exists" in err) == (2, True)
+    assert (
+        slotmoe(*arguments, "--overwrite")[0] == 0
+    )  # a predictor is part of an export, so it may be replaced with it
+    write_checkpoint(tmp_path / "checkpoint", seed=1, rms_norm_eps=1e-5)
+    code, _, err = slotmoe(
+        "quantize", tmp_path / "checkpoint", destination, "--calibrate", made / "text"
+    )
+    assert (code, "exists" in err) == (2, True)
+
+
+def test_recall_tool_reads_calibrated_and_plain_exports(made):
+    for name, lines in (
+        ("plain", ["untrained"]),
+        ("calibrated", ["token", "popular", "layer", "layer_alone", "untrained"]),
+    ):
+        found = CliRunner().invoke(
+            recall.command,
+            [str(made / name), str(made / "other"), "--threads", "1"],
+            catch_exceptions=False,
+        )
+        assert found.exit_code == 0
+        assert [line.split()[1] for line in found.output.splitlines()] == lines * 2
+    with Export.open(made / "calibrated") as export:
+        predictor = Predictor.load(export, K, TorchOps())
+    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
+        windows = split(
+            runtime.tokenizer.encode(read_text(made / "other"), add_bos=False),
+            runtime.tokenizer,
+            256,
+        )
+        shares = measure(predictor, record(runtime, windows), [K])
+    assert (
+        f"{K} guesses {shares['token'][0]:6.1%} named"
+        in CliRunner()
+        .invoke(recall.command, [str(made / "calibrated"), str(made / "other"), "--threads", "1"])
+        .output
+    )
+
+
+def test_text_of_surrogates_or_bytes(tmp_path):
+    (tmp_path / "bom").write_bytes(b"\xff\xfeh\0i\0")
+    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
+        read_text(tmp_path / "bom")
+
+
+def test_widths_stay_small(made):
+    config = read_config(made / "checkpoint" / "config.json")
+    assert module._widths(config) == (1024, 256)
+    from slotmoe import model
+    from slotmoe.model.config import parse_config
+
+    for name, megabytes in (("v2-lite", 10), ("v2", 45)):
+        real = parse_config(
+            json.loads((Path(model.__file__).parent / "geometries" / f"{name}.json").read_text())
+        )
+        parts = predictor_parts(
+            real.hidden_size, len(real.moe_layers), real.n_routed_experts, *module._widths(real)
+        )
+        assert 4 < sum(part.nbytes for part in parts.values()) / 1e6 < megabytes
+        assert len(safetensors_header(parts.items())) == 4096

@@ -1,0 +1,365 @@
+"""The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU is needed."""
+
+import json
+import re
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.network import DeepseekV2
+from slotmoe.offload import opening
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.speed import MEASURED, Bandwidths
+from slotmoe.offload.policy.cache import POLICIES
+from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
+from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import device, host
+from slotmoe.offload.tiers.device import CudaFacts, choose_device
+from slotmoe.offload.tiers.disk import WARM
+from slotmoe.tools.bench import calibration, measure
+from slotmoe.tools.cli import cli
+from tests.support.tiny import write_checkpoint
+from tests.support.twin import EXPERTS, IDS, PROMPT, Twin, measured, open_on, slow, whole
+
+
+@pytest.fixture(autouse=True)
+def always_guessing(monkeypatch):
+    """The sample's records are too small to be read ahead; here they are nevertheless."""
+    monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
+    monkeypatch.setattr(opening, "HELP_BYTES", 0)
+
+
+@pytest.fixture
+def on_twin(sample_export):
+    return partial(open_on, sample_export)
+
+
+@pytest.fixture(scope="module")
+def wanted(sample_export):
+    """Logits and greedy ids with every expert in a slot."""
+    with open_on(sample_export, Twin(), misses="fetch") as runtime:
+        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
+
+
+SIZES = [{"slots": 6}, {"slots": 22}, {"slots": 56, "prefetch": False}, {"slots": 112}, {}]
+SETTINGS = [(size, host_slots) for size in SIZES for host_slots in (0, 40, EXPERTS)]
+SETTINGS += [({"slots": 30, "cache_policy": policy}, 40) for policy in POLICIES]
+
+
+@pytest.mark.parametrize(("options", "host_slots"), SETTINGS, ids=str)
+def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
+    on_twin, wanted, options, host_slots
+):
+    twin = Twin(slow if host_slots == 40 else None)
+    with on_twin(twin, host_slots, misses="fetch", **options) as runtime:
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+        assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
+        stats = runtime.stats()
+        assert stats["misses"]["computed"] == 0
+        assert stats["misses"]["fetched"] > 0
+        assert (stats["io"]["host"]["hits"] > 0) == (host_slots > 0 and "slots" in options)
+        assert stats["io"]["host"]["seconds"] > 0
+        if host_slots == EXPERTS:  # each expert left the disk once
+            assert stats["io"]["disk"]["bytes"] <= EXPERTS * runtime.plan.record_bytes
+        whole(runtime)
+        assert runtime.stats()["io"]["host"]["bytes"] == twin.copies * runtime.plan.record_bytes
+
+
+def test_a_step_with_every_expert_in_a_slot_never_waits_for_the_host(on_twin):
+    twin = Twin()
+    with on_twin(twin, misses="fetch") as runtime:
+        runtime.warm()
+        step = runtime.start()
+        step(IDS[:20])
+        before, hits = twin.syncs, runtime.stats()["cache"]["hits"]
+        for one in IDS[20:25]:
+            step([one])
+        assert twin.syncs == before
+        assert runtime.stats()["cache"]["hits"] == hits + 5 * 7 * 6
+
+
+def test_popular_experts_fill_slots_behind_their_copies(on_twin):
+    """A copy to warm the cache is nobody's to wait for: its slot counts when it is there."""
+    with on_twin(Twin(lambda number: 0.2), misses="fetch", slots=60) as runtime:
+        slots = runtime._experts._slots
+        assert slots.prefetch(7, WARM)
+        read = slots._coming[7]
+        runtime._store.wait([read])
+        slots.adopt()
+        assert 7 not in slots.cache
+        read.copy.synchronize()
+        slots.adopt()
+        assert 7 in slots.cache
+        assert slots.table_LE[0, 7] == slots.slot(7)
+
+
+def test_one_wait_a_layer_where_experts_are_missing(on_twin):
+    twin = Twin()
+    with on_twin(twin, slots=22, misses="fetch", prefetch=False) as runtime:
+        step = runtime.start()
+        step(IDS[:20])
+        before = twin.syncs
+        step(IDS[20:21])
+        assert twin.syncs == before + 7
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the twin is in RAM, where kernels have to be interpreted"
+)
+def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatch):
+    """Interpreted, on a tiny model; the head, most of an interpreter's time, is left out."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
+    write_checkpoint(tmp_path / "tiny", num_hidden_layers=2)
+    quantize(tmp_path / "tiny", tmp_path / "export")
+    found = []
+    for options in ({}, {"slots": 3}):
+        with open_on(
+            tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options
+        ) as runtime:
+            assert runtime.stats()["kernels"] == "triton, interpreted"
+            step = runtime.start()
+            found.append(torch.cat([step(ids) for ids in (IDS[:3], IDS[3:4])]))
+            whole(runtime)
+    assert torch.equal(*found)
+
+
+# Misses, split
+
+
+@pytest.mark.parametrize("host_slots", [0, 40, EXPERTS])
+@pytest.mark.parametrize("mode", ["cpu", "hybrid"])
+def test_what_the_cpu_computes_differs_by_rounding_alone(
+    on_twin, wanted, monkeypatch, mode, host_slots
+):
+    """Plain torch on both sides: all that is left are float32 sums in another order."""
+    monkeypatch.setattr(
+        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+    )
+    with on_twin(Twin(slow), host_slots, misses=mode, slots=40, kernels="torch") as runtime:
+        torch.testing.assert_close(runtime.logits(IDS), wanted[0], rtol=1e-3, atol=1e-3)
+        assert [token.id for token in runtime.generate(PROMPT, 8)] == wanted[1]
+        misses = runtime.stats()["misses"]
+        assert misses["mode"] == mode
+        assert misses["computed"] > 100
+        assert misses["seconds"] > 0
+        assert misses["fetched"] > 100
+        whole(runtime)
+        lent = runtime.stats()["io"]["host"]["lent_bytes"]
+        assert lent == misses["computed"] * runtime.plan.record_bytes
+
+
+def test_the_native_kernels_rounding(on_twin, wanted, monkeypatch):
+    """They round activations to 8 bits: as far from plain torch as a model in RAM is, whose every expert they compute."""
+    monkeypatch.setattr(
+        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+    )
+    with on_twin(Twin(), misses="cpu", slots=6) as runtime:
+        found = runtime.logits(IDS)
+    assert 0 < ((found - wanted[0]).norm() / wanted[0].norm()).item() < 0.02
+
+
+def test_cpu_fetches_only_as_long_as_slots_are_free(on_twin):
+    twin = Twin()
+    with on_twin(twin, misses="cpu", slots=40, prefetch=False) as runtime:
+        step = runtime.start()
+        for one in IDS[:12]:
+            step([one])
+        assert len(runtime._experts._slots.cache) == 40
+        before = twin.copies
+        for one in IDS[12:20]:
+            step([one])
+        assert twin.copies == before
+
+
+def test_split_balances_both_sides():
+    even = Costs(fetch=1.0, compute=1.0)
+    assert [for_cpu([1] * n, even) for n in range(7)] == [0, 0, 1, 1, 2, 2, 3]
+    assert for_cpu([1] * 6, Costs(fetch=1.0, compute=10.0)) == 0
+    assert for_cpu([1] * 6, Costs(fetch=5.5, compute=1.0)) == 5  # 5 computed while one is fetched
+    assert for_cpu([1] * 6, Costs(fetch=10.0, compute=0.1)) == 6
+    assert for_cpu([1, 2, 300, 300], even) == 2  # many tokens cost the CPU more than their copy
+
+
+def test_the_mode_follows_what_was_measured():
+    assert choose_mode("auto", Bandwidths(), 1 << 20, 6) == "fetch"
+    assert (
+        choose_mode("auto", Bandwidths().told("given", pcie_busy=1e9, experts=1e9), 1 << 20, 6)
+        == "fetch"
+    )
+    assert choose_mode("auto", measured(pcie_busy=1e9, experts=1e9), 1 << 20, 6) == "hybrid"
+    assert choose_mode("auto", measured(pcie_busy=50e9, experts=1e9), 1 << 20, 6) == "fetch"
+    assert choose_mode("auto", measured(pcie_busy=1e9, experts=50e9), 1 << 20, 6) == "cpu"
+    assert [choose_mode(one, Bandwidths(), 1, 6) for one in MODES[1:]] == ["fetch", "cpu", "hybrid"]
+    with pytest.raises(
+        ConfigError, match="misses 'gpu' is unknown, expected one of: auto, fetch, cpu, hybrid"
+    ):
+        choose_mode("gpu", Bandwidths(), 1, 6)
+
+
+def test_several_sequences_and_traces(on_twin, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+    )
+    found = []
+    for number, options in enumerate(
+        (
+            {"misses": "fetch"},
+            {"misses": "fetch", "slots": 22},
+            {"misses": "hybrid", "slots": 40, "kernels": "torch"},
+        )
+    ):
+        with on_twin(Twin(slow), sequences=2, **options) as runtime:
+            runtime.trace(tmp_path / f"{number}.trace")
+            for sequence, cut in enumerate((20, 30)):
+                runtime.append(sequence, IDS[:cut])
+            found.append([runtime.append_each([0, 1], [one, one + 1]) for one in IDS[30:34]])
+            whole(runtime)
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*found[1:], strict=True))
+    traces = [(tmp_path / f"{number}.trace").read_bytes() for number in range(3)]
+    assert traces[0] == traces[1] == traces[2]
+
+
+# Page-locked RAM
+
+
+def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
+    monkeypatch.setattr(host, "PIN_BYTES", 16 * 28672)
+    twin = Twin()
+    with on_twin(twin, 64, misses="fetch", slots=22) as runtime:
+        assert not twin.pinned
+        slab, size = runtime._store._table.slab, runtime.plan.record_bytes
+        runtime.start()(IDS[:1])
+        for start, length in twin.pinned.items():
+            first = (start - slab.data_ptr()) // size
+            assert (
+                slab[first : first + length // size].any(dim=1).all()
+            )  # no page that nothing was written to
+        runtime.warm()
+        assert sum(twin.pinned.values()) == slab.nbytes
+        before = twin.unpinned_copies
+        runtime.logits(IDS[:5])
+        assert twin.unpinned_copies == before
+    assert not twin.pinned
+
+
+def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, caplog):
+    monkeypatch.setattr(host, "PIN_BYTES", 4 * 28672)
+    twin = Twin()
+    twin.pins_allowed = 2
+    with on_twin(twin, misses="fetch", slots=22) as runtime:
+        assert torch.equal(runtime.logits(IDS), wanted[0])
+        assert not runtime.stats()["io"]["host"]["pinned"]
+    assert [record.message for record in caplog.records] == [
+        "the system locks no more RAM for the twin; copies from it are slower"
+    ]
+
+
+# Which device
+
+
+GOOD = CudaFacts("2.9", True, "", "NVIDIA L4", (8, 9), ("sm_80", "sm_90", "compute_90"))
+BAD = {
+    "built without CUDA": CudaFacts("2.9+cpu", False),
+    "driver on your system is too old": CudaFacts(
+        "2.9", True, "The NVIDIA driver on your system is too old (found version 11040)."
+    ),
+    "compute capability 6.1, 7.0 or newer": replace(GOOD, name="GTX 1080", capability=(6, 1)),
+    "no kernels .it has sm_80, sm_90, compute_90": replace(GOOD, capability=(7, 5)),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_card_that_can_not_be_used_is_said(monkeypatch, reason):
+    monkeypatch.setattr(device, "cuda_facts", lambda: BAD[reason])
+    card, why = choose_device("auto")
+    assert card is None
+    assert re.search(reason, why)
+    with pytest.raises(ConfigError, match=f"^device cuda: .*{reason}.*or use --device cpu$"):
+        choose_device("cuda")
+
+
+def test_a_card_that_can_be_used_is_taken(monkeypatch):
+    monkeypatch.setattr(device, "cuda_facts", lambda: GOOD)
+    twin = Twin()
+    assert choose_device("auto", lambda: twin) == (twin, "NVIDIA L4 is here")
+    assert choose_device("cuda", lambda: twin) == (twin, "as asked")
+    assert choose_device("cpu", lambda: twin) == (None, "as asked")
+    newer = replace(GOOD, capability=(12, 0))  # runs what compute_90 is translated to
+    assert device.why_not(newer) == ""
+    assert device.why_not(replace(newer, architectures=("sm_90",))) != ""
+
+
+def test_facts_of_this_machine():
+    facts = device.cuda_facts()
+    assert facts.built == torch.backends.cuda.is_built()
+    assert bool(device.why_not(facts)) == (choose_device("auto")[0] is None)
+
+
+def test_misses_are_refused_where_there_is_no_card(sample_export):
+    with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
+        Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
+
+
+def test_profile_of_a_card(sample_export, tmp_path, monkeypatch):
+    monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (Twin(), "a test"))
+    arguments = [
+        "profile",
+        str(sample_export),
+        "Call me",
+        "-n",
+        "3",
+        "--slots",
+        "40",
+        "--misses",
+        "fetch",
+        "-o",
+        str(tmp_path / "p"),
+        "--json",
+    ]
+    found = CliRunner().invoke(cli, [*arguments, "--threads", "1"], catch_exceptions=False)
+    assert found.exit_code == 0
+    report = json.loads(found.stdout)
+    assert report["components"]["expert slots"]["vram"] == 40 * 28672
+    assert report["time"]["decode"]["milliseconds_per_token"]["experts"] > 0
+    assert {"ram", "gpu", "pcie", "experts"} <= set(report["bandwidths"])
+    assert (tmp_path / "p" / "memory-vram.png").is_file()
+
+
+def test_runtime_tells_its_device(on_twin, sample_export):
+    with on_twin(Twin()) as runtime:
+        assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
+    with Runtime.open(sample_export, context=64, device="cpu") as runtime:
+        assert runtime.stats()["device"] == {"name": "cpu", "why": "as asked"}
+
+
+# Measured
+
+
+def test_bench_tells_the_links_bytes_and_bound(on_twin):
+    with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
+        runtime.warm()
+        report = measure(runtime, 20, 10, 0, 2)
+        link, record = report["link"], runtime.plan.record_bytes
+        assert link["missing_bytes_per_token"] == link["copied_bytes_per_token"] > 0
+        misses = 20 * link["missing_bytes_per_token"] / record
+        assert misses == pytest.approx(round(misses))
+        assert link["computed_bytes_per_token"] == 0
+        assert link["copy_seconds_per_token"] > 0
+        assert link["decode_tokens_per_second"] == pytest.approx(
+            link["pcie"] / link["missing_bytes_per_token"]
+        )
+        assert link["decode_fraction"] == pytest.approx(
+            report["decode_tokens_per_second"] / link["decode_tokens_per_second"]
+        )
+        assert report["misses"]["mode"] == "fetch"
+        kept = calibration(runtime, report)
+        assert set(kept) == set(MEASURED)
+        assert all(value > 0 for value in kept.values())
+        whole(runtime)

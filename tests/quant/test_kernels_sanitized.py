@@ -1,0 +1,375 @@
+"""The native kernels under AddressSanitizer and UBSan, and the thread pool under ThreadSanitizer.
+
+A small driver calls every entry of the C ABI on arrays that end exactly where the formats say, over odd shapes, on each
+instruction set, with 1 to 3 threads. A read or write one byte too far, an overflow, or a data race fails the run.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+KERNELS = Path(__file__).parents[2] / "quant" / "kernels" / "cpu"
+
+DRIVER = r"""
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+
+using slotmoe::Attention;
+using slotmoe::latent_bytes;
+using slotmoe::Layer;
+using slotmoe::Matrix;
+using slotmoe::Model;
+using slotmoe::Router;
+
+extern "C" {
+int slotmoe_isa_count();
+const char* slotmoe_isa_name(int);
+int slotmoe_isa_supported(int);
+int slotmoe_set_isa(const char*);
+void slotmoe_set_threads(int);
+uint64_t slotmoe_read(const void*, int64_t);
+int slotmoe_linear_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t*, const uint16_t*, const float*, float*);
+int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
+int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
+int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, float*);
+int64_t slotmoe_record_bytes(int64_t, int64_t);
+int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
+                            const float*, float*);
+int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
+int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
+int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
+int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
+int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
+int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*, int64_t, const int64_t*, float*, float*,
+                      float*);
+int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
+int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
+int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_decode(const Model*, int64_t, const float*, const float*, uint8_t*, int64_t, int64_t, int64_t, const int32_t*, const uint8_t*,
+                   int64_t, int64_t, const float*, float*, float*, float*, int64_t*, int64_t*, double*);
+int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
+int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
+}
+
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u; }
+
+// Exactly `count` elements: the sanitizer guards both ends.
+template <class T>
+struct Array {
+    T* p;
+    explicit Array(int64_t count) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, size_t(count) * sizeof(T) + (count == 0))) abort();
+        p = static_cast<T*>(memory);
+        uint8_t* bytes = static_cast<uint8_t*>(memory);
+        for (size_t i = 0; i < size_t(count) * sizeof(T); i++) bytes[i] = uint8_t(next() >> 24);
+    }
+    ~Array() { free(p); }
+    operator T*() const { return p; }
+};
+
+struct Floats : Array<float> {
+    explicit Floats(int64_t count, float scale = 1) : Array(count) {
+        for (int64_t i = 0; i < count; i++) p[i] = (float(next() >> 8) / 8388608.0f - 1.0f) * scale;
+    }
+};
+
+static void halves(uint16_t* p, int64_t count) {  // finite, of either sign
+    for (int64_t i = 0; i < count; i++) p[i] = uint16_t(next() >> 16) & 0xbbff;
+}
+
+static void check(int status) {
+    if (status) {
+        printf("status %d\n", status);
+        exit(1);
+    }
+}
+
+static int64_t tiles(int64_t n) { return (n + 15) / 16; }
+static int64_t blocks(int64_t k) { return (k + 63) / 64; }
+
+static void linear(int64_t t, int64_t n, int64_t k, float scale) {
+    Floats x(t * k, scale), y(t * n), levels(16), scales(n);
+    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
+    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16);
+    halves(absmax, tiles(n) * blocks(k) * 16);
+    check(slotmoe_linear_nf4(x, t, k, n, codes, absmax, levels, y));
+    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
+    check(slotmoe_pack_int8(w, n, k, packed));
+    check(slotmoe_linear_int8(x, t, k, n, packed, scales, y));
+    slotmoe_read(codes, tiles(n) * blocks(k) * 512 - 3);
+    Floats dense(n * k), weight(k), normed(t * k);
+    Array<uint16_t> narrow(n * k);
+    halves(narrow, n * k);
+    check(slotmoe_linear_dense(x, t, k, n, dense.p, 0, y));
+    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 1, y));
+    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 2, y));
+    check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
+}
+
+// A matrix of any kind with the memory that it points to.
+struct Weights {
+    Array<uint8_t> data, scale;
+    Floats levels;
+    Matrix matrix;
+    static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
+        if (kind == Matrix::int8) return slotmoe_int8_packed_bytes(n, k);
+        if (kind == Matrix::nf4) return tiles(n) * blocks(k) * 512;
+        return n * k * (kind == Matrix::f32 ? 4 : 2);
+    }
+    static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
+        return kind == Matrix::int8 ? n * 4 : kind == Matrix::nf4 ? tiles(n) * blocks(k) * 32 : 0;
+    }
+    Weights(int64_t kind, int64_t n, int64_t k)
+        : data(data_bytes(kind, n, k)), scale(scale_bytes(kind, n, k)), levels(16), matrix{kind, n, k, data.p, scale.p, levels.p} {
+        const Floats values(kind == Matrix::int8 ? n : kind == Matrix::f32 ? n * k : 0);
+        if (kind == Matrix::int8) memcpy(scale.p, values.p, size_t(n) * 4);
+        if (kind == Matrix::f32) memcpy(data.p, values.p, size_t(n * k) * 4);
+        if (kind == Matrix::nf4) halves(reinterpret_cast<uint16_t*>(scale.p), scale_bytes(kind, n, k) / 2);
+        if (kind > Matrix::f32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
+    }
+};
+
+static void mlp(int64_t t, int64_t h, int64_t i) {
+    Floats x(t * h), y(t * h), residual(t * h), others(t * h);
+    for (int64_t kind : {Matrix::int8, Matrix::nf4}) {
+        Weights in(kind, i, h), out(kind, h, i);
+        const Matrix w[] = {in.matrix, in.matrix, out.matrix};
+        check(slotmoe_mlp(x, t, w, nullptr, nullptr, y));
+        check(slotmoe_mlp(x, t, w, residual, nullptr, y));
+        check(slotmoe_mlp(x, t, w, residual, others, y));
+    }
+}
+
+// Two such layers in one call: their last row and the slab's last record have no slack. Then with no expert anywhere.
+static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h, const float* table) {
+    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i), apart = (record + 63) / 64 * 64;
+    Array<uint8_t> slab((count - 1) * apart + record);
+    for (int64_t slot = 0; slot < count; slot++)
+        halves(reinterpret_cast<uint16_t*>(slab + slot * apart + record / 544 * 512), record / 544 * 16);
+    Weights in(Matrix::int8, i, hidden), down(Matrix::int8, hidden, i);
+    const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
+    const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
+    const Model model{2, hidden, experts, i, layers, Router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5}};
+    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1, each = rows * stride;
+    Array<uint8_t> caches(each + (rows - 1) * stride + size);
+    Floats latents(rows * (a.r + a.p)), levels(16), y(hidden), x(hidden), weights(top_k);
+    for (int64_t l = 0; l < 2; l++) check(slotmoe_store_latents(latents, rows, a.r, a.p, caches + l * each, stride));
+    Array<int32_t> slots(2 * experts);
+    Array<int64_t> indices(2 * top_k);
+    double seconds[4] = {};
+    for (int64_t expected : {2, 0}) {
+        for (int64_t at = 0; at < 2 * experts; at++) slots[at] = expected ? int32_t(at % count) : -1;
+        int64_t reached = -1;
+        check(slotmoe_decode(&model, 0, h, table, caches, each, stride, rows - 1, slots, slab, count, apart, levels, y, x, weights, indices,
+                             &reached, seconds));
+        if (reached != expected) check(int(10 + reached));
+    }
+    Floats logits(3 * experts), several(3 * top_k);
+    Array<int64_t> chosen(3 * top_k);
+    check(slotmoe_route(&model.router, logits, 3, experts, several, chosen));
+}
+
+// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its last, which has no slack.
+static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r, int64_t v, int64_t q_rank,
+                  int64_t experts) {
+    Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden), query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
+    Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v), gate(Matrix::f32, experts ? experts : 1, hidden);
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f), scale(heads * (n + v));
+    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts);
+    Array<int8_t> kv_b(heads * (n + v) * r);
+    Attention a{heads, n, p, r, v, 1e-6f, 1e-6f, 0.01f, 0, norm, q_rank ? query_norm.p : nullptr, latent_norm, norm, query.matrix,
+                query_b.matrix, latent.matrix, out.matrix, experts ? gate.matrix : Matrix{}, kv_b, scale};
+    const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
+    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size), third((rows - 1) * stride + size);
+    Floats latents(rows * (r + p));
+    for (uint8_t* one : {cache.p, third.p}) check(slotmoe_store_latents(latents, rows, r, p, one, stride));
+    uint8_t* const caches[] = {cache, short_cache, third};
+    const int64_t positions[] = {rows - 1, 0, rows / 2};
+    for (int64_t tokens : {1, 3}) check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
+    Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
+    check(slotmoe_rotate(many, tables, 3, heads, p, turned));
+    if (experts) decode(a, hidden, experts, h, table);
+}
+
+static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
+    Floats q(t * heads * n), latent(t * heads * r), value(t * heads * v), scale(heads * (n + v));
+    Array<int8_t> w(heads * (n + v) * r);
+    check(slotmoe_absorb_query(q, t, heads, w, scale, n, n + v, r, latent));
+    check(slotmoe_absorb_value(latent, t, heads, w, scale, n, n + v, r, value));
+}
+
+static void quantize(int64_t n, int64_t k) {
+    float levels[16];
+    for (int i = 0; i < 16; i++) levels[i] = float(i) / 7.5f - 1.0f;
+    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
+    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16), source(n * k);
+    Array<int8_t> q(n * k);
+    Floats scale(n), wide(n * k);
+    Array<double> tile_sums(2 * tiles(n)), row_sums(2 * n);
+    halves(source, n * k);
+    for (int type = 0; type < 3; type++) {
+        const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
+        const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
+        if (status != 3) check(status);  // random bf16 may well exceed fp16
+        check(slotmoe_quantize_int8(src, type, n, k, q, scale));
+        check(slotmoe_nf4_error(src, type, n, k, levels, codes, absmax, tile_sums));
+        check(slotmoe_int8_error(src, type, n, k, q, scale, row_sums));
+    }
+}
+
+static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
+    const int64_t size = slotmoe_record_bytes(h, i), code_bytes = size / 544 * 512;
+    std::vector<Array<uint8_t>*> owned;
+    std::vector<const uint8_t*> records;
+    for (int64_t e = 0; e < k; e++) {
+        owned.push_back(new Array<uint8_t>(size));
+        uint8_t* record = *owned.back();
+        halves(reinterpret_cast<uint16_t*>(record + code_bytes), (size - code_bytes) / 2);
+        records.push_back(record);
+    }
+    Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
+    check(slotmoe_experts_decode(x, records.data(), k, weights, h, i, levels, y));
+    check(slotmoe_experts_decode(x, records.data(), k, nullptr, h, i, levels, each));
+    check(slotmoe_weighted_sum(each, weights, 1, k, h, y));
+    std::vector<int32_t> slots(t, 0);
+    check(slotmoe_experts_by_slot(x, t, 1, slots.data(), records[0], 1, size, h, i, levels, y));
+    for (auto* record : owned) delete record;
+}
+
+static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra, float size_of_rows = 1) {
+    Floats q(heads * (r + p)), out(heads * r);
+    const int64_t size = latent_bytes(r, p), stride = size + extra;
+    Array<uint8_t> cache((context - 1) * stride + size);  // the last row has no slack
+    Floats latents(context * (r + p), size_of_rows);
+    check(slotmoe_store_latents(latents, context, r, p, cache, stride));
+    check(slotmoe_mla(q, 1, heads, cache, context, stride, r, p, 0.01f, out));
+    const int64_t several = context < 5 ? context : 5;
+    Floats many(several * heads * (r + p)), outs(several * heads * r);
+    check(slotmoe_mla(many, several, heads, cache, context, stride, r, p, 0.01f, outs));
+}
+
+static void all() {
+    const int64_t odd[] = {1, 15, 16, 17, 63, 64, 65, 130};
+    for (int64_t n : odd)
+        for (int64_t k : odd) {
+            linear(1, n, k, 1);
+            linear(3, n, k, 1e30f);
+            quantize(n, k);
+        }
+    linear(600, 20, 70, 1e-42f);
+    linear(0, 20, 70, 1);
+    for (int64_t h : {1, 16, 65, 200})
+        for (int64_t i : {1, 15, 64, 90}) {
+            experts(3, 2, h, i);
+            mlp(1, h, i);
+            mlp(3, h, i);
+        }
+    for (int64_t r : {1, 63, 256, 300})
+        for (int64_t heads : {1, 3, 5}) absorb(2, heads, 7, 5, r);
+    for (int64_t heads : {1, 3, 4, 9})
+        for (int64_t context : {1, 2, 15, 64, 65, 200})
+            for (int64_t r : {1, 16, 64, 70})
+                for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
+    for (int64_t kind = Matrix::int8; kind <= Matrix::bf16; kind++) {
+        layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
+        layer(kind, 40, 1, 0, 2, 1, 1, 17, 0);
+        layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
+    }
+    attention(2, 2500, 70, 10, 5);
+    attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
+    for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
+}
+
+int main(int argc, char**) {
+    for (int isa = 0; isa < slotmoe_isa_count(); isa++) {
+        if (!slotmoe_isa_supported(isa)) continue;
+        check(slotmoe_set_isa(slotmoe_isa_name(isa)));
+        if (argc > 1) {  // only what concerns threads
+            slotmoe_set_threads(3);
+            std::vector<std::thread> callers;
+            for (int c = 0; c < 3; c++)
+                callers.emplace_back([] {
+                    std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
+                    std::vector<int8_t> w(256 * 256, 1);
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear_int8(x.data(), 1, 256, 256, w.data(), scale.data(), y.data()));
+                });
+            for (auto& c : callers) c.join();
+            slotmoe_set_threads(2);
+            experts(3, 2, 65, 40);
+            attention(4, 200, 64, 16, 0);
+            layer(Matrix::int8, 65, 4, 7, 6, 70, 5, 17, 40);
+        } else {
+            for (int threads = 1; threads <= 3; threads++) {
+                slotmoe_set_threads(threads);
+                all();
+            }
+        }
+        printf("%s ok\n", slotmoe_isa_name(isa));
+    }
+}
+"""
+
+
+def build_and_run(tmp_path: Path, sanitizers: str, *arguments: str) -> str:
+    compiler = (
+        os.environ.get("CXX")
+        or shutil.which("c++")
+        or shutil.which("g++")
+        or shutil.which("clang++")
+    )
+    if not compiler:
+        pytest.skip("no C++ compiler here")
+    driver, program = tmp_path / "driver.cpp", tmp_path / "driver"
+    driver.write_text(DRIVER)
+    sources = [str(path) for path in sorted(KERNELS.glob("*.cpp"))]
+    flags = [
+        "-g",
+        "-O1",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-pthread",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        f"-I{KERNELS}",
+    ]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    if subprocess.run(
+        [compiler, *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    ).returncode:
+        pytest.skip(f"{compiler} has no -fsanitize={sanitizers}")
+    built = subprocess.run(
+        [compiler, *flags, str(driver), *sources, "-o", str(program)],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_addresses_and_undefined_behaviour(tmp_path):
+    assert "portable ok" in build_and_run(tmp_path, "address,undefined,float-cast-overflow")
+
+
+def test_data_races(tmp_path):
+    assert "portable ok" in build_and_run(tmp_path, "thread", "threads")

@@ -1,0 +1,447 @@
+"""What a GPU computes, in small shapes: every op against plain torch, and against what its contract promises.
+
+Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.config import parse_config
+from slotmoe.model.network import route
+from slotmoe.quant import int8, nf4
+from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import TorchOps, dequantize, gate_order_sum
+from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.nf4 import Nf4Weight
+from tests.support.tiny import CONFIG
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+LEVELS = torch.tensor(nf4.LEVELS)
+ROOT = Path(__file__).parents[2]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_slab(S, D, width, seed=0):
+    """Random records [S, record_bytes] with scales of both signs, zeros, tiny and large ones; padding bytes are poison."""
+    layout, generator = RecordLayout(D, width), torch.Generator().manual_seed(seed)
+    slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)  # NaN, read as scales
+    for record in slab:
+        for name in PROJECTIONS:
+            N, K = layout.shapes[name]
+            codes, absmax = nf4.quantize(torch.randn(N, K, generator=generator) * K**-0.5)
+            absmax *= torch.tensor([1.0, -1.0, 0.0, 1e-4, 8.0]).half()[
+                torch.randint(5, absmax.shape, generator=generator)
+            ]
+            layout.part(record, f"{name}.weight").copy_(codes)
+            layout.part(record, f"{name}.weight.absmax").copy_(absmax)
+    return slab.to(DEVICE), layout
+
+
+def expert_of(slab, slot, layout, x_TD):
+    """One expert in float64, from dequantized weights."""
+    gate, up, down = (
+        nf4.dequantize(layout.weight(slab[slot], name, LEVELS.to(DEVICE))).double()
+        for name in PROJECTIONS
+    )
+    x_TD = x_TD.double()
+    return (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
+
+
+def error(found, expected):
+    """Relative RMS difference."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def ops(request):
+    return TorchOps() if request.param == "torch" else pick_ops(DEVICE, "triton")
+
+
+def test_experts_by_slot_are_those_experts_and_leave_the_others(ops):
+    slab, layout = make_slab(4, 128, 48)
+    x_TD = torch.randn(2, 128, device=DEVICE)
+    slots_TK = torch.tensor([[3, -1, 0], [-1, 1, 3]], dtype=torch.int32, device=DEVICE)
+    y_TKD = torch.full((2, 3, 128), -7.0, device=DEVICE)
+    ops.experts_by_slot(x_TD, slab, slots_TK, layout, LEVELS.to(DEVICE), y_TKD)
+    for t, slots in enumerate(slots_TK.tolist()):
+        for k, slot in enumerate(slots):
+            if slot < 0:
+                assert bool((y_TKD[t, k] == -7).all())
+            else:
+                assert error(y_TKD[t, k], expert_of(slab, slot, layout, x_TD[t : t + 1])[0]) < 2e-3
+
+
+def test_experts_by_slot_do_not_depend_on_each_other(ops):
+    slab, layout = make_slab(3, 64, 32)
+    x_TD = torch.randn(1, 64, device=DEVICE)
+    whole = torch.empty(1, 3, 64, device=DEVICE)
+    ops.experts_by_slot(
+        x_TD,
+        slab,
+        torch.tensor([[0, 2, 1]], dtype=torch.int32, device=DEVICE),
+        layout,
+        LEVELS.to(DEVICE),
+        whole,
+    )
+    parts = torch.empty(1, 3, 64, device=DEVICE)
+    for slots in ([-1, 2, -1], [0, -1, 1]):
+        ops.experts_by_slot(
+            x_TD,
+            slab,
+            torch.tensor([slots], dtype=torch.int32, device=DEVICE),
+            layout,
+            LEVELS.to(DEVICE),
+            parts,
+        )
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 70, 1], [0, 0], [1]])
+def test_grouped_experts_are_those_experts(ops, sizes):
+    slab, layout = make_slab(4, 128, 48)
+    N = sum(sizes)
+    x_TD = torch.randn(40, 128, device=DEVICE)
+    tokens_N = torch.randint(40, (N,), device=DEVICE)
+    starts = torch.tensor(
+        [0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE
+    )
+    slots = torch.tensor([2, 0, 3, 1][: len(sizes)], dtype=torch.int32, device=DEVICE)
+    y_ND = ops.experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE))
+    plain_ND = TorchOps(torch.bfloat16).experts_grouped(
+        x_TD, tokens_N, starts, slots, slab, layout, LEVELS.to(DEVICE)
+    )
+    assert y_ND.shape == (N, 128) and y_ND.dtype == torch.float32
+    for g, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=False)):
+        if size:
+            expected = expert_of(slab, int(slots[g]), layout, x_TD[tokens_N[start : start + size]])
+            assert error(y_ND[start : start + size], expected) <= 2 * error(
+                plain_ND[start : start + size], expected
+            )
+
+
+def test_grouped_rows_do_not_depend_on_each_other(ops):
+    slab, layout = make_slab(2, 64, 32)
+    x_TD, levels = torch.randn(9, 64, device=DEVICE), LEVELS.to(DEVICE)
+    tokens_N = torch.tensor([0, 3, 8, 3, 5], device=DEVICE)
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    whole = ops.experts_grouped(x_TD, tokens_N, starts, slots, slab, layout, levels)
+    second = ops.experts_grouped(
+        x_TD, tokens_N[3:], starts[1:] - 3, slots[1:], slab, layout, levels
+    )
+    # numpy's product, which the interpreter uses, and torch's sum a row differently by where it stands.
+    assert (
+        torch.equal(second, whole[3:])
+        if DEVICE.type == "cuda" and type(ops) is not TorchOps
+        else error(second, whole[3:]) < 1e-6
+    )
+
+
+def test_weighted_sum_goes_in_the_gates_order(ops):
+    y_TKD, weights_TK = torch.randn(3, 6, 80, device=DEVICE), torch.rand(3, 6, device=DEVICE)
+    assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), gate_order_sum(y_TKD, weights_TK))
+
+
+def make_weight(kind, N, K, seed=0, wild=True):
+    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (NF4) negative scales if ``wild``."""
+    generator = torch.Generator().manual_seed(seed)
+    w_NK = torch.randn(N, K, generator=generator) * K**-0.5
+    if kind == "int8":
+        q, scale = int8.quantize(w_NK)
+        scale *= torch.tensor([1.0, 0.0, 1e-6, 100.0] if wild else [1.0] * 4)[
+            torch.randint(4, (N,), generator=generator)
+        ]
+        return Int8Weight(q.to(DEVICE), scale.to(DEVICE))
+    if kind == "nf4":
+        codes, absmax = nf4.quantize(w_NK)
+        factors = torch.tensor(
+            [1.0, -1.0, 0.0, 1e-4, 8.0] if wild else [1.0, -1.0, 1.0, -1.0, 1.0]
+        ).half()
+        absmax *= factors[torch.randint(5, absmax.shape, generator=generator)]
+        absmax[-1, :, N % nf4.TILE or nf4.TILE :] = (
+            torch.nan
+        )  # rows of the last tile that are not there
+        return Nf4Weight(
+            codes.to(DEVICE), absmax.to(DEVICE), (LEVELS * 1.5 + 0.1).to(DEVICE), (N, K)
+        )
+    return w_NK.to(kind).to(DEVICE)
+
+
+KINDS = ["int8", "nf4", torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def triton_ops():
+    return pick_ops(DEVICE, "triton")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("N", "K"), [(16, 64), (37, 130), (70, 576)])
+def test_linear_of_one_row_is_exact(triton_ops, kind, N, K):
+    weight, x_1K = make_weight(kind, N, K), torch.randn(1, K, device=DEVICE)
+    y_1N = triton_ops.linear(x_1K, weight)
+    assert y_1N.shape == (1, N) and y_1N.dtype == torch.float32
+    assert error(y_1N, x_1K.double() @ dequantize(weight).double().T) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [2, 16, 67])
+def test_linear_of_many_rows_is_no_worse_than_bfloat16(triton_ops, kind, T):
+    weight, x_TK = make_weight(kind, 70, 130), torch.randn(T, 130, device=DEVICE)
+    exact = x_TK.double() @ dequantize(weight).double().T
+    reference = error(TorchOps(torch.bfloat16).linear(x_TK, weight), exact)
+    assert error(triton_ops.linear(x_TK, weight), exact) <= 1.1 * reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 5])
+def test_mlp(triton_ops, kind, T):
+    shapes = (40, 66), (40, 66), (35, 40)
+    gate, up, down = (
+        make_weight(kind, *shape, seed, wild=T == 1) for seed, shape in enumerate(shapes)
+    )
+    x_TD = torch.randn(T, 66, device=DEVICE)
+    wide = [dequantize(weight).double() for weight in (gate, up, down)]
+    exact = (
+        torch.nn.functional.silu(x_TD.double() @ wide[0].T) * (x_TD.double() @ wide[1].T)
+    ) @ wide[2].T
+    reference = error(TorchOps(torch.bfloat16).mlp(x_TD, gate, up, down), exact)
+    assert error(triton_ops.mlp(x_TD, gate, up, down), exact) <= (
+        1e-5 if T == 1 else 1.5 * reference
+    )
+
+
+def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
+    first, second = make_weight("int8", 20, 600), make_weight("nf4", 35, 600)
+    x, gain, add = (
+        torch.randn(1, 600, device=DEVICE),
+        torch.rand(600, device=DEVICE),
+        torch.randn(2, 1, 55, device=DEVICE),
+    )
+    out, normed = torch.full((1, 56), -7.0, device=DEVICE), torch.empty(1, 600, device=DEVICE)
+    triton_ops.row(x, first, out, second, (gain, 1e-3), normed, add=(add[0], add[1]))
+    expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
+    assert error(normed, expected) < 1e-6
+    y = torch.cat(
+        [expected @ dequantize(weight).double().T for weight in (first, second)], dim=1
+    ) + add.double().sum(0)
+    assert error(out[:, :55], y) < 1e-6 and out[0, 55] == -7
+
+
+@pytest.mark.parametrize("kind", ["int8", torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 3])
+def test_absorbed_products(triton_ops, kind, T):
+    H, N, V, R = 3, 24, 20, 72
+    kv_b, q_THN, o_THR = (
+        make_weight(kind, H * (N + V), R),
+        torch.randn(T, H, N, device=DEVICE),
+        torch.randn(T, H, R, device=DEVICE),
+    )
+    exact = TorchOps()
+    assert (
+        error(triton_ops.absorb_query(q_THN, kv_b), exact.absorb_query(q_THN, _wide(kv_b))) < 1e-5
+    )
+    assert (
+        error(triton_ops.absorb_value(o_THR, kv_b, N), exact.absorb_value(o_THR, _wide(kv_b), N))
+        < 1e-5
+    )
+
+
+def _wide(weight):
+    return dequantize(weight)
+
+
+def attention(q_THW, rows_SW, R, scale):
+    """In float64: token t sees all rows but the last T - 1 - t."""
+    T, S = len(q_THW), len(rows_SW)
+    scores = torch.einsum("thw,sw->ths", q_THW.double(), rows_SW.double()) * scale
+    future = torch.arange(S, device=DEVICE) > torch.arange(S - T, S, device=DEVICE)[:, None]
+    return torch.einsum(
+        "ths,sr->thr",
+        scores.masked_fill(future[:, None], -torch.inf).softmax(-1),
+        rows_SW[:, :R].double(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "H"), [(1, 1, 4), (1, 31, 17), (1, 33, 4), (2, 100, 4), (1, 2100, 2)]
+)
+def test_latent_attention(triton_ops, T, S, H):
+    R, P = 40, 8
+    cache_SW = torch.full(
+        (S + 40, R + P), torch.nan, dtype=torch.float16, device=DEVICE
+    )  # what comes later is poison
+    cache_SW[:S] = torch.randn(S, R + P, device=DEVICE)
+    q_THW = torch.randn(T, H, R + P, device=DEVICE) * 3
+    found = triton_ops.mla(q_THW, cache_SW[:S], R, 0.2)
+    assert found.shape == (T, H, R) and error(found, attention(q_THW, cache_SW[:S], R, 0.2)) < 2e-3
+
+
+def test_latent_attention_bears_queries_of_any_size(triton_ops):
+    cache_SW, q_1HW = (
+        torch.randn(50, 48, device=DEVICE).half(),
+        torch.randn(1, 4, 48, device=DEVICE),
+    )
+    q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
+    assert (
+        error(triton_ops.mla(q_1HW, cache_SW, 40, 0.2), attention(q_1HW, cache_SW, 40, 0.2)) < 2e-3
+    )
+
+
+def test_latent_attention_depends_on_the_length_alone(triton_ops):
+    cache_SW, q_THW = (
+        torch.randn(90, 48, device=DEVICE).half(),
+        torch.randn(2, 4, 48, device=DEVICE),
+    )
+    both = triton_ops.mla(q_THW, cache_SW, 40, 0.2)
+    assert torch.equal(both[1:], triton_ops.mla(q_THW[1:], cache_SW, 40, 0.2))
+    assert torch.equal(both[:1], triton_ops.mla(q_THW[:1], cache_SW[:89], 40, 0.2))
+
+
+def test_other_attention_is_left_to_the_network(triton_ops):
+    assert (
+        triton_ops.mla(
+            torch.randn(17, 2, 48, device=DEVICE),
+            torch.randn(20, 48, device=DEVICE).half(),
+            40,
+            0.2,
+        )
+        is None
+    )
+    assert (
+        triton_ops.mla(
+            torch.randn(1, 2, 48, device=DEVICE), torch.randn(20, 48, device=DEVICE), 40, 0.2
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_gate(triton_ops, method, renormalise):
+    config = parse_config(
+        {
+            **CONFIG,
+            "topk_method": method,
+            "norm_topk_prob": renormalise,
+            "n_routed_experts": 20,
+            "n_group": 5,
+        }
+    )
+    logits_TE = torch.randn(7, 20, device=DEVICE) * 4
+    weights_TK, indices_TK = route(logits_TE, config)
+    groups, kept = (5, config.topk_group) if "group" in method else (1, 1)
+    factor = None if renormalise else config.routed_scaling_factor
+    found = triton_ops.route(logits_TE, groups, kept, config.num_experts_per_tok, factor)
+    assert torch.equal(found[1], indices_TK) and error(found[0], weights_TK) < 1e-6
+
+
+def test_gate_takes_the_first_of_equals(triton_ops):
+    weights_TK, indices_TK = triton_ops.route(torch.zeros(1, 20, device=DEVICE), 5, 2, 3, 1.0)
+    assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_gate_of_no_numbers_still_names_experts(triton_ops):
+    _, indices_TK = triton_ops.route(torch.full((1, 20), torch.nan, device=DEVICE), 1, 1, 3, 1.0)
+    assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
+
+
+def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops):
+    """Row times record bytes outgrows 32 bits; the pages between are never touched."""
+    small, layout = make_slab(1, 64, 32)
+    S = (2**31 // layout.record_bytes) + 2
+    slab = torch.empty(S, layout.record_bytes, dtype=torch.uint8, device=DEVICE)
+    slab[S - 1] = small[0]
+    x_TD, y = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 1, 64, device=DEVICE)
+    triton_ops.experts_by_slot(
+        x_TD,
+        slab,
+        torch.tensor([[S - 1]], dtype=torch.int32, device=DEVICE),
+        layout,
+        LEVELS.to(DEVICE),
+        y,
+    )
+    assert error(y[0], expert_of(small, 0, layout, x_TD)) < 1e-5
+
+
+def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "no C compiler" in pick_ops(cuda).name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "below 8.0" in pick_ops(cuda).name
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    ops = pick_ops(cuda)
+    assert (
+        type(ops) is TorchOps
+        and ops.compute == torch.bfloat16
+        and ops.name.startswith("torch, since Triton is not installed")
+    )
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        pick_ops(cuda, "triton")
+
+
+def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():
+    code = """
+import torch
+from slotmoe.quant.backends import pick_ops
+from slotmoe.errors import ConfigError
+try:
+    pick_ops(torch.device("cpu"), "triton")
+except ConfigError as problem:
+    assert "TRITON_INTERPRET=1" in str(problem)
+else:
+    raise SystemExit("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "/usr/bin"})
+
+
+def test_a_run_on_a_cpu_never_imports_triton(sample_export):
+    code = f"""
+import sys
+from slotmoe.offload.runtime import Runtime
+with Runtime.open({str(sample_export)!r}, device="cpu", context=64, ram="1GiB") as runtime:
+    list(runtime.generate("My", max_new_tokens=2))
+assert not [name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("quant.triton")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        ["86"],
+        *(
+            pytest.param([card, "prefill"], marks=pytest.mark.slow)
+            for card in ("80", "86", "89", "90", "100", "120")
+        ),
+    ],
+)
+def test_kernels_compile_for_cards_that_are_not_here(card):
+    """With V2-Lite's shapes; they fit the least shared memory of these cards (99 KiB) and leave registers enough."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.compile_gpu", *card]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == (34 if "prefill" in card else 12)
+    for kernel in kernels:
+        assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel

@@ -1,0 +1,254 @@
+"""A server on loopback that speaks the hub's protocol, and a second one that stands for its CDN, on another port.
+
+``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``head``, ``small`` or ``cdn``), the
+file's name and the handler, and returns True if it has answered.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from slotmoe.offload.ingest.download import Patience
+from slotmoe.offload.ingest.hub import quantize_from_hub
+
+TOKEN = "hf_secretsecretsecret"
+NAME = "org/tiny"
+QUICK = Patience(stall=0.4, attempts=4, pause=0.01)
+HEADER_RANGE = "bytes=0-65535"
+
+
+def reshard(source, folder, shards):
+    """Write the checkpoint ``source`` anew into ``folder`` with its tensors dealt out to ``shards`` files in turn, so that nearly
+    every expert is split."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    for path in source.glob("*.json"):
+        if path.name != "model.safetensors.index.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+class Repo:
+    """One commit of a repository: the files of a folder.  ``sizes`` and ``checksums`` replace what is true."""
+
+    def __init__(self, folder, commit="a" * 40):
+        self.commit = commit
+        self.files = {path.name: path for path in Path(folder).iterdir()}
+        self.lfs = {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in self.files.items()
+            if path.suffix == ".safetensors"
+        }
+        self.sizes, self.checksums = {}, {}
+
+    def size(self, name):
+        return self.sizes.get(name, self.files[name].stat().st_size)
+
+    def checksum(self, name):
+        if name in self.checksums:
+            return self.checksums[name]
+        data = b"" if name in self.lfs else self.files[name].read_bytes()
+        return self.lfs.get(name) or hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def info(self):
+        siblings = []
+        for name in self.files:
+            one = {"rfilename": name, "size": self.size(name), "blobId": self.checksum(name)}
+            if name in self.lfs:
+                one |= {
+                    "blobId": "0" * 40,
+                    "lfs": {
+                        "sha256": self.checksum(name),
+                        "size": self.size(name),
+                        "pointerSize": 134,
+                    },
+                }
+            siblings.append(one)
+        return {"id": "x/y", "sha": self.commit, "siblings": siblings}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, request, client_address):
+        pass  # clients are killed and hang up
+
+
+class Hub:
+    """Both servers, running until ``close``."""
+
+    def __init__(self):
+        self.servers = [_Server(("127.0.0.1", 0), self._handler(kind)) for kind in ("hub", "cdn")]
+        self.endpoint, self.cdn = (
+            f"http://127.0.0.1:{server.server_port}" for server in self.servers
+        )
+        self.reset()
+        for server in self.servers:
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+            ).start()
+
+    def reset(self):
+        """Forget repositories, faults and what was asked for."""
+        self.repos, self.commits, self.faults, self.requests = {}, {}, [], []
+        self.delay, self.served, self.signature = 0.0, 0, 0
+
+    def add(self, name, repo, revision="main"):
+        self.repos[name, revision] = self.repos[name, repo.commit] = repo
+
+    def asked(self, kind, name=None):
+        return [one for one in self.requests if one["kind"] == kind and name in (None, one["name"])]
+
+    def _handler(hub, server_kind):
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_arguments):
+                pass
+
+            def do_HEAD(self):
+                self.handle_request()
+
+            def do_GET(self):
+                self.handle_request()
+
+            def handle_request(self):
+                try:
+                    hub._serve(self, server_kind)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
+
+            def answer(self, status, body=b"", **headers):
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key.replace("_", "-"), str(value))
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+                return True
+
+            def drop(self):
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return True
+
+        return Handler
+
+    def _serve(self, handler, server_kind):
+        path = unquote(handler.path.split("?")[0]).strip("/")
+        parts = path.split("/")
+        if server_kind == "cdn":
+            kind, repo_name, revision, name = "cdn", "/".join(parts[:2]), parts[2], parts[3]
+        elif path.startswith("api/models/"):
+            kind, repo_name, name = "api", "/".join(parts[2:4]), None
+            revision = "/".join(parts[5:]) or "main"
+        else:
+            kind, repo_name, revision, name = (
+                "head" if handler.command == "HEAD" else "small",
+                "/".join(parts[:2]),
+                parts[3],
+                "/".join(parts[4:]),
+            )
+        asked = {
+            "kind": kind,
+            "name": name,
+            "range": handler.headers.get("Range"),
+            "token": handler.headers.get("Authorization"),
+        }
+        self.requests.append({**asked, "revision": revision})
+        if any(fault(kind, name, handler) for fault in list(self.faults)):
+            return
+        if not any(known == repo_name for known, _ in self.repos):
+            handler.answer(404, X_Error_Code="RepoNotFound")
+        elif (repo_name, revision) not in self.repos:
+            handler.answer(404, X_Error_Code="RevisionNotFound")
+        elif kind == "api":
+            handler.answer(200, json.dumps(self.repos[repo_name, revision].info()).encode())
+        elif name not in self.repos[repo_name, revision].files:
+            handler.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            self._send(handler, kind, repo_name, self.repos[repo_name, revision], name)
+
+    def _send(self, handler, kind, repo_name, repo, name):
+        if kind != "cdn" and name in repo.lfs:
+            place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature={self.signature}"
+            handler.answer(
+                302,
+                Location=place,
+                X_Repo_Commit=repo.commit,
+                X_Linked_Etag=f'"{repo.checksum(name)}"',
+                X_Linked_Size=repo.size(name),
+            )
+            return
+        size = repo.files[name].stat().st_size
+        span = handler.headers.get("Range")
+        start, stop = 0, size
+        if span:
+            first, last = span.removeprefix("bytes=").split("-")
+            start, stop = int(first), min(int(last) + 1 if last else size, size)
+        handler.send_response(206 if span else 200)
+        for key, value in {
+            "ETag": f'"{repo.checksum(name)}"',
+            "X-Repo-Commit": repo.commit,
+            "Content-Length": stop - start,
+        }.items():
+            handler.send_header(key, str(value))
+        if span:
+            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        handler.wfile.flush()
+        with open(repo.files[name], "rb") as file:
+            while start < stop:
+                count = os.sendfile(
+                    handler.connection.fileno(),
+                    file.fileno(),
+                    start,
+                    min(stop - start, 64 << 10 if self.delay else 16 << 20),
+                )
+                start += count
+                self.served += count
+                time.sleep(self.delay)
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+
+# One for the whole run: huggingface_hub reads its endpoint only when it is imported.
+HUB = Hub()
+HOME = tempfile.TemporaryDirectory()
+
+
+def make(destination, **options):
+    options = {"patience": QUICK, **options}
+    return quantize_from_hub(NAME, options.pop("revision", "main"), destination, **options)
+
+
+def weight_requests(hub):
+    return [one for one in hub.asked("cdn") if one["range"] != HEADER_RANGE]

@@ -1,0 +1,157 @@
+"""An independent DeepSeek-V2 in float64 numpy: no cache, no absorption, one token and one expert at a time.
+
+Written from the paper (arXiv 2405.04434) and DeepSeek's published modelling code, not from ``model/``; slow on purpose.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+
+def load(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Config and all tensors of a checkpoint folder, widened to float64."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= {name: value.double().numpy() for name, value in load_file(path).items()}
+    return json.loads((folder / "config.json").read_text()), tensors
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean() + eps) * weight
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def mscale(factor: float, m: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1
+
+
+def rope_settings(config: dict) -> dict:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
+
+
+def frequencies(config: dict) -> tuple[np.ndarray, float, float]:
+    """Angles per position, scale of the rotary table, factor on the softmax scale."""
+    rope, dim = rope_settings(config), config["qk_rope_head_dim"]
+    theta = rope["rope_theta"]
+    base = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        return base, 1.0, 1.0
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(correction(rope.get("beta_fast", 32))), 0)
+    high = min(math.ceil(correction(rope.get("beta_slow", 1))), dim - 1)
+    out = np.empty_like(base)
+    for i, angle in enumerate(base):
+        ramp = min(max((i - low) / ((high - low) or 0.001), 0), 1)
+        out[i] = angle / factor * ramp + angle * (1 - ramp)
+    m, m_all = rope.get("mscale", 1), rope.get("mscale_all_dim", 0)
+    return out, mscale(factor, m) / mscale(factor, m_all), mscale(factor, m_all) ** 2
+
+
+def rotate(x: np.ndarray, position: int, angles: np.ndarray, scale: float) -> np.ndarray:
+    """Interleaved pairs."""
+    out = np.empty_like(x)
+    for i, angle in enumerate(angles):
+        c, s = math.cos(position * angle) * scale, math.sin(position * angle) * scale
+        a, b = x[2 * i], x[2 * i + 1]
+        out[2 * i], out[2 * i + 1] = a * c - b * s, a * s + b * c
+    return out
+
+
+def gate(x: np.ndarray, weight: np.ndarray, config: dict) -> list[tuple[int, float]]:
+    scores, k = softmax(weight @ x), config["num_experts_per_tok"]
+    if config.get("topk_method") == "group_limited_greedy":
+        groups = scores.reshape(config["n_group"], -1)
+        kept = np.argsort(-groups.max(axis=1))[: config["topk_group"]]
+        masked = np.zeros_like(groups)
+        masked[kept] = groups[kept]
+        scores = masked.reshape(-1)
+    best = np.argsort(-scores, kind="stable")[:k]
+    if config.get("norm_topk_prob") and k > 1:
+        return [(int(e), scores[e] / (scores[best].sum() + 1e-20)) for e in best]
+    return [(int(e), scores[e] * config["routed_scaling_factor"]) for e in best]
+
+
+def mlp(x: np.ndarray, tensors: dict, prefix: str) -> np.ndarray:
+    gate_proj, up_proj, down_proj = (
+        tensors[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")
+    )
+    return down_proj @ (silu(gate_proj @ x) * (up_proj @ x))
+
+
+def logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """Float64 logits [T, vocab] of a checkpoint folder."""
+    config, tensors = load(folder)
+    H, N, P = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    R, V, eps = config["kv_lora_rank"], config["v_head_dim"], config["rms_norm_eps"]
+    angles, table_scale, softmax_factor = frequencies(config)
+    hidden = [tensors["model.embed_tokens.weight"][i] for i in ids]
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        a = p + "self_attn."
+        keys, values, queries = [], [], []
+        for position, h in enumerate(hidden):
+            x = norm(h, tensors[p + "input_layernorm.weight"], eps)
+            if config["q_lora_rank"] is None:
+                q = tensors[a + "q_proj.weight"] @ x
+            else:
+                q = tensors[a + "q_b_proj.weight"] @ norm(
+                    tensors[a + "q_a_proj.weight"] @ x, tensors[a + "q_a_layernorm.weight"], 1e-6
+                )
+            q = q.reshape(H, N + P)
+            kv = tensors[a + "kv_a_proj_with_mqa.weight"] @ x
+            k_pe = rotate(kv[R:], position, angles, table_scale)
+            expanded = (
+                tensors[a + "kv_b_proj.weight"]
+                @ norm(kv[:R], tensors[a + "kv_a_layernorm.weight"], 1e-6)
+            ).reshape(H, N + V)
+            queries.append(
+                [
+                    np.concatenate([q[h][:N], rotate(q[h][N:], position, angles, table_scale)])
+                    for h in range(H)
+                ]
+            )
+            keys.append([np.concatenate([expanded[h][:N], k_pe]) for h in range(H)])
+            values.append(expanded[:, N:])
+        for position in range(len(hidden)):
+            out = []
+            for head in range(H):
+                scores = np.array(
+                    [queries[position][head] @ keys[s][head] for s in range(position + 1)]
+                )
+                weights = softmax(scores * (N + P) ** -0.5 * softmax_factor)
+                out.append(sum(w * values[s][head] for s, w in enumerate(weights)))
+            hidden[position] = hidden[position] + tensors[a + "o_proj.weight"] @ np.concatenate(out)
+        moe = (
+            layer >= config["first_k_dense_replace"]
+            and layer % config.get("moe_layer_freq", 1) == 0
+        )
+        for position, h in enumerate(hidden):
+            x = norm(h, tensors[p + "post_attention_layernorm.weight"], eps)
+            if not moe:
+                y = mlp(x, tensors, p + "mlp")
+            else:
+                chosen = gate(x, tensors[p + "mlp.gate.weight"], config)
+                y = sum(w * mlp(x, tensors, f"{p}mlp.experts.{e}") for e, w in chosen)
+                if config.get("n_shared_experts"):
+                    y = y + mlp(x, tensors, p + "mlp.shared_experts")
+            hidden[position] = h + y
+    head = tensors[
+        "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+    ]
+    return np.stack([head @ norm(h, tensors["model.norm.weight"], eps) for h in hidden])

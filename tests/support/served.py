@@ -1,0 +1,122 @@
+"""A ``slotmoe serve`` to test, in a thread of this process or in a process of its own, and the least of clients."""
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from slotmoe.tools.serve import make_server
+
+GREEDY = {"model": "sample", "temperature": 0}
+USER = [{"role": "user", "content": "Tell me of the king."}]
+PROMPTS = [
+    "My fellow citizens,",
+    "It is a truth",
+    "def main(",
+    "Call me",
+    "To be or not",
+    "Once upon a time",
+    "import os",
+    "The law",
+]
+
+FAILING = """
+import sys
+from slotmoe.offload.runtime import Runtime
+Runtime.append = lambda *_: 1 / 0
+from slotmoe.tools.cli import main
+main(sys.argv[1:])
+"""
+
+
+class Served:
+    """A server in a thread of this process, and the least of clients."""
+
+    def __init__(self, runtime, keys=(), waiting=4, max_body=1 << 16):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.server, self.batch = make_server(
+            runtime, "sample", (keys, ("box.local",), max_body), 8, waiting
+        )
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.batch.close()
+        self.listener.close()
+
+    def open(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        given = {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        connection.request(method, path, data, given)
+        return connection, connection.getresponse()
+
+    def ask(self, method, path, body=None, **headers):
+        connection, response = self.open(method, path, body, **headers)
+        data = response.read()
+        connection.close()
+        is_json = "json" in response.headers.get("content-type", "")
+        return response.status, json.loads(data) if is_json else data.decode(), response.headers
+
+    def complete(self, prompt, **options):
+        status, answer, _ = self.ask(
+            "POST", "/v1/completions", {**GREEDY, "prompt": prompt, **options}
+        )
+        assert status == 200, answer
+        return answer
+
+    def chat(self, **options):
+        return self.ask(
+            "POST", "/v1/chat/completions", {**GREEDY, "messages": USER, "max_tokens": 8, **options}
+        )
+
+    def events(self, path, body):
+        connection, response = self.open("POST", path, {**body, "stream": True})
+        lines = response.read().decode().split("\n\n")
+        connection.close()
+        assert response.status == 200 and lines.pop() == "" and lines.pop() == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    def idle(self, seconds=5.0):
+        end = time.monotonic() + seconds
+        while self.batch.running or self.batch.queued:
+            assert time.monotonic() < end, "a place is still taken"
+            time.sleep(0.01)
+
+
+def start(export, *options, script=None, **environment):
+    command = ["-m", "slotmoe"] if script is None else ["-c", script]
+    arguments = [
+        "serve",
+        str(export),
+        "--port",
+        "0",
+        "--ram",
+        "2GiB",
+        "--context",
+        "512",
+        "--name",
+        "sample",
+        *options,
+    ]
+    child = subprocess.Popen(
+        [sys.executable, *command, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    line = child.stderr.readline()
+    return child, int(re.search(r":(\d+),", line)[1]) if "ready" in line else line

@@ -1,0 +1,324 @@
+"""``slotmoe chat`` on a terminal: keys, history, answers as Markdown, and Ctrl-C at any time."""
+
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from slotmoe.model.generate import Sampling
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.chat import COMMANDS, talk
+from slotmoe.tools.chat.conversation import Conversation
+from slotmoe.tools.chat.terminal import Terminal, _finished, _markdown, _View, _visible
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """A ``Terminal`` whose keys are sent with ``keys.send_text``, and what it printed."""
+    printed = io.StringIO()
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        console = Console(file=printed, width=60, height=20)
+        made = Terminal(tmp_path / "cache" / "history", list(COMMANDS), lambda: "status", console)
+        made.keys, made.printed = keys, printed
+        yield made
+
+
+@pytest.fixture(scope="module")
+def runtime(sample_export):
+    with Runtime.open(sample_export, context=256) as opened:
+        yield opened
+
+
+@pytest.fixture
+def chat(runtime, terminal):
+    return Conversation(runtime, terminal.say, 24, Sampling())
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ("hello\r", "hello"),
+        ("one\x1b\rtwo\ntree\x1b[Dh\r", "one\ntwo\ntrehe"),  # Alt-Enter, Ctrl-J, then an arrow
+        ("\r  \rhello\r", "  hello"),  # nothing is not sent
+        ("\x1b[200~two\nlines\x1b[201~\r", "two\nlines"),  # pasted
+        ("dropped\x03kept\r", "kept"),
+        ("\x04", None),
+        ("x\x01\x04\x04", None),  # deletes first
+    ],
+)
+def test_keys(terminal, keys, wanted):
+    terminal.keys.send_text(keys)
+    assert terminal.read() == wanted
+    assert terminal.printed.getvalue() == ""
+
+
+def test_interrupt_at_an_empty_prompt_says_how_to_leave(terminal):
+    terminal.keys.send_text("\x03\x04")
+    assert terminal.read() is None
+    assert "Ctrl-D" in terminal.printed.getvalue()
+
+
+def test_history_is_kept_in_the_cache_folder(terminal, tmp_path):
+    terminal.keys.send_text("first\x1b\rline\r")
+    terminal.read()
+    path = tmp_path / "cache" / "history"
+    assert path.stat().st_mode & 0o777 == 0o600
+    later = Terminal(path, [], lambda: "", Console(file=io.StringIO()))
+    terminal.keys.send_text("\x1b[A\r")
+    assert later.read() == "first\nline"
+
+
+def test_history_that_cannot_be_kept_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    printed = io.StringIO()
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        face = Terminal(
+            tmp_path / "file" / "history", [], lambda: "", Console(file=printed, width=200)
+        )
+        keys.send_text("hello\r")
+        assert face.read() == "hello"
+    assert "can't keep the history" in printed.getvalue()
+
+
+def test_refused_message_can_be_edited(terminal, chat):
+    long = "word " * 300
+    terminal.keys.send_text(f"{long}\r")
+    terminal.keys.send_text("\x15short\r/nonsense\r\x03/exit\r")
+    talk(chat, terminal)
+    assert [exchange.user for exchange in chat.exchanges] == ["short"]
+    assert "--context" in terminal.printed.getvalue()
+    assert "/nonsense: no such command" in terminal.printed.getvalue()
+
+
+def test_what_ended_an_answer_is_said_below_it(terminal, chat):
+    terminal.keys.send_text("Hello\r\x04")
+    talk(chat, terminal)
+    lines = [line.strip() for line in terminal.printed.getvalue().splitlines() if line.strip()]
+    assert lines[-1] == "the answer was stopped after 24 tokens (--max-new-tokens)"
+    assert lines[0] in chat.exchanges[0].assistant
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
+    def generate(self, *arguments):
+        for number, token in enumerate(original(self, *arguments)):
+            if number == 5 and len(chat.exchanges) == 0:
+                pressed.append(True)
+                signal.raise_signal(signal.SIGINT)
+            yield token
+
+    def flush(self):
+        views.append(self)
+        if again and pressed and pressed.pop():  # pressed again while the first is dealt with
+            signal.raise_signal(signal.SIGINT)
+        flushed(self)
+
+    pressed, views, flushed = [], [], _View.flush
+    monkeypatch.setattr(_View, "flush", flush)
+
+    original = Runtime.generate
+    monkeypatch.setattr(Runtime, "generate", generate)
+    before = signal.getsignal(signal.SIGINT)
+    terminal.keys.send_text("Hello\rGo on\r\x04")
+    talk(chat, terminal)
+    assert [exchange.user for exchange in chat.exchanges] == ["Hello", "Go on"]
+    assert 0 < len(chat.exchanges[0].assistant) < len(chat.exchanges[1].assistant)
+    assert terminal.printed.getvalue().count("stopped\n") == 1
+    assert (
+        chat.exchanges[0].assistant.splitlines()[0]
+        in terminal.printed.getvalue().partition("stopped")[0]
+    )
+    assert not any(view._live.is_started for view in views)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
+    calls = []
+    original = type(chat.runtime._experts).begin
+
+    def begin(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(type(chat.runtime._experts), "begin", begin)
+    terminal.keys.send_text("Hello\r, friend\r\x04")
+    talk(chat, terminal)
+    assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]
+
+
+DOCUMENT = """# Title
+
+Some *words*
+on two lines:
+
+1. one
+
+2. two
+   - inner
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def f():
+
+    return 1
+```
+Last, [an address](https://example.org/a) of 5 * 3
+"""
+
+
+def rendered(text, show):
+    console = Console(file=io.StringIO(), width=60, height=20)
+    show(console, text)
+    return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_markdown_that_arrives_in_pieces_looks_like_the_whole(size):
+    def by_pieces(console, text):
+        with _View(console, lambda: "") as view:
+            view._live.stop()  # only what stays is looked at
+            for start in range(0, len(text), size):
+                view.add(text[start : start + size])
+
+    whole = rendered(DOCUMENT, lambda console, text: console.print(_markdown(text)))
+    assert rendered(DOCUMENT, by_pieces) == whole
+    for part in (
+        "Some words",
+        "on two lines:",
+        " 2 two",
+        "Last, an address (https://example.org/a) of 5 * 3",
+    ):
+        assert part in whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [*DOCUMENT.splitlines(keepends=True), "\n", "    code\n", "> quote\n", "---\n", "- a\n"]
+        ),
+        max_size=14,
+    )
+)
+def test_finished_blocks_never_change(lines):
+    text = "".join(lines)
+    for end in range(1, len(lines)):
+        done = _finished("".join(lines[:end]))
+        apart = _markdown(text[:done]).parsed + _markdown(text[done:]).parsed
+        assert [(token.type, token.content) for token in apart] == [
+            (t.type, t.content) for t in _markdown(text).parsed
+        ]
+
+
+def test_a_line_on_its_way_finishes_nothing():
+    assert _finished("a\n\n1. one\n\n2") == len("a\n\n")  # it may become the list's second item
+
+
+def test_only_the_end_of_a_long_block_is_redrawn():
+    console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
+    view = _View(console, lambda: "the status")
+    time.sleep(0.1)  # it has drawn nothing so far, and soon may again
+    view.add("```\n" + "".join(f"line {number}\n" for number in range(50)))
+    with console.capture() as captured:
+        console.print(view._render(), end="")
+    lines = captured.get().splitlines()
+    assert len(lines) == 9
+    assert "line 49" in lines[-3]
+    assert "the status" in lines[-1]
+
+
+def test_answers_cannot_command_the_terminal():
+    assert (
+        _visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000")
+        == "a\\x1b]52;c;x\\x07\\x9b2J\\r\\u202e\tb\nü\u3000"
+    )
+
+
+class Pty:
+    """``slotmoe chat`` on a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self._handle, theirs = pty.openpty()
+        self._unread = b""
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "slotmoe", "chat", *map(str, arguments)],
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "xterm"},
+        )
+        os.close(theirs)
+
+    def send(self, text):
+        os.write(self._handle, text.encode())
+
+    def until(self, text, seconds=60):
+        """Wait until ``text`` is shown and return what was shown before it; what is after it is left for the next time."""
+        deadline = time.monotonic() + seconds
+        while text.encode() not in self._unread:
+            ready, _, _ = select.select([self._handle], [], [], max(deadline - time.monotonic(), 0))
+            assert ready, (text, self._unread)
+            new = os.read(self._handle, 1 << 16)
+            if b"\x1b[6n" in new:  # where is the cursor?
+                os.write(self._handle, b"\x1b[1;1R")
+            self._unread += new
+        before, _, self._unread = self._unread.partition(text.encode())
+        return before
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            while os.read(self._handle, 1 << 16):
+                pass
+        os.close(self._handle)
+        return self.child.wait(10)
+
+
+def test_interrupt_on_a_real_terminal(sample_export):
+    terminal = Pty(sample_export, "--temperature", "0", "-n", "1000", "--context", "1024")
+    try:
+        terminal.until("context 0 of 1,024")
+        terminal.send(
+            "Tell me of the kings of England, and of their wars with France, at length.\r"
+        )
+        terminal.until("tokens/s")
+        terminal.send("typed meanwhile")
+        shown = terminal.until("tokens/s")
+        terminal.send("\x03")
+        assert b"typed" not in shown + terminal.until("stopped")
+        terminal.until("of 1,024")  # the prompt is back, with its status line
+        terminal.send("/stats\r")
+        terminal.until("1 of 1 exchanges")
+        terminal.until("of 1,024")
+        terminal.send("\x04")
+        assert terminal.close() == 0
+    finally:
+        terminal.child.kill()
+        terminal.child.wait()

@@ -1,0 +1,561 @@
+"""``slotmoe serve`` over loopback: its answers, its parameters, its door, and what it does when things go wrong."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from click.testing import CliRunner
+
+from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench.serve import first_token, serving, serving_cost, together
+from slotmoe.tools.cli import cli
+from tests.support.browser import BROWSER, Browser
+from tests.support.served import GREEDY, PROMPTS, USER, Served, start
+from tests.support.tiny import SAMPLE
+
+
+@pytest.fixture(scope="module")
+def runtime(sample_export):
+    with Runtime.open(sample_export, ram="2GiB", context=512, sequences=8) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def alone(runtime):
+    """What ``slotmoe run`` answers."""
+    return {
+        prompt: "".join(token.text for token in runtime.generate(prompt, 20)) for prompt in PROMPTS
+    }
+
+
+@pytest.fixture(scope="module")
+def served(runtime, alone):
+    with Served(runtime) as served:
+        yield served
+
+
+def test_greedy_answers_are_those_of_run_alone_and_with_eight_clients(served, alone):
+    def ask(prompt):
+        return served.complete(prompt, max_tokens=20)["choices"][0]["text"]
+
+    assert ask(PROMPTS[0]) == alone[PROMPTS[0]]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, PROMPTS)) == [alone[prompt] for prompt in PROMPTS]
+
+
+def test_streams_add_up_to_the_whole_answer(served):
+    whole = served.chat(n=2)[1]
+    events = served.events(
+        "/v1/chat/completions",
+        {
+            **GREEDY,
+            "messages": USER,
+            "max_tokens": 8,
+            "n": 2,
+            "stream_options": {"include_usage": True},
+        },
+    )
+    for index in (0, 1):
+        choices = [
+            choice for event in events for choice in event["choices"] if choice["index"] == index
+        ]
+        assert (
+            "".join(one["delta"].get("content", "") for one in choices)
+            == whole["choices"][index]["message"]["content"]
+        )
+        assert [one["finish_reason"] for one in choices][-2:] == [None, "length"]
+    assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 16
+    plain = served.events("/v1/completions", {**GREEDY, "prompt": "Call me", "echo": True})
+    assert "usage" not in plain[-1]
+    text = "".join(event["choices"][0]["text"] for event in plain)
+    assert text == served.complete("Call me", echo=True)["choices"][0]["text"] and text.startswith(
+        "Call me"
+    )
+
+
+def test_parameters_are_honoured(served, runtime):
+    text = served.complete("Call me", max_tokens=30)["choices"][0]["text"]
+    stopped = served.complete("Call me", max_tokens=30, stop=[text[10:16]])["choices"][0]
+    assert stopped == {
+        "index": 0,
+        "text": text[: text.index(text[10:16])],
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    biased = served.complete("Call me", max_tokens=5, logit_bias={"300": 100})["choices"][0]["text"]
+    assert biased == runtime.tokenizer.decode([300] * 5)
+    punished = served.complete(
+        "Call me", max_tokens=5, logit_bias={"300": 50}, frequency_penalty=2, presence_penalty=2
+    )
+    assert punished["choices"][0]["text"] == biased  # 12 points are fewer than 50
+    texts = [served.complete("a a a a a a", max_tokens=30)["choices"][0]["text"]]
+    for penalty in ({"repetition_penalty": 9}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+        texts.append(served.complete("a a a a a a", max_tokens=30, **penalty)["choices"][0]["text"])
+    assert texts[0] not in texts[1:]
+    hot = {"temperature": 2, "seed": 5, "n": 2}
+    drawn = [choice["text"] for choice in served.complete("Call me", **hot)["choices"]]
+    assert (
+        drawn == [choice["text"] for choice in served.complete("Call me", **hot)["choices"]]
+        and drawn[0] != drawn[1]
+    )
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert (
+            served.complete("Call me", max_tokens=30, temperature=2, **narrow)["choices"][0]["text"]
+            == text
+        ), narrow
+    ids = runtime.tokenizer.encode("Call me")
+    most = served.complete(ids, max_tokens=10**20)  # an upper bound; the context ends before
+    assert (most["choices"][0]["finish_reason"], most["usage"]["total_tokens"]) == ("length", 512)
+    assert [
+        one["text"] for one in served.complete(["Call me", "Call me"], max_tokens=30)["choices"]
+    ] == [text, text]
+    assert (
+        served.complete(ids, max_tokens=30)["choices"][0]["text"]
+        == served.complete([ids], max_tokens=30)["choices"][0]["text"]
+        == text
+    )
+
+
+def test_log_probabilities(served, runtime):
+    found = served.complete("Call me", max_tokens=4, logprobs=2)["choices"][0]
+    expected = [token.logprob for token in runtime_tokens(served, runtime)]
+    assert found["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-5)
+    assert "".join(found["logprobs"]["tokens"]) == found["text"]
+    assert [max(one.values()) for one in found["logprobs"]["top_logprobs"]] == found["logprobs"][
+        "token_logprobs"
+    ]
+    status, chat, _ = served.chat(logprobs=True, top_logprobs=3)
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert (
+        status == 200
+        and len(content) == 8
+        and all(len(one["top_logprobs"]) == 3 for one in content)
+    )
+
+
+def runtime_tokens(served, runtime):
+    served.idle()
+    return list(runtime.generate("Call me", 4))
+
+
+def test_gap_is_filled_with_a_coder_models_tokens(runtime, tmp_path):
+    source = json.loads((SAMPLE / "tokenizer.json").read_text())
+    for number, token in enumerate(FIM_TOKENS):
+        about = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        source["added_tokens"].append({"id": 4096 + number, "content": token, **about})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    plain, coder = runtime.tokenizer, Tokenizer(tmp_path, 0)
+    before, after = plain.encode("def f(", add_bos=False), plain.encode("return x", add_bos=False)
+    assert coder.encode_gap("def f(", "return x") == [0, 4096, *before, 4097, *after, 4098]
+
+
+def test_answers_follow_a_json_schema_and_a_bad_one_leaves_no_trace(served):
+    schema = {
+        "type": "object",
+        "properties": {
+            "king": {"enum": ["Lear", "Henry"]},
+            "years": {"type": "integer", "minimum": 1, "maximum": 99},
+        },
+        "required": ["king", "years"],
+        "additionalProperties": False,
+    }
+
+    def ask(schema, **options):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return served.chat(
+            response_format=form, **{"max_tokens": 60, "temperature": 1, "seed": 3, **options}
+        )
+
+    for bad in (
+        {"type": "nonsense"},
+        {"type": "string", "pattern": "("},
+        {"$ref": "#/nowhere"},
+        {"enum": ["x" * 70_000]},
+    ):
+        statuses = [ask(schema)[0], ask(bad)[0], ask(schema)[0]]
+        assert statuses == [200, 413 if "enum" in bad else 400, 200], bad
+    for choice in ask(schema, n=4)[1]["choices"]:
+        found = json.loads(choice["message"]["content"])
+        assert (
+            choice["finish_reason"] == "stop"
+            and found["king"] in ("Lear", "Henry")
+            and 1 <= found["years"] <= 99
+        )
+    status, answer, _ = served.chat(response_format={"type": "json_object"}, max_tokens=5)
+    assert status == 200 and answer["choices"][0]["message"]["content"].startswith("{")
+    status, answer, _ = served.chat(response_format={"type": "text"}, max_tokens=5)
+    assert status == 200 and not answer["choices"][0]["message"]["content"].startswith("{")
+
+
+REFUSED = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "0"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"seed": 1.5}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"logit_bias": {"4096": 1}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"presence_penalty": "1"}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": "yes"}, "stream"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    ({"max_completion_tokens": 2}, "max_tokens"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///"}}],
+                }
+            ]
+        },
+        "messages",
+    ),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "word " * 600}]}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_not_honoured_is_refused(served, fields, param):
+    status, answer, _ = served.chat(**fields)
+    assert (status, answer["error"]["type"], answer["error"]["param"]) == (
+        400,
+        "invalid_request_error",
+        param,
+    )
+    assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 50_000, 400),
+        (b'{"model": "sample", "prompt": "x", "temperature": NaN}', 400),
+        (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', 400),
+        (b'{"model": "sample", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
+        (b'{"model": "sample", "prompt": [4096]}', 400),
+        (b'{"model": "sample", "prompt": []}', 400),
+        (b'{"model": "sample", "prompt": "x", "max_tokens": 0}', 400),
+        (b'{"model": "sample", "prompt": "x", "suffix": "y"}', 400),
+        (b'{"model": "other", "prompt": "x"}', 404),
+        (b" " * (1 << 17), 413),
+    ],
+    ids=range(14),
+)
+def test_bodies_that_are_no_request(served, body, status):
+    found, answer, _ = served.ask("POST", "/v1/completions", body)
+    assert found == status and answer["error"]["message"]
+    assert served.complete("Call me", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+def test_routes_and_kinds_of_content(served):
+    assert served.ask("GET", "/nowhere")[0] == 404
+    status, _, headers = served.ask("GET", "/v1/completions")
+    assert (status, headers["allow"]) == (405, "POST")
+    assert served.ask("POST", "/health")[0] == 405
+    assert served.ask("GET", "/v1/models/other")[0] == 404
+    assert served.ask("GET", "/v1/models/sample")[1]["id"] == "sample"
+    assert served.ask("POST", "/v1/completions", {}, Content_Type="text/plain")[0] == 415
+    assert "/v1/chat/completions" in served.ask("GET", "/openapi.json")[1]["paths"]
+
+
+def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
+    with Served(runtime, keys=("first", "second")) as served:
+        paths = [
+            "/",
+            "/stats",
+            "/metrics",
+            "/v1/models",
+            "/openapi.json",
+            "/health/",
+            "//health",
+            "/%68ealth",
+            "/health?x",
+            "/nowhere",
+        ]
+        assert {path: served.ask("GET", path)[0] for path in paths} == {
+            **dict.fromkeys(paths, 401),
+            "/health?x": 200,
+        }
+        assert "Basic" in served.ask("GET", "/")[2]["www-authenticate"]  # a browser asks its user
+        for right in (
+            {"Authorization": "Bearer second"},
+            {"x_api_key": "first"},
+            {"Authorization": "Basic eDpmaXJzdA=="},
+        ):
+            assert served.ask("GET", "/v1/models", **right)[0] == 200
+        for wrong in (
+            {"Authorization": "Bearer firs"},
+            {"x_api_key": "x"},
+            {"Authorization": "Basic ?"},
+            {"Authorization": "Bearer "},
+        ):
+            assert served.ask("GET", "/v1/models", **wrong)[0] == 401
+
+        def cached(key):
+            body = {**GREEDY, "prompt": "The canary sings in the mine of the king"}
+            return served.ask("POST", "/v1/completions", body, x_api_key=key)[1]["usage"][
+                "prompt_tokens_details"
+            ]["cached_tokens"]
+
+        assert [cached("first") > 5, cached("second"), cached("first") > 5] == [False, 0, True]
+
+
+def test_rebound_names_and_pages_of_other_origins_are_refused(served):
+    for host in ("localhost:80", "127.0.0.1", "[::1]:9", "box.local:1", "10.0.0.9"):
+        assert served.ask("GET", "/stats", Host=host)[0] == 200, host
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
+        assert served.ask("GET", "/health", Host=host)[0] == 403, host
+    assert served.ask("GET", "/stats", Origin="http://evil.example")[0] == 403
+    assert served.ask("GET", "/stats", Origin="null")[0] == 403
+    assert served.ask("GET", "/stats", Host="localhost:1", Origin="http://localhost:1")[0] == 200
+
+
+def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime):
+    with Served(runtime, waiting=0) as served, ThreadPoolExecutor(8) as pool:
+        whole = [pool.submit(served.complete, "Call me", max_tokens=400) for _ in range(8)]
+        while served.batch.running + served.batch.queued < 8:
+            time.sleep(0.005)
+        status, answer, headers = served.chat()
+        assert (status, answer["error"]["type"]) == (429, "rate_limit_error") and int(
+            headers["retry-after"]
+        ) >= 1
+        assert served.ask("GET", "/metrics")[1].count("slotmoe_refused_total 1.0") == 1
+        assert [one.result()["usage"]["completion_tokens"] for one in whole] == [400] * 8
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_frees_its_place(served, stream):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+    body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500, "stream": stream})
+    made = served.batch.totals.answer_tokens
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    while served.batch.totals.answer_tokens < made + 5:
+        time.sleep(0.002)
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    served.idle()
+    assert served.batch.totals.answer_tokens < made + 400
+    assert served.batch.totals.finished["cancelled"] >= 1
+
+
+def test_figures(served):
+    served.complete("Call me", max_tokens=3)
+    text = served.ask("GET", "/metrics")[1]
+    assert all(
+        re.fullmatch(r'#.*|[a-z_]+(\{[a-z]+="[^"]*"\})? [-+0-9.einfNa]+', line)
+        for line in text.splitlines()
+    )
+    names = "tokens_total first_token_seconds_bucket queued expert_hit_rate read_bytes_total memory_bytes memory_budget_bytes"
+    assert all(f"slotmoe_{name}" in text for name in names.split())
+    stats = served.ask("GET", "/stats")[1]
+    ram = stats["memory"]["ram"]
+    assert 1 << 20 < ram["used"] < ram["budget"] and stats["answer_tokens"] >= 3
+
+
+def test_openai_client(served):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0
+    ) as client:
+        assert [model.id for model in client.models.list()] == ["sample"]
+        options = {**GREEDY, "messages": USER, "max_tokens": 8}
+        answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+        parts = [
+            *client.chat.completions.create(
+                **options, stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        text = answer.choices[0].message.content
+        assert (
+            text
+            and "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+            == text
+        )
+        assert (
+            parts[-1].usage.completion_tokens
+            == answer.usage.completion_tokens
+            == len(answer.choices[0].logprobs.content)
+            == 8
+        )
+        assert (
+            client.completions.create(**GREEDY, prompt="Call me", max_tokens=3)
+            .choices[0]
+            .finish_reason
+            == "length"
+        )
+        with pytest.raises(openai.BadRequestError, match="supported"):
+            client.chat.completions.create(**options, verbosity="low")
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**{**options, "model": "other"})
+
+
+def test_anthropic_client(served):
+    anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+    with anthropic.Anthropic(
+        base_url=f"http://127.0.0.1:{served.port}", api_key="none", max_retries=0
+    ) as client:
+        options = {
+            "model": "sample",
+            "messages": USER,
+            "max_tokens": 8,
+            "system": "Be brief.",
+            "extra_body": {"temperature": 0},
+        }
+        answer = client.messages.create(**options)
+        assert answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 8
+        with client.messages.stream(**options) as stream:
+            assert "".join(stream.text_stream) == answer.content[0].text
+            assert stream.get_final_message().usage.output_tokens == 8
+        cut = client.messages.create(**options, stop_sequences=[answer.content[0].text[3:6]])
+        assert (cut.stop_reason, cut.content[0].text) == (
+            "stop_sequence",
+            answer.content[0].text[:3],
+        )
+        with pytest.raises(anthropic.BadRequestError, match="supported"):
+            client.messages.create(**options, thinking={"type": "enabled", "budget_tokens": 1024})
+
+
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
+)
+def test_page(served, alone):
+    """Typed with keys alone: an answer, another one, one that is stopped, an error, dark colours; nothing else is loaded."""
+    origin = f"http://127.0.0.1:{served.port}"
+    with Browser() as page:
+        page.open(origin)
+
+        def said(kind):
+            return page.evaluate(
+                f"[...document.querySelectorAll('.{kind} .said')].map(one => one.textContent)"
+            )
+
+        for field, value in (("temperature", 0), ("max_tokens", 12)):
+            page.evaluate(f"at('{field}').value = {value}")
+        page.type("Tell me of the king.")
+        page.press("Enter", "\r")
+        page.wait("messages.length === 2")
+        expected = served.chat(max_tokens=12)[1]["choices"][0]["message"]["content"]
+        assert (said("user"), said("assistant")) == (["Tell me of the king."], [expected])
+        page.evaluate("at('temperature').value = 2")
+        page.press("r", modifiers=1)
+        page.wait("messages.length === 2 && !stopper")
+        assert len(said("assistant")) == 1 and said("assistant") != [expected]
+        page.evaluate("at('max_tokens').value = 400")
+        page.type("x")
+        page.press("Enter", "\r")
+        page.wait(
+            "stopper && document.querySelectorAll('.assistant .said')[1].textContent.length > 3"
+        )
+        page.press("Escape")
+        page.wait("!stopper")
+        served.idle()
+        assert page.evaluate("messages.length") == 4 and len(said("assistant")[1]) > 3
+        page.wait(
+            "/tokens.s|idle/.test(at('speed').textContent) && / of 2.0 GiB ram/.test(at('memory').textContent)"
+        )
+        assert page.evaluate("at('hits').textContent").endswith("%")
+        page.evaluate("at('top_p').value = 7")
+        page.type("x")
+        page.press("Enter", "\r")
+        page.wait("!!document.querySelector('.failed')")
+        assert "top_p" in said("failed")[0]
+        page.evaluate("at('theme').click(); at('theme').click()")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
+        page.press("n", modifiers=1)
+        page.wait("messages.length === 0 && !document.querySelector('.said')")
+        assert {
+            address.startswith(origin) or address.startswith("data:") for address in page.requests
+        } == {True}
+        assert [one for one in page.complaints if "400" not in one] == []
+
+
+def test_failed_model_ends_the_server(runtime, monkeypatch):
+    with Served(runtime) as served:
+        served.complete("Call me", max_tokens=1)
+        server = served.server
+        monkeypatch.setattr(
+            type(server), "should_exit", property(lambda _: False, lambda *_: None), raising=False
+        )  # to see /health
+        monkeypatch.setattr(runtime, "append", lambda *_: 1 / 0)
+        assert served.chat()[0] == 500
+        served.batch._thread.join(5)
+        assert served.ask("GET", "/health")[0] == 503
+        assert served.chat()[0] == 503
+        monkeypatch.undo()
+        served.server.should_exit = False
+    assert not served.thread.is_alive()
+
+
+def test_ctrl_c_ends_running_answers_with_a_reason(sample_export):
+    child, port = start(sample_export)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500, "stream": True})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    response.readline()
+    child.send_signal(signal.SIGINT)
+    rest = response.read().decode()
+    connection.close()
+    assert child.wait(10) == 130
+    assert '"finish_reason":"length"' in rest and rest.endswith("data: [DONE]\n\n")
+    assert rest.count("data: ") < 450  # it was cut off, and has not come to its own end
+    assert child.stderr.read().strip() == "slotmoe: interrupted"
+    child.stderr.close()
+
+
+def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(cli, ["serve", "sample", *arguments])
+
+    assert "give --api-key" in str(run("--host", "0.0.0.0").exception)
+    (tmp_path / "keys").write_text("\n")
+    assert "holds no API key" in str(run("--api-key-file", str(tmp_path / "keys")).exception)
+    assert "an API key" in str(run("--api-key", "with space").exception)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "can't listen" in str(run("--port", str(taken.getsockname()[1])).exception)
+
+
+def test_bench_compares_in_turn(runtime):
+    with serving(runtime, 8) as port, ThreadPoolExecutor(2) as clients:
+        found = serving_cost(runtime, clients, port, 8, 1)
+        for other in ("bench", "generate"):
+            assert found[f"cost_beside_{other}"] == pytest.approx(found[other] / found["serve"] - 1)
+        assert 8 <= together(runtime, clients, port, 2, 20, [1])["counted"] <= 40
+        first = first_token(runtime, clients, port, 400, 1, [1])
+        assert first["cached"] < 0.5 * first["cold"]

@@ -1,0 +1,268 @@
+"""A conversation with a model: its messages, what of them fits into the context, and the file that keeps it.
+
+When the context is full, the oldest exchanges are no longer sent, until half of it is free again: whenever the beginning
+changes, all that follows has to be read anew, so this must be rare.  The system message always stays, and everything stays in
+what is saved.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import read_json
+from slotmoe.offload.plan.memory import format_size
+
+if TYPE_CHECKING:
+    from slotmoe.model.generate import Sampling
+    from slotmoe.offload.runtime import Runtime
+
+_MAX_FILE_BYTES = 64 << 20
+
+
+class Exchange(NamedTuple):
+    """A message and the model's answer to it."""
+
+    user: str
+    assistant: str
+
+
+class Conversation:
+    """Messages so far, and how to answer the next one.
+
+    The first answer is sampled with the seed of ``sampling``, the next one with the seed after it, so that another attempt
+    differs.  ``notify`` is told what happens unasked.  Raises ``ConfigError`` if the model has no chat template, or one that
+    fails with this ``system`` message.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        notify: Callable[[str], None],
+        max_new_tokens: int,
+        sampling: Sampling,
+        system: str | None = None,
+    ):
+        self.runtime, self.system = runtime, system
+        self.exchanges: list[Exchange] = []
+        self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
+        self.file: Path | None = None  # where this conversation was saved or loaded last
+        self._notify, self._max_new_tokens, self._sampling = notify, max_new_tokens, sampling
+        self._answers = 0
+        self._before: dict[str, Any] | None = (
+            None  # the runtime's statistics when the latest answer began
+        )
+        self._prompt_tokens = 0
+        self._ids(system, [], "Hello")
+
+    def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
+        """The answer to ``message`` piece by piece, without whitespace at its ends; ``again`` replaces the last exchange.
+
+        An answer that is stopped, by closing this or by an exception, is kept as far as it came; if that is nowhere, nothing
+        has changed.  Raises ``PlanError`` if the message does not fit into the context.
+        """
+        self._before, self._prompt_tokens = self.runtime.stats(), 0
+        earlier = self.exchanges[:-1] if again else self.exchanges
+        prompt = self._fit(earlier, message)
+        self._prompt_tokens, limit = (
+            len(prompt),
+            min(self._max_new_tokens, self.runtime.context - len(prompt)),
+        )
+        pieces: list[str] = []
+        made, complete, sampling = 0, False, self._sampling
+
+        def texts() -> Iterator[str]:
+            nonlocal made
+            for token in self.runtime.generate(
+                prompt,
+                limit,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.top_k,
+                self._next_seed(),
+            ):
+                made += 1
+                yield token.text
+
+        try:
+            for piece in _trimmed(texts()):
+                pieces.append(piece)
+                yield piece
+            complete = True
+        finally:
+            if pieces or complete:
+                self.exchanges = [*earlier, Exchange(message, "".join(pieces))]
+        if not pieces:
+            self._notify("the model gave an empty answer")
+        elif made == self._max_new_tokens:
+            self._notify(f"the answer was stopped after {made} tokens (--max-new-tokens)")
+        elif made == limit:
+            self._notify(
+                "the answer was stopped because the context is full; your next message makes room in it"
+            )
+
+    def regenerate(self) -> Generator[str, None, None]:
+        """Another answer to the last message.  Raises ``ConfigError`` if there is none."""
+        if not self.exchanges:
+            raise ConfigError("there is no answer yet that could be made again")
+        return self.answer(self.exchanges[-1].user, again=True)
+
+    def reset(self) -> None:
+        """Forget all messages but the system's."""
+        self.exchanges, self.forgotten, self.file, self._before = [], 0, None, None
+
+    def set_system(self, text: str | None) -> None:
+        """Another system message, or none, from the next answer on.  Raises ``ConfigError`` if the chat template refuses it."""
+        self._ids(text, [], "Hello")
+        self.system = text
+
+    def save(self, path: Path) -> None:
+        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that is impossible, or if ``path`` exists
+        and holds something else than an earlier state of this conversation."""
+        from slotmoe.quant.export.writer import write_json
+
+        path = path.expanduser().resolve()
+        if path.exists() and path != self.file:
+            raise ConfigError(f"{path}: exists already; choose another name, or remove it first")
+        try:
+            write_json(path, {"messages": _messages(self.system, self.exchanges)})
+        except OSError as problem:
+            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
+        self.file = path
+
+    def load(self, path: Path) -> None:
+        """Go on from what ``save`` wrote.  Raises ``ConfigError`` naming the file and the key; nothing has changed then."""
+        path = path.expanduser().resolve()
+        system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES))
+        self._ids(system, exchanges, "Hello")
+        self.reset()
+        self.system, self.exchanges, self.file = system, exchanges, path
+
+    def status(self) -> str:
+        """One line: progress of reading or speed and hit rate of the latest answer, memory against budget, context used."""
+        now, before, position = self.runtime.stats(), self._before, self.runtime.position
+        parts = []
+        if before is not None:
+            if position < self._prompt_tokens:
+                parts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
+            tokens, seconds = (
+                now["tokens"][name] - before["tokens"][name]
+                for name in ("decode_tokens", "decode_seconds")
+            )
+            hits, misses = (
+                now["cache"][name] - before["cache"][name] for name in ("hits", "misses")
+            )
+            if tokens:
+                parts.append(f"{tokens / seconds:.1f} tokens/s")
+            if hits or misses:
+                parts.append(f"{hits / (hits + misses):.0%} hits")
+        memory = now["memory"]
+        used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
+        parts.append(f"{memory['tier']} {format_size(used)} of {format_size(memory['budget'])}")
+        parts.append(
+            f"context {position if before is not None else 0:,} of {self.runtime.context:,}"
+        )
+        return " · ".join(parts)
+
+    def _fit(self, exchanges: list[Exchange], message: str) -> list[int]:
+        """Token ids of ``message`` after the system's and as many of the newest ``exchanges`` as leave room for an answer."""
+        context = self.runtime.context
+        room = min(self._max_new_tokens, context // 4)
+        sent = exchanges[self.forgotten :]
+
+        def without(oldest: int) -> list[int]:
+            return self._ids(self.system, sent[oldest:], message)
+
+        ids, dropped = without(0), 0
+        if len(ids) + room > context and sent:
+            for limit in (
+                context // 2,
+                context - room,
+            ):  # where half has no place for the newest exchange, as few as necessary
+                dropped = 1 + bisect_left(
+                    range(1, len(sent)), -limit, key=lambda oldest: -len(without(oldest))
+                )
+                if dropped < len(sent):
+                    break
+            ids = without(dropped)
+        if len(ids) + room > context:
+            raise PlanError(
+                f"the message has {len(ids)} tokens together with the system message, and {context - room} fit: the context holds "
+                f"{context}, of which {room} are for the answer; shorten the message, or start with a larger --context"
+            )
+        if dropped:
+            self.forgotten += dropped
+            exchange = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
+            self._notify(
+                f"the context is full: the oldest {exchange} no longer seen by the model, but will be saved with /save"
+            )
+        return ids
+
+    def _ids(self, system: str | None, exchanges: list[Exchange], message: str) -> list[int]:
+        tokenizer = self.runtime.tokenizer
+        return tokenizer.encode(
+            tokenizer.chat([*_messages(system, exchanges), {"role": "user", "content": message}])
+        )
+
+    def _next_seed(self) -> int | None:
+        self._answers += 1
+        return (
+            None
+            if self._sampling.seed is None
+            else (self._sampling.seed + self._answers - 1) % (1 << 63)
+        )
+
+
+def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, str]]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for user, assistant in exchanges:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return messages
+
+
+def _parse(path: Path, found: dict[str, Any]) -> tuple[str | None, list[Exchange]]:
+    """System message and exchanges of a saved conversation.  Raises ``ConfigError``."""
+    if set(found) != {"messages"} or not isinstance(found["messages"], list):
+        raise ConfigError(
+            f"{path}: has the keys {sorted(found)!r:.80}, expected a list under 'messages' and nothing else"
+        )
+    system = None
+    texts: list[str] = []
+    for number, message in enumerate(found["messages"]):
+        where = f"{path}: messages[{number}]"
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ConfigError(
+                f"{where}: is {message!r:.80}, expected an object with the keys role and content"
+            )
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) or any(
+            "\ud800" <= letter <= "\udfff" for letter in content
+        ):
+            raise ConfigError(f"{where}.content: is {content!r:.80}, expected Unicode text")
+        wanted = ("user", "assistant")[len(texts) % 2]
+        if number == 0 and role == "system":
+            system = content
+        elif role == wanted:
+            texts.append(content)
+        else:
+            raise ConfigError(f"{where}.role: is {role!r:.40}, expected {wanted!r} here")
+    if len(texts) % 2:
+        raise ConfigError(
+            f"{path}: messages[{len(found['messages']) - 1}]: is a message without an answer; add one, or remove it"
+        )
+    return system, [Exchange(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text without whitespace at its ends, each part as soon as it is known to belong to it."""
+    waiting, begun = "", False
+    for piece in pieces:
+        text = waiting + piece if begun else piece.lstrip()
+        known = text.rstrip()
+        waiting = text[len(known) :]
+        if known:
+            begun = True
+            yield known

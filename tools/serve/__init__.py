@@ -1,0 +1,236 @@
+"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, for several clients at once, and a page to talk to it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import resource
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.plan.memory import parse_size
+from slotmoe.tools.options import open_runtime, runtime_options
+
+_GRACE_SECONDS = 3  # for answers to be delivered once the server was told to end
+_SPARE_CONNECTIONS = (
+    256  # besides those of answers: idle ones, and requests that need no answer of the model
+)
+_FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
+
+
+@click.command(name="serve")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; others than loopback need an API key.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port; 0 takes a free one.",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    metavar="KEY",
+    help="Ask for this key; may be repeated. Seen by others in ps.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Keys, one a line. [or: $SLOTMOE_API_KEY]",
+)
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which clients may call; may be repeated.",
+)
+@click.option(
+    "--max-sequences",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Answers that decode together.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0, 10_000),
+    default=32,
+    show_default=True,
+    help="Answers that may wait; then 429.",
+)
+@click.option(
+    "--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest request body."
+)
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="The model's name for clients. [default: the folder's, or the hub id]",
+)
+@runtime_options
+def command(
+    model: str,
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    api_key_file: str | None,
+    hosts: tuple[str, ...],
+    max_sequences: int,
+    max_queue: int,
+    max_body: str,
+    name: str | None,
+    **options: Any,
+) -> int:
+    """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI), /v1/messages (Anthropic), /health,
+    /metrics (Prometheus), and at / a page to chat with it.
+
+    Answers decode together, so an expert that was brought for one serves all. Each has a latent cache of --context
+    positions; all --max-sequences of them count against --ram.
+
+    \b
+    Examples:
+      slotmoe serve sample
+      curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+           -d '{"model": "sample", "prompt": "Call me", "temperature": 0}'
+      slotmoe serve lite-export --ram 8GiB --context 8192 --max-sequences 8
+      SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
+    """
+    keys, most = _keys(api_keys, api_key_file), parse_size(max_body)
+    _allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
+    if not keys and not _is_loopback(host):
+        raise ConfigError(
+            f"--host {host}: others could use this server; give --api-key, --api-key-file or $SLOTMOE_API_KEY"
+        )
+    rows = max(
+        max_sequences, 16
+    )  # of logits: one of each answer, or those that score a prompt's tokens
+    with (
+        _listening(host, port) as listener,
+        open_runtime(model, options, logits_rows=rows, sequences=max_sequences) as runtime,
+    ):
+        name = name or _name(model)
+        server, batch = make_server(
+            runtime, name, (keys, (host, *hosts), most), max_sequences, max_queue
+        )
+        address, port = listener.getsockname()[:2]
+        address = f"[{address}]" if ":" in address else address
+        click.echo(
+            f"slotmoe: {name} is ready at http://{address}:{port}, a page to chat; the API is under /v1; Ctrl-C ends it",
+            err=True,
+        )
+        try:
+            server.run(sockets=[listener])
+        finally:
+            batch.close()
+    if batch.problem is not None:
+        click.echo(
+            f"slotmoe: the model failed, so the server ended: {batch.problem!r:.400}", err=True
+        )
+        return 1
+    return 0
+
+
+def make_server(
+    runtime: Any,
+    name: str,
+    guarded: tuple[tuple[str, ...], tuple[str, ...], int],
+    sequences: int,
+    waiting: int,
+) -> tuple[Any, Any]:
+    """The server, to ``run`` on a socket, and its batch.  ``guarded`` are keys, host names and the largest body in bytes."""
+    import uvicorn
+
+    from slotmoe.offload.scheduler import Batch
+    from slotmoe.tools.serve.answers import Service
+    from slotmoe.tools.serve.app import make_app
+    from slotmoe.tools.serve.guard import Connection, Guard
+
+    class Server(uvicorn.Server):
+        """Lets running answers end with a reason when the server is told to."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            batch.stop()
+            super().handle_exit(sig, frame)
+
+    def ended() -> None:
+        if batch.problem is not None:
+            settings.timeout_graceful_shutdown = _FAILED_SECONDS
+        server.should_exit = True
+
+    batch = Batch(runtime, sequences, waiting, ended)
+    settings = uvicorn.Config(
+        Guard(make_app(Service(runtime, batch, name), bool(guarded[0])), *guarded),
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=sequences + waiting + _SPARE_CONNECTIONS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        proxy_headers=False,
+    )
+    server = Server(settings)
+    return server, batch
+
+
+def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
+    """All API keys: of the options, the file and the environment.  Raises ``ConfigError``."""
+    keys = [*given]
+    if file is not None:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        keys += [line.strip() for line in lines if line.strip()]
+        if not any(line.strip() for line in lines):
+            raise ConfigError(f"{file}: holds no API key, expected one a line")
+    if os.environ.get("SLOTMOE_API_KEY"):
+        keys.append(os.environ["SLOTMOE_API_KEY"])
+    for key in keys:
+        if not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError(
+                "an API key is empty or holds characters that no HTTP header can; use letters, digits and signs"
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def _allow_descriptors(count: int) -> None:
+    """Let the process open ``count`` files and connections, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as problem:
+        raise ConfigError(
+            f"{host}:{port}: can't listen there ({problem.strerror}); give another --host or --port"
+        ) from None
+
+
+def _name(model: str) -> str:
+    return Path(model).resolve().name if Path(model).exists() else model
