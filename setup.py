@@ -1,10 +1,12 @@
 """Where the packages lie, and the native kernels; everything else is in pyproject.toml.
 
-The top-level folders install inside one package, `slotmoe`: `model/` as `slotmoe.model`, and so on. `package_dir` says so
-to setuptools; the links in `slotmoe/` say the same to mypy and to editors (docs/decisions/import-package.md has the reason).
+The top-level folders install inside one package, `slotmoe`: `model/` as `slotmoe.model`, and so on.
+`package_dir` says so to setuptools; the links in `slotmoe/` say the same to mypy and to editors
+(docs/decisions/import-package.md has the reason).
 
-`optional=True`: where the kernels do not compile, the package installs without them and runs on torch. One binary serves
-every CPU of its architecture: each isa_*.cpp asks for its own instruction set, chosen at run time.
+`optional=True`: where the kernels do not compile, the package installs without them and runs on
+torch. One binary serves every CPU of its architecture: each isa_*.cpp asks for its own instruction
+set, chosen at run time.
 """
 
 import os

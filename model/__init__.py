@@ -1,1 +1,2 @@
-"""The DeepSeek-V2 network: configuration, checkpoint reader, forward pass, latent KV cache, tokenizer, generation."""
+"""The DeepSeek-V2 network: configuration, checkpoint reader, forward pass, latent KV cache,
+tokenizer, generation."""

@@ -1,6 +1,8 @@
-"""One answer on its way: logits in, text out, with stop strings, penalties and log-probabilities.  Shapes: V vocabulary rows.
+"""One answer on its way: logits in, text out, with stop strings, penalties and log-probabilities.
+Shapes: V vocabulary rows.
 
-``slotmoe.model.generate`` is the loop for one sequence; here the loop belongs to the caller, who may serve several answers in turn.
+``slotmoe.model.generate`` is the loop for one sequence; here the loop belongs to the caller, who
+may serve several answers in turn.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ class Grammar(Protocol):
     """What an answer has to look like, token by token."""
 
     def allowed(self) -> Tensor:
-        """Which ids may come next, bool [V]; the end-of-sentence tokens where the answer may end.  Raises ``ConfigError``
-        where that is too much work to tell."""
+        """Which ids may come next, bool [V]; the end-of-sentence tokens where the answer may end.
+        Raises ``ConfigError`` where that is too much work to tell."""
 
     def consume(self, chosen: int) -> bool:
         """``chosen`` came next; whether the answer is complete and nothing may follow."""
@@ -33,9 +35,9 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class Made:
-    """One token: the text that became printable with it, its natural log-probability under the model's own distribution
-    (before temperature, penalties and bias; None for a prompt's first token), and those of the likeliest ids; 0 and none
-    unless asked for."""
+    """One token: the text that became printable with it, its natural log-probability under the
+    model's own distribution (before temperature, penalties and bias; None for a prompt's first
+    token), and those of the likeliest ids; 0 and none unless asked for."""
 
     id: int
     text: str
@@ -45,8 +47,9 @@ class Made:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to an answer.  ``finish`` is None while it goes on, ``stop`` after an end-of-sentence token or a
-    stop string (then ``stopped_by``), ``length`` at the limit; whoever runs the answer may end it with other words."""
+    """What one step added to an answer.  ``finish`` is None while it goes on, ``stop`` after an
+    end-of-sentence token or a stop string (then ``stopped_by``), ``length`` at the limit; whoever
+    runs the answer may end it with other words."""
 
     text: str
     tokens: tuple[Made, ...]
@@ -56,9 +59,9 @@ class Piece:
 
 
 class Answer:
-    """The answer to ``prompt``.  ``take`` chooses the next token; ``logprobs`` is how many likeliest ids to tell with each
-    token, None for no log-probabilities at all; ``grammar`` is what it has to look like, if anything; ``shown`` are special
-    tokens that appear in its text."""
+    """The answer to ``prompt``.  ``take`` chooses the next token; ``logprobs`` is how many
+    likeliest ids to tell with each token, None for no log-probabilities at all; ``grammar`` is what
+    it has to look like, if anything; ``shown`` are special tokens that appear in its text."""
 
     def __init__(
         self,
@@ -95,8 +98,8 @@ class Answer:
         self.read: list[Made] = []  # the prompt's tokens, as far as they were scored
 
     def score(self, one: int, logits_V: Tensor | None) -> None:
-        """Note the prompt's next token in ``read``, foretold by float32 CPU logits of at least the tokenizer's size; the first
-        one by none."""
+        """Note the prompt's next token in ``read``, foretold by float32 CPU logits of at least the
+        tokenizer's size; the first one by none."""
         text = self._reading.push(one)
         self.read.append(
             Made(one, text, None)
@@ -105,8 +108,8 @@ class Answer:
         )
 
     def take(self, logits_V: Tensor) -> Piece:
-        """Choose a token from float32 CPU logits of at least the tokenizer's size.  Raises ``CheckpointError`` if they, or
-        those before them that judged the prompt, are not finite."""
+        """Choose a token from float32 CPU logits of at least the tokenizer's size.  Raises
+        ``CheckpointError`` if they, or those before them that judged the prompt, are not finite."""
         if not self.ids and not all(math.isfinite(one.logprob or 0.0) for one in self.read):
             raise CheckpointError(_BROKEN)
         if self._left == 0:
@@ -151,7 +154,8 @@ class Answer:
         )
 
     def _release(self) -> Piece:
-        """The held tokens that no stop string can reach any more; or everything before one, if it is there."""
+        """The held tokens that no stop string can reach any more; or everything before one, if it
+        is there."""
         text = "".join(one.text for one in self._held)
         found = [(text.find(one), one) for one in self._stop if one in text]
         if found:

@@ -1,8 +1,9 @@
 """Reads a Hugging Face DeepSeek-V2 checkpoint, one tensor (or a range of its rows) at a time.
 
-Files come from strangers: names stay inside the folder, headers are validated by the safetensors library before
-anything is allocated, every tensor's shape and dtype is compared with what the config promises, and pickles are
-refused.  Data is read with ``pread`` into fresh buffers; a memory map would count the whole shard as resident.
+Files come from strangers: names stay inside the folder, headers are validated by the safetensors
+library before anything is allocated, every tensor's shape and dtype is compared with what the
+config promises, and pickles are refused.  Data is read with ``pread`` into fresh buffers; a memory
+map would count the whole shard as resident.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``file`` (name inside the folder), ``offset`` from the file's start, in bytes."""
+    """Where one tensor lies: ``file`` (name inside the folder), ``offset`` from the file's start,
+    in bytes."""
 
     file: str
     dtype: torch.dtype
@@ -53,7 +55,8 @@ class TensorInfo:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of the regular file ``name`` in ``folder``; links may lead only to the hub cache's own blobs."""
+    """Path of the regular file ``name`` in ``folder``; links may lead only to the hub cache's own
+    blobs."""
     path = folder / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -84,7 +87,8 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                 raise CheckpointError(
                     f"{path}: more than {MAX_TENSORS} tensors; not a real checkpoint"
                 )
-        # The library checks bounds, overlaps, holes and the file's size against the header, so offsets follow from the order.
+        # The library checks bounds, overlaps, holes and the file's size against the header, so
+        # offsets follow from the order.
         with safe_open(path, framework="pt") as opened:
             infos, offset = {}, 8 + header_bytes
             for name in opened.offset_keys():
@@ -112,7 +116,8 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
 
 
 class Checkpoint:
-    """An open checkpoint folder.  Reading is thread-safe; close it or use it as a context manager."""
+    """An open checkpoint folder.  Reading is thread-safe; close it or use it as a context
+    manager."""
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
@@ -153,7 +158,8 @@ class Checkpoint:
 
     @contextmanager
     def read_from(self, file: str, path: Path) -> Iterator[None]:
-        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError`` unless its header is the known one."""
+        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError``
+        unless its header is the known one."""
         found = read_header(path)[0]
         known = {name: info for name, info in self.infos.items() if info.file == file}
         if any(
@@ -202,7 +208,8 @@ class Checkpoint:
         return data
 
     def check_finite(self, name: str, data: torch.Tensor) -> None:
-        """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or infinity."""
+        """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or
+        infinity."""
         if not torch.isfinite(data).all():
             raise CheckpointError(
                 f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights; the file is damaged"
@@ -225,7 +232,8 @@ class Checkpoint:
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
-    """File of each tensor by the index in ``folder``, every name checked to be plain; None if there is no index.
+    """File of each tensor by the index in ``folder``, every name checked to be plain; None if there
+    is no index.
 
     Raises ``CheckpointError``.
     """

@@ -1,7 +1,7 @@
 """``config.json`` of a DeepSeek-V2-family model, read once and frozen.
 
-Every key that shapes the network is required, so that a misspelt one is an error instead of a default.  Values that
-this network does not compute are refused by name.
+Every key that shapes the network is required, so that a misspelt one is an error instead of a
+default.  Values that this network does not compute are refused by name.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Rope:
 
     @property
     def softmax_factor(self) -> float:
-        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``, 1.5896 for DeepSeek-V2."""
+        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``, 1.5896 for
+        DeepSeek-V2."""
         return self._mscale(self.mscale_all_dim) ** 2
 
 
@@ -91,7 +92,8 @@ class Config:
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
-        """True if ``layer`` routes to experts; the others have one dense MLP of width ``intermediate_size``."""
+        """True if ``layer`` routes to experts; the others have one dense MLP of width
+        ``intermediate_size``."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -159,7 +161,8 @@ class _Reader:
 
 
 def _read_rope(values: dict[str, Any], where: str) -> Rope:
-    """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters`` (transformers 5)."""
+    """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
+    (transformers 5)."""
     given = [
         (key, values[key])
         for key in ("rope_parameters", "rope_scaling")
@@ -234,7 +237,8 @@ def _refuse_unsupported(reader: _Reader) -> None:
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
-    """A frozen ``Config`` from the parsed JSON; raises ``ConfigError`` naming the key for anything unsupported."""
+    """A frozen ``Config`` from the parsed JSON; raises ``ConfigError`` naming the key for anything
+    unsupported."""
     reader = _Reader(values, where)
     _refuse_unsupported(reader)
     grouped = values.get("topk_method", "greedy") == "group_limited_greedy"

@@ -15,8 +15,9 @@ from slotmoe.model.tokenizer import TextStream, Tokenizer
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, the text that became printable with it, and its natural log-probability under the
-    model's own distribution over the tokenizer's vocabulary (temperature 1)."""
+    """One generated token: its id, the text that became printable with it, and its natural
+    log-probability under the model's own distribution over the tokenizer's vocabulary (temperature
+    1)."""
 
     id: int
     text: str
@@ -25,11 +26,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
+    """How to choose a token.  ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
+    keep every token.
 
-    ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv 1909.05858), 1 is off;
-    ``presence_penalty`` and ``frequency_penalty`` are taken from those of what the answer holds, once or once per time, as
-    OpenAI's API defines them; ``logit_bias`` (id, value) is added.
+    ``repetition_penalty`` divides or multiplies the logits of what prompt and answer hold (arXiv
+    1909.05858), 1 is off; ``presence_penalty`` and ``frequency_penalty`` are taken from those of
+    what the answer holds, once or once per time, as OpenAI's API defines them; ``logit_bias`` (id,
+    value) is added.
     """
 
     temperature: float = 0.0
@@ -71,10 +74,11 @@ class Sampling:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 CPU logits: temperature, then top-k, then top-p (arXiv 1904.09751) on what is left, then min-p.
+    """One id from float32 CPU logits: temperature, then top-k, then top-p (arXiv 1904.09751) on
+    what is left, then min-p.
 
-    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least one stays.  Min-p drops
-    those less likely than ``min_p`` times the likeliest.
+    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least
+    one stays.  Min-p drops those less likely than ``min_p`` times the likeliest.
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -98,7 +102,8 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 def penalize(
     logits_V: Tensor, sampling: Sampling, prompt: Collection[int], counts: Mapping[int, int]
 ) -> Tensor:
-    """``logits_V`` with the penalties and the bias of ``sampling``: ``counts`` is how often the answer so far holds an id.
+    """``logits_V`` with the penalties and the bias of ``sampling``: ``counts`` is how often the
+    answer so far holds an id.
 
     Without any the same tensor comes back; else a copy.
     """
@@ -146,8 +151,9 @@ def generate(
 ) -> Iterator[Token]:
     """Yield tokens until an end-of-sentence token (not yielded) or ``max_new_tokens``.
 
-    ``step(ids)`` appends ids to the sequence and returns the last one's logits, float32 [1, V] on any device.  Rows past
-    the tokenizer's vocabulary are never chosen.  The last token's text carries what an incomplete character leaves.
+    ``step(ids)`` appends ids to the sequence and returns the last one's logits, float32 [1, V] on
+    any device.  Rows past the tokenizer's vocabulary are never chosen.  The last token's text
+    carries what an incomplete character leaves.
     """
     generator, stream, ids = random_source(sampling.seed), TextStream(tokenizer), prompt
     held: list[Token] = []  # tokens of a character that is not complete yet

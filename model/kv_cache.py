@@ -1,8 +1,10 @@
-"""The compressed latent KV cache of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""The compressed latent KV cache of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434,
+section 2.1).
 
-Shapes: S context positions, R ``kv_lora_rank``, P ``qk_rope_head_dim``.  A token costs R + P values a layer and nothing
-else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits, where expanded keys and values would take V2 4.9 MB.  What a row is made
-of is for the operations to say (``slotmoe.model.network.Ops.latent_row``): the native kernels keep 8 bits a value.
+Shapes: S context positions, R ``kv_lora_rank``, P ``qk_rope_head_dim``.  A token costs R + P values
+a layer and nothing else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits, where expanded keys and
+values would take V2 4.9 MB.  What a row is made of is for the operations to say
+(``slotmoe.model.network.Ops.latent_row``): the native kernels keep 8 bits a value.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from slotmoe.model.config import Config
 
 
 class LatentCache:
-    """Latents of one sequence: ``layers[l]`` is [S, X], of which the first ``length`` rows are valid.
+    """Latents of one sequence: ``layers[l]`` is [S, X], of which the first ``length`` rows are
+    valid.
 
-    A row of X elements of ``dtype`` is the normed latent, R values, and the rotated key part that all heads share, P values.
-    ``empty(shape, dtype)`` makes their memory; without it torch does, on ``device``.
+    A row of X elements of ``dtype`` is the normed latent, R values, and the rotated key part that
+    all heads share, P values. ``empty(shape, dtype)`` makes their memory; without it torch does, on
+    ``device``.
     """
 
     def __init__(

@@ -6,12 +6,14 @@ from slotmoe.model.config import Config
 
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
-    """Checkpoint name of one routed expert's projection (``gate_proj``, ``up_proj`` or ``down_proj``)."""
+    """Checkpoint name of one routed expert's projection (``gate_proj``, ``up_proj`` or
+    ``down_proj``)."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Checkpoint names and shapes of everything but the routed experts, in the order of the forward pass."""
+    """Checkpoint names and shapes of everything but the routed experts, in the order of the forward
+    pass."""
     D, H = config.hidden_size, config.num_attention_heads
     query = H * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}

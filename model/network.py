@@ -1,10 +1,12 @@
-"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top to bottom.
+"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, read top
+to bottom.
 
-Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R kv_lora_rank,
-V v_head_dim, W = R + P latent row, X elements of a cached one, C = P / 2, S cached positions, B one block of them, E routed
-experts, K experts a token.
-A pass is over the tokens of one sequence, or over one token of each of several (T of them, each with a cache of its own).
-Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only to ``Ops``.
+Shape legend: T tokens of this call, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim,
+R kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached one, C = P / 2, S cached
+positions, B one block of them, E routed experts, K experts a token. A pass is over the tokens of
+one sequence, or over one token of each of several (T of them, each with a cache of its own).
+Activations are float32; what a weight is made of (fp32, int8, NF4, on which device) is known only
+to ``Ops``.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
 
 Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's experts, in gate order.
+"""``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's
+experts, in gate order.
 
-It may have an attribute ``on_device``.  While that is true, a call with one token asks nothing of the host: it reads the
-indices on the device alone, where every expert is, and its work may be recorded once and repeated without calling it again.
-It may have a method ``here()``, which says where the experts are, as ``Ops.decoder`` takes it, or None while it wants to be called
-for every layer; then ``used(layer, indices_NK)`` tells it what the gates of N MoE layers from ``layer`` on have chosen instead.
+It may have an attribute ``on_device``.  While that is true, a call with one token asks nothing of
+the host: it reads the indices on the device alone, where every expert is, and its work may be
+recorded once and repeated without calling it again. It may have a method ``here()``, which says
+where the experts are, as ``Ops.decoder`` takes it, or None while it wants to be called for every
+layer; then ``used(layer, indices_NK)`` tells it what the gates of N MoE layers from ``layer`` on
+have chosen instead.
 """
 
 OnDevice = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,14 +41,18 @@ _MAX_BLOCK = (
     4096  # cached rows widened to float32 at once, so that no temporary grows with the context
 )
 _MAX_SCORES = 1 << 22
-_LATENT_EPS = 1e-6  # DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says
+# DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says
+_LATENT_EPS = 1e-6
 
 
 class Ops(Protocol):
-    """What the network asks of its weights; ``slotmoe.quant.backends.base`` has the implementations."""
+    """What the network asks of its weights; ``slotmoe.quant.backends.base`` has the
+    implementations."""
 
     name: str
-    absorbs: bool  # its attention kernel wants the absorbed form always, so that decode and prefill compute the same
+    # its attention kernel wants the absorbed form always, so that decode and prefill compute the
+    # same
+    absorbs: bool
 
     def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""
@@ -58,13 +67,15 @@ class Ops(Protocol):
         """Rows ``ids`` of the embedding table, float32 [T, D]."""
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, C]: float32 [T, H, P]."""
+        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, C]: float32 [T, H,
+        P]."""
 
     def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
         """Each head's query times its first N rows of ``kv_b_proj``: float32 [T, H, R]."""
 
     def absorb_value(self, o_THR: Tensor, kv_b: Any, N: int) -> Tensor:
-        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T, H, V]."""
+        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T,
+        H, V]."""
 
     def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
@@ -76,8 +87,9 @@ class Ops(Protocol):
         """Write float32 latent rows to rows of the cache."""
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R]; None if these ops have
-        no kernel for it, their rows are plain [S, W], and the network's blockwise attention shall serve."""
+        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
+        None if these ops have no kernel for it, their rows are plain [S, W], and the network's
+        blockwise attention shall serve."""
 
     def fuse(
         self,
@@ -87,20 +99,21 @@ class Ops(Protocol):
         latent_eps: float,
         scale: float,
     ) -> FusedLayer | None:
-        """The layer's weights bound for decoding one token in few calls; None if these ops go op by op.  ``sizes`` are
-        H, N, P, R, V."""
+        """The layer's weights bound for decoding one token in few calls; None if these ops go op by
+        op.  ``sizes`` are H, N, P, R, V."""
 
     def step(
         self, function: OnDevice
     ) -> Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]] | None:
-        """A decode step as one piece of work for the device, or None.  ``function(ids_1, position_1, layers_LSW)`` computes it
-        without the host, the position being a tensor; the result takes ``(ids_1, position, layers_LSW)``."""
+        """A decode step as one piece of work for the device, or None.  ``function(ids_1,
+        position_1, layers_LSW)`` computes it without the host, the position being a tensor; the
+        result takes ``(ids_1, position, layers_LSW)``."""
 
     def route(
         self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None
     ) -> tuple[Tensor, Tensor] | None:
-        """What ``route`` gives, of ``groups`` groups (1: no groups); ``factor`` None renormalises.  None if these ops have no
-        kernel for it."""
+        """What ``route`` gives, of ``groups`` groups (1: no groups); ``factor`` None renormalises.
+        None if these ops have no kernel for it."""
 
     def decoder(
         self,
@@ -111,27 +124,31 @@ class Ops(Protocol):
         factor: float | None,
         intermediate: int,
     ) -> Callable[..., tuple[int, Tensor, Tensor, Tensor, Tensor, Sequence[float]]] | None:
-        """All layers of one token in one call, as far as their experts are there, or None if these ops have no such kernel.
+        """All layers of one token in one call, as far as their experts are there, or None if these
+        ops have no such kernel.
 
-        The result takes ``(first, h_1D, table_1C, layers_LSX, position, *here)`` and goes through the layers from ``first`` on.  It
-        returns the layer that it could not finish, or their number; ``h_1D`` as it is there, behind the attention; ``x_1D`` and
-        ``weights_1K`` for the experts of that layer; the choices of all gates on the way, ``indices_NK``; and the seconds that
-        attention, gates, experts and the rest of the feed-forward took.  ``fused`` are the layers as ``fuse`` gave them, the
-        others are ``route``'s and the experts' intermediate size.
+        The result takes ``(first, h_1D, table_1C, layers_LSX, position, *here)`` and goes through
+        the layers from ``first`` on.  It returns the layer that it could not finish, or their
+        number; ``h_1D`` as it is there, behind the attention; ``x_1D`` and ``weights_1K`` for the
+        experts of that layer; the choices of all gates on the way, ``indices_NK``; and the seconds
+        that attention, gates, experts and the rest of the feed-forward took.  ``fused`` are the
+        layers as ``fuse`` gave them, the others are ``route``'s and the experts' intermediate size.
         """
 
 
 class FusedLayer(Protocol):
-    """A layer for one token of each sequence: what comes before its experts are chosen, and what comes after they are computed.
-    Bitwise what the ops give one by one, so that decode equals prefill.  ``together``: whether more than one sequence may come."""
+    """A layer for one token of each sequence: what comes before its experts are chosen, and what
+    comes after they are computed. Bitwise what the ops give one by one, so that decode equals
+    prefill.  ``together``: whether more than one sequence may come."""
 
     together: bool
 
     def begin(
         self, h_TD: Tensor, table_TC: Tensor, rows: Sequence[Tensor], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [T, E] (None in a dense layer); writes
-        each token's latent row at its position of its sequence's cache [S, X]."""
+        """``h + attention(norm(h))``, the norm ``x`` of that, and the router's logits [T, E] (None
+        in a dense layer); writes each token's latent row at its position of its sequence's cache
+        [S, X]."""
 
     def end(self, h_TD: Tensor, x_TD: Tensor, y_TD: Tensor | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum (None in a dense layer)."""
@@ -145,7 +162,8 @@ class Mlp(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer; ``gate`` is None in a dense layer, ``mlp`` None where there is no shared expert."""
+    """Weights of one decoder layer; ``gate`` is None in a dense layer, ``mlp`` None where there is
+    no shared expert."""
 
     input_layernorm: Tensor
     q_proj: Any
@@ -162,7 +180,8 @@ class Layer:
 
 
 Lap = Callable[..., None]
-"""``lap(part, now=None)`` of a stopwatch: the time since the last lap, until ``now`` of ``time.perf_counter()``, went into ``part``."""
+"""``lap(part, now=None)`` of a stopwatch: the time since the last lap, until ``now`` of
+``time.perf_counter()``, went into ``part``."""
 
 _PARTS = (
     "attention",
@@ -203,7 +222,8 @@ def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071, section 3.2)."""
+    """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071,
+    section 3.2)."""
     plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor == 1.0:
         return plain
@@ -225,10 +245,12 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 
 
 def route(logits_TE: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """The gate from its logits, float32 [T, E]: weights float32 [T, K] and expert indices int64 [T, K], best first.
+    """The gate from its logits, float32 [T, E]: weights float32 [T, K] and expert indices int64 [T,
+    K], best first.
 
-    Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax over all experts, keep the ``topk_group`` groups with the
-    best single expert, zero the others, then top-k.  ``norm_topk_prob`` replaces the scaling factor, as in DeepSeek's code.
+    Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax over all experts, keep the
+    ``topk_group`` groups with the best single expert, zero the others, then top-k.
+    ``norm_topk_prob`` replaces the scaling factor, as in DeepSeek's code.
     """
     scores_TE = logits_TE.softmax(dim=-1)
     if config.topk_method == "group_limited_greedy":
@@ -247,8 +269,9 @@ def route(logits_TE: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 class DeepseekV2:
-    """The network over weights in memory.  ``weights`` maps checkpoint names to whatever ``ops`` understands;
-    norms and gates are float tensors.  ``experts`` computes the routed experts, wherever they are."""
+    """The network over weights in memory.  ``weights`` maps checkpoint names to whatever ``ops``
+    understands; norms and gates are float tensors.  ``experts`` computes the routed experts,
+    wherever they are."""
 
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: Ops, experts: Experts):
         self.config, self.ops, self.experts = config, ops, experts
@@ -292,7 +315,8 @@ class DeepseekV2:
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, cache: LatentCache, all_logits: bool = False) -> Tensor:
-        """Append ``ids`` (int64 [T]) to ``cache`` and return logits, float32 [1, vocab] of the last token or [T, vocab].
+        """Append ``ids`` (int64 [T]) to ``cache`` and return logits, float32 [1, vocab] of the last
+        token or [T, vocab].
 
         The cache grows only when the whole step is done, so a step that raises can be repeated.
         """
@@ -312,12 +336,15 @@ class DeepseekV2:
 
     @torch.inference_mode()
     def forward_together(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
-        """Append one of ``ids`` (int64 [T]) to each of T sequences and return their logits, float32 [T, vocab].
+        """Append one of ``ids`` (int64 [T]) to each of T sequences and return their logits, float32
+        [T, vocab].
 
-        With ops whose rows do not depend on each other, each row is bitwise what ``forward`` gives its sequence alone.
+        With ops whose rows do not depend on each other, each row is bitwise what ``forward`` gives
+        its sequence alone.
         """
         h_TD = self._pass(ids_T, caches)
-        # A tied head is the embedding, row-major, and torch's product of several rows differs in the last bit.
+        # A tied head is the embedding, row-major, and torch's product of several rows differs in
+        # the last bit.
         logits_TV = torch.cat(
             [
                 self.head(h_1D)
@@ -328,7 +355,8 @@ class DeepseekV2:
         return logits_TV
 
     def _pass(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
-        """All layers over the T tokens of one sequence, or one token of each of several: the residual stream, [T, D]."""
+        """All layers over the T tokens of one sequence, or one token of each of several: the
+        residual stream, [T, D]."""
         each = len(ids_T) // len(caches)
         starts = torch.tensor(
             [cache.length for cache in caches], device=ids_T.device, dtype=torch.float32
@@ -368,7 +396,8 @@ class DeepseekV2:
     def _on_device(
         self, ids_1: Tensor, position_1: Tensor, layers_LSW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A decode step for which nothing has to be known here: the residual stream, [1, D], and logits, float32 [1, vocab]."""
+        """A decode step for which nothing has to be known here: the residual stream, [1, D], and
+        logits, float32 [1, vocab]."""
         h_1D, table_1C = self.ops.embed(ids_1, self.embed_tokens), self._table(position_1.float())
         for index, fused in enumerate(self.fused):
             assert fused is not None
@@ -409,7 +438,8 @@ class DeepseekV2:
         return h_TD
 
     def _ahead(self, h_1D: Tensor, table_1C: Tensor, cache: LatentCache) -> tuple[int, Tensor]:
-        """Layers of one token in as few calls as they find their experts: how many are done, and the residual stream."""
+        """Layers of one token in as few calls as they find their experts: how many are done, and
+        the residual stream."""
         done, experts = 0, cast(Any, self.experts)
         assert self._decode is not None
         if not hasattr(experts, "here"):
@@ -457,8 +487,9 @@ class DeepseekV2:
         table_TC: Tensor,
         caches: Sequence[LatentCache],
     ) -> Tensor:
-        """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values are absorbed into the query
-        and output, or expanded block by block, whichever costs less (absorbed for decode, expanded for long prefill chunks)."""
+        """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values
+        are absorbed into the query and output, or expanded block by block, whichever costs less
+        (absorbed for decode, expanded for long prefill chunks)."""
         c, ops, T = self.config, self.ops, len(x_TD)
         rms_norm = ops.rms_norm
         H, N, P, R, V = (
@@ -538,9 +569,11 @@ class DeepseekV2:
 
 
 def _attend(q_THX: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions, softmax accumulated block by block in float32 (arXiv 1805.02867).
+    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
+    (arXiv 1805.02867).
 
-    ``blocks`` yields keys [H or 1, B, X] and values [H or 1, B, Y] in order of position; returns [T, H, Y].
+    ``blocks`` yields keys [H or 1, B, X] and values [H or 1, B, Y] in order of position; returns
+    [T, H, Y].
     """
     T, H = q_THX.shape[:2]
     q_HTX = q_THX.transpose(0, 1) * scale

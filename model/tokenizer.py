@@ -1,7 +1,7 @@
 """Text to token ids and back, and the chat template.  Tokenizer and template come from strangers.
 
-The template runs in jinja2's immutable sandbox inside a child process, because the sandbox alone bounds neither time
-nor memory; the child has limits on both and on its output.
+The template runs in jinja2's immutable sandbox inside a child process, because the sandbox alone
+bounds neither time nor memory; the child has limits on both and on its output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
 
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
-MAX_TOKENIZER_VALUES = 350_000  # DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
+# DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
+MAX_TOKENIZER_VALUES = 350_000
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = (
     0.5,
     64 << 20,
@@ -26,11 +27,16 @@ TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = (
 )  # CPU time, memory and characters of one rendering
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
-FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001  # as the Coder models spell them
+FIM_TOKENS = (
+    "<｜fim▁begin｜>",
+    "<｜fim▁hole｜>",
+    "<｜fim▁end｜>",
+)  # as the Coder models spell them
 
 
 class Tokenizer:
-    """``tokenizer.json`` of the model; ``size`` is the number of ids it can decode (the vocabulary may have more rows)."""
+    """``tokenizer.json`` of the model; ``size`` is the number of ids it can decode (the vocabulary
+    may have more rows)."""
 
     def __init__(self, folder: Path, bos_token_id: int | None):
         from tokenizers import Tokenizer as Backend
@@ -67,7 +73,8 @@ class Tokenizer:
         self.size = max(vocabulary.values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and the text has none."""
+        """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and
+        the text has none."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (
@@ -80,8 +87,8 @@ class Tokenizer:
         return ids
 
     def encode_gap(self, before: str, after: str) -> list[int]:
-        """Token ids that ask a Coder model for what belongs between two texts.  Raises ``ConfigError`` if the tokenizer has
-        no fill-in-the-middle tokens."""
+        """Token ids that ask a Coder model for what belongs between two texts.  Raises
+        ``ConfigError`` if the tokenizer has no fill-in-the-middle tokens."""
         begin, hole, end = (self.token_id(token) for token in FIM_TOKENS)
         if begin is None or hole is None or end is None:
             raise ConfigError(
@@ -98,7 +105,8 @@ class Tokenizer:
         ]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of ``text`` without a beginning, and how many characters of it end with each token.
+        """Token ids of ``text`` without a beginning, and how many characters of it end with each
+        token.
 
         Of a character that several tokens make up, the first of them counts it.
         """
@@ -139,8 +147,9 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         begun: bool = False,
     ) -> str:
-        """``messages`` through the model's chat template, ready for the assistant's answer, of which the last message is
-        the beginning if it is ``begun``.  ``tools`` are for templates that use them.
+        """``messages`` through the model's chat template, ready for the assistant's answer, of
+        which the last message is the beginning if it is ``begun``.  ``tools`` are for templates
+        that use them.
 
         Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
         """
@@ -170,8 +179,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens have no text, unless ``shown``
-    says what."""
+    """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens
+    have no text, unless ``shown`` says what."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         self._tokenizer, self._shown = tokenizer, shown or {}
@@ -231,7 +240,8 @@ def _render(template: str, variables: dict[str, Any]) -> str:
             input=request.encode(),
             capture_output=True,
             timeout=60
-            * TEMPLATE_SECONDS,  # the child bounds its own CPU time; this is for a machine that stands still
+            # the child bounds its own CPU time; this is for a machine that stands still
+            * TEMPLATE_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(

@@ -1,12 +1,14 @@
-"""The step above the cache where slots are on a card: kernels are queued, records follow on a stream of their own, and the
-CPU computes what would take longer to bring.
+"""The step above the cache where slots are on a card: kernels are queued, records follow on a
+stream of their own, and the CPU computes what would take longer to bring.
 
-Decode, one layer: what is in a slot is computed by a table on the card before the host knows what the gate chose.  Then the
-host learns it, queues the copies of what it fetches and behind them the kernel that uses them, and computes the others
-itself from the host tier.  It waits for nothing but the gate's choice and records that come from disk.  With every expert in
-a slot it does not wait at all.
+Decode, one layer: what is in a slot is computed by a table on the card before the host knows what
+the gate chose.  Then the host learns it, queues the copies of what it fetches and behind them the
+kernel that uses them, and computes the others itself from the host tier.  It waits for nothing but
+the gate's choice and records that come from disk.  With every expert in a slot it does not wait at
+all.
 
-Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, N = T * K uses, G experts of one call.
+Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, N = T * K uses, G
+experts of one call.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ def users_of(indices_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 class CardSlots(Slots):
-    """Slots on a card, and a table there of who is cached where: int32 [layers, E], -1 for what is not.
+    """Slots on a card, and a table there of who is cached where: int32 [layers, E], -1 for what is
+    not.
 
-    Entries change by kernels that carry their value, never by copies, which would wait for the records' own."""
+    Entries change by kernels that carry their value, never by copies, which would wait for the
+    records' own."""
 
     def __init__(
         self,
@@ -91,7 +95,8 @@ class CardSlots(Slots):
         self._entries[key].fill_(self._table.slot_of[key])
 
     def rebuild(self) -> None:
-        """Make the table what it has to be: a step that was interrupted may have changed only one of the two."""
+        """Make the table what it has to be: a step that was interrupted may have changed only one
+        of the two."""
         slots = [
             self._table.slot_of[key] if key in self.cache else -1
             for key in range(self._entries.numel())
@@ -101,7 +106,8 @@ class CardSlots(Slots):
 
 @dataclass(frozen=True)
 class Misses:
-    """How missing experts are computed: ``mode`` is ``fetch``, ``cpu`` or ``hybrid``, ``ops`` and ``levels`` are the CPU's."""
+    """How missing experts are computed: ``mode`` is ``fetch``, ``cpu`` or ``hybrid``, ``ops`` and
+    ``levels`` are the CPU's."""
 
     mode: str
     costs: Costs
@@ -110,10 +116,11 @@ class Misses:
 
 
 class CardExperts(OffloadedExperts):
-    """Routed experts behind slots on a card, with the host tier ``host`` below.  Callable as the network's ``experts``.
+    """Routed experts behind slots on a card, with the host tier ``host`` below.  Callable as the
+    network's ``experts``.
 
-    With ``fetch`` every expert is computed on the card and results are bitwise the same for every budget; what the CPU
-    computes (``cpu``, ``hybrid``) is within its kernels' rounding.
+    With ``fetch`` every expert is computed on the card and results are bitwise the same for every
+    budget; what the CPU computes (``cpu``, ``hybrid``) is within its kernels' rounding.
     """
 
     def __init__(
@@ -137,8 +144,9 @@ class CardExperts(OffloadedExperts):
 
     @property
     def on_device(self) -> bool:
-        """Whether one token needs nothing of the host: every expert is in a slot and nobody watches.  Then a call may be
-        recorded, and repeated without being made (``slotmoe.model.network.Experts``)."""
+        """Whether one token needs nothing of the host: every expert is in a slot and nobody
+        watches.  Then a call may be recorded, and repeated without being made
+        (``slotmoe.model.network.Experts``)."""
         return self._placed.complete and self.trace is None and self.profiler is None
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
@@ -225,8 +233,8 @@ class CardExperts(OffloadedExperts):
         arrived: Callable[[list[int]], None],
         compute: Callable[[list[Read]], None],
     ) -> None:
-        """``arrived(keys)`` for reads whose copies are queued, as soon as they are, before ``compute(reads)`` for what is lent
-        and in RAM; waits only where there is neither."""
+        """``arrived(keys)`` for reads whose copies are queued, as soon as they are, before
+        ``compute(reads)`` for what is lent and in RAM; waits only where there is neither."""
         while reads or lent:
             if finished := [read for read in reads if read.done]:
                 self._placed.wait(finished)
@@ -263,8 +271,9 @@ class CardExperts(OffloadedExperts):
         self.lap("experts")
 
     def _decide(self, missing: list[int]) -> set[int]:
-        """Which of one token's missing experts the CPU computes: those that the gate weighs least.  As long as slots are free
-        all are fetched, or nothing would ever fill them; what is on its way already is not computed again."""
+        """Which of one token's missing experts the CPU computes: those that the gate weighs least.
+        As long as slots are free all are fetched, or nothing would ever fill them; what is on its
+        way already is not computed again."""
         if self.misses.mode == "fetch" or self._placed.room() > 0:
             return set()
         absent = [key for key in missing if key not in self._placed]
@@ -274,8 +283,9 @@ class CardExperts(OffloadedExperts):
         return set(absent[len(absent) - count :])
 
     def _many(self, layer: int, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> None:
-        """Many tokens, expert by expert: those that are here in one call, then group after group of those that are brought,
-        while the next group is on its way and the CPU computes what few tokens want."""
+        """Many tokens, expert by expert: those that are here in one call, then group after group of
+        those that are brought, while the next group is on its way and the CPU computes what few
+        tokens want."""
         slots, cache, card = self._placed, self._cache, self._card
         chosen_TK = card.download(indices_TK).get()
         indices = chosen_TK.tolist()
@@ -348,7 +358,8 @@ class CardExperts(OffloadedExperts):
         return absent[: for_cpu([len(users[key][0]) for key in absent], self.misses.costs)]
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
-        """Read experts until no slot is free, and then until the RAM below is full; ``progress(done, total)`` in bytes of slots."""
+        """Read experts until no slot is free, and then until the RAM below is full;
+        ``progress(done, total)`` in bytes of slots."""
         super().fill(progress)
         self._host.fill(range(len(self._rows) * self._experts))
 
@@ -357,14 +368,16 @@ class CardExperts(OffloadedExperts):
         return self._placed.slab.view(-1)
 
     def spare(self, count: int) -> list[Tensor]:
-        """``count`` places on the card for a record each, free slots as far as there are: to measure copies with."""
+        """``count`` places on the card for a record each, free slots as far as there are: to
+        measure copies with."""
         free = self._placed.spare()[:count]
         return free + list(
             self._card.empty((count - len(free), self._layout.record_bytes), torch.uint8)
         )
 
     def stats(self) -> dict[str, Any]:
-        """Also ``misses``: how they are computed, how many were fetched and how many the CPU computed, in how many seconds."""
+        """Also ``misses``: how they are computed, how many were fetched and how many the CPU
+        computed, in how many seconds."""
         counts = {
             "mode": self.misses.mode,
             "fetched": self._fetched,
@@ -375,7 +388,8 @@ class CardExperts(OffloadedExperts):
 
 
 class _Uses:
-    """Which tokens use which experts of a pass, on the card, expert after expert in the order of their calls.
+    """Which tokens use which experts of a pass, on the card, expert after expert in the order of
+    their calls.
 
     One transfer at the pass's start: later ones would wait for the records' copies."""
 
@@ -395,14 +409,16 @@ class _Uses:
         self.here_G = here_G.int()
 
     def part(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ``count`` experts from number ``first`` on: tokens and rows of the outputs, int64 [N], and starts, int32 [count + 1]."""
+        """Of ``count`` experts from number ``first`` on: tokens and rows of the outputs, int64 [N],
+        and starts, int32 [count + 1]."""
         start, stop = self._bounds[first], self._bounds[first + count]
         starts_G1 = (self._bounds_G1[first : first + count + 1] - start).int()
         return self._tokens_N[start:stop], self._rows_N[start:stop], starts_G1
 
 
 class _ByCpu:
-    """The experts of a pass that the CPU computes: a few at a time are borrowed from the host tier."""
+    """The experts of a pass that the CPU computes: a few at a time are borrowed from the host
+    tier."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""The step above the cache: which experts a layer's tokens need, where they are, and the weighted sum in gate order.
+"""The step above the cache: which experts a layer's tokens need, where they are, and the weighted
+sum in gate order.
 
 Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, R rows (MoE layers).
 """
@@ -30,15 +31,16 @@ if TYPE_CHECKING:
 
 
 class Guesser(Protocol):
-    """Scores of experts before their gate has spoken; the higher the likelier.  See ``slotmoe.offload.predictor``."""
+    """Scores of experts before their gate has spoken; the higher the likelier.  See
+    ``slotmoe.offload.predictor``."""
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
-        """The experts of all MoE layers, or the first ones, from a token's embedding and the last hidden state before it:
-        float32 [at most L, E]."""
+        """The experts of all MoE layers, or the first ones, from a token's embedding and the last
+        hidden state before it: float32 [at most L, E]."""
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
-        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D], and what ``token_scores`` said
-        about that layer, if anything: float32 [E] or [T, E]."""
+        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D], and
+        what ``token_scores`` said about that layer, if anything: float32 [E] or [T, E]."""
 
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
         """Each row's experts worth guessing, the best first."""
@@ -52,9 +54,10 @@ _TOKENS_AT_ONCE = (
 class OffloadedExperts:
     """Routed experts behind slots.  Callable as the network's ``experts``.
 
-    A layer's step: demand what is missing, guess what the next layer will use and read that too, compute the experts
-    that are here, then each of the others as it arrives.  Without a ``prefetcher`` it reads on demand only.  ``warm``
-    are keys worth having, the best first: they fill free slots while the first tokens are made.
+    A layer's step: demand what is missing, guess what the next layer will use and read that too,
+    compute the experts that are here, then each of the others as it arrives.  Without a
+    ``prefetcher`` it reads on demand only.  ``warm`` are keys worth having, the best first: they
+    fill free slots while the first tokens are made.
     """
 
     def __init__(
@@ -97,8 +100,9 @@ class OffloadedExperts:
         return self._prefetcher is not None and self._prefetcher.pays()
 
     def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
-        """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last hidden state before it
-        (float32 [D]) let the guesser name the experts of all layers at once."""
+        """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last
+        hidden state before it (float32 [D]) let the guesser name the experts of all layers at
+        once."""
         if self._interrupted:
             self._slots.rebuild()
         self._interrupted = True
@@ -137,8 +141,9 @@ class OffloadedExperts:
         return y_TD
 
     def here(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where the experts are, for a call that goes through several layers of one token: the slab, the slots int32 [R, E]
-        (negative: not cached) and the levels.  None where something is to be read ahead between two."""
+        """Where the experts are, for a call that goes through several layers of one token: the
+        slab, the slots int32 [R, E] (negative: not cached) and the levels.  None where something is
+        to be read ahead between two."""
         if self._prefetcher is not None or self._warm:
             return None
         return self._slots.slab, self._slots.table_LE, self._levels
@@ -162,7 +167,8 @@ class OffloadedExperts:
             self._interrupted = False
 
     def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
-        """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is done."""
+        """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is
+        done."""
         slots, cache = self._slots, self._cache
         missing = [key for key in keys if not cache.use(key)]
         self._settle_guesses(row, keys, missing)
@@ -198,8 +204,8 @@ class OffloadedExperts:
     def _prefill(
         self, row: int, x_TD: Tensor, indices_TK: Tensor, indices: list[list[int]]
     ) -> Tensor:
-        """Expert by expert over many tokens, of one sequence or of several, each brought once, while others compute:
-        unweighted, float32 [T, K, D]."""
+        """Expert by expert over many tokens, of one sequence or of several, each brought once,
+        while others compute: unweighted, float32 [T, K, D]."""
         slots, cache = self._slots, self._cache
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         tokens = {
@@ -254,7 +260,8 @@ class OffloadedExperts:
         return finished
 
     def _settle_guesses(self, row: int, keys: Collection[int], missing: list[int]) -> None:
-        """Tell the prefetcher what the gate has chosen; reads that this proves wrong are given up."""
+        """Tell the prefetcher what the gate has chosen; reads that this proves wrong are given
+        up."""
         coming = sum(key in self._slots for key in missing)
         self._met += coming
         if self.profiler is not None:
@@ -263,7 +270,8 @@ class OffloadedExperts:
             self._prefetcher.asked(row, keys, len(missing))
 
     def _guess(self, row: int, x: Tensor) -> None:
-        """Guess the next MoE layer's experts from this one's input, [D] or [T, D], and read ahead."""
+        """Guess the next MoE layer's experts from this one's input, [D] or [T, D], and read
+        ahead."""
         prefetcher = self._prefetcher
         if prefetcher is None:
             return
@@ -290,7 +298,8 @@ class OffloadedExperts:
         return [row * self._experts + expert for expert in experts]
 
     def _read_warm(self) -> None:
-        """Keep one read of a popular expert going until the cache has no free room; demands overtake it."""
+        """Keep one read of a popular expert going until the cache has no free room; demands
+        overtake it."""
         self._slots.adopt()
         while self._warm and self._warm[-1] in self._slots:
             self._warm.pop()
@@ -300,7 +309,8 @@ class OffloadedExperts:
             self._warm.pop()
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
-        """Read experts in order of layer until no slot is free; ``progress(done, total)`` in bytes."""
+        """Read experts in order of layer until no slot is free; ``progress(done, total)`` in
+        bytes."""
         size, total = self._layout.record_bytes, self._slots.planned * self._layout.record_bytes
         self._slots.fill(
             range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total)
@@ -311,7 +321,8 @@ class OffloadedExperts:
         return self._slots.memory()
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``cache``, and ``prefetch`` by horizon (see ``slotmoe.offload.policy.prefetch.Accuracy``)."""
+        """Counters: ``cache``, and ``prefetch`` by horizon (see
+        ``slotmoe.offload.policy.prefetch.Accuracy``)."""
         cache, looked = self._cache, self._cache.hits + self._cache.misses
         counts = {
             "hits": cache.hits,
@@ -336,7 +347,8 @@ class OffloadedExperts:
         return self._slots.present()
 
     def prefetch_by_layer(self) -> list[Accuracy]:
-        """What became of the guesses for each MoE layer, of both horizons together; empty without a prefetcher."""
+        """What became of the guesses for each MoE layer, of both horizons together; empty without a
+        prefetcher."""
         if self._prefetcher is None:
             return []
         return [total(both) for both in zip(*self._prefetcher.by_row.values(), strict=True)]

@@ -10,7 +10,8 @@ import psutil
 
 
 def cache_folder() -> Path:
-    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or ``~/.cache/slotmoe``."""
+    """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or
+    ``~/.cache/slotmoe``."""
     return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
 
 
@@ -30,7 +31,8 @@ def peak_rss() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of RAM that this process can still take: what the machine has free, or less under a memory cgroup."""
+    """Bytes of RAM that this process can still take: what the machine has free, or less under a
+    memory cgroup."""
     available: int = psutil.virtual_memory().available
     for limit, usage in (
         ("memory.max", "memory.current"),

@@ -1,4 +1,5 @@
-"""Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled.  ``Runtime`` composes them."""
+"""Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled.
+``Runtime`` composes them."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ FREE_SHARE = 0.9  # of what is free, where no budget is given
 
 @dataclass(frozen=True)
 class Wish:
-    """What the caller of ``Runtime.open`` asks for; budgets in bytes, ``host_budget`` that of RAM below a card."""
+    """What the caller of ``Runtime.open`` asks for; budgets in bytes, ``host_budget`` that of RAM
+    below a card."""
 
     card: Card | None
     ops: TorchOps
@@ -88,7 +90,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Parts:
-    """An open model's parts, of which ``Runtime`` is made.  ``sizes`` and ``store`` are None on the reference path."""
+    """An open model's parts, of which ``Runtime`` is made.  ``sizes`` and ``store`` are None on the
+    reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -104,8 +107,9 @@ class Parts:
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
     """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
 
-    A hub id that is no folder here becomes an export in the cache folder first; ``slotmoe.offload.ingest.hub.hub_export`` gets
-    ``revision`` and ``reporting``.  Raises ``ConfigError``, and what that raises.
+    A hub id that is no folder here becomes an export in the cache folder first;
+    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises.
     """
     folder = Path(path)
     if is_hub_id(str(path)) and not folder.exists():
@@ -132,7 +136,8 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
 def budgets(
     card: Card | None, ram: int | str | None, vram: int | str | None
 ) -> tuple[int, int | None]:
-    """Bytes of the fast tier that may be used, and of RAM below a card: as asked, or nine tenths of what is free now."""
+    """Bytes of the fast tier that may be used, and of RAM below a card: as asked, or nine tenths of
+    what is free now."""
     free_ram = (
         parse_size(ram)
         if ram is not None
@@ -148,10 +153,11 @@ def budgets(
 
 
 def open_model(folder: Path, config: Config, wish: Wish, quantized: bool) -> Parts:
-    """Read the model in ``folder`` into what ``wish`` gives it.  Nothing stays allocated if that fails.
+    """Read the model in ``folder`` into what ``wish`` gives it.  Nothing stays allocated if that
+    fails.
 
-    Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the card has less memory than it
-    seemed to."""
+    Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the
+    card has less memory than it seemed to."""
     opening = open_quantized if quantized else open_reference
     if wish.card is None:
         return opening(folder, config, wish)
@@ -183,7 +189,8 @@ _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 we
 def _load(
     export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
 ) -> dict[str, Any]:
-    """All resident weights, verified and placed; a few at a time, so that reading and copying overlap."""
+    """All resident weights, verified and placed; a few at a time, so that reading and copying
+    overlap."""
     own = threading.local()  # each thread's staging memory
 
     def load(name: str) -> Any:
@@ -207,8 +214,8 @@ def _load(
 
 
 def _placer(card: Card | None, ops: TorchOps) -> Callable[[str, Any], Any]:
-    """A function that puts a resident weight in RAM, or on ``card``, in the form that ``ops`` wants; norms and router gates,
-    small and used in float32, are widened to it."""
+    """A function that puts a resident weight in RAM, or on ``card``, in the form that ``ops``
+    wants; norms and router gates, small and used in float32, are widened to it."""
     empty = Arena().empty if card is None else card.empty
 
     def place(name: str, weight: Any) -> Any:
@@ -263,7 +270,8 @@ def open_quantized(folder: Path, config: Config, wish: Wish) -> Parts:
         ).check()
         _check_free(plan, card)
         rows, routed = len(export.layers), config.n_routed_experts
-        # Where everything fits each expert is read once, and what an earlier run left in the page cache is welcome.
+        # Where everything fits each expert is read once, and what an earlier run left in the page
+        # cache is welcome.
         source = disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < rows * routed)
         place = _placer(card, ops)
         weights = _load(export, resident_shapes(config), place)

@@ -1,9 +1,12 @@
-"""Guesses of experts before their gate speaks: trained ones, kept in the export, and untrained ones from its own gates.
+"""Guesses of experts before their gate speaks: trained ones, kept in the export, and untrained ones
+from its own gates.
 
-Shape legend: D hidden_size, L MoE layers ("rows", counted from 0), E routed experts, R and Q hidden widths.
+Shape legend: D hidden_size, L MoE layers ("rows", counted from 0), E routed experts, R and Q hidden
+widths.
 
-Both horizons of the trained predictor are one hidden layer wide, ``out(silu(in(x) + bias)) + bias``, trained so that
-``sigmoid(score)`` is the probability that the expert is used (``slotmoe.offload.study.calibrate``):
+Both horizons of the trained predictor are one hidden layer wide, ``out(silu(in(x) + bias)) +
+bias``, trained so that ``sigmoid(score)`` is the probability that the expert is used
+(``slotmoe.offload.study.calibrate``):
 
     token   rms(embedding of the token), rms(last hidden state of the token before)  [2 D] -> [R] -> [L, E]
     layer   rms(input of MoE layer r)                                                  [D] -> [Q] -> [E] of MoE layer r + 1
@@ -32,8 +35,8 @@ _WORTH_LOGIT = math.log(WORTH / (1 - WORTH))
 class NextGate:
     """Untrained guesses: the next MoE layer's norm and gate on the present residual stream.
 
-    RMSNorm is scale-free, so the residual itself is not needed: dividing the present norm's weight out of its output and
-    multiplying the next one's in gives what the next norm would give.
+    RMSNorm is scale-free, so the residual itself is not needed: dividing the present norm's weight
+    out of its output and multiplying the next one's in gives what the next norm would give.
     """
 
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchOps):
@@ -47,8 +50,8 @@ class NextGate:
         self._ops, self._top_k = ops, config.num_experts_per_tok
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
-        """Gate logits of the first MoE layer alone, float32 [1, E], as if the embedding were still all of the residual stream:
-        no more can be said without training."""
+        """Gate logits of the first MoE layer alone, float32 [1, E], as if the embedding were still
+        all of the residual stream: no more can be said without training."""
         return self._ops.linear((rms(embedding_D) * self._first_norm)[None], self._gates[0])
 
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
@@ -57,13 +60,15 @@ class NextGate:
         return found
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
-        """Gate logits of MoE layer ``row + 1`` for the input of layer ``row``, [D] or [T, D]: float32 [E] or [T, E]."""
+        """Gate logits of MoE layer ``row + 1`` for the input of layer ``row``, [D] or [T, D]:
+        float32 [E] or [T, E]."""
         x_TD = (x * self._ratios[row]).view(-1, x.shape[-1])
         return self._ops.linear(x_TD, self._gates[row + 1]).view(*x.shape[:-1], -1)
 
 
 class Predictor:
-    """The trained guesses of an export.  ``popularity`` has, for each key ``row * E + expert``, its uses a token."""
+    """The trained guesses of an export.  ``popularity`` has, for each key ``row * E + expert``, its
+    uses a token."""
 
     def __init__(
         self,
@@ -72,8 +77,9 @@ class Predictor:
         ops: TorchOps,
         place: Callable[[str, Any], Any] | None = None,
     ):
-        """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k`` the experts that a token uses in a layer.
-        ``place`` puts a named weight on its device in the form that ``ops`` multiplies with; by default it stays where it is."""
+        """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k``
+        the experts that a token uses in a layer. ``place`` puts a named weight on its device in the
+        form that ``ops`` multiplies with; by default it stays where it is."""
         self._ops, self._top_k = ops, top_k
         put: Callable[[str, Any], Any] = place or ops.prepare
 
@@ -99,7 +105,8 @@ class Predictor:
         ops: TorchOps,
         place: Callable[[str, Any], Any] | None = None,
     ) -> Predictor | None:
-        """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if its file is damaged."""
+        """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if
+        its file is damaged."""
         tensors = export.predictor()
         return None if tensors is None else cls(tensors, top_k, ops, place)
 
@@ -114,14 +121,15 @@ class Predictor:
         )
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
-        """Every MoE layer's experts, from a token's embedding row and the residual stream after the last layer (before the
-        final norm) of the token before it, float32 [D] each, or [T, D]: float32 logits [L, E], or [T, L, E]."""
+        """Every MoE layer's experts, from a token's embedding row and the residual stream after the
+        last layer (before the final norm) of the token before it, float32 [D] each, or [T, D]:
+        float32 logits [L, E], or [T, L, E]."""
         x = torch.cat([rms(embedding_D), rms(hidden_D)], dim=-1)
         return self._forward(x, self._token).view(*x.shape[:-1], self._rows, -1)
 
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
-        """Each row's experts worth guessing, the best first: those of probability ``WORTH`` and more, at most twice as many
-        as a token uses."""
+        """Each row's experts worth guessing, the best first: those of probability ``WORTH`` and
+        more, at most twice as many as a token uses."""
         found = scores_RE.topk(min(2 * self._top_k, scores_RE.shape[-1]), dim=-1)
         counts = (found.values > _WORTH_LOGIT).sum(dim=-1).tolist()
         return [
@@ -129,10 +137,12 @@ class Predictor:
         ]
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
-        """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32 logits [E] or [T, E].
+        """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32
+        logits [E] or [T, E].
 
-        ``token_scores`` are those of ``token_scores`` for the same token and layer ``row + 1``, [E] or [T, E]: with them
-        the guess is better, much so in the first layers, whose input knows little of the context yet.
+        ``token_scores`` are those of ``token_scores`` for the same token and layer ``row + 1``, [E]
+        or [T, E]: with them the guess is better, much so in the first layers, whose input knows
+        little of the context yet.
         """
         scores = self._forward(rms(x), self._layers[row])
         if token_scores is None:

@@ -55,8 +55,9 @@ __all__ = ["Runtime", "Token", "resolve_model"]
 
 
 class Runtime:
-    """An open model; not for use from several threads at once.  ``generate``, ``start`` and ``logits`` hold one sequence at a
-    time, the first; ``slotmoe.offload.scheduler`` decodes several together."""
+    """An open model; not for use from several threads at once.  ``generate``, ``start`` and
+    ``logits`` hold one sequence at a time, the first; ``slotmoe.offload.scheduler`` decodes several
+    together."""
 
     def __init__(self, parts: Parts, ops: TorchOps, card: Card | None, why: str):
         self.config, self.tokenizer, self.plan, self.eos_token_ids = (
@@ -109,17 +110,20 @@ class Runtime:
         revision: str | None = None,
         misses: str = "auto",
     ) -> Runtime:
-        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or ``sample``.
+        """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
+        ``sample``.
 
-        ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.  ``context`` is the number
-        of positions of the latent cache.  ``slots`` caps the experts that stay on the fast tier; None takes all that
-        fit.  ``revision`` of a hub id is a branch, tag or commit.
-        ``quantize=False`` computes a checkpoint as it is, with everything resident: the reference path.
-        ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes 128 at a time).
-        ``sequences`` latent caches of ``context`` positions each are kept, for ``append`` and ``append_each``.
-        ``cache_policy`` is one of ``slotmoe.offload.policy.cache.POLICIES``.  ``prefetch=False`` reads experts only when a gate has asked.
-        ``misses`` says who computes an expert that is in no slot of a GPU: ``fetch``, the GPU, once it is copied there; ``cpu``;
-        ``hybrid``, both, split by measured bandwidths; ``auto`` takes what these advise, ``fetch`` where none were measured.
+        ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
+        ``context`` is the number of positions of the latent cache.  ``slots`` caps the experts that
+        stay on the fast tier; None takes all that fit.  ``revision`` of a hub id is a branch, tag
+        or commit. ``quantize=False`` computes a checkpoint as it is, with everything resident: the
+        reference path. ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes
+        128 at a time). ``sequences`` latent caches of ``context`` positions each are kept, for
+        ``append`` and ``append_each``. ``cache_policy`` is one of
+        ``slotmoe.offload.policy.cache.POLICIES``.  ``prefetch=False`` reads experts only when a
+        gate has asked. ``misses`` says who computes an expert that is in no slot of a GPU:
+        ``fetch``, the GPU, once it is copied there; ``cpu``; ``hybrid``, both, split by measured
+        bandwidths; ``auto`` takes what these advise, ``fetch`` where none were measured.
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -184,10 +188,11 @@ class Runtime:
         return cls(open_model(folder, config, wish, quantize), ops, card, why)
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T, vocab_size].  This result is the
-        caller's, beyond the budget, and as large as it says.
+        """Teacher-forced logits from position 0 through the prefill path: float32 CPU [T,
+        vocab_size].  This result is the caller's, beyond the budget, and as large as it says.
 
-        Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside the vocabulary.
+        Raises ``PlanError`` if the tokens don't fit the context, ``ConfigError`` if one is outside
+        the vocabulary.
         """
         ids = self._check_ids(token_ids, len(token_ids))
         self._restart()
@@ -197,10 +202,11 @@ class Runtime:
         return logits
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
-        """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size] each, on the runtime's device.
+        """The rows of ``logits`` from position ``first`` on, float32 [at most 128, vocab_size]
+        each, on the runtime's device.
 
-        Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128 positions, so that those of
-        two runtimes match.  Raises as ``logits`` does.
+        Memory grows with neither the tokens nor the vocabulary.  Pieces end at multiples of 128
+        positions, so that those of two runtimes match.  Raises as ``logits`` does.
         """
         ids, position = self._check_ids(token_ids, len(token_ids)), 0
         self._restart()
@@ -233,11 +239,13 @@ class Runtime:
         seed: int | None = None,
         chat: bool = False,
     ) -> Iterator[Token]:
-        """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it is made.
+        """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it
+        is made.
 
-        Stops at an end-of-sentence token, after ``max_new_tokens``, or when the context is full.  ``chat`` sends the text
-        through the model's chat template as a user's message.  What the prompt shares with the beginning of the latest
-        sequence is still in the latent cache and is not computed again.  Raises ``PlanError`` if the prompt does not fit.
+        Stops at an end-of-sentence token, after ``max_new_tokens``, or when the context is full.
+        ``chat`` sends the text through the model's chat template as a user's message.  What the
+        prompt shares with the beginning of the latest sequence is still in the latent cache and is
+        not computed again.  Raises ``PlanError`` if the prompt does not fit.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -261,8 +269,9 @@ class Runtime:
         )
 
     def start(self, depth: int = 0) -> Callable[[list[int]], Tensor]:
-        """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last one's logits, float32
-        [1, vocab_size].  ``depth`` positions are taken as cached already, filled with random numbers: for measurements."""
+        """Begin a new sequence and return its ``step(ids)``, which appends ids and gives the last
+        one's logits, float32 [1, vocab_size].  ``depth`` positions are taken as cached already,
+        filled with random numbers: for measurements."""
         self._held.clear()
         self._restart(depth)
         latent_SW = torch.randn(
@@ -302,7 +311,8 @@ class Runtime:
         )
 
     def append(self, sequence: int, ids: list[int]) -> Tensor:
-        """Append ``ids`` to one of the ``sequences`` and return the last one's logits, float32 [1, vocab_size]."""
+        """Append ``ids`` to one of the ``sequences`` and return the last one's logits, float32 [1,
+        vocab_size]."""
         cache, started = self._caches[sequence], time.perf_counter()
         kind = "prefill" if cache.length == 0 or len(ids) > 1 else "decode"
         for part in torch.tensor(ids, device=self.device).split(self._chunk):
@@ -311,8 +321,8 @@ class Runtime:
         return logits
 
     def append_rows(self, sequence: int, ids: list[int]) -> Iterator[Tensor]:
-        """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size] at a time.  Nothing else may
-        be computed until the last of them is taken."""
+        """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size]
+        at a time.  Nothing else may be computed until the last of them is taken."""
         cache, started = self._caches[sequence], time.perf_counter()
         for part in torch.tensor(ids, device=self.device).split(self._chunk):
             self._forward(part, cache=cache)
@@ -324,8 +334,9 @@ class Runtime:
         self._count("prefill", len(ids), started)
 
     def append_each(self, sequences: list[int], ids: list[int]) -> Tensor:
-        """Append one id to each of several sequences in one pass, so that an expert brought for one serves all: logits,
-        float32 [len(ids), vocab_size].  With the native kernels each row is bitwise what ``append`` alone gives."""
+        """Append one id to each of several sequences in one pass, so that an expert brought for one
+        serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
+        bitwise what ``append`` alone gives."""
         started = time.perf_counter()
         self._latest = None
         self._held.clear()
@@ -391,7 +402,8 @@ class Runtime:
         return logits
 
     def _computed(self, forward: Callable[[], Tensor]) -> Tensor:
-        """What ``forward`` gives, on a card when it is there.  Raises ``DeviceError``; a step that raises can be repeated."""
+        """What ``forward`` gives, on a card when it is there.  Raises ``DeviceError``; a step that
+        raises can be repeated."""
         if self._card is None:
             return forward()
         return compute(
@@ -425,7 +437,8 @@ class Runtime:
 
     @property
     def position(self) -> int:
-        """Positions of the latent cache that the present sequence has filled.  Another thread may ask."""
+        """Positions of the latent cache that the present sequence has filled.  Another thread may
+        ask."""
         return self._cache.length
 
     @property
@@ -438,14 +451,15 @@ class Runtime:
         )
 
     def warm(self, progress: Progress | None = None) -> None:
-        """Fill the free expert slots, layer by layer, so that what follows is measured without first reads."""
+        """Fill the free expert slots, layer by layer, so that what follows is measured without
+        first reads."""
         if isinstance(self._experts, OffloadedExperts):
             self._experts.fill(progress or (lambda done, total: None))
 
     def read_bandwidth(self) -> float:
-        """Bytes a second at which the fast tier is read, measured now: a GPU's memory over its slots; RAM by all threads
-        together, over the slots once their pages are there, or where they are few over memory of its own, as far as the budget
-        allows."""
+        """Bytes a second at which the fast tier is read, measured now: a GPU's memory over its
+        slots; RAM by all threads together, over the slots once their pages are there, or where they
+        are few over memory of its own, as far as the budget allows."""
         memory = self._experts.memory() if isinstance(self._experts, OffloadedExperts) else None
         if self._card is not None:
             assert memory is not None
@@ -457,8 +471,9 @@ class Runtime:
         return self._ops.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
 
     def link_bandwidths(self) -> dict[str, float]:
-        """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same while the CPU computes
-        experts; ``experts``, the records that it gets through meanwhile.  Empty without a GPU."""
+        """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the
+        same while the CPU computes experts; ``experts``, the records that it gets through
+        meanwhile.  Empty without a GPU."""
         if (
             self._card is None
             or not isinstance(self._experts, CardExperts)
@@ -479,7 +494,8 @@ class Runtime:
         )
 
     def disk_bandwidth(self) -> float:
-        """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB, measured now."""
+        """Bytes a second that the export's disk gives to 8 threads with direct reads of 4 MiB,
+        measured now."""
         assert isinstance(self._source, Export)
         return disk_bandwidth(self._source)
 
@@ -493,7 +509,8 @@ class Runtime:
         return self._ops.timing()
 
     def bytes_per_token(self, position: int) -> dict[str, int]:
-        """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the latent cache."""
+        """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and
+        the latent cache."""
         assert self._sizes is not None
         experts = (
             len(self.config.moe_layers) * self.config.num_experts_per_tok * self.plan.record_bytes
@@ -508,9 +525,9 @@ class Runtime:
     def predict(
         self, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths
     ) -> dict[str, Any]:
-        """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their ``peak`` (tier ->
-        bytes), ``hit_rate``, tokens a second of prefill and decode, ``decode_seconds`` by what a token waits for, and its
-        ``bottleneck``."""
+        """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and
+        their ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
+        ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
         random = str(self._source.manifest["source"]["name"]).startswith("random weights")
         misses = self._experts.misses.mode if isinstance(self._experts, CardExperts) else "fetch"
@@ -530,14 +547,16 @@ class Runtime:
         }
 
     def trace(self, path: str | Path) -> None:
-        """Record the routing of everything from now on into ``path`` (format: ``slotmoe.offload.observe.trace``), until ``close``."""
+        """Record the routing of everything from now on into ``path`` (format:
+        ``slotmoe.offload.observe.trace``), until ``close``."""
         experts, layers, config = self._quantized("trace"), self.config.moe_layers, self.config
         experts.trace = TraceWriter(
             Path(path), layers, config.n_routed_experts, config.num_experts_per_tok
         )
 
     def profile(self, origin: float | None = None) -> Profiler:
-        """Watch every step from now on; moments are told in seconds since ``origin``, a ``time.perf_counter()``, or now."""
+        """Watch every step from now on; moments are told in seconds since ``origin``, a
+        ``time.perf_counter()``, or now."""
         experts = self._quantized("profile")
         card = self._card
         synchronize = (lambda: card.record().synchronize()) if card is not None else None
@@ -560,7 +579,8 @@ class Runtime:
         return self._quantized("profile").prefetch_by_layer()
 
     def memory_in_use(self) -> dict[str, tuple[int, dict[str, int]]]:
-        """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).  Another thread may ask."""
+        """Tier -> (bytes in use now, bytes of those components of the plan that are there by now).
+        Another thread may ask."""
         plan, used, resident = (
             self.plan,
             process_bytes(),
@@ -591,8 +611,8 @@ class Runtime:
         return self._experts
 
     def stats(self) -> dict[str, Any]:
-        """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by tier), ``memory``, ``misses``
-        with a GPU, and ``device``: which, and why it was taken."""
+        """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
+        tier), ``memory``, ``misses`` with a GPU, and ``device``: which, and why it was taken."""
         memory: dict[str, Any] = {
             "plan": dict(self.plan.components),
             "budget": self.plan.budget,

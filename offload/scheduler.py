@@ -1,8 +1,10 @@
-"""Several answers at once from one model: continuous batching over the latent caches of a ``Runtime``.
+"""Several answers at once from one model: continuous batching over the latent caches of a
+``Runtime``.
 
-Each sequence has a place, a latent cache within the memory plan.  One step decodes a token of every running answer in one
-pass, so an expert that was brought for one serves all, then takes a piece of one waiting prompt, so that nobody starves.
-What a finished answer left in its place is reused by a later prompt of the same owner that begins with the same tokens.
+Each sequence has a place, a latent cache within the memory plan.  One step decodes a token of every
+running answer in one pass, so an expert that was brought for one serves all, then takes a piece of
+one waiting prompt, so that nobody starves. What a finished answer left in its place is reused by a
+later prompt of the same owner that begins with the same tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ class QueueFullError(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A prompt and where its answer goes: ``emit(piece)`` is called from the batch's thread, the last time with a finish.
+    """A prompt and where its answer goes: ``emit(piece)`` is called from the batch's thread, the
+    last time with a finish.
 
-    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown``, ``error``, or ``refused`` for a grammar that can't be followed
-    to its end, where the batch ended it.  Only prompts of the same ``owner`` share latents.  The tokens of a prompt that is
-    ``scored`` are all computed, and noted in ``answer.read`` with their log-probabilities before the first piece.  Moments are
+    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown``, ``error``, or ``refused`` for a
+    grammar that can't be followed to its end, where the batch ended it.  Only prompts of the same
+    ``owner`` share latents.  The tokens of a prompt that is ``scored`` are all computed, and noted
+    in ``answer.read`` with their log-probabilities before the first piece.  Moments are
     ``time.monotonic()``.
     """
 
@@ -73,10 +77,11 @@ class Totals:
 
 
 class Batch:
-    """Decodes the jobs that are submitted, at most ``sequences`` at once, in a thread of its own; ``waiting`` more may queue.
+    """Decodes the jobs that are submitted, at most ``sequences`` at once, in a thread of its own;
+    ``waiting`` more may queue.
 
-    ``ended`` is called when the thread ends, by ``close`` or because the model failed; ``problem`` is then what failed.
-    Nobody else may use the runtime's sequences meanwhile.
+    ``ended`` is called when the thread ends, by ``close`` or because the model failed; ``problem``
+    is then what failed. Nobody else may use the runtime's sequences meanwhile.
     """
 
     def __init__(
@@ -188,7 +193,8 @@ class Batch:
         source = max(shared, key=shared.__getitem__, default=None)
         length = shared[source] if source is not None else 0
         free = [place for place in self._places if place.job is None]
-        # The source itself if most of it serves on, else an empty place, else the one unused for longest.
+        # The source itself if most of it serves on, else an empty place, else the one unused for
+        # longest.
         taken = min(
             free,
             key=lambda one: (
@@ -292,7 +298,8 @@ class Batch:
 
 
 def _common(cached: list[int], prompt: list[int]) -> int:
-    """Tokens that both begin with; the prompt's last one is always computed, since its logits are needed."""
+    """Tokens that both begin with; the prompt's last one is always computed, since its logits are
+    needed."""
     limit = min(len(cached), len(prompt) - 1)
     if cached[:limit] == prompt[:limit]:
         return limit

@@ -1,4 +1,5 @@
-"""int8, row-wise symmetric: ``w[n, k] = q[n, k] * scale[n]``, q int8 in [-127, 127], scale float32."""
+"""int8, row-wise symmetric: ``w[n, k] = q[n, k] * scale[n]``, q int8 in [-127, 127], scale
+float32."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Int8Weight:
 
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``q`` and ``scale`` of a bf16, fp16 or fp32 matrix; a row of zeros gets scale 0.  The input must be finite."""
+    """``q`` and ``scale`` of a bf16, fp16 or fp32 matrix; a row of zeros gets scale 0.  The input
+    must be finite."""
     weight_NK = weight_NK.float()
     scale = weight_NK.abs().amax(dim=-1) / 127
     divisor = torch.where(scale > 0, scale, 1.0)

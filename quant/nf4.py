@@ -1,17 +1,21 @@
-"""NF4 (QLoRA, arXiv 2305.14314): 4-bit codes over 16 levels, one fp16 scale for each 64 weights of a row.
+"""NF4 (QLoRA, arXiv 2305.14314): 4-bit codes over 16 levels, one fp16 scale for each 64 weights of
+a row.
 
-Codes are those of ``bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")``.  They are stored in the
-layout ``tiles16``, which lets a kernel form 16 rows' dot products before it converts or scales anything:
+Codes are those of ``bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")``.
+They are stored in the layout ``tiles16``, which lets a kernel form 16 rows' dot products before it
+converts or scales anything:
 
     W [N, K], zero-padded to N = 16 * n_tiles rows and K = 64 * n_blocks columns
     codes   U8  [n_tiles, n_blocks, 512]
-            byte 64 * t + 4 * lane + i (t < 8, lane < 16, i < 4) of (tile, block) belongs to row 16 * tile + lane;
-            its high nibble is the code of column 64 * block + 8 * t + i, its low nibble that of the column 4 further
+            byte 64 * t + 4 * lane + i (t < 8, lane < 16, i < 4) of (tile, block) belongs to row 16
+            * tile + lane; its high nibble is the code of column 64 * block + 8 * t + i, its low
+            nibble that of the column 4 further
     absmax  F16 [n_tiles, n_blocks, 16], scale of row 16 * tile + lane in that block
 
     weight = levels[code] * absmax
 
-Readers take the levels as data and accept scales of any sign.  Shape legend: N rows out, K columns in.
+Readers take the levels as data and accept scales of any sign.  Shape legend: N rows out, K columns
+in.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ MIDPOINTS = (np.array(LEVELS[:-1], np.float32) + np.array(LEVELS[1:], np.float32
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A [N, K] matrix: ``codes`` uint8 and ``absmax`` float16 in ``tiles16``, ``levels`` float32 [16]."""
+    """A [N, K] matrix: ``codes`` uint8 and ``absmax`` float16 in ``tiles16``, ``levels`` float32
+    [16]."""
 
     codes: Tensor
     absmax: Tensor
@@ -51,7 +56,8 @@ class NotFiniteError(ValueError):
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a bf16, fp16 or fp32 matrix, in ``tiles16``.  Raises ``NotFiniteError``.
 
-    A code is the number of midpoints between neighbouring levels that lie below ``w * (1 / absmax)``, all in float32.
+    A code is the number of midpoints between neighbouring levels that lie below ``w * (1 /
+    absmax)``, all in float32.
     """
     N, K = weight_NK.shape
     tiles, blocks, _ = codes_shape(N, K)
@@ -70,7 +76,8 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [tiles, blocks, 512] and absmax fp16 [tiles, blocks, 16] of float32 [tiles, lanes, blocks, 64]."""
+    """Codes uint8 [tiles, blocks, 512] and absmax fp16 [tiles, blocks, 16] of float32 [tiles,
+    lanes, blocks, 64]."""
     tiles, _, blocks, _ = w.shape
     absmax = w.abs().amax(dim=-1)
     if not bool((absmax <= 65504.0).all()):
@@ -80,7 +87,8 @@ def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
     for midpoint in MIDPOINTS:  # numpy compares 8 times as fast as torch does
         np.greater(scaled, midpoint, out=below)
         np.add(codes, below.view(np.uint8), out=codes)
-    # Four neighbouring columns move as one 32-bit word; codes are below 16, so no bit crosses a byte when shifted.
+    # Four neighbouring columns move as one 32-bit word; codes are below 16, so no bit crosses a
+    # byte when shifted.
     words = (
         torch.from_numpy(codes)
         .view(torch.int32)

@@ -1,4 +1,5 @@
-"""Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything is downloaded."""
+"""Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything
+is downloaded."""
 
 from __future__ import annotations
 
@@ -35,10 +36,12 @@ def record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
 
 
 def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
-    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the source), int8 or nf4.
+    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the
+    source), int8 or nf4.
 
-    Norms and the router gate keep the source's precision.  The embedding is gathered by row, and ``kv_b_proj`` is used
-    by column when it is absorbed into the query, which the NF4 tiles don't serve: both are at least int8.
+    Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
+    ``kv_b_proj`` is used by column when it is absorbed into the query, which the NF4 tiles don't
+    serve: both are at least int8.
     """
     if mode == "bf16" or len(shape) == 1 or name.endswith(".mlp.gate.weight"):
         return "none"
@@ -48,7 +51,8 @@ def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
 
 
 def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
-    """Bytes of a resident weight in memory.  Norms and router gates are held in float32, other unquantized weights in bf16."""
+    """Bytes of a resident weight in memory.  Norms and router gates are held in float32, other
+    unquantized weights in bf16."""
     quantization = resident_quantization(name, shape, mode)
     if quantization == "nf4":
         return nf4_bytes(*shape)
@@ -59,6 +63,6 @@ def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
 
 
 def latent_bytes(r: int, p: int) -> int:
-    """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope columns, either rounded up to 4,
-    and a scale and a sum of 4 bytes for each."""
+    """Bytes of a row of the native kernels' latent cache: one for each of R latent and P rope
+    columns, either rounded up to 4, and a scale and a sum of 4 bytes for each."""
     return -(-r // 4) * 4 + -(-p // 4) * 4 + 16

@@ -1,4 +1,5 @@
-"""slotmoe: DeepSeek-V2 on one machine whose GPU, and perhaps whose RAM, is far smaller than the model.
+"""slotmoe: DeepSeek-V2 on one machine whose GPU, and perhaps whose RAM, is far smaller than the
+model.
 
 with slotmoe.Runtime.open("sample") as runtime:
     for token in runtime.generate("It is a truth universally acknowledged,", max_new_tokens=32):

@@ -6,8 +6,8 @@ from __future__ import annotations
 class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.
 
-    Messages quote names from files of strangers, so control characters are escaped: they neither break the line nor
-    reach the terminal.
+    Messages quote names from files of strangers, so control characters are escaped: they neither
+    break the line nor reach the terminal.
     """
 
     def __init__(self, message: str):
@@ -15,7 +15,8 @@ class SlotmoeError(ValueError):
 
 
 class ConfigError(SlotmoeError):
-    """A ``config.json``, tokenizer or option that is malformed or asks for something unsupported."""
+    """A ``config.json``, tokenizer or option that is malformed or asks for something
+    unsupported."""
 
 
 class CheckpointError(SlotmoeError):
@@ -23,7 +24,8 @@ class CheckpointError(SlotmoeError):
 
 
 class ExportError(SlotmoeError):
-    """An export that is damaged, truncated, mismatched or half-written, or a destination that can't take one."""
+    """An export that is damaged, truncated, mismatched or half-written, or a destination that can't
+    take one."""
 
 
 class PlanError(SlotmoeError):
@@ -31,8 +33,10 @@ class PlanError(SlotmoeError):
 
 
 class DeviceError(SlotmoeError):
-    """A graphics card that failed at work, or whose memory another program took.  The command line exits with 1."""
+    """A graphics card that failed at work, or whose memory another program took.  The command line
+    exits with 1."""
 
 
 class DownloadError(SlotmoeError):
-    """A download that the network or the server made fail; the same command resumes it.  The command line exits with 1."""
+    """A download that the network or the server made fail; the same command resumes it.  The
+    command line exits with 1."""

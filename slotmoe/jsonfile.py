@@ -17,8 +17,9 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in ``path``; ``error`` is raised, naming the file, for anything else.
 
-    Refused as well: more than ``max_bytes``, more than ``MAX_JSON_VALUES`` values (so that memory stays within a few
-    times the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity, and keys that occur twice.
+    Refused as well: more than ``max_bytes``, more than ``MAX_JSON_VALUES`` values (so that memory
+    stays within a few times the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity,
+    and keys that occur twice.
     """
 
     def constant(name: str) -> None:

@@ -1,4 +1,5 @@
-"""Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub on loopback."""
+"""Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub
+on loopback."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Checkpoints and exports made to break things: each is refused in one line that names the culprit, fast and lean."""
+"""Checkpoints and exports made to break things: each is refused in one line that names the culprit,
+fast and lean."""
 
 import json
 import os
@@ -60,7 +61,8 @@ def export(good, tmp_path):
 
 
 def refused(action, *wanted, kind=SlotmoeError):
-    """``action()`` must end in a one-line error of ours that holds every string of ``wanted``, within a second of CPU."""
+    """``action()`` must end in a one-line error of ours that holds every string of ``wanted``,
+    within a second of CPU."""
     start = sum(os.times()[:4])
     with pytest.raises(kind) as caught:
         action()
@@ -882,7 +884,8 @@ def test_bad_export(name, export):
 
 @pytest.mark.parametrize("name", BAD_EXPORTS)
 def test_bad_export_as_a_model(name, export):
-    """The same through the runtime, which reads config.json first; experts are read at first use."""
+    """The same through the runtime, which reads config.json first; experts are read at first
+    use."""
     BAD_EXPORTS[name][0](export)
 
     def run():
@@ -952,7 +955,7 @@ def test_every_manifest_value_may_be_hostile(value, export):
         try:
             found = read_everything(export)
         except ExportError as problem:
-            assert str(export) in str(problem)  # noqa: PT017
+            assert str(export) in str(problem)
         else:
             opened += path[:2] != ("quantization", "report")  # whose figures are for people
             if path[:2] != ("quantization", "levels"):
@@ -966,7 +969,8 @@ def hash_of(path):
 
 
 def interesting_places(name, size, export):
-    """First and last bytes, the header's bounds and both ends of every part of every record or tensor; random ones too."""
+    """First and last bytes, the header's bounds and both ends of every part of every record or
+    tensor; random ones too."""
     places = {0, 1, 7, 8, 9, size // 2, size - 2, size - 1}
     if name.startswith("experts/"):
         start = export.manifest["files"][name]["header_bytes"]
@@ -1009,7 +1013,7 @@ def test_a_flipped_byte_anywhere_is_refused(name, export):
         try:
             found = read_everything(export)
         except ExportError as problem:
-            assert str(export) in str(problem)  # noqa: PT017
+            assert str(export) in str(problem)
         else:  # white space of JSON, for example
             assert name == MANIFEST, f"a flip at {place} of {name} went unnoticed"
             assert found == wanted
@@ -1058,7 +1062,8 @@ print(json.dumps(report))
 
 
 def test_refusals_take_little_memory(good, tmp_path):
-    """The largest files that pass the caps, and those just beyond, in a fresh process; megabytes above what it had."""
+    """The largest files that pass the caps, and those just beyond, in a fresh process; megabytes
+    above what it had."""
     vocabulary = ",".join(f'"{i:x}":{i}' for i in range(349_000)).encode()
     many = {f"t{i:x}": f32(0, 0, (0,)) for i in range(99_000)}
     cases = {

@@ -1,4 +1,5 @@
-"""Entry point of ``slotmoe``.  Heavy imports (torch) happen inside the command that needs them, so help is instant."""
+"""Entry point of ``slotmoe``.  Heavy imports (torch) happen inside the command that needs them, so
+help is instant."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130 interrupted."""
+    """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
+    interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = cli.main(arguments, prog_name="slotmoe", standalone_mode=False)

@@ -77,27 +77,30 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL divergence in nats, how often
-    both put the same token first, and the tokens whose predictions differ most.
+    """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL
+    divergence in nats, how often both put the same token first, and the tokens whose predictions
+    differ most.
 
-    A text is read in windows, each of them begun with the beginning-of-sentence token if the model has one.  By default they
-    follow each other and every token is scored once.  A smaller --stride gives tokens more context: --window 4096
-    --stride 1024 lets all but the first window's see at least 3071 positions, for four times the work.
+    A text is read in windows, each of them begun with the beginning-of-sentence token if the model
+    has one.  By default they follow each other and every token is scored once.  A smaller --stride
+    gives tokens more context: --window 4096 --stride 1024 lets all but the first window's see at
+    least 3071 positions, for four times the work.
 
-    To compare with llama.cpp's `perplexity -c 512 -f FILE`, pass --method llama.cpp --window 512: the same tokens are scored,
-    in the same contexts.  Its KL divergence is ours but for its 16-bit storage of the reference.  Perplexity counts by
-    token, so compare it only between models with the same tokenizer; bits per byte has no such limit.
+    To compare with llama.cpp's `perplexity -c 512 -f FILE`, pass --method llama.cpp --window 512:
+    the same tokens are scored, in the same contexts.  Its KL divergence is ours but for its 16-bit
+    storage of the reference.  Perplexity counts by token, so compare it only between models with
+    the same tokenizer; bits per byte has no such limit.
 
-    With --reference both models are open at once, within --ram (or --vram).  A checkpoint must fit whole, in its own
-    precision; an export as reference needs no more than half of the budget.
+    With --reference both models are open at once, within --ram (or --vram).  A checkpoint must fit
+    whole, in its own precision; an export as reference needs no more than half of the budget.
 
     \b
     Examples:
-      slotmoe eval lite-export --text book.txt
-      slotmoe eval lite-export --text a.txt --text b.txt --reference DeepSeek-V2-Lite-Chat --window 1024
-      slotmoe eval lite-export --text page.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
-      slotmoe eval lite-nf4 --text book.txt --reference lite-bf16 --ram 12GiB --json
-      slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
+      slotmoe eval lite-export --text book.txt slotmoe eval lite-export --text a.txt --text b.txt
+      --reference DeepSeek-V2-Lite-Chat --window 1024 slotmoe eval lite-export --text page.txt
+      --reference DeepSeek-V2-Lite-Chat --kernels torch slotmoe eval lite-nf4 --text book.txt
+      --reference lite-bf16 --ram 12GiB --json slotmoe eval lite-export --text wiki.test.raw
+      --method llama.cpp --window 512
     """
     from slotmoe.offload.study.evaluate import Evaluation, windows_of
 
@@ -142,7 +145,8 @@ def command(
 
 
 def _window(model: str, window: int | None, context: int) -> int:
-    """Positions of a window: as asked, within --context if that was given too, and within what the model can."""
+    """Positions of a window: as asked, within --context if that was given too, and within what the
+    model can."""
     from slotmoe.errors import PlanError
     from slotmoe.model.config import read_config
     from slotmoe.offload.runtime import resolve_model
@@ -227,7 +231,8 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
 
 
 def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
-    """Budgets for the model beside an open reference, whose plan counts memory that it has not touched yet."""
+    """Budgets for the model beside an open reference, whose plan counts memory that it has not
+    touched yet."""
     import psutil
 
     from slotmoe.offload.machine import available_memory

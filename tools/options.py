@@ -129,21 +129,24 @@ _CHAT: list[Decorator] = [*_sampling(max_new_tokens=1024, temperature=0.3, top_p
 
 
 def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of what is generated: how long, by which sampling, from which kind of prompt."""
+    """Add the options of what is generated: how long, by which sampling, from which kind of
+    prompt."""
     for option in reversed(_GENERATION):
         function = option(function)
     return function
 
 
 def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of how a chat's answers are generated; the defaults are those that DeepSeek gives its chat models."""
+    """Add the options of how a chat's answers are generated; the defaults are those that DeepSeek
+    gives its chat models."""
     for option in reversed(_CHAT):
         function = option(function)
     return function
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt of the command line: itself, or stdin where it is ``-``.  Raises ``ConfigError``."""
+    """The prompt of the command line: itself, or stdin where it is ``-``.  Raises
+    ``ConfigError``."""
     if prompt != "-":
         return prompt
     try:
@@ -160,7 +163,8 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_on_hub(model: str, revision: str | None) -> bool:
-    """Whether ``model`` is a hub id; a folder of that name goes first, and is said to.  Raises ``ConfigError``."""
+    """Whether ``model`` is a hub id; a folder of that name goes first, and is said to.  Raises
+    ``ConfigError``."""
     if not is_hub_id(model) or not Path(model).exists():
         return is_hub_id(model)
     if revision is not None:
@@ -181,7 +185,8 @@ def open_runtime(
     logits_rows: int = 1,
     sequences: int = 1,
 ) -> Any:
-    """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it must quantize."""
+    """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
+    must quantize."""
     from slotmoe.model.config import read_config
     from slotmoe.offload.runtime import Runtime, resolve_model
     from slotmoe.tools.progress import byte_bars

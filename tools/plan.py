@@ -1,4 +1,5 @@
-"""``slotmoe plan``: what goes where and how fast it will be, by arithmetic, before a byte is downloaded."""
+"""``slotmoe plan``: what goes where and how fast it will be, by arithmetic, before a byte is
+downloaded."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Model:
-    """A geometry, and of an export how its resident weights are stored, its predictor's bytes and its routing."""
+    """A geometry, and of an export how its resident weights are stored, its predictor's bytes and
+    its routing."""
 
     name: str
     config: Config
@@ -85,11 +87,13 @@ class _Machine:
 @runtime_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **options: Any) -> None:
-    """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are needed.
+    """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
+    needed.
 
-    MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, the path of a config.json, or a hub id, of which
-    the config alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate has
-    measured on this machine, or assumptions; the report says which.  If the model does not fit, it names the shortfall and the
+    MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, the path of a
+    config.json, or a hub id, of which the config alone is fetched.  Speeds come from bandwidths:
+    those given here, those that slotmoe bench --calibrate has measured on this machine, or
+    assumptions; the report says which.  If the model does not fit, it names the shortfall and the
     cheapest ways out.
 
     \b
@@ -186,8 +190,8 @@ def _model(name: str, revision: str | None) -> _Model:
 
 
 def _hub_config(repo: str, revision: str) -> Path:
-    """The config of a model on the hub, from huggingface_hub's cache where it is there already.  Raises ``ConfigError`` or
-    ``DownloadError``."""
+    """The config of a model on the hub, from huggingface_hub's cache where it is there already.
+    Raises ``ConfigError`` or ``DownloadError``."""
     from huggingface_hub import errors, hf_hub_download
 
     from slotmoe.errors import DownloadError
@@ -267,7 +271,8 @@ def _card(name: str) -> Any:
 
 
 def _installed_gpu() -> int | None:
-    """Nine tenths of the free memory of the first NVIDIA GPU here, in bytes; None if there is none."""
+    """Nine tenths of the free memory of the first NVIDIA GPU here, in bytes; None if there is
+    none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -305,7 +310,8 @@ def _plan(
 def _precision(
     model: _Model, machine: _Machine, asked: str, context: int, slots: int | None
 ) -> tuple[str, str]:
-    """How resident weights are stored, and why: int8 stays closest to the source, unless that takes half of the fast tier."""
+    """How resident weights are stored, and why: int8 stays closest to the source, unless that takes
+    half of the fast tier."""
     from slotmoe.errors import PlanError
     from slotmoe.offload.plan.memory import format_size, sizes_of
 

@@ -53,24 +53,28 @@ RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 def command(
     source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any
 ) -> None:
-    """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample') into the export DST.
+    """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample')
+    into the export DST.
 
-    Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small however large the model.
-    Interrupted or killed, the same command resumes where it stopped; DST appears only when it is complete.  Where DST is
-    this export already, its checksums are compared, and what is damaged is made again.
+    Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small
+    however large the model. Interrupted or killed, the same command resumes where it stopped; DST
+    appears only when it is complete.  Where DST is this export already, its checksums are compared,
+    and what is damaged is made again.
 
-    A hub id (owner/model) is downloaded one weight file at a time, each removed when it is quantized: beyond the export
-    that takes the disk of two of them.  Token, endpoint and cache are huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
+    A hub id (owner/model) is downloaded one weight file at a time, each removed when it is
+    quantized: beyond the export that takes the disk of two of them.  Token, endpoint and cache are
+    huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 
-    --calibrate reads text like what the model will read and write, and learns which experts a token will use before it
-    starts.  Where experts don't fit in memory, they are then read earlier.  100,000 tokens (half a megabyte) do well.
+    --calibrate reads text like what the model will read and write, and learns which experts a token
+    will use before it starts.  Where experts don't fit in memory, they are then read earlier.
+    100,000 tokens (half a megabyte) do well.
 
     \b
     Examples:
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
-      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate letters.txt --calibrate manual.txt
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export slotmoe quantize
+      deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8 slotmoe quantize
+      deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source slotmoe quantize
+      DeepSeek-V2-Lite-Chat lite-export --calibrate letters.txt --calibrate manual.txt
     """
     report = _quantize(source, destination, texts, as_json, **options)
     if texts:
@@ -82,7 +86,8 @@ def command(
 
 
 def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
-    """What can be said about the source and the calibration texts before hours of work, not after."""
+    """What can be said about the source and the calibration texts before hours of work, not
+    after."""
     from slotmoe.errors import ConfigError
     from slotmoe.model.config import read_config
 

@@ -52,8 +52,9 @@ def command(
 ) -> None:
     """Replay the routing recorded in TRACE files under cache policies and sizes, without the model.
 
-    Each token counts as one decode step, and the cache starts empty.  The optimum knows the future: no policy can do
-    better without prefetching.  Of several traces (of one model) the mean is shown.
+    Each token counts as one decode step, and the cache starts empty.  The optimum knows the future:
+    no policy can do better without prefetching.  Of several traces (of one model) the mean is
+    shown.
 
     \b
     Examples:
@@ -67,7 +68,7 @@ def command(
             raise click.UsageError(
                 f"-o {output}: expected a name that ends in .png, in a folder that exists"
             )
-        import matplotlib  # noqa: F401  # before minutes of work, not after
+        import matplotlib  # before minutes of work, not after
     from slotmoe.offload.study.replay import OPTIMUM
 
     report = measure(traces, slots, (*(policy or POLICIES), OPTIMUM), quiet=as_json)
@@ -79,8 +80,8 @@ def command(
 def measure(
     traces: tuple[Path, ...], slots: tuple[int, ...], policies: tuple[str, ...], quiet: bool
 ) -> dict[str, Any]:
-    """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share of the optimum's, both as
-    ``by_trace`` and as their mean."""
+    """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
+    of the optimum's, both as ``by_trace`` and as their mean."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -37,9 +37,9 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like deepseek-ai/DeepSeek-V2-Lite,
-    or 'sample'; the last three are quantized once into a cache folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe).
-    PROMPT '-' reads the prompt from stdin.
+    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like
+    deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last three are quantized once into a cache folder
+    ($SLOTMOE_CACHE, default ~/.cache/slotmoe). PROMPT '-' reads the prompt from stdin.
 
     \b
     Examples:
@@ -88,7 +88,8 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 
 
 def summary(stats: dict[str, Any]) -> str:
-    """One line: the device and why it was taken, speeds, hits, bytes read and memory, from ``Runtime.stats``."""
+    """One line: the device and why it was taken, speeds, hits, bytes read and memory, from
+    ``Runtime.stats``."""
     from slotmoe.offload.plan.memory import format_size
 
     lines = [f"on {stats['device']['name']}, {stats['device']['why']}"]

@@ -1,4 +1,5 @@
-"""``slotmoe synth``: an export of a real geometry with random weights, to try a machine before a long download."""
+"""``slotmoe synth``: an export of a real geometry with random weights, to try a machine before a
+long download."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real model's, its text is noise.
+    """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real
+    model's, its text is noise.
 
     GEOMETRY is v2 (236B), v2-lite (16B), sample, or the path of a config.json.
 

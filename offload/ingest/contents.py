@@ -1,4 +1,5 @@
-"""What the files of an export are made of: which tensors of the checkpoint go where, and in which precision."""
+"""What the files of an export are made of: which tensors of the checkpoint go where, and in which
+precision."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class Contents:
         return layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
 
     def kind(self, name: str) -> str:
-        """How the source's tensor ``name`` is stored: ``none``, ``int8`` or ``nf4``, as every routed expert is."""
+        """How the source's tensor ``name`` is stored: ``none``, ``int8`` or ``nf4``, as every
+        routed expert is."""
         return self.quantization.get(name, "nf4")
 
     def part_names(self, name: str) -> tuple[str, ...]:

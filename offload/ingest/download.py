@@ -1,9 +1,11 @@
-"""One file over HTTP, several ranges at once: resumable to the byte after a kill, checked while it arrives.
+"""One file over HTTP, several ranges at once: resumable to the byte after a kill, checked while it
+arrives.
 
-huggingface_hub downloads a file in one stream to a temporary name of each process's own and removes it when it fails, so a
-broken 9 GB shard starts from zero (version 2.4).  Here ``NAME.incomplete`` has its full size from the start, and
-``NAME.ranges`` says how far each piece of it has come; the file gets its name when its checksum is right.  The standard
-library's client reads straight into our buffer, which makes it three times as fast as the hub's.
+huggingface_hub downloads a file in one stream to a temporary name of each process's own and removes
+it when it fails, so a broken 9 GB shard starts from zero (version 2.4).  Here ``NAME.incomplete``
+has its full size from the start, and ``NAME.ranges`` says how far each piece of it has come; the
+file gets its name when its checksum is right.  The standard library's client reads straight into
+our buffer, which makes it three times as fast as the hub's.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to bear with a bad connection: ``stall`` seconds for each buffer of 256 KiB, ``attempts`` failures in a row
-    with a pause between them that begins at ``pause`` seconds and doubles up to a minute."""
+    """How long to bear with a bad connection: ``stall`` seconds for each buffer of 256 KiB,
+    ``attempts`` failures in a row with a pause between them that begins at ``pause`` seconds and
+    doubles up to a minute."""
 
     stall: float = 30.0
     attempts: int = 8
@@ -57,7 +60,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is small, its git blob id."""
+    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is
+    small, its git blob id."""
 
     size: int
     checksum: str
@@ -87,7 +91,8 @@ class Remote(Protocol):
 
 
 class PassingError(Exception):
-    """A failure that may not happen again; ``after`` is how many seconds the server asks to wait."""
+    """A failure that may not happen again; ``after`` is how many seconds the server asks to
+    wait."""
 
     def __init__(self, message: str, after: float | None = None):
         super().__init__(message)
@@ -99,7 +104,8 @@ class Stopped(Exception):
 
 
 class Ending(threading.Event):
-    """Set when the program ends; that cuts the connections which it was told to watch, whatever they wait for."""
+    """Set when the program ends; that cuts the connections which it was told to watch, whatever
+    they wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +131,8 @@ def patiently(
 ) -> T:
     """What ``action`` returns, after as many attempts as ``patience`` allows.
 
-    ``gained`` counts the bytes that its failed attempts brought.  Raises ``DownloadError`` and ``Stopped``.
+    ``gained`` counts the bytes that its failed attempts brought.  Raises ``DownloadError`` and
+    ``Stopped``.
     """
     failures, before = 0, gained()
     while True:
@@ -145,7 +152,8 @@ def patiently(
 
 
 def status_error(status: int, headers: Any) -> PassingError:
-    """The failure that a status other than success is; waits as long as a server asks for in whole seconds."""
+    """The failure that a status other than success is; waits as long as a server asks for in whole
+    seconds."""
     after = str(headers.get("Retry-After") or "")
     return PassingError(f"the server answers {status}", float(after) if after.isdecimal() else None)
 
@@ -160,9 +168,9 @@ def fetch(
 ) -> None:
     """Download ``remote`` to ``path``, going on from what an earlier call left.
 
-    ``advance`` is told of bytes as they arrive, of those that were there already and, negatively, of those thrown away.
-    Raises ``DownloadError``, ``OSError`` if ``path`` can't be written, ``Stopped`` soon after ``stop`` is set, and what
-    ``remote.locate`` raises.
+    ``advance`` is told of bytes as they arrive, of those that were there already and, negatively,
+    of those thrown away. Raises ``DownloadError``, ``OSError`` if ``path`` can't be written,
+    ``Stopped`` soon after ``stop`` is set, and what ``remote.locate`` raises.
     """
     found = ""
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
@@ -193,7 +201,8 @@ def read_range(
 
 
 class _Transfer:
-    """The download of one file: its pieces, the workers that bring them and the hash that follows them."""
+    """The download of one file: its pieces, the workers that bring them and the hash that follows
+    them."""
 
     def __init__(
         self,
@@ -223,7 +232,8 @@ class _Transfer:
         )
 
     def run(self) -> str:
-        """Bring what is missing; returns the file's checksum, and only if it is right gives the file its name."""
+        """Bring what is missing; returns the file's checksum, and only if it is right gives the
+        file its name."""
         try:
             os.ftruncate(self._handle, self._expected.size)
             self._advance(sum(self._received))
@@ -259,8 +269,9 @@ class _Transfer:
         return [0] * len(self._starts)
 
     def _save(self) -> None:
-        """Note how far the pieces are, for after a kill.  After a power failure the note may claim what never reached the disk;
-        then the checksum is wrong and this one file comes again, which is cheaper than to sync gigabytes all the time."""
+        """Note how far the pieces are, for after a kill.  After a power failure the note may claim
+        what never reached the disk; then the checksum is wrong and this one file comes again, which
+        is cheaper than to sync gigabytes all the time."""
         temporary = self._ranges.with_name(self._ranges.name + ".tmp")
         temporary.write_text(
             json.dumps({"checksum": self._expected.checksum, "received": self._received})
@@ -384,7 +395,8 @@ def _opened(
     timeout: float,
     watch: Callable[[socket.socket], None],
 ) -> Iterator[http.client.HTTPResponse]:
-    """The response whose body begins with byte ``start`` of the file; ``watch`` gets each socket on which something is awaited."""
+    """The response whose body begins with byte ``start`` of the file; ``watch`` gets each socket on
+    which something is awaited."""
     url = remote.locate()
     for _ in range(_REDIRECTS):
         connection, target, headers = _connection(url, timeout)
@@ -450,7 +462,8 @@ def _tls() -> ssl.SSLContext:
 
 
 def _connection(url: str, timeout: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """An unopened connection for ``url``, through the environment's proxy if it names one; the request's target and headers."""
+    """An unopened connection for ``url``, through the environment's proxy if it names one; the
+    request's target and headers."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PassingError(f"{url[:80]!r} is no address to download from")

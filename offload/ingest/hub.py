@@ -1,13 +1,15 @@
 """A model on the hub as the source of an export, one weight file at a time.
 
-The revision is resolved once, and everything comes from that commit.  ``DST.download`` holds what has come:
+The revision is resolved once, and everything comes from that commit.  ``DST.download`` holds what
+has come:
 
     plan.json            repository, revision, commit, and the size and checksum of each file
     headers/NAME/        the small files, and each weight file's header in a sparse file of its full size
     weights/             at most two weight files, one being quantized and one arriving
 
-``headers/NAME`` is thus a checkpoint folder whose tensors can be checked before any weight is fetched.  Metadata, tokens,
-endpoint and cache are huggingface_hub's; the bytes come through ``slotmoe.offload.ingest.download``.
+``headers/NAME`` is thus a checkpoint folder whose tensors can be checked before any weight is
+fetched.  Metadata, tokens, endpoint and cache are huggingface_hub's; the bytes come through
+``slotmoe.offload.ingest.download``.
 """
 
 from __future__ import annotations
@@ -69,9 +71,11 @@ class Pin:
 
 
 def resolve(repo: str, revision: str) -> Pin:
-    """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache holds.
+    """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache
+    holds.
 
-    Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if the hub can't be asked.
+    Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if the hub
+    can't be asked.
     """
     from huggingface_hub import HfApi
 
@@ -114,7 +118,8 @@ def _is_part(name: str) -> bool:
 
 
 def _cached_pin(repo: str, revision: str) -> Pin | None:
-    """What huggingface_hub's cache holds of ``revision``; its links lead to blobs that are named by their checksums."""
+    """What huggingface_hub's cache holds of ``revision``; its links lead to blobs that are named by
+    their checksums."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json", revision=revision)
@@ -237,7 +242,8 @@ class _RemoteFile:
 
 
 class HubShards:
-    """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives while one is quantized."""
+    """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives
+    while one is quantized."""
 
     def __init__(
         self,
@@ -341,7 +347,8 @@ class HubShards:
         os.rename(temporary, path)
 
     def _cached(self, name: str, check: bool) -> Path | None:
-        """The file in huggingface_hub's cache if it is there and, with ``check``, its checksum is right."""
+        """The file in huggingface_hub's cache if it is there and, with ``check``, its checksum is
+        right."""
         from huggingface_hub import try_to_load_from_cache
 
         found, expected = (
@@ -463,7 +470,8 @@ class HubShards:
 
 
 def _copy(source: Path, destination: Path) -> None:
-    """``destination`` appears when it is whole; on the same file system, big files take no room twice."""
+    """``destination`` appears when it is whole; on the same file system, big files take no room
+    twice."""
     temporary = destination.with_name(destination.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -487,13 +495,16 @@ def quantize_from_hub(
     patience: Patience | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """``slotmoe.offload.ingest.quantize.quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
+    """``slotmoe.offload.ingest.quantize.quantize`` (which gets ``options``) of a model on the hub;
+    returns the manifest.
 
-    Killed at any moment, the same call resumes at the byte, from the commit that the first call found.  ``keep_source``
-    leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets bytes of the download, ``ready`` the folder of
-    config, tokenizer and headers before any weight is fetched.
+    Killed at any moment, the same call resumes at the byte, from the commit that the first call
+    found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
+    bytes of the download, ``ready`` the folder of config, tokenizer and headers before any weight
+    is fetched.
 
-    Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and ``DownloadError``.
+    Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and
+    ``DownloadError``.
     """
     partial = partial_folder(destination)
     download, kept = (
@@ -562,7 +573,8 @@ def _plan(download: Path, pin: Pin) -> None:
 
 
 def _planned(download: Path) -> Pin | None:
-    """The commit that a killed run began with, so that all files are of one commit even if the revision moved on."""
+    """The commit that a killed run began with, so that all files are of one commit even if the
+    revision moved on."""
     try:
         plan = json.loads((download / "plan.json").read_text())
         return Pin(
@@ -594,8 +606,9 @@ def _clear(download: Path) -> None:
 def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
     """Export of a model on the hub in the folder ``cache``, made now if it is not there yet.
 
-    The commit that a revision was at first is noted there: later runs need no network, and a commit that changes a README
-    does not start a download of hundreds of gigabytes.  Raises like ``quantize_from_hub``.
+    The commit that a revision was at first is noted there: later runs need no network, and a commit
+    that changes a README does not start a download of hundreds of gigabytes.  Raises like
+    ``quantize_from_hub``.
     """
     revision = revision or "main"
     name = repo.replace("/", "--")

@@ -1,6 +1,7 @@
 """The folder that an export is made in, and the moment when it gets its name.
 
-Work happens in ``DST.partial``, which one process owns at a time; the last act is to rename it to ``DST``.
+Work happens in ``DST.partial``, which one process owns at a time; the last act is to rename it to
+``DST``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from slotmoe.quant.export.writer import sync_folder
 
 
 def partial_folder(destination: Path) -> Path:
-    """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the destination has no name."""
+    """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the
+    destination has no name."""
     if destination.name in ("", ".."):
         raise ExportError(
             f"{destination}: is not the name of a new folder; choose another destination"
@@ -29,7 +31,8 @@ def partial_folder(destination: Path) -> Path:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with ``overwrite``, an export."""
+    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with
+    ``overwrite``, an export."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
     if destination.is_dir() and any(destination.iterdir()):
@@ -46,7 +49,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Raise ``ExportError`` if ``folder``, which is about to be emptied, holds what no export has."""
+    """Raise ``ExportError`` if ``folder``, which is about to be emptied, holds what no export
+    has."""
     ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     foreign = [
@@ -62,7 +66,8 @@ def check_ours(folder: Path) -> None:
 
 @contextmanager
 def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
-    """Own the folder ``partial`` (made if absent, removed if left empty); a second process waits or is refused."""
+    """Own the folder ``partial`` (made if absent, removed if left empty); a second process waits or
+    is refused."""
     while True:
         try:
             partial.mkdir(exist_ok=True)
@@ -102,7 +107,8 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of an ``OSError`` that says that the disk of ``folder`` is full."""
+    """Raise ``ExportError`` instead of an ``OSError`` that says that the disk of ``folder`` is
+    full."""
     try:
         yield
     except OSError as problem:

@@ -1,9 +1,12 @@
-"""Checkpoint in, export out: a tensor at a time, resumable, never half-written under its final name.
+"""Checkpoint in, export out: a tensor at a time, resumable, never half-written under its final
+name.
 
-Every tensor is quantized straight to its place in the file of the export that holds it, so weight files can arrive in any
-order and leave at once (``slotmoe.offload.ingest.hub``).  Work happens in ``DST.partial``.  ``state.json`` there says what is done: each
-finished file's manifest entry, and the checksums of the tensors that unfinished files hold already.  It is written after
-those bytes are durable, so a killed run resumes to the same bytes.  The last act is to rename the folder to ``DST``.
+Every tensor is quantized straight to its place in the file of the export that holds it, so weight
+files can arrive in any order and leave at once (``slotmoe.offload.ingest.hub``).  Work happens in
+``DST.partial``.  ``state.json`` there says what is done: each finished file's manifest entry, and
+the checksums of the tensors that unfinished files hold already.  It is written after those bytes
+are durable, so a killed run resumes to the same bytes.  The last act is to rename the folder to
+``DST``.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ class Shards(Protocol):
     """Weight files that are not all in the checkpoint's folder, but come one after the other."""
 
     def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
-        """Say what will be brought; returns the disk, in bytes, that it takes at its peak beyond what is taken already."""
+        """Say what will be brought; returns the disk, in bytes, that it takes at its peak beyond
+        what is taken already."""
 
     def bring(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
         """Each file with the place where it lies; it may be gone when the next one is asked for."""
@@ -87,15 +91,17 @@ def quantize(
     notify: Callable[[str], None] | None = None,
     shards: Shards | None = None,
 ) -> dict[str, Any]:
-    """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its manifest.
+    """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its
+    manifest.
 
-    If ``destination`` is an export of this source already, its checksums are compared (``checking`` is told) and what is
-    damaged is made again.  Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
-    ``wait_for_lock`` waits for another process that writes the same destination and then returns what it made.
-    With ``shards``, ``source`` needs only the headers of its weight files.  ``notify`` gets sentences for people.
+    If ``destination`` is an export of this source already, its checksums are compared (``checking``
+    is told) and what is damaged is made again.  Interrupted or failed, the call leaves
+    ``DST.partial``, from which the same call resumes. ``wait_for_lock`` waits for another process
+    that writes the same destination and then returns what it made. With ``shards``, ``source``
+    needs only the headers of its weight files.  ``notify`` gets sentences for people.
 
-    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the destination can't take the
-    export.
+    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
+    destination can't take the export.
     """
     if resident not in RESIDENT_CHOICES:
         raise ConfigError(
@@ -148,7 +154,8 @@ def _ignore(*_arguments: Any) -> None:
 
 
 def _export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, else None."""
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, else
+    None."""
     if folder.is_symlink():
         return None
     try:
@@ -173,7 +180,8 @@ def _repair(
     checking: Progress,
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the damaged files of an export again, each in the moment of one rename; returns the manifest."""
+    """Make the damaged files of an export again, each in the moment of one rename; returns the
+    manifest."""
     damaged = damaged_files(destination, manifest, checking)
     for name, problem in damaged.items():
         if (destination / name).is_dir():
@@ -214,8 +222,9 @@ def _repair(
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header alone, since hashing 31 GB would
-    double the time, of any other file whole.  Raises ``CheckpointError``."""
+    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header
+    alone, since hashing 31 GB would double the time, of any other file whole.  Raises
+    ``CheckpointError``."""
     folder, files = checkpoint.folder, {}
     for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
         if not (folder / name).is_file():
@@ -242,7 +251,8 @@ class _Stopped(Exception):
 
 
 class _Job:
-    """One quantization: what to write, what is already there, and the workers that write the rest."""
+    """One quantization: what to write, what is already there, and the workers that write the
+    rest."""
 
     def __init__(
         self,
@@ -308,7 +318,8 @@ class _Job:
         )
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
-        """Write the files ``names`` of the export into the partial folder; returns their manifest entries."""
+        """Write the files ``names`` of the export into the partial folder; returns their manifest
+        entries."""
         self.load_state(overwrite=False)
         copied = [name for name in names if name in COPIED]
         for name in copied:
@@ -319,7 +330,8 @@ class _Job:
         }
 
     def load_state(self, overwrite: bool) -> None:
-        """Go on from what a killed run left; anything else in the partial folder is removed or, without ``overwrite``, refused."""
+        """Go on from what a killed run left; anything else in the partial folder is removed or,
+        without ``overwrite``, refused."""
         source = {
             "name": self._checkpoint.folder.resolve().name,
             "files": source_files(self._checkpoint),
@@ -348,7 +360,8 @@ class _Job:
         self._state = {"identity": identity, "files": {}, "written": {}, "errors": {}}
 
     def _write_files(self, names: list[str]) -> dict[str, Any]:
-        """Write the files ``names`` from their tensors, unless they are finished; returns their manifest entries."""
+        """Write the files ``names`` from their tensors, unless they are finished; returns their
+        manifest entries."""
         infos, todo = self._checkpoint.infos, list[str]()
         self._total = sum(
             infos[tensor].nbytes for name in names for tensor in self._contents.tensors(name)
@@ -456,7 +469,8 @@ class _Job:
             self._finish(file)
 
     def _finish(self, file: str) -> None:
-        """Check a file that has all of its tensors, note that it's done, then name it: ``_finished`` may have to do the last."""
+        """Check a file that has all of its tensors, note that it's done, then name it:
+        ``_finished`` may have to do the last."""
         with self._lock:
             assembly = self._assemblies.pop(file, None) or Assembly(
                 self._partial / file, self._contents.parts(file), self._written(file)
@@ -480,7 +494,8 @@ class _Job:
         publish_file(self._partial / file)
 
     def _summed_errors(self, file: str) -> dict[str, list[float]]:
-        """The sums of ``squared_error`` of a whole file's weights, all routed experts of a layer as one."""
+        """The sums of ``squared_error`` of a whole file's weights, all routed experts of a layer as
+        one."""
         errors, config = self._state["errors"].get(file, {}), self._contents.config
         layer = self._contents.layer(file)
         if layer is None:
@@ -495,7 +510,8 @@ class _Job:
         }
 
     def _finished(self, file: str) -> bool:
-        """Whether ``file`` is whole, under its own name or, killed before the rename, still under the temporary one."""
+        """Whether ``file`` is whole, under its own name or, killed before the rename, still under
+        the temporary one."""
         entry, path = self._state["files"].get(file), self._partial / file
         if entry is None:
             return False
@@ -510,7 +526,8 @@ class _Job:
         return False
 
     def _written(self, file: str) -> dict[str, str]:
-        """Checksums of what the unfinished ``file`` holds already; nothing if it is not there as it was."""
+        """Checksums of what the unfinished ``file`` holds already; nothing if it is not there as it
+        was."""
         known: dict[str, str] = self._state["written"].get(file, {})
         path = temporary_name(self._partial / file)
         return (
@@ -586,8 +603,9 @@ def export_manifest(
     linked_layers: dict[str, int] | None = None,
     report: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of an export, signed.  ``linked_layers`` maps a layer to the one whose file it is a hard link to; ``report``
-    says what quantization cost, where weights were quantized (``slotmoe.offload.ingest.report``)."""
+    """The manifest of an export, signed.  ``linked_layers`` maps a layer to the one whose file it
+    is a hard link to; ``report`` says what quantization cost, where weights were quantized
+    (``slotmoe.offload.ingest.report``)."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": source,
@@ -630,7 +648,8 @@ def _not_finite(checkpoint: Checkpoint, name: str) -> CheckpointError:
 def cached_export(source: Path, cache: Path, progress: Progress | None = None) -> Path:
     """Export of ``source`` in the folder ``cache``, quantized now if it is not there yet.
 
-    The name carries a digest of the source's path, file sizes and times, so that a changed source is quantized anew.
+    The name carries a digest of the source's path, file sizes and times, so that a changed source
+    is quantized anew.
     """
     facts = [str(source.resolve())]
     for path in sorted(source.iterdir()):

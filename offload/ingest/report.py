@@ -1,8 +1,10 @@
-"""What quantization cost, by tensor family: bits a weight and relative RMS error, kept in the export's manifest.
+"""What quantization cost, by tensor family: bits a weight and relative RMS error, kept in the
+export's manifest.
 
-A family is a tensor's place in a layer, whichever layer (and expert) it is in.  Its relative RMS error is
-``sqrt(sum (w - w')^2 / sum w^2)`` over all its weights, w' being what readers dequantize; the worst layer is the one where
-the same figure is largest.  Figures are rounded to 6 digits: sums of float64 then give the same bytes on every machine.
+A family is a tensor's place in a layer, whichever layer (and expert) it is in.  Its relative RMS
+error is ``sqrt(sum (w - w')^2 / sum w^2)`` over all its weights, w' being what readers dequantize;
+the worst layer is the one where the same figure is largest.  Figures are rounded to 6 digits: sums
+of float64 then give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def experts_name(layer: int, projection: str) -> str:
 
 
 def family(name: str) -> str:
-    """``model.layers.3.self_attn.o_proj.weight`` -> ``self_attn.o_proj``; all norms are one family."""
+    """``model.layers.3.self_attn.o_proj.weight`` -> ``self_attn.o_proj``; all norms are one
+    family."""
     stem = _LAYER.sub("", name).removeprefix("model.").removesuffix(".weight")
     return "norms" if stem.endswith("norm") else stem
 
@@ -42,9 +45,11 @@ def quantization_report(
     parts: Mapping[str, Part],
     errors: Mapping[str, Squares],
 ) -> dict[str, Any]:
-    """The report for MoE layers ``layers`` of ``experts`` experts and the resident weights ``shapes``, stored in ``parts``.
+    """The report for MoE layers ``layers`` of ``experts`` experts and the resident weights
+    ``shapes``, stored in ``parts``.
 
-    ``errors`` maps the names of quantized weights (``experts_name`` for the routed ones) to their sums; others are exact.
+    ``errors`` maps the names of quantized weights (``experts_name`` for the routed ones) to their
+    sums; others are exact.
     """
     families: dict[str, dict[str, Any]] = {}
 

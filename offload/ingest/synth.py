@@ -1,4 +1,5 @@
-"""An export of a real geometry with random weights, for ``slotmoe synth``: real speed and memory, meaningless text."""
+"""An export of a real geometry with random weights, for ``slotmoe synth``: real speed and memory,
+meaningless text."""
 
 from __future__ import annotations
 
@@ -104,10 +105,11 @@ def synthesize(
 
 
 class _Random:
-    """Random weights at the speed of memory: slices of one pool of noise, scaled so that activations stay finite.
+    """Random weights at the speed of memory: slices of one pool of noise, scaled so that
+    activations stay finite.
 
-    Every matrix has mean zero: the least bias, summed over thousands of columns, would give all tokens the same direction,
-    and with it the same experts.
+    Every matrix has mean zero: the least bias, summed over thousands of columns, would give all
+    tokens the same direction, and with it the same experts.
     """
 
     def __init__(self, generator: np.random.Generator):
@@ -184,13 +186,14 @@ class _Random:
 
 
 def _deviation(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a matrix [N, K]: 1 / (2 sqrt(K)), and 1 for the embedding, so that it leads the residual stream
-    and different tokens go to different experts."""
+    """Standard deviation of a matrix [N, K]: 1 / (2 sqrt(K)), and 1 for the embedding, so that it
+    leads the residual stream and different tokens go to different experts."""
     return 1.0 if name.endswith("embed_tokens.weight") else 0.5 * shape[-1] ** -0.5
 
 
 def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
-    """The code of zero in every padded row and column of some tiles of a [N, K] matrix; see ``slotmoe.quant.nf4``."""
+    """The code of zero in every padded row and column of some tiles of a [N, K] matrix; see
+    ``slotmoe.quant.nf4``."""
     N, K = shape
     tiles, blocks, _ = codes.shape
     if N % 16 == 0 and K % 64 == 0:

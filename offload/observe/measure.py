@@ -1,4 +1,5 @@
-"""What this machine's disk, link and processors give: measured, for reports and for ``slotmoe bench --calibrate``."""
+"""What this machine's disk, link and processors give: measured, for reports and for ``slotmoe bench
+--calibrate``."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from slotmoe.quant.export.reader import Export
 
 
 def disk_bandwidth(export: Export, total: int = 1 << 30) -> float:
-    """Bytes a second of 8 threads that read random aligned 4 MiB of the export's experts, ``total`` bytes in all."""
+    """Bytes a second of 8 threads that read random aligned 4 MiB of the export's experts, ``total``
+    bytes in all."""
     paths = [export.folder / layer_file(layer) for layer in export.layers]
     size = min(4 << 20, paths[0].stat().st_size // 4096 * 4096)
     rounds, random = max(1, total // size // 8), Random(0)
@@ -73,8 +75,8 @@ def disk_latency(export: Export) -> float:
 def copy_bandwidth(
     card: Card, rows: list[Tensor], busy: Callable[[], bool] = lambda: False, seconds: float = 0.3
 ) -> float:
-    """Bytes a second of copies from page-locked RAM into ``rows``, uint8 [record_bytes] each, of the card: for so many seconds,
-    and as long as ``busy()`` says."""
+    """Bytes a second of copies from page-locked RAM into ``rows``, uint8 [record_bytes] each, of
+    the card: for so many seconds, and as long as ``busy()`` says."""
     size = rows[0].nbytes
     memory = page_aligned(len(rows) * size)
     memory.fill_(1)
@@ -100,7 +102,8 @@ def copy_bandwidth(
 def expert_bandwidth(
     ops: TorchOps, layout: RecordLayout, levels: Tensor, seconds: float = 0.3
 ) -> float:
-    """Bytes of records a second that ``ops`` compute experts at, one token each, from memory that no cache holds."""
+    """Bytes of records a second that ``ops`` compute experts at, one token each, from memory that
+    no cache holds."""
     count = max(8, -(-(128 << 20) // layout.record_bytes))
     slab = page_aligned(count * layout.record_bytes).view(count, layout.record_bytes)
     x_D = torch.randn(layout.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -116,7 +119,8 @@ def expert_bandwidth(
 def together(
     card: Card, rows: list[Tensor], ops: TorchOps, layout: RecordLayout, levels: Tensor
 ) -> tuple[float, float]:
-    """``copy_bandwidth`` and ``expert_bandwidth`` while both go on, as they do where misses are split: they share the RAM."""
+    """``copy_bandwidth`` and ``expert_bandwidth`` while both go on, as they do where misses are
+    split: they share the RAM."""
     found: list[float] = []
     working = threading.Thread(
         target=lambda: found.append(expert_bandwidth(ops, layout, levels, seconds=0.6))
@@ -128,7 +132,8 @@ def together(
 
 
 def device_bandwidth(card: Card, memory: Tensor) -> float:
-    """Bytes a second at which the card reads its own ``memory``, uint8: median of 5 sums over it."""
+    """Bytes a second at which the card reads its own ``memory``, uint8: median of 5 sums over
+    it."""
     words, seconds = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
     for _ in range(6):
         card.synchronize()

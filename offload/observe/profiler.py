@@ -1,8 +1,8 @@
 """Where the time and the memory of a run go: what ``slotmoe profile`` watches, without torch.
 
-The network, the step above the cache and ``Runtime.step`` say what they have just done: ``lap(part)`` gives the time since
-the lap before to ``part``.  A lap costs a fraction of a microsecond and a token has a few hundred at most.  Memory is
-sampled by a thread of its own.
+The network, the step above the cache and ``Runtime.step`` say what they have just done:
+``lap(part)`` gives the time since the lap before to ``part``.  A lap costs a fraction of a
+microsecond and a token has a few hundred at most.  Memory is sampled by a thread of its own.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ PARTS = (
     "sampling",
     "rest",
 )
-"""All parts of a token's time.  ``attention`` has the router's matrix where one kernel computes both; ``sampling`` is all that
-lies between two steps, ``rest`` the embedding and position tables."""
+"""All parts of a token's time.  ``attention`` has the router's matrix where one kernel computes
+both; ``sampling`` is all that lies between two steps, ``rest`` the embedding and position
+tables."""
 
 LONGEST = 4000  # memory samples kept; beyond them every second one goes and the interval doubles
 
 
 @dataclass
 class Pass:
-    """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, the bytes that came from each
-    slower tier meanwhile, and its seconds by part."""
+    """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, the
+    bytes that came from each slower tier meanwhile, and its seconds by part."""
 
     kind: str
     tokens: int
@@ -57,10 +58,12 @@ class Pass:
 
 
 class Profiler:
-    """Time by part, step by step, and the gates' choices by MoE layer ("row").  ``synchronize`` waits for the device.
+    """Time by part, step by step, and the gates' choices by MoE layer ("row").  ``synchronize``
+    waits for the device.
 
-    ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those whose read had begun, are
-    counted as the cache counts them: in prefill each expert that a pass needs once.
+    ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
+    whose read had begun, are counted as the cache counts them: in prefill each expert that a pass
+    needs once.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class Profiler:
         self._moved: dict[str, int] = {}
 
     def begin(self, moved: dict[str, int]) -> None:
-        """A step starts; the time since the one before went into sampling.  ``moved`` counts each slower tier's bytes so far."""
+        """A step starts; the time since the one before went into sampling.  ``moved`` counts each
+        slower tier's bytes so far."""
         self.between_steps()
         self._moved = moved
         self._seconds = {}
@@ -84,7 +88,8 @@ class Profiler:
         self._began = self._last = perf_counter()
 
     def lap(self, part: str, now: float | None = None) -> None:
-        """The time since the last lap, until now or that moment of ``perf_counter``, went into ``part``."""
+        """The time since the last lap, until now or that moment of ``perf_counter``, went into
+        ``part``."""
         if self._synchronize is not None:
             self._synchronize()
         self._laps.append((part, perf_counter() if now is None else now))
@@ -97,7 +102,8 @@ class Profiler:
         self.passes.append(Pass(kind, tokens, self._began - self._origin, came, self._seconds))
 
     def between_steps(self) -> None:
-        """What has passed since the last step's end was its sampling; call it after the last step too."""
+        """What has passed since the last step's end was its sampling; call it after the last step
+        too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.lap("sampling")
             self._sum_up()
@@ -119,13 +125,15 @@ class Profiler:
                 uses[expert] += 1
 
     def looked(self, row: int, hits: int, misses: int, coming: int) -> None:
-        """So many of what ``row`` needs were cached and so many not; reads of ``coming`` of these had begun."""
+        """So many of what ``row`` needs were cached and so many not; reads of ``coming`` of these
+        had begun."""
         self.hits[row] += hits
         self.misses[row] += misses
         self.coming[row] += coming
 
     def seconds(self, kind: str) -> dict[str, float]:
-        """Seconds by part over all steps of ``kind``, the parts that took any time, in the order of ``PARTS``."""
+        """Seconds by part over all steps of ``kind``, the parts that took any time, in the order of
+        ``PARTS``."""
         sums = dict.fromkeys(PARTS, 0.0)
         for one in list(self.passes):
             if one.kind == kind:
@@ -140,7 +148,8 @@ class Profiler:
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory at one moment: seconds since the start, bytes in use by tier, and of them by tier and component."""
+    """Memory at one moment: seconds since the start, bytes in use by tier, and of them by tier and
+    component."""
 
     seconds: float
     total: dict[str, int]
@@ -148,10 +157,11 @@ class Sample:
 
 
 class MemorySampler:
-    """A thread that samples memory every ``interval`` seconds while it is open as a context manager.
+    """A thread that samples memory every ``interval`` seconds while it is open as a context
+    manager.
 
-    Until it watches a runtime it sees only how the process grows, by the resident weights.  What no component explains is
-    ``scratch and rest``.
+    Until it watches a runtime it sees only how the process grows, by the resident weights.  What no
+    component explains is ``scratch and rest``.
     """
 
     def __init__(self, interval: float = 0.05):
@@ -197,7 +207,8 @@ class MemorySampler:
         return self.samples[-1]
 
     def highest(self, tier: str) -> Sample:
-        """The sample with the most bytes in use in ``tier``; it is kept even where ``samples`` is thinned out."""
+        """The sample with the most bytes in use in ``tier``; it is kept even where ``samples`` is
+        thinned out."""
         return self._highest[tier]
 
     def _run(self) -> None:

@@ -1,8 +1,9 @@
 """Records which experts a run used, for replay under other cache sizes and policies.
 
-A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 1, "layers": [...], "n_routed_experts": E,
-"num_experts_per_tok": K}``, then one block for each forward step, little-endian: a u32 token count T (more than 1 in
-prefill), then u16 expert indices [T, number of layers, K] in gate order.
+A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 1, "layers": [...],
+"n_routed_experts": E, "num_experts_per_tok": K}``, then one block for each forward step,
+little-endian: a u32 token count T (more than 1 in prefill), then u16 expert indices [T, number of
+layers, K] in gate order.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class TraceWriter:
 def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Header and steps (uint16 [T, layers, K] each) of a trace file.  Raises ``ConfigError``.
 
-    Everything is checked against the bytes that are there: counts, and that each gate chose K different experts below E.
+    Everything is checked against the bytes that are there: counts, and that each gate chose K
+    different experts below E.
     """
     with path.open("rb") as file:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))
@@ -102,7 +104,8 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
 
 
 def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
-    """Of all tokens [N, layers, K] at once: steps of decode have one token each, and there may be many."""
+    """Of all tokens [N, layers, K] at once: steps of decode have one token each, and there may be
+    many."""
     ranked = np.sort(tokens, axis=2)
     wrong = (ranked[:, :, -1] >= header["n_routed_experts"]) | (
         ranked[:, :, 1:] == ranked[:, :, :-1]

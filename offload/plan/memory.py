@@ -1,7 +1,7 @@
 """What goes where, in bytes: pure arithmetic over a config's geometry, without torch.
 
-Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds resident weights, latent KV cache, slots
-and scratch, and ``ram`` the process itself and a host tier of experts.
+Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds resident weights,
+latent KV cache, slots and scratch, and ``ram`` the process itself and a host tier of experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.quant.shapes import latent_bytes, record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
-LENT = 4  # records lent to the CPU at once in prefill: one that is computed with, the others on their way from disk
+# records lent to the CPU at once in prefill: one that is computed with, the others on their way
+# from disk
+LENT = 4
 SPLITS, FEW = (
     64,
     16,
@@ -27,7 +29,8 @@ LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
 HELP_BYTES = (
     128 << 10
 )  # a record this small is read by the waiting thread itself: waking another costs more
-# What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its own figure.
+# What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its
+# own figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -44,7 +47,8 @@ _UNITS |= {
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes already.  Raises ``PlanError``."""
+    """Bytes of a size such as ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes already.
+    Raises ``PlanError``."""
     if isinstance(text, int) and not isinstance(text, bool):
         found: float = text
     else:
@@ -72,8 +76,8 @@ def format_size(count: float) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts: ``resident`` weights in memory by component, those of them that one decoded token
-    ``touched``, and one expert's record."""
+    """Bytes of a model's parts: ``resident`` weights in memory by component, those of them that one
+    decoded token ``touched``, and one expert's record."""
 
     resident: dict[str, int]
     touched: int
@@ -116,8 +120,9 @@ def _component(name: str) -> str:
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim`` values a layer each, which
-    ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a row, and others in ``value_bytes``."""
+    """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
+    values a layer each, which ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a
+    row, and others in ``value_bytes``."""
     row = (
         latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
         if kernels == "native"
@@ -127,20 +132,22 @@ def kv_bytes(config: Config, positions: int, kernels: str = "native", value_byte
 
 
 def runtime_growth(config: Config, resident: int) -> int:
-    """Bytes that the process takes beside its parts once it has run: pages of libraries and thread stacks, the manifest's
-    records, and what is lost at the ends of large pages that hold ``resident`` bytes of weights.  Fitted to measured peaks."""
+    """Bytes that the process takes beside its parts once it has run: pages of libraries and thread
+    stacks, the manifest's records, and what is lost at the ends of large pages that hold
+    ``resident`` bytes of weights.  Fitted to measured peaks."""
     return (14 << 20) + 2048 * len(config.moe_layers) * config.n_routed_experts + resident // 50
 
 
 def scratch_bytes(
     config: Config, tokens: int, kernels: str = "native", value_bytes: int = 4
 ) -> int:
-    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at most a quarter
-    too large at real geometries.
+    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at
+    most a quarter too large at real geometries.
 
-    With ``native`` kernels: queries before and after absorption and the attention's output, then the outputs of every
-    expert that a token uses; freed blocks of one kind rarely serve the other.  With ``torch``: one block of scores with its
-    expanded keys and values, and a dequantized slice of weights.  For ``triton`` see ``_card_scratch``.
+    With ``native`` kernels: queries before and after absorption and the attention's output, then
+    the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
+    With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
+    of weights.  For ``triton`` see ``_card_scratch``.
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
     if kernels == "native":
@@ -161,13 +168,14 @@ def scratch_bytes(
 
 
 def _card_scratch(c: Config, T: int) -> int:
-    """The same with Triton's kernels, where a pass has all its temporaries from one allocator, which gives what was freed to
-    whoever asks next: the largest of its parts, and what lasts.
+    """The same with Triton's kernels, where a pass has all its temporaries from one allocator,
+    which gives what was freed to whoever asks next: the largest of its parts, and what lasts.
 
-    Attention: the residual stream and its norm, the queries and copies of them, the output and its sums, two blocks of scores,
-    and two blocks of expanded keys and values, which are the larger the fewer tokens there are; up to ``few`` tokens deep in a
-    context go through the absorbed form, whose queries are wide.  Experts: the outputs by use, twice, and what is between
-    their projections.
+    Attention: the residual stream and its norm, the queries and copies of them, the output and its
+    sums, two blocks of scores, and two blocks of expanded keys and values, which are the larger the
+    fewer tokens there are; up to ``few`` tokens deep in a context go through the absorbed form,
+    whose queries are wide.  Experts: the outputs by use, twice, and what is between their
+    projections.
     """
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
     head, P, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim, c.v_head_dim
@@ -194,8 +202,9 @@ def _card_scratch(c: Config, T: int) -> int:
 
 
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
-    """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass brings every expert that it
-    needs once, so a longer one reads less; its scratch may take a twentieth of the ``room`` that experts would get."""
+    """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass
+    brings every expert that it needs once, so a longer one reads less; its scratch may take a
+    twentieth of the ``room`` that experts would get."""
     base, best = scratch_bytes(config, PREFILL_CHUNK), PREFILL_CHUNK
     while 2 * best <= min(context, 4096) and scratch_bytes(config, 2 * best) - base <= room // 20:
         best *= 2
@@ -204,10 +213,11 @@ def _prefill_chunk(config: Config, context: int, room: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``: ``slots`` experts stay there and
-    ``transit`` more are on their way in or being used once.  With a GPU, ``host`` is the same for RAM, where
-    ``host_slots`` experts stay and ``host_transit`` more are on their way or lent to the CPU.  A prefill pass takes
-    ``prefill_chunk`` tokens.  ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
+    """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
+    ``slots`` experts stay there and ``transit`` more are on their way in or being used once.  With
+    a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_transit`` more
+    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens.
+    ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
     plan works."""
 
     components: dict[str, int]
@@ -229,7 +239,8 @@ class Plan:
         return sum(self.components.values())
 
     def check(self) -> Plan:
-        """The plan itself; raises ``PlanError`` with the shortfall if not even one token's experts fit."""
+        """The plan itself; raises ``PlanError`` with the shortfall if not even one token's experts
+        fit."""
         for tier, missing in self.shortfall.items():
             fast = tier == self.tier
             components, budget = (
@@ -260,11 +271,13 @@ def make_plan(
     logits_rows: int = 1,
     sequences: int = 1,
 ) -> Plan:
-    """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert slots as remain, or exactly
-    ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU likewise.  ``runtime_bytes`` is what the process holds
-    before a model is opened; ``logits_rows`` rows of logits are in memory at once, and the latents of ``sequences`` sequences
-    of ``context`` positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one length.  A plan that
-    doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
+    """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert
+    slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
+    likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
+    rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
+    positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one
+    length.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't
+    serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     if slots is not None and slots < top_k:
         raise PlanError(
@@ -332,8 +345,9 @@ def make_plan(
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
     """How many of ``room`` records are slots, at most ``slots``, and how many are read buffers.
 
-    A layer's demand needs ``top_k`` buffers; up to three times as many more hold what is read ahead, but never more than
-    an eighth of the room.  If everything fits, each expert has its slot and buffers take no memory of their own.
+    A layer's demand needs ``top_k`` buffers; up to three times as many more hold what is read
+    ahead, but never more than an eighth of the room.  If everything fits, each expert has its slot
+    and buffers take no memory of their own.
     """
     wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
@@ -345,8 +359,8 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
 def predicted_components(
     plan: Plan, prompt_tokens: int, new_tokens: int
 ) -> dict[str, dict[str, int]]:
-    """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches and what shorter prefill
-    passes need less."""
+    """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches
+    and what shorter prefill passes need less."""
     components = dict(plan.components)
     components["latent KV cache"] = (
         components["latent KV cache"]

@@ -1,7 +1,8 @@
 """How fast a plan can run: bytes over bandwidth, and what was measured of the rest.  Without torch.
 
-Each constant here is a measurement of this project's kernels, named beside it; the bandwidths are the machine's own
-(``slotmoe bench --calibrate`` stores them), given by the user, or assumed, and the report says which.
+Each constant here is a measurement of this project's kernels, named beside it; the bandwidths are
+the machine's own (``slotmoe bench --calibrate`` stores them), given by the user, or assumed, and
+the report says which.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
-TOKEN_SECONDS = 5e-4  # Python and torch of a token whose layers are all in one call: 0.4 ms with the sample, 1.2 with V2-Lite
+# Python and torch of a token whose layers are all in one call: 0.4 ms with the sample, 1.2 with
+# V2-Lite
+TOKEN_SECONDS = 5e-4
 LAYER_SECONDS = 2e-4  # the same of each layer with a call of its own
-MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel of its own for one missing expert that the computing thread reads
+# Python, a colder read and a kernel of its own for one missing expert that the computing thread
+# reads
+MISS_SECONDS = 1.7e-4
 THREAD_ATTENTION = (
     260e9  # multiply-adds a second of the attention kernel on one thread (Zen 5, AVX-512 VNNI)
 )
 THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
-# Hits of the default policy against the share of experts in slots: the sample on its held-out texts (README).
+# Hits of the default policy against the share of experts in slots: the sample on its held-out texts
+# (README).
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
 MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts")
 
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes a second of each tier, seconds of one small read, and where the figures come from: ``assumed``, ``given`` or
-    ``measured on DATE``."""
+    """Bytes a second of each tier, seconds of one small read, and where the figures come from:
+    ``assumed``, ``given`` or ``measured on DATE``."""
 
     ram: float = 40e9
     disk: float = 2e9
@@ -59,7 +65,8 @@ class Bandwidths:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A graphics card: memory in GiB, bandwidths of its memory and of its PCIe link in practice, bytes a second."""
+    """A graphics card: memory in GiB, bandwidths of its memory and of its PCIe link in practice,
+    bytes a second."""
 
     gibibytes: int
     bandwidth: float
@@ -94,7 +101,8 @@ GPUS = {
 
 
 def stored_bandwidths(path: Path) -> Bandwidths:
-    """What ``store_bandwidths`` wrote to ``path``; assumptions where there is none.  Raises ``ConfigError``."""
+    """What ``store_bandwidths`` wrote to ``path``; assumptions where there is none.  Raises
+    ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
     found = read_json(path, 1 << 16)
@@ -110,7 +118,8 @@ def stored_bandwidths(path: Path) -> Bandwidths:
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
-    """Keep measured figures for later: those of ``Bandwidths`` that ``MEASURED`` names.  What is not measured now is forgotten."""
+    """Keep measured figures for later: those of ``Bandwidths`` that ``MEASURED`` names.  What is
+    not measured now is forgotten."""
     assert set(values) <= set(MEASURED)
     known = {**values, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +130,8 @@ def store_bandwidths(path: Path, **values: float) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted tokens a second (``prefill`` None where nothing that is modelled bounds it), the hit rate assumed, and the
-    seconds of one decoded token by what it waits for."""
+    """Predicted tokens a second (``prefill`` None where nothing that is modelled bounds it), the
+    hit rate assumed, and the seconds of one decoded token by what it waits for."""
 
     prefill: float | None
     decode: float
@@ -136,7 +145,8 @@ class Speed:
 
 
 def text_hits(share: float) -> float:
-    """Hit rate to expect on text with ``share`` of the experts in slots, by interpolation of ``TEXT_HITS``."""
+    """Hit rate to expect on text with ``share`` of the experts in slots, by interpolation of
+    ``TEXT_HITS``."""
     place = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
     (x0, y0), (x1, y1) = TEXT_HITS[place - 1], TEXT_HITS[place]
     return y0 + (y1 - y0) * (min(share, 1.0) - x0) / (x1 - x0)
@@ -144,9 +154,9 @@ def text_hits(share: float) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may use any expert, as with
-    the weights of ``slotmoe synth``; else it uses experts as text does.  ``misses`` is how
-    a card's missing experts are computed (``slotmoe.offload.policy.hybrid``)."""
+    """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
+    use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
+    ``misses`` is how a card's missing experts are computed (``slotmoe.offload.policy.hybrid``)."""
 
     config: Config
     sizes: Sizes
@@ -165,7 +175,8 @@ class Setting:
         """Speed for a prompt and its continuation, with the slots full: a cold start is slower."""
         seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
         computing = sum(spent for name, spent in seconds.items() if name != "disk")
-        # Reads hide behind computing, but not perfectly; small ones are made by the thread that computes.
+        # Reads hide behind computing, but not perfectly; small ones are made by the thread that
+        # computes.
         together = (
             computing + seconds["disk"]
             if self.sizes.record_bytes <= HELP_BYTES
@@ -211,7 +222,8 @@ class Setting:
         return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill(self, tokens: int) -> float | None:
-        """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU computing is not counted."""
+        """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU
+        computing is not counted."""
         c, rates, plan = self.config, self.bandwidths, self.plan
         rows, each = len(c.moe_layers), c.num_experts_per_tok / c.n_routed_experts
         work = (

@@ -1,11 +1,12 @@
 """Which experts keep a slot: policies over integers, without torch.
 
-An expert is named by one key, ``row * experts + expert``, where row counts the MoE layers from 0.  A policy says which cached key
-leaves for a newcomer and, with bypass, whether the newcomer gets a slot at all: layers are visited in a cycle, so a cache
-smaller than what one token uses never hits if it admits everything.  Who copies bytes lives elsewhere.
+An expert is named by one key, ``row * experts + expert``, where row counts the MoE layers from 0.
+A policy says which cached key leaves for a newcomer and, with bypass, whether the newcomer gets a
+slot at all: layers are visited in a cycle, so a cache smaller than what one token uses never hits
+if it admits everything.  Who copies bytes lives elsewhere.
 
-A forward pass of T tokens is ``advance(T)``, then layer by layer ``use`` (T = 1) or ``use_chunk``, and ``offer`` for what was
-missing, once its bytes are in memory.
+A forward pass of T tokens is ``advance(T)``, then layer by layer ``use`` (T = 1) or ``use_chunk``,
+and ``offer`` for what was missing, once its bytes are in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from operator import mul
 
 
 class Cache(ABC):
-    """What all policies share: who is cached, and the counters.  Policies fill in the methods at the end."""
+    """What all policies share: who is cached, and the counters.  Policies fill in the methods at
+    the end."""
 
     def __init__(
         self,
@@ -30,7 +32,8 @@ class Cache(ABC):
         popularity: Sequence[float] | None = None,
         bypass: bool = False,
     ):
-        """``popularity`` is the expected uses of each key a token: what a policy believes before it has seen any."""
+        """``popularity`` is the expected uses of each key a token: what a policy believes before it
+        has seen any."""
         assert popularity is None or len(popularity) == layers * experts
         self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
         self.hits = self.misses = self.evictions = self.bypassed = 0
@@ -44,7 +47,8 @@ class Cache(ABC):
         self._now += tokens
 
     def use(self, key: int) -> bool:
-        """The newest token's gate chose ``key``.  Call it for each choice, cached or not; True if it is cached."""
+        """The newest token's gate chose ``key``.  Call it for each choice, cached or not; True if
+        it is cached."""
         self._touch(key, self._now)
         hit = key in self._cached
         self.hits += hit
@@ -52,8 +56,8 @@ class Cache(ABC):
         return hit
 
     def use_chunk(self, row: int, indices: Sequence[Sequence[int]]) -> None:
-        """The gate of layer ``row`` chose ``indices`` [T, K] for the pass's T tokens: as many uses, but each distinct
-        expert is one hit or one miss, since a chunk brings it once."""
+        """The gate of layer ``row`` chose ``indices`` [T, K] for the pass's T tokens: as many uses,
+        but each distinct expert is one hit or one miss, since a chunk brings it once."""
         first, base = self._now - len(indices) + 1, row * self.experts
         for token, chosen in enumerate(indices, first):
             for expert in chosen:
@@ -66,7 +70,8 @@ class Cache(ABC):
     def offer(self, key: int, keep: Collection[int] = ()) -> int | None:
         """``key`` was used, is not cached, and its bytes are in memory: who leaves?
 
-        None if there was room, a cached key outside ``keep`` that ``key`` replaces, or ``key`` itself if it gets no slot.
+        None if there was room, a cached key outside ``keep`` that ``key`` replaces, or ``key``
+        itself if it gets no slot.
         """
         if len(self._cached) < self.slots:
             self.add(key)
@@ -107,7 +112,8 @@ class Cache(ABC):
 
     @abstractmethod
     def _victim(self, key: int, keep: Collection[int]) -> int | None:
-        """The cached key outside ``keep`` that leaves for ``key``, None if there is none or ``key`` is not worth it."""
+        """The cached key outside ``keep`` that leaves for ``key``, None if there is none or ``key``
+        is not worth it."""
 
     @abstractmethod
     def _enter(self, key: int) -> None:
@@ -119,10 +125,12 @@ class Cache(ABC):
 
 
 class _Worth(Cache):
-    """Policies that give each key one number, its worth, which only a use raises; the lowest leaves.
+    """Policies that give each key one number, its worth, which only a use raises; the lowest
+    leaves.
 
-    Passing time changes no order among untouched keys, so a heap does.  It has an entry for each cached key, which may be
-    older than the key's last use and then says too little, never too much; what is out of date is put right at the top.
+    Passing time changes no order among untouched keys, so a heap does.  It has an entry for each
+    cached key, which may be older than the key's last use and then says too little, never too much;
+    what is out of date is put right at the top.
     """
 
     def _start(self) -> None:
@@ -174,7 +182,8 @@ class Lru(_Worth):
 
 
 class Lfu(_Worth):
-    """The least frequently used leaves.  ``popularity`` counts as if it had been seen for ``PRIOR`` tokens."""
+    """The least frequently used leaves.  ``popularity`` counts as if it had been seen for ``PRIOR``
+    tokens."""
 
     PRIOR = 100
 
@@ -188,10 +197,13 @@ class Lfu(_Worth):
 class Lrfu(_Worth):
     """Frequency and recency in one: a use counts 1 and then ``DECAY`` times less with every token.
 
-    The worth is the logarithm of that sum, on a scale that grows with time instead of shrinking all sums.
+    The worth is the logarithm of that sum, on a scale that grows with time instead of shrinking all
+    sums.
     """
 
-    DECAY = 0.95  # the first look's; on the sample's texts 0.97 and 0.99 hit 0.3 to 0.5 points more, 0.9 about 1 less
+    # the first look's; on the sample's texts 0.97 and 0.99 hit 0.3 to 0.5 points more, 0.9 about 1
+    # less
+    DECAY = 0.95
 
     def _first_worths(self) -> list[float]:
         return [
@@ -205,8 +217,9 @@ class Lrfu(_Worth):
 
 
 class LeastStale(_Worth):
-    """Stale keys, unused by the present pass, leave first, and of them those whose layer comes first (SpecMD, arXiv
-    2602.03921); with bypass, what the present pass has used never leaves for a newcomer."""
+    """Stale keys, unused by the present pass, leave first, and of them those whose layer comes
+    first (SpecMD, arXiv 2602.03921); with bypass, what the present pass has used never leaves for a
+    newcomer."""
 
     def _start(self) -> None:
         super()._start()
@@ -234,12 +247,13 @@ class LeastStale(_Worth):
 class LayerAware(Cache):
     """The lowest chance of use over time until the next chance leaves.
 
-    The chance that a token uses a key is estimated from three memories: the newest token, about 10 tokens, and about 100,
-    which begins with ``popularity``.  A layer's turn comes once a token, so a key whose layer is next gets its chance a
-    whole token sooner than a newcomer, whose layer was just visited: chance / distance in layers is what a slot earns
-    until then.
+    The chance that a token uses a key is estimated from three memories: the newest token, about 10
+    tokens, and about 100, which begins with ``popularity``.  A layer's turn comes once a token, so
+    a key whose layer is next gets its chance a whole token sooner than a newcomer, whose layer was
+    just visited: chance / distance in layers is what a slot earns until then.
 
-    When a pass has visited a layer, its cached keys are sorted by chance, and an eviction looks at the first of each layer.
+    When a pass has visited a layer, its cached keys are sorted by chance, and an eviction looks at
+    the first of each layer.
     """
 
     SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
@@ -252,7 +266,8 @@ class LayerAware(Cache):
 
     def _start(self) -> None:
         layers = self.layers
-        # Averages times decay**-(now - epoch): time then changes one factor instead of every average.
+        # Averages times decay**-(now - epoch): time then changes one factor instead of every
+        # average.
         self._short, self._long, self._epoch = (
             [0.0] * len(self._popularity),
             list(self._popularity),

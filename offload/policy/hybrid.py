@@ -1,7 +1,9 @@
-"""Who computes an expert that is in no slot: the card, once it is copied there, or the CPU, where it lies.  Without torch.
+"""Who computes an expert that is in no slot: the card, once it is copied there, or the CPU, where
+it lies.  Without torch.
 
-Both go on at once, so the best split is the one whose slower side is done first.  It follows from two measured figures:
-how fast records are copied, and how fast the CPU kernels get through them, each while the other goes on.
+Both go on at once, so the best split is the one whose slower side is done first.  It follows from
+two measured figures: how fast records are copied, and how fast the CPU kernels get through them,
+each while the other goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ BOUND_TOKENS = (
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds in which one record is copied to the card, and in which the CPU computes one token's expert."""
+    """Seconds in which one record is copied to the card, and in which the CPU computes one token's
+    expert."""
 
     fetch: float
     compute: float
@@ -31,8 +34,9 @@ class Costs:
 
 
 def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: int) -> str:
-    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what the measured bandwidths advise where all of a token's
-    experts are missing; ``fetch`` where nothing was measured.  Raises ``ConfigError``."""
+    """``fetch``, ``cpu`` or ``hybrid``: as asked, or for ``auto`` what the measured bandwidths
+    advise where all of a token's experts are missing; ``fetch`` where nothing was measured.  Raises
+    ``ConfigError``."""
     if wanted not in MODES:
         raise ConfigError(f"misses {wanted!r:.40} is unknown, expected one of: {', '.join(MODES)}")
     if wanted != "auto":
@@ -46,8 +50,8 @@ def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: i
 
 
 def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
-    """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many tokens want each, the fewest
-    first.  The others are fetched."""
+    """How many of the missing experts the CPU computes, the first ones of ``tokens``: how many
+    tokens want each, the fewest first.  The others are fetched."""
     best, spent, least = 0, 0.0, len(tokens) * costs.fetch
     for count, wanted in enumerate(tokens, 1):
         spent += costs.compute * max(1.0, wanted / BOUND_TOKENS)

@@ -1,11 +1,13 @@
 """What to read before a gate asks for it: bookkeeping over integers, without torch.
 
-Two horizons make guesses (``slotmoe.offload.predictor`` has the arithmetic): ``token``, every layer's experts before the token
-starts, and ``layer``, the next MoE layer's experts from the present layer's input.  The later word replaces the earlier.
+Two horizons make guesses (``slotmoe.offload.predictor`` has the arithmetic): ``token``, every
+layer's experts before the token starts, and ``layer``, the next MoE layer's experts from the
+present layer's input.  The later word replaces the earlier.
 
-A guess costs nothing while the disk would idle; a wrong one delays a demand when the disk would not.  So what is
-expected to be wasted has to fit into the time in which the step computes and demands nothing: with a share ``p`` of
-right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes may be on their way ahead of the gates.
+A guess costs nothing while the disk would idle; a wrong one delays a demand when the disk would
+not.  So what is expected to be wasted has to fit into the time in which the step computes and
+demands nothing: with a share ``p`` of right guesses, ``idle seconds * bandwidth / (1 - p)`` bytes
+may be on their way ahead of the gates.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ HORIZONS = ("token", "layer")
 
 @dataclass
 class Accuracy:
-    """Counts of one horizon.  ``guessed`` and ``right``: guesses, and those that the gate confirmed; ``asked``: what the
-    gates chose where guesses had been made; ``used``, ``wasted``, ``cancelled``: what became of guesses that were read."""
+    """Counts of one horizon.  ``guessed`` and ``right``: guesses, and those that the gate
+    confirmed; ``asked``: what the gates chose where guesses had been made; ``used``, ``wasted``,
+    ``cancelled``: what became of guesses that were read."""
 
     guessed: int = 0
     right: int = 0
@@ -57,7 +60,8 @@ class Target(Protocol):
 
 
 class Prefetcher:
-    """Guesses by MoE layer ("row"), and which of them to read now.  ``bandwidth()`` is the disk's, in bytes a second."""
+    """Guesses by MoE layer ("row"), and which of them to read now.  ``bandwidth()`` is the disk's,
+    in bytes a second."""
 
     def __init__(
         self,
@@ -93,7 +97,8 @@ class Prefetcher:
         return {horizon: total(rows) for horizon, rows in self.by_row.items()}
 
     def pays(self) -> bool:
-        """Whether what guesses can hide, the time of the reads that a layer needs, is well above the time to make them."""
+        """Whether what guesses can hide, the time of the reads that a layer needs, is well above
+        the time to make them."""
         self._considered += 1
         hides = self._missing.value * self._record_bytes / self._bandwidth()
         return (
@@ -116,7 +121,8 @@ class Prefetcher:
         self._cost.add(seconds)
 
     def asked(self, row: int, keys: Collection[int], missing: int) -> None:
-        """The gate of ``row`` has chosen ``keys``, ``missing`` of them not cached: guesses for it were right or wrong."""
+        """The gate of ``row`` has chosen ``keys``, ``missing`` of them not cached: guesses for it
+        were right or wrong."""
         if self._free_since is not None and row > 0:
             self._idle.add(time.perf_counter() - self._free_since)
         self._missing.add(missing)
@@ -137,7 +143,8 @@ class Prefetcher:
         self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
 
     def pump(self, row: int) -> None:
-        """Start reads for the layers after ``row`` (-1: before the first) as far as they are worth it."""
+        """Start reads for the layers after ``row`` (-1: before the first) as far as they are worth
+        it."""
         ahead = sum(map(len, self._reading)) * self._record_bytes
         window = self._idle.value * self._bandwidth()
         for later in range(row + 1, len(self._guesses)):
@@ -153,7 +160,8 @@ class Prefetcher:
                     ahead += self._record_bytes
 
     def computing(self) -> None:
-        """All demands are met and the step goes on: from here until the next gate the disk has nothing else to do."""
+        """All demands are met and the step goes on: from here until the next gate the disk has
+        nothing else to do."""
         self._free_since = time.perf_counter()
 
     def reset(self) -> None:

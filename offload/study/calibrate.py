@@ -1,15 +1,18 @@
-"""Trains an export's predictor (``slotmoe.offload.predictor``) on text: reads it, watches the gates, learns to name their choices.
+"""Trains an export's predictor (``slotmoe.offload.predictor``) on text: reads it, watches the
+gates, learns to name their choices.
 
-The text goes through the prefill path in windows, each a sequence of its own.  Of every token but a window's first, what
-the predictor will see (embedding, the last hidden state before it, the input of each MoE layer) and what the gates chose
-are kept in 16 bits, as many tokens as a quarter of the free memory holds; on these the predictor is trained, then come the
-next.  Windows are read in random order, so that each such group is a fair sample of all texts.
+The text goes through the prefill path in windows, each a sequence of its own.  Of every token but a
+window's first, what the predictor will see (embedding, the last hidden state before it, the input
+of each MoE layer) and what the gates chose are kept in 16 bits, as many tokens as a quarter of the
+free memory holds; on these the predictor is trained, then come the next.  Windows are read in
+random order, so that each such group is a fair sample of all texts.
 
-The loss is binary cross-entropy, so that ``sigmoid(score)`` is a probability; least squares, as in a first trial, ranks
-worse.  The last 5% of each text are not trained on: they give the reported recall, computed by the quantized predictor.
+The loss is binary cross-entropy, so that ``sigmoid(score)`` is a probability; least squares, as in
+a first trial, ranks worse.  The last 5% of each text are not trained on: they give the reported
+recall, computed by the quantized predictor.
 
-Shape legend: T tokens, B a batch of them, D hidden_size, L MoE layers (rows), E experts, K experts a token, R and Q the
-predictor's widths.
+Shape legend: T tokens, B a batch of them, D hidden_size, L MoE layers (rows), E experts, K experts
+a token, R and Q the predictor's widths.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ def read_text(path: Path) -> str:
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text file.  Raises ``ConfigError`` if one is no UTF-8 text or all together are too short."""
+    """Token ids of each text file.  Raises ``ConfigError`` if one is no UTF-8 text or all together
+    are too short."""
     found = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
     count = sum(map(len, found))
     if count < MIN_TOKENS:
@@ -74,7 +78,8 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
-    """Sequences of 2 to ``width`` tokens to read one by one, each with the tokenizer's beginning."""
+    """Sequences of 2 to ``width`` tokens to read one by one, each with the tokenizer's
+    beginning."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step = width - len(begin)
     windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
@@ -82,7 +87,8 @@ def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
 
 
 class Samples:
-    """What the predictor sees of T tokens, scaled to mean square 1, float16, and what the gates chose."""
+    """What the predictor sees of T tokens, scaled to mean square 1, float16, and what the gates
+    chose."""
 
     def __init__(self, config: Config, tokens: int):
         D, L = config.hidden_size, len(config.moe_layers)
@@ -103,8 +109,8 @@ class Samples:
 def record(
     runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
 ) -> Samples:
-    """Read each window as a sequence of its own and watch; its first token, before which nothing was, is no sample.
-    ``advance(samples)`` is called after each."""
+    """Read each window as a sequence of its own and watch; its first token, before which nothing
+    was, is no sample. ``advance(samples)`` is called after each."""
     network, config = runtime._network, runtime.config
     samples = Samples(config, sum(len(window) - 1 for window in windows))
     rows = {layer: row for row, layer in enumerate(config.moe_layers)}
@@ -148,7 +154,8 @@ def record(
 
 
 def recall(scores_TRE: Tensor, used_TRK: Tensor, guesses: Sequence[int]) -> list[float]:
-    """Share of the used experts that are among the n with the best scores, averaged over tokens and rows, for each n."""
+    """Share of the used experts that are among the n with the best scores, averaged over tokens and
+    rows, for each n."""
     named = torch.zeros(scores_TRE.shape, dtype=torch.bool).scatter_(-1, used_TRK.long(), True)
     hits = named.gather(-1, scores_TRE.topk(max(guesses), dim=-1).indices)
     return [hits[..., :n].sum().item() / used_TRK.numel() for n in guesses]
@@ -160,8 +167,9 @@ def measure(
     guesses: Sequence[int],
     untrained: NextGate | None = None,
 ) -> dict[str, list[float]]:
-    """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next layer's without the token's
-    (``layer_alone``), of guessing the ``popular`` experts always, and of the ``untrained`` gates."""
+    """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next
+    layer's without the token's (``layer_alone``), of guessing the ``popular`` experts always, and
+    of the ``untrained`` gates."""
     D, rows = samples.token.shape[1] // 2, range(len(samples.inputs))
     totals: dict[str, Tensor] = {}
     for start in range(0, len(samples.token), 4096):
@@ -191,7 +199,8 @@ def measure(
 
 
 class _Net(nn.Module):
-    """The predictor in float32.  Matrices begin uniform, the last biases where every expert is as likely as any other."""
+    """The predictor in float32.  Matrices begin uniform, the last biases where every expert is as
+    likely as any other."""
 
     def __init__(self, config: Config, R: int, Q: int, generator: torch.Generator):
         super().__init__()
@@ -217,7 +226,8 @@ class _Net(nn.Module):
         self.rows = L
 
     def loss(self, token_BX: Tensor, inputs_RBD: Tensor, used_BLK: Tensor) -> Tensor:
-        """Cross-entropies of both horizons and of their mixture, summed over experts, averaged over tokens."""
+        """Cross-entropies of both horizons and of their mixture, summed over experts, averaged over
+        tokens."""
         get = self.get_parameter
         hidden_BR = F.silu(F.linear(token_BX, get("token_in_weight"), get("token_in_bias")))
         token_BLE = F.linear(hidden_BR, get("token_out_weight"), get("token_out_bias")).unflatten(
@@ -271,7 +281,8 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 class _Trainer:
-    """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a cosine to zero."""
+    """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a
+    cosine to zero."""
 
     def __init__(self, net: _Net, steps: int, generator: torch.Generator, device: torch.device):
         self._net, self._steps, self._generator, self._device, self._step = (
@@ -333,13 +344,16 @@ def calibrate(
     threads: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train a predictor for the export in ``folder`` on text files and put it there, in place of an older one.
+    """Train a predictor for the export in ``folder`` on text files and put it there, in place of an
+    older one.
 
-    Returns what was reached on the text kept back: ``tokens`` (trained on), ``held_back`` (tokens), ``guesses`` (a layer:
-    K, 1.5 K, 2 K), ``recall`` by horizon (``measure``), ``bytes``.  ``progress(done, total)`` is in bytes of text.
-    The same text, seed and threads give the same bytes.  Killed, it leaves the export as it was.
+    Returns what was reached on the text kept back: ``tokens`` (trained on), ``held_back`` (tokens),
+    ``guesses`` (a layer: K, 1.5 K, 2 K), ``recall`` by horizon (``measure``), ``bytes``.
+    ``progress(done, total)`` is in bytes of text. The same text, seed and threads give the same
+    bytes.  Killed, it leaves the export as it was.
 
-    Raises ``ConfigError`` for bad text, ``ExportError`` for a damaged export, ``PlanError`` if memory is too small.
+    Raises ``ConfigError`` for bad text, ``ExportError`` for a damaged export, ``PlanError`` if
+    memory is too small.
     """
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer(folder, config.bos_token_id)
@@ -416,7 +430,8 @@ def calibrate(
 
 
 def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
-    """Windows in their order, in as few and as equal groups as hold at most about ``capacity`` tokens each."""
+    """Windows in their order, in as few and as equal groups as hold at most about ``capacity``
+    tokens each."""
     count = max(1, math.ceil(sum(map(len, windows)) / max(capacity, 1)))
     size = math.ceil(len(windows) / count)
     return [windows[start : start + size] for start in range(0, len(windows), size)]
@@ -424,7 +439,8 @@ def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """The runtime leaves torch one thread, because its own kernels have the rest; training is torch's alone."""
+    """The runtime leaves torch one thread, because its own kernels have the rest; training is
+    torch's alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
     try:

@@ -1,17 +1,22 @@
-"""How well a model predicts text, and how far it is from a reference: bits per byte, perplexity, KL divergence.
+"""How well a model predicts text, and how far it is from a reference: bits per byte, perplexity, KL
+divergence.
 
-A text is tokenized whole and read in windows, each a sequence of its own that begins with the beginning-of-sentence token if
-the tokenizer wants one.  Two ways to cut windows of W positions:
+A text is tokenized whole and read in windows, each a sequence of its own that begins with the
+beginning-of-sentence token if the tokenizer wants one.  Two ways to cut windows of W positions:
 
     ``strided``    Window k begins ``stride`` tokens after the one before and scores what none has scored yet, so that every
-                   token of the text is scored exactly once.  (Without a beginning token the text's first can't be.)
-    ``llama.cpp``  What its perplexity tool does with ``-c W``: the text with one beginning token is cut into pieces of W
-                   tokens, what remains at the end is left out, the first token of each piece is replaced by the beginning
-                   token, and those from W // 2 + 1 on are scored: W - 1 - W // 2 a window.
+                   token of the text is scored exactly once.  (Without a beginning token the text's
+                   first can't be.)
+    ``llama.cpp``  What its perplexity tool does with ``-c W``: the text with one beginning token is
+    cut into pieces of W
+                   tokens, what remains at the end is left out, the first token of each piece is
+                   replaced by the beginning token, and those from W // 2 + 1 on are scored: W - 1 -
+                   W // 2 a window.
 
-Probabilities are a softmax over all ``vocab_size`` rows of the model, in float64, as in transformers and llama.cpp; rows past
-the tokenizer's vocabulary count too.  With p the reference's probabilities and q the model's, a token's KL divergence is
-``sum p (ln p - ln q)`` in nats over the distribution that predicts it.
+Probabilities are a softmax over all ``vocab_size`` rows of the model, in float64, as in
+transformers and llama.cpp; rows past the tokenizer's vocabulary count too.  With p the reference's
+probabilities and q the model's, a token's KL divergence is ``sum p (ln p - ln q)`` in nats over the
+distribution that predicts it.
 
 Shape legend: R rows of logits, V vocabulary.
 """
@@ -35,15 +40,17 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 
-LOGITS_ROWS = 384  # rows of float32 in memory at once: two pieces of 128, and the float64 distributions of 32 rows twice
+# rows of float32 in memory at once: two pieces of 128, and the float64 distributions of 32 rows
+# twice
+LOGITS_ROWS = 384
 _ROWS = 32  # rows whose float64 distributions are in memory at once
 _CONTEXT = 16  # tokens shown before a bad one
 
 
 @dataclass(frozen=True)
 class Text:
-    """A tokenized file: ``ids``, the ``begin`` of each window (no or one token), and the bytes of text up to each token's end,
-    int64, with a 0 in front."""
+    """A tokenized file: ``ids``, the ``begin`` of each window (no or one token), and the bytes of
+    text up to each token's end, int64, with a 0 in front."""
 
     path: Path
     ids: list[int]
@@ -52,7 +59,8 @@ class Text:
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
-        """Raises ``ConfigError`` for a file that can't be read, is no UTF-8, is empty or has less than two tokens."""
+        """Raises ``ConfigError`` for a file that can't be read, is no UTF-8, is empty or has less
+        than two tokens."""
         text = read_text(path)
         ids, ends = tokenizer.encode_with_ends(text)
         if len(ids) < 2:
@@ -78,7 +86,8 @@ class Window:
 
 
 def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
-    """Windows of ``window`` positions, each ``stride`` tokens after the one before, that score every token once."""
+    """Windows of ``window`` positions, each ``stride`` tokens after the one before, that score
+    every token once."""
     start, done = 0, 1 - len(text.begin)
     while done < len(text.ids):
         stop = min(start + window - len(text.begin), len(text.ids))
@@ -94,7 +103,8 @@ def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
 
 
 def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
-    """The windows of a text.  ``stride`` None is as long as possible.  Raises ``ConfigError`` for sizes that can't work."""
+    """The windows of a text.  ``stride`` None is as long as possible.  Raises ``ConfigError`` for
+    sizes that can't work."""
     if method == "llama.cpp":
         if stride is not None:
             raise ConfigError(
@@ -125,8 +135,8 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
 
 @dataclass
 class Totals:
-    """Sums over scored tokens: negative log-likelihood in nats, and with a reference its own, KL divergence in nats and how
-    often both put the same token first."""
+    """Sums over scored tokens: negative log-likelihood in nats, and with a reference its own, KL
+    divergence in nats and how often both put the same token first."""
 
     tokens: int = 0
     bytes: int = 0
@@ -159,7 +169,8 @@ def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """A running evaluation of ``runtime``, beside ``reference`` if there is one.  ``files`` and ``worst`` hold what is done."""
+    """A running evaluation of ``runtime``, beside ``reference`` if there is one.  ``files`` and
+    ``worst`` hold what is done."""
 
     runtime: Runtime
     reference: Runtime | None = None
@@ -168,7 +179,8 @@ class Evaluation:
     _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
-        """Score one text.  ``advance(bytes)`` is called with the bytes of text dealt with since the last call."""
+        """Score one text.  ``advance(bytes)`` is called with the bytes of text dealt with since the
+        last call."""
         totals = self.files.setdefault(text.path, Totals())
         reached = 0
         for window in windows:
@@ -255,7 +267,8 @@ class Evaluation:
                 heapq.heappop(self._worst)
 
     def report(self) -> dict[str, Any]:
-        """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``, the worst first."""
+        """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
+        the worst first."""
         total, compared = Totals(), self.reference is not None
         for one in self.files.values():
             total.add(one)
@@ -279,7 +292,8 @@ def check_same_vocabulary(
     texts: Sequence[Text],
     others: Sequence[Text],
 ) -> None:
-    """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the texts as the same tokens."""
+    """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the
+    texts as the same tokens."""
     advice = "divergence compares probabilities of the same tokens: give the checkpoint that the model was made of"
     if sizes[0] != sizes[1]:
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""Recorded routing under any policy and cache size, without the model and without torch; and what the best policy could do.
+"""Recorded routing under any policy and cache size, without the model and without torch; and what
+the best policy could do.
 
-Every token of a trace counts as a decode step: its gates choose K experts in each layer, and each choice is a hit or a
-miss.  The cache starts empty.
+Every token of a trace counts as a decode step: its gates choose K experts in each layer, and each
+choice is a hit or a miss.  The cache starts empty.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Choices = list[list[list[int]]]
 
 
 def gate_choices(steps: Sequence[np.ndarray], experts: int) -> Choices:
-    """Keys, as ``slotmoe.offload.policy.cache`` counts them, of a trace's steps (expert indices [T, rows, K] each)."""
+    """Keys, as ``slotmoe.offload.policy.cache`` counts them, of a trace's steps (expert indices [T,
+    rows, K] each)."""
     keys: Choices = []
     for step in steps:
         keys += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
@@ -38,7 +40,8 @@ def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
 
 
 def optimum(choices: Choices, slots: int) -> int:
-    """Hits of the best that any policy with bypass can do, knowing the future: who is used last leaves (Belady, 1966)."""
+    """Hits of the best that any policy with bypass can do, knowing the future: who is used last
+    leaves (Belady, 1966)."""
     uses = [key for token in choices for keys in token for key in keys]
     following, next_use = [0] * len(uses), dict[int, int]()
     for time in range(len(uses) - 1, -1, -1):

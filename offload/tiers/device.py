@@ -1,13 +1,15 @@
-"""The graphics card behind a small seam: memory, streams, events, and whether there is a card that can be used.
+"""The graphics card behind a small seam: memory, streams, events, and whether there is a card that
+can be used.
 
 The engine orders its work by two streams and never asks which library they come from:
 
     compute   kernels, in the order in which they are launched, and small transfers between two of them
     copies    records from RAM into slots, one after the other, nothing else: small copies between large ones slow both
 
-``copy`` starts after an event of the compute stream (the slot's last reader has been launched before it) and returns an
-event that ``wait`` makes the compute stream wait for.  The host waits only where it has to decide: ``Download.get``.
-``tests/twin.py`` has a twin in RAM whose copies take as long, or fail as often, as a test wants.
+``copy`` starts after an event of the compute stream (the slot's last reader has been launched
+before it) and returns an event that ``wait`` makes the compute stream wait for.  The host waits
+only where it has to decide: ``Download.get``. ``tests/twin.py`` has a twin in RAM whose copies take
+as long, or fail as often, as a test wants.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ class Download(Protocol):
 
 @dataclass(frozen=True)
 class CardMemory:
-    """Bytes: ``free`` and ``total`` of the card; of this process's tensors those ``allocated`` now, their ``peak`` so far, and
-    what its allocator has ``reserved`` for them.  What is neither is the CUDA context and other programs."""
+    """Bytes: ``free`` and ``total`` of the card; of this process's tensors those ``allocated`` now,
+    their ``peak`` so far, and what its allocator has ``reserved`` for them.  What is neither is the
+    CUDA context and other programs."""
 
     free: int
     total: int
@@ -66,18 +69,21 @@ class CardMemory:
 
     @property
     def beside(self) -> int:
-        """Bytes in use that are not this process's tensors: the CUDA context, libraries' own memory, other programs."""
+        """Bytes in use that are not this process's tensors: the CUDA context, libraries' own
+        memory, other programs."""
         return max(0, self.total - self.free - self.reserved)
 
 
 class Card(Protocol):
-    """One card.  ``device`` is where its tensors live.  ``copy``, ``pin`` and ``empty`` may be called from any thread."""
+    """One card.  ``device`` is where its tensors live.  ``copy``, ``pin`` and ``empty`` may be
+    called from any thread."""
 
     device: torch.device
     name: str
 
     def ops(self, kernels: str, threads: int | None) -> TorchOps:
-        """Who multiplies on this card; ``kernels`` and ``threads`` as for ``slotmoe.quant.backends.pick_ops``."""
+        """Who multiplies on this card; ``kernels`` and ``threads`` as for
+        ``slotmoe.quant.backends.pick_ops``."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the card.  Raises ``torch.OutOfMemoryError``."""
@@ -86,10 +92,12 @@ class Card(Protocol):
         """The point after all kernels launched so far."""
 
     def wait(self, event: Event) -> None:
-        """Kernels launched from now on run after ``event``.  Raises ``RuntimeError`` if its copy is known to have failed."""
+        """Kernels launched from now on run after ``event``.  Raises ``RuntimeError`` if its copy is
+        known to have failed."""
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Copy:
-        """Copy ``source`` (in RAM, unchanged until the event is done) to ``target`` on the card, once ``after`` has happened."""
+        """Copy ``source`` (in RAM, unchanged until the event is done) to ``target`` on the card,
+        once ``after`` has happened."""
 
     def download(self, tensor: Tensor) -> Download:
         """Bring a small tensor to the host, behind the kernels launched so far."""
@@ -216,8 +224,9 @@ class CudaCard:
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one; ``capability`` and
-    ``architectures`` (like ``sm_90``) are the first card's and those that this torch has kernels for."""
+    """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one;
+    ``capability`` and ``architectures`` (like ``sm_90``) are the first card's and those that this
+    torch has kernels for."""
 
     torch: str
     built: bool
@@ -265,7 +274,8 @@ def why_not(facts: CudaFacts) -> str:
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (any later one) run on a card."""
+    """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (any later one) run on a
+    card."""
     kind, _, digits = architecture.partition("_")
     digits = digits.rstrip("af")
     if not digits.isdecimal():
@@ -279,7 +289,8 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def choose_device(wanted: str, make: Callable[[], Card] = CudaCard) -> tuple[Card | None, str]:
-    """The card to compute on, None for the CPU, and why, as one clause.  Raises ``ConfigError`` if ``cuda`` is asked for in vain."""
+    """The card to compute on, None for the CPU, and why, as one clause.  Raises ``ConfigError`` if
+    ``cuda`` is asked for in vain."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {wanted!r:.40} is unknown, expected auto, cpu or cuda")
     if wanted == "cpu":
@@ -295,7 +306,8 @@ def choose_device(wanted: str, make: Callable[[], Card] = CudaCard) -> tuple[Car
 
 
 def compute(card: Card, step: Callable[[], Tensor], ways_out: str) -> Tensor:
-    """What ``step`` gives, computed; once more, with what the allocator has kept given back, where the card had no memory left.
+    """What ``step`` gives, computed; once more, with what the allocator has kept given back, where
+    the card had no memory left.
 
     Raises ``DeviceError`` if the card fails; ``ways_out`` is what could be asked for instead."""
 

@@ -1,4 +1,5 @@
-"""The disk tier: threads with several aligned direct reads in flight, the most urgent record first."""
+"""The disk tier: threads with several aligned direct reads in flight, the most urgent record
+first."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ PIECE_BYTES = (
 
 
 class Read:
-    """One record on its way into memory.  ``done`` is True when it can be used or when ``error`` says why not; on a card it can
-    be used by kernels that wait for ``copy`` first."""
+    """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
+    says why not; on a card it can be used by kernels that wait for ``copy`` first."""
 
     __slots__ = (
         "after",
@@ -52,7 +53,8 @@ class Read:
         urgency: int,
         after: Callable[[bool], None] | None = None,
     ):
-        # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read failed or was given up.
+        # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read
+        # failed or was given up.
         self.key, self.buffer, self.urgency, self.after = key, buffer, urgency, after
         self.taken = self.outstanding = 0  # bytes given to readers, pieces being read
         self.started = self.done = self.cancelled = False
@@ -61,10 +63,11 @@ class Read:
 
 
 class DiskReader:
-    """The disk tier: ``READERS`` threads that read records piece by piece, the most urgent record first.
+    """The disk tier: ``READERS`` threads that read records piece by piece, the most urgent record
+    first.
 
-    Reads bypass the page cache where the file system allows (``direct``).  A record that fails to arrive or has a wrong
-    checksum is read once more; then its ``Read`` carries an ``ExportError``.
+    Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
+    arrive or has a wrong checksum is read once more; then its ``Read`` carries an ``ExportError``.
     """
 
     def __init__(self, export: Export, direct: bool, threads: int = READERS):
@@ -92,7 +95,8 @@ class DiskReader:
             thread.start()
 
     def read(self, key: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target``, uint8 [record_bytes] in RAM; ``submit`` starts it."""
+        """A read of one record into ``target``, uint8 [record_bytes] in RAM; ``submit`` starts
+        it."""
         return Read(key, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
@@ -113,7 +117,8 @@ class DiskReader:
                 )  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
-        """Give a read up; True if its buffer is free now, False if a piece of it is still arriving (wait for ``done``)."""
+        """Give a read up; True if its buffer is free now, False if a piece of it is still arriving
+        (wait for ``done``)."""
         with self._lock:
             read.cancelled = True
             if not read.done and (
@@ -148,7 +153,8 @@ class DiskReader:
             return self.bytes_read / busy if self.bytes_read and busy else 1e9
 
     def stats(self) -> dict[str, Any]:
-        """``disk``: bytes, seconds with reads in flight, records read a second time, and whether the page cache is bypassed."""
+        """``disk``: bytes, seconds with reads in flight, records read a second time, and whether
+        the page cache is bypassed."""
         counts = {
             "bytes": self.bytes_read,
             "seconds": self.busy_seconds,
@@ -235,7 +241,8 @@ class DiskReader:
         return self._export.layers[row], expert
 
     def _finish(self, read: Read) -> None:
-        """Verify a record whose pieces are all there, reading it once more if something is wrong, and hand it on."""
+        """Verify a record whose pieces are all there, reading it once more if something is wrong,
+        and hand it on."""
         arrived = False
         try:
             if not read.cancelled and not isinstance(read.error, KeyboardInterrupt):

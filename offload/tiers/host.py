@@ -1,11 +1,12 @@
 """The host tier: experts in RAM between the disk and a card's slots.
 
-A record comes from the disk into a slot here and goes on from there, on the card's stream of copies, as soon as its last
-byte has arrived; no thread waits for the copy.  The host slot can be used for another record when the copy is done, which
-is looked at when a slot is needed.  Records can also be *lent*: they stay here, for the CPU to compute with.
+A record comes from the disk into a slot here and goes on from there, on the card's stream of
+copies, as soon as its last byte has arrived; no thread waits for the copy.  The host slot can be
+used for another record when the copy is done, which is looked at when a slot is needed.  Records
+can also be *lent*: they stay here, for the CPU to compute with.
 
-RAM is page-locked piece by piece, each when all its records have been written: a first token need not wait for all of it,
-and no page is locked before it exists.
+RAM is page-locked piece by piece, each when all its records have been written: a first token need
+not wait for all of it, and no page is locked before it exists.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ PIN_BYTES = 64 << 20
 
 
 class HostTier:
-    """Experts in RAM under a cache of their own, [cache.slots + transit, record_bytes].  ``transit`` slots hold what is on its
-    way; at most so many reads may be under way or lent at once.  A ``Read`` is done when its copy has been queued."""
+    """Experts in RAM under a cache of their own, [cache.slots + transit, record_bytes].
+    ``transit`` slots hold what is on its way; at most so many reads may be under way or lent at
+    once.  A ``Read`` is done when its copy has been queued."""
 
     def __init__(self, disk: DiskReader, cache: Cache, transit: int, card: Card):
         slab = page_aligned((cache.slots + transit) * disk.record_bytes).view(-1, disk.record_bytes)
@@ -64,8 +66,8 @@ class HostTier:
         return self._table.cache
 
     def read(self, key: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target`` on the card: from RAM if it is there, and then queued already, else from disk
-        through RAM."""
+        """A read of one record into ``target`` on the card: from RAM if it is there, and then
+        queued already, else from disk through RAM."""
         after = self._card.record()  # the slot's last readers have been launched
         slot, here = self._claim(key)
         record = self._table.slab[slot]
@@ -89,7 +91,8 @@ class HostTier:
         return read
 
     def lend(self, key: int) -> Read:
-        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it.  ``give_back`` it."""
+        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it.
+        ``give_back`` it."""
         slot, here = self._claim(key)
 
         def arrived(ok: bool) -> None:
@@ -119,7 +122,8 @@ class HostTier:
                 self._release(read.key, *lent, arrived=read.error is None)
 
     def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins; what an interrupted one has borrowed comes back."""
+        """A forward pass over more tokens begins; what an interrupted one has borrowed comes
+        back."""
         for read in list(self._lent):
             if not read.done and not self._disk.cancel(read):
                 self._disk.wait([read])
@@ -159,8 +163,9 @@ class HostTier:
         return 1 / (from_disk / self._disk.bandwidth() + link + 1e-12)
 
     def stats(self) -> dict[str, Any]:
-        """Those of the disk, and ``host``: bytes copied to the card and seconds that copies took, bytes of records that the CPU
-        computed with, hits and misses in RAM, and whether it is page-locked as far as it is filled."""
+        """Those of the disk, and ``host``: bytes copied to the card and seconds that copies took,
+        bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
+        page-locked as far as it is filled."""
         with self._lock:
             self._collect()
         counts = {
@@ -227,7 +232,8 @@ class HostTier:
 
 
 class _Pinning:
-    """Page-locks a slab in pieces of ``PIN_BYTES``, each when all its records have been written once."""
+    """Page-locks a slab in pieces of ``PIN_BYTES``, each when all its records have been written
+    once."""
 
     def __init__(self, slab: Tensor, card: Card):
         self._slab, self._card, self._lock = slab, card, threading.Lock()

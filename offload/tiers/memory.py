@@ -17,7 +17,8 @@ TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 
 
 def page_aligned(count: int) -> Tensor:
-    """``count`` bytes of page-aligned memory, uint8, zero; pages cost nothing until they are written."""
+    """``count`` bytes of page-aligned memory, uint8, zero; pages cost nothing until they are
+    written."""
     region = mmap.mmap(
         -1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )  # shared memory would get small pages
@@ -27,15 +28,18 @@ def page_aligned(count: int) -> Tensor:
 
 
 def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A zero tensor on the CPU in memory of its own, in large pages from 4 MiB on where the system has them."""
+    """A zero tensor on the CPU in memory of its own, in large pages from 4 MiB on where the system
+    has them."""
     return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 class Touching:
-    """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte ``start`` on.
+    """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte
+    ``start`` on.
 
-    The first write to a page costs as much as reading it from a disk, or several times that in a virtual machine whose host
-    has to find the page too; done here, the disk and the first tokens don't wait for it.
+    The first write to a page costs as much as reading it from a disk, or several times that in a
+    virtual machine whose host has to find the page too; done here, the disk and the first tokens
+    don't wait for it.
     """
 
     def __init__(self, memory: Tensor, start: int):
@@ -65,8 +69,8 @@ class Touching:
 
 
 class Arena:
-    """Weights side by side in large pages: where an address costs two walks through page tables, as in a virtual machine,
-    reading them this way is 10 to 15% faster."""
+    """Weights side by side in large pages: where an address costs two walks through page tables, as
+    in a virtual machine, reading them this way is 10 to 15% faster."""
 
     def __init__(self, chunk_bytes: int = 64 << 20):
         self._chunk_bytes, self._free, self._lock = (
@@ -86,7 +90,8 @@ class Arena:
 
 
 class Staging:
-    """Memory that is used again for each weight on its way: fresh pages cost more than the copy out of them."""
+    """Memory that is used again for each weight on its way: fresh pages cost more than the copy out
+    of them."""
 
     def __init__(self) -> None:
         self._buffer, self._used = page_aligned(4096), 0
@@ -99,7 +104,8 @@ class Staging:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._buffer):
-            # What came before keeps the old buffer alive; the margin has room for the scales that follow a matrix.
+            # What came before keeps the old buffer alive; the margin has room for the scales that
+            # follow a matrix.
             self._buffer, self._used = page_aligned(size + (4 << 20)), 0
         place = self._buffer[self._used : self._used + size]
         self._used += -(-size // 4096) * 4096

@@ -1,4 +1,5 @@
-"""Where expert records live and how they move: reads from disk, the host tier, and the slots that a step computes from.
+"""Where expert records live and how they move: reads from disk, the host tier, and the slots that a
+step computes from.
 
     Slots       one slab of records on the fast tier (the GPU's memory; RAM when there is no GPU)
       | read(key, slot, urgency) -> Read
@@ -6,9 +7,10 @@
       | read(key, slot, urgency) -> Read
     DiskReader  threads with several aligned O_DIRECT reads in flight, the most urgent first
 
-The step never polls: it asks for what it misses, computes what it has, and waits on ``Read``s.  A record counts as
-present only when its last byte has arrived and its checksum is right, so an interrupted step leaves nothing half-filled.
-An expert is named everywhere by one integer, its key: (index of the MoE layer) * n_routed_experts + expert.
+The step never polls: it asks for what it misses, computes what it has, and waits on ``Read``s.  A
+record counts as present only when its last byte has arrived and its checksum is right, so an
+interrupted step leaves nothing half-filled. An expert is named everywhere by one integer, its key:
+(index of the MoE layer) * n_routed_experts + expert.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first toke
 class Table:
     """A slab [slots + transit, record_bytes] and which key is in which slot.
 
-    ``cache`` decides which keys stay, at most ``cache.slots`` of them; the other ``transit`` slots hold records on their
-    way in, so that nothing has to leave before its successor is there, and a wrong prefetch costs no cached expert.
+    ``cache`` decides which keys stay, at most ``cache.slots`` of them; the other ``transit`` slots
+    hold records on their way in, so that nothing has to leave before its successor is there, and a
+    wrong prefetch costs no cached expert.
     """
 
     def __init__(self, cache: Cache, slab: Tensor):
@@ -43,7 +46,8 @@ class Table:
         self.free = list(range(len(slab) - 1, -1, -1))
 
     def settle(self, key: int, keep: Collection[int]) -> int | None:
-        """``key`` was used and is not cached: let the cache admit it in place of another, or free its slot.  Who left, if any."""
+        """``key`` was used and is not cached: let the cache admit it in place of another, or free
+        its slot.  Who left, if any."""
         leaving = self.cache.offer(key, keep)
         if leaving is not None:
             self.free.append(self.slot_of.pop(leaving))
@@ -51,12 +55,15 @@ class Table:
 
 
 class Slots:
-    """Expert slots of the fast tier, [cache.slots + transit, record_bytes] in RAM or on ``card``; ``reserve`` of the transit
-    slots are for demands alone, at least as many as one token's experts of a layer.
+    """Expert slots of the fast tier, [cache.slots + transit, record_bytes] in RAM or on ``card``;
+    ``reserve`` of the transit slots are for demands alone, at least as many as one token's experts
+    of a layer.
 
-    ``table_LE``, int32 [layers, E] on the device, says which slot a cached expert is in, and -1 of the others.
+    ``table_LE``, int32 [layers, E] on the device, says which slot a cached expert is in, and -1 of
+    the others.
 
-    In RAM a large slab grows: it begins with a few slots, and a thread gets the pages of the others (``Touching``)."""
+    In RAM a large slab grows: it begins with a few slots, and a thread gets the pages of the others
+    (``Touching``)."""
 
     def __init__(
         self,
@@ -124,12 +131,13 @@ class Slots:
         return self._table.slot_of[key]
 
     def record(self, key: int) -> Tensor:
-        """The record of ``key``, which is cached or whose read is done: uint8 [record_bytes] on the device."""
+        """The record of ``key``, which is cached or whose read is done: uint8 [record_bytes] on the
+        device."""
         return self._records[self._table.slot_of[key]]
 
     def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins.  What an interrupted one has left in transit is given up; the cache takes
-        what has arrived to warm it."""
+        """A forward pass over more tokens begins.  What an interrupted one has left in transit is
+        given up; the cache takes what has arrived to warm it."""
         for key in [key for key, read in self._coming.items() if read.urgency != WARM]:
             self.drop(key)
         self.adopt()
@@ -137,7 +145,8 @@ class Slots:
         self._source.advance(tokens)
 
     def demand(self, keys: Collection[int], keep: Collection[int]) -> list[Read]:
-        """Reads of ``keys``, none of them cached, ahead of all prefetches; what is in ``keep`` stays.  At most ``transit``."""
+        """Reads of ``keys``, none of them cached, ahead of all prefetches; what is in ``keep``
+        stays.  At most ``transit``."""
         reads, new = [], []
         for key in keys:
             read = self._coming.get(key)
@@ -156,7 +165,8 @@ class Slots:
         return reads
 
     def prefetch(self, key: int, urgency: int) -> bool:
-        """Start reading ``key`` unless that would leave fewer than ``reserve`` transit slots free."""
+        """Start reading ``key`` unless that would leave fewer than ``reserve`` transit slots
+        free."""
         self._collect()
         if len(self._coming) + len(self._leaving) + self._reserve >= self.transit:
             return False
@@ -164,8 +174,8 @@ class Slots:
         return True
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Block until some of ``reads`` are done and return them; on a card the kernels launched from now on wait for their
-        copies.  Raises what made one fail; its slot is free then."""
+        """Block until some of ``reads`` are done and return them; on a card the kernels launched
+        from now on wait for their copies.  Raises what made one fail; its slot is free then."""
         started = time.perf_counter()
         finished = self._source.wait(reads)
         self.wait_seconds += time.perf_counter() - started
@@ -183,7 +193,8 @@ class Slots:
         return finished
 
     def settle(self, key: int, keep: Collection[int]) -> None:
-        """``key``, in transit, has been used: the cache keeps it or lets it go.  ``keep`` is not evicted for it."""
+        """``key``, in transit, has been used: the cache keeps it or lets it go.  ``keep`` is not
+        evicted for it."""
         self._grow()
         del self._coming[key]
         leaving = self._table.settle(key, keep)
@@ -197,7 +208,8 @@ class Slots:
         self._slots.flat[key] = self._table.slot_of[key]
 
     def rebuild(self) -> None:
-        """Make the table what it has to be: a step that was interrupted may have changed only one of the two."""
+        """Make the table what it has to be: a step that was interrupted may have changed only one
+        of the two."""
         self._slots.fill(-1)
         for key, slot in self._table.slot_of.items():
             if key in self.cache:
@@ -214,7 +226,8 @@ class Slots:
             self._leaving.append((read, slot))
 
     def present(self) -> tuple[int, int]:
-        """Bytes of cached records, and bytes of the slab that have their pages by now; for another thread to ask now and then."""
+        """Bytes of cached records, and bytes of the slab that have their pages by now; for another
+        thread to ask now and then."""
         size, touching = self._table.slab.shape[1], self._touching
         used = (len(self.cache) + len(self._coming) + len(self._leaving)) * size
         if touching is not None:  # its pages, and those of the first slots that are in use
@@ -246,7 +259,8 @@ class Slots:
                 self.drop(key)
 
     def fill(self, keys: Iterable[int], done: Callable[[], None]) -> None:
-        """Read uncached ``keys`` into the cache's free room, several at a time, and wait; ``done()`` after each."""
+        """Read uncached ``keys`` into the cache's free room, several at a time, and wait;
+        ``done()`` after each."""
         self._finish_growing()
         pending: list[Read] = []
         room = self.room()
@@ -282,7 +296,8 @@ class Slots:
         return read
 
     def _acquire(self, keep: Collection[int]) -> int:
-        """A free slot; the oldest prefetch that nobody wants now gives its own up if there is none."""
+        """A free slot; the oldest prefetch that nobody wants now gives its own up if there is
+        none."""
         self._collect()
         while not self._table.free:
             unwanted = next((key for key in self._coming if key not in keep), None)

@@ -21,10 +21,11 @@ _TRITON_CAPABILITY = (
 
 
 def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
-    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built, else torch.
+    """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
+    else torch.
 
-    ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only under Triton's interpreter.
-    ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
+    ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
+    under Triton's interpreter. ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
     """
     threads = threads or psutil.cpu_count(logical=False) or 1
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
@@ -40,7 +41,8 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
 
 
 def _triton_ops(device: torch.device, required: bool) -> TorchOps:
-    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so never without a GPU."""
+    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so
+    never without a GPU."""
     reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton, on Linux)"

@@ -1,8 +1,9 @@
 """The one place that knows what a weight is made of and picks who multiplies by it.
 
-``TorchOps`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on every device and is the
-oracle of ``NativeOps``, which computes the same things on a CPU with the kernels of ``slotmoe.quant.kernels.cpu.bindings``.
-Shape legend: T tokens, N rows out, K columns in, D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
+``TorchOps`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on
+every device and is the oracle of ``NativeOps``, which computes the same things on a CPU with the
+kernels of ``slotmoe.quant.kernels.cpu.bindings``. Shape legend: T tokens, N rows out, K columns in,
+D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ from slotmoe.quant import int8, nf4
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.kernels.cpu.bindings import (
-    PackedInt8,
-)
+from slotmoe.quant.kernels.cpu.bindings import PackedInt8
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
 
 
 @dataclass(frozen=True)
 class TiledInt8Weight:
-    """An int8 matrix in the order that the native kernels read, with its row scales, float32 [N]."""
+    """An int8 matrix in the order that the native kernels read, with its row scales, float32
+    [N]."""
 
     tiles: PackedInt8
     scale: Tensor
@@ -82,9 +82,11 @@ def nbytes(weight: Any) -> int:
 
 
 def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K of weight times output, one expert after the other in the gate's order, float32 [T, D].
+    """Sum over K of weight times output, one expert after the other in the gate's order, float32
+    [T, D].
 
-    The order of additions is the gate's, never that of arrival, so the result is bitwise the same for every cache.
+    The order of additions is the gate's, never that of arrival, so the result is bitwise the same
+    for every cache.
     """
     total = y_TKD[:, 0] * weights_TK[:, 0, None]
     for k in range(1, y_TKD.shape[1]):
@@ -93,7 +95,8 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises ``nf4.NotFiniteError``."""
+    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises
+    ``nf4.NotFiniteError``."""
     native = kernels.load()
     if native is None:
         return nf4.quantize(weight_NK)
@@ -110,7 +113,8 @@ def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
-    """Sum of the squared differences between a matrix and what was made of it, and sum of the matrix's squares, in float64.
+    """Sum of the squared differences between a matrix and what was made of it, and sum of the
+    matrix's squares, in float64.
 
     Native kernels and torch agree to its last digits.
     """
@@ -159,7 +163,8 @@ def dequantize(weight: Weight) -> Tensor:
 
 
 class TorchOps:
-    """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU, bfloat16 on CUDA."""
+    """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU,
+    bfloat16 on CUDA."""
 
     name = "torch"
     absorbs = False
@@ -173,19 +178,21 @@ class TorchOps:
         return torch.get_num_threads()
 
     def timing(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds spent in each kernel while this is open; torch's operations can't be told apart, so here none."""
+        """Seconds spent in each kernel while this is open; torch's operations can't be told apart,
+        so here none."""
         return nullcontext({})
 
     def prepare(self, name: str, weight: Weight, empty: Empty = new) -> Weight:
-        """A copy of the weight in the form that these ops want to multiply with, in memory from ``empty(shape, dtype)``;
-        ``name`` is its checkpoint name."""
+        """A copy of the weight in the form that these ops want to multiply with, in memory from
+        ``empty(shape, dtype)``; ``name`` is its checkpoint name."""
         copied: Weight = map_tensors(
             weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
         )
         return copied
 
     def read_bandwidth(self, memory: Tensor) -> float:
-        """Bytes a second (median of 5) at which all threads together read ``memory``, uint8, whose pages exist."""
+        """Bytes a second (median of 5) at which all threads together read ``memory``, uint8, whose
+        pages exist."""
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
@@ -230,18 +237,21 @@ class TorchOps:
         raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T, H, P]."""
+        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T,
+        H, P]."""
         pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
-        """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T, H, R]."""
+        """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T,
+        H, R]."""
         _, H, N = q_THN.shape
         heads_HXR = dequantize(kv_b).view(H, -1, kv_b.shape[1])
         return torch.bmm(q_THN.transpose(0, 1), heads_HXR[:, :N]).transpose(0, 1)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
-        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T, H, V]."""
+        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T,
+        H, V]."""
         _, H, R = o_THR.shape
         heads_HXR = dequantize(kv_b).view(H, -1, R)
         return torch.bmm(o_THR.transpose(0, 1), heads_HXR[:, N:].transpose(1, 2)).transpose(0, 1)
@@ -255,7 +265,8 @@ class TorchOps:
         return R + P, torch.float16
 
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
-        """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing to infinity."""
+        """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing
+        to infinity."""
         rows_TX.copy_(
             latent_TW.clamp(-65504.0, 65504.0) if rows_TX.dtype == torch.float16 else latent_TW
         )
@@ -320,7 +331,8 @@ class TorchOps:
         return torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
 
     def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
-        """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T, D]."""
+        """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T,
+        D]."""
         return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
 
     def experts_by_slot(
@@ -332,13 +344,16 @@ class TorchOps:
         levels: Tensor,
         y_TKD: Tensor,
     ) -> None:
-        """Each token through those of its experts that are in the slab: their unweighted outputs, into ``y`` (float32 [T, K, D]).
+        """Each token through those of its experts that are in the slab: their unweighted outputs,
+        into ``y`` (float32 [T, K, D]).
 
-        ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the device) names each expert's row;
-        -1 says that it is not there, and its output is left as it is.  A call takes all of an expert's uses; experts may come in
-        several calls.  With kernels an entry's output depends on its token and record alone, bitwise; torch's products depend on
-        the number of rows in their last bits.  With a table of a layer's experts, int32 [E], ``slots`` is
-        ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA graph can hold the call.
+        ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the
+        device) names each expert's row; -1 says that it is not there, and its output is left as it
+        is.  A call takes all of an expert's uses; experts may come in several calls.  With kernels
+        an entry's output depends on its token and record alone, bitwise; torch's products depend on
+        the number of rows in their last bits.  With a table of a layer's experts, int32 [E],
+        ``slots`` is ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA
+        graph can hold the call.
         """
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
@@ -354,11 +369,13 @@ class TorchOps:
         layout: RecordLayout,
         levels: Tensor,
     ) -> Tensor:
-        """Many tokens, grouped by expert: the unweighted outputs, float32 [N, D], of the rows ``x[tokens]``.
+        """Many tokens, grouped by expert: the unweighted outputs, float32 [N, D], of the rows
+        ``x[tokens]``.
 
-        Group g is rows ``starts[g]`` to ``starts[g + 1]`` of ``tokens`` and goes through the record in row ``slots[g]`` of ``slab``
-        (uint8 [S, record_bytes]).  ``tokens`` is int64 [N], ``starts`` int32 [G + 1] from 0 to N without descending, ``slots``
-        int32 [G], none negative, all on the device.  A row's output does not depend on the other rows or groups, bitwise.
+        Group g is rows ``starts[g]`` to ``starts[g + 1]`` of ``tokens`` and goes through the record
+        in row ``slots[g]`` of ``slab`` (uint8 [S, record_bytes]).  ``tokens`` is int64 [N],
+        ``starts`` int32 [G + 1] from 0 to N without descending, ``slots`` int32 [G], none negative,
+        all on the device.  A row's output does not depend on the other rows or groups, bitwise.
         """
         y_ND = torch.empty(len(tokens_N), x_TD.shape[1], device=x_TD.device)
         starts = starts_G1.tolist()

@@ -1,8 +1,9 @@
 """Stretches of a decode step as CUDA graphs: captured once, then started by one call each.
 
-A small model's kernels take a few microseconds, and Python and the driver as much again to start each.  A graph starts
-dozens at once.  What it holds is addresses, not values: it reads its inputs from the same buffers and leaves its outputs in
-the same buffers each time, and whatever changes from step to step (the position, the sequence's cache) must lie in one.
+A small model's kernels take a few microseconds, and Python and the driver as much again to start
+each.  A graph starts dozens at once.  What it holds is addresses, not values: it reads its inputs
+from the same buffers and leaves its outputs in the same buffers each time, and whatever changes
+from step to step (the position, the sequence's cache) must lie in one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 
 class Graph(Protocol):
-    """Work on the device that can be repeated.  Made from a function without arguments, which it runs at least once; what
-    the function returned is ``outputs``, and ``replay`` repeats the work into it."""
+    """Work on the device that can be repeated.  Made from a function without arguments, which it
+    runs at least once; what the function returned is ``outputs``, and ``replay`` repeats the work
+    into it."""
 
     outputs: Any
 
@@ -24,7 +26,8 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not touch the host."""
+    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not touch
+    the host."""
 
     _stream: torch.cuda.Stream | None = (
         None  # one for all, and one pool: graphs of a step never run at the same time
@@ -53,11 +56,13 @@ class CudaGraph:
 
 
 class Stretch:
-    """A function of tensors that is run as a graph where ``graph`` makes one, and plainly where it is None.
+    """A function of tensors that is run as a graph where ``graph`` makes one, and plainly where it
+    is None.
 
-    ``buffers`` are the inputs that the graph reads: one that is given elsewhere is copied into its buffer first.  The outputs
-    are valid until the next call.  Inside another graph's capture, with gradients on, or for inputs of other shapes or types
-    than the buffers', the function runs plainly.  It must give the same when it is run twice on the same inputs.
+    ``buffers`` are the inputs that the graph reads: one that is given elsewhere is copied into its
+    buffer first.  The outputs are valid until the next call.  Inside another graph's capture, with
+    gradients on, or for inputs of other shapes or types than the buffers', the function runs
+    plainly.  It must give the same when it is run twice on the same inputs.
     """
 
     capturing = False  # whether some stretch is being captured now

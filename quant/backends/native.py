@@ -1,4 +1,5 @@
-"""``NativeOps``: the operations of a CPU with the kernels of ``slotmoe.quant.kernels.cpu.bindings.cpu``."""
+"""``NativeOps``: the operations of a CPU with the kernels of
+``slotmoe.quant.kernels.cpu.bindings.cpu``."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from slotmoe.quant.shapes import latent_bytes
 
 
 def _matrix(weight: Weight) -> Matrix | None:
-    """The weight bound for native calls; None if it is row-major int8, which only the absorbed products and ``embed`` take."""
+    """The weight bound for native calls; None if it is row-major int8, which only the absorbed
+    products and ``embed`` take."""
     if isinstance(weight, TiledInt8Weight):
         return Matrix.int8(weight.tiles, weight.scale)
     if isinstance(weight, Nf4Weight):
@@ -47,10 +49,11 @@ def _mlp(*weights: Weight) -> Mlp | None:
 
 
 class FusedLayer:
-    """One token of each sequence through a layer in few native calls, ``attention`` and ``mlp`` being its weights, checked and bound.
+    """One token of each sequence through a layer in few native calls, ``attention`` and ``mlp``
+    being its weights, checked and bound.
 
-    Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so fewer and larger calls are
-    faster.  Each gives bitwise what the single ops give.
+    Between two calls of a decode step lie Python, cold caches and a wake-up of the threads, so
+    fewer and larger calls are faster.  Each gives bitwise what the single ops give.
     """
 
     together = True
@@ -72,10 +75,12 @@ class FusedLayer:
 
 
 class NativeOps(TorchOps):
-    """The kernels of ``slotmoe.quant.kernels.cpu.bindings``: activations are quantized to int8 in blocks of 16 with a float32 scale each.
+    """The kernels of ``slotmoe.quant.kernels.cpu.bindings``: activations are quantized to int8 in
+    blocks of 16 with a float32 scale each.
 
-    A row's result never depends on the other rows, the threads or the cache, so decode and prefill agree.  torch's own
-    threads stay idle in decode; what it still computes (softmax and top-k of the gate) is too small to share.
+    A row's result never depends on the other rows, the threads or the cache, so decode and prefill
+    agree.  torch's own threads stay idle in decode; what it still computes (softmax and top-k of
+    the gate) is too small to share.
     """
 
     absorbs = True
@@ -93,7 +98,8 @@ class NativeOps(TorchOps):
         return self._native.timing()
 
     def prepare(self, name: str, weight: Weight, empty: Empty = new) -> Weight:
-        """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj`` (absorbed) stay row-major."""
+        """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj``
+        (absorbed) stay row-major."""
         if isinstance(weight, Int8Weight) and not name.endswith(
             ("embed_tokens.weight", "kv_b_proj.weight")
         ):
@@ -156,9 +162,11 @@ class NativeOps(TorchOps):
         latent_eps: float,
         scale: float,
     ) -> FusedLayer | None:
-        """``layer`` (``slotmoe.model.network.Layer``) bound for one token at a time; ``sizes`` are H, N, P, R, V of its attention.
+        """``layer`` (``slotmoe.model.network.Layer``) bound for one token at a time; ``sizes`` are
+        H, N, P, R, V of its attention.
 
-        None where a weight is of a kind that the fused calls don't compute as the single ops do: bf16 ``kv_b_proj`` or MLP.
+        None where a weight is of a kind that the fused calls don't compute as the single ops do:
+        bf16 ``kv_b_proj`` or MLP.
         """
         query = _matrix(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj)
         query_b = None if layer.q_b_proj is None else _matrix(layer.q_b_proj)

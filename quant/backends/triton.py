@@ -1,8 +1,9 @@
 """``TritonOps``: the ops of a CUDA device, with the kernels of ``quant/kernels/triton_*.py``.
 
-One token goes through kernels that are bound by reading the weights, in float32; many go through tensor cores in bfloat16.
-Weights stay as they are stored, in both.  With ``TRITON_INTERPRET=1`` the same kernels run on a CPU, for tests.
-Shape legend: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R kv_lora_rank, E experts.
+One token goes through kernels that are bound by reading the weights, in float32; many go through
+tensor cores in bfloat16. Weights stay as they are stored, in both.  With ``TRITON_INTERPRET=1`` the
+same kernels run on a CPU, for tests. Shape legend: T tokens, N rows out, K columns in or experts a
+token, D hidden_size, H heads, R kv_lora_rank, E experts.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ environ.setdefault(
     "TRITON_DEFAULT_FP_FUSION", "1"
 )  # Triton 3.9 warns that its default will change; this is the present one
 _BM, _BN = 64, 64  # of a tile of many tokens; grouped rows depend on it bitwise, so it is one
-_FEW = 16  # tokens that attend one by one over the latent cache; more are the network's blockwise attention's
+# tokens that attend one by one over the latent cache; more are the network's blockwise attention's
+_FEW = 16
 
 
 class TritonOps(TorchOps):
-    """See the module.  ``graph`` makes the graphs of a decode step's stretches; None runs them plainly."""
+    """See the module.  ``graph`` makes the graphs of a decode step's stretches; None runs them
+    plainly."""
 
     def __init__(self, device: torch.device):
         super().__init__(torch.bfloat16)
@@ -57,8 +60,9 @@ class TritonOps(TorchOps):
     ) -> Tensor:
         """One row through one weight or two, one launch: ``out`` is float32 of N or N + N2 values.
 
-        ``norm`` is a weight and an epsilon: the row is normed first, and stands in ``normed`` too if that is given.  ``add`` is
-        one tensor or two: ``add[0] + y`` or ``add[0] + (add[1] + y)``.
+        ``norm`` is a weight and an epsilon: the row is normed first, and stands in ``normed`` too
+        if that is given.  ``add`` is one tensor or two: ``add[0] + y`` or ``add[0] + (add[1] +
+        y)``.
         """
         kind, data, scale, levels = parts(weight)
         other = None if second is None else parts(second)
@@ -205,7 +209,8 @@ class TritonOps(TorchOps):
         latent_eps: float,
         scale: float,
     ) -> TritonLayer:
-        """``layer`` bound for one token at a time; its buffers are shared by all layers, so results last until the next call."""
+        """``layer`` bound for one token at a time; its buffers are shared by all layers, so results
+        last until the next call."""
         if self.workspace is None:
             self.workspace = Workspace(layer, sizes)
         return TritonLayer(self, self.workspace, layer, sizes, eps, latent_eps, scale)

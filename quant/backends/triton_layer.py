@@ -1,8 +1,9 @@
-"""One token through a layer in few launches, on a CUDA device as two CUDA graphs: before and after the choice of experts.
+"""One token through a layer in few launches, on a CUDA device as two CUDA graphs: before and after
+the choice of experts.
 
     begin   norm + query and latent projections | (query's second projection) | absorbed query, rotation, latent row into the
-            cache | attention over splits of the context | their sum + value projection | output + residual |
-            norm + router
+            cache | attention over splits of the context | their sum + value projection | output +
+            residual | norm + router
     end     gate and up of the shared experts | down + routed experts' sum + residual
 
 Shape legend as in ``slotmoe.model.network``.
@@ -59,8 +60,8 @@ def power(n: int, least: int = 16) -> int:
 class Workspace:
     """The buffers of one token's step, which all layers share, on the device of ``layer``'s norms.
 
-    ``where`` is the position and the address of the sequence's latent cache, read by the kernels, so that one graph serves
-    every position and every sequence.
+    ``where`` is the position and the address of the sequence's latent cache, read by the kernels,
+    so that one graph serves every position and every sequence.
     """
 
     def __init__(self, layer: Any, sizes: tuple[int, int, int, int, int]):
@@ -104,10 +105,12 @@ class Workspace:
 
 
 class Step:
-    """A whole step of one token as one graph, for a network whose experts all have slots: nothing in it waits for the host.
+    """A whole step of one token as one graph, for a network whose experts all have slots: nothing
+    in it waits for the host.
 
-    ``function(ids_1, position_1, layers_LSW)`` computes it; the position, int64 [1], is read on the device.  What it returns is
-    valid until the next step.  One graph serves all caches of one shape; it keeps the addresses of all it has touched.
+    ``function(ids_1, position_1, layers_LSW)`` computes it; the position, int64 [1], is read on the
+    device.  What it returns is valid until the next step.  One graph serves all caches of one
+    shape; it keeps the addresses of all it has touched.
     """
 
     def __init__(
@@ -136,8 +139,8 @@ class Step:
 
 
 class TritonLayer:
-    """See the module; the interface is that of ``slotmoe.model.network.FusedLayer``.  Results last until the next call of any
-    layer that shares the workspace."""
+    """See the module; the interface is that of ``slotmoe.model.network.FusedLayer``.  Results last
+    until the next call of any layer that shares the workspace."""
 
     together = False  # buffers are one token's
 

@@ -1,4 +1,5 @@
-"""A file of the export that is put together tensor by tensor: in any order, by several threads, over several runs."""
+"""A file of the export that is put together tensor by tensor: in any order, by several threads,
+over several runs."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from slotmoe.quant.export.writer import sync_folder
 class Assembly:
     """The file ``path`` in the making, under the name ``….tmp`` until ``publish_file``.
 
-    ``checksums`` names every tensor that is whole and the xxh3-128 of its bytes.  Saved after ``sync`` and passed to the
-    next run's ``Assembly``, it makes that run go on from here; what it does not name is written again.
+    ``checksums`` names every tensor that is whole and the xxh3-128 of its bytes.  Saved after
+    ``sync`` and passed to the next run's ``Assembly``, it makes that run go on from here; what it
+    does not name is written again.
     """
 
     def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str]):
@@ -70,12 +72,14 @@ class Assembly:
         os.fsync(self._handle)
 
     def finish_tensors(self) -> dict[str, Any]:
-        """Check the whole file of tensors as it lies on disk and return its manifest entry.  Raises ``ExportError``."""
+        """Check the whole file of tensors as it lies on disk and return its manifest entry.  Raises
+        ``ExportError``."""
         whole, _ = self._read_back([])
         return {**self._entry(whole), "tensors": describe_tensors(self.parts, self.checksums)}
 
     def finish_records(self, experts: int, layout: RecordLayout) -> dict[str, Any]:
-        """Check the whole file of ``experts`` records as it lies on disk and return its manifest entry.  Raises ``ExportError``."""
+        """Check the whole file of ``experts`` records as it lies on disk and return its manifest
+        entry.  Raises ``ExportError``."""
         size, start = layout.record_bytes, len(self._header)
         whole, records = self._read_back(
             [(start + expert * size, start + (expert + 1) * size) for expert in range(experts)]
@@ -83,8 +87,8 @@ class Assembly:
         return {**self._entry(whole), "records": records}
 
     def _read_back(self, spans: list[Span]) -> tuple[str, list[str]]:
-        """Checksums of the file and of ``spans``.  Days may lie between its first tensor and its last, so each is compared
-        with what was written: a checksum must not bless a damage."""
+        """Checksums of the file and of ``spans``.  Days may lie between its first tensor and its
+        last, so each is compared with what was written: a checksum must not bless a damage."""
         self.sync()
         start = len(self._header)
         known = {

@@ -1,20 +1,24 @@
-"""The export: an artifact that loads fast, because one expert is one aligned byte range with a checksum of its own.
+"""The export: an artifact that loads fast, because one expert is one aligned byte range with a
+checksum of its own.
 
     DST/
       config.json, tokenizer.json, ...       copied from the source
       slotmoe.json                           the manifest: everything below, and a checksum over itself
       resident.safetensors                   all but the routed experts, under the source's tensor names
       experts/layer-00001.safetensors ...    one per MoE layer, one record per expert
-      predictor-0123456789abcdef.safetensors optional: trained guesses of experts, 16 digits of its checksum in the name
+      predictor-0123456789abcdef.safetensors optional: trained guesses of experts, 16 digits of its
+      checksum in the name
 
-A record is, byte for byte (matrices in the ``tiles16`` layout of ``slotmoe.quant.nf4``; gate and up are [I, H], down is [H, I]):
+A record is, byte for byte (matrices in the ``tiles16`` layout of ``slotmoe.quant.nf4``; gate and up
+are [I, H], down is [H, I]):
 
     gate_proj.weight codes, up_proj.weight codes, down_proj.weight codes        U8
     gate_proj.weight.absmax, up_proj.weight.absmax, down_proj.weight.absmax     F16
     pad, zeros up to the next multiple of 4096                                  U8
 
-The predictor (``slotmoe.offload.predictor`` computes with it; L MoE layers in order, E experts, R and Q widths of its choice) has
-these tensors; the two ``.weight`` of a horizon are int8 with a float32 scale per row, ``w[..., n, k] = q * scale[..., n]``:
+The predictor (``slotmoe.offload.predictor`` computes with it; L MoE layers in order, E experts, R
+and Q widths of its choice) has these tensors; the two ``.weight`` of a horizon are int8 with a
+float32 scale per row, ``w[..., n, k] = q * scale[..., n]``:
 
     token.in.weight I8 [R, 2 H]      token.in.weight.scale F32 [R]       token.in.bias F32 [R]
     token.out.weight I8 [L E, R]     token.out.weight.scale F32 [L E]    token.out.bias F32 [L E]
@@ -22,18 +26,21 @@ these tensors; the two ``.weight`` of a horizon are int8 with a float32 scale pe
     layer.out.weight I8 [L-1, E, Q]  layer.out.weight.scale F32 [L-1, E] layer.out.bias F32 [L-1, E]
     layer.mix F32 [L-1, 3]           popularity F32 [L E], uses of an expert per token
 
-With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4096, F32 tensors first, each group in the
-order above (weight, scale, bias from left to right, line by line), without holes.  The manifest, replaced by one rename,
-names the file that counts; another of that pattern is a leftover of a killed run.
+With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4096, F32 tensors
+first, each group in the order above (weight, scale, bias from left to right, line by line), without
+holes.  The manifest, replaced by one rename, names the file that counts; another of that pattern is
+a leftover of a killed run.
 
-``quantization.report`` in the manifest is optional and for people: what quantization cost, by tensor family, as
-``slotmoe.offload.ingest.report`` defines it.  An object of ``weights`` (count), ``bits_per_weight`` (of all, with padding) and ``families``,
-a list of ``family``, ``stored`` (nf4, int8, bf16, fp16 or fp32), ``weights``, ``bits_per_weight``, ``relative_rms_error``,
-``by_layer`` (layer -> the same error; empty if exact or in no layer) and ``worst_layer`` (a layer or null).
+``quantization.report`` in the manifest is optional and for people: what quantization cost, by
+tensor family, as ``slotmoe.offload.ingest.report`` defines it.  An object of ``weights`` (count),
+``bits_per_weight`` (of all, with padding) and ``families``, a list of ``family``, ``stored`` (nf4,
+int8, bf16, fp16 or fp32), ``weights``, ``bits_per_weight``, ``relative_rms_error``, ``by_layer``
+(layer -> the same error; empty if exact or in no layer) and ``worst_layer`` (a layer or null).
 
-Records follow each other from the end of the header, which is padded with spaces to a multiple of 4096.  Sizes, headers
-and small files are verified at open; a resident tensor's and a record's checksum (xxh3-128) whenever it is read.
-Shape legend: I moe_intermediate_size, H hidden_size, N rows out, K columns in.
+Records follow each other from the end of the header, which is padded with spaces to a multiple of
+4096.  Sizes, headers and small files are verified at open; a resident tensor's and a record's
+checksum (xxh3-128) whenever it is read. Shape legend: I moe_intermediate_size, H hidden_size, N
+rows out, K columns in.
 """
 
 from __future__ import annotations
@@ -85,7 +92,8 @@ def checksum(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a record or of the resident file: its place (bytes from the record's or data's start)."""
+    """One tensor of a record or of the resident file: its place (bytes from the record's or data's
+    start)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -100,7 +108,8 @@ class Part:
 
 
 class RecordLayout:
-    """Where the parts of an expert's record are, for ``hidden_size`` H and ``moe_intermediate_size`` I."""
+    """Where the parts of an expert's record are, for ``hidden_size`` H and
+    ``moe_intermediate_size`` I."""
 
     def __init__(self, hidden_size: int, moe_intermediate_size: int):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
@@ -151,7 +160,8 @@ def resident_parts(
 ) -> dict[str, Part]:
     """Tensors of the resident file that hold the weight ``name``; offsets are not assigned yet (0).
 
-    ``quantization`` is ``none`` (as in the source, ``dtype``), ``int8`` or ``nf4``; the last two need a matrix.
+    ``quantization`` is ``none`` (as in the source, ``dtype``), ``int8`` or ``nf4``; the last two
+    need a matrix.
     """
     if quantization == "int8":
         return {
@@ -168,7 +178,8 @@ def resident_parts(
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
-    """Tensors of the predictor's file for hidden size ``D``, ``L`` MoE layers of ``E`` experts and widths ``R`` and ``Q``."""
+    """Tensors of the predictor's file for hidden size ``D``, ``L`` MoE layers of ``E`` experts and
+    widths ``R`` and ``Q``."""
     parts: dict[str, Part] = {}
     shapes = {
         "token.in": (R, 2 * D),
@@ -190,7 +201,8 @@ def is_predictor(name: str) -> bool:
 
 
 def place(parts: dict[str, Part]) -> dict[str, Part]:
-    """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own element size."""
+    """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own
+    element size."""
     placed, offset = {}, 0
     for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
         placed[name] = Part(part.dtype, part.shape, offset)
@@ -199,7 +211,8 @@ def place(parts: dict[str, Part]) -> dict[str, Part]:
 
 
 def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
-    """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096 bytes."""
+    """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096
+    bytes."""
     entries = {
         name: {
             "dtype": _DTYPE_NAMES[part.dtype],
@@ -214,7 +227,8 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
 
 
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
-    """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets from the data's start."""
+    """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets
+    from the data's start."""
     parts = {}
     for expert in range(experts):
         start = expert * layout.record_bytes

@@ -59,7 +59,8 @@ class Export:
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
-        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is damaged or missing."""
+        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is
+        damaged or missing."""
         folder = Path(path)
         manifest = read_manifest(folder)
         export = cls(folder, manifest, manifest_layout(manifest))
@@ -98,7 +99,8 @@ class Export:
             )
 
     def _open_file(self, name: str) -> None:
-        """Open one of the format's own files, inside the folder and of the size that the manifest names."""
+        """Open one of the format's own files, inside the folder and of the size that the manifest
+        names."""
         path = regular_file(self.folder, name)
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -126,7 +128,8 @@ class Export:
     def _read(
         self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None
     ) -> None:
-        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises ``ExportError``."""
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises
+        ``ExportError``."""
         done, needed = 0, len(data) if needed is None else needed
         while done < needed:
             try:
@@ -150,9 +153,11 @@ class Export:
             )
 
     def bypass_page_cache(self) -> bool:
-        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned memory; False if that is refused.
+        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned
+        memory; False if that is refused.
 
-        A model larger than memory gains nothing from the page cache, which would take memory from the slots.
+        A model larger than memory gains nothing from the page cache, which would take memory from
+        the slots.
         """
         handles = [self._files[name] for name in (RESIDENT, *map(layer_file, self.layers))]
         flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
@@ -167,7 +172,8 @@ class Export:
         return self._direct
 
     def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:
-        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``; verifies nothing."""
+        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``;
+        verifies nothing."""
         name = layer_file(layer)
         offset = (
             self.manifest["files"][name]["header_bytes"] + expert * self.layout.record_bytes + start
@@ -185,8 +191,9 @@ class Export:
         )
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32 [I, H], ``down_proj``
-        float32 [H, I].  Raises ``ExportError`` if the export has no such expert or its record is damaged."""
+        """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32
+        [I, H], ``down_proj`` float32 [H, I].  Raises ``ExportError`` if the export has no such
+        expert or its record is damaged."""
         if layer not in self.layers or not 0 <= expert < self.experts:
             raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
         record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
@@ -197,7 +204,8 @@ class Export:
         }
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
-        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory from ``empty`` and verified."""
+        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory
+        from ``empty`` and verified."""
         if name + ".scale" in self._resident_parts:
             return Int8Weight(self._tensor(name, empty), self._tensor(name + ".scale", empty))
         if name + ".absmax" in self._resident_parts:
@@ -234,7 +242,8 @@ class Export:
         return tensor_parts(self.manifest["files"][self._predictor])
 
     def predictor(self) -> dict[str, Tensor] | None:
-        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError`` naming a damaged file."""
+        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError``
+        naming a damaged file."""
         if self._predictor is None:
             return None
         entry, found = self.manifest["files"][self._predictor], {}

@@ -39,7 +39,8 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """Path of ``name`` in ``folder``; raises ``ExportError`` for a link that leads elsewhere and for what is no file."""
+    """Path of ``name`` in ``folder``; raises ``ExportError`` for a link that leads elsewhere and
+    for what is no file."""
     path = folder / name
     if os.path.realpath(path) != os.path.join(os.path.realpath(folder), name):
         raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
@@ -60,7 +61,8 @@ def _part(item: dict[str, Any]) -> Part:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``, its values checked for type and range before anything uses them."""
+    """The manifest of ``folder``, its values checked for type and range before anything uses
+    them."""
     path = regular_file(folder, MANIFEST)
     if not path.exists():
         raise ExportError(
@@ -107,7 +109,8 @@ def _is_list(value: Any, kind: Any, length: int) -> bool:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure that readers rely on."""
+    """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure
+    that readers rely on."""
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
     _require(quantization["layout"] == "tiles16", f"unknown layout {quantization['layout']!r:.40}")
     _require(quantization["block"] == BLOCK, f"unknown block {quantization['block']!r:.40}")
@@ -224,7 +227,8 @@ def _check_size(entry: dict[str, Any], data_bytes: int) -> None:
 
 
 def _check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
-    """Its tensors must have the dtypes and shapes that the model's geometry and two widths prescribe; returns their bytes."""
+    """Its tensors must have the dtypes and shapes that the model's geometry and two widths
+    prescribe; returns their bytes."""
     L = len(experts["layers"])
     R = _integer(tensors["token.in.weight"]["shape"][0], 1, MAX_PREDICTOR_WIDTH)
     Q = _integer(tensors["layer.in.weight"]["shape"][1], 1, MAX_PREDICTOR_WIDTH) if L > 1 else 1
@@ -241,7 +245,8 @@ def _check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
 
 
 def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> None:
-    """Every weight must have the tensors, dtypes and shapes that its quantization prescribes: kernels trust them."""
+    """Every weight must have the tensors, dtypes and shapes that its quantization prescribes:
+    kernels trust them."""
     expected: dict[str, Part] = {}
     for name, item in tensors.items():
         shape, dtype = item["shape"], _DTYPES[item["dtype"]]

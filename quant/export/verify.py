@@ -19,7 +19,8 @@ _PIECE = 4 << 20
 def span_checksums(
     path: Path, spans: Sequence[Span], advance: Callable[[int], None] | None = None
 ) -> tuple[str, list[str]]:
-    """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans may nest or overlap.
+    """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans
+    may nest or overlap.
 
     ``advance`` is told how many bytes each step read.
     """
@@ -45,7 +46,8 @@ def span_checksums(
 def damaged_files(
     folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
 ) -> dict[str, str]:
-    """What is wrong with each file of the export in ``folder`` that is not as its ``manifest`` says; empty if all are.
+    """What is wrong with each file of the export in ``folder`` that is not as its ``manifest``
+    says; empty if all are.
 
     ``progress(done, total)`` is called in bytes of the export.
     """
@@ -95,7 +97,8 @@ def _damage(
 
 
 def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span, str]]:
-    """What the parts of a file are called, where they lie and the checksum that each should have."""
+    """What the parts of a file are called, where they lie and the checksum that each should
+    have."""
     entry = manifest["files"][name]
     if name in COPIED:
         return {}

@@ -1,4 +1,5 @@
-"""Files of an export, written under a temporary name and renamed when they are whole and durable."""
+"""Files of an export, written under a temporary name and renamed when they are whole and
+durable."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ class _Writer:
 
 
 class LayerWriter(_Writer):
-    """Writes one layer's records in order of expert; a context manager that removes what was not committed."""
+    """Writes one layer's records in order of expert; a context manager that removes what was not
+    committed."""
 
     def __init__(self, folder: Path, layer: int, experts: int, layout: RecordLayout):
         super().__init__(folder / layer_file(layer), layer_header(layer, experts, layout))
@@ -94,7 +96,8 @@ class LayerWriter(_Writer):
 
 
 class ResidentWriter(_Writer):
-    """Writes the resident file's tensors (or the predictor's), each in pieces from its start, in any order of tensors."""
+    """Writes the resident file's tensors (or the predictor's), each in pieces from its start, in
+    any order of tensors."""
 
     def __init__(self, folder: Path, parts: dict[str, Part], name: str = RESIDENT):
         super().__init__(folder / name, safetensors_header(parts.items()))
@@ -154,9 +157,11 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts`` and return its new manifest.
+    """Give the export in ``folder`` a predictor with the ``tensors`` of ``predictor_parts`` and
+    return its new manifest.
 
-    The new file has a name of its own, so the rename of the manifest is the one moment in which it replaces the old one.
+    The new file has a name of its own, so the rename of the manifest is the one moment in which it
+    replaces the old one.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

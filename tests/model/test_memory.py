@@ -1,4 +1,5 @@
-"""Quantizing streams: peak memory at real expert sizes, and that it does not grow with the number of layers."""
+"""Quantizing streams: peak memory at real expert sizes, and that it does not grow with the number
+of layers."""
 
 import json
 import subprocess
@@ -22,7 +23,8 @@ print(peak_rss() / 2**20)
 
 
 def write_lite(folder, layers):
-    """A bf16 checkpoint of V2-Lite's geometry with fewer layers, one shard a layer, written without holding more."""
+    """A bf16 checkpoint of V2-Lite's geometry with fewer layers, one shard a layer, written without
+    holding more."""
     config = json.loads((SAMPLE.parent / "geometries" / "v2-lite.json").read_text()) | {
         "num_hidden_layers": layers
     }

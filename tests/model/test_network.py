@@ -1,4 +1,5 @@
-"""The reference path against transformers and against the plain float64 network, and the network's own invariants."""
+"""The reference path against transformers and against the plain float64 network, and the network's
+own invariants."""
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ YARN = {
 }
 YARN |= {"beta_fast": 32, "beta_slow": 1}
 
-# Between them: groups on and off, q-LoRA on and off, YaRN and plain RoPE in both spellings, odd sizes, v_head_dim
-# unlike qk_nope_head_dim, two dense layers, one shared expert, tied embeddings, mscale unlike mscale_all_dim.
+# Between them: groups on and off, q-LoRA on and off, YaRN and plain RoPE in both spellings, odd
+# sizes, v_head_dim unlike qk_nope_head_dim, two dense layers, one shared expert, tied embeddings,
+# mscale unlike mscale_all_dim.
 GEOMETRIES = {
     "groups-qlora-yarn": {"rope_scaling": YARN, "routed_scaling_factor": 16.0},
     "greedy-no-qlora": {
@@ -213,7 +215,8 @@ def native_network(overrides, resident):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A network of the reference path with every feature on, and a function that makes an empty cache for it."""
+    """A network of the reference path with every feature on, and a function that makes an empty
+    cache for it."""
     folder = tmp_path_factory.mktemp("reference")
     write_checkpoint(folder, max_position_embeddings=8192, **GEOMETRIES["groups-qlora-yarn"])
     with Checkpoint.open(folder) as checkpoint:
@@ -253,7 +256,8 @@ def test_decode_and_chunks_equal_one_prefill(reference, sizes):
 
 
 def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monkeypatch):
-    """A chunk long enough that expansion is cheaper, over blocks so small that the softmax is merged many times."""
+    """A chunk long enough that expansion is cheaper, over blocks so small that the softmax is
+    merged many times."""
     network, cache = reference
     ids = (IDS * 6)[:200]
     wanted = feed(network, cache(256), ids, [200])  # in one block
@@ -309,7 +313,8 @@ class _Largest(torch.overrides.TorchFunctionMode):
 
 
 def test_no_temporary_grows_with_the_context(reference):
-    """Between 1,000 and 8,000 cached positions only the attention's block, which has a bound, may differ."""
+    """Between 1,000 and 8,000 cached positions only the attention's block, which has a bound, may
+    differ."""
     network, cache = reference
     c = network.config
     bound = 4096 * max(c.latent_width, c.num_attention_heads)

@@ -1,4 +1,5 @@
-"""The bundled sample: what transformers computed from it, what quantization costs, and the export rebuilt by others."""
+"""The bundled sample: what transformers computed from it, what quantization costs, and the export
+rebuilt by others."""
 
 import json
 import math
@@ -45,7 +46,8 @@ def test_bfloat16_products_stay_close_to_float32(reference, monkeypatch):
 
 
 def windows(runtime, text):
-    """Token windows as ``expected.json`` describes: 512 tokens, each after a beginning-of-sentence token."""
+    """Token windows as ``expected.json`` describes: 512 tokens, each after a beginning-of-sentence
+    token."""
     ids = runtime.tokenizer.encode(text, add_bos=False)
     return [[0, *ids[start : start + 512]] for start in range(0, len(ids), 512)]
 
@@ -55,7 +57,8 @@ def log_probabilities(runtime, window):
 
 
 def compare(reference, exported, name):
-    """Bits of the text under both models, mean KL divergence in nats summed over tokens, and the token count."""
+    """Bits of the text under both models, mean KL divergence in nats summed over tokens, and the
+    token count."""
     text = (DATA / "heldout" / name).read_text(encoding="utf-8")
     bits, divergence, tokens = [0.0, 0.0], 0.0, 0
     for window in windows(reference, text):

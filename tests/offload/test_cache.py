@@ -1,4 +1,5 @@
-"""Cache policies against slow references, the optimum against brute force, and ``slotmoe replay`` from traces to charts."""
+"""Cache policies against slow references, the optimum against brute force, and ``slotmoe replay``
+from traces to charts."""
 
 import json
 import random
@@ -28,7 +29,8 @@ quickly = settings(max_examples=60, deadline=None)
 
 
 class Reference:
-    """What each policy's worth of a key is, straight from the list of all (token, key) uses; the lowest leaves."""
+    """What each policy's worth of a key is, straight from the list of all (token, key) uses; the
+    lowest leaves."""
 
     def __init__(self, policy, popularity):
         self.policy, self.popularity = policy.removesuffix("+bypass"), popularity
@@ -72,7 +74,8 @@ class Reference:
     TOKENS, SLOTS, st.lists(st.sampled_from(KEYS)), st.randoms(use_true_random=False), st.booleans()
 )
 def test_policy_does_what_its_reference_says(policy, tokens, slots, disturbed, chance, popular):
-    """With keys added and removed from outside, keys kept, with and without a prior; equal worths may leave in any order."""
+    """With keys added and removed from outside, keys kept, with and without a prior; equal worths
+    may leave in any order."""
     popularity = [chance.random() for _ in KEYS] if popular else None
     cache, reference = (
         make_cache(policy, slots, ROWS, EXPERTS, popularity),
@@ -135,7 +138,8 @@ def test_everything_kept_means_bypass(policy):
 @quickly
 @given(st.data())
 def test_chunk_equals_token_by_token(policy, data):
-    """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer.  (To least-stale a chunk is one pass.)"""
+    """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer.  (To
+    least-stale a chunk is one pass.)"""
     rows = 1 if policy == "lru" else ROWS
     tokens = data.draw(st.lists(st.tuples(*[GATES] * rows), min_size=1, max_size=12))
     inside = data.draw(st.sets(st.sampled_from(range(rows * EXPERTS)), min_size=1))
@@ -176,7 +180,8 @@ def test_least_stale_takes_a_chunk_for_one_pass():
 
 
 def test_averages_survive_their_rescaling(monkeypatch):
-    """A run far longer than ``RESCALE`` decides as one that never rescales; SHORT**-9000 would overflow."""
+    """A run far longer than ``RESCALE`` decides as one that never rescales; SHORT**-9000 would
+    overflow."""
     shuffle = random.Random(5)
     tokens = [
         [[r * EXPERTS + e for e in shuffle.sample(range(EXPERTS), TOP)] for r in range(ROWS)]
@@ -379,7 +384,8 @@ BAD_TRACES = {
 
 @pytest.mark.parametrize("name", BAD_TRACES)
 def test_bad_trace_is_refused(slotmoe, tmp_path, name):
-    """In one line that says which file and what is wrong, without allocating what the file only claims to hold."""
+    """In one line that says which file and what is wrong, without allocating what the file only
+    claims to hold."""
     data, message = BAD_TRACES[name]
     path = tmp_path / "bad.trace"
     path.write_bytes(data)

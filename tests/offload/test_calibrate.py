@@ -1,4 +1,5 @@
-"""The predictor: its file, its training, what it is worth, and that nothing damaged or half-written is believed."""
+"""The predictor: its file, its training, what it is worth, and that nothing damaged or half-written
+is believed."""
 
 import json
 import shutil
@@ -48,7 +49,8 @@ def quick(patch, steps=100, epochs=6, width=96):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a tiny checkpoint, its export, the same calibrated, training text, and what calibration reported."""
+    """A folder with a tiny checkpoint, its export, the same calibrated, training text, and what
+    calibration reported."""
     folder = tmp_path_factory.mktemp("calibrate")
     write_checkpoint(folder / "checkpoint")
     quantize(folder / "checkpoint", folder / "plain")
@@ -290,7 +292,8 @@ def test_predictor_of_another_model_is_not_written(made, export):
     assert {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()} == before
 
 
-# Runs in a process of its own: gives the export a new predictor in a child that kills itself at its n-th change of the disk.
+# Runs in a process of its own: gives the export a new predictor in a child that kills itself at its
+# n-th change of the disk.
 KILLER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
@@ -369,7 +372,8 @@ def test_recall_beats_popularity(made):
 
 
 def test_scores_are_probabilities(made):
-    """Neither too timid nor too bold: logistic regression of the uses on the scores would leave them nearly as they are."""
+    """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
+    them nearly as they are."""
     with Export.open(made / "calibrated") as export:
         predictor = Predictor.load(export, K, TorchOps())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
@@ -454,7 +458,8 @@ def test_little_memory_means_several_groups(made, export, monkeypatch):
 
 
 def test_next_gate_is_the_next_layers_gate(made):
-    """Brute force: capture the residual stream itself, apply the next layer's norm and gate to it."""
+    """Brute force: capture the residual stream itself, apply the next layer's norm and gate to
+    it."""
     with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
         network, residuals, inputs = runtime._network, {}, {}
         norm, inner = network.ops.rms_norm, network.experts

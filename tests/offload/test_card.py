@@ -1,4 +1,5 @@
-"""The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU is needed."""
+"""The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU
+is needed."""
 
 import json
 import re
@@ -155,7 +156,8 @@ def test_what_the_cpu_computes_differs_by_rounding_alone(
 
 
 def test_the_native_kernels_rounding(on_twin, wanted, monkeypatch):
-    """They round activations to 8 bits: as far from plain torch as a model in RAM is, whose every expert they compute."""
+    """They round activations to 8 bits: as far from plain torch as a model in RAM is, whose every
+    expert they compute."""
     monkeypatch.setattr(
         opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )

@@ -1,4 +1,5 @@
-"""Faults of a card, through the twin: memory that is not there, copies that fail, interrupts.  No GPU is needed."""
+"""Faults of a card, through the twin: memory that is not there, copies that fail, interrupts.  No
+GPU is needed."""
 
 import gc
 import re
@@ -220,7 +221,8 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 
 @pytest.mark.parametrize("moment", [1, 25])
 def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
-    """The table on the card is a copy of what the host knows: a step that changed one of them only is no step's truth."""
+    """The table on the card is a copy of what the host knows: a step that changed one of them only
+    is no step's truth."""
     original, calls = CardSlots._entered, 0
 
     def entered(self, key, leaving):

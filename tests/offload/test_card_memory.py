@@ -1,5 +1,5 @@
-"""What a step allocates on a card beside weights and slots, counted without one: tensors without memory, and kernels that are
-not launched.  The plan's scratch must hold it, and not much more."""
+"""What a step allocates on a card beside weights and slots, counted without one: tensors without
+memory, and kernels that are not launched.  The plan's scratch must hold it, and not much more."""
 
 import weakref
 
@@ -28,7 +28,8 @@ def empty(*shape, dtype=torch.float32):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of tensors that operations have made and that are alive, and the most so far, rounded as torch's allocator does."""
+    """Bytes of tensors that operations have made and that are alive, and the most so far, rounded
+    as torch's allocator does."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""The engine that moves experts: invariant 1 over all its settings, faults while it runs, and its parts alone."""
+"""The engine that moves experts: invariant 1 over all its settings, faults while it runs, and its
+parts alone."""
 
 import logging
 import os
@@ -234,7 +235,8 @@ def test_two_runs_share_one_export(sample_export, wanted):
 
 
 def _resources(expected=None):
-    """Open files and threads; a thread that was joined may be seen for a moment longer, so ``expected`` has two seconds."""
+    """Open files and threads; a thread that was joined may be seen for a moment longer, so
+    ``expected`` has two seconds."""
     process, deadline = psutil.Process(), time.monotonic() + 2
     while (
         (found := (process.num_fds(), process.num_threads())) != expected
@@ -432,7 +434,8 @@ class Shelf:
 
 
 def prefetcher(shelf, idle=1.0):
-    """Three layers of ten experts, a disk of 100 records a second, and ``idle`` seconds a layer to read ahead."""
+    """Three layers of ten experts, a disk of 100 records a second, and ``idle`` seconds a layer to
+    read ahead."""
     made = Prefetcher(3, 10, 1, shelf, lambda: 100.0)
     made._idle.value = idle
     return made
@@ -620,7 +623,8 @@ def test_closing_stops_the_thread_that_gets_pages():
 
 
 def test_every_sequence_has_its_latents_in_pages_of_their_own(sample_export):
-    """Large pages begin at multiples of 2 MiB, so memory that begins in the middle of a page gets fewer."""
+    """Large pages begin at multiples of 2 MiB, so memory that begins in the middle of a page gets
+    fewer."""
     with Runtime.open(sample_export, context=256, sequences=2) as runtime:
         places = [cache.layers.data_ptr() for cache in runtime._caches]
     assert len(set(places)) == 2

@@ -1,4 +1,5 @@
-"""``slotmoe eval``: figures against a plain transformers script, exact token and byte counts, windows, and bad input."""
+"""``slotmoe eval``: figures against a plain transformers script, exact token and byte counts,
+windows, and bad input."""
 
 import json
 import math
@@ -42,7 +43,8 @@ def evaluate(capsys):
 
 
 def transformers_figures(reference, model, text, window):
-    """Bits per byte of both models and mean KL divergence, by transformers' network in float32 and torch alone."""
+    """Bits per byte of both models and mean KL divergence, by transformers' network in float32 and
+    torch alone."""
     ids = (
         Backend.from_file(str(SAMPLE / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     )
@@ -75,8 +77,9 @@ def one_torch_thread():
 
 
 def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thread):
-    """The export's weights, dequantized by others, in transformers' network.  Ours through torch differs by its float16 latent
-    cache; the native kernels also round activations and latents to 8 bits, which is part of what runs, so they get a wider bound."""
+    """The export's weights, dequantized by others, in transformers' network.  Ours through torch
+    differs by its float16 latent cache; the native kernels also round activations and latents to 8
+    bits, which is part of what runs, so they get a wider bound."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(SAMPLE / name, tmp_path / name)
     weights, text = (
@@ -147,7 +150,8 @@ def model(tmp_path_factory):
 
 
 def naive(runtime, ids, begin, scored):
-    """Negative log-likelihood in nats by one pass of ``runtime.logits`` a token: ``scored`` yields (token, start of its context)."""
+    """Negative log-likelihood in nats by one pass of ``runtime.logits`` a token: ``scored`` yields
+    (token, start of its context)."""
     total = 0.0
     for token, start in scored:
         logits = runtime.logits(begin + ids[start:token])[-1]
@@ -183,7 +187,8 @@ def test_every_token_is_scored_once_in_its_window(name, stride, model, evaluate)
 @pytest.mark.parametrize("window", [3, 16, 33])
 @pytest.mark.parametrize("name", ["export", "plain-export"])
 def test_method_of_llama_cpp(name, window, model, evaluate):
-    """Written down from its perplexity tool: pieces of all tokens, the second half of each scored."""
+    """Written down from its perplexity tool: pieces of all tokens, the second half of each
+    scored."""
     report = evaluate(
         model / name,
         "--text",

@@ -1,6 +1,8 @@
-"""A decode step on a GPU: few launches, captured as graphs, and the whole runtime on Triton kernels.
+"""A decode step on a GPU: few launches, captured as graphs, and the whole runtime on Triton
+kernels.
 
-Without a CUDA device the kernels are interpreted, and a graph is a list of what was done to which memory.
+Without a CUDA device the kernels are interpreted, and a graph is a list of what was done to which
+memory.
 """
 
 import subprocess
@@ -61,9 +63,11 @@ def error(found, expected):
 
 
 class Recorded(TorchDispatchMode):
-    """What ``CudaGraph`` is on a GPU: the kernels and torch operations of a function with the memory that they had.
+    """What ``CudaGraph`` is on a GPU: the kernels and torch operations of a function with the
+    memory that they had.
 
-    ``replay`` repeats them there and calls nothing else; a function that asks for a value on the host fails, as on a GPU.
+    ``replay`` repeats them there and calls nothing else; a function that asks for a value on the
+    host fails, as on a GPU.
     """
 
     made = 0
@@ -202,7 +206,8 @@ def test_decode_and_prefill_agree_with_plain_torch(case):
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_sequence(on_device):
-    """Two sequences in turn, and one in a cache of another size, of which the graphs knew nothing when they were made."""
+    """Two sequences in turn, and one in a cache of another size, of which the graphs knew nothing
+    when they were made."""
 
     def run(network):
         a, b, c = cache_of(network), cache_of(network), cache_of(network, context=9)
@@ -224,7 +229,8 @@ def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_seque
     for found, expected in zip(recorded, plain, strict=True):
         assert torch.equal(found, expected)
     if DEVICE.type == "cpu":
-        # One graph for each size of cache, of whole steps; or one before and one after each layer's experts.
+        # One graph for each size of cache, of whole steps; or one before and one after each layer's
+        # experts.
         assert Recorded.made == (
             2 if on_device else 2 * 2 + 1
         )  # the first layer's place is the same in both
@@ -232,7 +238,8 @@ def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_seque
 
 
 def test_whole_steps_and_layer_by_layer_mix():
-    """Where experts lose their slots between two steps, the position and the cache that a graph reads are still right."""
+    """Where experts lose their slots between two steps, the position and the cache that a graph
+    reads are still right."""
     ids = [3, 30, 17]
     expected = decode(network := make_network(triton_ops()), ids, cache_of(network))
     network = make_network(triton_ops(Recorded), on_device=True)
@@ -305,7 +312,8 @@ def test_a_stretch_inside_another_is_part_of_it_and_a_failed_one_can_be_repeated
 
 @torch.inference_mode()
 def test_what_a_graph_would_not_do_again_is_found():
-    """The stand-in for a graph is strict: a value fetched by the host fails, and one that Python computed is frozen."""
+    """The stand-in for a graph is strict: a value fetched by the host fails, and one that Python
+    computed is frozen."""
     with pytest.raises(AssertionError, match="host"):
         Stretch(lambda x: x * x.sum().item(), (torch.zeros(2),), Recorded)(torch.ones(2))
     with pytest.raises(AssertionError, match="host"):
@@ -366,7 +374,8 @@ def test_the_benchmark_needs_a_card():
 
 
 def test_bytes_of_a_token():
-    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache a position."""
+    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
+    a position."""
     config = read_config(GEOMETRY)
     assert touched(config, 0) == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
     assert touched(config, 1000) - touched(config, 0) == 27 * 576 * 2 * 1000

@@ -1,4 +1,5 @@
-"""From the hub to an export: whatever the network, the server or the disk does, the same bytes or a clear refusal."""
+"""From the hub to an export: whatever the network, the server or the disk does, the same bytes or a
+clear refusal."""
 
 import json
 import os
@@ -32,7 +33,8 @@ FIRST = "model-00001-of-00012.safetensors"
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The bundled sample in twelve files that split nearly every expert, named like its repository."""
+    """The bundled sample in twelve files that split nearly every expert, named like its
+    repository."""
     return reshard(SAMPLE, tmp_path_factory.mktemp("repo") / "tiny", SHARDS)
 
 
@@ -647,14 +649,7 @@ def test_interrupted(moment, served, wanted, tmp_path):
             and (hold.wait(20) or handler.drop())
         )
     )
-    command = [
-        sys.executable,
-        "-m",
-        "slotmoe",
-        "quantize",
-        NAME,
-        str(tmp_path / "export"),
-    ]
+    command = [sys.executable, "-m", "slotmoe", "quantize", NAME, str(tmp_path / "export")]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while child.poll() is None and not (
         served.asked("cdn") if moment == "headers" else weight_requests(served)

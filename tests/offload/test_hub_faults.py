@@ -1,4 +1,5 @@
-"""What networks and servers do to a download: borne, or refused clearly; in the end always the same bytes."""
+"""What networks and servers do to a download: borne, or refused clearly; in the end always the same
+bytes."""
 
 import threading
 import time
@@ -308,7 +309,8 @@ def test_unknown_revision(served, tmp_path):
 
 
 def test_renamed_repository(served, wanted, tmp_path):
-    """The hub redirects the old name to the new one on its own host, and the token may follow there."""
+    """The hub redirects the old name to the new one on its own host, and the token may follow
+    there."""
     served.repos["old/tiny", "main"] = served.repos["old/tiny", "a" * 40] = served.repos[
         NAME, "main"
     ]

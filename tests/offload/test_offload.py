@@ -134,7 +134,8 @@ def fed(runtime):
 
 
 def next_logits(runtime, ids):
-    """Logits after ``ids`` with whatever the latent cache holds of them, and how many tokens were fed for that."""
+    """Logits after ``ids`` with whatever the latent cache holds of them, and how many tokens were
+    fed for that."""
     before = fed(runtime)
     seen, original = [], runtime._network.head
     runtime._network.head = lambda h_TD: seen.append(original(h_TD)) or seen[-1]
@@ -147,7 +148,8 @@ def next_logits(runtime, ids):
 
 @pytest.fixture(params=["native", "torch", "reference"])
 def reusing(request, sample_export):
-    """A runtime, and whether logits after ``ids`` are those of feeding them anew: bitwise by native kernels, else within invariant 2."""
+    """A runtime, and whether logits after ``ids`` are those of feeding them anew: bitwise by native
+    kernels, else within invariant 2."""
     options = (
         {"quantize": False}
         if request.param == "reference"
@@ -200,8 +202,9 @@ def test_interrupted_answer_is_kept(reusing):
 
 @pytest.mark.parametrize("moment", [1, 4, 7])
 def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
-    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the others still hold.  Decode
-    with native kernels goes through all layers in one call; there it is the end of a pass."""
+    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the
+    others still hold.  Decode with native kernels goes through all layers in one call; there it is
+    the end of a pass."""
     runtime, same = reusing
     list(runtime.generate(IDS, 20))
     calls = 0
@@ -225,7 +228,9 @@ def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
         list(runtime.generate(other, 1))
     found, count = next_logits(runtime, IDS)
     assert (count, same(found, IDS)) == (30, True)
-    calls = -7  # the first pass is whole, a later one makes the answer's second token, or the one number moment + 1
+    # the first pass is whole, a later one makes the answer's second token, or the one number moment
+    # + 1
+    calls = -7
     with pytest.raises(KeyboardInterrupt):
         list(runtime.generate(IDS, 20))
     found, count = next_logits(runtime, IDS)
@@ -279,7 +284,8 @@ print(json.dumps(stats["memory"] | stats["cache"]))
 
 @pytest.mark.parametrize("spare", [0, 1 << 20], ids=["smallest", "half"])
 def test_peak_memory_stays_inside_the_budget(sample_export, spare):
-    """The smallest budget that the planner accepts, and one with room for about half of the experts."""
+    """The smallest budget that the planner accepts, and one with room for about half of the
+    experts."""
     attempt = subprocess.run(
         [sys.executable, "-c", _PEAK, sample_export, str(1 << 20)], capture_output=True, text=True
     )

@@ -61,7 +61,8 @@ DESIGN = [
 
 @pytest.mark.parametrize(("name", "wanted"), DESIGN)
 def test_arithmetic_of_the_real_models(name, wanted):
-    """Section 2 of the design: parameters (M), one record (MB), all (GB), a token's (GB), other parameters (G), KV bytes."""
+    """Section 2 of the design: parameters (M), one record (MB), all (GB), a token's (GB), other
+    parameters (G), KV bytes."""
     config = geometry(name)
     sizes, rows = sizes_of(config, "bf16"), len(config.moe_layers)
     found = (

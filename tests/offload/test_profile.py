@@ -48,7 +48,8 @@ def profile(sample_export, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def reported(sample_export, tmp_path_factory):
-    """A small cache, so that there are misses; the folder, and the routing as the trace recorded it."""
+    """A small cache, so that there are misses; the folder, and the routing as the trace recorded
+    it."""
     folder = tmp_path_factory.mktemp("profile")
     command = [
         "profile",
@@ -65,10 +66,7 @@ def reported(sample_export, tmp_path_factory):
     ]
     # A process of its own: this one may hold more before a model is open than after.
     subprocess.run(
-        [sys.executable, "-m", "slotmoe", *command],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+        [sys.executable, "-m", "slotmoe", *command], cwd=ROOT, check=True, capture_output=True
     )
     return (
         folder,

@@ -1,4 +1,5 @@
-"""Quantize: killed, interrupted, out of disk, twice at once; whatever happens, the same bytes or a clear refusal."""
+"""Quantize: killed, interrupted, out of disk, twice at once; whatever happens, the same bytes or a
+clear refusal."""
 
 import errno
 import json
@@ -328,7 +329,7 @@ def test_damaged_state_starts_anew(damage, source, wanted, tmp_path):
     try:
         quantize(source, tmp_path / "export")
     except ExportError as problem:
-        assert "--overwrite" in str(problem)  # noqa: PT017
+        assert "--overwrite" in str(problem)
         quantize(source, tmp_path / "export", overwrite=True)
     assert tree(tmp_path / "export") == wanted
 
@@ -569,7 +570,8 @@ def test_every_resident_mode_round_trips(dtype, resident, tmp_path):
 
 
 def bitsandbytes_codes(weight):
-    """Codes [N, K] and absmax [N, blocks] of a float32 matrix whose width is a multiple of 64, by bitsandbytes."""
+    """Codes [N, K] and absmax [N, blocks] of a float32 matrix whose width is a multiple of 64, by
+    bitsandbytes."""
     logging.disable(logging.WARNING)  # it announces an optional package that is not installed
     try:
         with warnings.catch_warnings():
@@ -590,7 +592,8 @@ def padded(weight):
 
 
 def documented_values(weight):
-    """What the format makes of a float32 matrix [N, K]: bitsandbytes' codes, its absmax rounded to fp16."""
+    """What the format makes of a float32 matrix [N, K]: bitsandbytes' codes, its absmax rounded to
+    fp16."""
     codes, absmax = bitsandbytes_codes(padded(weight))
     scale = np.repeat(absmax.astype(np.float16).astype(np.float32), 64, axis=1)
     return torch.from_numpy(
@@ -599,7 +602,8 @@ def documented_values(weight):
 
 
 def documented_tiles(codes):
-    """The bytes of codes [N, K] in tiles16, from the words of slotmoe.quant.nf4's documentation, one byte at a time."""
+    """The bytes of codes [N, K] in tiles16, from the words of slotmoe.quant.nf4's documentation,
+    one byte at a time."""
     tiles, blocks = codes.shape[0] // 16, codes.shape[1] // 64
     out = np.zeros((tiles, blocks, 512), np.uint8)
     for tile in range(tiles):
@@ -707,7 +711,7 @@ def test_files_are_standard_and_records_aligned(wanted, source, tmp_path):
     for name in [RESIDENT, *map(layer_file, manifest["experts"]["layers"])]:
         path = tmp_path / "export" / name
         with safe_open(path, "pt") as file:
-            assert all(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (not a dict)
+            assert all(file.get_tensor(key).numel() for key in file.keys())
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         assert (8 + length) % ALIGNMENT == 0

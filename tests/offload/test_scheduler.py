@@ -1,4 +1,5 @@
-"""Several answers at once: the same tokens as alone, places that come free, latents reused and never across owners."""
+"""Several answers at once: the same tokens as alone, places that come free, latents reused and
+never across owners."""
 
 import threading
 
@@ -74,7 +75,8 @@ def batch(runtime):
 
 @pytest.mark.parametrize("which", ["runtime", "tight"])
 def test_answers_together_are_token_for_token_those_alone(which, request):
-    """Prompts of one token and of more than a shared piece, so that decoding and filling interleave."""
+    """Prompts of one token and of more than a shared piece, so that decoding and filling
+    interleave."""
     runtime = request.getfixturevalue(which)
     batch = Batch(runtime, 8, 4)
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)

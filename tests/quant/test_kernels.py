@@ -1,6 +1,8 @@
-"""The native kernels against plain numpy in float64, on every instruction set that this machine runs.
+"""The native kernels against plain numpy in float64, on every instruction set that this machine
+runs.
 
-Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16 rows and blocks of 64 columns.
+Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16 rows and blocks of
+64 columns.
 """
 
 import math
@@ -23,7 +25,8 @@ pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are n
 ISAS = native.isas if native else ()
 LEVELS = np.array(nf4.LEVELS, dtype=np.float32)
 
-# Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the instruction set.
+# Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the
+# instruction set.
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -39,7 +42,8 @@ def kernels(request):
     native.set_threads(before[1])
 
 
-# --- references: the formats rebuilt from their documentation, one element at a time where speed allows
+# --- references: the formats rebuilt from their documentation, one element at a time where speed
+# allows
 
 
 def tile_codes(codes: np.ndarray) -> np.ndarray:
@@ -60,7 +64,8 @@ def untile_codes(tiles: np.ndarray, n: int, k: int) -> np.ndarray:
 
 
 def random_nf4(rng, n, k, scale=1.0, levels=LEVELS, negative=False):
-    """A random NF4 matrix with documented padding -> (dequantized float64 [n, k], codes, absmax)."""
+    """A random NF4 matrix with documented padding -> (dequantized float64 [n, k], codes,
+    absmax)."""
     n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
     codes = np.full((n_pad, k_pad), 7, dtype=np.uint8)
     codes[:n, :k] = rng.integers(0, 16, (n, k))
@@ -90,7 +95,8 @@ def relative(got, want):
 
 
 def aligned(data: np.ndarray, tail: int = 0) -> torch.Tensor:
-    """uint8 tensor at a multiple of 64 bytes, followed by `tail` poisoned bytes that belong to it."""
+    """uint8 tensor at a multiple of 64 bytes, followed by `tail` poisoned bytes that belong to
+    it."""
     buffer = torch.full((data.size + tail + 64,), 0xFF, dtype=torch.uint8)
     offset = -buffer.data_ptr() % 64
     buffer[offset : offset + data.size] = torch.from_numpy(data)
@@ -157,7 +163,8 @@ def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
     got = kernels.linear_nf4(x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
-    # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each activation.
+    # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
+    # activation.
     steps, scales = half_steps(x64), np.abs(scales_of(absmax, n, k))
     bound = steps @ np.abs(w).T + (np.abs(x64) + steps) @ scales.T * 0.5 / 95
     assert (np.abs(got - want) <= bound + 1e-6 * np.abs(x64) @ np.abs(w).T + 2e-45).all()
@@ -183,7 +190,8 @@ def test_linear_int8(kernels, shape, seed, scale):
 
 
 def test_exact_where_integers_suffice(kernels):
-    """Levels and activations that 8 bits hold exactly give the exact result: no saturation, no lost correction."""
+    """Levels and activations that 8 bits hold exactly give the exact result: no saturation, no lost
+    correction."""
     rng = np.random.default_rng(0)
     levels = np.array(
         [-127, -126, -100, -64, -33, -5, -1, 0, 1, 2, 31, 64, 99, 120, 126, 127], dtype=np.float32
@@ -232,7 +240,8 @@ def activations(kind, rng, shape):
 
 @pytest.mark.parametrize("kind", ["gaussian", "t2", "t3", "outliers"])
 def test_error_beside_q8(kernels, kind):
-    """Within 1.5% for Gaussian activations, and never worse than llama.cpp's activations with exact weights."""
+    """Within 1.5% for Gaussian activations, and never worse than llama.cpp's activations with exact
+    weights."""
     rng = np.random.default_rng(3)
     x = torch_of(activations(kind, rng, (8, 2048)))
     x64 = x.numpy().astype(np.float64)
@@ -374,7 +383,8 @@ def test_expert_error_at_a_real_size(kernels):
 
 
 def test_more_uses_than_one_pass_takes(kernels):
-    """Each output is that of a call of its own, wherever the passes of 512 cut an expert's tokens."""
+    """Each output is that of a call of its own, wherever the passes of 512 cut an expert's
+    tokens."""
     rng = np.random.default_rng(12)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(3)])
     x, slots = (
@@ -496,11 +506,13 @@ def latent_cache(kernels, rows, r, extra=0):
 
 
 def sharpness(q, rows, spread):
-    """The scale that gives scores this standard deviation; 1 is what 1 / sqrt(R + P) gives Gaussian ones."""
+    """The scale that gives scores this standard deviation; 1 is what 1 / sqrt(R + P) gives Gaussian
+    ones."""
     return spread / np.std(q @ rows.T)
 
 
-# Twice what one rounding to 8 bits of a Gaussian part, whose largest of n values is about sqrt(2 log 2n), does to it.
+# Twice what one rounding to 8 bits of a Gaussian part, whose largest of n values is about sqrt(2
+# log 2n), does to it.
 def steps(n):
     return 2 * math.sqrt(2 * math.log(2 * n) + 1) / 127 / math.sqrt(12)
 
@@ -523,7 +535,8 @@ def test_mla_one_token(kernels, heads, context, r, p, extra, seed, spread):
     scale = spread / math.sqrt(r + p)
     got = kernels.mla(torch_of(q)[None], cache, context, r, scale)[0]
     want = attention(q, rows[:context], r, scale)
-    # A score is off by some `steps` of its deviation, hence a weight by that share of itself, and each value by steps too.
+    # A score is off by some `steps` of its deviation, hence a weight by that share of itself, and
+    # each value by steps too.
     assert (
         np.abs(got.numpy() - want).max()
         < 4 * steps(max(r, p)) * (1 + spread) * np.abs(rows[:context, :r]).max()
@@ -549,7 +562,8 @@ def test_mla_of_many_tokens_is_bitwise_that_of_each(kernels, tokens, heads, befo
 @pytest.mark.parametrize("context", [1025, 2500])
 @pytest.mark.parametrize("course", ["level", "rising", "falling", "one peak"])
 def test_mla_over_a_long_context(kernels, context, course):
-    """Several chunks in a span, whose scores go their own ways: each chunk beyond what float32 holds of the one before."""
+    """Several chunks in a span, whose scores go their own ways: each chunk beyond what float32
+    holds of the one before."""
     rng = np.random.default_rng(19)
     rows, q = rng.standard_normal((context, 40)), np.zeros((3, 40))
     q[:, 32] = (1.0, 1.5, 2.0)  # the heads' scores are the 33rd column, up to a factor
@@ -642,8 +656,9 @@ def distribution(rng, kind, context):
 
 @pytest.mark.parametrize("kind", ["gaussian", "large", "zeros", "rope", "mean", *HEAVY])
 def test_mla_error_at_a_real_size(kernels, kind):
-    """Within 1.5% on Gaussian rows.  Beside queries and rows of 8 bits in blocks of 32, exactly computed: no worse where tails
-    are heavy, and where they aren't, at most half more, which is what one scale for a whole part costs."""
+    """Within 1.5% on Gaussian rows.  Beside queries and rows of 8 bits in blocks of 32, exactly
+    computed: no worse where tails are heavy, and where they aren't, at most half more, which is
+    what one scale for a whole part costs."""
     rng = np.random.default_rng(11)
     errors = []
     for _ in range(3):
@@ -671,7 +686,8 @@ def test_mla_error_at_a_real_size(kernels, kind):
 
 
 def test_many_small_weights_beside_a_large_one(kernels):
-    """63 rows that share a tenth of the weight: each by itself is less than half a 255th of the largest."""
+    """63 rows that share a tenth of the weight: each by itself is less than half a 255th of the
+    largest."""
     rng = np.random.default_rng(18)
     rows, q = np.zeros((64, 576)), np.zeros((16, 576))
     rows[:, :512] = rng.standard_normal(512) + 0.1 * rng.standard_normal((64, 512))
@@ -684,7 +700,8 @@ def test_many_small_weights_beside_a_large_one(kernels):
 
 
 def numpy_nf4(x):
-    """bitsandbytes' arithmetic, value by value. x float32 [N, K] -> codes [N, Kp], absmax float32 [N, Kp/64]."""
+    """bitsandbytes' arithmetic, value by value. x float32 [N, K] -> codes [N, Kp], absmax float32
+    [N, Kp/64]."""
     n, k = x.shape
     x = np.pad(x, ((0, 0), (0, -k % 64)))
     middle = ((LEVELS[:-1] + LEVELS[1:]) / np.float32(2)).astype(np.float32)
@@ -783,7 +800,8 @@ def test_quantize_nf4_refuses_a_scale_beyond_fp16(kernels):
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_errors_of_quantized_weights(kernels, n, k, seed, dtype):
-    """In any order of additions but to the last digits of float64, from codes that no quantizer made."""
+    """In any order of additions but to the last digits of float64, from codes that no quantizer
+    made."""
     rng = np.random.default_rng(seed)
     w, codes, absmax = random_nf4(rng, n, k, 0.3, LEVELS, True)
     q, scale = rng.integers(-127, 128, (n, k)), rng.uniform(0, 0.1, n).astype(np.float32)
@@ -1004,7 +1022,8 @@ def test_rms_norm(kernels, t, n, seed):
 @quick
 @given(st.integers(1, 6), st.integers(1, 100), st.integers(1, 100), seeds)
 def test_mlp_is_its_three_products(kernels, t, h, i, seed):
-    """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a row alone."""
+    """Within the rounding of SiLU and of the requantized activations, and bitwise the same for a
+    row alone."""
     rng = np.random.default_rng(seed)
     x, shapes = torch_of(rng.standard_normal((t, h))), ((i, h), (i, h), (h, i))
     packed = [
@@ -1086,8 +1105,8 @@ class RandomLayer:
         self.kernels, self.sizes, self.q_rank = kernels, (heads, n, p, r, v), q_rank
         make = lambda rows, columns: AnyMatrix(
             kernels, rng, kinds[int(rng.integers(len(kinds)))], rows, columns
-        )  # noqa: E731
-        norm = lambda size: torch_of(1 + 0.1 * rng.standard_normal(size))  # noqa: E731
+        )
+        norm = lambda size: torch_of(1 + 0.1 * rng.standard_normal(size))
         self.query = make(q_rank or heads * (n + p), hidden)
         self.query_b = make(heads * (n + p), q_rank) if q_rank else None
         self.latent, self.out = make(r + p, hidden), make(hidden, heads * v)
@@ -1172,7 +1191,8 @@ def same(got, want):
 def test_attention_is_bitwise_its_parts(
     kernels, kinds, shape, q_rank, experts, where, size, threads, seed
 ):
-    """One token of each of a few sequences, in one call, is what the single ops give each of them alone."""
+    """One token of each of a few sequences, in one call, is what the single ops give each of them
+    alone."""
     rng = np.random.default_rng(seed)
     hidden, heads, n, pairs, r, v = shape
     if n + pairs == 0:
@@ -1341,7 +1361,8 @@ def test_bad_layers_are_refused(kernels):
     st.data(),
 )
 def test_route(kernels, t, groups, each, renormalize, data):
-    """The network's own gate is the oracle where no scores are equal; among equals the lower index comes first."""
+    """The network's own gate is the oracle where no scores are equal; among equals the lower index
+    comes first."""
     (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
     experts, top_k = count * each, data.draw(st.integers(1, kept * each))
     logits = torch_of(
@@ -1388,7 +1409,8 @@ def test_route_of_what_is_not_finite(kernels):
 
 
 class RandomModel:
-    """A few layers, dense, with experts, with shared ones or without, to go through in one call or in several."""
+    """A few layers, dense, with experts, with shared ones or without, to go through in one call or
+    in several."""
 
     def __init__(self, kernels, rng, hidden, width, experts, top_k):
         self.kernels, self.width = kernels, width
@@ -1409,7 +1431,8 @@ class RandomModel:
         self.decoder = qk.Decoder(self.layers, self.router, width)
 
     def start(self, rng, position):
-        """A token's residual stream and rotations, and caches with `position` rows in a larger buffer."""
+        """A token's residual stream and rotations, and caches with `position` rows in a larger
+        buffer."""
         size = latent_bytes(20, 4)
         caches = torch.full((5, 90, size + 5), 0xFF, dtype=torch.uint8)[..., :size]
         for cache in caches:

@@ -1,7 +1,8 @@
 """The native kernels under AddressSanitizer and UBSan, and the thread pool under ThreadSanitizer.
 
-A small driver calls every entry of the C ABI on arrays that end exactly where the formats say, over odd shapes, on each
-instruction set, with 1 to 3 threads. A read or write one byte too far, an overflow, or a data race fails the run.
+A small driver calls every entry of the C ABI on arrays that end exactly where the formats say, over
+odd shapes, on each instruction set, with 1 to 3 threads. A read or write one byte too far, an
+overflow, or a data race fails the run.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""What a GPU computes, in small shapes: every op against plain torch, and against what its contract promises.
+"""What a GPU computes, in small shapes: every op against plain torch, and against what its contract
+promises.
 
 Where there is no CUDA device the Triton kernels run on the CPU under Triton's interpreter.
 """
@@ -32,7 +33,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_slab(S, D, width, seed=0):
-    """Random records [S, record_bytes] with scales of both signs, zeros, tiny and large ones; padding bytes are poison."""
+    """Random records [S, record_bytes] with scales of both signs, zeros, tiny and large ones;
+    padding bytes are poison."""
     layout, generator = RecordLayout(D, width), torch.Generator().manual_seed(seed)
     slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)  # NaN, read as scales
     for record in slab:
@@ -144,7 +146,8 @@ def test_grouped_rows_do_not_depend_on_each_other(ops):
     second = ops.experts_grouped(
         x_TD, tokens_N[3:], starts[1:] - 3, slots[1:], slab, layout, levels
     )
-    # numpy's product, which the interpreter uses, and torch's sum a row differently by where it stands.
+    # numpy's product, which the interpreter uses, and torch's sum a row differently by where it
+    # stands.
     assert (
         torch.equal(second, whole[3:])
         if DEVICE.type == "cuda" and type(ops) is not TorchOps
@@ -158,7 +161,8 @@ def test_weighted_sum_goes_in_the_gates_order(ops):
 
 
 def make_weight(kind, N, K, seed=0, wild=True):
-    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (NF4) negative scales if ``wild``."""
+    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (NF4) negative
+    scales if ``wild``."""
     generator = torch.Generator().manual_seed(seed)
     w_NK = torch.randn(N, K, generator=generator) * K**-0.5
     if kind == "int8":
@@ -436,7 +440,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "triton" or na
     ],
 )
 def test_kernels_compile_for_cards_that_are_not_here(card):
-    """With V2-Lite's shapes; they fit the least shared memory of these cards (99 KiB) and leave registers enough."""
+    """With V2-Lite's shapes; they fit the least shared memory of these cards (99 KiB) and leave
+    registers enough."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_gpu", *card]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""``slotmoe verify`` finds what is damaged and says what to do; ``slotmoe quantize`` repairs just that, to the same bytes."""
+"""``slotmoe verify`` finds what is damaged and says what to do; ``slotmoe quantize`` repairs just
+that, to the same bytes."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A headless Chromium, if this machine has one, spoken to in its own protocol over a pipe: no driver, no download."""
+"""A headless Chromium, if this machine has one, spoken to in its own protocol over a pipe: no
+driver, no download."""
 
 import base64
 import json
@@ -21,7 +22,8 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """One page.  ``requests`` are the addresses it asked for, ``complaints`` what its console and its scripts said."""
+    """One page.  ``requests`` are the addresses it asked for, ``complaints`` what its console and
+    its scripts said."""
 
     def __enter__(self):
         self._profile = tempfile.TemporaryDirectory()
@@ -74,7 +76,8 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, path):
-        """Load a file, or an address, and wait until it and a second are over, so that what loads late is seen too."""
+        """Load a file, or an address, and wait until it and a second are over, so that what loads
+        late is seen too."""
         self.call(
             "Page.navigate", url=path if "://" in str(path) else Path(path).absolute().as_uri()
         )

@@ -1,7 +1,9 @@
-"""Compiles what the Triton ops launch for V2-Lite's shapes, for a card that need not be here: ``compile_gpu.py 86 [prefill]``.
+"""Compiles what the Triton ops launch for V2-Lite's shapes, for a card that need not be here:
+``compile_gpu.py 86 [prefill]``.
 
-A process of its own, since Triton interprets in the tests' one. Each line of the output is a JSON object: kernel, the bytes of
-shared memory that a program takes, and whether it spills registers into memory.
+A process of its own, since Triton interprets in the tests' one. Each line of the output is a JSON
+object: kernel, the bytes of shared memory that a program takes, and whether it spills registers
+into memory.
 """
 
 import json
@@ -24,7 +26,7 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import absmax_shape, codes_shape
 
-D, I, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6  # noqa: E741
+D, I, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

@@ -1,7 +1,8 @@
-"""A server on loopback that speaks the hub's protocol, and a second one that stands for its CDN, on another port.
+"""A server on loopback that speaks the hub's protocol, and a second one that stands for its CDN, on
+another port.
 
-``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``head``, ``small`` or ``cdn``), the
-file's name and the handler, and returns True if it has answered.
+``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``head``,
+``small`` or ``cdn``), the file's name and the handler, and returns True if it has answered.
 """
 
 import hashlib
@@ -28,13 +29,13 @@ HEADER_RANGE = "bytes=0-65535"
 
 
 def reshard(source, folder, shards):
-    """Write the checkpoint ``source`` anew into ``folder`` with its tensors dealt out to ``shards`` files in turn, so that nearly
-    every expert is split."""
+    """Write the checkpoint ``source`` anew into ``folder`` with its tensors dealt out to ``shards``
+    files in turn, so that nearly every expert is split."""
     folder.mkdir(parents=True)
     tensors = {}
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -51,7 +52,8 @@ def reshard(source, folder, shards):
 
 
 class Repo:
-    """One commit of a repository: the files of a folder.  ``sizes`` and ``checksums`` replace what is true."""
+    """One commit of a repository: the files of a folder.  ``sizes`` and ``checksums`` replace what
+    is true."""
 
     def __init__(self, folder, commit="a" * 40):
         self.commit = commit

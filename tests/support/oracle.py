@@ -1,4 +1,5 @@
-"""What other people's code makes of the same files: transformers' network, and weights by safetensors and bitsandbytes."""
+"""What other people's code makes of the same files: transformers' network, and weights by
+safetensors and bitsandbytes."""
 
 import logging
 import warnings
@@ -32,7 +33,8 @@ def relative_error(found, wanted):
 
 
 def untile(codes):
-    """uint8 [n_tiles, n_blocks, 512] of the documented layout to codes [rows, columns], byte by byte's formula."""
+    """uint8 [n_tiles, n_blocks, 512] of the documented layout to codes [rows, columns], byte by
+    byte's formula."""
     tiles, blocks, _ = codes.shape
     out = np.empty((tiles * 16, blocks * 64), np.uint8)
     for t in range(8):
@@ -56,7 +58,7 @@ def rebuild(export):
     raw = {}
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:
-            raw |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            raw |= {name: file.get_tensor(name) for name in file.keys()}
     weights = {}
     for name, tensor in raw.items():
         if name + ".absmax" in raw:

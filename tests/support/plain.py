@@ -1,6 +1,8 @@
-"""An independent DeepSeek-V2 in float64 numpy: no cache, no absorption, one token and one expert at a time.
+"""An independent DeepSeek-V2 in float64 numpy: no cache, no absorption, one token and one expert at
+a time.
 
-Written from the paper (arXiv 2405.04434) and DeepSeek's published modelling code, not from ``model/``; slow on purpose.
+Written from the paper (arXiv 2405.04434) and DeepSeek's published modelling code, not from
+``model/``; slow on purpose.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What ``tests/test_serve_conformance.py`` has schemathesis check in place of ``positive_data_acceptance``."""
+"""What ``tests/test_serve_conformance.py`` has schemathesis check in place of
+``positive_data_acceptance``."""
 
 import schemathesis
 from schemathesis.specs.openapi.checks import positive_data_acceptance

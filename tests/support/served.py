@@ -1,4 +1,5 @@
-"""A ``slotmoe serve`` to test, in a thread of this process or in a process of its own, and the least of clients."""
+"""A ``slotmoe serve`` to test, in a thread of this process or in a process of its own, and the
+least of clients."""
 
 import http.client
 import json

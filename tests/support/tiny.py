@@ -66,7 +66,8 @@ REMOVE = object()
 def random_weights(
     config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that ``config`` asks for.  Gates are spread out, so that routing does not hang on rounding."""
+    """Every tensor that ``config`` asks for.  Gates are spread out, so that routing does not hang
+    on rounding."""
     parsed, generator = parse_config(config), torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = dict(resident_shapes(parsed))
     for layer in parsed.moe_layers:
@@ -93,7 +94,8 @@ def write_checkpoint(
     seed: int = 0,
     **config_overrides: Any,
 ) -> dict[str, Any]:
-    """Write a checkpoint into ``folder`` (made if absent) as one file or as ``shards`` with an index; returns its config."""
+    """Write a checkpoint into ``folder`` (made if absent) as one file or as ``shards`` with an
+    index; returns its config."""
     heads = config_overrides.get("num_attention_heads", CONFIG["num_attention_heads"])
     config = {**CONFIG, "num_key_value_heads": heads, **config_overrides}
     config = {key: value for key, value in config.items() if value is not REMOVE}

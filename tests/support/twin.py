@@ -1,9 +1,10 @@
 """A card in RAM, really asynchronous: copies run in a thread and take as long as a test wants.
 
-Its compute stream is the thread that computes, so ``wait`` blocks.  What a missing wait or event would do on a real card is
-an assertion here: each launch says which slots it reads, and each copy into a slot has to come after the slot's last reader
-and before its next.  A slot holds NaNs from the moment its copy is queued until it has landed, and a copy reads its source
-late, so that what slips through is a wrong result.
+Its compute stream is the thread that computes, so ``wait`` blocks.  What a missing wait or event
+would do on a real card is an assertion here: each launch says which slots it reads, and each copy
+into a slot has to come after the slot's last reader and before its next.  A slot holds NaNs from
+the moment its copy is queued until it has landed, and a copy reads its source late, so that what
+slips through is a wrong result.
 """
 
 import threading
@@ -90,14 +91,15 @@ class TwinOps(Told, TorchOps):
 
 
 class Twin:
-    """``delay(n)`` seconds for the n-th copy; ``fail(n)`` may raise when it is queued, ``spoil(n)`` says that it fails on its
-    way; ``on_launch(n)`` acts before the n-th launch.  ``capacity`` bytes, of which others have ``taken`` some."""
+    """``delay(n)`` seconds for the n-th copy; ``fail(n)`` may raise when it is queued, ``spoil(n)``
+    says that it fails on its way; ``on_launch(n)`` acts before the n-th launch.  ``capacity``
+    bytes, of which others have ``taken`` some."""
 
     device, name = torch.device("cpu"), "the twin"
 
     def __init__(self, delay=None, capacity=GIB, triton=False):
         self._triton = triton
-        nothing = lambda number: None  # noqa: E731
+        nothing = lambda number: None
         self.delay, self.fail, self.spoil, self.on_launch = (
             delay or (lambda number: 0.0),
             nothing,
@@ -257,7 +259,8 @@ def open_on(export, twin, host_slots=EXPERTS, **options):
 
 
 def whole(runtime):
-    """No slot is lost or used twice, on the card and in RAM, and the card's table says what is true."""
+    """No slot is lost or used twice, on the card and in RAM, and the card's table says what is
+    true."""
     slots, tier = runtime._experts._slots, runtime._store
     table = slots._table
     held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots._leaving)]

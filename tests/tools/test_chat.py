@@ -1,4 +1,5 @@
-"""``slotmoe chat``: what the model is sent, what is kept and saved, what a full context drops, and its use through pipes."""
+"""``slotmoe chat``: what the model is sent, what is kept and saved, what a full context drops, and
+its use through pipes."""
 
 import errno
 import io
@@ -30,7 +31,8 @@ def runtime(sample_export):
 
 @pytest.fixture
 def talking(runtime, monkeypatch):
-    """Make a conversation; its ``sent`` are the prompts (token ids) that it had answered, ``told`` what the user was told."""
+    """Make a conversation; its ``sent`` are the prompts (token ids) that it had answered, ``told``
+    what the user was told."""
 
     def generate(self, prompt, *arguments):
         sent.append(prompt)

@@ -281,7 +281,8 @@ class Pty:
         os.write(self._handle, text.encode())
 
     def until(self, text, seconds=60):
-        """Wait until ``text`` is shown and return what was shown before it; what is after it is left for the next time."""
+        """Wait until ``text`` is shown and return what was shown before it; what is after it is
+        left for the next time."""
         deadline = time.monotonic() + seconds
         while text.encode() not in self._unread:
             ready, _, _ = select.select([self._handle], [], [], max(deadline - time.monotonic(), 0))

@@ -1,4 +1,5 @@
-"""The command line: exit codes, one clear line of complaint, and what goes to stdout and what to stderr."""
+"""The command line: exit codes, one clear line of complaint, and what goes to stdout and what to
+stderr."""
 
 import json
 import shutil
@@ -34,7 +35,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def slotmoe(model, capsys):
-    """Run one command in this process: exit code, stdout, stderr.  EXPORT and CHECKPOINT stand for the tiny model."""
+    """Run one command in this process: exit code, stdout, stderr.  EXPORT and CHECKPOINT stand for
+    the tiny model."""
 
     def run(*arguments):
         places = {"EXPORT": str(model / "export"), "CHECKPOINT": str(model / "checkpoint")}
@@ -314,7 +316,8 @@ def test_unknown_config_keys_are_named(slotmoe, tmp_path):
 
 
 def test_synth_and_bench(slotmoe, tmp_path):
-    """A geometry whose sizes fill no tile, layers shared by hard links, and the keys that others read."""
+    """A geometry whose sizes fill no tile, layers shared by hard links, and the keys that others
+    read."""
     write_checkpoint(
         tmp_path / "source", hidden_size=72, moe_intermediate_size=40, num_hidden_layers=5
     )

@@ -1,4 +1,5 @@
-"""``slotmoe serve`` over loopback: its answers, its parameters, its door, and what it does when things go wrong."""
+"""``slotmoe serve`` over loopback: its answers, its parameters, its door, and what it does when
+things go wrong."""
 
 import http.client
 import json
@@ -455,7 +456,8 @@ def test_anthropic_client(served):
     BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
 )
 def test_page(served, alone):
-    """Typed with keys alone: an answer, another one, one that is stopped, an error, dark colours; nothing else is loaded."""
+    """Typed with keys alone: an answer, another one, one that is stopped, an error, dark colours;
+    nothing else is loaded."""
     origin = f"http://127.0.0.1:{served.port}"
     with Browser() as page:
         page.open(origin)

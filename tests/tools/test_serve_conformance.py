@@ -1,4 +1,5 @@
-"""``slotmoe serve`` as other people's programs see it: ``llm`` with an OpenAI endpoint, schemathesis on the server's own description."""
+"""``slotmoe serve`` as other people's programs see it: ``llm`` with an OpenAI endpoint,
+schemathesis on the server's own description."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""``slotmoe serve`` under strangers: clients that stop half-way, keys that must not see each other, a model that dies, a soak."""
+"""``slotmoe serve`` under strangers: clients that stop half-way, keys that must not see each other,
+a model that dies, a soak."""
 
 import http.client
 import json
@@ -74,7 +75,8 @@ def request(body, **headers):
 
 
 def ended(connection):
-    """Whether the server ends ``connection`` within the socket's timeout, whatever it says before."""
+    """Whether the server ends ``connection`` within the socket's timeout, whatever it says
+    before."""
     try:
         while connection.recv(4096):
             pass
@@ -207,7 +209,8 @@ def test_headers_are_bounded(served, headers):
 
 
 def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
-    """More than the sockets' buffers hold, to a server that would otherwise close while the client still writes."""
+    """More than the sockets' buffers hold, to a server that would otherwise close while the client
+    still writes."""
     body = b" " * (12 << 20)
     with Served(runtime, keys=("first",), max_body=1 << 20) as served:
         assert served.ask("POST", "/v1/completions", body, x_api_key="first")[0] == 413
@@ -339,7 +342,8 @@ CANARY = (
 def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     keyed, runtime, monkeypatch
 ):
-    """One answer runs, so prompts come in pieces; after the first one the client is gone, and its latents stay in their place."""
+    """One answer runs, so prompts come in pieces; after the first one the client is gone, and its
+    latents stay in their place."""
     keyed.idle()
     alone = "".join(token.text for token in runtime.generate(CANARY, 8))
     append, append_each, reached, left = (
@@ -397,7 +401,8 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
 
 
 def test_storm_of_aborts_under_two_keys_changes_no_answer(keyed, runtime):
-    """Prompts that begin alike, left at any moment: each key reuses its own, and every answer is that of a fresh start."""
+    """Prompts that begin alike, left at any moment: each key reuses its own, and every answer is
+    that of a fresh start."""
     keyed.idle()
     prompts = {
         key: [f"{CANARY[: 60 * i]} The word of {key} is {word}." for i in range(4)]
@@ -435,7 +440,8 @@ def test_storm_of_aborts_under_two_keys_changes_no_answer(keyed, runtime):
 
 
 def test_failed_model_ends_the_process_whoever_is_connected(sample_export):
-    """With a client that has sent half a header, one half a body, and one that waits for its answer."""
+    """With a client that has sent half a header, one half a body, and one that waits for its
+    answer."""
     child, port = start(sample_export, script=FAILING)
     body = json.dumps({**GREEDY, "prompt": "x"}).encode()
     with (
@@ -549,7 +555,8 @@ class Soak:
 
 @pytest.mark.slow
 def test_soak(sample_export):
-    """Clients that ask, leave and send nonsense end with the places, slots, descriptors, threads and memory of the start.
+    """Clients that ask, leave and send nonsense end with the places, slots, descriptors, threads
+    and memory of the start.
 
     A minute; ``SLOTMOE_SOAK_SECONDS`` is another duration.
     """

@@ -1,4 +1,5 @@
-"""``slotmoe serve``: calls of functions and the masks that hold them to their schemas, and the log-probabilities of a prompt."""
+"""``slotmoe serve``: calls of functions and the masks that hold them to their schemas, and the
+log-probabilities of a prompt."""
 
 import json
 import shutil
@@ -92,7 +93,8 @@ def served(runtime):
 
 @pytest.fixture(scope="module")
 def native_export(tmp_path_factory):
-    """The sample with DeepSeek-V2.5's tokens in place of its last nine, half of them special, and a template that knows them."""
+    """The sample with DeepSeek-V2.5's tokens in place of its last nine, half of them special, and a
+    template that knows them."""
     folder = tmp_path_factory.mktemp("native") / "sample"
     shutil.copytree(SAMPLE, folder)
     source = json.loads((folder / "tokenizer.json").read_text())
@@ -246,7 +248,8 @@ def test_arguments_that_json_cannot_hold_are_none():
 
 
 def follows(runtime, text, wish, schema=None, tokenizer=None):
-    """How many characters of ``text`` a mask lets pass, and whether the answer may, or must, end there."""
+    """How many characters of ``text`` a mask lets pass, and whether the answer may, or must, end
+    there."""
     tokenizer = tokenizer or runtime.tokenizer
     mask = Grammars(tokenizer, runtime.eos_token_ids, Dialect(tokenizer)).compile(schema, wish)()
     passed = []

@@ -66,11 +66,13 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth cached tokens.
+    """Measure MODEL with random token ids: prefill from an empty cache, then decode after --depth
+    cached tokens.
 
-    The ceiling of decode is the bytes that one token touches over the read bandwidth measured in the same run, with every
-    expert in memory.  Expert slots are filled before the clock starts.  If the experts don't all fit, what decode reads
-    from disk stands beside the disk's own speed: 8 threads, 4 MiB direct reads, right after.
+    The ceiling of decode is the bytes that one token touches over the read bandwidth measured in
+    the same run, with every expert in memory.  Expert slots are filled before the clock starts.  If
+    the experts don't all fit, what decode reads from disk stands beside the disk's own speed: 8
+    threads, 4 MiB direct reads, right after.
 
     \b
     Examples:
@@ -100,7 +102,8 @@ def command(
 
 
 def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
-    """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has, and the rest measured now."""
+    """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
+    and the rest measured now."""
     disk = report["disk"]["bandwidth"] if report["disk"] is not None else runtime.disk_bandwidth()
     known = {"disk": disk, "latency": runtime.disk_latency()}
     if (link := report["link"]) is None:
@@ -116,7 +119,8 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
 def measure(
     runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int
 ) -> dict[str, Any]:
-    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able object."""
+    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able
+    object."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -196,8 +200,9 @@ def measure(
 
 
 def _moved(runtime: Runtime) -> dict[str, float]:
-    """Bytes that have come from disk, been copied to a card (in how many seconds) and been computed with by the CPU instead,
-    and bytes of all experts that were in no slot when a gate chose them."""
+    """Bytes that have come from disk, been copied to a card (in how many seconds) and been computed
+    with by the CPU instead, and bytes of all experts that were in no slot when a gate chose
+    them."""
     stats = runtime.stats()
     host = stats["io"].get("host", {"bytes": 0, "seconds": 0.0, "lent_bytes": 0})
     missing = stats["cache"]["misses"] * runtime.plan.record_bytes
@@ -219,8 +224,8 @@ def _disk(runtime: Runtime, moved: dict[str, float]) -> dict[str, float] | None:
 
 
 def _link(runtime: Runtime, moved: dict[str, float], speed: float) -> dict[str, float] | None:
-    """What decoding sent over the link to a card, beside the link's own speed, and the bound that it sets: every missing byte,
-    copied.  None without a card."""
+    """What decoding sent over the link to a card, beside the link's own speed, and the bound that
+    it sets: every missing byte, copied.  None without a card."""
     rates = runtime.link_bandwidths()
     if not rates:
         return None

@@ -1,7 +1,9 @@
-"""What a longer context costs: ``python -m slotmoe.tools.bench.depth EXPORT [--depth N] [--against N]``.
+"""What a longer context costs: ``python -m slotmoe.tools.bench.depth EXPORT [--depth N] [--against
+N]``.
 
-Decode after few and after many cached tokens, in turn in one process, since the speed of a shared machine changes between
-two runs of ``slotmoe bench``: the medians, and the median of the ratios pair by pair with their range.
+Decode after few and after many cached tokens, in turn in one process, since the speed of a shared
+machine changes between two runs of ``slotmoe bench``: the medians, and the median of the ratios
+pair by pair with their range.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from slotmoe.offload.runtime import Runtime
 
 
 def seconds(runtime: Runtime, depth: int, ids: list[int]) -> float:
-    """Seconds of one token after ``depth`` cached ones; the first is left out, as it finds the rows where filling left them."""
+    """Seconds of one token after ``depth`` cached ones; the first is left out, as it finds the rows
+    where filling left them."""
     step = runtime.start(depth)
     step(ids[:1])
     started = time.perf_counter()
@@ -66,7 +69,8 @@ def main(
     with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
         runtime.warm()
         seconds(runtime, depth, ids), seconds(runtime, against, ids)
-        # Turns change, so that neither is always the one that follows the other's filling of the cache.
+        # Turns change, so that neither is always the one that follows the other's filling of the
+        # cache.
         turns = [
             (against, depth) if number % 2 else (depth, against) for number in range(repetitions)
         ]

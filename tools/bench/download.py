@@ -1,6 +1,8 @@
-"""Download speed of ``slotmoe.offload.ingest.download`` beside curl's: one file from a server on loopback, in turn, medians.
+"""Download speed of ``slotmoe.offload.ingest.download`` beside curl's: one file from a server on
+loopback, in turn, medians.
 
-curl neither checks nor syncs what it writes, so the same work is measured too: curl, then sha256sum and sync.
+curl neither checks nor syncs what it writes, so the same work is measured too: curl, then sha256sum
+and sync.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What the offload engine costs: ``python -m slotmoe.tools.bench.engine EXPORT [--slots N] [--decode-tokens N] [--repetitions N]``.
+"""What the offload engine costs: ``python -m slotmoe.tools.bench.engine EXPORT [--slots N]
+[--decode-tokens N] [--repetitions N]``.
 
-In turn, on the same random tokens, medians of the repetitions: decode with all experts in memory through the engine and
-past it (straight from the slots, no cache, no policy, no prefetcher), and, with ``--slots``, decode with and without
-prefetch.
+In turn, on the same random tokens, medians of the repetitions: decode with all experts in memory
+through the engine and past it (straight from the slots, no cache, no policy, no prefetcher), and,
+with ``--slots``, decode with and without prefetch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from slotmoe.offload.runtime import Runtime
 
 
 class Past:
-    """The same experts without an engine: every record is known to be in its slot, and nobody is told of its use."""
+    """The same experts without an engine: every record is known to be in its slot, and nobody is
+    told of its use."""
 
     def __init__(self, experts: OffloadedExperts) -> None:
         self._engine, self.here = experts, experts.here

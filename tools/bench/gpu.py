@@ -1,9 +1,11 @@
-"""Measure the Triton kernels and a decode step on a CUDA device: `python -m slotmoe.tools.bench.gpu [--json]`.
+"""Measure the Triton kernels and a decode step on a CUDA device: `python -m slotmoe.tools.bench.gpu
+[--json]`.
 
-Bandwidth is that of torch's own copy of 1 GiB in the same run; every kernel that is bound by it is given as a share of it.
-Kernels run through more weights than any cache holds, many launches in one CUDA graph, so that no launch is measured with
-them. The step is V2-Lite's, random weights, every expert in a slot, in three ways: kernel by kernel, as two graphs a layer,
-and as one graph. Its gaps are the share of the wall time in which the device ran no kernel, by torch's profiler.
+Bandwidth is that of torch's own copy of 1 GiB in the same run; every kernel that is bound by it is
+given as a share of it. Kernels run through more weights than any cache holds, many launches in one
+CUDA graph, so that no launch is measured with them. The step is V2-Lite's, random weights, every
+expert in a slot, in three ways: kernel by kernel, as two graphs a layer, and as one graph. Its gaps
+are the share of the wall time in which the device ran no kernel, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ Row = dict[str, Any]
 
 
 class DeviceExperts:
-    """A network's routed experts, all in one slab (uint8 [S, record_bytes]) and found by tables on the device (int32 [E], of each
-    layer), as an engine whose slots hold every expert has them."""
+    """A network's routed experts, all in one slab (uint8 [S, record_bytes]) and found by tables on
+    the device (int32 [E], of each layer), as an engine whose slots hold every expert has them."""
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ def random_network(config: Config, ops: TorchOps, device: torch.device) -> Deeps
 
 
 def touched(config: Config, position: int) -> int:
-    """Bytes that a token at ``position`` reads: int8 resident weights, its experts, the latent cache."""
+    """Bytes that a token at ``position`` reads: int8 resident weights, its experts, the latent
+    cache."""
     shapes = {
         name: shape
         for name, shape in resident_shapes(config).items()
@@ -239,7 +242,8 @@ def kernels(c: Config, ops: TorchOps, working_set: int, ceiling: float) -> list[
 
 
 def step_seconds(network: DeepseekV2, cache: LatentCache, steps: int, depth: int) -> float:
-    """Median wall time of a decode step whose token is fetched by the host, as when it is sampled there."""
+    """Median wall time of a decode step whose token is fetched by the host, as when it is sampled
+    there."""
     times = []
     for position in range(depth, depth + steps + 3):
         cache.length = position
@@ -263,7 +267,8 @@ def busy_seconds(network: DeepseekV2, cache: LatentCache, steps: int, depth: int
 
 
 def decode_steps(config: Config, steps: int, depth: int, ceiling: float) -> list[Row]:
-    """A whole decode step in three ways; ``gaps`` is the share of its wall time without a kernel."""
+    """A whole decode step in three ways; ``gaps`` is the share of its wall time without a
+    kernel."""
     cuda, rows = torch.device("cuda"), []
     graph = pick_ops(cuda).graph  # type: ignore[attr-defined]
     for name, with_graphs, on_device in (

@@ -1,13 +1,16 @@
-"""Measure the native kernels beside what bounds them: `python -m slotmoe.tools.bench.kernels [--json]`.
+"""Measure the native kernels beside what bounds them: `python -m slotmoe.tools.bench.kernels
+[--json]`.
 
-A shared machine's bandwidth moves by half within seconds, so every timing of a kernel that streams its weights from memory
-is paired with a plain read of the same bytes just before it, and the ratio is the median over pairs. Weights lie in large
-pages, as the runtime has them. Each of the two is run once untimed before it is timed: which core read a line last makes the
-first pass slower where the cores have a third-level cache each, and the two deal the lines to the threads differently.
-Kernels that compute (many tokens, attention) are given as multiply-adds a second and, for comparison between machines, bytes
-of weights or cache.
+A shared machine's bandwidth moves by half within seconds, so every timing of a kernel that streams
+its weights from memory is paired with a plain read of the same bytes just before it, and the ratio
+is the median over pairs. Weights lie in large pages, as the runtime has them. Each of the two is
+run once untimed before it is timed: which core read a line last makes the first pass slower where
+the cores have a third-level cache each, and the two deal the lines to the threads differently.
+Kernels that compute (many tokens, attention) are given as multiply-adds a second and, for
+comparison between machines, bytes of weights or cache.
 
-Shapes are V2-Lite's: H = 2048, I = 1408, k = 6 experts; 16 heads over a latent of 512 + 64; context 8192.
+Shapes are V2-Lite's: H = 2048, I = 1408, k = 6 experts; 16 heads over a latent of 512 + 64; context
+8192.
 """
 
 from __future__ import annotations
@@ -166,7 +169,8 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
 
 
 def attention(native: qk.Kernels, rounds: int) -> list[Row]:
-    """One token over as many layers' caches as outgrow the processor's; seconds are for one layer."""
+    """One token over as many layers' caches as outgrow the processor's; seconds are for one
+    layer."""
     rows = []
     for heads, context in ((HEADS, 128), (HEADS, 1024), (HEADS, 8192), (128, 8192)):
         layers = in_large_pages(

@@ -1,7 +1,8 @@
-"""What watching costs: ``python -m slotmoe.tools.bench.profile EXPORT [--ram SIZE] [--decode-tokens N] [--repetitions N]``.
+"""What watching costs: ``python -m slotmoe.tools.bench.profile EXPORT [--ram SIZE] [--decode-tokens
+N] [--repetitions N]``.
 
-Decode of the same random tokens with and without the profiler of ``slotmoe profile`` (its laps, counters and memory thread),
-in turn, each after the same prompt.
+Decode of the same random tokens with and without the profiler of ``slotmoe profile`` (its laps,
+counters and memory thread), in turn, each after the same prompt.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ def times(runtime: Runtime, ids: list[int], watched: bool) -> list[float]:
 
 
 def measure(runtime: Runtime, decode_tokens: int, repetitions: int) -> dict[str, dict[str, float]]:
-    """Milliseconds a token, ``watched``, ``plain`` and their ``ratio``: the lower quartile of all tokens, and the median.
+    """Milliseconds a token, ``watched``, ``plain`` and their ``ratio``: the lower quartile of all
+    tokens, and the median.
 
-    Neighbours only ever make a token slower, so on a busy machine the lower quartile is the one that tells.
+    Neighbours only ever make a token slower, so on a busy machine the lower quartile is the one
+    that tells.
     """
     ids = torch.randint(
         2, 1000, (decode_tokens,), generator=torch.Generator().manual_seed(0)

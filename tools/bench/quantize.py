@@ -1,9 +1,11 @@
-"""The NF4 quantizers side by side: native, torch and bitsandbytes on one expert-sized matrix, codes compared.
+"""The NF4 quantizers side by side: native, torch and bitsandbytes on one expert-sized matrix, codes
+compared.
 
     python -m slotmoe.tools.bench.quantize [--json]
 
-Prints GB/s of bf16 input (median of the repetitions, taken in turn) and each one's ratio to bitsandbytes; then what
-`slotmoe quantize` does with every weight: quantize it and sum up its error for the report.
+Prints GB/s of bf16 input (median of the repetitions, taken in turn) and each one's ratio to
+bitsandbytes; then what `slotmoe quantize` does with every weight: quantize it and sum up its error
+for the report.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ ROWS, COLUMNS = 1408, 2048  # one projection of a V2-Lite expert
 
 
 def bitsandbytes_nf4(weight: Tensor) -> Tensor:
-    """The weight quantized by bitsandbytes and dequantized with its scales rounded to fp16, float32."""
+    """The weight quantized by bitsandbytes and dequantized with its scales rounded to fp16,
+    float32."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")

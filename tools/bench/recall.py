@@ -1,4 +1,5 @@
-"""How well an export's predictor names experts in text it was not trained on: ``python -m slotmoe.tools.bench.recall EXPORT TEXT...``"""
+"""How well an export's predictor names experts in text it was not trained on: ``python -m
+slotmoe.tools.bench.recall EXPORT TEXT...``"""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ import click
     "--threads", type=click.IntRange(1), metavar="N", help="CPU threads. [default: physical cores]"
 )
 def command(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
-    """Print, for each TEXT, the share of the used experts that were named and the share of guesses that were wasted."""
+    """Print, for each TEXT, the share of the used experts that were named and the share of guesses
+    that were wasted."""
     import torch
 
     from slotmoe.model.config import read_config

@@ -3,9 +3,10 @@
 Three measurements, each in turn and repeated, on one runtime whose expert slots are filled first:
 
 - What serving costs: the decode speed of one streaming client beside that of ``Runtime.generate`` for the same prompt, and
-  beside ``slotmoe bench``'s loop, which feeds ids and ignores the logits.  All three run in this process, so that they share
-  weights and warm slots (a second process would need the memory again); only the clients are processes of their own, as
-  clients are.  Medians of the ratios within a round.
+  beside ``slotmoe bench``'s loop, which feeds ids and ignores the logits.  All three run in this
+  process, so that they share weights and warm slots (a second process would need the memory again);
+  only the clients are processes of their own, as clients are.  Medians of the ratios within a
+  round.
 - Tokens a second of several clients that stream at once, counted while all of them decode.
 - The time to the first token of a long prompt, cold and with its prefix cached.
 """
@@ -36,7 +37,8 @@ _PROMPT = 16  # tokens
 
 
 def stream(port: int, prompt: list[int], tokens: int, ends: list[int]) -> list[float]:
-    """The moments at which the tokens of a greedy answer arrived; the first entry is when it was asked for.
+    """The moments at which the tokens of a greedy answer arrived; the first entry is when it was
+    asked for.
 
     ``ends`` are never chosen, since random weights may say at once that the answer is over.
     """
@@ -86,7 +88,8 @@ def serving(runtime: Runtime, sequences: int) -> Iterator[int]:
 def serving_cost(
     runtime: Runtime, clients: Executor, port: int, tokens: int, repetitions: int
 ) -> dict[str, Any]:
-    """Decode speeds after the first token, tokens a second, and how much slower the client is than each of the others."""
+    """Decode speeds after the first token, tokens a second, and how much slower the client is than
+    each of the others."""
     source = random.Random(0)
     made: list[Any] = []
     while len(made) < tokens:  # until an answer does not end before
@@ -126,7 +129,8 @@ def serving_cost(
 def together(
     runtime: Runtime, clients: Executor, port: int, count: int, tokens: int, ends: list[int]
 ) -> dict[str, Any]:
-    """Tokens a second of ``count`` clients, between the last one's first token and the first one's last."""
+    """Tokens a second of ``count`` clients, between the last one's first token and the first one's
+    last."""
     source = random.Random(count)
     prompts = [
         [source.randrange(10, runtime.tokenizer.size) for _ in range(_PROMPT)] for _ in range(count)
@@ -143,7 +147,8 @@ def together(
 def first_token(
     runtime: Runtime, clients: Executor, port: int, length: int, repetitions: int, ends: list[int]
 ) -> dict[str, Any]:
-    """Medians of the seconds to the first token of ``length`` tokens that are new, and of the same again."""
+    """Medians of the seconds to the first token of ``length`` tokens that are new, and of the same
+    again."""
     cold, cached = [], []
     for seed in range(repetitions):
         source = random.Random(seed)

@@ -49,7 +49,8 @@ class Face(Protocol):
 
 
 class Pipe:
-    """Messages from the lines of stdin, answers to stdout, the rest to stderr; what fails ends the chat."""
+    """Messages from the lines of stdin, answers to stdout, the rest to stderr; what fails ends the
+    chat."""
 
     def __init__(self) -> None:
         self._lines = 0
@@ -95,18 +96,19 @@ def command(
 ) -> None:
     """Talk to MODEL, which is what it is for slotmoe run; its tokenizer must have a chat template.
 
-    /help lists the commands.  Ctrl-C stops an answer and keeps the conversation, Ctrl-D leaves.  When the context is full, the
-    oldest exchanges are no longer seen by the model; the system message stays.  What was typed is kept in
-    $SLOTMOE_CACHE/chat_history (default ~/.cache/slotmoe).
+    /help lists the commands.  Ctrl-C stops an answer and keeps the conversation, Ctrl-D leaves.
+    When the context is full, the oldest exchanges are no longer seen by the model; the system
+    message stays.  What was typed is kept in $SLOTMOE_CACHE/chat_history (default
+    ~/.cache/slotmoe).
 
-    Without a terminal each line of stdin is one message or command; answers go to stdout, everything else to stderr, and a
-    line that fails ends it.
+    Without a terminal each line of stdin is one message or command; answers go to stdout,
+    everything else to stderr, and a line that fails ends it.
 
     \b
     Examples:
-      slotmoe chat sample
-      slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in one sentence."
-      printf '%s\\n' "Why is the sky blue?" "And at dusk?" /stats | slotmoe chat lite-export --seed 1
+      slotmoe chat sample slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in
+      one sentence." printf '%s\\n' "Why is the sky blue?" "And at dusk?" /stats | slotmoe chat
+      lite-export --seed 1
     """
     from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation

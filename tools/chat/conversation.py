@@ -1,8 +1,9 @@
-"""A conversation with a model: its messages, what of them fits into the context, and the file that keeps it.
+"""A conversation with a model: its messages, what of them fits into the context, and the file that
+keeps it.
 
-When the context is full, the oldest exchanges are no longer sent, until half of it is free again: whenever the beginning
-changes, all that follows has to be read anew, so this must be rare.  The system message always stays, and everything stays in
-what is saved.
+When the context is full, the oldest exchanges are no longer sent, until half of it is free again:
+whenever the beginning changes, all that follows has to be read anew, so this must be rare.  The
+system message always stays, and everything stays in what is saved.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Exchange(NamedTuple):
 class Conversation:
     """Messages so far, and how to answer the next one.
 
-    The first answer is sampled with the seed of ``sampling``, the next one with the seed after it, so that another attempt
-    differs.  ``notify`` is told what happens unasked.  Raises ``ConfigError`` if the model has no chat template, or one that
-    fails with this ``system`` message.
+    The first answer is sampled with the seed of ``sampling``, the next one with the seed after it,
+    so that another attempt differs.  ``notify`` is told what happens unasked.  Raises
+    ``ConfigError`` if the model has no chat template, or one that fails with this ``system``
+    message.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class Conversation:
         self._ids(system, [], "Hello")
 
     def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
-        """The answer to ``message`` piece by piece, without whitespace at its ends; ``again`` replaces the last exchange.
+        """The answer to ``message`` piece by piece, without whitespace at its ends; ``again``
+        replaces the last exchange.
 
-        An answer that is stopped, by closing this or by an exception, is kept as far as it came; if that is nowhere, nothing
-        has changed.  Raises ``PlanError`` if the message does not fit into the context.
+        An answer that is stopped, by closing this or by an exception, is kept as far as it came; if
+        that is nowhere, nothing has changed.  Raises ``PlanError`` if the message does not fit into
+        the context.
         """
         self._before, self._prompt_tokens = self.runtime.stats(), 0
         earlier = self.exchanges[:-1] if again else self.exchanges
@@ -115,13 +119,15 @@ class Conversation:
         self.exchanges, self.forgotten, self.file, self._before = [], 0, None, None
 
     def set_system(self, text: str | None) -> None:
-        """Another system message, or none, from the next answer on.  Raises ``ConfigError`` if the chat template refuses it."""
+        """Another system message, or none, from the next answer on.  Raises ``ConfigError`` if the
+        chat template refuses it."""
         self._ids(text, [], "Hello")
         self.system = text
 
     def save(self, path: Path) -> None:
-        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that is impossible, or if ``path`` exists
-        and holds something else than an earlier state of this conversation."""
+        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that is
+        impossible, or if ``path`` exists and holds something else than an earlier state of this
+        conversation."""
         from slotmoe.quant.export.writer import write_json
 
         path = path.expanduser().resolve()
@@ -134,7 +140,8 @@ class Conversation:
         self.file = path
 
     def load(self, path: Path) -> None:
-        """Go on from what ``save`` wrote.  Raises ``ConfigError`` naming the file and the key; nothing has changed then."""
+        """Go on from what ``save`` wrote.  Raises ``ConfigError`` naming the file and the key;
+        nothing has changed then."""
         path = path.expanduser().resolve()
         system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES))
         self._ids(system, exchanges, "Hello")
@@ -142,7 +149,8 @@ class Conversation:
         self.system, self.exchanges, self.file = system, exchanges, path
 
     def status(self) -> str:
-        """One line: progress of reading or speed and hit rate of the latest answer, memory against budget, context used."""
+        """One line: progress of reading or speed and hit rate of the latest answer, memory against
+        budget, context used."""
         now, before, position = self.runtime.stats(), self._before, self.runtime.position
         parts = []
         if before is not None:
@@ -168,7 +176,8 @@ class Conversation:
         return " · ".join(parts)
 
     def _fit(self, exchanges: list[Exchange], message: str) -> list[int]:
-        """Token ids of ``message`` after the system's and as many of the newest ``exchanges`` as leave room for an answer."""
+        """Token ids of ``message`` after the system's and as many of the newest ``exchanges`` as
+        leave room for an answer."""
         context = self.runtime.context
         room = min(self._max_new_tokens, context // 4)
         sent = exchanges[self.forgotten :]
@@ -257,7 +266,8 @@ def _parse(path: Path, found: dict[str, Any]) -> tuple[str | None, list[Exchange
 
 
 def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text without whitespace at its ends, each part as soon as it is known to belong to it."""
+    """The same text without whitespace at its ends, each part as soon as it is known to belong to
+    it."""
     waiting, begun = "", False
     for piece in pieces:
         text = waiting + piece if begun else piece.lstrip()

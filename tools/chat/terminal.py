@@ -1,4 +1,5 @@
-"""``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown that appear while they are made."""
+"""``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown that appear while
+they are made."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ _PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
 class Terminal:
-    """Reads messages and shows answers.  ``status`` gives the line below both; ``input`` and ``output`` replace the terminal."""
+    """Reads messages and shows answers.  ``status`` gives the line below both; ``input`` and
+    ``output`` replace the terminal."""
 
     def __init__(
         self,
@@ -99,7 +101,8 @@ class Terminal:
         self._console.print(Text(_visible(text), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
-        """Tell about the problem; what was read last is offered again, unless some of its answer was shown."""
+        """Tell about the problem; what was read last is offered again, unless some of its answer
+        was shown."""
         if isinstance(problem, KeyboardInterrupt):
             self.say("stopped")
         else:
@@ -126,10 +129,12 @@ class _SavedHistory(FileHistory):
 
 
 class _View:
-    """An answer on its way: finished Markdown blocks stay on the terminal, the unfinished one and the status line are redrawn
-    below them until it is finished too.  What of it does not fit on the screen meanwhile is its beginning.
+    """An answer on its way: finished Markdown blocks stay on the terminal, the unfinished one and
+    the status line are redrawn below them until it is finished too.  What of it does not fit on the
+    screen meanwhile is its beginning.
 
-    Drawing takes time from the model (highlighting code 0.5 ms a line), so it is done less often where it costs more."""
+    Drawing takes time from the model (highlighting code 0.5 ms a line), so it is done less often
+    where it costs more."""
 
     def __init__(self, console: Console, status: Callable[[], str]):
         self._console, self._status = console, status
@@ -189,7 +194,8 @@ class _View:
         )
 
     def _draw(self) -> list[list[Segment]]:
-        """The last lines of the unfinished block, as many as the screen has place for above the status line."""
+        """The last lines of the unfinished block, as many as the screen has place for above the
+        status line."""
         room = max(self._console.height - 2, 1)
         source = self._block.splitlines(keepends=True)
         if len(source) > room:
@@ -212,8 +218,8 @@ def _markdown(text: str) -> Markdown:
 
 
 def _finished(text: str) -> int:
-    """How many characters of ``text`` are Markdown blocks that no later line can change: all of its whole lines but those of
-    the last block."""
+    """How many characters of ``text`` are Markdown blocks that no later line can change: all of its
+    whole lines but those of the last block."""
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
     starts = [
         token.map[0] for token in _PARSER.parse("".join(lines)) if token.level == 0 and token.map
@@ -222,7 +228,8 @@ def _finished(text: str) -> int:
 
 
 def _visible(text: str) -> str:
-    """``text`` with the codes of all characters that would command the terminal, but for line feeds and tabs."""
+    """``text`` with the codes of all characters that would command the terminal, but for line feeds
+    and tabs."""
     return _COMMANDING.sub(lambda found: repr(found[0])[1:-1], text)
 
 

@@ -1,4 +1,5 @@
-"""``slotmoe profile``: where a run's memory and time go, as a report that opens offline, charts, and numbers."""
+"""``slotmoe profile``: where a run's memory and time go, as a report that opens offline, charts,
+and numbers."""
 
 from __future__ import annotations
 
@@ -83,10 +84,11 @@ def command(
 ) -> None:
     """Run MODEL on PROMPT, a text file or a built-in text, and report memory and time by component.
 
-    The folder gets report.html (one file, opens offline), its charts as PNG, and profile.json: memory over time against the
-    budget, the time of a token by component, expert use, hit rate and prefetch accuracy by layer, bytes by tier, and the
-    plan's prediction beside what was measured.  Of a text longer than the context, the beginning is used.  Ctrl-C ends the
-    run early; what was measured until then is still written.
+    The folder gets report.html (one file, opens offline), its charts as PNG, and profile.json:
+    memory over time against the budget, the time of a token by component, expert use, hit rate and
+    prefetch accuracy by layer, bytes by tier, and the plan's prediction beside what was measured.
+    Of a text longer than the context, the beginning is used.  Ctrl-C ends the run early; what was
+    measured until then is still written.
 
     \b
     Examples:
@@ -101,7 +103,7 @@ def command(
     if prompt is not None and text is not None:
         raise click.UsageError("PROMPT and --text are both given: choose one")
     with _report_folder(output):
-        import slotmoe.offload.runtime  # noqa: F401  # torch's own memory belongs to the baseline, not to the model
+        import slotmoe.offload.runtime  # torch's own memory belongs to the baseline, not to the model
 
         with (
             MemorySampler() as sampler,
@@ -189,7 +191,8 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _report_folder(folder: Path) -> Iterator[None]:
-    """Make sure before the work that ``folder`` can be written; one made here goes again if nothing came into it."""
+    """Make sure before the work that ``folder`` can be written; one made here goes again if nothing
+    came into it."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +213,8 @@ def _report_folder(folder: Path) -> Iterator[None]:
 def _workload(
     runtime: Runtime, prompt: str | None, text: Path | None, max_new_tokens: int, chat: bool
 ) -> str | list[int]:
-    """What to generate from: a text, or the ids of a text file's beginning where the whole would not fit."""
+    """What to generate from: a text, or the ids of a text file's beginning where the whole would
+    not fit."""
     if text is None:
         return DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
     words = _read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
@@ -257,8 +261,9 @@ def _shown(
     live: bool,
     quiet: bool,
 ) -> Iterator[Callable[[], None]]:
-    """What the terminal shows meanwhile, on stderr: the figures (``live``) or a progress bar.  Call what this gives after
-    each token.  Two refreshes a second, since drawing them takes time from the model."""
+    """What the terminal shows meanwhile, on stderr: the figures (``live``) or a progress bar.  Call
+    what this gives after each token.  Two refreshes a second, since drawing them takes time from
+    the model."""
     from rich.console import Console
     from rich.live import Live
     from rich.progress import (
@@ -299,7 +304,8 @@ def _shown(
 
 
 def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
-    """All that fits a terminal, so far: peak, budget, components at the peak, time by part, cache, io, speeds."""
+    """All that fits a terminal, so far: peak, budget, components at the peak, time by part, cache,
+    io, speeds."""
     from slotmoe.offload.machine import peak_rss
 
     stats, latest = runtime.stats(), sampler.latest
@@ -365,7 +371,8 @@ def _budgets(runtime: Runtime) -> dict[str, int]:
 
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
-    """``figures`` and all series: memory over time, each step, each layer, expert use, predictions and settings."""
+    """``figures`` and all series: memory over time, each step, each layer, expert use, predictions
+    and settings."""
     from slotmoe.offload.plan.speed import Bandwidths
 
     layers, guesses = [], runtime.prefetch_by_layer()

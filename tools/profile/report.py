@@ -1,6 +1,8 @@
-"""The folder that ``slotmoe profile`` writes: charts as PNG, ``profile.json``, and ``report.html``, which holds all of it.
+"""The folder that ``slotmoe profile`` writes: charts as PNG, ``profile.json``, and ``report.html``,
+which holds all of it.
 
-Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart; the heat map uses cividis.
+Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart;
+the heat map uses cividis.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ CHARTS = "memory-ram memory-vram time-decode time-prefill tokens expert-use laye
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or not at all.  Charts of an
-    earlier report that this one does not have are removed."""
+    """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or
+    not at all.  Charts of an earlier report that this one does not have are removed."""
     images = {name: (title, _png(title, draw)) for name, (title, draw) in _charts(report).items()}
     page = _html(report, images)
     for name in CHARTS:
@@ -100,7 +102,8 @@ def moment(report: dict[str, Any], seconds: float) -> str:
 
 
 def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of predicted beside measured, in bytes or tokens a second: ``name``, ``unit``, ``predicted``, ``measured``."""
+    """Rows of predicted beside measured, in bytes or tokens a second: ``name``, ``unit``,
+    ``predicted``, ``measured``."""
     rows: list[dict[str, Any]] = []
     foreseen = report["predicted"]
     for tier, peak in report["peak"].items():
@@ -149,7 +152,8 @@ _TOGETHER |= dict.fromkeys(
 
 
 def _by_name(components: dict[str, dict[str, int]], tier: str) -> dict[str, int]:
-    """Bytes in ``tier`` by component.  The process and its temporaries can't be told apart from outside, so they are one."""
+    """Bytes in ``tier`` by component.  The process and its temporaries can't be told apart from
+    outside, so they are one."""
     sums: dict[str, int] = {}
     for name, sizes in components.items():
         shown = _TOGETHER.get(name, name)
@@ -384,7 +388,8 @@ def _fates(guesses: dict[str, int]) -> int:
 
 
 def _moved(report: dict[str, Any]) -> dict[str, float]:
-    """MB a decoded token by what gave them: what is read from memory, and what came from the slower tiers, on average."""
+    """MB a decoded token by what gave them: what is read from memory, and what came from the slower
+    tiers, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
     steps = [step["moved"] for step in report["steps"] if step["kind"] == "decode"]
     names = {"host": "RAM to the GPU", "disk": "disk"}

@@ -1,4 +1,5 @@
-"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, for several clients at once, and a page to talk to it."""
+"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, for several clients at once, and
+a page to talk to it."""
 
 from __future__ import annotations
 
@@ -93,11 +94,11 @@ def command(
     name: str | None,
     **options: Any,
 ) -> int:
-    """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI), /v1/messages (Anthropic), /health,
-    /metrics (Prometheus), and at / a page to chat with it.
+    """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI),
+    /v1/messages (Anthropic), /health, /metrics (Prometheus), and at / a page to chat with it.
 
-    Answers decode together, so an expert that was brought for one serves all. Each has a latent cache of --context
-    positions; all --max-sequences of them count against --ram.
+    Answers decode together, so an expert that was brought for one serves all. Each has a latent
+    cache of --context positions; all --max-sequences of them count against --ram.
 
     \b
     Examples:
@@ -149,7 +150,8 @@ def make_server(
     sequences: int,
     waiting: int,
 ) -> tuple[Any, Any]:
-    """The server, to ``run`` on a socket, and its batch.  ``guarded`` are keys, host names and the largest body in bytes."""
+    """The server, to ``run`` on a socket, and its batch.  ``guarded`` are keys, host names and the
+    largest body in bytes."""
     import uvicorn
 
     from slotmoe.offload.scheduler import Batch

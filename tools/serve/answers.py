@@ -24,7 +24,8 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Service:
-    """An open model that answers under ``name``, and its figures for ``/metrics`` and ``/stats``."""
+    """An open model that answers under ``name``, and its figures for ``/metrics`` and
+    ``/stats``."""
 
     def __init__(self, runtime: Runtime, batch: Batch, name: str):
         self.runtime, self.batch, self.name = runtime, batch, name
@@ -64,7 +65,8 @@ class Service:
             )
 
     def chat(self, turns: list[Turn], calling: Calling | None) -> list[int]:
-        """Token ids of a conversation through the model's template, which takes a child process its time."""
+        """Token ids of a conversation through the model's template, which takes a child process its
+        time."""
         return self.tokenizer.encode(self.dialect.prompt(turns, calling))
 
     def observe(self, job: Job) -> None:
@@ -156,11 +158,13 @@ class Service:
 
 
 class Answers:
-    """The answers of one request: ``prompts`` times ``choices``, in the batch until they end or ``leave`` is called.
+    """The answers of one request: ``prompts`` times ``choices``, in the batch until they end or
+    ``leave`` is called.
 
-    ``grammar`` makes the mask of each; ``shown`` are special tokens that appear in the text.  Where ``scored``, the prompts'
-    own tokens and their log-probabilities are in ``jobs[i].answer.read`` from the first piece on.
-    Made inside the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue is full.
+    ``grammar`` makes the mask of each; ``shown`` are special tokens that appear in the text.  Where
+    ``scored``, the prompts' own tokens and their log-probabilities are in ``jobs[i].answer.read``
+    from the first piece on. Made inside the event loop.  Raises ``RefusedError``: 400 where a
+    prompt does not fit, 429 where the queue is full.
     """
 
     def __init__(
@@ -228,7 +232,8 @@ class Answers:
             job.cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(choice, piece) as they are made, until all have ended.  Raises ``RefusedError`` if the model failed."""
+        """(choice, piece) as they are made, until all have ended.  Raises ``RefusedError`` if the
+        model failed."""
         left = len(self.jobs)
         while left:
             index, piece = await self._pieces.get()
@@ -258,7 +263,8 @@ class Answers:
 
 
 def _room(service: Service, prompt: list[int], limit: int | None) -> int:
-    """The most tokens of an answer to ``prompt``: ``limit``, or what the context has room for, if that is less."""
+    """The most tokens of an answer to ``prompt``: ``limit``, or what the context has room for, if
+    that is less."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
     if not prompt:
         raise RefusedError("the prompt is empty", param="prompt")

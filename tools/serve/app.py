@@ -52,7 +52,8 @@ class _Stream(StreamingResponse):
 
 
 def make_app(service: Service, keyed: bool) -> FastAPI:
-    """The application; the door in front of it, ``slotmoe.tools.serve.guard.Guard``, asks for a key if ``keyed``."""
+    """The application; the door in front of it, ``slotmoe.tools.serve.guard.Guard``, asks for a key
+    if ``keyed``."""
     app = FastAPI(title="slotmoe", version=__version__, docs_url=None, redoc_url=None)
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
@@ -542,7 +543,8 @@ async def _messages(service: Service, form: Messages, request: Request) -> Respo
 
 
 def _content(parts: list[Part]) -> list[dict[str, Any]]:
-    """Anthropic's blocks of a whole answer.  A call that was cut off has no arguments that could be told, and is left out."""
+    """Anthropic's blocks of a whole answer.  A call that was cut off has no arguments that could be
+    told, and is left out."""
     text, calls = collected(parts)
     used = [(name, arguments_of(arguments)) for name, arguments, complete in calls if complete]
     blocks = [
@@ -558,7 +560,8 @@ def _use_id() -> str:
 
 
 class _Blocks:
-    """The events of Anthropic's content blocks, one after the other, as an answer's parts arrive."""
+    """The events of Anthropic's content blocks, one after the other, as an answer's parts
+    arrive."""
 
     def __init__(self) -> None:
         self._index, self._open = -1, False

@@ -1,6 +1,8 @@
-"""What ``/openapi.json`` says beyond the forms' own fields: which fields exclude each other, answers, and every refusal.
+"""What ``/openapi.json`` says beyond the forms' own fields: which fields exclude each other,
+answers, and every refusal.
 
-FastAPI derives the description of a field from its type; what several fields decide together, or the open model, stands here.
+FastAPI derives the description of a field from its type; what several fields decide together, or
+the open model, stands here.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ _ANTHROPIC_ERROR = _object(
 
 
 def describe(found: dict[str, Any], service: Service, keyed: bool) -> None:
-    """Complete ``found``, FastAPI's description of the routes, for the model that is open; ``keyed`` servers ask for a key."""
+    """Complete ``found``, FastAPI's description of the routes, for the model that is open;
+    ``keyed`` servers ask for a key."""
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
             operation["responses"] = _responses(path, method)
@@ -165,7 +168,8 @@ def _responses(path: str, method: str) -> dict[str, Any]:
 
 
 def _limit(schemas: dict[str, Any], service: Service) -> None:
-    """Token ids below the vocabulary, prompts of ids that fit, a suffix only where the tokenizer can fill a gap."""
+    """Token ids below the vocabulary, prompts of ids that fit, a suffix only where the tokenizer
+    can fill a gap."""
     for form in ("Chat", "Completion"):
         fields = schemas[form]["properties"]
         fields["logit_bias"]["anyOf"][0]["propertyNames"] = {

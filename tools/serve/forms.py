@@ -1,6 +1,8 @@
-"""What a client may ask of ``slotmoe serve``: the requests of OpenAI's and Anthropic's APIs, checked field by field.
+"""What a client may ask of ``slotmoe serve``: the requests of OpenAI's and Anthropic's APIs,
+checked field by field.
 
-A field is honoured or the request is refused; none is ignored, except ``user`` and ``metadata``, which are labels.
+A field is honoured or the request is refused; none is ignored, except ``user`` and ``metadata``,
+which are labels.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error: HTTP ``status``, and OpenAI's ``param`` and ``code``."""
+    """A request that is answered with an error: HTTP ``status``, and OpenAI's ``param`` and
+    ``code``."""
 
     def __init__(
         self, message: str, status: int = 400, param: str | None = None, code: str | None = None
@@ -57,7 +60,8 @@ class Tool:
 
 @dataclass(frozen=True)
 class Calling:
-    """``tools`` are told to the model; it may call, or if ``forced`` has to, those of ``allowed``, only one if ``single``."""
+    """``tools`` are told to the model; it may call, or if ``forced`` has to, those of ``allowed``,
+    only one if ``single``."""
 
     tools: tuple[Tool, ...]
     allowed: tuple[Tool, ...]
@@ -86,7 +90,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message of a conversation, whichever API it came by; the role is ``system``, ``user``, ``assistant`` or ``tool``."""
+    """A message of a conversation, whichever API it came by; the role is ``system``, ``user``,
+    ``assistant`` or ``tool``."""
 
     role: str
     text: str = ""
@@ -324,7 +329,8 @@ class Chat(Sampled):
         return self.max_tokens or self.max_completion_tokens
 
     def likeliest(self) -> int | None:
-        """Of how many ids to tell the log-probability with each token; None for not even its own."""
+        """Of how many ids to tell the log-probability with each token; None for not even its
+        own."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RefusedError(
                 "top_logprobs can only be given with logprobs: true", param="top_logprobs"

@@ -1,4 +1,5 @@
-"""Answers that follow a JSON schema, or call functions with arguments that do: llguidance says which tokens may come next."""
+"""Answers that follow a JSON schema, or call functions with arguments that do: llguidance says
+which tokens may come next."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _MAX_SCHEMA, _MAX_SCHEMAS = (
     1 << 16,
     1 << 18,
 )  # characters of one and of all of a request's functions together
-# Without free whitespace a model can't go on with blanks for ever; one after each sign is what most models were taught.
+# Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
+# models were taught.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
@@ -63,8 +65,8 @@ class Grammars:
     def compile(
         self, schema: dict[str, Any] | None, calling: Calling | None
     ) -> Callable[[], Mask] | None:
-        """What makes a mask for each answer that has to follow ``schema``, if one is given, or to call functions; None where
-        all is free.  Raises ``RefusedError``."""
+        """What makes a mask for each answer that has to follow ``schema``, if one is given, or to
+        call functions; None where all is free.  Raises ``RefusedError``."""
         if schema is None and calling is None:
             return None
         content = (
@@ -79,7 +81,8 @@ class Grammars:
         return lambda: Mask(matcher.deep_copy(), self._source.size)
 
     def _calls(self, calling: Calling, content: str | None) -> str:
-        """The grammar of an answer that is calls, or free where they are not forced: text, then perhaps calls."""
+        """The grammar of an answer that is calls, or free where they are not forced: text, then
+        perhaps calls."""
         form = self._dialect.format
         arguments = dict[str, str]()
         for one in calling.tools:
@@ -119,7 +122,8 @@ class Grammars:
         )
 
     def _literal(self, text: str) -> str:
-        """``text`` in a grammar; tokens of the dialect are tokens there, which no text can spell."""
+        """``text`` in a grammar; tokens of the dialect are tokens there, which no text can
+        spell."""
         ids = {token: one for one, token in self._dialect.shown.items()}
         parts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(

@@ -1,4 +1,5 @@
-"""The door of ``slotmoe serve``: who may ask what, decided on the raw request before any route sees it."""
+"""The door of ``slotmoe serve``: who may ask what, decided on the raw request before any route sees
+it."""
 
 from __future__ import annotations
 
@@ -33,10 +34,12 @@ _ASK = (
 
 
 class Guard:
-    """ASGI middleware.  Refused are: hosts outside the allow-list (a rebound name), pages of other origins, every path but
-    ``/health`` without one of ``keys`` (if there are any), bodies that are not JSON, too large or too slow.
+    """ASGI middleware.  Refused are: hosts outside the allow-list (a rebound name), pages of other
+    origins, every path but ``/health`` without one of ``keys`` (if there are any), bodies that are
+    not JSON, too large or too slow.
 
-    The key's number becomes ``scope["state"]["owner"]``, so that what one key's requests leave behind serves no other.
+    The key's number becomes ``scope["state"]["owner"]``, so that what one key's requests leave
+    behind serves no other.
     """
 
     def __init__(self, app: App, keys: tuple[str, ...], hosts: tuple[str, ...], max_body: int):
@@ -95,7 +98,8 @@ class Guard:
         return True
 
     def _owner(self, headers: dict[bytes, bytes]) -> str | None:
-        """The number of the key that came along; empty where none is needed, None where none is right."""
+        """The number of the key that came along; empty where none is needed, None where none is
+        right."""
         if not self._keys:
             return ""
         given, (kind, _, rest) = (
@@ -133,8 +137,8 @@ class Guard:
     async def _read(self, receive: Receive) -> bytes:
         """The body, or if it is too large a beginning that is too.
 
-        The rest is read all the same, within reason: who closes on unread bytes resets the connection, and the client may
-        never see why.
+        The rest is read all the same, within reason: who closes on unread bytes resets the
+        connection, and the client may never see why.
         """
         body, size, more = bytearray(), 0, True
         while more and size <= _UNREAD * self._max_body:
@@ -151,11 +155,12 @@ class Guard:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with a client that may stop half-way: while it asks, where uvicorn waits forever for the rest of a header, or
-    while it is answered, where it waits forever for room to write.
+    """HTTP/1.1 with a client that may stop half-way: while it asks, where uvicorn waits forever for
+    the rest of a header, or while it is answered, where it waits forever for room to write.
 
-    Every ``_PATIENCE_SECONDS`` the connection is looked at.  While the client is to move, nothing else does: either no
-    request is under way, or writing waits for it to read.  If then all is as it was the last time, the connection ends.
+    Every ``_PATIENCE_SECONDS`` the connection is looked at.  While the client is to move, nothing
+    else does: either no request is under way, or writing waits for it to read.  If then all is as
+    it was the last time, the connection ends.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -164,7 +169,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
-            return transport.abort()  # uvicorn itself only refuses requests, so that silent clients could take all descriptors
+            # uvicorn itself only refuses requests, so that silent clients could take all
+            # descriptors
+            return transport.abort()
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:

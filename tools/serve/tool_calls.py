@@ -1,7 +1,9 @@
-"""How a model is told of functions, how it writes calls of them, and how its text is taken apart again.
+"""How a model is told of functions, how it writes calls of them, and how its text is taken apart
+again.
 
-DeepSeek-V2.5 was taught a format of its own, with tokens for it in its vocabulary and its chat template; it is used where
-both are there.  Every other model gets a description in plain words and writes calls as JSON between two tags.
+DeepSeek-V2.5 was taught a format of its own, with tokens for it in its vocabulary and its chat
+template; it is used where both are there.  Every other model gets a description in plain words and
+writes calls as JSON between two tags.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.forms import Call, Calling, RefusedError, Tool, Turn
 
 _CALLS, _CALL, _SEP, _END_CALL, _END_CALLS = _TOKENS = tuple(
-    f"<｜tool▁{name}｜>"  # noqa: RUF001  # as DeepSeek spells them
+    f"<｜tool▁{name}｜>"  # as DeepSeek spells them
     for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
 )
 _OUTPUTS, _OUTPUT, _END_OUTPUT, _END_OUTPUTS = (
-    f"<｜tool▁{name}｜>"  # noqa: RUF001
-    for name in ("outputs▁begin", "output▁begin", "output▁end", "outputs▁end")
+    f"<｜tool▁{name}｜>" for name in ("outputs▁begin", "output▁begin", "output▁end", "outputs▁end")
 )
 
 
 @dataclass(frozen=True)
 class CallFormat:
-    """Calls as text: ``opening``, then ``head NAME middle ARGUMENTS tail`` for each with ``joint`` between, then ``closing``."""
+    """Calls as text: ``opening``, then ``head NAME middle ARGUMENTS tail`` for each with ``joint``
+    between, then ``closing``."""
 
     opening: str
     head: str
@@ -52,7 +54,8 @@ class CallFormat:
 PLAIN = CallFormat(
     "<tool_call>", '{"name": "', '", "arguments": ', "}</tool_call>", "\n<tool_call>", ""
 )
-# As the model card shows it: https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function calling".
+# As the model card shows it: https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function
+# calling".
 NATIVE = CallFormat(
     _CALLS, f"{_CALL}function{_SEP}", "\n```json\n", f"\n```{_END_CALL}", "\n", _END_CALLS
 )
@@ -74,7 +77,8 @@ class Dialect:
         }
 
     def prompt(self, turns: list[Turn], calling: Calling | None) -> str:
-        """The conversation through the model's template.  Raises ``RefusedError`` and ``ConfigError``."""
+        """The conversation through the model's template.  Raises ``RefusedError`` and
+        ``ConfigError``."""
         turns, tools = paired(turns), calling.tools if calling is not None else ()
         if tools and not self._template_tells:
             turns = self._told(turns, tools)
@@ -127,8 +131,9 @@ class Dialect:
         return messages
 
     def _native(self, turns: list[Turn]) -> list[dict[str, str]]:
-        """Messages for DeepSeek-V2.5's template, which loses text beside calls, the end of a single call and the beginning
-        of second results: calls, results and what follows them are one assistant's message."""
+        """Messages for DeepSeek-V2.5's template, which loses text beside calls, the end of a single
+        call and the beginning of second results: calls, results and what follows them are one
+        assistant's message."""
         end = self._tokenizer.eos_token
         messages: list[dict[str, str]] = []
         for before, turn in pairwise([Turn("system"), *turns]):
@@ -146,7 +151,8 @@ class Dialect:
 def paired(turns: list[Turn]) -> list[Turn]:
     """``turns`` with the results of a message's calls as one turn, in the order of the calls.
 
-    Raises ``RefusedError`` where a call has no result right after it, or a result no call of its name.
+    Raises ``RefusedError`` where a call has no result right after it, or a result no call of its
+    name.
     """
     found: list[Turn] = []
     for turn in turns:
@@ -198,8 +204,8 @@ def _native_description(tools: Sequence[Tool]) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an answer: text of it, or, where ``call`` is the number of a call, its ``name`` as it begins, text of its
-    arguments, or that it is ``complete``."""
+    """A piece of an answer: text of it, or, where ``call`` is the number of a call, its ``name`` as
+    it begins, text of its arguments, or that it is ``complete``."""
 
     text: str = ""
     call: int | None = None
@@ -208,8 +214,9 @@ class Part:
 
 
 class Reader:
-    """Takes an answer apart as it arrives: text, then calls in ``form``, to which the grammar holds it.  Without a form all
-    is text; where ``either``, it is calls from its first character on or never."""
+    """Takes an answer apart as it arrives: text, then calls in ``form``, to which the grammar holds
+    it.  Without a form all is text; where ``either``, it is calls from its first character on or
+    never."""
 
     def __init__(self, form: CallFormat | None, either: bool = False):
         self._form, self._either = form, either
@@ -297,7 +304,8 @@ def collected(parts: list[Part]) -> tuple[str, list[tuple[str, str, bool]]]:
 
 
 def arguments_of(text: str) -> dict[str, Any] | None:
-    """A complete call's arguments; None if they can't be sent on: numbers too long or large, half a surrogate, too many levels."""
+    """A complete call's arguments; None if they can't be sent on: numbers too long or large, half a
+    surrogate, too many levels."""
     try:
         arguments: dict[str, Any] = json.loads(text)
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()

@@ -1,15 +1,16 @@
 """Native CPU kernels for quantized weights and latent attention, through ctypes.
 
-`load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign to this machine; the
-caller then falls back to torch. Tensors are contiguous CPU tensors unless said otherwise, and everything about them is
-checked here, before the native side sees a pointer: a wrong dtype, shape, size or alignment is a `ValueError`.
+`load()` gives the kernels, or None where the binary is missing (no compiler at install) or foreign
+to this machine; the caller then falls back to torch. Tensors are contiguous CPU tensors unless said
+otherwise, and everything about them is checked here, before the native side sees a pointer: a wrong
+dtype, shape, size or alignment is a `ValueError`.
 
-Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; tiles of 16 rows, blocks of
-64 columns: Np = N rounded up to 16, Kp = K rounded up to 64.  Results do not depend on the number of threads, and a row's
-result does not depend on the rows computed with it.
+Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k experts of a token; tiles
+of 16 rows, blocks of 64 columns: Np = N rounded up to 16, Kp = K rounded up to 64.  Results do not
+depend on the number of threads, and a row's result does not depend on the rows computed with it.
 
-The NF4 layout `tiles16` is that of `slotmoe.quant.nf4`.  An expert record is gate, up and down codes, then gate, up and down absmax,
-64-byte-aligned, then any padding.
+The NF4 layout `tiles16` is that of `slotmoe.quant.nf4`.  An expert record is gate, up and down
+codes, then gate, up and down absmax, 64-byte-aligned, then any padding.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def record_bytes(hidden: int, intermediate: int) -> int:
 
 @dataclass(frozen=True)
 class PackedInt8:
-    """An int8 matrix [n, k] in the order the kernels read: int8 [Np/16, Kp/64, 1024], byte 64 t + 4 lane + i of a block
-    being row 16 tile + lane, column 64 block + 4 t + i."""
+    """An int8 matrix [n, k] in the order the kernels read: int8 [Np/16, Kp/64, 1024], byte 64 t + 4
+    lane + i of a block being row 16 tile + lane, column 64 block + 4 t + i."""
 
     data: Tensor
     n: int
@@ -140,9 +141,10 @@ class _Layer(ctypes.Structure):
 
 
 class Router(ctypes.Structure):
-    """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part, and of their experts `top_k`;
-    weights are probabilities times `factor`, or add up to 1 if `renormalize` (group-limited greedy, DeepSeek-V2, section 2.2.2).
-    `Router` of quant/kernels/api.h."""
+    """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part,
+    and of their experts `top_k`; weights are probabilities times `factor`, or add up to 1 if
+    `renormalize` (group-limited greedy, DeepSeek-V2, section 2.2.2). `Router` of
+    quant/kernels/api.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("groups", "kept", "top_k", "renormalize")),
@@ -180,8 +182,8 @@ class _Model(ctypes.Structure):
 
 
 class Matrix:
-    """A matrix [n, k] of any kind, checked once and bound to its memory, which it holds: what one native call that does
-    several things takes instead of tensors."""
+    """A matrix [n, k] of any kind, checked once and bound to its memory, which it holds: what one
+    native call that does several things takes instead of tensors."""
 
     def __init__(
         self,
@@ -226,8 +228,8 @@ class Matrix:
 
 
 class Mlp:
-    """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all NF4 with one table of
-    levels."""
+    """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
+    NF4 with one table of levels."""
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
         up.check("up", gate.n, gate.k)
@@ -243,13 +245,15 @@ class Mlp:
 
 
 class AttentionLayer:
-    """The weights of one layer up to its router, checked once and bound to their memory, which it holds.
+    """The weights of one layer up to its router, checked once and bound to their memory, which it
+    holds.
 
-    Sizes: N and P columns of a query head without and with rotation, R the latent's, V a value head's.  Without q-LoRA `query`
-    is [heads * (N + P), H]; with it `query` is [Q, H], `query_norm` [Q], `query_b` [heads * (N + P), Q].  `latent` is
-    [R + P, H], `out` [H, heads * V], `kv_b` int8 [heads * (N + V), R] with one float32 scale a row; `next_norm` [H] and the
-    router's `gate` [E, H], None in a dense layer, stand before the feed-forward.  Norms are float32; `eps` is the epsilon of
-    those over H, `latent_eps` that of the others; `scale` multiplies the scores.
+    Sizes: N and P columns of a query head without and with rotation, R the latent's, V a value
+    head's.  Without q-LoRA `query` is [heads * (N + P), H]; with it `query` is [Q, H], `query_norm`
+    [Q], `query_b` [heads * (N + P), Q].  `latent` is [R + P, H], `out` [H, heads * V], `kv_b` int8
+    [heads * (N + V), R] with one float32 scale a row; `next_norm` [H] and the router's `gate` [E,
+    H], None in a dense layer, stand before the feed-forward.  Norms are float32; `eps` is the
+    epsilon of those over H, `latent_eps` that of the others; `scale` multiplies the scores.
     """
 
     def __init__(
@@ -329,9 +333,10 @@ class AttentionLayer:
 
 
 class Decoder:
-    """All layers of a model for one token at a time, checked once: an `AttentionLayer` each, and an `Mlp` (shared experts or a
-    dense one) or None.  Layers that have a router, at least one, send x through experts of size `intermediate`.  Raises
-    `ValueError` where the layers do not fit together or the router does not fit their experts."""
+    """All layers of a model for one token at a time, checked once: an `AttentionLayer` each, and an
+    `Mlp` (shared experts or a dense one) or None.  Layers that have a router, at least one, send x
+    through experts of size `intermediate`.  Raises `ValueError` where the layers do not fit
+    together or the router does not fit their experts."""
 
     def __init__(
         self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router, intermediate: int
@@ -373,10 +378,12 @@ class Decoder:
 
 
 class Decoded(NamedTuple):
-    """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the number of layers, all up to its
-    experts, which are not all there.  `h` float32 [1, H] is the residual stream there.  `x` float32 [1, H] and `weights` float32
-    [1, k] are those experts' input and weights, and mean nothing where all layers are done.  `indices` int64 [n, k] are the choices of
-    the routers that were asked, this layer's the last; `seconds` are what attention, routers, experts and MLPs took."""
+    """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
+    number of layers, all up to its experts, which are not all there.  `h` float32 [1, H] is the
+    residual stream there.  `x` float32 [1, H] and `weights` float32 [1, k] are those experts' input
+    and weights, and mean nothing where all layers are done.  `indices` int64 [n, k] are the choices
+    of the routers that were asked, this layer's the last; `seconds` are what attention, routers,
+    experts and MLPs took."""
 
     layer: int
     h: Tensor
@@ -387,8 +394,9 @@ class Decoded(NamedTuple):
 
 
 class Kernels:
-    """The native kernels.  Methods allocate their results, may be called from several threads (jobs queue), release the
-    GIL while they run, and raise ValueError for bad arguments before anything is read."""
+    """The native kernels.  Methods allocate their results, may be called from several threads (jobs
+    queue), release the GIL while they run, and raise ValueError for bad arguments before anything
+    is read."""
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
@@ -475,11 +483,13 @@ class Kernels:
             for i in range(self._lib.slotmoe_isa_count())
             if self._lib.slotmoe_isa_supported(i)
         )
-        """Instruction sets that this machine can run, best first: among avx512vnni, avx2, portable."""
+        """Instruction sets that this machine can run, best first: among avx512vnni, avx2,
+        portable."""
 
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
-        """Seconds spent inside each native function while this is open, by name; the rest of a step is Python and torch."""
+        """Seconds spent inside each native function while this is open, by name; the rest of a step
+        is Python and torch."""
         seconds: dict[str, float] = {}
         plain = dict(self._functions)
 
@@ -527,14 +537,16 @@ class Kernels:
         self._lib.slotmoe_set_threads(count)
 
     def read(self, memory: Tensor) -> None:
-        """Read every byte of uint8 [n] with all threads: what the kernels' speed is held against."""
+        """Read every byte of uint8 [n] with all threads: what the kernels' speed is held
+        against."""
         _check("memory", memory, torch.uint8, ndim=1)
         self._lib.slotmoe_read(memory.data_ptr(), memory.numel())
 
     def linear_nf4(
         self, x: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor, n: int
     ) -> Tensor:
-        """x float32 [T, K], codes and absmax of W [n, K] as tiles16, levels float32 [16] -> float32 [T, n] = x W^T."""
+        """x float32 [T, K], codes and absmax of W [n, K] as tiles16, levels float32 [16] -> float32
+        [T, n] = x W^T."""
         _check("x", x, torch.float32, ndim=2)
         t, k = x.shape
         _count("K", k)
@@ -550,7 +562,8 @@ class Kernels:
     def pack_int8(
         self, w: Tensor, empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
     ) -> PackedInt8:
-        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load), in memory from `empty`."""
+        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load), in
+        memory from `empty`."""
         _check("w", w, torch.int8, ndim=2)
         n, k = w.shape
         _count("N", n)
@@ -561,7 +574,8 @@ class Kernels:
         return PackedInt8(data, n, k)
 
     def linear_int8(self, x: Tensor, w: PackedInt8, scale: Tensor) -> Tensor:
-        """x float32 [T, K], packed int8 W [N, K], scale float32 [N] -> float32 [T, N] = x (W * scale)^T."""
+        """x float32 [T, K], packed int8 W [N, K], scale float32 [N] -> float32 [T, N] = x (W *
+        scale)^T."""
         _check("w", w.data, torch.int8, (-(-w.n // TILE), -(-w.k // BLOCK), TILE * BLOCK))
         _check("x", x, torch.float32, ndim=2)
         if x.shape[1] != w.k:
@@ -574,7 +588,8 @@ class Kernels:
         return y
 
     def linear_dense(self, x: Tensor, w: Tensor) -> Tensor:
-        """x float32 [T, K], W [N, K] float32, float16 or bfloat16 -> float32 [T, N] = x W^T, nothing quantized."""
+        """x float32 [T, K], W [N, K] float32, float16 or bfloat16 -> float32 [T, N] = x W^T,
+        nothing quantized."""
         _check("x", x, torch.float32, ndim=2)
         n, k, kind = _source(w)
         if x.shape[1] != k:
@@ -601,8 +616,9 @@ class Kernels:
     def mlp(
         self, x: Tensor, w: Mlp, residual: Tensor | None = None, others: Tensor | None = None
     ) -> Tensor:
-        """x float32 [T, H] -> y = down(silu(gate x) * up x), float32 [T, H]; with a `residual` [T, H] residual + y, and with
-        `others` [T, H] too residual + (others + y): one rounding a sum, as torch adds."""
+        """x float32 [T, H] -> y = down(silu(gate x) * up x), float32 [T, H]; with a `residual` [T,
+        H] residual + y, and with `others` [T, H] too residual + (others + y): one rounding a sum,
+        as torch adds."""
         _check("x", x, torch.float32, (len(x), w.hidden))
         if residual is not None:
             _check("residual", residual, torch.float32, x.shape)
@@ -625,8 +641,8 @@ class Kernels:
     ) -> Tensor:
         """x float32 [H], k records uint8 [>= record_bytes], weights float32 [k] -> float32 [H].
 
-        The sum over experts of weight * down(silu(gate x) * up x), in the order given: bitwise `weighted_sum` of
-        `experts_each` over any split of the experts.
+        The sum over experts of weight * down(silu(gate x) * up x), in the order given: bitwise
+        `weighted_sum` of `experts_each` over any split of the experts.
         """
         _check("weights", weights, torch.float32, (len(records),))
         y = torch.empty_like(x)
@@ -673,7 +689,8 @@ class Kernels:
         )
 
     def weighted_sum(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """outputs float32 [T, k, H], weights float32 [T, k] -> float32 [T, H]: products added one by one in order, from zero."""
+        """outputs float32 [T, k, H], weights float32 [T, k] -> float32 [T, H]: products added one
+        by one in order, from zero."""
         _check("outputs", outputs, torch.float32, ndim=3)
         t, k, hidden = outputs.shape
         _count("H", hidden)
@@ -689,8 +706,9 @@ class Kernels:
     def experts_by_slot(
         self, x: Tensor, slab: Tensor, slots: Tensor, intermediate: int, levels: Tensor, y: Tensor
     ) -> None:
-        """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S, >= record_bytes]), unweighted,
-        into y float32 [T, k, H]: slots int32 [T, k] names their rows; where it is negative, y is left as it is.
+        """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S,
+        >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [T, k] names their
+        rows; where it is negative, y is left as it is.
 
         Each row is bitwise what `experts_each` gives for it.
         """
@@ -717,10 +735,11 @@ class Kernels:
         )
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
-        """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R, P)] (rows may be strided).
+        """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
+        P)] (rows may be strided).
 
-        Each part, latent and rope columns, is rotated by an orthogonal matrix and rounded to 8 bits with one float32 scale
-        (attention.h); a part with NaN or infinity gets the scale NaN.
+        Each part, latent and rope columns, is rotated by an orthogonal matrix and rounded to 8 bits
+        with one float32 scale (attention.h); a part with NaN or infinity gets the scale NaN.
         """
         _check("latent", latent, torch.float32, ndim=2)
         t, width = latent.shape
@@ -739,9 +758,10 @@ class Kernels:
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache.
 
-        q float32 [T, heads, R + P], R = `latent`; cache uint8 [capacity, latent_bytes(R, P)] of rows from `store_latents`,
-        which may be strided -> float32 [T, heads, R] = softmax(scale * q rows^T) rows[:, :R], token t over the first
-        `context` - T + t + 1 rows; later rows are not read.  Each token's result is bitwise that of a call of its own.
+        q float32 [T, heads, R + P], R = `latent`; cache uint8 [capacity, latent_bytes(R, P)] of
+        rows from `store_latents`, which may be strided -> float32 [T, heads, R] = softmax(scale * q
+        rows^T) rows[:, :R], token t over the first `context` - T + t + 1 rows; later rows are not
+        read.  Each token's result is bitwise that of a call of its own.
         """
         _check("q", q, torch.float32, ndim=3)
         tokens, heads, width = q.shape
@@ -763,7 +783,8 @@ class Kernels:
         return out
 
     def rotate(self, x: Tensor, table: Tensor) -> Tensor:
-        """x float32 [T, heads, P], table complex64 [T, P / 2] -> the pairs (x0, x1), (x2, x3), ... times the table."""
+        """x float32 [T, heads, P], table complex64 [T, P / 2] -> the pairs (x0, x1), (x2, x3), ...
+        times the table."""
         _check("x", x, torch.float32, ndim=3)
         t, heads, p = x.shape
         if p % 2:
@@ -785,13 +806,15 @@ class Kernels:
         caches: Sequence[Tensor],
         positions: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One token of each of T sequences through a layer's attention: h float32 [T, H] -> y = h + attention(rms_norm(h)),
-        x = rms_norm(y), both float32 [T, H], and the router's logits x gate^T, float32 [T, E] or None.
+        """One token of each of T sequences through a layer's attention: h float32 [T, H] -> y = h +
+        attention(rms_norm(h)), x = rms_norm(y), both float32 [T, H], and the router's logits x
+        gate^T, float32 [T, E] or None.
 
-        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent row is written to its sequence's cache (uint8
-        [capacity, latent_bytes(R, P)], rows may be strided, alike in all) at its position, and rows up to it are attended to.
-        Bitwise what rms_norm, the linear layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the
-        other, and what each token gives alone.
+        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent row is written to
+        its sequence's cache (uint8 [capacity, latent_bytes(R, P)], rows may be strided, alike in
+        all) at its position, and rows up to it are attended to. Bitwise what rms_norm, the linear
+        layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the other,
+        and what each token gives alone.
         """
         t = len(caches)
         _count("T", t)
@@ -823,7 +846,8 @@ class Kernels:
         return y, x, logits
 
     def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-        """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and of equals the lower index."""
+        """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and
+        of equals the lower index."""
         _check("logits", logits, torch.float32, ndim=2)
         t, experts = logits.shape
         router.check(experts)
@@ -854,12 +878,14 @@ class Kernels:
         slots: Tensor,
         levels: Tensor,
     ) -> Decoded:
-        """One token through the layers from `first` on, up to one whose experts are not all there: h float32 [1, H].
+        """One token through the layers from `first` on, up to one whose experts are not all there:
+        h float32 [1, H].
 
-        `table` complex64 [1, P / 2] is its position's rotations; its latent rows are written at `position` of `caches`, uint8
-        [layers, capacity, latent_bytes(R, P)].  `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >=
-        record_bytes], coded by `levels`, float32 [16]) an expert's record is in, negative if none.  Bitwise what `attention`,
-        `route`, `experts_decode` and `mlp` give layer by layer.
+        `table` complex64 [1, P / 2] is its position's rotations; its latent rows are written at
+        `position` of `caches`, uint8 [layers, capacity, latent_bytes(R, P)].  `slots` int32 [MoE
+        layers, E] says which row of `slab` (uint8 [S, >= record_bytes], coded by `levels`, float32
+        [16]) an expert's record is in, negative if none.  Bitwise what `attention`, `route`,
+        `experts_decode` and `mlp` give layer by layer.
         """
         layers = len(model.routed)
         if not 0 <= first < layers:
@@ -913,8 +939,9 @@ class Kernels:
         )
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
-        """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads * per_head] -> float32
-        [T, heads, R]: each head's query times its first n rows of kv_b * scale."""
+        """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads *
+        per_head] -> float32 [T, heads, R]: each head's query times its first n rows of kv_b *
+        scale."""
         _check("q", q, torch.float32, ndim=3)
         t, heads, n = q.shape
         per_head, r = self._per_head(heads, n, kv_b, scale)
@@ -924,8 +951,8 @@ class Kernels:
         return out
 
     def absorb_value(self, latent: Tensor, kv_b: Tensor, scale: Tensor, n: int) -> Tensor:
-        """latent float32 [T, heads, R], kv_b and scale as for `absorb_query` -> float32 [T, heads, per_head - n]: each
-        head's latent through its rows of kv_b * scale past the first n."""
+        """latent float32 [T, heads, R], kv_b and scale as for `absorb_query` -> float32 [T, heads,
+        per_head - n]: each head's latent through its rows of kv_b * scale past the first n."""
         _check("latent", latent, torch.float32, ndim=3)
         t, heads = latent.shape[:2]
         per_head, r = self._per_head(heads, n, kv_b, scale)
@@ -950,8 +977,9 @@ class Kernels:
     def quantize_nf4(self, source: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
 
-        Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K is a multiple of 64.
-        ValueError when the source holds NaN or infinity, or a block's absmax does not fit float16.
+        Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K
+        is a multiple of 64. ValueError when the source holds NaN or infinity, or a block's absmax
+        does not fit float16.
         """
         n, k, kind = _source(source)
         levels = torch.tensor(LEVELS) if levels is None else levels
@@ -965,7 +993,8 @@ class Kernels:
         return codes, absmax
 
     def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax / 127.
+        """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
+        / 127.
 
         A row of zeros gets scale 0.  ValueError when the source holds NaN or infinity.
         """
@@ -982,8 +1011,8 @@ class Kernels:
     def nf4_error(
         self, source: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor
     ) -> tuple[float, float]:
-        """Sum of the squared differences between ``source``, [N, K] in any of its dtypes, and its NF4 weight, and sum of the
-        source's squares; float64 throughout."""
+        """Sum of the squared differences between ``source``, [N, K] in any of its dtypes, and its
+        NF4 weight, and sum of the source's squares; float64 throughout."""
         n, k, kind = _source(source)
         _check("codes", codes, torch.uint8, codes_shape(n, k))
         _check("absmax", absmax, torch.float16, absmax_shape(n, k))

@@ -1,9 +1,11 @@
-"""Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long latent cache.
+"""Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long
+latent cache.
 
-The context is split over programs (flash decoding); how depends on its length alone, so a result does not change with
-anything else.  Keys and values are the fp16 latent rows themselves.  Where a kernel takes ``where`` (int64 [2] on the device:
-the token's position, the address of its layer 0's row 0), one captured graph serves every position and every sequence.
-Shapes: T tokens, H heads, N and V width of a head's unrotated query and value, P of its rotated part, R latent, X = N + V.
+The context is split over programs (flash decoding); how depends on its length alone, so a result
+does not change with anything else.  Keys and values are the fp16 latent rows themselves.  Where a
+kernel takes ``where`` (int64 [2] on the device: the token's position, the address of its layer 0's
+row 0), one captured graph serves every position and every sequence. Shapes: T tokens, H heads, N
+and V width of a head's unrotated query and value, P of its rotated part, R latent, X = N + V.
 """
 
 import triton
@@ -77,8 +79,9 @@ def queries(
     q_ptr, c_ptr, table_ptr, norm_ptr, eps, w_ptr, scale_ptr, where_ptr, layer_bytes, y_ptr, H, N, P, R, X,
     SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, LATENT: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token, from its projections q [H * (N + P)] and c [R + P]: each head's absorbed query and rotated part into
-    y [H, R + P]; the last head's program norms the latent, rotates the key and writes both into the cache."""
+    """One token, from its projections q [H * (N + P)] and c [R + P]: each head's absorbed query and
+    rotated part into y [H, R + P]; the last head's program norms the latent, rotates the key and
+    writes both into the cache."""
     block, head = tl.program_id(0), tl.program_id(1)
     W = R + P
     i = tl.arange(0, PAIRS)
@@ -115,9 +118,11 @@ def attend(
     q_ptr, rows_ptr, where_ptr, layer_bytes, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
     WHERE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R], best score and total weight.
+    """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R],
+    best score and total weight.
 
-    Queries are scaled to at most 1 before they become fp16, and their scores back, so that no size overflows.
+    Queries are scaled to at most 1 before they become fp16, and their scores back, so that no size
+    overflows.
     """
     split, t = tl.program_id(0), tl.program_id(2)
     W = R + P
@@ -209,8 +214,8 @@ def values(
     o_ptr, best_ptr, total_ptr, where_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
     PARTS: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T, H, R], or made of one
-    token's splits if PARTS."""
+    """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T,
+    H, R], or made of one token's splits if PARTS."""
     head, t = tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, LATENT)
     if PARTS:

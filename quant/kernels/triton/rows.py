@@ -1,9 +1,11 @@
-"""Triton kernels for one token: products of weights with one row of activations, bound by the read of the weights.
+"""Triton kernels for one token: products of weights with one row of activations, bound by the read
+of the weights.
 
-A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are stored; a code becomes a
-number in a register.  ``slotmoe.quant.backends.triton`` launches these and knows what the arguments mean; only it imports this module.
-Shapes: K columns, N rows of a weight; kinds of weight as below.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words,
-word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
+stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton`` launches these and
+knows what the arguments mean; only it imports this module. Shapes: K columns, N rows of a weight;
+kinds of weight as below.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words, word
+16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
 """
 
 import triton
@@ -23,7 +25,8 @@ def silu(x):
 
 @triton.jit
 def nf4_shift(j):
-    """By how many bits column 8 t + j stands above the bottom of its word: high nibbles are columns 0 to 3, low ones 4 to 7."""
+    """By how many bits column 8 t + j stands above the bottom of its word: high nibbles are columns
+    0 to 3, low ones 4 to 7."""
     return tl.where(j < 4, 8 * j + 4, 8 * j - 32)
 
 
@@ -123,7 +126,8 @@ def linear(
     x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr, r_ptr, r2_ptr, y_ptr, K,
     KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr, RESIDUALS: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], normed with g if NORM (STORE keeps that row too), plus r, or r + (r2 + .)."""
+    """y [N + N2] = both weights times x [K], normed with g if NORM (STORE keeps that row too), plus
+    r, or r + (r2 + .)."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
@@ -140,7 +144,7 @@ def linear(
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
-        if STORE:  # noqa: SIM102 (a condition at compile time and one at run time)
+        if STORE:
             if tile == 0:
                 for first in range(0, K, 512):
                     k = first + tl.arange(0, 512)
@@ -216,7 +220,8 @@ def experts_down(
 
 @triton.jit
 def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
-    """out [T, D] = sum of weight times output in the gate's order; to be compiled without contraction into multiply-adds."""
+    """out [T, D] = sum of weight times output in the gate's order; to be compiled without
+    contraction into multiply-adds."""
     t = tl.program_id(1)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = d < D
@@ -232,7 +237,8 @@ def route(
     logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of equals first.
+    """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of
+    equals first.
 
     GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
     """

@@ -1,9 +1,10 @@
 """Triton kernels for many tokens: matrix products on tensor cores, weights decoded in registers.
 
-A program makes BM rows by BN columns of a product, 64 weights of a row at a time: bfloat16 operands, float32 sums.  A row's
-result does not depend on the rows beside it.  Grouped products take rows of many groups at once, each group with a weight
-of its own.  WIDEN: round to bfloat16 but hold and multiply as float32, which is the same; Triton's interpreter multiplies no
-bfloat16 and cuts off what should be rounded.
+A program makes BM rows by BN columns of a product, 64 weights of a row at a time: bfloat16
+operands, float32 sums.  A row's result does not depend on the rows beside it.  Grouped products
+take rows of many groups at once, each group with a weight of its own.  WIDEN: round to bfloat16 but
+hold and multiply as float32, which is the same; Triton's interpreter multiplies no bfloat16 and
+cuts off what should be rounded.
 """
 
 import triton
@@ -68,7 +69,8 @@ def _product(
     BN: tl.constexpr = n.shape[0]
     total = tl.full([BM, BN], 0, tl.float32)
     x_ptr += row.to(tl.int64)[:, None] * K
-    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a processor hide the wait.
+    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a
+    # processor hide the wait.
     STAGES: tl.constexpr = 1 if KIND == NF4 else 3
     for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
@@ -116,7 +118,8 @@ def gate_up(
 
 @triton.jit
 def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
-    """Which group the ``tile``-th tile of BM rows belongs to (G: none), and its first and the group's last row + 1."""
+    """Which group the ``tile``-th tile of BM rows belongs to (G: none), and its first and the
+    group's last row + 1."""
     g = tl.arange(0, GROUPS)
     start = tl.load(starts_ptr + g, mask=g < G, other=0)
     size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
@@ -134,7 +137,8 @@ def experts_gate_up(
     record_bytes, up_at, gate_absmax_at, up_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """y bfloat16 [rows, N] = silu(gate x) * (up x), each row's x by ``tokens`` and its weights by its group's slot."""
+    """y bfloat16 [rows, N] = silu(gate x) * (up x), each row's x by ``tokens`` and its weights by
+    its group's slot."""
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
     if group < G:
         record_ptr = slab_ptr + tl.load(slots_ptr + group).to(tl.int64) * record_bytes
