@@ -1,33 +1,33 @@
-"""The graphics card behind a small seam: memory, streams, events, and whether there is a card that
-can be used.
+"""What the engine asks of the device that computes: memory, streams, events.
 
 The engine orders its work by two streams and never asks which library they come from:
 
-    compute   kernels, in the order in which they are launched, and small transfers between two of them
-    copies    records from RAM into slots, one after the other, nothing else: small copies between large ones slow both
+    compute   kernels, in the order in which they are launched, and small transfers between two
+    copies    records from RAM into slots, one after the other, and nothing else, since small copies
+              between large ones slow both
 
 ``copy`` starts after an event of the compute stream (the slot's last reader has been launched
 before it) and returns an event that ``wait`` makes the compute stream wait for.  The host waits
-only where it has to decide: ``Download.get``. ``tests/twin.py`` has a twin in RAM whose copies take
-as long, or fail as often, as a test wants.
+only where it has to decide: ``Download.get``.  On a CPU everything has happened when a call
+returns.  ``tests/support/twin.py`` is a device in RAM whose copies take as long, or fail as often,
+as a test wants.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ConfigError, DeviceError
+from slotmoe.offload.tiers.memory import Arena, Touching, in_large_pages, page_aligned
 from slotmoe.quant.backends import pick_ops
 from slotmoe.quant.backends.base import TorchOps
 
-MIN_CAPABILITY = 7, 0
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class Event(Protocol):
@@ -55,9 +55,21 @@ class Download(Protocol):
         """The tensor in RAM; blocks until it is there."""
 
 
+class SlotEntries(Protocol):
+    """A slot table on the device.  Entries change by kernels that carry their value, never by
+    copies, which would wait for records' copies."""
+
+    tensor: Tensor  # int32 [MoE layers, E]
+
+    def set(self, expert_id: int, slot: int) -> None: ...
+
+    def load(self, slots: list[int]) -> None:
+        """Set all entries."""
+
+
 @dataclass(frozen=True)
-class CardMemory:
-    """Bytes: ``free`` and ``total`` of the card; of this process's tensors those ``allocated`` now,
+class DeviceMemory:
+    """Bytes: ``free`` and ``total`` of a GPU; of this process's tensors those ``allocated`` now,
     their ``peak`` so far, and what its allocator has ``reserved`` for them.  What is neither is the
     CUDA context and other programs."""
 
@@ -74,19 +86,38 @@ class CardMemory:
         return max(0, self.total - self.free - self.reserved)
 
 
-class Card(Protocol):
-    """One card.  ``device`` is where its tensors live.  ``copy``, ``pin`` and ``empty`` may be
-    called from any thread."""
+class Device(Protocol):
+    """``device`` is where its tensors live, ``tier`` the memory that its slots take (``ram`` or
+    ``vram``).  ``queues``: kernels are only queued when a call returns.  ``copy``, ``pin`` and
+    ``empty`` may be called from any thread."""
 
     device: torch.device
     name: str
+    tier: str
+    queues: bool
 
-    def ops(self, kernels: str, threads: int | None) -> TorchOps:
-        """Who multiplies on this card; ``kernels`` and ``threads`` as for
-        ``slotmoe.quant.backends.pick_ops``."""
+    def backend(self, kernels: str, threads: int | None) -> TorchOps:
+        """What multiplies here; ``kernels`` and ``threads`` as for ``pick_ops``."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory on the card.  Raises ``torch.OutOfMemoryError``."""
+        """Memory on the device.  Raises ``torch.OutOfMemoryError``."""
+
+    def weights(self) -> Empty:
+        """An allocator for many weights that stay."""
+
+    def touching(self, slab: Tensor, ready: int) -> Touching | None:
+        """A thread that makes a slab's memory present behind its first ``ready`` bytes, or None
+        where it is all there."""
+
+    def slot_entries(self, layers: int, experts: int) -> SlotEntries:
+        """A slot table, -1 everywhere."""
+
+    def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
+        """int32 [experts] on the device: ``slots`` by expert, -1 elsewhere."""
+
+    def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
+        """What ``step`` gives, computed.  Raises ``DeviceError`` if the device fails; ``ways_out``
+        is what could be asked for instead."""
 
     def record(self) -> Event:
         """The point after all kernels launched so far."""
@@ -96,7 +127,7 @@ class Card(Protocol):
         known to have failed."""
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Copy:
-        """Copy ``source`` (in RAM, unchanged until the event is done) to ``target`` on the card,
+        """Copy ``source`` (in RAM, unchanged until the event is done) to ``target`` on the device,
         once ``after`` has happened."""
 
     def download(self, tensor: Tensor) -> Download:
@@ -111,7 +142,8 @@ class Card(Protocol):
     def unpin(self, memory: Tensor) -> None:
         """Undo ``pin``."""
 
-    def memory(self) -> CardMemory: ...
+    def memory(self) -> DeviceMemory | None:
+        """A GPU's memory; None where the device's memory is RAM."""
 
     def release(self) -> None:
         """Give what the allocator keeps for later back to the driver."""
@@ -120,221 +152,99 @@ class Card(Protocol):
         """Block the host until all streams are idle."""
 
 
-class _CudaEvent:
-    def __init__(self, event: Any):
-        self.event = event
+class _Done:
+    """What has happened already: an event, a copy."""
+
+    seconds = 0.0
 
     def done(self) -> bool:
-        return bool(self.event.query())
+        return True
 
     def synchronize(self) -> None:
-        self.event.synchronize()
+        pass
 
 
-class _CudaCopy(_CudaEvent):
-    def __init__(self, started: Any, ended: Any):
-        super().__init__(ended)
-        self._started = started
+class _Here:
+    """A tensor that is in RAM already."""
 
-    @property
-    def seconds(self) -> float:
-        return float(self._started.elapsed_time(self.event)) / 1e3
-
-
-class _CudaDownload:
     def __init__(self, tensor: Tensor):
-        # torch keeps pinned memory until the stream has used it, here and in ``upload``.
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-            tensor, non_blocking=True
-        )
-        self._event = torch.cuda.current_stream(tensor.device).record_event()
+        self._tensor = tensor
 
     def get(self) -> Tensor:
-        self._event.synchronize()
-        return self._host
+        return self._tensor
 
 
-class CudaCard:
-    """A CUDA device; compute is the stream that is current where kernels are launched."""
+class CpuEntries:
+    """A slot table in RAM."""
 
-    def __init__(self, index: int = 0):
-        self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
-        self._copies = torch.cuda.Stream(self.device)
-        if torch.cuda.memory_allocated(self.device) == 0:
-            torch.cuda.reset_peak_memory_stats(self.device)
+    def __init__(self, layers: int, experts: int):
+        self._slots = np.full((layers, experts), -1, np.int32)
+        self.tensor = torch.from_numpy(self._slots)
 
-    def ops(self, kernels: str, threads: int | None) -> TorchOps:
+    def set(self, expert_id: int, slot: int) -> None:
+        self._slots.flat[expert_id] = slot
+
+    def load(self, slots: list[int]) -> None:
+        self._slots.flat[:] = slots
+
+
+class CpuDevice:
+    """The CPU: its memory is RAM, and every call has done its work when it returns."""
+
+    device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
+    _done = _Done()
+
+    def backend(self, kernels: str, threads: int | None) -> TorchOps:
         return pick_ops(self.device, kernels, threads)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return in_large_pages(shape, dtype)
+
+    def weights(self) -> Empty:
+        return Arena().empty
+
+    def touching(self, slab: Tensor, ready: int) -> Touching | None:
+        return Touching(slab.view(-1), ready) if ready < slab.nbytes else None
+
+    def slot_entries(self, layers: int, experts: int) -> SlotEntries:
+        return CpuEntries(layers, experts)
+
+    def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
+        table = [-1] * experts
+        for expert, slot in slots.items():
+            table[expert] = slot
+        return torch.tensor(table, dtype=torch.int32)
+
+    def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
+        return step()
 
     def record(self) -> Event:
-        return _CudaEvent(torch.cuda.current_stream(self.device).record_event())
+        return self._done
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, _CudaEvent)
-        torch.cuda.current_stream(self.device).wait_event(event.event)
+        pass
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Copy:
-        assert isinstance(after, _CudaEvent)
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_event(after.event)
-            started.record()
-            target.copy_(source, non_blocking=True)
-            ended.record()
-        return _CudaCopy(started, ended)
+        target.copy_(source)
+        return self._done
 
     def download(self, tensor: Tensor) -> Download:
-        return _CudaDownload(tensor)
+        return _Here(tensor)
 
     def upload(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
     def pin(self, memory: Tensor) -> bool:
-        # Registered in place: pinning memory that exists costs no second copy of it.
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
-            return True
-        with suppress(
-            RuntimeError
-        ):  # CUDA keeps a refusal for this thread's next launch to report: here is one that hears it
-            torch.zeros(1, device=self.device)
-        return False
+        return True
 
     def unpin(self, memory: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        pass
 
-    def memory(self) -> CardMemory:
-        free, total = torch.cuda.mem_get_info(self.device)
-        allocated, reserved = (
-            torch.cuda.memory_allocated(self.device),
-            torch.cuda.memory_reserved(self.device),
-        )
-        return CardMemory(
-            free, total, allocated, reserved, torch.cuda.max_memory_allocated(self.device)
-        )
+    def memory(self) -> DeviceMemory | None:
+        return None
 
     def release(self) -> None:
-        torch.cuda.empty_cache()
+        pass
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-
-@dataclass(frozen=True)
-class CudaFacts:
-    """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one;
-    ``capability`` and ``architectures`` (like ``sm_90``) are the first card's and those that this
-    torch has kernels for."""
-
-    torch: str
-    built: bool
-    problem: str = ""
-    name: str = ""
-    capability: tuple[int, int] = (0, 0)
-    architectures: tuple[str, ...] = ()
-
-
-def cuda_facts() -> CudaFacts:
-    """Ask torch, and the driver through it."""
-    if not torch.backends.cuda.is_built():
-        return CudaFacts(torch.__version__, built=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns of an old driver first; ``init`` then says the same as an error
-            torch.cuda.init()
-            if torch.cuda.device_count() == 0:
-                return CudaFacts(
-                    torch.__version__, True, "the driver shows no card to this process"
-                )
-            name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
-    except (RuntimeError, AssertionError) as problem:
-        return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
-    return CudaFacts(
-        torch.__version__, True, "", name, capability, tuple(torch.cuda.get_arch_list())
-    )
-
-
-def why_not(facts: CudaFacts) -> str:
-    """Why no card can be used; empty if one can."""
-    if not facts.built:
-        return f"torch {facts.torch} here was built without CUDA; a CUDA build of torch is needed for a GPU"
-    if facts.problem:
-        return f"torch can't use CUDA: {facts.problem}"
-    told = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
-    if facts.capability < MIN_CAPABILITY:
-        return f"{told}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
-    if not any(_runs(one, facts.capability) for one in facts.architectures):
-        known = ", ".join(facts.architectures)
-        return f"{told}, for which torch {facts.torch} has no kernels (it has {known}); install another build of torch"
-    return ""
-
-
-def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (any later one) run on a
-    card."""
-    kind, _, digits = architecture.partition("_")
-    digits = digits.rstrip("af")
-    if not digits.isdecimal():
-        return False
-    built = divmod(int(digits), 10)
-    return (
-        built <= capability
-        if kind == "compute"
-        else built[0] == capability[0] and built <= capability
-    )
-
-
-def choose_device(wanted: str, make: Callable[[], Card] = CudaCard) -> tuple[Card | None, str]:
-    """The card to compute on, None for the CPU, and why, as one clause.  Raises ``ConfigError`` if
-    ``cuda`` is asked for in vain."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {wanted!r:.40} is unknown, expected auto, cpu or cuda")
-    if wanted == "cpu":
-        return None, "as asked"
-    facts = cuda_facts()
-    reason = why_not(facts)
-    if reason and wanted == "cuda":
-        raise ConfigError(f"device cuda: {reason}; or use --device cpu")
-    if reason:
-        return None, reason
-    card = make()
-    return card, "as asked" if wanted == "cuda" else f"{facts.name} is here"
-
-
-def compute(card: Card, step: Callable[[], Tensor], ways_out: str) -> Tensor:
-    """What ``step`` gives, computed; once more, with what the allocator has kept given back, where
-    the card had no memory left.
-
-    Raises ``DeviceError`` if the card fails; ``ways_out`` is what could be asked for instead."""
-
-    def once() -> Tensor:
-        result = step()
-        card.record().synchronize()  # what fails in a kernel fails here
-        return result
-
-    try:
-        try:
-            return once()
-        except torch.OutOfMemoryError:
-            pass  # the tensors of its frames are free after this block
-        card.release()
-        return once()
-    except torch.OutOfMemoryError:
-        raise DeviceError(
-            f"{card.name} has no memory left in the middle of a step ({card.memory().free >> 20} MiB free): another program has taken it; "
-            f"end that, or open the model with {ways_out}"
-        ) from None
-    except RuntimeError as problem:
-        if "CUDA" not in str(problem):
-            raise
-        told = str(problem).partition("\n")[0]
-        raise DeviceError(f"{card.name} failed ({told}); start the program again") from None
-
-
-def full(card: Card, shape: tuple[int, ...], value: int) -> Tensor:
-    """int32 on the card, ``value`` everywhere: set by a kernel, without a copy."""
-    return card.empty(shape, torch.int32).fill_(value)
+        pass

@@ -18,44 +18,32 @@ from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.offload.tiers.device import Copy
 from slotmoe.quant.export.reader import Export
 
-DEMAND, WARM = (
-    0,
-    1 << 30,
-)  # urgencies; prefetches lie between them, the number of layers until their use
+# Urgencies; prefetches lie between them, the number of layers until their use.
+DEMAND, WARM = 0, 1 << 30
 READERS = 8
-PIECE_BYTES = (
-    1 << 20
-)  # records are read in pieces, so that one missing expert too is worth several reads in flight
+# Records are read in pieces, so that one missing expert too is worth several reads in flight.
+PIECE_BYTES = 1 << 20
 
 
 class Read:
     """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
-    says why not; on a card it can be used by kernels that wait for ``copy`` first."""
+    says why not; on a GPU it can be used by kernels that wait for ``copy`` first."""
 
     __slots__ = (
-        "after",
-        "buffer",
-        "cancelled",
-        "copy",
-        "done",
-        "error",
-        "key",
-        "outstanding",
-        "started",
-        "taken",
-        "urgency",
-    )
+        "after", "buffer", "cancelled", "copy", "done", "error", "expert_id", "outstanding",
+        "started", "taken", "urgency",
+    )  # fmt: skip
 
     def __init__(
         self,
-        key: int,
+        expert_id: int,
         buffer: memoryview,
         urgency: int,
         after: Callable[[bool], None] | None = None,
     ):
         # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read
         # failed or was given up.
-        self.key, self.buffer, self.urgency, self.after = key, buffer, urgency, after
+        self.expert_id, self.buffer, self.urgency, self.after = expert_id, buffer, urgency, after
         self.taken = self.outstanding = 0  # bytes given to readers, pieces being read
         self.started = self.done = self.cancelled = False
         self.error: BaseException | None = None
@@ -94,10 +82,10 @@ class DiskReader:
         for thread in self._threads:
             thread.start()
 
-    def read(self, key: int, target: Tensor, urgency: int) -> Read:
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
         """A read of one record into ``target``, uint8 [record_bytes] in RAM; ``submit`` starts
         it."""
-        return Read(key, target.numpy().data, urgency)
+        return Read(expert_id, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
         """Queue reads; those of urgency ``DEMAND`` overtake all others."""
@@ -107,7 +95,7 @@ class DiskReader:
                 if not (self._helps and read.urgency == DEMAND):
                     self._work.notify(max(1, self.record_bytes // self._piece))
 
-    def hasten(self, read: Read) -> None:
+    def promote(self, read: Read) -> None:
         """A prefetch has become a demand."""
         with self._lock:
             if read.urgency != DEMAND and not read.done:
@@ -209,7 +197,7 @@ class DiskReader:
         problem: BaseException | None = None
         try:
             if stop > start:
-                self._export.read_range(*self._place(read.key), start, read.buffer[start:stop])
+                self._export.read_range(*self._place(read.expert_id), start, read.buffer[start:stop])
         except (
             BaseException
         ) as raised:  # also Ctrl-C in a thread that helps: others may wait for this read
@@ -236,8 +224,8 @@ class DiskReader:
         if problem is not None and not isinstance(problem, Exception):
             raise problem
 
-    def _place(self, key: int) -> tuple[int, int]:
-        row, expert = divmod(key, self._export.experts)
+    def _place(self, expert_id: int) -> tuple[int, int]:
+        row, expert = divmod(expert_id, self._export.experts)
         return self._export.layers[row], expert
 
     def _finish(self, read: Read) -> None:
@@ -253,7 +241,7 @@ class DiskReader:
                 read.after(arrived)
 
     def _verify(self, read: Read) -> None:
-        layer, expert = self._place(read.key)
+        layer, expert = self._place(read.expert_id)
         if read.error is None:
             try:
                 if read.buffer:
@@ -270,11 +258,11 @@ class DiskReader:
 class Source(Protocol):
     """Where ``Slots`` gets records from: ``DiskReader`` or ``HostTier``."""
 
-    def read(self, key: int, target: Tensor, urgency: int) -> Read: ...
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read: ...
 
     def submit(self, reads: Iterable[Read]) -> None: ...
 
-    def hasten(self, read: Read) -> None: ...
+    def promote(self, read: Read) -> None: ...
 
     def advance(self, tokens: int) -> None: ...
 

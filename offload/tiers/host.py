@@ -1,9 +1,9 @@
-"""The host tier: experts in RAM between the disk and a card's slots.
+"""The host tier: experts in RAM between the disk and a GPU's slots.
 
-A record comes from the disk into a slot here and goes on from there, on the card's stream of
-copies, as soon as its last byte has arrived; no thread waits for the copy.  The host slot can be
-used for another record when the copy is done, which is looked at when a slot is needed.  Records
-can also be *lent*: they stay here, for the CPU to compute with.
+A record comes from the disk into a slot here and goes on from there, on the GPU's stream of copies,
+as soon as its last byte has arrived; no thread waits for the copy.  The slot can take another
+record when the copy is done, which is checked when a slot is needed.  A record can also be
+*acquired*: it stays here, and the CPU computes with it.
 
 RAM is page-locked piece by piece, each when all its records have been written: a first token need
 not wait for all of it, and no page is locked before it exists.
@@ -22,7 +22,7 @@ from torch import Tensor
 from slotmoe.errors import DeviceError
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
-from slotmoe.offload.tiers.device import Card, Copy, Event
+from slotmoe.offload.tiers.device import Copy, Device, Event
 from slotmoe.offload.tiers.disk import DEMAND, DiskReader, Read
 from slotmoe.offload.tiers.memory import page_aligned
 from slotmoe.offload.tiers.slots import Table
@@ -31,116 +31,105 @@ PIN_BYTES = 64 << 20
 
 
 class HostTier:
-    """Experts in RAM under a cache of their own, [cache.slots + transit, record_bytes].
-    ``transit`` slots hold what is on its way; at most so many reads may be under way or lent at
+    """Experts in RAM under a cache of their own, [cache.slots + staging, record_bytes].
+    ``staging`` slots hold what is on its way; at most so many reads may be under way or acquired at
     once.  A ``Read`` is done when its copy has been queued."""
 
-    def __init__(self, disk: DiskReader, cache: Cache, transit: int, card: Card):
-        slab = page_aligned((cache.slots + transit) * disk.record_bytes).view(-1, disk.record_bytes)
-        self._disk, self._table, self._lock, self._card = (
-            disk,
-            Table(cache, slab),
-            threading.Lock(),
-            card,
-        )
-        self._in_use = dict[int, int]()  # cached keys that are being copied or lent, and how often
-        self._copying: deque[tuple[Copy, int, int, bool]] = (
-            deque()
-        )  # copies in their order, with key, slot, cached
-        self._lent: dict[Read, tuple[int, bool]] = {}  # slot, cached
-        self._pinned = _Pinning(slab, card)
-        self.bytes_copied, self.copy_seconds, self.bytes_lent = 0, 0.0, 0
-        self.submit, self.hasten, self.cancel, self.wait = (
-            disk.submit,
-            disk.hasten,
-            disk.cancel,
-            disk.wait,
-        )
+    def __init__(self, disk: DiskReader, cache: Cache, staging: int, device: Device):
+        size, count = disk.record_bytes, cache.slots + staging
+        self.slab = page_aligned(count * size).view(-1, size)
+        self._disk, self._device, self._lock = disk, device, threading.Lock()
+        self.table = Table(cache, self.slab)
+        # Cached expert ids that are being copied or acquired, and how often.
+        self._in_use = dict[int, int]()
+        # Copies in their order, with expert id, slot, and whether it was cached.
+        self._copying: deque[tuple[Copy, int, int, bool]] = deque()
+        self._acquired: dict[Read, tuple[int, bool]] = {}  # slot, cached
+        self._pinned = _Pinning(self.slab, device)
+        self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
+        self.submit, self.promote = disk.submit, disk.promote
+        self.cancel, self.wait = disk.cancel, disk.wait
 
-    def __contains__(self, key: int) -> bool:
-        """Whether ``key`` is in RAM."""
-        return key in self._table.cache
+    def __contains__(self, expert_id: int) -> bool:
+        """Whether the expert is cached in RAM."""
+        return expert_id in self.table.cache
 
     @property
     def cache(self) -> Cache:
-        return self._table.cache
+        return self.table.cache
 
-    def read(self, key: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target`` on the card: from RAM if it is there, and then
-        queued already, else from disk through RAM."""
-        after = self._card.record()  # the slot's last readers have been launched
-        slot, here = self._claim(key)
-        record = self._table.slab[slot]
+    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
+        """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
+        already, else from disk through RAM."""
+        after = self._device.record()  # the slot's last readers have been launched
+        slot, cached = self._claim(expert_id)
 
         def arrived(ok: bool) -> None:
             try:
                 if ok:
                     self._pinned.written(slot)
-                    self._copy(read, record, target, after)
+                    self._copy(read, self.slab[slot], target, after)
             finally:
                 with self._lock:
                     if read.copy is not None:
-                        self._copying.append((read.copy, key, slot, here))
+                        self._copying.append((read.copy, expert_id, slot, cached))
                     else:
-                        self._release(key, slot, here, arrived=False)
+                        self._put_back(expert_id, slot, cached, arrived=False)
 
-        read = Read(key, memoryview(b"") if here else record.numpy().data, urgency, arrived)
-        if here:
+        read = Read(expert_id, self._buffer(slot, cached), urgency, arrived)
+        if cached:
             arrived(True)
             read.done = True
         return read
 
-    def lend(self, key: int) -> Read:
-        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it.
-        ``give_back`` it."""
-        slot, here = self._claim(key)
+    def acquire(self, expert_id: int) -> Read:
+        """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it, and
+        ``release`` ends its use."""
+        slot, cached = self._claim(expert_id)
 
         def arrived(ok: bool) -> None:
             if ok:
                 self._pinned.written(slot)
                 return
             with self._lock:
-                if self._lent.pop(read, None) is not None:
-                    self._release(key, slot, here, arrived=False)
+                if self._acquired.pop(read, None) is not None:
+                    self._put_back(expert_id, slot, cached, arrived=False)
 
-        read = Read(
-            key, memoryview(b"") if here else self._table.slab[slot].numpy().data, DEMAND, arrived
-        )
-        read.done = here
-        self._lent[read] = slot, here
+        read = Read(expert_id, self._buffer(slot, cached), DEMAND, arrived)
+        read.done = cached
+        self._acquired[read] = slot, cached
         return read
 
-    def record(self, read: Read) -> Tensor:
-        """The record, uint8 [record_bytes] in RAM, of a lent read that is done."""
-        return self._table.slab[self._lent[read][0]]
+    def slot(self, read: Read) -> int:
+        """The row of the slab with the record of an acquired read that is done."""
+        return self._acquired[read][0]
 
-    def give_back(self, read: Read) -> None:
-        """The record of a lent read that is done has been used, or is not wanted any more."""
+    def release(self, read: Read) -> None:
+        """The record of an acquired read that is done has been used, or is not wanted any more."""
         with self._lock:
-            if (lent := self._lent.pop(read, None)) is not None:
-                self.bytes_lent += self._disk.record_bytes
-                self._release(read.key, *lent, arrived=read.error is None)
+            if (acquired := self._acquired.pop(read, None)) is not None:
+                self.bytes_acquired += self._disk.record_bytes
+                self._put_back(read.expert_id, *acquired, arrived=read.error is None)
 
     def advance(self, tokens: int) -> None:
-        """A forward pass over more tokens begins; what an interrupted one has borrowed comes
-        back."""
-        for read in list(self._lent):
+        """A pass over more tokens begins; what an interrupted one has acquired is released."""
+        for read in list(self._acquired):
             if not read.done and not self._disk.cancel(read):
                 self._disk.wait([read])
-            self.give_back(read)
+            self.release(read)
         with self._lock:
             self._collect()
-            self._table.cache.advance(tokens)
+            self.cache.advance(tokens)
 
-    def fill(self, keys: Iterable[int]) -> None:
-        """Read ``keys`` that are not here into free room, and wait."""
+    def fill(self, expert_ids: Iterable[int]) -> None:
+        """Read experts that are not cached into free room, and wait."""
         pending: list[Read] = []
         room = self.cache.slots - len(self.cache)
-        for key in (key for key in keys if key not in self.cache):
+        for expert_id in (id for id in expert_ids if id not in self.cache):
             if room <= 0:
                 break
             room -= 1
-            pending.append(self.lend(key))
+            pending.append(self.acquire(expert_id))
             self.submit(pending[-1:])
             if len(pending) == LENT:
                 self._finish(pending)
@@ -150,34 +139,27 @@ class HostTier:
     def _finish(self, pending: list[Read]) -> None:
         for read in self.wait(pending):
             pending.remove(read)
-            self.give_back(read)
-            self.bytes_lent -= self._disk.record_bytes
+            self.release(read)
+            self.bytes_acquired -= self._disk.record_bytes
             if read.error is not None:
                 raise read.error
 
     def bandwidth(self) -> float:
         """Bytes a second at which records come, by what share of them was in RAM so far."""
-        looked = self.cache.hits + self.cache.misses
-        from_disk = self.cache.misses / looked if looked else 1.0
+        lookups = self.cache.hits + self.cache.misses
+        from_disk = self.cache.misses / lookups if lookups else 1.0
         link = self.copy_seconds / self.bytes_copied if self.bytes_copied else 0.0
         return 1 / (from_disk / self._disk.bandwidth() + link + 1e-12)
 
     def stats(self) -> dict[str, Any]:
-        """Those of the disk, and ``host``: bytes copied to the card and seconds that copies took,
+        """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
         bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
         page-locked as far as it is filled."""
         with self._lock:
             self._collect()
-        counts = {
-            "bytes": self.bytes_copied,
-            "seconds": self.copy_seconds,
-            "lent_bytes": self.bytes_lent,
-        }
-        counts |= {
-            "hits": self.cache.hits,
-            "misses": self.cache.misses,
-            "pinned": not self._pinned.refused,
-        }
+        counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
+        counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
+        counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
         return {**self._disk.stats(), "host": counts}
 
     def close(self) -> None:
@@ -187,46 +169,56 @@ class HostTier:
             copy.synchronize()
         self._pinned.close()
 
-    def _claim(self, key: int) -> tuple[int, bool]:
-        """The slot of ``key`` and True, or a free one and False."""
+    @property
+    def idle(self) -> bool:
+        """Whether no record is on its way, being copied or acquired."""
         with self._lock:
             self._collect()
-            if self._table.cache.use(key):
-                self._in_use[key] = self._in_use.get(key, 0) + 1
-                return self._table.slot_of[key], True
-            while (
-                not self._table.free
-            ):  # all that is on its way has been queued: the oldest copy makes room
+            busy = len(self.table.free) + len(self.table.slot_of) < len(self.slab)
+            return not busy and not self._in_use
+
+    def _buffer(self, slot: int, cached: bool) -> memoryview:
+        """Where the disk writes a record; nothing where it is cached."""
+        return memoryview(b"") if cached else self.slab[slot].numpy().data
+
+    def _claim(self, expert_id: int) -> tuple[int, bool]:
+        """The slot of a cached expert and True, or a free one and False."""
+        with self._lock:
+            self._collect()
+            if self.cache.use(expert_id):
+                self._in_use[expert_id] = self._in_use.get(expert_id, 0) + 1
+                return self.table.slot_of[expert_id], True
+            # All that is on its way has been queued: the oldest copy makes room.
+            while not self.table.free:
                 self._copying[0][0].synchronize()
                 self._collect()
-            return self._table.free.pop(), False
+            return self.table.free.pop(), False
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:
-            read.copy = self._card.copy(record, target, after)
+            read.copy = self._device.copy(record, target, after)
         except RuntimeError as problem:
-            read.error = DeviceError(f"copying an expert to {self._card.name} failed ({problem})")
+            name = self._device.name
+            read.error = DeviceError(f"copying an expert to {name} failed ({problem})")
 
     def _collect(self) -> None:
         """Give the slots of copies that are done to the cache; the lock is held."""
         while self._copying and self._copying[0][0].done():
-            copy, key, slot, here = self._copying.popleft()
+            copy, expert_id, slot, cached = self._copying.popleft()
             self.bytes_copied += self._disk.record_bytes
             self.copy_seconds += copy.seconds
-            self._release(key, slot, here, arrived=True)
+            self._put_back(expert_id, slot, cached, arrived=True)
 
-    def _release(self, key: int, slot: int, here: bool, arrived: bool) -> None:
-        if here:
-            self._in_use[key] -= 1
-            if self._in_use[key] == 0:
-                del self._in_use[key]
-        elif (
-            not arrived or key in self._table.cache
-        ):  # in the cache: the same record was read twice at once
-            self._table.free.append(slot)
+    def _put_back(self, expert_id: int, slot: int, cached: bool, arrived: bool) -> None:
+        if cached:
+            self._in_use[expert_id] -= 1
+            if self._in_use[expert_id] == 0:
+                del self._in_use[expert_id]
+        elif not arrived or expert_id in self.cache:  # cached: the record was read twice at once
+            self.table.free.append(slot)
         else:
-            self._table.slot_of[key] = slot
-            self._table.settle(key, keep=self._in_use)
+            self.table.slot_of[expert_id] = slot
+            self.table.admit(expert_id, pinned=self._in_use)
             if len(self.cache) == self.cache.slots:
                 self._pinned.rest()
 
@@ -235,19 +227,17 @@ class _Pinning:
     """Page-locks a slab in pieces of ``PIN_BYTES``, each when all its records have been written
     once."""
 
-    def __init__(self, slab: Tensor, card: Card):
-        self._slab, self._card, self._lock = slab, card, threading.Lock()
-        self._each = max(1, PIN_BYTES // slab.shape[1])
-        self._missing = [
-            set(range(start, min(start + self._each, len(slab))))
-            for start in range(0, len(slab), self._each)
-        ]
+    def __init__(self, slab: Tensor, device: Device):
+        self._slab, self._device, self._lock = slab, device, threading.Lock()
+        self._count = max(1, PIN_BYTES // slab.shape[1])
+        starts = range(0, len(slab), self._count)
+        self._missing = [set(range(at, min(at + self._count, len(slab)))) for at in starts]
         self._locked: set[int] = set()
         self.refused = False
 
     def written(self, slot: int) -> None:
         """A record has arrived in ``slot``."""
-        piece = slot // self._each
+        piece = slot // self._count
         if piece in self._locked:
             return
         with self._lock:
@@ -263,19 +253,19 @@ class _Pinning:
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
-        if piece not in self._locked and not self.refused:
-            if self._card.pin(self._piece(piece)):
-                self._locked.add(piece)
-            else:
-                self.refused = True
-                logging.getLogger("slotmoe").warning(
-                    "the system locks no more RAM for %s; copies from it are slower",
-                    self._card.name,
-                )
+        if piece in self._locked or self.refused:
+            return
+        if self._device.pin(self._piece(piece)):
+            self._locked.add(piece)
+            return
+        self.refused = True
+        logging.getLogger("slotmoe").warning(
+            "the system locks no more RAM for %s; copies from it are slower", self._device.name
+        )
 
     def _piece(self, piece: int) -> Tensor:
-        return self._slab[piece * self._each : (piece + 1) * self._each]
+        return self._slab[piece * self._count : (piece + 1) * self._count]
 
     def close(self) -> None:
         for piece in self._locked:
-            self._card.unpin(self._piece(piece))
+            self._device.unpin(self._piece(piece))

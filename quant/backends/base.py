@@ -8,77 +8,52 @@ D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant import int8, nf4
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.kernels.cpu.bindings import PackedInt8
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
+from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 
 
-@dataclass(frozen=True)
-class TiledInt8Weight:
-    """An int8 matrix in the order that the native kernels read, with its row scales, float32
-    [N]."""
-
-    tiles: PackedInt8
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tiles.n, self.tiles.k
-
-
-Weight = Tensor | Int8Weight | Nf4Weight | TiledInt8Weight
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
-_CACHED = 1 << 16  # weights whose temporaries stay in the cache
+
+
+class Records:
+    """Expert records side by side: ``slab`` uint8 [S, record_bytes], coded by ``levels`` (float32
+    [16]) and laid out by ``layout``, all on one device."""
+
+    def __init__(self, slab: Tensor, layout: RecordLayout, levels: Tensor):
+        self.slab, self.layout, self.levels = slab, layout, levels
+
+    def weights(self, slot: int) -> tuple[Nf4Weight, ...]:
+        """Gate, up and down projection of the expert in row ``slot``, as views."""
+        record = self.slab[slot]
+        return tuple(self.layout.weight(record, name, self.levels) for name in PROJECTIONS)
+
+
+class SlotTable(NamedTuple):
+    """Which expert is in which row of ``records``: ``slots_ME``, int32 [MoE layers, E] on the
+    device, -1 for an expert that is in none.  ``complete``: each expert has a slot, for good."""
+
+    records: Records
+    slots_ME: Tensor
+    complete: bool
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a tensor, wherever torch finds it."""
     return torch.empty(shape, dtype=dtype)
-
-
-def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same weight with ``change`` applied to each of its tensors."""
-    if isinstance(weight, Tensor):
-        return change(weight)
-    if is_dataclass(weight) and not isinstance(weight, type):
-        return replace(
-            weight,
-            **{
-                field.name: map_tensors(getattr(weight, field.name), change)
-                for field in fields(weight)
-            },
-        )
-    return weight
-
-
-def nbytes(weight: Any) -> int:
-    """Bytes in memory of a weight and its scales."""
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
-
-    map_tensors(weight, count)
-    return total
 
 
 def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -92,74 +67,6 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     for k in range(1, y_TKD.shape[1]):
         total = total + y_TKD[:, k] * weights_TK[:, k, None]
     return total
-
-
-def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises
-    ``nf4.NotFiniteError``."""
-    native = kernels.load()
-    if native is None:
-        return nf4.quantize(weight_NK)
-    try:
-        return native.quantize_nf4(weight_NK)
-    except ValueError:
-        raise nf4.NotFiniteError from None
-
-
-def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``int8.quantize``, by the native kernel where there is one; the same bytes."""
-    native = kernels.load()
-    return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
-
-
-def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
-    """Sum of the squared differences between a matrix and what was made of it, and sum of the
-    matrix's squares, in float64.
-
-    Native kernels and torch agree to its last digits.
-    """
-    native = kernels.load()
-    if native is None:
-        N, K = source_NK.shape
-        step = max(TILE, _CACHED // K // TILE * TILE)
-        errors, squares = [], []
-        for start in range(0, N, step):
-            source = source_NK[start : start + step].double().flatten()
-            error = source - dequantize(rows(weight, start, min(start + step, N))).flatten()
-            errors.append(error.dot(error).item())
-            squares.append(source.dot(source).item())
-        return math.fsum(errors), math.fsum(squares)
-    if isinstance(weight, Int8Weight):
-        return native.int8_error(source_NK, weight.q, weight.scale)
-    return native.nf4_error(source_NK, weight.codes, weight.absmax, weight.levels)
-
-
-def rows(weight: Weight, start: int, stop: int) -> Weight:
-    """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.q[start:stop], weight.scale[start:stop])
-    if isinstance(weight, Nf4Weight):
-        first, last = start // TILE, -(-stop // TILE)
-        return Nf4Weight(
-            weight.codes[first:last],
-            weight.absmax[first:last],
-            weight.levels,
-            (stop - start, weight.shape[1]),
-        )
-    if isinstance(weight, TiledInt8Weight):
-        raise TypeError("a tiled matrix is for the native kernels alone")
-    return weight[start:stop]
-
-
-def dequantize(weight: Weight) -> Tensor:
-    """The exact matrix, float32 [N, K], on the weight's device."""
-    if isinstance(weight, Int8Weight):
-        return int8.dequantize(weight)
-    if isinstance(weight, Nf4Weight):
-        return nf4.dequantize(weight)
-    if isinstance(weight, TiledInt8Weight):
-        raise TypeError("a tiled matrix is for the native kernels alone")
-    return weight.float()
 
 
 class TorchOps:
@@ -275,116 +182,31 @@ class TorchOps:
         """No kernel: the network's own blockwise attention serves."""
         return None
 
-    def fuse(
-        self,
-        layer: Any,
-        sizes: tuple[int, int, int, int, int],
-        eps: float,
-        latent_eps: float,
-        scale: float,
-    ) -> Any:
-        """No kernel: the network goes op by op."""
-        return None
-
-    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Any:
-        """No graphs: the network runs a step's parts one by one."""
-        return None
-
-    def route(
-        self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor] | None:
         """No kernel: the network's own gate serves."""
         return None
 
-    def decoder(
-        self,
-        fused: Sequence[Any],
-        groups: int,
-        kept: int,
-        top_k: int,
-        factor: float | None,
-        intermediate: int,
-    ) -> Any:
-        """No kernel: the network goes layer by layer."""
+    def decoder(self, geometry: Any, layers: Sequence[Any]) -> Any:
+        """No kernel: the network goes operation by operation."""
         return None
 
     def experts(
-        self,
-        x_D: Tensor,
-        records: list[Tensor],
-        weights_K: Tensor,
-        layout: RecordLayout,
-        levels: Tensor,
-    ) -> Tensor:
-        """One token through its k experts and their weighted sum in the order given: float32 [D].
-
-        ``records`` are uint8 [record_bytes] each.
-        """
-        return gate_order_sum(
-            self.experts_each(x_D, records, layout, levels)[None], weights_K[None]
-        )[0]
-
-    def experts_each(
-        self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor
-    ) -> Tensor:
-        """One token through some experts, unweighted: float32 [len(records), D]."""
-        return torch.cat([self.expert(x_D[None], record, layout, levels) for record in records])
-
-    def expert(self, x_TD: Tensor, record: Tensor, layout: RecordLayout, levels: Tensor) -> Tensor:
-        """Tokens through one expert, ``down(silu(gate(x)) * up(x))``, unweighted: float32 [T,
-        D]."""
-        return self.mlp(x_TD, *(layout.weight(record, name, levels) for name in PROJECTIONS))
-
-    def experts_by_slot(
-        self,
-        x_TD: Tensor,
-        slab: Tensor,
-        slots_TK: Tensor,
-        layout: RecordLayout,
-        levels: Tensor,
-        y_TKD: Tensor,
+        self, x_TD: Tensor, records: Any, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        """Each token through those of its experts that are in the slab: their unweighted outputs,
-        into ``y`` (float32 [T, K, D]).
+        """Each token through those of its experts that have a slot: their unweighted outputs, into
+        ``y`` (float32 [T, K, D]).
 
-        ``slab`` is uint8 [S, record_bytes], a record a row.  ``slots`` (int32 [T, K], on the
-        device) names each expert's row; -1 says that it is not there, and its output is left as it
-        is.  A call takes all of an expert's uses; experts may come in several calls.  With kernels
-        an entry's output depends on its token and record alone, bitwise; torch's products depend on
-        the number of rows in their last bits.  With a table of a layer's experts, int32 [E],
-        ``slots`` is ``table_E[indices_TK]``: on CUDA nothing then leaves the device, and a CUDA
-        graph can hold the call.
+        ``slots``, int32 [E], says which row of ``records`` (``Records``) each expert of the layer
+        is in.  Where it is -1 the outputs are left as they are, so experts may come in several
+        calls; a call takes all uses of an expert.  ``indices``, int64 [T, K], are the gate's
+        choice.  All is on one device, and on a GPU the host waits for nothing.  With kernels an
+        output depends on its token and record alone, bitwise; torch's products depend on the number
+        of rows in their last bits.
         """
+        slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
-            y_TKD[uses] = self.expert(x_TD[uses[0]], slab[slot], layout, levels)
-
-    def experts_grouped(
-        self,
-        x_TD: Tensor,
-        tokens_N: Tensor,
-        starts_G1: Tensor,
-        slots_G: Tensor,
-        slab: Tensor,
-        layout: RecordLayout,
-        levels: Tensor,
-    ) -> Tensor:
-        """Many tokens, grouped by expert: the unweighted outputs, float32 [N, D], of the rows
-        ``x[tokens]``.
-
-        Group g is rows ``starts[g]`` to ``starts[g + 1]`` of ``tokens`` and goes through the record
-        in row ``slots[g]`` of ``slab`` (uint8 [S, record_bytes]).  ``tokens`` is int64 [N],
-        ``starts`` int32 [G + 1] from 0 to N without descending, ``slots`` int32 [G], none negative,
-        all on the device.  A row's output does not depend on the other rows or groups, bitwise.
-        """
-        y_ND = torch.empty(len(tokens_N), x_TD.shape[1], device=x_TD.device)
-        starts = starts_G1.tolist()
-        for start, stop, slot in zip(starts, starts[1:], slots_G.tolist(), strict=False):
-            if start < stop:
-                y_ND[start:stop] = self.expert(
-                    x_TD[tokens_N[start:stop]], slab[slot], layout, levels
-                )
-        return y_ND
+            y_TKD[uses] = self.mlp(x_TD[uses[0]], *records.weights(slot))
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """``gate_order_sum``, in one launch where these ops have one, float32 [T, D]."""

@@ -1,4 +1,4 @@
-"""Stretches of a decode step as CUDA graphs: captured once, then started by one call each.
+"""CUDA graphs of a decode step: captured once, then started by one call each.
 
 A small model's kernels take a few microseconds, and Python and the driver as much again to start
 each.  A graph starts dozens at once.  What it holds is addresses, not values: it reads its inputs
@@ -55,7 +55,7 @@ class CudaGraph:
         self._graph.replay()
 
 
-class Stretch:
+class Captured:
     """A function of tensors that is run as a graph where ``graph`` makes one, and plainly where it
     is None.
 
@@ -65,7 +65,7 @@ class Stretch:
     plainly.  It must give the same when it is run twice on the same inputs.
     """
 
-    capturing = False  # whether some stretch is being captured now
+    capturing = False  # whether a capture is under way
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Stretch:
     def __call__(self, *inputs: Tensor) -> Any:
         if (
             self._make is None
-            or Stretch.capturing
+            or Captured.capturing
             or torch.is_grad_enabled()
             or not self._fit(inputs)
         ):
@@ -88,11 +88,11 @@ class Stretch:
             if given.data_ptr() != buffer.data_ptr():
                 buffer.copy_(given)
         if self._graph is None:
-            Stretch.capturing = True
+            Captured.capturing = True
             try:
                 self._graph = self._make(lambda: self._function(*self._buffers))
             finally:
-                Stretch.capturing = False
+                Captured.capturing = False
         self._graph.replay()
         return self._graph.outputs
 

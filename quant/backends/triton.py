@@ -8,7 +8,7 @@ token, D hidden_size, H heads, R kv_lora_rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from os import environ
 from typing import Any, NamedTuple
 
@@ -18,14 +18,15 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.quant.backends.base import TorchOps, Weight
+from slotmoe.quant.backends.base import Records, TorchOps
 from slotmoe.quant.backends.graphs import CudaGraph
-from slotmoe.quant.backends.triton_layer import DENSE, Step, TritonLayer, Workspace, parts, power
+from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, parts, power
 from slotmoe.quant.export.layout import RecordLayout
-from slotmoe.quant.kernels.triton import mla as mla
-from slotmoe.quant.kernels.triton import rows as rows
-from slotmoe.quant.kernels.triton import tiles as tiles
+from slotmoe.quant.kernels.triton import mla
+from slotmoe.quant.kernels.triton import rows
+from slotmoe.quant.kernels.triton import tiles
 from slotmoe.quant.shapes import TILE
+from slotmoe.quant.weights import Weight
 
 environ.setdefault(
     "TRITON_DEFAULT_FP_FUSION", "1"
@@ -44,7 +45,6 @@ class TritonOps(TorchOps):
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self.graph: Any = CudaGraph if device.type == "cuda" else None
-        self.workspace: Workspace | None = None
 
     # One token.
 
@@ -201,114 +201,69 @@ class TritonOps(TorchOps):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
-    def fuse(
-        self,
-        layer: Any,
-        sizes: tuple[int, int, int, int, int],
-        eps: float,
-        latent_eps: float,
-        scale: float,
-    ) -> TritonLayer:
-        """``layer`` bound for one token at a time; its buffers are shared by all layers, so results
-        last until the next call."""
-        if self.workspace is None:
-            self.workspace = Workspace(layer, sizes)
-        return TritonLayer(self, self.workspace, layer, sizes, eps, latent_eps, scale)
-
-    def step(self, function: Callable[[Tensor, Tensor, Tensor], Any]) -> Step | None:
-        """``function`` (see ``Step``) as one graph; None before any layer was fused."""
-        return None if self.workspace is None else Step(function, self.workspace, self.graph)
+    def decoder(self, geometry: Any, layers: Sequence[Any]) -> TritonDecoder:
+        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``."""
+        return TritonDecoder(self, geometry, layers)
 
     # Routed experts.
 
-    def route(
-        self, logits_TE: Tensor, groups: int, kept: int, top_k: int, factor: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor]:
         T, E = logits_TE.shape
+        groups, kept, top_k, factor = router
         weights_TK = torch.empty(T, top_k, device=logits_TE.device)
         indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
         rows.route[(T,)](
-            logits_TE.contiguous(), weights_TK, indices_TK, E, top_k, groups, kept, 0.0 if factor is None else factor,
+            logits_TE.contiguous(), weights_TK, indices_TK, E, top_k, groups, kept,
+            0.0 if factor is None else factor,
             RENORM=factor is None, BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
         )  # fmt: skip
         return weights_TK, indices_TK
 
-    def experts_by_slot(
-        self,
-        x_TD: Tensor,
-        slab: Tensor,
-        slots_TK: Tensor,
-        layout: RecordLayout,
-        levels: Tensor,
-        y_TKD: Tensor,
+    def experts(
+        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        T, K = slots_TK.shape
+        experts = self._experts_one_by_one if len(x_TD) == 1 else self._experts_grouped
+        experts(x_TD.contiguous(), records, slots_E, indices_TK, y_TKD)
+
+    def _experts_one_by_one(
+        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
+    ) -> None:
+        """Each use reads its expert's record, in float32."""
+        layout, (T, K) = records.layout, indices_TK.shape
         D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        slots_TK = slots_E[indices_TK]
         h = torch.empty(T * K, width, device=x_TD.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), T * K)](
-            x_TD.contiguous(),
-            slab,
-            slots_TK,
-            levels,
-            h,
-            K,
-            D,
-            width,
-            layout.record_bytes,
-            at.up,
-            at.gate_absmax,
-            at.up_absmax,
-        )
+            x_TD, records.slab, slots_TK, records.levels, h, K, D, width,
+            layout.record_bytes, at.up, at.gate_absmax, at.up_absmax,
+        )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), T * K)](
-            h, slab, slots_TK, levels, y_TKD, D, width, layout.record_bytes, at.down, at.down_absmax
-        )
+            h, records.slab, slots_TK, records.levels, y_TKD, D, width,
+            layout.record_bytes, at.down, at.down_absmax,
+        )  # fmt: skip
 
-    def experts_grouped(
-        self,
-        x_TD: Tensor,
-        tokens_N: Tensor,
-        starts_G1: Tensor,
-        slots_G: Tensor,
-        slab: Tensor,
-        layout: RecordLayout,
-        levels: Tensor,
-    ) -> Tensor:
-        N, G = len(tokens_N), len(slots_G)
+    def _experts_grouped(
+        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
+    ) -> None:
+        """All uses of an expert together, on tensor cores in bfloat16."""
+        layout, N, G, K = records.layout, indices_TK.numel(), len(slots_E), indices_TK.shape[1]
         D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        sorted_N, order_N = indices_TK.flatten().sort(stable=True)
+        bounds = torch.arange(G + 1, device=x_TD.device)
+        starts_G1 = torch.searchsorted(sorted_N, bounds).int()
         h = torch.empty(N, width, dtype=torch.bfloat16, device=x_TD.device)
-        y_ND = torch.empty(N, D, device=x_TD.device)
-        most = N // _BM + min(
-            N, G
-        )  # tiles of rows if every group but the last ends in a started one
-        if not most:
-            return y_ND
-        sizes = {
-            "GROUPS": power(G),
-            "BM": _BM,
-            "BN": _BN,
-            "WIDEN": self.interpreted,
-            "num_warps": _BM // 8,
-        }
+        # Tiles of rows if every group but the last ends in a started one.
+        most = N // _BM + min(N, G)
+        sizes = {"GROUPS": power(G), "BM": _BM, "BN": _BN, "WIDEN": self.interpreted}
+        sizes["num_warps"] = _BM // 8
         tiles.experts_gate_up[(triton.cdiv(width, _BN), most)](
-            x_TD.contiguous(), tokens_N, starts_G1, slots_G, G, slab, levels, h, width, D,
+            x_TD, order_N, K, starts_G1, slots_E, G, records.slab, records.levels, h, width, D,
             layout.record_bytes, at.up, at.gate_absmax, at.up_absmax, **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), most)](
-            h,
-            starts_G1,
-            slots_G,
-            G,
-            slab,
-            levels,
-            y_ND,
-            D,
-            width,
-            layout.record_bytes,
-            at.down,
-            at.down_absmax,
-            **sizes,
-        )
-        return y_ND
+            h, order_N, starts_G1, slots_E, G, records.slab, records.levels, y_TKD, D, width,
+            layout.record_bytes, at.down, at.down_absmax, **sizes,
+        )  # fmt: skip
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         T, K, D = y_TKD.shape

@@ -133,21 +133,22 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["G"])
 def experts_gate_up(
-    x_ptr, tokens_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
+    x_ptr, order_ptr, TOP_K, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
     record_bytes, up_at, gate_absmax_at, up_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """y bfloat16 [rows, N] = silu(gate x) * (up x), each row's x by ``tokens`` and its weights by
-    its group's slot."""
+    """y bfloat16 [rows, N] = silu(gate x) * (up x): row i is use ``order[i]`` (token * TOP_K +
+    rank) of its group's expert; groups without a slot are left out."""
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
-    if group < G:
-        record_ptr = slab_ptr + tl.load(slots_ptr + group).to(tl.int64) * record_bytes
+    slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
+    if slot >= 0:
+        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
         gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
         up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
         there = row < stop
-        token = tl.load(tokens_ptr + row, mask=there, other=0)
+        token = tl.load(order_ptr + row, mask=there, other=0) // TOP_K
         gate = _product(
             x_ptr, token, there, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
         )
@@ -164,13 +165,15 @@ def experts_gate_up(
 
 @triton.jit(do_not_specialize=["G"])
 def experts_down(
-    x_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K, record_bytes, down_at, down_absmax_at,
+    x_ptr, order_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
+    record_bytes, down_at, down_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, N] = down x, by the same groups."""
+    """y [uses, N] = down x, by the same groups: row i of x goes to row ``order[i]`` of y."""
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
-    if group < G:
-        record_ptr = slab_ptr + tl.load(slots_ptr + group).to(tl.int64) * record_bytes
+    slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
+    if slot >= 0:
+        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
         absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
@@ -178,8 +181,9 @@ def experts_down(
         y = _product(
             x_ptr, row, there, record_ptr + down_at, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
         )
+        use = tl.load(order_ptr + row, mask=there, other=0)
         tl.store(
-            y_ptr + row.to(tl.int64)[:, None] * N + n[None, :],
+            y_ptr + use.to(tl.int64)[:, None] * N + n[None, :],
             y,
             mask=there[:, None] & (n < N)[None, :],
         )

@@ -1,0 +1,276 @@
+"""One decoder layer, operation by operation: Multi-head Latent Attention, then the feed-forward.
+
+Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
+kv_lora_rank, V v_head_dim, W = R + P latent row, C = P / 2, S cached positions, B one block of
+them, E routed experts, K experts a token, Z and Y widths of a key and of a value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from slotmoe.model.config import Config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.routing import Router, route
+
+# Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
+_MAX_BLOCK = 4096
+_MAX_SCORES = 1 << 22
+# DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
+LATENT_EPS = 1e-6
+
+
+class Timer(Protocol):
+    """Where a pass says what it has just done."""
+
+    def mark(self, stage: str, now: float | None = None) -> None:
+        """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
+        ``stage``."""
+
+
+class NoTimer:
+    """A timer that keeps nothing."""
+
+    def mark(self, stage: str, now: float | None = None) -> None:
+        pass
+
+
+class Mlp(NamedTuple):
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``mlp`` None where there is
+    no shared expert."""
+
+    input_layernorm: Tensor
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+    kv_a_proj: Any
+    kv_a_layernorm: Tensor
+    kv_b_proj: Any
+    o_proj: Any
+    post_attention_layernorm: Tensor
+    gate: Tensor | None
+    mlp: Mlp | None
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
+        """The weights of ``layer`` out of all weights by checkpoint name."""
+        prefix, is_moe = f"model.layers.{layer}.", config.is_moe(layer)
+
+        def get(name: str) -> Any:
+            return weights.get(prefix + name + ".weight")
+
+        mlp = "mlp.shared_experts." if is_moe else "mlp."
+        has_mlp = not is_moe or config.n_shared_experts > 0
+        return cls(
+            input_layernorm=get("input_layernorm"),
+            q_proj=get("self_attn.q_proj"),
+            q_a_proj=get("self_attn.q_a_proj"),
+            q_a_layernorm=get("self_attn.q_a_layernorm"),
+            q_b_proj=get("self_attn.q_b_proj"),
+            kv_a_proj=get("self_attn.kv_a_proj_with_mqa"),
+            kv_a_layernorm=get("self_attn.kv_a_layernorm"),
+            kv_b_proj=get("self_attn.kv_b_proj"),
+            o_proj=get("self_attn.o_proj"),
+            post_attention_layernorm=get("post_attention_layernorm"),
+            gate=get("mlp.gate").float() if is_moe else None,
+            mlp=Mlp(*(get(mlp + name) for name in Mlp._fields)) if has_mlp else None,
+        )
+
+
+class Geometry(NamedTuple):
+    """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
+    epsilons of the norms over D and over the latents, the factor of the attention scores."""
+
+    H: int
+    N: int
+    P: int
+    R: int
+    V: int
+    eps: float
+    latent_eps: float
+    softmax_scale: float
+    router: Router
+    moe_intermediate_size: int
+
+    @classmethod
+    def of(cls, config: Config) -> Geometry:
+        c = config
+        sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
+        norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
+        return cls(*sizes, c.v_head_dim, *norms, Router.of(c), c.moe_intermediate_size)
+
+
+class Pending(NamedTuple):
+    """A layer that waits for its routed experts: their input, float32 [T, D], weights, float32
+    [T, K], and indices, int64 [T, K], best first."""
+
+    layer: int
+    x_TD: Tensor
+    weights_TK: Tensor
+    indices_TK: Tensor
+
+
+@dataclass
+class Step:
+    """A pass on its way through the layers: over T tokens of one sequence, or over one token of
+    each of T sequences, each with a cache of its own.
+
+    ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
+    set, that layer lacks only its feed-forward: ``x_TD`` is the input of that and ``routed_TD`` the
+    weighted sum of its routed experts.
+    """
+
+    h_TD: Tensor
+    rope_TC: Tensor
+    caches: Sequence[LatentCache]
+    timer: Timer
+    layer: int = 0
+    x_TD: Tensor | None = None
+    routed_TD: Tensor | None = None
+
+
+class LayerByLayer:
+    """Runs layers operation by operation, for any number of tokens and every backend."""
+
+    def __init__(self, geometry: Geometry, layers: Sequence[Layer], backend: Any):
+        self._geometry, self._layers, self._backend = geometry, layers, backend
+
+    def run_layers(self, step: Step, experts: Any) -> Pending | None:
+        """See ``slotmoe.model.network.Runner``."""
+        backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
+        if step.x_TD is not None:
+            self._feed_forward(step)
+        while step.layer < len(self._layers):
+            layer = self._layers[step.layer]
+            x_TD = backend.rms_norm(step.h_TD, layer.input_layernorm, eps)
+            step.h_TD = step.h_TD + self._attention(step, layer, x_TD)
+            step.timer.mark("attention")
+            step.x_TD = x_TD = backend.rms_norm(step.h_TD, layer.post_attention_layernorm, eps)
+            if layer.gate is not None:
+                logits_TE = backend.linear(x_TD, layer.gate)
+                choice = backend.route(logits_TE, router) or route(logits_TE, router)
+                step.timer.mark("gate")
+                return Pending(step.layer, x_TD, *choice)
+            self._feed_forward(step)
+        return None
+
+    def _feed_forward(self, step: Step) -> None:
+        """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
+        mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
+        if mlp is not None:
+            own_TD = self._backend.mlp(step.x_TD, *mlp)
+            y_TD = own_TD if y_TD is None else y_TD + own_TD
+        step.h_TD = step.h_TD + y_TD
+        step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
+        step.timer.mark("shared experts and dense layers")
+
+    def _attention(self, step: Step, layer: Layer, x_TD: Tensor) -> Tensor:
+        """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values
+        are absorbed into the query and output, or expanded block by block, whichever costs less
+        (absorbed for decode, expanded for long prefill chunks)."""
+        H, N, P, R, V, _, latent_eps, scale, *_ = self._geometry
+        backend, T = self._backend, len(x_TD)
+        rms_norm = backend.rms_norm
+        if layer.q_proj is not None:
+            q = backend.linear(x_TD, layer.q_proj)
+        else:
+            low = rms_norm(backend.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, latent_eps)
+            q = backend.linear(low, layer.q_b_proj)
+        q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
+        c_TR, k_TP = backend.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
+        # The key's rope part is rotated as one more head.
+        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC)
+        q_THP, k_TP = rotated[:, :H], rotated[:, H]
+        latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
+        count = T // len(step.caches)
+        rows = [cache.extend(step.layer, count) for cache in step.caches]
+        for rows_SX, new_TW in zip(rows, latent_TW.split(count), strict=True):
+            backend.store_latents(new_TW, R, rows_SX[-count:])
+
+        S = len(rows[0])
+        absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
+        expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
+        if backend.absorbs or count == 1 or absorbed_cost <= expanded_cost:
+            q_THW = torch.cat([backend.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
+            parts = zip(q_THW.split(count), rows, strict=True)
+            outputs = [self._over_latents(part, rows_SX) for part, rows_SX in parts]
+            o_THR = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            o_THV = backend.absorb_value(o_THR, layer.kv_b_proj, N)
+        else:  # one sequence, several tokens
+            q_THZ = torch.cat([q_THN, q_THP], dim=-1)
+            blocks = self._expanded(rows[0], T, layer.kv_b_proj)
+            o_THV = attend(q_THZ, blocks, S, scale)
+        return backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
+
+    def _over_latents(self, q_THW: Tensor, rows_SX: Tensor) -> Tensor:
+        """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
+        R, scale = self._geometry.R, self._geometry.softmax_scale
+        o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
+        if o_THR is None:
+            o_THR = attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), scale)
+        return o_THR
+
+    def _block_size(self, T: int) -> int:
+        return min(_MAX_BLOCK, max(64, _MAX_SCORES // (T * self._geometry.H)))
+
+    def _absorbed(self, rows_SW: Tensor, T: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of shared keys [1, B, W] and values [1, B, R]: the latent rows themselves."""
+        for rows_BW in rows_SW.split(self._block_size(T)):
+            rows_BW = rows_BW.float()[None]
+            yield rows_BW, rows_BW[..., : self._geometry.R]
+
+    def _expanded(self, rows_SW: Tensor, T: int, kv_b: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
+        H, N, P, R, V, *_ = self._geometry
+        for rows_BW in rows_SW.split(self._block_size(T)):
+            rows_BW = rows_BW.float()
+            expanded = self._backend.expand(rows_BW[:, :R], kv_b)
+            kv_HBX = expanded.view(-1, H, N + V).transpose(0, 1)
+            k_HBP = rows_BW[None, :, R:].expand(H, -1, P)
+            yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
+
+
+def attend(
+    q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float
+) -> Tensor:
+    """Causal attention of the last T of S positions, softmax accumulated block by block in float32
+    (arXiv 1805.02867).
+
+    ``blocks`` yields keys [H or 1, B, Z] and values [H or 1, B, Y] in order of position; returns
+    float32 [T, H, Y].
+    """
+    T, H = q_THZ.shape[:2]
+    q_HTZ = q_THZ.transpose(0, 1) * scale
+    position_T = torch.arange(S - T, S, device=q_THZ.device)
+    best_HT1 = torch.full((H, T, 1), -math.inf, device=q_THZ.device)
+    total_HT1 = torch.zeros_like(best_HT1)
+    out_HTY: Tensor | float = 0.0
+    start = 0
+    for k_HBZ, v_HBY in blocks:
+        end = start + k_HBZ.shape[1]
+        scores_HTB = q_HTZ @ k_HBZ.transpose(1, 2)
+        if end > S - T + 1:  # some query stands before some key of this block
+            future = torch.arange(start, end, device=q_THZ.device) > position_T[:, None]
+            scores_HTB = scores_HTB.masked_fill(future, -math.inf)
+        # Every query sees position 0, so its best score is finite from the first block on.
+        better_HT1 = torch.maximum(best_HT1, scores_HTB.amax(dim=-1, keepdim=True))
+        decay_HT1 = (best_HT1 - better_HT1).exp_()
+        scores_HTB = (scores_HTB - better_HT1).exp_()
+        total_HT1 = total_HT1 * decay_HT1 + scores_HTB.sum(dim=-1, keepdim=True)
+        out_HTY = out_HTY * decay_HT1 + scores_HTB @ v_HBY
+        best_HT1, start = better_HT1, end
+    return (out_HTY / total_HT1).transpose(0, 1)

@@ -1,0 +1,248 @@
+"""One token through the layers in few launches, as CUDA graphs on a CUDA device.
+
+Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  Else a
+layer is two graphs, before and after the host knows the choice of experts:
+
+    begin   norm + query and latent projections | (query's second projection) | absorbed query,
+            rotation, latent row into the cache | attention over splits of the context | their sum +
+            value projection | output + residual | norm + router
+    end     gate and up of the shared experts | down + routed experts' sum + residual
+
+Shapes as in ``slotmoe.model.network``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from slotmoe.quant.backends.base import SlotTable
+from slotmoe.quant.backends.graphs import Captured
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.triton import mla, rows
+from slotmoe.quant.nf4 import Nf4Weight
+
+INT8, NF4, DENSE = rows.INT8.value, rows.NF4.value, rows.DENSE.value
+
+
+class Parts(NamedTuple):
+    """A weight as the kernels take it."""
+
+    kind: int
+    data: Tensor
+    scale: Tensor | None
+    levels: Tensor | None
+
+
+def parts(weight: Any) -> Parts:
+    """Raises ``TypeError`` for a weight that was prepared for another backend."""
+    if isinstance(weight, Int8Weight):
+        return Parts(INT8, weight.q, weight.scale, None)
+    if isinstance(weight, Nf4Weight):
+        return Parts(NF4, weight.codes, weight.absmax, weight.levels)
+    if isinstance(weight, Tensor):
+        return Parts(DENSE, weight, None, None)
+    raise TypeError("a tiled matrix is for the native kernels alone")
+
+
+def power(n: int, least: int = 16) -> int:
+    """The least power of two that holds ``n``, as Triton wants its blocks."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+class Workspace:
+    """The buffers of one token's step, which all layers share.
+
+    ``where`` is the position and the address of the sequence's latent cache, read by the kernels,
+    so that one graph serves every position and every sequence.
+    """
+
+    def __init__(self, device: torch.device, hidden: int, geometry: Any):
+        H, _, P, R, V, *_ = geometry
+        self._device = device
+        self.h_1D, self.middle_1D, self.x_1D, self.y_1D = (self.empty(1, hidden) for _ in range(4))
+        self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
+        self.q_HW = self.empty(H, R + P)
+        splits = mla.SPLITS.value
+        self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
+        self.o_1X = self.empty(1, H * V)
+        self.where = torch.zeros(2, dtype=torch.int64, device=device)
+        self._now: list[int] = [0, 0]
+        self._scratch: dict[tuple[str, int], Tensor] = {}
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self._device)
+
+    def scratch(self, name: str, width: int) -> Tensor:
+        """A row of ``width`` float32 values, the same for every layer that asks for it."""
+        if (name, width) not in self._scratch:
+            self._scratch[name, width] = self.empty(1, width)
+        return self._scratch[name, width]
+
+    def begin(self, rope_1C: Tensor, cache: Any) -> None:
+        """A step at the end of ``cache`` begins.  Values change by kernels, never by copies from
+        the host."""
+        self.rope_1C.copy_(rope_1C)
+        for index, value in enumerate((cache.length, cache.layers.untyped_storage().data_ptr())):
+            if value != self._now[index]:
+                self.where[index].fill_(value)
+                self._now[index] = value
+
+
+class TritonDecoder:
+    """Runs layers for one token of one sequence; the interface is that of
+    ``slotmoe.model.network.Runner``.  Results last until the next call."""
+
+    sequences = 1  # buffers are one token's
+
+    def __init__(self, backend: Any, geometry: Any, layers: Sequence[Any]):
+        norm = layers[0].input_layernorm
+        self._workspace = Workspace(norm.device, len(norm), geometry)
+        self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
+        self._backend, self._router = backend, geometry.router
+        self._whole: dict[torch.Size, Captured] = {}  # by the shape of the latent cache
+
+    def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
+        """See ``slotmoe.model.network.Runner``."""
+        (cache,) = step.caches
+        if step.layer == 0 and step.x_TD is None:
+            self._workspace.begin(step.rope_TC, cache)
+            table = experts.slot_table()
+            if table.complete:
+                return self._run_all(step, cache, table, experts)
+        if step.x_TD is not None:
+            self._end(step)
+        while step.layer < len(self._layers):
+            rows_SW = cache.extend(step.layer, 1)
+            step.h_TD, step.x_TD, logits_1E = self._layers[step.layer].begin(step.h_TD, rows_SW)
+            step.timer.mark("attention")
+            if logits_1E is not None:
+                choice = self._backend.route(logits_1E, self._router)
+                step.timer.mark("gate")
+                return step.layer, step.x_TD, *choice
+            self._end(step)
+        return None
+
+    def _end(self, step: Any) -> None:
+        step.h_TD = self._layers[step.layer].end(step.h_TD, step.x_TD, step.routed_TD)
+        step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
+        step.timer.mark("shared experts and dense layers")
+
+    def _run_all(self, step: Any, cache: Any, table: SlotTable, experts: Any) -> None:
+        """All layers as one graph.  It serves all caches of one shape and keeps the addresses of
+        all that it has touched."""
+        layers_LSW = cache.layers
+        cache.extend(0, 1)
+        if layers_LSW.shape not in self._whole:
+            function = partial(self._all_layers, table, layers_LSW)
+            captured = Captured(function, (self._workspace.h_1D,), self._backend.graph)
+            self._whole[layers_LSW.shape] = captured
+        step.h_TD, indices_M1K = self._whole[layers_LSW.shape](step.h_TD)
+        step.layer = len(self._layers)
+        experts.passed(0, indices_M1K)
+        step.timer.mark("captured layers")
+
+    def _all_layers(
+        self, table: SlotTable, layers_LSW: Tensor, h_1D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        chosen: list[Tensor] = []
+        for layer, rows_SW in zip(self._layers, layers_LSW, strict=True):
+            y_1D = None
+            h_1D, x_1D, logits_1E = layer.begin(h_1D, rows_SW)
+            if logits_1E is not None:
+                weights_1K, indices_1K = self._backend.route(logits_1E, self._router)
+                y_1KD = torch.empty(*indices_1K.shape, x_1D.shape[1], device=x_1D.device)
+                slots_E = table.slots_ME[len(chosen)]
+                self._backend.experts(x_1D, table.records, slots_E, indices_1K, y_1KD)
+                y_1D = self._backend.weighted_sum(y_1KD, weights_1K)
+                chosen.append(indices_1K)
+            h_1D = layer.end(h_1D, x_1D, y_1D)
+        return h_1D, torch.stack(chosen)
+
+
+class _Layer:
+    """A layer's weights bound to the workspace."""
+
+    def __init__(self, backend: Any, workspace: Workspace, geometry: Any, layer: Any):
+        self._ops, self._workspace, self._layer = backend, workspace, layer
+        self._geometry, self._sizes = geometry, geometry[:5]
+        # By the layer's place in its cache, which depends on the context's size.
+        self._before: dict[int, Captured] = {}
+        self._logits_1E = None if layer.gate is None else workspace.empty(1, len(layer.gate))
+        routed = () if layer.gate is None else (workspace.y_1D,)
+        buffers = workspace.middle_1D, workspace.x_1D, *routed
+        self._after = Captured(self._feed_forward, buffers, backend.graph)
+
+    def begin(self, h_1D: Tensor, rows_SW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``h + attention(norm(h))``, the norm of that, and the router's logits [1, E], None in a
+        dense layer.  ``rows_SW`` are the layer's rows of the cache, float16."""
+        assert rows_SW.dtype == torch.float16 and rows_SW.is_contiguous()
+        at = int(rows_SW.storage_offset()) * 2
+        if at not in self._before:
+            function = partial(self._attention, at=at)
+            self._before[at] = Captured(function, (self._workspace.h_1D,), self._ops.graph)
+        self._before[at](h_1D)
+        return self._workspace.middle_1D, self._workspace.x_1D, self._logits_1E
+
+    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
+        """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
+        self._after(*((h_1D, x_1D) if y_1D is None else (h_1D, x_1D, y_1D)))
+        return self._workspace.h_1D
+
+    def _attention(self, h_1D: Tensor, at: int) -> None:
+        own, ops, layer = self._workspace, self._ops, self._layer
+        H, N, P, R, _ = self._sizes
+        norm = (layer.input_layernorm, self._geometry.eps)
+        if layer.q_a_proj is None:
+            q = ops.row(
+                h_1D, layer.q_proj, own.scratch("both", H * (N + P) + R + P), layer.kv_a_proj, norm
+            )
+            latent = q[:, H * (N + P) :]
+        else:
+            Q = layer.q_a_proj.shape[0]
+            low = ops.row(
+                h_1D, layer.q_a_proj, own.scratch("low", Q + R + P), layer.kv_a_proj, norm
+            )
+            q, latent = own.scratch("q", H * (N + P)), low[:, Q:]
+            ops.row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
+        self._attend(q, latent, at)
+        ops.row(own.o_1X, layer.o_proj, own.middle_1D, add=(h_1D,))
+        norm = (layer.post_attention_layernorm, self._geometry.eps)
+        if layer.gate is not None:
+            assert self._logits_1E is not None
+            ops.row(own.middle_1D, layer.gate, self._logits_1E, norm=norm, normed=own.x_1D)
+        else:
+            own.x_1D.copy_(ops.rms_norm(own.middle_1D, *norm))
+
+    def _attend(self, q: Tensor, latent: Tensor, at: int) -> None:
+        """From the projections to each head's value, through the cache."""
+        own, layer, (H, N, P, R, V) = self._workspace, self._layer, self._sizes
+        _, kv_b, scale, _ = parts(layer.kv_b_proj)
+        BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
+        mla.queries[(triton.cdiv(R, BR), H + 1)](
+            q, latent, torch.view_as_real(own.rope_1C), layer.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, own.where, at, own.q_HW,
+            H, N, P, R, N + V, SCALED=scaled, WIDTH=power(N), BR=BR, LATENT=power(R), PAIRS=power(P // 2),
+        )  # fmt: skip
+        mla.attend[(splits, triton.cdiv(H, 16), 1)](
+            own.q_HW, None, own.where, at, 0, self._geometry.softmax_scale, own.part, own.best, own.total, 1, H, R, P,
+            WHERE=True, HEADS=16, LATENT=power(R), ROPE=power(P),
+        )  # fmt: skip
+        mla.values[(triton.cdiv(V, BV), H, 1)](
+            own.part, own.best, own.total, own.where, kv_b, scale, own.o_1X, H, N, V, R,
+            PARTS=True, SCALED=scaled, LATENT=power(R), BV=BV,
+        )  # fmt: skip
+
+    def _feed_forward(self, h_1D: Tensor, x_1D: Tensor, *y_1D: Tensor) -> None:
+        own, mlp = self._workspace, self._layer.mlp
+        if mlp is None:
+            torch.add(h_1D, y_1D[0], out=own.h_1D)
+            return
+        act = self._ops.row_gate_up(
+            x_1D, mlp.gate_proj, mlp.up_proj, own.scratch("act", mlp.gate_proj.shape[0])
+        )
+        self._ops.row(act, mlp.down_proj, own.h_1D, add=(h_1D, *y_1D))

@@ -1,0 +1,117 @@
+"""Weights of every kind: quantize them, take rows of them, dequantize them exactly.
+
+A weight [N, K] is a float tensor, an ``Int8Weight`` or an ``Nf4Weight``; a backend may prepare a
+kind of its own from one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from slotmoe.quant import int8, nf4
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.shapes import TILE
+
+Weight = Tensor | Int8Weight | Nf4Weight
+_CACHED = 1 << 16  # weights whose temporaries stay in the processor's cache
+
+
+def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same weight with ``change`` applied to each of its tensors."""
+    if isinstance(weight, Tensor):
+        return change(weight)
+    if is_dataclass(weight) and not isinstance(weight, type):
+        return replace(
+            weight,
+            **{
+                field.name: map_tensors(getattr(weight, field.name), change)
+                for field in fields(weight)
+            },
+        )
+    return weight
+
+
+def nbytes(weight: Any) -> int:
+    """Bytes in memory of a weight and its scales."""
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    map_tensors(weight, count)
+    return total
+
+
+def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises
+    ``nf4.NotFiniteError``."""
+    native = bindings.load()
+    if native is None:
+        return nf4.quantize(weight_NK)
+    try:
+        return native.quantize_nf4(weight_NK)
+    except ValueError:
+        raise nf4.NotFiniteError from None
+
+
+def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """``int8.quantize``, by the native kernel where there is one; the same bytes."""
+    native = bindings.load()
+    return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
+
+
+def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
+    """Sum of the squared differences between a matrix and what was made of it, and sum of the
+    matrix's squares, in float64.
+
+    Native kernels and torch agree to its last digits.
+    """
+    native = bindings.load()
+    if native is None:
+        N, K = source_NK.shape
+        step = max(TILE, _CACHED // K // TILE * TILE)
+        errors, squares = [], []
+        for start in range(0, N, step):
+            source = source_NK[start : start + step].double().flatten()
+            error = source - dequantize(rows(weight, start, min(start + step, N))).flatten()
+            errors.append(error.dot(error).item())
+            squares.append(source.dot(source).item())
+        return math.fsum(errors), math.fsum(squares)
+    if isinstance(weight, Int8Weight):
+        return native.int8_error(source_NK, weight.q, weight.scale)
+    return native.nf4_error(source_NK, weight.codes, weight.absmax, weight.levels)
+
+
+def rows(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.q[start:stop], weight.scale[start:stop])
+    if isinstance(weight, Nf4Weight):
+        first, last = start // TILE, -(-stop // TILE)
+        return Nf4Weight(
+            weight.codes[first:last],
+            weight.absmax[first:last],
+            weight.levels,
+            (stop - start, weight.shape[1]),
+        )
+    return weight[start:stop]
+
+
+def dequantize(weight: Weight) -> Tensor:
+    """The exact matrix, float32 [N, K], on the weight's device."""
+    if isinstance(weight, Int8Weight):
+        return int8.dequantize(weight)
+    if isinstance(weight, Nf4Weight):
+        return nf4.dequantize(weight)
+    return weight.float()
+
+
