@@ -1,374 +1,408 @@
-"""The step above the cache: which experts a layer's tokens need, where they are, and the weighted
-sum in gate order.
+"""The experts' step: bring the experts that a layer's tokens need, compute each group where its
+bytes lie, and sum in gate order.
 
-Shape legend: T tokens, D hidden_size, E routed experts, K experts a token, R rows (MoE layers).
+Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
-from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from slotmoe.model.layers import NoTimer, Timer
 from slotmoe.model.names import expert_name
-from slotmoe.model.network import Lap, unwatched
-from slotmoe.offload.observe.trace import TraceWriter
-from slotmoe.offload.policy.prefetch import Accuracy, Prefetcher, total
+from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.policy.hybrid import Split
+from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM, Read
+from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.quant.backends.base import TorchOps, gate_order_sum
-from slotmoe.quant.export.layout import PROJECTIONS
-from slotmoe.quant.export.reader import Export
+from slotmoe.quant.backends.base import Records, SlotTable, TorchOps
+from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 
-if TYPE_CHECKING:
-    from slotmoe.offload.observe.profiler import Profiler
-
-
-class Guesser(Protocol):
-    """Scores of experts before their gate has spoken; the higher the likelier.  See
-    ``slotmoe.offload.predictor``."""
-
-    def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
-        """The experts of all MoE layers, or the first ones, from a token's embedding and the last
-        hidden state before it: float32 [at most L, E]."""
-
-    def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
-        """Experts of MoE layer ``row + 1``, from the input of layer ``row``, [D] or [T, D], and
-        what ``token_scores`` said about that layer, if anything: float32 [E] or [T, E]."""
-
-    def likely(self, scores_RE: Tensor) -> list[list[int]]:
-        """Each row's experts worth guessing, the best first."""
+# Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.
+_USES_AT_ONCE = 128
 
 
-_TOKENS_AT_ONCE = (
-    128  # of several experts in one call, so that what has arrived meanwhile is soon looked at
-)
+@dataclass(frozen=True)
+class Route:
+    """A gate's choice: ``indices`` [T][K] of MoE layer ``row``, and how many of its distinct
+    experts were cached, were missing, and of these were on their way.  ``x_TD`` is the experts'
+    input, None where the backend went through several layers at once."""
+
+    row: int
+    indices: list[list[int]]
+    hits: int
+    misses: int
+    coming: int
+    x_TD: Tensor | None
 
 
-class OffloadedExperts:
-    """Routed experts behind slots.  Callable as the network's ``experts``.
+OnRoute = Callable[[Route], None]
 
-    A layer's step: demand what is missing, guess what the next layer will use and read that too,
-    compute the experts that are here, then each of the others as it arrives.  Without a
-    ``prefetcher`` it reads on demand only.  ``warm`` are keys worth having, the best first: they
-    fill free slots while the first tokens are made.
+
+class Group(Protocol):
+    """Some of a layer's experts, whose records lie in one place."""
+
+    def compute(self, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> None:
+        """Write the unweighted outputs of these experts to ``y_TKD``."""
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """Experts in slots; ``slots_E`` as ``TorchOps.experts`` takes it."""
+
+    backend: TorchOps
+    records: Any
+    slots_E: Tensor
+
+    def compute(self, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> None:
+        self.backend.experts(x_TD, self.records, self.slots_E, indices_TK, y_TKD)
+
+
+class HostCompute:
+    """The CPU's part of a step on a GPU: it computes records of the host tier where they lie."""
+
+    def __init__(self, backend: TorchOps, records: Records, host: HostTier, device: Device):
+        self.backend, self.records, self.host, self._device = backend, records, host, device
+        self.seconds, self._x_TD = 0.0, torch.empty(0)
+        self._indices_TK = torch.empty(0, dtype=torch.int64)
+
+    def begin(self, x_TD: Tensor, indices_TK: Tensor) -> None:
+        """Keep a layer's input and choices, both in RAM."""
+        self._x_TD, self._indices_TK = x_TD, indices_TK
+
+    def compute(self, ready: Sequence[Read], row: int, y_TKD: Tensor) -> None:
+        """The outputs of acquired records that have arrived, into ``y_TKD`` on the GPU."""
+        for read in ready:
+            if read.error is not None:
+                raise read.error
+        started, experts = time.perf_counter(), self.host.cache.experts
+        slots_E = torch.full((experts,), -1, dtype=torch.int32)
+        for read in ready:
+            slots_E[read.expert_id - row * experts] = self.host.slot(read)
+        uses = (slots_E[self._indices_TK] >= 0).flatten().nonzero()[:, 0]
+        tokens = uses // self._indices_TK.shape[1]
+        # Each use is a token of its own with one expert, so only what is computed has memory.
+        y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
+        indices_N1 = self._indices_TK.flatten()[uses][:, None]
+        self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
+        y_ND = self._device.upload(y_N1D[:, 0])
+        y_TKD.flatten(0, 1).index_copy_(0, self._device.upload(uses), y_ND)
+        self.seconds += time.perf_counter() - started
+        for read in ready:
+            self.host.release(read)
+
+
+class Experts:
+    """Routed experts behind slots, for any number of tokens, on a CPU or a GPU.  It is the
+    network's ``experts``.
+
+    What is cached is computed first, then what arrives, in groups; the sum is in gate order, so the
+    result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
+    GPU is within its kernels' rounding.)  ``lookahead`` reads ahead; ``warm`` are expert ids worth
+    having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
+    ``split`` are the CPU's part beside a GPU.
     """
 
     def __init__(
         self,
-        export: Export,
-        slots: Slots,
-        ops: TorchOps,
+        layers: Sequence[int],
+        layout: RecordLayout,
         levels: Tensor,
-        prefetcher: Prefetcher | None,
-        guesser: Guesser,
-        warm: Sequence[int] = (),
+        slots: Slots,
+        backend: TorchOps,
+        device: Device,
+        lookahead: Lookahead | None,
+        warm: Sequence[int],
+        hybrid: HostCompute | None,
+        split: Split,
     ):
-        self._layout, self._experts, self._levels, self._ops = (
-            export.layout,
-            export.experts,
-            levels,
-            ops,
-        )
-        self._slots, self._cache, self._prefetcher, self._guesser = (
-            slots,
-            slots.cache,
-            prefetcher,
-            guesser,
-        )
-        self._layers, self._rows = (
-            export.layers,
-            {layer: row for row, layer in enumerate(export.layers)},
-        )
-        self._warm = list(reversed(warm))
-        self._token_scores_LE: Tensor | None = None
-        self._met = 0  # missing experts whose read had begun when the gate asked
-        self._interrupted = False  # while a step is under way, and after one that did not end
-        self.trace: TraceWriter | None = None
-        self.profiler: Profiler | None = None
-        self.lap: Lap = unwatched
+        self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self.records = Records(slots.slab, layout, levels)
+        self._none_ME = device.slot_entries(len(layers), slots.cache.experts).tensor
+        self.lookahead, self._warm = lookahead, list(reversed(warm))
+        self.hybrid, self.split = hybrid, split
+        self._met = 0  # missing experts whose read had begun when the gate chose them
+        self._interrupted = False  # while a pass is under way, and after one that did not end
+        self._listeners: list[tuple[OnRoute, bool]] = []
+        self._fetched = self._computed = 0
+        self.timer: Timer = NoTimer()
 
-    @property
-    def guesses_tokens(self) -> bool:
-        """Whether ``begin`` has a use now for the token's embedding and the last hidden state."""
-        return self._prefetcher is not None and self._prefetcher.pays()
+    def on_route(self, listener: OnRoute, inputs: bool = False) -> Callable[[], None]:
+        """Call ``listener`` with each gate's choice from now on, until the returned function is
+        called.  With ``inputs`` every ``Route`` has its ``x_TD``."""
+        entry = listener, inputs
+        self._listeners.append(entry)
+        return lambda: self._listeners.remove(entry)
 
-    def begin(self, tokens: int, embedding_D: Tensor | None, hidden_D: Tensor | None) -> None:
-        """A forward step over ``tokens`` tokens starts.  For one token, its embedding and the last
-        hidden state before it (float32 [D]) let the guesser name the experts of all layers at
-        once."""
+    # The network's side
+
+    def slot_table(self) -> SlotTable:
+        """Where experts are.  The table is empty while something is to be done between two layers:
+        the backend then stops after each gate."""
+        stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
+        stops = stops or any(inputs for _, inputs in self._listeners)
+        complete = self.slots.complete and not stops
+        return SlotTable(self.records, self._none_ME if stops else self.slots.slots_ME, complete)
+
+    def begin(self, tokens: int) -> bool:
+        """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
         if self._interrupted:
-            self._slots.rebuild()
+            self.slots.rebuild()
         self._interrupted = True
-        self._slots.advance(tokens)
-        prefetcher = self._prefetcher
-        if prefetcher is None:
-            return
-        prefetcher.reset()
-        self._token_scores_LE = None
-        if embedding_D is not None and hidden_D is not None:
-            started = time.perf_counter()
-            self._token_scores_LE = self._guesser.token_scores(embedding_D, hidden_D)
-            likely = self._guesser.likely(self._token_scores_LE)
-            for row, experts in enumerate(likely):
-                prefetcher.guess(row, self._keys(row, experts), "token")
-            prefetcher.cost((time.perf_counter() - started) / len(likely))
-            prefetcher.pump(-1)
-        self.lap("cache and prefetch")
+        self.slots.advance(tokens)
+        if self.lookahead is None:
+            return False
+        self.lookahead.begin()
+        return self.lookahead.active and tokens == 1
+
+    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+        """See ``slotmoe.model.network.Experts``."""
+        first = sum(moe_layer < layer for moe_layer in self._rows)
+        if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
+            self._cache.hits += indices_MTK.numel()
+        else:
+            for row, indices in enumerate(self._device.download(indices_MTK).get().tolist(), first):
+                distinct = len(set(chain.from_iterable(indices)))
+                self._tell(Route(row, indices, distinct, 0, 0, None))
+                self._cache.use_chunk(row, indices)
+                if self.lookahead is not None:
+                    self.lookahead.chosen(row, self._uses(row, indices), 0)
+        self._end_of_layer(first + len(indices_MTK) - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        indices, row = indices_TK.tolist(), self._rows[layer]
-        if self.trace is not None:
-            self.trace.add(layer, indices)
-        if self.profiler is not None:
-            self.profiler.chose(row, indices)
-        if len(indices) == 1:
-            y_TD = self._decode(row, x_TD[0], weights_TK[0], self._keys(row, indices[0]))[None]
-        else:
-            y_TD = self._ops.weighted_sum(self._prefill(row, x_TD, indices_TK, indices), weights_TK)
+        row = self._rows[layer]
+        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        for group in self._bring(row, x_TD, indices_TK, y_TKD):
+            group.compute(x_TD, indices_TK, y_TKD)
+            self.timer.mark("experts")
+        y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
         if self._warm:
             self._read_warm()
-        if self._prefetcher is not None:
-            self._prefetcher.computing()
-        self._done(row)
-        self.lap("cache and prefetch")
+        if self.lookahead is not None:
+            self.lookahead.computing()
+        self._end_of_layer(row)
         return y_TD
 
-    def here(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where the experts are, for a call that goes through several layers of one token: the
-        slab, the slots int32 [R, E] (negative: not cached) and the levels.  None where something is
-        to be read ahead between two."""
-        if self._prefetcher is not None or self._warm:
-            return None
-        return self._slots.slab, self._slots.table_LE, self._levels
+    # What a layer needs
 
-    def used(self, layer: int, indices_NK: Tensor) -> None:
-        """Such a call has used experts of N MoE layers from ``layer`` on, all of them cached."""
-        first = sum(one < layer for one in self._rows)
-        for row, experts in enumerate(indices_NK.tolist(), first):
-            if self.trace is not None:
-                self.trace.add(self._layers[row], [experts])
-            if self.profiler is not None:
-                self.profiler.chose(row, [experts])
-                self.profiler.looked(row, len(experts), 0, 0)
-            for key in self._keys(row, experts):
-                self._cache.use(key)
-        self._done(first + len(indices_NK) - 1)
-        self.lap("cache and prefetch")
+    def _bring(
+        self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor
+    ) -> Iterator[Group]:
+        """The experts of a layer in groups: what is cached first, then what arrives.  What the CPU
+        computes beside a GPU goes to ``y_TKD`` meanwhile."""
+        slots, device, hybrid = self.slots, self._device, self.hybrid
+        chosen = device.download(indices_TK)
+        inputs = device.download(x_TD) if self.split.computes else None
+        if device.queues:  # by the slot table, before the host knows the choice
+            yield DeviceGroup(self._backend, self.records, slots.slots_ME[row])
+        indices = chosen.get().tolist()
+        uses = self._uses(row, indices)
+        cached = [] if device.queues else [id for id in uses if id in self._cache]
+        missing = [id for id in uses if id not in self._cache]
+        self._look_up(row, x_TD, indices, uses, missing)
+        computed = self._choose_for_cpu(uses, missing)
+        fetched = [id for id in missing if id not in computed]
+        if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
+            fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
+        newest = {row * self._cache.experts + expert for expert in indices[-1]}
+        reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
+        later, used = fetched[slots.staging :], list[int]()
+        acquired: list[Read] = []
+        if hybrid is not None and inputs is not None:
+            hybrid.begin(inputs.get(), chosen.get())
+            self._acquire(computed, acquired)
+        if self.lookahead is not None:
+            self.lookahead.guess_layer(row, len(self._rows), x_TD)
+        self.timer.mark("cache and prefetch")
+        while cached or reads or acquired:
+            done = [read for read in reads if read.done][: max(1, slots.staging // 2)]
+            if done:
+                slots.take(done)
+                self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
+                reads = [read for read in reads if read not in done]
+                ready = [read.expert_id for read in done]
+            elif cached:
+                ready, cached, done = *_first(cached, uses), []
+            elif hybrid is not None and (arrived := [read for read in acquired if read.done]):
+                hybrid.compute(arrived[:1], row, y_TKD)
+                acquired.remove(arrived[0])
+                self._acquire(computed, acquired)
+                self.timer.mark("experts")
+                continue
+            else:
+                slots.wait([*reads, *acquired])
+                self.timer.mark("waiting for disk")
+                continue
+            yield self._group(row, ready)
+            used += [read.expert_id for read in done]
+            if later:  # make room in staging for what is still to be read
+                for expert_id in used:
+                    slots.admit(expert_id, pinned=newest.union(cached))
+                coming = {read.expert_id for read in reads}
+                reads += slots.demand(later[: len(used)], pinned=coming.union(later[: len(used)]))
+                later, used = later[len(used) :], []
+            elif self.lookahead is not None and len(indices) > 1:
+                self.lookahead.more(row)
+        for expert_id in missing:  # in gate order, so that timing changes nothing
+            if expert_id in used:
+                slots.admit(expert_id, pinned=newest)
 
-    def _done(self, row: int) -> None:
+    def _group(self, row: int, expert_ids: Sequence[int]) -> Group:
+        experts = self._cache.experts
+        slots = {id - row * experts: self.slots.slot(id) for id in expert_ids}
+        return DeviceGroup(self._backend, self.records, self._device.layer_slots(experts, slots))
+
+    def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
+        """Distinct expert ids of a layer in gate order, and how many tokens use each."""
+        counts = Counter(chain.from_iterable(indices))
+        if len(indices) > 1:
+            counts = Counter(dict(sorted(counts.items())))
+        return {row * self._cache.experts + expert: count for expert, count in counts.items()}
+
+    def _look_up(
+        self,
+        row: int,
+        x_TD: Tensor,
+        indices: list[list[int]],
+        uses: Mapping[int, int],
+        missing: Sequence[int],
+    ) -> None:
+        """Count a gate's choice, and tell the lookahead and the listeners."""
+        coming = sum(id in self.slots for id in missing)
+        self._met += coming
+        self._tell(Route(row, indices, len(uses) - len(missing), len(missing), coming, x_TD))
+        self._cache.use_chunk(row, indices)
+        if self.lookahead is not None:
+            self.lookahead.chosen(row, uses, len(missing))
+
+    def _choose_for_cpu(self, uses: Mapping[int, int], missing: Sequence[int]) -> list[int]:
+        """Which missing experts the CPU computes: those that the fewest tokens use, and of one
+        token's those that the gate weighs least.  For one token all are fetched as long as slots
+        are free, or nothing would ever fill them.  What is on its way is not computed again."""
+        one_token = max(uses.values()) == 1
+        if not self.split.computes or (one_token and self.slots.room() > 0):
+            return []
+        absent = [id for id in reversed(missing) if id not in self.slots]
+        absent.sort(key=lambda id: uses[id])
+        count = self.split.for_cpu([uses[id] for id in absent], len(missing) - len(absent))
+        self._fetched += len(missing) - count
+        self._computed += count
+        host = self.hybrid.host if self.hybrid is not None else ()
+        return sorted(absent[:count], key=lambda id: id not in host)
+
+    def _acquire(self, computed: list[int], acquired: list[Read]) -> None:
+        """Ask the host tier for the next records that the CPU computes."""
+        assert self.hybrid is not None
+        while computed and len(acquired) < self.split.at_once:
+            acquired.append(self.hybrid.host.acquire(computed.pop(0)))
+            self.hybrid.host.submit(acquired[-1:])
+
+    def _tell(self, route: Route) -> None:
+        for listener, _ in self._listeners:
+            listener(route)
+
+    def _end_of_layer(self, row: int) -> None:
         if row == len(self._rows) - 1:
             self._interrupted = False
-
-    def _decode(self, row: int, x_D: Tensor, weights_K: Tensor, keys: list[int]) -> Tensor:
-        """One token's weighted sum, float32 [D].  All its experts keep their slots until the sum is
-        done."""
-        slots, cache = self._slots, self._cache
-        missing = [key for key in keys if not cache.use(key)]
-        self._settle_guesses(row, keys, missing)
-        if not missing:
-            self._guess(row, x_D)
-            self.lap("cache and prefetch")
-            y_D = self._ops.experts(
-                x_D, [slots.record(key) for key in keys], weights_K, self._layout, self._levels
-            )
-            self.lap("experts")
-            return y_D
-        reads = slots.demand(missing, keep=keys)
-        self._guess(row, x_D)
-        y_KD = torch.empty(len(keys), len(x_D), device=x_D.device)
-        ready = [key for key in keys if key not in missing]
-        self.lap("cache and prefetch")
-        while ready or reads:
-            if ready:
-                records = [slots.record(key) for key in ready]
-                y_KD[[keys.index(key) for key in ready]] = self._ops.experts_each(
-                    x_D, records, self._layout, self._levels
-                )
-                self.lap("experts")
-            finished = self._wait(reads) if reads else []
-            ready, reads = (
-                [read.key for read in finished],
-                [read for read in reads if read not in finished],
-            )
-        for key in missing:
-            slots.settle(key, keep=keys)
-        return gate_order_sum(y_KD[None], weights_K[None])[0]
-
-    def _prefill(
-        self, row: int, x_TD: Tensor, indices_TK: Tensor, indices: list[list[int]]
-    ) -> Tensor:
-        """Expert by expert over many tokens, of one sequence or of several, each brought once,
-        while others compute: unweighted, float32 [T, K, D]."""
-        slots, cache = self._slots, self._cache
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        tokens = {
-            row * self._experts + expert: count
-            for expert, count in sorted(Counter(chain.from_iterable(indices)).items())
-        }
-        here, missing = (
-            [key for key in tokens if key in cache],
-            [key for key in tokens if key not in cache],
-        )
-        cache.use_chunk(row, indices)
-        self._settle_guesses(row, tokens, missing)
-        missing.sort(
-            key=lambda key: key not in slots
-        )  # first those that a prefetch has begun to read
-        reads = slots.demand(missing[: slots.transit], keep=missing[: slots.transit])
-        coming = missing[len(reads) :]
-        self._guess(row, x_TD)
-        self.lap("cache and prefetch")
-        while here or reads:
-            if here and not any(read.done for read in reads):
-                totals = accumulate(tokens[key] for key in here)
-                several = max(1, sum(total <= _TOKENS_AT_ONCE for total in totals))
-                ready, here = here[:several], here[several:]
-            else:
-                arrived = self._wait(reads)
-                ready, reads = (
-                    [read.key for read in arrived],
-                    [read for read in reads if read not in arrived],
-                )
-            table = [-1] * self._experts
-            for key in ready:
-                table[key - row * self._experts] = slots.slot(key)
-            slots_TK = torch.tensor(table, dtype=torch.int32, device=x_TD.device)[indices_TK]
-            self._ops.experts_by_slot(x_TD, slots.slab, slots_TK, self._layout, self._levels, y_TKD)
-            self.lap("experts")
-            for key in ready:
-                if key not in cache:
-                    slots.settle(key, keep=here)
-                if coming and len(reads) < slots.transit:
-                    reads += slots.demand(
-                        [coming.pop(0)], keep=[*ready, *(read.key for read in reads)]
-                    )
-                elif not coming and self._prefetcher is not None:
-                    self._prefetcher.pump(row)
-        return y_TKD
-
-    def _wait(self, reads: list[Read]) -> list[Read]:
-        """Those of ``reads`` that are done, at least one."""
-        finished = self._slots.wait(reads)
-        self.lap("waiting for disk")
-        return finished
-
-    def _settle_guesses(self, row: int, keys: Collection[int], missing: list[int]) -> None:
-        """Tell the prefetcher what the gate has chosen; reads that this proves wrong are given
-        up."""
-        coming = sum(key in self._slots for key in missing)
-        self._met += coming
-        if self.profiler is not None:
-            self.profiler.looked(row, len(keys) - len(missing), len(missing), coming)
-        if self._prefetcher is not None:
-            self._prefetcher.asked(row, keys, len(missing))
-
-    def _guess(self, row: int, x: Tensor) -> None:
-        """Guess the next MoE layer's experts from this one's input, [D] or [T, D], and read
-        ahead."""
-        prefetcher = self._prefetcher
-        if prefetcher is None:
-            return
-        if row + 1 < len(self._rows) and prefetcher.pays():
-            started = time.perf_counter()
-            if x.dim() == 1:
-                scores_LE = self._token_scores_LE
-                known = (
-                    scores_LE[row + 1]
-                    if scores_LE is not None and row + 1 < len(scores_LE)
-                    else None
-                )
-                experts = self._guesser.likely(self._guesser.layer_scores(row, x, known)[None])[0]
-                prefetcher.cost(time.perf_counter() - started)
-            else:  # whatever any token is likely to use, most tokens first
-                uses = Counter(
-                    chain.from_iterable(self._guesser.likely(self._guesser.layer_scores(row, x)))
-                )
-                experts = [expert for expert, _ in uses.most_common()]
-            prefetcher.guess(row + 1, self._keys(row + 1, experts), "layer")
-        prefetcher.pump(row)
-
-    def _keys(self, row: int, experts: list[int]) -> list[int]:
-        return [row * self._experts + expert for expert in experts]
+        self.timer.mark("cache and prefetch")
 
     def _read_warm(self) -> None:
         """Keep one read of a popular expert going until the cache has no free room; demands
         overtake it."""
-        self._slots.adopt()
-        while self._warm and self._warm[-1] in self._slots:
+        slots = self.slots
+        slots.admit_warm()
+        while self._warm and self._warm[-1] in slots:
             self._warm.pop()
-        if self._slots.full:
+        if slots.full:
             self._warm.clear()
-        elif self._warm and self._slots.room() and self._slots.prefetch(self._warm[-1], WARM):
+        elif self._warm and slots.room() and slots.prefetch(self._warm[-1], WARM):
             self._warm.pop()
+
+    # The runtime's side
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
-        """Read experts in order of layer until no slot is free; ``progress(done, total)`` in
-        bytes."""
-        size, total = self._layout.record_bytes, self._slots.planned * self._layout.record_bytes
-        self._slots.fill(
-            range(len(self._rows) * self._experts), lambda: progress(len(self._cache) * size, total)
-        )
-
-    def memory(self) -> Tensor:
-        """The memory of the slots, uint8, with all its pages."""
-        return self._slots.memory()
+        """Read experts in order of layer until no slot is free, and below a GPU until the RAM is
+        full; ``progress(done, total)`` in bytes of slots."""
+        size, ids = self.slots.slab.shape[1], range(len(self._rows) * self._cache.experts)
+        total = self.slots.planned * size
+        self.slots.fill(ids, lambda: progress(len(self._cache) * size, total))
+        if self.hybrid is not None:
+            self.hybrid.host.fill(ids)
 
     def stats(self) -> dict[str, Any]:
-        """Counters: ``cache``, and ``prefetch`` by horizon (see
-        ``slotmoe.offload.policy.prefetch.Accuracy``)."""
-        cache, looked = self._cache, self._cache.hits + self._cache.misses
-        counts = {
-            "hits": cache.hits,
-            "misses": cache.misses,
-            "hit_rate": cache.hits / looked if looked else None,
-        }
-        counts |= {
-            "already_coming": self._met,
-            "evictions": cache.evictions,
-            "bypassed": cache.bypassed,
-            "slots": self._slots.planned,
-        }
-        found: dict[str, Any] = {"cache": counts, "wait_seconds": self._slots.wait_seconds}
-        if self._prefetcher is not None:
-            found["prefetch"] = {
-                horizon: asdict(accuracy) for horizon, accuracy in self._prefetcher.accuracy.items()
+        """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are
+        computed, how many were fetched and how many the CPU computed, in how many seconds."""
+        cache, slots = self._cache, self.slots
+        lookups = cache.hits + cache.misses
+        counts = {"hits": cache.hits, "misses": cache.misses}
+        counts |= {"hit_rate": cache.hits / lookups if lookups else None}
+        counts |= {"already_coming": self._met, "evictions": cache.evictions}
+        counts |= {"bypassed": cache.bypassed, "slots": slots.planned}
+        stats: dict[str, Any] = {"cache": counts, "wait_seconds": slots.wait_seconds}
+        if self.lookahead is not None:
+            stats["prefetch"] = self.lookahead.stats()
+        if self.hybrid is not None:
+            misses = {"mode": self.split.mode, "fetched": self._fetched}
+            stats["misses"] = misses | {
+                "computed": self._computed,
+                "seconds": self.hybrid.seconds,
             }
-        return found
-
-    def present(self) -> tuple[int, int]:
-        """Bytes of cached records, and bytes of all slots that have been written or made ready."""
-        return self._slots.present()
-
-    def prefetch_by_layer(self) -> list[Accuracy]:
-        """What became of the guesses for each MoE layer, of both horizons together; empty without a
-        prefetcher."""
-        if self._prefetcher is None:
-            return []
-        return [total(both) for both in zip(*self._prefetcher.by_row.values(), strict=True)]
+        return stats
 
     def close(self) -> None:
-        self._slots.close()
-        if self.trace is not None:
-            self.trace.close()
+        """Stop what goes on in other threads."""
+        self.slots.close()
+
+
+def _first(expert_ids: list[int], uses: Mapping[int, int]) -> tuple[list[int], list[int]]:
+    """Expert ids for one call, at least one, and the others."""
+    count, total = 0, 0
+    while count < len(expert_ids) and (total := total + uses[expert_ids[count]]) <= _USES_AT_ONCE:
+        count += 1
+    return expert_ids[: max(1, count)], expert_ids[max(1, count) :]
+
+
+class PlainRecords:
+    """Unquantized experts, all in memory; row ``layer index * E + expert``."""
+
+    def __init__(self, weights: Mapping[str, Tensor], layers: Sequence[int], experts: int):
+        self._weights, self._layers, self._experts = weights, layers, experts
+
+    def weights(self, slot: int) -> tuple[Tensor, ...]:
+        """Gate, up and down projection."""
+        row, expert = divmod(slot, self._experts)
+        names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
+        return tuple(self._weights[name] for name in names)
 
 
 class ResidentExperts:
     """Routed experts of an unquantized checkpoint, all in memory: the reference path."""
 
-    def __init__(self, weights: dict[str, Tensor], ops: TorchOps):
-        self._weights, self._ops = weights, ops
+    def __init__(
+        self, weights: Mapping[str, Tensor], layers: Sequence[int], experts: int, backend: TorchOps
+    ):
+        self._records, self._backend = PlainRecords(weights, layers, experts), backend
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        for expert in indices_TK.unique().tolist():
-            weights = (self._weights[expert_name(layer, expert, name)] for name in PROJECTIONS)
-            uses = (indices_TK == expert).nonzero(as_tuple=True)
-            y_TKD[uses] = self._ops.mlp(x_TD[uses[0]], *weights)
-        return gate_order_sum(y_TKD, weights_TK)
+        slots_E = self._slots_ME[self._rows[layer]].to(x_TD.device)
+        self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
+        return self._backend.weighted_sum(y_TKD, weights_TK)
+
+    def slot_table(self) -> None:
+        """No backend computes them by itself."""
+
+    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+        """Never called: see ``slot_table``."""

@@ -1430,115 +1430,152 @@ class RandomModel:
         )
         self.decoder = qk.Decoder(self.layers, self.router, width)
 
-    def start(self, rng, position):
-        """A token's residual stream and rotations, and caches with `position` rows in a larger
-        buffer."""
-        size = latent_bytes(20, 4)
-        caches = torch.full((5, 90, size + 5), 0xFF, dtype=torch.uint8)[..., :size]
-        for cache in caches:
-            self.kernels.store_latents(
-                torch_of(rng.standard_normal((position, 24))), 20, cache[:position]
-            )
-        table = torch.polar(torch.ones(1, 2), torch_of(rng.uniform(-9, 9, (1, 2))))
-        return torch_of(rng.standard_normal((1, self.decoder.hidden))), table, caches
+    def start(self, rng, positions):
+        """The tokens' residual streams and rotations, and caches with `positions` rows, each in a
+        larger buffer."""
+        size, t = latent_bytes(20, 4), len(positions)
+        buffer = torch.full((t, 5, 90, size + 5), 0xFF, dtype=torch.uint8)
+        caches = list(buffer[..., :size])
+        for cache, position in zip(caches, positions, strict=True):
+            for rows in cache:
+                latents = torch_of(rng.standard_normal((position, 24)))
+                self.kernels.store_latents(latents, 20, rows[:position])
+        table = torch.polar(torch.ones(t, 2), torch_of(rng.uniform(-9, 9, (t, 2))))
+        return torch_of(rng.standard_normal((t, self.decoder.hidden))), table, caches
 
-    def before_experts(self, index, h, table, caches, position):
-        h, x, logits = self.kernels.attention(
-            self.layers[index][0], h, table, [caches[index]], [position]
-        )
+    def before_experts(self, index, h, table, caches, positions):
+        rows = [cache[index] for cache in caches]
+        h, x, logits = self.kernels.attention(self.layers[index][0], h, table, rows, positions)
         return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
 
-    def after(self, index, row, h, x, weights, indices):
-        y, mlp = None, self.layers[index][1]
-        if weights is not None:
-            records = [self.slab[slot] for slot in self.slots[row][indices[0]].tolist()]
-            y = self.kernels.experts_decode(x[0], records, weights[0], self.width, levels_tensor)[
-                None
-            ]
+    def experts(self, moe_layer, x, weights, indices):
+        slots = self.slots[moe_layer][indices]
+        outputs = torch.empty(*slots.shape, x.shape[1])
+        self.kernels.experts_by_slot(x, self.slab, slots, self.width, levels_tensor, outputs)
+        y = self.kernels.weighted_sum(outputs, weights)
+        for token, row in enumerate(slots.tolist()):
+            records = [self.slab[slot] for slot in row]
+            alone = x[token], records, weights[token], self.width, levels_tensor
+            assert torch.equal(self.kernels.experts_decode(*alone), y[token])
+        return y
+
+    def finish(self, index, h, x, y):
+        mlp = self.layers[index][1]
         if mlp is not None:
             return self.kernels.mlp(x, mlp, h, y)
         return h if y is None else h + y
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.integers(1, 100),
     st.integers(1, 60),
     st.integers(1, 3),
-    st.floats(0, 1),
-    st.integers(0, 80),
+    st.one_of(st.just(0.0), st.floats(0, 1), st.just(1.0)),
+    st.one_of(st.lists(st.integers(0, 80), min_size=n, max_size=n) for n in (1, 3)),
     st.integers(1, 3),
+    st.booleans(),
     seeds,
 )
 def test_decode_is_bitwise_its_parts(
-    kernels, hidden, width, top_k, present, position, threads, seed
+    kernels, hidden, width, top_k, present, positions, threads, resumes, seed
 ):
-    """Also where it has to stop at experts that are nowhere, and goes on behind them."""
+    """Also where it has to stop at experts that have no slot, which is every router's where none
+    has one, and goes on from what another computed of them, or behind that layer."""
     rng = np.random.default_rng(seed)
     kernels.set_threads(threads)
     model = RandomModel(kernels, rng, hidden, width, 6, top_k)
-    h, table, caches = model.start(rng, position)
-    others, want = caches._base.clone()[..., : caches.shape[2]], h
-    rows = [sum(model.decoder.routed[:index]) for index in range(5)]
-    slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) > present), -1)
-    at, asked = 0, 0
+    h, table, caches = model.start(rng, positions)
+    others = list(caches[0]._base.clone()[..., : caches[0].shape[2]])
+    want, routed = h, model.decoder.routed
+    moe_layers = [sum(routed[:index]) for index in range(5)]
+    slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) >= present), -1)
+    at, resumed, asked, stops = 0, (), 0, 0
     while at < 5:
         got = kernels.decode(
-            model.decoder, at, h, table, caches, position, model.slab, slots, levels_tensor
+            model.decoder,
+            at,
+            h,
+            table,
+            caches,
+            positions,
+            model.slab,
+            slots,
+            levels_tensor,
+            *resumed,
         )
         asked += len(got.indices)
         choices = []
-        for index in range(at, 5):
-            want, x, weights, indices = model.before_experts(index, want, table, others, position)
-            choices += [] if indices is None else indices.tolist()
+        for index in range(at + bool(resumed), 5):
+            want, x, weights, indices = model.before_experts(index, want, table, others, positions)
+            choices += [] if indices is None else [indices.tolist()]
             if index == got.layer:
                 break
-            assert weights is None or (slots[rows[index]][indices] >= 0).all()
-            want = model.after(index, rows[index], want, x, weights, indices)
+            assert weights is None or (slots[moe_layers[index]][indices] >= 0).all()
+            y = None if weights is None else model.experts(moe_layers[index], x, weights, indices)
+            want = model.finish(index, want, x, y)
         assert torch.equal(got.h, want) and got.indices.tolist() == choices
+        assert got.indices.shape[1:] == (len(positions), top_k)
+        h, at, resumed = got.h, got.layer, ()
         if got.layer < 5:
-            assert (slots[rows[index]][indices] < 0).any()
+            stops += 1
+            assert (slots[moe_layers[index]][indices] < 0).any()
             assert same([got.x, got.weights], [x, weights])
-            want = model.after(index, rows[index], want, x, weights, indices)
-        h, at = want, got.layer + 1
-    assert asked == 3
-    assert torch.equal(caches._base, others._base)
+            y = model.experts(moe_layers[index], x, weights, indices)
+            want = model.finish(index, want, x, y)
+            if resumes:
+                resumed = got.x, y
+            else:
+                h, at = want, got.layer + 1
+    assert asked == 3 and (stops == 3 or present > 0)
+    assert torch.equal(h, want)
+    assert torch.equal(caches[0]._base, others[0]._base)
 
 
 def test_decode_refuses(kernels):
     rng = np.random.default_rng(17)
     model = RandomModel(kernels, rng, 64, 32, 6, 2)
-    h, table, caches = model.start(rng, 3)
-    good = [model.decoder, 0, h, table, caches, 3, model.slab, model.slots, levels_tensor]
-    kernels.decode(*good)
+    moe, dense = model.decoder.routed.index(True), model.decoder.routed.index(False)
+    h, table, caches = model.start(rng, [3, 0])
+    names = "decoder first h table caches positions slab slots levels x experts".split()
+    good = [model.decoder, moe, h, table, caches, [3, 0], model.slab, model.slots, levels_tensor]
+    good = dict(zip(names, [*good, h, h], strict=True))
+    kernels.decode(**good)
+    kernels.decode(**good | {"x": None, "experts": None})
     odd = torch.zeros(model.slab.numel() + 1, dtype=torch.uint8)[1:].view(model.slab.shape)
     wide = torch.zeros(len(model.slab), model.slab.shape[1] + 8, dtype=torch.uint8)
-    changes = [
-        (1, 5),
-        (1, -1),
-        (2, h[:, 1:]),
-        (2, h.double()),
-        (3, table[:, 1:]),
-        (4, caches[1:]),
-        (4, caches[0]),
-        (4, caches[..., 1:]),
-    ]
-    changes += [
-        (5, -1),
-        (5, 90),
-        (6, model.slab[:, :64].contiguous()),
-        (6, odd),
-        (6, wide),
-        (7, model.slots[1:]),
-        (7, model.slots.long()),
-    ]
-    changes += [(7, model.slots + 18), (8, levels_tensor[1:]), (8, levels_tensor * float("nan"))]
-    for place, bad in changes:
-        with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
-            kernels.decode(*good[:place], bad, *good[place + 1 :])
-    layer, mlp = next(one for one in model.layers if one[0].experts and one[1])
+    bad = {
+        "first": [5, -1, dense],
+        "h": [h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()],
+        "table": [table[:, 1:], table[:1], table.real, table.conj()],
+        "caches": [
+            [],
+            caches[:1],
+            [caches[0], caches[1].float()],
+            [caches[0], caches[1][1:]],
+            [caches[0], caches[1].contiguous()],
+            [caches[0], caches[1][:, :80]],
+            [cache[1:] for cache in caches],
+            [cache[0] for cache in caches],
+            [cache[..., 1:] for cache in caches],
+            [cache.to("meta") for cache in caches],
+            [torch.zeros(5, cache.shape[2], 90, dtype=torch.uint8).mT for cache in caches],
+            [cache[:, :1].expand(5, 90, -1) for cache in caches],
+        ],
+        "positions": [[3], [3, 0, 0], [3, -1], [90, 0]],
+        "slab": [model.slab[:, :64].contiguous(), odd, wide, model.slab.float()],
+        "slots": [model.slots[1:], model.slots.long(), model.slots + 18],
+        "levels": [levels_tensor[1:], levels_tensor * float("nan")],
+        "x": [None, h[:1], h.double()],
+        "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
+                kernels.decode(**good | {name: value})
+    layer, mlp = next(entry for entry in model.layers if entry[0].experts and entry[1])
     smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
     for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):

@@ -44,7 +44,7 @@ __all__ = [
     "record_bytes",
 ]
 
-ABI = 6
+ABI = 7
 _PARTS = ("attention", "route", "experts_decode", "mlp")  # that `decode` tells the seconds of
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
 _SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -351,6 +351,8 @@ class Decoder:
         )
         self.experts = max(layer.experts for layer in attention)
         self.routed = [layer.experts > 0 for layer in attention]
+        self.moe_layers = sum(self.routed)
+        self.moe_layers_before = [sum(self.routed[:index]) for index in range(len(layers))]
         for layer, mlp in layers:
             if (layer.hidden, layer.row_bytes, layer.pairs) != (
                 self.hidden,
@@ -379,11 +381,12 @@ class Decoder:
 
 class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
-    number of layers, all up to its experts, which are not all there.  `h` float32 [1, H] is the
-    residual stream there.  `x` float32 [1, H] and `weights` float32 [1, k] are those experts' input
-    and weights, and mean nothing where all layers are done.  `indices` int64 [n, k] are the choices
-    of the routers that were asked, this layer's the last; `seconds` are what attention, routers,
-    experts and MLPs took."""
+    number of layers, all up to its experts, of which some have no slot.
+
+    `h` float32 [T, H] is the residual stream there. `x` float32 [T, H] and `weights` float32 [T, k]
+    are those experts' input and weights, and mean nothing where all layers are done.  `indices`
+    int64 [n, T, k] are the choices of the routers that were asked, this layer's the last; `seconds`
+    are what attention, routers, experts and MLPs took."""
 
     layer: int
     h: Tensor
@@ -443,17 +446,10 @@ class Kernels:
             ],
             "route": [pointer, pointer, size, size, pointer, pointer],
             "decode": [
-                pointer,
-                size,
-                *[pointer] * 3,
-                size,
-                size,
-                size,
-                pointer,
-                pointer,
-                size,
-                size,
-                *[pointer] * 7,
+                *[pointer, size, size],
+                *[pointer, pointer, pointer, size, size, pointer],
+                *[pointer, pointer, size, size, pointer],
+                *[pointer] * 8,
             ],
             "quantize_nf4": [pointer, number, size, size, pointer, pointer, pointer],
             "quantize_int8": [pointer, number, size, size, pointer, pointer],
@@ -721,12 +717,7 @@ class Kernels:
         k = slots.shape[1]
         _check("y", y, torch.float32, (t, k, hidden))
         _check("slots", slots, torch.int32, (t, k))
-        _check("slab", slab, torch.uint8, ndim=2)
-        size, stride = slab.shape
-        if size:
-            _record(slab[0], record_bytes(hidden, intermediate))
-        if stride % 64:
-            raise ValueError(f"records stand {stride} bytes apart, expected a multiple of 64")
+        size, stride = _slab(slab, record_bytes(hidden, intermediate))
         pointers = x.data_ptr(), t, k, slots.data_ptr(), slab.data_ptr(), size, stride
         self._done(
             self._lib.slotmoe_experts_by_slot(
@@ -827,13 +818,7 @@ class Kernels:
             raise ValueError(
                 f"the caches' rows stand {sorted(strides)} bytes apart, expected the same in all"
             )
-        if len(positions) != t:
-            raise ValueError(f"{len(positions)} positions, expected one for each of {t} caches")
-        for one, position in zip(caches, positions, strict=True):
-            if not 0 <= position < one.shape[0]:
-                raise ValueError(
-                    f"position is {position}, expected one of the cache's {one.shape[0]} rows"
-                )
+        _positions(positions, [len(cache) for cache in caches])
         y, x = torch.empty_like(h), torch.empty_like(h)
         logits = torch.empty(t, layer.experts, dtype=torch.float32) if layer.experts else None
         addresses, places = (
@@ -868,75 +853,92 @@ class Kernels:
 
     def decode(
         self,
-        model: Decoder,
+        decoder: Decoder,
         first: int,
         h: Tensor,
         table: Tensor,
-        caches: Tensor,
-        position: int,
+        caches: Sequence[Tensor],
+        positions: Sequence[int],
         slab: Tensor,
         slots: Tensor,
         levels: Tensor,
+        x: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> Decoded:
-        """One token through the layers from `first` on, up to one whose experts are not all there:
-        h float32 [1, H].
+        """One token of each of T sequences through the layers from `first` on, up to one whose
+        experts are not all in the slab: h float32 [T, H].
 
-        `table` complex64 [1, P / 2] is its position's rotations; its latent rows are written at
-        `position` of `caches`, uint8 [layers, capacity, latent_bytes(R, P)].  `slots` int32 [MoE
-        layers, E] says which row of `slab` (uint8 [S, >= record_bytes], coded by `levels`, float32
-        [16]) an expert's record is in, negative if none.  Bitwise what `attention`, `route`,
-        `experts_decode` and `mlp` give layer by layer.
+        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent rows are written
+        at its position of its sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike
+        in all. `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes],
+        coded by `levels`, float32 [16]) an expert's record is in, negative if none.
+
+        With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
+        residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
+        routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
+        `mlp` give layer by layer, and what each token gives alone.
         """
-        layers = len(model.routed)
+        t, layers = len(caches), len(decoder.routed)
+        _count("T", t)
         if not 0 <= first < layers:
             raise ValueError(f"first is {first}, expected one of {layers} layers")
-        _check("h", h, torch.float32, (1, model.hidden))
-        _check("table", table, torch.complex64, (1, model.pairs))
+        _check("h", h, torch.float32, (t, decoder.hidden))
+        _check("table", table, torch.complex64, (t, decoder.pairs))
         if table.is_conj():
             raise ValueError("table must be resolved, not conjugated lazily")
-        if caches.dim() != 3 or len(caches) != layers:
-            raise ValueError(
-                f"caches have shape {tuple(caches.shape)}, expected those of {layers} layers"
-            )
-        stride = _rows(caches[0], model.row_bytes)
-        if not 0 <= position < caches.shape[1]:
-            raise ValueError(
-                f"position is {position}, expected one of the cache's {caches.shape[1]} rows"
-            )
-        _check("slab", slab, torch.uint8, ndim=2)
-        size, apart = slab.shape
-        if size:
-            _record(slab[0], model.record_bytes)
-        if apart % 64:
-            raise ValueError(f"records stand {apart} bytes apart, expected a multiple of 64")
-        rows = sum(model.routed)
-        _check("slots", slots, torch.int32, (rows, model.experts))
+        layer_stride, row_stride = _layer_rows(caches, layers, decoder.row_bytes)
+        _positions(positions, [caches[0].shape[1]] * t)
+        size, apart = _slab(slab, decoder.record_bytes)
+        _check("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts))
         _check("levels", levels, torch.float32, (16,))
-        y, x, weights = torch.empty_like(h), torch.empty_like(h), torch.empty((1, model.top_k))
-        indices = torch.empty((rows, model.top_k), dtype=torch.int64)
-        reached, parts = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        inputs = (
-            h.data_ptr(),
-            table.data_ptr(),
-            caches.data_ptr(),
-            caches.stride(0),
-            stride,
-            position,
-        )
-        experts = slots.data_ptr(), slab.data_ptr(), size, apart, levels.data_ptr()
-        outputs = (one.data_ptr() for one in (y, x, weights, indices))
+        if x is not None and experts is not None:
+            _check("x", x, torch.float32, (t, decoder.hidden))
+            _check("experts", experts, torch.float32, (t, decoder.hidden))
+            if not decoder.routed[first]:
+                raise ValueError(f"layer {first} has no experts: x and experts must be None")
+            resumed = x.data_ptr(), experts.data_ptr()
+        elif x is None and experts is None:
+            resumed = 0, 0
+        else:
+            raise ValueError("x and experts must come together")
+        asked = decoder.moe_layers - decoder.moe_layers_before[first] - (x is not None)
+        y, norm = torch.empty_like(h), torch.empty_like(h)
+        weights = torch.empty((t, decoder.top_k))
+        indices = torch.empty((asked, t, decoder.top_k), dtype=torch.int64)
+        reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
         self._done(
             self._lib.slotmoe_decode(
-                model.address, first, *inputs, *experts, *outputs, ctypes.byref(reached), parts
+                decoder.address,
+                first,
+                t,
+                h.data_ptr(),
+                table.data_ptr(),
+                (ctypes.c_void_p * t)(*[cache.data_ptr() for cache in caches]),
+                layer_stride,
+                row_stride,
+                (ctypes.c_int64 * t)(*positions),
+                slots.data_ptr(),
+                slab.data_ptr(),
+                size,
+                apart,
+                levels.data_ptr(),
+                *resumed,
+                y.data_ptr(),
+                norm.data_ptr(),
+                weights.data_ptr(),
+                indices.data_ptr(),
+                ctypes.byref(reached),
+                seconds,
             )
         )
+        layer = reached.value
+        if layer < layers:
+            indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
+        spent = seconds[:]
         if self._timed is not None:
-            for name, seconds in zip(_PARTS, parts, strict=True):
-                self._timed[name] = self._timed.get(name, 0.0) + seconds
-        before, layer = sum(model.routed[:first]), reached.value
-        return Decoded(
-            layer, y, x, weights, indices[before : sum(model.routed[: layer + 1])], list(parts)
-        )
+            for name, part in zip(_PARTS, spent, strict=True):
+                self._timed[name] = self._timed.get(name, 0.0) + part
+        return Decoded(layer, y, norm, weights, indices, spent)
 
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
         """q float32 [T, heads, n], kv_b int8 [heads * per_head, R], scale float32 [heads *
@@ -1071,6 +1073,44 @@ def _rows(cache: Tensor, width: int) -> int:
             f"cache has strides {cache.stride()}, expected rows of {width} adjacent bytes"
         )
     return stride
+
+
+def _layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, int]:
+    """Bytes from one layer to the next and from one row to the next of caches that are alike, uint8
+    [layers, capacity, width]."""
+    shape, strides = caches[0].shape, caches[0].stride()
+    for rows in caches:
+        if rows.dtype != torch.uint8 or not rows.is_cpu or rows.dim() != 3:
+            raise ValueError(f"cache is {rows.dtype} on {rows.device}, expected uint8 on the CPU")
+        if rows.shape != shape or rows.stride() != strides:
+            raise ValueError(f"caches {tuple(shape)} and {tuple(rows.shape)} must be alike")
+    if shape[0] != layers or shape[2] != width:
+        raise ValueError(f"cache is {tuple(shape)}, expected [{layers}, capacity, {width}]")
+    row_stride = strides[1] if shape[1] > 1 else width
+    if strides[2] != 1 or row_stride < width:
+        raise ValueError(f"cache has strides {strides}, expected rows of {width} adjacent bytes")
+    return strides[0], row_stride
+
+
+def _positions(positions: Sequence[int], capacities: Sequence[int]) -> None:
+    if len(positions) != len(capacities):
+        raise ValueError(
+            f"{len(positions)} positions, expected one for each of {len(capacities)} caches"
+        )
+    for position, capacity in zip(positions, capacities, strict=True):
+        if not 0 <= position < capacity:
+            raise ValueError(f"position is {position}, expected one of the cache's {capacity} rows")
+
+
+def _slab(slab: Tensor, size: int) -> tuple[int, int]:
+    """Number of records of a slab, uint8 [S, >= size], and bytes from one to the next."""
+    _check("slab", slab, torch.uint8, ndim=2)
+    count, stride = slab.shape
+    if count and stride < size:
+        raise ValueError(f"a record of {stride} bytes, expected at least {size}")
+    if stride % 64 or slab.data_ptr() % 64:
+        raise ValueError(f"records stand {stride} bytes apart, expected a multiple of 64 bytes")
+    return count, stride
 
 
 def _record(record: Tensor, size: int) -> int:
