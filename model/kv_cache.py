@@ -1,10 +1,10 @@
 """The compressed latent KV cache of Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434,
 section 2.1).
 
-Shapes: S context positions, R ``kv_lora_rank``, P ``qk_rope_head_dim``.  A token costs R + P values
-a layer and nothing else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits, where expanded keys and
-values would take V2 4.9 MB.  What a row is made of is for the operations to say
-(``slotmoe.model.network.Ops.latent_row``): the native kernels keep 8 bits a value.
+Shapes: L layers, S context positions, X elements of a row.  A token costs ``kv_lora_rank`` +
+``qk_rope_head_dim`` values a layer and nothing else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits,
+where expanded keys and values would take V2 4.9 MB.  The backend says what a row is made of
+(``slotmoe.model.network.Backend.latent_row``): the native kernels keep 8 bits a value.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from slotmoe.model.config import Config
 
 
 class LatentCache:
-    """Latents of one sequence: ``layers[l]`` is [S, X], of which the first ``length`` rows are
-    valid.
+    """Latents of one sequence: ``layers`` is [L, S, X], of which the first ``length`` rows of each
+    layer are valid.
 
-    A row of X elements of ``dtype`` is the normed latent, R values, and the rotated key part that
-    all heads share, P values. ``empty(shape, dtype)`` makes their memory; without it torch does, on
-    ``device``.
+    A row of X elements of ``dtype`` is the normed latent and the rotated key part that all heads
+    share.  ``empty(shape, dtype)`` makes the memory.
     """
 
     def __init__(
@@ -30,23 +30,22 @@ class LatentCache:
         config: Config,
         context: int,
         row: tuple[int, torch.dtype],
-        device: torch.device,
-        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+        empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
     ):
         self.context, self.length = context, 0
         self.written = 0  # positions that some layer has written; a pass may still be on its way
         columns, dtype = row
-        shape = config.num_hidden_layers, context, columns
-        self.layers = (
-            empty(shape, dtype)
-            if empty is not None
-            else torch.empty(shape, dtype=dtype, device=device)
-        )
+        self.layers = empty((config.num_hidden_layers, context, columns), dtype)
 
-    def extend(self, layer: int, count: int) -> torch.Tensor:
+    def extend(self, layer: int, count: int) -> Tensor:
         """The layer's rows with ``count`` more, which the caller writes: [length + count, X]."""
         self.written = self.length + count
         return self.layers[layer, : self.written]
+
+    def copy(self, source: LatentCache, length: int) -> None:
+        """Take over the first ``length`` rows of each layer of another cache of the same shape."""
+        self.layers[:, :length] = source.layers[:, :length]
+        self.written = max(self.written, length)
 
     @property
     def nbytes(self) -> int:

@@ -172,8 +172,9 @@ class LayerByLayer:
         """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
         mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
         if mlp is not None:
-            own_TD = self._backend.mlp(step.x_TD, *mlp)
-            y_TD = own_TD if y_TD is None else y_TD + own_TD
+            shared_TD: Tensor = self._backend.mlp(step.x_TD, *mlp)
+            y_TD = shared_TD if y_TD is None else y_TD + shared_TD
+        assert y_TD is not None
         step.h_TD = step.h_TD + y_TD
         step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
         step.timer.mark("shared experts and dense layers")
@@ -214,12 +215,13 @@ class LayerByLayer:
             q_THZ = torch.cat([q_THN, q_THP], dim=-1)
             blocks = self._expanded(rows[0], T, layer.kv_b_proj)
             o_THV = attend(q_THZ, blocks, S, scale)
-        return backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
+        out_TD: Tensor = backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
+        return out_TD
 
     def _over_latents(self, q_THW: Tensor, rows_SX: Tensor) -> Tensor:
         """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
-        o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
+        o_THR: Tensor | None = self._backend.mla(q_THW, rows_SX, R, scale)
         if o_THR is None:
             o_THR = attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), scale)
         return o_THR
@@ -244,9 +246,7 @@ class LayerByLayer:
             yield torch.cat([kv_HBX[..., :N], k_HBP], dim=-1), kv_HBX[..., N:]
 
 
-def attend(
-    q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float
-) -> Tensor:
+def attend(q_THZ: Tensor, blocks: Iterator[tuple[Tensor, Tensor]], S: int, scale: float) -> Tensor:
     """Causal attention of the last T of S positions, softmax accumulated block by block in float32
     (arXiv 1805.02867).
 

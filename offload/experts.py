@@ -128,7 +128,8 @@ class Experts:
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self.records = Records(slots.slab, layout, levels)
-        self._none_ME = device.slot_entries(len(layers), slots.cache.experts).tensor
+        shape = len(layers), slots.cache.experts
+        self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split = hybrid, split
         self._met = 0  # missing experts whose read had begun when the gate chose them
@@ -195,9 +196,7 @@ class Experts:
 
     # What a layer needs
 
-    def _bring(
-        self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor
-    ) -> Iterator[Group]:
+    def _bring(self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> Iterator[Group]:
         """The experts of a layer in groups: what is cached first, then what arrives.  What the CPU
         computes beside a GPU goes to ``y_TKD`` meanwhile."""
         slots, device, hybrid = self.slots, self._device, self.hybrid
@@ -210,7 +209,7 @@ class Experts:
         cached = [] if device.queues else [id for id in uses if id in self._cache]
         missing = [id for id in uses if id not in self._cache]
         self._look_up(row, x_TD, indices, uses, missing)
-        computed = self._choose_for_cpu(uses, missing)
+        computed = self._choose_for_cpu(len(indices), uses, missing)
         fetched = [id for id in missing if id not in computed]
         if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
             fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
@@ -234,8 +233,9 @@ class Experts:
             elif cached:
                 ready, cached, done = *_first(cached, uses), []
             elif hybrid is not None and (arrived := [read for read in acquired if read.done]):
-                hybrid.compute(arrived[:1], row, y_TKD)
-                acquired.remove(arrived[0])
+                now, _ = _first([read.expert_id for read in arrived], uses)
+                hybrid.compute(arrived[: len(now)], row, y_TKD)
+                acquired = [read for read in acquired if read not in arrived[: len(now)]]
                 self._acquire(computed, acquired)
                 self.timer.mark("experts")
                 continue
@@ -280,25 +280,29 @@ class Experts:
         """Count a gate's choice, and tell the lookahead and the listeners."""
         coming = sum(id in self.slots for id in missing)
         self._met += coming
-        self._tell(Route(row, indices, len(uses) - len(missing), len(missing), coming, x_TD))
+        if self._listeners:
+            hits = len(uses) - len(missing)
+            self._tell(Route(row, indices, hits, len(missing), coming, x_TD))
         self._cache.use_chunk(row, indices)
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))
 
-    def _choose_for_cpu(self, uses: Mapping[int, int], missing: Sequence[int]) -> list[int]:
+    def _choose_for_cpu(
+        self, tokens: int, uses: Mapping[int, int], missing: Sequence[int]
+    ) -> list[int]:
         """Which missing experts the CPU computes: those that the fewest tokens use, and of one
         token's those that the gate weighs least.  For one token all are fetched as long as slots
         are free, or nothing would ever fill them.  What is on its way is not computed again."""
-        one_token = max(uses.values()) == 1
-        if not self.split.computes or (one_token and self.slots.room() > 0):
-            return []
-        absent = [id for id in reversed(missing) if id not in self.slots]
-        absent.sort(key=lambda id: uses[id])
-        count = self.split.for_cpu([uses[id] for id in absent], len(missing) - len(absent))
-        self._fetched += len(missing) - count
-        self._computed += count
-        host = self.hybrid.host if self.hybrid is not None else ()
-        return sorted(absent[:count], key=lambda id: id not in host)
+        computed: list[int] = []
+        if self.hybrid is not None and (tokens > 1 or self.slots.room() == 0):
+            absent = [id for id in reversed(missing) if id not in self.slots]
+            absent.sort(key=lambda id: uses[id])
+            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(missing))
+            host = self.hybrid.host  # first what is in RAM
+            computed = sorted(absent[:count], key=lambda id: id not in host)
+        self._fetched += len(missing) - len(computed)
+        self._computed += len(computed)
+        return computed
 
     def _acquire(self, computed: list[int], acquired: list[Read]) -> None:
         """Ask the host tier for the next records that the CPU computes."""
@@ -344,7 +348,7 @@ class Experts:
         computed, how many were fetched and how many the CPU computed, in how many seconds."""
         cache, slots = self._cache, self.slots
         lookups = cache.hits + cache.misses
-        counts = {"hits": cache.hits, "misses": cache.misses}
+        counts: dict[str, Any] = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
         counts |= {"bypassed": cache.bypassed, "slots": slots.planned}
@@ -353,10 +357,7 @@ class Experts:
             stats["prefetch"] = self.lookahead.stats()
         if self.hybrid is not None:
             misses = {"mode": self.split.mode, "fetched": self._fetched}
-            stats["misses"] = misses | {
-                "computed": self._computed,
-                "seconds": self.hybrid.seconds,
-            }
+            stats["misses"] = misses | {"computed": self._computed, "seconds": self.hybrid.seconds}
         return stats
 
     def close(self) -> None:

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.model.config import Config
-from slotmoe.quant.backends.base import TorchOps, nbytes
+from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.weights import nbytes
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
 _WORTH_LOGIT = math.log(WORTH / (1 - WORTH))

@@ -113,5 +113,3 @@ def dequantize(weight: Weight) -> Tensor:
     if isinstance(weight, Nf4Weight):
         return nf4.dequantize(weight)
     return weight.float()
-
-

@@ -68,7 +68,6 @@ def command(
             raise click.UsageError(
                 f"-o {output}: expected a name that ends in .png, in a folder that exists"
             )
-        import matplotlib  # before minutes of work, not after
     from slotmoe.offload.study.replay import OPTIMUM
 
     report = measure(traces, slots, (*(policy or POLICIES), OPTIMUM), quiet=as_json)

@@ -42,7 +42,6 @@ from slotmoe.offload.ingest.output_dir import (
 )
 from slotmoe.offload.ingest.report import experts_name, quantization_report
 from slotmoe.quant import nf4
-from slotmoe.quant.backends.base import quantize_int8, quantize_nf4, squared_error
 from slotmoe.quant.export.assemble import Assembly, publish_file, temporary_name
 from slotmoe.quant.export.layout import (
     COPIED,
@@ -59,6 +58,7 @@ from slotmoe.quant.export.writer import file_checksum, sync_folder, write_json
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import BLOCK, TILE
+from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 RESIDENT_CHOICES = ("auto", "bf16", "int8", "nf4")
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""Who computes an expert that is in no slot: the card, once it is copied there, or the CPU, where
+"""Who computes an expert that is in no slot: the GPU, once it is copied there, or the CPU, where
 it lies.  Without torch.
 
 Both go on at once, so the best split is the one whose slower side is done first.  It follows from
@@ -22,7 +22,7 @@ BOUND_TOKENS = (
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds in which one record is copied to the card, and in which the CPU computes one token's
+    """Seconds in which one record is copied to the GPU, and in which the CPU computes one token's
     expert."""
 
     fetch: float
@@ -59,3 +59,30 @@ def for_cpu(tokens: Sequence[int], costs: Costs) -> int:
         if both < least:
             best, least = count, both
     return best
+
+
+@dataclass(frozen=True)
+class Split:
+    """How missing experts are divided.  ``mode`` is ``fetch``, ``cpu`` or ``hybrid``; the CPU holds
+    ``at_once`` records at most."""
+
+    mode: str = "fetch"
+    costs: Costs = Costs(1.0, 1.0)
+    at_once: int = 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether the CPU computes any."""
+        return self.mode != "fetch"
+
+    def for_cpu(self, tokens: int, uses: Sequence[int], missing: int) -> int:
+        """How many of a layer's absent experts the CPU computes, the first ones of ``uses``: how
+        many of the pass's ``tokens`` use each, the fewest first.  ``missing`` counts those too that
+        are on their way."""
+        if not self.computes:
+            return 0
+        if tokens > 1:
+            return for_cpu(uses, self.costs)
+        if self.mode == "cpu":
+            return len(uses)
+        return min(len(uses), for_cpu([1] * missing, self.costs))

@@ -97,13 +97,12 @@ class Prefetcher:
         return {horizon: total(rows) for horizon, rows in self.by_row.items()}
 
     def pays(self) -> bool:
-        """Whether what guesses can hide, the time of the reads that a layer needs, is well above
-        the time to make them."""
+        """Whether, in the pass that begins, what guesses can hide, the time of the reads that a
+        layer needs, is well above the time to make them."""
         self._considered += 1
         hides = self._missing.value * self._record_bytes / self._bandwidth()
-        return (
-            hides > 4 * self._cost.value or self._considered % 256 == 0
-        )  # times change: look again now and then
+        # Times change: look again now and then.
+        return hides > 4 * self._cost.value or self._considered % 16 == 0
 
     def guess(self, row: int, keys: Iterable[int], horizon: str) -> None:
         """What ``row`` is expected to use when it comes, the most likely first."""

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
 from slotmoe.offload.tiers.device import (
-    Copy, CpuDevice, Device, DeviceMemory, Download, Empty, Event, SlotEntries
+    Copy,
+    CpuDevice,
+    Device,
+    DeviceMemory,
+    Download,
+    Empty,
+    Event,
+    SlotEntries,
 )
 from slotmoe.offload.tiers.memory import Touching
 from slotmoe.quant.backends import pick_ops
@@ -224,9 +231,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     )
 
 
-def choose_device(
-    wanted: str, make: Callable[[], Device] = CudaDevice
-) -> tuple[Device, str]:
+def choose_device(wanted: str, make: Callable[[], Device] = CudaDevice) -> tuple[Device, str]:
     """The device to compute on, and why, as one clause.  Raises ``ConfigError`` if ``cuda`` is
     asked for in vain."""
     if wanted not in ("auto", "cpu", "cuda"):
@@ -272,5 +277,3 @@ def run_on(device: Device, step: Callable[[], Tensor], ways_out: str) -> Tensor:
             raise
         told = str(problem).partition("\n")[0]
         raise DeviceError(f"{device.name} failed ({told}); start the program again") from None
-
-

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.offload.tiers.memory import Arena, Touching, in_large_pages, page_aligned
+from slotmoe.offload.tiers.memory import Arena, Touching, in_large_pages
 from slotmoe.quant.backends import pick_ops
 from slotmoe.quant.backends.base import TorchOps
 

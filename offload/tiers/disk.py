@@ -197,7 +197,9 @@ class DiskReader:
         problem: BaseException | None = None
         try:
             if stop > start:
-                self._export.read_range(*self._place(read.expert_id), start, read.buffer[start:stop])
+                self._export.read_range(
+                    *self._place(read.expert_id), start, read.buffer[start:stop]
+                )
         except (
             BaseException
         ) as raised:  # also Ctrl-C in a thread that helps: others may wait for this read

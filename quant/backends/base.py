@@ -24,7 +24,6 @@ from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 
-
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
 
@@ -73,7 +72,7 @@ class TorchOps:
     """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU,
     bfloat16 on CUDA."""
 
-    name = "torch"
+    kind = name = "torch"
     absorbs = False
 
     def __init__(self, compute: torch.dtype = torch.float32):

@@ -101,7 +101,7 @@ class NativeOps(TorchOps):
     agree.  torch's own threads stay idle in decode.
     """
 
-    absorbs = True
+    kind, absorbs = "native", True
 
     def __init__(self, native: Kernels):
         super().__init__(torch.float32)

@@ -22,9 +22,7 @@ from slotmoe.quant.backends.base import Records, TorchOps
 from slotmoe.quant.backends.graphs import CudaGraph
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, parts, power
 from slotmoe.quant.export.layout import RecordLayout
-from slotmoe.quant.kernels.triton import mla
-from slotmoe.quant.kernels.triton import rows
-from slotmoe.quant.kernels.triton import tiles
+from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight
 
@@ -39,6 +37,8 @@ _FEW = 16
 class TritonOps(TorchOps):
     """See the module.  ``graph`` makes the graphs of a decode step's stretches; None runs them
     plainly."""
+
+    kind = "triton"
 
     def __init__(self, device: torch.device):
         super().__init__(torch.bfloat16)

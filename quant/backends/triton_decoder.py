@@ -114,7 +114,8 @@ class TritonDecoder:
             self._workspace.begin(step.rope_TC, cache)
             table = experts.slot_table()
             if table.complete:
-                return self._run_all(step, cache, table, experts)
+                self._run_all(step, cache, table, experts)
+                return None
         if step.x_TD is not None:
             self._end(step)
         while step.layer < len(self._layers):

@@ -11,12 +11,13 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.network import DeepseekV2, route
 from slotmoe.offload.experts import ResidentExperts
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import TorchOps, gate_order_sum, quantize_int8, quantize_nf4
+from slotmoe.quant.backends.base import TorchOps, gate_order_sum
 from slotmoe.quant.backends.native import NativeOps
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.nf4 import LEVELS, Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
+from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from tests.support import plain
 from tests.support.oracle import relative_error, transformers_logits
 from tests.support.tiny import CONFIG, REMOVE, random_weights, write_checkpoint

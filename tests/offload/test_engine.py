@@ -13,10 +13,10 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload import opening
-from slotmoe.offload.tiers import slots as store
 from slotmoe.offload.policy.cache import POLICIES, make_cache
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import slots as store
 from slotmoe.offload.tiers.disk import DEMAND, WARM, DiskReader
 from slotmoe.offload.tiers.memory import Touching, page_aligned
 from slotmoe.offload.tiers.slots import Slots

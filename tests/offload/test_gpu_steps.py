@@ -21,12 +21,13 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import TorchOps, map_tensors
+from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.backends.graphs import CudaGraph, Stretch
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
+from slotmoe.quant.weights import map_tensors
 from slotmoe.tools.bench.gpu import GEOMETRY, DeviceExperts, random_network, touched
 from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 from tests.support.twin import Twin

@@ -25,10 +25,10 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import nbytes
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.weights import nbytes
 from slotmoe.tools.cli import main
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SAMPLE, write_checkpoint

@@ -20,10 +20,11 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.network import route
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import TorchOps, dequantize, gate_order_sum
+from slotmoe.quant.backends.base import TorchOps, gate_order_sum
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.weights import dequantize
 from tests.support.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.quant.backends.base import dequantize
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.weights import dequantize
 from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.quant import nf4
-from slotmoe.quant.backends.base import dequantize, quantize_nf4, squared_error
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.shapes import BLOCK
+from slotmoe.quant.weights import dequantize, quantize_nf4, squared_error
 
 ROWS, COLUMNS = 1408, 2048  # one projection of a V2-Lite expert
 

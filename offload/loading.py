@@ -1,0 +1,440 @@
+"""Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotmoe import model
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import Config, read_config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import resident_shapes
+from slotmoe.model.network import DeepseekV2
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.experts import Experts, HostCompute, ResidentExperts
+from slotmoe.offload.ingest.hub_id import is_hub_id
+from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.machine import available_memory, cache_folder, process_bytes
+from slotmoe.offload.plan.memory import (
+    HELP_BYTES,
+    LENT,
+    PREFILL_CHUNK,
+    Plan,
+    Sizes,
+    format_size,
+    kv_bytes,
+    make_plan,
+    parse_size,
+    runtime_growth,
+    scratch_bytes,
+    sizes_of,
+)
+from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, Cache, make_cache
+from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
+from slotmoe.offload.policy.prefetch import Prefetcher
+from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.disk import DiskReader, Source
+from slotmoe.offload.tiers.host import HostTier
+from slotmoe.offload.tiers.memory import Staging
+from slotmoe.offload.tiers.slots import Slots
+from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import Records, TorchOps
+from slotmoe.quant.export.layout import MANIFEST, RecordLayout
+from slotmoe.quant.export.reader import Export
+
+DEFAULT_CONTEXT = 4096
+FREE_SHARE = 0.9  # of what is free, where no budget is given
+_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``Runtime.open`` is asked for; it documents them."""
+
+    vram: int | str | None = None
+    ram: int | str | None = None
+    context: int | None = None
+    threads: int | None = None
+    cache_policy: str | None = None
+    prefetch: bool = True
+    quantize: bool = True
+    slots: int | None = None
+    kernels: str = "auto"
+    logits_rows: int = 1
+    sequences: int = 1
+    misses: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.cache_policy not in (None, *POLICIES):
+            raise ConfigError(
+                f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "
+                + ", ".join(POLICIES)
+            )
+        if not 1 <= self.sequences <= 256:
+            raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}, expected at least 1")
+        if self.misses not in MODES:
+            raise ConfigError(
+                f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
+            )
+
+    def context_of(self, config: Config) -> int:
+        """Positions of the latent cache.  Raises ``PlanError``."""
+        limit = config.max_position_embeddings
+        context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
+        if not 1 <= context <= limit:
+            raise PlanError(
+                f"context {context} is outside 1 to {limit}, the model's max_position_embeddings"
+            )
+        return context
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An open model.  ``cpu`` is what multiplies on the CPU: ``backend`` itself where there is no
+    GPU.  ``sizes`` and ``store`` are None on the reference path."""
+
+    config: Config
+    tokenizer: Tokenizer
+    network: DeepseekV2
+    caches: list[LatentCache]
+    plan: Plan
+    eos_token_ids: tuple[int, ...]
+    source: Export | Checkpoint
+    device: Device
+    device_reason: str
+    backend: TorchOps
+    cpu: TorchOps
+    experts: Experts | None = None
+    sizes: Sizes | None = None
+    store: Source | None = None
+
+    def quantized(self, purpose: str) -> Experts:
+        """The experts' slots.  Raises ``ConfigError`` on the reference path."""
+        if self.experts is None:
+            raise ConfigError(
+                f"the reference path has no expert cache to {purpose}; open the model quantized"
+            )
+        return self.experts
+
+
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
+
+    A hub id that is no folder here becomes an export in the cache folder first;
+    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises.
+    """
+    folder = Path(path)
+    if is_hub_id(str(path)) and not folder.exists():
+        from slotmoe.offload.ingest.hub import hub_export
+
+        return hub_export(str(path), revision, cache_folder(), **reporting)
+    if revision is not None:
+        raise ConfigError(
+            f"{folder}: a revision is of a model on the hub, but this is a folder here; "
+            "leave the revision out"
+        )
+    if str(path) == "sample" and not folder.is_dir():
+        return Path(model.__file__).parent / "sample"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, "
+            "a hub id or 'sample'"
+        )
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)"
+        )
+    return folder
+
+
+def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:
+    """Read the export or checkpoint in ``folder`` as ``options`` ask.  Nothing stays allocated if
+    that fails.
+
+    Raises ``ConfigError``, ``CheckpointError``, ``ExportError``, or ``PlanError``, also where the
+    device has less memory than it seemed to.
+    """
+    if device.tier == "ram" and options.misses != "auto":
+        raise ConfigError(
+            f"misses {options.misses} is given but the device is the CPU, which computes every "
+            "expert: leave it out"
+        )
+    loader = _Loader(folder, options, device, reason)
+    try:
+        return loader.export() if options.quantize else loader.reference()
+    except torch.OutOfMemoryError:
+        pass  # what the traceback's frames hold of the device is free only after this block
+    device.release()
+    memory = device.memory()
+    assert memory is not None
+    raise PlanError(
+        f"{device.name} ran out of memory while the model was opened: the budget is "
+        f"{format_size(loader.budget)} and {format_size(memory.free)} of "
+        f"{format_size(memory.total)} are free now, other programs may have taken some: "
+        "lower --vram"
+    )
+
+
+class _Loader:
+    """Makes the parts of one model."""
+
+    def __init__(self, folder: Path, options: Options, device: Device, reason: str):
+        self._folder, self._options, self._device, self._reason = folder, options, device, reason
+        self.budget, self._host_budget = self._budgets()
+        self._config = read_config(folder / "config.json")
+        self._context = options.context_of(self._config)
+        if options.quantize:
+            self._backend = device.backend(options.kernels, options.threads)
+        else:
+            self._backend = TorchOps()
+
+    def _budgets(self) -> tuple[int, int | None]:
+        """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
+        tenths of what is free now."""
+        ram, vram, memory = self._options.ram, self._options.vram, self._device.memory()
+        if ram is not None:
+            free_ram = parse_size(ram)
+        else:
+            free_ram = int(available_memory() * FREE_SHARE) + process_bytes()
+        if memory is not None:
+            free = int(memory.free * FREE_SHARE)
+            return parse_size(vram) if vram is not None else free, free_ram
+        if vram is not None:
+            raise PlanError(
+                "--vram is given but the device is the CPU: give --ram, or --device cuda"
+            )
+        return free_ram, None
+
+    def reference(self) -> LoadedModel:
+        """A checkpoint as it is, everything resident, computed in float32."""
+        config, options, backend = self._config, self._options, self._backend
+        if options.slots is not None:
+            raise ConfigError(
+                "the reference path (quantize=False) keeps every expert resident; "
+                "slots can't be given"
+            )
+        if options.sequences > 1:
+            raise ConfigError(
+                "the reference path (quantize=False) holds one sequence; sequences can't be given"
+            )
+        with Checkpoint.open(self._folder) as checkpoint:
+            tokenizer = Tokenizer(self._folder, config.bos_token_id)
+            plan = self._check(self._reference_plan(checkpoint))
+            place = self._placer()
+            weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
+            experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, backend)
+            network = DeepseekV2(config, weights, backend, experts)
+            row = config.latent_width, torch.float32
+            cache = LatentCache(config, self._context, row, self._device.empty)
+            eos = _eos_token_ids(self._folder, config)
+            return LoadedModel(
+                config, tokenizer, network, [cache], plan, eos, checkpoint,
+                self._device, self._reason, backend, backend,
+            )  # fmt: skip
+
+    def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
+        """Everything resident, in the checkpoint's own precision; the cache in float32."""
+        config, context, tier = self._config, self._context, self._device.tier
+        components = {
+            "resident weights": checkpoint.nbytes,
+            "latent KV cache": kv_bytes(config, context, "torch", value_bytes=4),
+            "prefill scratch": scratch_bytes(config, PREFILL_CHUNK, "torch"),
+        }
+        if tier == "ram":
+            components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
+        missing = sum(components.values()) - self.budget
+        shortfall = {tier: missing} if missing > 0 else {}
+        return Plan(components, 0, 0, 0, self.budget, tier, context, shortfall=shortfall)
+
+    def _check(self, plan: Plan) -> Plan:
+        """Refuse a plan for more than the budget, or for more of a GPU than is free, before
+        anything is read."""
+        plan.check()
+        memory, name = self._device.memory(), self._device.name
+        if memory is not None and plan.total > memory.free:
+            raise PlanError(
+                f"the plan takes {format_size(plan.total)} of {name}, of which "
+                f"{format_size(memory.free)} are free: give --vram {memory.free >> 20}MiB or less, "
+                "or end the programs that use it"
+            )
+        return plan
+
+    def export(self) -> LoadedModel:
+        """An export, its experts behind slots."""
+        export = Export.open(self._folder)
+        disk: DiskReader | None = None
+        try:
+            self._check_geometry(export)
+            config, device, backend = self._config, self._device, self._backend
+            tokenizer = Tokenizer(self._folder, config.bos_token_id)
+            resident = export.manifest["quantization"]["resident"]
+            sizes = sizes_of(config, resident, export.predictor_bytes)
+            plan = self._check(self._plan(sizes))
+            everything = len(export.layers) * config.n_routed_experts
+            # Where everything fits each expert is read once, and what an earlier run left in the
+            # page cache is welcome.
+            disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < everything)
+            place = self._placer()
+            weights = _load(export, resident_shapes(config), place)
+            predictor = Predictor.load(export, config.num_experts_per_tok, backend, place)
+            popularity = predictor.popularity if predictor is not None else None
+            store: Source = disk
+            if device.tier == "vram":
+                cache = self._cache(plan.host_slots, popularity)
+                store = HostTier(disk, cache, plan.host_transit, device)
+            guesses = predictor or NextGate(config, weights, backend)
+            experts, cpu = self._experts(export, plan, store, disk, guesses, popularity)
+            network = DeepseekV2(config, weights, backend, experts)
+            row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
+            caches = [
+                LatentCache(config, self._context, row, device.empty)
+                for _ in range(self._options.sequences)
+            ]
+            eos = _eos_token_ids(self._folder, config)
+            return LoadedModel(
+                config, tokenizer, network, caches, plan, eos, export,
+                device, self._reason, backend, cpu, experts, sizes, store,
+            )  # fmt: skip
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            export.close()
+            raise
+
+    def _check_geometry(self, export: Export) -> None:
+        config = self._config
+        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        geometry = layout.shapes, config.n_routed_experts, config.moe_layers
+        if (export.layout.shapes, export.experts, export.layers) != geometry:
+            raise ConfigError(
+                f"{self._folder}: config.json and {MANIFEST} describe different models; "
+                "quantize again"
+            )
+
+    def _plan(self, sizes: Sizes) -> Plan:
+        return make_plan(
+            self._config,
+            sizes,
+            tier=self._device.tier,
+            budget=self.budget,
+            context=self._context,
+            runtime_bytes=process_bytes(),
+            slots=self._options.slots,
+            host_budget=self._host_budget,
+            kernels=self._backend.kind,
+            logits_rows=self._options.logits_rows,
+            sequences=self._options.sequences,
+        )
+
+    def _placer(self) -> Callable[[str, Any], Any]:
+        """A function that puts a resident weight on the device, in the form that the backend wants;
+        norms and router gates, small and used in float32, are widened to it."""
+        empty = self._device.weights()
+
+        def place(name: str, weight: Any) -> Any:
+            if isinstance(weight, Tensor) and (
+                weight.dim() == 1 or name.endswith(".mlp.gate.weight")
+            ):
+                weight = weight.float()
+            return self._backend.prepare(name, weight, empty)
+
+        return place
+
+    def _cache(self, slots: int, popularity: list[float] | None) -> Cache:
+        """Where every expert has a slot nothing is ever evicted, and the cheapest bookkeeping will
+        do."""
+        layers, experts = len(self._config.moe_layers), self._config.n_routed_experts
+        policy = self._options.cache_policy or DEFAULT_POLICY
+        policy = policy if slots < layers * experts else "lru"
+        return make_cache(policy, slots, layers, experts, popularity)
+
+    def _experts(
+        self,
+        export: Export,
+        plan: Plan,
+        store: Source,
+        disk: DiskReader,
+        predictor: NextGate | Predictor,
+        popularity: list[float] | None,
+    ) -> tuple[Experts, TorchOps]:
+        """The slots over ``store``, their cache, what reads ahead if that can pay, and the CPU's
+        part; and what multiplies on the CPU."""
+        options, device, config = self._options, self._device, self._config
+        size, top_k = plan.record_bytes, config.num_experts_per_tok
+        layers, experts = len(export.layers), config.n_routed_experts
+        cache = self._cache(plan.slots, popularity)
+        slots = Slots(store, cache, plan.transit, top_k, size, device)
+        # Records that are not worth waking a thread for are not worth reading ahead either.
+        missing = plan.slots < layers * experts and plan.transit > top_k
+        lookahead, warm = None, list[int]()
+        if options.prefetch and missing and size > HELP_BYTES:
+            bandwidth = store.bandwidth if isinstance(store, HostTier) else disk.bandwidth
+            prefetcher = Prefetcher(layers, experts, size, slots, bandwidth)
+            lookahead = Lookahead(predictor, prefetcher, experts)
+        if options.prefetch and popularity:
+            ids = range(layers * experts)
+            warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
+        hybrid, split, cpu, levels = None, Split(), self._backend, export.levels
+        if isinstance(store, HostTier):
+            bandwidths = stored_bandwidths(cache_folder() / "machine.json")
+            mode = choose_mode(options.misses, bandwidths, size, top_k)
+            split = Split(mode, Costs.of(bandwidths, size), max(top_k, LENT))
+            cpu = pick_ops(torch.device("cpu"), options.kernels, options.threads)
+            records = Records(store.slab, export.layout, levels)
+            hybrid = HostCompute(cpu, records, store, device)
+            levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
+        step = Experts(
+            export.layers, export.layout, levels, slots, self._backend, device,
+            lookahead, warm, hybrid, split,
+        )  # fmt: skip
+        return step, cpu
+
+
+def _load(
+    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """All resident weights, verified and placed; a few at a time, so that reading and copying
+    overlap."""
+    thread = threading.local()  # each thread's staging memory
+
+    def load(name: str) -> Any:
+        if not hasattr(thread, "staging"):
+            thread.staging = Staging()
+        weight = export.resident(name, thread.staging.fresh())
+        if tuple(weight.shape) != shapes[name]:
+            raise ConfigError(
+                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "
+                f"{list(shapes[name])}"
+            )
+        return place(name, weight)
+
+    pool = ThreadPoolExecutor(_LOADERS)
+    try:
+        # The largest first, so that no thread ends alone.
+        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+        return dict(zip(names, pool.map(load, names), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _eos_token_ids(folder: Path, config: Config) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    value = read_json(path, 1 << 20).get("eos_token_id") if path.is_file() else None
+    extra = value if isinstance(value, list) else [value]
+    return tuple({*config.eos_token_ids, *(id for id in extra if isinstance(id, int))})
