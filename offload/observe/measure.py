@@ -11,16 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slotmoe.offload.plan.memory import HELP_BYTES
-from slotmoe.offload.tiers.device import Card, Copy
+from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
+from slotmoe.offload.plan.speed import Bandwidths, Setting
+from slotmoe.offload.tiers.device import Copy, Device
 from slotmoe.offload.tiers.memory import page_aligned
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import Records, TorchOps
 from slotmoe.quant.export.layout import RecordLayout, layer_file
 from slotmoe.quant.export.reader import Export
+
+_MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 
 
 def disk_bandwidth(export: Export, total: int = 1 << 30) -> float:
@@ -73,72 +78,136 @@ def disk_latency(export: Export) -> float:
 
 
 def copy_bandwidth(
-    card: Card, rows: list[Tensor], busy: Callable[[], bool] = lambda: False, seconds: float = 0.3
+    device: Device,
+    rows: list[Tensor],
+    busy: Callable[[], bool] = lambda: False,
+    seconds: float = 0.3,
 ) -> float:
     """Bytes a second of copies from page-locked RAM into ``rows``, uint8 [record_bytes] each, of
-    the card: for so many seconds, and as long as ``busy()`` says."""
+    the GPU: for so many seconds, and as long as ``busy()`` says."""
     size = rows[0].nbytes
     memory = page_aligned(len(rows) * size)
     memory.fill_(1)
-    pinned = card.pin(memory)
+    pinned = device.pin(memory)
     try:
         copied, spent, until = 0, 0.0, time.perf_counter() + seconds
         while busy() or copied == 0 or time.perf_counter() < until:
-            after = card.record()
+            after = device.record()
             copies: list[Copy] = [
-                card.copy(source, row, after)
+                device.copy(source, row, after)
                 for source, row in zip(memory.split(size), rows, strict=True)
             ]
             copies[-1].synchronize()
             spent += sum(copy.seconds for copy in copies)
             copied += memory.nbytes
-        card.wait(copies[-1])
+        device.wait(copies[-1])
         return copied / spent
     finally:
         if pinned:
-            card.unpin(memory)
+            device.unpin(memory)
 
 
-def expert_bandwidth(
-    ops: TorchOps, layout: RecordLayout, levels: Tensor, seconds: float = 0.3
-) -> float:
-    """Bytes of records a second that ``ops`` compute experts at, one token each, from memory that
-    no cache holds."""
-    count = max(8, -(-(128 << 20) // layout.record_bytes))
+def expert_bandwidth(backend: TorchOps, layout: RecordLayout, seconds: float = 0.3) -> float:
+    """Bytes of records a second at which ``backend`` computes experts, four of them for one token,
+    from memory that no cache holds."""
+    count = max(8, -(-(128 << 20) // layout.record_bytes)) // 4 * 4
     slab = page_aligned(count * layout.record_bytes).view(count, layout.record_bytes)
-    x_D = torch.randn(layout.hidden_size, generator=torch.Generator().manual_seed(0))
-    ops.experts_each(x_D, list(slab), layout, levels)  # pages, threads
-    done, started = 0, time.perf_counter()
-    while (spent := time.perf_counter() - started) < seconds or done == 0:
-        for start in range(0, count, 4):
-            ops.experts_each(x_D, list(slab[start : start + 4]), layout, levels)
-        done += slab.nbytes
-    return done / spent
+    records = Records(slab, layout, torch.zeros(16))
+    x_1D = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(0))
+    slots_E, y_1KD = torch.arange(count, dtype=torch.int32), x_1D.new_empty(1, 4, x_1D.shape[1])
+    choices = torch.arange(count).view(-1, 1, 4)
+    spent, rounds, started = 0.0, 0, 0.0
+    while spent < seconds or rounds < 2:
+        for indices_1K in choices:
+            backend.experts(x_1D, records, slots_E, indices_1K, y_1KD)
+        rounds += 1
+        if rounds == 1:  # the first round was for pages and threads
+            started = time.perf_counter()
+        spent = time.perf_counter() - started
+    return (rounds - 1) * slab.nbytes / spent
 
 
-def together(
-    card: Card, rows: list[Tensor], ops: TorchOps, layout: RecordLayout, levels: Tensor
-) -> tuple[float, float]:
-    """``copy_bandwidth`` and ``expert_bandwidth`` while both go on, as they do where misses are
-    split: they share the RAM."""
-    found: list[float] = []
+def link_bandwidths(model: LoadedModel) -> dict[str, float]:
+    """Bytes a second, measured now: ``pcie``, copies from RAM to the GPU; ``pcie_busy``, the same
+    while the CPU computes experts, since both share the RAM; ``experts``, the records that it gets
+    through meanwhile.  Empty without a GPU."""
+    if model.experts is None or model.experts.hybrid is None:
+        return {}
+    device, rows = model.device, model.experts.slots.spare(8)
+    alone, rates = copy_bandwidth(device, rows), list[float]()
+    layout = model.experts.records.layout
     working = threading.Thread(
-        target=lambda: found.append(expert_bandwidth(ops, layout, levels, seconds=0.6))
+        target=lambda: rates.append(expert_bandwidth(model.cpu, layout, seconds=0.6))
     )
     working.start()
-    copied = copy_bandwidth(card, rows, busy=working.is_alive, seconds=0.0)
+    copied = copy_bandwidth(device, rows, busy=working.is_alive, seconds=0.0)
     working.join()
-    return copied, found[0]
+    return {"pcie": alone, "pcie_busy": copied, "experts": rates[0]}
 
 
-def device_bandwidth(card: Card, memory: Tensor) -> float:
+def read_bandwidth(model: LoadedModel) -> float:
+    """Bytes a second at which the device's memory is read, measured now: a GPU's over its slots;
+    RAM by all threads together, over the slots once their pages are there, or where they are few
+    over memory of its own, as far as the budget allows."""
+    memory = model.experts.slots.memory() if model.experts is not None else None
+    if model.device.memory() is not None:
+        assert memory is not None
+        return device_bandwidth(model.device, memory[: 16 * _MEASURED_BYTES])
+    room = model.plan.budget - model.plan.total
+    if memory is None or memory.nbytes < _MEASURED_BYTES <= room:
+        return ram_bandwidth(model)
+    return model.cpu.read_bandwidth(memory[: 4 * _MEASURED_BYTES])
+
+
+def ram_bandwidth(model: LoadedModel) -> float:
+    """Bytes a second at which all threads together read RAM, measured now."""
+    return model.cpu.read_bandwidth(torch.ones(_MEASURED_BYTES, dtype=torch.uint8))
+
+
+def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
+    """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the
+    latent cache."""
+    assert model.sizes is not None
+    config, cache = model.config, model.caches[0]
+    uses = len(config.moe_layers) * config.num_experts_per_tok
+    return {
+        "resident weights": model.sizes.touched,
+        "experts": uses * model.plan.record_bytes,
+        "latent KV cache": cache.nbytes // cache.context * position,
+    }
+
+
+def predict(
+    model: LoadedModel, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths
+) -> dict[str, Any]:
+    """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their
+    ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
+    ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
+    assert model.sizes is not None and isinstance(model.source, Export)
+    mode = model.quantized("predict").split.mode
+    threads, is_random = model.cpu.threads, model.source.random_weights
+    setting = Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
+    speed = setting.predict(prompt_tokens, new_tokens)
+    components = predicted_components(model.plan, prompt_tokens, new_tokens)
+    return {
+        "peak": by_tier(components),
+        "components": components,
+        "prefill_tokens_per_second": speed.prefill,
+        "decode_tokens_per_second": speed.decode,
+        "hit_rate": speed.hit_rate,
+        "decode_seconds": speed.seconds,
+        "bottleneck": speed.bottleneck,
+    }
+
+
+def device_bandwidth(device: Device, memory: Tensor) -> float:
     """Bytes a second at which the card reads its own ``memory``, uint8: median of 5 sums over
     it."""
     words, seconds = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
     for _ in range(6):
-        card.synchronize()
+        device.synchronize()
         started = time.perf_counter()
         words.sum()
-        card.synchronize()
+        device.synchronize()
         seconds.append(time.perf_counter() - started)
     return words.nbytes / median(seconds[1:])

@@ -1,32 +1,26 @@
-"""Where the time and the memory of a run go: what ``slotmoe profile`` watches, without torch.
+"""Where the time of a run goes: what ``slotmoe profile`` watches.
 
-The network, the step above the cache and ``Runtime.step`` say what they have just done:
-``lap(part)`` gives the time since the lap before to ``part``.  A lap costs a fraction of a
-microsecond and a token has a few hundred at most.  Memory is sampled by a thread of its own.
+The network, the experts' step and the runtime say what they have just done: ``mark(stage)`` gives
+the time since the mark before to ``stage``.  A mark costs a fraction of a microsecond and a token
+has a few hundred at most.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from types import TracebackType
-from typing import TYPE_CHECKING
 
-import psutil
+from slotmoe.model.layers import NoTimer
+from slotmoe.offload.experts import Route
+from slotmoe.offload.runtime import Runtime
 
-from slotmoe.offload.machine import peak_rss
-
-if TYPE_CHECKING:
-    from slotmoe.offload.runtime import Runtime
-
-PARTS = (
+STAGES = (
     "attention",
     "gate",
     "experts",
     "shared experts and dense layers",
+    "captured layers",
     "head",
     "cache and prefetch",
     "waiting for disk",
@@ -34,17 +28,15 @@ PARTS = (
     "sampling",
     "rest",
 )
-"""All parts of a token's time.  ``attention`` has the router's matrix where one kernel computes
-both; ``sampling`` is all that lies between two steps, ``rest`` the embedding and position
-tables."""
-
-LONGEST = 4000  # memory samples kept; beyond them every second one goes and the interval doubles
+"""All stages of a token's time.  ``attention`` has the router's matrix where one kernel computes
+both; ``captured layers`` are those of one CUDA graph; ``sampling`` is all that lies between two
+steps, ``rest`` the embedding and position tables."""
 
 
 @dataclass
-class Pass:
+class StepRecord:
     """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, the
-    bytes that came from each slower tier meanwhile, and its seconds by part."""
+    bytes that came from each slower tier meanwhile, and its seconds by stage."""
 
     kind: str
     tokens: int
@@ -58,8 +50,8 @@ class Pass:
 
 
 class Profiler:
-    """Time by part, step by step, and the gates' choices by MoE layer ("row").  ``synchronize``
-    waits for the device.
+    """Time by stage, step by step, and the gates' choices by MoE layer index ("row").
+    ``synchronize`` waits for the device.
 
     ``uses[row][expert]`` counts tokens; ``hits``, ``misses`` and, of the misses, ``coming``, those
     whose read had begun, are counted as the cache counts them: in prefill each expert that a pass
@@ -67,14 +59,14 @@ class Profiler:
     """
 
     def __init__(
-        self, rows: int, experts: int, origin: float, synchronize: Callable[[], None] | None = None
+        self, layers: int, experts: int, origin: float, synchronize: Callable[[], None] | None
     ):
-        self.passes: list[Pass] = []
-        self.uses = [[0] * experts for _ in range(rows)]
-        self.hits, self.misses, self.coming = ([0] * rows for _ in range(3))
+        self.passes: list[StepRecord] = []
+        self.uses = [[0] * experts for _ in range(layers)]
+        self.hits, self.misses, self.coming = ([0] * layers for _ in range(3))
         self._origin, self._synchronize = origin, synchronize
         self._seconds: dict[str, float] = {}
-        self._laps: list[tuple[str, float]] = []
+        self._marks: list[tuple[str, float]] = []
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
 
@@ -82,168 +74,80 @@ class Profiler:
         """A step starts; the time since the one before went into sampling.  ``moved`` counts each
         slower tier's bytes so far."""
         self.between_steps()
-        self._moved = moved
-        self._seconds = {}
-        self._laps.clear()  # of a step that was stopped
+        self._moved, self._seconds = moved, {}
+        self._marks.clear()  # of a step that was stopped
         self._began = self._last = perf_counter()
 
-    def lap(self, part: str, now: float | None = None) -> None:
-        """The time since the last lap, until now or that moment of ``perf_counter``, went into
-        ``part``."""
+    def mark(self, stage: str, now: float | None = None) -> None:
+        """The time since the last mark, until now or that moment of ``perf_counter``, went into
+        ``stage``."""
         if self._synchronize is not None:
             self._synchronize()
-        self._laps.append((part, perf_counter() if now is None else now))
+        self._marks.append((stage, perf_counter() if now is None else now))
 
     def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
         """The step over ``tokens`` tokens is done."""
-        self.lap("rest")
+        self.mark("rest")
         self._sum_up()
         came = {tier: size - self._moved[tier] for tier, size in moved.items()}
-        self.passes.append(Pass(kind, tokens, self._began - self._origin, came, self._seconds))
+        began = self._began - self._origin
+        self.passes.append(StepRecord(kind, tokens, began, came, self._seconds))
 
     def between_steps(self) -> None:
         """What has passed since the last step's end was its sampling; call it after the last step
         too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
-            self.lap("sampling")
+            self.mark("sampling")
             self._sum_up()
 
     def _sum_up(self) -> None:
-        """Laps become seconds by part."""
-        seconds, last = self._seconds, self._last
-        for part, now in self._laps:
-            seconds[part] = seconds.get(part, 0.0) + now - last
-            last = now
-        self._laps.clear()
-        self._last = last
+        """Marks become seconds by stage."""
+        for stage, now in self._marks:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
+            self._last = now
+        self._marks.clear()
 
-    def chose(self, row: int, indices: list[list[int]]) -> None:
-        """The gate of ``row`` chose ``indices`` [T, K]."""
-        uses = self.uses[row]
-        for chosen in indices:
+    def on_route(self, route: Route) -> None:
+        """Count a gate's choice."""
+        uses = self.uses[route.row]
+        for chosen in route.indices:
             for expert in chosen:
                 uses[expert] += 1
-
-    def looked(self, row: int, hits: int, misses: int, coming: int) -> None:
-        """So many of what ``row`` needs were cached and so many not; reads of ``coming`` of these
-        had begun."""
-        self.hits[row] += hits
-        self.misses[row] += misses
-        self.coming[row] += coming
+        self.hits[route.row] += route.hits
+        self.misses[route.row] += route.misses
+        self.coming[route.row] += route.coming
 
     def seconds(self, kind: str) -> dict[str, float]:
-        """Seconds by part over all steps of ``kind``, the parts that took any time, in the order of
-        ``PARTS``."""
-        sums = dict.fromkeys(PARTS, 0.0)
-        for one in list(self.passes):
-            if one.kind == kind:
-                for part, spent in list(one.seconds.items()):
-                    sums[part] += spent
-        return {part: spent for part, spent in sums.items() if spent > 0}
+        """Seconds by stage over all steps of ``kind``, the stages that took any time, in the order
+        of ``STAGES``."""
+        sums = dict.fromkeys(STAGES, 0.0)
+        for step in list(self.passes):
+            if step.kind == kind:
+                for stage, spent in list(step.seconds.items()):
+                    sums[stage] += spent
+        return {stage: spent for stage, spent in sums.items() if spent > 0}
 
     def tokens(self, kind: str) -> int:
         """Tokens of all steps of ``kind``."""
-        return sum(one.tokens for one in list(self.passes) if one.kind == kind)
+        return sum(step.tokens for step in list(self.passes) if step.kind == kind)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Memory at one moment: seconds since the start, bytes in use by tier, and of them by tier and
-    component."""
+def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Callable[[], None]]:
+    """A profiler that watches every step of ``runtime`` from now on, and a function that ends that.
+    Times are in seconds since ``origin``, of ``time.perf_counter()``, or since now.  Raises
+    ``ConfigError`` on the reference path."""
+    model, config = runtime.model, runtime.config
+    experts = model.quantized("profile")
+    # Where kernels are only queued, a mark waits for them.
+    wait = (lambda: model.device.record().synchronize()) if model.device.queues else None
+    start = perf_counter() if origin is None else origin
+    profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, wait)
+    stop_listening = experts.on_route(profiler.on_route)
+    runtime.watcher = model.network.timer = experts.timer = profiler
 
-    seconds: float
-    total: dict[str, int]
-    components: dict[str, dict[str, int]]
+    def detach() -> None:
+        stop_listening()
+        runtime.watcher = None
+        model.network.timer = experts.timer = NoTimer()
 
-
-class MemorySampler:
-    """A thread that samples memory every ``interval`` seconds while it is open as a context
-    manager.
-
-    Until it watches a runtime it sees only how the process grows, by the resident weights.  What no
-    component explains is ``scratch and rest``.
-    """
-
-    def __init__(self, interval: float = 0.05):
-        self.samples: list[Sample] = []
-        self._runtime: Runtime | None = None
-        self.origin, self._interval = perf_counter(), interval
-        self._process = psutil.Process()
-        self.baseline: int = self._process.memory_info().rss
-        self.earlier_peak = peak_rss()
-        self._highest: dict[str, Sample] = {}
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="slotmoe-memory", daemon=True)
-        self._take()
-        self._thread.start()
-
-    def __enter__(self) -> MemorySampler:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
-
-    @contextmanager
-    def watching(self, runtime: Runtime) -> Iterator[None]:
-        """Ask the open ``runtime`` what it holds; at the end take a last sample and stop."""
-        self._runtime = runtime
-        try:
-            yield
-        finally:
-            self._stop()
-
-    def _stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    @property
-    def latest(self) -> Sample:
-        """The newest sample."""
-        return self.samples[-1]
-
-    def highest(self, tier: str) -> Sample:
-        """The sample with the most bytes in use in ``tier``; it is kept even where ``samples`` is
-        thinned out."""
-        return self._highest[tier]
-
-    def _run(self) -> None:
-        while True:
-            stopping = self._stopping.wait(self._interval)
-            self._take()
-            if stopping:
-                return
-
-    def _take(self) -> None:
-        sample = self._loading() if self._runtime is None else self._running(self._runtime)
-        self.samples.append(sample)
-        for tier, used in sample.total.items():
-            if tier not in self._highest or used > self._highest[tier].total[tier]:
-                self._highest[tier] = sample
-        if len(self.samples) > LONGEST:
-            del self.samples[::2]
-            self._interval *= 2
-
-    def _loading(self) -> Sample:
-        used = self._process.memory_info().rss
-        grown = max(0, used - self.baseline)
-        return Sample(
-            perf_counter() - self.origin,
-            {"ram": used},
-            {"ram": {"runtime": used - grown, "resident weights": grown}},
-        )
-
-    def _running(self, runtime: Runtime) -> Sample:
-        now, components = runtime.memory_in_use(), {}
-        for tier, (total, known) in now.items():
-            parts = {"runtime": self.baseline, **known} if tier == "ram" else known
-            components[tier] = {**parts, "scratch and rest": max(0, total - sum(parts.values()))}
-        return Sample(
-            perf_counter() - self.origin,
-            {tier: total for tier, (total, _) in now.items()},
-            components,
-        )
+    return profiler, detach
