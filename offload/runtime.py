@@ -344,6 +344,11 @@ class Runtime:
         return self.sequences[0].context
 
     @property
+    def position(self) -> int:
+        """Positions of the first sequence that are cached.  Another thread may ask."""
+        return self.sequences[0].length
+
+    @property
     def threads(self) -> int:
         """CPU threads in use."""
         return self.model.cpu.threads

@@ -38,7 +38,7 @@ class Cache(ABC):
         self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
         self.hits = self.misses = self.evictions = self.bypassed = 0
         self._now = 0  # tokens so far
-        self._cached: set[int] = set()
+        self.cached: set[int] = set()
         self._popularity = [0.0] * (layers * experts) if popularity is None else list(popularity)
         self._start()
 
@@ -50,7 +50,7 @@ class Cache(ABC):
         """The newest token's gate chose ``key``.  Call it for each choice, cached or not; True if
         it is cached."""
         self._touch(key, self._now)
-        hit = key in self._cached
+        hit = key in self.cached
         self.hits += hit
         self.misses += not hit
         return hit
@@ -63,20 +63,20 @@ class Cache(ABC):
             for expert in chosen:
                 self._touch(base + expert, token)
         distinct = {base + expert for chosen in indices for expert in chosen}
-        hits = len(distinct & self._cached)
+        hits = len(distinct & self.cached)
         self.hits += hits
         self.misses += len(distinct) - hits
 
-    def offer(self, key: int, keep: Collection[int] = ()) -> int | None:
+    def offer(self, key: int, pinned: Collection[int] = ()) -> int | None:
         """``key`` was used, is not cached, and its bytes are in memory: who leaves?
 
-        None if there was room, a cached key outside ``keep`` that ``key`` replaces, or ``key``
+        None if there was room, a cached key outside ``pinned`` that ``key`` replaces, or ``key``
         itself if it gets no slot.
         """
-        if len(self._cached) < self.slots:
+        if len(self.cached) < self.slots:
             self.add(key)
             return None
-        victim = self._victim(key, keep)
+        victim = self._victim(key, pinned)
         if victim is None:
             self.bypassed += 1
             return key
@@ -87,20 +87,20 @@ class Cache(ABC):
 
     def add(self, key: int) -> None:
         """Put the absent ``key`` into free room."""
-        assert key not in self._cached and len(self._cached) < self.slots
-        self._cached.add(key)
+        assert key not in self.cached and len(self.cached) < self.slots
+        self.cached.add(key)
         self._enter(key)
 
     def remove(self, key: int) -> None:
         """Forget the cached ``key``."""
-        self._cached.remove(key)
+        self.cached.remove(key)
         self._leave(key)
 
     def __contains__(self, key: int) -> bool:
-        return key in self._cached
+        return key in self.cached
 
     def __len__(self) -> int:
-        return len(self._cached)
+        return len(self.cached)
 
     @abstractmethod
     def _start(self) -> None:
@@ -111,8 +111,8 @@ class Cache(ABC):
         """``token``, counted from 1, used ``key``."""
 
     @abstractmethod
-    def _victim(self, key: int, keep: Collection[int]) -> int | None:
-        """The cached key outside ``keep`` that leaves for ``key``, None if there is none or ``key``
+    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
+        """The cached key outside ``pinned`` that leaves for ``key``, None if there is none or ``key``
         is not worth it."""
 
     @abstractmethod
@@ -141,16 +141,16 @@ class _Worth(Cache):
     def _first_worths(self) -> list[float]:
         return [-math.inf] * (self.layers * self.experts)
 
-    def _victim(self, key: int, keep: Collection[int]) -> int | None:
+    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
         aside, victim = [], None
         while self._heap and victim is None:
             worth, lowest = self._heap[0]
-            if lowest not in self._cached:
+            if lowest not in self.cached:
                 heapq.heappop(self._heap)
                 self._entered.remove(lowest)
             elif worth != self._worth[lowest]:
                 heapq.heapreplace(self._heap, (self._worth[lowest], lowest))
-            elif lowest in keep:
+            elif lowest in pinned:
                 aside.append(heapq.heappop(self._heap))
             else:
                 victim = lowest
@@ -234,8 +234,8 @@ class LeastStale(_Worth):
             self._worth[key] = key // self.experts
         self._fresh.clear()
         self._heap, self._entered = (
-            [(self._worth[key], key) for key in self._cached],
-            set(self._cached),
+            [(self._worth[key], key) for key in self.cached],
+            set(self.cached),
         )
         heapq.heapify(self._heap)
 
@@ -324,7 +324,7 @@ class LayerAware(Cache):
     def _sorted(self, row: int, order: list[tuple[float, int]]) -> None:
         self._order[row], self._lowest[row] = order, order[0][0] if order else math.inf
 
-    def _victim(self, key: int, keep: Collection[int]) -> int | None:
+    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
         self._rank()
         near = self._near[self._row]
         limit = self._chances([key])[0] * near[key // self.experts] if self.bypass else math.inf
@@ -333,14 +333,14 @@ class LayerAware(Cache):
         if least >= limit:
             return None
         victim = self._order[earned.index(least)][0][1]
-        if victim not in keep:
+        if victim not in pinned:
             return victim
         rows = zip(near, self._order, strict=True)
         others = [
             (chance * weight, other)
             for weight, order in rows
             for chance, other in order
-            if other not in keep
+            if other not in pinned
         ]
         least, victim = min(others, default=(math.inf, key))
         return victim if least < limit else None

@@ -74,9 +74,9 @@ class Slots:
         self.table, self.cache = Table(cache, self.slab), cache
         self._entries = device.slot_entries(cache.layers, cache.experts)
         self.staging, self._reserve = staging, reserve
-        self._coming: OrderedDict[int, Read] = OrderedDict()  # in staging slots, oldest first
+        self.coming: OrderedDict[int, Read] = OrderedDict()  # in staging slots, oldest first
         # Given up, but a piece of the record is still arriving in the slot.
-        self._abandoned: list[tuple[Read, int]] = []
+        self.abandoned: list[tuple[Read, int]] = []
         self.wait_seconds = 0.0
         self.planned, self._touched = cache.slots, 0
         first = max(staging + reserve, LAZY_BYTES // record_bytes)
@@ -136,7 +136,7 @@ class Slots:
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins.  What an interrupted one has left in staging is given up;
         the cache admits what has arrived to warm it."""
-        for expert_id in [id for id, read in self._coming.items() if read.urgency != WARM]:
+        for expert_id in [id for id, read in self.coming.items() if read.urgency != WARM]:
             self.drop(expert_id)
         self.admit_warm()
         self.cache.advance(tokens)
@@ -147,7 +147,7 @@ class Slots:
         is ``pinned`` stays."""
         reads, new = [], []
         for expert_id in expert_ids:
-            read = self._coming.get(expert_id)
+            read = self.coming.get(expert_id)
             if read is not None and read.error is not None:  # a prefetch that failed: try again
                 self.drop(expert_id)
                 read = None
@@ -164,7 +164,7 @@ class Slots:
         """Start reading an expert unless that would leave fewer than ``reserve`` staging slots
         free."""
         self._collect()
-        if len(self._coming) + len(self._abandoned) + self._reserve >= self.staging:
+        if len(self.coming) + len(self.abandoned) + self._reserve >= self.staging:
             return False
         self._source.submit([self._begin(expert_id, urgency, ())])
         return True
@@ -193,7 +193,7 @@ class Slots:
         """An expert in staging has been used: the cache admits or rejects it.  What is ``pinned``
         is not evicted for it."""
         self._grow()
-        del self._coming[expert_id]
+        del self.coming[expert_id]
         evicted = self.table.admit(expert_id, pinned)
         if evicted != expert_id:
             self._admitted(expert_id, evicted)
@@ -214,19 +214,19 @@ class Slots:
 
     def drop(self, expert_id: int) -> None:
         """Give up an expert in staging, arrived or not; nothing happens if it is not there."""
-        if expert_id not in self._coming:
+        if expert_id not in self.coming:
             return
-        read, slot = self._coming.pop(expert_id), self.table.slot_of.pop(expert_id)
+        read, slot = self.coming.pop(expert_id), self.table.slot_of.pop(expert_id)
         if read.done or self._source.cancel(read):
             self.table.free.append(slot)
         else:
-            self._abandoned.append((read, slot))
+            self.abandoned.append((read, slot))
 
     def present(self) -> tuple[int, int]:
         """Bytes of cached records, and bytes of the slab that are in use by now.  Another thread
         may ask."""
         size, touching = self.slab.shape[1], self._touching
-        used = (len(self.cache) + len(self._coming) + len(self._abandoned)) * size
+        used = (len(self.cache) + len(self.coming) + len(self.abandoned)) * size
         if touching is not None:  # its pages, and those of the first slots that are in use
             used = touching.ready - touching.start + min(used, touching.start)
         self._touched = max(self._touched, used)  # pages never go
@@ -245,7 +245,7 @@ class Slots:
     def admit_warm(self) -> None:
         """Let the cache admit what was read to warm it and has arrived, as long as it has room."""
         self._grow()
-        for expert_id, read in list(self._coming.items()):
+        for expert_id, read in list(self.coming.items()):
             arrived = read.done and (read.copy is None or read.copy.done())
             if read.urgency != WARM or not arrived:
                 continue
@@ -256,7 +256,7 @@ class Slots:
 
     def _add(self, expert_id: int) -> None:
         """Admit an arrived expert into free room."""
-        del self._coming[expert_id]
+        del self.coming[expert_id]
         self.cache.add(expert_id)
         self._admitted(expert_id, None)
 
@@ -295,7 +295,7 @@ class Slots:
             self.table.free.append(slot)
             raise
         self.table.slot_of[expert_id] = slot
-        self._coming[expert_id] = read
+        self.coming[expert_id] = read
         return read
 
     def _acquire(self, pinned: Collection[int]) -> int:
@@ -303,18 +303,18 @@ class Slots:
         up."""
         self._collect()
         while not self.table.free:
-            unwanted = next((id for id in self._coming if id not in pinned), None)
+            unwanted = next((id for id in self.coming if id not in pinned), None)
             if unwanted is not None:
                 self.drop(unwanted)
             else:
-                self._source.wait([read for read, _ in self._abandoned])
+                self._source.wait([read for read, _ in self.abandoned])
             self._collect()
         return self.table.free.pop()
 
     def _collect(self) -> None:
-        if self._abandoned:
-            self.table.free += [slot for read, slot in self._abandoned if read.done]
-            self._abandoned = [(read, slot) for read, slot in self._abandoned if not read.done]
+        if self.abandoned:
+            self.table.free += [slot for read, slot in self.abandoned if read.done]
+            self.abandoned = [(read, slot) for read, slot in self.abandoned if not read.done]
 
     def close(self) -> None:
         """Stop what still goes on in other threads; the source is closed by itself."""

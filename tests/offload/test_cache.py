@@ -128,7 +128,7 @@ def test_everything_kept_means_bypass(policy):
     cache.advance()
     for key in (0, 1, 2):
         cache.use(key)
-    assert [cache.offer(key, keep={0, 1}) for key in (0, 1, 2)] == [None, None, 2]
+    assert [cache.offer(key, pinned={0, 1}) for key in (0, 1, 2)] == [None, None, 2]
     assert (0 in cache, 1 in cache, 2 in cache) == (True, True, False)
 
 

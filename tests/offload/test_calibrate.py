@@ -34,6 +34,7 @@ from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.tools.bench import recall
 from slotmoe.tools.cli import main
+from tests.support.engine import start
 from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -403,7 +404,7 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
         windows = split(list(range(5, 45)), runtime.tokenizer, 21)
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
-        network, seen = runtime._network, []
+        network, seen = runtime.model.network, []
         inner = network.experts
 
         def experts(layer, x_TD, weights_TK, indices_TK):
@@ -412,7 +413,7 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
 
         network.experts, place = experts, 0
         for window in windows:
-            step, before = runtime.start(), None
+            step, before = start(runtime), None
             for token in window:
                 seen.clear()
                 step([token])
@@ -434,10 +435,10 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
 
 def test_hook_is_gone_after_a_failure(made):
     with Runtime.open(made / "plain", context=64, threads=1) as runtime:
-        before = runtime._network.experts
+        before = runtime.model.network.experts
         with pytest.raises(RuntimeError):
             record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
-        assert runtime._network.experts is before
+        assert runtime.model.network.experts is before
 
 
 def test_little_memory_means_several_groups(made, export, monkeypatch):
@@ -461,7 +462,7 @@ def test_next_gate_is_the_next_layers_gate(made):
     """Brute force: capture the residual stream itself, apply the next layer's norm and gate to
     it."""
     with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
-        network, residuals, inputs = runtime._network, {}, {}
+        network, residuals, inputs = runtime.model.network, {}, {}
         norm, inner = network.ops.rms_norm, network.experts
 
         def rms_norm(x_TD, weight_D, eps):

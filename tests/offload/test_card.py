@@ -12,27 +12,28 @@ from click.testing import CliRunner
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.network import DeepseekV2
-from slotmoe.offload import opening
+from slotmoe.offload import loading
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy.cache import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers import device, host
-from slotmoe.offload.tiers.device import CudaFacts, choose_device
+from slotmoe.offload.tiers import cuda, host
+from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.offload.tiers.disk import WARM
 from slotmoe.tools.bench import calibration, measure
 from slotmoe.tools.cli import cli
+from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.tiny import write_checkpoint
-from tests.support.twin import EXPERTS, IDS, PROMPT, Twin, measured, open_on, slow, whole
+from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
 
 @pytest.fixture(autouse=True)
 def always_guessing(monkeypatch):
     """The sample's records are too small to be read ahead; here they are nevertheless."""
     monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
-    monkeypatch.setattr(opening, "HELP_BYTES", 0)
+    monkeypatch.setattr(loading, "HELP_BYTES", 0)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_step_with_every_expert_in_a_slot_never_waits_for_the_host(on_twin):
     twin = Twin()
     with on_twin(twin, misses="fetch") as runtime:
         runtime.warm()
-        step = runtime.start()
+        step = start(runtime)
         step(IDS[:20])
         before, hits = twin.syncs, runtime.stats()["cache"]["hits"]
         for one in IDS[20:25]:
@@ -87,22 +88,22 @@ def test_a_step_with_every_expert_in_a_slot_never_waits_for_the_host(on_twin):
 def test_popular_experts_fill_slots_behind_their_copies(on_twin):
     """A copy to warm the cache is nobody's to wait for: its slot counts when it is there."""
     with on_twin(Twin(lambda number: 0.2), misses="fetch", slots=60) as runtime:
-        slots = runtime._experts._slots
+        slots = runtime.model.experts.slots
         assert slots.prefetch(7, WARM)
-        read = slots._coming[7]
-        runtime._store.wait([read])
-        slots.adopt()
+        read = slots.coming[7]
+        runtime.model.store.wait([read])
+        slots.admit_warm()
         assert 7 not in slots.cache
         read.copy.synchronize()
-        slots.adopt()
+        slots.admit_warm()
         assert 7 in slots.cache
-        assert slots.table_LE[0, 7] == slots.slot(7)
+        assert slots.slots_ME[0, 7] == slots.slot(7)
 
 
 def test_one_wait_a_layer_where_experts_are_missing(on_twin):
     twin = Twin()
     with on_twin(twin, slots=22, misses="fetch", prefetch=False) as runtime:
-        step = runtime.start()
+        step = start(runtime)
         step(IDS[:20])
         before = twin.syncs
         step(IDS[20:21])
@@ -124,7 +125,7 @@ def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatc
             tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options
         ) as runtime:
             assert runtime.stats()["kernels"] == "triton, interpreted"
-            step = runtime.start()
+            step = start(runtime)
             found.append(torch.cat([step(ids) for ids in (IDS[:3], IDS[3:4])]))
             whole(runtime)
     assert torch.equal(*found)
@@ -140,7 +141,7 @@ def test_what_the_cpu_computes_differs_by_rounding_alone(
 ):
     """Plain torch on both sides: all that is left are float32 sums in another order."""
     monkeypatch.setattr(
-        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+        loading, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )
     with on_twin(Twin(slow), host_slots, misses=mode, slots=40, kernels="torch") as runtime:
         torch.testing.assert_close(runtime.logits(IDS), wanted[0], rtol=1e-3, atol=1e-3)
@@ -159,7 +160,7 @@ def test_the_native_kernels_rounding(on_twin, wanted, monkeypatch):
     """They round activations to 8 bits: as far from plain torch as a model in RAM is, whose every
     expert they compute."""
     monkeypatch.setattr(
-        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+        loading, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )
     with on_twin(Twin(), misses="cpu", slots=6) as runtime:
         found = runtime.logits(IDS)
@@ -169,10 +170,10 @@ def test_the_native_kernels_rounding(on_twin, wanted, monkeypatch):
 def test_cpu_fetches_only_as_long_as_slots_are_free(on_twin):
     twin = Twin()
     with on_twin(twin, misses="cpu", slots=40, prefetch=False) as runtime:
-        step = runtime.start()
+        step = start(runtime)
         for one in IDS[:12]:
             step([one])
-        assert len(runtime._experts._slots.cache) == 40
+        assert len(runtime.model.experts.slots.cache) == 40
         before = twin.copies
         for one in IDS[12:20]:
             step([one])
@@ -206,7 +207,7 @@ def test_the_mode_follows_what_was_measured():
 
 def test_several_sequences_and_traces(on_twin, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+        loading, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )
     found = []
     for number, options in enumerate(
@@ -219,8 +220,9 @@ def test_several_sequences_and_traces(on_twin, tmp_path, monkeypatch):
         with on_twin(Twin(slow), sequences=2, **options) as runtime:
             runtime.trace(tmp_path / f"{number}.trace")
             for sequence, cut in enumerate((20, 30)):
-                runtime.append(sequence, IDS[:cut])
-            found.append([runtime.append_each([0, 1], [one, one + 1]) for one in IDS[30:34]])
+                runtime.sequences[sequence].append(IDS[:cut])
+            pairs = [[id, id + 1] for id in IDS[30:34]]
+            found.append([runtime.append_each(runtime.sequences, pair) for pair in pairs])
             whole(runtime)
     assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*found[1:], strict=True))
@@ -236,10 +238,10 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
     twin = Twin()
     with on_twin(twin, 64, misses="fetch", slots=22) as runtime:
         assert not twin.pinned
-        slab, size = runtime._store._table.slab, runtime.plan.record_bytes
-        runtime.start()(IDS[:1])
+        slab, size = runtime.model.store.table.slab, runtime.plan.record_bytes
+        start(runtime)(IDS[:1])
         for start, length in twin.pinned.items():
-            first = (start - slab.data_ptr()) // size
+            first = (first_byte - slab.data_ptr()) // size
             assert (
                 slab[first : first + length // size].any(dim=1).all()
             )  # no page that nothing was written to
@@ -279,29 +281,30 @@ BAD = {
 
 @pytest.mark.parametrize("reason", BAD)
 def test_a_card_that_can_not_be_used_is_said(monkeypatch, reason):
-    monkeypatch.setattr(device, "cuda_facts", lambda: BAD[reason])
+    monkeypatch.setattr(cuda, "cuda_facts", lambda: BAD[reason])
     card, why = choose_device("auto")
-    assert card is None
+    assert card.tier == "ram"
     assert re.search(reason, why)
     with pytest.raises(ConfigError, match=f"^device cuda: .*{reason}.*or use --device cpu$"):
         choose_device("cuda")
 
 
 def test_a_card_that_can_be_used_is_taken(monkeypatch):
-    monkeypatch.setattr(device, "cuda_facts", lambda: GOOD)
+    monkeypatch.setattr(cuda, "cuda_facts", lambda: GOOD)
     twin = Twin()
     assert choose_device("auto", lambda: twin) == (twin, "NVIDIA L4 is here")
     assert choose_device("cuda", lambda: twin) == (twin, "as asked")
-    assert choose_device("cpu", lambda: twin) == (None, "as asked")
+    chosen, why = choose_device("cpu", lambda: twin)
+    assert (chosen.tier, why) == ("ram", "as asked")
     newer = replace(GOOD, capability=(12, 0))  # runs what compute_90 is translated to
-    assert device.why_not(newer) == ""
-    assert device.why_not(replace(newer, architectures=("sm_90",))) != ""
+    assert cuda.why_not(newer) == ""
+    assert cuda.why_not(replace(newer, architectures=("sm_90",))) != ""
 
 
 def test_facts_of_this_machine():
-    facts = device.cuda_facts()
+    facts = cuda.cuda_facts()
     assert facts.built == torch.backends.cuda.is_built()
-    assert bool(device.why_not(facts)) == (choose_device("auto")[0] is None)
+    assert bool(cuda.why_not(facts)) == (choose_device("auto")[0].tier == "ram")
 
 
 def test_misses_are_refused_where_there_is_no_card(sample_export):

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from slotmoe.errors import DeviceError, ExportError, PlanError
-from slotmoe.offload import opening
-from slotmoe.offload.card_experts import CardSlots
+from slotmoe.offload import loading
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.tiers import host
+from slotmoe.offload.tiers.cuda import CudaEntries
 from slotmoe.quant.export.reader import Export
-from tests.support.twin import IDS, PROMPT, Twin, measured, open_on, slow, whole
+from tests.support.engine import IDS, PROMPT, start, whole
+from tests.support.twin import Twin, measured, open_on, slow
 
 
 @pytest.fixture(autouse=True)
 def always_guessing(monkeypatch):
     """The sample's records are too small to be read ahead; here they are nevertheless."""
     monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
-    monkeypatch.setattr(opening, "HELP_BYTES", 0)
+    monkeypatch.setattr(loading, "HELP_BYTES", 0)
 
 
 @pytest.fixture
@@ -176,13 +177,13 @@ def test_a_kernel_that_fails_is_told_as_the_cards(on_twin, told, kind):
         ("fetch", "wait"),
         ("hybrid", "launch"),
         ("hybrid", "wait"),
-        ("hybrid", "lend"),
-        ("cpu", "lend"),
+        ("hybrid", "acquire"),
+        ("cpu", "acquire"),
     ],
 )
 def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode, where, moment):
     monkeypatch.setattr(
-        opening, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
+        loading, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )
     twin, calls, armed = Twin(slow), 0, False
 
@@ -198,17 +199,17 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 
     twin.on_launch = stop if where == "launch" else lambda number: None
     twin.fail = stop if where == "copy" else lambda number: None
-    if where in ("wait", "lend"):
+    if where in ("wait", "acquire"):
         owner = Twin if where == "wait" else host.HostTier
         original = getattr(owner, where)
         monkeypatch.setattr(owner, where, lambda *arguments: (stop(), original(*arguments))[1])
     with on_twin(twin, 40, misses=mode, slots=40, kernels="torch") as runtime:
-        step = runtime.start()
+        step = start(runtime)
         step(IDS[:30])
         calls, armed = 0, True
         with pytest.raises(KeyboardInterrupt):
             [step([one]) for one in IDS[30:]] + [runtime.logits(IDS)]
-        runtime.start()(IDS[:1])
+        start(runtime)(IDS[:1])
         whole(runtime)
         found = runtime.logits(IDS)
         assert (
@@ -223,20 +224,20 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
     """The table on the card is a copy of what the host knows: a step that changed one of them only
     is no step's truth."""
-    original, calls = CardSlots._entered, 0
+    original, calls = CudaEntries.set, 0
 
-    def entered(self, key, leaving):
+    def set_entry(self, expert_id, slot):
         nonlocal calls
         calls += 1
         if calls == moment:
             raise KeyboardInterrupt
-        original(self, key, leaving)
+        original(self, expert_id, slot)
 
-    monkeypatch.setattr(CardSlots, "_entered", entered)
+    monkeypatch.setattr(CudaEntries, "set", set_entry)
     with on_twin(Twin(), misses="fetch", slots=22) as runtime:
         with pytest.raises(KeyboardInterrupt):
             runtime.logits(IDS)
-        runtime.start()(IDS[:1])
+        start(runtime)(IDS[:1])
         whole(runtime)
         assert torch.equal(runtime.logits(IDS), wanted[0])
 
@@ -251,7 +252,7 @@ def test_a_disk_that_fails_under_what_the_cpu_computes(on_twin, wanted, monkeypa
 
     monkeypatch.setattr(Export, "read_range", read_range)
     with on_twin(Twin(), 0, misses="cpu", slots=40, kernels="torch") as runtime:
-        step = runtime.start()
+        step = start(runtime)
         for one in IDS[:20]:
             step([one])
         broken = True

@@ -29,6 +29,7 @@ from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from slotmoe.tools.bench.gpu import GEOMETRY, DeviceExperts, random_network, touched
+from tests.support.engine import start
 from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 from tests.support.twin import Twin
 
@@ -345,7 +346,7 @@ def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(tmp_path, 
         Recorded.made = 0
         with Runtime.open(tmp_path / "export", context=32, misses="fetch") as runtime:
             runtime.warm()
-            step, before = runtime.start(), runtime.stats()["cache"]["hits"]
+            step, before = start(runtime), runtime.stats()["cache"]["hits"]
             found.append(torch.cat([step([one]).clone() for one in (5, 900, 17)]))
             assert runtime.stats()["cache"]["hits"] == before + 3 * SMALL["num_experts_per_tok"]
             made.append(Recorded.made)

@@ -12,6 +12,7 @@ from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.slots import Slots
+from tests.support.engine import start
 from tests.support.tiny import SAMPLE
 
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
@@ -21,14 +22,14 @@ IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         whole = runtime.logits(IDS)
-        step = runtime.start()
+        step = start(runtime)
         alone = torch.cat([step([one]) for one in IDS])
         assert ((alone - whole).abs() / whole.abs().clamp(min=1e-3)).median() <= 2e-3
         if (
             runtime.stats()["kernels"] != "torch"
         ):  # the native path gives a row the same bits alone or among others
             assert torch.equal(alone, whole)
-        step = runtime.start()
+        step = start(runtime)
         torch.testing.assert_close(
             torch.cat([step(IDS[:23]), step(IDS[23:])]), whole[[22, 59]], rtol=1e-3, atol=1e-3
         )
@@ -137,12 +138,12 @@ def next_logits(runtime, ids):
     """Logits after ``ids`` with whatever the latent cache holds of them, and how many tokens were
     fed for that."""
     before = fed(runtime)
-    seen, original = [], runtime._network.head
-    runtime._network.head = lambda h_TD: seen.append(original(h_TD)) or seen[-1]
+    seen, original = [], runtime.model.network.head
+    runtime.model.network.head = lambda h_TD: seen.append(original(h_TD)) or seen[-1]
     try:
         list(runtime.generate(ids, 1))
     finally:
-        del runtime._network.head
+        del runtime.model.network.head
     return seen[-1], fed(runtime) - before
 
 
@@ -219,9 +220,11 @@ def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
 
         return interrupted
 
-    for name in {"__call__", "used"} & set(dir(type(runtime._experts))):
+    for name in {"__call__", "used"} & set(dir(type(runtime.model.experts))):
         monkeypatch.setattr(
-            type(runtime._experts), name, interrupting(getattr(type(runtime._experts), name))
+            type(runtime.model.experts),
+            name,
+            interrupting(getattr(type(runtime.model.experts), name)),
         )
     other = [*IDS[:30], 77, *IDS[31:50]]
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +246,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
     with Runtime.open(sample_export, context=256, slots=200, prefetch=False) as runtime:
 
         def logits():
-            step = runtime.start()
+            step = start(runtime)
             return torch.cat([step([token]) for token in range(50, 250)])
 
         want, original, calls = logits(), Slots._entered, 0

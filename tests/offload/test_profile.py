@@ -24,6 +24,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from tests.support.browser import BROWSER, Browser
+from tests.support.engine import start
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
@@ -197,7 +198,7 @@ def test_watching_changes_no_logits_and_ends(sample_export):
         plain = runtime.logits(ids)
         profiler = runtime.profile()
         assert isinstance(profiler, Profiler)
-        step = runtime.start()
+        step = start(runtime)
         watched = [step(ids[:20])] + [step([one]) for one in ids[20:]]
         assert all(bool((one[0] == plain[19 + number]).all()) for number, one in enumerate(watched))
         assert len(profiler.passes) == 21

@@ -1,7 +1,7 @@
-"""A card in RAM, really asynchronous: copies run in a thread and take as long as a test wants.
+"""A GPU in RAM, really asynchronous: copies run in a thread and take as long as a test wants.
 
 Its compute stream is the thread that computes, so ``wait`` blocks.  What a missing wait or event
-would do on a real card is an assertion here: each launch says which slots it reads, and each copy
+would do on a real GPU is an assertion here: each launch says which slots it reads, and each copy
 into a slot has to come after the slot's last reader and before its next.  A slot holds NaNs from
 the moment its copy is queued until it has landed, and a copy reads its source late, so that what
 slips through is a wrong result.
@@ -16,18 +16,19 @@ from queue import Queue
 import pytest
 import torch
 
-from slotmoe.offload import opening
+from slotmoe.offload import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.device import CardMemory
+from slotmoe.offload.tiers.cuda import CudaDevice
+from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchOps
 
 GIB = 1 << 30
 
 
 class Block(bytearray):
-    """Memory of the card; can be watched until it is freed."""
+    """Memory of the GPU; can be watched until it is freed."""
 
 
 class Point:
@@ -73,17 +74,14 @@ class TwinDownload:
 
 
 class Told:
-    """Ops that tell the twin what they launch."""
+    """A backend that tells the twin what it launches."""
 
     twin = None
 
-    def experts_by_slot(self, x_TD, slab, slots_TK, layout, levels, y_TKD):
-        self.twin.launch([slab[slot] for slot in slots_TK.flatten().tolist() if slot >= 0])
-        super().experts_by_slot(x_TD, slab, slots_TK, layout, levels, y_TKD)
-
-    def experts_grouped(self, x_TD, tokens_N, starts_G1, slots_G, slab, layout, levels):
-        self.twin.launch([slab[slot] for slot in slots_G.tolist()])
-        return super().experts_grouped(x_TD, tokens_N, starts_G1, slots_G, slab, layout, levels)
+    def experts(self, x_TD, records, slots_E, indices_TK, y_TKD):
+        used = set(slots_E[indices_TK].flatten().tolist()) - {-1}
+        self.twin.launch([records.slab[slot] for slot in used])
+        super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
 
 
 class TwinOps(Told, TorchOps):
@@ -95,7 +93,7 @@ class Twin:
     says that it fails on its way; ``on_launch(n)`` acts before the n-th launch.  ``capacity``
     bytes, of which others have ``taken`` some."""
 
-    device, name = torch.device("cpu"), "the twin"
+    device, name, tier, queues = torch.device("cpu"), "the twin", "vram", True
 
     def __init__(self, delay=None, capacity=GIB, triton=False):
         self._triton = triton
@@ -135,9 +133,9 @@ class Twin:
             copy.landed.set()
             del item, copy, source, target
 
-    # What the seam asks for
+    # What the engine asks for
 
-    def ops(self, kernels, threads):
+    def backend(self, kernels, threads):
         if self._triton:
             from slotmoe.quant.backends.triton import TritonOps
 
@@ -157,6 +155,12 @@ class Twin:
         block = Block(b"\xff" * max(size, 1))
         weakref.finalize(block, self._freed, size)
         return torch.frombuffer(block, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+    weights = CudaDevice.weights
+    touching = CudaDevice.touching
+    slot_entries = CudaDevice.slot_entries
+    layer_slots = CudaDevice.layer_slots
+    run = CudaDevice.run
 
     def _freed(self, size):
         self.allocated -= size
@@ -210,7 +214,7 @@ class Twin:
 
     def memory(self):
         used = self.taken + self.allocated
-        return CardMemory(
+        return DeviceMemory(
             self.capacity - used, self.capacity, self.allocated, self.allocated, self.peak
         )
 
@@ -241,8 +245,6 @@ class Twin:
 
 # The engine on it
 
-PROMPT = "My fellow citizens of the Senate and House of Representatives,"
-IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 EXPERTS = 7 * 32
 
 
@@ -253,32 +255,9 @@ def open_on(export, twin, host_slots=EXPERTS, **options):
         return replace(make_plan(*arguments, **given), host_slots=host_slots)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "make_plan", plan)
+        patch.setattr(loading, "make_plan", plan)
         patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
         return Runtime.open(export, context=256, threads=1, **options)
-
-
-def whole(runtime):
-    """No slot is lost or used twice, on the card and in RAM, and the card's table says what is
-    true."""
-    slots, tier = runtime._experts._slots, runtime._store
-    table = slots._table
-    held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots._leaving)]
-    assert sorted(held) == list(range(len(table.slab)))
-    assert {*table.slot_of} == {*slots._coming} | slots.cache._cached
-    told = {key: slot for key, slot in enumerate(slots.table_LE.flatten().tolist()) if slot >= 0}
-    assert told == {key: table.slot_of[key] for key in slots.cache._cached}
-    tier.advance(0)  # gives back what is lent
-    deadline = time.monotonic() + 5
-    below = tier._table
-    while (
-        len(below.free) + len(below.slot_of) < len(below.slab) or tier._in_use
-    ) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
-        tier.stats()
-    assert sorted([*below.free, *below.slot_of.values()]) == list(range(len(below.slab)))
-    assert {*below.slot_of} == below.cache._cached
-    assert not tier._in_use
 
 
 def slow(number):

@@ -218,7 +218,7 @@ def test_interrupted_before_a_word_changes_nothing(talking, monkeypatch, again):
     before = chat.exchanges
     with monkeypatch.context() as patch:
         patch.setattr(
-            type(chat.runtime._experts), "begin", lambda *_: signal.raise_signal(signal.SIGINT)
+            type(chat.runtime.model.experts), "begin", lambda *_: signal.raise_signal(signal.SIGINT)
         )
         with pytest.raises(KeyboardInterrupt):
             said(chat.regenerate() if again else chat.answer("Wait"))

@@ -153,7 +153,7 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
 
 def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
     calls = []
-    original = type(chat.runtime._experts).begin
+    original = type(chat.runtime.model.experts).begin
 
     def begin(*arguments):
         calls.append(1)
@@ -161,7 +161,7 @@ def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkey
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(type(chat.runtime._experts), "begin", begin)
+    monkeypatch.setattr(type(chat.runtime.model.experts), "begin", begin)
     terminal.keys.send_text("Hello\r, friend\r\x04")
     talk(chat, terminal)
     assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]

@@ -1,0 +1,43 @@
+"""Runtimes under test: step by step, and whether their slots are whole."""
+
+import time
+
+import torch
+
+from slotmoe.offload.tiers.host import HostTier
+
+PROMPT = "My fellow citizens of the Senate and House of Representatives,"
+IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def start(runtime, depth=0):
+    """Begin a new sequence, with ``depth`` unknown tokens, and return its ``step(ids)``."""
+    sequence = runtime.sequences[0]
+    sequence.fill(depth)
+    return sequence.append
+
+
+def whole(runtime):
+    """No slot is lost or used twice: every slot is free, cached, or for staging; and the device's
+    slot table says what is true.  The same below a GPU."""
+    slots, store = runtime.model.experts.slots, runtime.model.store
+    table, cached = slots.table, slots.cache.cached
+    held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots.abandoned)]
+    assert sorted(held) == list(range(len(slots.slab)))[: len(held)]
+    assert len(held) == min(len(slots.slab), slots.cache.slots + slots.staging)
+    assert {*table.slot_of} == {*slots.coming} | cached
+    assert len(slots.cache) <= slots.cache.slots
+    entries = dict(enumerate(slots.slots_ME.flatten().tolist()))
+    assert {id: slot for id, slot in entries.items() if slot >= 0} == {
+        id: table.slot_of[id] for id in cached
+    }
+    if not isinstance(store, HostTier):
+        return
+    store.advance(0)  # releases what is acquired
+    deadline = time.monotonic() + 5
+    while not store.idle and time.monotonic() < deadline:
+        time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
+    assert store.idle
+    held = [*store.table.free, *store.table.slot_of.values()]
+    assert sorted(held) == list(range(len(store.slab)))
+    assert {*store.table.slot_of} == store.cache.cached
