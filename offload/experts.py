@@ -200,10 +200,15 @@ class Experts:
         """The experts of a layer in groups: what is cached first, then what arrives.  What the CPU
         computes beside a GPU goes to ``y_TKD`` meanwhile."""
         slots, device, hybrid = self.slots, self._device, self.hybrid
+        by_table = DeviceGroup(self._backend, self.records, slots.slots_ME[row])
+        if device.queues and slots.complete and not self._listeners:
+            self._cache.hits += indices_TK.numel()  # the host need not know the choice
+            yield by_table
+            return
         chosen = device.download(indices_TK)
         inputs = device.download(x_TD) if self.split.computes else None
         if device.queues:  # by the slot table, before the host knows the choice
-            yield DeviceGroup(self._backend, self.records, slots.slots_ME[row])
+            yield by_table
         indices = chosen.get().tolist()
         uses = self._uses(row, indices)
         cached = [] if device.queues else [id for id in uses if id in self._cache]

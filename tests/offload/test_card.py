@@ -240,7 +240,7 @@ def test_ram_is_locked_when_it_is_filled(on_twin, monkeypatch):
         assert not twin.pinned
         slab, size = runtime.model.store.table.slab, runtime.plan.record_bytes
         start(runtime)(IDS[:1])
-        for start, length in twin.pinned.items():
+        for first_byte, length in twin.pinned.items():
             first = (first_byte - slab.data_ptr()) // size
             assert (
                 slab[first : first + length // size].any(dim=1).all()

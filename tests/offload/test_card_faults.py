@@ -44,7 +44,7 @@ def wanted(sample_export):
 def test_what_is_allocated_is_what_was_planned(on_twin):
     twin = Twin()
     with on_twin(twin, misses="fetch", slots=60) as runtime:
-        unseen = ("latent KV cache", "logits", "prefill scratch")  # not asked of the seam
+        unseen = ("logits", "prefill scratch")  # not asked of the device
         planned = sum(size for name, size in runtime.plan.components.items() if name not in unseen)
         assert 0.97 * planned <= twin.peak <= planned
         assert runtime.stats()["memory"]["peak_vram"] == twin.peak
