@@ -11,12 +11,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.slots import Slots
-from tests.support.engine import start
+from slotmoe.offload.tiers.device import CpuEntries
+from tests.support.engine import IDS, PROMPT, start
 from tests.support.tiny import SAMPLE
-
-PROMPT = "My fellow citizens of the Senate and House of Representatives,"
-IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
@@ -220,12 +217,9 @@ def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
 
         return interrupted
 
-    for name in {"__call__", "used"} & set(dir(type(runtime.model.experts))):
-        monkeypatch.setattr(
-            type(runtime.model.experts),
-            name,
-            interrupting(getattr(type(runtime.model.experts), name)),
-        )
+    kind = type(runtime.model.network.experts)
+    for name in ("__call__", "passed"):
+        monkeypatch.setattr(kind, name, interrupting(getattr(kind, name)))
     other = [*IDS[:30], 77, *IDS[31:50]]
     with pytest.raises(KeyboardInterrupt):
         list(runtime.generate(other, 1))
@@ -249,7 +243,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
             step = start(runtime)
             return torch.cat([step([token]) for token in range(50, 250)])
 
-        want, original, calls = logits(), Slots._entered, 0
+        want, original, calls = logits(), CpuEntries.set, 0
 
         def interrupted(*arguments):
             nonlocal calls
@@ -258,7 +252,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
                 raise KeyboardInterrupt
             original(*arguments)
 
-        monkeypatch.setattr(Slots, "_entered", interrupted)
+        monkeypatch.setattr(CpuEntries, "set", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits()
         assert torch.equal(logits(), want)
@@ -267,7 +261,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
 def test_measurements_leave_nothing_to_reuse(sample_export):
     with Runtime.open(sample_export, context=256) as runtime:
         list(runtime.generate(IDS, 5))
-        runtime.start(40)(IDS[:1])
+        start(runtime, depth=40)(IDS[:1])
         assert next_logits(runtime, IDS)[1] == len(IDS)
         runtime.logits(IDS)
         assert next_logits(runtime, IDS)[1] == 1

@@ -9,7 +9,7 @@ import torch
 from slotmoe.errors import PlanError
 from slotmoe.model.answer import Answer
 from slotmoe.model.generate import Sampling
-from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.offload.scheduler import Batch, Job, QueueFullError
 
 PROMPTS = [
@@ -95,12 +95,12 @@ def test_one_step_reaches_the_same_logits(runtime):
         pytest.skip("torch's products depend on the number of rows")
     ids = [runtime.tokenizer.encode(one) for one in PROMPTS]
     alone = []
-    for index, one in enumerate(ids):
-        runtime.keep(index, 0, index)
-        runtime.append(index, one)
-        alone.append(runtime.append(index, [7 + index]))
-        runtime.keep(index, len(one), index)
-    together = runtime.append_each(list(range(8)), [7 + index for index in range(8)])
+    for index, (sequence, prompt) in enumerate(zip(runtime.sequences, ids, strict=True)):
+        sequence.rewind(0)
+        sequence.append(prompt)
+        alone.append(sequence.append([7 + index]))
+        sequence.rewind(len(prompt))
+    together = runtime.append_each(runtime.sequences, [7 + index for index in range(8)])
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -161,7 +161,7 @@ def test_closing_ends_answers_with_a_reason(runtime):
 def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):
     ended = threading.Event()
     batch = Batch(runtime, 8, 4, ended.set)
-    monkeypatch.setattr(runtime, "append", lambda *_: 1 / 0)
+    monkeypatch.setattr(Sequence, "append", lambda *_: 1 / 0)
     caller = Caller(batch, runtime, [5, 6, 7])
     assert caller.wait().last.finish == "error"
     assert ended.wait(5) and isinstance(batch.problem, ZeroDivisionError)
@@ -171,7 +171,7 @@ def test_caches_of_all_sequences_are_in_the_plan(runtime, sample_export):
     assert (
         runtime.plan.components["latent KV cache"]
         == 8 * 256 * (80 + 16) * 8
-        == sum(cache.nbytes for cache in runtime._caches)
+        == sum(cache.nbytes for cache in runtime.model.caches)
     )
     with pytest.raises(PlanError, match="latent KV cache"):
         Runtime.open(sample_export, ram="350MiB", context=1024, sequences=256)
@@ -234,10 +234,10 @@ def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(sample_export):
     prompt = [5, 9, 300, 17, 2, 40, 8, 21]
     with Runtime.open(sample_export, context=64, sequences=2) as runtime:
         wanted = [token.id for token in runtime.generate(prompt, 8)]
-        runtime.keep(1, 0, source=1)
-        runtime.append(1, [7, 7, 7, 7, 7, 7, 7])
-        runtime.keep(0, 6, source=1)
+        first, second = runtime.sequences
+        second.append([7, 7, 7, 7, 7, 7, 7])
+        first.take(second, 6)
         assert [token.id for token in runtime.generate(prompt, 8)] == wanted
-        runtime.keep(0, 2, source=0)
-        runtime.append_each([0, 1], [77, 78])
+        first.take(first, 2)
+        runtime.append_each([first, second], [77, 78])
         assert [token.id for token in runtime.generate(prompt, 8)] == wanted
