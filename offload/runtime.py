@@ -96,7 +96,7 @@ class Runtime:
         device: str = "auto",
         vram: int | str | None = None,
         ram: int | str | None = None,
-        context: int = 4096,
+        context: int | None = None,
         threads: int | None = None,
         cache_policy: str | None = None,
         prefetch: bool = True,
@@ -114,7 +114,8 @@ class Runtime:
         ``sample``.
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
-        ``context`` is the number of positions of the latent cache.  ``slots`` caps the experts that
+        ``context`` is the number of positions of the latent cache; None is min(4096, the model's
+        limit).  ``slots`` caps the experts that
         stay on the fast tier; None takes all that fit.  ``revision`` of a hub id is a branch, tag
         or commit. ``quantize=False`` computes a checkpoint as it is, with everything resident: the
         reference path. ``logits_rows`` rows of logits will be alive at once (``logits_from`` makes
@@ -158,6 +159,8 @@ class Runtime:
                 f"{folder}: is an export, already quantized; quantize=False needs the original checkpoint"
             )
         config = read_config(folder / "config.json")
+        if context is None:
+            context = min(4096, config.max_position_embeddings)
         if not 1 <= context <= config.max_position_embeddings:
             raise PlanError(
                 f"context {context} is outside 1 to {config.max_position_embeddings}, the model's max_position_embeddings"
