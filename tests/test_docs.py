@@ -102,7 +102,8 @@ def check_usage(arguments):
         value = values.get(parameter.name)
         if not isinstance(parameter.type, click.Path) and "$" not in str(value):
             parameter.type_cast_value(inner, value)
-        if parameter.required and value in (None, (), []) and UNKNOWN not in arguments:
+        missing = value is None or parameter.value_is_missing(value)
+        if parameter.required and missing and UNKNOWN not in arguments:
             raise click.MissingParameter(ctx=inner, param=parameter)
 
 
