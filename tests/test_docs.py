@@ -163,6 +163,7 @@ def test_wrong_commands_are_seen(wrong):
 
 
 def test_pages_have_what_is_tested():
+    assert {block.language for block in BLOCKS} <= SHELLS | {"python", "text", "json"}
     assert len(PYTHON) >= 5
     assert len(CALLS) >= 30
     assert len(QUICK_CALLS) >= 3
