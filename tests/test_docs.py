@@ -191,8 +191,21 @@ LINKS = [
 ]
 
 
+# Strict: once that page is there, these marks fail and go.
+COMING = pytest.mark.xfail(strict=True, reason="docs/export-format.md is not written yet")
+
+
 @pytest.mark.parametrize(
-    ("page", "link"), LINKS, ids=[f"{page.relative_to(ROOT)}>{link}" for page, link in LINKS]
+    ("page", "link"),
+    [
+        pytest.param(
+            page,
+            link,
+            id=f"{page.relative_to(ROOT)}>{link}",
+            marks=[COMING] if link.endswith("export-format.md") else [],
+        )
+        for page, link in LINKS
+    ],
 )
 def test_links_resolve(page, link):
     name, _, anchor = link.partition("#")
@@ -222,6 +235,7 @@ def test_every_benchmark_is_named():
         assert f"`{path.stem}`" in text, f"docs/benchmarks.md does not name {path.stem}"
 
 
+@pytest.mark.xfail(strict=True, reason="pyproject.toml has no extras but dev yet")
 def test_extras_exist():
     text = (ROOT / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]")[2].partition("\n\n")[0]
