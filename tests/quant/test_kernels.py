@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.native import NativeOps
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.kernels.cpu.weights import (
+    AttentionLayer,
+    Decoder,
+    Matrix,
+    Mlp,
+    PackedInt8,
+    Router,
+)
+from slotmoe.quant.shapes import latent_bytes, record_bytes
 
 native = qk.load()
 pytestmark = pytest.mark.skipif(native is None, reason="the native kernels are not built")
@@ -326,7 +334,7 @@ def test_experts(kernels, i, h, k, seed):
     for row in range(3):
         records = [r for _, r in experts]
         outs = kernels.experts_each(x[row], records, i, levels_tensor)
-        got = kernels.experts_decode(x[row], records, weights, i, levels_tensor)
+        got = kernels.weighted_sum(outs[None], weights[None])[0]
         if min(h, i) >= 16:  # with fewer weights one rounded level is large beside the result
             assert relative(outs, each[:, row]) < 0.06
         # Hits first, misses later, in any split: bitwise the same sum.
@@ -408,18 +416,14 @@ def test_experts_with_extreme_activations(kernels):
         )
         assert y.isfinite().all()
         assert scale or (y == 0).all()
-    assert (
-        kernels.experts_decode(
-            torch.ones(128), [], torch.empty(0), 64, levels_tensor
-        ).count_nonzero()
-        == 0
-    )
+    assert kernels.experts_each(torch.ones(128), [], 64, levels_tensor).shape == (0, 128)
+    assert not kernels.weighted_sum(torch.empty(1, 0, 128), torch.empty(1, 0)).any()
 
 
 def test_threads_change_nothing(kernels):
     rng = np.random.default_rng(9)
     experts = [random_expert(rng, 320, 176)[1] for _ in range(3)]
-    x, weights = torch_of(rng.standard_normal((70, 320))), torch.rand(3)
+    x, rows = torch_of(rng.standard_normal((70, 320))), rng.standard_normal((10, 7))
     _, codes, absmax = random_nf4(rng, 333, 320)
     packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8)))
     q, cache = (
@@ -433,7 +437,8 @@ def test_threads_change_nothing(kernels):
             [
                 kernels.linear_nf4(x, codes, absmax, levels_tensor, 333),
                 kernels.linear_int8(x, packed, torch.ones(333)),
-                kernels.experts_decode(x[0], experts, weights, 176, levels_tensor),
+                kernels.experts_each(x[0], experts, 176, levels_tensor),
+                kernels.weighted_sum(x.view(10, 7, 320), torch_of(rows)),
                 through_one(kernels, x, experts[0], 176),
                 kernels.mla(q[None], cache, 500, 64, 0.2),
                 *kernels.quantize_nf4(x),
@@ -850,7 +855,7 @@ def test_bad_arguments_are_refused():
     _, codes, absmax = random_nf4(rng, 32, 128)
     x = torch.randn(2, 128)
     _, record = random_expert(rng, 64, 32)
-    size = qk.record_bytes(64, 32)
+    size = record_bytes(64, 32)
     packed = native.pack_int8(torch.ones(32, 128, dtype=torch.int8))
     x64, slots = torch.randn(2, 64), torch.zeros(2, 1, dtype=torch.int32)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
@@ -867,12 +872,12 @@ def test_bad_arguments_are_refused():
         lambda: native.linear_nf4(x.to("meta"), codes, absmax, levels_tensor, 32),
         lambda: native.linear_int8(x[:, :100].contiguous(), packed, torch.ones(32)),
         lambda: native.linear_int8(x, packed, torch.ones(31)),
-        lambda: native.linear_int8(x, qk.PackedInt8(packed.data, 48, 128), torch.ones(48)),
+        lambda: native.linear_int8(x, PackedInt8(packed.data, 48, 128), torch.ones(48)),
         lambda: native.experts_each(torch.ones(64), [record[: size - 1]], 32, levels_tensor),
         lambda: native.experts_each(torch.ones(64), [record[1:]], 32, levels_tensor),
         lambda: native.experts_each(torch.ones(64), [record], 33, levels_tensor),
         lambda: native.experts_each(torch.ones(0), [record], 32, levels_tensor),
-        lambda: native.experts_decode(torch.ones(64), [record], torch.ones(2), 32, levels_tensor),
+        lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.experts_by_slot(
             torch.ones(64), record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)
         ),
@@ -1036,14 +1041,14 @@ def test_mlp_is_its_three_products(kernels, t, h, i, seed):
     for linear, matrices in (
         (
             lambda x, m: kernels.linear_int8(x, packed[m], scales[m]),
-            [qk.Matrix.int8(packed[m], scales[m]) for m in range(3)],
+            [Matrix.int8(packed[m], scales[m]) for m in range(3)],
         ),
         (
             lambda x, m: kernels.linear_nf4(x, codes[m], absmax[m], levels_tensor, shapes[m][0]),
-            [qk.Matrix.nf4(codes[m], absmax[m], levels_tensor, *shapes[m]) for m in range(3)],
+            [Matrix.nf4(codes[m], absmax[m], levels_tensor, *shapes[m]) for m in range(3)],
         ),
     ):
-        mlp = qk.Mlp(*matrices)
+        mlp = Mlp(*matrices)
         got, gate, up = kernels.mlp(x, mlp), linear(x, 0), linear(x, 1)
         want = linear(torch.nn.functional.silu(gate) * up, 2)
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
@@ -1086,16 +1091,16 @@ class AnyMatrix:
             )
             scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
             self.fused, self.times = (
-                qk.Matrix.int8(packed, scale),
+                Matrix.int8(packed, scale),
                 lambda x: kernels.linear_int8(x, packed, scale),
             )
         elif kind == "nf4":
             _, codes, absmax = random_nf4(rng, n, k, 1 / math.sqrt(k), negative=True)
-            self.fused = qk.Matrix.nf4(codes, absmax, levels_tensor, n, k)
+            self.fused = Matrix.nf4(codes, absmax, levels_tensor, n, k)
             self.times = lambda x: kernels.linear_nf4(x, codes, absmax, levels_tensor, n)
         else:
             w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
-            self.fused, self.times = qk.Matrix.dense(w), lambda x: kernels.linear_dense(x, w)
+            self.fused, self.times = Matrix.dense(w), lambda x: kernels.linear_dense(x, w)
 
 
 class RandomLayer:
@@ -1134,7 +1139,7 @@ class RandomLayer:
         return [*first, self.kv_b, self.kv_b_scale, self.out.fused, self.next_norm, optional[1]]
 
     def prepared(self):
-        return qk.AttentionLayer(*self.arguments(), eps=1e-5, latent_eps=1e-6, scale=self.scale)
+        return AttentionLayer(*self.arguments(), eps=1e-5, latent_eps=1e-6, scale=self.scale)
 
     def one_by_one(self, h, table, cache, position):
         heads, n, p, r, v = self.sizes
@@ -1283,7 +1288,7 @@ def test_bad_layers_are_refused(kernels):
     ]
     for change in changes:
         with pytest.raises(ValueError, match=r"expected|must"):
-            qk.AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
+            AttentionLayer(*[change.get(i, one) for i, one in enumerate(good)], **scales)
     prepared, h, table = (
         layer.prepared(),
         torch.randn(1, 64),
@@ -1293,14 +1298,14 @@ def test_bad_layers_are_refused(kernels):
     kernels.attention(prepared, h, table, [cache], [4])
     pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
     int8, codes = (
-        qk.Matrix.int8(pack, torch.ones(16)),
+        Matrix.int8(pack, torch.ones(16)),
         (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()),
     )
     nf4s = [
-        qk.Matrix.nf4(*codes, levels, 16, 16)
+        Matrix.nf4(*codes, levels, 16, 16)
         for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))
     ]
-    mlp = qk.Mlp(int8, int8, int8)
+    mlp = Mlp(int8, int8, int8)
     cases = [
         lambda: kernels.attention(prepared, h[0], table, [cache], [0]),
         lambda: kernels.attention(prepared, h.repeat(2, 1), table, [cache], [0]),
@@ -1328,21 +1333,21 @@ def test_bad_layers_are_refused(kernels):
         lambda: kernels.mlp(torch.ones(2, 15), mlp),
         lambda: kernels.mlp(torch.ones(2, 16), mlp, torch.ones(1, 16)),
         lambda: kernels.mlp(torch.ones(2, 16), mlp, None, torch.ones(2, 16)),
-        lambda: kernels.mlp(torch.ones(2, 16), qk.Mlp(*[nf4s[2]] * 3)),
-        lambda: qk.Mlp(int8, int8, nf4s[0]),
-        lambda: qk.Mlp(nf4s[0], nf4s[0], nf4s[1]),
-        lambda: qk.Mlp(
+        lambda: kernels.mlp(torch.ones(2, 16), Mlp(*[nf4s[2]] * 3)),
+        lambda: Mlp(int8, int8, nf4s[0]),
+        lambda: Mlp(nf4s[0], nf4s[0], nf4s[1]),
+        lambda: Mlp(
             int8,
             int8,
-            qk.Matrix.int8(kernels.pack_int8(torch.ones(16, 15, dtype=torch.int8)), torch.ones(16)),
+            Matrix.int8(kernels.pack_int8(torch.ones(16, 15, dtype=torch.int8)), torch.ones(16)),
         ),
-        lambda: qk.Mlp(*[qk.Matrix.dense(torch.ones(16, 16))] * 3),
-        lambda: qk.Matrix.int8(qk.PackedInt8(pack.data, 17, 16), torch.ones(17)),
-        lambda: qk.Matrix.int8(pack, torch.ones(15)),
-        lambda: qk.Matrix.nf4(*codes, levels_tensor, 17, 16),
-        lambda: qk.Matrix.nf4(*codes, levels_tensor[:15], 16, 16),
-        lambda: qk.Matrix.dense(torch.ones(16, 16).double()),
-        lambda: qk.Matrix.dense(torch.ones(16, 16)[:, :8]),
+        lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
+        lambda: Matrix.int8(PackedInt8(pack.data, 17, 16), torch.ones(17)),
+        lambda: Matrix.int8(pack, torch.ones(15)),
+        lambda: Matrix.nf4(*codes, levels_tensor, 17, 16),
+        lambda: Matrix.nf4(*codes, levels_tensor[:15], 16, 16),
+        lambda: Matrix.dense(torch.ones(16, 16).double()),
+        lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
     ]
     for case in cases:
         with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused"):
@@ -1370,7 +1375,7 @@ def test_route(kernels, t, groups, each, renormalize, data):
     )
     logits *= data.draw(st.sampled_from([1, 1e-3]))
     weights, indices = kernels.route(
-        logits, qk.Router(count, kept, top_k, None if renormalize else 1.5)
+        logits, Router(count, kept, top_k, None if renormalize else 1.5)
     )
     scores = logits.double().softmax(-1).float()
     best = scores.view(t, count, each).amax(-1).sort(descending=True, stable=True).indices[:, :kept]
@@ -1391,18 +1396,18 @@ def test_route(kernels, t, groups, each, renormalize, data):
 def test_route_of_what_is_not_finite(kernels):
     logits = torch.randn(3, 12)
     logits[0, 7], logits[1, 0] = float("nan"), float("inf")
-    for router in (qk.Router(1, 1, 5, 1.0), qk.Router(4, 2, 5, None)):
+    for router in (Router(1, 1, 5, 1.0), Router(4, 2, 5, None)):
         weights, indices = kernels.route(logits, router)
         assert weights[:2].isnan().all() and weights[2].isfinite().all()
         assert all(
             len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 for row in indices.tolist()
         )
     for bad in (
-        qk.Router(5, 1, 2, 1.0),
-        qk.Router(4, 5, 2, 1.0),
-        qk.Router(4, 0, 2, 1.0),
-        qk.Router(1, 1, 13, 1.0),
-        qk.Router(1, 1, 0, 1.0),
+        Router(5, 1, 2, 1.0),
+        Router(4, 5, 2, 1.0),
+        Router(4, 0, 2, 1.0),
+        Router(1, 1, 13, 1.0),
+        Router(1, 1, 0, 1.0),
     ):
         with pytest.raises(ValueError, match="don't fit"):
             kernels.route(logits, bad)
@@ -1414,7 +1419,7 @@ class RandomModel:
 
     def __init__(self, kernels, rng, hidden, width, experts, top_k):
         self.kernels, self.width = kernels, width
-        self.router, self.layers = qk.Router(2, 1, top_k, 1.3), []
+        self.router, self.layers = Router(2, 1, top_k, 1.3), []
         kinds = [(0, True), (experts, True), (experts, False), (0, False), (experts, True)]
         for count, has_mlp in (kinds[index] for index in rng.permutation(5)):
             layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
@@ -1423,12 +1428,12 @@ class RandomModel:
                 AnyMatrix(kernels, rng, kind, *shape).fused
                 for shape in [(width, hidden), (width, hidden), (hidden, width)]
             ]
-            self.layers.append((layer.prepared(), qk.Mlp(*parts) if has_mlp else None))
+            self.layers.append((layer.prepared(), Mlp(*parts) if has_mlp else None))
         self.slab = slab_of([random_expert(rng, hidden, width)[1] for _ in range(3 * experts)])
         self.slots = torch.from_numpy(rng.permutation(3 * experts).astype(np.int32)).view(
             3, experts
         )
-        self.decoder = qk.Decoder(self.layers, self.router, width)
+        self.decoder = Decoder(self.layers, self.router, width)
 
     def start(self, rng, positions):
         """The tokens' residual streams and rotations, and caches with `positions` rows, each in a
@@ -1455,8 +1460,8 @@ class RandomModel:
         y = self.kernels.weighted_sum(outputs, weights)
         for token, row in enumerate(slots.tolist()):
             records = [self.slab[slot] for slot in row]
-            alone = x[token], records, weights[token], self.width, levels_tensor
-            assert torch.equal(self.kernels.experts_decode(*alone), y[token])
+            alone = self.kernels.experts_each(x[token], records, self.width, levels_tensor)
+            assert torch.equal(alone, outputs[token])
         return y
 
     def finish(self, index, h, x, y):
@@ -1579,6 +1584,6 @@ def test_decode_refuses(kernels):
     smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
     for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):
-            qk.Decoder(layers, model.router, 32)
+            Decoder(layers, model.router, 32)
     with pytest.raises(ValueError, match="don't fit"):
-        qk.Decoder([(layer, mlp)], qk.Router(1, 1, 7, 1.0), 32)
+        Decoder([(layer, mlp)], Router(1, 1, 7, 1.0), 32)

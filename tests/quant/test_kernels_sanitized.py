@@ -45,7 +45,8 @@ int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
 int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, float*);
 int64_t slotmoe_record_bytes(int64_t, int64_t);
-int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+int slotmoe_experts_each(const float*, const uint8_t* const*, int64_t, int64_t, int64_t,
+                         const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                             const float*, float*);
@@ -272,11 +273,11 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
         records.push_back(record);
     }
     Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
-    check(slotmoe_experts_decode(x, records.data(), k, weights, h, i, levels, y));
-    check(slotmoe_experts_decode(x, records.data(), k, nullptr, h, i, levels, each));
+    check(slotmoe_experts_each(x, records.data(), k, h, i, levels, each));
     check(slotmoe_weighted_sum(each, weights, 1, k, h, y));
     std::vector<int32_t> slots(t, 0);
-    check(slotmoe_experts_by_slot(x, t, 1, slots.data(), records[0], 1, size, h, i, levels, y));
+    for (int64_t tokens : {int64_t(1), t})
+        check(slotmoe_experts_by_slot(x, tokens, 1, slots.data(), records[0], 1, size, h, i, levels, y));
     for (auto* record : owned) delete record;
 }
 

@@ -393,14 +393,12 @@ void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const fl
     });
 }
 
-// One token through k experts. With weights: y [h] is their sum in the given order; without: y [k, h] are their outputs.
-EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records, int64_t k, const float* weights,
-                                  int64_t h, int64_t i, const float* levels, float* y) {
+// One token through k experts: y [k, h].
+EXPORT int slotmoe_experts_each(const float* x, const uint8_t* const* records, int64_t k, int64_t h, int64_t i,
+                                const float* levels, float* y) {
     if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        float* outs = weights ? job.scratch<float>(kTokenOuts, k * h) : y;
-        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), outs);
-        if (weights) weighted_sum(job, isa, outs, weights, 1, k, h, y);
+        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), y);
         return kOk;
     });
 }
