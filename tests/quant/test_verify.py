@@ -59,11 +59,11 @@ def test_spans_are_read_in_one_pass(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(data)
     spans = [(0, 5500), (10, 20), (999, 1001), (10, 5000), (3000, 3000), (2000, 3000), (5499, 5500)]
     read = []
-    whole, found = span_checksums(tmp_path / "file", spans, read.append)
-    for (start, stop), digest in zip(spans, found, strict=True):
+    whole, digests = span_checksums(tmp_path / "file", spans, read.append)
+    for (start, stop), digest in zip(spans, digests, strict=True):
         (tmp_path / "part").write_bytes(data[start:stop])
         assert digest == file_checksum(tmp_path / "part"), (start, stop)
-    assert whole == file_checksum(tmp_path / "file") == found[0]
+    assert whole == file_checksum(tmp_path / "file") == digests[0]
     assert sum(read) == 5500
 
 
@@ -126,7 +126,7 @@ def test_damage_is_found_named_and_repaired(name, good, export, slotmoe):
     assert "1 of 7 files are bad" in err
     code, out, _ = slotmoe("verify", export, "--json")
     report = json.loads(out)
-    assert (code, report["ok"], [one["file"] for one in report["bad"]]) == (1, False, [file])
+    assert (code, report["ok"], [item["file"] for item in report["bad"]]) == (1, False, [file])
     if name == "folder":
         code, _, err = slotmoe("quantize", good / "checkpoint", export)
         assert (code, "is a folder; move it away" in err) == (2, True)
