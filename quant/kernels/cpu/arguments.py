@@ -53,14 +53,24 @@ def addresses(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
+def columns(x: Tensor) -> int:
+    if x.dim() == 0:
+        raise ValueError("a tensor has no dimensions, expected rows and columns")
+    return x.shape[-1]
+
+
 def rope_columns(x: Tensor, r: int) -> int:
-    if not 1 <= r <= x.shape[-1]:
+    if not 1 <= r <= columns(x):
         raise ValueError(f"R is {r}, expected one of the tensor's {x.shape[-1]} columns")
     return x.shape[-1] - r
 
 
 def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
     """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
+    if x.dim() != 3 or kv_b.dim() != 2:
+        raise ValueError(
+            f"expected [T, A, ...] and kv_b [M, R], {x.dim()} and {kv_b.dim()}-d given"
+        )
     heads, rows = x.shape[1], len(kv_b)
     if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
         raise ValueError(f"kv_b has {rows} rows: {heads} heads with {n} for the query can't share")

@@ -195,7 +195,7 @@ class Kernels:
 
         Each row is bitwise what `experts_each` gives for it.
         """
-        records = arguments.slab_of(slab, record_bytes(x.shape[-1], intermediate))
+        records = arguments.slab_of(slab, record_bytes(arguments.columns(x), intermediate))
         self._call("experts_by_slot", x, slots, *records, levels, y, I=intermediate)
 
     def weighted_sum(self, outputs: Tensor, weights: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class Kernels:
     def rotate(self, x: Tensor, table: Tensor) -> Tensor:
         """x float32 [T, A, P], table complex64 [T, P / 2] -> the pairs (x0, x1), (x2, x3), ...
         times the table."""
-        if x.shape[-1] % 2:
+        if arguments.columns(x) % 2:
             raise ValueError(f"x has {x.shape[-1]} columns, expected an even number of them")
         return self._call("rotate", x, table)[0]
 
@@ -277,7 +277,7 @@ class Kernels:
     def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and
         of equals the lower index."""
-        router.check(logits.shape[-1])
+        router.check(arguments.columns(logits))
         weights, indices = self._call("route", ctypes.byref(router), logits, K=router.top_k)
         return weights, indices
 
@@ -348,7 +348,7 @@ class Kernels:
     def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
         """q float32 [T, A, n], kv_b int8 [A * per_head, R], scale float32 [A * per_head] -> float32
         [T, A, R]: each head's query times its first n rows of kv_b * scale."""
-        per_head = arguments.rows_per_head(q, kv_b, q.shape[-1])
+        per_head = arguments.rows_per_head(q, kv_b, arguments.columns(q))
         return self._call("absorb_query", q, kv_b, scale, per_head)[0]
 
     def absorb_value(self, latent: Tensor, kv_b: Tensor, scale: Tensor, n: int) -> Tensor:

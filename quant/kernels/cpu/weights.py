@@ -206,6 +206,7 @@ class AttentionLayer:
             tensor_spec("kv_b:i8[M,R]").check(self.kv_b, sizes),
             tensor_spec("kv_b_scale:f32[M]").check(self.kv_b_scale, sizes),
         )
+        self._memory = tuple(vars(self).values())  # `native` points into it
         self.hidden, self.row_bytes, self.pairs = hidden, latent_bytes(r, p), p // 2
         self.experts = 0 if self.gate is None else self.gate.n
 
