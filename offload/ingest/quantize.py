@@ -42,7 +42,6 @@ from slotmoe.offload.ingest.output_dir import (
 )
 from slotmoe.offload.ingest.report import experts_name, quantization_report
 from slotmoe.quant import nf4
-from slotmoe.quant.export.assemble import Assembly, publish_file, temporary_name
 from slotmoe.quant.export.layout import (
     COPIED,
     FORMAT_VERSION,
@@ -53,8 +52,14 @@ from slotmoe.quant.export.layout import (
     is_predictor,
 )
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
-from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import file_checksum, sync_folder, write_json
+from slotmoe.quant.export.verify import damaged_files, file_checksum
+from slotmoe.quant.export.writer import (
+    ExportFile,
+    publish_file,
+    sync_folder,
+    temporary_name,
+    write_json,
+)
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import BLOCK, TILE
@@ -271,7 +276,7 @@ class _Job:
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
-        self._assemblies: dict[str, Assembly] = {}
+        self._assemblies: dict[str, ExportFile] = {}
         self._left: dict[
             str, set[str]
         ] = {}  # by file of the export: source tensors that are still to be written
@@ -441,7 +446,7 @@ class _Job:
         info, file = checkpoint.infos[name], contents.file_of(name)
         with self._lock:
             if file not in self._assemblies:
-                self._assemblies[file] = Assembly(
+                self._assemblies[file] = ExportFile(
                     self._partial / file, contents.parts(file), self._written(file)
                 )
             assembly = self._assemblies[file]
@@ -472,17 +477,13 @@ class _Job:
         """Check a file that has all of its tensors, note that it's done, then name it:
         ``_finished`` may have to do the last."""
         with self._lock:
-            assembly = self._assemblies.pop(file, None) or Assembly(
+            assembly = self._assemblies.pop(file, None) or ExportFile(
                 self._partial / file, self._contents.parts(file), self._written(file)
             )
         entry = None
         try:
-            if file == RESIDENT:
-                entry = assembly.finish_tensors()
-            else:
-                entry = assembly.finish_records(
-                    self._contents.config.n_routed_experts, self._contents.layout
-                )
+            records = None if file == RESIDENT else self._contents.layout.record_bytes
+            entry = assembly.finish(records)
         finally:
             assembly.close()
             with self._lock:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from slotmoe.quant.export.layout import (
     RESIDENT,
     Part,
     RecordLayout,
+    expert_tensor,
     layer_file,
+    layer_parts,
     place,
     resident_parts,
 )
-from slotmoe.quant.export.writer import LayerWriter, ResidentWriter, write_json
+from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.shapes import resident_quantization
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
@@ -67,21 +70,26 @@ def synthesize(
     try:
         check_space(partial, total)
         done = 0
-        with ResidentWriter(partial, parts) as resident_writer:
+        with closing(ExportFile(partial / RESIDENT, parts)) as file:
             for name, part in parts.items():
                 for piece in random.resident(name, part, quantization, shapes):
-                    resident_writer.write(name, piece)
+                    file.write(name, piece)
                     done += piece.nbytes
                     progress(done, total)
-            files[RESIDENT] = resident_writer.commit()
+            files[RESIDENT] = file.finish()
+        publish_file(partial / RESIDENT)
         make = random.record_maker(layout)
         for layer in distinct:
-            with LayerWriter(partial, layer, config.n_routed_experts, layout) as writer:
-                for _ in range(config.n_routed_experts):
-                    writer.write(make())
+            path, experts = partial / layer_file(layer), config.n_routed_experts
+            with closing(ExportFile(path, layer_parts(layer, experts, layout))) as file:
+                for expert in range(experts):
+                    record = make()
+                    for name in layout.parts:
+                        file.write(expert_tensor(layer, expert, name), layout.part(record, name))
                     done += layout.record_bytes
                     progress(done, total)
-                files[layer_file(layer)] = writer.commit()
+                files[layer_file(layer)] = file.finish(layout.record_bytes)
+            publish_file(path)
         linked = {}
         for index, layer in enumerate(layers[len(distinct) :]):
             linked[str(layer)] = origin = distinct[index % len(distinct)]

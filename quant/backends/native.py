@@ -17,10 +17,10 @@ from torch import Tensor
 
 from slotmoe.quant.backends.base import Empty, Records, TorchOps, new
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.bindings import (
+from slotmoe.quant.kernels.cpu.bindings import Kernels
+from slotmoe.quant.kernels.cpu.weights import (
     AttentionLayer,
     Decoder,
-    Kernels,
     Matrix,
     Mlp,
     PackedInt8,

@@ -22,7 +22,7 @@ def span_checksums(
     """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans
     may nest or overlap.
 
-    ``advance`` is told how many bytes each step read.
+    ``advance`` is called with the bytes of each read.
     """
     whole, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans]
     waiting = sorted(range(len(spans)), key=lambda index: spans[index], reverse=True)
@@ -43,6 +43,11 @@ def span_checksums(
     return whole.hexdigest(), [digest.hexdigest() for digest in digests]
 
 
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a whole file."""
+    return span_checksums(path, [])[0]
+
+
 def damaged_files(
     folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
 ) -> dict[str, str]:
@@ -51,7 +56,8 @@ def damaged_files(
 
     ``progress(done, total)`` is called in bytes of the export.
     """
-    total, done, found = sum(entry["bytes"] for entry in manifest["files"].values()), 0, {}
+    total, done = sum(entry["bytes"] for entry in manifest["files"].values()), 0
+    damaged: dict[str, str] = {}
     for name, entry in manifest["files"].items():
         before = done
 
@@ -62,10 +68,10 @@ def damaged_files(
 
         problem = _damage(folder, name, manifest, advance)
         if problem is not None:
-            found[name] = problem
+            damaged[name] = problem
             done = before
             advance(entry["bytes"])
-    return found
+    return damaged
 
 
 def _damage(
@@ -79,15 +85,15 @@ def _damage(
         if (size := path.stat().st_size) != entry["bytes"]:
             return f"has {size} bytes instead of {entry['bytes']}"
         expected = _expected_spans(name, manifest)
-        whole, found = span_checksums(path, [span for span, _ in expected.values()], advance)
+        whole, digests = span_checksums(path, [span for span, _ in expected.values()], advance)
     except ExportError:
         return "is no regular file inside the export"
     except OSError as problem:
         return f"can't be read ({problem.strerror})"
     wrong = [
         what
-        for (what, (_, wanted)), digest in zip(expected.items(), found, strict=True)
-        if digest != wanted
+        for (what, (_, checksum)), digest in zip(expected.items(), digests, strict=True)
+        if digest != checksum
     ]
     if wrong:
         return f"is damaged in {wrong[0]}" + (
@@ -106,10 +112,10 @@ def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span
     spans = {"its header": ((0, start), entry["header_checksum"])}
     if "records" in entry:
         size = manifest_layout(manifest).record_bytes
-        for expert, wanted in enumerate(entry["records"]):
+        for expert, checksum in enumerate(entry["records"]):
             spans[f"expert {expert}"] = (
                 (start + expert * size, start + (expert + 1) * size),
-                wanted,
+                checksum,
             )
     else:
         for tensor, part in tensor_parts(entry).items():

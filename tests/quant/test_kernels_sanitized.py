@@ -40,31 +40,40 @@ int slotmoe_isa_supported(int);
 int slotmoe_set_isa(const char*);
 void slotmoe_set_threads(int);
 uint64_t slotmoe_read(const void*, int64_t);
-int slotmoe_linear_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t*, const uint16_t*, const float*, float*);
+int slotmoe_linear_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t*, const uint16_t*,
+                       const float*, float*);
 int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
-int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, float*);
+int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*,
+                        float*);
 int64_t slotmoe_record_bytes(int64_t, int64_t);
-int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+int slotmoe_experts_each(const float*, const uint8_t* const*, int64_t, int64_t, int64_t,
+                         const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
-                            const float*, float*);
+int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t,
+                            int64_t, int64_t, int64_t, const float*, float*);
 int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
-int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t, float, float*);
-int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
+                float, float*);
+int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
+                         int64_t, int64_t, float*);
+int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
+                         int64_t, int64_t, float*);
 int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*, int64_t, const int64_t*, float*, float*,
-                      float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*,
+                      int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, const float*, const float*, uint8_t*, int64_t, int64_t, int64_t, const int32_t*, const uint8_t*,
-                   int64_t, int64_t, const float*, float*, float*, float*, int64_t*, int64_t*, double*);
-int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, uint8_t* const*,
+                   int64_t, int64_t, const int64_t*, const int32_t*, const uint8_t*, int64_t,
+                   int64_t, const float*, const float*, const float*, float*, float*, float*,
+                   int64_t*, int64_t*, double*);
+int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*,
+                      const uint16_t*, double*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
 
@@ -139,11 +148,15 @@ struct Weights {
         return kind == Matrix::int8 ? n * 4 : kind == Matrix::nf4 ? tiles(n) * blocks(k) * 32 : 0;
     }
     Weights(int64_t kind, int64_t n, int64_t k)
-        : data(data_bytes(kind, n, k)), scale(scale_bytes(kind, n, k)), levels(16), matrix{kind, n, k, data.p, scale.p, levels.p} {
+        : data(data_bytes(kind, n, k)),
+          scale(scale_bytes(kind, n, k)),
+          levels(16),
+          matrix{kind, n, k, data.p, scale.p, levels.p} {
         const Floats values(kind == Matrix::int8 ? n : kind == Matrix::f32 ? n * k : 0);
         if (kind == Matrix::int8) memcpy(scale.p, values.p, size_t(n) * 4);
         if (kind == Matrix::f32) memcpy(data.p, values.p, size_t(n * k) * 4);
-        if (kind == Matrix::nf4) halves(reinterpret_cast<uint16_t*>(scale.p), scale_bytes(kind, n, k) / 2);
+        if (kind == Matrix::nf4)
+            halves(reinterpret_cast<uint16_t*>(scale.p), scale_bytes(kind, n, k) / 2);
         if (kind > Matrix::f32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
     }
 };
@@ -159,52 +172,104 @@ static void mlp(int64_t t, int64_t h, int64_t i) {
     }
 }
 
-// Two such layers in one call: their last row and the slab's last record have no slack. Then with no expert anywhere.
-static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h, const float* table) {
-    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i), apart = (record + 63) / 64 * 64;
+// Two such layers in one call, for one token and for one of each of three sequences: the caches'
+// last row and the slab's last record have no slack. Then with no expert in any slot, and then from
+// the second layer's experts on.
+static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h,
+                   const float* table) {
+    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i);
+    const int64_t apart = (record + 63) / 64 * 64;
     Array<uint8_t> slab((count - 1) * apart + record);
-    for (int64_t slot = 0; slot < count; slot++)
-        halves(reinterpret_cast<uint16_t*>(slab + slot * apart + record / 544 * 512), record / 544 * 16);
+    for (int64_t slot = 0; slot < count; slot++) {
+        uint8_t* absmax = slab + slot * apart + record / 544 * 512;
+        halves(reinterpret_cast<uint16_t*>(absmax), record / 544 * 16);
+    }
     Weights in(Matrix::int8, i, hidden), down(Matrix::int8, hidden, i);
     const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
     const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
-    const Model model{2, hidden, experts, i, layers, Router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5}};
-    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1, each = rows * stride;
-    Array<uint8_t> caches(each + (rows - 1) * stride + size);
-    Floats latents(rows * (a.r + a.p)), levels(16), y(hidden), x(hidden), weights(top_k);
-    for (int64_t l = 0; l < 2; l++) check(slotmoe_store_latents(latents, rows, a.r, a.p, caches + l * each, stride));
+    const Router router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5};
+    const Model model{2, hidden, experts, i, layers, router};
+    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
+                  layer = rows * stride;
+    Floats latents(rows * (a.r + a.p)), levels(16);
     Array<int32_t> slots(2 * experts);
-    Array<int64_t> indices(2 * top_k);
-    double seconds[4] = {};
-    for (int64_t expected : {2, 0}) {
-        for (int64_t at = 0; at < 2 * experts; at++) slots[at] = expected ? int32_t(at % count) : -1;
-        int64_t reached = -1;
-        check(slotmoe_decode(&model, 0, h, table, caches, each, stride, rows - 1, slots, slab, count, apart, levels, y, x, weights, indices,
-                             &reached, seconds));
-        if (reached != expected) check(int(10 + reached));
+    for (int64_t t : {1, 3}) {
+        std::vector<Array<uint8_t>*> held;
+        std::vector<uint8_t*> caches;
+        std::vector<int64_t> positions;
+        for (int64_t token = 0; token < t; token++) {
+            held.push_back(new Array<uint8_t>(layer + (rows - 1) * stride + size));
+            caches.push_back(*held.back());
+            positions.push_back(token ? token - 1 : rows - 1);
+            for (int64_t l = 0; l < 2; l++)
+                check(slotmoe_store_latents(latents, rows, a.r, a.p, caches[token] + l * layer,
+                                            stride));
+        }
+        Floats y(t * hidden), x(t * hidden), weights(t * top_k), sum(t * hidden);
+        double seconds[4] = {};
+        for (int64_t expected : {2, 0, 1, 3}) {  // 3: from the sum of the second layer's experts on
+            const int64_t first = expected == 3, asked = expected == 1   ? 2
+                                                         : expected == 3 ? 0
+                                                                         : expected + 1;
+            Array<int64_t> indices((asked > 2 ? 2 : asked) * t * top_k);
+            for (int64_t at = 0; at < 2 * experts; at++)
+                slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
+            int64_t reached = -1;
+            check(slotmoe_decode(&model, first, t, h, table, caches.data(), layer, stride,
+                                 positions.data(), slots, slab, count, apart, levels,
+                                 first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
+                                 indices, &reached, seconds));
+            if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
+        }
+        for (auto* cache : held) delete cache;
     }
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
-    check(slotmoe_route(&model.router, logits, 3, experts, several, chosen));
+    check(slotmoe_route(&router, logits, 3, experts, several, chosen));
 }
 
-// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its last, which has no slack.
-static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r, int64_t v, int64_t q_rank,
-                  int64_t experts) {
-    Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden), query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
-    Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v), gate(Matrix::f32, experts ? experts : 1, hidden);
-    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f), scale(heads * (n + v));
+// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
+// last, which has no slack.
+static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r,
+                  int64_t v, int64_t q_rank, int64_t experts) {
+    Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden),
+        query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
+    Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v),
+        gate(Matrix::f32, experts ? experts : 1, hidden);
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
+        scale(heads * (n + v));
     Floats y(3 * hidden), x(3 * hidden), logits(3 * experts);
     Array<int8_t> kv_b(heads * (n + v) * r);
-    Attention a{heads, n, p, r, v, 1e-6f, 1e-6f, 0.01f, 0, norm, q_rank ? query_norm.p : nullptr, latent_norm, norm, query.matrix,
-                query_b.matrix, latent.matrix, out.matrix, experts ? gate.matrix : Matrix{}, kv_b, scale};
+    Attention a{heads,
+                n,
+                p,
+                r,
+                v,
+                1e-6f,
+                1e-6f,
+                0.01f,
+                0,
+                norm,
+                q_rank ? query_norm.p : nullptr,
+                latent_norm,
+                norm,
+                query.matrix,
+                query_b.matrix,
+                latent.matrix,
+                out.matrix,
+                experts ? gate.matrix : Matrix{},
+                kv_b,
+                scale};
     const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
-    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size), third((rows - 1) * stride + size);
+    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size),
+        third((rows - 1) * stride + size);
     Floats latents(rows * (r + p));
-    for (uint8_t* one : {cache.p, third.p}) check(slotmoe_store_latents(latents, rows, r, p, one, stride));
+    for (uint8_t* one : {cache.p, third.p})
+        check(slotmoe_store_latents(latents, rows, r, p, one, stride));
     uint8_t* const caches[] = {cache, short_cache, third};
     const int64_t positions[] = {rows - 1, 0, rows / 2};
-    for (int64_t tokens : {1, 3}) check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
+    for (int64_t tokens : {1, 3})
+        check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
     check(slotmoe_rotate(many, tables, 3, heads, p, turned));
     if (experts) decode(a, hidden, experts, h, table);
@@ -247,15 +312,17 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
         records.push_back(record);
     }
     Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
-    check(slotmoe_experts_decode(x, records.data(), k, weights, h, i, levels, y));
-    check(slotmoe_experts_decode(x, records.data(), k, nullptr, h, i, levels, each));
+    check(slotmoe_experts_each(x, records.data(), k, h, i, levels, each));
     check(slotmoe_weighted_sum(each, weights, 1, k, h, y));
     std::vector<int32_t> slots(t, 0);
-    check(slotmoe_experts_by_slot(x, t, 1, slots.data(), records[0], 1, size, h, i, levels, y));
+    for (int64_t tokens : {int64_t(1), t})
+        check(slotmoe_experts_by_slot(x, tokens, 1, slots.data(), records[0], 1, size, h, i, levels,
+                                      y));
     for (auto* record : owned) delete record;
 }
 
-static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra, float size_of_rows = 1) {
+static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra,
+                      float size_of_rows = 1) {
     Floats q(heads * (r + p)), out(heads * r);
     const int64_t size = latent_bytes(r, p), stride = size + extra;
     Array<uint8_t> cache((context - 1) * stride + size);  // the last row has no slack
@@ -310,7 +377,9 @@ int main(int argc, char**) {
                 callers.emplace_back([] {
                     std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
                     std::vector<int8_t> w(256 * 256, 1);
-                    for (int j = 0; j < 50; j++) check(slotmoe_linear_int8(x.data(), 1, 256, 256, w.data(), scale.data(), y.data()));
+                    for (int j = 0; j < 50; j++)
+                        check(slotmoe_linear_int8(x.data(), 1, 256, 256, w.data(), scale.data(),
+                                                  y.data()));
                 });
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);

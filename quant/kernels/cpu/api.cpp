@@ -1,7 +1,8 @@
 // The C ABI: chooses the instruction set, splits the work over threads, owns the scratch. The Python side has checked
 // every shape and size; what is checked here again is only what a wrong count would turn into a wild pointer.
 //
-// Every int function returns 0, or: 1 bad argument, 2 NaN or infinity in the source, 3 scale beyond fp16, 4 out of memory.
+// Every int function returns 0, or: 1 bad argument, 2 NaN or infinity in the source, 3 scale beyond fp16, 4 out of
+// memory.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -26,8 +27,9 @@ bool supported(const Isa* isa) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == &isa_avx2) return avx2;
     if (isa == &isa_avx512vnni)
-        return avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+        return avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == &isa_portable;
 }
@@ -124,7 +126,8 @@ struct Expert {
 
 // One record: gate, up and down codes, then their absmax.
 Expert expert_at(const uint8_t* record, int64_t h, int64_t i) {
-    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), out_tiles = up_to(h, kTile), out_blocks = up_to(i, kBlock);
+    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), out_tiles = up_to(h, kTile),
+                  out_blocks = up_to(i, kBlock);
     const int64_t in = in_tiles * in_blocks, out = out_tiles * out_blocks;
     const uint16_t* absmax = reinterpret_cast<const uint16_t*>(record + (2 * in + out) * 512);
     return {{record, absmax, i, in_blocks},
@@ -132,9 +135,11 @@ Expert expert_at(const uint8_t* record, int64_t h, int64_t i) {
             {record + 2 * in * 512, absmax + 2 * in * kTile, h, out_blocks}};
 }
 
-void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks, double* factor) {
+void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks,
+                double* factor) {
     if (t == 1) return isa.quantize_rows(x, k, 0, 1, 1, offset, blocks, factor);
-    job.parallel(t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, k, begin, end, t, offset, blocks, factor); });
+    job.parallel(
+        t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, k, begin, end, t, offset, blocks, factor); });
 }
 
 }  // namespace
@@ -172,8 +177,8 @@ EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {
 
 // --- linear layers
 
-EXPORT int slotmoe_linear_nf4(const float* x, int64_t t, int64_t k, int64_t n, const uint8_t* codes, const uint16_t* absmax,
-                              const float* levels, float* y) {
+EXPORT int slotmoe_linear_nf4(const float* x, int64_t t, int64_t k, int64_t n, const uint8_t* codes,
+                              const uint16_t* absmax, const float* levels, float* y) {
     if (t < 0 || k < 1 || n < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         const Levels& fitted = levels_for(levels);
@@ -191,7 +196,9 @@ EXPORT int slotmoe_linear_nf4(const float* x, int64_t t, int64_t k, int64_t n, c
     });
 }
 
-EXPORT int64_t slotmoe_int8_packed_bytes(int64_t n, int64_t k) { return up_to(n, kTile) * up_to(k, kBlock) * kTile * kBlock; }
+EXPORT int64_t slotmoe_int8_packed_bytes(int64_t n, int64_t k) {
+    return up_to(n, kTile) * up_to(k, kBlock) * kTile * kBlock;
+}
 
 // Row-major int8 [n, k] -> tiles of 16 rows (isa.h), zeros in the padding.
 EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* packed) {
@@ -215,7 +222,8 @@ EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* pack
     });
 }
 
-EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, const int8_t* packed, const float* scale, float* y) {
+EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, const int8_t* packed,
+                               const float* scale, float* y) {
     if (t < 0 || k < 1 || n < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         const Int8Matrix w{packed, scale, n, up_to(k, kBlock)};
@@ -236,7 +244,8 @@ EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, 
 EXPORT int slotmoe_linear_dense(const float* x, int64_t t, int64_t k, int64_t n, const void* w, int type, float* y) {
     if (t < 0 || k < 1 || n < 1 || type < 0 || type > 2) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(n, [&](int, int64_t begin, int64_t end) { isa.linear_dense(x, t, k, w, Source(type), begin, end, y, n); });
+        job.parallel(
+            n, [&](int, int64_t begin, int64_t end) { isa.linear_dense(x, t, k, w, Source(type), begin, end, y, n); });
         return kOk;
     });
 }
@@ -255,15 +264,16 @@ EXPORT int slotmoe_rms_norm(const float* x, const float* weight, int64_t t, int6
 
 namespace {
 
-// tiles(which, x blocks, x factors, rows, begin, end, y, ldy) multiplies by matrix 0 gate [i, h], 1 up [i, h] or 2 down [h, i].
-// One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it), or without others
-// y = residual + it.
+// tiles(which, x blocks, x factors, rows, begin, end, y, ldy) multiplies by matrix 0 gate [i, h], 1 up [i, h] or 2 down
+// [h, i]. One token or many: the arithmetic of a row is the same. With a residual [t, h], y = residual + (others + it),
+// or without others y = residual + it.
 struct Added {
     const float *residual, *others;
 };
 
 template <class Tiles>
-void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added, float* y, Tiles tiles) {
+void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, int64_t i, float offset, Added added,
+              float* y, Tiles tiles) {
     const int64_t in_blocks = up_to(h, kBlock), out_blocks = up_to(i, kBlock);
     for (int64_t pass = 0; pass < t; pass += kPassTokens) {
         const int64_t rows = t - pass < kPassTokens ? t - pass : kPassTokens;
@@ -283,7 +293,9 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
                 isa.silu_mul(gate + row * i + first, up + row * i + first, gate + row * i + first, n);
         });
         if (rows > 1)
-            job.parallel(rows, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(gate, i, begin, end, rows, offset, act, act_factor); });
+            job.parallel(rows, [&](int, int64_t begin, int64_t end) {
+                isa.quantize_rows(gate, i, begin, end, rows, offset, act, act_factor);
+            });
         job.parallel(up_to(h, kTile), [&](int thread, int64_t begin, int64_t end) {
             ActBlock* blocks = rows == 1 ? act + thread * out_blocks : act;
             double* factor = rows == 1 ? act_factor + thread : act_factor;
@@ -292,7 +304,8 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
             tiles(2, blocks, factor, rows, begin, end, y + pass * h, h);
             if (!added.residual) return;
             for (int64_t row = pass; row < pass + rows; row++)
-                for (int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h); at < last; at++)
+                for (int64_t at = row * h + begin * kTile, last = row * h + (end * kTile < h ? end * kTile : h);
+                     at < last; at++)
                     y[at] = added.residual[at] + (added.others ? added.others[at] + y[at] : y[at]);
         });
     }
@@ -301,25 +314,26 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
 }  // namespace
 
 // Gate [i, h], up [i, h], down [h, i], all int8 or all NF4 with the same levels.
-void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
+void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
+                  const float* others, float* y) {
     const int64_t h = w[0].k, i = w[0].n;
     if (w[0].kind == Matrix::nf4) {
         const Nf4Matrix coded[3] = {w[0].as_nf4(), w[1].as_nf4(), w[2].as_nf4()};
         const Levels& fitted = levels_for(w[0].levels);
-        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
-            isa.nf4_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld);
-        };
+        const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
+                               float* o,
+                               int64_t ld) { isa.nf4_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
         return mlp_rows(job, isa, x, t, h, i, fitted.offset, {residual, others}, y, tiles);
     }
     const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
-    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end, float* o, int64_t ld) {
-        isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld);
-    };
+    const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
+                           float* o, int64_t ld) { isa.int8_tiles(tiled[which], b, f, rows, begin, end, o, ld); };
     mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
 }
 
 // residual and others may be null: see `Added`.
-EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y) {
+EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others,
+                       float* y) {
     if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         mlp(job, isa, x, t, w, residual, others, y);
@@ -393,14 +407,12 @@ void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const fl
     });
 }
 
-// One token through k experts. With weights: y [h] is their sum in the given order; without: y [k, h] are their outputs.
-EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records, int64_t k, const float* weights,
-                                  int64_t h, int64_t i, const float* levels, float* y) {
+// One token through k experts: y [k, h].
+EXPORT int slotmoe_experts_each(const float* x, const uint8_t* const* records, int64_t k, int64_t h, int64_t i,
+                                const float* levels, float* y) {
     if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        float* outs = weights ? job.scratch<float>(kTokenOuts, k * h) : y;
-        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), outs);
-        if (weights) weighted_sum(job, isa, outs, weights, 1, k, h, y);
+        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), y);
         return kOk;
     });
 }
@@ -427,9 +439,10 @@ struct Part {
     int64_t first, rows;
 };
 
-// A few experts, each weight decoded once for all its tokens. `uses` come expert by expert, `part_of` says whose each is.
-void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows, const Part* parts,
-                  int64_t count, int64_t h, int64_t i, const Levels& levels, float* y) {
+// A few experts, each weight decoded once for all its tokens. `uses` come expert by expert, `part_of` says whose each
+// is.
+void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
+                  const Part* parts, int64_t count, int64_t h, int64_t i, const Levels& levels, float* y) {
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
     ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);
@@ -440,7 +453,8 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
     float* outs = job.scratch<float>(kOuts, rows * h);
     const auto quantize = [&](const float* in, int64_t k, int64_t row, ActBlock* blocks, double* factor) {
         const Part& part = parts[part_of[row]];
-        isa.quantize_rows(in, k, 0, 1, part.rows, levels.offset, blocks + part.first * up_to(k, kBlock) + row - part.first, factor + row);
+        isa.quantize_rows(in, k, 0, 1, part.rows, levels.offset,
+                          blocks + part.first * up_to(k, kBlock) + row - part.first, factor + row);
     };
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) quantize(x + uses[row].token * h, h, row, x_blocks, x_factor);
@@ -464,18 +478,20 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
     job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
         for (int64_t p = 0; p < count; p++) {
             const Part& part = parts[p];
-            isa.nf4_tiles(part.expert.down, levels, act + part.first * act_blocks, act_factor + part.first, part.rows, begin, end,
-                          outs + part.first * h, h);
+            isa.nf4_tiles(part.expert.down, levels, act + part.first * act_blocks, act_factor + part.first, part.rows,
+                          begin, end, outs + part.first * h, h);
         }
         const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;
-        for (int64_t row = 0; row < rows; row++) memcpy(y + uses[row].out * h + column, outs + row * h + column, size_t(columns) * sizeof(float));
+        for (int64_t row = 0; row < rows; row++)
+            memcpy(y + uses[row].out * h + column, outs + row * h + column, size_t(columns) * sizeof(float));
     });
 }
 
 }  // namespace
 
 void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int32_t* slots,
-                              const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels, float* y) {
+                              const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels,
+                              float* y) {
     const Levels& fitted = levels_for(levels);
     int64_t count = 0;
     if (t == 1) {
@@ -523,12 +539,14 @@ EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const i
 
 // --- making weights
 
-EXPORT int slotmoe_quantize_nf4(const void* src, int type, int64_t n, int64_t k, const float* levels, uint8_t* codes, uint16_t* absmax) {
+EXPORT int slotmoe_quantize_nf4(const void* src, int type, int64_t n, int64_t k, const float* levels, uint8_t* codes,
+                                uint16_t* absmax) {
     if (type < 0 || type > 2 || n < 1 || k < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         int status[kMaxThreads] = {};
         job.parallel(up_to(n, kTile), [&](int thread, int64_t begin, int64_t end) {
-            if (!status[thread]) status[thread] = isa.quantize_nf4(src, Source(type), n, k, levels, begin, end, codes, absmax);
+            if (!status[thread])
+                status[thread] = isa.quantize_nf4(src, Source(type), n, k, levels, begin, end, codes, absmax);
         });
         for (int s : status)
             if (s) return s;
@@ -560,10 +578,13 @@ EXPORT int slotmoe_nf4_error(const void* src, int type, int64_t n, int64_t k, co
     });
 }
 
-EXPORT int slotmoe_int8_error(const void* src, int type, int64_t n, int64_t k, const int8_t* q, const float* scale, double* sums) {
+EXPORT int slotmoe_int8_error(const void* src, int type, int64_t n, int64_t k, const int8_t* q, const float* scale,
+                              double* sums) {
     if (type < 0 || type > 2 || n < 1 || k < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(n, [&](int, int64_t begin, int64_t end) { isa.int8_error(src, Source(type), k, q, scale, begin, end, sums); });
+        job.parallel(n, [&](int, int64_t begin, int64_t end) {
+            isa.int8_error(src, Source(type), k, q, scale, begin, end, sums);
+        });
         return kOk;
     });
 }

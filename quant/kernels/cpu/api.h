@@ -37,7 +37,7 @@ int guarded(Body body) {
     }
 }
 
-// A matrix [n, k] of any kind; Python holds the memory (quant/kernels/__init__.py has the same structure).
+// A matrix [n, k] of any kind; Python holds the memory (quant/kernels/cpu/weights.py has the same structure).
 struct Matrix {
     enum Kind : int64_t { int8 = 0, nf4 = 1, f32 = 2, f16 = 3, bf16 = 4 };
     int64_t kind, n, k;
@@ -47,8 +47,12 @@ struct Matrix {
 
     bool valid() const { return n >= 1 && k >= 1 && kind >= int8 && kind <= bf16 && (kind != nf4 || finite(levels)); }
     int64_t tiles() const { return up_to(n, kTile); }
-    Int8Matrix as_int8() const { return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)}; }
-    Nf4Matrix as_nf4() const { return {static_cast<const uint8_t*>(data), static_cast<const uint16_t*>(scale), n, up_to(k, kBlock)}; }
+    Int8Matrix as_int8() const {
+        return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)};
+    }
+    Nf4Matrix as_nf4() const {
+        return {static_cast<const uint8_t*>(data), static_cast<const uint16_t*>(scale), n, up_to(k, kBlock)};
+    }
 };
 
 // A layer's weights up to its router, as the Python side prepared them.
@@ -70,7 +74,9 @@ struct Router {
     int64_t renormalize;          // weights add up to 1; else each is a probability times `factor`
     double factor;
 
-    bool valid(int64_t e) const { return groups >= 1 && e >= groups && e % groups == 0 && kept >= 1 && kept <= groups && top_k >= 1 && top_k <= e; }
+    bool valid(int64_t e) const {
+        return groups >= 1 && e >= groups && e % groups == 0 && kept >= 1 && kept <= groups && top_k >= 1 && top_k <= e;
+    }
 };
 
 struct Layer {
@@ -85,11 +91,12 @@ struct Model {
 };
 
 // What entries of other files are made of. No argument is checked here.
-void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
-               int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
-void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual, const float* others, float* y);
-// T tokens through those of their K experts that are in the slab (records `stride` bytes apart): slots [t, k]; where one is
-// negative its row of y [t, k, h] is left as it is. A row's arithmetic does not depend on the other rows.
+void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
+               uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
+void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
+         const float* others, float* y);
+// T tokens through those of their K experts that are in the slab (records `stride` bytes apart): slots [t, k]; where
+// one is negative its row of y [t, k, h] is left as it is. A row's arithmetic does not depend on the other rows.
 void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int32_t* slots,
                      const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels, float* y);
 // outs [t, k, h], weights [t, k] -> y [t, h]: the products are added one by one in order, from zero.
@@ -99,13 +106,16 @@ void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weig
 // Rows x [t, k] times a matrix -> y [t, n], their activations quantized as the matrix wants them.
 class Product {
 public:
-    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX, Slot factor = kXFactor)
+    Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
+            Slot factor = kXFactor)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y) {
         if (w.kind > Matrix::nf4) return;
         if (w.kind == Matrix::nf4) levels_ = levels_for(w.levels);
         blocks_ = job.scratch<ActBlock>(blocks, t * up_to(w.k, kBlock));
         factor_ = job.scratch<double>(factor, t);
-        job.parallel(t, [&](int, int64_t begin, int64_t end) { isa.quantize_rows(x, w.k, begin, end, t, levels_.offset, blocks_, factor_); });
+        job.parallel(t, [&](int, int64_t begin, int64_t end) {
+            isa.quantize_rows(x, w.k, begin, end, t, levels_.offset, blocks_, factor_);
+        });
     }
 
     int64_t tiles() const { return w_.tiles(); }

@@ -1,4 +1,5 @@
-// Multi-head latent attention: its parts one by one, for any number of tokens, and a layer's whole attention of one token.
+// Multi-head latent attention: its parts one by one, for any number of tokens, and a layer's whole attention of one
+// token.
 #include <cstring>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -56,20 +57,22 @@ int64_t mla_buffers(Mla& m, uint8_t* base) {
 
 // The last t of `context` positions, each over the rows up to its own: q [t, heads, r + p] -> out [t, heads, r].
 // One token splits its context over the threads, several tokens are split over them; the arithmetic is the same.
-EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride, int64_t r,
-                       int64_t p, float scale, float* out) {
+EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* cache, int64_t context, int64_t stride,
+                       int64_t r, int64_t p, float scale, float* out) {
     if (t < 1 || heads < 1 || context < t || r < 1 || p < 0 || stride < latent_bytes(r, p)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         Mla last = mla_for(cache, heads, context, stride, r, p, scale);
-        const int64_t bytes = mla_buffers(last, nullptr), each = int64_t(isa.mla_scratch(last));
+        const int64_t bytes = mla_buffers(last, nullptr), thread_bytes = int64_t(isa.mla_scratch(last));
         uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * (t > 1 ? job.threads() : 1));
-        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
+        uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
         if (t == 1) {
             last.q = q;
             mla_buffers(last, buffers);
             job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_queries(last, begin, end); });
             job.parallel(last.tiles, [&](int, int64_t begin, int64_t end) { isa.mla_pack(last, begin, end); });
-            job.parallel(mla_span_count(last), [&](int thread, int64_t begin, int64_t end) { isa.mla_spans(last, begin, end, scratch + thread * each); });
+            job.parallel(mla_span_count(last), [&](int thread, int64_t begin, int64_t end) {
+                isa.mla_spans(last, begin, end, scratch + thread * thread_bytes);
+            });
             job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.mla_merge(last, begin, end, out); });
             return kOk;
         }
@@ -80,7 +83,7 @@ EXPORT int slotmoe_mla(const float* q, int64_t t, int64_t heads, const uint8_t* 
                 mla_buffers(m, buffers + thread * bytes);
                 isa.mla_queries(m, 0, heads);
                 isa.mla_pack(m, 0, m.tiles);
-                isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * each);
+                isa.mla_spans(m, 0, mla_span_count(m), scratch + thread * thread_bytes);
                 isa.mla_merge(m, 0, heads, out + token * heads * r);
             }
         });
@@ -104,22 +107,28 @@ EXPORT int slotmoe_store_latents(const float* rows, int64_t t, int64_t r, int64_
     });
 }
 
-// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head, r].
-EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n, int64_t per_head,
-                                int64_t r, float* out) {
+// Queries through their heads' first n rows of kv_b: q [t, heads, n] -> out [t, heads, r]. kv_b int8 [heads * per_head,
+// r].
+EXPORT int slotmoe_absorb_query(const float* q, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale,
+                                int64_t n, int64_t per_head, int64_t r, float* out) {
     if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_query(q, n, t, heads, kv_b, scale, n, per_head, r, begin, end, out, r); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+            isa.absorb_query(q, n, t, heads, kv_b, scale, n, per_head, r, begin, end, out, r);
+        });
         return kOk;
     });
 }
 
-// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head - n].
-EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale, int64_t n,
-                                int64_t per_head, int64_t r, float* out) {
+// Latent outputs through their heads' rows of kv_b past the first n: latent [t, heads, r] -> out [t, heads, per_head -
+// n].
+EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* kv_b, const float* scale,
+                                int64_t n, int64_t per_head, int64_t r, float* out) {
     if (t < 0 || heads < 1 || n < 0 || n > per_head || r < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(heads, [&](int, int64_t begin, int64_t end) { isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out); });
+        job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+            isa.absorb_value(latent, t, heads, kv_b, scale, n, per_head, r, begin, end, out);
+        });
         return kOk;
     });
 }
@@ -142,7 +151,8 @@ EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t
     if (t < 0 || heads < 0 || p < 0 || p % 2) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
         job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin * heads; row < end * heads; row++) rotate(x + row * p, table + row / heads * p, p / 2, out + row * p);
+            for (int64_t row = begin * heads; row < end * heads; row++)
+                rotate(x + row * p, table + row / heads * p, p / 2, out + row * p);
         });
         return kOk;
     });
@@ -156,12 +166,14 @@ bool Attention::valid(int64_t stride) const {
     return !gate.n || gate.valid();
 }
 
-void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
-                        int64_t stride, const int64_t* positions, float* y, float* x, float* logits) {
+void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
+                        uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x,
+                        float* logits) {
     const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
     const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
         job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t token = begin; token < end; token++) isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
+            for (int64_t token = begin; token < end; token++)
+                isa.rms_norm(in + token * columns, weight, columns, eps, out + token * columns);
         });
     };
     const int64_t q_columns = heads * (n + p);
@@ -189,10 +201,10 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
         mlas[token].q = q_full + token * heads * width;
         spans += mla_span_count(mlas[token]);
     }
-    const int64_t bytes = mla_buffers(mlas[0], nullptr), each = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
+    const int64_t bytes = mla_buffers(mlas[0], nullptr), thread_bytes = int64_t(isa.mla_scratch(mlas[0]));  // the same for all
     uint8_t* buffers = job.scratch<uint8_t>(kMlaBuffers, bytes * t);
     for (int64_t token = 0; token < t; token++) mla_buffers(mlas[token], buffers + token * bytes);
-    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, each * job.threads());
+    uint8_t* scratch = job.scratch<uint8_t>(kMlaThreads, thread_bytes * job.threads());
     float* latent_out = job.scratch<float>(kLatentOut, t * heads * r);
     float* values = job.scratch<float>(kValues, t * heads * v);
 
@@ -208,7 +220,8 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
         isa.absorb_query(q, n + p, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, q_full, width);
         for (int64_t token = 0; token < t; token++) {
             for (int64_t head = begin; head < end; head++)
-                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, q_full + (token * heads + head) * width + r);
+                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2,
+                       q_full + (token * heads + head) * width + r);
             isa.mla_queries(mlas[token], begin, end);
         }
     });
@@ -220,12 +233,13 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
         for (int64_t token = 0, first = 0; token < t && first < end; token++) {
             const int64_t count = mla_span_count(mlas[token]);
             const int64_t from = begin > first ? begin - first : 0, to = end - first < count ? end - first : count;
-            if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * each);
+            if (from < to) isa.mla_spans(mlas[token], from, to, scratch + thread * thread_bytes);
             first += count;
         }
     });
     job.parallel(heads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t token = 0; token < t; token++) isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
+        for (int64_t token = 0; token < t; token++)
+            isa.mla_merge(mlas[token], begin, end, latent_out + token * heads * r);
         isa.absorb_value(latent_out, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, values);
     });
     const Product out(job, isa, a.out, values, t, y);
@@ -241,12 +255,12 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
     job.parallel(gate.tiles(), [&](int, int64_t begin, int64_t end) { gate.run(begin, end); });
 }
 
-// One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to its
-// sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what the
-// feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate entries, one after
-// the other, and so as for a token alone.
-EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches, int64_t stride,
-                             const int64_t* positions, float* y, float* x, float* logits) {
+// One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to
+// its sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what
+// the feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate
+// entries, one after the other, and so as for a token alone.
+EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
+                             int64_t stride, const int64_t* positions, float* y, float* x, float* logits) {
     if (t < 1 || !a->valid(stride)) return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (positions[token] < 0) return kBadArgument;

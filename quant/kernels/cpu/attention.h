@@ -1,19 +1,21 @@
 // MLA decode: one query per head against the latent cache, which all heads share.
 //
 // A cache row is kept as what is multiplied: 8-bit integers, with one scale for the latent columns and one for the rope
-// columns, since either may be much larger. Before it is rounded each part is mixed: random signs, then a Walsh-Hadamard
-// transform (arXiv 2404.00456). That is orthogonal, so queries that are mixed too give the same scores, and the weighted
-// sum of rows is mixed back at the end; it spreads outliers over the part, so that one scale serves any row as well as a
-// Gaussian one. A query is two unsigned digits, so that its products are of bytes: of 7 bits where the sum of two products
-// must fit 16 (AVX2, portable), else of 8. With the latter every other four columns are coarse, without the low digit: after
-// mixing all columns weigh alike, so that this saves a quarter of the products and keeps half of what the low digits are for.
-// Softmax is fp32. A row's weight, which is its probability times its scale, is a byte relative to the largest of a chunk of
-// 64 rows; where the largest is far above the next, beside which the others may be small and many, it is multiplied in fp32.
+// columns, since either may be much larger. Before it is rounded each part is mixed: random signs, then a
+// Walsh-Hadamard transform (arXiv 2404.00456). That is orthogonal, so queries that are mixed too give the same scores,
+// and the weighted sum of rows is mixed back at the end; it spreads outliers over the part, so that one scale serves
+// any row as well as a Gaussian one. A query is two unsigned digits, so that its products are of bytes: of 7 bits where
+// the sum of two products must fit 16 (AVX2, portable), else of 8. With the latter every other four columns are coarse,
+// without the low digit: after mixing all columns weigh alike, so that this saves a quarter of the products and keeps
+// half of what the low digits are for. Softmax is fp32. A row's weight, which is its probability times its scale, is a
+// byte relative to the largest of a chunk of 64 rows; where the largest is far above the next, beside which the others
+// may be small and many, it is multiplied in fp32.
 //
 // Chunks are grouped into spans by the context's length alone, so that the result does not depend on the threads.
 //
-// Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in tiles
-// of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the integers.
+// Shapes: q [heads, R + P]; out [heads, R]; R4, P4 = R, P padded to 4; K = R4 + P4; Rp = R padded to 64; heads come in
+// tiles of 16, one lane each, Hp of them. A cache row is int8 [R4], int8 [P4], float [2] scales, int32 [2] sums of the
+// integers.
 namespace slotmoe {
 namespace {
 
@@ -21,7 +23,8 @@ constexpr int kQuads = kChunkRows / 4;  // four rows of one column are neighbour
 constexpr int kSumColumns = 64;         // that are summed together
 constexpr uint32_t kNaN = 0x7fc00000;
 constexpr float kNoScore = -3.4e38f;
-constexpr float kGrowth = 32.0f;  // where scores have grown by more since a span began, what has been summed is scaled down
+// where scores have grown by more since a span began, what has been summed is scaled down
+constexpr float kGrowth = 32.0f;
 // A query is kDigit * high + low - kZero; its coarse columns have no low digit.
 constexpr int kDigit = Lanes::kQueryDigit, kZero = kDigit / 2 * kDigit, kQueryMax = kZero - kDigit;
 
@@ -150,7 +153,8 @@ float store_query(float* q, int64_t n, uint8_t* high, uint8_t* low) {
     const float inverse = part_inverse(q, n, kQueryMax, scale);
     const int32_t half = Lanes::kCoarse ? kDigit / 2 : 0;
     for (int64_t i = 0; i < n; i++) {
-        const int32_t digits = int32_t(round_even(q[i] * inverse)) + kZero + half * int32_t(i >> 2 & 1);  // coarse ones are rounded
+        // coarse ones are rounded
+        const int32_t digits = int32_t(round_even(q[i] * inverse)) + kZero + half * int32_t(i >> 2 & 1);
         high[i] = uint8_t(digits / kDigit), low[i] = uint8_t(digits % kDigit);
     }
     return scale;
@@ -220,11 +224,12 @@ inline const uint8_t* dot_rows(const uint8_t* q, const int8_t* const* rows, int6
     return q + (Fine ? 8 : 4) * kTile;
 }
 
-// One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16]. Returns where the
-// queries go on.
-SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part, const uint8_t* q, const int8_t* const* rows,
-                                           const Tail* tails, float* scores) {
-    const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile), digit = Lanes::broadcast(float(kDigit));
+// One part, 0 latent or 1 rope, of one tile of heads by kScoreRows rows, added to `scores` [kScoreRows, 16]. Returns
+// where the queries go on.
+SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part, const uint8_t* q,
+                                           const int8_t* const* rows, const Tail* tails, float* scores) {
+    const auto scale = Lanes::load(m.q_scale + (part * m.tiles + tile) * kTile),
+               digit = Lanes::broadcast(float(kDigit));
     Lanes::I dots[Lanes::kScoreRows][2];
 #pragma GCC unroll 16
     for (int j = 0; j < Lanes::kScoreRows; j++)
@@ -241,7 +246,8 @@ SLOTMOE_NOINLINE const uint8_t* score_part(const Mla& m, int64_t tile, int part,
     for (int j = 0; j < Lanes::kScoreRows; j++) {
         const auto sum = Lanes::fma(Lanes::to_float(dots[j][0]), digit, Lanes::to_float(dots[j][1]));
         const auto before = part ? Lanes::load(scores + j * kTile) : Lanes::zero();
-        Lanes::store(scores + j * kTile, Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
+        Lanes::store(scores + j * kTile,
+                     Lanes::fma(sum, Lanes::mul(Lanes::broadcast(tails[j].scale[part]), scale), before));
     }
     return q;
 }
@@ -273,9 +279,11 @@ void score_chunk(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c) {
 inline Lanes::F exp_lanes(Lanes::F x) {
     const auto shift = Lanes::broadcast(12582912.0f);  // 1.5 * 2^23: the nearest integer stands in the sum's last bits
     x = Lanes::min(Lanes::broadcast(87.0f), Lanes::max(Lanes::broadcast(-87.0f), x));
-    const auto shifted = Lanes::fma(x, Lanes::broadcast(1.44269504f), shift), n = Lanes::add(shifted, Lanes::broadcast(-12582912.0f));
+    const auto shifted = Lanes::fma(x, Lanes::broadcast(1.44269504f), shift),
+               n = Lanes::add(shifted, Lanes::broadcast(-12582912.0f));
     const auto r = Lanes::fma(n, Lanes::broadcast(2.12194440e-4f), Lanes::fma(n, Lanes::broadcast(-0.693359375f), x));
-    constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    constexpr float kTerms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                                5.0000001201e-1f};
     auto p = Lanes::broadcast(1.9875691500e-4f);
 #pragma GCC unroll 5
     for (const float term : kTerms) p = Lanes::fma(p, r, Lanes::broadcast(term));
@@ -283,12 +291,14 @@ inline Lanes::F exp_lanes(Lanes::F x) {
     return Lanes::mul(p, Lanes::power_of_two(shifted));
 }
 
-// Scores of n rows -> weights and what goes with them; updates what they are relative to, and the sums. False if what has been
-// summed so far must be multiplied by `correction`.
-SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool first, const Chunk& c, float* maxima, float* sums) {
+// Scores of n rows -> weights and what goes with them; updates what they are relative to, and the sums. False if what
+// has been summed so far must be multiplied by `correction`.
+SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool first, const Chunk& c, float* maxima,
+                                   float* sums) {
     float (*s)[kTile] = reinterpret_cast<float (*)[kTile]>(c.scores + tile * kChunkRows * kTile);
     const int64_t lane = tile * kTile;
-    const auto largest = Lanes::load(c.largest + lane), before = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
+    const auto largest = Lanes::load(c.largest + lane),
+               before = first ? Lanes::broadcast(kNoScore) : Lanes::load(maxima + lane);
     const auto limit = Lanes::add(before, Lanes::broadcast(kGrowth)), minus = Lanes::broadcast(-1.0f);
     const auto reference = Lanes::mul(Lanes::where_greater(largest, limit, largest, before), minus);
     const bool steady = first || !Lanes::greater(largest, limit);
@@ -301,7 +311,8 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
     }
     auto sum = Lanes::zero(), top = Lanes::zero(), next = Lanes::zero(), row = Lanes::zero();
     for (int64_t i = 0; i < n; i++) {
-        const auto p = exp_lanes(Lanes::add(Lanes::load(s[i]), reference)), w = Lanes::mul(p, Lanes::broadcast(c.scales[i]));
+        const auto p = exp_lanes(Lanes::add(Lanes::load(s[i]), reference)),
+                   w = Lanes::mul(p, Lanes::broadcast(c.scales[i]));
         Lanes::store(s[i], w);
         sum = Lanes::add(sum, p);
         next = Lanes::max(Lanes::min(w, top), next);
@@ -326,20 +337,23 @@ SLOTMOE_NOINLINE bool softmax_tile(const Mla& m, int64_t tile, int64_t n, bool f
     const auto byte = [&](int64_t i, int h) { return float_bits(s[i][h] * inverse[h] + 12582912.0f) - 0x4b400000u; };
     int32_t* bytes = c.weights + tile * kQuads * kTile;
     for (int64_t i = 0; i < n; i += 4, bytes += kTile)
-        for (int h = 0; h < kTile; h++) bytes[h] = int32_t(byte(i, h) + (byte(i + 1, h) << 8) + (byte(i + 2, h) << 16) + (byte(i + 3, h) << 24));
+        for (int h = 0; h < kTile; h++)
+            bytes[h] = int32_t(byte(i, h) + (byte(i + 1, h) << 8) + (byte(i + 2, h) << 16) + (byte(i + 3, h) << 24));
     return steady;
 }
 
 void scale_down(const Mla& m, int64_t tile, const Chunk& c, float* out) {
     for (int64_t h = tile * kTile; h < m.heads && h < (tile + 1) * kTile; h++) {
         const auto correction = Lanes::broadcast(c.correction[h]);
-        for (float* o = out + h * m.r_padded; o < out + (h + 1) * m.r_padded; o += 16) Lanes::store(o, Lanes::mul(Lanes::load(o), correction));
+        for (float* o = out + h * m.r_padded; o < out + (h + 1) * m.r_padded; o += 16)
+            Lanes::store(o, Lanes::mul(Lanes::load(o), correction));
     }
 }
 
 // --- sums of rows
 
-// Columns column..column + 64 of n rows -> quads, zeros past R4. Rows past n repeat the last, whose weights are 0 there.
+// Columns column..column + 64 of n rows -> quads, zeros past R4. Rows past n repeat the last, whose weights are 0
+// there.
 inline void load_quads(const Mla& m, const uint8_t* rows, int64_t n, int64_t column, int8_t* quads) {
     const int64_t columns = m.r4 - column < kSumColumns ? m.r4 - column : kSumColumns;
     int8_t tail[4][kSumColumns];
@@ -382,7 +396,8 @@ SLOTMOE_NOINLINE void value_block(const Mla& m, int64_t h, int64_t quads, bool f
     int64_t quad = 0;
     for (; quad + 4 <= quads; quad += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
+        for (int i = 0; i < 4; i++)
+            value_quad<H>(weights + (quad + i) * kTile, rows + (quad + i) * 4 * kSumColumns, dots);
     for (; quad < quads; quad++) value_quad<H>(weights + quad * kTile, rows + quad * 4 * kSumColumns, dots);
 #pragma GCC unroll 4
     for (int i = 0; i < H; i++) {
@@ -400,12 +415,14 @@ void add_row(const Mla& m, const uint8_t* row, float weight, float* out) {
     const int8_t* q = reinterpret_cast<const int8_t*>(row);
     const auto times = Lanes::broadcast(weight);
     int64_t i = 0;
-    for (; i + 16 <= m.r; i += 16) Lanes::store(out + i, Lanes::fma(Lanes::load_int8(q + i), times, Lanes::load(out + i)));
+    for (; i + 16 <= m.r; i += 16)
+        Lanes::store(out + i, Lanes::fma(Lanes::load_int8(q + i), times, Lanes::load(out + i)));
     for (; i < m.r; i++) out[i] += weight * float(q[i]);
 }
 
 // out [heads, Rp] += weights x rows; meanwhile the rows from `next` to `last` come nearer.
-void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last, bool first, float* out) {
+void sum_values(const Mla& m, const uint8_t* rows, int64_t n, const Chunk& c, const uint8_t* next, const uint8_t* last,
+                bool first, float* out) {
     const int64_t quads = (n + 3) / 4, four = m.heads / 4 * 4;
     const int64_t slice = (last - next) * 4 * kSumColumns / (m.r_padded * m.heads) + 64;
     for (int64_t column = 0; column < m.r_padded; column += kSumColumns) {
@@ -436,10 +453,13 @@ void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
         const int64_t start = span * m.span_chunks * kChunkRows, limit = start + m.span_chunks * kChunkRows;
         const int64_t stop = limit < m.context ? limit : m.context, floats = m.heads * m.r_padded;
         for (int64_t first = start; first < stop; first += kChunkRows) {
-            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows, chunk = (first - start) / kChunkRows;
+            const int64_t n = stop - first < kChunkRows ? stop - first : kChunkRows,
+                          chunk = (first - start) / kChunkRows;
             const uint8_t* rows = m.cache + first * m.stride;
-            // Another core may have been the last to read the next span's sums; getting them back for writing takes long.
-            for (int64_t i = floats * chunk / m.span_chunks; stop < m.context && i < floats * (chunk + 1) / m.span_chunks; i += 16)
+            // Another core may have been the last to read the next span's sums; getting them back for writing takes
+            // long.
+            for (int64_t i = floats * chunk / m.span_chunks;
+                 stop < m.context && i < floats * (chunk + 1) / m.span_chunks; i += 16)
                 Lanes::prefetch_write(out + floats + i);
             score_chunk(m, rows, n, c);
             for (int64_t tile = 0; tile < m.tiles; tile++)
@@ -451,12 +471,14 @@ void mla_spans(const Mla& m, int64_t begin, int64_t end, uint8_t* scratch) {
 }
 
 void mla_merge(const Mla& m, int64_t begin, int64_t end, float* out) {
-    const int64_t chunks = (m.context + kChunkRows - 1) / kChunkRows, spans = (chunks + m.span_chunks - 1) / m.span_chunks;
+    const int64_t chunks = (m.context + kChunkRows - 1) / kChunkRows,
+                  spans = (chunks + m.span_chunks - 1) / m.span_chunks;
     const int64_t padded = m.tiles * kTile;
     for (int64_t h = begin; h < end; h++) {
         float top = m.span_max[h], sum = 0.0f;
         for (int64_t s = 1; s < spans; s++) top = m.span_max[s * padded + h] > top ? m.span_max[s * padded + h] : top;
-        for (int64_t s = 0; s < spans; s++) sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
+        for (int64_t s = 0; s < spans; s++)
+            sum += m.span_sum[s * padded + h] * exp_float(m.span_max[s * padded + h] - top);
         float* y = out + h * m.r;
         for (int64_t i = 0; i < m.r; i++) y[i] = 0.0f;
         for (int64_t s = 0; s < spans; s++) {

@@ -19,7 +19,8 @@ int64_t best_of(const double* scores, int64_t n) {  // the first where several a
 }
 
 // One token: logits [e] -> weights and indices [top_k], best first. scores [e + groups] is working memory.
-// Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax, then only the groups with the best experts, then the best experts.
+// Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax, then only the groups with the best experts, then the best
+// experts.
 void choose(const Router& router, const float* logits, int64_t e, double* scores, float* weights, int64_t* indices) {
     double largest = logits[0], total = 0;
     for (int64_t i = 1; i < e; i++) largest = logits[i] > largest ? logits[i] : largest;
@@ -27,15 +28,16 @@ void choose(const Router& router, const float* logits, int64_t e, double* scores
     for (int64_t i = 0; i < e; i++) scores[i] = float(scores[i] / total);
 
     if (router.kept < router.groups) {
-        const int64_t each = e / router.groups;
+        const int64_t group_size = e / router.groups;
         double* best = scores + e;
         for (int64_t g = 0; g < router.groups; g++) {
-            best[g] = scores[g * each];
-            for (int64_t i = 1; i < each; i++) best[g] = scores[g * each + i] > best[g] ? scores[g * each + i] : best[g];
+            best[g] = scores[g * group_size];
+            for (int64_t i = 1; i < group_size; i++)
+                best[g] = scores[g * group_size + i] > best[g] ? scores[g * group_size + i] : best[g];
         }
         for (int64_t i = 0; i < router.kept; i++) best[best_of(best, router.groups)] = kTaken;
         for (int64_t i = 0; i < e; i++)
-            if (best[i / each] != kTaken) scores[i] = 0;
+            if (best[i / group_size] != kTaken) scores[i] = 0;
     }
 
     double sum = 0;
@@ -45,11 +47,13 @@ void choose(const Router& router, const float* logits, int64_t e, double* scores
         sum += weights[i];
         scores[indices[i]] = kTaken;
     }
-    for (int64_t i = 0; i < router.top_k; i++) weights[i] = float(router.renormalize ? weights[i] / (sum + 1e-20) : weights[i] * router.factor);
+    for (int64_t i = 0; i < router.top_k; i++)
+        weights[i] = float(router.renormalize ? weights[i] / (sum + 1e-20) : weights[i] * router.factor);
 }
 
 // logits [t, e] -> weights, indices [t, top_k].
-void route(Job& job, const Router& router, const float* logits, int64_t t, int64_t e, float* weights, int64_t* indices) {
+void route(Job& job, const Router& router, const float* logits, int64_t t, int64_t e, float* weights,
+           int64_t* indices) {
     const int64_t size = e + router.groups, top_k = router.top_k;
     double* scores = job.scratch<double>(kScores, job.threads() * size);
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
@@ -68,7 +72,8 @@ void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_
 }  // namespace
 
 // logits [t, e] -> weights, indices [t, top_k].
-EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, int64_t e, float* weights, int64_t* indices) {
+EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, int64_t e, float* weights,
+                         int64_t* indices) {
     if (t < 0 || !router->valid(e)) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
         route(job, *router, logits, t, e, weights, indices);
@@ -76,17 +81,17 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, i
     });
 }
 
-// One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden] -> y [t, hidden],
-// bitwise as by slotmoe_attention, slotmoe_route, slotmoe_experts_by_slot, slotmoe_weighted_sum and slotmoe_mlp. With
-// `experts` [t, hidden], the weighted sum of the first layer's, that layer only lacks its feed-forward: h is the stream
-// behind its attention and x_in [t, hidden] the norm of that.
+// One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden] -> y [t,
+// hidden], bitwise as by slotmoe_attention, slotmoe_route, slotmoe_experts_by_slot, slotmoe_weighted_sum and
+// slotmoe_mlp. With `experts` [t, hidden], the weighted sum of the first layer's, that layer only lacks its
+// feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
-// caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer before.
-// slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`) an expert is,
-// negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its
-// feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are done. indices
-// [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from `first` on.
-// seconds [4] is added to: attention, routers, experts, and MLPs.
+// caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer
+// before. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`)
+// an expert is, negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made,
+// y before its feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are
+// done. indices [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from
+// `first` on. seconds [4] is added to: attention, routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
                           uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
@@ -104,11 +109,11 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
         int32_t* chosen_slots = job.scratch<int32_t>(kTokenSlots, t * top_k);
         uint8_t** layer_caches = job.scratch<uint8_t*>(kCaches, t);
-        auto then = std::chrono::steady_clock::now();
+        auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
             const auto now = std::chrono::steady_clock::now();
-            seconds[part] += std::chrono::duration<double>(now - then).count();
-            then = now;
+            seconds[part] += std::chrono::duration<double>(now - marked).count();
+            marked = now;
         };
         int64_t moe_layer = 0;
         for (int64_t l = 0; l < first; l++) moe_layer += m->layer[l].attention->gate.n > 0;
@@ -125,7 +130,8 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 continue;
             }
             for (int64_t token = 0; token < t; token++) layer_caches[token] = caches[token] + l * layer_stride;
-            attention(job, isa, *layer.attention, t, stream, table, layer_caches, stride, positions, attended, x, logits);
+            attention(job, isa, *layer.attention, t, stream, table, layer_caches, stride, positions, attended, x,
+                      logits);
             mark(0);
             if (moe) {
                 route(job, m->router, logits, t, e, weights, indices);

@@ -1,8 +1,9 @@
-// Products whose activations stay fp32: unquantized matrices (the router gate, bf16 weights), and MLA's absorbed kv_b_proj,
-// whose weights are row-major as in the export: int8 [heads * (N + V), R], one scale a row; 3% of what a token reads.
-// A row's result is computed in one order, alone or among others.
+// Products whose activations stay fp32: unquantized matrices (the router gate, bf16 weights), and MLA's absorbed
+// kv_b_proj, whose weights are row-major as in the export: int8 [heads * (N + V), R], one scale a row; 3% of what a
+// token reads. A row's result is computed in one order, alone or among others.
 //
-// Shapes: x [T, K]; W [N, K]; q [T, heads, N]; latent [T, heads, R]; value [T, heads, V]; head h's rows start at h * (N + V).
+// Shapes: x [T, K]; W [N, K]; q [T, heads, N]; latent [T, heads, R]; value [T, heads, V]; head h's rows start at h * (N
+// + V).
 namespace slotmoe {
 namespace {
 
@@ -36,8 +37,8 @@ inline float lane_sum(const F* sums) {
 }
 
 template <class Load>
-inline void dense_rows(const float* x, int64_t t, int64_t k, const typename Load::Element* w, int64_t begin, int64_t end, float* y,
-                       int64_t ldy) {
+inline void dense_rows(const float* x, int64_t t, int64_t k, const typename Load::Element* w, int64_t begin,
+                       int64_t end, float* y, int64_t ldy) {
     const int64_t whole = k / 64 * 64;
     for (int64_t n = begin; n < end; n++) {
         const typename Load::Element* row = w + n * k;
@@ -46,7 +47,8 @@ inline void dense_rows(const float* x, int64_t t, int64_t k, const typename Load
             F sums[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
             for (int64_t j = 0; j < whole; j += 64)
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sums[i] = Lanes::fma(Lanes::load(in + j + 16 * i), Load::load(row + j + 16 * i), sums[i]);
+                for (int i = 0; i < 4; i++)
+                    sums[i] = Lanes::fma(Lanes::load(in + j + 16 * i), Load::load(row + j + 16 * i), sums[i]);
             float total = lane_sum(sums);
             for (int64_t j = whole; j < k; j++) total += in[j] * Load::one(row[j]);
             y[token * ldy + n] = total;
@@ -54,7 +56,8 @@ inline void dense_rows(const float* x, int64_t t, int64_t k, const typename Load
     }
 }
 
-void linear_dense(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end, float* y, int64_t ldy) {
+void linear_dense(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,
+                  float* y, int64_t ldy) {
     if (type == Source::f32) dense_rows<LoadFloat>(x, t, k, static_cast<const float*>(w), begin, end, y, ldy);
     if (type == Source::f16) dense_rows<LoadHalf>(x, t, k, static_cast<const uint16_t*>(w), begin, end, y, ldy);
     if (type == Source::bf16) dense_rows<LoadBf16>(x, t, k, static_cast<const uint16_t*>(w), begin, end, y, ldy);
@@ -62,7 +65,8 @@ void linear_dense(const float* x, int64_t t, int64_t k, const void* w, Source ty
 
 constexpr int kSums = 16;            // vectors of sums that stay in registers
 constexpr int64_t kRowsAtOnce = 16;  // whose columns pass in turn, so that memory is read from end to end
-constexpr int64_t kAhead = 16384;    // bytes, to L2: a Zen 4 core has too few lines on their way to L1 for so little work on each
+// bytes, to L2: a Zen 4 core has too few lines on their way to L1 for so little work on each
+constexpr int64_t kAhead = 16384;
 
 // What comes kAhead bytes after row i of a head's n: `gap` bytes lie between these and the next head's.
 inline const int8_t* ahead(const int8_t* row, int64_t i, int64_t n, int64_t r, int64_t gap) {
@@ -71,8 +75,8 @@ inline const int8_t* ahead(const int8_t* row, int64_t i, int64_t n, int64_t r, i
 
 // Rows first to last of a head's n, 16 * Vectors of their columns, added to out or, where first is 0, from zero.
 template <int Tokens, int Vectors>
-inline void absorb_columns(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t first, int64_t last, int64_t n, int64_t r,
-                           int64_t gap, int64_t column, float* out, int64_t ldo) {
+inline void absorb_columns(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t first,
+                           int64_t last, int64_t n, int64_t r, int64_t gap, int64_t column, float* out, int64_t ldo) {
     F sums[Tokens][Vectors];
 #pragma GCC unroll 16
     for (int j = 0; j < Tokens * Vectors; j++) {
@@ -94,13 +98,15 @@ inline void absorb_columns(const float* x, int64_t ldx, const int8_t* rows, cons
         }
     }
 #pragma GCC unroll 16
-    for (int j = 0; j < Tokens * Vectors; j++) Lanes::store(out + j / Vectors * ldo + column + j % Vectors * 16, sums[j / Vectors][j % Vectors]);
+    for (int j = 0; j < Tokens * Vectors; j++)
+        Lanes::store(out + j / Vectors * ldo + column + j % Vectors * 16, sums[j / Vectors][j % Vectors]);
 }
 
-// out[h] = sum over n < N of q[h][n] * scale[row] * w[row], head h of `Tokens` tokens, which stand ldx and ldo floats apart.
+// out[h] = sum over n < N of q[h][n] * scale[row] * w[row], head h of `Tokens` tokens, which stand ldx and ldo floats
+// apart.
 template <int Tokens>
-inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r, int64_t gap, float* out,
-                              int64_t ldo) {
+inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t n, int64_t r,
+                              int64_t gap, float* out, int64_t ldo) {
     constexpr int kVectors = kSums / Tokens, kColumns = kVectors * 16;
     const int64_t whole = r / 16 * 16;
     for (int64_t first = 0; first == 0 || first < n; first += kRowsAtOnce) {
@@ -108,11 +114,14 @@ inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, c
         int64_t column = 0;
         for (; column + kColumns <= r; column += kColumns)
             absorb_columns<Tokens, kVectors>(x, ldx, rows, scale, first, last, n, r, gap, column, out, ldo);
-        for (; column < whole; column += 16) absorb_columns<Tokens, 1>(x, ldx, rows, scale, first, last, n, r, gap, column, out, ldo);
+        for (; column < whole; column += 16)
+            absorb_columns<Tokens, 1>(x, ldx, rows, scale, first, last, n, r, gap, column, out, ldo);
     }
     for (int token = 0; token < Tokens; token++)
         for (int64_t c = whole; c < r; c++) {
-            F sum = Lanes::zero();  // rounded as the vectors above, so that a column does not depend on how many tokens there are
+            // rounded as the vectors above, so that a column does not depend on how many tokens there
+            // are
+            F sum = Lanes::zero();
             alignas(64) int8_t bytes[16] = {};
             alignas(64) float lanes[16];
             for (int64_t i = 0; i < n; i++) {
@@ -126,8 +135,8 @@ inline void absorb_query_head(const float* x, int64_t ldx, const int8_t* rows, c
 
 // out[v] = scale[v] * (latent . w[v]), one head's value rows for `Tokens` tokens, which stand ldx and ldo floats apart.
 template <int Tokens>
-inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values, int64_t r, int64_t gap,
-                              float* out, int64_t ldo) {
+inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, const float* scale, int64_t values,
+                              int64_t r, int64_t gap, float* out, int64_t ldo) {
     const int64_t whole = r / 64 * 64;
     for (int64_t first = 0; first < values; first += 16) {  // 16 rows, whose lanes are summed together
         const int64_t count = values - first < 16 ? values - first : 16;
@@ -151,7 +160,8 @@ inline void absorb_value_head(const float* x, int64_t ldx, const int8_t* rows, c
             }
 #pragma GCC unroll 4
             for (int token = 0; token < Tokens; token++)
-                parts[token][v] = Lanes::add(Lanes::add(sums[token][0], sums[token][1]), Lanes::add(sums[token][2], sums[token][3]));
+                parts[token][v] =
+                    Lanes::add(Lanes::add(sums[token][0], sums[token][1]), Lanes::add(sums[token][2], sums[token][3]));
         }
         for (int token = 0; token < Tokens; token++) {
             Lanes::sum_lanes(parts[token], totals);
@@ -178,24 +188,24 @@ inline void by_tokens(int64_t t, Run run) {
     for (; token < t; token++) run(Count<1>(), token);
 }
 
-void absorb_query(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head,
-                  int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo) {
+void absorb_query(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
+                  int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo) {
     for (int64_t h = begin; h < end; h++)
         by_tokens(t, [&](auto count, int64_t token) {
             const int64_t at = token * heads + h, row = h * per_head;
-            absorb_query_head<decltype(count)::value>(q + at * ldq, heads * ldq, w + row * r, scale + row, n, r, (per_head - n) * r,
-                                                      out + at * ldo, heads * ldo);
+            absorb_query_head<decltype(count)::value>(q + at * ldq, heads * ldq, w + row * r, scale + row, n, r,
+                                                      (per_head - n) * r, out + at * ldo, heads * ldo);
         });
 }
 
-void absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head,
-                  int64_t r, int64_t begin, int64_t end, float* out) {
+void absorb_value(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
+                  int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out) {
     const int64_t values = per_head - n;
     for (int64_t h = begin; h < end; h++)
         by_tokens(t, [&](auto count, int64_t token) {
             const int64_t at = token * heads + h, row = h * per_head + n;
-            absorb_value_head<decltype(count)::value>(latent + at * r, heads * r, w + row * r, scale + row, values, r, n * r, out + at * values,
-                                                      heads * values);
+            absorb_value_head<decltype(count)::value>(latent + at * r, heads * r, w + row * r, scale + row, values, r,
+                                                      n * r, out + at * values, heads * values);
         });
 }
 

@@ -69,7 +69,9 @@ struct Mla {
     float* span_out;  // [spans, heads, r_padded]
 };
 
-constexpr int64_t latent_bytes(int64_t r, int64_t p) { return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 16; }  // of a cache row
+constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
+    return (r + 3) / 4 * 4 + (p + 3) / 4 * 4 + 16;
+}
 
 enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -77,19 +79,20 @@ struct Isa {
     const char* name;
 
     // x [T, K] (row stride K), rows begin..end -> blocks [B, T], factor [T] = 2^e (NaN for a row with NaN or infinity).
-    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks,
-                          double* factor);
+    void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
+                          ActBlock* blocks, double* factor);
     // y [T, ldy] for the rows of tiles begin..end.
     void (*nf4_tiles)(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
                       int64_t begin, int64_t end, float* y, int64_t ldy);
-    void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
-                       float* y, int64_t ldy);
+    void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
+                       int64_t end, float* y, int64_t ldy);
     // y [T, ldy], rows begin..end of W [N, K].
-    void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end, float* y,
-                         int64_t ldy);
+    void (*linear_dense)(const float* x, int64_t t, int64_t k, const void* w, Source type, int64_t begin, int64_t end,
+                         float* y, int64_t ldy);
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);  // one row
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);  // out may be gate
-    void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y);
+    void (*weighted_sum)(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
+                         float* y);
 
     void (*mla_queries)(const Mla& m, int64_t begin, int64_t end);                 // heads begin..end
     void (*mla_pack)(const Mla& m, int64_t begin, int64_t end);                    // tiles begin..end
@@ -100,21 +103,21 @@ struct Isa {
     void (*store_latent)(float* row, int64_t r, int64_t p, uint8_t* out);  // row is overwritten
 
     // Heads begin..end; see dense.h. A head of q and of out stands ldq and ldo floats after the one before.
-    void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
-                         int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo);
-    void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n, int64_t per_head, int64_t r,
-                         int64_t begin, int64_t end, float* out);
+    void (*absorb_query)(const float* q, int64_t ldq, int64_t t, int64_t heads, const int8_t* w, const float* scale,
+                         int64_t n, int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out, int64_t ldo);
+    void (*absorb_value)(const float* latent, int64_t t, int64_t heads, const int8_t* w, const float* scale, int64_t n,
+                         int64_t per_head, int64_t r, int64_t begin, int64_t end, float* out);
 
     // Tiles begin..end of src [N, K]. Return 0, or 2 for NaN or infinity in src, or 3 for a scale beyond fp16.
-    int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin, int64_t end,
-                        uint8_t* codes, uint16_t* absmax);
+    int (*quantize_nf4)(const void* src, Source type, int64_t n, int64_t k, const float* levels, int64_t begin,
+                        int64_t end, uint8_t* codes, uint16_t* absmax);
     int (*quantize_int8)(const void* src, Source type, int64_t k, int64_t begin, int64_t end, int8_t* q, float* scale);
 
     // sums [tiles or rows, 2]: of (src - dequantized)^2 and of src^2, for tiles or rows begin..end of src [N, K].
     void (*nf4_error)(const void* src, Source type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
                       const uint16_t* absmax, int64_t begin, int64_t end, double* sums);
-    void (*int8_error)(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin, int64_t end,
-                       double* sums);
+    void (*int8_error)(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin,
+                       int64_t end, double* sums);
 
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads every byte; the sum only keeps the compiler honest
 };

@@ -33,19 +33,27 @@ struct Lanes {
     static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
     static F div(F a, F b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
     static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
-    static F max(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }  // b where either is NaN, min too
+    static F max(F a, F b) {
+        return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)};
+    }  // b where either is NaN, min too
     static F min(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
     static F where_greater(F a, F b, F yes, F no) {
-        return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)), _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
+        return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
+                _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
     }
     static uint32_t greater(F a, F b) {  // a bit a lane
-        const auto bits = [](__m256 x, __m256 y) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ))); };
+        const auto bits = [](__m256 x, __m256 y) {
+            return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ)));
+        };
         return bits(a.a, b.a) | bits(a.b, b.b) << 8;
     }
     static __m256 power_of_two(__m256 shifted) {
-        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(127 << 23)));
+        return _mm256_castsi256_ps(
+            _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(127 << 23)));
     }
-    static F power_of_two(F shifted) { return {power_of_two(shifted.a), power_of_two(shifted.b)}; }  // 2^n of 1.5 * 2^23 + n
+    static F power_of_two(F shifted) {
+        return {power_of_two(shifted.a), power_of_two(shifted.b)};
+    }  // 2^n of 1.5 * 2^23 + n
     static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
     static F load_half(const uint16_t* p) {
         const __m128i* h = reinterpret_cast<const __m128i*>(p);
@@ -58,7 +66,8 @@ struct Lanes {
     }
     static F load_int8(const int8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
     }
     static void store_half(uint16_t* p, F v) {
         __m128i* h = reinterpret_cast<__m128i*>(p);
@@ -66,7 +75,8 @@ struct Lanes {
         _mm_storeu_si128(h + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
-    static __m256 pick(F table, __m256i code) {  // bit 3 of a code says which half of the table; a blend looks at bit 31
+    // bit 3 of a code says which half of the table; a blend looks at bit 31
+    static __m256 pick(F table, __m256i code) {
         const __m256 low = _mm256_permutevar8x32_ps(table.a, code), high = _mm256_permutevar8x32_ps(table.b, code);
         return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
     }
@@ -87,18 +97,23 @@ struct Lanes {
         return {dot(sum.a, w.a, v), dot(sum.b, w.b, v)};
     }
     static W weights(const int8_t* p) { return {bytes(p), bytes(p + 32)}; }
-    static Table table(const int8_t* q) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))); }
+    static Table table(const int8_t* q) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    }
     static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
         const __m256i nibble = _mm256_set1_epi8(15), a = bytes(codes), b = bytes(codes + 32);
         high = {_mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble)),
                 _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble))};
-        low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)), _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
+        low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)),
+               _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 
-    static I add_bytes(I sum, const uint8_t* p) { return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))}; }
+    static I add_bytes(I sum, const uint8_t* p) {
+        return {_mm256_add_epi32(sum.a, bytes(p)), _mm256_add_epi32(sum.b, bytes(p + 32))};
+    }
     static constexpr int kQueryDigit = 128;      // a query's digits are less
     static constexpr bool kCoarse = false;  // every other four columns of a query have only the high digit
     static constexpr int kScoreRows = 2;     // rows that are scored together
@@ -114,7 +129,9 @@ struct Lanes {
     static __m256i dot_bytes(__m256i sum, __m256i weight, __m256i value) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weight, value), _mm256_set1_epi16(1)));
     }
-    static I dot_bytes(I sum, W weight, W value) { return {dot_bytes(sum.a, weight.a, value.a), dot_bytes(sum.b, weight.b, value.b)}; }
+    static I dot_bytes(I sum, W weight, W value) {
+        return {dot_bytes(sum.a, weight.a, value.a), dot_bytes(sum.b, weight.b, value.b)};
+    }
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
         for (int i = 0; i < 64; i += 16) {
@@ -122,13 +139,16 @@ struct Lanes {
             const __m128i ab_low = _mm_unpacklo_epi8(part(a), part(b)), ab_high = _mm_unpackhi_epi8(part(a), part(b));
             const __m128i cd_low = _mm_unpacklo_epi8(part(c), part(d)), cd_high = _mm_unpackhi_epi8(part(c), part(d));
             __m128i* to = reinterpret_cast<__m128i*>(out + 4 * i);
-            _mm_storeu_si128(to, _mm_unpacklo_epi16(ab_low, cd_low)), _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab_low, cd_low));
-            _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab_high, cd_high)), _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab_high, cd_high));
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(ab_low, cd_low)),
+                _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(ab_low, cd_low));
+            _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(ab_high, cd_high)),
+                _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(ab_high, cd_high));
         }
     }
 
     static void store_int8(int8_t* p, F v) {  // integers within 8 bits
-        const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));  // 0-3, 8-11; 4-7, 12-15
+        // 0-3, 8-11; 4-7, 12-15
+        const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
         const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
         const __m128i low = _mm256_castsi256_si128(ordered), high = _mm256_extracti128_si256(ordered, 1);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));

@@ -24,7 +24,10 @@ struct Lanes {
     static F mul(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
     static F div(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] /= b.v[i]; return a; }
     static F fma(const F& a, const F& b, F c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
-    static F max(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }  // b for NaN
+    static F max(const F& a, F b) {
+        for (int i = 0; i < 16; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return b;
+    }  // b for NaN
     static F min(const F& a, F b) { for (int i = 0; i < 16; i++) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
     static F where_greater(const F& a, const F& b, const F& yes, F no) {
         for (int i = 0; i < 16; i++) no.v[i] = a.v[i] > b.v[i] ? yes.v[i] : no.v[i];
@@ -64,7 +67,8 @@ struct Lanes {
         const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
         bits &= 0x7fffffff;
         if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
-        if (bits < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 (whose last place is 2^-24)
+        // below 2^-14: a multiple of 2^-24, rounded by adding 2^-1 (whose last place is 2^-24)
+        if (bits < 0x38800000) {
             float magnitude;
             memcpy(&magnitude, &bits, 4);
             magnitude += 0.5f;
@@ -126,10 +130,13 @@ struct Lanes {
     static I dot_bytes(const I& sum, const int8_t* a, const W& b) { return dot(sum, b, a); }
     // out[4 c + j] = column c of row j, 64 columns.
     static void interleave(const int8_t* a, const int8_t* b, const int8_t* c, const int8_t* d, int8_t* out) {
-        for (int i = 0; i < 64; i++) out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
+        for (int i = 0; i < 64; i++)
+            out[4 * i] = a[i], out[4 * i + 1] = b[i], out[4 * i + 2] = c[i], out[4 * i + 3] = d[i];
     }
 
-    static void store_int8(int8_t* p, const F& v) { for (int i = 0; i < 16; i++) p[i] = int8_t(v.v[i]); }  // integers within 8 bits
+    static void store_int8(int8_t* p, const F& v) {
+        for (int i = 0; i < 16; i++) p[i] = int8_t(v.v[i]);
+    }  // integers within 8 bits
     static void sum_lanes(const F* v, float* out) {
         for (int i = 0; i < 16; i++) {
             float s = 0;

@@ -1,4 +1,5 @@
-// Quantized matrix times rows of activations. The integers are exact; the floats follow one order for one row and for many:
+// Quantized matrix times rows of activations. The integers are exact; the floats follow one order for one row and for
+// many:
 //   sum over blocks of 64 of absmax * (((d0 s0 + d1 s1) + d2 s2) + d3 s3), d = int32 dot of 16 columns, s = x's scale.
 //
 // Shapes: W tiles of 16 rows; x blocks [B, T]; y [T, ldy].
@@ -7,7 +8,8 @@ namespace {
 
 using W = Lanes::W;
 
-constexpr int kTokens = 128;       // tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
+// tokens that pass over a decoded block: their sums (8 KB a tile) and activations (12 KB) stay near
+constexpr int kTokens = 128;
 constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
 constexpr int kPrefetch = 6144;    // bytes ahead
 
@@ -32,7 +34,9 @@ struct Int8Tile {
     static constexpr int kBytes = 1024;
     const int8_t* packed;
 
-    void pair(int t, W& first, W& second) const { first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64); }
+    void pair(int t, W& first, W& second) const {
+        first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
+    }
     F block_scale() const { return Lanes::zero(); }  // its scale is per row, applied at the end
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     void prefetch() const {
@@ -72,7 +76,8 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
     return total;
 }
 
-// One block of `Tiles` tiles, decoded, for `Tokens` tokens: each weight that is loaded serves all tokens, each activation all tiles.
+// One block of `Tiles` tiles, decoded, for `Tokens` tokens: each weight that is loaded serves all tokens, each
+// activation all tiles.
 template <class Tile, int Tiles, int Tokens>
 inline void add_block(const W (*w)[16], const F* scale, const ActBlock* x, float* totals) {
     F sums[Tiles][Tokens];
@@ -110,7 +115,8 @@ inline void add_block(const W (*w)[16], const F* scale, const ActBlock* x, float
 
 // `Tiles` neighbouring tiles from the one at index i for n <= kTokens tokens of t: totals [Tiles, kTokens, 16].
 template <class Tile, int Tiles, class At>
-SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, int64_t t, int64_t n, int64_t blocks, float* totals) {
+SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, int64_t t, int64_t n, int64_t blocks,
+                                  float* totals) {
     constexpr int kAtOnce = Lanes::kTokensAtOnce;
     for (int a = 0; a < Tiles; a++) memset(totals + a * kTokens * kTile, 0, size_t(n) * kTile * sizeof(float));
     Tile first = at(i), second = at(i + Tiles - 1);
@@ -126,7 +132,8 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
             tile.prefetch();
         }
         int64_t token = 0;
-        for (; token + kAtOnce <= n; token += kAtOnce) add_block<Tile, Tiles, kAtOnce>(w, scale, x + token, totals + token * kTile);
+        for (; token + kAtOnce <= n; token += kAtOnce)
+            add_block<Tile, Tiles, kAtOnce>(w, scale, x + token, totals + token * kTile);
         if constexpr (kAtOnce > 2)
             for (; token + 2 <= n; token += 2) add_block<Tile, Tiles, 2>(w, scale, x + token, totals + token * kTile);
         for (; token < n; token++) add_block<Tile, Tiles, 1>(w, scale, x + token, totals + token * kTile);
@@ -155,7 +162,8 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
             else
                 many_tokens<Tile, kTiles>(at, i, x + first, t, n, blocks, totals);
             for (int64_t a = 0; a < tiles; a++)
-                for (int64_t token = 0; token < n; token++) finish(first + token, i + a, totals + (a * kTokens + token) * kTile);
+                for (int64_t token = 0; token < n; token++)
+                    finish(first + token, i + a, totals + (a * kTokens + token) * kTile);
         }
     }
 }
@@ -165,8 +173,8 @@ inline void write(const float* totals, int64_t lanes, double factor, float* y) {
     for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * factor);
 }
 
-void nf4_tiles(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
-               int64_t end, float* y, int64_t ldy) {
+void nf4_tiles(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+               int64_t begin, int64_t end, float* y, int64_t ldy) {
     const Lanes::Table table = Lanes::table(levels.q);
     const auto at = [&](int64_t i) {
         return Nf4Tile{w.codes + i * w.blocks * Nf4Tile::kBytes, w.absmax + i * w.blocks * kTile, table};
@@ -177,13 +185,14 @@ void nf4_tiles(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, cons
     });
 }
 
-void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end, float* y,
-                int64_t ldy) {
+void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
+                float* y, int64_t ldy) {
     const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
         for (int64_t lane = 0; lane < lanes; lane++)
-            y[token * ldy + i * kTile + lane] = float(double(totals[lane]) * (double(w.scale[i * kTile + lane]) * factor[token]));
+            y[token * ldy + i * kTile + lane] =
+                float(double(totals[lane]) * (double(w.scale[i * kTile + lane]) * factor[token]));
     });
 }
 

@@ -19,7 +19,8 @@ namespace slotmoe {
 namespace {
 
 constexpr int kSmallestPieces = 32;  // of a thread's share
-constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the Python between two kernels of a busy decode step
+// longer than the Python between two kernels of a busy decode step
+constexpr auto kSpin = std::chrono::microseconds(40);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -85,7 +86,9 @@ struct Pool {
             int64_t begin = next[range].value.load();
             while (begin < end) {
                 // Half of what is left: long streams, and yet all threads are done at about the same time.
-                const int64_t half = (end - begin + 1) / 2, piece = half > grain ? half : end - begin < grain ? end - begin : grain;
+                const int64_t half = (end - begin + 1) / 2, piece = half > grain          ? half
+                                                                    : end - begin < grain ? end - begin
+                                                                                          : grain;
                 if (!next[range].value.compare_exchange_weak(begin, begin + piece)) continue;
                 fn(context, thread, begin, begin + piece);
                 begin = next[range].value.load();

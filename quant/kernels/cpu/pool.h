@@ -1,9 +1,9 @@
 // A persistent thread pool that never spins when idle, and the scratch memory that goes with it.
 //
-// One job at a time: a C ABI entry holds `Job` for its whole length, so calls from several Python threads queue.
-// A job is a few `parallel` phases. Each thread goes through its own contiguous share piece by piece (long streams read
-// fastest), then takes what others have left: a thread that the system holds up or has not woken yet does not hold up the
-// rest. No result depends on who took what: each output element is computed by one thread in a fixed order.
+// One job at a time: a C ABI entry holds `Job` for its whole length, so calls from several Python threads queue. A job
+// is a few `parallel` phases. Each thread goes through its own contiguous share piece by piece (long streams read
+// fastest), then takes what others have left: a thread that the system holds up or has not woken yet does not hold up
+// the rest. No result depends on who took what: each output element is computed by one thread in a fixed order.
 #pragma once
 #include <cfenv>
 #include <cstddef>
@@ -31,7 +31,8 @@ public:
     // some; returns when all are done.
     template <class Body>
     void parallel(int64_t count, Body body) {
-        run([](void* context, int thread, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(thread, begin, end); },
+        run([](void* context, int thread, int64_t begin,
+               int64_t end) { (*static_cast<Body*>(context))(thread, begin, end); },
             &body, count);
     }
 

@@ -1,6 +1,7 @@
 // Making NF4 and int8 weights, byte for byte as bitsandbytes and torch do in fp32, and what that costs.
 //
-// Shapes: src [N, K] row-major f32, f16 or bf16; NF4 codes [tiles, B, 512], absmax fp16 [tiles, B, 16]; int8 q [N, K], scale [N].
+// Shapes: src [N, K] row-major f32, f16 or bf16; NF4 codes [tiles, B, 512], absmax fp16 [tiles, B, 16]; int8 q [N, K],
+// scale [N].
 namespace slotmoe {
 namespace {
 
@@ -126,7 +127,8 @@ void nf4_error(const void* src, Source type, int64_t n, int64_t k, const float* 
             const uint8_t* in = codes + (tile * blocks + b) * 512;
             const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
             alignas(64) float scales[kTile];
-            alignas(64) uint8_t byte[kTile][kBlock];  // all rows first: what was just stored in pieces is slow to load whole
+            // all rows first: what was just stored in pieces is slow to load whole
+            alignas(64) uint8_t byte[kTile][kBlock];
             Lanes::store(scales, Lanes::load_half(absmax + (tile * blocks + b) * kTile));
             for (int t = 0; t < 8; t++)
                 for (int lane = 0; lane < kTile; lane++) {
@@ -142,7 +144,8 @@ void nf4_error(const void* src, Source type, int64_t n, int64_t k, const float* 
                 load_source(src, type, (tile * kTile + lane) * k + b * kBlock, columns, v);
                 for (int i = 0; i < kBlock; i++) code[i] = byte[lane][i];
                 const typename Lanes::F scale = Lanes::broadcast(scales[lane]);
-                for (int i = 0; i < kBlock; i += 16) Lanes::store(w + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
+                for (int i = 0; i < kBlock; i += 16)
+                    Lanes::store(w + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
                 squares.add(v, w);
             }
         }
@@ -150,8 +153,8 @@ void nf4_error(const void* src, Source type, int64_t n, int64_t k, const float* 
     }
 }
 
-void int8_error(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin, int64_t end,
-                double* sums) {
+void int8_error(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin,
+                int64_t end, double* sums) {
     for (int64_t row = begin; row < end; row++) {
         Squares squares;
         for (int64_t c = 0; c < k; c += kBlock) {

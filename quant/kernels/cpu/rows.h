@@ -63,7 +63,8 @@ inline void quantize_blocks(const float* v, int64_t count, float offset, ActBloc
         Lanes::store_int8(q + i * kXBlock, parts[i]);
     }
     Lanes::sum_lanes(parts, sums);
-    for (int i = 0; i < kPartsAtOnce; i++) bias[i] = int32_t(round_even(offset * sums[i])) - Lanes::kWeightOffset * int32_t(sums[i]);
+    for (int i = 0; i < kPartsAtOnce; i++)
+        bias[i] = int32_t(round_even(offset * sums[i])) - Lanes::kWeightOffset * int32_t(sums[i]);
     for (int64_t b = 0; b < count; b++, out += t) {
         memcpy(out->q, q + b * kBlock, sizeof out->q);
         memcpy(out->scale, scale + b * kXScales, sizeof out->scale);
@@ -71,7 +72,8 @@ inline void quantize_blocks(const float* v, int64_t count, float offset, ActBloc
     }
 }
 
-void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks, double* factor) {
+void quantize_rows(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset, ActBlock* blocks,
+                   double* factor) {
     for (int64_t row = begin; row < end; row++) {
         const float* in = x + row * k;
         const uint32_t top = max_bits(in, k);
@@ -134,7 +136,8 @@ void silu_mul(const float* gate, const float* up, float* out, int64_t n) {
 }
 
 // y = sum over k in the given order, each product and each sum rounded: what a caller would get step by step.
-void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end, float* y) {
+void weighted_sum(const float* outs, const float* weights, int64_t k, int64_t ld, int64_t begin, int64_t end,
+                  float* y) {
     for (int64_t i = begin; i < end; i++) y[i] = 0.0f;
     for (int64_t e = 0; e < k; e++) {
         const float w = weights[e];

@@ -1,5 +1,6 @@
-// Everything that is written once and compiled per instruction set, in terms of `Lanes`, which the including file defines.
-// No standard library templates here: the linker could keep the copy that was compiled for a CPU we do not run on.
+// Everything that is written once and compiled per instruction set, in terms of `Lanes`, which the including file
+// defines. No standard library templates here: the linker could keep the copy that was compiled for a CPU we do not run
+// on.
 #include "rows.h"
 
 #include "matmul.h"
@@ -13,9 +14,9 @@
 namespace slotmoe {
 
 extern const Isa SLOTMOE_ISA = {
-    SLOTMOE_ISA_NAME, quantize_rows, nf4_tiles,   int8_tiles,   linear_dense, rms_norm,     silu_mul,     weighted_sum,  mla_queries, mla_pack,
-    mla_spans,        mla_merge,     mla_scratch, store_latent, absorb_query, absorb_value, quantize_nf4, quantize_int8,
-    nf4_error,        int8_error,    read_memory,
+    SLOTMOE_ISA_NAME, quantize_rows, nf4_tiles,    int8_tiles,    linear_dense, rms_norm,    silu_mul,
+    weighted_sum,     mla_queries,   mla_pack,     mla_spans,     mla_merge,    mla_scratch, store_latent,
+    absorb_query,     absorb_value,  quantize_nf4, quantize_int8, nf4_error,    int8_error,  read_memory,
 };
 
 }  // namespace slotmoe

@@ -1,0 +1,15 @@
+"""The native kernels, on every instruction set that this machine runs."""
+
+import pytest
+
+from tests.support.kernels import ISAS, native
+
+
+@pytest.fixture(params=ISAS)
+def kernels(request):
+    before = native.isa, native.threads
+    native.set_isa(request.param)
+    native.set_threads(2)
+    yield native
+    native.set_isa(before[0])
+    native.set_threads(before[1])

@@ -1,0 +1,422 @@
+"""Latent attention of the native kernels against plain numpy in float64, and a whole layer of
+attention against its parts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp, PackedInt8
+from slotmoe.quant.shapes import latent_bytes
+from tests.support.kernels import (
+    AnyMatrix,
+    RandomLayer,
+    latent_cache,
+    levels_tensor,
+    needs_native,
+    q8,
+    quick,
+    relative,
+    same,
+    seeds,
+    torch_of,
+)
+
+pytestmark = needs_native
+
+
+def attention(q, rows, r, scale):
+    s = scale * (q @ rows.T)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    return (p / p.sum(-1, keepdims=True)) @ rows[:, :r]
+
+
+def sharpness(q, rows, spread):
+    """The scale that gives scores this standard deviation; 1 is what 1 / sqrt(R + P) gives Gaussian
+    ones."""
+    return spread / np.std(q @ rows.T)
+
+
+# Twice what one rounding to 8 bits of a Gaussian part, whose largest of n values is about sqrt(2
+# log 2n), does to it.
+def steps(n):
+    return 2 * math.sqrt(2 * math.log(2 * n) + 1) / 127 / math.sqrt(12)
+
+
+@quick
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 150),
+    st.integers(0, 40),
+    st.integers(0, 5),
+    seeds,
+    st.sampled_from([0.1, 1.0]),
+)
+def test_mla_one_token(kernels, heads, context, r, p, extra, seed, spread):
+    rng = np.random.default_rng(seed)
+    rows, q = rng.standard_normal((context + 3, r + p)), rng.standard_normal((heads, r + p))
+    cache = latent_cache(kernels, rows, r, extra)
+    cache[context:] = 0xFF  # rows past the context have no finite scale
+    scale = spread / math.sqrt(r + p)
+    got = kernels.mla(torch_of(q)[None], cache, context, r, scale)[0]
+    want = attention(q, rows[:context], r, scale)
+    # A score is off by some `steps` of its deviation, hence a weight by that share of itself, and
+    # each value by steps too.
+    assert (
+        np.abs(got.numpy() - want).max()
+        < 4 * steps(max(r, p)) * (1 + spread) * np.abs(rows[:context, :r]).max()
+    )
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 200), seeds)
+def test_mla_of_many_tokens_is_bitwise_that_of_each(kernels, tokens, heads, before, seed):
+    rng = np.random.default_rng(seed)
+    context = before + tokens
+    rows = rng.standard_normal((context + 2, 40))
+    cache = latent_cache(kernels, rows, 32)
+    one_by_one = torch.cat([latent_cache(kernels, row[None], 32) for row in rows])
+    assert torch.equal(cache, one_by_one)
+    cache[context:] = 0xFF
+    q = torch_of(rng.standard_normal((tokens, heads, 40)))
+    got = kernels.mla(q, cache, context, 32, 0.2)
+    for t in range(tokens):
+        assert torch.equal(got[t], kernels.mla(q[t : t + 1], cache, before + t + 1, 32, 0.2)[0])
+
+
+@pytest.mark.parametrize("context", [1025, 2500])
+@pytest.mark.parametrize("course", ["level", "rising", "falling", "one peak"])
+def test_mla_over_a_long_context(kernels, context, course):
+    """Several chunks in a span, whose scores go their own ways: each chunk beyond what float32
+    holds of the one before."""
+    rng = np.random.default_rng(19)
+    rows, q = rng.standard_normal((context, 40)), np.zeros((3, 40))
+    q[:, 32] = (1.0, 1.5, 2.0)  # the heads' scores are the 33rd column, up to a factor
+    chunk = np.arange(context) // 64
+    rows[:, 32:] = 0
+    rows[:, 32] = {
+        "level": 0 * chunk,
+        "rising": 100 * chunk,
+        "falling": -100 * chunk,
+        "one peak": 200 * (chunk == 9),
+    }[course]
+    rows[:, 32] += rng.standard_normal(context) if course == "level" else 0
+    cache = latent_cache(kernels, rows, 32)
+    got = kernels.mla(torch_of(q)[None], cache, context, 32, 1.0)[0]
+    assert relative(got, attention(q, rows, 32, 1.0)) < 0.03
+    rows[-1, 0] = np.nan
+    assert (
+        kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, 32), context, 32, 1.0)
+        .isnan()
+        .all()
+    )
+
+
+def test_mla_shows_nan(kernels):
+    rows, q = np.random.default_rng(17).standard_normal((100, 72)), torch.randn(5, 72)
+    cache = latent_cache(kernels, rows, 64)
+    assert kernels.mla(q[None], cache, 100, 64, 0.1).isfinite().all()
+    for column, bad in ((3, np.nan), (70, np.inf)):
+        damaged = rows.copy()
+        damaged[70, column] = bad
+        cache = latent_cache(kernels, damaged, 64)
+        assert kernels.mla(q[None], cache, 100, 64, 0.1).isnan().all()
+        assert kernels.mla(q[None], cache, 70, 64, 0.1).isfinite().all()
+    q[2, 70] = float("inf")
+    lost = kernels.mla(q[None], cache, 70, 64, 0.1)[0].isnan()
+    assert lost[2].all()
+    assert not lost[[0, 1, 3, 4]].any()
+
+
+def test_no_piece_of_a_range_goes_past_its_end(kernels):
+    rows = torch.randn(1999, 12)
+    for threads in (1, 2, 3, 7):
+        kernels.set_threads(threads)
+        for count in (1000, 1001, 1500, 1999):
+            cache = torch.full((2100, latent_bytes(8, 4)), 0xFF, dtype=torch.uint8)
+            kernels.store_latents(rows[:count], 8, cache[:count])
+            assert (cache[count:] == 0xFF).all()
+            assert torch.equal(
+                cache[count - 1 : count], latent_cache(kernels, rows[count - 1 : count].numpy(), 8)
+            )
+
+
+def test_latents_of_nothing(kernels):
+    """Rows of zeros, and of numbers so small that their inverse is no float, are rows of zeros."""
+    rows = np.zeros((70, 72))
+    rows[::2] = 1e-40
+    rows[3, 64:], rows[5, :64] = 1.0, 1.0
+    got = kernels.mla(torch.ones(1, 3, 72), latent_cache(kernels, rows, 64), 70, 64, 0.1)[0]
+    rows[::2] = 0
+    assert relative(got, attention(np.ones((3, 72)), rows, 64, 0.1)) < 0.01
+    assert not kernels.mla(
+        torch.ones(1, 3, 72), latent_cache(kernels, 0 * rows, 64), 70, 64, 0.1
+    ).any()
+
+
+HEAVY = ["columns", "student", "student queries"]
+
+
+def distribution(rng, kind, context):
+    """-> rows [S, 576] and queries [16, 576]."""
+    rows, q = rng.standard_normal((context, 576)), rng.standard_normal((16, 576))
+    if kind == "large":
+        rows *= 1e5
+    if kind == "zeros":
+        rows[::2] = 0
+        rows[::3, :512] = 0
+    if kind == "rope":  # rotary keys far larger than the latent
+        rows[:, 512:] *= 1000
+    if kind == "columns":
+        rows[:, :6] *= 20
+        rows[::50] *= 5
+    if kind.startswith("student"):
+        rows = rng.standard_t(3, rows.shape)
+    if kind == "student queries":
+        q = rng.standard_t(3, q.shape)
+    if kind == "mean":  # what rows have in common adds up where their own parts cancel
+        rows += rng.standard_normal(576)
+    return rows, q
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "large", "zeros", "rope", "mean", *HEAVY])
+def test_mla_error_at_a_real_size(kernels, kind):
+    """Within 1.5% on Gaussian rows.  Beside queries and rows of 8 bits in blocks of 32, exactly
+    computed: no worse where tails are heavy, and where they aren't, at most half more, which is
+    what one scale for a whole part costs."""
+    rng = np.random.default_rng(11)
+    errors = []
+    for _ in range(3):
+        rows, q = distribution(rng, kind, 700)
+        cache = latent_cache(kernels, rows, 512)
+        for spread in (1.0, 2.0):
+            scale = sharpness(q, rows, spread)
+            want = attention(q, rows, 512, scale)
+            plain = relative(attention(q8(q), q8(rows), 512, scale), want)
+            errors.append(
+                (
+                    spread,
+                    relative(kernels.mla(torch_of(q)[None], cache, 700, 512, scale)[0], want),
+                    plain,
+                )
+            )
+    for spread in (1.0, 2.0):
+        ours, plain = (
+            math.sqrt(np.mean([error[i] ** 2 for error in errors if error[0] == spread]))
+            for i in (1, 2)
+        )
+        assert ours < plain * (1.0 if kind in HEAVY else 1.5)
+        if kind in ("gaussian", "large"):
+            assert ours < (0.015 if spread == 1.0 else 0.02)
+
+
+def test_many_small_weights_beside_a_large_one(kernels):
+    """63 rows that share a tenth of the weight: each by itself is less than half a 255th of the
+    largest."""
+    rng = np.random.default_rng(18)
+    rows, q = np.zeros((64, 576)), np.zeros((16, 576))
+    rows[:, :512] = rng.standard_normal(512) + 0.1 * rng.standard_normal((64, 512))
+    rows[20, :512], rows[20, 512], q[:, 512] = 0.1 * rng.standard_normal(512), math.log(9 * 63), 1.0
+    got = kernels.mla(torch_of(q)[None], latent_cache(kernels, rows, 512), 64, 512, 1.0)[0]
+    assert relative(got, attention(q, rows, 512, 1.0)) < 0.02
+
+
+@quick
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 20), seeds)
+def test_rotate(kernels, t, heads, pairs, seed):
+    rng = np.random.default_rng(seed)
+    x = torch_of(rng.standard_normal((t, heads, 2 * pairs)))
+    table = torch.polar(torch.full((t, pairs), 0.8), torch_of(rng.uniform(-9, 9, (t, pairs))))
+    got = kernels.rotate(x, table)
+    want = torch.view_as_complex(x.double().view(t, heads, pairs, 2)) * table[:, None].to(
+        torch.complex128
+    )
+    torch.testing.assert_close(
+        got.double(), torch.view_as_real(want).flatten(-2), rtol=0, atol=1e-6
+    )
+    if t:
+        assert torch.equal(kernels.rotate(x[-1:], table[-1:]), got[-1:])
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from([["int8"], ["nf4"], ["bfloat16"], ["int8", "nf4", "float16", "float32"]]),
+    st.tuples(
+        *(st.integers(1, top) for top in (140, 5)),
+        st.integers(0, 20),
+        st.integers(0, 8),
+        st.integers(1, 80),
+        st.integers(1, 20),
+    ),
+    st.sampled_from([0, 1, 30]),
+    st.sampled_from([0, 7]),
+    st.lists(st.sampled_from(["first", "middle", "last"]), min_size=1, max_size=7),
+    st.sampled_from([1.0, 1e4]),
+    st.integers(1, 3),
+    seeds,
+)
+def test_attention_is_bitwise_its_parts(
+    kernels, kinds, shape, q_rank, experts, where, size, threads, seed
+):
+    """One token of each of a few sequences, in one call, is what the single ops give each of them
+    alone."""
+    rng = np.random.default_rng(seed)
+    hidden, heads, n, pairs, r, v = shape
+    if n + pairs == 0:
+        n = 1
+    p = 2 * pairs
+    kernels.set_threads(threads)
+    layer = RandomLayer(kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts)
+    layer.latent_norm *= size  # 1e4: past what fp16 holds
+    capacities = [int(rng.integers(1, 200)) for _ in where]
+    positions = [
+        {"first": 0, "middle": c // 2, "last": c - 1}[place]
+        for place, c in zip(where, capacities, strict=True)
+    ]
+    size, caches, others = latent_bytes(r, p), [], []
+    for capacity, position in zip(capacities, positions, strict=True):
+        buffer = torch.full((max(capacity, 2), size + 3), 0xFF, dtype=torch.uint8)
+        kernels.store_latents(
+            torch_of(rng.standard_normal((position, r + p))), r, buffer[:position, :size]
+        )
+        caches.append(buffer.clone()[:, :size])
+        others.append(buffer.clone()[:, :size])
+    t = len(where)
+    h = torch_of(rng.standard_normal((t, hidden)))
+    table = torch.polar(torch.full((t, pairs), 0.9), torch_of(rng.uniform(-9, 9, (t, pairs))))
+    got = kernels.attention(layer.prepared(), h, table, caches, positions)
+    for i, position in enumerate(positions):
+        want = layer.one_by_one(h[i : i + 1], table[i : i + 1], others[i], position)
+        assert same([None if part is None else part[i : i + 1] for part in got], want)
+        assert torch.equal(caches[i][: position + 1], others[i][: position + 1])
+        assert (caches[i][position + 1 :] == 0xFF).all()
+        assert (caches[i]._base[:, size:] == 0xFF).all()
+    assert got[0].isfinite().all()
+
+
+def test_threads_change_nothing_in_a_fused_layer(kernels):
+    rng = np.random.default_rng(14)
+    layer = RandomLayer(kernels, rng, ["int8", "nf4"], 320, 6, 20, 12, 130, 24, 70, 50)
+    rows, h = (
+        latent_cache(kernels, rng.standard_normal((900, 142)), 130),
+        torch_of(rng.standard_normal((1, 320))),
+    )
+    table, results = torch.polar(torch.ones(1, 6), torch.rand(1, 6)), []
+    for threads in (1, 2, 3, 7):
+        kernels.set_threads(threads)
+        cache = rows.clone()
+        results.append([*kernels.attention(layer.prepared(), h, table, [cache], [850]), cache])
+    assert all(same(other, results[0]) for other in results[1:])
+
+
+def test_a_layer_holds_its_memory(kernels):
+    """Nothing but the prepared layer refers to the weights."""
+    rng = np.random.default_rng(15)
+    layer = RandomLayer(kernels, rng, ["int8", "nf4", "bfloat16"], 64, 2, 8, 4, 32, 8, 24, 9)
+    prepared = layer.prepared()
+    h, table = torch.randn(1, 64), torch.polar(torch.ones(1, 2), torch.rand(1, 2))
+    want = kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0])
+    del layer
+    for size in (8, 64, 2048, 16384):  # would be given the freed memory
+        torch.full((size,), float("nan"))
+    assert same(
+        kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0]), want
+    )
+
+
+def test_bad_layers_are_refused(kernels):
+    rng = np.random.default_rng(16)
+    layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
+    good = layer.arguments()
+    scales = {"eps": 1e-5, "latent_eps": 1e-6, "scale": 0.1}
+    other = AnyMatrix(kernels, rng, "nf4", 63, 65).fused
+    changes = [
+        {0: (3, 8, 4, 32, 10)},
+        {0: (2, 8, 3, 32, 10)},
+        {0: (2, 8, 4, 32, 0)},
+        {1: torch.ones(63)},
+        {1: torch.ones(64).double()},
+        {1: torch.ones(64, device="meta")},
+        {3: None},
+        {3: torch.ones(23)},
+        {4: None},
+        {6: torch.ones(31)},
+        {7: layer.kv_b.float()},
+        {7: layer.kv_b[:-1]},
+        {7: layer.kv_b.t().contiguous().t()},
+        {8: layer.kv_b_scale[:-1]},
+        {10: torch.ones(65)},
+        *({place: other} for place in (2, 4, 5, 9, 11)),
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match=r"expected|must"):
+            AttentionLayer(*[change.get(i, value) for i, value in enumerate(good)], **scales)
+    prepared, h, table = (
+        layer.prepared(),
+        torch.randn(1, 64),
+        torch.ones(1, 2, dtype=torch.complex64),
+    )
+    cache, wider = (torch.zeros(5, width, dtype=torch.uint8) for width in (52, 58))
+    kernels.attention(prepared, h, table, [cache], [4])
+    pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
+    int8, codes = (
+        Matrix.int8(pack, torch.ones(16)),
+        (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()),
+    )
+    nf4s = [
+        Matrix.nf4(*codes, levels, 16, 16)
+        for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))
+    ]
+    mlp = Mlp(int8, int8, int8)
+    cases = [
+        lambda: kernels.attention(prepared, h[0], table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.repeat(2, 1), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.double(), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h.to("meta"), table, [cache], [0]),
+        lambda: kernels.attention(prepared, h, table[:, :1], [cache], [0]),
+        lambda: kernels.attention(prepared, h, table.real, [cache], [0]),
+        lambda: kernels.attention(prepared, h, table.conj(), [cache], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache], [5]),
+        lambda: kernels.attention(prepared, h, table, [cache], [-1]),
+        lambda: kernels.attention(prepared, h, table, [cache], [0, 1]),
+        lambda: kernels.attention(prepared, h, table, [], []),
+        lambda: kernels.attention(
+            prepared, h.repeat(2, 1), table.repeat(2, 1), [cache, wider[:, :52]], [0, 0]
+        ),
+        lambda: kernels.attention(prepared, h, table, [cache.float()], [0]),
+        lambda: kernels.attention(prepared, h, table, [cache[:, :51]], [0]),
+        lambda: kernels.attention(
+            prepared, h, table, [torch.zeros(52, 5, dtype=torch.uint8).t()], [0]
+        ),
+        lambda: kernels.attention(prepared, h, table, [cache[:1].expand(5, 52)], [0]),
+        lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
+        lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(1, 2, dtype=torch.complex64)),
+        lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.complex64).conj()),
+        lambda: kernels.mlp(torch.ones(2, 15), mlp),
+        lambda: kernels.mlp(torch.ones(2, 16), mlp, torch.ones(1, 16)),
+        lambda: kernels.mlp(torch.ones(2, 16), mlp, None, torch.ones(2, 16)),
+        lambda: kernels.mlp(torch.ones(2, 16), Mlp(*[nf4s[2]] * 3)),
+        lambda: Mlp(int8, int8, nf4s[0]),
+        lambda: Mlp(nf4s[0], nf4s[0], nf4s[1]),
+        lambda: Mlp(
+            int8,
+            int8,
+            Matrix.int8(kernels.pack_int8(torch.ones(16, 15, dtype=torch.int8)), torch.ones(16)),
+        ),
+        lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
+        lambda: Matrix.int8(PackedInt8(pack.data, 17, 16), torch.ones(17)),
+        lambda: Matrix.int8(pack, torch.ones(15)),
+        lambda: Matrix.nf4(*codes, levels_tensor, 17, 16),
+        lambda: Matrix.nf4(*codes, levels_tensor[:15], 16, 16),
+        lambda: Matrix.dense(torch.ones(16, 16).double()),
+        lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=r"expected|must|rows|columns|refused"):
+            case()

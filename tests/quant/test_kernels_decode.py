@@ -1,0 +1,256 @@
+"""The native router and the decode call, which goes through layers, against their parts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slotmoe.quant.kernels.cpu.weights import Decoder, Mlp, Router
+from slotmoe.quant.shapes import latent_bytes
+from tests.support.kernels import (
+    AnyMatrix,
+    RandomLayer,
+    levels_tensor,
+    needs_native,
+    quick,
+    random_expert,
+    same,
+    seeds,
+    slab_of,
+    torch_of,
+)
+
+pytestmark = needs_native
+
+
+@quick
+@given(
+    st.integers(0, 5),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 3), (8, 8)]),
+    st.integers(1, 20),
+    st.booleans(),
+    st.data(),
+)
+def test_route(kernels, t, groups, size, renormalize, data):
+    """The network's own gate is the oracle where no scores are equal; among equals the lower index
+    comes first."""
+    (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
+    experts, top_k = count * size, data.draw(st.integers(1, kept * size))
+    logits = torch_of(
+        np.round(rng.standard_normal((t, experts)) * data.draw(st.sampled_from([1, 4, 4000])))
+    )
+    logits *= data.draw(st.sampled_from([1, 1e-3]))
+    weights, indices = kernels.route(
+        logits, Router(count, kept, top_k, None if renormalize else 1.5)
+    )
+    scores = logits.double().softmax(-1).float()
+    best = scores.view(t, count, size).amax(-1).sort(descending=True, stable=True).indices[:, :kept]
+    mask = (
+        torch.zeros(t, count, dtype=torch.bool).scatter_(1, best, True).repeat_interleave(size, 1)
+    )
+    want, order = scores.masked_fill(~mask, 0).sort(descending=True, stable=True)
+    want, order = want[:, :top_k], order[:, :top_k]
+    torch.testing.assert_close(
+        weights,
+        (want / want.double().sum(-1, keepdim=True) if renormalize else want * 1.5).float(),
+        rtol=1e-6,
+        atol=1e-30,
+    )
+    assert torch.equal(indices, order)
+
+
+def test_route_of_what_is_not_finite(kernels):
+    logits = torch.randn(3, 12)
+    logits[0, 7], logits[1, 0] = float("nan"), float("inf")
+    for router in (Router(1, 1, 5, 1.0), Router(4, 2, 5, None)):
+        weights, indices = kernels.route(logits, router)
+        assert weights[:2].isnan().all() and weights[2].isfinite().all()
+        assert all(
+            len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 for row in indices.tolist()
+        )
+    for bad in (
+        Router(5, 1, 2, 1.0),
+        Router(4, 5, 2, 1.0),
+        Router(4, 0, 2, 1.0),
+        Router(1, 1, 13, 1.0),
+        Router(1, 1, 0, 1.0),
+    ):
+        with pytest.raises(ValueError, match="don't fit"):
+            kernels.route(logits, bad)
+
+
+class RandomModel:
+    """A few layers, dense, with experts, with shared ones or without, to go through in one call or
+    in several."""
+
+    def __init__(self, kernels, rng, hidden, width, experts, top_k):
+        self.kernels, self.width = kernels, width
+        self.router, self.layers = Router(2, 1, top_k, 1.3), []
+        kinds = [(0, True), (experts, True), (experts, False), (0, False), (experts, True)]
+        for count, has_mlp in (kinds[index] for index in rng.permutation(5)):
+            layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
+            kind = ["int8", "nf4"][int(rng.integers(2))]
+            parts = [
+                AnyMatrix(kernels, rng, kind, *shape).fused
+                for shape in [(width, hidden), (width, hidden), (hidden, width)]
+            ]
+            self.layers.append((layer.prepared(), Mlp(*parts) if has_mlp else None))
+        self.slab = slab_of([random_expert(rng, hidden, width)[1] for _ in range(3 * experts)])
+        self.slots = torch.from_numpy(rng.permutation(3 * experts).astype(np.int32)).view(
+            3, experts
+        )
+        self.decoder = Decoder(self.layers, self.router, width)
+
+    def start(self, rng, positions):
+        """The tokens' residual streams and rotations, and caches with `positions` rows, each in a
+        larger buffer."""
+        size, t = latent_bytes(20, 4), len(positions)
+        buffer = torch.full((t, 5, 90, size + 5), 0xFF, dtype=torch.uint8)
+        caches = list(buffer[..., :size])
+        for cache, position in zip(caches, positions, strict=True):
+            for rows in cache:
+                latents = torch_of(rng.standard_normal((position, 24)))
+                self.kernels.store_latents(latents, 20, rows[:position])
+        table = torch.polar(torch.ones(t, 2), torch_of(rng.uniform(-9, 9, (t, 2))))
+        return torch_of(rng.standard_normal((t, self.decoder.hidden))), table, caches
+
+    def before_experts(self, index, h, table, caches, positions):
+        rows = [cache[index] for cache in caches]
+        h, x, logits = self.kernels.attention(self.layers[index][0], h, table, rows, positions)
+        return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
+
+    def experts(self, moe_layer, x, weights, indices):
+        slots = self.slots[moe_layer][indices]
+        outputs = torch.empty(*slots.shape, x.shape[1])
+        self.kernels.experts_by_slot(x, self.slab, slots, self.width, levels_tensor, outputs)
+        y = self.kernels.weighted_sum(outputs, weights)
+        for token, row in enumerate(slots.tolist()):
+            records = [self.slab[slot] for slot in row]
+            alone = self.kernels.experts_each(x[token], records, self.width, levels_tensor)
+            assert torch.equal(alone, outputs[token])
+        return y
+
+    def finish(self, index, h, x, y):
+        mlp = self.layers[index][1]
+        if mlp is not None:
+            return self.kernels.mlp(x, mlp, h, y)
+        return h if y is None else h + y
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.integers(1, 100),
+    st.integers(1, 60),
+    st.integers(1, 3),
+    st.one_of(st.just(0.0), st.floats(0, 1), st.just(1.0)),
+    st.one_of(st.lists(st.integers(0, 80), min_size=n, max_size=n) for n in (1, 3)),
+    st.integers(1, 3),
+    st.booleans(),
+    seeds,
+)
+def test_decode_is_bitwise_its_parts(
+    kernels, hidden, width, top_k, present, positions, threads, resumes, seed
+):
+    """Also where it has to stop at experts that have no slot, which is every router's where none
+    has one, and goes on from what another computed of them, or behind that layer."""
+    rng = np.random.default_rng(seed)
+    kernels.set_threads(threads)
+    model = RandomModel(kernels, rng, hidden, width, 6, top_k)
+    h, table, caches = model.start(rng, positions)
+    others = list(caches[0]._base.clone()[..., : caches[0].shape[2]])
+    want, routed = h, model.decoder.routed
+    moe_layers = [sum(routed[:index]) for index in range(5)]
+    slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) >= present), -1)
+    at, resumed, asked, stops = 0, (), 0, 0
+    while at < 5:
+        got = kernels.decode(
+            model.decoder,
+            at,
+            h,
+            table,
+            caches,
+            positions,
+            model.slab,
+            slots,
+            levels_tensor,
+            *resumed,
+        )
+        asked += len(got.indices)
+        choices = []
+        for index in range(at + bool(resumed), 5):
+            want, x, weights, indices = model.before_experts(index, want, table, others, positions)
+            choices += [] if indices is None else [indices.tolist()]
+            if index == got.layer:
+                break
+            assert weights is None or (slots[moe_layers[index]][indices] >= 0).all()
+            y = None if weights is None else model.experts(moe_layers[index], x, weights, indices)
+            want = model.finish(index, want, x, y)
+        assert torch.equal(got.h, want) and got.indices.tolist() == choices
+        assert got.indices.shape[1:] == (len(positions), top_k)
+        h, at, resumed = got.h, got.layer, ()
+        if got.layer < 5:
+            stops += 1
+            assert (slots[moe_layers[index]][indices] < 0).any()
+            assert same([got.x, got.weights], [x, weights])
+            y = model.experts(moe_layers[index], x, weights, indices)
+            want = model.finish(index, want, x, y)
+            if resumes:
+                resumed = got.x, y
+            else:
+                h, at = want, got.layer + 1
+    assert asked == 3 and (stops == 3 or present > 0)
+    assert torch.equal(h, want)
+    assert torch.equal(caches[0]._base, others[0]._base)
+
+
+def test_decode_refuses(kernels):
+    rng = np.random.default_rng(17)
+    model = RandomModel(kernels, rng, 64, 32, 6, 2)
+    moe, dense = model.decoder.routed.index(True), model.decoder.routed.index(False)
+    h, table, caches = model.start(rng, [3, 0])
+    names = "decoder first h table caches positions slab slots levels x experts".split()
+    good = [model.decoder, moe, h, table, caches, [3, 0], model.slab, model.slots, levels_tensor]
+    good = dict(zip(names, [*good, h, h], strict=True))
+    kernels.decode(**good)
+    kernels.decode(**good | {"x": None, "experts": None})
+    odd = torch.zeros(model.slab.numel() + 1, dtype=torch.uint8)[1:].view(model.slab.shape)
+    wide = torch.zeros(len(model.slab), model.slab.shape[1] + 8, dtype=torch.uint8)
+    bad = {
+        "first": [5, -1, dense],
+        "h": [h[:, 1:], h[:1], h.double(), h.to("meta"), h.t().contiguous().t()],
+        "table": [table[:, 1:], table[:1], table.real, table.conj()],
+        "caches": [
+            [],
+            caches[:1],
+            [caches[0], caches[1].float()],
+            [caches[0], caches[1][1:]],
+            [caches[0], caches[1].contiguous()],
+            [caches[0], caches[1][:, :80]],
+            [cache[1:] for cache in caches],
+            [cache[0] for cache in caches],
+            [cache[..., 1:] for cache in caches],
+            [cache.to("meta") for cache in caches],
+            [torch.zeros(5, cache.shape[2], 90, dtype=torch.uint8).mT for cache in caches],
+            [cache[:, :1].expand(5, 90, -1) for cache in caches],
+        ],
+        "positions": [[3], [3, 0, 0], [3, -1], [90, 0]],
+        "slab": [model.slab[:, :64].contiguous(), odd, wide, model.slab.float()],
+        "slots": [model.slots[1:], model.slots.long(), model.slots + 18],
+        "levels": [levels_tensor[1:], levels_tensor * float("nan")],
+        "x": [None, h[:1], h.double()],
+        "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
+                kernels.decode(**good | {name: value})
+    layer, mlp = next(entry for entry in model.layers if entry[0].experts and entry[1])
+    smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
+    for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
+        with pytest.raises(ValueError, match=r"no layers|different"):
+            Decoder(layers, model.router, 32)
+    with pytest.raises(ValueError, match="don't fit"):
+        Decoder([(layer, mlp)], Router(1, 1, 7, 1.0), 32)

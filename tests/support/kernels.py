@@ -1,0 +1,239 @@
+"""Random weights for the native kernels' tests, and their formats rebuilt from the documentation,
+one element at a time where speed allows.
+
+Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16 rows and blocks of
+64 columns.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from slotmoe.quant import nf4
+from slotmoe.quant.kernels.cpu import bindings as qk
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix
+from slotmoe.quant.shapes import latent_bytes
+
+native = qk.load()
+needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built")
+ISAS = native.isas if native else ()
+
+LEVELS = np.array(nf4.LEVELS, dtype=np.float32)
+
+# Hypothesis runs inside parametrized tests; the fixtures that it complains about only choose the
+# instruction set.
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def tile_codes(codes: np.ndarray) -> np.ndarray:
+    """codes [Np, Kp] -> uint8 [Np/16, Kp/64, 512]."""
+    n, k = codes.shape
+    t = codes.reshape(n // 16, 16, k // 64, 8, 2, 4)  # tile, lane, block, t, high or low nibble, i
+    t = t.transpose(0, 2, 3, 1, 5, 4).astype(np.uint8)  # tile, block, t, lane, i, nibble
+    return (t[..., 0] << 4 | t[..., 1]).reshape(n // 16, k // 64, 512)
+
+
+def untile_codes(tiles: np.ndarray, n: int, k: int) -> np.ndarray:
+    out = np.empty((tiles.shape[0] * 16, tiles.shape[1] * 64), dtype=np.uint8)
+    for (tile, block, byte), value in np.ndenumerate(tiles):
+        t, lane, i = byte // 64, byte % 64 // 4, byte % 4
+        out[16 * tile + lane, 64 * block + 8 * t + i] = value >> 4
+        out[16 * tile + lane, 64 * block + 8 * t + 4 + i] = value & 15
+    return out[:n, :k]
+
+
+def random_nf4(rng, n, k, scale=1.0, levels=LEVELS, negative=False):
+    """A random NF4 matrix with documented padding -> (dequantized float64 [n, k], codes,
+    absmax)."""
+    n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
+    codes = np.full((n_pad, k_pad), 7, dtype=np.uint8)
+    codes[:n, :k] = rng.integers(0, 16, (n, k))
+    absmax = np.zeros((n_pad, k_pad // 64), dtype=np.float16)
+    absmax[:n] = (rng.uniform(0.5, 1.5, (n, k_pad // 64)) * scale).astype(np.float16)
+    if negative:
+        absmax *= rng.choice([-1, 1], absmax.shape).astype(np.float16)
+    with np.errstate(under="ignore"):
+        w = levels.astype(np.float64)[codes] * np.repeat(absmax.astype(np.float64), 64, axis=1)
+    tiles = absmax.reshape(n_pad // 16, 16, k_pad // 64).transpose(0, 2, 1)
+    return (
+        w[:n, :k],
+        torch.from_numpy(tile_codes(codes)),
+        torch.from_numpy(np.ascontiguousarray(tiles)),
+    )
+
+
+def silu(g):
+    return g / (1 + np.exp(-np.clip(g, -700, None)))
+
+
+def relative(got, want):
+    """RMS of the difference over RMS of the truth."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    size = np.linalg.norm(want)
+    return np.linalg.norm(got - want) / size if size else np.linalg.norm(got)
+
+
+def aligned(data: np.ndarray, tail: int = 0) -> torch.Tensor:
+    """uint8 tensor at a multiple of 64 bytes, followed by `tail` poisoned bytes that belong to
+    it."""
+    buffer = torch.full((data.size + tail + 64,), 0xFF, dtype=torch.uint8)
+    offset = -buffer.data_ptr() % 64
+    buffer[offset : offset + data.size] = torch.from_numpy(data)
+    return buffer[offset : offset + data.size + tail]
+
+
+def random_expert(rng, h, i, levels=LEVELS, scale=None):
+    """-> (gate, up, down) float64 and the record with a poisoned tail."""
+    scale = scale or 2 / math.sqrt(h)
+    parts = [random_nf4(rng, *shape, scale, levels, True) for shape in ((i, h), (i, h), (h, i))]
+    data = [p[1].numpy().tobytes() for p in parts] + [p[2].numpy().tobytes() for p in parts]
+    return [p[0] for p in parts], aligned(np.frombuffer(b"".join(data), dtype=np.uint8).copy(), 100)
+
+
+def q8(x):
+    """llama.cpp's Q8_0 of activations: blocks of 32, scale = max / 127 in fp16."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    d = np.abs(blocks).max(-1, keepdims=True) / 127
+    q = np.round(np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0))
+    return (q * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
+
+
+def torch_of(x):
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+levels_tensor = torch.from_numpy(LEVELS)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def slab_of(records):
+    """Records as slots, each at a multiple of 64 bytes, in poisoned memory: uint8 [S, stride]."""
+    slab = torch.full((len(records), -(-len(records[0]) // 64) * 64 + 64), 255, dtype=torch.uint8)
+    for slot, record in zip(slab, records, strict=True):
+        slot[: len(record)] = record
+    return slab
+
+
+def latent_cache(kernels, rows, r, extra=0):
+    """Rows [S, R + P] as the kernels keep them, ``extra`` bytes apart, the last as long as any."""
+    size = latent_bytes(r, rows.shape[1] - r)
+    cache = torch.full((len(rows), size + extra), 0xFF, dtype=torch.uint8)[:, :size]
+    kernels.store_latents(torch_of(rows), r, cache)
+    return cache
+
+
+def through_expert(kernels, x, record, intermediate):
+    """All of x through one expert, [T, H]."""
+    y = torch.empty(len(x), 1, x.shape[1])
+    kernels.experts_by_slot(
+        x,
+        slab_of([record]),
+        torch.zeros(len(x), 1, dtype=torch.int32),
+        intermediate,
+        levels_tensor,
+        y,
+    )
+    return y[:, 0]
+
+
+class AnyMatrix:
+    """A random matrix of one kind, for the single call and as the fused calls take it."""
+
+    def __init__(self, kernels, rng, kind, n, k):
+        if kind == "int8":
+            packed = kernels.pack_int8(
+                torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
+            )
+            scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
+            self.fused, self.times = (
+                Matrix.int8(packed, scale),
+                lambda x: kernels.linear_int8(x, packed, scale),
+            )
+        elif kind == "nf4":
+            _, codes, absmax = random_nf4(rng, n, k, 1 / math.sqrt(k), negative=True)
+            self.fused = Matrix.nf4(codes, absmax, levels_tensor, n, k)
+            self.times = lambda x: kernels.linear_nf4(x, codes, absmax, levels_tensor, n)
+        else:
+            w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
+            self.fused, self.times = Matrix.dense(w), lambda x: kernels.linear_dense(x, w)
+
+
+class RandomLayer:
+    """A layer of random weights whose attention is computed by one call, or by the single calls."""
+
+    def __init__(self, kernels, rng, kinds, hidden, heads, n, p, r, v, q_rank, experts):
+        self.kernels, self.sizes, self.q_rank = kernels, (heads, n, p, r, v), q_rank
+
+        def make(rows, columns):
+            return AnyMatrix(kernels, rng, kinds[int(rng.integers(len(kinds)))], rows, columns)
+
+        def norm(size):
+            return torch_of(1 + 0.1 * rng.standard_normal(size))
+
+        self.query = make(q_rank or heads * (n + p), hidden)
+        self.query_b = make(heads * (n + p), q_rank) if q_rank else None
+        self.latent, self.out = make(r + p, hidden), make(hidden, heads * v)
+        self.gate = AnyMatrix(kernels, rng, "float32", experts, hidden) if experts else None
+        self.input_norm, self.next_norm, self.latent_norm = norm(hidden), norm(hidden), norm(r)
+        self.query_norm = norm(q_rank) if q_rank else None
+        self.kv_b = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
+        self.kv_b_scale = torch_of(rng.uniform(0.5, 2, heads * (n + v)) / 80 / math.sqrt(r))
+        self.scale = 1.5 / math.sqrt(n + p)
+
+    def arguments(self):
+        optional = (
+            self.query_b.fused if self.query_b else None,
+            self.gate.fused if self.gate else None,
+        )
+        first = (
+            self.sizes,
+            self.input_norm,
+            self.query.fused,
+            self.query_norm,
+            optional[0],
+            self.latent.fused,
+            self.latent_norm,
+        )
+        return [*first, self.kv_b, self.kv_b_scale, self.out.fused, self.next_norm, optional[1]]
+
+    def prepared(self):
+        return AttentionLayer(*self.arguments(), eps=1e-5, latent_eps=1e-6, scale=self.scale)
+
+    def one_by_one(self, h, table, cache, position):
+        heads, n, p, r, v = self.sizes
+        k = self.kernels
+        x = k.rms_norm(h, self.input_norm, 1e-5)
+        q = self.query.times(x)
+        if self.q_rank:
+            q = self.query_b.times(k.rms_norm(q, self.query_norm, 1e-6))
+        q = q.view(1, heads, n + p)
+        latent = self.latent.times(x)
+        row = torch.cat(
+            [
+                k.rms_norm(latent[:, :r].contiguous(), self.latent_norm, 1e-6),
+                k.rotate(latent[:, None, r:].contiguous(), table)[0],
+            ],
+            -1,
+        )
+        k.store_latents(row, r, cache[position : position + 1])
+        absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b, self.kv_b_scale)
+        full = torch.cat([absorbed, k.rotate(q[..., n:].contiguous(), table)], -1)
+        out = k.mla(full, cache, position + 1, r, self.scale)
+        h = h + self.out.times(
+            k.absorb_value(out, self.kv_b, self.kv_b_scale, n).reshape(1, heads * v)
+        )
+        x = k.rms_norm(h, self.next_norm, 1e-5)
+        return h, x, self.gate.times(x) if self.gate else None
+
+
+def same(got, want):
+    return all(
+        a is None if b is None else torch.equal(a, b) for a, b in zip(got, want, strict=True)
+    )
