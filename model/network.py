@@ -22,6 +22,15 @@ from torch import Tensor
 
 from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    GATE,
+    HEAD,
+    LAYER_PARTS,
+    layer_tensor,
+    mlp_parts,
+)
 
 Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``experts(layer, x_TD, weights_TK, indices_TK) -> y_TD``: the weighted sum of each token's
@@ -196,28 +205,14 @@ def unwatched(part: str, now: float | None = None) -> None:
 
 
 def _layer(weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
-    prefix = f"model.layers.{layer}."
+    def get(part: str) -> Any:
+        return weights.get(layer_tensor(layer, part))
 
-    def get(name: str) -> Any:
-        return weights.get(prefix + name + ".weight")
-
-    where = "mlp.shared_experts." if config.is_moe(layer) else "mlp."
     has_mlp = not config.is_moe(layer) or config.n_shared_experts > 0
     return Layer(
-        input_layernorm=get("input_layernorm"),
-        q_proj=get("self_attn.q_proj"),
-        q_a_proj=get("self_attn.q_a_proj"),
-        q_a_layernorm=get("self_attn.q_a_layernorm"),
-        q_b_proj=get("self_attn.q_b_proj"),
-        kv_a_proj=get("self_attn.kv_a_proj_with_mqa"),
-        kv_a_layernorm=get("self_attn.kv_a_layernorm"),
-        kv_b_proj=get("self_attn.kv_b_proj"),
-        o_proj=get("self_attn.o_proj"),
-        post_attention_layernorm=get("post_attention_layernorm"),
-        gate=get("mlp.gate").float() if config.is_moe(layer) else None,
-        mlp=Mlp(get(where + "gate_proj"), get(where + "up_proj"), get(where + "down_proj"))
-        if has_mlp
-        else None,
+        **{field: get(part) for field, part in LAYER_PARTS.items()},
+        gate=get(GATE).float() if config.is_moe(layer) else None,
+        mlp=Mlp(*map(get, mlp_parts(config.is_moe(layer)))) if has_mlp else None,
     )
 
 
@@ -275,12 +270,10 @@ class DeepseekV2:
 
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: Ops, experts: Experts):
         self.config, self.ops, self.experts = config, ops, experts
-        self.embed_tokens = weights["model.embed_tokens.weight"]
+        self.embed_tokens = weights[EMBEDDING]
         self.layers = [_layer(weights, config, layer) for layer in range(config.num_hidden_layers)]
-        self.norm: Tensor = weights["model.norm.weight"]
-        self.lm_head = (
-            self.embed_tokens if config.tie_word_embeddings else weights["lm_head.weight"]
-        )
+        self.norm: Tensor = weights[FINAL_NORM]
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else weights[HEAD]
         c, sizes = (
             config,
             (

@@ -20,7 +20,7 @@ from slotmoe.jsonfile import read_json
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.card_experts import CardExperts, CardSlots, Misses
@@ -219,9 +219,9 @@ def _placer(card: Card | None, ops: TorchOps) -> Callable[[str, Any], Any]:
     empty = Arena().empty if card is None else card.empty
 
     def place(name: str, weight: Any) -> Any:
-        if isinstance(weight, Tensor) and (weight.dim() == 1 or name.endswith(".mlp.gate.weight")):
+        if isinstance(weight, Tensor) and (weight.dim() == 1 or role_of(name) == "gate"):
             weight = weight.float()
-        return ops.prepare(name, weight, empty)
+        return ops.prepare(role_of(name), weight, empty)
 
     return place
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from slotmoe.model.config import Config
-from slotmoe.model.names import expert_name, resident_shapes
+from slotmoe.model.names import expert_name, resident_shapes, role_of, split_name
 from slotmoe.quant.export.layout import (
     PROJECTIONS,
     RESIDENT,
@@ -33,8 +33,7 @@ class Contents:
         )
         self.resident_shapes = resident_shapes(config)
         self.quantization = {
-            name: resident_quantization(name, shape, mode)
-            for name, shape in self.resident_shapes.items()
+            name: resident_quantization(role_of(name), mode) for name in self.resident_shapes
         }
         parts: dict[str, Part] = {}
         for name, shape in self.resident_shapes.items():

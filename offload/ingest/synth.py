@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slotmoe import model
 from slotmoe.model.config import read_config
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.offload.ingest.output_dir import check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, export_manifest, small_files
 from slotmoe.quant.export.layout import (
@@ -47,9 +47,7 @@ def synthesize(
     check_destination(destination, overwrite)
     layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
     shapes, mode = resident_shapes(config), "int8" if resident == "auto" else resident
-    quantization = {
-        name: resident_quantization(name, shape, mode) for name, shape in shapes.items()
-    }
+    quantization = {name: resident_quantization(role_of(name), mode) for name in shapes}
     parts: dict[str, Part] = {}
     for name, shape in shapes.items():
         parts |= resident_parts(name, shape, quantization[name], torch.bfloat16)
@@ -188,7 +186,7 @@ class _Random:
 def _deviation(name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of a matrix [N, K]: 1 / (2 sqrt(K)), and 1 for the embedding, so that it
     leads the residual stream and different tokens go to different experts."""
-    return 1.0 if name.endswith("embed_tokens.weight") else 0.5 * shape[-1] ** -0.5
+    return 1.0 if name == EMBEDDING else 0.5 * shape[-1] ** -0.5
 
 
 def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
