@@ -17,6 +17,7 @@ import pytest
 import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.offload.ingest.http import connect
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -49,7 +50,7 @@ def wanted(sample, tmp_path_factory):
 @pytest.fixture
 def served(hub, sample, monkeypatch):
     """The hub with that repository; files arrive in several pieces."""
-    monkeypatch.setattr(download, "PIECE_BYTES", 512 << 10)
+    monkeypatch.setattr(download, "RANGE_BYTES", 512 << 10)
     hub.add(NAME, Repo(sample))
     return hub
 
@@ -185,7 +186,7 @@ def test_finished_weight_files_are_not_fetched_again(served, wanted, tmp_path):
 
 
 def test_resumes_inside_a_file(served, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PIECE_BYTES", 64 << 20)  # one range a file
+    monkeypatch.setattr(download, "RANGE_BYTES", 64 << 20)  # one range a file
     with pytest.raises(Stop):
         make(tmp_path / "export", arriving=stop_at(0.02))
     served.requests.clear()
@@ -337,7 +338,7 @@ import hashlib, json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 import huggingface_hub, slotmoe.offload.ingest.download, slotmoe.offload.ingest.hub, torch
 work, kills = Path(sys.argv[1]), int(sys.argv[2])
-slotmoe.offload.ingest.download.PIECE_BYTES, slotmoe.offload.ingest.download._SAVE_SECONDS = 512 << 10, 0.02
+slotmoe.offload.ingest.download.RANGE_BYTES, slotmoe.offload.ingest.download.SAVE_SECONDS = 512 << 10, 0.02
 def tree():
     return {str(p.relative_to(work)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(work.rglob("*")) if p.is_file()}
 def attempt(after=None, event=None):
@@ -483,7 +484,7 @@ def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hub_that_can_not_be_reached(served, impatient, tmp_path, monkeypatch):
+def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     with socket.socket() as taken:
@@ -621,7 +622,7 @@ def test_folder_goes_before_the_hub(served, sample, slotmoe, tmp_path, monkeypat
     assert (code, "leave the revision out" in err) == (2, True)
 
 
-def test_command_line_codes(served, impatient, slotmoe, tmp_path, monkeypatch):
+def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("slotmoe.offload.ingest.hub.Patience", lambda: QUICK)
     code, out, err = slotmoe("quantize", "org/nothing", "export")
@@ -674,10 +675,10 @@ def test_proxy_of_the_environment(monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", "http://user:p%40ss@proxy.test:3128")
     monkeypatch.setenv("https_proxy", "proxy.test:3128")
-    connection, target, headers = download._connection("http://hub.test/a?b", 1)
+    connection, target, headers = connect("http://hub.test/a?b", 1)
     assert (connection.host, connection.port, target) == ("proxy.test", 3128, "http://hub.test/a?b")
     assert headers == {"Proxy-Authorization": "Basic dXNlcjpwQHNz", "Host": "hub.test"}
-    connection, target, _ = download._connection("https://hub.test:8443/a", 1)
+    connection, target, _ = connect("https://hub.test:8443/a", 1)
     assert (connection.host, connection._tunnel_host, connection._tunnel_port, target) == (
         "proxy.test",
         "hub.test",
@@ -685,7 +686,7 @@ def test_proxy_of_the_environment(monkeypatch):
         "/a",
     )
     monkeypatch.setenv("no_proxy", "hub.test")
-    assert download._connection("http://hub.test/a?b", 1)[0].host == "hub.test"
+    assert connect("http://hub.test/a?b", 1)[0].host == "hub.test"
 
 
 def test_kept_half_is_no_checkpoint(served, tmp_path):

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slotmoe.offload.ingest.download import Patience
+from slotmoe.offload.ingest.http import Patience
 from slotmoe.offload.ingest.hub import quantize_from_hub
 
 TOKEN = "hf_secretsecretsecret"
