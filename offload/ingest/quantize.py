@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
-from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint, inside
+from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.names import expert_name, experts_name
 from slotmoe.offload.ingest.contents import Contents, copied_entries
+from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import (
     beside,
     check_destination,
@@ -46,15 +47,7 @@ from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import quantize_int8, quantize_nf4, squared_error
 from slotmoe.quant.export.assemble import Assembly, publish_file, temporary_name
-from slotmoe.quant.export.layout import (
-    COPIED,
-    FORMAT_VERSION,
-    MANIFEST,
-    PROJECTIONS,
-    RESIDENT,
-    is_predictor,
-)
-from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, PROJECTIONS, RESIDENT
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import sync_folder, write_json
 from slotmoe.quant.int8 import Int8Weight
@@ -122,7 +115,7 @@ def quantize(
     with Checkpoint.open(source) as checkpoint, locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := finished_manifest(destination)) is not None:
             return manifest
-        existing = None if overwrite else _export_of(checkpoint, mode, destination)
+        existing = None if overwrite else export_of(checkpoint, mode, destination)
         if existing is None:
             check_destination(destination, overwrite)
         else:
@@ -131,10 +124,11 @@ def quantize(
         job = _Job(checkpoint, partial, mode, workers, progress, shards)
         with full_disk_explained(partial):
             if existing is not None:
-                return _repair(job, destination, existing, checking, notify)
+                damaged = damaged_files(destination, existing, checking)
+                return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
-            manifest = _export_of(checkpoint, mode, partial)
-            if manifest is None or not _has_sizes(partial, manifest):
+            manifest = export_of(checkpoint, mode, partial)
+            if manifest is None or not has_sizes(partial, manifest):
                 job.load_state(overwrite)
                 manifest = job.run()
             wanted = {partial / name for name in (MANIFEST, *manifest["files"])}
@@ -144,88 +138,6 @@ def quantize(
             sync_folder(partial)
             publish(partial, destination)
         return manifest
-
-
-def _export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, else
-    None."""
-    if folder.is_symlink():
-        return None
-    try:
-        manifest = read_manifest(folder)
-    except ExportError:
-        return None
-    source = manifest.get("source")
-    same = isinstance(source, dict) and source.get("files") == _source_files(checkpoint)
-    return manifest if same and manifest["quantization"]["resident"] == mode else None
-
-
-def _has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
-    paths = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-
-def _repair(
-    job: _Job, destination: Path, manifest: dict[str, Any], checking: Progress, notify: Notify
-) -> dict[str, Any]:
-    """Make the damaged files of an export again, each in the moment of one rename; returns the
-    manifest."""
-    damaged = damaged_files(destination, manifest, checking)
-    for name, problem in damaged.items():
-        if (destination / name).is_dir():
-            raise ExportError(
-                f"{destination / name}: is a folder; move it away, so that the file can be made"
-            )
-        remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
-        notify(f"{destination / name} {problem}; {remedy}")
-    if not damaged:
-        notify(f"{destination}: is this export already, and every checksum is right")
-    predictors = {name for name in damaged if is_predictor(name)}
-    entries: dict[str, Any] = {}
-    if rebuilt := [name for name in damaged if name not in predictors]:
-        job.load_state(overwrite=False)
-        entries = job.write(rebuilt)
-    for name, entry in entries.items():
-        if entry != manifest["files"][name]:
-            raise ExportError(
-                f"{destination / name}: this slotmoe makes other bytes of the source; pass"
-                " --overwrite to replace the export"
-            )
-    for name in entries:
-        (destination / name).parent.mkdir(exist_ok=True)
-        os.rename(job.partial / name, destination / name)
-        sync_folder((destination / name).parent)
-    if predictors:
-        files = manifest["files"]
-        manifest["files"] = {name: files[name] for name in files if name not in predictors}
-        manifest["checksum"] = manifest_checksum(manifest)
-        write_json(destination / MANIFEST, manifest)
-        for name in predictors:
-            (destination / name).unlink(missing_ok=True)
-    shutil.rmtree(job.partial)
-    return manifest
-
-
-def _source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header
-    alone, since hashing 31 GB would double the time, of any other file whole.  Raises
-    ``CheckpointError``."""
-    folder, files = checkpoint.folder, {}
-    for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
-        if not (folder / name).is_file():
-            continue
-        with open(inside(folder, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if name in COPIED and size > MAX_COPIED_BYTES:
-                raise CheckpointError(
-                    f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file"
-                )
-            is_weights = name.endswith(".safetensors")
-            head = file.read(8) if is_weights else b""
-            data = head + file.read(int.from_bytes(head, "little") if is_weights else -1)
-        digest = hashlib.sha256(data).hexdigest()
-        files[name] = {"bytes": size, "header_sha256" if is_weights else "sha256": digest}
-    return files
 
 
 class _Stopped(Exception):
@@ -245,7 +157,7 @@ class _Job:
         progress: Progress,
         shards: Shards | None,
     ):
-        self._checkpoint, self.partial = checkpoint, partial
+        self._checkpoint, self._partial = checkpoint, partial
         self._workers, self._progress, self._shards = workers, progress, shards
         dtypes = {name: info.dtype for name, info in checkpoint.infos.items()}
         self._contents = Contents(checkpoint.config, mode, dtypes)
@@ -268,13 +180,18 @@ class _Job:
         report = quantization_report(self._contents, errors)
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
-        write_json(self.partial / MANIFEST, manifest)
+        write_json(self._partial / MANIFEST, manifest)
         return manifest
+
+    def rebuild(self, names: list[str]) -> dict[str, Any]:
+        """Write the files ``names`` in any case; returns their manifest entries."""
+        self.load_state(overwrite=False)
+        return self.write(names)
 
     def load_state(self, overwrite: bool) -> None:
         """Go on from what a killed run left; anything else in the partial folder is removed or,
         without ``overwrite``, refused."""
-        name, files = self._checkpoint.folder.resolve().name, _source_files(self._checkpoint)
+        name, files = self._checkpoint.folder.resolve().name, source_files(self._checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
             "resident": self._contents.mode,
@@ -282,7 +199,7 @@ class _Job:
         }
         fresh = {"identity": identity, "files": {}, "written": {}, "errors": {}}
         try:
-            state = json.loads((self.partial / "state.json").read_text())
+            state = json.loads((self._partial / "state.json").read_text())
             sound = all(isinstance(state[key], dict) for key in fresh)
         except (OSError, ValueError, KeyError, TypeError):
             state, sound = None, False
@@ -291,14 +208,14 @@ class _Job:
             return
         if state is not None and not overwrite:
             raise ExportError(
-                f"{self.partial}: was begun from another source or with other options; pass"
+                f"{self._partial}: was begun from another source or with other options; pass"
                 " --overwrite to start anew, or remove it"
             )
-        empty(self.partial)
+        empty(self._partial)
         self._state = fresh
 
     def _save_state(self) -> None:
-        write_json(self.partial / "state.json", self._state)
+        write_json(self._partial / "state.json", self._state)
 
     def write(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` of the export, unless they are finished; returns their manifest
@@ -328,9 +245,9 @@ class _Job:
                 assembly.close()
         copied = [name for name in names if name in COPIED]
         for name in copied:
-            shutil.copyfile(self._checkpoint.folder / name, self.partial / name)
+            shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
         entries = {name: self._state["files"][name] for name in weights}
-        return entries | copied_entries(self.partial, copied)
+        return entries | copied_entries(self._partial, copied)
 
     def _write_arriving(self, names: list[str], shards: Shards) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
@@ -399,7 +316,7 @@ class _Job:
             self._finish(file)
 
     def _assembly(self, file: str) -> Assembly:
-        return Assembly(self.partial / file, self._contents.parts(file), self._written(file))
+        return Assembly(self._partial / file, self._contents.parts(file), self._written(file))
 
     def _finish(self, file: str) -> None:
         """Check a file that has all of its tensors, note that it's done, then name it:
@@ -420,7 +337,7 @@ class _Job:
                     self._state["files"][file] = entry
                     self._state["errors"][file] = self._summed_errors(file)
                 self._save_state()
-        publish_file(self.partial / file)
+        publish_file(self._partial / file)
 
     def _summed_errors(self, file: str) -> dict[str, list[float]]:
         """The sums of ``squared_error`` of a whole file's weights, all routed experts of a layer
@@ -440,7 +357,7 @@ class _Job:
     def _finished(self, file: str) -> bool:
         """Whether ``file`` is whole, under its own name or, killed before the rename, still under
         the temporary one."""
-        entry, path = self._state["files"].get(file), self.partial / file
+        entry, path = self._state["files"].get(file), self._partial / file
         if entry is None:
             return False
         if not path.exists():
@@ -456,7 +373,7 @@ class _Job:
     def _written(self, file: str) -> dict[str, str]:
         """Checksums of what the unfinished ``file`` holds already; nothing if it is not there as it
         was."""
-        path, size = temporary_name(self.partial / file), self._contents.nbytes(file)
+        path, size = temporary_name(self._partial / file), self._contents.nbytes(file)
         intact = path.is_file() and path.stat().st_size == size
         return self._state["written"].get(file, {}) if intact else {}
 
@@ -469,13 +386,13 @@ class _Job:
         self._progress(done, self._total)
 
     def _check_space(self, missing: list[str], tensors: list[str]) -> None:
-        paths = [temporary_name(self.partial / file) for file in missing]
+        paths = [temporary_name(self._partial / file) for file in missing]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
         needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
         if self._shards is not None:
             files = sorted({self._checkpoint.infos[name].file for name in tensors})
-            needed += self._shards.announce(files, needed, shutil.disk_usage(self.partial).free)
-        check_space(self.partial, needed)
+            needed += self._shards.announce(files, needed, shutil.disk_usage(self._partial).free)
+        check_space(self._partial, needed)
 
 
 def _quantized(

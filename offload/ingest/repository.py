@@ -194,7 +194,8 @@ class RemoteFile:
         comparable = _is_digest(etag) and len(etag) == len(expected.checksum)
         if answer.size not in (None, expected.size) or (comparable and etag != expected.checksum):
             raise DownloadError(
-                f"{self.name}: is {answer.size} bytes with checksum {etag:.64} now, the hub promised"
-                f" {expected.size} bytes with {expected.checksum}; pass --overwrite to start anew"
+                f"{self.name}: is {answer.size} bytes with checksum {etag:.64} now, the hub"
+                f" promised {expected.size} bytes with {expected.checksum}; pass --overwrite to"
+                " start anew"
             )
         return urljoin(url, answer.location)
