@@ -112,8 +112,7 @@ def _tensor_info(path: Path, name: str, dtype: str, shape: list[int], offset: in
 
 
 class Checkpoint:
-    """An open checkpoint folder.  Reading is thread-safe; close it or use it as a context
-    manager."""
+    """An open checkpoint folder, a context manager.  Reading is thread-safe."""
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
@@ -223,11 +222,7 @@ class Checkpoint:
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
-    """File of each tensor by the index in ``folder``, every name checked to be plain; None if there
-    is no index.
-
-    Raises ``CheckpointError``.
-    """
+    """File of each tensor by the folder's index, names checked, or None.  ``CheckpointError``."""
     index = folder / INDEX_NAME
     if not index.exists():
         return None

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
@@ -18,27 +18,6 @@ from slotmoe.jsonfile import read_json
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INT = 1 << 31
 
-_INTEGERS = {  # lowest and highest value of every size; n_group and topk_group only where grouped
-    "vocab_size": (1, 1 << 24),
-    "hidden_size": (1, 1 << 20),
-    "intermediate_size": (1, 1 << 22),
-    "moe_intermediate_size": (1, 1 << 20),
-    "num_hidden_layers": (1, 1000),
-    "num_attention_heads": (1, 4096),
-    "n_routed_experts": (1, 4096),
-    "n_shared_experts": (0, 256),
-    "num_experts_per_tok": (1, 256),
-    "n_group": (1, 4096),
-    "topk_group": (1, 4096),
-    "first_k_dense_replace": (0, MAX_INT),
-    "moe_layer_freq": (1, MAX_INT),
-    "q_lora_rank": (1, 1 << 20),
-    "kv_lora_rank": (1, 1 << 20),
-    "qk_nope_head_dim": (1, 1 << 16),
-    "qk_rope_head_dim": (1, 1 << 16),
-    "v_head_dim": (1, 1 << 16),
-    "max_position_embeddings": (1, MAX_INT),
-}
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that this network computes; absent is fine too
     "scoring_func": ("softmax",),
     "topk_method": ("greedy", "group_limited_greedy"),
@@ -51,14 +30,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that this network computes;
 _ROPE_KEYS = frozenset(
     """rope_theta rope_type type factor original_max_position_embeddings beta_fast beta_slow mscale
     mscale_all_dim""".split()
-)
-# With the above, the keys that don't change what the network computes or are read below.
-_KNOWN_KEYS = {*_INTEGERS, *_SUPPORTED} | set(
-    """architectures attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
-    head_dim initializer_range model_type norm_topk_prob num_key_value_heads output_router_logits
-    pad_token_id pretraining_tp qk_head_dim quantization_config rms_norm_eps rope_parameters
-    rope_scaling rope_theta routed_scaling_factor seq_aux tie_word_embeddings torch_dtype
-    transformers_version use_cache _name_or_path""".split()
 )
 
 
@@ -91,32 +62,33 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """Geometry of one model.  Names are those of DeepSeek's ``config.json``."""
+    """Geometry of one model.  Names are those of DeepSeek's ``config.json``; beside the type of an
+    integer that is read from there stand the lowest and the highest value."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    n_routed_experts: int
-    n_shared_experts: int  # 0: none
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
+    vocab_size: Annotated[int, 1, 1 << 24]
+    hidden_size: Annotated[int, 1, 1 << 20]
+    intermediate_size: Annotated[int, 1, 1 << 22]
+    moe_intermediate_size: Annotated[int, 1, 1 << 20]
+    num_hidden_layers: Annotated[int, 1, 1000]
+    num_attention_heads: Annotated[int, 1, 4096]
+    n_routed_experts: Annotated[int, 1, 4096]
+    n_shared_experts: Annotated[int, 0, 256]  # 0: none
+    num_experts_per_tok: Annotated[int, 1, 256]
+    n_group: Annotated[int, 1, 4096]
+    topk_group: Annotated[int, 1, 4096]
     topk_method: str
     norm_topk_prob: bool
     routed_scaling_factor: float
-    first_k_dense_replace: int
-    moe_layer_freq: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
+    first_k_dense_replace: Annotated[int, 0, MAX_INT]
+    moe_layer_freq: Annotated[int, 1, MAX_INT]
+    q_lora_rank: Annotated[int | None, 1, 1 << 20]
+    kv_lora_rank: Annotated[int, 1, 1 << 20]
+    qk_nope_head_dim: Annotated[int, 1, 1 << 16]
+    qk_rope_head_dim: Annotated[int, 1, 1 << 16]
+    v_head_dim: Annotated[int, 1, 1 << 16]
     rms_norm_eps: float
     rope: Rope
-    max_position_embeddings: int
+    max_position_embeddings: Annotated[int, 1, MAX_INT]
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -140,6 +112,21 @@ class Config:
     def softmax_scale(self) -> float:
         width = self.qk_nope_head_dim + self.qk_rope_head_dim
         return 1.0 / math.sqrt(width) * self.rope.softmax_factor
+
+
+_INTEGERS = {
+    key: hint.__metadata__
+    for key, hint in get_type_hints(Config, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+# With these, the keys that don't change what the network computes or are read below.
+_KNOWN_KEYS = {*_INTEGERS, *_SUPPORTED} | set(
+    """architectures attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
+    head_dim initializer_range model_type norm_topk_prob num_key_value_heads output_router_logits
+    pad_token_id pretraining_tp qk_head_dim quantization_config rms_norm_eps rope_parameters
+    rope_scaling rope_theta routed_scaling_factor seq_aux tie_word_embeddings torch_dtype
+    transformers_version use_cache _name_or_path""".split()
+)
 
 
 class _Reader:
@@ -186,29 +173,27 @@ class _Reader:
     def rope(self) -> Rope:
         """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
         (transformers 5)."""
-        given = [
-            key for key in ("rope_parameters", "rope_scaling") if self.values.get(key) is not None
-        ]
-        for key in given:
+        sources = "rope_parameters", "rope_scaling"
+        keys = [key for key in sources if self.values.get(key) is not None]
+        for key in keys:
             if not isinstance(self.values[key], dict):
                 raise self.unexpected(key, "an object or null")
-        scaling = self.values[given[0]] if given else {}
-        theta = {"rope_theta": self.values.get("rope_theta", 10000.0)}
+        given = {"rope_theta": self.values.get("rope_theta", 10000.0)}
+        given |= self.values[keys[0]] if keys else {}
         defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-        merged = _Reader({**theta, **defaults, **scaling}, f"{self.where}: rope settings")
-        theta_value = merged.number("rope_theta")
-        kind = scaling.get("rope_type", scaling.get("type"))
+        reader = _Reader({**defaults, **given}, f"{self.where}: rope settings")
+        theta = reader.number("rope_theta")
+        kind = given.get("rope_type", given.get("type"))
         if kind in ("default", None):
-            return Rope(theta_value)
+            return Rope(theta)
         if kind != "yarn":
             raise self.error(f"rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
-        if unknown := sorted(scaling.keys() - _ROPE_KEYS):
+        if unknown := sorted(given.keys() - _ROPE_KEYS):
             raise self.error(f"rope setting {unknown[0]!r:.80} is not supported")
-        original = merged.integer("original_max_position_embeddings", 1, MAX_INT)
-        numbers = {key: merged.number(key) for key in ("factor", "beta_fast", "beta_slow")}
-        for key in ("mscale", "mscale_all_dim"):
-            numbers[key] = merged.number(key, positive=False)
-        return Rope(theta_value, original_max_position_embeddings=original, **numbers)
+        original = reader.integer("original_max_position_embeddings", 1, MAX_INT)
+        numbers = {key: reader.number(key) for key in ("factor", "beta_fast", "beta_slow")}
+        numbers |= {key: reader.number(key, False) for key in ("mscale", "mscale_all_dim")}
+        return Rope(theta, original_max_position_embeddings=original, **numbers)
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:

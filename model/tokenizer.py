@@ -29,8 +29,7 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>") 
 
 
 class Tokenizer:
-    """``tokenizer.json`` of the model; ``size`` is the number of ids it can decode (the vocabulary
-    may have more rows)."""
+    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more)."""
 
     def __init__(self, folder: Path, bos_token_id: int | None):
         from tokenizers import Tokenizer as Backend

@@ -71,8 +71,7 @@ class Contents:
         return layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
 
     def kind(self, name: str) -> str:
-        """How the source's tensor ``name`` is stored: ``none``, ``int8`` or ``nf4``, as every
-        routed expert is."""
+        """How the source's tensor ``name`` is stored: ``none``, ``int8`` or ``nf4``."""
         return self._kinds.get(name, "nf4")
 
     def part_names(self, name: str) -> tuple[str, ...]:

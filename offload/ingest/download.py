@@ -88,8 +88,7 @@ def fetch(
 
 
 class _Transfer:
-    """The download of one file: its ranges, the workers that fetch them and the hash that follows
-    them."""
+    """The download of one file: its ranges, their workers and the hash that follows them."""
 
     def __init__(
         self,
@@ -114,8 +113,7 @@ class _Transfer:
         self._buffer = memoryview(bytearray(min(_HASH_BYTES, expected.size)))
 
     def run(self) -> str:
-        """Fetch what is missing; returns the file's checksum, and only if it is right gives the
-        file its name."""
+        """Fetch what is missing; returns the checksum, and names the file if that is right."""
         try:
             os.ftruncate(self._handle, self._expected.size)
             self._advance(sum(self._received))

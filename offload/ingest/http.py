@@ -53,8 +53,7 @@ class Remote(Protocol):
 
 
 class PassingError(Exception):
-    """A failure that may not happen again; ``after`` is how many seconds the server asks to
-    wait."""
+    """A failure that may not happen again; ``after``: seconds that the server asks to wait."""
 
     def __init__(self, message: str, after: float | None = None):
         super().__init__(message)
@@ -120,8 +119,7 @@ def patiently(
 
 
 def status_error(status: int, headers: Any) -> PassingError:
-    """The failure that a status other than success is, with the whole seconds to wait that the
-    server asks for."""
+    """The failure that a status is, with the whole seconds to wait, if the server asks."""
     after = str(headers.get("Retry-After") or "")
     return PassingError(f"the server answers {status}", float(after) if after.isdecimal() else None)
 
@@ -208,8 +206,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def connect(url: str, timeout: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """An unopened connection for ``url``, through the environment's proxy if it names one; the
-    request's target and headers."""
+    """A connection for ``url``, not open yet, perhaps through a proxy; its target and headers."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PassingError(f"{url[:80]!r} is no address to download from")

@@ -188,7 +188,8 @@ class HubShards:
 
     def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
         for path in self._weights.iterdir():
-            if path.name.split(".safetensors")[0] + ".safetensors" not in files:
+            plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
+            if plain.removesuffix(".ranges") not in files:
                 self._retire(path)  # it was done when the last run was killed
         snapshot, size = self._snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
@@ -247,17 +248,9 @@ class HubShards:
         else:
             path.unlink()
 
-    def keep_small(self) -> None:
-        """Complete the kept folder, so that it is a checkpoint."""
-        assert self._kept is not None
-        for name in (*COPIED, INDEX_NAME):
-            if (self.folder / name).is_file():
-                _copy(self.folder / name, self._kept / name)
-
 
 def _copy(source: Path, destination: Path) -> None:
-    """``destination`` appears when it is whole; on the same file system, big files take no room
-    twice."""
+    """``destination`` appears when it is whole; big files are linked if they can be."""
     temporary = destination.with_name(destination.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -318,8 +311,10 @@ def quantize_from_hub(
             if not any((download / "weights").glob("*")) and not partial.exists():
                 _clear(download)  # nothing has begun
             raise
-        if kept is not None:
-            shards.keep_small()
+        if kept is not None:  # with the small files it is a checkpoint
+            for name in (*COPIED, INDEX_NAME):
+                if (shards.folder / name).is_file():
+                    _copy(shards.folder / name, kept / name)
         _clear(download)
         return manifest
 

@@ -23,8 +23,7 @@ from slotmoe.quant.export.writer import sync_folder
 
 
 def beside(destination: Path, suffix: str) -> Path:
-    """The folder ``DST.suffix`` beside ``destination``.  Raises ``ExportError`` if the destination
-    has no name."""
+    """``DST.suffix`` beside ``destination``; ``ExportError`` if the destination has no name."""
     if destination.name in ("", ".."):
         raise ExportError(
             f"{destination}: is not the name of a new folder; choose another destination"
@@ -33,8 +32,7 @@ def beside(destination: Path, suffix: str) -> Path:
 
 
 def finished_manifest(destination: Path) -> dict[str, Any] | None:
-    """The manifest of an export that another process has just made, unchecked; None if there is
-    none."""
+    """The manifest of an export that another process has just made, unchecked, or None."""
     path = destination / MANIFEST
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -57,8 +55,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Raise ``ExportError`` if ``folder``, which is about to be emptied, holds what no export
-    has."""
+    """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
     refuse_foreign(
         folder,
@@ -95,8 +92,7 @@ def make_cache(cache: Path) -> None:
 
 @contextmanager
 def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
-    """Own the folder ``partial`` (made if absent, removed if left empty); a second process waits or
-    is refused."""
+    """Own the folder ``partial``, made if absent; a second process waits or is refused."""
     while (handle := _lock(partial, wait_for_lock)) is None:
         pass  # the other process finished and renamed it meanwhile
     try:
@@ -140,8 +136,7 @@ def _lock(partial: Path, wait_for_lock: bool) -> int | None:
 
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of an ``OSError`` that says that the disk of ``folder`` is
-    full."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
     try:
         yield
     except OSError as problem:

@@ -145,8 +145,7 @@ class _Stopped(Exception):
 
 
 class _Job:
-    """One quantization: what to write, what is already there, and the workers that write the
-    rest."""
+    """One quantization: what to write, what is there already, and the workers."""
 
     def __init__(
         self,
@@ -218,8 +217,7 @@ class _Job:
         write_json(self._partial / "state.json", self._state)
 
     def write(self, names: list[str]) -> dict[str, Any]:
-        """Write the files ``names`` of the export, unless they are finished; returns their manifest
-        entries."""
+        """Write the files ``names`` unless they are finished; returns their manifest entries."""
         infos, contents, todo = self._checkpoint.infos, self._contents, list[str]()
         weights = [name for name in names if name not in COPIED]
         tensors = [tensor for name in weights for tensor in contents.tensors(name)]
@@ -340,8 +338,7 @@ class _Job:
         publish_file(self._partial / file)
 
     def _summed_errors(self, file: str) -> dict[str, list[float]]:
-        """The sums of ``squared_error`` of a whole file's weights, all routed experts of a layer
-        together."""
+        """The sums of a file's ``squared_error``, all routed experts of a layer together."""
         errors: dict[str, list[float]] = self._state["errors"].get(file, {})
         layer, experts = self._contents.layer(file), range(self._contents.config.n_routed_experts)
         if layer is None:
@@ -371,8 +368,7 @@ class _Job:
         return False
 
     def _written(self, file: str) -> dict[str, str]:
-        """Checksums of what the unfinished ``file`` holds already; nothing if it is not there as it
-        was."""
+        """Checksums of what the unfinished ``file`` holds already, if it is there as it was."""
         path, size = temporary_name(self._partial / file), self._contents.nbytes(file)
         intact = path.is_file() and path.stat().st_size == size
         return self._state["written"].get(file, {}) if intact else {}

@@ -89,8 +89,7 @@ def _is_digest(text: str) -> bool:
 
 
 def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
-    """What huggingface_hub's cache holds of ``revision``; its links lead to blobs that are named by
-    their checksums."""
+    """What huggingface_hub's cache holds; its links lead to blobs named by checksum."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json", revision=revision)

@@ -177,8 +177,7 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
-    """The code of zero in every padded row and column of some tiles of a [N, K] matrix; see
-    ``slotmoe.quant.nf4``."""
+    """The code of zero in every padded row and column of tiles of [N, K] (``quant.nf4``)."""
     N, K = shape
     tiles, blocks, _ = codes.shape
     if N % 16 == 0 and K % 64 == 0:

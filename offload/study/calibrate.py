@@ -43,8 +43,8 @@ from slotmoe.quant.export.writer import write_predictor
 
 MIN_TOKENS = 5000
 _WINDOW = 1024  # tokens read as one sequence
-_TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
-_BATCH, _EPOCHS, _MIN_STEPS = 512, 6, 300
+TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
+_BATCH, EPOCHS, MIN_STEPS = 512, 6, 300
 _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy while it is quantized
 
 
@@ -64,8 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text file.  Raises ``ConfigError`` if one is no UTF-8 text or all together
-    are too short."""
+    """Token ids of each file.  Raises ``ConfigError`` like ``read_text``, or for too few."""
     tokens = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
     count = sum(map(len, tokens))
     if count < MIN_TOKENS:
@@ -77,8 +76,7 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
-    """Sequences of 2 to ``width`` tokens to read one by one, each with the tokenizer's
-    beginning."""
+    """Sequences of 2 to ``width`` tokens, each with the tokenizer's beginning."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step = width - len(begin)
     windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
@@ -219,8 +217,7 @@ class _Net:
         self.tensors = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
 
     def loss(self, token_BX: Tensor, inputs_RBD: Tensor, used_BLK: Tensor) -> Tensor:
-        """Cross-entropies of both horizons and of their mixture, summed over experts, averaged over
-        tokens."""
+        """Cross-entropies of both horizons and their mixture, summed over experts, a token."""
         w = self.tensors
         hidden_BR = F.silu(F.linear(token_BX, w["token.in.weight"], w["token.in.bias"]))
         scores_BX = F.linear(hidden_BR, w["token.out.weight"], w["token.out.bias"])
@@ -289,11 +286,11 @@ class _Trainer:
                 advance(len(batch))
 
 
-def _widths(config: Config) -> tuple[int, int]:
+def widths(config: Config) -> tuple[int, int]:
     """R, and the largest Q whose matrices take at most ``_LAYER_BYTES``, or the smallest."""
     D, L, E = config.hidden_size, len(config.moe_layers), config.n_routed_experts
     fitting = [width for width in _LAYER_WIDTHS if (L - 1) * width * (D + E) <= _LAYER_BYTES]
-    return _TOKEN_WIDTH, fitting[0] if fitting else _LAYER_WIDTHS[-1]
+    return TOKEN_WIDTH, fitting[0] if fitting else _LAYER_WIDTHS[-1]
 
 
 def calibrate(
@@ -319,8 +316,8 @@ def calibrate(
     L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
     training, held_back = _windows(folder, config, texts, seed)
     tokens, kept_back = _count(training), _count(held_back)
-    groups = _groups(training, available_memory() // 4 // Samples.bytes_per_token(config))
-    epochs = max(_EPOCHS, math.ceil(_MIN_STEPS * _BATCH / tokens))
+    groups = grouped(training, available_memory() // 4 // Samples.bytes_per_token(config))
+    epochs = max(EPOCHS, math.ceil(MIN_STEPS * _BATCH / tokens))
     text_bytes, done = sum(path.stat().st_size for path in texts), 0
     total = epochs * (2 * tokens + kept_back)  # reading takes about as long as training
 
@@ -337,7 +334,7 @@ def calibrate(
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
-        net = _Net(config, *_widths(config), generator, runtime.device)
+        net = _Net(config, *widths(config), generator, runtime.device)
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
         trainer = _Trainer(net, steps, generator, runtime.device)
         uses = torch.zeros(L * E)
@@ -361,7 +358,7 @@ def calibrate(
 def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:
     """Bytes of RAM that samples and training leave for the runtime."""
     D, L, E = config.hidden_size, len(config.moe_layers), config.n_routed_experts
-    parts = predictor_parts(D, L, E, *_widths(config)).values()
+    parts = predictor_parts(D, L, E, *widths(config)).values()
     parameters = sum(math.prod(part.shape) for part in parts)
     kept = max(sum(map(len, group)) for group in groups) + 4 * _BATCH
     taken = kept * Samples.bytes_per_token(config) + _BYTES_A_PARAMETER * parameters
@@ -391,9 +388,8 @@ def _count(windows: Sequence[list[int]]) -> int:
     return sum(len(window) - 1 for window in windows)
 
 
-def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
-    """Windows in their order, in as few and as equal groups as hold at most about ``capacity``
-    tokens each."""
+def grouped(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
+    """Windows in order, in as few and as equal groups as hold about ``capacity`` tokens."""
     count = max(1, math.ceil(sum(map(len, windows)) / max(capacity, 1)))
     size = math.ceil(len(windows) / count)
     return [windows[start : start + size] for start in range(0, len(windows), size)]
@@ -401,8 +397,7 @@ def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """The runtime leaves torch one thread, because its own kernels have the rest; training is
-    torch's alone."""
+    """Torch's threads for training; the runtime leaves it one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
     try:

@@ -84,8 +84,7 @@ class Window:
 
 
 def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
-    """Windows of ``window`` positions, each ``stride`` tokens after the one before, that score
-    every token once."""
+    """Windows of ``window`` positions, ``stride`` tokens apart, that score every token once."""
     start, done = 0, 1 - len(text.begin)
     while done < len(text.ids):
         stop = min(start + window - len(text.begin), len(text.ids))
@@ -176,8 +175,7 @@ class Evaluation:
     _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
-        """Score one text.  ``advance(bytes)`` is called with the bytes of text dealt with since the
-        last call."""
+        """Score one text.  ``advance(bytes)`` gets the bytes of text done since its last call."""
         totals = self.files.setdefault(text.path, Totals())
         reached = 0
         for window in windows:

@@ -11,7 +11,7 @@ import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
 from slotmoe.offload.ingest.hub import quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
-from tests.offload.test_quantize import tree
+from tests.support.disk import tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, Repo, make, weight_requests
 from tests.support.tiny import write_checkpoint
 

@@ -17,7 +17,7 @@ from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import file_checksum, write_predictor
 from slotmoe.tools.cli import main
-from tests.offload.test_quantize import tree
+from tests.support.disk import tree
 from tests.support.tiny import write_checkpoint
 
 
