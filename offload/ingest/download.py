@@ -9,7 +9,6 @@ file gets its name when its checksum is right.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -19,10 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import DownloadError
 from slotmoe.offload.ingest.http import (
@@ -46,24 +43,8 @@ _HASH_BYTES = 1 << 20
 _CUT = -1.0  # in place of the time when a connection last received something
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is
-    small, its git blob id."""
-
-    size: int
-    checksum: str
-
-    def digest(self) -> Any:
-        """An empty hash of the right kind."""
-        if len(self.checksum) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-
-
 def fetch(
     remote: Remote,
-    expected: Expected,
     path: Path,
     stop: threading.Event,
     advance: Callable[[int], None] = lambda count: None,
@@ -75,9 +56,9 @@ def fetch(
     negative, of those thrown away.  Raises ``DownloadError``, ``OSError`` if ``path`` can't be
     written, ``Stopped`` soon after ``stop`` is set, and what ``remote.locate`` raises.
     """
-    checksum = ""
+    checksum, expected = "", remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
-        checksum = _Transfer(remote, expected, path, stop, advance, patience or Patience()).run()
+        checksum = _Transfer(remote, path, stop, advance, patience or Patience()).run()
         if checksum == expected.checksum:
             return
         advance(-expected.size)
@@ -93,24 +74,24 @@ class _Transfer:
     def __init__(
         self,
         remote: Remote,
-        expected: Expected,
         path: Path,
         stop: threading.Event,
         advance: Callable[[int], None],
         patience: Patience,
     ):
-        self._remote, self._expected, self._path = remote, expected, path
+        self._remote, self._expected, self._path = remote, remote.expected, path
         self._stop, self._advance, self._patience = stop, advance, patience
         self._halt = StopEvent()
         self._incomplete = path.with_name(path.name + ".incomplete")
         self._ranges = path.with_name(path.name + ".ranges")
-        starts = range(0, expected.size, RANGE_BYTES) or range(1)
-        self._spans = [(start, min(start + RANGE_BYTES, expected.size)) for start in starts]
+        size = remote.expected.size
+        starts = range(0, size, RANGE_BYTES) or range(1)
+        self._spans = [(start, min(start + RANGE_BYTES, size)) for start in starts]
         self._received = self._load()
         self._last: dict[socket.socket, float] = {}  # when each connection received something
         self._handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self._digest, self._hashed = expected.digest(), 0
-        self._buffer = memoryview(bytearray(min(_HASH_BYTES, expected.size)))
+        self._digest, self._hashed = remote.expected.digest(), 0
+        self._buffer = memoryview(bytearray(min(_HASH_BYTES, size)))
 
     def run(self) -> str:
         """Fetch what is missing; returns the checksum, and names the file if that is right."""
@@ -218,7 +199,7 @@ class _Transfer:
     def _receive(self, index: int, buffer: memoryview) -> None:
         start, end = self._spans[index]
         start += self._received[index]
-        size, stall = self._expected.size, self._patience.stall
+        stall = self._patience.stall
         sockets: list[socket.socket] = []
 
         def watch(connection: socket.socket) -> None:
@@ -227,7 +208,7 @@ class _Transfer:
             self._halt.watch(connection)
 
         try:
-            with opened(self._remote, start, end, size, stall, watch) as response:
+            with opened(self._remote, start, end, stall, watch) as response:
                 while start < end:
                     with network_errors():
                         count = response.readinto(buffer[: end - start])

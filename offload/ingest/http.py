@@ -4,6 +4,7 @@ buffer: three times as fast as the hub's.  And what to do about bad connections.
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import random
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -37,19 +38,44 @@ class Patience:
     pause: float = 1.0
 
 
-class Remote(Protocol):
-    """Where a file's bytes are."""
+@dataclass(frozen=True)
+class Expected:
+    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is
+    small, its git blob id."""
 
-    name: str
+    size: int
+    checksum: str
+
+    def digest(self) -> Any:
+        """An empty hash of the right kind."""
+        if len(self.checksum) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
+
+class Remote:
+    """Where a file's bytes are.  ``ask()`` gives its URL and raises ``PassingError`` or, for good,
+    ``SlotmoeError``; ``headers(url)`` is what to send there."""
+
+    def __init__(
+        self,
+        name: str,
+        expected: Expected,
+        ask: Callable[[], str],
+        headers: Callable[[str], dict[str, str]],
+    ):
+        self.name, self.expected, self.headers = name, expected, headers
+        self._ask, self._lock, self._url = ask, threading.Lock(), ""
 
     def locate(self) -> str:
-        """Its URL.  Raises ``PassingError`` or, for good, ``SlotmoeError``."""
+        with self._lock:
+            self._url = self._url or self._ask()
+            return self._url
 
     def forget(self) -> None:
-        """The URL does not work any more; the next ``locate`` has to ask again."""
-
-    def headers(self, url: str) -> dict[str, str]:
-        """What to send to ``url``; the token goes to the hub alone."""
+        """The URL does not work any more; the next ``locate`` asks again."""
+        with self._lock:
+            self._url = ""
 
 
 class PassingError(Exception):
@@ -124,14 +150,12 @@ def status_error(status: int, headers: Any) -> PassingError:
     return PassingError(f"the server answers {status}", float(after) if after.isdecimal() else None)
 
 
-def read_range(
-    remote: Remote, start: int, end: int, size: int, patience: Patience, stop: StopEvent
-) -> bytes:
-    """Bytes ``start`` to ``end`` of a file of ``size`` bytes.  Raises ``DownloadError``,
-    ``Stopped`` and what ``remote.locate`` raises."""
+def read_range(remote: Remote, start: int, end: int, patience: Patience, stop: StopEvent) -> bytes:
+    """Bytes ``start`` to ``end`` of a file.  Raises ``DownloadError``, ``Stopped`` and what
+    ``remote.locate`` raises."""
 
     def attempt() -> bytes:
-        with opened(remote, start, end, size, patience.stall, stop.watch) as response:
+        with opened(remote, start, end, patience.stall, stop.watch) as response:
             with network_errors():
                 data = response.read(end - start)
             if len(data) < end - start:
@@ -143,12 +167,7 @@ def read_range(
 
 @contextmanager
 def opened(
-    remote: Remote,
-    start: int,
-    end: int,
-    size: int,
-    timeout: float,
-    watch: Callable[[socket.socket], None],
+    remote: Remote, start: int, end: int, timeout: float, watch: Callable[[socket.socket], None]
 ) -> Iterator[http.client.HTTPResponse]:
     """The response whose body begins with byte ``start`` of the file; ``watch`` gets each socket on
     which something is awaited."""
@@ -171,15 +190,16 @@ def opened(
                 if response.status not in (200, 206):
                     remote.forget()
                     raise status_error(response.status, response.headers)
-                _check_span(remote, response, start, size)
+                _check_span(remote, response, start)
                 yield response
                 return
     raise PassingError(f"more than {_REDIRECTS} redirects")
 
 
-def _check_span(remote: Remote, response: http.client.HTTPResponse, start: int, size: int) -> None:
+def _check_span(remote: Remote, response: http.client.HTTPResponse, start: int) -> None:
     """Refuse an answer that is not about the file that the hub described; skip what comes before
     ``start`` from a server that knows no ranges."""
+    size = remote.expected.size
     if response.status == 206:
         span = response.headers.get("Content-Range", "")
         first, total = span.removeprefix("bytes ").split("-")[0], span.split("/")[-1]

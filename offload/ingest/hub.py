@@ -32,8 +32,8 @@ from slotmoe.model.checkpoint import (
     weight_files,
 )
 from slotmoe.model.config import read_config
-from slotmoe.offload.ingest.download import CONNECTIONS, Expected, fetch
-from slotmoe.offload.ingest.http import Patience, StopEvent, Stopped, read_range
+from slotmoe.offload.ingest.download import CONNECTIONS, fetch
+from slotmoe.offload.ingest.http import Expected, Patience, StopEvent, Stopped, read_range
 from slotmoe.offload.ingest.output_dir import (
     beside,
     empty,
@@ -44,7 +44,7 @@ from slotmoe.offload.ingest.output_dir import (
     refuse_foreign,
 )
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
-from slotmoe.offload.ingest.repository import RemoteFile, Snapshot, resolve
+from slotmoe.offload.ingest.repository import Snapshot, remote_file, resolve
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
@@ -124,19 +124,19 @@ class HubShards:
                 _copy(cached, path)
 
     def _fetch(self, name: str, path: Path, advance: Callable[[int], None] = ignore) -> None:
-        remote, expected = RemoteFile(self._snapshot, name), self._snapshot.files[name]
-        fetch(remote, expected, path, self.stop, advance, self._patience)
+        remote = remote_file(self._snapshot, name)
+        fetch(remote, path, self.stop, advance, self._patience)
 
     def _fetch_header(self, name: str) -> None:
         """Make the sparse file that has a weight file's size and header."""
         path, size = self.folder / name, self._snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self._snapshot.cached(name), RemoteFile(self._snapshot, name)
+        cached, remote = self._snapshot.cached(name), remote_file(self._snapshot, name)
 
         def read(start: int, end: int) -> bytes:
             if cached is None:
-                return read_range(remote, start, min(end, size), size, self._patience, self.stop)
+                return read_range(remote, start, min(end, size), self._patience, self.stop)
             with open(cached, "rb") as file:
                 file.seek(start)
                 return file.read(end - start)

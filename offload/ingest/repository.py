@@ -15,8 +15,14 @@ from urllib.parse import urljoin, urlsplit
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
 from slotmoe.model.checkpoint import INDEX_NAME
-from slotmoe.offload.ingest.download import Expected
-from slotmoe.offload.ingest.http import PassingError, Patience, patiently, status_error
+from slotmoe.offload.ingest.http import (
+    Expected,
+    PassingError,
+    Patience,
+    Remote,
+    patiently,
+    status_error,
+)
 from slotmoe.quant.export.layout import COPIED
 
 
@@ -151,50 +157,38 @@ def _explained(repo: str, revision: str, problem: Exception) -> Exception:
     return PassingError(f"{hub} does not answer like a hub ({reason})")
 
 
-class RemoteFile:
-    """One file of a snapshot, as ``slotmoe.offload.ingest.download`` wants it."""
+def _headers(url: str) -> dict[str, str]:
+    """What to send to ``url``: the token goes to the hub alone."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    def __init__(self, snapshot: Snapshot, name: str):
-        self.name = f"{snapshot.repo}/{name}"
-        self._snapshot, self._file, self._lock = snapshot, name, threading.Lock()
-        self._url: str | None = None
+    ours, hub = urlsplit(url), urlsplit(constants.ENDPOINT)
+    at_hub = (ours.scheme, ours.netloc) == (hub.scheme, hub.netloc)
+    return build_hf_headers(library_name="slotmoe", token=None if at_hub else False)
 
-    def locate(self) -> str:
-        with self._lock:
-            if self._url is None:
-                self._url = self._ask()
-            return self._url
 
-    def forget(self) -> None:
-        with self._lock:
-            self._url = None
+def remote_file(snapshot: Snapshot, file: str) -> Remote:
+    """Where the bytes of one file of a snapshot are."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    def headers(self, url: str) -> dict[str, str]:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    name, commit, expected = f"{snapshot.repo}/{file}", snapshot.commit, snapshot.files[file]
 
-        ours, hub = urlsplit(url), urlsplit(constants.ENDPOINT)
-        at_hub = (ours.scheme, ours.netloc) == (hub.scheme, hub.netloc)
-        return build_hf_headers(library_name="slotmoe", token=None if at_hub else False)
-
-    def _ask(self) -> str:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        snapshot, expected = self._snapshot, self._snapshot.files[self._file]
-        url = hf_hub_url(snapshot.repo, self._file, revision=snapshot.commit)
-        with hub_errors(snapshot.repo, snapshot.commit):
+    def ask() -> str:
+        url = hf_hub_url(snapshot.repo, file, revision=commit)
+        with hub_errors(snapshot.repo, commit):
             answer = get_hf_file_metadata(url, library_name="slotmoe")
-        if answer.commit_hash not in (None, snapshot.commit):
+        if answer.commit_hash not in (None, commit):
             raise DownloadError(
-                f"{self.name}: the hub answers for commit {answer.commit_hash} instead of"
-                f" {snapshot.commit}; try again later"
+                f"{name}: the hub answers for commit {answer.commit_hash} instead of {commit}; try"
+                " again later"
             )
         etag = answer.etag or ""
         comparable = _is_digest(etag) and len(etag) == len(expected.checksum)
         if answer.size not in (None, expected.size) or (comparable and etag != expected.checksum):
             raise DownloadError(
-                f"{self.name}: is {answer.size} bytes with checksum {etag:.64} now, the hub"
-                f" promised {expected.size} bytes with {expected.checksum}; pass --overwrite to"
-                " start anew"
+                f"{name}: is {answer.size} bytes with checksum {etag:.64} now, the hub promised"
+                f" {expected.size} bytes with {expected.checksum}; pass --overwrite to start anew"
             )
         return urljoin(url, answer.location)
+
+    return Remote(name, expected, ask, _headers)
