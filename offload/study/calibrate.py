@@ -196,14 +196,15 @@ def measure(
 
 
 class _Net:
-    """The predictor in float32, its ``tensors`` named as in the file.  Matrices begin uniform, the
+    """The predictor in training, its ``tensors`` named as in the file.  Matrices begin uniform, the
     last biases where every expert is as likely as any other."""
 
     def __init__(
-        self, config: Config, R: int, Q: int, generator: torch.Generator, device: torch.device
+        self, config: Config, steps: int, generator: torch.Generator, device: torch.device
     ):
+        self._step, self._steps, self._generator, self._device = 0, steps, generator, device
         L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
-        self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, R, Q)
+        self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
         tensors: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             if name.endswith(".weight"):
@@ -215,6 +216,11 @@ class _Net:
             elif name == "layer.mix":
                 tensors[name] = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
         self.tensors = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
+        groups = []
+        for name, tensor in self.tensors.items():
+            rate, decay = (1 / tensor.shape[-1], 0.1) if name.endswith("weight") else (0.002, 0.0)
+            groups.append({"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay})
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
     def loss(self, token_BX: Tensor, inputs_RBD: Tensor, used_BLK: Tensor) -> Tensor:
         """Cross-entropies of both horizons and their mixture, summed over experts, a token."""
@@ -235,6 +241,26 @@ class _Net:
             total = total + _cross_entropy(mixed_BRE1[..., 0], target_BRE)
         return total
 
+    def train(self, samples: Samples, epochs: int, advance: Callable[[int], None]) -> None:
+        """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a
+        cosine to zero, over all calls."""
+        for _ in range(epochs):
+            order = torch.randperm(len(samples.token), generator=self._generator)
+            for batch in order.split(_BATCH):
+                self._step += 1
+                share = self._step / self._steps
+                cosine = 0.5 + 0.5 * math.cos(math.pi * share)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = group["rate"] * min(1.0, 20 * share) * cosine
+                token_BX = samples.token[batch].to(self._device, torch.float32)
+                inputs_RBD = samples.inputs[:, batch].to(self._device, torch.float32)
+                used_BLK = samples.used[batch].to(self._device, torch.int64)
+                loss = self.loss(token_BX, inputs_RBD, used_BLK)
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
+                advance(len(batch))
+
     def quantized(self, popularity: Tensor) -> dict[str, Tensor]:
         """As the file holds them."""
         tensors = {"popularity": popularity}
@@ -251,39 +277,6 @@ class _Net:
 
 def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, target, reduction="sum") / len(scores)
-
-
-class _Trainer:
-    """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a
-    cosine to zero."""
-
-    def __init__(self, net: _Net, steps: int, generator: torch.Generator, device: torch.device):
-        self._net, self._device, self._generator = net, device, generator
-        self._step, self._steps = 0, steps
-        groups = []
-        for name, tensor in net.tensors.items():
-            rate, decay = (1 / tensor.shape[-1], 0.1) if name.endswith("weight") else (0.002, 0.0)
-            group = {"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay}
-            groups.append(group)
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-
-    def run(self, samples: Samples, epochs: int, advance: Callable[[int], None]) -> None:
-        for _ in range(epochs):
-            order = torch.randperm(len(samples.token), generator=self._generator)
-            for batch in order.split(_BATCH):
-                self._step += 1
-                share = self._step / self._steps
-                cosine = 0.5 + 0.5 * math.cos(math.pi * share)
-                for group in self._optimizer.param_groups:
-                    group["lr"] = group["rate"] * min(1.0, 20 * share) * cosine
-                token_BX = samples.token[batch].to(self._device, torch.float32)
-                inputs_RBD = samples.inputs[:, batch].to(self._device, torch.float32)
-                used_BLK = samples.used[batch].to(self._device, torch.int64)
-                loss = self._net.loss(token_BX, inputs_RBD, used_BLK)
-                self._optimizer.zero_grad()
-                loss.backward()
-                self._optimizer.step()
-                advance(len(batch))
 
 
 def widths(config: Config) -> tuple[int, int]:
@@ -334,16 +327,15 @@ def calibrate(
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
-        net = _Net(config, *widths(config), generator, runtime.device)
         steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
-        trainer = _Trainer(net, steps, generator, runtime.device)
+        net = _Net(config, steps, generator, runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
             samples = read(runtime, group)
             ids = samples.used.long() + torch.arange(L)[:, None] * E
             uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
-                trainer.run(samples, epochs, advance)
+                net.train(samples, epochs, advance)
         tensors = net.quantized(uses / tokens)
         samples = read(runtime, held_back)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]

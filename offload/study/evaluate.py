@@ -206,10 +206,10 @@ class Evaluation:
             log_p_RV = wanted_RV.double().log_softmax(dim=-1)
             log_p_R = log_p_RV.gather(1, target_R1)[:, 0]
             kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
-            best = log_q_RV.argmax(dim=-1), log_p_RV.argmax(dim=-1)
+            agreed_R = log_q_RV.argmax(dim=-1) == log_p_RV.argmax(dim=-1)
             part.reference_nll, part.divergence = -log_p_R.sum().item(), kl_R.sum().item()
-            part.agreed = int((best[0] == best[1]).sum())
-            self._remember(text, at, kl_R, log_q_R, log_p_R, *best)
+            part.agreed = int(agreed_R.sum())
+            self._remember(text, at, kl_R, log_q_RV, log_p_RV)
         if not math.isfinite(part.nll + part.reference_nll + part.divergence):
             raise CheckpointError(
                 "the model or its reference computed NaN or infinite logits; its weights are broken"
@@ -218,30 +218,25 @@ class Evaluation:
         return stop
 
     def _remember(
-        self,
-        text: Text,
-        at: int,
-        kl_R: Tensor,
-        log_q_R: Tensor,
-        log_p_R: Tensor,
-        best_R: Tensor,
-        wanted_R: Tensor,
+        self, text: Text, at: int, kl_R: Tensor, log_q_RV: Tensor, log_p_RV: Tensor
     ) -> None:
         """Keep the tokens whose distributions differ most."""
+        decode = self.runtime.tokenizer.decode
         for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
-            kl, index, decode = kl_R[row].item(), at + row, self.runtime.tokenizer.decode
+            kl, index = kl_R[row].item(), at + row
             if len(self._worst) == self.keep and kl <= self._worst[0][0]:
                 break
+            token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
                 "file": str(text.path),
                 "position": index,
                 "context": decode(text.ids[max(0, index - _CONTEXT) : index]),
-                "token": decode([text.ids[index]]),
+                "token": decode([token]),
                 "kl_divergence": kl,
-                "probability": math.exp(log_q_R[row].item()),
-                "reference_probability": math.exp(log_p_R[row].item()),
-                "top": decode([int(best_R[row])]),
-                "reference_top": decode([int(wanted_R[row])]),
+                "probability": math.exp(log_q_V[token].item()),
+                "reference_probability": math.exp(log_p_V[token].item()),
+                "top": decode([int(log_q_V.argmax())]),
+                "reference_top": decode([int(log_p_V.argmax())]),
             }
             order = -sum(totals.tokens for totals in self.files.values()) - row
             heapq.heappush(self._worst, (kl, order, entry))
