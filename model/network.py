@@ -441,13 +441,14 @@ class DeepseekV2:
             cache.extend(done, 1)
             now = time.perf_counter()
             self.lap("cache and prefetch", now)
-            index, h_1D, x_1D, weights_1K, indices_NK, spent = self._decode(
-                done, h_1D, table_1C, cache.layers, cache.length, *here
+            index, h_1D, x_1D, weights_1K, indices_N1K, spent = self._decode(
+                done, h_1D, table_1C, [cache.layers], [cache.length], *here
             )
             for part, seconds in zip(_PARTS, spent, strict=True):
                 now += seconds
                 self.lap(part, now)
             missing = index < len(self.layers)
+            indices_NK = indices_N1K[:, 0]
             experts.used(done, indices_NK[:-1] if missing else indices_NK)
             if missing:
                 fused = self.fused[index]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 
-# Weights of a row that share a scale; rows that are stored together (see ``slotmoe.quant.nf4``).
-BLOCK, TILE = 64, 16
+BLOCK = 64  # weights of a row that share a scale
+TILE = 16  # rows that are stored together (see ``slotmoe.quant.nf4``)
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 
@@ -27,11 +27,14 @@ def nf4_bytes(N: int, K: int) -> int:
 
 
 def record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
+    """Bytes of one expert's codes and scales."""
+    gate_or_up = nf4_bytes(moe_intermediate_size, hidden_size)
+    return 2 * gate_or_up + nf4_bytes(hidden_size, moe_intermediate_size)
+
+
+def padded_record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
     """Bytes of one expert's record in the export."""
-    payload = 2 * nf4_bytes(moe_intermediate_size, hidden_size) + nf4_bytes(
-        hidden_size, moe_intermediate_size
-    )
-    return -(-payload // ALIGNMENT) * ALIGNMENT
+    return -(-record_bytes(hidden_size, moe_intermediate_size) // ALIGNMENT) * ALIGNMENT
 
 
 def resident_quantization(role: str, mode: str) -> str:

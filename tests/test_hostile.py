@@ -23,7 +23,14 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, checksum, layer_file
+from slotmoe.quant.export.layout import (
+    COPIED,
+    MANIFEST,
+    RESIDENT,
+    checksum,
+    layer_file,
+    tensor_parts,
+)
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.int8 import Int8Weight
@@ -982,8 +989,8 @@ def interesting_places(name, size, export):
                 offset = start + expert * export.layout.record_bytes + part.offset
                 places |= {offset, offset + part.nbytes // 2, offset + part.nbytes - 1}
     if name == RESIDENT:
-        start = size - export.resident_bytes
-        places |= {start - 1} | {start + part.offset for part in export._resident_parts.values()}
+        resident, start = tensor_parts(export.manifest["files"][name]), size - export.resident_bytes
+        places |= {start - 1} | {start + part.offset for part in resident.values()}
     generator = random.Random(name)
     return sorted(places | {generator.randrange(size) for _ in range(30)})
 

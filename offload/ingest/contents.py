@@ -26,7 +26,7 @@ from slotmoe.quant.export.layout import (
     safetensors_header,
 )
 from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.export.writer import file_checksum
+from slotmoe.quant.export.verify import file_checksum
 from slotmoe.quant.shapes import BLOCK, resident_quantization
 
 _SUFFIXES = {"none": ("",), "int8": ("", ".scale"), "nf4": ("", ".absmax")}

@@ -46,10 +46,15 @@ from slotmoe.offload.ingest.output_dir import (
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import quantize_int8, quantize_nf4, squared_error
-from slotmoe.quant.export.assemble import Assembly, publish_file, temporary_name
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, PROJECTIONS, RESIDENT
 from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import sync_folder, write_json
+from slotmoe.quant.export.writer import (
+    ExportFile,
+    publish_file,
+    sync_folder,
+    temporary_name,
+    write_json,
+)
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
@@ -163,7 +168,7 @@ class _Job:
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
-        self._assemblies: dict[str, Assembly] = {}
+        self._open_files: dict[str, ExportFile] = {}
         # By file of the export: source tensors that are still to be written.
         self._left: dict[str, set[str]] = {}
 
@@ -239,8 +244,8 @@ class _Job:
                 if name not in self._state["files"]:  # killed after its last tensor
                     self._finish(name)
         finally:
-            for assembly in self._assemblies.values():
-                assembly.close()
+            for export_file in self._open_files.values():
+                export_file.close()
         copied = [name for name in names if name in COPIED]
         for name in copied:
             shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
@@ -256,9 +261,9 @@ class _Job:
             for file, path in arrivals:
                 with self._checkpoint.read_from(file, path):
                     self._write_tensors(by_shard[file])
-                for name, assembly in self._assemblies.items():
-                    assembly.sync()
-                    self._state["written"][name] = dict(assembly.checksums)
+                for name, export_file in self._open_files.items():
+                    export_file.sync()
+                    self._state["written"][name] = dict(export_file.checksums)
                 self._save_state()
 
     def _write_tensors(self, names: list[str]) -> None:
@@ -282,9 +287,9 @@ class _Job:
         checkpoint, contents = self._checkpoint, self._contents
         info, file, kind = checkpoint.infos[name], contents.file_of(name), contents.kind(name)
         with self._lock:
-            if file not in self._assemblies:
-                self._assemblies[file] = self._assembly(file)
-            assembly = self._assemblies[file]
+            if file not in self._open_files:
+                self._open_files[file] = self._export_file(file)
+            export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
         squares = [0.0, 0.0]
         for start in range(0, info.shape[0], step):
@@ -299,7 +304,7 @@ class _Job:
                     " fp16 weights; the file is damaged"
                 ) from None
             for part, output in zip(contents.part_names(name), outputs, strict=True):
-                assembly.write(part, output)
+                export_file.write(part, output)
             if weight is not None:
                 squares = [
                     a + b for a, b in zip(squares, squared_error(piece, weight), strict=True)
@@ -313,22 +318,20 @@ class _Job:
         if whole:
             self._finish(file)
 
-    def _assembly(self, file: str) -> Assembly:
-        return Assembly(self._partial / file, self._contents.parts(file), self._written(file))
+    def _export_file(self, file: str) -> ExportFile:
+        return ExportFile(self._partial / file, self._contents.parts(file), self._written(file))
 
     def _finish(self, file: str) -> None:
         """Check a file that has all of its tensors, note that it's done, then name it:
         ``_finished`` may have to do the last."""
         with self._lock:
-            assembly = self._assemblies.pop(file, None) or self._assembly(file)
-        contents, entry = self._contents, None
+            export_file = self._open_files.pop(file, None) or self._export_file(file)
+        entry = None
         try:
-            if file == RESIDENT:
-                entry = assembly.finish_tensors()
-            else:
-                entry = assembly.finish_records(contents.config.n_routed_experts, contents.layout)
+            records = None if file == RESIDENT else self._contents.layout.record_bytes
+            entry = export_file.finish(records)
         finally:
-            assembly.close()
+            export_file.close()
             with self._lock:
                 self._state["written"].pop(file, None)
                 if entry is not None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from slotmoe.model.names import EMBEDDING, resident_shapes
 from slotmoe.offload.ingest.contents import Contents, copied_entries
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
-from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, RecordLayout, layer_file
-from slotmoe.quant.export.writer import LayerWriter, ResidentWriter, write_json
+from slotmoe.quant.export.layout import (
+    MANIFEST,
+    RESIDENT,
+    Part,
+    RecordLayout,
+    expert_tensor,
+    layer_file,
+)
+from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
 
@@ -85,19 +93,25 @@ def _write_weights(
         progress(done, total)
 
     files: dict[str, Any] = {}
-    with ResidentWriter(partial, parts) as resident_writer:
+    with closing(ExportFile(partial / RESIDENT, parts)) as file:
         for name, part in parts.items():
             for piece in random.resident(name, part, contents):
-                resident_writer.write(name, piece)
+                file.write(name, piece)
                 advance(piece.nbytes)
-        files[RESIDENT] = resident_writer.commit()
+        files[RESIDENT] = file.finish()
+    publish_file(partial / RESIDENT)
     make_record = random.record_maker(layout)
     for layer in layers:
-        with LayerWriter(partial, layer, experts, layout) as writer:
-            for _ in range(experts):
-                writer.write(make_record())
+        name = layer_file(layer)
+        with closing(ExportFile(partial / name, contents.parts(name))) as file:
+            for expert in range(experts):
+                record = make_record()
+                for part_name in layout.parts:
+                    tensor = expert_tensor(layer, expert, part_name)
+                    file.write(tensor, layout.part(record, part_name))
                 advance(layout.record_bytes)
-            files[layer_file(layer)] = writer.commit()
+            files[name] = file.finish(layout.record_bytes)
+        publish_file(partial / name)
     return files
 
 

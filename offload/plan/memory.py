@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
-from slotmoe.quant.shapes import latent_bytes, record_bytes, resident_bytes
+from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 # records lent to the CPU at once in prefill: one that is computed with, the others on their way
@@ -98,7 +98,7 @@ def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     return Sizes(
         components,
         total - untouched,
-        record_bytes(config.hidden_size, config.moe_intermediate_size),
+        padded_record_bytes(config.hidden_size, config.moe_intermediate_size),
     )
 
 

@@ -24,7 +24,7 @@ from slotmoe.quant import int8, nf4
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.kernels.cpu.bindings import PackedInt8
+from slotmoe.quant.kernels.cpu.weights import PackedInt8
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
 

@@ -14,15 +14,8 @@ from torch import Tensor
 from slotmoe.quant.backends.base import Empty, TiledInt8Weight, TorchOps, Weight, new
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.kernels.cpu.bindings import (
-    AttentionLayer,
-    Decoded,
-    Decoder,
-    Kernels,
-    Matrix,
-    Mlp,
-    Router,
-)
+from slotmoe.quant.kernels.cpu.bindings import Decoded, Kernels
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, Matrix, Mlp, Router
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import latent_bytes
 
@@ -225,9 +218,8 @@ class NativeOps(TorchOps):
         layout: RecordLayout,
         levels: Tensor,
     ) -> Tensor:
-        return self._native.experts_decode(
-            x_D.contiguous(), records, weights_K, layout.moe_intermediate_size, levels
-        )
+        y_KD = self.experts_each(x_D, records, layout, levels)
+        return self._native.weighted_sum(y_KD[None], weights_K[None])[0]
 
     def experts_each(
         self, x_D: Tensor, records: list[Tensor], layout: RecordLayout, levels: Tensor

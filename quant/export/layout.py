@@ -1,54 +1,16 @@
-"""The export: an artifact that loads fast, because one expert is one aligned byte range with a
-checksum of its own.
+"""The export's files, records and tensors: their names, shapes and places.
 
-    DST/
-      config.json, tokenizer.json, ...       copied from the source
-      slotmoe.json                           the manifest: everything below, and a checksum over itself
-      resident.safetensors                   all but the routed experts, under the source's tensor names
-      experts/layer-00001.safetensors ...    one per MoE layer, one record per expert
-      predictor-0123456789abcdef.safetensors optional: trained guesses of experts, 16 digits of its
-      checksum in the name
-
-A record is, byte for byte (matrices in the ``tiles16`` layout of ``slotmoe.quant.nf4``; gate and up
-are [I, H], down is [H, I]):
-
-    gate_proj.weight codes, up_proj.weight codes, down_proj.weight codes        U8
-    gate_proj.weight.absmax, up_proj.weight.absmax, down_proj.weight.absmax     F16
-    pad, zeros up to the next multiple of 4096                                  U8
-
-The predictor (``slotmoe.offload.predictor`` computes with it; L MoE layers in order, E experts, R
-and Q widths of its choice) has these tensors; the two ``.weight`` of a horizon are int8 with a
-float32 scale per row, ``w[..., n, k] = q * scale[..., n]``:
-
-    token.in.weight I8 [R, 2 H]      token.in.weight.scale F32 [R]       token.in.bias F32 [R]
-    token.out.weight I8 [L E, R]     token.out.weight.scale F32 [L E]    token.out.bias F32 [L E]
-    layer.in.weight I8 [L-1, Q, H]   layer.in.weight.scale F32 [L-1, Q]  layer.in.bias F32 [L-1, Q]
-    layer.out.weight I8 [L-1, E, Q]  layer.out.weight.scale F32 [L-1, E] layer.out.bias F32 [L-1, E]
-    layer.mix F32 [L-1, 3]           popularity F32 [L E], uses of an expert per token
-
-With one MoE layer there is no ``layer`` tensor.  Data starts at a multiple of 4096, F32 tensors
-first, each group in the order above (weight, scale, bias from left to right, line by line), without
-holes.  The manifest, replaced by one rename, names the file that counts; another of that pattern is
-a leftover of a killed run.
-
-``quantization.report`` in the manifest is optional and for people: what quantization cost, by
-tensor family, as ``slotmoe.offload.ingest.report`` defines it.  An object of ``weights`` (count),
-``bits_per_weight`` (of all, with padding) and ``families``, a list of ``family``, ``stored`` (nf4,
-int8, bf16, fp16 or fp32), ``weights``, ``bits_per_weight``, ``relative_rms_error``, ``by_layer``
-(layer -> the same error; empty if exact or in no layer) and ``worst_layer`` (a layer or null).
-
-Records follow each other from the end of the header, which is padded with spaces to a multiple of
-4096.  Sizes, headers and small files are verified at open; a resident tensor's and a record's
-checksum (xxh3-128) whenever it is read. Shape legend: I moe_intermediate_size, H hidden_size, N
-rows out, K columns in.
+docs/export-format.md describes the format byte by byte.  Shape legend: I moe_intermediate_size, H
+hidden_size, N rows out, K columns in.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +18,13 @@ import xxhash
 from torch import Tensor
 
 from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import ALIGNMENT, absmax_shape, codes_shape
+from slotmoe.quant.shapes import (
+    ALIGNMENT,
+    absmax_shape,
+    codes_shape,
+    padded_record_bytes,
+    record_bytes,
+)
 
 FORMAT_VERSION = 1
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
@@ -70,14 +38,14 @@ COPIED = (
 MAX_PREDICTOR_WIDTH = 1 << 14
 _PREDICTOR = re.compile(r"predictor-[0-9a-f]{16}\.safetensors")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_DTYPES = {
+DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def layer_file(layer: int) -> str:
@@ -101,10 +69,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        total = self.dtype.itemsize
-        for size in self.shape:
-            total *= size
-        return total
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class RecordLayout:
@@ -119,20 +84,16 @@ class RecordLayout:
             "up_proj": (width, hidden),
             "down_proj": (hidden, width),
         }
-        self.parts: dict[str, Part] = {}
-        offset = 0
+        parts = {}
         for name, shape in self.shapes.items():
-            self.parts[name + ".weight"] = part = Part(torch.uint8, codes_shape(*shape), offset)
-            offset += part.nbytes
+            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape), 0)
         for name, shape in self.shapes.items():
-            self.parts[name + ".weight.absmax"] = part = Part(
-                torch.float16, absmax_shape(*shape), offset
-            )
-            offset += part.nbytes
-        self.payload_bytes = offset
-        self.record_bytes = -(-offset // ALIGNMENT) * ALIGNMENT
-        if self.record_bytes > offset:
-            self.parts["pad"] = Part(torch.uint8, (self.record_bytes - offset,), offset)
+            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape), 0)
+        self.payload_bytes = record_bytes(hidden_size, moe_intermediate_size)
+        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size)
+        if self.record_bytes > self.payload_bytes:
+            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,), 0)
+        self.parts = _in_a_row(parts)
 
     def describe(self) -> dict[str, Any]:
         """The parts as the manifest holds them."""
@@ -148,10 +109,8 @@ class RecordLayout:
 
     def weight(self, record: Tensor, projection: str, levels: Tensor) -> Nf4Weight:
         """One projection of the expert in ``record``, as a view."""
-        codes, absmax = (
-            self.part(record, f"{projection}.weight"),
-            self.part(record, f"{projection}.weight.absmax"),
-        )
+        codes = self.part(record, f"{projection}.weight")
+        absmax = self.part(record, f"{projection}.weight.absmax")
         return Nf4Weight(codes, absmax, levels, self.shapes[projection])
 
 
@@ -164,16 +123,12 @@ def resident_parts(
     need a matrix.
     """
     if quantization == "int8":
-        return {
-            name: Part(torch.int8, shape, 0),
-            name + ".scale": Part(torch.float32, shape[:1], 0),
-        }
+        scale = Part(torch.float32, shape[:1], 0)
+        return {name: Part(torch.int8, shape, 0), name + ".scale": scale}
     if quantization == "nf4":
         N, K = shape
-        return {
-            name: Part(torch.uint8, codes_shape(N, K), 0),
-            name + ".absmax": Part(torch.float16, absmax_shape(N, K), 0),
-        }
+        absmax = Part(torch.float16, absmax_shape(N, K), 0)
+        return {name: Part(torch.uint8, codes_shape(N, K), 0), name + ".absmax": absmax}
     return {name: Part(dtype, shape, 0)}
 
 
@@ -203,9 +158,13 @@ def is_predictor(name: str) -> bool:
 def place(parts: dict[str, Part]) -> dict[str, Part]:
     """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own
     element size."""
+    return _in_a_row(dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize)))
+
+
+def _in_a_row(parts: dict[str, Part]) -> dict[str, Part]:
     placed, offset = {}, 0
-    for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
-        placed[name] = Part(part.dtype, part.shape, offset)
+    for name, part in parts.items():
+        placed[name] = replace(part, offset=offset)
         offset += part.nbytes
     return placed
 
@@ -215,7 +174,7 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     bytes."""
     entries = {
         name: {
-            "dtype": _DTYPE_NAMES[part.dtype],
+            "dtype": DTYPE_NAMES[part.dtype],
             "shape": list(part.shape),
             "data_offsets": [part.offset, part.offset + part.nbytes],
         }
@@ -226,29 +185,28 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def expert_tensor(layer: int, expert: int, part: str) -> str:
+    """What a part of an expert's record is called in its file."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{part}"
+
+
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
     """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets
     from the data's start."""
-    parts = {}
-    for expert in range(experts):
-        start = expert * layout.record_bytes
-        for name, part in layout.parts.items():
-            parts[f"model.layers.{layer}.mlp.experts.{expert}.{name}"] = Part(
-                part.dtype, part.shape, start + part.offset
-            )
-    return parts
-
-
-def layer_header(layer: int, experts: int, layout: RecordLayout) -> bytes:
-    """Header of the file that holds the records of ``layer``."""
-    return safetensors_header(layer_parts(layer, experts, layout).items())
+    return {
+        expert_tensor(layer, expert, name): Part(
+            part.dtype, part.shape, expert * layout.record_bytes + part.offset
+        )
+        for expert in range(experts)
+        for name, part in layout.parts.items()
+    }
 
 
 def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[str, Any]:
     """The tensors of a file as the manifest holds them."""
     return {
         name: {
-            "dtype": _DTYPE_NAMES[part.dtype],
+            "dtype": DTYPE_NAMES[part.dtype],
             "shape": list(part.shape),
             "checksum": checksums[name],
         }
@@ -256,11 +214,11 @@ def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[
     }
 
 
+def part_of(item: dict[str, Any]) -> Part:
+    """A tensor of ``describe_tensors``; its offset is not assigned yet (0)."""
+    return Part(DTYPES[item["dtype"]], tuple(item["shape"]), 0)
+
+
 def tensor_parts(entry: dict[str, Any]) -> dict[str, Part]:
     """The tensors of a file's manifest entry and their places, from the data's start."""
-    return place(
-        {
-            name: Part(_DTYPES[item["dtype"]], tuple(item["shape"]), 0)
-            for name, item in entry["tensors"].items()
-        }
-    )
+    return place({name: part_of(item) for name, item in entry["tensors"].items()})

@@ -24,12 +24,12 @@ from slotmoe.quant.export.layout import (
     checksum,
     is_predictor,
     layer_file,
-    layer_header,
+    layer_parts,
     safetensors_header,
     tensor_parts,
 )
 from slotmoe.quant.export.validate import manifest_layout, read_manifest, regular_file
-from slotmoe.quant.export.writer import file_checksum
+from slotmoe.quant.export.verify import file_checksum
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight, dequantize
 from slotmoe.quant.shapes import ALIGNMENT
@@ -52,10 +52,14 @@ class Export:
         self.experts: int = manifest["experts"]["n_routed_experts"]
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
         self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
-        self._files: dict[str, int] = {}
-        self._resident_parts = tensor_parts(manifest["files"][RESIDENT])
-        self._resident_start, self._direct = 0, False
+        self._handles: dict[str, int] = {}
         self._predictor = next(filter(is_predictor, manifest["files"]), None)
+        self._parts = {
+            name: tensor_parts(entry)
+            for name, entry in manifest["files"].items()
+            if name in (RESIDENT, self._predictor)
+        }
+        self._direct = False
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
@@ -72,31 +76,21 @@ class Export:
         return export
 
     def _verify_files(self) -> None:
-        for name in COPIED:
-            path, entry = self.folder / name, self.manifest["files"].get(name)
-            if entry is None:
-                continue
+        files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
+        for name in filter(files.__contains__, COPIED):
+            path = self.folder / name
             self._open_file(name)
-            if file_checksum(path) != entry["checksum"]:
+            if file_checksum(path) != files[name]["checksum"]:
                 raise ExportError(
                     f"{path}: its checksum is not the manifest's; the file was changed or damaged"
                 )
         for layer in self.layers:
             self._open_file(layer_file(layer))  # its size bounds the work that the header takes
-            named = self.manifest["experts"]["linked_layers"].get(
-                str(layer), layer
-            )  # a hard link keeps its origin's names
-            header = layer_header(named, self.experts, self.layout)
-            self._verify_header(layer_file(layer), header)
-        self._open_file(RESIDENT)
-        header = safetensors_header(self._resident_parts.items())
-        self._verify_header(RESIDENT, header)
-        self._resident_start = len(header)
-        if self._predictor is not None:
-            self._open_file(self._predictor)
-            self._verify_header(
-                self._predictor, safetensors_header(self._predictor_parts().items())
-            )
+            origin = linked.get(str(layer), layer)  # a hard link keeps its origin's names
+            self._verify_header(layer_file(layer), layer_parts(origin, self.experts, self.layout))
+        for name, parts in self._parts.items():
+            self._open_file(name)
+            self._verify_header(name, parts)
 
     def _open_file(self, name: str) -> None:
         """Open one of the format's own files, inside the folder and of the size that the manifest
@@ -108,21 +102,24 @@ class Export:
             raise ExportError(
                 f"{path}: can't be opened ({problem.strerror}); the export is incomplete"
             ) from None
-        self._files[name] = handle
-        found, wanted = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
-        if found != wanted:
+        self._handles[name] = handle
+        size, expected = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
+        if size != expected:
             raise ExportError(
-                f"{path}: has {found} bytes, the manifest says {wanted}; the file is truncated or not this export's"
+                f"{path}: has {size} bytes, the manifest says {expected}; the file is truncated or "
+                "not this export's"
             )
 
-    def _verify_header(self, name: str, header: bytes) -> None:
+    def _verify_header(self, name: str, parts: dict[str, Part]) -> None:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
-        if (
-            self.manifest["files"][name]["header_bytes"] != len(header)
-            or os.pread(self._files[name], len(header), 0) != header
-        ):
+        header, size = (
+            safetensors_header(parts.items()),
+            self.manifest["files"][name]["header_bytes"],
+        )
+        if size != len(header) or os.pread(self._handles[name], size, 0) != header:
             raise ExportError(
-                f"{self.folder / name}: its header is not the one that the manifest describes; quantize again"
+                f"{self.folder / name}: its header is not the one that the manifest describes; "
+                "quantize again"
             )
 
     def _read(
@@ -133,7 +130,7 @@ class Export:
         done, needed = 0, len(data) if needed is None else needed
         while done < needed:
             try:
-                count = os.preadv(self._files[name], [data[done:]], offset + done)
+                count = os.preadv(self._handles[name], [data[done:]], offset + done)
             except OSError as problem:
                 raise ExportError(
                     f"{self.folder / name}: reading {what} failed ({problem.strerror})"
@@ -146,10 +143,11 @@ class Export:
                 )
             done += count
 
-    def _verify(self, name: str, data: memoryview, wanted: str, what: str) -> None:
-        if checksum(data) != wanted:
+    def _verify(self, name: str, data: memoryview, expected: str, what: str) -> None:
+        if checksum(data) != expected:
             raise ExportError(
-                f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize it again"
+                f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize "
+                "it again"
             )
 
     def bypass_page_cache(self) -> bool:
@@ -159,7 +157,7 @@ class Export:
         A model larger than memory gains nothing from the page cache, which would take memory from
         the slots.
         """
-        handles = [self._files[name] for name in (RESIDENT, *map(layer_file, self.layers))]
+        handles = [self._handles[name] for name in (RESIDENT, *map(layer_file, self.layers))]
         flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
         try:
             for handle in handles:
@@ -175,20 +173,14 @@ class Export:
         """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``;
         verifies nothing."""
         name = layer_file(layer)
-        offset = (
-            self.manifest["files"][name]["header_bytes"] + expert * self.layout.record_bytes + start
-        )
+        offset = self.manifest["files"][name]["header_bytes"] + start
+        offset += expert * self.layout.record_bytes
         self._read(name, offset, out, f"layer {layer} expert {expert}")
 
     def verify_record(self, layer: int, expert: int, record: memoryview) -> None:
         """Raises ``ExportError`` unless ``record`` has the checksum that the manifest names."""
-        name = layer_file(layer)
-        self._verify(
-            name,
-            record,
-            self.manifest["files"][name]["records"][expert],
-            f"layer {layer} expert {expert}",
-        )
+        name, what = layer_file(layer), f"layer {layer} expert {expert}"
+        self._verify(name, record, self.manifest["files"][name]["records"][expert], what)
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Exactly dequantized weights of one routed expert: ``gate_proj`` and ``up_proj`` float32
@@ -199,82 +191,67 @@ class Export:
         record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
         self.read_range(layer, expert, 0, record.numpy().data)
         self.verify_record(layer, expert, record.numpy().data)
-        return {
-            name: dequantize(self.layout.weight(record, name, self.levels)) for name in PROJECTIONS
-        }
+        weights = {name: self.layout.weight(record, name, self.levels) for name in PROJECTIONS}
+        return {name: dequantize(weight) for name, weight in weights.items()}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
         """The resident weight ``name`` (the source's tensor name), read into page-aligned memory
         from ``empty`` and verified."""
-        if name + ".scale" in self._resident_parts:
-            return Int8Weight(self._tensor(name, empty), self._tensor(name + ".scale", empty))
-        if name + ".absmax" in self._resident_parts:
-            N, K = self.manifest["quantization"]["resident_shapes"][name]
-            return Nf4Weight(
-                self._tensor(name, empty),
-                self._tensor(name + ".absmax", empty),
-                self.levels,
-                (N, K),
-            )
-        return self._tensor(name, empty)
-
-    def _tensor(self, name: str, empty: Empty) -> Tensor:
-        if name not in self._resident_parts:
+        parts = self._parts[RESIDENT]
+        if name not in parts:
             raise ExportError(
-                f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its config.json"
+                f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its "
+                "config.json"
             )
-        part = self._resident_parts[name]
-        start = self._resident_start + part.offset
+        weight = self._tensor(RESIDENT, name, empty)
+        if name + ".scale" in parts:
+            return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
+        if name + ".absmax" in parts:
+            absmax = self._tensor(RESIDENT, name + ".absmax", empty)
+            N, K = self.manifest["quantization"]["resident_shapes"][name]
+            return Nf4Weight(weight, absmax, self.levels, (N, K))
+        return weight
+
+    def _tensor(self, file: str, name: str, empty: Empty) -> Tensor:
+        part, entry = self._parts[file][name], self.manifest["files"][file]
+        start = entry["header_bytes"] + part.offset
         before = start % ALIGNMENT  # direct reads begin and end at multiples of 4096, tensors don't
         raw = empty((-(-(before + part.nbytes) // ALIGNMENT) * ALIGNMENT,), torch.uint8)
-        self._read(RESIDENT, start - before, raw.numpy().data, name, before + part.nbytes)
+        self._read(file, start - before, raw.numpy().data, name, before + part.nbytes)
         out = raw[before : before + part.nbytes]
-        self._verify(
-            RESIDENT,
-            out.numpy().data,
-            self.manifest["files"][RESIDENT]["tensors"][name]["checksum"],
-            name,
-        )
+        self._verify(file, out.numpy().data, entry["tensors"][name]["checksum"], name)
         return out.view(part.dtype).view(part.shape)
-
-    def _predictor_parts(self) -> dict[str, Part]:
-        assert self._predictor is not None
-        return tensor_parts(self.manifest["files"][self._predictor])
 
     def predictor(self) -> dict[str, Tensor] | None:
         """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError``
         naming a damaged file."""
         if self._predictor is None:
             return None
-        entry, found = self.manifest["files"][self._predictor], {}
-        for name, part in self._predictor_parts().items():
-            found[name] = out = torch.empty(part.shape, dtype=part.dtype)
-            data = out.view(-1).view(torch.uint8).numpy().data
-            self._read(self._predictor, entry["header_bytes"] + part.offset, data, name)
-            self._verify(self._predictor, data, entry["tensors"][name]["checksum"], name)
-            if not out.isfinite().all():
+        tensors = {}
+        for name in self._parts[self._predictor]:
+            tensors[name] = self._tensor(self._predictor, name, _empty)
+            if not tensors[name].isfinite().all():
                 raise ExportError(
                     f"{self.folder / self._predictor}: {name} is not finite; calibrate again"
                 )
-        return found
+        return tensors
+
+    def _tensor_bytes(self, file: str | None) -> int:
+        return sum(part.nbytes for part in self._parts.get(file, {}).values())
 
     @property
     def predictor_bytes(self) -> int:
         """Bytes of all the predictor's tensors, 0 if there is none."""
-        return (
-            0
-            if self._predictor is None
-            else sum(part.nbytes for part in self._predictor_parts().values())
-        )
+        return self._tensor_bytes(self._predictor)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of all resident tensors."""
-        return sum(part.nbytes for part in self._resident_parts.values())
+        return self._tensor_bytes(RESIDENT)
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
     def __enter__(self) -> Export:
         return self

@@ -7,133 +7,122 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, uint8
 
+from slotmoe.errors import ExportError
 from slotmoe.quant.export.layout import (
-    _DTYPE_NAMES,
     MANIFEST,
-    RESIDENT,
     Part,
-    RecordLayout,
     checksum,
     describe_tensors,
     is_predictor,
-    layer_file,
-    layer_header,
     place,
     safetensors_header,
 )
-from slotmoe.quant.export.validate import _check_predictor, manifest_checksum, read_manifest
+from slotmoe.quant.export.validate import check_predictor, manifest_checksum, read_manifest
+from slotmoe.quant.export.verify import span_checksums
 
 
-class _Writer:
-    """A new file under a temporary name; ``commit`` makes it durable and gives it its name."""
+class ExportFile:
+    """The file ``path`` put together tensor by tensor: in any order, by several threads, over
+    several runs.  Its name is ``….tmp`` until ``publish_file``.
 
-    def __init__(self, path: Path, header: bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
-        self._file = open(self._temporary, "wb")
-        self._header = header
+    ``checksums`` names every tensor that is whole and the xxh3-128 of its bytes.  Saved after
+    ``sync`` and passed to the next run's ``ExportFile``, it makes that run go on from here; what it
+    does not name is written again.
+    """
+
+    def __init__(self, path: Path, parts: dict[str, Part], checksums: dict[str, str] | None = None):
+        self.path, self.parts, self.checksums = path, parts, dict(checksums or {})
+        self._temporary = temporary_name(path)
+        self._header = safetensors_header(parts.items())
+        self._unfinished: dict[str, tuple[xxhash.xxh3_128, int]] = {}
+        path.parent.mkdir(exist_ok=True)
+        self._handle = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            self._file.write(header)
+            os.ftruncate(self._handle, self.nbytes)
+            self._pwrite(memoryview(self._header), 0)
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
 
-    def _commit(self, entry: dict[str, Any]) -> dict[str, Any]:
-        self._file.flush()
-        size = self._file.seek(0, os.SEEK_END)
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.rename(self._temporary, self._path)
-        sync_folder(self._path.parent)
-        return {
-            "bytes": size,
-            "header_bytes": len(self._header),
-            "header_checksum": checksum(self._header),
-            **entry,
-        }
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._file.close()  # flushes, which fails again on a full disk
-        finally:
-            self._temporary.unlink(missing_ok=True)
-
-
-class LayerWriter(_Writer):
-    """Writes one layer's records in order of expert; a context manager that removes what was not
-    committed."""
-
-    def __init__(self, folder: Path, layer: int, experts: int, layout: RecordLayout):
-        super().__init__(folder / layer_file(layer), layer_header(layer, experts, layout))
-        self._hash, self._records, self._experts = xxhash.xxh3_128(self._header), [], experts  # type: ignore[var-annotated]
-
-    def write(self, record: Tensor) -> None:
-        """Append the next expert's record, uint8 [record_bytes]."""
-        data = record.numpy().data
-        self._records.append(checksum(data))
-        self._hash.update(data)
-        self._file.write(data)
-
-    def commit(self) -> dict[str, Any]:
-        """Finish the file; returns its entry for the manifest."""
-        assert len(self._records) == self._experts
-        return self._commit({"checksum": self._hash.hexdigest(), "records": self._records})
-
-
-class ResidentWriter(_Writer):
-    """Writes the resident file's tensors (or the predictor's), each in pieces from its start, in
-    any order of tensors."""
-
-    def __init__(self, folder: Path, parts: dict[str, Part], name: str = RESIDENT):
-        super().__init__(folder / name, safetensors_header(parts.items()))
-        self._parts = parts
-        self._written = dict.fromkeys(parts, 0)
-        self._hashes = {name: xxhash.xxh3_128() for name in parts}
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return len(self._header) + max(part.offset + part.nbytes for part in self.parts.values())
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Append ``piece`` to tensor ``name``."""
-        part, data = self._parts[name], piece.contiguous().view(-1).view(torch.uint8).numpy().data
-        assert piece.dtype == part.dtype and self._written[name] + len(data) <= part.nbytes
-        self._hashes[name].update(data)
-        self._file.seek(len(self._header) + part.offset + self._written[name])
-        self._file.write(data)
-        self._written[name] += len(data)
+        """Append ``piece`` to tensor ``name``; a tensor's pieces come from one thread, in order."""
+        part, data = self.parts[name], piece.contiguous().view(-1).view(uint8).numpy().data
+        digest, written = self._unfinished.pop(name, (xxhash.xxh3_128(), 0))
+        assert piece.dtype == part.dtype and written + len(data) <= part.nbytes
+        digest.update(data)
+        self._pwrite(data, len(self._header) + part.offset + written)
+        written += len(data)
+        if written == part.nbytes:
+            self.checksums[name] = digest.hexdigest()
+        else:
+            self._unfinished[name] = digest, written
 
-    def commit(self) -> dict[str, Any]:
-        """Finish the file; returns its entry for the manifest."""
-        assert all(self._written[name] == part.nbytes for name, part in self._parts.items())
-        self._file.flush()
-        checksums = {name: digest.hexdigest() for name, digest in self._hashes.items()}
-        return self._commit(
-            {
-                "checksum": file_checksum(self._temporary),
-                "tensors": describe_tensors(self._parts, checksums),
-            }
-        )
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._handle, data, offset)
+            data, offset = data[count:], offset + count
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._handle)
+
+    def finish(self, record_bytes: int | None = None) -> dict[str, Any]:
+        """Check the whole file as it lies on disk, make it durable and return its manifest entry,
+        with the checksums of its tensors, or of its records of ``record_bytes``.  Raises
+        ``ExportError``.
+
+        Days may lie between a file's first tensor and its last, so each is compared with what was
+        written: a checksum must not bless a damage.
+        """
+        self.sync()
+        start, step = len(self._header), record_bytes or self.nbytes
+        records = [(at, at + step) for at in range(start, self.nbytes, step) if record_bytes]
+        # Padding is not written: the new file is zeros.
+        names = [name for name in self.parts if not name.endswith(".pad")]
+        spans = [(self.parts[name].offset, self.parts[name].nbytes) for name in names]
+        tensors = [(start + offset, start + offset + nbytes) for offset, nbytes in spans]
+        whole, digests = span_checksums(self._temporary, [*records, *tensors])
+        for name, digest in zip(names, digests[len(records) :], strict=True):
+            if digest != self.checksums[name]:
+                self._temporary.unlink()
+                raise ExportError(
+                    f"{self._temporary}: {name} was damaged after it had been written; run the "
+                    "same command to make it anew"
+                )
+        entry = {
+            "bytes": self.nbytes,
+            "header_bytes": len(self._header),
+            "header_checksum": checksum(self._header),
+            "checksum": whole,
+        }
+        if record_bytes:
+            return {**entry, "records": digests[: len(records)]}
+        return {**entry, "tensors": describe_tensors(self.parts, self.checksums)}
+
+    def close(self) -> None:
+        os.close(self._handle)
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3-128 of a whole file, read in pieces of 4 MiB."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(4 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def temporary_name(path: Path) -> Path:
+    """What the file ``path`` is called until it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
+def publish_file(path: Path) -> None:
+    """Give a finished file its name, durably; nothing happens if it has it already."""
+    if temporary_name(path).exists():
+        os.rename(temporary_name(path), path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -147,13 +136,11 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``values``, durably and never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary_name(path), "w", encoding="utf-8") as file:
         json.dump(values, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(temporary, path)
-    sync_folder(path.parent)
+    publish_file(path)
 
 
 def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -163,32 +150,33 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     The new file has a name of its own, so the rename of the manifest is the one moment in which it
     replaces the old one.
     """
+    parts = place({name: Part(item.dtype, tuple(item.shape), 0) for name, item in tensors.items()})
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
         manifest = read_manifest(folder)
-        parts = place(
-            {name: Part(tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()}
-        )
-        described = {
-            name: {"dtype": _DTYPE_NAMES[part.dtype], "shape": list(part.shape), "checksum": ""}
-            for name, part in parts.items()
-        }
-        _check_predictor(described, manifest["experts"])
-        name = f"predictor-{checksum(b''.join(tensors[part].numpy().tobytes() for part in parts))[:16]}.safetensors"
-        with ResidentWriter(folder, parts, name) as writer:
-            for part in parts:
-                writer.write(part, tensors[part])
-            entry = writer.commit()
-        files = {
-            old: entry for old, entry in manifest["files"].items() if not is_predictor(old)
-        } | {name: entry}
-        manifest["files"] = dict(sorted(files.items()))
+        check_predictor(describe_tensors(parts, dict.fromkeys(parts, "")), manifest["experts"])
+        digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))
+        path = folder / f"predictor-{digest[:16]}.safetensors"
+        try:
+            file = ExportFile(path, parts)
+            try:
+                for name in parts:
+                    file.write(name, tensors[name])
+                entry = file.finish()
+            finally:
+                file.close()
+        except BaseException:
+            temporary_name(path).unlink(missing_ok=True)
+            raise
+        publish_file(path)
+        files = {name: old for name, old in manifest["files"].items() if not is_predictor(name)}
+        manifest["files"] = dict(sorted({**files, path.name: entry}.items()))
         manifest["checksum"] = manifest_checksum(manifest)
         write_json(folder / MANIFEST, manifest)
-        for path in folder.iterdir():
-            if is_predictor(path.name.removesuffix(".tmp")) and path.name != name:
-                path.unlink()
+        for old in folder.iterdir():
+            if is_predictor(old.name.removesuffix(".tmp")) and old.name != path.name:
+                old.unlink()
     finally:
         os.close(handle)
     return manifest

@@ -45,7 +45,8 @@ int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
 int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, float*);
 int64_t slotmoe_record_bytes(int64_t, int64_t);
-int slotmoe_experts_decode(const float*, const uint8_t* const*, int64_t, const float*, int64_t, int64_t, const float*, float*);
+int slotmoe_experts_each(const float*, const uint8_t* const*, int64_t, int64_t, int64_t,
+                         const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                             const float*, float*);
@@ -62,8 +63,10 @@ int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uin
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
 int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, const float*, const float*, uint8_t*, int64_t, int64_t, int64_t, const int32_t*, const uint8_t*,
-                   int64_t, int64_t, const float*, float*, float*, float*, int64_t*, int64_t*, double*);
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, uint8_t* const*,
+                   int64_t, int64_t, const int64_t*, const int32_t*, const uint8_t*, int64_t,
+                   int64_t, const float*, const float*, const float*, float*, float*, float*,
+                   int64_t*, int64_t*, double*);
 int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*, const uint16_t*, double*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
@@ -159,33 +162,56 @@ static void mlp(int64_t t, int64_t h, int64_t i) {
     }
 }
 
-// Two such layers in one call: their last row and the slab's last record have no slack. Then with no expert anywhere.
-static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h, const float* table) {
-    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i), apart = (record + 63) / 64 * 64;
+// Two such layers in one call, for one token and for one of each of three sequences: the caches'
+// last row and the slab's last record have no slack. Then with no expert in any slot, and then from
+// the second layer's experts on.
+static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h,
+                   const float* table) {
+    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i);
+    const int64_t apart = (record + 63) / 64 * 64;
     Array<uint8_t> slab((count - 1) * apart + record);
-    for (int64_t slot = 0; slot < count; slot++)
-        halves(reinterpret_cast<uint16_t*>(slab + slot * apart + record / 544 * 512), record / 544 * 16);
+    for (int64_t slot = 0; slot < count; slot++) {
+        uint8_t* absmax = slab + slot * apart + record / 544 * 512;
+        halves(reinterpret_cast<uint16_t*>(absmax), record / 544 * 16);
+    }
     Weights in(Matrix::int8, i, hidden), down(Matrix::int8, hidden, i);
     const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
     const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
-    const Model model{2, hidden, experts, i, layers, Router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5}};
-    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1, each = rows * stride;
-    Array<uint8_t> caches(each + (rows - 1) * stride + size);
-    Floats latents(rows * (a.r + a.p)), levels(16), y(hidden), x(hidden), weights(top_k);
-    for (int64_t l = 0; l < 2; l++) check(slotmoe_store_latents(latents, rows, a.r, a.p, caches + l * each, stride));
+    const Router router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5};
+    const Model model{2, hidden, experts, i, layers, router};
+    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1, layer = rows * stride;
+    Floats latents(rows * (a.r + a.p)), levels(16);
     Array<int32_t> slots(2 * experts);
-    Array<int64_t> indices(2 * top_k);
-    double seconds[4] = {};
-    for (int64_t expected : {2, 0}) {
-        for (int64_t at = 0; at < 2 * experts; at++) slots[at] = expected ? int32_t(at % count) : -1;
-        int64_t reached = -1;
-        check(slotmoe_decode(&model, 0, h, table, caches, each, stride, rows - 1, slots, slab, count, apart, levels, y, x, weights, indices,
-                             &reached, seconds));
-        if (reached != expected) check(int(10 + reached));
+    for (int64_t t : {1, 3}) {
+        std::vector<Array<uint8_t>*> held;
+        std::vector<uint8_t*> caches;
+        std::vector<int64_t> positions;
+        for (int64_t token = 0; token < t; token++) {
+            held.push_back(new Array<uint8_t>(layer + (rows - 1) * stride + size));
+            caches.push_back(*held.back());
+            positions.push_back(token ? token - 1 : rows - 1);
+            for (int64_t l = 0; l < 2; l++)
+                check(slotmoe_store_latents(latents, rows, a.r, a.p, caches[token] + l * layer, stride));
+        }
+        Floats y(t * hidden), x(t * hidden), weights(t * top_k), sum(t * hidden);
+        double seconds[4] = {};
+        for (int64_t expected : {2, 0, 1, 3}) {  // 3: from the sum of the second layer's experts on
+            const int64_t first = expected == 3, asked = expected == 1 ? 2 : expected == 3 ? 0 : expected + 1;
+            Array<int64_t> indices((asked > 2 ? 2 : asked) * t * top_k);
+            for (int64_t at = 0; at < 2 * experts; at++)
+                slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
+            int64_t reached = -1;
+            check(slotmoe_decode(&model, first, t, h, table, caches.data(), layer, stride,
+                                 positions.data(), slots, slab, count, apart, levels,
+                                 first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
+                                 indices, &reached, seconds));
+            if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
+        }
+        for (auto* cache : held) delete cache;
     }
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
-    check(slotmoe_route(&model.router, logits, 3, experts, several, chosen));
+    check(slotmoe_route(&router, logits, 3, experts, several, chosen));
 }
 
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its last, which has no slack.
@@ -247,11 +273,11 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
         records.push_back(record);
     }
     Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
-    check(slotmoe_experts_decode(x, records.data(), k, weights, h, i, levels, y));
-    check(slotmoe_experts_decode(x, records.data(), k, nullptr, h, i, levels, each));
+    check(slotmoe_experts_each(x, records.data(), k, h, i, levels, each));
     check(slotmoe_weighted_sum(each, weights, 1, k, h, y));
     std::vector<int32_t> slots(t, 0);
-    check(slotmoe_experts_by_slot(x, t, 1, slots.data(), records[0], 1, size, h, i, levels, y));
+    for (int64_t tokens : {int64_t(1), t})
+        check(slotmoe_experts_by_slot(x, tokens, 1, slots.data(), records[0], 1, size, h, i, levels, y));
     for (auto* record : owned) delete record;
 }
 

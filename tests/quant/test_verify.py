@@ -11,11 +11,10 @@ import torch
 from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.synth import synthesize
-from slotmoe.quant.export.assemble import Assembly
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file, place, predictor_parts
 from slotmoe.quant.export.validate import read_manifest
-from slotmoe.quant.export.verify import damaged_files, span_checksums
-from slotmoe.quant.export.writer import file_checksum, write_predictor
+from slotmoe.quant.export.verify import damaged_files, file_checksum, span_checksums
+from slotmoe.quant.export.writer import ExportFile, write_predictor
 from slotmoe.tools.cli import main
 from tests.support.disk import tree
 from tests.support.tiny import write_checkpoint
@@ -275,15 +274,15 @@ def test_link_that_leads_elsewhere_is_no_part_of_the_export(export):
 def test_damage_between_the_runs_is_not_blessed(tmp_path):
     """What a killed run wrote is compared with its checksum when the file is finished."""
     parts = place({name: Part(torch.float32, (3000,), 0) for name in ("first", "second")})
-    assembly = Assembly(tmp_path / "file", parts, {})
-    assembly.write("first", torch.ones(3000))
-    assembly.sync()
-    known = dict(assembly.checksums)
-    assembly.close()
+    file = ExportFile(tmp_path / "file", parts)
+    file.write("first", torch.ones(3000))
+    file.sync()
+    known = dict(file.checksums)
+    file.close()
     flip(tmp_path / "file.tmp", 8192)
-    assembly = Assembly(tmp_path / "file", parts, known)
-    assembly.write("second", torch.ones(3000))
+    file = ExportFile(tmp_path / "file", parts, known)
+    file.write("second", torch.ones(3000))
     with pytest.raises(ExportError, match="first was damaged after it had been written"):
-        assembly.finish_tensors()
-    assembly.close()
+        file.finish()
+    file.close()
     assert list(tmp_path.iterdir()) == []

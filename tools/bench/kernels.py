@@ -29,7 +29,8 @@ from torch import Tensor
 from slotmoe.offload.tiers.memory import in_large_pages, page_aligned
 from slotmoe.quant import nf4
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.shapes import absmax_shape, codes_shape, latent_bytes
+from slotmoe.quant.kernels.cpu.weights import PackedInt8
+from slotmoe.quant.shapes import absmax_shape, codes_shape, latent_bytes, record_bytes
 
 HIDDEN, INTERMEDIATE, TOP_K = 2048, 1408, 6
 LATENT, ROPE, HEADS = 512, 64, 16
@@ -82,7 +83,7 @@ def computing(name: str, macs: float, size: int, action: Callable[[], object], r
 
 def records(count: int) -> tuple[Tensor, list[Tensor], int]:
     """-> the memory, `count` page-aligned random expert records in it, bytes of one."""
-    size = qk.record_bytes(HIDDEN, INTERMEDIATE)
+    size = record_bytes(HIDDEN, INTERMEDIATE)
     step = -(-size // 4096) * 4096
     memory = page_aligned(count * step)
     shapes = [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
@@ -98,16 +99,16 @@ def records(count: int) -> tuple[Tensor, list[Tensor], int]:
 
 def experts(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
     """One token through k experts a layer, layer after layer; and one expert with many tokens."""
-    x, weights = torch.randn(HIDDEN), torch.rand(TOP_K)
-    count = working_set // qk.record_bytes(HIDDEN, INTERMEDIATE) // TOP_K * TOP_K
+    x = torch.randn(HIDDEN)
+    count = working_set // record_bytes(HIDDEN, INTERMEDIATE) // TOP_K * TOP_K
     memory, all_records, size = records(count)
     groups = [all_records[i : i + TOP_K] for i in range(0, count, TOP_K)]
 
     def decode() -> None:
         for group in groups:
-            native.experts_decode(x, group, weights, INTERMEDIATE, LEVELS)
+            native.experts_each(x, group, INTERMEDIATE, LEVELS)
 
-    rows = [streaming(native, "experts_decode", memory, count * size, decode, rounds)]
+    rows = [streaming(native, "experts_each", memory, count * size, decode, rounds)]
     for tokens in (1, 4, 16, 48, 128, 512):
         many = torch.randn(tokens, HIDDEN)
         slots, y = torch.zeros(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1, HIDDEN)
@@ -138,9 +139,9 @@ def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
 
     def int8() -> None:
         for w in packed:
-            native.linear_int8(x, qk.PackedInt8(w, n, HIDDEN), scale)
+            native.linear_int8(x, PackedInt8(w, n, HIDDEN), scale)
 
-    first = qk.PackedInt8(packed[0], n, HIDDEN)
+    first = PackedInt8(packed[0], n, HIDDEN)
     rows = [
         streaming(
             native, "linear_int8", packed.view(torch.uint8).flatten(), packed.numel(), int8, rounds

@@ -141,7 +141,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 6; }
+EXPORT int slotmoe_abi() { return 7; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -333,10 +333,11 @@ EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
     return (2 * up_to(i, kTile) * up_to(h, kBlock) + up_to(h, kTile) * up_to(i, kBlock)) * (512 + 2 * kTile);
 }
 
-// With weights: y [h] = the experts' sum in the given order. Without: y [k, h], each expert's output.
-void slotmoe::experts_of_one(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
-                             int64_t i, const float* levels, float* y) {
-    const Levels& fitted = levels_for(levels);
+namespace {
+
+// One token through k experts: the output of expert e becomes row rows[e] of y [.., h], or row e if rows is null.
+void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
+                      int64_t k, int64_t h, int64_t i, const Levels& levels, float* y) {
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
     ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
@@ -344,23 +345,22 @@ void slotmoe::experts_of_one(Job& job, const Isa& isa, const float* x, const uin
     float* gate = job.scratch<float>(kGate, k * i);
     float* up = job.scratch<float>(kUp, k * i);
     ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
-    float* outs = weights ? job.scratch<float>(kOuts, k * h) : y;
 
-    isa.quantize_rows(x, h, 0, 1, 1, fitted.offset, x_blocks, x_factor);
+    isa.quantize_rows(x, h, 0, 1, 1, levels.offset, x_blocks, x_factor);
     job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
         for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
             const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
             const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
             const Expert expert = expert_at(records[e], h, i);
-            isa.nf4_tiles(expert.gate, fitted, x_blocks, x_factor, 1, first, last, gate + e * i, i);
-            isa.nf4_tiles(expert.up, fitted, x_blocks, x_factor, 1, first, last, up + e * i, i);
-            const int64_t row = first * kTile, rows = (last * kTile < i ? last * kTile : i) - row;
-            isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, rows);
+            isa.nf4_tiles(expert.gate, levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
+            isa.nf4_tiles(expert.up, levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
+            const int64_t row = first * kTile, count = (last * kTile < i ? last * kTile : i) - row;
+            isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, count);
         }
     });
-    // Expert by expert again, so that a thread reads long streams, and mostly activations that it has made itself.
+    // Expert by expert again: a thread reads long streams, and mostly activations that it has made itself.
     struct {
-        int64_t expert = -1;  // whose activations the thread has quantized, cheaper than a phase for it
+        int64_t expert = -1;  // whose activations the thread has quantized, which is cheaper than a phase for it
         double factor;
     } held[kMaxThreads];
     job.parallel(k * out_tiles, [&](int thread, int64_t begin, int64_t end) {
@@ -368,23 +368,37 @@ void slotmoe::experts_of_one(Job& job, const Isa& isa, const float* x, const uin
             const int64_t first = begin > e * out_tiles ? begin - e * out_tiles : 0;
             const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
             ActBlock* blocks = act + thread * act_blocks;
-            if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, fitted.offset, blocks, &held[thread].factor);
+            double* factor = &held[thread].factor;
+            if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, levels.offset, blocks, factor);
             held[thread].expert = e;
-            isa.nf4_tiles(expert_at(records[e], h, i).down, fitted, blocks, &held[thread].factor, 1, first, last, outs + e * h, h);
+            float* out = y + (rows ? rows[e] : e) * h;
+            isa.nf4_tiles(expert_at(records[e], h, i).down, levels, blocks, factor, 1, first, last, out, h);
         }
     });
-    if (weights)
-        job.parallel(up_to(h, kSumColumns), [&](int, int64_t begin, int64_t end) {
-            isa.weighted_sum(outs, weights, k, h, begin * kSumColumns, end * kSumColumns < h ? end * kSumColumns : h, y);
-        });
 }
 
-// One token through k experts.
-EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records, int64_t k, const float* weights, int64_t h,
-                                  int64_t i, const float* levels, float* y) {
+}  // namespace
+
+void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k,
+                           int64_t h, float* y) {
+    const int64_t pieces = up_to(h, kSumColumns);
+    job.parallel(t * pieces, [&](int, int64_t begin, int64_t end) {
+        while (begin < end) {  // all pieces of a token at once
+            const int64_t row = begin / pieces, first = begin - row * pieces;
+            const int64_t last = end - row * pieces < pieces ? end - row * pieces : pieces;
+            const int64_t column = last * kSumColumns < h ? last * kSumColumns : h;
+            isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, first * kSumColumns, column, y + row * h);
+            begin += last - first;
+        }
+    });
+}
+
+// One token through k experts: y [k, h].
+EXPORT int slotmoe_experts_each(const float* x, const uint8_t* const* records, int64_t k, int64_t h, int64_t i,
+                                const float* levels, float* y) {
     if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        experts_of_one(job, isa, x, records, k, weights, h, i, levels, y);
+        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), y);
         return kOk;
     });
 }
@@ -393,9 +407,7 @@ EXPORT int slotmoe_experts_decode(const float* x, const uint8_t* const* records,
 EXPORT int slotmoe_weighted_sum(const float* outs, const float* weights, int64_t t, int64_t k, int64_t h, float* y) {
     if (t < 0 || k < 0 || h < 1) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(t, [&](int, int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, 0, h, y + row * h);
-        });
+        weighted_sum(job, isa, outs, weights, t, k, h, y);
         return kOk;
     });
 }
@@ -460,33 +472,49 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
 
 }  // namespace
 
-// T tokens through those of their K experts that are in the slab of `size` records, `stride` bytes apart: slots [t, k], negative
-// where one is not there and its row of y [t, k, h] is left as it is. A row's arithmetic is that of slotmoe_experts_decode.
-EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int32_t* slots, const uint8_t* slab, int64_t size, int64_t stride,
-                                   int64_t h, int64_t i, const float* levels, float* y) {
+void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int32_t* slots,
+                              const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels, float* y) {
+    const Levels& fitted = levels_for(levels);
+    int64_t count = 0;
+    if (t == 1) {
+        const uint8_t** records = job.scratch<const uint8_t*>(kRecords, k);
+        int64_t* rows = job.scratch<int64_t>(kUses, k);
+        for (int64_t at = 0; at < k; at++)
+            if (slots[at] >= 0) {
+                records[count] = slab + slots[at] * stride;
+                rows[count++] = at;
+            }
+        return experts_of_token(job, isa, x, records, rows, count, h, i, fitted, y);
+    }
+    Use* uses = job.scratch<Use>(kUses, t * k);
+    for (int64_t at = 0; at < t * k; at++)
+        if (slots[at] >= 0) uses[count++] = {slots[at], at / k, at};
+    std::sort(uses, uses + count,
+              [](const Use& a, const Use& b) { return a.slot != b.slot ? a.slot < b.slot : a.out < b.out; });
+    Part* parts = job.scratch<Part>(kParts, kPassTokens);
+    int32_t* part_of = job.scratch<int32_t>(kPartOf, kPassTokens);
+    for (int64_t first = 0; first < count; first += kPassTokens) {
+        const int64_t rows = count - first < kPassTokens ? count - first : kPassTokens;
+        int64_t experts = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t slot = uses[first + row].slot;
+            if (row == 0 || slot != uses[first + row - 1].slot)
+                parts[experts++] = {expert_at(slab + slot * stride, h, i), row, 0};
+            parts[experts - 1].rows++;
+            part_of[row] = int32_t(experts - 1);
+        }
+        pass_experts(job, isa, x, uses + first, part_of, rows, parts, experts, h, i, fitted, y);
+    }
+}
+
+// The slab has `size` records, `stride` bytes apart.
+EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int32_t* slots, const uint8_t* slab,
+                                   int64_t size, int64_t stride, int64_t h, int64_t i, const float* levels, float* y) {
     if (t < 0 || k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     for (int64_t at = 0; at < t * k; at++)
         if (slots[at] >= size) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Levels& fitted = levels_for(levels);
-        Use* uses = job.scratch<Use>(kUses, t * k);
-        int64_t found = 0;
-        for (int64_t at = 0; at < t * k; at++)
-            if (slots[at] >= 0) uses[found++] = {slots[at], at / k, at};
-        std::sort(uses, uses + found, [](const Use& a, const Use& b) { return a.slot != b.slot ? a.slot < b.slot : a.out < b.out; });
-        Part* parts = job.scratch<Part>(kParts, kPassTokens);
-        int32_t* part_of = job.scratch<int32_t>(kPartOf, kPassTokens);
-        for (int64_t first = 0; first < found; first += kPassTokens) {
-            const int64_t rows = found - first < kPassTokens ? found - first : kPassTokens;
-            int64_t count = 0;
-            for (int64_t row = 0; row < rows; row++) {
-                const int64_t slot = uses[first + row].slot;
-                if (row == 0 || slot != uses[first + row - 1].slot) parts[count++] = {expert_at(slab + slot * stride, h, i), row, 0};
-                parts[count - 1].rows++;
-                part_of[row] = int32_t(count - 1);
-            }
-            pass_experts(job, isa, x, uses + first, part_of, rows, parts, count, h, i, fitted, y);
-        }
+        experts_by_slot(job, isa, x, t, k, slots, slab, stride, h, i, levels, y);
         return kOk;
     });
 }

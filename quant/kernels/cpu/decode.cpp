@@ -1,4 +1,4 @@
-// The router, and one token through a model's layers in one job: between two jobs lie Python, cold caches and a wake-up.
+// The router, and tokens through a model's layers in one job: between two jobs lie Python, cold caches and a wake-up.
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -48,84 +48,111 @@ void choose(const Router& router, const float* logits, int64_t e, double* scores
     for (int64_t i = 0; i < router.top_k; i++) weights[i] = float(router.renormalize ? weights[i] / (sum + 1e-20) : weights[i] * router.factor);
 }
 
+// logits [t, e] -> weights, indices [t, top_k].
+void route(Job& job, const Router& router, const float* logits, int64_t t, int64_t e, float* weights, int64_t* indices) {
+    const int64_t size = e + router.groups, top_k = router.top_k;
+    double* scores = job.scratch<double>(kScores, job.threads() * size);
+    job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            choose(router, logits + i * e, e, scores + thread * size, weights + i * top_k, indices + i * top_k);
+    });
+}
+
+// The feed-forward of a layer behind its routed experts, whose sum is null in a dense layer -> y [t, hidden].
+void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_t t, int64_t hidden, const float* h,
+            const float* experts, float* y) {
+    if (layer.mlp) return mlp(job, isa, x, t, layer.mlp, h, experts, y);
+    for (int64_t i = 0; i < t * hidden; i++) y[i] = experts ? h[i] + experts[i] : h[i];
+}
+
 }  // namespace
 
 // logits [t, e] -> weights, indices [t, top_k].
 EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, int64_t e, float* weights, int64_t* indices) {
     if (t < 0 || !router->valid(e)) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
-        double* scores = job.scratch<double>(kScores, job.threads() * (e + router->groups));
-        job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++)
-                choose(*router, logits + i * e, e, scores + thread * (e + router->groups), weights + i * router->top_k, indices + i * router->top_k);
-        });
+        route(job, *router, logits, t, e, weights, indices);
         return kOk;
     });
 }
 
-// One token at `position` through the layers from `first` on: the residual stream h [hidden] -> y [hidden], bitwise as by
-// slotmoe_attention, slotmoe_route, slotmoe_experts_decode and slotmoe_mlp. caches are the layers' latent rows, layer_stride bytes
-// apart. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`) an expert is,
-// negative if nowhere: the first layer that wants such a one is `reached` with only its choice made, y before its feed-forward,
-// x [hidden] the norm of that, weights [top_k] its router's. Otherwise all layers are done. indices [MoE layers, top_k] are what the
-// routers chose. seconds [4]: added up, of attention, routers, experts, and MLPs.
-EXPORT int slotmoe_decode(const Model* m, int64_t first, const float* h, const float* table, uint8_t* caches, int64_t layer_stride, int64_t stride,
-                          int64_t position, const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
-                          const float* levels, float* y, float* x, float* weights, int64_t* indices, int64_t* reached, double* seconds) {
+// One token of each of t sequences through the layers from `first` on: the residual stream h [t, hidden] -> y [t, hidden],
+// bitwise as by slotmoe_attention, slotmoe_route, slotmoe_experts_by_slot, slotmoe_weighted_sum and slotmoe_mlp. With
+// `experts` [t, hidden], the weighted sum of the first layer's, that layer only lacks its feed-forward: h is the stream
+// behind its attention and x_in [t, hidden] the norm of that.
+//
+// caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer before.
+// slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`) an expert is,
+// negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its
+// feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are done. indices
+// [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from `first` on.
+// seconds [4] is added to: attention, routers, experts, and MLPs.
+EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
+                          uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
+                          const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
+                          const float* levels, const float* x_in, const float* experts, float* y, float* x,
+                          float* weights, int64_t* indices, int64_t* reached, double* seconds) {
     const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k;
-    if (first < 0 || first >= m->layers || position < 0 || !m->router.valid(e) || m->intermediate < 1 || !finite(levels)) return kBadArgument;
-    for (int64_t l = 0; l < m->layers; l++) {
-        const Layer& layer = m->layer[l];
-        if (!layer.attention->valid(stride) || (layer.mlp && !layer.mlp->valid())) return kBadArgument;
-    }
+    if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || m->intermediate < 1 || !finite(levels))
+        return kBadArgument;
+    for (int64_t token = 0; token < t; token++)
+        if (positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        float* logits = job.scratch<float>(kLogits, e);
-        double* scores = job.scratch<double>(kScores, e + m->router.groups);
-        float* streams = job.scratch<float>(kStreams, 3 * hidden);
-        float *residual = streams, *attended = streams + hidden, *routed = streams + 2 * hidden;
-        const uint8_t** records = job.scratch<const uint8_t*>(kRecords, top_k);
+        float* logits = job.scratch<float>(kLogits, t * e);
+        float* streams = job.scratch<float>(kStreams, 3 * t * hidden);
+        float *residual = streams, *attended = streams + t * hidden, *routed = streams + 2 * t * hidden;
+        float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
+        int32_t* chosen_slots = job.scratch<int32_t>(kTokenSlots, t * top_k);
+        uint8_t** layer_caches = job.scratch<uint8_t*>(kCaches, t);
         auto then = std::chrono::steady_clock::now();
-        const auto spent = [&](int part) {
+        const auto mark = [&](int part) {
             const auto now = std::chrono::steady_clock::now();
             seconds[part] += std::chrono::duration<double>(now - then).count();
             then = now;
         };
-        int64_t row = 0;  // of the MoE layers
-        for (int64_t l = 0; l < first; l++) row += m->layer[l].attention->gate.n > 0;
-        memcpy(residual, h, size_t(hidden) * 4);
+        int64_t moe_layer = 0;
+        for (int64_t l = 0; l < first; l++) moe_layer += m->layer[l].attention->gate.n > 0;
+        const float* stream = h;  // the input of the next layer's attention
         for (int64_t l = first; l < m->layers; l++) {
             const Layer& layer = m->layer[l];
             const bool moe = layer.attention->gate.n > 0;
-            uint8_t* cache = caches + l * layer_stride;
-            attention(job, isa, *layer.attention, 1, residual, table, &cache, stride, &position, attended, x, logits);
-            spent(0);
+            if (!layer.attention->valid(stride) || (layer.mlp && !layer.mlp->valid())) return kBadArgument;
+            if (l == first && experts) {
+                finish(job, isa, layer, x_in, t, hidden, h, experts, residual);
+                moe_layer += moe;
+                stream = residual;
+                mark(3);
+                continue;
+            }
+            for (int64_t token = 0; token < t; token++) layer_caches[token] = caches[token] + l * layer_stride;
+            attention(job, isa, *layer.attention, t, stream, table, layer_caches, stride, positions, attended, x, logits);
+            mark(0);
             if (moe) {
-                int64_t* chosen = indices + row * top_k;
-                choose(m->router, logits, e, scores, weights, chosen);
-                bool here = true;
-                for (int64_t i = 0; i < top_k; i++) {
-                    const int32_t slot = slots[row * e + chosen[i]];
-                    if (slot >= size) return kBadArgument;
-                    here = here && slot >= 0;
-                    records[i] = slab + (slot < 0 ? 0 : slot) * record_stride;
+                route(job, m->router, logits, t, e, weights, indices);
+                bool present = true;
+                for (int64_t i = 0; i < t * top_k; i++) {
+                    chosen_slots[i] = slots[moe_layer * e + indices[i]];
+                    if (chosen_slots[i] >= size) return kBadArgument;
+                    present = present && chosen_slots[i] >= 0;
                 }
-                spent(1);
-                if (!here) {
-                    memcpy(y, attended, size_t(hidden) * 4);
+                mark(1);
+                if (!present) {
+                    memcpy(y, attended, size_t(t * hidden) * 4);
                     *reached = l;
                     return kOk;
                 }
-                experts_of_one(job, isa, x, records, top_k, weights, hidden, m->intermediate, levels, routed);
-                spent(2);
-                row++;
+                experts_by_slot(job, isa, x, t, top_k, chosen_slots, slab, record_stride, hidden, m->intermediate,
+                                levels, outs);
+                weighted_sum(job, isa, outs, weights, t, top_k, hidden, routed);
+                mark(2);
+                moe_layer++;
+                indices += t * top_k;
             }
-            if (layer.mlp)
-                mlp(job, isa, x, 1, layer.mlp, attended, moe ? routed : nullptr, residual);
-            else
-                for (int64_t i = 0; i < hidden; i++) residual[i] = moe ? attended[i] + routed[i] : attended[i];
-            spent(3);
+            finish(job, isa, layer, x, t, hidden, attended, moe ? routed : nullptr, residual);
+            stream = residual;
+            mark(3);
         }
-        memcpy(y, residual, size_t(hidden) * 4);
+        memcpy(y, residual, size_t(t * hidden) * 4);
         *reached = m->layers;
         return kOk;
     });

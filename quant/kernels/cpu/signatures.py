@@ -1,0 +1,170 @@
+"""What the native functions take, in one table: arguments are checked and results allocated by it,
+before the native side sees a pointer.
+
+A row of `SIGNATURES` is a function's C arguments in order:
+
+    x:f32[T,K]    a tensor: contiguous, on the CPU, of this dtype and shape; `x?:` may be None
+    >y:f32[T,N]   a result, allocated here
+    T             a size
+    eps:float     a value that is passed on as it is
+
+A size is a number or a letter: T tokens, W [N, K], H hidden, A heads; the first tensor that has the
+letter sets it, unless the caller does.  N/16 is N / 16 rounded up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from functools import cache
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    **{"f16": torch.float16, "f32": torch.float32, "f64": torch.float64, "c64": torch.complex64},
+    **{"u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64},
+}
+SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
+CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
+_C_TYPES = {
+    "pointer": ctypes.c_void_p,
+    "size": ctypes.c_int64,
+    "int": ctypes.c_int,
+    "float": ctypes.c_float,
+}
+_RECORDS = "slab:pointer S:size stride:size"
+_ROWS = "cache:pointer S:size stride:size R P"
+_ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
+_SOURCE = "source:source[N,K] kind:int N K"
+
+SIGNATURES = {
+    "linear_nf4": f"x:f32[T,K] T K N codes:{CODES} absmax:{ABSMAX} levels:f32[16] >y:f32[T,N]",
+    "linear_int8": f"x:f32[T,K] T K N w:{INT8} scale:f32[N] >y:f32[T,N]",
+    "linear_dense": "x:f32[T,K] T K N w:source[N,K] kind:int >y:f32[T,N]",
+    "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
+    "rms_norm": "x:f32[T,K] weight:f32[K] T K eps:float >y:f32[T,K]",
+    "mlp": "x:f32[T,H] T mlp:pointer residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
+    "experts_each": "x:f32[H] records:pointer K H I levels:f32[16] >y:f32[K,H]",
+    "experts_by_slot": f"x:f32[T,H] T K slots:i32[T,K] {_RECORDS} H I levels:f32[16] y:f32[T,K,H]",
+    "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
+    "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
+    "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
+    "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
+    "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
+    "rotate": "x:f32[T,A,P] table:c64[T,P/2] T A P >y:f32[T,A,P]",
+    "attention": "layer:pointer T h:f32[T,H] table:c64[T,C] caches:pointer stride:size"
+    " positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
+    "route": "router:pointer logits:f32[T,E] T E >weights:f32[T,K] >indices:i64[T,K]",
+    "decode": "decoder:pointer first:size T:size h:pointer table:pointer caches:pointer"
+    " layer_stride:size row_stride:size positions:pointer slots:pointer slab:pointer S:size"
+    " stride:size levels:pointer x:pointer experts:pointer y:pointer norm:pointer weights:pointer"
+    " indices:pointer reached:pointer seconds:pointer",  # checked by hand: it runs once a layer
+    "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
+    "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
+    "nf4_error": f"{_SOURCE} levels:f32[16] codes:{CODES} absmax:{ABSMAX} >sums:f64[N/16,2]",
+    "int8_error": f"{_SOURCE} w:i8[N,K] scale:f32[N] >sums:f64[N,2]",
+}
+_REFUSED = {
+    1: "the kernels refused an argument: sizes must be at least 1, levels finite, and slots rows of"
+    " the slab",
+    2: "the source holds NaN or infinity",
+    3: "a block's largest magnitude is beyond float16 (65504)",
+}
+
+
+class TensorSpec:
+    """A tensor of the table, `name:dtype[sizes]`."""
+
+    def __init__(self, text: str) -> None:
+        name, _, self._text = text.partition(":")
+        dtype, _, sizes = self._text.removesuffix("]").partition("[")
+        self.optional, self.name = name.endswith("?"), name.strip(">?")
+        self.dtypes = tuple(SOURCE_TYPES) if dtype == "source" else (DTYPES[dtype],)
+        self._sizes: list[tuple[str, int]] = []  # a letter and what divides it, or "" and a number
+        for size in sizes.split(","):
+            letter, _, divisor = size.partition("/")
+            self._sizes.append(("", int(size)) if size.isdigit() else (letter, int(divisor or 1)))
+
+    def shape(self, sizes: dict[str, int]) -> list[int]:
+        """The shape with these sizes."""
+        return [-(-sizes[letter] // by) if letter else by for letter, by in self._sizes]
+
+    def check(self, tensor: Tensor | None, sizes: dict[str, int]) -> int | None:
+        """The tensor's address; `sizes` gets the letters that it lacks. Raises `ValueError`."""
+        if tensor is None and self.optional:
+            return None
+        if not isinstance(tensor, Tensor) or not tensor.is_cpu or tensor.layout != torch.strided:
+            raise ValueError(f"{self.name} must be a dense CPU tensor")
+        if tensor.dtype not in self.dtypes:
+            expected = " or ".join(str(dtype) for dtype in self.dtypes)
+            raise ValueError(f"{self.name} is {tensor.dtype}, expected {expected}")
+        shape = tensor.shape
+        if len(shape) != len(self._sizes):
+            raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {self._text}")
+        for (letter, by), actual in zip(self._sizes, shape, strict=True):
+            if actual != (-(-sizes.setdefault(letter, actual) // by) if letter else by):
+                wanted = tuple(self.shape(sizes))
+                raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {wanted}")
+        if not tensor.is_contiguous() or tensor.is_conj():
+            raise ValueError(f"{self.name} must be contiguous, and not conjugated lazily")
+        return tensor.data_ptr()
+
+
+tensor_spec = cache(TensorSpec)
+
+
+def source_type(source: Tensor) -> int:
+    """The number of an unquantized tensor's dtype. Raises `ValueError`."""
+    if source.dtype not in SOURCE_TYPES:
+        raise ValueError(f"source is {source.dtype}, expected bfloat16, float16 or float32")
+    return SOURCE_TYPES[source.dtype]
+
+
+class Function:
+    """A native function with its row of the table; `seconds` have been spent inside it."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.seconds = 0.0
+        self._inputs: list[TensorSpec | None] = []  # None: a value
+        self._results: list[TensorSpec] = []
+        self._letters: list[str] = []
+        words, kinds = SIGNATURES[name].split(), []
+        for word in words:
+            _, _, kind = word.partition(":")
+            kinds.append("pointer" if "[" in word else kind or "size")
+            if word.startswith(">"):
+                self._results.append(TensorSpec(word))
+            elif not kind:
+                self._letters.append(word)
+            else:
+                self._inputs.append(TensorSpec(word) if "[" in word else None)
+        groups = [word for word in words if ":" in word and ">" not in word]
+        groups += [word for word in words if ">" in word] + self._letters
+        self._in_order = itemgetter(*[groups.index(word) for word in words])
+        self._native = getattr(library, f"slotmoe_{name}")
+        self._native.argtypes = [_C_TYPES[kind] for kind in kinds]
+
+    def __call__(self, *values: Any, **sizes: int) -> list[Tensor]:
+        """Check the tensors and values, the table's in order, call the function and return its
+        results.  Raises `ValueError` for a bad argument and `MemoryError`."""
+        arguments = [
+            value if spec is None else spec.check(value, sizes)
+            for spec, value in zip(self._inputs, values, strict=True)
+        ]
+        results = [torch.empty(spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
+        arguments += [result.data_ptr() for result in results]
+        arguments += [sizes[letter] for letter in self._letters]
+        self.run(*self._in_order(arguments))
+        return results
+
+    def run(self, *arguments: Any) -> None:
+        """Call the function with its C arguments, unchecked, and raise what its status says."""
+        started = time.perf_counter()
+        status = self._native(*arguments)
+        self.seconds += time.perf_counter() - started
+        if status:
+            refusal = _REFUSED.get(status)
+            raise ValueError(refusal) if refusal else MemoryError("no memory for the kernels' work")

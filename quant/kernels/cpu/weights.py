@@ -1,0 +1,251 @@
+"""Weights bound for native calls that do several things: each is checked once, when it is made, and
+holds the memory that the native side then reads.
+
+The structures are those of quant/kernels/cpu/api.h.  Shapes: see `slotmoe.quant.kernels.cpu.
+bindings`; of attention: A heads, N and P columns of a query head without and with rotation, R the
+latent's, V a value head's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slotmoe.quant.kernels.cpu.signatures import ABSMAX, CODES, INT8, source_type, tensor_spec
+from slotmoe.quant.shapes import latent_bytes, record_bytes
+
+_INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
+_MEMORY = {  # what a kind of matrix consists of
+    _INT8: [f"w:{INT8}", "scale:f32[N]"],
+    _NF4: [f"codes:{CODES}", f"absmax:{ABSMAX}", "levels:f32[16]"],
+    **{_DENSE + source: ["w:source[N,K]"] for source in range(3)},
+}
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "kind n k"),
+        *_fields(ctypes.c_void_p, "data scale levels"),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "heads n p r v"),
+        *_fields(ctypes.c_float, "eps latent_eps scale unused"),
+        *_fields(ctypes.c_void_p, "input_norm query_norm latent_norm next_norm"),
+        *_fields(_Matrix, "query query_b latent out gate"),
+        *_fields(ctypes.c_void_p, "kv_b kv_b_scale"),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = _fields(ctypes.c_void_p, "attention mlp")
+
+
+class Router(ctypes.Structure):
+    """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part,
+    and of their experts `top_k`; weights are probabilities times `factor`, or add up to 1 if that
+    is None (group-limited greedy, DeepSeek-V2, section 2.2.2)."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int64, "groups kept top_k renormalize"),
+        ("factor", ctypes.c_double),
+    ]
+    groups: int
+    kept: int
+    top_k: int
+
+    def __init__(self, groups: int, kept: int, top_k: int, factor: float | None) -> None:
+        super().__init__(groups, kept, top_k, factor is None, factor or 0.0)
+
+    def check(self, experts: int) -> None:
+        """Raise `ValueError` unless it can choose among so many experts."""
+        fits = self.groups >= 1 and experts % self.groups == 0 and 1 <= self.kept <= self.groups
+        if not fits or not 1 <= self.top_k <= experts:
+            raise ValueError(
+                f"{self.kept} of {self.groups} groups and top {self.top_k} don't fit {experts} "
+                "experts"
+            )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "layers hidden experts intermediate"),
+        ("layer", ctypes.c_void_p),
+        ("router", Router),
+    ]
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """An int8 matrix [n, k] in the order the kernels read: int8 [Np/16, Kp/64, 1024], byte 64 t + 4
+    lane + i of a block being row 16 tile + lane, column 64 block + 4 t + i."""
+
+    data: Tensor
+    n: int
+    k: int
+
+
+class Matrix:
+    """A matrix [n, k] of any kind."""
+
+    def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
+        if not 1 <= n < 2**31 or not 1 <= k < 2**31:
+            raise ValueError(f"a matrix of {n} rows and {k} columns, expected at least 1")
+        self.n, self.k, self.kind, self._memory = n, k, kind, memory
+        sizes = {"N": n, "K": k}
+        texts = zip(_MEMORY[kind], memory, strict=True)
+        self.native = _Matrix(
+            kind, n, k, *[tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
+        )
+
+    @classmethod
+    def int8(cls, w: PackedInt8, scale: Tensor) -> Matrix:
+        """Packed int8 [n, k] and its row scales, float32 [n]."""
+        return cls(_INT8, w.n, w.k, w.data, scale)
+
+    @classmethod
+    def nf4(cls, codes: Tensor, absmax: Tensor, levels: Tensor, n: int, k: int) -> Matrix:
+        """Codes and absmax of [n, k] as tiles16, levels float32 [16]."""
+        return cls(_NF4, n, k, codes, absmax, levels)
+
+    @classmethod
+    def dense(cls, w: Tensor) -> Matrix:
+        """[n, k] float32, float16 or bfloat16."""
+        kind = _DENSE + source_type(w)
+        if w.dim() != 2:
+            raise ValueError(f"a matrix has {w.dim()} dimensions, expected 2")
+        return cls(kind, *w.shape, w)
+
+    def check(self, name: str, n: int, k: int) -> None:
+        """Raise `ValueError` unless it is [n, k]."""
+        if (self.n, self.k) != (n, k):
+            raise ValueError(f"{name} is {(self.n, self.k)}, expected {(n, k)}")
+
+    def like(self, other: Matrix) -> bool:
+        """Whether both are of one kind, and of one table of levels."""
+        if self.kind != other.kind:
+            return False
+        return self.kind != _NF4 or torch.equal(self._memory[2], other._memory[2])
+
+
+class Mlp:
+    """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
+    NF4 with one table of levels."""
+
+    def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
+        up.check("up", gate.n, gate.k)
+        down.check("down", gate.k, gate.n)
+        if gate.kind not in (_INT8, _NF4) or not gate.like(up) or not gate.like(down):
+            raise ValueError("the matrices of an MLP must be all int8, or all NF4 of one levels")
+        self.hidden, self._memory = gate.k, (gate, up, down)
+        self.native = (_Matrix * 3)(gate.native, up.native, down.native)
+
+
+@dataclass(eq=False)
+class AttentionLayer:
+    """The weights of one layer up to its router.
+
+    `sizes` are A, N, P, R and V.  Without q-LoRA `query` is [A (N + P), H]; with it `query` is
+    [Q, H], `query_norm` [Q], `query_b` [A (N + P), Q].  `latent` is [R + P, H], `out` [H, A V],
+    `kv_b` int8 [A (N + V), R] with one float32 scale a row; `next_norm` [H] and the router's `gate`
+    [E, H], None in a dense layer, stand before the feed-forward.  Norms are float32; `eps` is the
+    epsilon of those over H, `latent_eps` that of the others; `scale` multiplies the scores.  Raises
+    `ValueError` where they do not fit together.
+    """
+
+    sizes: tuple[int, int, int, int, int]
+    input_norm: Tensor
+    query: Matrix
+    query_norm: Tensor | None
+    query_b: Matrix | None
+    latent: Matrix
+    latent_norm: Tensor
+    kv_b: Tensor
+    kv_b_scale: Tensor
+    out: Matrix
+    next_norm: Tensor
+    gate: Matrix | None
+    eps: float
+    latent_eps: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        heads, n, p, r, v = self.sizes
+        hidden = self.latent.k
+        if min(heads, r, v) < 1 or min(n, p) < 0 or max(self.sizes) >= 2**31 or p % 2:
+            raise ValueError(f"sizes are {self.sizes}, expected heads, N, even P, R and V")
+        if (self.query_norm is None) != (self.query_b is None):
+            raise ValueError("query_norm and query_b must come together")
+        self.query.check("query", self.query.n if self.query_b else heads * (n + p), hidden)
+        if self.query_b is not None:
+            self.query_b.check("query_b", heads * (n + p), self.query.n)
+        self.latent.check("latent", r + p, hidden)
+        self.out.check("out", hidden, heads * v)
+        if self.gate is not None:
+            self.gate.check("gate", self.gate.n, hidden)
+        sizes = {"H": hidden, "Q": self.query.n, "R": r, "M": heads * (n + v)}
+        matrices = (self.query, self.query_b, self.latent, self.out, self.gate)
+        self.native = _Attention(
+            *self.sizes,
+            *(self.eps, self.latent_eps, self.scale, 0.0),
+            tensor_spec("input_norm:f32[H]").check(self.input_norm, sizes),
+            tensor_spec("query_norm?:f32[Q]").check(self.query_norm, sizes),
+            tensor_spec("latent_norm:f32[R]").check(self.latent_norm, sizes),
+            tensor_spec("next_norm:f32[H]").check(self.next_norm, sizes),
+            *[_Matrix() if matrix is None else matrix.native for matrix in matrices],
+            tensor_spec("kv_b:i8[M,R]").check(self.kv_b, sizes),
+            tensor_spec("kv_b_scale:f32[M]").check(self.kv_b_scale, sizes),
+        )
+        self.hidden, self.row_bytes, self.pairs = hidden, latent_bytes(r, p), p // 2
+        self.experts = 0 if self.gate is None else self.gate.n
+
+
+class Decoder:
+    """All layers of a model for one token of each sequence: an `AttentionLayer` each, and an `Mlp`
+    (shared experts or a dense one) or None.  Layers that have a router, at least one, send x
+    through experts of size `intermediate`.  Raises `ValueError` where the layers do not fit
+    together or the router does not fit their experts."""
+
+    def __init__(
+        self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router, intermediate: int
+    ) -> None:
+        if not layers:
+            raise ValueError("there are no layers")
+        first, self.experts = layers[0][0], max(layer.experts for layer, _ in layers)
+        self.hidden, self.row_bytes, self.pairs = first.hidden, first.row_bytes, first.pairs
+        for layer, mlp in layers:
+            sizes = layer.hidden, layer.row_bytes, layer.pairs
+            if sizes != (self.hidden, self.row_bytes, self.pairs):
+                raise ValueError("the layers have different sizes")
+            if mlp is not None and mlp.hidden != self.hidden:
+                raise ValueError(f"an MLP is of size {mlp.hidden}, different from {self.hidden}")
+            if layer.experts not in (0, self.experts):
+                raise ValueError("the layers have different numbers of experts")
+        router.check(self.experts)
+        if not 1 <= intermediate < 2**31:
+            raise ValueError(f"intermediate is {intermediate}, expected at least 1")
+        self.record_bytes, self.top_k = record_bytes(self.hidden, intermediate), router.top_k
+        routed = [layer.experts > 0 for layer, _ in layers]
+        self.routed, self.moe_layers = routed, sum(routed)
+        self.moe_layers_before = [sum(routed[:index]) for index in range(len(layers))]
+        natives = (_Layer * len(layers))()
+        for native, (layer, mlp) in zip(natives, layers, strict=True):
+            native.attention = ctypes.addressof(layer.native)
+            native.mlp = mlp and ctypes.addressof(mlp.native)
+        self._memory = list(layers), natives
+        self.native = _Model(
+            *(len(layers), self.hidden, self.experts, intermediate),
+            ctypes.addressof(natives),
+            router,
+        )
+        self.address = ctypes.addressof(self.native)
