@@ -8,13 +8,14 @@ map would count the whole shard as resident.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,10 +45,7 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        width = self.dtype.itemsize
-        for size in self.shape[1:]:
-            width *= size
-        return width
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +59,12 @@ def inside(folder: Path, name: str) -> Path:
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if real.parent not in (home, blobs):
-        raise CheckpointError(
-            f"{path}: is a link that leads out of the folder; copy the file itself here"
-        )
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: is missing or not a regular file; download the checkpoint again"
-        )
-    return path
+        problem = "is a link that leads out of the folder; copy the file itself here"
+    elif not path.is_file():
+        problem = "is missing or not a regular file; download the checkpoint again"
+    else:
+        return path
+    raise CheckpointError(f"{path}: {problem}")
 
 
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], int]:
@@ -81,7 +77,8 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > limit:
                 raise CheckpointError(
-                    f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES} in the checkpoint; not a real one"
+                    f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES} in the"
+                    " checkpoint; not a real one"
                 )
             if file.read(header_bytes).count(b"{") > MAX_TENSORS:
                 raise CheckpointError(
@@ -89,35 +86,33 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                 )
         # The library checks bounds, overlaps, holes and the file's size against the header, so
         # offsets follow from the order.
+        infos, offset = {}, 8 + header_bytes
         with safe_open(path, framework="pt") as opened:
-            infos, offset = {}, 8 + header_bytes
             for name in opened.offset_keys():
                 part = opened.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
-                    raise CheckpointError(
-                        f"{path}: {name:.120} has dtype {part.get_dtype()}, expected BF16, F16 or F32"
-                    )
-                info = TensorInfo(
-                    path.name, _DTYPES[part.get_dtype()], tuple(part.get_shape()), offset
-                )
-                if not info.shape:
-                    raise CheckpointError(
-                        f"{path}: {name:.120} is a scalar, expected at least one dimension"
-                    )
-                infos[name] = info
-                offset += info.nbytes
-            return infos, header_bytes
+                infos[name] = _tensor_info(path, name, part.get_dtype(), part.get_shape(), offset)
+                offset += infos[name].nbytes
+        return infos, header_bytes
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError) as problem:
-        if isinstance(problem, CheckpointError):
-            raise
         raise CheckpointError(
             f"{path}: damaged or truncated ({str(problem)[:160]}); download this file again"
         ) from None
 
 
+def _tensor_info(path: Path, name: str, dtype: str, shape: list[int], offset: int) -> TensorInfo:
+    if dtype not in _DTYPES:
+        problem = f"has dtype {dtype}, expected BF16, F16 or F32"
+    elif not shape:
+        problem = "is a scalar, expected at least one dimension"
+    else:
+        return TensorInfo(path.name, _DTYPES[dtype], tuple(shape), offset)
+    raise CheckpointError(f"{path}: {name:.120} {problem}")
+
+
 class Checkpoint:
-    """An open checkpoint folder.  Reading is thread-safe; close it or use it as a context
-    manager."""
+    """An open checkpoint folder, a context manager.  Reading is thread-safe."""
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
@@ -134,40 +129,40 @@ class Checkpoint:
         """
         config = read_config(folder / "config.json")
         infos = _locate(folder)
-        expected: dict[str, tuple[int, ...]] = dict(resident_shapes(config))
-        for layer in config.moe_layers:
-            for projection, shape in expert_shapes(config).items():
-                for expert in range(config.n_routed_experts):
-                    name = expert_name(layer, expert, projection)
-                    if name not in infos:
-                        raise CheckpointError(
-                            f"{folder}: tensor {name} is missing; config.json asks for it"
-                        )
-                    expected[name] = shape
-        for name, wanted in expected.items():
+        # A generator: a config with far too many experts is refused at the first missing one.
+        routed = (
+            (expert_name(layer, expert, projection), shape)
+            for layer in config.moe_layers
+            for projection, shape in expert_shapes(config).items()
+            for expert in range(config.n_routed_experts)
+        )
+        wanted: dict[str, TensorInfo] = {}
+        for name, shape in chain(resident_shapes(config).items(), routed):
             if name not in infos:
                 raise CheckpointError(
                     f"{folder}: tensor {name} is missing; config.json asks for it"
                 )
-            if infos[name].shape != wanted:
-                found = list(infos[name].shape)
+            if infos[name].shape != shape:
                 raise CheckpointError(
-                    f"{folder / infos[name].file}: {name} has shape {found}, config.json asks for {list(wanted)}"
+                    f"{folder / infos[name].file}: {name} has shape {list(infos[name].shape)},"
+                    f" config.json asks for {list(shape)}"
                 )
-        return cls(folder, config, {name: infos[name] for name in expected})
+            wanted[name] = infos[name]
+        return cls(folder, config, wanted)
 
     @contextmanager
     def read_from(self, file: str, path: Path) -> Iterator[None]:
         """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError``
         unless its header is the known one."""
-        found = read_header(path)[0]
+        header = read_header(path)[0]
         known = {name: info for name, info in self.infos.items() if info.file == file}
         if any(
-            name not in found or replace(found[name], file=file) != info
+            name not in header or replace(header[name], file=file) != info
             for name, info in known.items()
         ):
             raise CheckpointError(
-                f"{path}: its header is not the one that {file} had before; download this file again"
+                f"{path}: its header is not the one that {file} had before; download this file"
+                " again"
             )
         usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
         try:
@@ -188,15 +183,14 @@ class Checkpoint:
         """
         info = self.infos[name]
         data = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
-        view, offset = (
-            data.view(-1).view(torch.uint8).numpy().data,
-            info.offset + start * info.row_bytes,
-        )
+        view = data.view(-1).view(torch.uint8).numpy().data
+        offset = info.offset + start * info.row_bytes
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:
                 raise CheckpointError(
-                    f"{self.folder / info.file}: ends inside {name}; it was truncated while being read"
+                    f"{self.folder / info.file}: ends inside {name}; it was truncated while being"
+                    " read"
                 )
             view, offset = view[count:], offset + count
         return data
@@ -212,7 +206,8 @@ class Checkpoint:
         infinity."""
         if not torch.isfinite(data).all():
             raise CheckpointError(
-                f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights; the file is damaged"
+                f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights;"
+                " the file is damaged"
             )
 
     def close(self) -> None:
@@ -222,21 +217,12 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_problem: object) -> None:
         self.close()
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
-    """File of each tensor by the index in ``folder``, every name checked to be plain; None if there
-    is no index.
-
-    Raises ``CheckpointError``.
-    """
+    """File of each tensor by the folder's index, names checked, or None.  ``CheckpointError``."""
     index = folder / INDEX_NAME
     if not index.exists():
         return None
@@ -260,18 +246,18 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
         for file in dict.fromkeys(weight_map.values()):
             headers[file], used = read_header(inside(folder, file), left)
             left -= used
-        infos = {}
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise CheckpointError(
-                    f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not there"
+                    f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not"
+                    " there"
                 )
-            infos[name] = headers[file][name]
-        return infos
+        return {name: headers[file][name] for name, file in weight_map.items()}
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
         return read_header(inside(folder, SINGLE_NAME))[0]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
-            f"{folder}: holds pickled weights, which can run code and are never opened; convert them to safetensors"
+            f"{folder}: holds pickled weights, which can run code and are never opened; convert"
+            " them to safetensors"
         )
     raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
@@ -18,16 +18,18 @@ from slotmoe.jsonfile import read_json
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INT = 1 << 31
 
-# Keys that don't change what the network computes, or are checked elsewhere in this file.
-_KNOWN_KEYS = frozenset(
-    """architectures attention_bias attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id ep_size
-    first_k_dense_replace head_dim hidden_act hidden_size initializer_range intermediate_size kv_lora_rank
-    max_position_embeddings mlp_bias model_type moe_intermediate_size moe_layer_freq n_group n_routed_experts
-    n_shared_experts norm_topk_prob num_attention_heads num_experts_per_tok num_hidden_layers num_key_value_heads
-    output_router_logits pad_token_id pretraining_tp q_lora_rank qk_head_dim qk_nope_head_dim qk_rope_head_dim
-    quantization_config rms_norm_eps rope_interleave rope_parameters rope_scaling rope_theta routed_scaling_factor
-    scoring_func seq_aux tie_word_embeddings topk_group topk_method torch_dtype transformers_version use_cache
-    v_head_dim vocab_size _name_or_path""".split()
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that this network computes; absent is fine too
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "ep_size": (1, None),
+    "rope_interleave": (True, None),
+}
+_ROPE_KEYS = frozenset(
+    """rope_theta rope_type type factor original_max_position_embeddings beta_fast beta_slow mscale
+    mscale_all_dim""".split()
 )
 
 
@@ -60,32 +62,33 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """Geometry of one model.  Names are those of DeepSeek's ``config.json``."""
+    """Geometry of one model.  Names are those of DeepSeek's ``config.json``; beside the type of an
+    integer that is read from there stand the lowest and the highest value."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    n_routed_experts: int
-    n_shared_experts: int  # 0: none
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
+    vocab_size: Annotated[int, 1, 1 << 24]
+    hidden_size: Annotated[int, 1, 1 << 20]
+    intermediate_size: Annotated[int, 1, 1 << 22]
+    moe_intermediate_size: Annotated[int, 1, 1 << 20]
+    num_hidden_layers: Annotated[int, 1, 1000]
+    num_attention_heads: Annotated[int, 1, 4096]
+    n_routed_experts: Annotated[int, 1, 4096]
+    n_shared_experts: Annotated[int, 0, 256]  # 0: none
+    num_experts_per_tok: Annotated[int, 1, 256]
+    n_group: Annotated[int, 1, 4096]
+    topk_group: Annotated[int, 1, 4096]
     topk_method: str
     norm_topk_prob: bool
     routed_scaling_factor: float
-    first_k_dense_replace: int
-    moe_layer_freq: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
+    first_k_dense_replace: Annotated[int, 0, MAX_INT]
+    moe_layer_freq: Annotated[int, 1, MAX_INT]
+    q_lora_rank: Annotated[int | None, 1, 1 << 20]
+    kv_lora_rank: Annotated[int, 1, 1 << 20]
+    qk_nope_head_dim: Annotated[int, 1, 1 << 16]
+    qk_rope_head_dim: Annotated[int, 1, 1 << 16]
+    v_head_dim: Annotated[int, 1, 1 << 16]
     rms_norm_eps: float
     rope: Rope
-    max_position_embeddings: int
+    max_position_embeddings: Annotated[int, 1, MAX_INT]
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -107,11 +110,23 @@ class Config:
 
     @property
     def softmax_scale(self) -> float:
-        return (
-            1.0
-            / math.sqrt(self.qk_nope_head_dim + self.qk_rope_head_dim)
-            * self.rope.softmax_factor
-        )
+        width = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return 1.0 / math.sqrt(width) * self.rope.softmax_factor
+
+
+_INTEGERS = {
+    key: hint.__metadata__
+    for key, hint in get_type_hints(Config, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+# With these, the keys that don't change what the network computes or are read below.
+_KNOWN_KEYS = {*_INTEGERS, *_SUPPORTED} | set(
+    """architectures attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id
+    head_dim initializer_range model_type norm_topk_prob num_key_value_heads output_router_logits
+    pad_token_id pretraining_tp qk_head_dim quantization_config rms_norm_eps rope_parameters
+    rope_scaling rope_theta routed_scaling_factor seq_aux tie_word_embeddings torch_dtype
+    transformers_version use_cache _name_or_path""".split()
+)
 
 
 class _Reader:
@@ -120,189 +135,139 @@ class _Reader:
     def __init__(self, values: dict[str, Any], where: str):
         self.values, self.where = values, where
 
-    def fail(self, key: str, expected: str) -> ConfigError:
-        found = repr(self.values[key])[:80] if key in self.values else "nothing"
-        return ConfigError(f"{self.where}: {key} is {found}, expected {expected}")
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {problem}")
 
-    def integer(
-        self, key: str, low: int = 1, high: int = MAX_INT, default: int | None = None
-    ) -> int:
-        value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.fail(key, f"an integer from {low} to {high}")
-        return value
+    def unexpected(self, key: str, expected: str) -> ConfigError:
+        given = repr(self.values[key])[:80] if key in self.values else "nothing"
+        return self.error(f"{key} is {given}, expected {expected}")
 
-    def number(self, key: str, default: float | None = None, positive: bool = True) -> float:
-        value: object = self.values.get(key, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not 0 <= value < 1e30
-            or (positive and value == 0)
-        ):
-            raise self.fail(key, "a positive number" if positive else "a number of at least 0")
-        return float(value)
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.values.get(key)
+        if not _is_integer(value, low, high):
+            raise self.unexpected(key, f"an integer from {low} to {high}")
+        return int(value)  # type: ignore[arg-type]  # an int by now
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(key, "true or false")
-        return value
-
-    def require(self, key: str, allowed: tuple[Any, ...], why: str = "") -> None:
-        """Refuse ``key`` unless absent or one of ``allowed``."""
-        if key in self.values and self.values[key] not in allowed:
-            supported = " or ".join(json.dumps(value) for value in allowed)
-            raise ConfigError(
-                f"{self.where}: {key} {json.dumps(self.values[key])[:80]} is not supported, only {supported}{why}"
+    def number(self, key: str, positive: bool = True) -> float:
+        value = self.values.get(key)
+        real = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
+        if not real or (positive and value == 0):
+            raise self.unexpected(
+                key, "a positive number" if positive else "a number of at least 0"
             )
+        return float(value)  # type: ignore[arg-type]  # a number by now
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.unexpected(key, "true or false")
+        return bool(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if len(ids) > 64 or not all(_is_integer(item, 0, MAX_INT - 1) for item in ids):
+            raise self.unexpected(key, "a token id or a list of them")
+        return tuple(ids)
+
+    def rope(self) -> Rope:
+        """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
+        (transformers 5)."""
+        sources = "rope_parameters", "rope_scaling"
+        keys = [key for key in sources if self.values.get(key) is not None]
+        for key in keys:
+            if not isinstance(self.values[key], dict):
+                raise self.unexpected(key, "an object or null")
+        given = {"rope_theta": self.values.get("rope_theta", 10000.0)}
+        given |= self.values[keys[0]] if keys else {}
+        defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+        reader = _Reader({**defaults, **given}, f"{self.where}: rope settings")
+        theta = reader.number("rope_theta")
+        kind = given.get("rope_type", given.get("type"))
+        if kind in ("default", None):
+            return Rope(theta)
+        if kind != "yarn":
+            raise self.error(f"rope type {kind!r:.80} is not supported, only 'yarn' and 'default'")
+        if unknown := sorted(given.keys() - _ROPE_KEYS):
+            raise self.error(f"rope setting {unknown[0]!r:.80} is not supported")
+        original = reader.integer("original_max_position_embeddings", 1, MAX_INT)
+        numbers = {key: reader.number(key) for key in ("factor", "beta_fast", "beta_slow")}
+        numbers |= {key: reader.number(key, False) for key in ("mscale", "mscale_all_dim")}
+        return Rope(theta, original_max_position_embeddings=original, **numbers)
 
 
-def _read_rope(values: dict[str, Any], where: str) -> Rope:
-    """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
-    (transformers 5)."""
-    given = [
-        (key, values[key])
-        for key in ("rope_parameters", "rope_scaling")
-        if values.get(key) is not None
-    ]
-    for key, value in given:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {key} is {value!r:.80}, expected an object or null")
-    scaling = given[0][1] if given else {}
-    merged = {"rope_theta": values.get("rope_theta", 10000.0), **scaling}
-    reader = _Reader(merged, f"{where}: rope settings")
-    theta = reader.number("rope_theta")
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind in ("default", None):
-        return Rope(theta)
-    if kind != "yarn":
-        raise ConfigError(
-            f"{where}: rope type {kind!r:.80} is not supported, only 'yarn' and 'default'"
-        )
-    known = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
-    known |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-    if unknown := sorted(set(merged) - known):
-        raise ConfigError(f"{where}: rope setting {unknown[0]!r:.80} is not supported")
-    return Rope(
-        theta,
-        factor=reader.number("factor"),
-        original_max_position_embeddings=reader.integer("original_max_position_embeddings"),
-        beta_fast=reader.number("beta_fast", 32.0),
-        beta_slow=reader.number("beta_slow", 1.0),
-        mscale=reader.number("mscale", 1.0, positive=False),
-        mscale_all_dim=reader.number("mscale_all_dim", 0.0, positive=False),
-    )
-
-
-def _token_ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
-    found = values.get(key)
-    ids = [] if found is None else found if isinstance(found, list) else [found]
-    if len(ids) > 64 or any(
-        not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_INT for i in ids
-    ):
-        raise ConfigError(f"{where}: {key} is {found!r:.80}, expected a token id or a list of them")
-    return tuple(ids)
+def _is_integer(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _refuse_unsupported(reader: _Reader) -> None:
-    values, where = reader.values, reader.where
-    if values.get("model_type") != "deepseek_v2":
-        raise ConfigError(
-            f"{where}: model_type {values.get('model_type')!r:.80} is not supported, only 'deepseek_v2'"
-        )
-    architectures = values.get("architectures") or ["DeepseekV2ForCausalLM"]
-    if architectures != ["DeepseekV2ForCausalLM"]:
-        raise ConfigError(
-            f"{where}: architectures {architectures!r:.80} is not supported, only DeepseekV2ForCausalLM"
-        )
+    values, mine = reader.values, ["DeepseekV2ForCausalLM"]
+    if (kind := values.get("model_type")) != "deepseek_v2":
+        raise reader.error(f"model_type {kind!r:.80} is not supported, only 'deepseek_v2'")
+    if (architectures := values.get("architectures") or mine) != mine:
+        raise reader.error(f"architectures {architectures!r:.80} is not supported, only {mine[0]}")
     if values.get("quantization_config"):
-        raise ConfigError(
-            f"{where}: quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
-        )
-    reader.require("scoring_func", ("softmax",))
-    reader.require("topk_method", ("greedy", "group_limited_greedy"))
-    reader.require("hidden_act", ("silu",))
-    reader.require("attention_bias", (False, None))
-    reader.require("mlp_bias", (False, None))
-    reader.require("ep_size", (1, None))
-    reader.require("rope_interleave", (True, None))
-    reader.require(
-        "num_key_value_heads",
-        (values.get("num_attention_heads"), None),
-        " (MLA has one key a head)",
-    )
+        problem = "quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
+        raise reader.error(problem)
+    heads = values.get("num_attention_heads"), None
+    for key, allowed in {**_SUPPORTED, "num_key_value_heads": heads}.items():
+        if key in values and values[key] not in allowed:
+            supported = " or ".join(json.dumps(value) for value in allowed)
+            why = " (MLA has one key a head)" if key == "num_key_value_heads" else ""
+            given = json.dumps(values[key])[:80]
+            raise reader.error(f"{key} {given} is not supported, only {supported}{why}")
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
     """A frozen ``Config`` from the parsed JSON; raises ``ConfigError`` naming the key for anything
     unsupported."""
+    unknown = tuple(sorted(str(key)[:80] for key in values.keys() - _KNOWN_KEYS))
+    _refuse_unsupported(_Reader(values, where))
+    values = {"moe_layer_freq": 1, "topk_method": "greedy", **values}
+    if values["topk_method"] == "greedy":
+        values |= {"n_group": 1, "topk_group": 1}
+    if "n_shared_experts" in values and values["n_shared_experts"] is None:
+        values["n_shared_experts"] = 0
     reader = _Reader(values, where)
-    _refuse_unsupported(reader)
-    grouped = values.get("topk_method", "greedy") == "group_limited_greedy"
-    bos = _token_ids(values, "bos_token_id", where)
+    sizes: dict[str, Any] = {
+        key: None
+        if key == "q_lora_rank" and values.get(key, 0) is None
+        else reader.integer(key, low, high)
+        for key, (low, high) in _INTEGERS.items()
+    }
+    bos = reader.token_ids("bos_token_id")
     config = Config(
-        vocab_size=reader.integer("vocab_size", high=1 << 24),
-        hidden_size=reader.integer("hidden_size", high=1 << 20),
-        intermediate_size=reader.integer("intermediate_size", high=1 << 22),
-        moe_intermediate_size=reader.integer("moe_intermediate_size", high=1 << 20),
-        num_hidden_layers=reader.integer("num_hidden_layers", high=1000),
-        num_attention_heads=reader.integer("num_attention_heads", high=4096),
-        n_routed_experts=reader.integer("n_routed_experts", high=4096),
-        n_shared_experts=0
-        if values.get("n_shared_experts", 0) is None
-        else reader.integer("n_shared_experts", 0, 256),
-        num_experts_per_tok=reader.integer("num_experts_per_tok", high=256),
-        n_group=reader.integer("n_group", high=4096) if grouped else 1,
-        topk_group=reader.integer("topk_group", high=4096) if grouped else 1,
-        topk_method=values.get("topk_method", "greedy"),
-        norm_topk_prob=reader.flag("norm_topk_prob", False),
+        **sizes,
+        topk_method=values["topk_method"],
+        norm_topk_prob=reader.flag("norm_topk_prob"),
         routed_scaling_factor=reader.number("routed_scaling_factor"),
-        first_k_dense_replace=reader.integer("first_k_dense_replace", 0),
-        moe_layer_freq=reader.integer("moe_layer_freq", default=1),
-        q_lora_rank=None
-        if values.get("q_lora_rank", 0) is None
-        else reader.integer("q_lora_rank", high=1 << 20),
-        kv_lora_rank=reader.integer("kv_lora_rank", high=1 << 20),
-        qk_nope_head_dim=reader.integer("qk_nope_head_dim", high=1 << 16),
-        qk_rope_head_dim=reader.integer("qk_rope_head_dim", high=1 << 16),
-        v_head_dim=reader.integer("v_head_dim", high=1 << 16),
         rms_norm_eps=reader.number("rms_norm_eps"),
-        rope=_read_rope(values, where),
-        max_position_embeddings=reader.integer("max_position_embeddings"),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        rope=reader.rope(),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=_token_ids(values, "eos_token_id", where),
-        unknown_keys=tuple(sorted(str(key)[:80] for key in set(values) - _KNOWN_KEYS)),
+        eos_token_ids=reader.token_ids("eos_token_id"),
+        unknown_keys=unknown,
     )
-    _check_consistency(config, where)
+    _check_consistency(config, reader)
     return config
 
 
-def _check_consistency(config: Config, where: str) -> None:
-    if config.qk_rope_head_dim % 2:
-        raise ConfigError(
-            f"{where}: qk_rope_head_dim is {config.qk_rope_head_dim}, expected an even number"
+def _check_consistency(c: Config, reader: _Reader) -> None:
+    experts, top_k = c.n_routed_experts, c.num_experts_per_tok
+    reachable = experts // c.n_group * c.topk_group
+    if c.qk_rope_head_dim % 2:
+        raise reader.error(f"qk_rope_head_dim is {c.qk_rope_head_dim}, expected an even number")
+    if experts % c.n_group:
+        raise reader.error(f"n_routed_experts {experts} is not a multiple of n_group {c.n_group}")
+    if c.topk_group > c.n_group:
+        raise reader.error(f"topk_group {c.topk_group} is more than n_group {c.n_group}")
+    if top_k > reachable:
+        raise reader.error(
+            f"num_experts_per_tok is {top_k}, but the gate can reach only {reachable} experts"
         )
-    if config.n_routed_experts % config.n_group:
-        raise ConfigError(
-            f"{where}: n_routed_experts {config.n_routed_experts} is not a multiple of n_group {config.n_group}"
-        )
-    if config.topk_group > config.n_group:
-        raise ConfigError(
-            f"{where}: topk_group {config.topk_group} is more than n_group {config.n_group}"
-        )
-    reachable = config.n_routed_experts // config.n_group * config.topk_group
-    if config.num_experts_per_tok > reachable:
-        raise ConfigError(
-            f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, but the gate can reach only {reachable} experts"
-        )
-    if not config.moe_layers:
-        raise ConfigError(
-            f"{where}: first_k_dense_replace {config.first_k_dense_replace} leaves no layer with experts"
-        )
+    if not c.moe_layers:
+        dense = c.first_k_dense_replace
+        raise reader.error(f"first_k_dense_replace {dense} leaves no layer with experts")
 
 
 def read_config(path: Path) -> Config:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import GATE, LAYER_PARTS, layer_tensor, mlp_parts
 from slotmoe.model.routing import Router, route
 
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
@@ -68,26 +69,16 @@ class Layer:
     @classmethod
     def of(cls, weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
         """The weights of ``layer`` out of all weights by checkpoint name."""
-        prefix, is_moe = f"model.layers.{layer}.", config.is_moe(layer)
+        is_moe = config.is_moe(layer)
 
-        def get(name: str) -> Any:
-            return weights.get(prefix + name + ".weight")
+        def get(part: str) -> Any:
+            return weights.get(layer_tensor(layer, part))
 
-        mlp = "mlp.shared_experts." if is_moe else "mlp."
         has_mlp = not is_moe or config.n_shared_experts > 0
         return cls(
-            input_layernorm=get("input_layernorm"),
-            q_proj=get("self_attn.q_proj"),
-            q_a_proj=get("self_attn.q_a_proj"),
-            q_a_layernorm=get("self_attn.q_a_layernorm"),
-            q_b_proj=get("self_attn.q_b_proj"),
-            kv_a_proj=get("self_attn.kv_a_proj_with_mqa"),
-            kv_a_layernorm=get("self_attn.kv_a_layernorm"),
-            kv_b_proj=get("self_attn.kv_b_proj"),
-            o_proj=get("self_attn.o_proj"),
-            post_attention_layernorm=get("post_attention_layernorm"),
-            gate=get("mlp.gate").float() if is_moe else None,
-            mlp=Mlp(*(get(mlp + name) for name in Mlp._fields)) if has_mlp else None,
+            **{field: get(part) for field, part in LAYER_PARTS.items()},
+            gate=get(GATE).float() if is_moe else None,
+            mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
         )
 
 

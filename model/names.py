@@ -1,55 +1,118 @@
-"""Names and shapes of a model's tensors as DeepSeek's checkpoints have them, without torch."""
+"""Names, shapes and roles of a model's tensors as DeepSeek's checkpoints have them, without torch.
+
+This is the one place that spells those names.  A tensor's role is how the network uses it, which
+limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router),
+``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else ``matrix``.
+"""
 
 from __future__ import annotations
 
+import re
+
 from slotmoe.model.config import Config
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
+LAYER_PARTS = {
+    "input_layernorm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "q_a_proj": "self_attn.q_a_proj",
+    "q_a_layernorm": "self_attn.q_a_layernorm",
+    "q_b_proj": "self_attn.q_b_proj",
+    "kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "kv_a_layernorm": "self_attn.kv_a_layernorm",
+    "kv_b_proj": "self_attn.kv_b_proj",
+    "o_proj": "self_attn.o_proj",
+    "post_attention_layernorm": POST_NORM,
+}
+"""Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
+
+
+def layer_tensor(layer: int, part: str) -> str:
+    """Checkpoint name of the tensor ``part`` of a layer."""
+    return f"model.layers.{layer}.{part}.weight"
+
+
+def mlp_parts(moe: bool) -> tuple[str, str, str]:
+    """Gate, up and down projection of a layer's dense MLP, or of its shared experts if it is an MoE
+    layer: names inside the layer."""
+    prefix = "mlp.shared_experts" if moe else "mlp"
+    return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
 
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
-    """Checkpoint name of one routed expert's projection (``gate_proj``, ``up_proj`` or
-    ``down_proj``)."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+    """Checkpoint name of one routed expert's ``gate_proj``, ``up_proj`` or ``down_proj``."""
+    return layer_tensor(layer, f"mlp.experts.{expert}.{projection}")
+
+
+def experts_name(layer: int, projection: str) -> str:
+    """What stands for one projection of all routed experts of a layer together."""
+    return layer_tensor(layer, f"mlp.experts.{projection}")
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Layer (None if in no layer) and the name inside it: 3 and ``self_attn.o_proj``."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    inner = name.removeprefix(match[0] if match else "model.").removesuffix(".weight")
+    return int(match[1]) if match else None, inner
+
+
+def role_of(name: str) -> str:
+    """The role of a resident tensor, see above."""
+    _, part = split_name(name)
+    if part.endswith("norm"):
+        return "norm"
+    roles = {EMBEDDING: "embedding", GATE: "gate", LAYER_PARTS["kv_b_proj"]: "absorbed"}
+    return roles.get(name, roles.get(part, "matrix"))
+
+
+def component_of(name: str) -> str:
+    """The part of the model that a resident tensor belongs to, as plans and profiles name it."""
+    _, part = split_name(name)
+    if name in (EMBEDDING, HEAD):
+        return "embeddings"
+    if part == GATE:
+        return "router"
+    if part in mlp_parts(moe=True):
+        return "shared experts"
+    return "dense layers" if part in mlp_parts(moe=False) else "attention"
+
+
+def _layer_shapes(c: Config, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's resident tensors by name inside it, in the order of the forward pass."""
+    D, H, part = c.hidden_size, c.num_attention_heads, LAYER_PARTS
+    query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    shapes: dict[str, tuple[int, ...]] = {part["input_layernorm"]: (D,)}
+    if c.q_lora_rank is None:
+        shapes[part["q_proj"]] = (query, D)
+    else:
+        shapes[part["q_a_proj"]] = (c.q_lora_rank, D)
+        shapes[part["q_a_layernorm"]] = (c.q_lora_rank,)
+        shapes[part["q_b_proj"]] = (query, c.q_lora_rank)
+    shapes[part["kv_a_proj"]] = (c.latent_width, D)
+    shapes[part["kv_a_layernorm"]] = (c.kv_lora_rank,)
+    shapes[part["kv_b_proj"]] = (H * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+    shapes[part["o_proj"]] = (D, H * c.v_head_dim)
+    shapes[POST_NORM] = (D,)
+    moe, width = c.is_moe(layer), c.intermediate_size
+    if moe:
+        shapes[GATE] = (c.n_routed_experts, D)
+        width = c.n_shared_experts * c.moe_intermediate_size
+    if width:
+        shapes |= zip(mlp_parts(moe), [(width, D), (width, D), (D, width)], strict=True)
+    return shapes
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes of everything but the routed experts, in the order of the forward
     pass."""
-    D, H = config.hidden_size, config.num_attention_heads
-    query = H * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
-
-    def mlp(prefix: str, width: int) -> None:
-        shapes[prefix + "gate_proj.weight"] = shapes[prefix + "up_proj.weight"] = (width, D)
-        shapes[prefix + "down_proj.weight"] = (D, width)
-
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
     for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (D,)
-        if config.q_lora_rank is None:
-            shapes[prefix + "self_attn.q_proj.weight"] = (query, D)
-        else:
-            shapes[prefix + "self_attn.q_a_proj.weight"] = (config.q_lora_rank, D)
-            shapes[prefix + "self_attn.q_a_layernorm.weight"] = (config.q_lora_rank,)
-            shapes[prefix + "self_attn.q_b_proj.weight"] = (query, config.q_lora_rank)
-        shapes[prefix + "self_attn.kv_a_proj_with_mqa.weight"] = (config.latent_width, D)
-        shapes[prefix + "self_attn.kv_a_layernorm.weight"] = (config.kv_lora_rank,)
-        expanded = H * (config.qk_nope_head_dim + config.v_head_dim)
-        shapes[prefix + "self_attn.kv_b_proj.weight"] = (expanded, config.kv_lora_rank)
-        shapes[prefix + "self_attn.o_proj.weight"] = (D, H * config.v_head_dim)
-        shapes[prefix + "post_attention_layernorm.weight"] = (D,)
-        if not config.is_moe(layer):
-            mlp(prefix + "mlp.", config.intermediate_size)
-            continue
-        shapes[prefix + "mlp.gate.weight"] = (config.n_routed_experts, D)
-        if config.n_shared_experts:
-            mlp(
-                prefix + "mlp.shared_experts.",
-                config.n_shared_experts * config.moe_intermediate_size,
-            )
-    shapes["model.norm.weight"] = (D,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, D)
-    return shapes
+        for part, shape in _layer_shapes(config, layer).items():
+            shapes[layer_tensor(layer, part)] = shape
+    shapes[FINAL_NORM] = (config.hidden_size,)
+    return shapes if config.tie_word_embeddings else {**shapes, HEAD: table}
 
 
 def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import Geometry, Layer, LayerByLayer, NoTimer, Pending, Step, Timer
+from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
 from slotmoe.model.routing import Router
 
 
@@ -126,11 +127,11 @@ class DeepseekV2:
         self, config: Config, weights: Mapping[str, Any], backend: Backend, experts: Experts
     ):
         self.config, self.backend, self.experts = config, backend, experts
-        self.embed_tokens = weights["model.embed_tokens.weight"]
+        self.embed_tokens = weights[EMBEDDING]
         layers = [Layer.of(weights, config, index) for index in range(config.num_hidden_layers)]
-        self.norm: Tensor = weights["model.norm.weight"]
+        self.norm: Tensor = weights[FINAL_NORM]
         tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else weights["lm_head.weight"]
+        self.lm_head = self.embed_tokens if tied else weights[HEAD]
         geometry = Geometry.of(config)
         self._layer_by_layer = LayerByLayer(geometry, layers, backend)
         self._decoder: Any = backend.decoder(geometry, layers)

@@ -20,23 +20,16 @@ from slotmoe.jsonfile import read_json
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
 # DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
 MAX_TOKENIZER_VALUES = 350_000
-TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = (
-    0.5,
-    64 << 20,
-    4 << 20,
-)  # CPU time, memory and characters of one rendering
+# CPU time, memory and characters of one rendering
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
-FIM_TOKENS = (
-    "<｜fim▁begin｜>",
-    "<｜fim▁hole｜>",
-    "<｜fim▁end｜>",
-)  # as the Coder models spell them
+# As the Coder models spell them.
+FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 
 
 class Tokenizer:
-    """``tokenizer.json`` of the model; ``size`` is the number of ids it can decode (the vocabulary
-    may have more rows)."""
+    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more)."""
 
     def __init__(self, folder: Path, bos_token_id: int | None):
         from tokenizers import Tokenizer as Backend
@@ -48,27 +41,24 @@ class Tokenizer:
             data = file.read(MAX_TOKENIZER_BYTES + 1)
         if len(data) > MAX_TOKENIZER_BYTES or data.count(b",") > MAX_TOKENIZER_VALUES:
             raise ConfigError(
-                f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values; not a real tokenizer"
+                f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values;"
+                " not a real tokenizer"
             )
         try:
             self._backend = Backend.from_buffer(data)
         except KeyboardInterrupt:
             raise
-        except (
-            BaseException
-        ) as problem:  # the library raises bare Exception, and its panics aren't even that
+        except BaseException as problem:  # the library raises bare Exception and, worse, panics
             raise ConfigError(
                 f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
             ) from None
         settings_path = folder / "tokenizer_config.json"
-        self.settings: dict[str, Any] = (
-            read_json(settings_path, 1 << 22) if settings_path.exists() else {}
-        )
-        template_path = folder / "chat_template.jinja"
-        self._template_file = _read_template(template_path) if template_path.exists() else None
-        self.bos_token_id = (
-            bos_token_id if self.settings.get("add_bos_token", bos_token_id is not None) else None
-        )
+        settings = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
+        self.settings: dict[str, Any] = settings
+        self.template = _read_template(folder / "chat_template.jinja") or _template_of(settings)
+        wants_bos = settings.get("add_bos_token", bos_token_id is not None)
+        self.bos_token_id = bos_token_id if wants_bos else None
+        self.eos_token = _spelling(settings, "eos_token")
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
 
@@ -77,10 +67,7 @@ class Tokenizer:
         the text has none."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except (
-            UnicodeError,
-            TypeError,
-        ):  # lone surrogates, which is how Python passes on bytes that are no text
+        except (UnicodeError, TypeError):  # lone surrogates, Python's way to pass on other bytes
             raise ConfigError("the prompt is not valid UTF-8 text") from None
         if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
@@ -92,17 +79,12 @@ class Tokenizer:
         begin, hole, end = (self.token_id(token) for token in FIM_TOKENS)
         if begin is None or hole is None or end is None:
             raise ConfigError(
-                "this model can't fill in the middle: its tokenizer has no tokens for that; leave suffix out"
+                "this model can't fill in the middle: its tokenizer has no tokens for that; leave"
+                " suffix out"
             )
         start = [] if self.bos_token_id is None else [self.bos_token_id]
-        return [
-            *start,
-            begin,
-            *self.encode(before, add_bos=False),
-            hole,
-            *self.encode(after, add_bos=False),
-            end,
-        ]
+        prefix, suffix = (self.encode(text, add_bos=False) for text in (before, after))
+        return [*start, begin, *prefix, hole, *suffix, end]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` without a beginning, and how many characters of it end with each
@@ -115,31 +97,15 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is spelled like this, if there is one."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
+        return self._backend.token_to_id(token)
 
     def to_json(self) -> str:
         """The whole tokenizer, as in ``tokenizer.json``."""
-        text: str = self._backend.to_str()
-        return text
+        return self._backend.to_str()
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
-        return text
-
-    @property
-    def template(self) -> str | None:
-        """The model's chat template; None if it has none."""
-        template = self._template_file or self.settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            named = {
-                item.get("name"): item.get("template")
-                for item in template
-                if isinstance(item, dict)
-            }
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        return self._backend.decode(ids, skip_special_tokens=True)
 
     def chat(
         self,
@@ -155,27 +121,17 @@ class Tokenizer:
         """
         if self.template is None:
             raise ConfigError(
-                "tokenizer_config.json: has no chat_template, so this is not a chat model: take its Chat or Instruct version, or "
-                "continue text with 'slotmoe run MODEL PROMPT', without --chat"
+                "tokenizer_config.json: has no chat_template, so this is not a chat model: take its"
+                " Chat or Instruct version, or continue text with 'slotmoe run MODEL PROMPT',"
+                " without --chat"
             )
-        tokens = {"bos_token": self._spelling("bos_token"), "eos_token": self.eos_token}
-        variables = {
-            "messages": messages,
-            "add_generation_prompt": not begun,
-            **({"tools": tools} if tools else {}),
-            **tokens,
-        }
+        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": not begun}
+        if tools:
+            variables["tools"] = tools
+        variables["bos_token"] = _spelling(self.settings, "bos_token")
+        variables["eos_token"] = self.eos_token
         text = _render(self.template, variables)
         return text.removesuffix(self.eos_token) if begun else text
-
-    @property
-    def eos_token(self) -> str:
-        """How the end-of-sentence token is spelled; empty if the settings don't say."""
-        return self._spelling("eos_token")
-
-    def _spelling(self, name: str) -> str:
-        token = self.settings.get(name)
-        return str(token.get("content", "") if isinstance(token, dict) else token or "")
 
 
 class TextStream:
@@ -184,9 +140,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         self._tokenizer, self._shown = tokenizer, shown or {}
-        self._ids: list[
-            int
-        ] = []  # the last finished token, for context, and those whose text is not out yet
+        # The last finished token, for context, and those whose text is not out yet.
+        self._ids: list[int] = []
         self._printed = ""  # what of their text is already out
 
     def push(self, token_id: int) -> str:
@@ -216,7 +171,9 @@ class TextStream:
         return len(self._ids) <= 1
 
 
-def _read_template(path: Path) -> str:
+def _read_template(path: Path) -> str | None:
+    if not path.exists():
+        return None
     if not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise ConfigError(f"{path}: is not a regular file of at most {MAX_TEMPLATE_BYTES} bytes")
     try:
@@ -225,23 +182,30 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
+def _template_of(settings: dict[str, Any]) -> str | None:
+    """The chat template of ``tokenizer_config.json``: one, or the default of several named ones."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if type(item) is dict}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _spelling(settings: dict[str, Any], name: str) -> str:
+    """How a special token is spelled; empty if the settings don't say."""
+    token = settings.get(name)
+    return str(token.get("content", "") if isinstance(token, dict) else token or "")
+
+
 def _render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
+    limits = map(str, (TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT))
+    command = [sys.executable, "-c", _CHILD, *limits]
     try:
+        # The child bounds its own CPU time; this timeout is for a machine that stands still.
+        timeout = 60 * TEMPLATE_SECONDS
         child = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                _CHILD,
-                str(TEMPLATE_SECONDS),
-                str(TEMPLATE_MEMORY),
-                str(TEMPLATE_OUTPUT),
-            ],
-            input=request.encode(),
-            capture_output=True,
-            timeout=60
-            # the child bounds its own CPU time; this is for a machine that stands still
-            * TEMPLATE_SECONDS,
+            command, input=request.encode(), capture_output=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
@@ -249,7 +213,8 @@ def _render(template: str, variables: dict[str, Any]) -> str:
         ) from None
     if child.returncode < 0:
         raise ConfigError(
-            f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken or hostile"
+            f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken"
+            " or hostile"
         )
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
@@ -264,9 +229,14 @@ import datetime, json, resource, signal
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 def raise_exception(message):
     raise ValueError(message)
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
-environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+def strftime_now(form):
+    return datetime.datetime.now().strftime(form)
+def tojson(value, indent=None):
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+loops = ["jinja2.ext.loopcontrols"]
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+environment.filters["tojson"] = tojson
 request = json.load(sys.stdin)
 seconds, memory, limit = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills

@@ -19,7 +19,7 @@ from slotmoe.jsonfile import read_json
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config, read_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts import Experts, HostCompute, ResidentExperts
@@ -348,11 +348,10 @@ class _Loader:
         empty = self._device.weights()
 
         def place(name: str, weight: Any) -> Any:
-            if isinstance(weight, Tensor) and (
-                weight.dim() == 1 or name.endswith(".mlp.gate.weight")
-            ):
+            role = role_of(name)
+            if isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()
-            return self._backend.prepare(name, weight, empty)
+            return self._backend.prepare(role, weight, empty)
 
         return place
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.model.config import Config
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
@@ -42,11 +43,9 @@ class NextGate:
 
     def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchOps):
         layers = config.moe_layers
-        norms = [
-            weights[f"model.layers.{layer}.post_attention_layernorm.weight"] for layer in layers
-        ]
+        norms = [weights[layer_tensor(layer, POST_NORM)] for layer in layers]
         self._first_norm = norms[0]
-        self._gates = [weights[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
+        self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
         self._ops, self._top_k = ops, config.num_experts_per_tok
 
@@ -82,7 +81,7 @@ class Predictor:
         the experts that a token uses in a layer. ``place`` puts a named weight on its device in the
         form that ``ops`` multiplies with; by default it stays where it is."""
         self._ops, self._top_k = ops, top_k
-        put: Callable[[str, Any], Any] = place or ops.prepare
+        put: Callable[[str, Any], Any] = place or (lambda _, weight: ops.prepare("matrix", weight))
 
         def matrix(name: str, row: int | None = None) -> tuple[Any, Tensor]:
             parts = (tensors[f"{name}.{part}"] for part in ("weight", "weight.scale", "bias"))

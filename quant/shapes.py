@@ -8,6 +8,7 @@ import math
 BLOCK = 64  # weights of a row that share a scale
 TILE = 16  # rows that are stored together (see ``slotmoe.quant.nf4``)
 ALIGNMENT = 4096
+WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 
 
 def codes_shape(N: int, K: int) -> tuple[int, int, int]:
@@ -36,31 +37,27 @@ def padded_record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
     return -(-record_bytes(hidden_size, moe_intermediate_size) // ALIGNMENT) * ALIGNMENT
 
 
-def resident_quantization(name: str, shape: tuple[int, ...], mode: str) -> str:
-    """How the resident weight ``name`` is stored under ``--resident mode``: ``none`` (as in the
-    source), int8 or nf4.
+def resident_quantization(role: str, mode: str) -> str:
+    """How a resident weight of this role is stored under ``--resident mode``: ``none`` (as in the
+    source), int8 or nf4.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed`` and ``matrix``.
 
     Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
-    ``kv_b_proj`` is used by column when it is absorbed into the query, which the NF4 tiles don't
-    serve: both are at least int8.
+    an absorbed matrix is used by column, which the NF4 tiles don't serve: both are at least int8.
     """
-    if mode == "bf16" or len(shape) == 1 or name.endswith(".mlp.gate.weight"):
+    if mode == "bf16" or role in WIDENED:
         return "none"
-    if mode == "nf4" and not name.endswith((".kv_b_proj.weight", "embed_tokens.weight")):
-        return "nf4"
-    return "int8"
+    return "nf4" if mode == "nf4" and role == "matrix" else "int8"
 
 
-def resident_bytes(name: str, shape: tuple[int, ...], mode: str) -> int:
-    """Bytes of a resident weight in memory.  Norms and router gates are held in float32, other
-    unquantized weights in bf16."""
-    quantization = resident_quantization(name, shape, mode)
+def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:
+    """Bytes of a resident weight in memory.  Unquantized ones are in bf16, ``WIDENED`` ones in
+    float32."""
+    quantization = resident_quantization(role, mode)
     if quantization == "nf4":
         return nf4_bytes(*shape)
     if quantization == "int8":
         return math.prod(shape) + 4 * shape[0]
-    widened = len(shape) == 1 or name.endswith(".mlp.gate.weight")
-    return math.prod(shape) * (4 if widened else 2)
+    return math.prod(shape) * (4 if role in WIDENED else 2)
 
 
 def latent_bytes(r: int, p: int) -> int:

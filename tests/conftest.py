@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 
-from slotmoe.offload.ingest.download import Patience
 from slotmoe.offload.ingest.quantize import quantize
 from tests.support.hub import HOME, HUB, TOKEN
 from tests.support.tiny import SAMPLE
@@ -54,9 +53,3 @@ def hub(tmp_path, monkeypatch):
     HUB.reset()
     yield HUB
     HUB.reset()
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Few and quick attempts to resolve a repository."""
-    monkeypatch.setattr("slotmoe.offload.ingest.hub._RESOLVING", Patience(attempts=3, pause=0.01))

@@ -203,9 +203,8 @@ def _hub_config(repo: str, revision: str) -> Path:
             f"{repo}: the hub can't be reached and its config.json is not in huggingface_hub's cache"
         ) from None
     except Exception:
-        from slotmoe.offload.ingest.hub import (
-            hub_errors,  # imports torch, for the few who have an error to be told
-        )
+        # Imports torch, for the few who have an error to be told.
+        from slotmoe.offload.ingest.repository import hub_errors
 
         with hub_errors(repo, revision):
             raise

@@ -3,31 +3,27 @@
 The revision is resolved once, and everything comes from that commit.  ``DST.download`` holds what
 has come:
 
-    plan.json            repository, revision, commit, and the size and checksum of each file
-    headers/NAME/        the small files, and each weight file's header in a sparse file of its full size
-    weights/             at most two weight files, one being quantized and one arriving
+    plan.json        repository, revision, commit, and the size and checksum of each file
+    headers/NAME/    the small files, and sparse files with each weight file's header and size
+    weights/         at most two weight files, one being quantized and one arriving
 
 ``headers/NAME`` is thus a checkpoint folder whose tensors can be checked before any weight is
-fetched.  Metadata, tokens, endpoint and cache are huggingface_hub's; the bytes come through
-``slotmoe.offload.ingest.download``.
+fetched.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
-from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
+from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.model.checkpoint import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
@@ -36,228 +32,44 @@ from slotmoe.model.checkpoint import (
     weight_files,
 )
 from slotmoe.model.config import read_config
-from slotmoe.offload.ingest.download import (
-    CONNECTIONS,
-    Ending,
-    Expected,
-    PassingError,
-    Patience,
-    Stopped,
-    fetch,
-    patiently,
-    read_range,
-    status_error,
+from slotmoe.offload.ingest.download import CONNECTIONS, fetch
+from slotmoe.offload.ingest.http import Expected, Patience, StopEvent, Stopped, read_range
+from slotmoe.offload.ingest.output_dir import (
+    beside,
+    empty,
+    finished_manifest,
+    full_disk_explained,
+    locked,
+    make_cache,
+    refuse_foreign,
 )
-from slotmoe.offload.ingest.output_dir import full_disk_explained, locked, partial_folder
-from slotmoe.offload.ingest.quantize import Progress, quantize
+from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
+from slotmoe.offload.ingest.repository import Snapshot, remote_file, resolve
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
 from slotmoe.quant.export.writer import write_json
 
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request
-_RESOLVING = Patience(attempts=3)
-Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Pin:
-    """One commit of a repository, and what is in it that an export can be made of."""
-
-    repo: str
-    revision: str
-    commit: str
-    files: dict[str, Expected]
-
-
-def resolve(repo: str, revision: str) -> Pin:
-    """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache
-    holds.
-
-    Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if the hub
-    can't be asked.
-    """
-    from huggingface_hub import HfApi
-
-    def ask() -> Any:
-        with hub_errors(repo, revision):
-            return HfApi(library_name="slotmoe").model_info(
-                repo, revision=revision, files_metadata=True, timeout=30
-            )
-
-    try:
-        info = patiently(ask, repo, _RESOLVING, threading.Event())
-    except DownloadError as problem:
-        cached = _cached_pin(repo, revision)
-        if cached is None:
-            raise DownloadError(
-                f"{problem}; huggingface_hub's cache holds nothing of it either, so connect to the network"
-            ) from None
-        return cached
-    files = {}
-    for sibling in info.siblings or []:
-        checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        sound = (
-            isinstance(sibling.size, int)
-            and sibling.size >= 0
-            and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", str(checksum))
-        )
-        if _is_part(sibling.rfilename) and sound:
-            files[sibling.rfilename] = Expected(sibling.size, str(checksum))
-    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-        raise DownloadError(
-            f"{repo}: the hub answers with the commit {info.sha!r:.60}, which is none; is HF_ENDPOINT right?"
-        )
-    return Pin(repo, revision, info.sha, files)
-
-
-def _is_part(name: str) -> bool:
-    return (
-        name in COPIED or name == INDEX_NAME or ("/" not in name and name.endswith(".safetensors"))
-    )
-
-
-def _cached_pin(repo: str, revision: str) -> Pin | None:
-    """What huggingface_hub's cache holds of ``revision``; its links lead to blobs that are named by
-    their checksums."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if not isinstance(config, str):
-        return None
-    files = {}
-    for path in Path(config).parent.iterdir():
-        blob = Path(os.path.realpath(path))
-        if (
-            _is_part(path.name)
-            and blob.is_file()
-            and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name)
-        ):
-            files[path.name] = Expected(blob.stat().st_size, blob.name)
-    return Pin(repo, revision, Path(config).parent.name, files)
-
-
-@contextmanager
-def hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """huggingface_hub's errors as ours: what the user can do about it, or ``PassingError``."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/{repo}"
-        raise ConfigError(
-            f"{repo}: is gated; ask for access at {page}, then log in with 'hf auth login' or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise ConfigError(
-            f"{repo}: is no folder here and no model on {constants.ENDPOINT} that you may see; check the spelling, and if it is"
-            " private, log in with 'hf auth login' or set HF_TOKEN"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise ConfigError(
-            f"{repo}: has no revision {revision!r:.80}; --revision takes a branch, a tag or a commit"
-        ) from None
-    except errors.EntryNotFoundError:
-        raise CheckpointError(
-            f"{repo}: a file that its index names is not there at {revision:.80}; the repository is incomplete"
-        ) from None
-    except errors.OfflineModeIsEnabled:
-        raise DownloadError(f"{repo}: HF_HUB_OFFLINE forbids to ask the hub") from None
-    except errors.HfHubHTTPError as problem:
-        status = problem.response.status_code
-        if status in (401, 403):
-            raise ConfigError(
-                f"{repo}: {constants.ENDPOINT} refuses access ({status}); the token may be wrong or lack the permission:"
-                " log in with 'hf auth login' or set HF_TOKEN"
-            ) from None
-        if status in (408, 429) or status >= 500:
-            raise status_error(status, problem.response.headers) from None
-        raise DownloadError(
-            f"{repo}: {constants.ENDPOINT} answers {status}, which no hub should; is HF_ENDPOINT right?"
-        ) from None
-    except errors.HFValidationError:
-        raise ConfigError(
-            f"{repo}: is no folder here and no name that a model on the hub can have; check the spelling"
-        ) from None
-    except (errors.HTTPError, OSError) as problem:  # type: ignore[attr-defined]  # its HTTP client's, whichever that is
-        raise PassingError(
-            f"{constants.ENDPOINT} can't be reached ({str(problem)[:120] or type(problem).__name__})"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise PassingError(
-            f"{constants.ENDPOINT} does not answer like a hub ({type(problem).__name__})"
-        ) from None
-
-
-class _RemoteFile:
-    """One file of the commit, as ``slotmoe.offload.ingest.download`` wants it."""
-
-    def __init__(self, pin: Pin, name: str):
-        self.name = f"{pin.repo}/{name}"
-        self._pin, self._file, self._lock = pin, name, threading.Lock()
-        self._url: str | None = None
-
-    def locate(self) -> str:
-        with self._lock:
-            if self._url is None:
-                self._url = self._ask()
-            return self._url
-
-    def forget(self) -> None:
-        with self._lock:
-            self._url = None
-
-    def headers(self, url: str) -> dict[str, str]:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        ours, hub = urlsplit(url), urlsplit(constants.ENDPOINT)
-        at_hub = (ours.scheme, ours.netloc) == (hub.scheme, hub.netloc)
-        return build_hf_headers(library_name="slotmoe", token=None if at_hub else False)
-
-    def _ask(self) -> str:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-        pin, expected = self._pin, self._pin.files[self._file]
-        url = hf_hub_url(pin.repo, self._file, revision=pin.commit)
-        with hub_errors(pin.repo, pin.commit):
-            found = get_hf_file_metadata(url, library_name="slotmoe")
-        if found.commit_hash not in (None, pin.commit):
-            raise DownloadError(
-                f"{self.name}: the hub answers for commit {found.commit_hash} instead of {pin.commit}; try again later"
-            )
-        etag = found.etag or ""
-        other = (
-            re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", etag)
-            and len(etag) == len(expected.checksum)
-            and etag != expected.checksum
-        )
-        if found.size not in (None, expected.size) or other:
-            raise DownloadError(
-                f"{self.name}: is {found.size} bytes with checksum {etag:.64} now, the hub promised {expected.size} bytes with"
-                f" {expected.checksum}; pass --overwrite to start anew"
-            )
-        return urljoin(url, found.location)
 
 
 class HubShards:
     """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives
-    while one is quantized."""
+    while one is quantized.  With ``kept`` they stay in that folder."""
 
     def __init__(
         self,
-        pin: Pin,
+        snapshot: Snapshot,
         download: Path,
         kept: Path | None,
         arriving: Progress,
         notify: Notify,
         patience: Patience,
     ):
-        self._pin, self._weights, self._kept = pin, download / "weights", kept
+        self._snapshot, self._weights, self._kept = snapshot, download / "weights", kept
         self._arriving, self._notify, self._patience = arriving, notify, patience
-        self.folder = download / "headers" / pin.repo.rpartition("/")[2]
-        self.stop, self._lock = Ending(), threading.Lock()
+        self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
+        self.stop, self._lock = StopEvent(), threading.Lock()
         self._done, self._total = 0, 0
 
     def prepare(self) -> None:
@@ -267,71 +79,74 @@ class HubShards:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._weights.mkdir(exist_ok=True)
-        pin = self._pin
-        if "config.json" not in pin.files:
+        files, at = self._snapshot.files, f"{self._snapshot.repo}: "
+        commit = self._snapshot.commit[:12]
+        if "config.json" not in files:
             raise CheckpointError(
-                f"{pin.repo}: has no config.json at {pin.commit[:12]}; not a model in Hugging Face's format"
+                f"{at}has no config.json at {commit}; not a model in Hugging Face's format"
             )
-        self._bring_small("config.json", MAX_COPIED_BYTES)
+        self._fetch_small("config.json", MAX_COPIED_BYTES)
         read_config(self.folder / "config.json")
         for name in (*COPIED[1:], INDEX_NAME):
-            if name in pin.files:
-                self._bring_small(name, MAX_INDEX_BYTES if name == INDEX_NAME else MAX_COPIED_BYTES)
+            if name in files:
+                limit = MAX_INDEX_BYTES if name == INDEX_NAME else MAX_COPIED_BYTES
+                self._fetch_small(name, limit)
         weight_map = weight_files(self.folder)
-        names = (
-            list(dict.fromkeys(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
-        )
-        missing = [name for name in names if name not in pin.files]
-        if missing:
-            some = ", ".join(missing[:5]) + (
-                f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            )
+        names = [SINGLE_NAME] if weight_map is None else list(dict.fromkeys(weight_map.values()))
+        if missing := [name for name in names if name not in files]:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(
-                f"{pin.repo}: {len(missing)} of {len(names)} weight files can't be had at {pin.commit[:12]}: {some}; without a network"
-                " all must be in huggingface_hub's cache, and weights must be .safetensors"
+                f"{at}{len(missing)} of {len(names)} weight files can't be had at {commit}:"
+                f" {', '.join(missing[:5])}{more}; without a network all must be in"
+                " huggingface_hub's cache, and weights must be .safetensors"
             )
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
-                for future in [pool.submit(self._bring_header, name) for name in names]:
-                    future.result()
+                for _ in pool.map(self._fetch_header, names):
+                    pass
             except BaseException:
                 self.stop.set()
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _bring_small(self, name: str, limit: int) -> None:
-        path, expected = self.folder / name, self._pin.files[name]
-        if expected.size > limit:
+    def _fetch_small(self, name: str, limit: int) -> None:
+        path, size = self.folder / name, self._snapshot.files[name].size
+        if size > limit:
             raise CheckpointError(
-                f"{self._pin.repo}/{name}: {expected.size} bytes, more than {limit}; not a real model's file"
+                f"{self._snapshot.repo}/{name}: {size} bytes, more than {limit}; not a real model's"
+                " file"
             )
-        if path.exists():
-            return
-        cached = self._cached(name, check=True)
-        if cached is None:
-            fetch(_RemoteFile(self._pin, name), expected, path, self.stop, patience=self._patience)
-        else:
-            _copy(cached, path)
-
-    def _bring_header(self, name: str) -> None:
-        """Make the sparse file that has a weight file's size and header."""
-        path, size = self.folder / name, self._pin.files[name].size
-        if path.exists():
-            return
-        cached, remote = self._cached(name, check=False), _RemoteFile(self._pin, name)
-
-        def read(start: int, stop: int) -> bytes:
+        if not path.exists():
+            cached = self._checked_cache(name)
             if cached is None:
-                return read_range(remote, start, min(stop, size), size, self._patience, self.stop)
+                self._fetch(name, path)
+            else:
+                _copy(cached, path)
+
+    def _fetch(self, name: str, path: Path, advance: Callable[[int], None] = ignore) -> None:
+        remote = remote_file(self._snapshot, name)
+        fetch(remote, path, self.stop, advance, self._patience)
+
+    def _fetch_header(self, name: str) -> None:
+        """Make the sparse file that has a weight file's size and header."""
+        path, size = self.folder / name, self._snapshot.files[name].size
+        if path.exists():
+            return
+        cached, remote = self._snapshot.cached(name), remote_file(self._snapshot, name)
+
+        def read(start: int, end: int) -> bytes:
+            if cached is None:
+                return read_range(remote, start, min(end, size), self._patience, self.stop)
             with open(cached, "rb") as file:
                 file.seek(start)
-                return file.read(stop - start)
+                return file.read(end - start)
 
         data = read(0, _HEAD_BYTES)
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{remote.name}: header of {length} bytes, more than {MAX_HEADER_BYTES}; not a real checkpoint"
+                f"{remote.name}: header of {length} bytes, more than {MAX_HEADER_BYTES}; not a real"
+                " checkpoint"
             )
         if length > len(data):
             data += read(len(data), length)
@@ -342,92 +157,71 @@ class HubShards:
         if temporary.stat().st_blocks * 512 > max(size // 2, length + (1 << 20)):
             temporary.unlink()
             raise ExportError(
-                f"{path.parent}: the file system keeps no sparse files; choose a destination on another"
+                f"{path.parent}: the file system keeps no sparse files; choose a destination on"
+                " another"
             )
         os.rename(temporary, path)
 
-    def _cached(self, name: str, check: bool) -> Path | None:
-        """The file in huggingface_hub's cache if it is there and, with ``check``, its checksum is
-        right."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found, expected = (
-            try_to_load_from_cache(self._pin.repo, name, revision=self._pin.commit),
-            self._pin.files[name],
-        )
-        if not isinstance(found, str) or Path(found).stat().st_size != expected.size:
+    def _checked_cache(self, name: str) -> Path | None:
+        """The file in huggingface_hub's cache if its checksum is right."""
+        path, expected = self._snapshot.cached(name), self._snapshot.files[name]
+        if path is None:
             return None
-        if check:
-            digest = expected.digest()
-            with open(found, "rb") as file:
-                while data := file.read(4 << 20):
-                    if self.stop.is_set():
-                        raise Stopped
-                    digest.update(data)
-            if digest.hexdigest() != expected.checksum:
-                self._notify(f"{found}: is damaged, so it is not used; remove it")
-                return None
-        return Path(found)
+        digest = expected.digest()
+        with open(path, "rb") as file:
+            while data := file.read(4 << 20):
+                if self.stop.is_set():
+                    raise Stopped
+                digest.update(data)
+        if digest.hexdigest() == expected.checksum:
+            return path
+        self._notify(f"{path}: is damaged, so it is not used; remove it")
+        return None
 
-    def _here(self, name: str) -> Path | None:
+    def _arrived(self, name: str) -> Path | None:
         """A weight file that came in an earlier run and was checked then."""
         for folder in (self._weights, self._kept):
-            if (
-                folder is not None
-                and (folder / name).is_file()
-                and (folder / name).stat().st_size == self._pin.files[name].size
-            ):
-                return folder / name
+            path = None if folder is None else folder / name
+            if path and path.is_file() and path.stat().st_size == self._snapshot.files[name].size:
+                return path
         return None
 
     def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
         for path in self._weights.iterdir():
-            if (
-                path.name.removesuffix(".tmp").removesuffix(".incomplete").removesuffix(".ranges")
-                not in files
-            ):
-                self._leave(path)  # it was done when the last run was killed
-        sizes = {name: self._pin.files[name].size for name in files}
-        coming = [
-            name
-            for name in files
-            if self._here(name) is None and self._cached(name, check=False) is None
-        ]
-        self._total = sum(sizes[name] for name in coming)
+            plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
+            if plain.removesuffix(".ranges") not in files:
+                self._retire(path)  # it was done when the last run was killed
+        snapshot, size = self._snapshot, format_size
+        coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
+        sizes = sorted((snapshot.files[name].size for name in coming), reverse=True)
+        self._total = sum(sizes)
         have = sum(path.stat().st_blocks * 512 for path in self._weights.glob("*.incomplete"))
-        at_once = sorted((sizes[name] for name in coming), reverse=True)[
-            : None if self._kept is not None else 2
-        ]
-        peak = max(sum(at_once) - have, 0)
+        peak = max(sum(sizes[: None if self._kept is not None else 2]) - have, 0)
         if files:
-            pin, size = self._pin, format_size
             done = f", {size(have)} of it here" if have else ""
+            kept = "" if self._kept is None else f" and the weight files in {self._kept}"
             self._notify(
-                f"{pin.repo} at commit {pin.commit[:12]}: {len(coming)} of {len(files)} weight files to download, {size(self._total)}{done}"
+                f"{snapshot.repo} at commit {snapshot.commit[:12]}: {len(coming)} of {len(files)}"
+                f" weight files to download, {size(self._total)}{done}"
             )
             self._notify(
-                f"disk: {size(export_bytes)} for the export and at most {size(peak)} for weight files, {size(free_bytes)} free;"
-                f" afterwards the export remains{'' if self._kept is None else f' and the weight files in {self._kept}'}"
+                f"disk: {size(export_bytes)} for the export and at most {size(peak)} for weight"
+                f" files, {size(free_bytes)} free; afterwards the export remains{kept}"
             )
         return peak
 
-    def bring(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
+    def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
         with ThreadPoolExecutor(1) as ahead:
             try:
-                coming: Future[Path] | None = (
-                    ahead.submit(self._arrive, files[0]) if files else None
-                )
+                next_path = ahead.submit(self._arrive, files[0]) if files else None
                 for index, file in enumerate(files):
-                    assert coming is not None
-                    path = coming.result()
-                    coming = (
-                        ahead.submit(self._arrive, files[index + 1])
-                        if index + 1 < len(files)
-                        else None
-                    )
+                    assert next_path is not None
+                    path = next_path.result()
+                    if index + 1 < len(files):
+                        next_path = ahead.submit(self._arrive, files[index + 1])
                     yield file, path
                     if path.parent == self._weights:
-                        self._leave(path)
+                        self._retire(path)
                     elif self._kept is not None and path.parent != self._kept:
                         _copy(path, self._kept / file)
             except BaseException:
@@ -435,17 +229,10 @@ class HubShards:
                 raise
 
     def _arrive(self, name: str) -> Path:
-        path = self._here(name) or self._cached(name, check=True)
+        path = self._arrived(name) or self._checked_cache(name)
         if path is None:
             path = self._weights / name
-            fetch(
-                _RemoteFile(self._pin, name),
-                self._pin.files[name],
-                path,
-                self.stop,
-                self._advance,
-                self._patience,
-            )
+            self._fetch(name, path, self._advance)
         return path
 
     def _advance(self, count: int) -> None:
@@ -454,24 +241,16 @@ class HubShards:
             done = self._done
         self._arriving(done, max(self._total, done))
 
-    def _leave(self, path: Path) -> None:
+    def _retire(self, path: Path) -> None:
         """A weight file is done: remove it, or keep it under its name."""
         if self._kept is not None and path.suffix == ".safetensors":
             os.rename(path, self._kept / path.name)
         else:
             path.unlink()
 
-    def keep_small(self) -> None:
-        """Complete the kept folder, so that it is a checkpoint."""
-        assert self._kept is not None
-        for name in (*COPIED, INDEX_NAME):
-            if (self.folder / name).is_file():
-                _copy(self.folder / name, self._kept / name)
-
 
 def _copy(source: Path, destination: Path) -> None:
-    """``destination`` appears when it is whole; on the same file system, big files take no room
-    twice."""
+    """``destination`` appears when it is whole; big files are linked if they can be."""
     temporary = destination.with_name(destination.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -489,9 +268,9 @@ def quantize_from_hub(
     overwrite: bool = False,
     keep_source: bool = False,
     wait_for_lock: bool = False,
-    arriving: Progress = lambda done, total: None,
-    notify: Notify = lambda text: None,
-    ready: Callable[[Path], None] = lambda folder: None,
+    arriving: Progress = ignore,
+    notify: Notify = ignore,
+    ready: Callable[[Path], None] = ignore,
     patience: Patience | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -506,101 +285,80 @@ def quantize_from_hub(
     Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and
     ``DownloadError``.
     """
-    partial = partial_folder(destination)
-    download, kept = (
-        destination.with_name(destination.name + suffix) for suffix in (".download", ".source")
-    )
+    partial, download = beside(destination, "partial"), beside(destination, "download")
+    kept = beside(destination, "source") if keep_source else None
+    patience = patience or Patience()
     with locked(download, wait_for_lock):
-        if wait_for_lock and (destination / MANIFEST).is_file():
-            finished: dict[str, Any] = json.loads((destination / MANIFEST).read_text())
+        if wait_for_lock and (manifest := finished_manifest(destination)) is not None:
             _clear(download)
-            return finished
-        begun = _planned(download)
-        if begun is not None and not overwrite and (begun.repo, begun.revision) != (repo, revision):
-            raise ExportError(
-                f"{download}: was begun with {begun.repo} at {begun.revision}; pass --overwrite to start anew with {repo} at {revision}"
-            )
-        pin = resolve(repo, revision) if begun is None or overwrite else begun
-        if pin != begun:
-            _clear(download)
-        foreign = (
-            [path.name for path in kept.iterdir() if path.name not in pin.files]
-            if keep_source and kept.is_dir()
-            else []
-        )
-        if foreign:
-            raise ExportError(
-                f"{kept}: holds {foreign[0]}, which {repo} has not, so nothing is put there; move it away"
-            )
-        shards = HubShards(
-            pin, download, kept if keep_source else None, arriving, notify, patience or Patience()
-        )
+            return manifest
+        snapshot = _begin(download, repo, revision, overwrite, patience)
+        if kept is not None:
+            why = f"which {repo} has not, so nothing is put there"
+            refuse_foreign(kept, snapshot.files.__contains__, why)
+        shards = HubShards(snapshot, download, kept, arriving, notify, patience)
         try:
             with full_disk_explained(download):
                 shards.prepare()
                 ready(shards.folder)
-                _plan(download, pin)
-                if keep_source:
+                _save_plan(download, snapshot)
+                if kept is not None:
                     kept.mkdir(exist_ok=True)
-            manifest = quantize(
-                shards.folder,
-                destination,
-                overwrite=overwrite,
-                wait_for_lock=wait_for_lock,
-                notify=notify,
-                shards=shards,
-                **options,
-            )
+            options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock, "notify": notify}
+            manifest = quantize(shards.folder, destination, shards=shards, **options)
         except BaseException:
             shards.stop.set()
-            if (
-                not any((download / "weights").glob("*")) and not partial.exists()
-            ):  # nothing has begun
-                _clear(download)
+            if not any((download / "weights").glob("*")) and not partial.exists():
+                _clear(download)  # nothing has begun
             raise
-        if keep_source:
-            shards.keep_small()
+        if kept is not None:  # with the small files it is a checkpoint
+            for name in (*COPIED, INDEX_NAME):
+                if (shards.folder / name).is_file():
+                    _copy(shards.folder / name, kept / name)
         _clear(download)
         return manifest
 
 
-def _plan(download: Path, pin: Pin) -> None:
-    files = {name: [expected.size, expected.checksum] for name, expected in pin.files.items()}
-    write_json(
-        download / "plan.json",
-        {"repo": pin.repo, "revision": pin.revision, "commit": pin.commit, "files": files},
-    )
-
-
-def _planned(download: Path) -> Pin | None:
+def _begin(
+    download: Path, repo: str, revision: str, overwrite: bool, patience: Patience
+) -> Snapshot:
     """The commit that a killed run began with, so that all files are of one commit even if the
-    revision moved on."""
+    revision moved on; without one, what the revision is now, and an empty folder."""
+    begun = _planned(download)
+    if begun is not None and not overwrite:
+        if (begun.repo, begun.revision) != (repo, revision):
+            raise ExportError(
+                f"{download}: was begun with {begun.repo} at {begun.revision}; pass --overwrite to"
+                f" start anew with {repo} at {revision}"
+            )
+        return begun
+    snapshot = resolve(repo, revision, patience)
+    if snapshot != begun:
+        _clear(download)
+    return snapshot
+
+
+def _save_plan(download: Path, snapshot: Snapshot) -> None:
+    files = {name: [expected.size, expected.checksum] for name, expected in snapshot.files.items()}
+    write_json(download / "plan.json", {**vars(snapshot), "files": files})
+
+
+def _planned(download: Path) -> Snapshot | None:
     try:
         plan = json.loads((download / "plan.json").read_text())
-        return Pin(
-            plan["repo"],
-            plan["revision"],
-            plan["commit"],
-            {name: Expected(*facts) for name, facts in plan["files"].items()},
-        )
+        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
+        return Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _clear(download: Path) -> None:
     """Remove what a run made, and refuse to touch anything else."""
-    foreign = [
-        path.name
-        for path in download.iterdir()
-        if path.name.removesuffix(".tmp") not in ("plan.json", "headers", "weights")
-    ]
-    if foreign:
-        raise ExportError(
-            f"{download}: holds {foreign[0]}, which no download makes, so it is never emptied; move it away"
-        )
-    (download / "plan.json").unlink(missing_ok=True)
-    for path in list(download.iterdir()):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    ours = ("plan.json", "headers", "weights")
+    why = "which no download makes, so it is never emptied"
+    refuse_foreign(download, ours.__contains__, why)
+    (download / "plan.json").unlink(missing_ok=True)  # first: it vouches for the others
+    empty(download)
 
 
 def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
@@ -616,16 +374,10 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
     try:
         commit = str(json.loads(note.read_text())["commit"])
     except (OSError, ValueError, KeyError, TypeError):
-        commit = resolve(repo, revision).commit
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise ExportError(
-                f"{cache}: can't be made ({problem.strerror}); set SLOTMOE_CACHE to a folder that can"
-            ) from None
-        fresh = note.with_name(
-            f"{note.name}.{os.getpid()}-{threading.get_ident()}"
-        )  # two may start at once
+        commit = resolve(repo, revision, reporting.get("patience") or Patience()).commit
+        make_cache(cache)
+        # Two may start at once.
+        fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
         fresh.write_text(json.dumps({"commit": commit}))
         os.rename(fresh, note)
     destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"

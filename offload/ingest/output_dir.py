@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.plan.memory import format_size
@@ -20,83 +22,79 @@ from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.writer import sync_folder
 
 
-def partial_folder(destination: Path) -> Path:
-    """The folder beside ``destination`` in which it is made.  Raises ``ExportError`` if the
-    destination has no name."""
+def beside(destination: Path, suffix: str) -> Path:
+    """``DST.suffix`` beside ``destination``; ``ExportError`` if the destination has no name."""
     if destination.name in ("", ".."):
         raise ExportError(
             f"{destination}: is not the name of a new folder; choose another destination"
         )
-    return destination.with_name(destination.name + ".partial")
+    return destination.with_name(f"{destination.name}.{suffix}")
+
+
+def finished_manifest(destination: Path) -> dict[str, Any] | None:
+    """The manifest of an export that another process has just made, unchecked, or None."""
+    path = destination / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
     """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with
     ``overwrite``, an export."""
+    problem = ""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise ExportError(f"{destination}: exists and is not a folder; choose another destination")
-    if destination.is_dir() and any(destination.iterdir()):
+        problem = "exists and is not a folder;"
+    elif destination.is_dir() and any(destination.iterdir()):
         if not (destination / MANIFEST).is_file():
-            raise ExportError(
-                f"{destination}: exists and is not an export, so it is never overwritten; choose another destination"
-            )
-        if not overwrite:
-            raise ExportError(
-                f"{destination}: exists; pass --overwrite to replace it, or choose another destination"
-            )
-    for folder in (destination, partial_folder(destination), _replaced_folder(destination)):
+            problem = "exists and is not an export, so it is never overwritten;"
+        elif not overwrite:
+            problem = "exists; pass --overwrite to replace it, or"
+    if problem:
+        raise ExportError(f"{destination}: {problem} choose another destination")
+    for folder in (destination, beside(destination, "partial"), beside(destination, "replaced")):
         check_ours(folder)
 
 
 def check_ours(folder: Path) -> None:
-    """Raise ``ExportError`` if ``folder``, which is about to be emptied, holds what no export
-    has."""
+    """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    foreign = [
-        name
-        for name in names
-        if (plain := name.removesuffix(".tmp")) not in ours and not is_predictor(plain)
-    ]
-    if foreign:
+    refuse_foreign(
+        folder,
+        lambda name: name in ours or is_predictor(name),
+        "which no export has, so it is never emptied",
+    )
+
+
+def refuse_foreign(folder: Path, is_ours: Callable[[str], bool], why: str) -> None:
+    """Raise ``ExportError`` if ``folder`` holds a name that, without ``.tmp``, is not ours."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not is_ours(path.name.removesuffix(".tmp")):
+            raise ExportError(f"{folder}: holds {path.name}, {why}; move it away")
+
+
+def empty(folder: Path) -> None:
+    """Remove everything in ``folder``."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def make_cache(cache: Path) -> None:
+    """Make the folder that holds exports made on the way.  Raises ``ExportError``."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
         raise ExportError(
-            f"{folder}: holds {foreign[0]}, which no export has, so it is never emptied; move it away"
-        )
+            f"{cache}: can't be made ({problem.strerror}); set SLOTMOE_CACHE to a folder that can"
+        ) from None
 
 
 @contextmanager
 def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
-    """Own the folder ``partial`` (made if absent, removed if left empty); a second process waits or
-    is refused."""
-    while True:
-        try:
-            partial.mkdir(exist_ok=True)
-        except OSError as problem:
-            raise ExportError(
-                f"{partial}: can't be made ({problem.strerror}); choose another destination"
-            ) from None
-        try:
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        except OSError as problem:
-            raise ExportError(
-                f"{partial}: is no folder of ours ({problem.strerror}); choose another destination"
-            ) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(handle)
-            raise ExportError(
-                f"{partial}: another process is writing it; wait for it to finish"
-            ) from None
-        try:
-            same = os.path.samestat(os.fstat(handle), os.stat(partial))
-        except FileNotFoundError:
-            same = False
-        if same:
-            break
-        os.close(handle)  # the other process finished and renamed it meanwhile
+    """Own the folder ``partial``, made if absent; a second process waits or is refused."""
+    while (handle := _lock(partial, wait_for_lock)) is None:
+        pass  # the other process finished and renamed it meanwhile
     try:
         yield
     finally:
@@ -105,10 +103,40 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
         os.close(handle)
 
 
+def _lock(partial: Path, wait_for_lock: bool) -> int | None:
+    """A locked handle of the folder; None if it was another one by the time that it was locked."""
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as problem:
+        raise ExportError(
+            f"{partial}: can't be made ({problem.strerror}); choose another destination"
+        ) from None
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise ExportError(
+            f"{partial}: is no folder of ours ({problem.strerror}); choose another destination"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(handle), os.stat(partial)):
+            return handle
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(handle)
+        raise ExportError(
+            f"{partial}: another process is writing it; wait for it to finish"
+        ) from None
+    os.close(handle)
+    return None
+
+
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Raise ``ExportError`` instead of an ``OSError`` that says that the disk of ``folder`` is
-    full."""
+    """Raise ``ExportError`` instead of the ``OSError`` of a full disk."""
     try:
         yield
     except OSError as problem:
@@ -124,17 +152,14 @@ def check_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise ExportError(
-            f"{partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)}; make room or choose another destination"
+            f"{partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)};"
+            " make room or choose another destination"
         )
-
-
-def _replaced_folder(destination: Path) -> Path:
-    return destination.with_name(destination.name + ".replaced")
 
 
 def publish(partial: Path, destination: Path) -> None:
     """Give the finished folder its name, replacing an older export."""
-    replaced = _replaced_folder(destination)
+    replaced = beside(destination, "replaced")
     shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
     if destination.is_dir() and any(destination.iterdir()):
         os.rename(destination, replaced)

@@ -10,102 +10,77 @@ of float64 then give the same bytes on every machine.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from slotmoe.quant.export.layout import Part, RecordLayout
+from slotmoe.model.names import experts_name, split_name
+from slotmoe.offload.ingest.contents import Contents
+from slotmoe.quant.shapes import nf4_bytes
 
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def experts_name(layer: int, projection: str) -> str:
-    """What stands for one projection of all routed experts of a layer."""
-    return f"model.layers.{layer}.mlp.experts.{projection}.weight"
+@dataclass
+class _Family:
+    """``errors`` are the sums of each layer, None standing for weights that are in no layer."""
+
+    stored: str
+    weights: int = 0
+    bytes: int = 0
+    errors: dict[int | None, Squares] = field(default_factory=dict)
+
+    def row(self, name: str) -> dict[str, Any]:
+        by_layer = {
+            layer: _relative(squares) for layer, squares in self.errors.items() if layer is not None
+        }
+        totals = [math.fsum(squares[i] for squares in self.errors.values()) for i in (0, 1)]
+        return {
+            "family": name,
+            "stored": self.stored,
+            "weights": self.weights,
+            "bits_per_weight": _bits(self.bytes, self.weights),
+            "relative_rms_error": _relative(totals),
+            "worst_layer": max(by_layer, key=by_layer.__getitem__, default=None),
+            "by_layer": {str(layer): error for layer, error in sorted(by_layer.items())},
+        }
 
 
-def family(name: str) -> str:
-    """``model.layers.3.self_attn.o_proj.weight`` -> ``self_attn.o_proj``; all norms are one
-    family."""
-    stem = _LAYER.sub("", name).removeprefix("model.").removesuffix(".weight")
-    return "norms" if stem.endswith("norm") else stem
-
-
-def quantization_report(
-    layers: Sequence[int],
-    experts: int,
-    layout: RecordLayout,
-    shapes: Mapping[str, tuple[int, ...]],
-    quantization: Mapping[str, str],
-    parts: Mapping[str, Part],
-    errors: Mapping[str, Squares],
-) -> dict[str, Any]:
-    """The report for MoE layers ``layers`` of ``experts`` experts and the resident weights
-    ``shapes``, stored in ``parts``.
-
-    ``errors`` maps the names of quantized weights (``experts_name`` for the routed ones) to their
-    sums; others are exact.
-    """
-    families: dict[str, dict[str, Any]] = {}
+def quantization_report(contents: Contents, errors: Mapping[str, Squares]) -> dict[str, Any]:
+    """The report for an export.  ``errors`` maps the names of quantized weights (``experts_name``
+    for the routed ones) to their sums; others are exact."""
+    families: dict[str, _Family] = {}
 
     def add(name: str, stored: str, weights: int, size: int) -> None:
-        empty = {"stored": stored, "weights": 0, "bytes": 0, "errors": {}}
-        entry = families.setdefault(family(name), empty)
-        entry["weights"] += weights
-        entry["bytes"] += size
-        layer = _LAYER.search(name)
+        layer, key = split_name(name)
+        family = families.setdefault("norms" if key.endswith("norm") else key, _Family(stored))
+        family.weights += weights
+        family.bytes += size
         if name in errors:
-            entry["errors"][int(layer[1]) if layer else None] = errors[name]
+            family.errors[layer] = errors[name]
 
+    layers, experts = contents.config.moe_layers, contents.config.n_routed_experts
     for layer in layers:
-        for projection, matrix in layout.shapes.items():
-            size = sum(
-                layout.parts[f"{projection}.weight{part}"].nbytes for part in ("", ".absmax")
-            )
-            add(experts_name(layer, projection), "nf4", experts * math.prod(matrix), experts * size)
-    for name, shape in shapes.items():
-        size = sum(
-            parts[full].nbytes
-            for full in (name, name + ".scale", name + ".absmax")
-            if full in parts
-        )
-        stored = _PLAIN[parts[name].dtype] if quantization[name] == "none" else quantization[name]
-        add(name, stored, math.prod(shape), size)
-    weights = sum(entry["weights"] for entry in families.values())
-    size = len(layers) * experts * layout.record_bytes + sum(
-        part.nbytes for part in parts.values()
-    )  # with padding
-    ordered = sorted(families.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        for projection, matrix in contents.layout.shapes.items():
+            weights, size = experts * math.prod(matrix), experts * nf4_bytes(*matrix)
+            add(experts_name(layer, projection), "nf4", weights, size)
+    parts = contents.resident
+    for name, shape in contents.shapes.items():
+        kind = contents.kind(name)
+        size = sum(parts[part].nbytes for part in contents.part_names(name))
+        add(name, _PLAIN[parts[name].dtype] if kind == "none" else kind, math.prod(shape), size)
+    weights = sum(family.weights for family in families.values())
+    size = len(layers) * experts * contents.layout.record_bytes  # with padding
+    size += sum(part.nbytes for part in parts.values())
+    ordered = sorted(families.items(), key=lambda item: (-item[1].bytes, item[0]))
     return {
         "weights": weights,
         "bits_per_weight": _bits(size, weights),
-        "families": [_row(name, entry) for name, entry in ordered],
-    }
-
-
-def _row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    by_layer = {layer: _relative(squares) for layer, squares in entry["errors"].items()}
-    totals = [math.fsum(squares[i] for squares in entry["errors"].values()) for i in (0, 1)]
-    worst = max(
-        (layer for layer in by_layer if layer is not None), key=by_layer.__getitem__, default=None
-    )
-    return {
-        "family": name,
-        "stored": entry["stored"],
-        "weights": entry["weights"],
-        "bits_per_weight": _bits(entry["bytes"], entry["weights"]),
-        "relative_rms_error": _relative(totals),
-        "worst_layer": worst,
-        "by_layer": {
-            str(layer): error for layer, error in sorted(by_layer.items()) if layer is not None
-        }
-        if worst is not None
-        else {},
+        "families": [family.row(name) for name, family in ordered],
     }
 
 

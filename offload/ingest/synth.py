@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from slotmoe import model
 from slotmoe.model.config import read_config
-from slotmoe.model.names import resident_shapes
-from slotmoe.offload.ingest.output_dir import check_destination, check_space, publish
-from slotmoe.offload.ingest.quantize import Progress, export_manifest, small_files
+from slotmoe.model.names import EMBEDDING, resident_shapes
+from slotmoe.offload.ingest.contents import Contents, copied_entries
+from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
+from slotmoe.offload.ingest.quantize import Progress, resident_mode
 from slotmoe.quant.export.layout import (
     MANIFEST,
     RESIDENT,
@@ -27,12 +28,8 @@ from slotmoe.quant.export.layout import (
     RecordLayout,
     expert_tensor,
     layer_file,
-    layer_parts,
-    place,
-    resident_parts,
 )
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.shapes import resident_quantization
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
 
@@ -45,71 +42,77 @@ def synthesize(
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the export under a temporary name and rename it; returns its manifest."""
+    """Write the export under a temporary name and rename it; returns its manifest.
+
+    ``share_layers`` distinct expert layers are written, and the others are hard links to them.
+    """
     config = read_config(config_path)
     check_destination(destination, overwrite)
-    layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-    shapes, mode = resident_shapes(config), "int8" if resident == "auto" else resident
-    quantization = {
-        name: resident_quantization(name, shape, mode) for name, shape in shapes.items()
-    }
-    parts: dict[str, Part] = {}
-    for name, shape in shapes.items():
-        parts |= resident_parts(name, shape, quantization[name], torch.bfloat16)
-    parts = place(parts)
-    layers = config.moe_layers
-    distinct = layers[: share_layers or len(layers)]
-    total = len(distinct) * config.n_routed_experts * layout.record_bytes + sum(
-        part.nbytes for part in parts.values()
-    )
-    partial = destination.with_name(destination.name + ".partial")
+    dtypes = dict.fromkeys(resident_shapes(config), torch.bfloat16)
+    contents = Contents(config, resident_mode(resident), dtypes)
+    distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
+    partial = beside(destination, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    random = _Random(np.random.default_rng(0))
-    files: dict[str, Any] = {}
     try:
-        check_space(partial, total)
-        done = 0
-        with closing(ExportFile(partial / RESIDENT, parts)) as file:
-            for name, part in parts.items():
-                for piece in random.resident(name, part, quantization, shapes):
-                    file.write(name, piece)
-                    done += piece.nbytes
-                    progress(done, total)
-            files[RESIDENT] = file.finish()
-        publish_file(partial / RESIDENT)
-        make = random.record_maker(layout)
-        for layer in distinct:
-            path, experts = partial / layer_file(layer), config.n_routed_experts
-            with closing(ExportFile(path, layer_parts(layer, experts, layout))) as file:
-                for expert in range(experts):
-                    record = make()
-                    for name in layout.parts:
-                        file.write(expert_tensor(layer, expert, name), layout.part(record, name))
-                    done += layout.record_bytes
-                    progress(done, total)
-                files[layer_file(layer)] = file.finish(layout.record_bytes)
-            publish_file(path)
+        files = _write_weights(contents, partial, distinct, progress)
         linked = {}
-        for index, layer in enumerate(layers[len(distinct) :]):
+        for index, layer in enumerate(config.moe_layers[len(distinct) :]):
             linked[str(layer)] = origin = distinct[index % len(distinct)]
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
-        shutil.copyfile(config_path, partial / "config.json")
         sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(sample / name, partial / name)
-        files |= small_files(partial)
-        source = {"name": f"random weights of {config_path.name}", "files": {}}
-        manifest = export_manifest(
-            config, layout, mode, quantization, shapes, source, files, linked
-        )
+        copied = [config_path, sample / "tokenizer.json", sample / "tokenizer_config.json"]
+        names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+        for source, name in zip(copied, names, strict=True):
+            shutil.copyfile(source, partial / name)
+        files |= copied_entries(partial, names)
+        origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
+        manifest = contents.manifest(origin_of_weights, files, linked)
         write_json(partial / MANIFEST, manifest)
         publish(partial, destination)
         return manifest
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_weights(
+    contents: Contents, partial: Path, layers: Sequence[int], progress: Progress
+) -> dict[str, Any]:
+    """Write the resident file and those of ``layers``; returns their manifest entries."""
+    parts, layout, experts = contents.resident, contents.layout, contents.config.n_routed_experts
+    total = len(layers) * experts * layout.record_bytes
+    total += sum(part.nbytes for part in parts.values())
+    check_space(partial, total)
+    random, done = _Random(np.random.default_rng(0)), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    files: dict[str, Any] = {}
+    with closing(ExportFile(partial / RESIDENT, parts)) as file:
+        for name, part in parts.items():
+            for piece in random.resident(name, part, contents):
+                file.write(name, piece)
+                advance(piece.nbytes)
+        files[RESIDENT] = file.finish()
+    publish_file(partial / RESIDENT)
+    make_record = random.record_maker(layout)
+    for layer in layers:
+        name = layer_file(layer)
+        with closing(ExportFile(partial / name, contents.parts(name))) as file:
+            for expert in range(experts):
+                record = make_record()
+                for part_name in layout.parts:
+                    tensor = expert_tensor(layer, expert, part_name)
+                    file.write(tensor, layout.part(record, part_name))
+                advance(layout.record_bytes)
+            files[name] = file.finish(layout.record_bytes)
+        publish_file(partial / name)
+    return files
 
 
 class _Random:
@@ -135,20 +138,14 @@ class _Random:
             count -= len(pieces[-1])
         return torch.cat(pieces)
 
-    def resident(
-        self,
-        name: str,
-        part: Part,
-        quantization: dict[str, str],
-        shapes: dict[str, tuple[int, ...]],
-    ) -> Iterator[Tensor]:
+    def resident(self, name: str, part: Part, contents: Contents) -> Iterator[Tensor]:
         """Yield the values of one tensor of the resident file in pieces of its rows."""
         source = name.removesuffix(".scale").removesuffix(".absmax")
-        shape = shapes[source]
+        shape, kind = contents.shapes[source], contents.kind(source)
         if name != source:
-            rms = 73.3 if quantization[source] == "int8" else 0.6
-            values = self._scales(part.shape, part.dtype, _deviation(source, shape) / rms)
-            yield _pad_absmax(values, shape) if name.endswith(".absmax") else values
+            size = _deviation(source, shape) / (73.3 if kind == "int8" else 0.6)
+            values = self._scales(part.shape, part.dtype, size)
+            yield _pad_absmax(values, shape) if kind == "nf4" else values
             return
         if len(shape) == 1:
             yield torch.ones(part.shape, dtype=part.dtype)
@@ -157,16 +154,13 @@ class _Random:
         step = max(1, (32 << 20) // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
-            if quantization[source] == "none":
-                noise = self.bytes(count * shape[-1]).view(torch.int8).float() * (
-                    _deviation(source, shape) / 73.3
-                )
+            if kind == "none":
+                noise = self.bytes(count * shape[-1]).view(torch.int8).float()
+                noise *= _deviation(source, shape) / 73.3
                 yield noise.to(part.dtype).view(count, *shape[1:])
             else:
                 data = self.bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
-                if quantization[source] == "nf4":
-                    data = _pad_codes(data, start, shape)
-                yield data
+                yield _pad_codes(data, start, shape) if kind == "nf4" else data
 
     def _scales(self, shape: tuple[int, ...], dtype: torch.dtype, size: float) -> Tensor:
         """``size`` with random signs, since NF4's levels are no mirror images of each other."""
@@ -178,11 +172,8 @@ class _Random:
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for name, shape in layout.shapes.items():
             absmax = layout.part(record, f"{name}.weight.absmax")
-            absmax.copy_(
-                _pad_absmax(
-                    self._scales(absmax.shape, absmax.dtype, 0.5 / (0.6 * shape[-1] ** 0.5)), shape
-                )
-            )
+            scales = self._scales(absmax.shape, absmax.dtype, 0.5 / (0.6 * shape[-1] ** 0.5))
+            absmax.copy_(_pad_absmax(scales, shape))
 
         def make() -> Tensor:
             for name, shape in layout.shapes.items():
@@ -196,12 +187,11 @@ class _Random:
 def _deviation(name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of a matrix [N, K]: 1 / (2 sqrt(K)), and 1 for the embedding, so that it
     leads the residual stream and different tokens go to different experts."""
-    return 1.0 if name.endswith("embed_tokens.weight") else 0.5 * shape[-1] ** -0.5
+    return 1.0 if name == EMBEDDING else 0.5 * shape[-1] ** -0.5
 
 
 def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
-    """The code of zero in every padded row and column of some tiles of a [N, K] matrix; see
-    ``slotmoe.quant.nf4``."""
+    """The code of zero in every padded row and column of tiles of [N, K] (``quant.nf4``)."""
     N, K = shape
     tiles, blocks, _ = codes.shape
     if N % 16 == 0 and K % 64 == 0:

@@ -17,6 +17,7 @@ import numpy as np
 from slotmoe.errors import ConfigError
 
 _LONGEST_HEADER = 1 << 16
+_KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
 
 
 class TraceWriter:
@@ -29,8 +30,8 @@ class TraceWriter:
             self._file = path.open("wb")
         except OSError as problem:
             raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
-        header = {"format": "slotmoe-trace", "version": 1, "layers": list(layers)}
-        header |= {"n_routed_experts": n_routed_experts, "num_experts_per_tok": num_experts_per_tok}
+        facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
+        header = {"format": "slotmoe-trace", "version": 1, **dict(facts)}
         self._file.write(json.dumps(header).encode() + b"\n")
         self._layers = layers
         self._step: dict[int, np.ndarray] = {}
@@ -41,7 +42,7 @@ class TraceWriter:
             self._step.clear()
         self._step[layer] = np.array(indices, "<u2")
         if len(self._step) == len(self._layers):
-            block = np.stack([self._step[one] for one in self._layers], axis=1)
+            block = np.stack([self._step[layer] for layer in self._layers], axis=1)
             self._file.write(np.uint32(len(block)).astype("<u4").tobytes() + block.tobytes())
             self._step.clear()
 
@@ -63,15 +64,16 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     offset = 0
     while offset < len(body):
         tokens = int.from_bytes(body[offset : offset + 4], "little")
-        size = 2 * tokens * shape[0] * shape[1]
-        if tokens == 0 or offset + 4 + size > len(body):
+        size, left = 2 * tokens * shape[0] * shape[1], max(len(body) - offset - 4, 0)
+        if tokens == 0 or size > left:
             raise ConfigError(
-                f"{path}: step {len(steps)} counts {tokens} tokens, {size} bytes, and {max(len(body) - offset - 4, 0)} bytes are left: "
-                "the recording was cut off or damaged; record it again with slotmoe run MODEL PROMPT --trace FILE"
+                f"{path}: step {len(steps)} counts {tokens} tokens, {size} bytes, and {left} bytes"
+                " are left: the recording was cut off or damaged; record it again with slotmoe run"
+                " MODEL PROMPT --trace FILE"
             )
         steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(tokens, *shape))
         offset += 4 + size
-    if steps:
+    if steps:  # all at once: steps of decode have one token each, and there may be many
         _check_indices(path, np.concatenate(steps), header)
     return header, steps
 
@@ -79,40 +81,29 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
     try:
         header = json.loads(line)
-        layers, experts, top = (
-            header["layers"],
-            header["n_routed_experts"],
-            header["num_experts_per_tok"],
-        )
+        layers, experts, top_k = (header[key] for key in _KEYS)
         known = header["format"] == "slotmoe-trace" and header["version"] == 1
-        known = known and all(type(number) is int for number in (*layers, experts, top))
-        known = (
-            known
-            and len(layers) > 0
-            and layers == sorted(set(layers))
-            and layers[0] >= 0
-            and 1 <= top <= experts <= 1 << 16
-        )
+        known &= all(type(number) is int for number in (*layers, experts, top_k))
+        known &= len(layers) > 0 and layers == sorted(set(layers)) and layers[0] >= 0
+        if known and 1 <= top_k <= experts <= 1 << 16:
+            return dict(header)
     except (ValueError, KeyError, TypeError, RecursionError):
-        known = False
-    if not known:
-        raise ConfigError(
-            f"{path}: not a slotmoe trace of version 1, whose first line is JSON with format, version, layers, "
-            "n_routed_experts and num_experts_per_tok; record one with slotmoe run MODEL PROMPT --trace FILE"
-        )
-    return dict(header)
+        pass
+    raise ConfigError(
+        f"{path}: not a slotmoe trace of version 1, whose first line is JSON with format, version,"
+        " layers, n_routed_experts and num_experts_per_tok; record one with slotmoe run MODEL"
+        " PROMPT --trace FILE"
+    )
 
 
 def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
-    """Of all tokens [N, layers, K] at once: steps of decode have one token each, and there may be
-    many."""
-    ranked = np.sort(tokens, axis=2)
-    wrong = (ranked[:, :, -1] >= header["n_routed_experts"]) | (
-        ranked[:, :, 1:] == ranked[:, :, :-1]
-    ).any(axis=2)
+    ranked, experts = np.sort(tokens, axis=2), header["n_routed_experts"]
+    repeated = (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
+    wrong = (ranked[:, :, -1] >= experts) | repeated
     if wrong.any():
         token, row = np.argwhere(wrong)[0]
         raise ConfigError(
-            f"{path}: token {token} chose experts {tokens[token, row].tolist()} in layer {header['layers'][row]}, expected "
-            f"{tokens.shape[2]} different ones below {header['n_routed_experts']}; the file is damaged, record it again"
+            f"{path}: token {token} chose experts {tokens[token, row].tolist()} in layer"
+            f" {header['layers'][row]}, expected {tokens.shape[2]} different ones below {experts};"
+            " the file is damaged, record it again"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
@@ -88,35 +88,18 @@ def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
     components: dict[str, int] = {}
     for name, shape in resident_shapes(config).items():
-        key = _component(name)
-        components[key] = components.get(key, 0) + resident_bytes(name, shape, resident)
-    total, table = sum(components.values()), resident_shapes(config)["model.embed_tokens.weight"]
+        key = component_of(name)
+        components[key] = components.get(key, 0) + resident_bytes(role_of(name), shape, resident)
+    total, table = sum(components.values()), resident_shapes(config)[EMBEDDING]
     if predictor_bytes:
         components["predictor"] = predictor_bytes
-    untouched = (
-        0
-        if config.tie_word_embeddings
-        else resident_bytes("model.embed_tokens.weight", table, resident)
-    )
+    tied = config.tie_word_embeddings
+    untouched = 0 if tied else resident_bytes("embedding", table, resident)
     return Sizes(
         components,
         total - untouched,
         padded_record_bytes(config.hidden_size, config.moe_intermediate_size),
     )
-
-
-def _component(name: str) -> str:
-    """The part of the model that a resident tensor belongs to."""
-    for part, component in (
-        ("embed_tokens", "embeddings"),
-        ("lm_head", "embeddings"),
-        (".shared_experts.", "shared experts"),
-        (".mlp.gate.", "router"),
-        (".mlp.", "dense layers"),
-    ):
-        if part in name:
-            return component
-    return "attention"
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:

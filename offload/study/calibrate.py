@@ -27,12 +27,12 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import Config, read_config
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.machine import available_memory
+from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.predictor import NextGate, Predictor, rms
 from slotmoe.offload.runtime import Runtime
@@ -43,8 +43,8 @@ from slotmoe.quant.export.writer import write_predictor
 
 MIN_TOKENS = 5000
 _WINDOW = 1024  # tokens read as one sequence
-_TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
-_BATCH, _EPOCHS, _MIN_STEPS = 512, 6, 300
+TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
+_BATCH, EPOCHS, MIN_STEPS = 512, 6, 300
 _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy while it is quantized
 
 
@@ -53,33 +53,30 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as problem:
-        raise ConfigError(
-            f"{path}: can't be read ({problem.strerror}); a text file is expected here"
-        ) from None
+        reason = f"can't be read ({problem.strerror})"
     except UnicodeDecodeError as problem:
-        raise ConfigError(
-            f"{path}: byte {problem.start} is not UTF-8; a text file is expected here"
-        ) from None
-    if not text.strip():
+        reason = f"byte {problem.start} is not UTF-8"
+    else:
+        if text.strip():
+            return text
         raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
-    return text
+    raise ConfigError(f"{path}: {reason}; a text file is expected here")
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text file.  Raises ``ConfigError`` if one is no UTF-8 text or all together
-    are too short."""
-    found = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
-    count = sum(map(len, found))
+    """Token ids of each file.  Raises ``ConfigError`` like ``read_text``, or for too few."""
+    tokens = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
+    count = sum(map(len, tokens))
     if count < MIN_TOKENS:
         raise ConfigError(
-            f"{', '.join(map(str, texts))}: {count} tokens of text, calibration needs {MIN_TOKENS} or more (100,000 do well)"
+            f"{', '.join(map(str, texts))}: {count} tokens of text, calibration needs {MIN_TOKENS}"
+            " or more (100,000 do well)"
         )
-    return found
+    return tokens
 
 
 def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
-    """Sequences of 2 to ``width`` tokens to read one by one, each with the tokenizer's
-    beginning."""
+    """Sequences of 2 to ``width`` tokens, each with the tokenizer's beginning."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step = width - len(begin)
     windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
@@ -92,12 +89,10 @@ class Samples:
 
     def __init__(self, config: Config, tokens: int):
         D, L = config.hidden_size, len(config.moe_layers)
-        self.token = torch.empty(
-            tokens, 2 * D, dtype=torch.float16
-        )  # its embedding, the last hidden state before it
-        self.inputs = torch.empty(
-            L - 1, tokens, D, dtype=torch.float16
-        )  # of every MoE layer that has a next one
+        # Its embedding and the last hidden state before it; the input of every MoE layer that has a
+        # next one; the experts.
+        self.token = torch.empty(tokens, 2 * D, dtype=torch.float16)
+        self.inputs = torch.empty(L - 1, tokens, D, dtype=torch.float16)
         self.used = torch.empty(tokens, L, config.num_experts_per_tok, dtype=torch.int16)
 
     @staticmethod
@@ -106,50 +101,56 @@ class Samples:
         return 2 * ((L + 1) * config.hidden_size + L * config.num_experts_per_tok)
 
 
+def _read(
+    runtime: Runtime, window: list[int], on_route: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read a window as a sequence of its own; yields the embeddings and last hidden states of each
+    of its chunks, [T, D].  Before, ``on_route(layer, x_TD, indices_TK)`` gets each MoE layer's
+    input and choices.  No other function here reaches into the runtime."""
+    network = runtime._network
+    inner, step = network.experts, runtime.start()
+
+    def experts(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        on_route(layer, x_TD, indices_TK)
+        return inner(layer, x_TD, weights_TK, indices_TK)
+
+    network.experts = experts
+    try:
+        for start in range(0, len(window), PREFILL_CHUNK):
+            ids = window[start : start + PREFILL_CHUNK]
+            step(ids)
+            assert network.hidden_TD is not None
+            ids_T = torch.tensor(ids, device=runtime.device, dtype=torch.int64)
+            yield network.ops.embed(ids_T, network.embed_tokens), network.hidden_TD
+    finally:
+        network.experts = inner
+
+
 def record(
     runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
 ) -> Samples:
     """Read each window as a sequence of its own and watch; its first token, before which nothing
     was, is no sample. ``advance(samples)`` is called after each."""
-    network, config = runtime._network, runtime.config
-    samples = Samples(config, sum(len(window) - 1 for window in windows))
+    config = runtime.config
+    samples = Samples(config, _count(windows))
     rows = {layer: row for row, layer in enumerate(config.moe_layers)}
-    inner, done, skip, last = network.experts, 0, 0, len(rows) - 1
+    done, skip = 0, 0
 
-    def experts(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+    def on_route(layer: int, x_TD: Tensor, indices_TK: Tensor) -> None:
         row, place = rows[layer], slice(done, done + len(x_TD) - skip)
-        if row < last:
+        if row + 1 < len(rows):
             samples.inputs[row, place] = rms(x_TD[skip:]).to(samples.inputs)
         samples.used[place, row] = indices_TK[skip:].to(samples.used)
-        return inner(layer, x_TD, weights_TK, indices_TK)
 
-    network.experts = experts
-    try:
-        for window in windows:
-            step, skip = runtime.start(), 1
-            hidden_TD: Tensor | None = None
-            for start in range(0, len(window), PREFILL_CHUNK):
-                ids = window[start : start + PREFILL_CHUNK]
-                step(ids)
-                assert network.hidden_TD is not None
-                before = (
-                    network.hidden_TD[:-1]
-                    if hidden_TD is None
-                    else torch.cat([hidden_TD[-1:], network.hidden_TD[:-1]])
-                )
-                embedding = network.ops.embed(
-                    torch.tensor(ids[skip:], device=runtime.device, dtype=torch.int64),
-                    network.embed_tokens,
-                )
-                place = slice(done, done + len(ids) - skip)
-                samples.token[place] = torch.cat([rms(embedding), rms(before)], dim=-1).to(
-                    samples.token
-                )
-                done, skip, hidden_TD = done + len(ids) - skip, 0, network.hidden_TD
-            if advance is not None:
-                advance(len(window) - 1)
-    finally:
-        network.experts = inner
+    for window in windows:
+        skip, last_1D = 1, None
+        for embedding_TD, hidden_TD in _read(runtime, window, on_route):
+            before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
+            token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
+            samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
+            done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
+        if advance is not None:
+            advance(len(window) - 1)
     return samples
 
 
@@ -179,160 +180,110 @@ def measure(
         if predictor is not None:
             token_TLE = predictor.token_scores(x_TX[:, :D], x_TX[:, D:])
             popular_LE = torch.tensor(predictor.popularity).view(token_TLE.shape[1:])
-            scored = {
-                "token": list(token_TLE.unbind(1)),
-                "popular": list(popular_LE.expand_as(token_TLE).unbind(1)),
-            }
-            scored["layer"] = [
-                predictor.layer_scores(row, inputs[row], token_TLE[:, row + 1]) for row in rows
-            ]
-            scored["layer_alone"] = [predictor.layer_scores(row, inputs[row]) for row in rows]
+            layer_scores = predictor.layer_scores
+            scored["token"] = list(token_TLE.unbind(1))
+            scored["popular"] = list(popular_LE.expand_as(token_TLE).unbind(1))
+            scored["layer"] = [layer_scores(r, inputs[r], token_TLE[:, r + 1]) for r in rows]
+            scored["layer_alone"] = [layer_scores(r, inputs[r]) for r in rows]
         if untrained is not None:
-            scored["untrained"] = [untrained.layer_scores(row, inputs[row]) for row in rows]
+            scored["untrained"] = [untrained.layer_scores(r, inputs[r]) for r in rows]
         for name, scores in scored.items():
             if scores:
-                found = torch.tensor(
-                    recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
-                ) * len(x_TX)
-                totals[name] = totals.get(name, torch.zeros(len(guesses))) + found
+                shares = recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
+                sums = torch.tensor(shares) * len(x_TX)
+                totals[name] = totals.get(name, torch.zeros(len(guesses))) + sums
     return {name: (total / len(samples.token)).tolist() for name, total in totals.items()}
 
 
-class _Net(nn.Module):
-    """The predictor in float32.  Matrices begin uniform, the last biases where every expert is as
-    likely as any other."""
+class _Net:
+    """The predictor in training, its ``tensors`` named as in the file.  Matrices begin uniform, the
+    last biases where every expert is as likely as any other."""
 
-    def __init__(self, config: Config, R: int, Q: int, generator: torch.Generator):
-        super().__init__()
-        D, L, E, K = (
-            config.hidden_size,
-            len(config.moe_layers),
-            config.n_routed_experts,
-            config.num_experts_per_tok,
-        )
-        parts = predictor_parts(D, L, E, R, Q)
-        self.names = list(parts)
-        for name in [name for name in parts if name.endswith(".weight")]:
-            shape = parts[name].shape
-            weight = (torch.rand(shape, generator=generator) * 2 - 1) * shape[-1] ** -0.5
-            likely = math.log(K / max(E - K, 1)) if ".out." in name else 0.0
-            self.register_parameter(_attribute(name), nn.Parameter(weight))
-            self.register_parameter(
-                _attribute(name.replace("weight", "bias")),
-                nn.Parameter(torch.full(shape[:-1], likely)),
-            )
-        if L > 1:
-            self.layer_mix = nn.Parameter(torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1))
-        self.rows = L
+    def __init__(
+        self, config: Config, steps: int, generator: torch.Generator, device: torch.device
+    ):
+        self._step, self._steps, self._generator, self._device = 0, steps, generator, device
+        L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
+        self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
+        tensors: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            if name.endswith(".weight"):
+                uniform = torch.rand(part.shape, generator=generator) * 2 - 1
+                tensors[name] = uniform * part.shape[-1] ** -0.5
+            elif name.endswith(".bias"):
+                likely = math.log(K / max(E - K, 1)) if ".out." in name else 0.0
+                tensors[name] = torch.full(part.shape, likely)
+            elif name == "layer.mix":
+                tensors[name] = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
+        self.tensors = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
+        groups = []
+        for name, tensor in self.tensors.items():
+            rate, decay = (1 / tensor.shape[-1], 0.1) if name.endswith("weight") else (0.002, 0.0)
+            groups.append({"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay})
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
     def loss(self, token_BX: Tensor, inputs_RBD: Tensor, used_BLK: Tensor) -> Tensor:
-        """Cross-entropies of both horizons and of their mixture, summed over experts, averaged over
-        tokens."""
-        get = self.get_parameter
-        hidden_BR = F.silu(F.linear(token_BX, get("token_in_weight"), get("token_in_bias")))
-        token_BLE = F.linear(hidden_BR, get("token_out_weight"), get("token_out_bias")).unflatten(
-            -1, (self.rows, -1)
-        )
+        """Cross-entropies of both horizons and their mixture, summed over experts, a token."""
+        w = self.tensors
+        hidden_BR = F.silu(F.linear(token_BX, w["token.in.weight"], w["token.in.bias"]))
+        scores_BX = F.linear(hidden_BR, w["token.out.weight"], w["token.out.bias"])
+        token_BLE = scores_BX.unflatten(-1, (self.rows, -1))
         target_BLE = torch.zeros_like(token_BLE).scatter_(-1, used_BLK, 1.0)
         total = _cross_entropy(token_BLE, target_BLE)
         if self.rows > 1:
-            hidden_RBQ = F.silu(
-                torch.baddbmm(get("layer_in_bias")[:, None], inputs_RBD, get("layer_in_weight").mT)
-            )
-            layer_RBE = torch.baddbmm(
-                get("layer_out_bias")[:, None], hidden_RBQ, get("layer_out_weight").mT
-            )
+            bias_in, bias_out = w["layer.in.bias"][:, None], w["layer.out.bias"][:, None]
+            hidden_RBQ = F.silu(torch.baddbmm(bias_in, inputs_RBD, w["layer.in.weight"].mT))
+            layer_RBE = torch.baddbmm(bias_out, hidden_RBQ, w["layer.out.weight"].mT)
             layer_BRE, target_BRE = layer_RBE.transpose(0, 1), target_BLE[:, 1:]
-            mixed_BRE = (
-                torch.stack(
-                    [layer_BRE.detach(), token_BLE[:, 1:].detach(), torch.ones_like(target_BRE)], -1
-                )
-                @ self.layer_mix[..., None]
-            )
-            total = (
-                total
-                + _cross_entropy(layer_BRE, target_BRE)
-                + _cross_entropy(mixed_BRE[..., 0], target_BRE)
-            )
+            both = layer_BRE.detach(), token_BLE[:, 1:].detach(), torch.ones_like(target_BRE)
+            mixed_BRE1 = torch.stack(both, -1) @ w["layer.mix"][..., None]
+            total = total + _cross_entropy(layer_BRE, target_BRE)
+            total = total + _cross_entropy(mixed_BRE1[..., 0], target_BRE)
         return total
 
-    def tensors(self, popularity: Tensor) -> dict[str, Tensor]:
+    def train(self, samples: Samples, epochs: int, advance: Callable[[int], None]) -> None:
+        """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a
+        cosine to zero, over all calls."""
+        for _ in range(epochs):
+            order = torch.randperm(len(samples.token), generator=self._generator)
+            for batch in order.split(_BATCH):
+                self._step += 1
+                share = self._step / self._steps
+                cosine = 0.5 + 0.5 * math.cos(math.pi * share)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = group["rate"] * min(1.0, 20 * share) * cosine
+                token_BX = samples.token[batch].to(self._device, torch.float32)
+                inputs_RBD = samples.inputs[:, batch].to(self._device, torch.float32)
+                used_BLK = samples.used[batch].to(self._device, torch.int64)
+                loss = self.loss(token_BX, inputs_RBD, used_BLK)
+                self._optimizer.zero_grad()
+                loss.backward()
+                self._optimizer.step()
+                advance(len(batch))
+
+    def quantized(self, popularity: Tensor) -> dict[str, Tensor]:
         """As the file holds them."""
-        found = {"popularity": popularity}
-        for name in self.names:
+        tensors = {"popularity": popularity}
+        for name, value in self.tensors.items():
+            value = value.detach().cpu()
             if name.endswith(".weight"):
-                weight = self.get_parameter(_attribute(name)).detach().cpu()
-                q, scale = int8.quantize(weight.flatten(0, -2))
-                found[name], found[name + ".scale"] = (
-                    q.view(weight.shape),
-                    scale.view(weight.shape[:-1]),
-                )
-            elif not name.endswith(".scale") and name != "popularity":
-                found[name] = self.get_parameter(_attribute(name)).detach().cpu().contiguous()
-        return {name: found[name] for name in self.names}
-
-
-def _attribute(name: str) -> str:
-    return name.replace(".", "_")
+                q, scale = int8.quantize(value.flatten(0, -2))
+                tensors[name] = q.view(value.shape)
+                tensors[name + ".scale"] = scale.view(value.shape[:-1])
+            else:
+                tensors[name] = value
+        return {name: tensors[name] for name in self.parts}
 
 
 def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, target, reduction="sum") / len(scores)
 
 
-class _Trainer:
-    """AdamW with a rate of 1 / inputs for each matrix (arXiv 2203.03466), a short warm-up and a
-    cosine to zero."""
-
-    def __init__(self, net: _Net, steps: int, generator: torch.Generator, device: torch.device):
-        self._net, self._steps, self._generator, self._device, self._step = (
-            net.to(device),
-            steps,
-            generator,
-            device,
-            0,
-        )
-        groups = []
-        for name, parameter in net.named_parameters():
-            rate = 1 / parameter.shape[-1] if name.endswith("weight") else 0.002
-            groups.append(
-                {
-                    "params": [parameter],
-                    "lr": rate,
-                    "rate": rate,
-                    "weight_decay": 0.1 if name.endswith("weight") else 0.0,
-                }
-            )
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-
-    def run(self, samples: Samples, epochs: int, advance: Callable[[int], None]) -> None:
-        for _ in range(epochs):
-            order = torch.randperm(len(samples.token), generator=self._generator)
-            for batch in order.split(_BATCH):
-                self._step += 1
-                share = self._step / self._steps
-                for group in self._optimizer.param_groups:
-                    group["lr"] = (
-                        group["rate"]
-                        * min(1.0, 20 * share)
-                        * (0.5 + 0.5 * math.cos(math.pi * share))
-                    )
-                inputs = samples.token[batch], samples.inputs[:, batch]
-                token_BX, inputs_RBD = (one.to(self._device, torch.float32) for one in inputs)
-                loss = self._net.loss(
-                    token_BX, inputs_RBD, samples.used[batch].to(self._device, torch.int64)
-                )
-                self._optimizer.zero_grad()
-                loss.backward()
-                self._optimizer.step()
-                advance(len(batch))
-
-
-def _widths(config: Config) -> tuple[int, int]:
+def widths(config: Config) -> tuple[int, int]:
     """R, and the largest Q whose matrices take at most ``_LAYER_BYTES``, or the smallest."""
     D, L, E = config.hidden_size, len(config.moe_layers), config.n_routed_experts
     fitting = [width for width in _LAYER_WIDTHS if (L - 1) * width * (D + E) <= _LAYER_BYTES]
-    return _TOKEN_WIDTH, fitting[0] if fitting else _LAYER_WIDTHS[-1]
+    return TOKEN_WIDTH, fitting[0] if fitting else _LAYER_WIDTHS[-1]
 
 
 def calibrate(
@@ -344,8 +295,7 @@ def calibrate(
     threads: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train a predictor for the export in ``folder`` on text files and put it there, in place of an
-    older one.
+    """Train a predictor for the export in ``folder`` on text files and put it there.
 
     Returns what was reached on the text kept back: ``tokens`` (trained on), ``held_back`` (tokens),
     ``guesses`` (a layer: K, 1.5 K, 2 K), ``recall`` by horizon (``measure``), ``bytes``.
@@ -356,38 +306,13 @@ def calibrate(
     memory is too small.
     """
     config = read_config(folder / "config.json")
-    tokenizer = Tokenizer(folder, config.bos_token_id)
-    width = min(_WINDOW, config.max_position_embeddings)
-    training: list[list[int]] = []
-    held_back: list[list[int]] = []
-    for ids in read_tokens(texts, tokenizer):
-        cut = len(ids) - len(ids) // 20
-        training += split(ids[:cut], tokenizer, width)
-        held_back += split(ids[cut:], tokenizer, width)
-    random.Random(seed).shuffle(training)
-    if not held_back:  # many tiny texts
-        held_back.append(training.pop())
-    tokens, kept_back = (sum(len(window) - 1 for window in part) for part in (training, held_back))
-    (R, Q), D, L, E = (
-        _widths(config),
-        config.hidden_size,
-        len(config.moe_layers),
-        config.n_routed_experts,
-    )
-    parameters = sum(
-        part.nbytes // part.dtype.itemsize for part in predictor_parts(D, L, E, R, Q).values()
-    )
-    groups = _groups(training, available_memory() // 4 // Samples.bytes_per_token(config))
-    kept = (
-        max(sum(map(len, group)) for group in [*groups, held_back]) + 4 * _BATCH
-    ) * Samples.bytes_per_token(config)
-    free = int(available_memory() * 0.9) + psutil.Process().memory_info().rss
-    epochs = max(_EPOCHS, math.ceil(_MIN_STEPS * _BATCH / tokens))
-
+    L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
+    training, held_back = _windows(folder, config, texts, seed)
+    tokens, kept_back = _count(training), _count(held_back)
+    groups = grouped(training, available_memory() // 4 // Samples.bytes_per_token(config))
+    epochs = max(EPOCHS, math.ceil(MIN_STEPS * _BATCH / tokens))
     text_bytes, done = sum(path.stat().st_size for path in texts), 0
-    total = epochs * (
-        2 * tokens + kept_back
-    )  # reading a token takes about as long as training on it
+    total = epochs * (2 * tokens + kept_back)  # reading takes about as long as training
 
     def advance(count: int) -> None:
         nonlocal done
@@ -395,43 +320,68 @@ def calibrate(
         if progress is not None:
             progress(text_bytes * done // total, text_bytes)
 
-    generator = torch.Generator().manual_seed(seed)
+    def read(runtime: Runtime, windows: list[list[int]]) -> Samples:
+        return record(runtime, windows, lambda count: advance(epochs * count))
+
+    ram = None if device == "cuda" else _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
-    ram = None if device == "cuda" else free - kept - _BYTES_A_PARAMETER * parameters
+    generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
-        net = _Net(config, R, Q, generator)
-        steps = epochs * sum(
-            math.ceil(sum(len(window) - 1 for window in group) / _BATCH) for group in groups
-        )
-        trainer = _Trainer(net, steps, generator, runtime.device)
+        steps = epochs * sum(math.ceil(_count(group) / _BATCH) for group in groups)
+        net = _Net(config, steps, generator, runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
-            samples = record(runtime, group, lambda count: advance(epochs * count))
-            keys = samples.used.long() + torch.arange(L)[:, None] * E
-            uses += keys.flatten().bincount(minlength=L * E)
+            samples = read(runtime, group)
+            ids = samples.used.long() + torch.arange(L)[:, None] * E
+            uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
-                trainer.run(samples, epochs, advance)
-        tensors = net.tensors(uses / tokens)
-        samples = record(runtime, held_back, lambda count: advance(epochs * count))
-    guesses = [min(E, math.ceil(config.num_experts_per_tok * share)) for share in (1, 1.5, 2)]
+                net.train(samples, epochs, advance)
+        tensors = net.quantized(uses / tokens)
+        samples = read(runtime, held_back)
+    guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
-        found = measure(
-            Predictor(tensors, config.num_experts_per_tok, TorchOps()), samples, guesses
-        )
+        shares = measure(Predictor(tensors, K, TorchOps()), samples, guesses)
     write_predictor(folder, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return {
-        "tokens": tokens,
-        "held_back": kept_back,
-        "guesses": guesses,
-        "recall": found,
-        "bytes": size,
-    }
+    report = {"tokens": tokens, "held_back": kept_back, "guesses": guesses, "recall": shares}
+    return {**report, "bytes": size}
 
 
-def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
-    """Windows in their order, in as few and as equal groups as hold at most about ``capacity``
-    tokens each."""
+def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:
+    """Bytes of RAM that samples and training leave for the runtime."""
+    D, L, E = config.hidden_size, len(config.moe_layers), config.n_routed_experts
+    parts = predictor_parts(D, L, E, *widths(config)).values()
+    parameters = sum(math.prod(part.shape) for part in parts)
+    kept = max(sum(map(len, group)) for group in groups) + 4 * _BATCH
+    taken = kept * Samples.bytes_per_token(config) + _BYTES_A_PARAMETER * parameters
+    return int(available_memory() * 0.9) + process_bytes() - taken
+
+
+def _windows(
+    folder: Path, config: Config, texts: Sequence[Path], seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The windows to train on, in random order, and those of the last 5% of each text."""
+    tokenizer = Tokenizer(folder, config.bos_token_id)
+    width = min(_WINDOW, config.max_position_embeddings)
+    training: list[list[int]] = []
+    held_back: list[list[int]] = []
+    for ids in read_tokens(texts, tokenizer):
+        end = len(ids) - len(ids) // 20
+        training += split(ids[:end], tokenizer, width)
+        held_back += split(ids[end:], tokenizer, width)
+    random.Random(seed).shuffle(training)
+    if not held_back:  # many tiny texts
+        held_back.append(training.pop())
+    return training, held_back
+
+
+def _count(windows: Sequence[list[int]]) -> int:
+    """Samples in the windows: a window's first token is none."""
+    return sum(len(window) - 1 for window in windows)
+
+
+def grouped(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
+    """Windows in order, in as few and as equal groups as hold about ``capacity`` tokens."""
     count = max(1, math.ceil(sum(map(len, windows)) / max(capacity, 1)))
     size = math.ceil(len(windows) / count)
     return [windows[start : start + size] for start in range(0, len(windows), size)]
@@ -439,8 +389,7 @@ def _groups(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """The runtime leaves torch one thread, because its own kernels have the rest; training is
-    torch's alone."""
+    """Torch's threads for training; the runtime leaves it one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
     try:

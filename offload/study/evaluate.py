@@ -4,14 +4,13 @@ divergence.
 A text is tokenized whole and read in windows, each a sequence of its own that begins with the
 beginning-of-sentence token if the tokenizer wants one.  Two ways to cut windows of W positions:
 
-    ``strided``    Window k begins ``stride`` tokens after the one before and scores what none has scored yet, so that every
-                   token of the text is scored exactly once.  (Without a beginning token the text's
-                   first can't be.)
+    ``strided``    Window k begins ``stride`` tokens after the one before and scores what none has
+                   scored yet, so that every token of the text is scored exactly once.  (Without a
+                   beginning token the text's first can't be.)
     ``llama.cpp``  What its perplexity tool does with ``-c W``: the text with one beginning token is
-    cut into pieces of W
-                   tokens, what remains at the end is left out, the first token of each piece is
-                   replaced by the beginning token, and those from W // 2 + 1 on are scored: W - 1 -
-                   W // 2 a window.
+                   cut into pieces of W tokens, what remains at the end is left out, the first token
+                   of each piece is replaced by the beginning token, and those from W // 2 + 1 on
+                   are scored: W - 1 - W // 2 a window.
 
 Probabilities are a softmax over all ``vocab_size`` rows of the model, in float64, as in
 transformers and llama.cpp; rows past the tokenizer's vocabulary count too.  With p the reference's
@@ -40,10 +39,9 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 
-# rows of float32 in memory at once: two pieces of 128, and the float64 distributions of 32 rows
-# twice
+# Rows of float32 in memory at once: two pieces of 128, and the float64 ones of _ROWS, twice.
 LOGITS_ROWS = 384
-_ROWS = 32  # rows whose float64 distributions are in memory at once
+_ROWS = 32
 _CONTEXT = 16  # tokens shown before a bad one
 
 
@@ -68,9 +66,9 @@ class Text:
                 f"{path}: has {len(ids)} token, evaluation needs 2 or more; give a longer text"
             )
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        size = np.cumsum(
-            1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF), dtype=np.int64
-        )  # UTF-8 up to a character
+        # UTF-8 up to each character.
+        width = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+        size = np.cumsum(width, dtype=np.int64)
         ends[-1] = len(text)  # with whatever the tokenizer drops at the end
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return cls(path, ids, begin, np.concatenate([[0], size])[[0, *ends]])
@@ -86,8 +84,7 @@ class Window:
 
 
 def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
-    """Windows of ``window`` positions, each ``stride`` tokens after the one before, that score
-    every token once."""
+    """Windows of ``window`` positions, ``stride`` tokens apart, that score every token once."""
     start, done = 0, 1 - len(text.begin)
     while done < len(text.ids):
         stop = min(start + window - len(text.begin), len(text.ids))
@@ -114,13 +111,13 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
             raise ConfigError(
                 f"--window is {window}, expected at least 3: llama.cpp scores its second half"
             )
-        found = list(like_llama_cpp(text, window))
-        if not found:
+        windows = list(like_llama_cpp(text, window))
+        if not windows:
             raise ConfigError(
-                f"{text.path}: has {len(text.ids)} tokens, less than one window of {window}, and llama.cpp's method scores whole "
-                "windows: lower --window, or leave out --method"
+                f"{text.path}: has {len(text.ids)} tokens, less than one window of {window}, and"
+                " llama.cpp's method scores whole windows: lower --window, or leave out --method"
             )
-        return found
+        return windows
     longest = window - 1  # the beginning token, or else the window's first, is not scored
     if longest < 1:
         raise ConfigError(
@@ -128,7 +125,8 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
         )
     if stride is not None and not 1 <= stride <= longest:
         raise ConfigError(
-            f"--stride is {stride}, expected 1 to {longest} for windows of {window}: no token may be left out"
+            f"--stride is {stride}, expected 1 to {longest} for windows of {window}: no token may"
+            " be left out"
         )
     return list(strided(text, window, stride or longest))
 
@@ -151,14 +149,12 @@ class Totals:
 
     def report(self, compared: bool) -> dict[str, Any]:
         """The figures, under the names that ``slotmoe eval --json`` gives them."""
-        found = {"tokens": self.tokens, "bytes": self.bytes, **_likelihood("", self.nll, self)}
+        report = {"tokens": self.tokens, "bytes": self.bytes, **_likelihood("", self.nll, self)}
         if compared:
-            found |= {
-                "kl_divergence": self.divergence / self.tokens,
-                "top1_agreement": self.agreed / self.tokens,
-            }
-            found |= _likelihood("reference_", self.reference_nll, self)
-        return found
+            report["kl_divergence"] = self.divergence / self.tokens
+            report["top1_agreement"] = self.agreed / self.tokens
+            report |= _likelihood("reference_", self.reference_nll, self)
+        return report
 
 
 def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
@@ -179,31 +175,19 @@ class Evaluation:
     _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
     def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
-        """Score one text.  ``advance(bytes)`` is called with the bytes of text dealt with since the
-        last call."""
+        """Score one text.  ``advance(bytes)`` gets the bytes of text done since its last call."""
         totals = self.files.setdefault(text.path, Totals())
         reached = 0
         for window in windows:
-            fed = (
-                text.begin + text.ids[window.start : window.stop - 1]
-            )  # nothing follows the last token
-            row = window.first - window.start + len(text.begin) - 1
-            others = (
-                repeat(None) if self.reference is None else self.reference.logits_from(fed, row)
-            )
-            at = window.first
-            for logits_RV, wanted_RV in zip(
-                self.runtime.logits_from(fed, row), others, strict=self.reference is not None
-            ):
+            fed = text.begin + text.ids[window.start : window.stop - 1]  # the last has no successor
+            row, at = window.first - window.start + len(text.begin) - 1, window.first
+            logits, wanted = self.runtime.logits_from(fed, row), self.reference
+            others = repeat(None) if wanted is None else wanted.logits_from(fed, row)
+            for logits_RV, wanted_RV in zip(logits, others, strict=wanted is not None):
                 for start in range(0, len(logits_RV), _ROWS):
-                    part = slice(start, start + _ROWS)
-                    at = self._score(
-                        text,
-                        at,
-                        totals,
-                        logits_RV[part],
-                        None if wanted_RV is None else wanted_RV[part],
-                    )
+                    rows = slice(start, start + _ROWS)
+                    reference_RV = None if wanted_RV is None else wanted_RV[rows]
+                    at = self._score(text, at, totals, logits_RV[rows], reference_RV)
                 advance(int(text.ends[at]) - reached)
                 reached = int(text.ends[at])
         advance(int(text.ends[-1]) - reached)
@@ -214,19 +198,18 @@ class Evaluation:
         """Count the tokens from ``at`` on, one a row; returns the first that is not."""
         stop = at + len(logits_RV)
         target_R1 = torch.tensor(text.ids[at:stop], device=logits_RV.device)[:, None]
-        found_RV = logits_RV.double().log_softmax(dim=-1)
-        log_q_R = found_RV.gather(1, target_R1)[:, 0]
-        part = Totals(
-            tokens=stop - at, bytes=int(text.ends[stop] - text.ends[at]), nll=-log_q_R.sum().item()
-        )
+        log_q_RV = logits_RV.double().log_softmax(dim=-1)
+        log_q_R = log_q_RV.gather(1, target_R1)[:, 0]
+        size = int(text.ends[stop] - text.ends[at])
+        part = Totals(tokens=stop - at, bytes=size, nll=-log_q_R.sum().item())
         if wanted_RV is not None:
-            wanted_RV = wanted_RV.double().log_softmax(dim=-1)
-            log_p_R = wanted_RV.gather(1, target_R1)[:, 0]
-            kl_R = (wanted_RV.exp() * (wanted_RV - found_RV)).sum(dim=-1)
-            best = found_RV.argmax(dim=-1), wanted_RV.argmax(dim=-1)
+            log_p_RV = wanted_RV.double().log_softmax(dim=-1)
+            log_p_R = log_p_RV.gather(1, target_R1)[:, 0]
+            kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
+            agreed_R = log_q_RV.argmax(dim=-1) == log_p_RV.argmax(dim=-1)
             part.reference_nll, part.divergence = -log_p_R.sum().item(), kl_R.sum().item()
-            part.agreed = int((best[0] == best[1]).sum())
-            self._remember(text, at, kl_R, log_q_R, log_p_R, *best)
+            part.agreed = int(agreed_R.sum())
+            self._remember(text, at, kl_R, log_q_RV, log_p_RV)
         if not math.isfinite(part.nll + part.reference_nll + part.divergence):
             raise CheckpointError(
                 "the model or its reference computed NaN or infinite logits; its weights are broken"
@@ -235,34 +218,28 @@ class Evaluation:
         return stop
 
     def _remember(
-        self,
-        text: Text,
-        at: int,
-        kl_R: Tensor,
-        log_q_R: Tensor,
-        log_p_R: Tensor,
-        best_R: Tensor,
-        wanted_R: Tensor,
+        self, text: Text, at: int, kl_R: Tensor, log_q_RV: Tensor, log_p_RV: Tensor
     ) -> None:
         """Keep the tokens whose distributions differ most."""
+        decode = self.runtime.tokenizer.decode
         for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
-            kl, index, decode = kl_R[row].item(), at + row, self.runtime.tokenizer.decode
+            kl, index = kl_R[row].item(), at + row
             if len(self._worst) == self.keep and kl <= self._worst[0][0]:
                 break
+            token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
                 "file": str(text.path),
                 "position": index,
                 "context": decode(text.ids[max(0, index - _CONTEXT) : index]),
-                "token": decode([text.ids[index]]),
+                "token": decode([token]),
                 "kl_divergence": kl,
-                "probability": math.exp(log_q_R[row].item()),
-                "reference_probability": math.exp(log_p_R[row].item()),
-                "top": decode([int(best_R[row])]),
-                "reference_top": decode([int(wanted_R[row])]),
+                "probability": math.exp(log_q_V[token].item()),
+                "reference_probability": math.exp(log_p_V[token].item()),
+                "top": decode([int(log_q_V.argmax())]),
+                "reference_top": decode([int(log_p_V.argmax())]),
             }
-            heapq.heappush(
-                self._worst, (kl, -sum(one.tokens for one in self.files.values()) - row, entry)
-            )
+            order = -sum(totals.tokens for totals in self.files.values()) - row
+            heapq.heappush(self._worst, (kl, order, entry))
             if len(self._worst) > self.keep:
                 heapq.heappop(self._worst)
 
@@ -270,19 +247,16 @@ class Evaluation:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
         the worst first."""
         total, compared = Totals(), self.reference is not None
-        for one in self.files.values():
-            total.add(one)
-        files = [
-            {"file": str(path), **one.report(compared)}
-            for path, one in self.files.items()
-            if one.tokens
-        ]
-        found = {**total.report(compared), "files": files}
+        files = []
+        for path, totals in self.files.items():
+            total.add(totals)
+            if totals.tokens:
+                files.append({"file": str(path), **totals.report(compared)})
+        report = {**total.report(compared), "files": files}
         if compared:
-            found["worst_tokens"] = [
-                entry for _, _, entry in sorted(self._worst, key=lambda item: -item[0])
-            ]
-        return found
+            worst = sorted(self._worst, key=lambda item: -item[0])
+            report["worst_tokens"] = [entry for _, _, entry in worst]
+        return report
 
 
 def check_same_vocabulary(
@@ -294,13 +268,18 @@ def check_same_vocabulary(
 ) -> None:
     """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the
     texts as the same tokens."""
-    advice = "divergence compares probabilities of the same tokens: give the checkpoint that the model was made of"
+    advice = (
+        "divergence compares probabilities of the same tokens: give the checkpoint that the model"
+        " was made of"
+    )
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"{reference}: the reference has {sizes[1]} vocabulary rows and {model} has {sizes[0]}; {advice}"
+            f"{reference}: the reference has {sizes[1]} vocabulary rows and {model} has {sizes[0]};"
+            f" {advice}"
         )
     for text, other in zip(texts, others, strict=True):
         if (text.ids, text.begin) != (other.ids, other.begin):
             raise ConfigError(
-                f"{reference}: the reference's tokenizer reads {text.path} as other tokens than that of {model}; {advice}"
+                f"{reference}: the reference's tokenizer reads {text.path} as other tokens than"
+                f" that of {model}; {advice}"
             )

@@ -88,9 +88,9 @@ class TorchOps:
         so here none."""
         return nullcontext({})
 
-    def prepare(self, name: str, weight: Weight, empty: Empty = new) -> Weight:
+    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Weight:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
-        ``empty(shape, dtype)``; ``name`` is its checkpoint name."""
+        ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``."""
         copied: Weight = map_tensors(
             weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
         )

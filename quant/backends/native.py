@@ -115,14 +115,13 @@ class NativeOps(TorchOps):
     def timing(self) -> AbstractContextManager[dict[str, float]]:
         return self._native.timing()
 
-    def prepare(self, name: str, weight: Any, empty: Empty = new) -> Any:
-        """int8 matrices are tiled once; the embedding (gathered by row) and ``kv_b_proj``
-        (absorbed) stay row-major."""
-        row_major = name.endswith(("embed_tokens.weight", "kv_b_proj.weight"))
-        if isinstance(weight, Int8Weight) and not row_major:
+    def prepare(self, role: str, weight: Any, empty: Empty = new) -> Any:
+        """int8 matrices are tiled once; those of role ``embedding`` or ``absorbed`` stay
+        row-major."""
+        if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
             scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
             return TiledInt8Weight(self._native.pack_int8(weight.q, empty), scale)
-        return super().prepare(name, weight, empty)
+        return super().prepare(role, weight, empty)
 
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)

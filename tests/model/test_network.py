@@ -8,6 +8,7 @@ import torch
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2, route
 from slotmoe.offload.experts import ResidentExperts
 from slotmoe.offload.runtime import Runtime
@@ -193,12 +194,14 @@ def native_network(overrides, resident):
     config, ops = parse_config(raw), NativeOps(kernels.load())
 
     def stored(name, weight):
-        kind = resident_quantization(name, tuple(weight.shape), resident)
+        kind = resident_quantization(role_of(name), resident)
         if kind == "int8":
             weight = Int8Weight(*quantize_int8(weight))
         elif kind == "nf4":
             weight = Nf4Weight(*quantize_nf4(weight), torch.tensor(LEVELS), tuple(weight.shape))
-        return ops.prepare(name, weight if kind != "none" or weight.dim() == 2 else weight.float())
+        return ops.prepare(
+            role_of(name), weight if kind != "none" or weight.dim() == 2 else weight.float()
+        )
 
     def experts(layer, x_TD, weights_TK, indices_TK):
         return gate_order_sum(

@@ -95,7 +95,8 @@ def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export
     before, after, divergence, tokens = totals
     with capsys.disabled():
         print(
-            f"\nbits per byte {before / 200000:.5f} -> {after / 200000:.5f} ({after / before:.5f}x), KL {divergence / tokens:.5f} nats"
+            f"\nbits per byte {before / 200000:.5f} -> {after / 200000:.5f}"
+            f" ({after / before:.5f}x), KL {divergence / tokens:.5f} nats"
         )
     assert before / EXPECTED["heldout"]["all"]["bytes"] == pytest.approx(
         EXPECTED["heldout"]["all"]["bits_per_byte"], abs=1e-5

@@ -16,35 +16,29 @@ from safetensors.torch import load_file
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
 from slotmoe.offload.study.calibrate import MIN_TOKENS, calibrate, measure, read_text, record, split
 from slotmoe.quant.backends.base import TorchOps
-from slotmoe.quant.export.layout import (
-    MANIFEST,
-    checksum,
-    is_predictor,
-    predictor_parts,
-    safetensors_header,
-)
+from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.tools.bench import recall
 from slotmoe.tools.cli import main
 from tests.support.engine import start
+from tests.support.predictor import D, E, K, L, predictor_file, sign
 from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-D, L, E, K = 64, 2, 8, 3
 TEXT = "\n".join(topics.values())
 
 
 def quick(patch, steps=100, epochs=6, width=96):
     """Smaller and shorter trainings than real ones."""
-    for name, value in (("_MIN_STEPS", steps), ("_EPOCHS", epochs), ("_TOKEN_WIDTH", width)):
+    for name, value in (("MIN_STEPS", steps), ("EPOCHS", epochs), ("TOKEN_WIDTH", width)):
         patch.setattr(module, name, value)
 
 
@@ -81,26 +75,6 @@ def report_of(made):
 def export(made, tmp_path):
     shutil.copytree(made / "calibrated", tmp_path / "export")
     return tmp_path / "export"
-
-
-def predictor_file(folder):
-    return next(path for path in folder.iterdir() if is_predictor(path.name))
-
-
-def sign(folder, change):
-    """Edit the manifest and give it the right checksum, as a forger would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    manifest["checksum"] = manifest_checksum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def random_tensors(seed):
-    parts, generator = predictor_parts(D, L, E, 16, 16), torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randn(part.shape, generator=generator) * 9).to(part.dtype)
-        for name, part in parts.items()
-    }
 
 
 def test_file_is_what_the_format_says(made):
@@ -296,44 +270,32 @@ def test_predictor_of_another_model_is_not_written(made, export):
 # Runs in a process of its own: gives the export a new predictor in a child that kills itself at its
 # n-th change of the disk.
 KILLER = """
-import json, os, shutil, signal, sys
+import json, shutil, sys
 from pathlib import Path
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
-from tests.offload.test_calibrate import random_tensors
+from tests.support.disk import die_at_change, forked
+from tests.support.predictor import random_tensors, state_of
 source, work = Path(sys.argv[1]), Path(sys.argv[2])
 with Export.open(source) as export:
     old = export.predictor()
-new, found = random_tensors(1), []
+new, states = random_tensors(1), []
 for die_at in range(1, 100):
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(source, work)
-    child = os.fork()
-    if not child:
-        calls = 0
-        def counted(function):
-            def call(*arguments, **options):
-                global calls
-                calls += 1
-                if calls == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **options)
-            return call
-        for name in ("fsync", "rename", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
+    def run():
+        die_at_change(die_at)
         write_predictor(work, new)
-        os._exit(0)
-    survived = os.waitpid(child, 0)[1] == 0
+    survived = forked(run) == 0
     with Export.open(work) as export:
-        tensors = export.predictor()
-    same = lambda wanted: tensors is not None and wanted.keys() == tensors.keys() and all(wanted[n].equal(tensors[n]) for n in wanted)
-    found.append("old" if old is not None and same(old) else "new" if same(new) else "none" if tensors is None else "broken")
+        states.append(state_of(export.predictor(), old, new))
     if survived:
         break
     write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
-    listed = [name for name in json.loads((work / "slotmoe.json").read_text())["files"] if "predictor" in name]
+    files = json.loads((work / "slotmoe.json").read_text())["files"]
+    listed = [name for name in files if "predictor" in name]
     assert [path.name for path in work.iterdir() if "predictor" in path.name] == listed
-print(json.dumps(found))
+print(json.dumps(states))
 """
 
 
@@ -442,7 +404,7 @@ def test_hook_is_gone_after_a_failure(made):
 
 
 def test_little_memory_means_several_groups(made, export, monkeypatch):
-    original, sizes = module._groups, []
+    original, sizes = module.grouped, []
 
     def groups(windows, capacity):
         found = original(windows, 2000)
@@ -450,7 +412,7 @@ def test_little_memory_means_several_groups(made, export, monkeypatch):
         sizes.extend(sum(map(len, group)) for group in found)
         return found
 
-    monkeypatch.setattr(module, "_groups", groups)
+    monkeypatch.setattr(module, "grouped", groups)
     quick(monkeypatch)
     report = calibrate(export, [made / "text"], threads=1)
     assert len(sizes) > 2
@@ -479,10 +441,8 @@ def test_next_gate_is_the_next_layers_gate(made):
         runtime.logits([5, 9, 300, 7])
         weights = {}
         for index, layer in enumerate(network.layers):
-            weights[f"model.layers.{index}.post_attention_layernorm.weight"] = (
-                layer.post_attention_layernorm
-            )
-            weights[f"model.layers.{index}.mlp.gate.weight"] = layer.gate
+            weights[layer_tensor(index, POST_NORM)] = layer.post_attention_layernorm
+            weights[layer_tensor(index, GATE)] = layer.gate
         guess = NextGate(runtime.config, weights, TorchOps())
         h, after = residuals[1].double(), network.layers[2]
         normed = (
@@ -625,7 +585,7 @@ def test_text_of_surrogates_or_bytes(tmp_path):
 
 def test_widths_stay_small(made):
     config = read_config(made / "checkpoint" / "config.json")
-    assert module._widths(config) == (1024, 256)
+    assert module.widths(config) == (1024, 256)
     from slotmoe import model
     from slotmoe.model.config import parse_config
 
@@ -634,7 +594,7 @@ def test_widths_stay_small(made):
             json.loads((Path(model.__file__).parent / "geometries" / f"{name}.json").read_text())
         )
         parts = predictor_parts(
-            real.hidden_size, len(real.moe_layers), real.n_routed_experts, *module._widths(real)
+            real.hidden_size, len(real.moe_layers), real.n_routed_experts, *module.widths(real)
         )
         assert 4 < sum(part.nbytes for part in parts.values()) / 1e6 < megabytes
         assert len(safetensors_header(parts.items())) == 4096

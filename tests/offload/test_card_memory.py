@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from slotmoe.model.config import read_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_ops
@@ -83,7 +83,7 @@ class Experts:
 
 
 def resident(name, shape, mode):
-    kind = resident_quantization(name, shape, mode)
+    kind = resident_quantization(role_of(name), mode)
     if kind == "int8":
         return Int8Weight(empty(*shape, dtype=torch.int8), empty(shape[0]))
     if kind == "nf4":

@@ -391,15 +391,15 @@ def test_model_that_does_not_fit_beside_the_reference_says_so(model, evaluate):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_interrupted_evaluation_tells_what_it_has(as_json, model, evaluate, monkeypatch):
-    original, calls = Runtime._forward, []
+    original, calls = Runtime.logits_from, []
 
-    def forward(self, *arguments, **options):
+    def logits_from(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(Runtime, "_forward", forward)
+    monkeypatch.setattr(Runtime, "logits_from", logits_from)
     code, out, err = evaluate(
         model / "export", "--text", model / "text", "--window", 20, *(["--json"] if as_json else [])
     )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -149,8 +149,8 @@ def make_network(ops, resident="int8", on_device=False, **overrides):
     config = parse_config(raw)
     weights, placed = random_weights(raw), {}
     for name, weight in weights.items():
-        kind = resident_quantization(name, tuple(weight.shape), resident)
-        if weight.dim() == 1 or name.endswith(".mlp.gate.weight"):
+        kind = resident_quantization(role_of(name), resident)
+        if role_of(name) in ("norm", "gate"):
             weight = weight.float()
         elif kind == "int8":
             weight = Int8Weight(*int8.quantize(weight))

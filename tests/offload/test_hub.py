@@ -17,12 +17,13 @@ import pytest
 import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.offload.ingest.http import connect
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT
 from slotmoe.tools.cli import main
-from tests.offload.test_quantize import tree
+from tests.support.disk import Stop, small_disk, stop_at, tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, reshard, weight_requests
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -49,7 +50,7 @@ def wanted(sample, tmp_path_factory):
 @pytest.fixture
 def served(hub, sample, monkeypatch):
     """The hub with that repository; files arrive in several pieces."""
-    monkeypatch.setattr(download, "PIECE_BYTES", 512 << 10)
+    monkeypatch.setattr(download, "RANGE_BYTES", 512 << 10)
     hub.add(NAME, Repo(sample))
     return hub
 
@@ -143,18 +144,6 @@ def test_too_little_disk_is_known_before_any_weight(served, tmp_path, monkeypatc
     make(tmp_path / "export")
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_at(share):
-    def progress(done, total):
-        if done >= share * total:
-            raise Stop
-
-    return progress
-
-
 def test_revision_that_moves_half_way(served, wanted, tmp_path):
     write_checkpoint(tmp_path / "other", shards=3)
     moved = Repo(tmp_path / "other", "b" * 40)
@@ -185,7 +174,7 @@ def test_finished_weight_files_are_not_fetched_again(served, wanted, tmp_path):
 
 
 def test_resumes_inside_a_file(served, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PIECE_BYTES", 64 << 20)  # one range a file
+    monkeypatch.setattr(download, "RANGE_BYTES", 64 << 20)  # one range a file
     with pytest.raises(Stop):
         make(tmp_path / "export", arriving=stop_at(0.02))
     served.requests.clear()
@@ -229,13 +218,7 @@ def test_foreign_folder_is_never_emptied(place, served, tmp_path):
 
 @pytest.mark.parametrize("megabytes", [1, 3, 8, 14])
 def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with small_disk(tmp_path, f"{megabytes}m") as (disk, resize):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None
@@ -245,21 +228,13 @@ def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
             ):
                 make(disk / "export")
         assert not (disk / "export").exists()
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        resize("64m")
         make(disk / "export")
         assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_peak_disk_is_two_weight_files_beyond_the_export(served, wanted, sample, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with small_disk(tmp_path, "64m") as (disk, _):
         peak = 0
 
         def measure(_done, _total):
@@ -268,13 +243,9 @@ def test_peak_disk_is_two_weight_files_beyond_the_export(served, wanted, sample,
 
         make(disk / "export", progress=measure, arriving=measure)
         assert tree(disk / "export") == wanted
-        shard, export = (
-            max(path.stat().st_size for path in sample.iterdir()),
-            sum(map(len, wanted.values())),
-        )
+        shard = max(path.stat().st_size for path in sample.iterdir())
+        export = sum(map(len, wanted.values()))
         assert peak <= export + 2 * shard + (2 << 20), "headers, state and rounding to pages"
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 MEASURED = """
@@ -282,7 +253,8 @@ import json, sys
 from pathlib import Path
 import huggingface_hub, torch, slotmoe.offload.ingest.hub
 def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 work, peak = Path(sys.argv[1]), 0
@@ -333,50 +305,47 @@ def test_peak_memory_and_disk_at_real_sizes(hub, tmp_path):
 
 # Runs in a process of its own: imports once, then forks a child for every attempt and kills it.
 KILLER = """
-import hashlib, json, os, random, shutil, signal, sys, threading, time
+import json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
-import huggingface_hub, slotmoe.offload.ingest.download, slotmoe.offload.ingest.hub, torch
+import huggingface_hub, torch
+from slotmoe.offload.ingest import download
+from slotmoe.offload.ingest.hub import quantize_from_hub
+from tests.support.disk import digests, forked
 work, kills = Path(sys.argv[1]), int(sys.argv[2])
-slotmoe.offload.ingest.download.PIECE_BYTES, slotmoe.offload.ingest.download._SAVE_SECONDS = 512 << 10, 0.02
-def tree():
-    return {str(p.relative_to(work)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(work.rglob("*")) if p.is_file()}
+download.RANGE_BYTES, download.SAVE_SECONDS = 512 << 10, 0.02
 def attempt(after=None, event=None):
-    '''Quantize in a child that is killed ``after`` seconds, or shortly after its ``event``-th report of progress.'''
-    child = os.fork()
-    if not child:
+    '''Quantize in a child that is killed ``after`` seconds, or shortly after its ``event``-th
+    report of progress.'''
+    def run():
         seen = 0
         def count(_done, _total):
             nonlocal seen
             seen += 1
             if seen == event:
-                threading.Timer(random.SystemRandom().random() * 0.03, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        try:
-            slotmoe.offload.ingest.hub.quantize_from_hub("org/tiny", "main", work / "export", workers=2, progress=count, arriving=count)
-            (work / "events").write_text(str(seen))
-            os._exit(0)
-        except BaseException as problem:
-            print(repr(problem), file=sys.stderr)
-        finally:
-            os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+                delay, kill = random.SystemRandom().random() * 0.03, (os.getpid(), signal.SIGKILL)
+                threading.Timer(delay, os.kill, kill).start()
+        destination, reports = work / "export", {"progress": count, "arriving": count}
+        quantize_from_hub("org/tiny", "main", destination, workers=2, **reports)
+        (work / "events").write_text(str(seen))
+    return forked(run, after)
 work.mkdir()
 start = time.perf_counter()
 assert attempt() == 0
 duration, events = time.perf_counter() - start, int((work / "events").read_text())
 (work / "events").unlink()
-wanted = tree()
-report = {"killed": 0, "wrong": [], "rounds": 0, "state": 0, "ranges": 0, "duration": duration, "events": events, "files": wanted}
+wanted = digests(work)
+report = {"killed": 0, "wrong": [], "rounds": 0, "state": 0, "ranges": 0}
+report |= {"duration": duration, "events": events, "files": wanted}
 generator = random.Random(int(sys.argv[3]))
 while report["killed"] < kills:
     shutil.rmtree(work)
     work.mkdir()
     report["rounds"] += 1
     for _ in range(generator.choice((1, 2, 4))):
-        early = generator.random() < 0.25
-        when = {"after": generator.random() * duration} if early else {"event": generator.randint(1, events)}
+        if generator.random() < 0.25:
+            when = {"after": generator.random() * duration}
+        else:
+            when = {"event": generator.randint(1, events)}
         if not os.WIFSIGNALED(attempt(**when)):
             break
         report["killed"] += 1
@@ -384,9 +353,10 @@ while report["killed"] < kills:
         report["ranges"] += any(work.glob("*.download/weights/*.ranges"))
     status = attempt()
     (work / "events").unlink(missing_ok=True)
-    found = tree()
-    if status != 0 or found != wanted:
-        report["wrong"].append([status, [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]])
+    files = digests(work)
+    if status != 0 or files != wanted:
+        names = [name for name in {**files, **wanted} if files.get(name) != wanted.get(name)]
+        report["wrong"].append([status, names])
 print(json.dumps(report))
 """
 
@@ -483,7 +453,7 @@ def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hub_that_can_not_be_reached(served, impatient, tmp_path, monkeypatch):
+def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     with socket.socket() as taken:
@@ -621,7 +591,7 @@ def test_folder_goes_before_the_hub(served, sample, slotmoe, tmp_path, monkeypat
     assert (code, "leave the revision out" in err) == (2, True)
 
 
-def test_command_line_codes(served, impatient, slotmoe, tmp_path, monkeypatch):
+def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("slotmoe.offload.ingest.hub.Patience", lambda: QUICK)
     code, out, err = slotmoe("quantize", "org/nothing", "export")
@@ -674,10 +644,10 @@ def test_proxy_of_the_environment(monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", "http://user:p%40ss@proxy.test:3128")
     monkeypatch.setenv("https_proxy", "proxy.test:3128")
-    connection, target, headers = download._connection("http://hub.test/a?b", 1)
+    connection, target, headers = connect("http://hub.test/a?b", 1)
     assert (connection.host, connection.port, target) == ("proxy.test", 3128, "http://hub.test/a?b")
     assert headers == {"Proxy-Authorization": "Basic dXNlcjpwQHNz", "Host": "hub.test"}
-    connection, target, _ = download._connection("https://hub.test:8443/a", 1)
+    connection, target, _ = connect("https://hub.test:8443/a", 1)
     assert (connection.host, connection._tunnel_host, connection._tunnel_port, target) == (
         "proxy.test",
         "hub.test",
@@ -685,7 +655,7 @@ def test_proxy_of_the_environment(monkeypatch):
         "/a",
     )
     monkeypatch.setenv("no_proxy", "hub.test")
-    assert download._connection("http://hub.test/a?b", 1)[0].host == "hub.test"
+    assert connect("http://hub.test/a?b", 1)[0].host == "hub.test"
 
 
 def test_kept_half_is_no_checkpoint(served, tmp_path):

@@ -11,7 +11,7 @@ import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
 from slotmoe.offload.ingest.hub import quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
-from tests.offload.test_quantize import tree
+from tests.support.disk import tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, Repo, make, weight_requests
 from tests.support.tiny import write_checkpoint
 
@@ -37,7 +37,7 @@ def wanted(checkpoint, tmp_path_factory):
 @pytest.fixture
 def served(hub, checkpoint, monkeypatch):
     """The hub with that repository; files arrive in several pieces."""
-    monkeypatch.setattr(download, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(download, "RANGE_BYTES", PIECE)
     hub.add(NAME, Repo(checkpoint))
     return hub
 
@@ -108,7 +108,7 @@ BEARABLE = {
 
 
 @pytest.mark.parametrize("name", BEARABLE)
-def test_bearable_faults(name, served, impatient, wanted, tmp_path, monkeypatch):
+def test_bearable_faults(name, served, wanted, tmp_path, monkeypatch):
     fault = BEARABLE[name]
     fault.left = fault.left or 1
     served.faults.append(fault)
@@ -285,7 +285,7 @@ UNBEARABLE = {
 
 
 @pytest.mark.parametrize("name", UNBEARABLE)
-def test_unbearable_faults(name, served, impatient, wanted, tmp_path, monkeypatch):
+def test_unbearable_faults(name, served, wanted, tmp_path, monkeypatch):
     kind, act, error, message = UNBEARABLE[name]
     served.faults.append(
         lambda asked, file, handler: (

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.names import expert_name, resident_shapes
+from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
@@ -30,20 +30,12 @@ from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_f
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.shapes import ALIGNMENT, resident_quantization
+from tests.support.disk import Stop, killed, small_disk, stop_at, tree
 from tests.support.oracle import rebuild
 from tests.support.tiny import SAMPLE, random_weights, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}
-
-
-def tree(folder):
-    """Every file below ``folder`` and its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -63,42 +55,21 @@ def wanted(source, tmp_path_factory):
 
 # Runs in a process of its own: imports once, then forks a child for every attempt and lets it die.
 KILLER = """
-import hashlib, json, os, random, shutil, signal, sys, time
+import json, os, random, shutil, sys, time
 from pathlib import Path
 import slotmoe.offload.ingest.quantize, torch
-source, work, every_point, random_kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+from tests.support.disk import die_at_change, digests, forked
+source, work = map(Path, sys.argv[1:3])
+every_point, random_kills = map(int, sys.argv[3:])
 destination = work / "export"
 
-def tree():
-    return {str(p.relative_to(work)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(work.rglob("*")) if p.is_file()}
-
 def attempt(die_at=None, after=None):
-    '''Quantize in a child; it kills itself at its ``die_at``-th change of the disk, or is killed ``after`` seconds.'''
-    child = os.fork()
-    if not child:
-        calls = 0
-        def counted(function):
-            def call(*arguments, **options):
-                nonlocal calls
-                calls += 1
-                if calls == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **options)
-            return call
-        for name in ("fsync", "rename", "unlink", "mkdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        shutil.copyfile = counted(shutil.copyfile)
-        try:
-            slotmoe.offload.ingest.quantize.quantize(source, destination, workers=2)
-            os._exit(0)
-        except BaseException as problem:
-            print(repr(problem), file=sys.stderr)
-        finally:
-            os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    '''Quantize in a child; it kills itself at its ``die_at``-th change of the disk, or is killed
+    ``after`` seconds.'''
+    def run():
+        die_at_change(die_at)
+        slotmoe.offload.ingest.quantize.quantize(source, destination, workers=2)
+    return forked(run, after)
 
 def clean():
     shutil.rmtree(work)
@@ -108,11 +79,11 @@ work.mkdir()
 start = time.perf_counter()
 assert attempt() == 0
 duration = time.perf_counter() - start
-wanted = tree()
+wanted = digests(work)
 report = {"points": 0, "wrong": [], "killed": 0, "resumed_more_than_once": 0}
 def finish(what):
     '''Whatever is there must be the whole export, or become it.'''
-    if (not destination.exists() and attempt() != 0) or tree() != wanted:
+    if (not destination.exists() and attempt() != 0) or digests(work) != wanted:
         report["wrong"].append(what)
     clean()
 clean()
@@ -195,18 +166,6 @@ def test_interrupted_command_resumes(number, sample_export, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_at(share):
-    def progress(done, total):
-        if done >= share * total:
-            raise Stop
-
-    return progress
-
-
 def test_resuming_keeps_finished_files(source, wanted, tmp_path):
     destination = tmp_path / "export"
     with pytest.raises(Stop):
@@ -241,9 +200,6 @@ def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path)
 def test_killed_before_the_last_rename_has_nothing_to_do_again(
     source, wanted, tmp_path, monkeypatch
 ):
-    def killed(*_arguments):
-        raise Stop
-
     with monkeypatch.context() as patch:
         patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
         with pytest.raises(Stop):
@@ -256,9 +212,6 @@ def test_killed_before_the_last_rename_has_nothing_to_do_again(
 
 @pytest.mark.parametrize("name", [RESIDENT, layer_file(2), "config.json"])
 def test_lost_before_the_last_rename(name, source, wanted, tmp_path, monkeypatch):
-    def killed(*_arguments):
-        raise Stop
-
     with monkeypatch.context() as patch:
         patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
         with pytest.raises(Stop):
@@ -281,9 +234,6 @@ def test_lost_before_the_last_rename(name, source, wanted, tmp_path, monkeypatch
 def test_half_written_leftovers_are_not_published(
     name, share, source, wanted, tmp_path, monkeypatch
 ):
-    def killed(*_arguments):
-        raise Stop
-
     with monkeypatch.context() as patch:
         patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
         with pytest.raises(Stop):
@@ -329,7 +279,7 @@ def test_damaged_state_starts_anew(damage, source, wanted, tmp_path):
     try:
         quantize(source, tmp_path / "export")
     except ExportError as problem:
-        assert "--overwrite" in str(problem)
+        assert "--overwrite" in str(problem)  # noqa: PT017
         quantize(source, tmp_path / "export", overwrite=True)
     assert tree(tmp_path / "export") == wanted
 
@@ -453,13 +403,7 @@ def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kilobytes", [4, 200, 700, 900, 1000])
 def test_disk_really_fills_up(kilobytes, source, wanted, tmp_path, monkeypatch):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with small_disk(tmp_path, f"{kilobytes}k") as (disk, resize):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None
@@ -467,11 +411,9 @@ def test_disk_really_fills_up(kilobytes, source, wanted, tmp_path, monkeypatch):
             with pytest.raises(ExportError, match="the disk is full"):
                 quantize(source, disk / "export")
         assert not (disk / "export").exists()
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        resize("64m")
         quantize(source, disk / "export")
         assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_two_at_once(source, wanted, tmp_path):
@@ -538,9 +480,9 @@ def test_every_resident_mode_round_trips(dtype, resident, tmp_path):
         Export.open(tmp_path / "export") as export,
         Checkpoint.open(tmp_path / "source") as checkpoint,
     ):
-        for name, shape in resident_shapes(checkpoint.config).items():
+        for name in resident_shapes(checkpoint.config):
             kind, found = (
-                resident_quantization(name, shape, "int8" if resident == "auto" else resident),
+                resident_quantization(role_of(name), "int8" if resident == "auto" else resident),
                 export.resident(name),
             )
             kinds.add(kind)
@@ -711,7 +653,7 @@ def test_files_are_standard_and_records_aligned(wanted, source, tmp_path):
     for name in [RESIDENT, *map(layer_file, manifest["experts"]["layers"])]:
         path = tmp_path / "export" / name
         with safe_open(path, "pt") as file:
-            assert all(file.get_tensor(key).numel() for key in file.keys())
+            assert all(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
         assert (8 + length) % ALIGNMENT == 0

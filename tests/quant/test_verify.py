@@ -16,7 +16,7 @@ from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, file_checksum, span_checksums
 from slotmoe.quant.export.writer import ExportFile, write_predictor
 from slotmoe.tools.cli import main
-from tests.offload.test_quantize import tree
+from tests.support.disk import tree
 from tests.support.tiny import write_checkpoint
 
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slotmoe.offload.ingest.download import Patience
+from slotmoe.offload.ingest.http import Patience
 from slotmoe.offload.ingest.hub import quantize_from_hub
 
 TOKEN = "hf_secretsecretsecret"
@@ -35,7 +35,7 @@ def reshard(source, folder, shards):
     tensors = {}
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"

@@ -58,7 +58,7 @@ def rebuild(export):
     raw = {}
     for path in [export / "resident.safetensors", *sorted((export / "experts").iterdir())]:
         with safe_open(path, "pt") as file:
-            raw |= {name: file.get_tensor(name) for name in file.keys()}
+            raw |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {}
     for name, tensor in raw.items():
         if name + ".absmax" in raw:

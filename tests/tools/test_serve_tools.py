@@ -177,12 +177,9 @@ def test_model_with_tool_tokens_reads_its_own_format(native_export):
         f"{calls}{stop}{end_calls}{end}{outputs}{output}ok{end_output}{end_outputs}"
     )
     untaught, other = Tokenizer(SAMPLE, 0), Tokenizer(native_export, 0)
-    untaught.settings["chat_template"], other.settings["chat_template"] = (
-        NATIVE_TEMPLATE,
-        untaught.template,
-    )
+    untaught.template, other.template = (NATIVE_TEMPLATE, untaught.template)
     assert [Dialect(one).is_native for one in (tokenizer, untaught, other)] == [True, False, False]
-    tokenizer.settings["chat_template"] = (
+    tokenizer.template = (
         NATIVE_TEMPLATE + "{% for one in tools %}{{ one.function.name }}{% endfor %}"
     )
     assert (

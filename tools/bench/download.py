@@ -22,7 +22,8 @@ from pathlib import Path
 
 import click
 
-from slotmoe.offload.ingest.download import Expected, fetch
+from slotmoe.offload.ingest.download import fetch
+from slotmoe.offload.ingest.http import Expected, Remote
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -46,20 +47,6 @@ class _Server(BaseHTTPRequestHandler):
                 start += os.sendfile(
                     self.connection.fileno(), file.fileno(), start, min(stop - start, 16 << 20)
                 )
-
-
-class _Remote:
-    def __init__(self, url: str):
-        self.name, self._url = "file", url
-
-    def locate(self) -> str:
-        return self._url
-
-    def forget(self) -> None:
-        pass
-
-    def headers(self, url: str) -> dict[str, str]:
-        return {}
 
 
 @click.command()
@@ -139,7 +126,8 @@ def _measure(url: str, expected: Expected, work: Path, repetitions: int) -> dict
             if arrived == expected.size:
                 note("slotmoe", start)
 
-        fetch(_Remote(url), expected, work / "slotmoe", threading.Event(), advance)
+        remote = Remote("file", expected, lambda: url, lambda url: {})
+        fetch(remote, work / "slotmoe", threading.Event(), advance)
         note("slotmoe, checked and durable", start)
         (work / "slotmoe").unlink()
     speeds = {

@@ -28,7 +28,7 @@ from torch import Tensor
 from slotmoe import model
 from slotmoe.model.config import Config, read_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import resident_shapes
+from slotmoe.model.names import EMBEDDING, resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.quant import nf4
 from slotmoe.quant.backends import pick_ops
@@ -101,7 +101,7 @@ def random_network(config: Config, ops: TorchOps, device: torch.device) -> Deeps
     """``config`` with random int8 resident weights and every expert on the device."""
     weights: dict[str, Any] = {}
     for name, shape in resident_shapes(config).items():
-        if resident_quantization(name, shape, "int8") == "int8":
+        if resident_quantization(role_of(name), "int8") == "int8":
             N, K = shape
             weights[name] = random_int8(N, K, device)
         else:
@@ -125,13 +125,9 @@ def random_network(config: Config, ops: TorchOps, device: torch.device) -> Deeps
 def touched(config: Config, position: int) -> int:
     """Bytes that a token at ``position`` reads: int8 resident weights, its experts, the latent
     cache."""
-    shapes = {
-        name: shape
-        for name, shape in resident_shapes(config).items()
-        if not name.endswith("embed_tokens.weight")
-    }
+    shapes = {name: shape for name, shape in resident_shapes(config).items() if name != EMBEDDING}
     resident = sum(
-        math.prod(shape) * (4 if resident_quantization(name, shape, "int8") == "none" else 1)
+        math.prod(shape) * (4 if resident_quantization(role_of(name), "int8") == "none" else 1)
         for name, shape in shapes.items()
     )
     record = RecordLayout(config.hidden_size, config.moe_intermediate_size).payload_bytes

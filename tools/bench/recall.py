@@ -29,6 +29,7 @@ def command(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
     import torch
 
     from slotmoe.model.config import read_config
+    from slotmoe.model.names import GATE, POST_NORM, layer_tensor
     from slotmoe.offload.predictor import NextGate, Predictor
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.study.calibrate import measure, read_text, record, split
@@ -38,11 +39,7 @@ def command(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
     config = read_config(folder / "config.json")
     with Export.open(folder) as export:
         predictor = Predictor.load(export, config.num_experts_per_tok, TorchOps())
-        names = [
-            f"model.layers.{layer}.{part}.weight"
-            for layer in export.layers
-            for part in ("post_attention_layernorm", "mlp.gate")
-        ]
+        names = [layer_tensor(layer, part) for layer in export.layers for part in (POST_NORM, GATE)]
         weights = {name: export.resident(name) for name in names}
     untrained = NextGate(
         config,

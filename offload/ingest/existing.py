@@ -1,0 +1,101 @@
+"""An export that is there already: whether it is one of this source, and how it is repaired."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slotmoe.errors import CheckpointError, ExportError
+from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint, inside
+from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
+from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
+from slotmoe.quant.export.writer import sync_folder, write_json
+
+
+def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
+    if folder.is_symlink():
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except ExportError:
+        return None
+    source = manifest.get("source")
+    same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
+    return manifest if same and manifest["quantization"]["resident"] == mode else None
+
+
+def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether every file of the export is there with its size."""
+    paths = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header
+    alone, since hashing 31 GB would double the time, of any other file whole.  Raises
+    ``CheckpointError``."""
+    folder, files = checkpoint.folder, {}
+    for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
+        if not (folder / name).is_file():
+            continue
+        with open(inside(folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if name in COPIED and size > MAX_COPIED_BYTES:
+                raise CheckpointError(
+                    f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file"
+                )
+            is_weights = name.endswith(".safetensors")
+            head = file.read(8) if is_weights else b""
+            data = head + file.read(int.from_bytes(head, "little") if is_weights else -1)
+        digest = hashlib.sha256(data).hexdigest()
+        files[name] = {"bytes": size, "header_sha256" if is_weights else "sha256": digest}
+    return files
+
+
+def repair(
+    destination: Path,
+    manifest: dict[str, Any],
+    damaged: dict[str, str],
+    partial: Path,
+    rebuild: Callable[[list[str]], dict[str, Any]],
+    notify: Callable[[str], None],
+) -> dict[str, Any]:
+    """Make the ``damaged`` files (name -> what is wrong) of an export again, each in the moment of
+    one rename; returns the manifest.  ``rebuild`` writes files into ``partial`` and returns their
+    manifest entries."""
+    for name, problem in damaged.items():
+        if (destination / name).is_dir():
+            raise ExportError(
+                f"{destination / name}: is a folder; move it away, so that the file can be made"
+            )
+        remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
+        notify(f"{destination / name} {problem}; {remedy}")
+    if not damaged:
+        notify(f"{destination}: is this export already, and every checksum is right")
+    predictors = {name for name in damaged if is_predictor(name)}
+    names = [name for name in damaged if name not in predictors]
+    entries = rebuild(names) if names else {}
+    for name, entry in entries.items():
+        if entry != manifest["files"][name]:
+            raise ExportError(
+                f"{destination / name}: this slotmoe makes other bytes of the source; pass"
+                " --overwrite to replace the export"
+            )
+    for name in entries:
+        (destination / name).parent.mkdir(exist_ok=True)
+        os.rename(partial / name, destination / name)
+        sync_folder((destination / name).parent)
+    if predictors:
+        files = manifest["files"]
+        manifest["files"] = {name: files[name] for name in files if name not in predictors}
+        manifest["checksum"] = manifest_checksum(manifest)
+        write_json(destination / MANIFEST, manifest)
+        for name in predictors:
+            (destination / name).unlink(missing_ok=True)
+    shutil.rmtree(partial)
+    return manifest

@@ -1,0 +1,40 @@
+"""Predictors for the tiny model, and what tests do to their files."""
+
+import json
+
+import torch
+
+from slotmoe.quant.export.layout import MANIFEST, is_predictor, predictor_parts
+from slotmoe.quant.export.validate import manifest_checksum
+
+D, L, E, K = 64, 2, 8, 3
+
+
+def random_tensors(seed):
+    """A predictor of random numbers, as its file holds it."""
+    parts, generator = predictor_parts(D, L, E, 16, 16), torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(part.shape, generator=generator) * 9).to(part.dtype)
+        for name, part in parts.items()
+    }
+
+
+def predictor_file(folder):
+    return next(path for path in folder.iterdir() if is_predictor(path.name))
+
+
+def sign(folder, change):
+    """Edit the manifest and give it the right checksum, as a forger would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def state_of(tensors, old, new):
+    """Which of two predictors ``tensors`` are: old, new, none or broken."""
+    for name, wanted in (("old", old), ("new", new)):
+        both = tensors is not None and wanted is not None and tensors.keys() == wanted.keys()
+        if both and all(wanted[part].equal(tensors[part]) for part in wanted):
+            return name
+    return "none" if tensors is None else "broken"
