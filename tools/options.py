@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,26 @@ from slotmoe.offload.policy.hybrid import MODES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+RESIDENT = click.option(
+    "--resident",
+    type=click.Choice(["auto", "bf16", "int8", "nf4"]),
+    default="auto",
+    help="Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
+    "nf4 is the smallest.",
+)
 REVISION = click.option(
     "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]"
 )
-_RUNTIME = [
+
+
+def count(name: str, default: int, help: str, *short: str, least: int = 1) -> Decorator:
+    """An option that takes a whole number of at least ``least``."""
+    kind = click.IntRange(least)
+    return click.option(*short, name, type=kind, default=default, metavar="N", help=help)
+
+
+_RUNTIME: list[Decorator] = [
     REVISION,
     click.option(
         "--device",
@@ -40,7 +57,6 @@ _RUNTIME = [
     click.option(
         "--context",
         type=int,
-        default=4096,
         metavar="N",
         help="Positions of the KV cache. [default: 4096, or the model's limit]",
     ),
@@ -55,16 +71,15 @@ _RUNTIME = [
         "--cache-policy",
         type=click.Choice(list(POLICIES)),
         default=DEFAULT_POLICY,
-        show_default=True,
         help="Which experts stay in memory.",
     ),
     click.option(
         "--misses",
         type=click.Choice(MODES),
         default="auto",
-        show_default=True,
-        help="With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either (hybrid). auto takes what "
-        "slotmoe bench --calibrate has measured to be fastest, else fetch.",
+        help="With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, "
+        "or either (hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, "
+        "else fetch.",
     ),
     click.option(
         "--no-prefetch",
@@ -72,76 +87,54 @@ _RUNTIME = [
         help="Read experts only when a gate has asked for them, never ahead.",
     ),
 ]
-
-
-def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
-    return [
-        click.option(
-            "-n",
-            "--max-new-tokens",
-            type=int,
-            default=max_new_tokens,
-            show_default=True,
-            metavar="N",
-            help="Stop after N tokens.",
-        ),
-        click.option(
-            "--temperature",
-            type=float,
-            default=temperature,
-            show_default=True,
-            help="0 is greedy: always the likeliest token.",
-        ),
-        click.option(
-            "--top-p",
-            type=float,
-            default=top_p,
-            show_default=True,
-            help="Sample from the likeliest tokens that reach this probability.",
-        ),
-        click.option(
-            "--top-k",
-            type=int,
-            default=0,
-            metavar="N",
-            help="Sample from the N likeliest tokens. [default: 0, all]",
-        ),
-        click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
-    ]
-
-
 _TRACE = click.option(
     "--trace",
     type=click.Path(dir_okay=False),
     metavar="FILE",
     help="Record which experts were used, for later replay.",
 )
-_GENERATION: list[Decorator] = [
-    *_sampling(max_new_tokens=128, temperature=0.0, top_p=1.0),
-    click.option(
-        "--chat",
-        is_flag=True,
-        help="Send PROMPT through the model's chat template, as a user's message.",
-    ),
-    _TRACE,
-]
-_CHAT: list[Decorator] = [*_sampling(max_new_tokens=1024, temperature=0.3, top_p=0.95), _TRACE]
+_CHAT = click.option(
+    "--chat",
+    is_flag=True,
+    help="Send PROMPT through the model's chat template, as a user's message.",
+)
 
 
-def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of what is generated: how long, by which sampling, from which kind of
-    prompt."""
-    for option in reversed(_GENERATION):
-        function = option(function)
-    return function
+def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
+    def number(name: str, default: float | None, help: str, *short: str) -> Decorator:
+        kind = float if isinstance(default, float) else int
+        return click.option(*short, name, type=kind, default=default, metavar="N", help=help)
+
+    return [
+        number("--max-new-tokens", max_new_tokens, "Stop after N tokens.", "-n"),
+        number("--temperature", temperature, "0 is greedy: always the likeliest token."),
+        number("--top-p", top_p, "Sample from the likeliest tokens that reach this probability."),
+        number("--top-k", 0, "Sample from the N likeliest tokens; 0 is all."),
+        number("--seed", None, "Make sampling repeatable."),
+    ]
 
 
-def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of how a chat's answers are generated; the defaults are those that DeepSeek
-    gives its chat models."""
-    for option in reversed(_CHAT):
-        function = option(function)
-    return function
+def _adding(options: list[Decorator]) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+runtime_options = _adding(_RUNTIME)
+"""Adds the options that ``open_runtime`` reads."""
+generation_options = _adding([*_sampling(128, temperature=0.0, top_p=1.0), _CHAT, _TRACE])
+"""Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
+chat_options = _adding([*_sampling(1024, temperature=0.3, top_p=0.95), _TRACE])
+"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+
+
+def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "chat")
+    return {name: options.pop(name) for name in names}
 
 
 def prompt_text(prompt: str) -> str:
@@ -155,21 +148,26 @@ def prompt_text(prompt: str) -> str:
         raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
 
 
-def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that ``open_runtime`` reads."""
-    for option in reversed(_RUNTIME):
-        function = option(function)
-    return function
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise ``ConfigError`` that names the extra ``slotmoe[extra]`` unless all ``modules`` are
+    installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"needs libraries that are not installed ({', '.join(missing)}): "
+            f"pip install 'slotmoe[{extra}]'"
+        )
 
 
 def is_on_hub(model: str, revision: str | None) -> bool:
-    """Whether ``model`` is a hub id; a folder of that name goes first, and is said to.  Raises
-    ``ConfigError``."""
+    """Whether ``model`` is a hub id.  A folder of that name comes first, and a line on stderr says
+    so.  Raises ``ConfigError``."""
     if not is_hub_id(model) or not Path(model).exists():
         return is_hub_id(model)
     if revision is not None:
         raise ConfigError(
-            f"{model}: is a folder here, which goes before the hub; leave out --revision or call from elsewhere"
+            f"{model}: is a folder here, which goes before the hub; "
+            "leave out --revision or call from elsewhere"
         )
     if not (Path(model) / "slotmoe.json").exists():
         click.echo(
@@ -199,16 +197,13 @@ def open_runtime(
     with byte_bars("Downloading", f"Quantizing {model}, once", quiet=quiet) as (arriving, progress):
         reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        context = options["context"]
-        source = click.get_current_context().get_parameter_source("context")
-        if source == click.core.ParameterSource.DEFAULT:
-            context = min(context, read_config(folder / "config.json").max_position_embeddings)
+        limit = read_config(folder / "config.json").max_position_embeddings
         runtime = Runtime.open(
             folder,
             device=options["device"],
             vram=options["vram"],
             ram=options["ram"],
-            context=context,
+            context=min(4096, limit) if options["context"] is None else options["context"],
             threads=options["threads"],
             cache_policy=options["cache_policy"],
             prefetch=not options["no_prefetch"],
@@ -219,13 +214,11 @@ def open_runtime(
             progress=progress,
             misses=options["misses"],
         )
-    if (
-        runtime.plan.tier == "ram"
-        and runtime.stats()["kernels"] == "torch"
-        and options.get("kernels") != "torch"
-    ):
+    slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
+    if slow and options.get("kernels") != "torch":
         click.echo(
-            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower",
+            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); "
+            "torch is several times slower",
             err=True,
         )
     return runtime

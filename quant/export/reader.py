@@ -259,6 +259,11 @@ class Export:
         return found
 
     @property
+    def random_weights(self) -> bool:
+        """Whether ``slotmoe synth`` made it: such an export has no source files."""
+        return not self.manifest["source"]["files"]
+
+    @property
     def predictor_bytes(self) -> int:
         """Bytes of all the predictor's tensors, 0 if there is none."""
         return (

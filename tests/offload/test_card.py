@@ -191,7 +191,7 @@ def test_split_balances_both_sides():
 def test_the_mode_follows_what_was_measured():
     assert choose_mode("auto", Bandwidths(), 1 << 20, 6) == "fetch"
     assert (
-        choose_mode("auto", Bandwidths().told("given", pcie_busy=1e9, experts=1e9), 1 << 20, 6)
+        choose_mode("auto", Bandwidths().updated("given", pcie_busy=1e9, experts=1e9), 1 << 20, 6)
         == "fetch"
     )
     assert choose_mode("auto", measured(pcie_busy=1e9, experts=1e9), 1 << 20, 6) == "hybrid"

@@ -14,9 +14,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import GPUS
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
 from slotmoe.offload.plan.speed import (
-    GPUS,
     TEXT_HITS,
     Bandwidths,
     Setting,

@@ -410,7 +410,7 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
     # Last, because measuring takes memory of its own.
     link = runtime.link_bandwidths()
     fast = {**link, "gpu": runtime.read_bandwidth()} if link else {}
-    rates = Bandwidths().told(
+    rates = Bandwidths().updated(
         "measured",
         ram=runtime.ram_bandwidth(),
         disk=runtime.disk_bandwidth(),
