@@ -231,6 +231,16 @@ def test_a_gpu_waits_for_pcie_or_the_disk():
     assert predict(256 * GIB).decode > predict(64 * GIB).decode > predict(32 * GIB).decode
 
 
+def test_bytes_of_a_token():
+    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
+    a position."""
+    config = geometry("v2-lite")
+    sizes = sizes_of(config, "int8")
+    experts = len(config.moe_layers) * config.num_experts_per_tok * sizes.record_bytes
+    assert sizes.touched + experts == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
+    assert kv_bytes(config, 1000, "triton") == 27 * 576 * 2 * 1000
+
+
 def test_hits_follow_the_measured_points():
     assert [text_hits(share) for share, _ in TEXT_HITS] == [hits for _, hits in TEXT_HITS]
     assert text_hits(0.175) == pytest.approx((0.27 + 0.52) / 2)

@@ -23,6 +23,7 @@ from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
+from tests.support.bench import benchmark
 from tests.support.browser import BROWSER, Browser
 
 ROOT = Path(__file__).parents[2]
@@ -492,12 +493,10 @@ def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
 
 @pytest.mark.slow
 def test_watching_costs_at_most_a_twentieth(sample_export):
-    from slotmoe.tools.bench.profile import measure
-
-    with Runtime.open(sample_export, context=1024) as runtime:
-        found = measure(runtime, decode_tokens=40, repetitions=150)
-    print(found)
-    assert found["lower_quartile"]["ratio"] <= 1.05
+    report = benchmark("profile", sample_export, "--decode-tokens", 40, "--repetitions", 150)
+    lower_quartile = report["results"][0]
+    print(lower_quartile)
+    assert lower_quartile["ratio"] <= 1.05
 
 
 def test_warm_slots_are_full_before_the_first_token(profile):
