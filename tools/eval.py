@@ -10,62 +10,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console, RenderableType
+from rich.text import Text as Cell
 
 from slotmoe.errors import PlanError
-from slotmoe.tools.options import JSON, open_runtime, runtime_options
+from slotmoe.model.config import read_config
+from slotmoe.offload.machine import available_memory, process_bytes
+from slotmoe.offload.plan.memory import format_size, parse_size
+from slotmoe.tools.options import JSON, choice, integer, open_runtime, option, runtime_options
+from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.tables import table
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.study.evaluate import Evaluation, Text
 
 
 @click.command(name="eval")
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
+@option(
+    "--text texts",
+    "FILE",
+    "UTF-8 text to score; repeatable.",
+    type=Path,
     multiple=True,
     required=True,
-    metavar="FILE",
-    help="UTF-8 text to score; repeatable.",
 )
-@click.option(
+@option(
     "--reference",
-    metavar="SRC",
-    help="Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
+    "SRC",
+    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
 )
-@click.option(
+@choice(
     "--method",
-    type=click.Choice(["strided", "llama.cpp"]),
-    default="strided",
-    help="strided scores every token once; llama.cpp the second half of each window, as its "
+    ["strided", "llama.cpp"],
+    "strided",
+    "strided scores every token once; llama.cpp the second half of each window, as its "
     "perplexity tool does.",
 )
-@click.option(
-    "--window", type=int, metavar="N", help="Positions that one pass reads. [default: --context]"
-)
-@click.option(
-    "--stride",
-    type=int,
-    metavar="N",
-    help="Tokens from one window's begin to the next one's. [default: --window - 1]",
-)
-@click.option(
-    "--worst",
-    type=click.IntRange(0, 1000),
-    default=10,
-    metavar="N",
-    help="Show the N worst tokens.",
-)
-@click.option(
+@integer("--window", "Positions that one pass reads. [default: --context]")
+@integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
+@option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
+@choice(
     "--kernels",
-    type=click.Choice(["auto", "torch"]),
-    default="auto",
-    help="torch rounds no activations, several times slower on a CPU: the cost of the weights "
-    "alone.",
+    ["auto", "torch"],
+    "auto",
+    "torch rounds no activations, several times slower on a CPU: the cost of the weights alone.",
 )
 @runtime_options
 @JSON
@@ -125,7 +115,6 @@ def _evaluate(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures, and of the settings those that the machine decides."""
-    from slotmoe.offload.plan.memory import format_size
     from slotmoe.offload.study.evaluate import LOGITS_ROWS, Evaluation
 
     started = time.perf_counter()
@@ -163,7 +152,6 @@ def _evaluate(
 def _window(model: str, window: int | None, context: int | None) -> int:
     """Positions of a window: as given, within --context if that is given too, and within what the
     model can."""
-    from slotmoe.model.config import read_config
     from slotmoe.offload.runtime import resolve_model
 
     limit = read_config(resolve_model(model) / "config.json").max_position_embeddings
@@ -183,7 +171,6 @@ def _window(model: str, window: int | None, context: int | None) -> int:
 
 def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Text]:
     """The texts as MODEL's tokens, once it is known that the reference reads them alike."""
-    from slotmoe.model.config import read_config
     from slotmoe.model.tokenizer import Tokenizer
     from slotmoe.offload.runtime import resolve_model
     from slotmoe.offload.study.evaluate import Text, check_same_vocabulary
@@ -202,9 +189,7 @@ def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Te
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    from slotmoe.offload.machine import available_memory
     from slotmoe.offload.opening import FREE_SHARE
-    from slotmoe.offload.plan.memory import parse_size
     from slotmoe.offload.runtime import Runtime, resolve_model
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
     from slotmoe.offload.tiers.device import choose_device
@@ -238,15 +223,10 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
 def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     """Budgets for the model beside an open reference, whose plan counts memory that it has not
     touched yet."""
-    import psutil
-
-    from slotmoe.offload.machine import available_memory
-    from slotmoe.offload.plan.memory import parse_size
-
     planned, vram, ram = reference.plan.total, options["vram"], options["ram"]
     if reference.plan.tier == "vram":
         return {} if vram is None else {"vram": max(1, parse_size(vram) - planned)}
-    used = psutil.Process().memory_info().rss
+    used = process_bytes()
     budget = int(available_memory() * 0.9) + used if ram is None else parse_size(ram)
     return {"ram": max(1, budget - max(0, planned - used))}
 
@@ -254,8 +234,6 @@ def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
 def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[Any], model: str, quiet: bool
 ) -> None:
-    from slotmoe.tools.progress import byte_progress
-
     done, total = 0, sum(int(text.ends[-1]) for text in texts)
     with byte_progress(f"Evaluating {model}", quiet) as progress:
 
@@ -269,10 +247,6 @@ def _run(
 
 
 def _print(report: dict[str, Any], out: Any) -> None:
-    from rich.console import Console
-    from rich.text import Text as Cell
-
-    from slotmoe.tools.tables import table
 
     console = Console(file=out)
     columns = {"tokens": "{}", "bytes": "{}", "bits_per_byte": "{:.4f}", "perplexity": "{:.3f}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,113 +11,93 @@ from typing import Any
 import click
 
 from slotmoe.errors import ConfigError
+from slotmoe.model.config import read_config
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-RESIDENT = click.option(
+
+def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
+    """A click option; ``names`` are separated by spaces."""
+    return click.option(*names.split(), metavar=metavar, help=help, **rest)
+
+
+def flag(names: str, help: str) -> Decorator:
+    return click.option(*names.split(), is_flag=True, help=help)
+
+
+def integer(names: str, help: str, default: int | None = None) -> Decorator:
+    return option(names, "N", help, type=int, default=default)
+
+
+def choice(name: str, values: Sequence[str], default: str, help: str) -> Decorator:
+    return click.option(name, type=click.Choice(values), default=default, help=help)
+
+
+def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
+    """An option that takes a whole number of at least ``least``."""
+    return option(names, "N", help, type=click.IntRange(least), default=default)
+
+
+JSON = flag("--json as_json", "Print one JSON object.")
+RESIDENT = choice(
     "--resident",
-    type=click.Choice(["auto", "bf16", "int8", "nf4"]),
-    default="auto",
-    help="Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
+    ["auto", "bf16", "int8", "nf4"],
+    "auto",
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
     "nf4 is the smallest.",
 )
-REVISION = click.option(
-    "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]"
+REVISION = option(
+    "--revision", "REV", "Branch, tag or commit of a model on the hub. [default: main]"
 )
-
-
-def count(name: str, default: int, help: str, *short: str, least: int = 1) -> Decorator:
-    """An option that takes a whole number of at least ``least``."""
-    kind = click.IntRange(least)
-    return click.option(*short, name, type=kind, default=default, metavar="N", help=help)
-
-
 _RUNTIME: list[Decorator] = [
     REVISION,
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        help="auto takes the GPU when there is one.",
-    ),
-    click.option(
-        "--ram",
-        metavar="SIZE",
-        help="RAM budget for the whole process, like 8GiB. [default: 90% of what is free]",
-    ),
-    click.option(
-        "--vram",
-        metavar="SIZE",
-        help="GPU memory budget, like 20GiB. [default: 90% of what is free]",
-    ),
-    click.option(
-        "--context",
-        type=int,
-        metavar="N",
-        help="Positions of the KV cache. [default: 4096, or the model's limit]",
-    ),
-    click.option("--threads", type=int, metavar="N", help="CPU threads. [default: physical cores]"),
-    click.option(
-        "--slots",
-        type=int,
-        metavar="N",
-        help="Keep at most N experts in memory. [default: all that fit the budget]",
-    ),
-    click.option(
-        "--cache-policy",
-        type=click.Choice(list(POLICIES)),
-        default=DEFAULT_POLICY,
-        help="Which experts stay in memory.",
-    ),
-    click.option(
+    choice("--device", ["auto", "cpu", "cuda"], "auto", "auto takes the GPU when there is one."),
+    option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
+    option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
+    integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
+    integer("--threads", "CPU threads. [default: physical cores]"),
+    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
+    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
+    choice(
         "--misses",
-        type=click.Choice(MODES),
-        default="auto",
-        help="With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, "
+        MODES,
+        "auto",
+        "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, "
         "or either (hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, "
         "else fetch.",
     ),
-    click.option(
-        "--no-prefetch",
-        is_flag=True,
-        help="Read experts only when a gate has asked for them, never ahead.",
-    ),
+    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
 ]
-_TRACE = click.option(
+_TRACE = option(
     "--trace",
+    "FILE",
+    "Record which experts were used, for later replay.",
     type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Record which experts were used, for later replay.",
 )
-_CHAT = click.option(
-    "--chat",
-    is_flag=True,
-    help="Send PROMPT through the model's chat template, as a user's message.",
-)
+_CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
-    def number(name: str, default: float | None, help: str, *short: str) -> Decorator:
-        kind = float if isinstance(default, float) else int
-        return click.option(*short, name, type=kind, default=default, metavar="N", help=help)
-
+    likeliest = "Sample from the likeliest tokens that reach this probability."
     return [
-        number("--max-new-tokens", max_new_tokens, "Stop after N tokens.", "-n"),
-        number("--temperature", temperature, "0 is greedy: always the likeliest token."),
-        number("--top-p", top_p, "Sample from the likeliest tokens that reach this probability."),
-        number("--top-k", 0, "Sample from the N likeliest tokens; 0 is all."),
-        number("--seed", None, "Make sampling repeatable."),
+        integer("-n --max-new-tokens", "Stop after N tokens.", max_new_tokens),
+        option(
+            "--temperature", "N", "0 is greedy: always the likeliest token.", default=temperature
+        ),
+        option("--top-p", "N", likeliest, default=top_p),
+        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
+        integer("--seed", "Make sampling repeatable."),
     ]
 
 
 def _adding(options: list[Decorator]) -> Decorator:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
+        for decorate in reversed(options):
+            function = decorate(function)
         return function
 
     return add
@@ -185,9 +165,7 @@ def open_runtime(
 ) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize."""
-    from slotmoe.model.config import read_config
     from slotmoe.offload.runtime import Runtime, resolve_model
-    from slotmoe.tools.progress import byte_bars
 
     def notify(text: str) -> None:
         if not quiet:

@@ -6,32 +6,34 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import psutil
+from rich.console import Console
+from rich.table import Table
 
-from slotmoe.tools.options import JSON, RESIDENT, count, is_on_hub, runtime_options
-
-if TYPE_CHECKING:
-    from slotmoe.offload.plan.advice import Machine, Model
+from slotmoe.errors import DownloadError, PlanError
+from slotmoe.model.config import read_config
+from slotmoe.offload import machine
+from slotmoe.offload.plan.advice import Machine, Model, Scenario, choose_precision, gpu_named
+from slotmoe.offload.plan.memory import IMPORT_BYTES, format_size, parse_size
+from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.tools.options import JSON, RESIDENT, count, is_on_hub, option, runtime_options
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
 
 
 @click.command(name="plan")
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--gpu",
-    metavar="NAME",
-    help="Plan for this GPU: its memory and bandwidths, like rtx-4090 or rtx-3060.",
-)
+@option("--gpu", "NAME", "Plan for this GPU: its memory and bandwidths, like rtx-4090 or rtx-3060.")
 @RESIDENT
 @count("--prompt-tokens", 512, "Tokens of the prompt.")
-@count("--new-tokens", 128, "Tokens to generate.", "-n")
-@click.option("--ram-bandwidth", metavar="SIZE", help="Bytes a second of RAM, like 40GB.")
-@click.option("--disk-bandwidth", metavar="SIZE", help="Bytes a second of the disk, like 3.5GB.")
-@click.option("--pcie-bandwidth", metavar="SIZE", help="Bytes a second to the GPU, like 25GB.")
-@click.option("--gpu-bandwidth", metavar="SIZE", help="Bytes a second of GPU memory, like 1008GB.")
+@count("-n --new-tokens", 128, "Tokens to generate.")
+@option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
+@option("--disk-bandwidth", "SIZE", "Bytes a second of the disk, like 3.5GB.")
+@option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
+@option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
 @runtime_options
 @JSON
 def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **options: Any) -> None:
@@ -50,10 +52,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
-    from slotmoe.errors import PlanError
-    from slotmoe.offload.plan.advice import Scenario, choose_precision
-
-    planned, machine = _model(model, options["revision"]), _machine(options)
+    planned, target = _model(model, options["revision"]), _machine(options)
     context, limit = options["context"], planned.config.max_position_embeddings
     if context is None:
         context = min(4096, limit)
@@ -66,8 +65,8 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
             f"a prompt of {prompt_tokens} tokens does not fit the context of {context}: "
             "raise --context or lower --prompt-tokens"
         )
-    resident, why = choose_precision(planned, machine, options["resident"])
-    scenario = Scenario(planned, machine, resident, context, options["slots"], options["misses"])
+    resident, why = choose_precision(planned, target, options["resident"])
+    scenario = Scenario(planned, target, resident, context, options["slots"], options["misses"])
     report = scenario.report(prompt_tokens, new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     print(json.dumps(report)) if as_json else _print(report)
@@ -75,9 +74,6 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
 
 def _model(name: str, revision: str | None) -> Model:
     """What MODEL is, from its config and, for an export, its manifest.  Raises ``ConfigError``."""
-    from slotmoe.model.config import read_config
-    from slotmoe.offload.plan.advice import Model
-
     if is_on_hub(name, revision):
         return Model(name, read_config(_hub_config(name, revision or "main")))
     return Model.read(name)
@@ -87,8 +83,6 @@ def _hub_config(repo: str, revision: str) -> Path:
     """The config of a model on the hub, from huggingface_hub's cache where it is there already.
     Raises ``ConfigError`` or ``DownloadError``."""
     from huggingface_hub import errors, hf_hub_download
-
-    from slotmoe.errors import DownloadError
 
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision))
@@ -106,20 +100,7 @@ def _hub_config(repo: str, revision: str) -> Path:
 
 def _machine(options: dict[str, Any]) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
-    import psutil
-
-    from slotmoe.errors import PlanError
-    from slotmoe.offload.machine import (
-        available_memory,
-        cache_folder,
-        free_gpu_memory,
-        process_bytes,
-    )
-    from slotmoe.offload.plan.advice import Machine, gpu_named
-    from slotmoe.offload.plan.memory import IMPORT_BYTES, parse_size
-    from slotmoe.offload.plan.speed import stored_bandwidths
-
-    bandwidths = stored_bandwidths(cache_folder() / "machine.json")
+    bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
     vram, gpu = options["vram"], None
     if options["gpu"] is not None:
         gpu = gpu_named(options["gpu"])
@@ -129,13 +110,12 @@ def _machine(options: dict[str, Any]) -> Machine:
     rates = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
     given = {tier: float(parse_size(rate)) for tier, rate in rates.items() if rate is not None}
     bandwidths = bandwidths.updated("given", **given, pcie_busy=given.get("pcie"))
-    # What run would find free, once it has imported its libraries.
-    ram = options["ram"] or int(available_memory() * 0.9) - process_bytes() + IMPORT_BYTES
+    ram = options["ram"] or _free_ram()
     if options["device"] == "cpu":
         if vram is not None or gpu is not None:
             raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     elif vram is None:
-        free = None if gpu is not None else free_gpu_memory()
+        free = None if gpu is not None else machine.free_gpu_memory()
         vram = gpu.budget if gpu is not None else free and int(free * 0.9)
         if vram is None and options["device"] == "cuda":
             raise PlanError(
@@ -153,12 +133,12 @@ def _machine(options: dict[str, Any]) -> Machine:
     return Machine(parse_size(ram), vram, threads, bandwidths)
 
 
+def _free_ram() -> int:
+    """What run would find free, once it has imported its libraries."""
+    return int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
+
+
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from slotmoe.offload.plan.memory import format_size
-
     console, total = Console(file=sys.stdout), report["total"]
     tiers = [tier for tier in _NAMES if tier in total]
     short = f"does not fit: {format_size(report['shortfall'])} short"
@@ -184,8 +164,6 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _outlook(report: dict[str, Any]) -> list[str]:
-    from slotmoe.offload.plan.memory import format_size
-
     settings, prefill = report["settings"], report["prefill_tokens_per_second"]
     host = f" and {report['host_slots']} in RAM" if report["host_slots"] else ""
     peak = [f"{format_size(size)} of {_NAMES[t]}" for t, size in report["predicted_peak"].items()]

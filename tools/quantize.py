@@ -9,40 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
-from slotmoe.tools.options import JSON, RESIDENT, REVISION, is_on_hub
+from slotmoe.errors import ConfigError
+from slotmoe.model.config import read_config
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option
+from slotmoe.tools.progress import byte_bars, byte_progress
+from slotmoe.tools.tables import table
 
 
 @click.command(name="quantize")
 @click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
-@click.option(
-    "--calibrate",
-    "texts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    metavar="TEXT",
-    help="Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
+@option(
+    "--calibrate texts",
+    "TEXT",
+    "Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
     "already, that alone.",
+    type=Path,
+    multiple=True,
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 256),
-    metavar="N",
-    help="Threads that quantize. [default: all cores]",
+@option(
+    "--workers", "N", "Threads that quantize. [default: all cores]", type=click.IntRange(1, 256)
 )
 @REVISION
-@click.option(
-    "--keep-source",
-    is_flag=True,
-    help="Keep what is downloaded from the hub, as a checkpoint folder DST.source.",
-)
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace an export at DST, or start anew after a run with other options.",
-)
+@flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
+@flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
 @JSON
 def command(
     source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any
@@ -89,9 +83,6 @@ def _say(line: str) -> None:
 
 def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     """Refuse a source or calibration texts that can't work before hours of work, not after."""
-    from slotmoe.errors import ConfigError
-    from slotmoe.model.config import read_config
-
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     config = read_config(folder / "config.json")
@@ -118,7 +109,6 @@ def _quantize(
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
     from slotmoe.offload.runtime import resolve_model
-    from slotmoe.tools.progress import byte_bars
 
     def notify(text: str) -> None:
         if not quiet:
@@ -150,9 +140,7 @@ def _quantize(
 
 
 def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[str, Any]:
-    from slotmoe.offload.plan.memory import format_size
     from slotmoe.offload.study.calibrate import calibrate
-    from slotmoe.tools.progress import byte_progress
 
     started = time.perf_counter()
     try:
@@ -193,10 +181,6 @@ def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict
 
 def _print(report: dict[str, Any]) -> None:
     """The size of the export, and what quantization cost."""
-    from rich.console import Console
-
-    from slotmoe.offload.plan.memory import format_size
-    from slotmoe.tools.tables import table
 
     size, experts, resident = (
         format_size(report[name]) for name in ("bytes", "expert_bytes", "resident_bytes")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
+from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
-from slotmoe.tools.options import JSON, require_extra
+from slotmoe.tools.options import JSON, option, require_extra
+from slotmoe.tools.progress import step_progress
+from slotmoe.tools.tables import table
 
 SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 
@@ -24,25 +28,22 @@ SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
     metavar="TRACE...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-@click.option(
+@option(
     "--slots",
+    "N",
+    "Cache size, repeatable. [default: 5% to 100%]",
     type=click.IntRange(1),
     multiple=True,
-    metavar="N",
-    help="Cache size, repeatable. [default: 5% to 100%]",
 )
-@click.option(
+@option(
     "--policy",
+    None,
+    "Policy to replay, repeatable. [default: all]",
     type=click.Choice(list(POLICIES)),
     multiple=True,
-    help="Policy to replay, repeatable. [default: all]",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="CHART.png",
-    help="Draw a chart too.",
+@option(
+    "-o --output", "CHART.png", "Draw a chart too.", type=click.Path(dir_okay=False, path_type=Path)
 )
 @JSON
 def command(
@@ -85,7 +86,6 @@ def measure(
     """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
     of the optimum's, both as ``by_trace`` and as their mean."""
     from slotmoe.offload.study.replay import gate_choices, sweep
-    from slotmoe.tools.progress import step_progress
 
     opened, geometry = _read(traces)
     experts = geometry["n_routed_experts"]
@@ -129,8 +129,6 @@ def _read(traces: tuple[Path, ...]) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _results(rates: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    from statistics import fmean
-
     from slotmoe.offload.study.replay import OPTIMUM
 
     results = []
@@ -144,9 +142,6 @@ def _results(rates: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from slotmoe.tools.tables import table
 
     console = Console(file=sys.stdout)
     tokens = sum(trace["tokens"] for trace in report["traces"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
     JSON,
     generation_arguments,
@@ -76,8 +77,6 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 def summary(stats: dict[str, Any]) -> str:
     """One line: the device and why it was taken, speeds, hits, bytes read and memory, from
     ``Runtime.stats``."""
-    from slotmoe.offload.plan.memory import format_size
-
     parts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind, speed in zip(("prefill", "decode"), _speeds(stats).values(), strict=True):
         if speed is not None:

@@ -10,20 +10,23 @@ from pathlib import Path
 
 import click
 
-from slotmoe.tools.options import JSON, RESIDENT
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.options import JSON, RESIDENT, flag, option
+from slotmoe.tools.progress import byte_progress
 
 
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
-@click.option(
+@option(
     "--share-layers",
+    "N",
+    "Write N distinct expert layers and hard-link the others to them.",
     type=click.IntRange(1, 1000),
-    metavar="N",
-    help="Write N distinct expert layers and hard-link the others to them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an export at DST.")
+@flag("--overwrite", "Replace an export at DST.")
 @JSON
 def command(
     geometry: str,
@@ -45,9 +48,6 @@ def command(
       slotmoe bench lite-random --ram 5GiB
     """
     from slotmoe.offload.ingest.synth import synthesize
-    from slotmoe.offload.plan.advice import geometry_path
-    from slotmoe.offload.plan.memory import format_size
-    from slotmoe.tools.progress import byte_progress
 
     started, source = time.perf_counter(), geometry_path(geometry)
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:

@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
+from slotmoe.errors import ExportError
+from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import JSON
+from slotmoe.tools.progress import byte_progress
 
 
 @click.command(name="verify")
-@click.argument("export", metavar="EXPORT", type=click.Path(path_type=Path))
+@click.argument("export", metavar="EXPORT", type=Path)
 @JSON
 def command(export: Path, as_json: bool) -> int:
     """Check every checksum of EXPORT: of each file, its header, its tensors and its expert records.
@@ -28,12 +31,9 @@ def command(export: Path, as_json: bool) -> int:
       slotmoe verify lite-export
       slotmoe verify lite-export --json
     """
-    from slotmoe.errors import ExportError
-    from slotmoe.offload.plan.memory import format_size
     from slotmoe.quant.export.layout import MANIFEST
     from slotmoe.quant.export.validate import read_manifest
     from slotmoe.quant.export.verify import damaged_files
-    from slotmoe.tools.progress import byte_progress
 
     started = time.perf_counter()
     if not (export / MANIFEST).exists():

@@ -393,6 +393,14 @@ def test_earlier_report_is_replaced_whole(profile, tmp_path):
     assert "No token was decoded." in " ".join(page(out).words)
 
 
+def test_without_matplotlib_the_report_has_no_charts_and_says_so(profile, monkeypatch, tmp_path):
+    monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
+    code, _, err = profile(TEXT, "-n", "3")
+    assert (code, err.count("\n"), "slotmoe[plots]" in err) == (0, 1, True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "profile.json"}
+    assert "img" not in page(tmp_path / "out").tags
+
+
 def test_long_text_is_cut_and_said(profile, tmp_path):
     (tmp_path / "long.txt").write_text(TEXT * 500)
     code, _, err = profile("--text", tmp_path / "long.txt", "--context", "64", "-n", "4")

@@ -11,8 +11,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
-from slotmoe.tools.options import JSON, count, open_runtime, runtime_options
+from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.plan.speed import store_bandwidths
+from slotmoe.tools.options import JSON, count, flag, open_runtime, runtime_options
+from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.tables import table
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -24,9 +29,7 @@ if TYPE_CHECKING:
 @count("--decode-tokens", 64, "Tokens of one decode run.")
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
 @count("--repetitions", 5, "Runs; medians are reported.")
-@click.option(
-    "--calibrate", is_flag=True, help="Keep the bandwidths measured here for slotmoe plan."
-)
+@flag("--calibrate", "Keep the bandwidths measured here for slotmoe plan.")
 @runtime_options
 @JSON
 def command(
@@ -54,10 +57,6 @@ def command(
       slotmoe bench lite-random --ram 5GiB --prompt-tokens 64 --json
       slotmoe bench lite-random --calibrate          what slotmoe plan then reckons with
     """
-    from slotmoe.offload.machine import cache_folder
-    from slotmoe.offload.plan.speed import store_bandwidths
-    from slotmoe.tools.progress import byte_progress
-
     with open_runtime(model, options, quiet=as_json) as runtime:
         needed = max(prompt_tokens, depth + decode_tokens)
         if needed > runtime.context:
@@ -199,9 +198,6 @@ def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, floa
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from slotmoe.tools.tables import table
 
     settings, ceiling = report["settings"], report["ceiling"]
     limit = (f"{ceiling['decode_tokens_per_second']:.1f}", f"{ceiling['decode_fraction']:.0%}")

@@ -29,7 +29,7 @@ import click
 
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench import turns
-from slotmoe.tools.options import count, open_runtime, runtime_options
+from slotmoe.tools.options import count, integer, open_runtime, option, runtime_options
 from slotmoe.tools.serve import make_server
 
 
@@ -145,8 +145,8 @@ class _Clients:
 @runtime_options
 @count("--tokens", 64, "Tokens of each answer.", least=2)
 @turns.repetitions(5)
-@click.option("--clients", default="1,4,8", help="How many stream at once; empty leaves it out.")
-@click.option("--long", type=int, default=2000, help="Tokens of a long prompt; 0 leaves it out.")
+@option("--clients", "N,N", "How many stream at once; empty leaves it out.", default="1,4,8")
+@integer("--long", "Tokens of a long prompt; 0 leaves it out.", 2000)
 @click.option("--cost/--no-cost", default=True, help="Compare with generate and slotmoe bench.")
 def serve(
     export: str, tokens: int, repetitions: int, clients: str, long: int, cost: bool, **options: Any

@@ -17,15 +17,13 @@ import click
 import torch
 
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.options import Decorator, count
+from slotmoe.tools.options import Decorator, count, option
 
 T = TypeVar("T")
 Row = dict[str, Any]
 EXPORT = click.argument("export", metavar="EXPORT")
-THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: cores]")
-WORKING_SET = click.option(
-    "--working-set", type=float, default=1.5, help="GiB that streaming kernels run through."
-)
+THREADS = count("--threads", None, "CPU threads. [default: cores]")
+WORKING_SET = option("--working-set", "GIB", "What streaming kernels run through.", default=1.5)
 
 
 def repetitions(default: int) -> Decorator:
