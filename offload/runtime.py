@@ -529,7 +529,7 @@ class Runtime:
         their ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
         ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
         assert self._sizes is not None and isinstance(self._source, Export)
-        random = self._source.random_weights
+        random = str(self._source.manifest["source"]["name"]).startswith("random weights")
         misses = self._experts.misses.mode if isinstance(self._experts, CardExperts) else "fetch"
         setting = Setting(
             self.config, self._sizes, self.plan, bandwidths, self.threads, random, misses

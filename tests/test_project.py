@@ -34,7 +34,7 @@ def test_packages_import_only_what_they_may(package):
         assert not FORBIDDEN[package] & set(imported_packages(path)), path
 
 
-LIGHT = "slotmoe.offload.plan.memory slotmoe.offload.plan.speed slotmoe.offload.plan.advice slotmoe.offload.machine slotmoe.offload.policy.cache slotmoe.offload.policy.prefetch slotmoe.offload.observe.profiler slotmoe.offload.study.replay slotmoe.offload.ingest.hub_id".split()
+LIGHT = "slotmoe.offload.plan.memory slotmoe.offload.plan.speed slotmoe.offload.machine slotmoe.offload.policy.cache slotmoe.offload.policy.prefetch slotmoe.offload.observe.profiler slotmoe.offload.study.replay slotmoe.offload.ingest.hub_id".split()
 LIGHT += "slotmoe.model.config slotmoe.model.names slotmoe.quant.shapes slotmoe.tools.cli slotmoe.tools.run slotmoe.tools.chat slotmoe.tools.serve slotmoe.tools.quantize slotmoe.tools.verify".split()
 LIGHT += "slotmoe.tools.plan slotmoe.tools.profile slotmoe.tools.replay slotmoe.offload.policy.hybrid".split()
 

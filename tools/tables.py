@@ -16,7 +16,9 @@ def table(
     left: Sequence[int] = (0,),
 ) -> Table:
     """A plain table whose columns of numbers ``left`` are flush left, the others flush right."""
-    plain = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    width = None if title is None else len(title)  # no line break in the title
+    plain = Table(title=title, title_justify="left", box=box.SIMPLE, min_width=width)
+    plain.pad_edge, plain.collapse_padding = False, True
     for number, column in enumerate(columns):
         plain.add_column(column, justify="left" if number in left else "right", no_wrap=True)
     for row in rows:

@@ -27,7 +27,10 @@ from tests.support.bench import benchmark
 from tests.support.browser import BROWSER, Browser
 
 ROOT = Path(__file__).parents[2]
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife. "
+)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def measure(
     object."""
     import torch
 
-    from slotmoe.tools.bench.turns import take_turns, token_seconds
+    from slotmoe.tools.bench.turns import start, take_turns, token_seconds
 
     generator, moved = torch.Generator().manual_seed(0), Counter[str]()
 
@@ -101,7 +101,7 @@ def measure(
         return torch.randint(runtime.config.vocab_size, (tokens,), generator=generator).tolist()
 
     def prefill() -> float:
-        step, prompt = runtime.start(), ids(prompt_tokens)
+        step, prompt = start(runtime), ids(prompt_tokens)
         started = time.perf_counter()
         step(prompt)
         return prompt_tokens / (time.perf_counter() - started)
@@ -113,7 +113,7 @@ def measure(
         moved.update({"seconds": seconds, "tokens": decode_tokens})
         return decode_tokens / seconds
 
-    runtime.start()(ids(8))  # first-use costs: thread pools, page faults of scratch memory
+    start(runtime)(ids(8))  # first-use costs: thread pools, page faults of scratch memory
     ways = {"prefill": prefill, "decode": decode, "bandwidth": runtime.read_bandwidth}
     runs = take_turns(ways, repetitions, warm_up=False)
     components = _components(runtime, ids(decode_tokens), depth)
@@ -210,14 +210,9 @@ def _print(report: dict[str, Any]) -> None:
         rows.append((label, f"{speed:.2f}", f"{min(runs):.2f}-{max(runs):.2f}", *limits))
     console = Console(file=sys.stdout)
     columns = ("", "median tokens/s", "range", "ceiling", "of ceiling")
-    console.print(
-        table(
-            columns,
-            rows,
-            f"{settings['model']} on {settings['device']}: "
-            f"{settings['kernels']} kernels, {settings['threads']} threads",
-        )
-    )
+    machine = f"{settings['kernels']} kernels, {settings['threads']} threads"
+    title = f"{settings['model']} on {settings['device']}: {machine}"
+    console.print(table(columns, rows, title))
     for line in _sentences(report):
         console.print(line)
 

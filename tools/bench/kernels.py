@@ -140,7 +140,7 @@ def _experts(bench: _Bench) -> None:
         decode = [partial(ops.experts_by_slot, x_1D, slab, s, layout, levels, y_1KD) for s in slots]
     bench.measure(f"experts, 1 token, {K} experts", K * macs, K * size, decode, slab)
     for T in (1, 4, 16, 48, 128, MANY):
-        x_TD, first = bench.randn(T, D), torch.zeros_like(slots.view(-1)[:1]).expand(T, 1)
+        x_TD, first = bench.randn(T, D), slots.new_zeros(T, 1)
         y_T1D = bench.empty((T, 1, D), torch.float32)
         single = partial(ops.experts_by_slot, x_TD, slab, first, layout, levels, y_T1D)
         bench.measure(f"experts_by_slot, {T} tokens, 1 expert", T * macs, size, [single])

@@ -100,7 +100,7 @@ class _Clients:
         prompt, ids = next((p, ids) for p, ids in made if len(ids) == tokens)
 
         def bench() -> float:
-            step = self.runtime.start()
+            step = turns.start(self.runtime)
             step(prompt)
             started = time.perf_counter()
             for token in ids[1:]:

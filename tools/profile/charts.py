@@ -164,31 +164,27 @@ def _rates_title(cache: dict[str, Any]) -> str:
 
 
 def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
-    def line(
-        label: str, colour: str, style: str, rate: Callable[[dict[str, Any]], tuple[int, int]]
-    ) -> None:
-        rates = {layer["layer"]: rate(layer) for layer in layers}
-        shown = {number: 100 * part / whole for number, (part, whole) in rates.items() if whole}
-        if shown:
-            axes.plot(list(shown), list(shown.values()), style, label=label, color=colour, ms=5)
+    def line(label: str, colour: str, style: str, part: list[int], *others: list[int]) -> None:
+        """``part`` of the sum of all, by layer."""
+        shares = {
+            layer["layer"]: 100 * counts[0] / sum(counts)
+            for layer, *counts in zip(layers, part, *others, strict=True)
+            if sum(counts)
+        }
+        if shares:
+            axes.plot(list(shares), list(shares.values()), style, label=label, color=colour, ms=5)
 
-    def fate(kind: str, *kinds: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
-        return lambda layer: (
-            layer["prefetch"][kind],
-            sum(layer["prefetch"][name] for name in kinds),
-        )
-
-    def needed(layer: dict[str, Any]) -> tuple[int, int]:
-        return layer["hits"], layer["hits"] + layer["misses"]
-
-    def coming(layer: dict[str, Any]) -> tuple[int, int]:
-        return layer["already_coming"], layer["misses"]
-
-    line("hits, of what was needed", BLUE, "o-", needed)
-    line("already coming, of the misses", GREEN, "^-", coming)
+    hits, misses = ([layer[name] for layer in layers] for name in ("hits", "misses"))
+    coming = [layer["already_coming"] for layer in layers]
+    late = [missed - came for missed, came in zip(misses, coming, strict=True)]
+    line("hits, of what was needed", BLUE, "o-", hits, misses)
+    line("already coming, of the misses", GREEN, "^-", coming, late)
     if layers[0]["prefetch"] is not None:
-        line("right, of the guesses", ORANGE, "s--", fate("right", "guessed"))
-        line("used, of what was read ahead", RED, "D:", fate("used", "used", "wasted"))
+        guesses = [layer["prefetch"] for layer in layers]
+        right, used, wasted = ([g[n] for g in guesses] for n in ("right", "used", "wasted"))
+        wrong = [guess["guessed"] - guess["right"] for guess in guesses]
+        line("right, of the guesses", ORANGE, "s--", right, wrong)
+        line("used, of what was read ahead", RED, "D:", used, wasted)
     axes.set(xlabel="layer", ylabel="share (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -216,7 +212,7 @@ def _predicted(axes: Axes, rows: list[dict[str, Any]]) -> None:
     most = max(row[key] for row in shown for key in ("predicted", "measured"))
     unit, scale = _unit(most)
     for key, offset, colour in (("predicted", 0.2, SKY), ("measured", -0.2, BLUE)):
-        heights = [place + offset for place in range(len(shown))]
+        heights = [number + offset for number in range(len(shown))]
         sizes = [row[key] / scale for row in shown]
         bars = axes.barh(heights, sizes, 0.38, color=colour, label=key)
         axes.bar_label(bars, [format_size(row[key]) for row in shown], padding=4, fontsize=8)

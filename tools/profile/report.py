@@ -118,8 +118,8 @@ def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _by_name(components: dict[str, dict[str, int]], tier: str) -> dict[str, int]:
-    """Bytes in ``tier`` by component.  The process and its temporaries can't be told apart from
-    outside, so they count together."""
+    """Bytes in ``tier`` by component.  Seen from outside, the process and its temporaries are
+    one."""
     sums: dict[str, int] = {}
     for name, sizes in components.items():
         shown = _TOGETHER.get(name, name)
