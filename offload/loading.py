@@ -123,6 +123,12 @@ class LoadedModel:
     sizes: Sizes | None = None
     store: Source | None = None
 
+    @property
+    def export(self) -> Export:
+        """The open export; only quantized models have one."""
+        assert isinstance(self.source, Export)
+        return self.source
+
     def quantized(self, purpose: str) -> Experts:
         """The experts' slots.  Raises ``ConfigError`` on the reference path."""
         if self.experts is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -46,3 +48,16 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return max(available, 0)
+
+
+def free_gpu_memory() -> int | None:
+    """Free bytes of the first NVIDIA GPU's memory; None if there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+        return int(run.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

@@ -14,62 +14,44 @@ from slotmoe import __version__
 from slotmoe.errors import DeviceError, DownloadError, SlotmoeError
 
 _COMMANDS = {
-    "run": ("slotmoe.tools.run", "Continue a prompt with a model, streaming the text."),
-    "chat": (
-        "slotmoe.tools.chat",
-        "Talk to a model, with history, commands and formatted answers.",
-    ),
-    "serve": (
-        "slotmoe.tools.serve",
-        "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page.",
-    ),
-    "quantize": (
-        "slotmoe.tools.quantize",
-        "Turn a checkpoint into a 4-bit export that loads fast.",
-    ),
-    "verify": ("slotmoe.tools.verify", "Check every checksum of an export."),
-    "synth": ("slotmoe.tools.synth", "Write an export of a real geometry with random weights."),
-    "plan": (
-        "slotmoe.tools.plan",
-        "Say whether a model fits, what goes where, and how fast it will be.",
-    ),
-    "bench": (
-        "slotmoe.tools.bench",
-        "Measure prefill and decode speed beside the machine's ceiling.",
-    ),
-    "eval": (
-        "slotmoe.tools.eval",
-        "Score text: bits per byte, perplexity, and divergence from a reference.",
-    ),
-    "profile": (
-        "slotmoe.tools.profile",
-        "Report where a run's memory and time go: charts, HTML, JSON.",
-    ),
-    "replay": (
-        "slotmoe.tools.replay",
-        "Compare expert cache policies and sizes on recorded routing.",
-    ),
+    "run": "Continue a prompt with a model, streaming the text.",
+    "chat": "Talk to a model, with history, commands and formatted answers.",
+    "serve": "Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page.",
+    "quantize": "Turn a checkpoint into a 4-bit export that loads fast.",
+    "verify": "Check every checksum of an export.",
+    "synth": "Write an export of a real geometry with random weights.",
+    "plan": "Say whether a model fits, what goes where, and how fast it will be.",
+    "bench": "Measure prefill and decode speed beside the machine's ceiling.",
+    "eval": "Score text: bits per byte, perplexity, and divergence from a reference.",
+    "profile": "Report where a run's memory and time go: charts, HTML, JSON.",
+    "replay": "Compare expert cache policies and sizes on recorded routing.",
 }
 
 
-class _Lazy(click.Group):
-    """A group whose subcommands are imported when they are asked for."""
+class LazyGroup(click.Group):
+    """A group that imports a subcommand, ``command`` of the module of its name in ``package``, when
+    it is called.  ``helps`` maps names to the lines of ``--help``."""
+
+    def __init__(self, package: str, helps: dict[str, str], **options: Any):
+        settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+        super().__init__(context_settings=settings, **options)
+        self._package, self._helps = package, helps
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(self._helps)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in self._helps:
             return None
-        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        command: click.Command = importlib.import_module(f"{self._package}.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+            formatter.write_dl(list(self._helps.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("slotmoe", cls=LazyGroup, package="slotmoe.tools", helps=_COMMANDS)
 @click.version_option(__version__, "-V", "--version", prog_name="slotmoe")
 def cli() -> None:
     """Run DeepSeek-V2 models that are far larger than your graphics card, or your RAM.
@@ -86,12 +68,12 @@ def cli() -> None:
     """
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = cli.main(arguments, prog_name="slotmoe", standalone_mode=False)
+        code = group.main(arguments, prog_name=group.name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except SlotmoeError as problem:
         click.echo(f"slotmoe: {problem}", err=True)
@@ -103,10 +85,8 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("\nslotmoe: interrupted", err=True)
         sys.exit(130)
     except OSError as problem:
-        click.echo(
-            f"slotmoe: {problem.filename or 'input or output'}: {problem.strerror or problem}",
-            err=True,
-        )
+        path = problem.filename or "input or output"
+        click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
         sys.exit(1)
 
 

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console, RenderableType
+from rich.text import Text as Cell
 
-from slotmoe.tools.options import open_runtime, runtime_options
+from slotmoe.errors import PlanError
+from slotmoe.model.config import read_config
+from slotmoe.offload.machine import available_memory, process_bytes
+from slotmoe.offload.plan.memory import format_size, parse_size
+from slotmoe.tools.options import JSON, choice, integer, open_runtime, option, runtime_options
+from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.tables import table
 
 if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
@@ -20,59 +28,41 @@ if TYPE_CHECKING:
 
 @click.command(name="eval")
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
+@option(
+    "--text texts",
+    "FILE",
+    "UTF-8 text to score; repeatable.",
+    type=Path,
     multiple=True,
     required=True,
-    metavar="FILE",
-    help="UTF-8 text to score; repeatable.",
 )
-@click.option(
+@option(
     "--reference",
-    metavar="SRC",
-    help="Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
+    "SRC",
+    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
 )
-@click.option(
+@choice(
     "--method",
-    type=click.Choice(["strided", "llama.cpp"]),
-    default="strided",
-    show_default=True,
-    help="strided scores every token once; llama.cpp the second half of each window, as its perplexity tool does.",
+    ["strided", "llama.cpp"],
+    "strided",
+    "strided scores every token once; llama.cpp the second half of each window, as its "
+    "perplexity tool does.",
 )
-@click.option(
-    "--window", type=int, metavar="N", help="Positions that one pass reads. [default: --context]"
-)
-@click.option(
-    "--stride",
-    type=int,
-    metavar="N",
-    help="Tokens from one window's begin to the next one's. [default: --window - 1]",
-)
-@click.option(
-    "--worst",
-    type=click.IntRange(0, 1000),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Show the N worst tokens.",
-)
-@click.option(
+@integer("--window", "Positions that one pass reads. [default: --context]")
+@integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
+@option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
+@choice(
     "--kernels",
-    type=click.Choice(["auto", "torch"]),
-    default="auto",
-    help="torch rounds no activations, several times slower on a CPU: the cost of the weights alone.",
+    ["auto", "torch"],
+    "auto",
+    "torch rounds no activations, several times slower on a CPU: the cost of the weights alone.",
 )
 @runtime_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def command(
     model: str,
     texts: tuple[Path, ...],
     reference: str | None,
-    method: str,
-    window: int | None,
-    stride: int | None,
     worst: int,
     as_json: bool,
     **options: Any,
@@ -96,73 +86,83 @@ def command(
 
     \b
     Examples:
-      slotmoe eval lite-export --text book.txt slotmoe eval lite-export --text a.txt --text b.txt
-      --reference DeepSeek-V2-Lite-Chat --window 1024 slotmoe eval lite-export --text page.txt
-      --reference DeepSeek-V2-Lite-Chat --kernels torch slotmoe eval lite-nf4 --text book.txt
-      --reference lite-bf16 --ram 12GiB --json slotmoe eval lite-export --text wiki.test.raw
-      --method llama.cpp --window 512
+      slotmoe eval lite-export --text book.txt
+      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --window 1024
+      slotmoe eval lite-export --text a.txt --reference DeepSeek-V2-Lite-Chat --kernels torch
+      slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
+      slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from slotmoe.offload.study.evaluate import Evaluation, windows_of
+    from slotmoe.offload.study.evaluate import windows_of
 
-    window = options["context"] = _window(model, window, options["context"])
+    method, stride = options["method"], options["stride"]
+    window = options["context"] = _window(model, options["window"], options["context"])
     read = _read(model, reference, texts)
     windows = [windows_of(text, method, window, stride) for text in read]
+    report = _evaluate(model, reference, read, windows, worst, as_json, options)
+    settings = {"model": model, "reference": reference, "method": method, "window": window}
+    settings |= {"stride": stride, "windows": sum(map(len, windows))}
+    report["settings"] = settings | report["settings"]
+    print(json.dumps(report)) if as_json else _print(report, sys.stdout)
+
+
+def _evaluate(
+    model: str,
+    reference: str | None,
+    texts: list[Text],
+    windows: list[Any],
+    worst: int,
+    quiet: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The figures, and of the settings those that the machine decides."""
+    from slotmoe.offload.study.evaluate import LOGITS_ROWS, Evaluation
+
     started = time.perf_counter()
     with ExitStack() as stack:
         other = None
         if reference is not None:
             other = stack.enter_context(_open_reference(reference, options))
             options |= _left_beside(other, options)
-        runtime = stack.enter_context(_open_beside(model, options, other, as_json))
+        try:
+            runtime = stack.enter_context(open_runtime(model, options, quiet, LOGITS_ROWS))
+        except PlanError as problem:
+            if other is None:
+                raise
+            raise PlanError(
+                f"{model} beside the reference, which takes {format_size(other.plan.total)}, "
+                f"{problem}; or evaluate without --reference"
+            ) from None
         evaluation = Evaluation(runtime, other, worst)
         try:
-            _run(evaluation, read, windows, model, as_json)
+            _run(evaluation, texts, windows, model, quiet)
         except KeyboardInterrupt:
-            if not as_json and any(one.tokens for one in evaluation.files.values()):
+            if not quiet and any(totals.tokens for totals in evaluation.files.values()):
                 print("slotmoe: stopped; so far:", file=sys.stderr)
                 _print(evaluation.report(), sys.stderr)
             raise
-        settings = {
-            "model": model,
-            "reference": reference,
-            "method": method,
-            "window": window,
-            "stride": stride,
-        }
         stats = runtime.stats()
-        settings |= {
-            "windows": sum(map(len, windows)),
-            "kernels": stats["kernels"],
-            "threads": runtime.threads,
-        }
-        report = {
+        return {
             **evaluation.report(),
             "seconds": time.perf_counter() - started,
-            "settings": settings,
+            "settings": {"kernels": stats["kernels"], "threads": runtime.threads},
             "memory": stats["memory"],
         }
-    print(json.dumps(report)) if as_json else _print(report, sys.stdout)
 
 
-def _window(model: str, window: int | None, context: int) -> int:
-    """Positions of a window: as asked, within --context if that was given too, and within what the
+def _window(model: str, window: int | None, context: int | None) -> int:
+    """Positions of a window: as given, within --context if that is given too, and within what the
     model can."""
-    from slotmoe.errors import PlanError
-    from slotmoe.model.config import read_config
-    from slotmoe.offload.runtime import resolve_model
+    from slotmoe.offload.loading import resolve_model
 
     limit = read_config(resolve_model(model) / "config.json").max_position_embeddings
-    given = (
-        click.get_current_context().get_parameter_source("context")
-        != click.core.ParameterSource.DEFAULT
-    )
     if window is None:
-        return context if given else min(context, limit)
+        return min(4096, limit) if context is None else context
     if window > limit:
         raise PlanError(
-            f"--window {window} is beyond {limit}, the model's max_position_embeddings: lower --window"
+            f"--window {window} is beyond {limit}, the model's max_position_embeddings: "
+            "lower --window"
         )
-    if given and window > context:
+    if context is not None and window > context:
         raise PlanError(
             f"--window {window} is beyond --context {context}: raise --context or lower --window"
         )
@@ -171,34 +171,28 @@ def _window(model: str, window: int | None, context: int) -> int:
 
 def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Text]:
     """The texts as MODEL's tokens, once it is known that the reference reads them alike."""
-    from slotmoe.model.config import read_config
     from slotmoe.model.tokenizer import Tokenizer
-    from slotmoe.offload.runtime import resolve_model
+    from slotmoe.offload.loading import resolve_model
     from slotmoe.offload.study.evaluate import Text, check_same_vocabulary
 
-    folders = [resolve_model(one) for one in (model, reference) if one is not None]
+    folders = [resolve_model(name) for name in (model, reference) if name is not None]
     configs = [read_config(folder / "config.json") for folder in folders]
-    tokenizers = [
-        Tokenizer(folder, config.bos_token_id)
-        for folder, config in zip(folders, configs, strict=True)
-    ]
-    read = [[Text.read(path, tokenizer) for path in paths] for tokenizer in tokenizers]
+    read = []
+    for folder, config in zip(folders, configs, strict=True):
+        tokenizer = Tokenizer(folder, config.bos_token_id)
+        read.append([Text.read(path, tokenizer) for path in paths])
     if reference is not None:
-        check_same_vocabulary(
-            folders[0], folders[1], (configs[0].vocab_size, configs[1].vocab_size), *read
-        )
+        sizes = configs[0].vocab_size, configs[1].vocab_size
+        check_same_vocabulary(folders[0], folders[1], sizes, *read)
     return read[0]
 
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    from slotmoe.errors import PlanError
-    from slotmoe.offload.machine import available_memory
-    from slotmoe.offload.opening import FREE_SHARE
-    from slotmoe.offload.plan.memory import parse_size
-    from slotmoe.offload.runtime import Runtime, resolve_model
+    from slotmoe.offload.loading import FREE_SHARE, resolve_model
+    from slotmoe.offload.runtime import Runtime
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
-    from slotmoe.offload.tiers.device import choose_device
+    from slotmoe.offload.tiers.cuda import choose_device
     from slotmoe.quant.export.layout import MANIFEST
 
     is_export = (resolve_model(reference) / MANIFEST).is_file()
@@ -207,77 +201,39 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     }
     if is_export:
         sizes["ram"] = (sizes["ram"] or int(available_memory() * FREE_SHARE)) // 2
-        if (card := choose_device(options["device"])[0]) is not None:
-            sizes["vram"] = (sizes["vram"] or int(card.memory().free * FREE_SHARE)) // 2
-    chosen = {
-        name: options[name] for name in ("device", "context", "threads", "cache_policy", "misses")
-    }
+        if (memory := choose_device(options["device"])[0].memory()) is not None:
+            sizes["vram"] = (sizes["vram"] or int(memory.free * FREE_SHARE)) // 2
+    shared = ("device", "context", "threads", "cache_policy", "misses")
     try:
         return Runtime.open(
             reference,
             **sizes,
-            **chosen,
+            **{name: options[name] for name in shared},
             prefetch=not options["no_prefetch"],
             quantize=is_export,
             logits_rows=LOGITS_ROWS,
         )
     except PlanError as problem:
-        advice = (
-            ""
-            if is_export
-            else "; or quantize it with --resident bf16 and give that export as the reference"
-        )
-        raise PlanError(f"the reference {reference} {problem}{advice}") from None
+        advice = "; or quantize it with --resident bf16 and give that export as the reference"
+        raise PlanError(
+            f"the reference {reference} {problem}{'' if is_export else advice}"
+        ) from None
 
 
 def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     """Budgets for the model beside an open reference, whose plan counts memory that it has not
     touched yet."""
-    import psutil
-
-    from slotmoe.offload.machine import available_memory
-    from slotmoe.offload.plan.memory import parse_size
-
-    tier = reference.plan.tier
-    if tier == "vram":
-        return (
-            {}
-            if options["vram"] is None
-            else {"vram": max(1, parse_size(options["vram"]) - reference.plan.total)}
-        )
-    used = psutil.Process().memory_info().rss
-    budget = (
-        parse_size(options["ram"])
-        if options["ram"] is not None
-        else int(available_memory() * 0.9) + used
-    )
-    return {"ram": max(1, budget - max(0, reference.plan.total - used))}
-
-
-def _open_beside(
-    model: str, options: dict[str, Any], reference: Runtime | None, quiet: bool
-) -> Runtime:
-    from slotmoe.errors import PlanError
-    from slotmoe.offload.plan.memory import format_size
-    from slotmoe.offload.study.evaluate import LOGITS_ROWS
-
-    try:
-        runtime: Runtime = open_runtime(model, options, quiet, LOGITS_ROWS)
-    except PlanError as problem:
-        if reference is None:
-            raise
-        taken = format_size(reference.plan.total)
-        raise PlanError(
-            f"{model} beside the reference, which takes {taken}, {problem}; or evaluate without --reference"
-        ) from None
-    return runtime
+    planned, vram, ram = reference.plan.total, options["vram"], options["ram"]
+    if reference.plan.tier == "vram":
+        return {} if vram is None else {"vram": max(1, parse_size(vram) - planned)}
+    used = process_bytes()
+    budget = int(available_memory() * 0.9) + used if ram is None else parse_size(ram)
+    return {"ram": max(1, budget - max(0, planned - used))}
 
 
 def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[Any], model: str, quiet: bool
 ) -> None:
-    from slotmoe.tools.progress import byte_progress
-
     done, total = 0, sum(int(text.ends[-1]) for text in texts)
     with byte_progress(f"Evaluating {model}", quiet) as progress:
 
@@ -291,62 +247,41 @@ def _run(
 
 
 def _print(report: dict[str, Any], out: Any) -> None:
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
 
-    compared, console = "kl_divergence" in report, Console(file=out)
-    columns = ["text", "tokens", "bytes", "bits/byte", "perplexity"]
-    columns += ["ref.", "KL, nats", "same top"] if compared else []
-    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "text" else "right")
-    rows = [(Path(one["file"]).name, one) for one in report["files"]]
-    for name, one in [*rows, ("all", report)] if len(rows) > 1 else rows:
-        cells = [
-            f"{one['tokens']}",
-            f"{one['bytes']}",
-            f"{one['bits_per_byte']:.4f}",
-            f"{one['perplexity']:.3f}",
-        ]
-        if compared:
-            cells += [
-                f"{one['reference_bits_per_byte']:.4f}",
-                f"{one['kl_divergence']:.5f}",
-                f"{one['top1_agreement']:.2%}",
-            ]
-        table.add_row(_visible(name), *cells)
-    console.print(table)
-    if report.get("worst_tokens"):
-        _print_worst(report["worst_tokens"], console)
-
-
-def _print_worst(tokens: list[dict[str, Any]], console: Any) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text as Cell
-
-    title = "Where predictions differ most (reference -> model)"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
-    for column in ("KL", "after", "token", "chance", "likeliest"):
-        table.add_column(
-            column, justify="right" if column in ("KL", "after", "chance") else "left", no_wrap=True
+    console = Console(file=out)
+    columns = {"tokens": "{}", "bytes": "{}", "bits_per_byte": "{:.4f}", "perplexity": "{:.3f}"}
+    names = ["text", "tokens", "bytes", "bits/byte", "perplexity"]
+    if "kl_divergence" in report:
+        columns["reference_bits_per_byte"] = "{:.4f}"
+        columns |= {"kl_divergence": "{:.5f}", "top1_agreement": "{:.2%}"}
+        names += ["ref.", "KL, nats", "same top"]
+    rows = [(Path(file["file"]).name, file) for file in report["files"]]
+    if len(rows) > 1:
+        rows.append(("all", report))
+    cells = [
+        [_visible(name), *(shown.format(row[key]) for key, shown in columns.items())]
+        for name, row in rows
+    ]
+    console.print(table(names, cells))
+    if worst := report.get("worst_tokens"):
+        differing: list[list[RenderableType]] = []
+        for token in worst:
+            wanted, top = _visible(token["reference_top"]), _visible(token["top"])
+            differing.append(
+                [
+                    f"{token['kl_divergence']:.3f}",
+                    Cell(_visible(token["context"])[-30:]),
+                    Cell(_visible(token["token"])),
+                    f"{token['reference_probability']:.2%} -> {token['probability']:.2%}",
+                    Cell(f"{wanted} -> {top}"),
+                ]
+            )
+        title = "Where predictions differ most (reference -> model)"
+        console.print(
+            table(("KL", "after", "token", "chance", "likeliest"), differing, title, (2, 4))
         )
-    for one in tokens:
-        context, token, wanted, found = (
-            _visible(one[key]) for key in ("context", "token", "reference_top", "top")
-        )
-        chance = f"{one['reference_probability']:.2%} -> {one['probability']:.2%}"
-        table.add_row(
-            f"{one['kl_divergence']:.3f}",
-            Cell(context[-30:]),
-            Cell(token),
-            chance,
-            Cell(f"{wanted} -> {found}"),
-        )
-    console.print(table)
 
 
 def _visible(text: str) -> str:
     """Text on one line, with nothing in it that a terminal obeys."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,135 +14,106 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-REVISION = click.option(
-    "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]"
+
+def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
+    """A click option; ``names`` are separated by spaces."""
+    return click.option(*names.split(), metavar=metavar, help=help, **rest)
+
+
+def flag(names: str, help: str) -> Decorator:
+    return click.option(*names.split(), is_flag=True, help=help)
+
+
+def integer(names: str, help: str, default: int | None = None) -> Decorator:
+    return option(names, "N", help, type=int, default=default)
+
+
+def choice(name: str, values: Sequence[str], default: str, help: str) -> Decorator:
+    return click.option(name, type=click.Choice(values), default=default, help=help)
+
+
+def count(names: str, default: int | None, help: str, least: int = 1) -> Decorator:
+    """An option that takes a whole number of at least ``least``."""
+    return option(names, "N", help, type=click.IntRange(least), default=default)
+
+
+JSON = flag("--json as_json", "Print one JSON object.")
+RESIDENT = choice(
+    "--resident",
+    ["auto", "bf16", "int8", "nf4"],
+    "auto",
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
+    "nf4 is the smallest.",
 )
-_RUNTIME = [
+REVISION = option(
+    "--revision", "REV", "Branch, tag or commit of a model on the hub. [default: main]"
+)
+_RUNTIME: list[Decorator] = [
     REVISION,
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        help="auto takes the GPU when there is one.",
-    ),
-    click.option(
-        "--ram",
-        metavar="SIZE",
-        help="RAM budget for the whole process, like 8GiB. [default: 90% of what is free]",
-    ),
-    click.option(
-        "--vram",
-        metavar="SIZE",
-        help="GPU memory budget, like 20GiB. [default: 90% of what is free]",
-    ),
-    click.option(
-        "--context",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="Positions of the KV cache. [default: 4096, or the model's limit]",
-    ),
-    click.option("--threads", type=int, metavar="N", help="CPU threads. [default: physical cores]"),
-    click.option(
-        "--slots",
-        type=int,
-        metavar="N",
-        help="Keep at most N experts in memory. [default: all that fit the budget]",
-    ),
-    click.option(
-        "--cache-policy",
-        type=click.Choice(list(POLICIES)),
-        default=DEFAULT_POLICY,
-        show_default=True,
-        help="Which experts stay in memory.",
-    ),
-    click.option(
+    choice("--device", ["auto", "cpu", "cuda"], "auto", "auto takes the GPU when there is one."),
+    option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
+    option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
+    integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
+    integer("--threads", "CPU threads. [default: physical cores]"),
+    integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
+    choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
+    choice(
         "--misses",
-        type=click.Choice(MODES),
-        default="auto",
-        show_default=True,
-        help="With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either (hybrid). auto takes what "
-        "slotmoe bench --calibrate has measured to be fastest, else fetch.",
+        MODES,
+        "auto",
+        "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, "
+        "or either (hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, "
+        "else fetch.",
     ),
-    click.option(
-        "--no-prefetch",
-        is_flag=True,
-        help="Read experts only when a gate has asked for them, never ahead.",
-    ),
+    flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
 ]
+_TRACE = option(
+    "--trace",
+    "FILE",
+    "Record which experts were used, for later replay.",
+    type=click.Path(dir_okay=False),
+)
+_CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
+    likeliest = "Sample from the likeliest tokens that reach this probability."
     return [
-        click.option(
-            "-n",
-            "--max-new-tokens",
-            type=int,
-            default=max_new_tokens,
-            show_default=True,
-            metavar="N",
-            help="Stop after N tokens.",
+        integer("-n --max-new-tokens", "Stop after N tokens.", max_new_tokens),
+        option(
+            "--temperature", "N", "0 is greedy: always the likeliest token.", default=temperature
         ),
-        click.option(
-            "--temperature",
-            type=float,
-            default=temperature,
-            show_default=True,
-            help="0 is greedy: always the likeliest token.",
-        ),
-        click.option(
-            "--top-p",
-            type=float,
-            default=top_p,
-            show_default=True,
-            help="Sample from the likeliest tokens that reach this probability.",
-        ),
-        click.option(
-            "--top-k",
-            type=int,
-            default=0,
-            metavar="N",
-            help="Sample from the N likeliest tokens. [default: 0, all]",
-        ),
-        click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
+        option("--top-p", "N", likeliest, default=top_p),
+        integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
+        integer("--seed", "Make sampling repeatable."),
     ]
 
 
-_TRACE = click.option(
-    "--trace",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Record which experts were used, for later replay.",
-)
-_GENERATION: list[Decorator] = [
-    *_sampling(max_new_tokens=128, temperature=0.0, top_p=1.0),
-    click.option(
-        "--chat",
-        is_flag=True,
-        help="Send PROMPT through the model's chat template, as a user's message.",
-    ),
-    _TRACE,
-]
-_CHAT: list[Decorator] = [*_sampling(max_new_tokens=1024, temperature=0.3, top_p=0.95), _TRACE]
+def _adding(options: list[Decorator]) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorate in reversed(options):
+            function = decorate(function)
+        return function
+
+    return add
 
 
-def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of what is generated: how long, by which sampling, from which kind of
-    prompt."""
-    for option in reversed(_GENERATION):
-        function = option(function)
-    return function
+runtime_options = _adding(_RUNTIME)
+"""Adds the options that ``open_runtime`` reads."""
+generation_options = _adding([*_sampling(128, temperature=0.0, top_p=1.0), _CHAT, _TRACE])
+"""Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
+chat_options = _adding([*_sampling(1024, temperature=0.3, top_p=0.95), _TRACE])
+"""Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
 
 
-def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of how a chat's answers are generated; the defaults are those that DeepSeek
-    gives its chat models."""
-    for option in reversed(_CHAT):
-        function = option(function)
-    return function
+def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "chat")
+    return {name: options.pop(name) for name in names}
 
 
 def prompt_text(prompt: str) -> str:
@@ -155,21 +127,26 @@ def prompt_text(prompt: str) -> str:
         raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
 
 
-def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that ``open_runtime`` reads."""
-    for option in reversed(_RUNTIME):
-        function = option(function)
-    return function
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise ``ConfigError`` that names the extra ``slotmoe[extra]`` unless all ``modules`` are
+    installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"needs libraries that are not installed ({', '.join(missing)}): "
+            f"pip install 'slotmoe[{extra}]'"
+        )
 
 
 def is_on_hub(model: str, revision: str | None) -> bool:
-    """Whether ``model`` is a hub id; a folder of that name goes first, and is said to.  Raises
-    ``ConfigError``."""
+    """Whether ``model`` is a hub id.  A folder of that name comes first, and a line on stderr says
+    so.  Raises ``ConfigError``."""
     if not is_hub_id(model) or not Path(model).exists():
         return is_hub_id(model)
     if revision is not None:
         raise ConfigError(
-            f"{model}: is a folder here, which goes before the hub; leave out --revision or call from elsewhere"
+            f"{model}: is a folder here, which goes before the hub; "
+            "leave out --revision or call from elsewhere"
         )
     if not (Path(model) / "slotmoe.json").exists():
         click.echo(
@@ -187,9 +164,8 @@ def open_runtime(
 ) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize."""
-    from slotmoe.model.config import read_config
-    from slotmoe.offload.runtime import Runtime, resolve_model
-    from slotmoe.tools.progress import byte_bars
+    from slotmoe.offload.loading import resolve_model
+    from slotmoe.offload.runtime import Runtime
 
     def notify(text: str) -> None:
         if not quiet:
@@ -199,16 +175,12 @@ def open_runtime(
     with byte_bars("Downloading", f"Quantizing {model}, once", quiet=quiet) as (arriving, progress):
         reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        context = options["context"]
-        source = click.get_current_context().get_parameter_source("context")
-        if source == click.core.ParameterSource.DEFAULT:
-            context = min(context, read_config(folder / "config.json").max_position_embeddings)
         runtime = Runtime.open(
             folder,
             device=options["device"],
             vram=options["vram"],
             ram=options["ram"],
-            context=context,
+            context=options["context"],
             threads=options["threads"],
             cache_policy=options["cache_policy"],
             prefetch=not options["no_prefetch"],
@@ -219,13 +191,11 @@ def open_runtime(
             progress=progress,
             misses=options["misses"],
         )
-    if (
-        runtime.plan.tier == "ram"
-        and runtime.stats()["kernels"] == "torch"
-        and options.get("kernels") != "torch"
-    ):
+    slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
+    if slow and options.get("kernels") != "torch":
         click.echo(
-            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); torch is several times slower",
+            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); "
+            "torch is several times slower",
             err=True,
         )
     return runtime

@@ -9,13 +9,36 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 Update = Callable[[int, int], None]
+
+
+def _bars(*columns: ProgressColumn, quiet: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        refresh_per_second=2,  # drawing takes time from the model
+    )
+
+
+@contextmanager
+def step_progress(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A callback behind a bar, to be called after each of ``total`` steps."""
+    with _bars(MofNCompleteColumn(), quiet=quiet) as bars:
+        task = bars.add_task(text, total=total)
+        yield lambda: bars.advance(task)
 
 
 @contextmanager
@@ -28,15 +51,7 @@ def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
 @contextmanager
 def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
     """One callback like ``byte_progress``'s for each text; their bars stand below each other."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+    bars = _bars(DownloadColumn(), TransferSpeedColumn(), quiet=quiet)
 
     def updater(text: str) -> Update:
         task = bars.add_task(text, total=None, visible=False, start=False)

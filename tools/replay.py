@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
+from rich.console import Console
 
+from slotmoe.errors import ConfigError
 from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
+from slotmoe.tools.options import JSON, option, require_extra
+from slotmoe.tools.progress import step_progress
+from slotmoe.tools.tables import table
 
 SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 
@@ -22,27 +28,24 @@ SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
     metavar="TRACE...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-@click.option(
+@option(
     "--slots",
+    "N",
+    "Cache size, repeatable. [default: 5% to 100%]",
     type=click.IntRange(1),
     multiple=True,
-    metavar="N",
-    help="Cache size, repeatable. [default: 5% to 100%]",
 )
-@click.option(
+@option(
     "--policy",
+    None,
+    "Policy to replay, repeatable. [default: all]",
     type=click.Choice(list(POLICIES)),
     multiple=True,
-    help="Policy to replay, repeatable. [default: all]",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="CHART.png",
-    help="Draw a chart too.",
+@option(
+    "-o --output", "CHART.png", "Draw a chart too.", type=click.Path(dir_okay=False, path_type=Path)
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def command(
     traces: tuple[Path, ...],
     slots: tuple[int, ...],
@@ -63,13 +66,14 @@ def command(
       slotmoe replay *.trace --policy lru --policy layer-aware+bypass -o hit-rate.png
       slotmoe replay austen.trace --slots 22 --slots 56 --json
     """
+    from slotmoe.offload.study.replay import OPTIMUM
+
     if output is not None:
         if output.suffix != ".png" or not output.absolute().parent.is_dir():
             raise click.UsageError(
                 f"-o {output}: expected a name that ends in .png, in a folder that exists"
             )
-    from slotmoe.offload.study.replay import OPTIMUM
-
+        require_extra("plots", "matplotlib")  # before minutes of work, not after
     report = measure(traces, slots, (*(policy or POLICIES), OPTIMUM), quiet=as_json)
     if output is not None:
         _draw(report, output)
@@ -81,18 +85,38 @@ def measure(
 ) -> dict[str, Any]:
     """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
     of the optimum's, both as ``by_trace`` and as their mean."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from slotmoe.offload.study.replay import gate_choices, sweep
 
-    from slotmoe.errors import ConfigError
+    opened, geometry = _read(traces)
+    experts = geometry["n_routed_experts"]
+    total = experts * len(geometry["layers"])
+    if max(slots, default=0) > total:
+        raise ConfigError(
+            f"--slots {max(slots)}: the model of {traces[0]} has {total} experts, "
+            "ask for at most that many"
+        )
+    top_k = geometry["num_experts_per_tok"]
+    shares = {max(top_k, round(share * total / 100)) for share in SHARES}
+    sizes = sorted(set(slots) or shares)
+    rates: dict[tuple[str, int], list[float]] = {}
+    with step_progress("Replaying", len(traces) * len(sizes) * len(policies), quiet) as advance:
+        for steps in opened:
+            choices = gate_choices(steps, experts)
+            needed = len(choices) * len(choices[0]) * len(choices[0][0])
+            for policy, size, hits in sweep(choices, policies, sizes, experts):
+                rates.setdefault((policy, size), []).append(hits / needed)
+                advance()
+    counted = [
+        {"file": str(path), "tokens": sum(map(len, steps))}
+        for path, steps in zip(traces, opened, strict=True)
+    ]
+    results = _results(rates)
+    return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
+
+
+def _read(traces: tuple[Path, ...]) -> tuple[list[Any], dict[str, Any]]:
+    """The steps of every trace, and the geometry of their model.  Raises ``ConfigError``."""
     from slotmoe.offload.observe.trace import read_trace
-    from slotmoe.offload.study.replay import OPTIMUM, gate_choices, sweep
 
     opened = [read_trace(path) for path in traces]
     geometry = opened[0][0]
@@ -101,76 +125,39 @@ def measure(
             raise ConfigError(f"{path}: holds no tokens, expected at least one; record longer")
         if header != geometry:
             raise ConfigError(f"{path}: is of another model than {traces[0]}; replay them apart")
-    experts, total = (
-        geometry["n_routed_experts"],
-        geometry["n_routed_experts"] * len(geometry["layers"]),
-    )
-    if max(slots, default=0) > total:
-        raise ConfigError(
-            f"--slots {max(slots)}: the model of {traces[0]} has {total} experts, ask for at most that many"
-        )
-    sizes = sorted(set(slots)) or sorted(
-        {max(geometry["num_experts_per_tok"], round(share * total / 100)) for share in SHARES}
-    )
-    rates: dict[tuple[str, int], list[float]] = {}
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("Replaying", total=len(traces) * len(sizes) * len(policies))
-        for _, steps in opened:
-            choices = gate_choices(steps, experts)
-            asked = len(choices) * len(choices[0]) * len(choices[0][0])
-            for policy, size, hits in sweep(choices, policies, sizes, experts):
-                rates.setdefault((policy, size), []).append(hits / asked)
-                bar.advance(task)
+    return [steps for _, steps in opened], geometry
+
+
+def _results(rates: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
+    from slotmoe.offload.study.replay import OPTIMUM
+
     results = []
-    for (policy, size), found in rates.items():
-        shares = [
-            rate / best if best else 1.0
-            for rate, best in zip(found, rates[OPTIMUM, size], strict=True)
-        ]
-        result = {
-            "policy": policy,
-            "slots": size,
-            "hit_rate": sum(found) / len(found),
-            "of_optimum": sum(shares) / len(shares),
-        }
-        results.append(result | {"by_trace": {"hit_rate": found, "of_optimum": shares}})
-    counted = [
-        {"file": str(path), "tokens": sum(map(len, steps))}
-        for path, (_, steps) in zip(traces, opened, strict=True)
-    ]
-    return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
+    for (policy, size), hit_rates in rates.items():
+        pairs = zip(hit_rates, rates[OPTIMUM, size], strict=True)
+        shares = [rate / best if best else 1.0 for rate, best in pairs]
+        by_trace = {"hit_rate": hit_rates, "of_optimum": shares}
+        means = {name: fmean(values) for name, values in by_trace.items()}
+        results.append({"policy": policy, "slots": size, **means, "by_trace": by_trace})
+    return results
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
     console = Console(file=sys.stdout)
     tokens = sum(trace["tokens"] for trace in report["traces"])
+    sizes = sorted({result["slots"] for result in report["results"]})
+    columns = ["slots", *(f"{size}\n{100 * size / report['experts']:.0f}%" for size in sizes)]
     for key, title in (
         ("hit_rate", f"Hits in % of the gates' choices: {tokens} tokens"),
         ("of_optimum", "Hits in % of the optimum's"),
     ):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("slots", no_wrap=True)
         rows: dict[str, list[str]] = {}
         for result in report["results"]:
-            rows.setdefault(result["policy"], []).append(f"{100 * result[key]:.1f}")
-        sizes = sorted({result["slots"] for result in report["results"]})
-        for size in sizes:
-            table.add_column(f"{size}\n{100 * size / report['experts']:.0f}%", justify="right")
-        for policy, cells in rows.items():
-            table.add_row(policy, *cells, style="bold" if policy == report["default"] else None)
+            policy, bold = result["policy"], "[b]" * (result["policy"] == report["default"])
+            cells = rows.setdefault(policy, [bold + policy])
+            cells.append(f"{bold}{100 * result[key]:.1f}")
         console.print(title)
-        console.print(table)
+        console.print(table(columns, rows.values()))
 
 
 def _draw(report: dict[str, Any], output: Path) -> None:
@@ -180,35 +167,25 @@ def _draw(report: dict[str, Any], output: Path) -> None:
     from slotmoe.offload.study.replay import OPTIMUM
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    axes, experts = figure.subplots(), report["experts"]
     for policy in dict.fromkeys(result["policy"] for result in report["results"]):
-        points = [
-            (result["slots"], result["hit_rate"])
-            for result in report["results"]
-            if result["policy"] == policy
-        ]
-        style = (
-            {"color": "black", "linestyle": "--"}
-            if policy == OPTIMUM
-            else {"linewidth": 2.5 if policy == report["default"] else 1.2}
-        )
+        points = [result for result in report["results"] if result["policy"] == policy]
+        style: dict[str, Any] = {"linewidth": 2.5 if policy == report["default"] else 1.2}
+        if policy == OPTIMUM:
+            style = {"color": "black", "linestyle": "--"}
         axes.plot(
-            [100 * size / report["experts"] for size, _ in points],
-            [100 * rate for _, rate in points],
-            "o",
-            ls="-",
-            ms=4,
+            [100 * point["slots"] / experts for point in points],
+            [100 * point["hit_rate"] for point in points],
+            marker="o",
+            markersize=4,
+            label=policy,
+            **style,
         )
-        axes.lines[-1].set(label=policy, **style)
-    tokens = sum(trace["tokens"] for trace in report["traces"])
-    axes.set(
-        xlabel="experts that have a slot (%)",
-        ylabel="hits (% of the gates' choices)",
-        xlim=(0, 101),
-        ylim=(0, 101),
-    )
+    tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
+    axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
+    axes.set(xlim=(0, 101), ylim=(0, 101))
     axes.set_title(
-        f"Expert cache by policy: {report['experts']} experts, {tokens} tokens of {len(report['traces'])} recorded runs"
+        f"Expert cache by policy: {experts} experts, {tokens} tokens of {runs} recorded runs"
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from slotmoe.tools.options import generation_options, open_runtime, prompt_text, runtime_options
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.options import (
+    JSON,
+    generation_arguments,
+    generation_options,
+    open_runtime,
+    prompt_text,
+    runtime_options,
+)
 
 
 @click.command(name="run")
@@ -16,25 +24,8 @@ from slotmoe.tools.options import generation_options, open_runtime, prompt_text,
 @click.argument("prompt")
 @generation_options
 @runtime_options
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print one JSON object with the text and all statistics instead of text.",
-)
-def command(
-    model: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    chat: bool,
-    trace: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@JSON
+def command(model: str, prompt: str, trace: str | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
     MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like
@@ -53,9 +44,7 @@ def command(
             runtime.trace(trace)
         tokens = []
         try:
-            for token in runtime.generate(
-                prompt, max_new_tokens, temperature, top_p, top_k, seed, chat
-            ):
+            for token in runtime.generate(prompt, **generation_arguments(options)):
                 tokens.append(token)
                 if not as_json:
                     print(token.text, end="", flush=True)
@@ -69,8 +58,8 @@ def command(
             report = {
                 "text": "".join(token.text for token in tokens),
                 "ids": [token.id for token in tokens],
+                "logprobs": [token.logprob for token in tokens],
             }
-            report["logprobs"] = [token.logprob for token in tokens]
             print(json.dumps({**report, **_speeds(stats), **stats}))
         else:
             print(flush=True)
@@ -78,40 +67,31 @@ def command(
 
 
 def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
-    tokens = stats["tokens"]
-    return {
-        f"{kind}_tokens_per_second": tokens[f"{kind}_tokens"] / tokens[f"{kind}_seconds"]
-        if tokens[f"{kind}_tokens"]
-        else None
-        for kind in ("prefill", "decode")
-    }
+    tokens, speeds = stats["tokens"], dict[str, float | None]()
+    for kind in ("prefill", "decode"):
+        count = tokens[f"{kind}_tokens"]
+        speeds[f"{kind}_tokens_per_second"] = count / tokens[f"{kind}_seconds"] if count else None
+    return speeds
 
 
 def summary(stats: dict[str, Any]) -> str:
     """One line: the device and why it was taken, speeds, hits, bytes read and memory, from
     ``Runtime.stats``."""
-    from slotmoe.offload.plan.memory import format_size
-
-    lines = [f"on {stats['device']['name']}, {stats['device']['why']}"]
-    for kind in ("prefill", "decode"):
-        count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
-        if count:
-            lines.append(
-                f"{kind} {count} tokens in {seconds:.2f} s ({count / seconds:.1f} tokens/s)"
-            )
+    parts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
+    for kind, speed in zip(("prefill", "decode"), _speeds(stats).values(), strict=True):
+        if speed is not None:
+            count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
+            parts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"
         if cache["misses"] and "prefetch" in stats:
-            read += f", {cache['already_coming'] / cache['misses']:.0%} of the missing ones ahead of the gate"
-        lines.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
-    used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-    beside = (
-        f" and {format_size(memory['beside_vram'])} of the CUDA context and other programs"
-        if "beside_vram" in memory
-        else ""
-    )
-    lines.append(
-        f"{memory['tier']} peak {format_size(used)} of {format_size(memory['budget'])}{beside}"
-    )
-    return "[" + "; ".join(lines) + "]"
+            ahead = cache["already_coming"] / cache["misses"]
+            read += f", {ahead:.0%} of the missing ones ahead of the gate"
+        parts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
+    peak = memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"]
+    used = f"{memory['tier']} peak {format_size(peak)} of {format_size(memory['budget'])}"
+    if "beside_vram" in memory:
+        beside = format_size(memory["beside_vram"])
+        used += f" and {beside} of the CUDA context and other programs"
+    return f"[{'; '.join([*parts, used])}]"

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import click
 
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.options import JSON, RESIDENT, flag, option
+from slotmoe.tools.progress import byte_progress
+
 
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option(
-    "--resident",
-    type=click.Choice(["auto", "bf16", "int8", "nf4"]),
-    default="auto",
-    help="As for slotmoe quantize.",
-)
-@click.option(
+@click.argument("destination", metavar="DST", type=Path)
+@RESIDENT
+@option(
     "--share-layers",
+    "N",
+    "Write N distinct expert layers and hard-link the others to them.",
     type=click.IntRange(1, 1000),
-    metavar="N",
-    help="Write N distinct expert layers and hard-link the others to them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an export at DST.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the export.")
+@flag("--overwrite", "Replace an export at DST.")
+@JSON
 def command(
     geometry: str,
     destination: Path,
@@ -48,47 +48,14 @@ def command(
       slotmoe bench lite-random --ram 5GiB
     """
     from slotmoe.offload.ingest.synth import synthesize
-    from slotmoe.offload.plan.memory import format_size
-    from slotmoe.tools.progress import byte_progress
 
-    started = time.perf_counter()
+    started, source = time.perf_counter(), geometry_path(geometry)
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
-        manifest = synthesize(
-            geometry_path(geometry), destination, resident, share_layers, overwrite, progress
-        )
+        manifest = synthesize(source, destination, resident, share_layers, overwrite, progress)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
+    seconds = time.perf_counter() - started
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "export": str(destination),
-                    "bytes": size,
-                    "seconds": time.perf_counter() - started,
-                }
-            )
-        )
+        print(json.dumps({"export": str(destination), "bytes": size, "seconds": seconds}))
     else:
-        print(
-            f"{destination}: {format_size(size)} in {time.perf_counter() - started:.1f} s",
-            file=sys.stderr,
-        )
+        print(f"{destination}: {format_size(size)} in {seconds:.1f} s", file=sys.stderr)
         print(f"Measure it: slotmoe bench {destination}", file=sys.stderr)
-
-
-def geometry_path(geometry: str) -> Path:
-    """The config file of a geometry's name, or the path itself.  Raises ``ConfigError``."""
-    from slotmoe import model
-    from slotmoe.errors import ConfigError
-
-    package = Path(model.__file__).parent
-    names = {
-        "v2": package / "geometries/v2.json",
-        "v2-lite": package / "geometries/v2-lite.json",
-        "sample": package / "sample/config.json",
-    }
-    path = names.get(geometry, Path(geometry))
-    if not path.is_file():
-        raise ConfigError(
-            f"{geometry}: no such geometry; give {', '.join(names)} or the path of a config.json"
-        )
-    return path

@@ -183,9 +183,9 @@ def predict(
     """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their
     ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
     ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""
-    assert model.sizes is not None and isinstance(model.source, Export)
+    assert model.sizes is not None
     mode = model.quantized("predict").split.mode
-    threads, is_random = model.cpu.threads, model.source.random_weights
+    threads, is_random = model.cpu.threads, model.export.random_weights
     setting = Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
     speed = setting.predict(prompt_tokens, new_tokens)
     components = predicted_components(model.plan, prompt_tokens, new_tokens)

@@ -7,7 +7,7 @@ latent KV cache, slots and scratch, and ``ram`` the process itself and a host ti
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
@@ -15,54 +15,34 @@ from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_o
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
-# records lent to the CPU at once in prefill: one that is computed with, the others on their way
-# from disk
-LENT = 4
-SPLITS, FEW = (
-    64,
-    16,
-)  # of the Triton kernels: programs that share a context, tokens that attend one by one
-CUBLAS_BYTES = (
-    8 << 20
-)  # its workspace, which torch's allocator gives; 32 MiB on compute capability 9.0
+LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
+SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
+CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
-HELP_BYTES = (
-    128 << 10
-)  # a record this small is read by the waiting thread itself: waking another costs more
+HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its
 # own figure.
 IMPORT_BYTES = 226 << 20
 CUDA_IMPORT_BYTES = 1 << 30
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {
-    "K": 1 << 10,
-    "M": 1 << 20,
-    "G": 1 << 30,
-    "T": 1 << 40,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-}
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, _letter: 1024**_power, f"{_letter}IB": 1024**_power}
 
 
 def parse_size(text: str | int) -> int:
     """Bytes of a size such as ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes already.
     Raises ``PlanError``."""
+    quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
     if isinstance(text, int) and not isinstance(text, bool):
-        found: float = text
+        size: float = text
     else:
         match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))
         if not match or match[2].upper() not in _UNITS:
-            raise PlanError(
-                f"{str(text)[:40]!r} is not a size; write it like 8GiB, 7.5GB or 512MiB"
-            )
-        found = float(match[1]) * _UNITS[match[2].upper()]
-    if not 0 < found < 1 << 60:
-        raise PlanError(
-            f"{str(text)[:40]!r} is not a possible size; write it like 8GiB, 7.5GB or 512MiB"
-        )
-    return int(found)
+            raise PlanError(f"{quoted} is not a size; {advice}")
+        size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 0 < size < 1 << 60:
+        raise PlanError(f"{quoted} is not a possible size; {advice}")
+    return int(size)
 
 
 def format_size(count: float) -> str:
@@ -87,30 +67,26 @@ class Sizes:
 def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
     components: dict[str, int] = {}
+    touched = 0
     for name, shape in resident_shapes(config).items():
-        key = component_of(name)
-        components[key] = components.get(key, 0) + resident_bytes(role_of(name), shape, resident)
-    total, table = sum(components.values()), resident_shapes(config)[EMBEDDING]
+        component = component_of(name)
+        size = resident_bytes(role_of(name), shape, resident)
+        components[component] = components.get(component, 0) + size
+        if config.tie_word_embeddings or name != EMBEDDING:
+            touched += size
     if predictor_bytes:
         components["predictor"] = predictor_bytes
-    tied = config.tie_word_embeddings
-    untouched = 0 if tied else resident_bytes("embedding", table, resident)
-    return Sizes(
-        components,
-        total - untouched,
-        padded_record_bytes(config.hidden_size, config.moe_intermediate_size),
-    )
+    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size)
+    return Sizes(components, touched, record)
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
     """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
     values a layer each, which ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a
     row, and others in ``value_bytes``."""
-    row = (
-        latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-        if kernels == "native"
-        else config.latent_width * value_bytes
-    )
+    row = config.latent_width * value_bytes
+    if kernels == "native":
+        row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
     return config.num_hidden_layers * positions * row
 
 
@@ -130,7 +106,7 @@ def scratch_bytes(
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
     With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
-    of weights.  For ``triton`` see ``_card_scratch``.
+    of weights.  For ``triton`` see ``_gpu_scratch``.
     """
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
     if kernels == "native":
@@ -138,19 +114,16 @@ def scratch_bytes(
         attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
-        return _card_scratch(config, tokens)
+        return _gpu_scratch(config, tokens)
     query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    widest = max(
-        c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size, c.moe_intermediate_size
-    )
+    widest = max(c.intermediate_size, max(c.n_shared_experts, 1) * c.moe_intermediate_size)
     scores = 4 * max(1 << 22, T * H * 64)
     weights = 4 * D * c.moe_intermediate_size + 3 * (1 << 22)
-    return value_bytes * (
-        3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest + scores + weights
-    )
+    rows = 3 * query + T * D * (c.num_experts_per_tok + 6) + 3 * T * widest
+    return value_bytes * (rows + scores + weights)
 
 
-def _card_scratch(c: Config, T: int) -> int:
+def _gpu_scratch(c: Config, T: int) -> int:
     """The same with Triton's kernels, where a pass has all its temporaries from one allocator,
     which gives what was freed to whoever asks next: the largest of its parts, and what lasts.
 
@@ -162,18 +135,16 @@ def _card_scratch(c: Config, T: int) -> int:
     """
     D, H, K, R = c.hidden_size, c.num_attention_heads, c.num_experts_per_tok, c.kv_lora_rank
     head, P, V = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    each = c.qk_nope_head_dim + V
-    few = min(T, R * each // max(1, 2 * R - each))
+    expanded_head = c.qk_nope_head_dim + V
+    few = min(T, R * expanded_head // max(1, 2 * R - expanded_head))
 
     def attention(tokens: int, key: int, value: int, expanded: int) -> int:
         block = min(4096, max(64, (1 << 22) // (tokens * H)))  # of cached rows
         rows = 2 * D + H * (3 * key + 4 * value) + (H + 1) * P
         return 4 * tokens * rows + 8 * tokens * H * block + 4 * block * H * expanded
 
-    expanded, splits = (
-        2 * (each + head),
-        4 * H * SPLITS * (R + 2),
-    )  # the latter are partial sums of one token's attention
+    expanded = 2 * (expanded_head + head)
+    splits = 4 * H * SPLITS * (R + 2)  # partial sums of one token's attention
     parts = (
         attention(T, head, V, expanded),
         attention(few, head, V, expanded),
@@ -226,16 +197,14 @@ class Plan:
         fit."""
         for tier, missing in self.shortfall.items():
             fast = tier == self.tier
-            components, budget = (
-                (self.components, self.budget) if fast else (self.host, self.host_budget)
-            )
-            parts = ", ".join(
-                f"{name} {format_size(size)}" for name, size in components.items() if size
-            )
+            components = self.components if fast else self.host
+            budget = self.budget if fast else self.host_budget
+            advice = ", lower --context, or quantize with --resident nf4" if fast else ""
+            parts = [f"{name} {format_size(size)}" for name, size in components.items() if size]
             raise PlanError(
-                f"needs at least {format_size(budget + missing)} of {tier} ({parts}), the budget is {format_size(budget)}, "
-                f"{format_size(missing)} short: raise --{tier}"
-                + (", lower --context, or quantize with --resident nf4" if fast else "")
+                f"needs at least {format_size(budget + missing)} of {tier} ({', '.join(parts)}), "
+                f"the budget is {format_size(budget)}, {format_size(missing)} short: "
+                f"raise --{tier}{advice}"
             )
         return self
 
@@ -262,66 +231,63 @@ def make_plan(
     length.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't
     serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
+    record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
         raise PlanError(
-            f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, give at least {top_k}"
+            f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, "
+            f"give at least {top_k}"
         )
-    runtime = {"runtime": runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))}
-    fixed = {
+    runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
+    components = {
         **sizes.resident,
         "latent KV cache": sequences * kv_bytes(config, context, kernels),
         "logits": 4 * logits_rows * config.vocab_size,
+        **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
-    fixed |= runtime if tier == "ram" else {"slot table": 4 * everything + LEVELS_BYTES}
-    scratch, chunk = (
-        scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if tier == "ram" else 6),
-        PREFILL_CHUNK,
-    )
-    room = budget - sum(fixed.values()) - scratch
-    if kernels == "native" and (slots is not None or room < everything * sizes.record_bytes):
+    chunk, fixed = PREFILL_CHUNK, sum(components.values())
+    scratch = scratch_bytes(config, chunk, kernels, 4 if on_cpu else 6)
+    room = budget - fixed - scratch
+    if kernels == "native" and (slots is not None or room < everything * record):
         chunk = _prefill_chunk(config, context, room)
         scratch = scratch_bytes(config, chunk)
-    fixed["prefill scratch"] = scratch
-    count, transit = _divide(
-        (budget - sum(fixed.values())) // sizes.record_bytes, slots, everything, top_k
-    )
+    room = (budget - fixed - scratch) // record
+    count, transit = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
     if count < least:
         count, transit = least, top_k
-    buffers = min(transit, everything - count)
-    components = {
-        **fixed,
-        "expert slots": count * sizes.record_bytes,
-        "read buffers": buffers * sizes.record_bytes,
+    components |= {
+        "prefill scratch": scratch,
+        "expert slots": count * record,
+        "read buffers": min(transit, everything - count) * record,
     }
-    shortfall = {tier: sum(components.values()) - budget}
-    host, host_slots, host_transit = dict[str, int](), 0, 0
-    if host_budget is not None:
-        room, host_transit = (
-            (host_budget - sum(runtime.values())) // sizes.record_bytes,
-            transit + max(top_k, LENT),
-        )
-        host_slots = max(0, min(room - host_transit, everything)) if count < everything else 0
-        host = {
-            **runtime,
-            "expert slots": host_slots * sizes.record_bytes,
-            "read buffers": host_transit * sizes.record_bytes,
-        }
-        shortfall["ram"] = sum(host.values()) - host_budget
-    return Plan(
-        components,
-        count,
-        transit,
-        sizes.record_bytes,
-        budget,
-        tier,
-        context,
-        chunk,
-        host,
-        host_slots,
-        host_transit,
-        host_budget or 0,
-        {tier: missing for tier, missing in shortfall.items() if missing > 0},
+    missing = max(0, sum(components.values()) - budget)
+    shortfall = {tier: missing} if missing else {}
+    plan = Plan(
+        components, count, transit, record, budget, tier, context, chunk, shortfall=shortfall
+    )
+    if host_budget is None:
+        return plan
+    most = everything if count < everything else 0
+    return _with_host(plan, runtime, host_budget, transit + max(top_k, LENT), most)
+
+
+def _with_host(plan: Plan, runtime: int, budget: int, transit: int, most: int) -> Plan:
+    """The plan of a GPU's memory with RAM below it: at most ``most`` experts stay there."""
+    room = (budget - runtime) // plan.record_bytes - transit
+    slots = max(0, min(room, most))
+    host = {
+        "runtime": runtime,
+        "expert slots": slots * plan.record_bytes,
+        "read buffers": transit * plan.record_bytes,
+    }
+    missing = max(0, sum(host.values()) - budget)
+    return replace(
+        plan,
+        host=host,
+        host_slots=slots,
+        host_transit=transit,
+        host_budget=budget,
+        shortfall=plan.shortfall | ({"ram": missing} if missing else {}),
     )
 
 
@@ -344,19 +310,17 @@ def predicted_components(
 ) -> dict[str, dict[str, int]]:
     """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches
     and what shorter prefill passes need less."""
-    components = dict(plan.components)
-    components["latent KV cache"] = (
-        components["latent KV cache"]
-        * min(prompt_tokens + new_tokens, plan.context)
-        // plan.context
-    )
-    components["prefill scratch"] = (
-        components["prefill scratch"] * min(prompt_tokens, plan.prefill_chunk) // plan.prefill_chunk
-    )
-    found = {name: {plan.tier: size} for name, size in components.items()}
+    kv, scratch = "latent KV cache", "prefill scratch"
+    reached = min(prompt_tokens + new_tokens, plan.context)
+    chunk = min(prompt_tokens, plan.prefill_chunk)
+    sizes = plan.components | {
+        kv: plan.components[kv] * reached // plan.context,
+        scratch: plan.components[scratch] * chunk // plan.prefill_chunk,
+    }
+    components = {name: {plan.tier: size} for name, size in sizes.items()}
     for name, size in plan.host.items():
-        found.setdefault(name, {})["ram"] = size
-    return found
+        components.setdefault(name, {})["ram"] = size
+    return components
 
 
 def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:

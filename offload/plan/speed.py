@@ -14,6 +14,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
@@ -22,19 +23,12 @@ from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
-# Python and torch of a token whose layers are all in one call: 0.4 ms with the sample, 1.2 with
-# V2-Lite
-TOKEN_SECONDS = 5e-4
-LAYER_SECONDS = 2e-4  # the same of each layer with a call of its own
-# Python, a colder read and a kernel of its own for one missing expert that the computing thread
-# reads
-MISS_SECONDS = 1.7e-4
-THREAD_ATTENTION = (
-    260e9  # multiply-adds a second of the attention kernel on one thread (Zen 5, AVX-512 VNNI)
-)
-THREAD_PREFILL = 84e9  # multiply-adds a second of prefill on one thread
-# Hits of the default policy against the share of experts in slots: the sample on its held-out texts
-# (README).
+TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
+LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
+MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
+THREAD_ATTENTION = 260e9  # attention's multiply-adds a second on one thread (Zen 5, AVX-512 VNNI)
+THREAD_PREFILL = 84e9  # prefill's multiply-adds a second on one thread
+# Hits of the default policy against the share of experts in slots: the sample, held-out texts.
 TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
 MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts")
 
@@ -53,7 +47,7 @@ class Bandwidths:
     latency: float = 1e-4  # seconds of one small read from the disk
     origin: dict[str, str] = field(default_factory=dict)
 
-    def told(self, origin: str, **values: float | None) -> Bandwidths:
+    def updated(self, origin: str, **values: float | None) -> Bandwidths:
         """With the ``values`` that are not None instead."""
         known = {name: value for name, value in values.items() if value is not None}
         return replace(self, **known, origin={**self.origin, **dict.fromkeys(known, origin)})
@@ -63,43 +57,6 @@ class Bandwidths:
         return self.origin.get(name, "assumed")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A graphics card: memory in GiB, bandwidths of its memory and of its PCIe link in practice,
-    bytes a second."""
-
-    gibibytes: int
-    bandwidth: float
-    pcie: float
-
-    @property
-    def budget(self) -> int:
-        """Bytes that a program can have beside the CUDA context and a desktop."""
-        return int((self.gibibytes - 0.75) * (1 << 30))
-
-
-GPUS = {
-    "rtx-5090": Gpu(32, 1792e9, 50e9),
-    "rtx-5080": Gpu(16, 960e9, 50e9),
-    "rtx-5070-ti": Gpu(16, 896e9, 50e9),
-    "rtx-4090": Gpu(24, 1008e9, 25e9),
-    "rtx-4080": Gpu(16, 717e9, 25e9),
-    "rtx-4070": Gpu(12, 504e9, 25e9),
-    "rtx-4060-ti": Gpu(16, 288e9, 12e9),
-    "rtx-4060": Gpu(8, 272e9, 12e9),
-    "rtx-3090": Gpu(24, 936e9, 25e9),
-    "rtx-3080": Gpu(10, 760e9, 25e9),
-    "rtx-3070": Gpu(8, 448e9, 25e9),
-    "rtx-3060": Gpu(12, 360e9, 25e9),
-    "rtx-2080-ti": Gpu(11, 616e9, 12e9),
-    "rtx-a6000": Gpu(48, 768e9, 25e9),
-    "l4": Gpu(24, 300e9, 25e9),
-    "t4": Gpu(16, 320e9, 12e9),
-    "a100": Gpu(80, 2039e9, 25e9),
-    "h100": Gpu(80, 3350e9, 50e9),
-}
-
-
 def stored_bandwidths(path: Path) -> Bandwidths:
     """What ``store_bandwidths`` wrote to ``path``; assumptions where there is none.  Raises
     ``ConfigError``."""
@@ -107,14 +64,12 @@ def stored_bandwidths(path: Path) -> Bandwidths:
         return Bandwidths()
     found = read_json(path, 1 << 16)
     values = {name: found.get(name) for name in MEASURED}
-    if not all(
-        value is None or (isinstance(value, int | float) and 0 < value < 1e15)
-        for value in values.values()
-    ):
+    known = [value for value in values.values() if value is not None]
+    if not all(isinstance(value, int | float) and 0 < value < 1e15 for value in known):
         raise ConfigError(
             f"{path}: is not what slotmoe bench --calibrate writes; delete it or run that again"
         )
-    return Bandwidths().told(f"measured on {str(found.get('date'))[:10]}", **values)
+    return Bandwidths().updated(f"measured on {str(found.get('date'))[:10]}", **values)
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
@@ -143,12 +98,22 @@ class Speed:
         """What a decoded token waits for longest."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
+    def report(self) -> dict[str, Any]:
+        """All of it under the names that commands give it as JSON."""
+        return {
+            "prefill_tokens_per_second": self.prefill,
+            "decode_tokens_per_second": self.decode,
+            "hit_rate": self.hit_rate,
+            "decode_seconds": self.seconds,
+            "bottleneck": self.bottleneck,
+        }
+
 
 def text_hits(share: float) -> float:
     """Hit rate to expect on text with ``share`` of the experts in slots, by interpolation of
     ``TEXT_HITS``."""
-    place = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
-    (x0, y0), (x1, y1) = TEXT_HITS[place - 1], TEXT_HITS[place]
+    after = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
+    (x0, y0), (x1, y1) = TEXT_HITS[after - 1], TEXT_HITS[after]
     return y0 + (y1 - y0) * (min(share, 1.0) - x0) / (x1 - x0)
 
 
@@ -156,7 +121,7 @@ def text_hits(share: float) -> float:
 class Setting:
     """A plan, the machine it runs on, and the routing to expect.  ``random_routing``: a token may
     use any expert, as with the weights of ``slotmoe synth``; else it uses experts as text does.
-    ``misses`` is how a card's missing experts are computed (``slotmoe.offload.policy.hybrid``)."""
+    ``misses`` says how a GPU's missing experts are computed (``slotmoe.offload.policy.hybrid``)."""
 
     config: Config
     sizes: Sizes
@@ -174,41 +139,31 @@ class Setting:
     def predict(self, prompt_tokens: int, new_tokens: int) -> Speed:
         """Speed for a prompt and its continuation, with the slots full: a cold start is slower."""
         seconds = self._decode_seconds(prompt_tokens + new_tokens // 2)
-        computing = sum(spent for name, spent in seconds.items() if name != "disk")
-        # Reads hide behind computing, but not perfectly; small ones are made by the thread that
-        # computes.
-        together = (
-            computing + seconds["disk"]
-            if self.sizes.record_bytes <= HELP_BYTES
-            else math.hypot(computing, seconds["disk"])
-        )
-        return Speed(
-            self._prefill(prompt_tokens), 1 / together, self.hits(self.plan.slots), seconds
-        )
+        disk = seconds["disk"]
+        computing = sum(seconds.values()) - disk
+        # Reads hide behind computing, but not perfectly; the computing thread makes small ones.
+        small = self.sizes.record_bytes <= HELP_BYTES
+        total = computing + disk if small else math.hypot(computing, disk)
+        prefill, hit_rate = self._prefill(prompt_tokens), self.hits(self.plan.slots)
+        return Speed(prefill, 1 / total, hit_rate, seconds)
 
     def _decode_seconds(self, depth: int) -> dict[str, float]:
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes
-        used = len(c.moe_layers) * c.num_experts_per_tok
-        touched = (
-            self.sizes.touched
-            + kv_bytes(c, depth, "native" if self.plan.tier == "ram" else "triton")
-            + used * record
-        )
+        on_cpu, small, K = self.plan.tier == "ram", record <= HELP_BYTES, c.num_experts_per_tok
+        used = len(c.moe_layers) * K
+        latents = kv_bytes(c, depth, "native" if on_cpu else "triton")
+        touched = self.sizes.touched + latents + used * record
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
-        each = rates.latency + MISS_SECONDS if record <= HELP_BYTES else record / rates.disk
-        seconds = {"between kernels": c.num_hidden_layers * LAYER_SECONDS, "disk": missing * each}
-        if self.plan.tier == "ram":
-            if (
-                missing == 0 or record <= HELP_BYTES
-            ):  # nothing is read ahead, so only a miss comes between two layers
-                alone = len(c.moe_layers) * (1 - (1 - missing / used) ** c.num_experts_per_tok)
-                seconds["between kernels"] = TOKEN_SECONDS + alone * LAYER_SECONDS
-            attention = (
-                c.num_hidden_layers
-                * c.num_attention_heads
-                * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-                * depth
-            )
+        read_seconds = rates.latency + MISS_SECONDS if small else record / rates.disk
+        between = c.num_hidden_layers * LAYER_SECONDS
+        if on_cpu and (missing == 0 or small):
+            # Nothing is read ahead, so only a miss comes between two layers.
+            alone = len(c.moe_layers) * (1 - (1 - missing / used) ** K)
+            between = TOKEN_SECONDS + alone * LAYER_SECONDS
+        seconds = {"between kernels": between, "disk": missing * read_seconds}
+        if on_cpu:
+            head_width = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+            attention = c.num_hidden_layers * c.num_attention_heads * head_width * depth
             return seconds | {
                 "RAM": touched / rates.ram / KERNEL_SHARE,
                 "attention": attention / (self.threads * THREAD_ATTENTION),
@@ -225,19 +180,17 @@ class Setting:
         """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU
         computing is not counted."""
         c, rates, plan = self.config, self.bandwidths, self.plan
-        rows, each = len(c.moe_layers), c.num_experts_per_tok / c.n_routed_experts
-        work = (
-            self.sizes.touched
-            + rows * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
-        )
-        seconds, left = 0.0, tokens
-        while left:
-            chunk = min(left, plan.prefill_chunk)
-            needed = rows * c.n_routed_experts * (1 - (1 - each) ** chunk) * self.sizes.record_bytes
+        uses = len(c.moe_layers) * c.num_experts_per_tok
+        work = self.sizes.touched + uses * 3 * c.hidden_size * c.moe_intermediate_size
+        unused = 1 - c.num_experts_per_tok / c.n_routed_experts
+        experts = len(c.moe_layers) * c.n_routed_experts
+        seconds = 0.0
+        for start in range(0, tokens, plan.prefill_chunk):
+            chunk = min(tokens - start, plan.prefill_chunk)
+            needed = experts * (1 - unused**chunk) * self.sizes.record_bytes
             disk = needed * (1 - self.hits(max(plan.slots, plan.host_slots))) / rates.disk
             if plan.tier == "ram":
                 seconds += math.hypot(chunk * work / (self.threads * THREAD_PREFILL), disk)
             else:
                 seconds += max(needed * (1 - self.hits(plan.slots)) / rates.pcie, disk)
-            left -= chunk
         return tokens / seconds if seconds else None

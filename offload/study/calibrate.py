@@ -32,6 +32,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import Config, read_config
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.experts import Route
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.predictor import NextGate, Predictor, rms
@@ -107,23 +108,22 @@ def _read(
     """Read a window as a sequence of its own; yields the embeddings and last hidden states of each
     of its chunks, [T, D].  Before, ``on_route(layer, x_TD, indices_TK)`` gets each MoE layer's
     input and choices.  No other function here reaches into the runtime."""
-    network = runtime._network
-    inner, step = network.experts, runtime.start()
+    model, sequence = runtime.model, runtime.sequences[0]
+    sequence.rewind(0)
 
-    def experts(layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        on_route(layer, x_TD, indices_TK)
-        return inner(layer, x_TD, weights_TK, indices_TK)
+    def listen(route: Route) -> None:
+        assert route.x_TD is not None
+        on_route(runtime.config.moe_layers[route.row], route.x_TD, torch.tensor(route.indices))
 
-    network.experts = experts
+    stop_listening = model.quantized("calibrate").on_route(listen, inputs=True)
     try:
         for start in range(0, len(window), PREFILL_CHUNK):
             ids = window[start : start + PREFILL_CHUNK]
-            step(ids)
-            assert network.hidden_TD is not None
-            ids_T = torch.tensor(ids, device=runtime.device, dtype=torch.int64)
-            yield network.ops.embed(ids_T, network.embed_tokens), network.hidden_TD
+            for hidden_TD in sequence.run(ids):
+                ids_T = torch.tensor(ids, device=runtime.device)
+                yield model.backend.embed(ids_T, model.network.embed_tokens), hidden_TD
     finally:
-        network.experts = inner
+        stop_listening()
 
 
 def record(

@@ -16,16 +16,16 @@ from slotmoe.offload.policy.cache import make_cache
 
 OPTIMUM = "optimum"
 Choices = list[list[list[int]]]
-"""The keys that each token's gates chose: [tokens][rows][K]."""
+"""The expert ids that each token's gates chose: [tokens][MoE layers][K]."""
 
 
 def gate_choices(steps: Sequence[np.ndarray], experts: int) -> Choices:
-    """Keys, as ``slotmoe.offload.policy.cache`` counts them, of a trace's steps (expert indices [T,
-    rows, K] each)."""
-    keys: Choices = []
+    """Expert ids, as ``slotmoe.offload.policy.cache`` counts them, of a trace's steps (expert
+    indices [T, MoE layers, K])."""
+    choices: Choices = []
     for step in steps:
-        keys += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
-    return keys
+        choices += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
+    return choices
 
 
 def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
@@ -33,34 +33,33 @@ def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
     cache = make_cache(policy, slots, len(choices[0]), experts)
     for token in choices:
         cache.advance()
-        for keys in token:
-            for key in [key for key in keys if not cache.use(key)]:
-                cache.offer(key, keys)
+        for chosen in token:
+            for expert in [expert for expert in chosen if not cache.use(expert)]:
+                cache.offer(expert, chosen)
     return cache.hits
 
 
 def optimum(choices: Choices, slots: int) -> int:
-    """Hits of the best that any policy with bypass can do, knowing the future: who is used last
-    leaves (Belady, 1966)."""
-    uses = [key for token in choices for keys in token for key in keys]
+    """Hits of the best policy with bypass, which knows the future and evicts what is used last
+    (Belady, 1966)."""
+    uses = [expert for token in choices for chosen in token for expert in chosen]
     following, next_use = [0] * len(uses), dict[int, int]()
     for time in range(len(uses) - 1, -1, -1):
         following[time] = next_use.get(uses[time], len(uses))
         next_use[uses[time]] = time
-    expected = dict[int, int]()  # cached key -> its next use
-    heap: list[
-        tuple[int, int]
-    ] = []  # (-next use, key), the furthest first; entries of past uses stay at the end
+    expected = dict[int, int]()  # cached expert id -> its next use
+    # (-next use, id), the furthest first; entries of past uses stay at the end
+    heap: list[tuple[int, int]] = []
     hits = 0
-    for key, again in zip(uses, following, strict=True):
-        if key in expected:
+    for expert, again in zip(uses, following, strict=True):
+        if expert in expected:
             hits += 1
         elif len(expected) == slots:
             if -heap[0][0] <= again:
                 continue
             del expected[heapq.heappop(heap)[1]]
-        expected[key] = again
-        heapq.heappush(heap, (-again, key))
+        expected[expert] = again
+        heapq.heappush(heap, (-again, expert))
     return hits
 
 
@@ -70,10 +69,6 @@ def sweep(
     """(policy, slots, hits) for every policy, ``optimum`` among them, and size."""
     for policy in policies:
         for slots in sizes:
-            yield (
-                policy,
-                slots,
-                optimum(choices, slots)
-                if policy == OPTIMUM
-                else replay(choices, policy, slots, experts),
-            )
+            best = policy == OPTIMUM
+            hits = optimum(choices, slots) if best else replay(choices, policy, slots, experts)
+            yield policy, slots, hits

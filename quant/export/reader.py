@@ -240,6 +240,11 @@ class Export:
         return sum(part.nbytes for part in self._parts.get(file, {}).values())
 
     @property
+    def random_weights(self) -> bool:
+        """Whether ``slotmoe synth`` made it: such an export has no source files."""
+        return not self.manifest["source"]["files"]
+
+    @property
     def predictor_bytes(self) -> int:
         """Bytes of all the predictor's tensors, 0 if there is none."""
         return self._tensor_bytes(self._predictor)

@@ -424,3 +424,11 @@ def test_impossible_replays_are_refused(slotmoe, tmp_path, monkeypatch, argument
     assert (code, out) == (2, "")
     assert message in err
     assert not list(tmp_path.glob("chart*"))
+
+
+def test_a_chart_without_matplotlib_is_refused_before_the_work(slotmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
+    chart = tmp_path / "chart.png"
+    code, out, err = slotmoe("replay", write_trace(tmp_path / "good"), "-o", chart)
+    assert (code, out, err.count("\n"), chart.exists()) == (2, "", 1, False)
+    assert "matplotlib" in err and "pip install 'slotmoe[plots]'" in err

@@ -11,7 +11,6 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from slotmoe.errors import ConfigError, ExportError
@@ -26,8 +25,8 @@ from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
-from slotmoe.tools.bench import recall
 from slotmoe.tools.cli import main
+from tests.support.bench import benchmark
 from tests.support.engine import start
 from tests.support.predictor import D, E, K, L, predictor_file, sign
 from tests.support.tiny import write_checkpoint
@@ -548,33 +547,25 @@ def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, slot
     assert (code, "exists" in err) == (2, True)
 
 
-def test_recall_tool_reads_calibrated_and_plain_exports(made):
-    for name, lines in (
+def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
+    for name, predictors in (
         ("plain", ["untrained"]),
         ("calibrated", ["token", "popular", "layer", "layer_alone", "untrained"]),
     ):
-        found = CliRunner().invoke(
-            recall.command,
-            [str(made / name), str(made / "other"), "--threads", "1"],
-            catch_exceptions=False,
-        )
-        assert found.exit_code == 0
-        assert [line.split()[1] for line in found.output.splitlines()] == lines * 2
+        rows = benchmark("recall", made / name, made / "other", "--threads", 1)["results"]
+        assert [(row["predictor"], row["text"]) for row in rows] == [
+            (predictor, text) for predictor in predictors for text in ("other", "mean")
+        ]
     with Export.open(made / "calibrated") as export:
         predictor = Predictor.load(export, K, TorchOps())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
-        windows = split(
-            runtime.tokenizer.encode(read_text(made / "other"), add_bos=False),
-            runtime.tokenizer,
-            256,
-        )
+        ids = runtime.tokenizer.encode(read_text(made / "other"), add_bos=False)
+        windows = split(ids, runtime.tokenizer, 256)
         shares = measure(predictor, record(runtime, windows), [K])
-    assert (
-        f"{K} guesses {shares['token'][0]:6.1%} named"
-        in CliRunner()
-        .invoke(recall.command, [str(made / "calibrated"), str(made / "other"), "--threads", "1"])
-        .output
-    )
+    token = rows[0]
+    assert token["guesses"][0] == K
+    assert token["named"][0] == pytest.approx(shares["token"][0])
+    assert token["wasted"][0] == pytest.approx(1 - shares["token"][0])
 
 
 def test_text_of_surrogates_or_bytes(tmp_path):

@@ -22,7 +22,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.offload.tiers.disk import WARM
-from slotmoe.tools.bench import calibration, measure
+from slotmoe.tools.bench.speed import calibration, measure
 from slotmoe.tools.cli import cli
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.tiny import write_checkpoint
@@ -192,7 +192,7 @@ def test_split_balances_both_sides():
 def test_the_mode_follows_what_was_measured():
     assert choose_mode("auto", Bandwidths(), 1 << 20, 6) == "fetch"
     assert (
-        choose_mode("auto", Bandwidths().told("given", pcie_busy=1e9, experts=1e9), 1 << 20, 6)
+        choose_mode("auto", Bandwidths().updated("given", pcie_busy=1e9, experts=1e9), 1 << 20, 6)
         == "fetch"
     )
     assert choose_mode("auto", measured(pcie_busy=1e9, experts=1e9), 1 << 20, 6) == "hybrid"

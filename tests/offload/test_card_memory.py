@@ -12,13 +12,13 @@ from slotmoe.model.config import read_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
+from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_ops
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import absmax_shape, codes_shape, resident_quantization
-from slotmoe.tools.synth import geometry_path
 
 META = torch.device("meta")
 

@@ -5,15 +5,13 @@ Without a CUDA device the kernels are interpreted, and a graph is a list of what
 memory.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slotmoe.model.config import parse_config, read_config
+from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import expert_name, role_of
 from slotmoe.model.network import DeepseekV2
@@ -28,7 +26,8 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
-from slotmoe.tools.bench.gpu import GEOMETRY, DeviceExperts, random_network, touched
+from slotmoe.tools.bench.gpu import DeviceExperts
+from tests.support.device_experts import DeviceExperts
 from tests.support.engine import start
 from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 from tests.support.twin import Twin
@@ -351,36 +350,6 @@ def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(tmp_path, 
             assert runtime.stats()["cache"]["hits"] == before + 3 * SMALL["num_experts_per_tok"]
             made.append(Recorded.made)
     assert torch.equal(*found) and made == [0, 1]
-
-
-def test_the_benchmarks_network_decodes():
-    raw = {**CONFIG, **SMALL}
-    network = random_network(parse_config({**raw, "num_key_value_heads": 2}), triton_ops(), DEVICE)
-    logits = decode(network, [3], cache_of(network))
-    assert logits.shape == (1, 32) and bool(logits.isfinite().all()) and network.experts.calls == 1
-
-
-def test_the_benchmark_needs_a_card():
-    if DEVICE.type == "cpu":
-        result = subprocess.run(
-            [sys.executable, "-m", "slotmoe.tools.bench.gpu"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            result.returncode == 2
-            and "needs a CUDA device" in result.stderr
-            and result.stdout == ""
-        )
-
-
-def test_bytes_of_a_token():
-    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
-    a position."""
-    config = read_config(GEOMETRY)
-    assert touched(config, 0) == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
-    assert touched(config, 1000) - touched(config, 0) == 27 * 576 * 2 * 1000
 
 
 def test_a_runtime_on_triton_kernels_says_what_the_others_say(tmp_path):

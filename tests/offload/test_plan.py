@@ -14,9 +14,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import GPUS
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
 from slotmoe.offload.plan.speed import (
-    GPUS,
     TEXT_HITS,
     Bandwidths,
     Setting,
@@ -177,7 +177,8 @@ slots, prompt = int(sys.argv[1]), int(sys.argv[2])
 with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
     for repetition in range(3):
         list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
-    print(json.dumps([peak_rss(), by_tier(predicted_components(runtime.plan, prompt, 40))["ram"], runtime.stats()["kernels"]]))
+    predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
+    print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
 """
 
 
@@ -217,18 +218,28 @@ def test_speed_is_bytes_over_bandwidth():
 
 def test_a_gpu_waits_for_pcie_or_the_disk():
     config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4")
-    card = GPUS["rtx-4090"]
-    rates = Bandwidths(gpu=card.bandwidth, pcie=card.pcie, disk=5e9)
+    gpu = GPUS["rtx-4090"]
+    rates = Bandwidths(gpu=gpu.bandwidth, pcie=gpu.pcie, disk=5e9)
 
     def predict(ram):
         options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": "torch"}
-        plan = make_plan(config, sizes, budget=card.budget, host_budget=ram, **options)
+        plan = make_plan(config, sizes, budget=gpu.budget, host_budget=ram, **options)
         assert not plan.shortfall
         return Setting(config, sizes, plan, rates, 8, False).predict(512, 128)
 
     assert predict(256 * GIB).bottleneck == "PCIe"
     assert predict(32 * GIB).bottleneck == "disk"
     assert predict(256 * GIB).decode > predict(64 * GIB).decode > predict(32 * GIB).decode
+
+
+def test_bytes_of_a_token():
+    """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
+    a position."""
+    config = geometry("v2-lite")
+    sizes = sizes_of(config, "int8")
+    experts = len(config.moe_layers) * config.num_experts_per_tok * sizes.record_bytes
+    assert sizes.touched + experts == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
+    assert kv_bytes(config, 1000, "triton") == 27 * 576 * 2 * 1000
 
 
 def test_hits_follow_the_measured_points():
@@ -265,7 +276,7 @@ def plan(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ram", [32, 64, 128])
-def test_the_full_model_fits_a_24_gb_card(plan, ram):
+def test_the_full_model_fits_a_24_gb_gpu(plan, ram):
     code, out, _ = plan("v2", "--gpu", "rtx-4090", "--ram", f"{ram}GiB", "--json")
     report = json.loads(out)
     assert (code, report["fits"], report["shortfall"]) == (0, True, 0)
@@ -401,7 +412,7 @@ def test_damaged_manifests_are_named(plan, tmp_path):
         assert (code, "slotmoe.json" in err) == (2, True)
 
 
-def test_a_card_in_this_machine_is_found(plan, tmp_path, monkeypatch):
+def test_a_gpu_in_this_machine_is_found(plan, tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 24000\n")
     program.chmod(0o755)
@@ -417,8 +428,12 @@ def test_a_card_in_this_machine_is_found(plan, tmp_path, monkeypatch):
 
 
 def test_plan_needs_no_torch():
-    code = "import sys; from slotmoe.tools.cli import cli; cli.main(['plan', 'v2', '--ram', '64GiB'], standalone_mode=False)"
-    command = [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"]
+    code = (
+        "import sys; from slotmoe.tools.cli import cli; "
+        "cli.main(['plan', 'v2', '--ram', '64GiB'], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
@@ -426,7 +441,7 @@ def test_a_hub_id_fetches_the_config_alone(plan, hub):
     hub.add(NAME, Repo(SAMPLE))
     report = json.loads(plan(NAME, "--ram", "2GiB", "--json")[1])
     assert report["components"]["all experts"] == {"disk": 7 * 32 * 28672}
-    assert {one["name"] for one in hub.requests} == {"config.json"}
+    assert {request["name"] for request in hub.requests} == {"config.json"}
     code, _, err = plan("no/model", "--ram", "2GiB")
     assert (code, "no/model: is no folder here and no model on" in err) == (2, True)
     code, _, err = plan(NAME, "--revision", "nowhere")

@@ -23,11 +23,15 @@ from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
+from tests.support.bench import benchmark
 from tests.support.browser import BROWSER, Browser
 from tests.support.engine import start
 
 ROOT = Path(__file__).parents[2]
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife. "
+)
 
 
 @pytest.fixture
@@ -393,6 +397,14 @@ def test_earlier_report_is_replaced_whole(profile, tmp_path):
     assert "No token was decoded." in " ".join(page(out).words)
 
 
+def test_without_matplotlib_the_report_has_no_charts_and_says_so(profile, monkeypatch, tmp_path):
+    monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
+    code, _, err = profile(TEXT, "-n", "3")
+    assert (code, err.count("\n"), "slotmoe[plots]" in err) == (0, 1, True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "profile.json"}
+    assert "img" not in page(tmp_path / "out").tags
+
+
 def test_long_text_is_cut_and_said(profile, tmp_path):
     (tmp_path / "long.txt").write_text(TEXT * 500)
     code, _, err = profile("--text", tmp_path / "long.txt", "--context", "64", "-n", "4")
@@ -493,12 +505,10 @@ def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
 
 @pytest.mark.slow
 def test_watching_costs_at_most_a_twentieth(sample_export):
-    from slotmoe.tools.bench.profile import measure
-
-    with Runtime.open(sample_export, context=1024) as runtime:
-        found = measure(runtime, decode_tokens=40, repetitions=150)
-    print(found)
-    assert found["lower_quartile"]["ratio"] <= 1.05
+    report = benchmark("profile", sample_export, "--decode-tokens", 40, "--repetitions", 150)
+    lower_quartile = report["results"][0]
+    print(lower_quartile)
+    assert lower_quartile["ratio"] <= 1.05
 
 
 def test_warm_slots_are_full_before_the_first_token(profile):

@@ -265,4 +265,4 @@ def slow(number):
 
 
 def measured(**values):
-    return Bandwidths().told("measured on a day", **values)
+    return Bandwidths().updated("measured on a day", **values)

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.bench.serve import first_token, serving, serving_cost, together
 from slotmoe.tools.cli import cli
 from tests.support.browser import BROWSER, Browser
 from tests.support.served import GREEDY, PROMPTS, USER, Served, start
@@ -551,13 +550,3 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     assert "an API key" in str(run("--api-key", "with space").exception)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in str(run("--port", str(taken.getsockname()[1])).exception)
-
-
-def test_bench_compares_in_turn(runtime):
-    with serving(runtime, 8) as port, ThreadPoolExecutor(2) as clients:
-        found = serving_cost(runtime, clients, port, 8, 1)
-        for other in ("bench", "generate"):
-            assert found[f"cost_beside_{other}"] == pytest.approx(found[other] / found["serve"] - 1)
-        assert 8 <= together(runtime, clients, port, 2, 20, [1])["counted"] <= 40
-        first = first_token(runtime, clients, port, 400, 1, [1])
-        assert first["cached"] < 0.5 * first["cold"]

@@ -1,32 +1,30 @@
-"""Download speed of ``slotmoe.offload.ingest.download`` beside curl's: one file from a server on
-loopback, in turn, medians.
+"""Download speed beside curl's: one file from a server on loopback.
 
 curl neither checks nor syncs what it writes, so the same work is measured too: curl, then sha256sum
-and sync.
+and sync.  Of slotmoe, ``arrived`` ends when the last byte has come.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
 
 from slotmoe.offload.ingest.download import fetch
 from slotmoe.offload.ingest.http import Expected, Remote
+from slotmoe.tools.bench import turns
 
 
-class _Server(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     file = Path()
 
@@ -42,103 +40,62 @@ class _Server(BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.end_headers()
         self.wfile.flush()
+        out = self.connection.fileno()
         with open(self.file, "rb") as file:
             while start < stop:
-                start += os.sendfile(
-                    self.connection.fileno(), file.fileno(), start, min(stop - start, 16 << 20)
-                )
+                start += os.sendfile(out, file.fileno(), start, min(stop - start, 16 << 20))
+
+
+def _curl(url: str, path: Path, checked: bool) -> float:
+    os.sync()
+    copy = str(path)
+    commands = [["curl", "-s", "-o", copy, url], ["sha256sum", copy], ["sync", copy]]
+    started = time.perf_counter()
+    for command in commands if checked else commands[:1]:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def _slotmoe(remote: Remote, path: Path, checked: bool) -> float:
+    path.unlink(missing_ok=True)
+    os.sync()
+    arrived, started = [0.0], time.perf_counter()
+
+    def advance(_count: int) -> None:
+        arrived[0] = time.perf_counter() - started
+
+    fetch(remote, path, threading.Event(), advance)
+    return time.perf_counter() - started if checked else arrived[0]
 
 
 @click.command()
-@click.option(
-    "--gigabytes",
-    type=float,
-    default=2.0,
-    show_default=True,
-    help="Size of the file, in 10^9 bytes.",
-)
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option(
-    "--directory",
-    type=click.Path(path_type=Path),
-    help="Where to write. [default: a temporary folder]",
-)
-@click.option("--serve", type=click.Path(path_type=Path), hidden=True)
-def command(gigabytes: float, repetitions: int, directory: Path | None, serve: Path | None) -> None:
-    """Compare with curl on this machine.
-
-    \b
-    Example:
-      python -m slotmoe.tools.bench.download --gigabytes 2
-    """
-    if serve is not None:
-        _Server.file = serve
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
-        print(server.server_port, flush=True)
-        server.serve_forever()
-    work = Path(tempfile.mkdtemp(dir=directory))
-    try:
-        source, digest, left = work / "source", hashlib.sha256(), int(gigabytes * 1e9)
-        with open(source, "wb") as file:
-            while left:
-                piece = os.urandom(min(left, 16 << 20))
-                digest.update(piece)
-                file.write(piece)
-                left -= len(piece)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "slotmoe.tools.bench.download", "--serve", str(source)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert child.stdout is not None
-            url = f"http://127.0.0.1:{int(child.stdout.readline())}/file"
-            expected = Expected(source.stat().st_size, digest.hexdigest())
-            print(json.dumps(_measure(url, expected, work, repetitions)))
-        finally:
-            child.terminate()
-            child.wait()
-    finally:
-        shutil.rmtree(work)
-
-
-def _measure(url: str, expected: Expected, work: Path, repetitions: int) -> dict[str, object]:
-    seconds: dict[str, list[float]] = {}
-
-    def note(name: str, start: float) -> None:
-        seconds.setdefault(name, []).append(time.perf_counter() - start)
-
-    for _ in range(repetitions):
-        os.sync()
-        start = time.perf_counter()
-        subprocess.run(["curl", "-s", "-o", work / "curl", url], check=True)
-        note("curl", start)
-        subprocess.run(["sha256sum", work / "curl"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["sync", work / "curl"], check=True)
-        note("curl, checked and durable", start)
-        (work / "curl").unlink()
-        os.sync()
-        arrived, start = 0, time.perf_counter()
-
-        def advance(count: int, start: float = start) -> None:
-            nonlocal arrived
-            arrived += count
-            if arrived == expected.size:
-                note("slotmoe", start)
-
+@click.option("--gigabytes", type=float, default=2.0, help="Size of the file, in 10^9 bytes.")
+@turns.repetitions(5)
+@click.option("--directory", help="Where to write. [default: a temporary folder]")
+def download(gigabytes: float, repetitions: int, directory: str | None) -> None:
+    """Print the seconds of each way, its MB a second, and its ratio to plain curl."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        _Handler.file, path = Path(folder, "source"), Path(folder, "copy")
+        digest, size = hashlib.sha256(), int(gigabytes * 1e9)
+        with open(_Handler.file, "wb") as file:
+            for start in range(0, size, 16 << 20):
+                block = os.urandom(min(size - start, 16 << 20))
+                digest.update(block)
+                file.write(block)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        url, expected = f"http://127.0.0.1:{server.server_port}", Expected(size, digest.hexdigest())
         remote = Remote("file", expected, lambda: url, lambda url: {})
-        fetch(remote, work / "slotmoe", threading.Event(), advance)
-        note("slotmoe, checked and durable", start)
-        (work / "slotmoe").unlink()
-    speeds = {
-        name: round(expected.size / 1e6 / statistics.median(times))
-        for name, times in seconds.items()
-    }
-    return {
-        "megabytes_per_second": speeds,
-        "seconds": {name: [round(one, 2) for one in times] for name, times in seconds.items()},
-    }
-
-
-if __name__ == "__main__":
-    command()
+        child = get_context("fork").Process(target=server.serve_forever, daemon=True)
+        child.start()
+        ways = {
+            "curl": partial(_curl, url, path, False),
+            "curl, checked and durable": partial(_curl, url, path, True),
+            "slotmoe, arrived": partial(_slotmoe, remote, path, False),
+            "slotmoe, checked and durable": partial(_slotmoe, remote, path, True),
+        }
+        rows = turns.compare(ways, repetitions, "curl", "seconds")
+        child.terminate()
+        child.join()
+    for row in rows:
+        row["megabytes_per_second"] = round(size / 1e6 / row["seconds"])
+    turns.finish(rows)

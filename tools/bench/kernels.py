@@ -1,250 +1,275 @@
-"""Measure the native kernels beside what bounds them: `python -m slotmoe.tools.bench.kernels
-[--json]`.
+"""Each kernel beside what bounds it, in V2-Lite's shapes: on a CPU (``kernels``) and on a GPU
+(``gpu``).
 
-A shared machine's bandwidth moves by half within seconds, so every timing of a kernel that streams
-its weights from memory is paired with a plain read of the same bytes just before it, and the ratio
-is the median over pairs. Weights lie in large pages, as the runtime has them. Each of the two is
-run once untimed before it is timed: which core read a line last makes the first pass slower where
-the cores have a third-level cache each, and the two deal the lines to the threads differently.
-Kernels that compute (many tokens, attention) are given as multiply-adds a second and, for
-comparison between machines, bytes of weights or cache.
-
-Shapes are V2-Lite's: H = 2048, I = 1408, k = 6 experts; 16 heads over a latent of 512 + 64; context
-8192.
+A machine's bandwidth moves by half within seconds.  So a kernel that streams its weights from
+memory runs in turn with a plain read of the same bytes (on a GPU: torch's copy of 1 GiB), and its
+ratio is the median over pairs.  Weights outgrow every cache and lie in large pages, as the runtime
+has them.  What is timed ran once untimed just before: which core read a line last makes the first
+pass slower where cores have third-level caches of their own.  On a GPU many launches are one CUDA
+graph, so that no launch is measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import median
+from typing import Any
+from unittest.mock import patch
 
+import click
 import torch
 from torch import Tensor
 
-from slotmoe.offload.tiers.memory import in_large_pages, page_aligned
+from slotmoe.errors import ConfigError
+from slotmoe.model.config import read_config
+from slotmoe.offload.observe.measure import bytes_per_token
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers.memory import in_large_pages
+from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant import nf4
-from slotmoe.quant.kernels.cpu import bindings as qk
+from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import Records
+from slotmoe.quant.backends.native import TiledInt8Weight
+from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import PackedInt8
-from slotmoe.quant.shapes import absmax_shape, codes_shape, latent_bytes, record_bytes
+from slotmoe.quant.shapes import absmax_shape, codes_shape
+from slotmoe.quant.weights import quantize_int8, quantize_nf4
+from slotmoe.tools.bench import turns
+from slotmoe.tools.options import count
 
-HIDDEN, INTERMEDIATE, TOP_K = 2048, 1408, 6
-LATENT, ROPE, HEADS = 512, 64, 16
-LEVELS = torch.tensor(nf4.LEVELS)
-
-Row = dict[str, object]
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+Actions = Sequence[Callable[[], Any]]
+MANY = 512  # tokens of a prefill pass
+N = 8192  # rows of a resident matrix
 
 
-def streaming(
-    native: qk.Kernels,
-    name: str,
-    memory: Tensor,
-    used: int,
-    action: Callable[[], object],
-    rounds: int,
-) -> Row:
-    """`action` reads `used` bytes spread over all of `memory` (uint8 [n]) once."""
-    pairs = []
-    for _ in range(rounds):
-        native.read(memory)
-        read = seconds(lambda: native.read(memory))
-        action()
-        pairs.append((memory.numel() / read, used / seconds(action)))
-    return {
-        "kernel": name,
-        "bytes_per_second": statistics.median(k for _, k in pairs),
-        "read_bytes_per_second": statistics.median(r for r, _ in pairs),
-        "ratio": statistics.median(k / r for r, k in pairs),
-    }
+class _Bench:
+    """The kernels of a device, and the rows measured so far."""
+
+    def __init__(self, device: str, rounds: int, gibibytes: float, threads: int | None = None):
+        self.config = read_config(geometry_path("v2-lite"))
+        self.ops, self._rounds = pick_ops(torch.device(device), threads=threads), rounds
+        self.on_cpu, self._device = device == "cpu", device
+        self.rows, self.working_set = list[turns.Row](), int(gibibytes * 2**30)
+        self.levels = torch.tensor(nf4.LEVELS, device=device)
+        if not self.on_cpu:
+            source = torch.ones(1 << 30, dtype=torch.uint8, device=device)
+            self._copy = partial(torch.empty_like(source).copy_, source)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+        if self.on_cpu:
+            return in_large_pages(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self._device)
+
+    def _timed(self, actions: Actions) -> Callable[[], float]:
+        """Seconds of all ``actions``, when they have run once before."""
+
+        def run() -> None:
+            for action in actions:
+                action()
+
+        def on_cpu() -> float:
+            run()
+            return turns.seconds(run)
+
+        def on_gpu() -> float:
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            started.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            return float(started.elapsed_time(ended)) / 1e3
+
+        if self.on_cpu:
+            return on_cpu
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return on_gpu
+
+    def measure(
+        self, name: str, macs: float, size: int, actions: Actions, memory: Tensor | None = None
+    ) -> None:
+        """Each action does ``macs`` multiply-adds over ``size`` bytes; all of them together read
+        ``memory``, where they are bound by that."""
+        ways, plain = {"kernel": self._timed(actions)}, 2 << 30
+        if memory is not None:
+            read: Callable[[], Any] = partial(self.ops._read, memory.flatten().view(torch.uint8))
+            ways["plain"] = self._timed([read if self.on_cpu else self._copy])
+            plain = memory.nbytes if self.on_cpu else plain
+        spent = turns.take_turns(ways, self._rounds, warm_up=False)
+        seconds = median(spent["kernel"]) / len(actions)
+        row = {"kernel": name, "seconds": seconds, "macs_per_second": macs / seconds}
+        row["bytes_per_second"] = size / seconds
+        if memory is not None:
+            row["plain_bytes_per_second"] = plain / median(spent["plain"])
+            total, pairs = size * len(actions), zip(*spent.values(), strict=True)
+            row["ratio"] = median(total / kernel / (plain / read) for kernel, read in pairs)
+        self.rows.append(row)
 
 
-def computing(name: str, macs: float, size: int, action: Callable[[], object], rounds: int) -> Row:
-    """`action` does `macs` multiply-adds over `size` bytes of weights, cache or source."""
-    action()
-    middle = statistics.median(seconds(action) for _ in range(rounds))
-    return {
-        "kernel": name,
-        "seconds": middle,
-        "macs_per_second": macs / middle,
-        "bytes_per_second": size / middle,
-    }
+def _experts(bench: _Bench) -> None:
+    """One token through K experts a layer, layer after layer; and experts with many tokens."""
+    c, ops, levels = bench.config, bench.ops, bench.levels
+    D, K = c.hidden_size, c.num_experts_per_tok
+    layout = RecordLayout(D, c.moe_intermediate_size)
+    S = bench.working_set // layout.record_bytes // K * K
+    slab = bench.empty((S, layout.record_bytes))
+    slab[0].random_(0, 256)
+    for name, (_, columns) in layout.shapes.items():
+        part = layout.parts[f"{name}.weight.absmax"]
+        scales = slab[0, part.offset : part.offset + part.nbytes]
+        scales.view(torch.float16).fill_(1.8 * columns**-0.5)
+    slab[1:] = slab[0]
+    x_1D, macs, size = bench.randn(1, D), 3 * D * c.moe_intermediate_size, layout.payload_bytes
+    records, slots_E = Records(slab, layout, levels), bench.empty((S,), torch.int32)
+    torch.arange(S, out=slots_E)
+    choices, y_1KD = slots_E.long().view(-1, 1, K), bench.empty((1, K, D), torch.float32)
+    decode = [partial(ops.experts, x_1D, records, slots_E, chosen, y_1KD) for chosen in choices]
+    bench.measure(f"experts, 1 token, {K} experts", K * macs, K * size, decode, slab)
+    for T in (1, 4, 16, 48, 128, MANY):
+        x_TD, first = bench.randn(T, D), choices.new_zeros(T, 1)
+        y_T1D = bench.empty((T, 1, D), torch.float32)
+        single = partial(ops.experts, x_TD, records, slots_E, first, y_T1D)
+        bench.measure(f"experts, {T} tokens, 1 expert", T * macs, size, [single])
+    if not bench.on_cpu:
+        x_TD, y_TKD = bench.randn(MANY, D), bench.empty((MANY, K, D), torch.float32)
+        chosen = torch.rand(MANY, 64, device=slab.device).topk(K).indices
+        grouped = partial(ops.experts, x_TD, records, slots_E[:64], chosen, y_TKD)
+        name = f"experts, {MANY} tokens, 64 experts"
+        bench.measure(name, MANY * K * macs, 64 * size, [grouped])
 
 
-def records(count: int) -> tuple[Tensor, list[Tensor], int]:
-    """-> the memory, `count` page-aligned random expert records in it, bytes of one."""
-    size = record_bytes(HIDDEN, INTERMEDIATE)
-    step = -(-size // 4096) * 4096
-    memory = page_aligned(count * step)
-    shapes = [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
-    codes = sum(math.prod(codes_shape(*shape)) for shape in shapes)
-    first = memory[:step]
-    first.random_(0, 256)
-    first[codes:size] = torch.full(((size - codes) // 2,), 0.02, dtype=torch.float16).view(
-        torch.uint8
-    )
-    memory.view(count, step)[1:] = first
-    return memory, [memory[i * step : i * step + size] for i in range(count)], size
+def _linears(bench: _Bench) -> None:
+    """Resident matrices, one token and many.  Any bytes are weights."""
+    D, linear = bench.config.hidden_size, bench.ops.linear
+    memory = bench.empty((max(2, bench.working_set // (N * D)), N * D)).random_(0, 256)
+    scale_N = bench.empty((N,), torch.float32).fill_(D**-0.5 / 73)
+    halves, scales = memory.view(-1, N * D // 2), absmax_shape(N, D)
+    absmax = bench.empty((len(halves), *scales), torch.float16).fill_(1.8 * D**-0.5)
 
+    def int8(block: Tensor) -> TiledInt8Weight | Int8Weight:
+        if not bench.on_cpu:
+            return Int8Weight(block.view(N, D), scale_N)
+        tiles = PackedInt8(block.view(N // 16, D // 64, 1024), N, D)
+        return TiledInt8Weight(tiles, scale_N)
 
-def experts(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
-    """One token through k experts a layer, layer after layer; and one expert with many tokens."""
-    x = torch.randn(HIDDEN)
-    count = working_set // record_bytes(HIDDEN, INTERMEDIATE) // TOP_K * TOP_K
-    memory, all_records, size = records(count)
-    groups = [all_records[i : i + TOP_K] for i in range(0, count, TOP_K)]
-
-    def decode() -> None:
-        for group in groups:
-            native.experts_each(x, group, INTERMEDIATE, LEVELS)
-
-    rows = [streaming(native, "experts_each", memory, count * size, decode, rounds)]
-    for tokens in (1, 4, 16, 48, 128, 512):
-        many = torch.randn(tokens, HIDDEN)
-        slots, y = torch.zeros(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1, HIDDEN)
-        action = partial(
-            native.experts_by_slot, many, all_records[0][None], slots, INTERMEDIATE, LEVELS, y
-        )
-        rows.append(
-            computing(
-                f"experts_by_slot, {tokens} tokens",
-                3 * tokens * HIDDEN * INTERMEDIATE,
-                size,
-                action,
-                rounds,
-            )
-        )
-    return rows
-
-
-def linears(native: qk.Kernels, rounds: int, working_set: int) -> list[Row]:
-    """Resident matrices, one token and many."""
-    n = 8192
-    x, many = torch.randn(1, HIDDEN), torch.randn(512, HIDDEN)
-    macs = 512 * HIDDEN * n
-    packed = in_large_pages(
-        (working_set // (n * HIDDEN), n // 16, HIDDEN // 64, 1024), torch.int8
-    ).random_(-127, 128)
-    scale = torch.rand(n)
-
-    def int8() -> None:
-        for w in packed:
-            native.linear_int8(x, PackedInt8(w, n, HIDDEN), scale)
-
-    first = PackedInt8(packed[0], n, HIDDEN)
-    rows = [
-        streaming(
-            native, "linear_int8", packed.view(torch.uint8).flatten(), packed.numel(), int8, rounds
-        ),
-        computing(
-            "linear_int8, 512 tokens",
-            macs,
-            n * HIDDEN,
-            partial(native.linear_int8, many, first, scale),
-            rounds,
-        ),
+    coded = [
+        nf4.Nf4Weight(codes.view(codes_shape(N, D)), scales, bench.levels, (N, D))
+        for codes, scales in zip(halves, absmax, strict=True)
     ]
-
-    codes = packed.view(torch.uint8).view(-1, *codes_shape(n, HIDDEN))  # any bytes are codes
-    absmax = in_large_pages((len(codes), *absmax_shape(n, HIDDEN)), torch.float16).uniform_()
-
-    def coded() -> None:
-        for c, a in zip(codes, absmax, strict=True):
-            native.linear_nf4(x, c, a, LEVELS, n)
-
-    size = codes[0].numel() + 2 * absmax[0].numel()
-    action = partial(native.linear_nf4, many, codes[0], absmax[0], LEVELS, n)
-    rows.append(streaming(native, "linear_nf4", codes.flatten(), size * len(codes), coded, rounds))
-    rows.append(computing("linear_nf4, 512 tokens", macs, size, action, rounds))
-    return rows
+    kinds: dict[str, tuple[int, Sequence[Any]]] = {
+        "int8": (N * D, [int8(block) for block in memory.view(torch.int8)]),
+        "nf4": (N * D // 2 + absmax[0].nbytes, coded),
+    }
+    x_1D, x_TD = bench.randn(1, D), bench.randn(MANY, D)
+    for kind, (size, weights) in kinds.items():
+        actions = [partial(linear, x_1D, weight) for weight in weights]
+        bench.measure(f"linear {kind}, 1 row", N * D, size, actions, memory)
+        many = [partial(linear, x_TD, weights[0])]
+        bench.measure(f"linear {kind}, {MANY} rows", MANY * N * D, size, many)
 
 
-def attention(native: qk.Kernels, rounds: int) -> list[Row]:
-    """One token over as many layers' caches as outgrow the processor's; seconds are for one
-    layer."""
-    rows = []
-    for heads, context in ((HEADS, 128), (HEADS, 1024), (HEADS, 8192), (128, 8192)):
-        layers = in_large_pages(
-            (27 * 1024 // context + 1, context, latent_bytes(LATENT, ROPE)), torch.uint8
-        )
-        for cache in layers:
-            native.store_latents(torch.randn(context, LATENT + ROPE), LATENT, cache)
-        q = torch.randn(1, heads, LATENT + ROPE)
-
-        def attend(layers: Tensor = layers, q: Tensor = q, context: int = context) -> None:
-            for cache in layers:
-                native.mla(q, cache, context, LATENT, 0.1)
-
-        macs = len(layers) * heads * context * (2 * LATENT + ROPE)
-        row = computing(
-            f"mla, {heads} heads, context {context}", macs, layers.numel(), attend, rounds
-        )
-        rows.append(row | {"seconds": float(str(row["seconds"])) / len(layers)})
-    return rows
+def _attention(bench: _Bench) -> None:
+    """One token over as many layers' caches as outgrow the processor's."""
+    c, ops = bench.config, bench.ops
+    R, W = c.kv_lora_rank, c.latent_width
+    width, dtype = ops.latent_row(R, c.qk_rope_head_dim)
+    for H, context in ((16, 128), (16, 1024), (16, 8192), (128, 8192)):
+        caches = bench.empty((27 * 1024 // context + 1, context, width), dtype)
+        for cache in caches:
+            ops.store_latents(bench.randn(context, W), R, cache)
+        q_1HW, name = bench.randn(1, H, W), f"mla, {H} heads, context {context}"
+        actions = [partial(ops.mla, q_1HW, cache, R, 0.1) for cache in caches]
+        memory = None if bench.on_cpu else caches
+        bench.measure(name, H * context * (R + W), caches[0].nbytes, actions, memory)
 
 
-def quantizers(native: qk.Kernels, rounds: int) -> list[Row]:
-    """bytes_per_second is of the bf16 source."""
-    source = torch.randn(8192, HIDDEN).bfloat16()
-    count = source.numel()
-    return [
-        computing(
-            "quantize_nf4, bf16", count, 2 * count, partial(native.quantize_nf4, source), rounds
-        ),
-        computing(
-            "quantize_int8, bf16", count, 2 * count, partial(native.quantize_int8, source), rounds
-        ),
-    ]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, help="threads (default: all cores)")
-    parser.add_argument("--isa", help="instruction set (default: the best here)")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="timings of each kernel; medians are reported"
-    )
-    parser.add_argument(
-        "--working-set", type=float, default=1.5, help="GiB that streaming kernels run through"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    options = parser.parse_args()
-    native = qk.load()
+@click.command()
+@turns.THREADS
+@click.option("--isa", help="Instruction set. [default: the best here]")
+@turns.repetitions(7)
+@turns.WORKING_SET
+def kernels(threads: int | None, isa: str | None, repetitions: int, working_set: float) -> None:
+    """Each native kernel beside what bounds it."""
+    native = bindings.load()
     if native is None:
-        print("the native kernels are not built: pip install . with a C++ compiler present")
-        return 1
-    if options.threads:
-        native.set_threads(options.threads)
-    if options.isa:
-        native.set_isa(options.isa)
-    rounds, working_set = options.rounds, int(options.working_set * 2**30)
-    rows = experts(native, rounds, working_set) + linears(native, rounds, working_set)
-    rows += attention(native, rounds) + quantizers(native, rounds)
-    if options.json:
-        print(json.dumps({"isa": native.isa, "threads": native.threads, "kernels": rows}))
-        return 0
-    print(f"{native.isa}, {native.threads} threads")
-    for row in rows:
-        line = f"{row['kernel']:36} {float(str(row['bytes_per_second'])) / 1e9:8.1f} GB/s"
-        if "ratio" in row:
-            read, ratio = float(str(row["read_bytes_per_second"])), float(str(row["ratio"]))
-            line += f"  read {read / 1e9:6.1f} GB/s  {ratio:6.1%}"
-        else:
-            macs, middle = float(str(row["macs_per_second"])), float(str(row["seconds"]))
-            line += f"  {macs / 1e9:8.1f} GMAC/s  {middle * 1e6:10.1f} us"
-        print(line)
-    return 0
+        raise ConfigError(
+            "the native kernels are not built: pip install . with a C++ compiler present"
+        )
+    if isa:
+        native.set_isa(isa)
+    bench = _Bench("cpu", repetitions, working_set, threads)
+    for measure in (_experts, _linears, _attention):
+        measure(bench)
+    source = torch.randn(N, bench.config.hidden_size).bfloat16()
+    for quantizer in (quantize_nf4, quantize_int8):
+        actions = [partial(quantizer, source)]
+        bench.measure(f"{quantizer.__name__}, bf16", source.numel(), source.nbytes, actions)
+    turns.finish(bench.rows, isa=native.isa, threads=native.threads)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+@contextmanager
+def _launching(way: str) -> Iterator[None]:
+    """A runtime that is opened and used inside launches its decode kernels this way; its own way is
+    one graph."""
+    from slotmoe.quant.backends import triton
+
+    with ExitStack() as stack:
+        if way != "one graph":
+            stack.enter_context(patch.object(Slots, "complete", False))
+        if way == "kernel by kernel":
+            stack.enter_context(patch.object(triton, "CudaGraph", None))
+        yield
+
+
+def _step(export: str, way: str, steps: int, depth: int, ceiling: float) -> turns.Row:
+    """A decode step after ``depth`` cached tokens, every expert in a slot.  ``gaps`` is the share
+    of its wall time without a kernel, by torch's profiler."""
+    ids, activities = turns.random_ids(steps + 3), [torch.profiler.ProfilerActivity.CUDA]
+    context = depth + len(ids)
+    with _launching(way), Runtime.open(export, device="cuda", context=context) as runtime:
+        runtime.warm()
+        turns.token_seconds(runtime, ids, depth)
+        spent = median(turns.token_seconds(runtime, ids, depth)[3:])
+        with torch.profiler.profile(activities=activities) as profiler:
+            turns.token_seconds(runtime, ids, depth)
+        busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+        bound = sum(bytes_per_token(runtime.model, depth).values()) / ceiling
+    row = {"step": way, "seconds": spent, "tokens_per_second": 1 / spent}
+    return row | {"gaps": max(0.0, 1 - busy / len(ids) / spent), "ratio": bound / spent}
+
+
+@click.command()
+@click.argument("export", metavar="[EXPORT]", required=False)
+@turns.WORKING_SET
+@turns.repetitions(7)
+@count("--steps", 50, "Decode steps of each kind; medians are reported.")
+@count("--depth", 128, "Tokens cached before them.")
+def gpu(export: str | None, working_set: float, repetitions: int, steps: int, depth: int) -> None:
+    """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
+    --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "gpu needs a CUDA device, and torch finds none here; "
+            "python -m slotmoe.tools.bench kernels measures the CPU"
+        )
+    with torch.inference_mode():
+        bench = _Bench("cuda", repetitions, working_set)
+        for measure in (_experts, _linears, _attention):
+            measure(bench)
+    rows, ceiling = bench.rows, bench.rows[0]["plain_bytes_per_second"]
+    if export is not None:
+        for way in ("kernel by kernel", "two graphs a layer", "one graph"):
+            rows.append(_step(export, way, steps, depth, ceiling))
+    turns.finish(rows, device=torch.cuda.get_device_name(), ops=bench.ops.name, bandwidth=ceiling)

@@ -1,104 +1,56 @@
-"""The NF4 quantizers side by side: native, torch and bitsandbytes on one expert-sized matrix, codes
-compared.
-
-    python -m slotmoe.tools.bench.quantize [--json]
-
-Prints GB/s of bf16 input (median of the repetitions, taken in turn) and each one's ratio to
-bitsandbytes; then what `slotmoe quantize` does with every weight: quantize it and sum up its error
-for the report.
-"""
+"""The NF4 quantizers beside bitsandbytes, on one projection of a V2-Lite expert, and the weights in
+which they differ from it."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
+import click
 import torch
 from torch import Tensor
 
 from slotmoe.quant import nf4
-from slotmoe.quant.kernels.cpu import bindings as kernels
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.shapes import BLOCK
 from slotmoe.quant.weights import dequantize, quantize_nf4, squared_error
+from slotmoe.tools.bench import turns
 
-ROWS, COLUMNS = 1408, 2048  # one projection of a V2-Lite expert
+SHAPE = (1408, 2048)
 
 
-def bitsandbytes_nf4(weight: Tensor) -> Tensor:
-    """The weight quantized by bitsandbytes and dequantized with its scales rounded to fp16,
-    float32."""
+@click.command()
+@turns.repetitions(9)
+def quantize(repetitions: int) -> None:
+    """Print GB/s of bf16 input and each one's ratio to bitsandbytes.  What slotmoe quantize does
+    with every weight is 'with its error': quantize it and sum up its error for the report."""
+    logging.disable(logging.WARNING)  # bitsandbytes announces an optional package
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    levels, generator = torch.tensor(nf4.LEVELS), torch.Generator().manual_seed(0)
+    weight = (torch.randn(SHAPE, generator=generator) * 0.02).bfloat16()
+    theirs = partial(quantize_4bit, blocksize=BLOCK, quant_type="nf4")
+    ours: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"torch": nf4.quantize}
+    if (native := bindings.load()) is not None:
+        ours[f"native {native.isa}"] = native.quantize_nf4
+
+    def with_error(weight: Tensor) -> object:
+        return squared_error(weight, nf4.Nf4Weight(*quantize_nf4(weight), levels, SHAPE))
+
+    def speed(quantizer: Callable[[Tensor], object]) -> float:
+        quantizer(weight)  # until the threads of the way before have gone to sleep
+        return weight.nbytes / turns.seconds(partial(quantizer, weight)) / 1e9
+
+    quantizers: dict[str, Callable[[Tensor], object]]
+    quantizers = {"bitsandbytes": theirs, **ours, "with its error": with_error}
+    ways = {name: partial(speed, quantizer) for name, quantizer in quantizers.items()}
+    rows = turns.compare(ways, repetitions, "bitsandbytes", "GB/s")
+    packed, state = theirs(weight)
     codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=-1).view(-1, BLOCK)
-    values: Tensor = torch.tensor(nf4.LEVELS)[codes.int()] * state.absmax.half().float()[:, None]
-    return values.view(weight.shape)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    logging.disable(
-        logging.WARNING
-    )  # bitsandbytes announces an optional package that is not installed
-    from bitsandbytes.functional import quantize_4bit
-
-    weight = (
-        torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * 0.02
-    ).bfloat16()
-    quantizers: dict[str, Callable[[Tensor], object]] = {
-        "bitsandbytes": lambda w: quantize_4bit(w, blocksize=BLOCK, quant_type="nf4"),
-        "torch": nf4.quantize,
-    }
-    native = kernels.load()
-    if native is not None:
-        quantizers[f"native {native.isa}"] = native.quantize_nf4
-    levels = torch.tensor(nf4.LEVELS)
-    quantizers["with its error"] = lambda w: squared_error(
-        w, nf4.Nf4Weight(*quantize_nf4(w), levels, (ROWS, COLUMNS))
-    )
-    speeds: dict[str, list[float]] = {name: [] for name in quantizers}
-    for _ in range(arguments.repetitions + 1):
-        for name, quantizer in quantizers.items():
-            quantizer(weight)  # until the threads of the one before have gone to sleep
-            started = time.perf_counter()
-            quantizer(weight)
-            speeds[name].append(weight.nbytes / (time.perf_counter() - started) / 1e9)
-    wanted = bitsandbytes_nf4(weight)
-    report: dict[str, dict[str, float]] = {}
-    for name in quantizers:
-        speed = statistics.median(speeds[name][1:])
-        report[name] = {
-            "gigabytes_per_second": speed,
-            "ratio": speed / statistics.median(speeds["bitsandbytes"][1:]),
-        }
-        if name not in ("bitsandbytes", "with its error"):
-            made = (
-                nf4.quantize(weight)
-                if name == "torch" or native is None
-                else native.quantize_nf4(weight)
-            )
-            found = dequantize(nf4.Nf4Weight(*made, levels, (ROWS, COLUMNS)))
-            report[name]["different_weights"] = int((found != wanted).sum())
-    if arguments.json:
-        print(json.dumps(report))
-        return
-    for name, row in report.items():
-        different = (
-            f"{row['different_weights']} weights differ" if "different_weights" in row else ""
-        )
-        print(
-            f"{name:20} {row['gigabytes_per_second']:6.2f} GB/s of bf16  {row['ratio']:6.1f}x  {different}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    wanted = (levels[codes.int()] * state.absmax.half().float()[:, None]).view(SHAPE)
+    for row in rows:
+        if (quantizer := ours.get(row["way"])) is not None:
+            made = dequantize(nf4.Nf4Weight(*quantizer(weight), levels, SHAPE))
+            row["different_weights"] = int((made != wanted).sum())
+    turns.finish(rows)

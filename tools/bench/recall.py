@@ -1,5 +1,4 @@
-"""How well an export's predictor names experts in text it was not trained on: ``python -m
-slotmoe.tools.bench.recall EXPORT TEXT...``"""
+"""How well an export's predictor names experts in text it was not trained on."""
 
 from __future__ import annotations
 
@@ -7,77 +6,54 @@ import math
 from pathlib import Path
 
 import click
+import torch
+
+from slotmoe.model.config import Config, read_config
+from slotmoe.model.names import GATE, POST_NORM, layer_tensor
+from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study.calibrate import measure, read_text, record, split
+from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.export.reader import Export
+from slotmoe.tools.bench import turns
+
+
+def _predictors(folder: Path, config: Config) -> tuple[Predictor | None, NextGate]:
+    """The export's predictor, and the untrained one that applies the next layers' gates."""
+    parts = (POST_NORM, GATE)
+    with Export.open(folder) as export:
+        trained = Predictor.load(export, config.num_experts_per_tok, TorchOps())
+        names = [layer_tensor(layer, part) for layer in export.layers for part in parts]
+        weights = {name: export.resident(name) for name in names}
+    plain = {name: w.float() for name, w in weights.items() if isinstance(w, torch.Tensor)}
+    return trained, NextGate(config, plain, TorchOps())
 
 
 @click.command()
 @click.argument(
     "folder", metavar="EXPORT", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
-@click.argument(
-    "texts",
-    metavar="TEXT...",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
-@click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="CPU threads. [default: physical cores]"
-)
-def command(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
-    """Print, for each TEXT, the share of the used experts that were named and the share of guesses
-    that were wasted."""
-    import torch
-
-    from slotmoe.model.config import read_config
-    from slotmoe.model.names import GATE, POST_NORM, layer_tensor
-    from slotmoe.offload.predictor import NextGate, Predictor
-    from slotmoe.offload.runtime import Runtime
-    from slotmoe.offload.study.calibrate import measure, read_text, record, split
-    from slotmoe.quant.backends.base import TorchOps
-    from slotmoe.quant.export.reader import Export
-
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True, type=Path)
+@turns.THREADS
+def recall(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
+    """Print, for each TEXT and number of guesses a layer, the share of the used experts that were
+    named and the share of guesses that were wasted."""
     config = read_config(folder / "config.json")
-    with Export.open(folder) as export:
-        predictor = Predictor.load(export, config.num_experts_per_tok, TorchOps())
-        names = [layer_tensor(layer, part) for layer in export.layers for part in (POST_NORM, GATE)]
-        weights = {name: export.resident(name) for name in names}
-    untrained = NextGate(
-        config,
-        {
-            name: weight.float()
-            for name, weight in weights.items()
-            if isinstance(weight, torch.Tensor)
-        },
-        TorchOps(),
-    )
-    with Runtime.open(
-        folder, context=min(1024, config.max_position_embeddings), threads=threads
-    ) as runtime:
-        K = config.num_experts_per_tok
-        guesses = [min(config.n_routed_experts, math.ceil(K * share)) for share in (1, 1.5, 2)]
-        totals: dict[str, torch.Tensor] = {}
+    predictor, untrained = _predictors(folder, config)
+    K, context = config.num_experts_per_tok, min(1024, config.max_position_embeddings)
+    guesses = [min(config.n_routed_experts, math.ceil(K * share)) for share in (1, 1.5, 2)]
+    named: dict[str, dict[str, list[float]]] = {}  # by predictor and text
+    with Runtime.open(folder, context=context, threads=threads) as runtime:
         for path in texts:
-            windows = split(
-                runtime.tokenizer.encode(read_text(path), add_bos=False),
-                runtime.tokenizer,
-                runtime.context,
-            )
-            for name, shares in measure(
-                predictor, record(runtime, windows), guesses, untrained
-            ).items():
-                totals[name] = totals.get(name, torch.zeros(len(guesses))) + torch.tensor(shares)
-                _print(path.name, name, shares, guesses, K)
-    for name, total in totals.items():
-        _print("mean", name, (total / len(texts)).tolist(), guesses, K)
-
-
-def _print(text: str, name: str, shares: list[float], guesses: list[int], K: int) -> None:
-    parts = (
-        f"{n} guesses {share:6.1%} named {1 - share * K / n:6.1%} wasted"
-        for n, share in zip(guesses, shares, strict=True)
-    )
-    print(f"{text:24} {name:12} " + "   ".join(parts))
-
-
-if __name__ == "__main__":
-    command()
+            ids = runtime.tokenizer.encode(read_text(path), add_bos=False)
+            routing = record(runtime, split(ids, runtime.tokenizer, runtime.context))
+            for name, shares in measure(predictor, routing, guesses, untrained).items():
+                named.setdefault(name, {})[path.name] = shares
+    rows = []
+    for name, by_text in named.items():
+        mean = torch.tensor(list(by_text.values()), dtype=torch.float64).mean(dim=0).tolist()
+        for text, shares in {**by_text, "mean": mean}.items():
+            wasted = [1 - share * K / n for share, n in zip(shares, guesses, strict=True)]
+            row = {"text": text, "predictor": name, "guesses": guesses}
+            rows.append(row | {"named": shares, "wasted": wasted})
+    turns.finish(rows)

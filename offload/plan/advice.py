@@ -1,0 +1,295 @@
+"""What a user can do with a model on a machine, before a byte is downloaded: the precision of the
+resident weights, the largest context, the speed, and the ways out if the model does not fit.
+Without torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slotmoe import model as model_package
+from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.config import Config, read_config
+from slotmoe.offload.plan.memory import (
+    CUDA_IMPORT_BYTES,
+    IMPORT_BYTES,
+    Plan,
+    Sizes,
+    by_tier,
+    format_size,
+    make_plan,
+    predicted_components,
+    sizes_of,
+)
+from slotmoe.offload.plan.speed import Bandwidths, Setting, Speed
+from slotmoe.offload.policy.hybrid import choose_mode
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its memory in GiB, and the bandwidths of its memory and of its PCIe link in practice,
+    in bytes a second."""
+
+    gibibytes: int
+    bandwidth: float
+    pcie: float
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a program can have beside the CUDA context and a desktop."""
+        return int((self.gibibytes - 0.75) * (1 << 30))
+
+
+GPUS = {
+    "rtx-5090": Gpu(32, 1792e9, 50e9),
+    "rtx-5080": Gpu(16, 960e9, 50e9),
+    "rtx-5070-ti": Gpu(16, 896e9, 50e9),
+    "rtx-4090": Gpu(24, 1008e9, 25e9),
+    "rtx-4080": Gpu(16, 717e9, 25e9),
+    "rtx-4070": Gpu(12, 504e9, 25e9),
+    "rtx-4060-ti": Gpu(16, 288e9, 12e9),
+    "rtx-4060": Gpu(8, 272e9, 12e9),
+    "rtx-3090": Gpu(24, 936e9, 25e9),
+    "rtx-3080": Gpu(10, 760e9, 25e9),
+    "rtx-3070": Gpu(8, 448e9, 25e9),
+    "rtx-3060": Gpu(12, 360e9, 25e9),
+    "rtx-2080-ti": Gpu(11, 616e9, 12e9),
+    "rtx-a6000": Gpu(48, 768e9, 25e9),
+    "l4": Gpu(24, 300e9, 25e9),
+    "t4": Gpu(16, 320e9, 12e9),
+    "a100": Gpu(80, 2039e9, 25e9),
+    "h100": Gpu(80, 3350e9, 50e9),
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU of ``GPUS`` with that name, however it is spelled.  Raises ``ConfigError``."""
+    key = name.lower().replace(" ", "-").replace("_", "-")
+    if key in GPUS:
+        return GPUS[key]
+    near = get_close_matches(key, GPUS, 1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"GPU {name!r:.40} is unknown; {hint}known are {', '.join(GPUS)}; "
+        "or give --vram and --gpu-bandwidth"
+    )
+
+
+def geometry_path(geometry: str) -> Path:
+    """The config file of a geometry's name, or the path itself.  Raises ``ConfigError``."""
+    package = Path(model_package.__file__).parent
+    names = {name: package / "geometries" / f"{name}.json" for name in ("v2", "v2-lite")}
+    names["sample"] = package / "sample" / "config.json"
+    path = names.get(geometry, Path(geometry))
+    if not path.is_file():
+        raise ConfigError(
+            f"{geometry}: no such geometry; give {', '.join(names)} or the path of a config.json"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Model:
+    """A geometry; of an export also the precision of its resident weights, the bytes of its
+    predictor, and whether ``slotmoe synth`` made it."""
+
+    name: str
+    config: Config
+    resident: str | None = None
+    predictor_bytes: int = 0
+    random_weights: bool = False
+
+    @classmethod
+    def read(cls, name: str) -> Model:
+        """The model of a geometry's name, a config file, a checkpoint folder or an export.  Raises
+        ``ConfigError``."""
+        folder = Path(name)
+        if not folder.is_dir():
+            return cls(name, read_config(geometry_path(name)))
+        config, path = read_config(folder / "config.json"), folder / "slotmoe.json"
+        if not path.is_file():
+            return cls(name, config)
+        manifest = read_json(path, 8 << 20)
+        try:
+            resident, files = manifest["quantization"]["resident"], manifest["files"]
+            sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
+            if resident not in ("bf16", "int8", "nf4"):
+                raise ValueError
+            random_weights = not manifest["source"]["files"]  # as Export.random_weights
+            return cls(name, config, resident, sum(sizes), random_weights)
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f"{path}: is not a complete export's manifest; quantize again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Budgets in bytes; ``vram`` None without a GPU."""
+
+    ram: int
+    vram: int | None
+    threads: int
+    bandwidths: Bandwidths
+
+
+def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
+    """How resident weights are stored, and why.  For ``auto`` int8 stays closest to the source,
+    unless it takes half of the fast tier.  Raises ``PlanError``."""
+    if model.resident is not None:
+        if wanted not in ("auto", model.resident):
+            raise PlanError(
+                f"{model.name}: its resident weights are {model.resident}; "
+                f"quantize again for --resident {wanted}"
+            )
+        return model.resident, "as in the export"
+    if wanted != "auto":
+        return wanted, "as asked"
+    budget = machine.vram or machine.ram
+    size = sum(sizes_of(model.config, "int8").resident.values())
+    share = f"int8 takes {format_size(size)} of {format_size(budget)}"
+    if 2 * size <= budget:
+        return "int8", f"{share} and is closest to the source"
+    return "nf4", f"{share}, more than half, and leaves too little to the experts"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model on a machine: ``resident`` is ``bf16``, ``int8`` or ``nf4``, ``context`` counts
+    positions, and ``slots`` caps the expert slots.  ``misses`` is as in ``slotmoe run``."""
+
+    model: Model
+    machine: Machine
+    resident: str
+    context: int
+    slots: int | None = None
+    misses: str = "auto"
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.model.config, self.resident, self.model.predictor_bytes)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Raises ``PlanError`` for slots that can't serve one token."""
+        machine, gpu = self.machine, self.machine.vram is not None
+        return make_plan(
+            self.model.config,
+            self.sizes,
+            tier="vram" if gpu else "ram",
+            budget=machine.vram or machine.ram,
+            context=self.context,
+            runtime_bytes=CUDA_IMPORT_BYTES if gpu else IMPORT_BYTES,
+            slots=self.slots,
+            host_budget=machine.ram if gpu else None,
+            kernels="triton" if gpu else "native",
+        )
+
+    @property
+    def fits(self) -> bool:
+        return not self.plan.shortfall
+
+    def largest_context(self) -> int:
+        """Positions that fit with the least number of slots; 0 if none do."""
+        contexts = range(1, self.model.config.max_position_embeddings + 1)
+        return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
+
+    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
+        """The speed of a plan that fits."""
+        machine, config = self.machine, self.model.config
+        misses = choose_mode(
+            self.misses, machine.bandwidths, self.sizes.record_bytes, config.num_experts_per_tok
+        )
+        setting = Setting(
+            config,
+            self.sizes,
+            self.plan,
+            machine.bandwidths,
+            machine.threads,
+            self.model.random_weights,
+            misses,
+        )
+        return setting.predict(prompt_tokens, new_tokens)
+
+    def ways_out(self) -> list[str]:
+        """Up to three changes that make the plan fit, the cheapest first; none if it fits."""
+        if self.fits:
+            return []
+        ways, plan = [], self.plan
+        again = "" if self.model.resident is None else "quantize again with "
+        smaller = replace(self, resident="nf4")
+        if self.slots is not None and replace(self, slots=None).fits:
+            ways.append("drop --slots")
+        if largest := self.largest_context():
+            ways.append(f"--context {largest}")
+        if self.resident != "nf4":
+            if smaller.fits:
+                ways.append(f"{again}--resident nf4")
+            elif not largest and (shorter := smaller.largest_context()):
+                ways.append(f"{again}--resident nf4 and --context {shorter}")
+        if plan.tier == "vram" and replace(self, machine=replace(self.machine, vram=None)).fits:
+            ways.append("--device cpu: RAM alone is enough")
+        ways += self._smaller_model()
+        budgets = {"ram": plan.host_budget, plan.tier: plan.budget}
+        raised = [
+            f"--{tier} {_rounded_up(budgets[tier] + n)}" for tier, n in plan.shortfall.items()
+        ]
+        return [*ways, " and ".join(raised)][:3]
+
+    def _smaller_model(self) -> list[str]:
+        """V2-Lite instead of a larger model, if that fits."""
+        lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
+        context = min(self.context, lite.config.max_position_embeddings)
+        other = Scenario(lite, self.machine, "int8", context)
+        if not other.fits or self.model.config.hidden_size <= lite.config.hidden_size:
+            return []
+        size = format_size(sum(other.sizes.resident.values()))
+        return [f"a smaller model: v2-lite, {size} of resident weights"]
+
+    def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """All of it under the names that ``slotmoe plan --json`` gives."""
+        plan, machine, config = self.plan, self.machine, self.model.config
+        components = {name: {plan.tier: size} for name, size in plan.components.items()}
+        for name, size in plan.host.items():
+            components.setdefault(name, {})["ram"] = size
+        experts = len(config.moe_layers) * config.n_routed_experts
+        components["all experts"] = {"disk": experts * plan.record_bytes}
+        gpu, rates = machine.vram is not None, machine.bandwidths
+        report: dict[str, Any] = {
+            "model": self.model.name,
+            "fits": self.fits,
+            "components": components,
+            "total": by_tier(components),
+            "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
+            "shortfall": sum(plan.shortfall.values()),
+            "shortfall_by_tier": plan.shortfall,
+            "slots": plan.slots,
+            "host_slots": plan.host_slots,
+            "experts": experts,
+            "prefill_chunk": plan.prefill_chunk,
+            "bandwidths": {
+                tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
+                for tier in ("ram", "disk", *(("gpu", "pcie") if gpu else ()))
+            },
+            "largest_context": self.largest_context(),
+            "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
+            "ways_out": self.ways_out(),
+            "settings": {
+                "prompt_tokens": prompt_tokens,
+                "new_tokens": new_tokens,
+                "threads": machine.threads,
+                "context": self.context,
+            },
+        }
+        return report | (self.speed(prompt_tokens, new_tokens).report() if self.fits else {})
+
+
+def _rounded_up(size: int) -> str:
+    """A size option of at least ``size`` bytes, to the tenth of a GiB or the MiB."""
+    return f"{-(-size * 10 >> 30) / 10:.1f}GiB" if size >= 1 << 30 else f"{-(-size >> 20)}MiB"

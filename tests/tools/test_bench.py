@@ -1,0 +1,96 @@
+"""The benchmarks of ``python -m slotmoe.tools.bench``: they run, and what they report adds up."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from slotmoe.quant.kernels.cpu import bindings
+from tests.support.bench import benchmark
+
+
+def by(key, report):
+    return {row[key]: row for row in report["results"]}
+
+
+def assert_compared(rows, against, unit):
+    """Medians lie in their ranges, and ratios are those of the rounds."""
+    for row in rows.values():
+        least, most = row["range"]
+        assert 0 < least <= row[unit] <= most
+        assert 0 < row["ratios"][0] <= row["ratio"] <= row["ratios"][1]
+    assert rows[against]["ratios"] == [1.0, 1.0]
+
+
+def test_depth(sample_export):
+    options = ["--depth", 60, "--against", 10, "--decode-tokens", 3, "--repetitions", 3]
+    rows = by("way", benchmark("depth", sample_export, *options))
+    assert list(rows) == ["after 10", "after 60"]
+    assert_compared(rows, "after 60", "milliseconds")
+
+
+def test_engine(sample_export):
+    options = ["--slots", 60, "--decode-tokens", 3, "--repetitions", 2]
+    rows = by("way", benchmark("engine", sample_export, *options))
+    engine = {name: row for name, row in rows.items() if "prefetch" not in name}
+    assert list(engine) == ["with the engine", "without it"]
+    assert_compared(engine, "with the engine", "milliseconds")
+    prefetch = {name: row for name, row in rows.items() if "prefetch" in name}
+    assert_compared(prefetch, "with prefetch", "milliseconds")
+
+
+def test_profile(sample_export):
+    options = ["--decode-tokens", 4, "--repetitions", 2]
+    rows = by("of", benchmark("profile", sample_export, *options))
+    assert list(rows) == ["lower quartile", "median"]
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["watched"] / row["plain"])
+
+
+@pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
+def test_kernels():
+    report = benchmark("kernels", "--working-set", 0.05, "--repetitions", 1, "--threads", 1)
+    rows = by("kernel", report)
+    assert report["threads"] == 1
+    assert {"linear int8, 1 row", "linear nf4, 512 rows", "quantize_nf4, bf16"} <= set(rows)
+    assert all(row["macs_per_second"] > 0 for row in rows.values())
+    row = rows["experts, 1 token, 6 experts"]
+    assert row["ratio"] == pytest.approx(row["bytes_per_second"] / row["plain_bytes_per_second"])
+    assert row["bytes_per_second"] * row["seconds"] == pytest.approx(6 * 4.6e6, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_needs_one():
+    command = [sys.executable, "-m", "slotmoe.tools.bench", "gpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "needs a CUDA device" in done.stderr
+
+
+def test_quantizers_give_the_weights_of_bitsandbytes():
+    rows = by("way", benchmark("quantize", "--repetitions", 1))
+    different = {name: row["different_weights"] for name, row in rows.items() if len(row) > 5}
+    assert different and set(different.values()) == {0}
+    assert_compared(rows, "bitsandbytes", "GB/s")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_download():
+    rows = by("way", benchmark("download", "--gigabytes", 0.01, "--repetitions", 1))
+    assert_compared(rows, "curl", "seconds")
+    for row in rows.values():
+        assert row["megabytes_per_second"] == pytest.approx(10 / row["seconds"], abs=1)
+
+
+def test_serve(sample_export):
+    options = ["--tokens", 20, "--repetitions", 1, "--clients", 2, "--long", 400, "--context", 1024]
+    *rows, together, first = benchmark("serve", sample_export, *options)["results"]
+    assert_compared({row["way"]: row for row in rows}, "bench", "seconds")
+    assert [row["way"] for row in rows] == ["bench", "generate", "serve"]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"])
+    assert together["clients"] == 2
+    assert 20 <= together["counted"] <= 40
+    assert first["cached"] < 0.5 * first["cold"]

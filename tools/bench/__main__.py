@@ -1,0 +1,20 @@
+"""``python -m slotmoe.tools.bench NAME``: what only engineers of this project measure."""
+
+import click
+
+from slotmoe.tools.bench import decode, download, kernels, quantize, recall, serve
+from slotmoe.tools.cli import main
+
+
+@click.group("python -m slotmoe.tools.bench", context_settings={"show_default": True})
+def bench() -> None:
+    """Run a benchmark.  The last line of its output is one JSON object."""
+
+
+if __name__ == "__main__":
+    for command in (
+        *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
+        *(quantize.quantize, download.download, serve.serve, recall.recall),
+    ):
+        bench.add_command(command)
+    main(group=bench)

@@ -1,0 +1,140 @@
+"""Three comparisons of decode, by the milliseconds of a token: ``depth``, ``engine`` and
+``profile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from statistics import fmean, quantiles
+
+import click
+from torch import Tensor
+
+from slotmoe.offload.experts import Experts
+from slotmoe.offload.observe.memory import MemorySampler
+from slotmoe.offload.observe.profiler import attach
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench import turns
+from slotmoe.tools.options import count
+
+
+class _WithoutEngine:
+    """A runtime's experts without the engine: every record is in its slot, and no cache, policy or
+    prefetcher learns of its use."""
+
+    def __init__(self, experts: Experts) -> None:
+        self.slot_table = experts.slot_table
+        assert self.slot_table().complete
+
+    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        raise AssertionError("a decode step computes all experts by the slot table")
+
+    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def _without_engine(runtime: Runtime) -> Iterator[None]:
+    network = runtime.model.network
+    experts, network.experts = network.experts, _WithoutEngine(runtime.model.quantized("compare"))
+    try:
+        yield
+    finally:
+        network.experts = experts
+
+
+@contextmanager
+def _watched(runtime: Runtime) -> Iterator[None]:
+    with MemorySampler() as sampler, sampler.watching(runtime.model):
+        _, detach = attach(runtime, sampler.origin)
+        try:
+            yield
+        finally:
+            detach()
+
+
+def _milliseconds(runtime: Runtime, ids: list[int], depth: int = 1) -> float:
+    """Of one token.  The first isn't counted: what ran before has moved the memory it needs."""
+    return 1e3 * fmean(turns.token_seconds(runtime, ids, depth)[1:])
+
+
+@click.command()
+@turns.EXPORT
+@count("--depth", 8192, "Tokens cached before the long turns.")
+@count("--against", 128, "Tokens cached before the short turns.")
+@count("--decode-tokens", 9, "Tokens of one turn; the first is not counted.", least=2)
+@turns.repetitions(15)
+@turns.THREADS
+def depth(
+    export: str, depth: int, against: int, decode_tokens: int, repetitions: int, threads: int | None
+) -> None:
+    """What a longer context costs: the ratio is the speed at --depth over that at --against."""
+    if against >= depth:
+        raise click.UsageError(
+            f"--against is {against}, expected less than --depth, which is {depth}"
+        )
+    ids = turns.random_ids(decode_tokens)
+    with Runtime.open(export, context=depth + decode_tokens, threads=threads) as runtime:
+        runtime.warm()
+        ways = {f"after {n}": partial(_milliseconds, runtime, ids, n) for n in (against, depth)}
+        turns.finish(turns.compare(ways, repetitions, f"after {depth}", "milliseconds"))
+
+
+@click.command()
+@turns.EXPORT
+@click.option("--slots", type=int, help="Also compare prefetch on and off with this many slots.")
+@count("--decode-tokens", 32, "Tokens of one turn; the first is not counted.", least=2)
+@turns.repetitions(7)
+def engine(export: str, slots: int | None, decode_tokens: int, repetitions: int) -> None:
+    """What the offload engine costs where every expert is in memory, and what prefetch gains where
+    --slots are too few for that."""
+    ids = turns.random_ids(decode_tokens)
+    with Runtime.open(export, context=256) as runtime:
+        runtime.warm()
+
+        def without() -> float:
+            with _without_engine(runtime):
+                return _milliseconds(runtime, ids)
+
+        ways: dict[str, Callable[[], float]]
+        ways = {"with the engine": partial(_milliseconds, runtime, ids), "without it": without}
+        rows = turns.compare(ways, repetitions, "with the engine", "milliseconds")
+    if slots is not None:
+        with ExitStack() as stack:
+            ways = {}
+            for name, prefetch in (("with prefetch", True), ("without prefetch", False)):
+                limited = Runtime.open(export, context=256, slots=slots, prefetch=prefetch)
+                ways[name] = partial(_milliseconds, stack.enter_context(limited), ids)
+            rows += turns.compare(ways, repetitions, "with prefetch", "milliseconds")
+    turns.finish(rows)
+
+
+@click.command()
+@turns.EXPORT
+@click.option("--ram", metavar="SIZE", help="RAM budget.")
+@count("--decode-tokens", 8, "Tokens of one turn.")
+@turns.repetitions(40)
+def profile(export: str, ram: str | None, decode_tokens: int, repetitions: int) -> None:
+    """What the profiler of slotmoe profile costs: its marks, counters and memory thread.
+
+    Neighbours only ever make a token slower, so on a busy machine the lower quartile of all tokens
+    is the figure to read.
+    """
+    ids = turns.random_ids(decode_tokens)
+    with Runtime.open(export, ram=ram, context=1024) as runtime:
+        runtime.warm()
+
+        def watched() -> list[float]:
+            with _watched(runtime):
+                return turns.token_seconds(runtime, ids)
+
+        ways: dict[str, Callable[[], list[float]]]
+        ways = {"watched": watched, "plain": partial(turns.token_seconds, runtime, ids)}
+        spent = turns.take_turns(ways, repetitions)
+    tokens = {way: [1e3 * token for turn in spent[way] for token in turn] for way in ways}
+    rows = []
+    for name, quartile in (("lower quartile", 0), ("median", 1)):
+        row = {way: quantiles(values, n=4)[quartile] for way, values in tokens.items()}
+        rows.append({"of": name, **row, "ratio": row["watched"] / row["plain"]})
+    turns.finish(rows)

@@ -1,0 +1,139 @@
+"""The measurements of ``slotmoe bench``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from statistics import median
+from typing import Any
+
+import torch
+
+from slotmoe.offload.observe import measure as observed
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench.turns import start, take_turns, token_seconds
+
+
+def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
+    """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
+    and the rest measured now."""
+    disk = (
+        report["disk"]["bandwidth"]
+        if report["disk"] is not None
+        else observed.disk_bandwidth(runtime.model.export)
+    )
+    bandwidths = {"disk": disk, "latency": observed.disk_latency(runtime.model.export)}
+    fast = report["ceiling"]["read_bandwidth"]
+    if (link := report["link"]) is None:
+        return bandwidths | {"ram": fast}
+    bandwidths |= {name: link[name] for name in ("pcie", "pcie_busy", "experts")}
+    return bandwidths | {"gpu": fast, "ram": observed.ram_bandwidth(runtime.model)}
+
+
+def measure(
+    runtime: Runtime, prompt_tokens: int, decode_tokens: int, depth: int, repetitions: int
+) -> dict[str, Any]:
+    """Medians of ``repetitions`` runs, the ceiling, and the settings that matter, as one JSON-able
+    object."""
+    generator, moved = torch.Generator().manual_seed(0), Counter[str]()
+
+    def ids(tokens: int) -> list[int]:
+        return torch.randint(runtime.config.vocab_size, (tokens,), generator=generator).tolist()
+
+    def prefill() -> float:
+        step, prompt = start(runtime), ids(prompt_tokens)
+        started = time.perf_counter()
+        step(prompt)
+        return prompt_tokens / (time.perf_counter() - started)
+
+    def decode() -> float:
+        before = _moved(runtime)
+        seconds = sum(token_seconds(runtime, ids(decode_tokens), depth))
+        moved.update({name: size - before[name] for name, size in _moved(runtime).items()})
+        moved.update({"seconds": seconds, "tokens": decode_tokens})
+        return decode_tokens / seconds
+
+    start(runtime)(ids(8))  # first-use costs: thread pools, page faults of scratch memory
+    ways = {
+        "prefill": prefill,
+        "decode": decode,
+        "bandwidth": lambda: observed.read_bandwidth(runtime.model),
+    }
+    runs = take_turns(ways, repetitions, warm_up=False)
+    components = _components(runtime, ids(decode_tokens), depth)
+    touched = observed.bytes_per_token(runtime.model, depth + decode_tokens // 2)
+    speed, bandwidth = median(runs["decode"]), median(runs["bandwidth"])
+    limit, stats = bandwidth / sum(touched.values()), runtime.stats()
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "decode_tokens": decode_tokens,
+        "depth": depth,
+        "repetitions": repetitions,
+        "kernels": stats["kernels"],
+        "threads": runtime.threads,
+        "device": stats["device"]["name"],
+    }
+    return {
+        "prefill_tokens_per_second": median(runs["prefill"]),
+        "decode_tokens_per_second": speed,
+        "prefill_runs": runs["prefill"],
+        "decode_runs": runs["decode"],
+        "ceiling": {
+            "bytes_per_token": touched,
+            "read_bandwidth": bandwidth,
+            "decode_tokens_per_second": limit,
+            "decode_fraction": speed / limit,
+        },
+        "decode_milliseconds": components,
+        "settings": settings | ({"misses": stats["misses"]["mode"]} if "misses" in stats else {}),
+        "disk": _disk(runtime, moved),
+        "link": _link(runtime, moved, speed),
+        **{key: stats[key] for key in ("cache", "prefetch", "misses", "memory") if key in stats},
+    }
+
+
+def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float]:
+    """Milliseconds of a decoded token by kernel, the longest first, and by what remains."""
+    waited = runtime.stats()["wait_seconds"]
+    with runtime.model.backend.timing() as seconds:
+        total = sum(token_seconds(runtime, ids, depth))
+    spent = dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    spent["waiting for disk"] = runtime.stats()["wait_seconds"] - waited
+    spent["Python and torch"] = total - sum(spent.values())
+    return {name: 1000 * part / len(ids) for name, part in spent.items()}
+
+
+def _moved(runtime: Runtime) -> dict[str, Any]:
+    """Bytes that have come from disk, been copied to a GPU (in how many seconds) and been computed
+    with by the CPU instead, and bytes of all experts that were in no slot when a gate chose
+    them."""
+    stats = runtime.stats()
+    host = stats["io"].get("host", {"bytes": 0, "seconds": 0.0, "lent_bytes": 0})
+    missing = stats["cache"]["misses"] * runtime.plan.record_bytes
+    counts = {"disk": stats["io"]["disk"]["bytes"], "missing": missing, "copied": host["bytes"]}
+    return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
+
+
+def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, float] | None:
+    """What decoding read from disk, beside what the disk gives alone; None if it read nothing."""
+    if not moved["disk"]:
+        return None
+    alone, rate = observed.disk_bandwidth(runtime.model.export), moved["disk"] / moved["seconds"]
+    per_token = moved["disk"] / moved["tokens"]
+    rates = {"bytes_per_second": rate, "bandwidth": alone, "fraction": rate / alone}
+    return {"bytes_per_token": per_token, **rates}
+
+
+def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:
+    """What decoding sent over the link to a GPU, beside the link's own speed, and the bound that it
+    sets: every missing byte, copied.  None without a GPU."""
+    rates = observed.link_bandwidths(runtime.model)
+    if not rates:
+        return None
+    sizes = {name: moved[name] / moved["tokens"] for name in ("missing", "copied", "computed")}
+    link = {f"{name}_bytes_per_token": size for name, size in sizes.items()}
+    link |= {"copy_seconds_per_token": moved["copying"] / moved["tokens"], **rates}
+    if sizes["missing"]:
+        bound = rates["pcie"] / sizes["missing"]
+        link |= {"decode_tokens_per_second": bound, "decode_fraction": speed / bound}
+    return link

@@ -1,0 +1,102 @@
+"""What all benchmarks share: the loop that runs several ways in turn, the decode loop, and the
+report, whose last line is one JSON object.
+
+The speed of a shared machine changes within seconds.  So what is compared runs in turn in one
+process, the order changes from round to round, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.options import Decorator, count, option
+
+T = TypeVar("T")
+Row = dict[str, Any]
+EXPORT = click.argument("export", metavar="EXPORT")
+THREADS = count("--threads", None, "CPU threads. [default: cores]")
+WORKING_SET = option("--working-set", "GIB", "What streaming kernels run through.", default=1.5)
+
+
+def repetitions(default: int) -> Decorator:
+    return count("--repetitions", default, "Rounds, in each of which every way has its turn.")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], T]], rounds: int, warm_up: bool = True
+) -> dict[str, list[T]]:
+    """What each way returned in each round; with ``warm_up``, after a round that isn't counted."""
+    names, results = list(ways), {name: list[T]() for name in ways}
+    if warm_up:
+        for way in ways.values():
+            way()
+    for number in range(rounds):
+        for name in names[::-1] if number % 2 else names:
+            results[name].append(ways[name]())
+    return results
+
+
+def compare(
+    ways: Mapping[str, Callable[[], float]], rounds: int, against: str, unit: str
+) -> list[Row]:
+    """A row for each way: the median in ``unit``, its range, and the median and range of the ratios
+    to the way ``against``, round by round."""
+    results, rows = take_turns(ways, rounds), []
+    for name, values in results.items():
+        ratios = [a / b for a, b in zip(values, results[against], strict=True)]
+        row = {"way": name, unit: median(values), "range": [min(values), max(values)]}
+        rows.append(row | {"ratio": median(ratios), "ratios": [min(ratios), max(ratios)]})
+    return rows
+
+
+def finish(rows: Sequence[Row], **facts: Any) -> None:
+    """Print a line for each row, and all of it as one JSON object in the last line."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return " to ".join(map(shown, value))
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    for row in rows:
+        print("  ".join(f"{name} {shown(value)}" for name, value in row.items()))
+    print(json.dumps({**facts, "results": rows}))
+
+
+def random_ids(tokens: int) -> list[int]:
+    """The same ids each time."""
+    generator = torch.Generator().manual_seed(0)
+    ids: list[int] = torch.randint(2, 1000, (tokens,), generator=generator).tolist()
+    return ids
+
+
+def start(runtime: Runtime, depth: int = 0) -> Callable[[list[int]], object]:
+    """The step of a new sequence, which appends ids to ``depth`` cached positions.  Benchmarks call
+    what a runtime decodes with here alone."""
+    sequence = runtime.sequences[0]
+    sequence.fill(depth)
+    return sequence.append
+
+
+def token_seconds(runtime: Runtime, ids: list[int], depth: int = 1) -> list[float]:
+    """Seconds of each token, decoding ``ids`` after ``depth`` cached tokens."""
+    step, spent = start(runtime, depth), []
+    for token in ids:
+        started = time.perf_counter()
+        step([token])
+        spent.append(time.perf_counter() - started)
+    return spent

@@ -1,0 +1,221 @@
+"""The charts of ``slotmoe profile``.
+
+Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart;
+the heat map uses cividis.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.profile.report import Images, compared
+
+BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
+    "#0072B2 #56B4E9 #E69F00 #F0E442 #009E73 #D55E00 #CC79A7 #999999".split()
+)
+_COLOURS = {
+    "runtime": GREY,
+    "resident weights": BLUE,
+    "latent KV cache": PURPLE,
+    "expert slots": ORANGE,
+    "read buffers": YELLOW,
+    "scratch and rest": GREEN,
+    "attention": BLUE,
+    "gate": PURPLE,
+    "experts": ORANGE,
+    "shared experts and dense layers": GREEN,
+    "head": SKY,
+    "cache and prefetch": YELLOW,
+    "waiting for disk": RED,
+    "waiting for RAM": "#8B3A00",
+    "sampling": GREY,
+    "rest": "#DDDDDD",
+}
+
+
+def draw(report: dict[str, Any]) -> Images:
+    """File name -> (title, PNG).  What has nothing to show is left out."""
+    images: Images = {}
+
+    def chart(name: str, title: str, fill: Callable[..., None], *arguments: Any) -> None:
+        figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        fill(axes, *arguments)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
+        images[name] = title, buffer.getvalue()
+
+    for tier in report["memory"]:
+        peak, budget = format_size(report["peak"][tier]), format_size(report["budget"][tier])
+        title = f"Memory ({tier}) by component over time: peak {peak}, budget {budget}"
+        chart(f"memory-{tier}", title, _memory, report, tier)
+    for kind in ("decode", "prefill"):
+        time = report["time"][kind]
+        if spent := time["milliseconds_per_token"]:
+            mean = f"{sum(spent.values()):.1f} ms, mean of {time['tokens']}"
+            title = f"Time of a token by component, {kind}: {mean}"
+            chart(f"time-{kind}", title, _time, spent)
+    layers, steps = report["layers"], [s for s in report["steps"] if s["kind"] == "decode"]
+    if steps:
+        moved = _moved(report, [step["moved"] for step in steps])
+        chart("bytes", "Bytes by tier: what a decoded token took, mean", _bytes, moved)
+    if len(steps) > 1:
+        spent = [step["seconds"] for step in steps]
+        chart("tokens", "Time of each decoded token by component", _tokens, spent)
+    if any(any(layer["uses"]) for layer in layers):
+        title = "Expert use by layer: tokens that each expert computed"
+        chart("expert-use", title, _uses, layers)
+        chart("layers", _rates_title(report["cache"]), _rates, layers)
+    title = "Memory: the plan beside what was measured at the peak"
+    chart("predicted", title, _predicted, compared(report))
+    return images
+
+
+def _unit(most: float) -> tuple[str, int]:
+    """A unit for an axis that reaches ``most`` bytes, and its bytes."""
+    return ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the chart, in the order of the stack."""
+    handles, labels = axes.get_legend_handles_labels()
+    style: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9}
+    axes.legend(handles[::-1], labels[::-1], loc="center left", **style)
+
+
+def _stack(axes: Axes, x: Sequence[float], parts: dict[str, list[float]]) -> None:
+    colours = [_COLOURS[name] for name in parts]
+    axes.stackplot(x, list(parts.values()), labels=list(parts), colors=colours, linewidth=0)
+    axes.margins(x=0)
+
+
+def _bars(axes: Axes, values: dict[str, float], colours: list[str], labels: list[str]) -> None:
+    bars = axes.barh(list(values), list(values.values()), color=colours)
+    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    axes.set(xlim=(0, 1.2 * max(values.values()) or 1))
+
+
+def _memory(axes: Axes, report: dict[str, Any], tier: str) -> None:
+    series, (unit, scale) = report["memory"][tier], _unit(report["peak"][tier])
+    budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
+    seconds, components = series["seconds"], series["components"]
+    _stack(axes, seconds, {n: [size / scale for size in s] for n, s in components.items()})
+    total = [size / scale for size in series["bytes"]]
+    axes.plot(seconds, total, color="black", linewidth=0.8, label="all of it")
+    near = budget < 2 * peak  # else the chart would be empty below its line
+    if near:
+        axes.axhline(budget, color="black", linestyle="--", linewidth=1.5, label="budget")
+    at = report["peak_seconds"][tier]
+    axes.plot([at], [peak], "v", color="black", markersize=8, label="peak")
+    axes.set(xlabel="time since the start (s)", ylabel=f"{tier} in use ({unit})")
+    axes.set(ylim=(0, 1.1 * max(peak, budget if near else 0)))
+    for kind in ("prefill", "decode"):  # a line where each phase begins
+        began = next((step["began"] for step in report["steps"] if step["kind"] == kind), None)
+        if began is not None:
+            axes.axvline(began, color="black", linestyle=":", linewidth=1)
+            at_top = axes.get_xaxis_transform()
+            axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
+    _legend(axes)
+
+
+def _time(axes: Axes, spent: dict[str, float]) -> None:
+    total, parts = sum(spent.values()), dict(sorted(spent.items(), key=lambda item: item[1]))
+    labels = [f"{ms:.2f} ms, {ms / total:.0%}" for ms in parts.values()]
+    _bars(axes, parts, [_COLOURS[name] for name in parts], labels)
+    axes.set(xlabel="time per token (ms)")
+
+
+def _tokens(axes: Axes, spent: list[dict[str, float]]) -> None:
+    parts = {
+        part: [1000 * token.get(part, 0.0) for token in spent]
+        for part in _COLOURS
+        if any(part in token for token in spent)
+    }
+    _stack(axes, range(1, len(spent) + 1), parts)
+    axes.set(xlabel="decoded token", ylabel="time (ms)")
+    _legend(axes)
+
+
+def _uses(axes: Axes, layers: list[dict[str, Any]]) -> None:
+    uses = [layer["uses"] for layer in layers]
+    image = axes.imshow(uses, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
+    every = -(-len(layers) // 15)
+    names = [str(layer["layer"]) for layer in layers[::every]]
+    axes.set_yticks(range(0, len(layers), every), names)
+    axes.set(xlabel="expert", ylabel="layer")
+    assert axes.figure is not None
+    axes.figure.colorbar(image, ax=axes, label="tokens")
+
+
+def _rates_title(cache: dict[str, Any]) -> str:
+    title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
+    if read := used + cache["prefetch_wasted"]:
+        title += f"; of what was read ahead {used / read:.0%} was used"
+    return title
+
+
+def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
+    def line(label: str, colour: str, style: str, part: list[int], *others: list[int]) -> None:
+        """``part`` of the sum of all, by layer."""
+        shares = {
+            layer["layer"]: 100 * counts[0] / sum(counts)
+            for layer, *counts in zip(layers, part, *others, strict=True)
+            if sum(counts)
+        }
+        if shares:
+            axes.plot(list(shares), list(shares.values()), style, label=label, color=colour, ms=5)
+
+    hits, misses = ([layer[name] for layer in layers] for name in ("hits", "misses"))
+    coming = [layer["already_coming"] for layer in layers]
+    late = [missed - came for missed, came in zip(misses, coming, strict=True)]
+    line("hits, of what was needed", BLUE, "o-", hits, misses)
+    line("already coming, of the misses", GREEN, "^-", coming, late)
+    if layers[0]["prefetch"] is not None:
+        guesses = [layer["prefetch"] for layer in layers]
+        right, used, wasted = ([g[n] for g in guesses] for n in ("right", "used", "wasted"))
+        wrong = [guess["guessed"] - guess["right"] for guess in guesses]
+        line("right, of the guesses", ORANGE, "s--", right, wrong)
+        line("used, of what was read ahead", RED, "D:", used, wasted)
+    axes.set(xlabel="layer", ylabel="share (%)", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    _legend(axes)
+
+
+def _moved(report: dict[str, Any], steps: list[dict[str, int]]) -> dict[str, float]:
+    """MB a decoded token by what gave them: what is read from memory, and what came from the slower
+    tiers, on average."""
+    moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
+    names = {"host": "RAM to the GPU", "disk": "disk"}
+    for tier in report["io"]:
+        moved[names[tier]] = sum(step[tier] for step in steps) / len(steps) / 1e6
+    return dict(reversed(moved.items()))
+
+
+def _bytes(axes: Axes, moved: dict[str, float]) -> None:
+    colours = {"disk": RED, "RAM to the GPU": ORANGE}
+    labels = [f"{size:,.1f} MB" for size in moved.values()]
+    _bars(axes, moved, [colours.get(name, BLUE) for name in moved], labels)
+    axes.set(xlabel="bytes per token (MB)")
+
+
+def _predicted(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    shown = [row for row in rows if row["unit"] in ("ram", "vram")][::-1]
+    most = max(row[key] for row in shown for key in ("predicted", "measured"))
+    unit, scale = _unit(most)
+    for key, offset, colour in (("predicted", 0.2, SKY), ("measured", -0.2, BLUE)):
+        heights = [number + offset for number in range(len(shown))]
+        sizes = [row[key] / scale for row in shown]
+        bars = axes.barh(heights, sizes, 0.38, color=colour, label=key)
+        axes.bar_label(bars, [format_size(row[key]) for row in shown], padding=4, fontsize=8)
+    axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
+    axes.set(xlabel=f"memory ({unit})", xlim=(0, 1.2 * most / scale))
+    _legend(axes)
