@@ -309,12 +309,9 @@ class Kernels:
         `mlp` give layer by layer, and what each token gives alone.
         """
         t, layers, hidden = len(caches), len(decoder.routed), decoder.hidden
-        if not 0 <= first < layers:
-            raise ValueError(f"first is {first}, expected one of {layers} layers")
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
-        if x is not None and not decoder.routed[first]:
-            raise ValueError(f"layer {first} has no experts: x and experts must be None")
+        asked = decoder.routers_from(first, x is not None)
         layer_stride, row_stride, capacity = arguments.layer_rows(caches, layers, decoder.row_bytes)
         inputs = (
             address("h", h, torch.float32, (t, hidden)),
@@ -329,7 +326,6 @@ class Kernels:
             None if x is None else address("x", x, torch.float32, (t, hidden)),
             None if experts is None else address("experts", experts, torch.float32, (t, hidden)),
         )
-        asked = decoder.moe_layers - decoder.moe_layers_before[first] - (x is not None)
         y, norm = torch.empty(t, hidden), torch.empty(t, hidden)
         weights = torch.empty(t, decoder.top_k)
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)

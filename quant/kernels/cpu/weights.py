@@ -250,3 +250,12 @@ class Decoder:
             router,
         )
         self.address = ctypes.addressof(self.native)
+
+    def routers_from(self, first: int, resumed: bool) -> int:
+        """How many routers are left from layer `first` on, without its own if the call is
+        `resumed` from its experts.  Raises `ValueError`."""
+        if not 0 <= first < len(self.routed):
+            raise ValueError(f"first is {first}, expected one of {len(self.routed)} layers")
+        if resumed and not self.routed[first]:
+            raise ValueError(f"layer {first} has no experts: x and experts must be None")
+        return self.moe_layers - self.moe_layers_before[first] - resumed
