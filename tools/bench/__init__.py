@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections import Counter
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
