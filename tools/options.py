@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,17 @@ def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_CHAT):
         function = option(function)
     return function
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raises ``ConfigError`` naming the command that installs the extra, unless all of its
+    ``modules`` are installed.  ``extra`` is also the name of the command that needs them."""
+    missing = ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ConfigError(
+            f"slotmoe {extra} needs libraries that are not installed ({missing}): "
+            f"pip install 'slotmoe[{extra}]'"
+        )
 
 
 def prompt_text(prompt: str) -> str:

@@ -42,7 +42,7 @@ class Served:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.server, self.batch = make_server(
-            runtime, "sample", (keys, ("box.local",), max_body), 8, waiting
+            runtime, "sample", 8, waiting, keys, ("box.local",), max_body
         )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.serve import _allow_descriptors
+from slotmoe.tools.serve import allow_descriptors
 from slotmoe.tools.serve import guard as serve_guard
 from tests.support.served import FAILING, GREEDY, PROMPTS, USER, Served, start
 
@@ -102,7 +102,7 @@ def test_only_this_machine_can_connect_unless_asked(sample_export):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)
     with connect(served.port, half) as connection:
         began = time.monotonic()
         for _ in range(3):  # a byte now and then is no progress
@@ -119,7 +119,7 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
 
 
 def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.5)
     limit = 8 + 4 + 256
     with ExitStack() as stack:
         for _ in range(limit + 40):
@@ -139,12 +139,12 @@ def test_files_for_a_long_queue_are_allowed(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     for count in (548, 2000, 9000):
-        _allow_descriptors(count)
+        allow_descriptors(count)
     assert asked == [(2000, 4096), (4096, 4096)]
 
 
 def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.1)
     body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 400}).encode()
     with connect(served.port) as connection:
         data = request(body, Connection="close")
@@ -156,7 +156,7 @@ def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, mo
 
 
 def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_BODY_SECONDS", 0.5)
+    monkeypatch.setattr(serve_guard, "BODY_SECONDS", 0.5)
     with connect(served.port, request(b"{}")[:-1]) as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         assert ended(connection)
@@ -172,7 +172,7 @@ def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
 
 
 def test_who_does_not_read_the_answer_loses_the_connection(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)
     body = json.dumps(
         {**GREEDY, "prompt": "Call me", "max_tokens": 490, "logprobs": 20, "n": 8, "stream": True}
     ).encode()
@@ -334,9 +334,9 @@ def test_pictures_and_templates_of_others_are_refused(served):
 
 
 CANARY = (
-    "The canary's word is plum. The people of the United States have a government of laws and not of men. "
-    * 8
-)
+    "The canary's word is plum. "
+    "The people of the United States have a government of laws and not of men. "
+) * 8
 
 
 def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
@@ -594,10 +594,8 @@ def test_soak(sample_export):
             while time.monotonic() < end:
                 time.sleep(min(60, max(0, end - time.monotonic())))
                 left, memory = end - time.monotonic(), process.memory_info().rss
-                print(
-                    f"{left:.0f} s left: {process.num_fds()} descriptors, {process.num_threads()} threads, {memory >> 20} MiB",
-                    flush=True,
-                )
+                held = f"{process.num_fds()} descriptors, {process.num_threads()} threads"
+                print(f"{left:.0f} s left: {held}, {memory >> 20} MiB", flush=True)
             kinds = sum((one.result() for one in clients), Counter())
         after = settled()
         print(

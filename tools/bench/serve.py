@@ -74,7 +74,7 @@ def serving(runtime: Runtime, sequences: int) -> Iterator[int]:
     from slotmoe.tools.serve import make_server
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server, batch = make_server(runtime, "bench", ((), (), 4 << 20), sequences, 32)
+        server, batch = make_server(runtime, "bench", sequences, 32)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

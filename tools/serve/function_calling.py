@@ -1,0 +1,333 @@
+"""Function calling: how functions are described to a model, how a model writes tool calls, and how
+its text is parsed.
+
+DeepSeek-V2.5 was trained on a format of its own, with tokens for it in its vocabulary and its chat
+template; that format is used where both are there.  Every other model gets a description in plain
+words and writes tool calls as JSON between two tags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from slotmoe.model.answer import overlap
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.requests import (
+    AssistantMessage,
+    ChatMessage,
+    Function,
+    PlainMessage,
+    ToolCall,
+    ToolMessage,
+    ToolPolicy,
+)
+
+_NAMES = "calls_begin call_begin sep call_end calls_end"
+_RESULT_NAMES = "outputs_begin output_begin output_end outputs_end"
+_TOKENS, _RESULT_TOKENS = (
+    [f"<\uff5ctool\u2581{name}\uff5c>" for name in names.replace("_", "\u2581").split()]
+    for names in (_NAMES, _RESULT_NAMES)  # as DeepSeek spells them
+)
+_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS = _TOKENS
+_OUTPUTS, _OUTPUT, _END_OUTPUT, _END_OUTPUTS = _RESULT_TOKENS
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """Tool calls as text: ``opening``, then ``head NAME middle ARGUMENTS tail`` for each call with
+    ``joint`` between them, then ``closing``."""
+
+    opening: str
+    head: str
+    middle: str
+    tail: str
+    joint: str
+    closing: str
+
+    def write(self, calls: list[ToolCall]) -> str:
+        """``calls`` as the model writes them."""
+        if not calls:
+            return ""
+        texts = []
+        for call in (call.function for call in calls):
+            texts.append(self.head + call.name + self.middle + (call.arguments or "{}") + self.tail)
+        return self.opening + self.joint.join(texts) + self.closing
+
+
+PLAIN = CallFormat(
+    "<tool_call>", '{"name": "', '", "arguments": ', "}</tool_call>", "\n<tool_call>", ""
+)
+# As the model card shows it: https://huggingface.co/deepseek-ai/DeepSeek-V2.5-1210, "Function
+# calling".
+NATIVE = CallFormat(
+    _CALLS, f"{_CALL}function{_SEP}", "\n```json\n", f"\n```{_END_CALL}", "\n", _END_CALLS
+)
+
+
+class Dialect:
+    """The format of function calling that a model was trained on, by its tokenizer and its chat
+    template."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        template, ids = tokenizer.template or "", [tokenizer.token_id(token) for token in _TOKENS]
+        self._tokenizer = tokenizer
+        self.is_native = _CALLS in template and None not in ids
+        self._template_has_tools = self.is_native and bool(re.search(r"\btools\b", template))
+        self.format = NATIVE if self.is_native else PLAIN
+        # Special tokens that appear in the text of an answer with tool calls.
+        pairs = zip(ids, _TOKENS, strict=True)
+        self.shown = {id_: t for id_, t in pairs if id_ is not None and self.is_native}
+
+    def prompt(self, messages: list[ChatMessage], policy: ToolPolicy | None) -> str:
+        """The conversation through the model's template.  Raises ``RefusedError`` and
+        ``ConfigError``."""
+        messages = ordered_results(messages)
+        functions = policy.functions if policy is not None else []
+        described = None
+        if self._template_has_tools:
+            described = [{"type": "function", "function": _described(f)} for f in functions]
+        elif functions:
+            messages = self._with_description(messages, functions)
+        written = self._native(messages) if self.is_native else self._plain(messages)
+        begun = self.is_native and isinstance(messages[-1], ToolMessage)
+        return self._tokenizer.chat(written, described, begun=begun)
+
+    def reader(self, policy: ToolPolicy | None, schema: dict[str, Any] | None = None) -> Reader:
+        """Parses an answer; where it is no tool call, it follows ``schema`` if that is given."""
+        return Reader(None if policy is None else self.format, either=schema is not None)
+
+    def _with_description(
+        self, messages: list[ChatMessage], functions: list[Function]
+    ) -> list[ChatMessage]:
+        """``messages`` with the functions described at the end of the system message."""
+        system = "You are a helpful Assistant." if self.is_native else ""
+        if messages[0].role == "system":
+            system, messages = messages[0].text, messages[1:]
+        text = _native_description(functions) if self.is_native else _plain_description(functions)
+        text = f"{system}\n\n{text}" if system else text
+        return [PlainMessage.model_construct(role="system", content=text), *messages]
+
+    def _plain(self, messages: list[ChatMessage]) -> list[dict[str, str]]:
+        """For a template that knows no functions: results are in a message of the user."""
+        written, names = list[dict[str, str]](), dict[str, str]()
+        for before, message in pairwise([None, *messages]):
+            assert message is not None
+            if isinstance(message, ToolMessage):
+                error = ' error="true"' if message.failed else ""
+                tag = f'tool_response name="{names[message.tool_call_id]}"{error}'
+                text = f"<{tag}>\n{message.text}\n</tool_response>"
+                if isinstance(before, ToolMessage):
+                    written[-1]["content"] += "\n" + text
+                else:
+                    written.append({"role": "user", "content": text})
+            else:
+                calls = _calls(message)
+                names |= {call.id: call.function.name for call in calls}
+                text = message.text + ("\n" if message.text and calls else "")
+                written.append({"role": message.role, "content": text + self.format.write(calls)})
+        return written
+
+    def _native(self, messages: list[ChatMessage]) -> list[dict[str, str]]:
+        """For DeepSeek-V2.5's template, which loses text beside calls, the end of a single call and
+        the beginning of second results: calls, results and what follows them are one message of the
+        assistant."""
+        written = list[dict[str, str]]()
+        for before, message, after in zip(
+            [None, *messages], messages, [*messages[1:], None], strict=False
+        ):
+            if isinstance(message, ToolMessage):
+                is_second = isinstance(before, ToolMessage)
+                begin = "\n" if is_second else self._tokenizer.eos_token + _OUTPUTS
+                end = "" if isinstance(after, ToolMessage) else _END_OUTPUTS
+                written[-1]["content"] += begin + _OUTPUT + message.text + _END_OUTPUT + end
+                continue
+            text = message.text + self.format.write(_calls(message))
+            if isinstance(before, ToolMessage) and message.role == "assistant":
+                written[-1]["content"] += text
+            else:
+                written.append({"role": message.role, "content": text})
+        return written
+
+
+def _calls(message: ChatMessage | None) -> list[ToolCall]:
+    return (message.tool_calls or []) if isinstance(message, AssistantMessage) else []
+
+
+def ordered_results(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """``messages`` with the results of a message's calls in the order of the calls.
+
+    Raises ``RefusedError`` where a call has no result right after it, or a result no call of its
+    name.
+    """
+    ordered, calls, results = list[ChatMessage](), list[ToolCall](), list[ToolMessage]()
+    for message in [*messages, None]:
+        if isinstance(message, ToolMessage):
+            results.append(message)
+            continue
+        ordered += _in_order(calls, results)
+        calls, results = _calls(message), []
+        if message is not None:
+            ordered.append(message)
+    return ordered
+
+
+def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMessage]:
+    ids = [call.id for call in calls]
+    answered = [result.tool_call_id for result in results]
+    if sorted(ids) != sorted(answered):
+        missing = next((id_ for id_ in ids if id_ not in answered), None)
+        problem = "a result answers no call of the message before it"
+        if missing is not None:
+            problem = f"call {missing!r:.80} has no result"
+        raise RefusedError(f"messages: {problem}", "messages")
+    names = {call.id: call.function.name for call in calls}
+    for result in results:
+        if result.name not in (None, names[result.tool_call_id]):
+            problem = f"the result for {result.tool_call_id!r:.80} has the name of another function"
+            raise RefusedError(f"messages: {problem}", "messages")
+    return sorted(results, key=lambda result: ids.index(result.tool_call_id))
+
+
+def _described(function: Function) -> dict[str, Any]:
+    """As chat templates know it."""
+    about = {"name": function.name, "description": function.description or ""}
+    return {**about, "parameters": function.schema_of_arguments}
+
+
+def _plain_description(functions: list[Function]) -> str:
+    lines = "\n".join(json.dumps(_described(f), ensure_ascii=False) for f in functions)
+    return (
+        f"You can call these functions:\n{lines}\n\n"
+        'To call one, write <tool_call>{"name": "NAME", "arguments": {...}}</tool_call>, where the '
+        "arguments follow the function's parameters, a JSON schema. To call several, write each on "
+        "a line of its own. Write nothing after calls; their results follow in <tool_response>. If "
+        "no function is needed, answer in plain text."
+    )
+
+
+def _native_description(functions: list[Function]) -> str:
+    blocks = []
+    for function in functions:
+        text = json.dumps(_described(function), ensure_ascii=False, indent=4)
+        blocks.append(f"- `{function.name}`:\n```json\n{text}\n```")
+    heading = "## Tools\n\n### Function\n\nYou have the following functions available:"
+    return heading + "\n\n" + "\n".join(blocks)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to an answer: text, or, where ``call`` is the index of a tool call, its
+    ``name`` as it begins, text of its arguments, or that it is ``complete``."""
+
+    text: str = ""
+    call: int | None = None
+    name: str | None = None
+    complete: bool = False
+
+
+class Reader:
+    """Parses an answer as it arrives: text, then tool calls in ``form``, to which the grammar holds
+    it.  Without a form all is text; where ``either``, the answer is tool calls from its first
+    character on, or text."""
+
+    def __init__(self, form: CallFormat | None, either: bool = False):
+        self._form, self._either = form, either
+        self._unread, self._in_text = "", True
+        self._deltas = self._parse()
+        self.calls = 0  # that are complete
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that ``text`` completes."""
+        self._unread += text
+        return list(iter(self._deltas.__next__, None))
+
+    def end(self) -> list[Delta]:
+        """What was held back, at the end of the answer."""
+        return [Delta(self._unread)] if self._unread and self._in_text else []
+
+    def _parse(self) -> Iterator[Delta | None]:
+        """The deltas, and None where more text has to arrive."""
+        form = self._form
+        while form is None or (
+            self._either and not self._unread.startswith(form.opening[: len(self._unread)])
+        ):
+            yield from self._text(len(self._unread))
+            yield None
+        while (position := self._unread.find(form.opening)) < 0:
+            yield from self._text(len(self._unread) - overlap(self._unread, form.opening))
+            yield None
+        yield from self._text(position)
+        self._in_text = False
+        yield from self._skip(form.opening)
+        while True:
+            yield from self._skip(form.head)
+            name = yield from self._skip(form.middle)
+            yield Delta(call=self.calls, name=name)
+            yield from self._arguments()
+            yield from self._skip(form.tail)
+            yield Delta(call=self.calls, complete=True)
+            self.calls += 1
+            yield from self._skip(form.joint)
+
+    def _text(self, count: int) -> Iterator[Delta]:
+        text, self._unread = self._unread[:count], self._unread[count:]
+        if text:
+            yield Delta(text)
+
+    def _skip(self, literal: str) -> Generator[None, None, str]:
+        """Wait for ``literal`` and drop it; the text before it."""
+        while literal not in self._unread:
+            yield None
+        before, _, self._unread = self._unread.partition(literal)
+        return before
+
+    def _arguments(self) -> Iterator[Delta | None]:
+        """One JSON object, to the brace that closes it."""
+        depth, quoted, escaped = 0, False, False
+        while True:
+            for count, character in enumerate(self._unread, 1):
+                if quoted:
+                    quoted, escaped = escaped or character != '"', not escaped and character == "\\"
+                elif character == '"':
+                    quoted = True
+                else:
+                    depth += (character == "{") - (character == "}")
+                    if depth == 0:
+                        text, self._unread = self._unread[:count], self._unread[count:]
+                        yield Delta(text, call=self.calls)
+                        return
+            if self._unread:
+                yield Delta(self._unread, call=self.calls)
+                self._unread = ""
+            yield None
+
+
+def collect(deltas: list[Delta]) -> tuple[str, list[tuple[str, str, bool]]]:
+    """Text, and name, arguments and completeness of each tool call, of a whole answer."""
+    text, calls = "", list[tuple[str, str, bool]]()
+    for delta in deltas:
+        if delta.call is None:
+            text += delta.text
+        elif delta.name is not None:
+            calls.append((delta.name, "", False))
+        else:
+            name, arguments, _ = calls[-1]
+            calls[-1] = (name, arguments + delta.text, delta.complete)
+    return text, calls
+
+
+def parse_arguments(text: str) -> dict[str, Any] | None:
+    """A complete call's arguments; None if they can't be sent on: numbers too long or large, half a
+    surrogate, too many levels."""
+    try:
+        arguments: dict[str, Any] = json.loads(text)
+        json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return arguments
