@@ -31,15 +31,11 @@ async def _service(request: Request) -> Service:
 Serving = Annotated[Service, Depends(_service)]
 
 
-class PromptDetails(TypedDict):
-    cached_tokens: Natural
-
-
 class Usage(TypedDict):
     prompt_tokens: Natural
     completion_tokens: Natural
     total_tokens: Natural
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: dict[str, Natural]
 
 
 class Answers:
@@ -182,6 +178,7 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
     service.check_model(body.model)
     options, policy = body.options(service.tokenizer.size), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
+    form = dialect.format if policy is not None else None
 
     def prepare() -> tuple[Callable[[], Mask] | None, list[int]]:
         grammar = service.grammars.compile(schema, policy)
@@ -195,7 +192,7 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
         [prompt],
         options,
         grammar=grammar,
-        reader=lambda: dialect.reader(policy, schema),
+        reader=lambda: Reader(form, either=schema is not None),
         shown=dialect.shown if policy is not None else None,
     )
 

@@ -12,8 +12,7 @@ import json
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 from slotmoe.model.answer import overlap
 from slotmoe.model.tokenizer import Tokenizer
@@ -36,6 +35,8 @@ _TOKENS, _RESULT_TOKENS = (
 )
 _CALLS, _CALL, _SEP, _END_CALL, _END_CALLS = _TOKENS
 _OUTPUTS, _OUTPUT, _END_OUTPUT, _END_OUTPUTS = _RESULT_TOKENS
+_UNCALLED = "a result answers no call of the message before it"
+Turn: TypeAlias = tuple[PlainMessage | AssistantMessage, list[ToolMessage]]
 
 
 @dataclass(frozen=True)
@@ -87,104 +88,82 @@ class Dialect:
     def prompt(self, messages: list[ChatMessage], policy: ToolPolicy | None) -> str:
         """The conversation through the model's template.  Raises ``RefusedError`` and
         ``ConfigError``."""
-        messages = ordered_results(messages)
+        turns, described = with_results(messages), None
         functions = policy.functions if policy is not None else []
-        described = None
         if self._template_has_tools:
             described = [{"type": "function", "function": _described(f)} for f in functions]
         elif functions:
-            messages = self._with_description(messages, functions)
-        written = self._native(messages) if self.is_native else self._plain(messages)
-        begun = self.is_native and isinstance(messages[-1], ToolMessage)
+            turns = self._with_description(turns, functions)
+        written = self._native(turns) if self.is_native else self._plain(turns)
+        begun = self.is_native and bool(turns[-1][1])
         return self._tokenizer.chat(written, described, begun=begun)
 
-    def reader(self, policy: ToolPolicy | None, schema: dict[str, Any] | None = None) -> Reader:
-        """Parses an answer; where it is no tool call, it follows ``schema`` if that is given."""
-        return Reader(None if policy is None else self.format, either=schema is not None)
-
-    def _with_description(
-        self, messages: list[ChatMessage], functions: list[Function]
-    ) -> list[ChatMessage]:
-        """``messages`` with the functions described at the end of the system message."""
+    def _with_description(self, turns: list[Turn], functions: list[Function]) -> list[Turn]:
+        """``turns`` with the functions described at the end of the system message."""
         system = "You are a helpful Assistant." if self.is_native else ""
-        if messages[0].role == "system":
-            system, messages = messages[0].text, messages[1:]
+        if turns[0][0].role == "system":
+            system, turns = turns[0][0].text, turns[1:]
         text = _native_description(functions) if self.is_native else _plain_description(functions)
         text = f"{system}\n\n{text}" if system else text
-        return [PlainMessage.model_construct(role="system", content=text), *messages]
+        return [(PlainMessage.model_construct(role="system", content=text), []), *turns]
 
-    def _plain(self, messages: list[ChatMessage]) -> list[dict[str, str]]:
+    def _plain(self, turns: list[Turn]) -> list[dict[str, str]]:
         """For a template that knows no functions: results are in a message of the user."""
-        written, names = list[dict[str, str]](), dict[str, str]()
-        for before, message in pairwise([None, *messages]):
-            assert message is not None
-            if isinstance(message, ToolMessage):
-                error = ' error="true"' if message.failed else ""
-                tag = f'tool_response name="{names[message.tool_call_id]}"{error}'
-                text = f"<{tag}>\n{message.text}\n</tool_response>"
-                if isinstance(before, ToolMessage):
-                    written[-1]["content"] += "\n" + text
-                else:
-                    written.append({"role": "user", "content": text})
-            else:
-                calls = _calls(message)
-                names |= {call.id: call.function.name for call in calls}
-                text = message.text + ("\n" if message.text and calls else "")
-                written.append({"role": message.role, "content": text + self.format.write(calls)})
+        written = list[dict[str, str]]()
+        for message, results in turns:
+            text = message.text + ("\n" if message.text and message.calls else "")
+            text += self.format.write(message.calls)
+            written.append({"role": message.role, "content": text})
+            names = {call.id: call.function.name for call in message.calls}
+            responses = []
+            for result in results:
+                error = ' error="true"' if result.failed else ""
+                tag = f'tool_response name="{names[result.tool_call_id]}"{error}'
+                responses.append(f"<{tag}>\n{result.text}\n</tool_response>")
+            if responses:
+                written.append({"role": "user", "content": "\n".join(responses)})
         return written
 
-    def _native(self, messages: list[ChatMessage]) -> list[dict[str, str]]:
+    def _native(self, turns: list[Turn]) -> list[dict[str, str]]:
         """For DeepSeek-V2.5's template, which loses text beside calls, the end of a single call and
         the beginning of second results: calls, results and what follows them are one message of the
         assistant."""
-        written = list[dict[str, str]]()
-        for before, message, after in zip(
-            [None, *messages], messages, [*messages[1:], None], strict=False
-        ):
-            if isinstance(message, ToolMessage):
-                is_second = isinstance(before, ToolMessage)
-                begin = "\n" if is_second else self._tokenizer.eos_token + _OUTPUTS
-                end = "" if isinstance(after, ToolMessage) else _END_OUTPUTS
-                written[-1]["content"] += begin + _OUTPUT + message.text + _END_OUTPUT + end
-                continue
-            text = message.text + self.format.write(_calls(message))
-            if isinstance(before, ToolMessage) and message.role == "assistant":
+        written, goes_on = list[dict[str, str]](), False
+        for message, results in turns:
+            text = message.text + self.format.write(message.calls)
+            if results:
+                outputs = "\n".join(_OUTPUT + result.text + _END_OUTPUT for result in results)
+                text += self._tokenizer.eos_token + _OUTPUTS + outputs + _END_OUTPUTS
+            if goes_on and message.role == "assistant":
                 written[-1]["content"] += text
             else:
                 written.append({"role": message.role, "content": text})
+            goes_on = bool(results)
         return written
 
 
-def _calls(message: ChatMessage | None) -> list[ToolCall]:
-    return (message.tool_calls or []) if isinstance(message, AssistantMessage) else []
-
-
-def ordered_results(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """``messages`` with the results of a message's calls in the order of the calls.
+def with_results(messages: list[ChatMessage]) -> list[Turn]:
+    """Each message with the results of its calls, in the order of the calls.
 
     Raises ``RefusedError`` where a call has no result right after it, or a result no call of its
     name.
     """
-    ordered, calls, results = list[ChatMessage](), list[ToolCall](), list[ToolMessage]()
-    for message in [*messages, None]:
-        if isinstance(message, ToolMessage):
-            results.append(message)
-            continue
-        ordered += _in_order(calls, results)
-        calls, results = _calls(message), []
-        if message is not None:
-            ordered.append(message)
-    return ordered
+    turns: list[Turn] = []
+    for message in messages:
+        if not isinstance(message, ToolMessage):
+            turns.append((message, []))
+        elif turns:
+            turns[-1][1].append(message)
+        else:
+            raise RefusedError(f"messages: {_UNCALLED}", "messages")
+    return [(message, _in_order(message.calls, results)) for message, results in turns]
 
 
 def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMessage]:
-    ids = [call.id for call in calls]
-    answered = [result.tool_call_id for result in results]
+    ids, answered = [call.id for call in calls], [result.tool_call_id for result in results]
     if sorted(ids) != sorted(answered):
         missing = next((id_ for id_ in ids if id_ not in answered), None)
-        problem = "a result answers no call of the message before it"
-        if missing is not None:
-            problem = f"call {missing!r:.80} has no result"
+        problem = _UNCALLED if missing is None else f"call {missing!r:.80} has no result"
         raise RefusedError(f"messages: {problem}", "messages")
     names = {call.id: call.function.name for call in calls}
     for result in results:

@@ -71,23 +71,6 @@ class TextPart(Model):
 Content: TypeAlias = Text | list[TextPart]
 
 
-class Message(Model):
-    content: Content | None = None
-
-    @property
-    def text(self) -> str:
-        content = self.content or ""
-        return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-class PlainMessage(Message):
-    content: Content
-    role: Annotated[
-        Literal["system", "developer", "user"],
-        AfterValidator(lambda role: "system" if role == "developer" else role),
-    ]
-
-
 class CalledFunction(Model):
     name: Name
     arguments: Text  # JSON
@@ -99,6 +82,27 @@ class ToolCall(Model):
     function: CalledFunction
 
 
+class Message(Model):
+    content: Content | None = None
+
+    @property
+    def text(self) -> str:
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return []
+
+
+class PlainMessage(Message):
+    content: Content
+    role: Annotated[
+        Literal["system", "developer", "user"],
+        AfterValidator(lambda role: "system" if role == "developer" else role),
+    ]
+
+
 class AssistantMessage(Message):
     """OpenAI's client sends the fields of null back."""
 
@@ -108,6 +112,10 @@ class AssistantMessage(Message):
     annotations: None = None
     audio: None = None
     function_call: None = None
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return self.tool_calls or []
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> AssistantMessage:
