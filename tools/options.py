@@ -146,12 +146,12 @@ def chat_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """Raises ``ConfigError`` naming the command that installs the extra, unless all of its
-    ``modules`` are installed.  ``extra`` is also the name of the command that needs them."""
+    """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
+    are installed."""
     missing = ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
     if missing:
         raise ConfigError(
-            f"slotmoe {extra} needs libraries that are not installed ({missing}): "
+            f"this command needs libraries that are not installed ({missing}): "
             f"pip install 'slotmoe[{extra}]'"
         )
 

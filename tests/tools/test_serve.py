@@ -6,25 +6,17 @@ import json
 import re
 import signal
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
 
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
-from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench.serve import first_token, serving, serving_cost, together
 from slotmoe.tools.cli import cli
 from tests.support.browser import BROWSER, Browser
-from tests.support.served import GREEDY, PROMPTS, USER, Served, start
+from tests.support.served import GREEDY, PROMPTS, USER, Served, start, until
 from tests.support.tiny import SAMPLE
-
-
-@pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=512, sequences=8) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +342,7 @@ def test_rebound_names_and_pages_of_other_origins_are_refused(served):
 def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime):
     with Served(runtime, waiting=0) as served, ThreadPoolExecutor(8) as pool:
         whole = [pool.submit(served.complete, "Call me", max_tokens=400) for _ in range(8)]
-        while served.batch.running + served.batch.queued < 8:
-            time.sleep(0.005)
+        until(lambda: served.batch.running + served.batch.queued == 8)
         status, answer, headers = served.chat()
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error") and int(
             headers["retry-after"]
@@ -366,8 +357,7 @@ def test_client_that_leaves_frees_its_place(served, stream):
     body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 500, "stream": stream})
     made = served.batch.totals.answer_tokens
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    while served.batch.totals.answer_tokens < made + 5:
-        time.sleep(0.002)
+    until(lambda: served.batch.totals.answer_tokens >= made + 5)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     served.idle()
@@ -516,7 +506,7 @@ def test_failed_model_ends_the_server(runtime, monkeypatch):
         )  # to see /health
         monkeypatch.setattr(runtime, "append", lambda *_: 1 / 0)
         assert served.chat()[0] == 500
-        served.batch._thread.join(5)
+        until(lambda: not served.batch.alive)
         assert served.ask("GET", "/health")[0] == 503
         assert served.chat()[0] == 503
         monkeypatch.undo()

@@ -16,10 +16,9 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.serve import allow_descriptors
 from slotmoe.tools.serve import guard as serve_guard
-from tests.support.served import FAILING, GREEDY, PROMPTS, USER, Served, start
+from tests.support.served import FAILING, GREEDY, PROMPTS, USER, Served, start, until
 
 SOAK_SECONDS = float(os.environ.get("SLOTMOE_SOAK_SECONDS", "60"))
 HALVES = [
@@ -29,18 +28,6 @@ HALVES = [
     b"\x16\x03\x01",
     b"GET / HTTP/1.1\r\nHost: localhost\r\n",
 ]
-
-
-@pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=512, sequences=8) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def served(runtime):
-    with Served(runtime) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +111,8 @@ def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
     with ExitStack() as stack:
         for _ in range(limit + 40):
             stack.enter_context(connect(served.port))
-        end = time.monotonic() + 5
-        while len(served.server.server_state.connections) != limit:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        while served.server.server_state.connections:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: len(served.server.server_state.connections) == limit)
+        until(lambda: not served.server.server_state.connections)
         assert served.complete("Call me", max_tokens=1)
 
 
@@ -181,13 +163,9 @@ def test_who_does_not_read_the_answer_loses_the_connection(served, monkeypatch):
     deaf.connect(("127.0.0.1", served.port))
     with deaf:
         deaf.sendall(request(body))
-        while not served.batch.running:
-            time.sleep(0.01)
+        until(lambda: served.batch.running)
         served.idle(20)
-        end = time.monotonic() + 5
-        while served.server.server_state.connections:
-            assert time.monotonic() < end, "the connection is still held"
-            time.sleep(0.05)
+        until(lambda: not served.server.server_state.connections)
 
 
 @pytest.mark.parametrize(
@@ -377,8 +355,7 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
             **{"x-api-key": "second"},
         ),
     ):
-        while not keyed.batch.totals.answer_tokens or not keyed.batch.running:
-            time.sleep(0.005)
+        until(lambda: keyed.batch.totals.answer_tokens and keyed.batch.running)
         with connect(keyed.port, request(asked, **{"x-api-key": "first"})):
             assert reached.wait(60)
         time.sleep(0.3)  # the server has seen that the client left

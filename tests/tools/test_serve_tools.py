@@ -90,9 +90,8 @@ def is_weather(arguments):
 
 
 @pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=1024, sequences=8) as runtime:
-        yield runtime
+def context():
+    return 1024
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse
 from typing_extensions import NotRequired, TypedDict
 
 from slotmoe.model.answer import Made, Piece
-from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, Usage, chat_answers, event
 from slotmoe.tools.serve.errors import OpenAIError, RefusedError, post_responses, refusals
 from slotmoe.tools.serve.function_calling import Delta, collect
@@ -116,12 +115,18 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     if len(given) * options.choices > MAX_ANSWERS:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
-    prompts = await asyncio.to_thread(_encode, service.tokenizer, given, body.suffix)
-    has_logprobs, echoes = body.logprobs is not None, list[str]()
-    if body.echo:
-        decode = service.tokenizer.decode
-        texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in given]
-        echoes = [text for text in texts for _ in range(options.choices)]
+    prompts, echoes, has_logprobs = list[list[int]](), list[str](), body.logprobs is not None
+    for prompt in given:
+        if isinstance(prompt, str) and body.suffix is not None:
+            gap = prompt, body.suffix
+            prompts.append(await asyncio.to_thread(service.tokenizer.encode_gap, *gap))
+        elif isinstance(prompt, str):
+            prompts.append(await asyncio.to_thread(service.tokenizer.encode, prompt))
+        else:
+            prompts.append(prompt)
+        if body.echo:
+            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
+            echoes += [text] * options.choices
     scored = bool(body.echo) and has_logprobs
     answers = Answers(service, request.state.owner, prompts, options, scored=scored)
     return await _respond(request, body, answers, TextChoices(answers, has_logprobs, echoes))
@@ -138,7 +143,7 @@ async def _respond(
 
     async def events() -> AsyncIterator[str]:
         chunk = {**about, "object": choices.chunk_kind}
-        for choice in choices.begin():
+        for choice in choices.first:
             yield event({**chunk, "choices": [choice]})
         async for index, piece in answers.pieces():
             for choice in choices.chunks(index, piece):
@@ -156,16 +161,14 @@ async def _respond(
 
 
 class ChatChoices:
-    """Messages, whole or as their deltas."""
+    """Messages, whole or as their deltas; a stream begins with ``first``."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, answers: Answers, has_logprobs: bool):
         self._answers, self._has_logprobs = answers, has_logprobs
-
-    def begin(self) -> Iterator[Json]:
-        for index in range(len(self._answers.jobs)):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+        begin = {"role": "assistant", "content": ""}
+        self.first = [self._chunk(index, begin) for index in range(len(answers.jobs))]
 
     def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
         deltas = [_delta(d) for d in self._answers.deltas(index, piece) if not d.complete]
@@ -240,9 +243,7 @@ class TextChoices:
         self._answers, self._has_logprobs = answers, has_logprobs
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self._offsets = [0] * len(answers.jobs)  # characters of the tokens so far
-
-    def begin(self) -> Iterator[Json]:
-        yield from ()
+        self.first: list[Json] = []
 
     def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
         if index in self._echoes:
@@ -278,17 +279,3 @@ class TextChoices:
 
 def _tokens(pieces: list[Piece]) -> list[Made]:
     return [token for piece in pieces for token in piece.tokens]
-
-
-def _encode(
-    tokenizer: Tokenizer, prompts: list[str] | list[list[int]], suffix: str | None
-) -> list[list[int]]:
-    ids = []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            ids.append(prompt)
-        elif suffix is None:
-            ids.append(tokenizer.encode(prompt))
-        else:
-            ids.append(tokenizer.encode_gap(prompt, suffix))
-    return ids

@@ -207,6 +207,7 @@ class StreamOptions(Model):
 
 
 class OpenAIRequest(GenerationRequest):
+    needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     stop: Stop | Stops | None = None
@@ -220,8 +221,9 @@ class OpenAIRequest(GenerationRequest):
     user: Label | None = None
 
     def _options(self, vocabulary: int, limit: int | None, logprobs: int | None) -> AnswerOptions:
-        if self.stream_options is not None and not self.stream:
-            raise RefusedError("stream_options needs stream: true", "stream_options")
+        for name, needed in self.needs.items():
+            if getattr(self, name) is not None and not getattr(self, needed):
+                raise RefusedError(f"{name} needs {needed}: true", name)
         bias = []
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
@@ -247,6 +249,10 @@ def _equal(name: str, value: Any) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"const": value}}}
 
 
+def _needed(needs: dict[str, str]) -> list[dict[str, Any]]:
+    return [{"if": _given(a), "then": _equal(b, True)} for a, b in needs.items()]
+
+
 def _many_prompts(count: int) -> dict[str, Any]:
     """``count`` prompts leave so many answers for each."""
     items = {"type": ["string", "array"]}
@@ -258,15 +264,14 @@ def _many_prompts(count: int) -> dict[str, Any]:
     }
 
 
-_STREAMED = {"if": _given("stream_options"), "then": _equal("stream", True)}
+_CHAT_NEEDS = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
 _CHAT_RULES: Any = [
-    _STREAMED,
-    {"if": _given("top_logprobs"), "then": _equal("logprobs", True)},
+    *_needed(_CHAT_NEEDS),
     {"not": {"allOf": [_given("max_tokens"), _given("max_completion_tokens")]}},
 ]
 _ECHOED = _equal("echo", True)
 _COMPLETION_RULES: Any = [
-    _STREAMED,
+    *_needed(OpenAIRequest.needs),
     {"if": _equal("max_tokens", 0), "then": _ECHOED},
     {
         "if": _given("suffix"),
@@ -290,6 +295,7 @@ class ToolPolicy:
 class ChatRequest(OpenAIRequest):
     """``/v1/chat/completions``."""
 
+    needs: ClassVar = _CHAT_NEEDS
     model_config = ConfigDict(json_schema_extra={"allOf": _CHAT_RULES})
     messages: Annotated[
         list[Annotated[ChatMessage, Field(discriminator="role")]],
@@ -308,8 +314,6 @@ class ChatRequest(OpenAIRequest):
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RefusedError("top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._options(vocabulary, self.max_tokens or self.max_completion_tokens, logprobs)
 
