@@ -19,7 +19,7 @@ from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import (
     NATIVE,
     PLAIN,
-    Delta,
+    ContentDelta,
     Dialect,
     Reader,
     collect,
@@ -257,8 +257,10 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
         part for character in text[: text.rindex(form.tail)] for part in cut.feed(character)
     ] + cut.end()
     assert collect(parts)[1][0] == ("one", odd, True) and not collect(parts)[1][-1][2]
-    assert Reader(form, either=True).feed(f'"{form.opening}"') == [Delta(f'"{form.opening}"')]
-    assert Reader(None).feed(form.opening) == [Delta(form.opening)]
+    assert Reader(form, either=True).feed(f'"{form.opening}"') == [
+        ContentDelta(f'"{form.opening}"')
+    ]
+    assert Reader(None).feed(form.opening) == [ContentDelta(form.opening)]
 
 
 def test_arguments_that_json_cannot_hold_are_none():

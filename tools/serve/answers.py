@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from slotmoe.model.answer import Answer, Piece
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
-from slotmoe.tools.serve.function_calling import Delta, Reader
+from slotmoe.tools.serve.function_calling import ContentDelta, Reader
 from slotmoe.tools.serve.grammar import Mask
 from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest, Natural
 from slotmoe.tools.serve.service import Service
@@ -149,8 +149,8 @@ class Answers:
             watch.cancel()
             whole.cancel()
 
-    def deltas(self, index: int, *pieces: Piece) -> list[Delta]:
-        """What ``pieces`` of an answer add to it."""
+    def content(self, index: int, *pieces: Piece) -> list[ContentDelta]:
+        """The text and tool calls that ``pieces`` add to an answer."""
         reader = self._readers[index]
         deltas = [delta for piece in pieces for delta in reader.feed(piece.text)]
         return deltas + (reader.end() if pieces[-1].finish is not None else [])
@@ -178,7 +178,6 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
     service.check_model(body.model)
     options, policy = body.options(service.tokenizer.size), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
-    form = dialect.format if policy is not None else None
 
     def prepare() -> tuple[Callable[[], Mask] | None, list[int]]:
         grammar = service.grammars.compile(schema, policy)
@@ -192,8 +191,8 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
         [prompt],
         options,
         grammar=grammar,
-        reader=lambda: Reader(form, either=schema is not None),
-        shown=dialect.shown if policy is not None else None,
+        reader=lambda: Reader(dialect.format if policy else None, either=schema is not None),
+        shown=dialect.shown if policy else None,
     )
 
 

@@ -16,7 +16,7 @@ from slotmoe.model.answer import Piece
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, AnthropicError, RefusedError, post_responses
-from slotmoe.tools.serve.function_calling import Delta, collect, parse_arguments
+from slotmoe.tools.serve.function_calling import ContentDelta, collect, parse_arguments
 
 router = APIRouter()
 Json = dict[str, Any]
@@ -170,7 +170,7 @@ async def messages(body: MessagesRequest, request: Request, service: Serving) ->
     if body.stream:
         return EventStream(request, _events(about, answers), answers)
     (pieces,) = await answers.whole(request)
-    content = {"content": _content(answers.deltas(0, *pieces)), "usage": _usage(answers)}
+    content = {"content": _content(answers.content(0, *pieces)), "usage": _usage(answers)}
     return JSONResponse({**about, **content, **_stop(answers, pieces[-1])})
 
 
@@ -192,7 +192,7 @@ def _stop(answers: Answers, piece: Piece) -> Json:
     return {"stop_reason": reason, "stop_sequence": piece.stopped_by}
 
 
-def _content(deltas: list[Delta]) -> list[Json]:
+def _content(deltas: list[ContentDelta]) -> list[Json]:
     """The blocks of a whole answer, without tool calls that were cut off: their arguments can't be
     sent."""
     text, calls = collect(deltas)
@@ -221,7 +221,7 @@ async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
     yield typed("message_start", message={**about, **begun})
     blocks = _Blocks()
     async for _, piece in answers.pieces():
-        for delta in answers.deltas(0, piece):
+        for delta in answers.content(0, piece):
             for content in blocks.add(delta):
                 yield event(content, content["type"])
         if piece.finish is not None:
@@ -237,7 +237,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._index, self._is_open = -1, False
 
-    def add(self, delta: Delta) -> Iterator[Json]:
+    def add(self, delta: ContentDelta) -> Iterator[Json]:
         if delta.name is not None:
             yield from self._begin(_tool_use(delta.name, {}))
         elif delta.call is None and not self._is_open:

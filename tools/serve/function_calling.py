@@ -200,7 +200,7 @@ def _native_description(functions: list[Function]) -> str:
 
 
 @dataclass(frozen=True)
-class Delta:
+class ContentDelta:
     """What is added to an answer: text, or, where ``call`` is the index of a tool call, its
     ``name`` as it begins, text of its arguments, or that it is ``complete``."""
 
@@ -211,53 +211,53 @@ class Delta:
 
 
 class Reader:
-    """Parses an answer as it arrives: text, then tool calls in ``form``, to which the grammar holds
-    it.  Without a form all is text; where ``either``, the answer is tool calls from its first
-    character on, or text."""
+    """Parses an answer as it arrives: text, then tool calls in ``call_format``, to which the
+    grammar holds it.  Without a format all is text; where ``either``, the answer is tool calls from
+    its first character on, or text."""
 
-    def __init__(self, form: CallFormat | None, either: bool = False):
-        self._form, self._either = form, either
+    def __init__(self, call_format: CallFormat | None, either: bool = False):
+        self._format, self._either = call_format, either
         self._unread, self._in_text = "", True
         self._deltas = self._parse()
         self.calls = 0  # that are complete
 
-    def feed(self, text: str) -> list[Delta]:
+    def feed(self, text: str) -> list[ContentDelta]:
         """The deltas that ``text`` completes."""
         self._unread += text
         return list(iter(self._deltas.__next__, None))
 
-    def end(self) -> list[Delta]:
+    def end(self) -> list[ContentDelta]:
         """What was held back, at the end of the answer."""
-        return [Delta(self._unread)] if self._unread and self._in_text else []
+        return [ContentDelta(self._unread)] if self._unread and self._in_text else []
 
-    def _parse(self) -> Iterator[Delta | None]:
+    def _parse(self) -> Iterator[ContentDelta | None]:
         """The deltas, and None where more text has to arrive."""
-        form = self._form
-        while form is None or (
-            self._either and not self._unread.startswith(form.opening[: len(self._unread)])
+        marks = self._format
+        while marks is None or (
+            self._either and not self._unread.startswith(marks.opening[: len(self._unread)])
         ):
             yield from self._text(len(self._unread))
             yield None
-        while (position := self._unread.find(form.opening)) < 0:
-            yield from self._text(len(self._unread) - overlap(self._unread, form.opening))
+        while (position := self._unread.find(marks.opening)) < 0:
+            yield from self._text(len(self._unread) - overlap(self._unread, marks.opening))
             yield None
         yield from self._text(position)
         self._in_text = False
-        yield from self._skip(form.opening)
+        yield from self._skip(marks.opening)
         while True:
-            yield from self._skip(form.head)
-            name = yield from self._skip(form.middle)
-            yield Delta(call=self.calls, name=name)
+            yield from self._skip(marks.head)
+            name = yield from self._skip(marks.middle)
+            yield ContentDelta(call=self.calls, name=name)
             yield from self._arguments()
-            yield from self._skip(form.tail)
-            yield Delta(call=self.calls, complete=True)
+            yield from self._skip(marks.tail)
+            yield ContentDelta(call=self.calls, complete=True)
             self.calls += 1
-            yield from self._skip(form.joint)
+            yield from self._skip(marks.joint)
 
-    def _text(self, count: int) -> Iterator[Delta]:
+    def _text(self, count: int) -> Iterator[ContentDelta]:
         text, self._unread = self._unread[:count], self._unread[count:]
         if text:
-            yield Delta(text)
+            yield ContentDelta(text)
 
     def _skip(self, literal: str) -> Generator[None, None, str]:
         """Wait for ``literal`` and drop it; the text before it."""
@@ -266,7 +266,7 @@ class Reader:
         before, _, self._unread = self._unread.partition(literal)
         return before
 
-    def _arguments(self) -> Iterator[Delta | None]:
+    def _arguments(self) -> Iterator[ContentDelta | None]:
         """One JSON object, to the brace that closes it."""
         depth, quoted, escaped = 0, False, False
         while True:
@@ -279,15 +279,15 @@ class Reader:
                     depth += (character == "{") - (character == "}")
                     if depth == 0:
                         text, self._unread = self._unread[:count], self._unread[count:]
-                        yield Delta(text, call=self.calls)
+                        yield ContentDelta(text, call=self.calls)
                         return
             if self._unread:
-                yield Delta(self._unread, call=self.calls)
+                yield ContentDelta(self._unread, call=self.calls)
                 self._unread = ""
             yield None
 
 
-def collect(deltas: list[Delta]) -> tuple[str, list[tuple[str, str, bool]]]:
+def collect(deltas: list[ContentDelta]) -> tuple[str, list[tuple[str, str, bool]]]:
     """Text, and name, arguments and completeness of each tool call, of a whole answer."""
     text, calls = "", list[tuple[str, str, bool]]()
     for delta in deltas:

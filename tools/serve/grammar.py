@@ -84,22 +84,22 @@ class Grammars:
     def _calls(self, policy: ToolPolicy, content: str | None) -> str:
         """The grammar of an answer that is tool calls, or free where they are not required: text,
         then perhaps calls."""
-        form, arguments = self._dialect.format, dict[str, str]()
+        marks, arguments = self._dialect.format, dict[str, str]()
         for function in policy.functions:
             where = f"tool {function.name!r}"
             arguments[function.name] = self._json(function.schema_of_arguments, where, "tools")
             if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
                 problem = f"have more than {_MAX_SCHEMAS} characters together"
                 raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
-        opening, literal = self._literal(form.opening), self._literal
-        more = f"({literal(form.joint)} call){{0,{MAX_CALLS - 1}}}"
-        calls = f"call {'' if policy.single else more} {literal(form.closing)}"
+        opening, literal = self._literal(marks.opening), self._literal
+        more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
+        calls = f"call {'' if policy.single else more} {literal(marks.closing)}"
         names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
-        rules = [f"call: {literal(form.head)} ({names})"]
+        rules = [f"call: {literal(marks.head)} ({names})"]
         for index, function in enumerate(policy.allowed):
-            name = literal(function.name + form.middle)
-            rules.append(f"f{index}: {name} {arguments[function.name]} {literal(form.tail)}")
-        anything, mark = "(?s:.*)", re.escape(form.opening)
+            name = literal(function.name + marks.middle)
+            rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
+        anything, mark = "(?s:.*)", re.escape(marks.opening)
         if policy.required:
             start = [f"start: {opening} {calls}"]
         elif content is not None:

@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from slotmoe.model.answer import Made, Piece
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, Usage, chat_answers, event
 from slotmoe.tools.serve.errors import OpenAIError, RefusedError, post_responses, refusals
-from slotmoe.tools.serve.function_calling import Delta, collect
+from slotmoe.tools.serve.function_calling import ContentDelta, collect
 from slotmoe.tools.serve.requests import (
     MAX_ANSWERS,
     ChatRequest,
@@ -171,7 +171,7 @@ class ChatChoices:
         self.first = [self._chunk(index, begin) for index in range(len(answers.jobs))]
 
     def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
-        deltas = [_delta(d) for d in self._answers.deltas(index, piece) if not d.complete]
+        deltas = [_delta(d) for d in self._answers.content(index, piece) if not d.complete]
         if piece.tokens and not deltas and self._has_logprobs:
             deltas = [{"content": ""}]
         tokens = list(piece.tokens)
@@ -182,7 +182,7 @@ class ChatChoices:
             yield self._chunk(index, {}, finish=self._answers.finish_reason(index, piece))
 
     def whole(self, index: int, pieces: list[Piece]) -> ChatChoice:
-        text, calls = collect(self._answers.deltas(index, *pieces))
+        text, calls = collect(self._answers.content(index, *pieces))
         content = text if text or not calls else None
         message = AnswerMessage(role="assistant", content=content, refusal=None)
         if calls:
@@ -220,7 +220,7 @@ class ChatChoices:
         }
 
 
-def _delta(delta: Delta) -> Json:
+def _delta(delta: ContentDelta) -> Json:
     """What ``delta`` adds to OpenAI's message."""
     if delta.call is None:
         return {"content": delta.text}
