@@ -27,6 +27,7 @@ _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests wi
 _KEY_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 _HOST_HELP = "A name by which clients may call; may be repeated."
 _NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
+_READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _option = functools.partial(click.option, show_default=True)
 
 
@@ -82,10 +83,8 @@ def command(
     keys, largest_body = _keys(api_keys, api_key_file), parse_size(max_body)
     allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
     if not keys and not _is_loopback(host):
-        raise ConfigError(
-            f"--host {host}: others could use this server; give --api-key, --api-key-file or "
-            "$SLOTMOE_API_KEY"
-        )
+        advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
+        raise ConfigError(f"--host {host}: others could use this server; {advice}")
     rows = max(max_sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
         _listen(host, port) as listener,
@@ -96,21 +95,16 @@ def command(
             runtime, name, max_sequences, max_queue, keys, (host, *hosts), largest_body
         )
         address, port = listener.getsockname()[:2]
-        address = f"[{address}]" if ":" in address else address
-        click.echo(
-            f"slotmoe: {name} is ready at http://{address}:{port}, a page to chat; the API is "
-            "under /v1; Ctrl-C ends it",
-            err=True,
-        )
+        url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
         try:
             server.run(sockets=[listener])
         finally:
             batch.close()
-    if batch.problem is None:
-        return 0
-    problem = f"the model failed, so the server ended: {batch.problem!r:.400}"
-    click.echo(f"slotmoe: {problem}", err=True)
-    return 1
+    if batch.problem is not None:
+        problem = f"the model failed, so the server ended: {batch.problem!r:.400}"
+        click.echo(f"slotmoe: {problem}", err=True)
+    return 0 if batch.problem is None else 1
 
 
 def make_server(

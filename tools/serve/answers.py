@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.responses import StreamingResponse
-from typing_extensions import TypedDict
 
 from slotmoe.model.answer import Answer, Piece
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.function_calling import ContentDelta, Reader
 from slotmoe.tools.serve.grammar import Mask
-from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest, Natural
+from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
@@ -29,13 +28,6 @@ async def _service(request: Request) -> Service:
 
 
 Serving = Annotated[Service, Depends(_service)]
-
-
-class Usage(TypedDict):
-    prompt_tokens: Natural
-    completion_tokens: Natural
-    total_tokens: Natural
-    prompt_tokens_details: dict[str, Natural]
 
 
 class Answers:
@@ -161,7 +153,7 @@ class Answers:
             return "tool_calls"
         return "length" if piece.finish == "shutdown" else piece.finish
 
-    def usage(self) -> Usage:
+    def usage(self) -> dict[str, Any]:
         """Counts of tokens in OpenAI's form."""
         answer_tokens = sum(len(job.answer.ids) for job in self.jobs)
         cached = min(sum(job.reused for job in self.jobs), self._prompt_tokens)

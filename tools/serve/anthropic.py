@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.responses import JSONResponse
-from typing_extensions import TypedDict
 
 from slotmoe.model.answer import Piece
-from slotmoe.tools.serve import requests
+from slotmoe.tools.serve import requests, responses
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
-from slotmoe.tools.serve.errors import ANTHROPIC_PATH, AnthropicError, RefusedError, post_responses
+from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.function_calling import ContentDelta, collect, parse_arguments
 
 router = APIRouter()
+_POST = responses.post_responses(responses.AnthropicError)
 Json = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
@@ -134,31 +134,7 @@ class MessagesRequest(requests.GenerationRequest):
         )
 
 
-class ContentBlock(TypedDict):
-    type: str
-
-
-class AnthropicUsage(TypedDict):
-    input_tokens: requests.Natural
-    output_tokens: requests.Natural
-    cache_read_input_tokens: requests.Natural
-    cache_creation_input_tokens: requests.Natural
-
-
-class AnthropicAnswer(TypedDict):
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[ContentBlock]
-    stop_reason: str
-    stop_sequence: str | None
-    usage: AnthropicUsage
-
-
-@router.post(
-    ANTHROPIC_PATH, response_model=AnthropicAnswer, responses=post_responses(AnthropicError)
-)
+@router.post(ANTHROPIC_PATH, response_model=responses.AnthropicAnswer, responses=_POST)
 async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
     answers = await chat_answers(service, body.chat(), request.state.owner)
     about: Json = {
@@ -174,7 +150,7 @@ async def messages(body: MessagesRequest, request: Request, service: Serving) ->
     return JSONResponse({**about, **content, **_stop(answers, pieces[-1])})
 
 
-def _usage(answers: Answers) -> AnthropicUsage:
+def _usage(answers: Answers) -> dict[str, int]:
     usage = answers.usage()
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
@@ -209,26 +185,27 @@ def _tool_use(name: str, given: Json) -> Json:
 
 
 async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
-    def typed(kind: str, **content: Any) -> str:
-        return event({"type": kind, **content}, kind)
-
     begun: Json = {
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
         "usage": _usage(answers),
     }
-    yield typed("message_start", message={**about, **begun})
+    yield _event("message_start", message={**about, **begun})
     blocks = _Blocks()
     async for _, piece in answers.pieces():
         for delta in answers.content(0, piece):
-            for content in blocks.add(delta):
-                yield event(content, content["type"])
+            for text in blocks.add(delta):
+                yield text
         if piece.finish is not None:
-            for content in blocks.end():
-                yield event(content, content["type"])
-            yield typed("message_delta", delta=_stop(answers, piece), usage=_usage(answers))
-    yield typed("message_stop")
+            for text in blocks.end():
+                yield text
+            yield _event("message_delta", delta=_stop(answers, piece), usage=_usage(answers))
+    yield _event("message_stop")
+
+
+def _event(kind: str, **content: Any) -> str:
+    return event({"type": kind, **content}, kind)
 
 
 class _Blocks:
@@ -237,7 +214,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._index, self._is_open = -1, False
 
-    def add(self, delta: ContentDelta) -> Iterator[Json]:
+    def add(self, delta: ContentDelta) -> Iterator[str]:
         if delta.name is not None:
             yield from self._begin(_tool_use(delta.name, {}))
         elif delta.call is None and not self._is_open:
@@ -246,21 +223,21 @@ class _Blocks:
             part: Json = {"type": "text_delta", "text": delta.text}
             if delta.call is not None:
                 part = {"type": "input_json_delta", "partial_json": delta.text}
-            yield {"type": "content_block_delta", "index": self._index, "delta": part}
+            yield _event("content_block_delta", index=self._index, delta=part)
         if delta.complete:
             yield from self._close()
 
-    def end(self) -> Iterator[Json]:
+    def end(self) -> Iterator[str]:
         if self._index < 0:
             yield from self._begin({"type": "text", "text": ""})
         yield from self._close()
 
-    def _begin(self, block: Json) -> Iterator[Json]:
+    def _begin(self, block: Json) -> Iterator[str]:
         yield from self._close()
         self._index, self._is_open = self._index + 1, True
-        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+        yield _event("content_block_start", index=self._index, content_block=block)
 
-    def _close(self) -> Iterator[Json]:
+    def _close(self) -> Iterator[str]:
         if self._is_open:
             self._is_open = False
-            yield {"type": "content_block_stop", "index": self._index}
+            yield _event("content_block_stop", index=self._index)

@@ -9,25 +9,22 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Response, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import generate_latest
-from starlette.responses import HTMLResponse, PlainTextResponse
-from typing_extensions import TypedDict
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
 from slotmoe.errors import ConfigError
 from slotmoe.tools.serve import anthropic, openai
 from slotmoe.tools.serve.answers import Serving
-from slotmoe.tools.serve.errors import EXCEPTION_HANDLERS, OpenAIError, refusals
-from slotmoe.tools.serve.service import Service, Stats
+from slotmoe.tools.serve.errors import EXCEPTION_HANDLERS
+from slotmoe.tools.serve.responses import Health, OpenAIError, Stats, refusals
+from slotmoe.tools.serve.service import Service
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:"
 )
+_HEALTH_RESPONSES = {**refusals(OpenAIError, 403), **refusals(Health, 503)}
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
-
-
-class Health(TypedDict):
-    status: str
 
 
 public, figures = APIRouter(), APIRouter()
@@ -40,17 +37,16 @@ async def page() -> Response:
     return HTMLResponse(text, headers=headers)
 
 
-@public.get("/health", responses={**refusals(OpenAIError, 403), **refusals(Health, 503)})
-async def health(service: Serving, response: Response) -> Health:
+@public.get("/health", response_model=Health, responses=_HEALTH_RESPONSES)
+async def health(service: Serving) -> Response:
     if service.batch.alive:
-        return {"status": "ok"}
-    response.status_code = 503
-    return {"status": "the model has failed"}
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "the model has failed"}, 503)
 
 
-@figures.get("/stats")
-def stats(service: Serving) -> Stats:
-    return service.stats()
+@figures.get("/stats", response_model=Stats)
+def stats(service: Serving) -> Response:
+    return JSONResponse(service.stats())
 
 
 @figures.get("/metrics")

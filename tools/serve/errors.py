@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from typing_extensions import TypedDict
 
 from slotmoe.errors import ConfigError
 
 ANTHROPIC_PATH = "/v1/messages"
-_REASONS = {
-    400: "The request is not understood, not supported, or does not fit the context",
-    401: "The API key is missing or wrong",
-    403: "The host name is not allowed, or the request comes from a page of another origin",
-    404: "Not here",
-    408: "The body did not arrive in time",
-    413: "The body is larger than the server takes",
-    415: "The body is not JSON",
-    429: "Too many answers are waiting",
-    500: "The model failed",
-    503: "The model has failed",
-}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -50,42 +37,7 @@ class RefusedError(Exception):
         self.param, self.status, self.code, self.headers = param, status, code, headers
 
 
-class OpenAIProblem(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIError(TypedDict):
-    error: OpenAIProblem
-
-
-class AnthropicProblem(TypedDict):
-    type: str
-    message: str
-
-
-class AnthropicError(TypedDict):
-    type: Literal["error"]
-    error: AnthropicProblem
-
-
-def refusals(model: type, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses`` of a route that may refuse with these ``statuses``; ``model`` is the
-    envelope."""
-    return {status: {"model": model, "description": _REASONS[status]} for status in statuses}
-
-
-def post_responses(model: type) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses`` of a route that generates, whole or as a stream."""
-    fields = {"data": {"type": "string"}, "event": {"type": "string"}}
-    event = {"type": "object", "required": ["data"], "properties": fields}
-    stream = {"content": {"text/event-stream": {"schema": event}}}
-    return {200: stream, **refusals(model, *_REASONS)}
-
-
-def error_body(path: str, problem: RefusedError) -> OpenAIError | AnthropicError:
+def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
     is_clients = problem.status < 500
     if path == ANTHROPIC_PATH:
@@ -95,8 +47,8 @@ def error_body(path: str, problem: RefusedError) -> OpenAIError | AnthropicError
     kind = "invalid_request_error" if is_clients else "server_error"
     if problem.status == 429:
         kind = "rate_limit_error"
-    error = OpenAIProblem(message=str(problem), type=kind, param=problem.param, code=problem.code)
-    return {"error": error}
+    about = {"param": problem.param, "code": problem.code}
+    return {"error": {"message": str(problem), "type": kind, **about}}
 
 
 async def error_response(request: Request, problem: Exception) -> JSONResponse:

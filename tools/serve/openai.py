@@ -6,109 +6,42 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
-from typing_extensions import NotRequired, TypedDict
 
 from slotmoe.model.answer import Made, Piece
-from slotmoe.tools.serve.answers import Answers, EventStream, Serving, Usage, chat_answers, event
-from slotmoe.tools.serve.errors import OpenAIError, RefusedError, post_responses, refusals
+from slotmoe.tools.serve import responses
+from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
+from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import ContentDelta, collect
-from slotmoe.tools.serve.requests import (
-    MAX_ANSWERS,
-    ChatRequest,
-    CompletionRequest,
-    Natural,
-    OpenAIRequest,
-)
-from slotmoe.tools.serve.service import Service
+from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, CompletionRequest, OpenAIRequest
 
 router = APIRouter()
-_POST: Any = {"responses": post_responses(OpenAIError)}
+_POST = responses.post_responses(responses.OpenAIError)
+_MISSING = responses.refusals(responses.OpenAIError, 404)
 Json = dict[str, Any]
 
 
-class AnswerMessage(TypedDict):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    tool_calls: NotRequired[list[Json]]
+@router.get("/v1/models", response_model=responses.ModelList)
+async def models(service: Serving) -> Response:
+    return JSONResponse({"object": "list", "data": [service.described()]})
 
 
-class Choice(TypedDict):
-    index: Natural
-    logprobs: Json | None
-    finish_reason: str | None
-
-
-class ChatChoice(Choice):
-    message: AnswerMessage
-
-
-class TextChoice(Choice):
-    text: str
-
-
-class Completion(TypedDict):
-    id: str
-    created: Natural
-    model: str
-    usage: Usage
-
-
-class ChatCompletion(Completion):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-
-
-class TextCompletion(Completion):
-    object: Literal["text_completion"]
-    choices: list[TextChoice]
-
-
-class ModelCard(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: Natural
-    owned_by: str
-    max_model_len: Natural
-
-
-class ModelList(TypedDict):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-def _card(service: Service) -> ModelCard:
-    return ModelCard(
-        id=service.name,
-        object="model",
-        created=service.created,
-        owned_by="slotmoe",
-        max_model_len=service.runtime.context,
-    )
-
-
-@router.get("/v1/models")
-async def models(service: Serving) -> ModelList:
-    return {"object": "list", "data": [_card(service)]}
-
-
-@router.get("/v1/models/{name:path}", responses=refusals(OpenAIError, 404))
-async def model(name: str, service: Serving) -> ModelCard:
+@router.get("/v1/models/{name:path}", response_model=responses.Model, responses=_MISSING)
+async def model(name: str, service: Serving) -> Response:
     service.check_model(name)
-    return _card(service)
+    return JSONResponse(service.described())
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, **_POST)
+@router.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=_POST)
 async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
     answers = await chat_answers(service, body, request.state.owner)
     return await _respond(request, body, answers, ChatChoices(answers, bool(body.logprobs)))
 
 
-@router.post("/v1/completions", response_model=TextCompletion, **_POST)
+@router.post("/v1/completions", response_model=responses.TextCompletion, responses=_POST)
 async def completions(body: CompletionRequest, request: Request, service: Serving) -> Response:
     service.check_model(body.model)
     options, given = body.options(service.tokenizer.size), body.prompts()
@@ -181,10 +114,10 @@ class ChatChoices:
         if piece.finish is not None:
             yield self._chunk(index, {}, finish=self._answers.finish_reason(index, piece))
 
-    def whole(self, index: int, pieces: list[Piece]) -> ChatChoice:
+    def whole(self, index: int, pieces: list[Piece]) -> Json:
         text, calls = collect(self._answers.content(index, *pieces))
         content = text if text or not calls else None
-        message = AnswerMessage(role="assistant", content=content, refusal=None)
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["tool_calls"] = [_call(name, arguments) for name, arguments, _ in calls]
         return {
@@ -248,18 +181,18 @@ class TextChoices:
     def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
         if index in self._echoes:
             scored = self._answers.jobs[index].answer.read
-            yield {**self._choice(index, self._echoes.pop(index), scored, None)}
+            yield self._choice(index, self._echoes.pop(index), scored, None)
         finish = self._answers.finish_reason(index, piece)
-        yield {**self._choice(index, piece.text, list(piece.tokens), finish)}
+        yield self._choice(index, piece.text, list(piece.tokens), finish)
 
-    def whole(self, index: int, pieces: list[Piece]) -> TextChoice:
+    def whole(self, index: int, pieces: list[Piece]) -> Json:
         text = self._echoes.get(index, "") + "".join(piece.text for piece in pieces)
         tokens = self._answers.jobs[index].answer.read + _tokens(pieces)
         return self._choice(index, text, tokens, self._answers.finish_reason(index, pieces[-1]))
 
-    def _choice(self, index: int, text: str, tokens: list[Made], finish: str | None) -> TextChoice:
+    def _choice(self, index: int, text: str, tokens: list[Made], finish: str | None) -> Json:
         logprobs = self._logprobs(index, tokens) if self._has_logprobs else None
-        return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, index: int, tokens: list[Made]) -> Json:
         decode = self._answers.service.tokenizer.decode

@@ -27,7 +27,6 @@ def _integer(value: Any) -> Any:
 
 
 Whole = BeforeValidator(_integer)
-Natural = Annotated[int, Field(ge=0)]  # in answers
 Count = Annotated[int, Field(ge=1), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]

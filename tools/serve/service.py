@@ -8,32 +8,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from typing_extensions import TypedDict
 
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Batch, Job
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
-from slotmoe.tools.serve.requests import Natural
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
-
-
-class Stats(TypedDict):
-    """Counts and bytes now; ``memory`` is by tier."""
-
-    model: str
-    context: Natural
-    running: Natural
-    queued: Natural
-    answer_tokens: Natural
-    prompt_tokens: Natural
-    reused_tokens: Natural
-    cache: dict[str, Any]
-    io: dict[str, dict[str, Any]]
-    memory: dict[str, dict[str, Any]]
-    kernels: str
 
 
 class Service:
@@ -68,26 +50,29 @@ class Service:
             self._first.observe(job.first - job.submitted)
         self._answer.observe(time.monotonic() - job.submitted)
 
-    def stats(self) -> Stats:
+    def described(self) -> dict[str, Any]:
+        """The model in OpenAI's list of models."""
+        about = {"id": self.name, "object": "model", "created": self.created}
+        return {**about, "owned_by": "slotmoe", "max_model_len": self.runtime.context}
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and bytes now; memory is by tier."""
         totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
         memory: dict[str, dict[str, Any]] = {
             tier: {"used": used, "parts": parts}
             for tier, (used, parts) in self.runtime.memory_in_use().items()
         }
         memory[plan.tier]["budget"] = plan.budget
-        return Stats(
-            model=self.name,
-            context=self.runtime.context,
-            running=self.batch.running,
-            queued=self.batch.queued,
-            answer_tokens=totals.answer_tokens,
-            prompt_tokens=totals.prompt_tokens,
-            reused_tokens=totals.reused_tokens,
-            cache=stats["cache"],
-            io=stats["io"],
-            memory=memory,
-            kernels=stats["kernels"],
-        )
+        names = ("answer_tokens", "prompt_tokens", "reused_tokens")
+        return {
+            "model": self.name,
+            "context": self.runtime.context,
+            "running": self.batch.running,
+            "queued": self.batch.queued,
+            "memory": memory,
+            **{name: getattr(totals, name) for name in names},
+            **{name: stats[name] for name in ("cache", "io", "kernels")},
+        }
 
     def collect(self) -> Iterable[Metric]:
         """The same for Prometheus, which calls this."""
