@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
 _MAX_FILE_BYTES = 64 << 20
+# Of the statistics, those that an answer's status counts: (group, name).
+_DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
+_COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
 
 
 class Exchange(NamedTuple):
@@ -66,18 +69,12 @@ class Conversation:
         self._prompt_tokens = len(prompt)
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
         pieces: list[str] = []
-        count, complete, sampling = 0, False, self._sampling
+        count, complete, chosen = 0, False, self._sampling
+        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, self._next_seed())
 
         def texts() -> Iterator[str]:
             nonlocal count
-            for token in self.runtime.generate(
-                prompt,
-                limit,
-                sampling.temperature,
-                sampling.top_p,
-                sampling.top_k,
-                self._next_seed(),
-            ):
+            for token in self.runtime.generate(prompt, limit, *sampling):
                 count += 1
                 yield token.text
 
@@ -146,13 +143,7 @@ class Conversation:
             if position < self._prompt_tokens:
                 parts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
             tokens, seconds, hits, misses = (
-                stats[group][name] - before[group][name]
-                for group, name in (
-                    ("tokens", "decode_tokens"),
-                    ("tokens", "decode_seconds"),
-                    ("cache", "hits"),
-                    ("cache", "misses"),
-                )
+                stats[group][name] - before[group][name] for group, name in _COUNTS
             )
             if tokens:
                 parts.append(f"{tokens / seconds:.1f} tokens/s")
