@@ -116,6 +116,17 @@ def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in names}
 
 
+def require_extra(extra: str, *modules: str) -> None:
+    """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
+    are installed."""
+    missing = ", ".join(name for name in modules if find_spec(name) is None)
+    if missing:
+        raise ConfigError(
+            f"this command needs libraries that are not installed ({missing}): "
+            f"pip install 'slotmoe[{extra}]'"
+        )
+
+
 def prompt_text(prompt: str) -> str:
     """The prompt of the command line: itself, or stdin where it is ``-``.  Raises
     ``ConfigError``."""
@@ -125,17 +136,6 @@ def prompt_text(prompt: str) -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
         raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
-
-
-def require_extra(extra: str, *modules: str) -> None:
-    """Raise ``ConfigError`` that names the extra ``slotmoe[extra]`` unless all ``modules`` are
-    installed."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"needs libraries that are not installed ({', '.join(missing)}): "
-            f"pip install 'slotmoe[{extra}]'"
-        )
 
 
 def is_on_hub(model: str, revision: str | None) -> bool:

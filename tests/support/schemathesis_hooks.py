@@ -6,7 +6,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 ONLY_THE_SERVER_CAN_TELL = (
     b"the context holds",  # how many tokens a text has
-    b"echo with logprobs would tell",
+    b"echo with logprobs would give",
     b"messages: ",  # which result belongs to which call
     b"a message of the",
     b"neither content nor tool_calls",

@@ -35,6 +35,14 @@ main(sys.argv[1:])
 """
 
 
+def until(condition, seconds=5.0):
+    """Wait until ``condition()`` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it was never true"
+        time.sleep(0.005)
+
+
 class Served:
     """A server in a thread of this process, and the least of clients."""
 
@@ -42,7 +50,7 @@ class Served:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.server, self.batch = make_server(
-            runtime, "sample", (keys, ("box.local",), max_body), 8, waiting
+            runtime, "sample", 8, waiting, keys, ("box.local",), max_body
         )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
@@ -92,27 +100,14 @@ class Served:
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
     def idle(self, seconds=5.0):
-        end = time.monotonic() + seconds
-        while self.batch.running or self.batch.queued:
-            assert time.monotonic() < end, "a place is still taken"
-            time.sleep(0.01)
+        """Wait until no answer runs or waits."""
+        until(lambda: not (self.batch.running or self.batch.queued), seconds)
 
 
 def start(export, *options, script=None, **environment):
     command = ["-m", "slotmoe"] if script is None else ["-c", script]
-    arguments = [
-        "serve",
-        str(export),
-        "--port",
-        "0",
-        "--ram",
-        "2GiB",
-        "--context",
-        "512",
-        "--name",
-        "sample",
-        *options,
-    ]
+    settings = "--port 0 --ram 2GiB --context 512 --name sample"
+    arguments = ["serve", str(export), *settings.split(), *options]
     child = subprocess.Popen(
         [sys.executable, *command, *arguments],
         stderr=subprocess.PIPE,

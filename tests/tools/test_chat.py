@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.chat.conversation import Conversation, Exchange, _trimmed
+from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
 from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
 
@@ -31,21 +31,23 @@ def runtime(sample_export):
 
 @pytest.fixture
 def talking(runtime, monkeypatch):
-    """Make a conversation; its ``sent`` are the prompts (token ids) that it had answered, ``told``
-    what the user was told."""
+    """Make a conversation; its ``sent`` are the prompts (token ids) that it had answered,
+    ``generated`` the ids of the answers, ``told`` what the user was told."""
 
     def generate(self, prompt, *arguments):
         sent.append(prompt)
-        return original(self, prompt, *arguments)
+        generated.append([])
+        for token in original(self, prompt, *arguments):
+            generated[-1].append(token.id)
+            yield token
 
     def make(max_new_tokens=24, system=None, **sampling):
-        conversation = Conversation(
-            runtime, told.append, max_new_tokens, Sampling(**sampling), system
-        )
-        conversation.sent, conversation.told = sent, told
+        conversation = Conversation(runtime, max_new_tokens, Sampling(**sampling), system)
+        conversation.notify = told.append
+        conversation.sent, conversation.generated, conversation.told = sent, generated, told
         return conversation
 
-    sent, told = [], []
+    sent, generated, told = [], [], []
     original = Runtime.generate
     monkeypatch.setattr(Runtime, "generate", generate)
     return make
@@ -84,12 +86,12 @@ def test_messages_go_through_the_chat_template(talking):
 def test_only_what_is_new_is_read(talking):
     chat = talking(max_new_tokens=30)
     said(chat.answer("My fellow citizens, what is the state of the Union?"))
-    held, before = list(chat.runtime._held), fed(chat.runtime)
+    # The first message and its answer, all but the token that was made last.
+    held, before = chat.sent[0] + chat.generated[0][:-1], fed(chat.runtime)
+    assert chat.runtime.position == len(held)
     said(chat.answer("And of the treasury?"))
     prompt = chat.sent[1]
-    assert (
-        prompt[: len(held)] == held
-    )  # the first message and its answer, all but the token that was made last
+    assert prompt[: len(held)] == held
     assert len(held) == len(chat.sent[0]) + 29
     assert fed(chat.runtime) == (before[0] + len(prompt) - len(held), before[1] + 29)
 
@@ -117,7 +119,7 @@ def test_nothing_to_regenerate(talking):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(alphabet="a \n", max_size=4)))
 def test_whitespace_at_the_ends_is_not_part_of_an_answer(pieces):
-    assert "".join(_trimmed(pieces)) == "".join(pieces).strip()
+    assert "".join(trimmed(pieces)) == "".join(pieces).strip()
 
 
 # A full context
@@ -165,7 +167,8 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
     state = chat.exchanges, chat.forgotten
     with pytest.raises(
         PlanError,
-        match=r"the message has \d+ tokens .* and 192 fit: the context holds 256, of which 64 .*--context",
+        match=r"the message has \d+ tokens .* and 192 fit: "
+        r"the context holds 256, of which 64 .*--context",
     ):
         said(chat.answer("word " * 300))
     assert (chat.exchanges, chat.forgotten) == state

@@ -26,7 +26,7 @@ from slotmoe.model.generate import Sampling
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Conversation
-from slotmoe.tools.chat.terminal import Terminal, _finished, _markdown, _View, _visible
+from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown, visible
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def runtime(sample_export):
 
 @pytest.fixture
 def chat(runtime, terminal):
-    return Conversation(runtime, terminal.say, 24, Sampling())
+    return Conversation(runtime, 24, Sampling())
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
                 signal.raise_signal(signal.SIGINT)
             yield token
 
-    def flush(self):
+    def close(self):
         views.append(self)
         if again and pressed and pressed.pop():  # pressed again while the first is dealt with
             signal.raise_signal(signal.SIGINT)
-        flushed(self)
+        closed(self)
 
-    pressed, views, flushed = [], [], _View.flush
-    monkeypatch.setattr(_View, "flush", flush)
+    pressed, views, closed = [], [], View.close
+    monkeypatch.setattr(View, "close", close)
 
     original = Runtime.generate
     monkeypatch.setattr(Runtime, "generate", generate)
@@ -147,7 +147,7 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
         chat.exchanges[0].assistant.splitlines()[0]
         in terminal.printed.getvalue().partition("stopped")[0]
     )
-    assert not any(view._live.is_started for view in views)
+    assert not any(view.live.is_started for view in views)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -199,12 +199,12 @@ def rendered(text, show):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_markdown_that_arrives_in_pieces_looks_like_the_whole(size):
     def by_pieces(console, text):
-        with _View(console, lambda: "") as view:
-            view._live.stop()  # only what stays is looked at
-            for start in range(0, len(text), size):
-                view.add(text[start : start + size])
+        view = View(console, lambda: "")  # not live: only what stays is looked at
+        for start in range(0, len(text), size):
+            view.add(text[start : start + size])
+        view.close()
 
-    whole = rendered(DOCUMENT, lambda console, text: console.print(_markdown(text)))
+    whole = rendered(DOCUMENT, lambda console, text: console.print(markdown(text)))
     assert rendered(DOCUMENT, by_pieces) == whole
     for part in (
         "Some words",
@@ -227,33 +227,41 @@ def test_markdown_that_arrives_in_pieces_looks_like_the_whole(size):
 def test_finished_blocks_never_change(lines):
     text = "".join(lines)
     for end in range(1, len(lines)):
-        done = _finished("".join(lines[:end]))
-        apart = _markdown(text[:done]).parsed + _markdown(text[done:]).parsed
+        done = finished("".join(lines[:end]))
+        apart = markdown(text[:done]).parsed + markdown(text[done:]).parsed
         assert [(token.type, token.content) for token in apart] == [
-            (t.type, t.content) for t in _markdown(text).parsed
+            (t.type, t.content) for t in markdown(text).parsed
         ]
 
 
 def test_a_line_on_its_way_finishes_nothing():
-    assert _finished("a\n\n1. one\n\n2") == len("a\n\n")  # it may become the list's second item
+    assert finished("a\n\n1. one\n\n2") == len("a\n\n")  # it may become the list's second item
 
 
 def test_only_the_end_of_a_long_block_is_redrawn():
     console = Console(file=io.StringIO(), width=40, height=10, force_terminal=True)
-    view = _View(console, lambda: "the status")
-    time.sleep(0.1)  # it has drawn nothing so far, and soon may again
+    # Nothing is drawn at 0; a drawing from 10 to 11 pauses for 30 seconds.
+    now = iter([0, 0, 10, 11, 12, 41, 42])
+    view = View(console, lambda: "the status", clock=lambda: next(now))
+
+    def shown():
+        with console.capture() as captured:
+            console.print(view.render(), end="")
+        return captured.get().splitlines()
+
     view.add("```\n" + "".join(f"line {number}\n" for number in range(50)))
-    with console.capture() as captured:
-        console.print(view._render(), end="")
-    lines = captured.get().splitlines()
+    lines = shown()
     assert len(lines) == 9
     assert "line 49" in lines[-3]
     assert "the status" in lines[-1]
+    view.add("line 50\n")
+    assert shown() == lines
+    assert "line 50" in shown()[-3]
 
 
 def test_answers_cannot_command_the_terminal():
     assert (
-        _visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000")
+        visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000")
         == "a\\x1b]52;c;x\\x07\\x9b2J\\r\\u202e\tb\nü\u3000"
     )
 

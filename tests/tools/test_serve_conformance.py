@@ -94,7 +94,8 @@ def llm(served, tmp_path_factory):
   api_base: http://127.0.0.1:{served.port}/v1
   api_key_name: slotmoe
 """
-    models = f"- model_id: talk\n  supports_schema: true{endpoint}- model_id: text\n  completion: true{endpoint}"
+    models = f"- model_id: talk\n  supports_schema: true{endpoint}"
+    models += f"- model_id: text\n  completion: true{endpoint}"
     (folder / "extra-openai-models.yaml").write_text(models)
     (folder / "keys.json").write_text('{"slotmoe": "first"}')
 

@@ -16,10 +16,10 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.serve import _allow_descriptors
+from slotmoe.offload.runtime import Sequence
+from slotmoe.tools.serve import allow_descriptors
 from slotmoe.tools.serve import guard as serve_guard
-from tests.support.served import FAILING, GREEDY, PROMPTS, USER, Served, start
+from tests.support.served import FAILING, GREEDY, PROMPTS, USER, Served, start, until
 
 SOAK_SECONDS = float(os.environ.get("SLOTMOE_SOAK_SECONDS", "60"))
 HALVES = [
@@ -29,18 +29,6 @@ HALVES = [
     b"\x16\x03\x01",
     b"GET / HTTP/1.1\r\nHost: localhost\r\n",
 ]
-
-
-@pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=512, sequences=8) as runtime:
-        yield runtime
-
-
-@pytest.fixture(scope="module")
-def served(runtime):
-    with Served(runtime) as served:
-        yield served
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +90,7 @@ def test_only_this_machine_can_connect_unless_asked(sample_export):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)
     with connect(served.port, half) as connection:
         began = time.monotonic()
         for _ in range(3):  # a byte now and then is no progress
@@ -119,18 +107,13 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
 
 
 def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.5)
     limit = 8 + 4 + 256
     with ExitStack() as stack:
         for _ in range(limit + 40):
             stack.enter_context(connect(served.port))
-        end = time.monotonic() + 5
-        while len(served.server.server_state.connections) != limit:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        while served.server.server_state.connections:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: len(served.server.server_state.connections) == limit)
+        until(lambda: not served.server.server_state.connections)
         assert served.complete("Call me", max_tokens=1)
 
 
@@ -139,12 +122,12 @@ def test_files_for_a_long_queue_are_allowed(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     for count in (548, 2000, 9000):
-        _allow_descriptors(count)
+        allow_descriptors(count)
     assert asked == [(2000, 4096), (4096, 4096)]
 
 
 def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.1)
     body = json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 400}).encode()
     with connect(served.port) as connection:
         data = request(body, Connection="close")
@@ -156,7 +139,7 @@ def test_who_asks_slowly_enough_and_waits_for_a_long_answer_is_served(served, mo
 
 
 def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_BODY_SECONDS", 0.5)
+    monkeypatch.setattr(serve_guard, "BODY_SECONDS", 0.5)
     with connect(served.port, request(b"{}")[:-1]) as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         assert ended(connection)
@@ -172,7 +155,7 @@ def test_body_that_does_not_arrive_is_given_up(served, monkeypatch):
 
 
 def test_who_does_not_read_the_answer_loses_the_connection(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)
     body = json.dumps(
         {**GREEDY, "prompt": "Call me", "max_tokens": 490, "logprobs": 20, "n": 8, "stream": True}
     ).encode()
@@ -181,13 +164,9 @@ def test_who_does_not_read_the_answer_loses_the_connection(served, monkeypatch):
     deaf.connect(("127.0.0.1", served.port))
     with deaf:
         deaf.sendall(request(body))
-        while not served.batch.running:
-            time.sleep(0.01)
+        until(lambda: served.batch.running)
         served.idle(20)
-        end = time.monotonic() + 5
-        while served.server.server_state.connections:
-            assert time.monotonic() < end, "the connection is still held"
-            time.sleep(0.05)
+        until(lambda: not served.server.server_state.connections)
 
 
 @pytest.mark.parametrize(
@@ -334,9 +313,9 @@ def test_pictures_and_templates_of_others_are_refused(served):
 
 
 CANARY = (
-    "The canary's word is plum. The people of the United States have a government of laws and not of men. "
-    * 8
-)
+    "The canary's word is plum. "
+    "The people of the United States have a government of laws and not of men. "
+) * 8
 
 
 def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
@@ -347,14 +326,14 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
     keyed.idle()
     alone = "".join(token.text for token in runtime.generate(CANARY, 8))
     append, append_each, reached, left = (
-        runtime.append,
+        Sequence.append,
         runtime.append_each,
         threading.Event(),
         threading.Event(),
     )
 
-    def paused(index, ids):
-        logits = append(index, ids)
+    def paused(sequence, ids):
+        logits = append(sequence, ids)
         if len(ids) == 64:
             reached.set()
             left.wait(60)
@@ -364,7 +343,7 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
         time.sleep(0.005)
         return append_each(*arguments)
 
-    monkeypatch.setattr(runtime, "append", paused)
+    monkeypatch.setattr(Sequence, "append", paused)
     monkeypatch.setattr(runtime, "append_each", slow)
     asked, before = (
         json.dumps({**GREEDY, "prompt": CANARY, "max_tokens": 8}).encode(),
@@ -377,8 +356,7 @@ def test_abort_in_the_middle_of_a_prompt_leaves_nothing_for_another_key(
             **{"x-api-key": "second"},
         ),
     ):
-        while not keyed.batch.totals.answer_tokens or not keyed.batch.running:
-            time.sleep(0.005)
+        until(lambda: keyed.batch.totals.answer_tokens and keyed.batch.running)
         with connect(keyed.port, request(asked, **{"x-api-key": "first"})):
             assert reached.wait(60)
         time.sleep(0.3)  # the server has seen that the client left
@@ -594,10 +572,8 @@ def test_soak(sample_export):
             while time.monotonic() < end:
                 time.sleep(min(60, max(0, end - time.monotonic())))
                 left, memory = end - time.monotonic(), process.memory_info().rss
-                print(
-                    f"{left:.0f} s left: {process.num_fds()} descriptors, {process.num_threads()} threads, {memory >> 20} MiB",
-                    flush=True,
-                )
+                held = f"{process.num_fds()} descriptors, {process.num_threads()} threads"
+                print(f"{left:.0f} s left: {held}, {memory >> 20} MiB", flush=True)
             kinds = sum((one.result() for one in clients), Counter())
         after = settled()
         print(

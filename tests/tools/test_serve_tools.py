@@ -13,18 +13,28 @@ import torch
 
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.tools.serve import answers as serve_answers
-from slotmoe.tools.serve.forms import Call, Calling, RefusedError, Result, Tool, Turn
-from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
-from slotmoe.tools.serve.tool_calls import (
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.function_calling import (
     NATIVE,
     PLAIN,
+    ContentDelta,
     Dialect,
-    Part,
     Reader,
-    arguments_of,
-    collected,
+    collect,
+    parse_arguments,
+)
+from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
+from slotmoe.tools.serve.requests import (
+    AssistantMessage,
+    CalledFunction,
+    FailedToolMessage,
+    Function,
+    PlainMessage,
+    ToolCall,
+    ToolMessage,
+    ToolPolicy,
 )
 from tests.support.served import GREEDY, USER, Served
 from tests.support.tiny import SAMPLE
@@ -62,10 +72,10 @@ MARKS += [
     for name in ("outputs\u2581begin", "output\u2581begin", "output\u2581end", "outputs\u2581end")
 ]
 NATIVE_TEMPLATE = (
-    "{{ bos_token }}{# knows "
-    + MARKS[0]
-    + " #}{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}"
-    "{% elif m.role == 'assistant' %}[A]{{ m.content }}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{# knows " + MARKS[0] + " #}"
+    "{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}"
+    "{% elif m.role == 'assistant' %}[A]{{ m.content }}{{ eos_token }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[A]{% endif %}"
 )
 
@@ -80,9 +90,8 @@ def is_weather(arguments):
 
 
 @pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, ram="2GiB", context=1024, sequences=8) as runtime:
-        yield runtime
+def context():
+    return 1024
 
 
 @pytest.fixture(scope="module")
@@ -123,56 +132,74 @@ def native_export(tmp_path_factory):
     return folder.parent / "export"
 
 
-def calling(*names, forced=False, single=False):
-    tools = tuple(Tool(name, "", WEATHER) for name in names)
-    return Calling(tools, tools, forced, single)
+def policy(*names, required=False, single=False):
+    functions = [Function(name=name, parameters=WEATHER) for name in names]
+    return ToolPolicy(functions, functions, required, single)
 
 
-def turns_of_two_rounds():
-    both = (Call("a", "weather", '{"city": "Rome", "days": 1}'), Call("b", "stop", ""))
-    results = [
-        Turn("tool", results=(Result("b", "stopped", failed=True),)),
-        Turn("tool", results=(Result("a", "wet"),)),
-    ]
-    again = Turn("assistant", calls=(Call("c", "stop", "{}"),))
+def user(text):
+    return PlainMessage(role="user", content=text)
+
+
+def tool_call(id_, name, arguments):
+    return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
+
+
+def result(id_, text, kind=ToolMessage, name=None):
+    return kind(role="tool", tool_call_id=id_, content=text, name=name)
+
+
+def calls_in_two_rounds():
+    both = [tool_call("a", "weather", '{"city": "Rome", "days": 1}'), tool_call("b", "stop", "")]
     return [
-        Turn("user", "Weather?"),
-        Turn("assistant", "Let me see.", both),
-        *results,
-        again,
-        Turn("tool", results=(Result("c", "ok"),)),
+        user("Weather?"),
+        AssistantMessage(role="assistant", content="Let me see.", tool_calls=both),
+        result("b", "stopped", FailedToolMessage),
+        result("a", "wet"),
+        AssistantMessage(role="assistant", tool_calls=[tool_call("c", "stop", "{}")]),
+        result("c", "ok"),
     ]
 
 
 def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     dialect = Dialect(runtime.tokenizer)
-    text = dialect.prompt([Turn("system", "Be brief."), *turns_of_two_rounds()], calling("weather"))
+    text = dialect.prompt(
+        [PlainMessage(role="system", content="Be brief."), *calls_in_two_rounds()],
+        policy("weather"),
+    )
     begin, end = runtime.tokenizer.settings["bos_token"], runtime.tokenizer.eos_token
     told = json.dumps({"name": "weather", "description": "", "parameters": WEATHER})
     assert text.startswith(
-        f"{begin}Be brief.\n\nYou can call these functions:\n{told}\n\nTo call one, write <tool_call>"
+        f"{begin}Be brief.\n\nYou can call these functions:\n{told}\n\n"
+        "To call one, write <tool_call>"
     )
     assert text.partition("User: Weather?")[2] == (
-        '\n\nAssistant: Let me see.\n<tool_call>{"name": "weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>\n'
+        "\n\nAssistant: Let me see.\n"
+        '<tool_call>{"name": "weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>\n'
         '<tool_call>{"name": "stop", "arguments": {}}</tool_call>' + end + "User: "
-        '<tool_response name="weather">\nwet\n</tool_response>\n<tool_response name="stop" error="true">\nstopped\n</tool_response>\n\n'
+        '<tool_response name="weather">\nwet\n</tool_response>\n'
+        '<tool_response name="stop" error="true">\nstopped\n</tool_response>\n\n'
         'Assistant: <tool_call>{"name": "stop", "arguments": {}}</tool_call>' + end + "User: "
         '<tool_response name="stop">\nok\n</tool_response>\n\nAssistant:'
     )
-    assert dialect.prompt([Turn("user", "Hi")], None) == f"{begin}User: Hi\n\nAssistant:"
+    assert dialect.prompt([user("Hi")], None) == f"{begin}User: Hi\n\nAssistant:"
 
 
 def test_model_with_tool_tokens_reads_its_own_format(native_export):
     tokenizer = Tokenizer(native_export, 0)
     calls, call, sep, end_call, end_calls, outputs, output, end_output, end_outputs = MARKS
     begin, end = tokenizer.settings["bos_token"], tokenizer.eos_token
-    text = Dialect(tokenizer).prompt(turns_of_two_rounds(), calling("weather"))
+    text = Dialect(tokenizer).prompt(calls_in_two_rounds(), policy("weather"))
     function = json.dumps({"name": "weather", "description": "", "parameters": WEATHER}, indent=4)
-    head = "You are a helpful Assistant.\n\n## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
+    head = (
+        "You are a helpful Assistant.\n\n## Tools\n\n### Function\n\n"
+        "You have the following functions available:\n\n"
+    )
     stop = f"{call}function{sep}stop\n```json\n{{}}\n```{end_call}"
     assert text == (
         f"{begin}{head}- `weather`:\n```json\n{function}\n```[U]Weather?"
-        f'[A]Let me see.{calls}{call}function{sep}weather\n```json\n{{"city": "Rome", "days": 1}}\n```{end_call}\n{stop}{end_calls}{end}'
+        f"[A]Let me see.{calls}{call}function{sep}weather\n```json\n"
+        f'{{"city": "Rome", "days": 1}}\n```{end_call}\n{stop}{end_calls}{end}'
         f"{outputs}{output}wet{end_output}\n{output}stopped{end_output}{end_outputs}"
         f"{calls}{stop}{end_calls}{end}{outputs}{output}ok{end_output}{end_outputs}"
     )
@@ -183,13 +210,13 @@ def test_model_with_tool_tokens_reads_its_own_format(native_export):
         NATIVE_TEMPLATE + "{% for one in tools %}{{ one.function.name }}{% endfor %}"
     )
     assert (
-        Dialect(tokenizer).prompt([Turn("user", "Hi")], calling("weather", "stop"))
+        Dialect(tokenizer).prompt([user("Hi")], policy("weather", "stop"))
         == f"{begin}[U]Hi[A]weatherstop"
     )
 
 
 def test_results_belong_to_the_calls_before_them(runtime):
-    turns = turns_of_two_rounds()
+    turns = calls_in_two_rounds()
     for wrong in (
         turns[:2],
         turns[:3],
@@ -200,7 +227,7 @@ def test_results_belong_to_the_calls_before_them(runtime):
     ):
         with pytest.raises(RefusedError, match=r"has no result|answers no call"):
             Dialect(runtime.tokenizer).prompt(wrong, None)
-    renamed = Turn("tool", results=(Result("c", "ok", name="weather"),))
+    renamed = result("c", "ok", name="weather")
     with pytest.raises(RefusedError, match="name of another"):
         Dialect(runtime.tokenizer).prompt([*turns[:-1], renamed], None)
 
@@ -209,32 +236,34 @@ def test_results_belong_to_the_calls_before_them(runtime):
 @pytest.mark.parametrize("width", [1, 2, 7, 1000])
 def test_answers_are_taken_apart_however_they_arrive(form, width):
     odd = json.dumps({"a": '}"{\\', "b": {"c": [{}], "d": form.tail}})
-    calls = [Call("", "one", odd), Call("", "two", "{}")]
+    calls = [tool_call("x", "one", odd), tool_call("y", "two", "{}")]
     for said, made in (("Hi <tool", []), ("a < b", calls), ("", calls[:1]), ("", [])):
-        text, reader = said + form.written(made), Reader(form)
+        text, reader = said + form.write(made), Reader(form)
         parts = [
             part
             for start in range(0, len(text), width)
             for part in reader.feed(text[start : start + width])
         ] + reader.end()
-        assert collected(parts) == (
+        assert collect(parts) == (
             said,
-            [(one.name, one.arguments, True) for one in made],
+            [(one.function.name, one.function.arguments, True) for one in made],
         ) and reader.calls == len(made)
     cut = Reader(form)
-    text = form.written(calls)
+    text = form.write(calls)
     parts = [
         part for character in text[: text.rindex(form.tail)] for part in cut.feed(character)
     ] + cut.end()
-    assert collected(parts)[1][0] == ("one", odd, True) and not collected(parts)[1][-1][2]
-    assert Reader(form, either=True).feed(f'"{form.opening}"') == [Part(f'"{form.opening}"')]
-    assert Reader(None).feed(form.opening) == [Part(form.opening)]
+    assert collect(parts)[1][0] == ("one", odd, True) and not collect(parts)[1][-1][2]
+    assert Reader(form, either=True).feed(f'"{form.opening}"') == [
+        ContentDelta(f'"{form.opening}"')
+    ]
+    assert Reader(None).feed(form.opening) == [ContentDelta(form.opening)]
 
 
 def test_arguments_that_json_cannot_hold_are_none():
-    assert arguments_of('{"a": 1.5}') == {"a": 1.5}
+    assert parse_arguments('{"a": 1.5}') == {"a": 1.5}
     assert {
-        arguments_of(text) is None
+        parse_arguments(text) is None
         for text in (
             '{"a": 1e999}',
             '{"a": "\\ud800"}',
@@ -261,8 +290,8 @@ def follows(runtime, text, wish, schema=None, tokenizer=None):
 
 def test_text_is_free_until_a_call_begins(runtime):
     wish, call = (
-        calling("weather", "weathers"),
-        PLAIN.written([Call("", "weather", '{"city": "Rome", "days": 3}')]),
+        policy("weather", "weathers"),
+        PLAIN.write([tool_call("x", "weather", '{"city": "Rome", "days": 3}')]),
     )
 
     def passes(text, wish=wish, schema=None):
@@ -280,7 +309,7 @@ def test_text_is_free_until_a_call_begins(runtime):
     assert passes(call + call[: len("<tool_call>")])[0] == "<tool_call>"  # not on a line of its own
     assert passes("\n".join([call] * MAX_CALLS)) == ("", True)
     assert passes("\n".join([call] * (MAX_CALLS + 1)))[0].lstrip("\n") == call
-    single = calling("weather", forced=True, single=True)
+    single = policy("weather", required=True, single=True)
     assert (
         passes(call, single) == ("", True)
         and passes(f"{call}\n{call}", single)[0].lstrip("\n") == call
@@ -303,8 +332,8 @@ def test_text_is_free_until_a_call_begins(runtime):
 
 
 def test_native_calls_begin_with_their_token_alone(runtime, native_export):
-    tokenizer, wish = Tokenizer(native_export, 0), calling("weather")
-    call = NATIVE.written([Call("", "weather", '{"city": "Rome", "days": 3}')])
+    tokenizer, wish = Tokenizer(native_export, 0), policy("weather")
+    call = NATIVE.write([tool_call("x", "weather", '{"city": "Rome", "days": 3}')])
     spelled = [one for character in MARKS[0] for one in tokenizer.encode(character, add_bos=False)]
     assert tokenizer.decode(spelled) == MARKS[0] and tokenizer.token_id(MARKS[0]) not in spelled
     for text, may_end in (
@@ -768,9 +797,9 @@ def test_scores_that_cannot_be_told(served, runtime, monkeypatch):
     status, answer, _ = served.ask("POST", "/v1/completions", body)
     assert status == 400 and answer["error"]["param"] == "logprobs"
     monkeypatch.undo()
-    real = runtime.append_rows
+    real = Sequence.append_rows
     monkeypatch.setattr(
-        runtime, "append_rows", lambda *given: (rows * float("nan") for rows in real(*given))
+        Sequence, "append_rows", lambda *given: (rows * float("nan") for rows in real(*given))
     )
     status, answer, _ = served.ask("POST", "/v1/completions", body)
     assert status == 500 and "weights are broken" in answer["error"]["message"]

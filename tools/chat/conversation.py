@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
 _MAX_FILE_BYTES = 64 << 20
+# Of the statistics, those that an answer's status counts: (group, name).
+_DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
+_COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
 
 
 class Exchange(NamedTuple):
@@ -35,28 +38,20 @@ class Conversation:
     """Messages so far, and how to answer the next one.
 
     The first answer is sampled with the seed of ``sampling``, the next one with the seed after it,
-    so that another attempt differs.  ``notify`` is told what happens unasked.  Raises
-    ``ConfigError`` if the model has no chat template, or one that fails with this ``system``
-    message.
+    so that another attempt differs.  ``notify`` gets remarks for the user.  Raises ``ConfigError``
+    if the model has no chat template, or one that fails with this ``system`` message.
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        notify: Callable[[str], None],
-        max_new_tokens: int,
-        sampling: Sampling,
-        system: str | None = None,
+        self, runtime: Runtime, max_new_tokens: int, sampling: Sampling, system: str | None = None
     ):
         self.runtime, self.system = runtime, system
         self.exchanges: list[Exchange] = []
         self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
         self.file: Path | None = None  # where this conversation was saved or loaded last
-        self._notify, self._max_new_tokens, self._sampling = notify, max_new_tokens, sampling
-        self._answers = 0
-        self._before: dict[str, Any] | None = (
-            None  # the runtime's statistics when the latest answer began
-        )
+        self.notify: Callable[[str], None] = lambda text: None
+        self._max_new_tokens, self._sampling, self._answers = max_new_tokens, sampling, 0
+        self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
         self._ids(system, [], "Hello")
 
@@ -71,28 +66,20 @@ class Conversation:
         self._before, self._prompt_tokens = self.runtime.stats(), 0
         earlier = self.exchanges[:-1] if again else self.exchanges
         prompt = self._fit(earlier, message)
-        self._prompt_tokens, limit = (
-            len(prompt),
-            min(self._max_new_tokens, self.runtime.context - len(prompt)),
-        )
+        self._prompt_tokens = len(prompt)
+        limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
         pieces: list[str] = []
-        made, complete, sampling = 0, False, self._sampling
+        count, complete, chosen = 0, False, self._sampling
+        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, self._next_seed())
 
         def texts() -> Iterator[str]:
-            nonlocal made
-            for token in self.runtime.generate(
-                prompt,
-                limit,
-                sampling.temperature,
-                sampling.top_p,
-                sampling.top_k,
-                self._next_seed(),
-            ):
-                made += 1
+            nonlocal count
+            for token in self.runtime.generate(prompt, limit, *sampling):
+                count += 1
                 yield token.text
 
         try:
-            for piece in _trimmed(texts()):
+            for piece in trimmed(texts()):
                 pieces.append(piece)
                 yield piece
             complete = True
@@ -100,13 +87,12 @@ class Conversation:
             if pieces or complete:
                 self.exchanges = [*earlier, Exchange(message, "".join(pieces))]
         if not pieces:
-            self._notify("the model gave an empty answer")
-        elif made == self._max_new_tokens:
-            self._notify(f"the answer was stopped after {made} tokens (--max-new-tokens)")
-        elif made == limit:
-            self._notify(
-                "the answer was stopped because the context is full; your next message makes room in it"
-            )
+            self.notify("the model gave an empty answer")
+        elif count == self._max_new_tokens:
+            self.notify(f"the answer was stopped after {count} tokens (--max-new-tokens)")
+        elif count == limit:
+            advice = "your next message makes room in it"
+            self.notify(f"the answer was stopped because the context is full; {advice}")
 
     def regenerate(self) -> Generator[str, None, None]:
         """Another answer to the last message.  Raises ``ConfigError`` if there is none."""
@@ -151,28 +137,22 @@ class Conversation:
     def status(self) -> str:
         """One line: progress of reading or speed and hit rate of the latest answer, memory against
         budget, context used."""
-        now, before, position = self.runtime.stats(), self._before, self.runtime.position
-        parts = []
+        stats, before, parts = self.runtime.stats(), self._before, list[str]()
+        position = self.runtime.position if before is not None else 0
         if before is not None:
             if position < self._prompt_tokens:
                 parts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
-            tokens, seconds = (
-                now["tokens"][name] - before["tokens"][name]
-                for name in ("decode_tokens", "decode_seconds")
-            )
-            hits, misses = (
-                now["cache"][name] - before["cache"][name] for name in ("hits", "misses")
+            tokens, seconds, hits, misses = (
+                stats[group][name] - before[group][name] for group, name in _COUNTS
             )
             if tokens:
                 parts.append(f"{tokens / seconds:.1f} tokens/s")
             if hits or misses:
                 parts.append(f"{hits / (hits + misses):.0%} hits")
-        memory = now["memory"]
+        memory = stats["memory"]
         used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
         parts.append(f"{memory['tier']} {format_size(used)} of {format_size(memory['budget'])}")
-        parts.append(
-            f"context {position if before is not None else 0:,} of {self.runtime.context:,}"
-        )
+        parts.append(f"context {position:,} of {self.runtime.context:,}")
         return " · ".join(parts)
 
     def _fit(self, exchanges: list[Exchange], message: str) -> list[int]:
@@ -180,17 +160,15 @@ class Conversation:
         leave room for an answer."""
         context = self.runtime.context
         room = min(self._max_new_tokens, context // 4)
-        sent = exchanges[self.forgotten :]
+        sent, dropped = exchanges[self.forgotten :], 0
 
         def without(oldest: int) -> list[int]:
             return self._ids(self.system, sent[oldest:], message)
 
-        ids, dropped = without(0), 0
+        ids = without(0)
         if len(ids) + room > context and sent:
-            for limit in (
-                context // 2,
-                context - room,
-            ):  # where half has no place for the newest exchange, as few as necessary
+            # Where half has no place for the newest exchange, as few as necessary are dropped.
+            for limit in (context // 2, context - room):
                 dropped = 1 + bisect_left(
                     range(1, len(sent)), -limit, key=lambda oldest: -len(without(oldest))
                 )
@@ -199,30 +177,26 @@ class Conversation:
             ids = without(dropped)
         if len(ids) + room > context:
             raise PlanError(
-                f"the message has {len(ids)} tokens together with the system message, and {context - room} fit: the context holds "
-                f"{context}, of which {room} are for the answer; shorten the message, or start with a larger --context"
+                f"the message has {len(ids)} tokens together with the system message, and "
+                f"{context - room} fit: the context holds {context}, of which {room} are for the "
+                "answer; shorten the message, or start with a larger --context"
             )
         if dropped:
             self.forgotten += dropped
-            exchange = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
-            self._notify(
-                f"the context is full: the oldest {exchange} no longer seen by the model, but will be saved with /save"
-            )
+            oldest = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
+            rest = "no longer seen by the model, but will be saved with /save"
+            self.notify(f"the context is full: the oldest {oldest} {rest}")
         return ids
 
     def _ids(self, system: str | None, exchanges: list[Exchange], message: str) -> list[int]:
         tokenizer = self.runtime.tokenizer
-        return tokenizer.encode(
-            tokenizer.chat([*_messages(system, exchanges), {"role": "user", "content": message}])
-        )
+        messages = [*_messages(system, exchanges), {"role": "user", "content": message}]
+        return tokenizer.encode(tokenizer.chat(messages))
 
     def _next_seed(self) -> int | None:
+        seed = self._sampling.seed
         self._answers += 1
-        return (
-            None
-            if self._sampling.seed is None
-            else (self._sampling.seed + self._answers - 1) % (1 << 63)
-        )
+        return None if seed is None else (seed + self._answers - 1) % (1 << 63)
 
 
 def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, str]]:
@@ -232,40 +206,33 @@ def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, s
     return messages
 
 
-def _parse(path: Path, found: dict[str, Any]) -> tuple[str | None, list[Exchange]]:
+def _parse(path: Path, saved: dict[str, Any]) -> tuple[str | None, list[Exchange]]:
     """System message and exchanges of a saved conversation.  Raises ``ConfigError``."""
-    if set(found) != {"messages"} or not isinstance(found["messages"], list):
-        raise ConfigError(
-            f"{path}: has the keys {sorted(found)!r:.80}, expected a list under 'messages' and nothing else"
-        )
-    system = None
-    texts: list[str] = []
-    for number, message in enumerate(found["messages"]):
+    if set(saved) != {"messages"} or not isinstance(saved["messages"], list):
+        expected = "expected a list under 'messages' and nothing else"
+        raise ConfigError(f"{path}: has the keys {sorted(saved)!r:.80}, {expected}")
+    system, texts = None, list[str]()
+    for number, message in enumerate(saved["messages"]):
         where = f"{path}: messages[{number}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ConfigError(
-                f"{where}: is {message!r:.80}, expected an object with the keys role and content"
-            )
+            expected = "expected an object with the keys role and content"
+            raise ConfigError(f"{where}: is {message!r:.80}, {expected}")
         role, content = message["role"], message["content"]
-        if not isinstance(content, str) or any(
-            "\ud800" <= letter <= "\udfff" for letter in content
-        ):
+        if not isinstance(content, str) or any("\ud800" <= sign <= "\udfff" for sign in content):
             raise ConfigError(f"{where}.content: is {content!r:.80}, expected Unicode text")
-        wanted = ("user", "assistant")[len(texts) % 2]
+        expected = ("user", "assistant")[len(texts) % 2]
         if number == 0 and role == "system":
             system = content
-        elif role == wanted:
+        elif role == expected:
             texts.append(content)
         else:
-            raise ConfigError(f"{where}.role: is {role!r:.40}, expected {wanted!r} here")
+            raise ConfigError(f"{where}.role: is {role!r:.40}, expected {expected!r} here")
     if len(texts) % 2:
-        raise ConfigError(
-            f"{path}: messages[{len(found['messages']) - 1}]: is a message without an answer; add one, or remove it"
-        )
+        raise ConfigError(f"{where}: is a message without an answer; add one, or remove it")
     return system, [Exchange(*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def _trimmed(pieces: Iterable[str]) -> Iterator[str]:
+def trimmed(pieces: Iterable[str]) -> Iterator[str]:
     """The same text without whitespace at its ends, each part as soon as it is known to belong to
     it."""
     waiting, begun = "", False

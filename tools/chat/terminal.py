@@ -1,5 +1,5 @@
 """``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown that appear while
-they are made."""
+they are generated."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import termios
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markdown_it import MarkdownIt
 from prompt_toolkit import PromptSession
@@ -21,15 +20,11 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from prompt_toolkit.input import Input
-    from prompt_toolkit.output import Output
 
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _PAUSE = 30  # times as long as a drawing took passes until the next one
@@ -37,8 +32,8 @@ _PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
 class Terminal:
-    """Reads messages and shows answers.  ``status`` gives the line below both; ``input`` and
-    ``output`` replace the terminal."""
+    """Reads messages and shows answers, with the methods of ``Pipe``.  ``status`` gives the line
+    below both."""
 
     def __init__(
         self,
@@ -46,14 +41,11 @@ class Terminal:
         commands: Sequence[str],
         status: Callable[[], str],
         console: Console | None = None,
-        input: Input | None = None,
-        output: Output | None = None,
     ):
-        self._console = console or Console()
-        self._status = status
+        self._console, self._status = console or Console(), status
         self._line, self._draft = "", ""  # what was read last, and what the next prompt begins with
         self._answered = False  # whether some of the answer to it was shown
-        self._view: _View | None = None  # of the latest answer
+        self._view: View | None = None  # of the latest answer
         self._session: PromptSession[str] = PromptSession(
             "> ",
             multiline=True,
@@ -64,12 +56,9 @@ class Terminal:
             complete_while_typing=False,
             bottom_toolbar=status,
             enable_open_in_editor=True,
-            input=input,
-            output=output,
         )
 
     def read(self) -> str | None:
-        """The next message or command; None at the end."""
         self._answered = False
         while True:
             draft, self._draft = self._draft, ""
@@ -84,29 +73,26 @@ class Terminal:
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """The answer as it comes; Ctrl-C ends it, once, with ``KeyboardInterrupt``."""
-        with (
-            _first_interrupt_only(),
-            _no_echo(),
-            contextlib.closing(answer),
-            _View(self._console, self._status) as self._view,
-        ):
-            for piece in answer:
-                self._answered = True
-                self._view.add(piece)
+        with _first_interrupt_only(), _no_echo(), contextlib.closing(answer):
+            self._view = View(self._console, self._status)
+            with self._view.live, contextlib.closing(self._view):
+                for piece in answer:
+                    self._answered = True
+                    self._view.add(piece)
 
     def say(self, text: str) -> None:
-        """A remark of the program's, below what was answered so far."""
+        """A remark, below what was answered so far."""
         if self._view is not None:
-            self._view.flush()
-        self._console.print(Text(_visible(text), style="dim italic"))
+            self._view.close()
+        self._console.print(Text(visible(text), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
-        """Tell about the problem; what was read last is offered again, unless some of its answer
-        was shown."""
+        """Print the problem; what was read last is offered again, unless some of its answer was
+        shown."""
         if isinstance(problem, KeyboardInterrupt):
             self.say("stopped")
         else:
-            self._console.print(Text(_visible(str(problem)), style="red"))
+            self._console.print(Text(visible(str(problem)), style="red"))
         if not self._answered:
             self._draft = self._line
 
@@ -115,9 +101,8 @@ class Terminal:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
         except OSError as problem:
-            self.say(
-                f"{path}: can't keep the history there ({problem.strerror}); it ends with this chat"
-            )
+            reason = f"can't keep the history there ({problem.strerror}); it ends with this chat"
+            self.say(f"{path}: {reason}")
             return InMemoryHistory()
         return _SavedHistory(str(path))
 
@@ -128,48 +113,40 @@ class _SavedHistory(FileHistory):
             super().store_string(string)
 
 
-class _View:
-    """An answer on its way: finished Markdown blocks stay on the terminal, the unfinished one and
-    the status line are redrawn below them until it is finished too.  What of it does not fit on the
-    screen meanwhile is its beginning.
+class View:
+    """An answer on its way: finished Markdown blocks stay on the terminal; the unfinished block and
+    the status line are redrawn below them by ``live``, until it is finished too.  What of it does
+    not fit on the screen meanwhile is its beginning.
 
-    Drawing takes time from the model (highlighting code 0.5 ms a line), so it is done less often
-    where it costs more."""
+    Drawing takes time from the model (highlighting code 0.5 ms a line), so the longer it takes the
+    less often it is done; ``clock`` gives seconds."""
 
-    def __init__(self, console: Console, status: Callable[[], str]):
-        self._console, self._status = console, status
+    def __init__(
+        self,
+        console: Console,
+        status: Callable[[], str],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._console, self._status, self._clock = console, status, clock
         self._block, self._printed = "", False
         self._drawn: list[list[Segment]] = []
         self._next_drawing = 0.0
-        self._live = Live(
+        self.live = Live(
             console=console,
-            get_renderable=self._render,
+            get_renderable=self.render,
             refresh_per_second=4,
             transient=True,
             redirect_stdout=False,
         )
 
-    def __enter__(self) -> _View:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.flush()
-        self._live.stop()
-
     def add(self, text: str) -> None:
-        self._block += _visible(text)
+        self._block += visible(text)
         if "\n" in text:
-            end = _finished(self._block)
+            end = finished(self._block)
             done, self._block = self._block[:end], self._block[end:]
             self._print(done)
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Print the unfinished block as if it were finished."""
         rest, self._block = self._block, ""
         self._print(rest)
@@ -180,62 +157,58 @@ class _View:
         self._next_drawing = 0.0
         if self._printed:
             self._console.print()
-        self._console.print(_markdown(text))
+        self._console.print(markdown(text))
         self._printed = True
 
-    def _render(self) -> RenderableType:
-        started = time.perf_counter()
+    def render(self) -> Segments:
+        """The end of the unfinished block, and the status line."""
+        started = self._clock()
         if started >= self._next_drawing:
             self._drawn = self._draw()
-            self._next_drawing = started + _PAUSE * (time.perf_counter() - started)
+            self._next_drawing = started + _PAUSE * (self._clock() - started)
         status = Segment(self._status()[: self._console.width - 1], self._console.get_style("dim"))
-        return Segments(
-            segment for line in [*self._drawn, [status]] for segment in [*line, Segment.line()]
-        )
+        lines = [*self._drawn, [status]]
+        return Segments(segment for line in lines for segment in [*line, Segment.line()])
 
     def _draw(self) -> list[list[Segment]]:
-        """The last lines of the unfinished block, as many as the screen has place for above the
-        status line."""
+        """The last lines of the unfinished block that fit above the status line."""
         room = max(self._console.height - 2, 1)
         source = self._block.splitlines(keepends=True)
         if len(source) > room:
             source = [*source[: self._block.startswith(("```", "~~~"))], *source[-room:]]
         if not source:
             return []
-        lines = self._console.render_lines(_markdown("".join(source)), pad=False)
+        lines = self._console.render_lines(markdown("".join(source)), pad=False)
         return [*([[]] if self._printed else []), *lines][-room:]
 
 
-def _markdown(text: str) -> Markdown:
-    markdown = Markdown(
-        text, hyperlinks=False
-    )  # an address is shown, not hidden behind other words
-    for token in markdown.parsed:
+def markdown(text: str) -> Markdown:
+    """``text`` for a terminal: addresses are shown, not hidden behind other words."""
+    rendered = Markdown(text, hyperlinks=False)
+    for token in rendered.parsed:
         for child in token.children or ():
             if child.type == "softbreak":  # models mean the ends of their lines, as in a poem
                 child.type = "hardbreak"
-    return markdown
+    return rendered
 
 
-def _finished(text: str) -> int:
+def finished(text: str) -> int:
     """How many characters of ``text`` are Markdown blocks that no later line can change: all of its
     whole lines but those of the last block."""
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    starts = [
-        token.map[0] for token in _PARSER.parse("".join(lines)) if token.level == 0 and token.map
-    ]
+    blocks = [token for token in _PARSER.parse("".join(lines)) if token.level == 0]
+    starts = [block.map[0] for block in blocks if block.map]
     return sum(map(len, lines[: starts[-1]])) if starts else 0
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """``text`` with the codes of all characters that would command the terminal, but for line feeds
     and tabs."""
-    return _COMMANDING.sub(lambda found: repr(found[0])[1:-1], text)
+    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _keys() -> KeyBindings:
-    keys = KeyBindings()
-    typing = has_focus(DEFAULT_BUFFER)
+    keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)
 
     @keys.add("enter", filter=typing)
     def _send(event: KeyPressEvent) -> None:

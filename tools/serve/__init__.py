@@ -3,10 +3,12 @@ a page to talk to it."""
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import resource
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +16,41 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import parse_size
-from slotmoe.tools.options import open_runtime, runtime_options
+from slotmoe.tools.options import open_runtime, require_extra, runtime_options
 
-_GRACE_SECONDS = 3  # for answers to be delivered once the server was told to end
-_SPARE_CONNECTIONS = (
-    256  # besides those of answers: idle ones, and requests that need no answer of the model
-)
+_LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
+_GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
+_SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
+
+
+_KEY_HELP = "Ask for this key; may be repeated. Seen by others in ps."
+_HOST_HELP = "A name by which clients may call; may be repeated."
+_NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
+_READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
+_option = functools.partial(click.option, show_default=True)
 
 
 @click.command(name="serve")
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen on; others than loopback need an API key.",
+@_option(
+    "--host", default="127.0.0.1", help="Address to listen on; others than loopback need a key."
 )
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port; 0 takes a free one.",
+@_option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
+@_option("--api-key", "api_keys", multiple=True, metavar="KEY", help=_KEY_HELP)
+@_option("--api-key-file", metavar="FILE", help="Keys, one a line. [or: $SLOTMOE_API_KEY]")
+@_option("--allow-host", "hosts", multiple=True, metavar="NAME", help=_HOST_HELP)
+@_option(
+    "--max-sequences", type=click.IntRange(1, 256), default=4, help="Answers that decode together."
 )
-@click.option(
-    "--api-key",
-    "api_keys",
-    multiple=True,
-    metavar="KEY",
-    help="Ask for this key; may be repeated. Seen by others in ps.",
-)
-@click.option(
-    "--api-key-file",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Keys, one a line. [or: $SLOTMOE_API_KEY]",
-)
-@click.option(
-    "--allow-host",
-    "hosts",
-    multiple=True,
-    metavar="NAME",
-    help="A name by which clients may call; may be repeated.",
-)
-@click.option(
-    "--max-sequences",
-    type=click.IntRange(1, 256),
-    default=4,
-    show_default=True,
-    help="Answers that decode together.",
-)
-@click.option(
+@_option(
     "--max-queue",
     type=click.IntRange(0, 10_000),
     default=32,
-    show_default=True,
     help="Answers that may wait; then 429.",
 )
-@click.option(
-    "--max-body", default="4MiB", show_default=True, metavar="SIZE", help="Largest request body."
-)
-@click.option(
-    "--name",
-    metavar="NAME",
-    help="The model's name for clients. [default: the folder's, or the hub id]",
-)
+@_option("--max-body", default="4MiB", metavar="SIZE", help="Largest request body.")
+@_option("--name", metavar="NAME", help=_NAME_HELP)
 @runtime_options
 def command(
     model: str,
@@ -97,8 +68,8 @@ def command(
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI),
     /v1/messages (Anthropic), /health, /metrics (Prometheus), and at / a page to chat with it.
 
-    Answers decode together, so an expert that was brought for one serves all. Each has a latent
-    cache of --context positions; all --max-sequences of them count against --ram.
+    Answers decode together, so an expert that is read for one serves all. Each has a latent cache
+    of --context positions; all --max-sequences of them count against --ram.
 
     \b
     Examples:
@@ -108,59 +79,53 @@ def command(
       slotmoe serve lite-export --ram 8GiB --context 8192 --max-sequences 8
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
-    keys, most = _keys(api_keys, api_key_file), parse_size(max_body)
-    _allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
+    require_extra("serve", *_LIBRARIES)
+    keys, largest_body = _keys(api_keys, api_key_file), parse_size(max_body)
+    allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
     if not keys and not _is_loopback(host):
-        raise ConfigError(
-            f"--host {host}: others could use this server; give --api-key, --api-key-file or $SLOTMOE_API_KEY"
-        )
-    rows = max(
-        max_sequences, 16
-    )  # of logits: one of each answer, or those that score a prompt's tokens
+        advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
+        raise ConfigError(f"--host {host}: others could use this server; {advice}")
+    rows = max(max_sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
-        _listening(host, port) as listener,
+        _listen(host, port) as listener,
         open_runtime(model, options, logits_rows=rows, sequences=max_sequences) as runtime,
     ):
-        name = name or _name(model)
+        name = name or (Path(model).resolve().name if Path(model).exists() else model)
         server, batch = make_server(
-            runtime, name, (keys, (host, *hosts), most), max_sequences, max_queue
+            runtime, name, max_sequences, max_queue, keys, (host, *hosts), largest_body
         )
         address, port = listener.getsockname()[:2]
-        address = f"[{address}]" if ":" in address else address
-        click.echo(
-            f"slotmoe: {name} is ready at http://{address}:{port}, a page to chat; the API is under /v1; Ctrl-C ends it",
-            err=True,
-        )
+        url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
         try:
             server.run(sockets=[listener])
         finally:
             batch.close()
     if batch.problem is not None:
-        click.echo(
-            f"slotmoe: the model failed, so the server ended: {batch.problem!r:.400}", err=True
-        )
-        return 1
-    return 0
+        problem = f"the model failed, so the server ended: {batch.problem!r:.400}"
+        click.echo(f"slotmoe: {problem}", err=True)
+    return 0 if batch.problem is None else 1
 
 
 def make_server(
     runtime: Any,
     name: str,
-    guarded: tuple[tuple[str, ...], tuple[str, ...], int],
     sequences: int,
-    waiting: int,
+    queue: int,
+    keys: Iterable[str] = (),
+    hosts: Iterable[str] = (),
+    max_body: int = 4 << 20,
 ) -> tuple[Any, Any]:
-    """The server, to ``run`` on a socket, and its batch.  ``guarded`` are keys, host names and the
-    largest body in bytes."""
+    """A uvicorn server, to ``run`` on a socket, and its ``Batch``; ``max_body`` is in bytes."""
     import uvicorn
 
     from slotmoe.offload.scheduler import Batch
-    from slotmoe.tools.serve.answers import Service
     from slotmoe.tools.serve.app import make_app
     from slotmoe.tools.serve.guard import Connection, Guard
+    from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
-        """Lets running answers end with a reason when the server is told to."""
+        """Lets running answers end with a reason when it gets a signal to end."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             batch.stop()
@@ -171,16 +136,16 @@ def make_server(
             settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
-    batch = Batch(runtime, sequences, waiting, ended)
+    batch = Batch(runtime, sequences, queue, ended)
     settings = uvicorn.Config(
-        Guard(make_app(Service(runtime, batch, name), bool(guarded[0])), *guarded),
+        Guard(make_app(Service(runtime, batch, name), bool(keys)), keys, hosts, max_body),
         http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=sequences + waiting + _SPARE_CONNECTIONS,
+        limit_concurrency=sequences + queue + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         proxy_headers=False,
     )
@@ -194,19 +159,19 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     if file is not None:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
         keys += [line.strip() for line in lines if line.strip()]
-        if not any(line.strip() for line in lines):
+        if len(keys) == len(given):
             raise ConfigError(f"{file}: holds no API key, expected one a line")
     if os.environ.get("SLOTMOE_API_KEY"):
         keys.append(os.environ["SLOTMOE_API_KEY"])
-    for key in keys:
-        if not (key and key.isascii() and key.isprintable() and " " not in key):
-            raise ConfigError(
-                "an API key is empty or holds characters that no HTTP header can; use letters, digits and signs"
-            )
+    if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise ConfigError(
+            "an API key is empty or holds characters that no HTTP header can; use letters, digits "
+            "and signs"
+        )
     return tuple(dict.fromkeys(keys))
 
 
-def _allow_descriptors(count: int) -> None:
+def allow_descriptors(count: int) -> None:
     """Let the process open ``count`` files and connections, as far as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -221,7 +186,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -229,10 +194,5 @@ def _listening(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family)
     except OSError as problem:
-        raise ConfigError(
-            f"{host}:{port}: can't listen there ({problem.strerror}); give another --host or --port"
-        ) from None
-
-
-def _name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).exists() else model
+        reason = f"can't listen there ({problem.strerror}); give another --host or --port"
+        raise ConfigError(f"{host}:{port}: {reason}") from None

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema, or call functions with arguments that do: llguidance says
+"""Answers that follow a JSON schema, or call functions with arguments that do: llguidance computes
 which tokens may come next."""
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.tools.serve.forms import Calling, RefusedError
-from slotmoe.tools.serve.tool_calls import Dialect
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.function_calling import Dialect
+from slotmoe.tools.serve.requests import ToolPolicy
 
 MAX_CALLS = 32  # in one answer
-_MAX_SCHEMA, _MAX_SCHEMAS = (
-    1 << 16,
-    1 << 18,
-)  # characters of one and of all of a request's functions together
+_MAX_SCHEMA = 1 << 16  # characters
+_MAX_SCHEMAS = 1 << 18  # characters of all of a request's functions together
 # Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
 # models were taught.
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
 class Mask:
-    """``slotmoe.model.answer.Grammar`` of one answer."""
+    """``slotmoe.model.answer.Grammar`` of one answer; V is the size of the tokenizer."""
 
     def __init__(self, matcher: LLMatcher, size: int):
-        self._matcher, self._size = matcher, size  # the size of the tokenizer
+        self._matcher, self._size = matcher, size
 
     def allowed(self) -> Tensor:
+        """bool [V].  Raises ``ConfigError``."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise ConfigError(
-                "the JSON schema leaves nothing that could come next, or takes too much work to tell; make it simpler"
+                "the JSON schema leaves nothing that could come next, or takes too much work to "
+                "follow; make it simpler"
             )
-        return torch.from_numpy(
-            np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)
-        )
+        allowed_V = np.unpackbits(bits, count=self._size, bitorder="little")
+        return torch.from_numpy(allowed_V.view(np.bool_))
 
     def consume(self, chosen: int) -> bool:
         self._matcher.consume_token(chosen)
@@ -58,100 +58,84 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        return LLTokenizer(
-            self._source.to_json(), n_vocab=self._source.size, eos_token=list(self._eos)
-        )
+        source = self._source
+        return LLTokenizer(source.to_json(), n_vocab=source.size, eos_token=list(self._eos))
 
     def compile(
-        self, schema: dict[str, Any] | None, calling: Calling | None
+        self, schema: dict[str, Any] | None, policy: ToolPolicy | None
     ) -> Callable[[], Mask] | None:
-        """What makes a mask for each answer that has to follow ``schema``, if one is given, or to
-        call functions; None where all is free.  Raises ``RefusedError``."""
-        if schema is None and calling is None:
+        """A function that makes the mask of an answer that has to follow ``schema``, or to call
+        functions; None where the answer is free.  Raises ``RefusedError``."""
+        content = None
+        if schema is not None:
+            content = self._json(schema, "response_format", "response_format")
+        if policy is not None:
+            grammar = self._calls(policy, content)
+        elif content is not None:
+            grammar = f"start: {content}"
+        else:
             return None
-        content = (
-            None if schema is None else self._json(schema, "response_format", "response_format")
-        )
-        grammar = f"start: {content}" if calling is None else self._calls(calling, content)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise RefusedError(
-                f"the schemas can't be followed together ({matcher.get_error()[:200]})"
-            )
+            reason = matcher.get_error()[:200]
+            raise RefusedError(f"the schemas can't be followed together ({reason})")
         return lambda: Mask(matcher.deep_copy(), self._source.size)
 
-    def _calls(self, calling: Calling, content: str | None) -> str:
-        """The grammar of an answer that is calls, or free where they are not forced: text, then
-        perhaps calls."""
-        form = self._dialect.format
-        arguments = dict[str, str]()
-        for one in calling.tools:
-            arguments[one.name] = self._json(one.schema, f"tool {one.name!r}", "tools")
+    def _calls(self, policy: ToolPolicy, content: str | None) -> str:
+        """The grammar of an answer that is tool calls, or free where they are not required: text,
+        then perhaps calls."""
+        marks, arguments = self._dialect.format, dict[str, str]()
+        for function in policy.functions:
+            where = f"tool {function.name!r}"
+            arguments[function.name] = self._json(function.schema_of_arguments, where, "tools")
             if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
-                raise RefusedError(
-                    f"the schemas of the tools have more than {_MAX_SCHEMAS} characters together",
-                    413,
-                    "tools",
-                )
-        opening, more = (
-            self._literal(form.opening),
-            f"({self._literal(form.joint)} call){{0,{MAX_CALLS - 1}}}",
-        )
-        calls = f"call {'' if calling.single else more} {self._literal(form.closing)}"
-        rules = [
-            f"call: {self._literal(form.head)} ({' | '.join(f'f{i}' for i in range(len(calling.allowed)))})"
-        ]
-        for index, one in enumerate(calling.allowed):
-            rules.append(
-                f"f{index}: {self._literal(one.name + form.middle)} {arguments[one.name]} {self._literal(form.tail)}"
-            )
-        if calling.forced:
-            return "\n".join([f"start: {opening} {calls}", *rules])
-        if content is not None:
-            return "\n".join([f"start: content | {opening} {calls}", f"content: {content}", *rules])
-        anything = "(?s:.*)"
-        rules.append(f"TEXT: /{anything}/ & ~/{anything}{re.escape(form.opening)}{anything}/")
-        if self._dialect.is_native:
-            return "\n".join([f"start: TEXT ({opening} {calls})?", *rules])
-        return "\n".join(
-            [
-                f"start: TEXT | opened {calls}",
-                f"opened[lazy]: /{anything}{re.escape(form.opening)}/",
-                *rules,
-            ]
-        )
+                problem = f"have more than {_MAX_SCHEMAS} characters together"
+                raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
+        opening, literal = self._literal(marks.opening), self._literal
+        more = f"({literal(marks.joint)} call){{0,{MAX_CALLS - 1}}}"
+        calls = f"call {'' if policy.single else more} {literal(marks.closing)}"
+        names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
+        rules = [f"call: {literal(marks.head)} ({names})"]
+        for index, function in enumerate(policy.allowed):
+            name = literal(function.name + marks.middle)
+            rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
+        anything, mark = "(?s:.*)", re.escape(marks.opening)
+        if policy.required:
+            start = [f"start: {opening} {calls}"]
+        elif content is not None:
+            start = [f"start: content | {opening} {calls}", f"content: {content}"]
+        else:
+            rules.append(f"TEXT: /{anything}/ & ~/{anything}{mark}{anything}/")
+            if self._dialect.is_native:
+                start = [f"start: TEXT ({opening} {calls})?"]
+            else:
+                start = [f"start: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
+        return "\n".join(start + rules)
 
     def _literal(self, text: str) -> str:
         """``text`` in a grammar; tokens of the dialect are tokens there, which no text can
         spell."""
-        ids = {token: one for one, token in self._dialect.shown.items()}
-        parts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
-        return " ".join(
-            f"<[{ids[one]}]>" if one in ids else json.dumps(one) for one in parts if one
-        )
+        ids = {token: id_ for id_, token in self._dialect.shown.items()}
+        texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
+        return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
     def _json(self, schema: dict[str, Any], where: str, param: str) -> str:
         """``schema`` in a grammar.  Raises ``RefusedError``."""
         try:
             text = json.dumps({**schema, "x-guidance": _SPACING})
         except (RecursionError, ValueError):
-            raise RefusedError(f"{where}: the schema is nested too deeply", param=param) from None
+            raise RefusedError(f"{where}: the schema is nested too deeply", param) from None
         if len(text) > _MAX_SCHEMA:
-            raise RefusedError(
-                f"{where}: the schema has more than {_MAX_SCHEMA} characters", 413, param
-            )
+            problem = f"the schema has more than {_MAX_SCHEMA} characters"
+            raise RefusedError(f"{where}: {problem}", param, 413)
         if "x-guidance" in schema:
-            raise RefusedError(
-                f"{where}: the schema has the unknown keyword 'x-guidance'", param=param
-            )
+            raise RefusedError(f"{where}: the schema has the unknown keyword 'x-guidance'", param)
         try:
             problem = LLMatcher.validate_grammar(f"start: %json {text}", self._tokenizer)
         except ValueError as error:
             problem = str(error)
-        if problem:  # a warning too: it tells of something that would be ignored
+        if problem:  # a warning too: it names something that would be ignored
             reason = problem.partition("JSON schema: ")[2] or problem
-            raise RefusedError(
-                f"{where}: the schema can't be followed ({reason.partition(chr(10) + '   1 |')[0][:200]})",
-                param=param,
-            )
+            reason = reason.partition("\n   1 |")[0][:200]
+            raise RefusedError(f"{where}: the schema can't be followed ({reason})", param)
         return f"%json {text}"

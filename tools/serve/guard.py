@@ -1,36 +1,29 @@
-"""The door of ``slotmoe serve``: who may ask what, decided on the raw request before any route sees
-it."""
+"""Checks of the raw request before any route sees it: host, origin, API key, and the body's type,
+size and time; and a limit on how long a silent connection stays open."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hmac
 import ipaddress
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from slotmoe.tools.serve.app import error_body
-from slotmoe.tools.serve.forms import RefusedError
+from slotmoe.tools.serve.errors import RefusedError, error_body
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_BODY_SECONDS = 30.0  # in which a request's body has to arrive
-_PATIENCE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
-_DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
-_UNREAD = 16  # times the largest body are read, and forgotten, of one that is larger
-_ASK = (
-    b"www-authenticate",
-    b'Basic realm="slotmoe: any name, the API key as password"',
-)  # a browser then asks its user
+BODY_SECONDS = 30.0  # in which a request's body has to arrive
+IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
+DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
+_UNREAD = 16  # times the largest body are read and dropped of a body that is larger
+# A browser then asks its user.
+_ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as password"'}
 
 
 class Guard:
@@ -38,57 +31,56 @@ class Guard:
     origins, every path but ``/health`` without one of ``keys`` (if there are any), bodies that are
     not JSON, too large or too slow.
 
-    The key's number becomes ``scope["state"]["owner"]``, so that what one key's requests leave
-    behind serves no other.
+    The index of the key becomes ``scope["state"]["owner"]``: requests with one key never reuse what
+    those with another left in the cache.
     """
 
-    def __init__(self, app: App, keys: tuple[str, ...], hosts: tuple[str, ...], max_body: int):
+    def __init__(self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str], max_body: int):
         self._app, self._max_body = app, max_body
         self._keys = [key.encode() for key in keys]
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
         if scope["type"] != "http":
-            return None
-        headers = {name.lower(): value for name, value in scope["headers"]}
+            return
+        headers = Headers(scope=scope)
         try:
             scope.setdefault("state", {})["owner"] = self._admit(scope, headers)
-            if scope["method"] == "POST" and (
-                b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
-            ):
+            has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+            if scope["method"] == "POST" and has_body:
                 receive = _replay(await self._body(headers, receive), receive)
         except RefusedError as problem:
             if problem.status not in (408, 413):  # then its body is unread
-                await self._discard(receive)
-            return await _refuse(scope, send, problem)
-        return await self._app(scope, receive, send)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._read(receive), DISCARD_SECONDS)
+            fields = {"connection": "close", **(problem.headers or {})}
+            response = JSONResponse(error_body(scope["path"], problem), problem.status, fields)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """Whose request it is: the number of a key.  Raises ``RefusedError``."""
-        host = headers.get(b"host", b"").decode("latin-1")
-        if not self._is_known(host):
-            raise RefusedError(
-                f"the name {host[:80]!r} is not allowed here; start with --allow-host to allow it",
-                403,
-            )
-        origin = headers.get(b"origin", b"").decode("latin-1")
+    def _admit(self, scope: Scope, headers: Headers) -> str:
+        """The owner of the request.  Raises ``RefusedError``."""
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if not self._is_known(host.lower()):
+            problem = f"the name {host[:80]!r} is not allowed here"
+            raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
         if origin and origin.partition("://")[2].lower() != host.lower():
-            raise RefusedError("requests from pages of other origins are refused", 403)
+            raise RefusedError("requests from pages of other origins are refused", status=403)
         owner = self._owner(headers)
         if owner is None and scope.get("raw_path", b"") != b"/health":
             raise RefusedError(
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-                401,
+                status=401,
                 code="invalid_api_key",
+                headers=_ASK if scope["path"] == "/" else None,
             )
         return owner or ""
 
     def _is_known(self, host: str) -> bool:
         """Names are on the list or refused; an address can't be rebound."""
-        name = host.lower()
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        is_bracketed = host.startswith("[")
+        name = host[1:].partition("]")[0] if is_bracketed else host.partition(":")[0]
         if name in self._hosts:
             return True
         try:
@@ -97,47 +89,44 @@ class Guard:
             return False
         return True
 
-    def _owner(self, headers: dict[bytes, bytes]) -> str | None:
-        """The number of the key that came along; empty where none is needed, None where none is
+    def _owner(self, headers: Headers) -> str | None:
+        """The index of the key that the client sent; empty where none is needed, None where none is
         right."""
         if not self._keys:
             return ""
-        given, (kind, _, rest) = (
-            headers.get(b"x-api-key", b""),
-            headers.get(b"authorization", b"").partition(b" "),
-        )
-        if kind.lower() == b"bearer":
-            given = rest.strip()
-        elif kind.lower() == b"basic":  # a browser that opened the page
+        kind, _, rest = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key", "").encode("latin-1")
+        if kind.lower() == "bearer":
+            given = rest.strip().encode("latin-1")
+        elif kind.lower() == "basic":  # a browser that opened the page
             try:
                 given = base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
-            except binascii.Error:
+            except ValueError:
                 return None
-        same = [
-            hmac.compare_digest(given, key) for key in self._keys
-        ]  # all of them, whichever it is
+        # All are compared, whichever is right, so that the time says nothing.
+        same = [hmac.compare_digest(given, key) for key in self._keys]
         return str(same.index(True)) if any(same) else None
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""
-        if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
-            raise RefusedError("the body must be JSON, with Content-Type: application/json", 415)
+        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            problem = "the body must be JSON, with Content-Type: application/json"
+            raise RefusedError(problem, status=415)
         try:
-            body = await asyncio.wait_for(self._read(receive), _BODY_SECONDS)
+            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
-            raise RefusedError(
-                f"the body did not arrive within {_BODY_SECONDS:.0f} seconds", 408
-            ) from None
+            problem = f"the body did not arrive within {BODY_SECONDS:.0f} seconds"
+            raise RefusedError(problem, status=408) from None
         if len(body) > self._max_body:
-            raise RefusedError(
-                f"the body is larger than {self._max_body} bytes; see --max-body", 413
-            )
+            problem = f"the body is larger than {self._max_body} bytes; see --max-body"
+            raise RefusedError(problem, status=413)
         return body
 
     async def _read(self, receive: Receive) -> bytes:
         """The body, or if it is too large a beginning that is too.
 
-        The rest is read all the same, within reason: who closes on unread bytes resets the
+        The rest is read all the same, within reason: closing a socket with unread bytes resets the
         connection, and the client may never see why.
         """
         body, size, more = bytearray(), 0, True
@@ -149,18 +138,14 @@ class Guard:
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)
 
-    async def _discard(self, receive: Receive) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._read(receive), _DISCARD_SECONDS)
-
 
 class Connection(H11Protocol):
     """HTTP/1.1 with a client that may stop half-way: while it asks, where uvicorn waits forever for
-    the rest of a header, or while it is answered, where it waits forever for room to write.
+    the rest of a header, or while it is answered, where uvicorn waits forever for room to write.
 
-    Every ``_PATIENCE_SECONDS`` the connection is looked at.  While the client is to move, nothing
-    else does: either no request is under way, or writing waits for it to read.  If then all is as
-    it was the last time, the connection ends.
+    The connection is looked at every ``IDLE_SECONDS``.  While the client has to act, either no
+    request is under way or writing waits until the client reads.  If nothing has changed since the
+    last look, the connection ends.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -169,8 +154,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
-            # uvicorn itself only refuses requests, so that silent clients could take all
-            # descriptors
+            # uvicorn itself only refuses requests, so silent clients could take all descriptors.
             return transport.abort()
         self._look()
 
@@ -184,31 +168,14 @@ class Connection(H11Protocol):
         now = (self.cycle, self.transport.get_write_buffer_size()) if clients_turn else None
         if now is not None and now == self._seen:
             return self.transport.abort()
-        self._seen, self._timer = now, self.loop.call_later(_PATIENCE_SECONDS, self._look)
+        self._seen, self._timer = now, self.loop.call_later(IDLE_SECONDS, self._look)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A ``receive`` that gives the body first, then what comes after it: that the client left."""
-    first = True
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> MutableMapping[str, Any]:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
+        return messages.pop() if messages else await receive()
 
     return replay
-
-
-async def _refuse(scope: Scope, send: Send, problem: RefusedError) -> None:
-    body = json.dumps(error_body(scope["path"], problem)).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    if problem.status == 401 and scope["path"] == "/":
-        headers.append(_ASK)
-    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,243 @@
+"""Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal, TypeAlias
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+from starlette.responses import JSONResponse
+
+from slotmoe.model.answer import Piece
+from slotmoe.tools.serve import requests, responses
+from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
+from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
+from slotmoe.tools.serve.function_calling import ContentDelta, collect, parse_arguments
+
+router = APIRouter()
+_POST = responses.post_responses(responses.AnthropicError)
+Json = dict[str, Any]
+_STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
+
+
+class ToolUse(requests.Model):
+    type: Literal["tool_use"]
+    id: requests.CallId
+    name: requests.Name
+    input: Json
+
+    def call(self) -> requests.ToolCall:
+        try:
+            arguments = json.dumps(self.input, ensure_ascii=False)
+        except RecursionError:
+            raise RefusedError("messages: an input is nested too deeply", "messages") from None
+        function = requests.CalledFunction.model_construct(name=self.name, arguments=arguments)
+        return requests.ToolCall.model_construct(id=self.id, function=function)
+
+
+class ToolResult(requests.Model):
+    type: Literal["tool_result"]
+    tool_use_id: requests.CallId
+    content: requests.Content | None = None
+    is_error: bool | None = None
+
+    def message(self) -> requests.ToolMessage:
+        kind = requests.FailedToolMessage if self.is_error else requests.ToolMessage
+        return kind(role="tool", tool_call_id=self.tool_use_id, content=self.content or "")
+
+
+Block: TypeAlias = Annotated[requests.TextPart | ToolUse | ToolResult, Field(discriminator="type")]
+
+
+class AnthropicMessage(requests.Model):
+    role: Literal["user", "assistant"]
+    content: requests.Text | list[Block]
+
+    def messages(self) -> list[requests.ChatMessage]:
+        """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
+        blocks = [] if isinstance(self.content, str) else self.content
+        texts: Any = [block for block in blocks if isinstance(block, requests.TextPart)]
+        content = self.content if isinstance(self.content, str) else texts
+        calls = [block.call() for block in blocks if isinstance(block, ToolUse)]
+        results = [block.message() for block in blocks if isinstance(block, ToolResult)]
+        if (calls and self.role == "user") or (results and self.role == "assistant"):
+            raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
+        kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
+        message = kind.model_construct(role=self.role, content=content, tool_calls=calls)
+        return [*results, message] if message.text or calls or not results else [*results]
+
+
+class Tool(requests.Model):
+    type: Literal["custom"] | None = None
+    name: requests.Name
+    description: requests.Description | None = None
+    input_schema: Json
+
+    def tool(self) -> requests.FunctionTool:
+        given = {"name": self.name, "description": self.description}
+        function = {**given, "parameters": self.input_schema}
+        return requests.FunctionTool.model_validate({"type": "function", "function": function})
+
+
+class ToolChoice(requests.Model):
+    type: Literal["auto", "any", "none", "tool"]
+    name: requests.Name | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Metadata(requests.Model):
+    user_id: requests.Label | None = None
+
+
+class MessagesRequest(requests.GenerationRequest):
+    """``/v1/messages``.  ``metadata``, a label, is ignored."""
+
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    messages: Annotated[
+        list[AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
+    ]
+    max_tokens: requests.Count
+    system: requests.Content | None = None
+    stop_sequences: requests.Stops | None = None
+    metadata: Metadata | None = None
+    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+
+    def chat(self) -> requests.ChatRequest:
+        """The same in OpenAI's form.  Raises ``RefusedError``."""
+        choice = self.tool_choice
+        if choice is not None and (choice.type == "tool") != (choice.name is not None):
+            problem = "a name has to be given with the type 'tool', and only with it"
+            raise RefusedError(f"tool_choice: {problem}", "tool_choice")
+        tool_choice: Any = _CHOICES.get(choice.type) if choice is not None else None
+        if choice is not None and choice.name is not None:
+            function = requests.FunctionName(name=choice.name)
+            tool_choice = requests.FunctionChoice(type="function", function=function)
+        messages: list[requests.ChatMessage] = []
+        if self.system is not None:
+            messages.append(requests.PlainMessage(role="system", content=self.system))
+        for message in self.messages:
+            messages += message.messages()
+        single = self.tools and choice is not None and choice.disable_parallel_tool_use
+        return requests.ChatRequest.model_construct(
+            **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
+            messages=messages,
+            max_tokens=self.max_tokens,
+            stop=self.stop_sequences or None,
+            tools=[tool.tool() for tool in self.tools or ()],
+            tool_choice=tool_choice,
+            parallel_tool_calls=False if single else None,
+        )
+
+
+@router.post(ANTHROPIC_PATH, response_model=responses.AnthropicAnswer, responses=_POST)
+async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
+    answers = await chat_answers(service, body.chat(), request.state.owner)
+    about: Json = {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "model": service.name,
+    }
+    if body.stream:
+        return EventStream(request, _events(about, answers), answers)
+    (pieces,) = await answers.whole(request)
+    content = {"content": _content(answers.content(0, *pieces)), "usage": _usage(answers)}
+    return JSONResponse({**about, **content, **_stop(answers, pieces[-1])})
+
+
+def _usage(answers: Answers) -> dict[str, int]:
+    usage = answers.usage()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "output_tokens": usage["completion_tokens"],
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def _stop(answers: Answers, piece: Piece) -> Json:
+    reason = _STOP_REASONS[answers.finish_reason(0, piece) or "stop"]
+    if piece.stopped_by is not None:
+        reason = "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": piece.stopped_by}
+
+
+def _content(deltas: list[ContentDelta]) -> list[Json]:
+    """The blocks of a whole answer, without tool calls that were cut off: their arguments can't be
+    sent."""
+    text, calls = collect(deltas)
+    blocks = []
+    for name, arguments, complete in calls:
+        given = parse_arguments(arguments) if complete else None
+        if given is not None:
+            blocks.append(_tool_use(name, given))
+    return [{"type": "text", "text": text}, *blocks] if text or not blocks else blocks
+
+
+def _tool_use(name: str, given: Json) -> Json:
+    return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": name, "input": given}
+
+
+async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
+    begun: Json = {
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": _usage(answers),
+    }
+    yield _event("message_start", message={**about, **begun})
+    blocks = _Blocks()
+    async for _, piece in answers.pieces():
+        for delta in answers.content(0, piece):
+            for text in blocks.add(delta):
+                yield text
+        if piece.finish is not None:
+            for text in blocks.end():
+                yield text
+            yield _event("message_delta", delta=_stop(answers, piece), usage=_usage(answers))
+    yield _event("message_stop")
+
+
+def _event(kind: str, **content: Any) -> str:
+    return event({"type": kind, **content}, kind)
+
+
+class _Blocks:
+    """The events of content blocks, which follow each other, as an answer arrives."""
+
+    def __init__(self) -> None:
+        self._index, self._is_open = -1, False
+
+    def add(self, delta: ContentDelta) -> Iterator[str]:
+        if delta.name is not None:
+            yield from self._begin(_tool_use(delta.name, {}))
+        elif delta.call is None and not self._is_open:
+            yield from self._begin({"type": "text", "text": ""})
+        if delta.text:
+            part: Json = {"type": "text_delta", "text": delta.text}
+            if delta.call is not None:
+                part = {"type": "input_json_delta", "partial_json": delta.text}
+            yield _event("content_block_delta", index=self._index, delta=part)
+        if delta.complete:
+            yield from self._close()
+
+    def end(self) -> Iterator[str]:
+        if self._index < 0:
+            yield from self._begin({"type": "text", "text": ""})
+        yield from self._close()
+
+    def _begin(self, block: Json) -> Iterator[str]:
+        yield from self._close()
+        self._index, self._is_open = self._index + 1, True
+        yield _event("content_block_start", index=self._index, content_block=block)
+
+    def _close(self) -> Iterator[str]:
+        if self._is_open:
+            self._is_open = False
+            yield _event("content_block_stop", index=self._index)

@@ -1,0 +1,87 @@
+"""Refusals, in the error envelope of the API that was called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from slotmoe.errors import ConfigError
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error: OpenAI's ``param`` and ``code``, the HTTP
+    ``status`` and ``headers``."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.param, self.status, self.code, self.headers = param, status, code, headers
+
+
+def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
+    """``problem`` in the envelope of the API that ``path`` belongs to."""
+    is_clients = problem.status < 500
+    if path == ANTHROPIC_PATH:
+        default = "invalid_request_error" if is_clients else "api_error"
+        kind = _ANTHROPIC_TYPES.get(problem.status, default)
+        return {"type": "error", "error": {"type": kind, "message": str(problem)}}
+    kind = "invalid_request_error" if is_clients else "server_error"
+    if problem.status == 429:
+        kind = "rate_limit_error"
+    about = {"param": problem.param, "code": problem.code}
+    return {"error": {"message": str(problem), "type": kind, **about}}
+
+
+async def error_response(request: Request, problem: Exception) -> JSONResponse:
+    """The answer to a request that ended in ``problem``."""
+    if isinstance(problem, RefusedError):
+        refusal = problem
+    elif isinstance(problem, RequestValidationError):
+        refusal = _invalid(problem)
+    elif isinstance(problem, ConfigError):
+        refusal = RefusedError(str(problem))
+    elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
+        status, headers = problem.status_code, problem.headers
+        refusal = RefusedError(str(problem.detail), status=status, headers=headers)
+    else:
+        refusal = RefusedError("the server failed; its log says how", status=500)
+    return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)
+
+
+EXCEPTION_HANDLERS: dict[Any, Any] = dict.fromkeys(
+    (Exception, RefusedError, RequestValidationError, ConfigError, HTTPException), error_response
+)
+
+
+def _invalid(problem: RequestValidationError) -> RefusedError:
+    """What is wrong with a request's fields, in words, without repeating its content."""
+    errors, reasons = problem.errors(), []
+    for error in errors[:3]:
+        where = ".".join(str(step) for step in error["loc"][1:])[:80]
+        if error["type"] == "extra_forbidden":
+            reasons.append(f"{where!r} is not supported by this server")
+        else:
+            reason = str(error["msg"]).removeprefix("Value error, ")
+            reasons.append(f"{where}: {reason}" if where else reason)
+    path = errors[0]["loc"]
+    is_field = len(path) > 1 and isinstance(path[1], str)
+    return RefusedError("; ".join(reasons), str(path[1])[:80] if is_field else None)

@@ -1,0 +1,104 @@
+"""The open model that ``slotmoe serve`` answers with, and its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from slotmoe.offload.observe.memory import memory_in_use
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.scheduler import Batch, Job
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.function_calling import Dialect
+from slotmoe.tools.serve.grammar import Grammars
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
+
+
+class Service:
+    """An open model that answers under ``name``."""
+
+    def __init__(self, runtime: Runtime, batch: Batch, name: str):
+        self.runtime, self.batch, self.name = runtime, batch, name
+        self.tokenizer, self.created = runtime.tokenizer, int(time.time())
+        self.dialect = Dialect(runtime.tokenizer)
+        self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
+        self.refused = 0  # requests, because the queue was full
+        self.registry = CollectorRegistry()
+        self._queue = self._histogram("queue", "From request to its first step")
+        self._first = self._histogram("first_token", "From request to first token")
+        self._answer = self._histogram("answer", "From request to the end of the answer")
+        self.registry.register(self)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        full_name = f"slotmoe_{name}_seconds"
+        return Histogram(full_name, text, buckets=_SECONDS, registry=self.registry)
+
+    def check_model(self, model: str) -> None:
+        """Raises ``RefusedError`` unless ``model`` is what this server serves."""
+        if model != self.name:
+            problem = f"the model {model!r:.80} is not here; this server has {self.name!r}"
+            raise RefusedError(problem, "model", 404, "model_not_found")
+
+    def observe(self, job: Job) -> None:
+        """Note the times of an answer that has ended."""
+        if job.first:
+            self._queue.observe(job.started - job.submitted)
+            self._first.observe(job.first - job.submitted)
+        self._answer.observe(time.monotonic() - job.submitted)
+
+    def described(self) -> dict[str, Any]:
+        """The model in OpenAI's list of models."""
+        about = {"id": self.name, "object": "model", "created": self.created}
+        return {**about, "owned_by": "slotmoe", "max_model_len": self.runtime.context}
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and bytes now; memory is by tier."""
+        totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
+        memory: dict[str, dict[str, Any]] = {
+            tier: {"used": used, "parts": parts}
+            for tier, (used, parts) in memory_in_use(self.runtime.model).items()
+        }
+        memory[plan.tier]["budget"] = plan.budget
+        names = ("answer_tokens", "prompt_tokens", "reused_tokens")
+        return {
+            "model": self.name,
+            "context": self.runtime.context,
+            "running": self.batch.running,
+            "queued": self.batch.queued,
+            "memory": memory,
+            **{name: getattr(totals, name) for name in names},
+            **{name: stats[name] for name in ("cache", "io", "kernels")},
+        }
+
+    def collect(self) -> Iterable[Metric]:
+        """The same for Prometheus, which calls this."""
+        totals, stats = self.batch.totals, self.stats()
+        tokens = {"prompt": totals.prompt_tokens, "reused": totals.reused_tokens}
+        tokens["answer"] = totals.answer_tokens
+        lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
+        reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
+        used = {tier: values["used"] for tier, values in stats["memory"].items()}
+        hit_rate, budget = stats["cache"]["hit_rate"] or 0.0, self.runtime.plan.budget
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        for kind, name, text, label, values in (
+            (counter, "tokens", "Tokens computed, and of prompts reused", "kind", tokens),
+            (counter, "answers", "Answers by how they ended", "finish", totals.finished),
+            (counter, "refused", "Requests refused: the queue was full", None, self.refused),
+            (counter, "steps", "Steps of the batch", None, totals.steps),
+            (counter, "expert_lookups", "Experts asked for", "result", lookups),
+            (counter, "read_bytes", "Bytes read from each slower tier", "tier", reads),
+            (gauge, "running", "Answers under way", None, stats["running"]),
+            (gauge, "queued", "Answers that wait", None, stats["queued"]),
+            (gauge, "expert_hit_rate", "Share of experts that were in a slot", None, hit_rate),
+            (gauge, "memory_bytes", "Memory in use by tier", "tier", used),
+            (gauge, "memory_budget_bytes", "Budget of the fast tier", None, budget),
+        ):
+            metric = kind(f"slotmoe_{name}", text, labels=[label] if label else [])
+            for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+                metric.add_metric([key] if label else [], float(value))
+            yield metric
