@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slotmoe.offload.ingest.hub_id import require_hub_library
 from slotmoe.tools.options import is_on_hub, runtime_options
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def _model(name: str, revision: str | None) -> _Model:
 def _hub_config(repo: str, revision: str) -> Path:
     """The config of a model on the hub, from huggingface_hub's cache where it is there already.
     Raises ``ConfigError`` or ``DownloadError``."""
+    require_hub_library()
     from huggingface_hub import errors, hf_hub_download
 
     from slotmoe.errors import DownloadError

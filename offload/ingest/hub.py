@@ -48,6 +48,7 @@ from slotmoe.offload.ingest.download import (
     read_range,
     status_error,
 )
+from slotmoe.offload.ingest.hub_id import require_hub_library
 from slotmoe.offload.ingest.output_dir import full_disk_explained, locked, partial_folder
 from slotmoe.offload.ingest.quantize import Progress, quantize
 from slotmoe.offload.plan.memory import format_size
@@ -77,6 +78,7 @@ def resolve(repo: str, revision: str) -> Pin:
     Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if the hub
     can't be asked.
     """
+    require_hub_library()
     from huggingface_hub import HfApi
 
     def ask() -> Any:
