@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from slotmoe.errors import ExportError
-from slotmoe.offload import opening, store
+from slotmoe.offload import opening
+from slotmoe.offload.tiers import slots as store
 from slotmoe.offload.policy.cache import POLICIES, make_cache
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
