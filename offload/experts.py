@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -99,6 +99,23 @@ class HostCompute:
         self.seconds += time.perf_counter() - started
         for read in ready:
             self.host.release(read)
+
+
+@dataclass
+class _Work:
+    """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
+    token's experts; lists of expert ids that are ``cached``, to be read ``later``, ``used`` in
+    staging, or to be ``computed`` by the CPU; and reads on their way."""
+
+    row: int
+    uses: Mapping[int, int]
+    newest: set[int]
+    cached: list[int] = field(default_factory=list)
+    later: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    acquired: list[Read] = field(default_factory=list)
 
 
 class Experts:
@@ -211,56 +228,68 @@ class Experts:
             yield by_table
         indices = chosen.get().tolist()
         uses = self._uses(row, indices)
-        cached = [] if device.queues else [id for id in uses if id in self._cache]
         missing = [id for id in uses if id not in self._cache]
         self._look_up(row, x_TD, indices, uses, missing)
         computed = self._choose_for_cpu(len(indices), uses, missing)
         fetched = [id for id in missing if id not in computed]
         if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
             fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
-        newest = {row * self._cache.experts + expert for expert in indices[-1]}
-        reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
-        later, used = fetched[slots.staging :], list[int]()
-        acquired: list[Read] = []
+        work = _Work(row, uses, {row * self._cache.experts + expert for expert in indices[-1]})
+        work.cached = [] if device.queues else [id for id in uses if id in self._cache]
+        work.later = fetched[slots.staging :]
+        work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
         if hybrid is not None and inputs is not None:
             hybrid.begin(inputs.get(), chosen.get())
-            self._acquire(computed, acquired)
+            work.computed = computed
+            self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
         self.timer.mark("cache and prefetch")
-        while cached or reads or acquired:
-            done = [read for read in reads if read.done][: max(1, slots.staging // 2)]
+        yield from self._arrivals(work, y_TKD)
+        for expert_id in missing:  # in gate order, so that timing changes nothing
+            if expert_id in work.used:
+                slots.admit(expert_id, pinned=work.newest)
+
+    def _arrivals(self, work: _Work, y_TKD: Tensor) -> Iterator[Group]:
+        """What has arrived, at most half of the staging slots at once, so that a GPU computes them
+        while the others are filled; else what is cached; else what the CPU computes; else wait."""
+        slots, hybrid = self.slots, self.hybrid
+        while work.cached or work.reads or work.acquired:
+            done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done:
                 slots.take(done)
                 self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
-                reads = [read for read in reads if read not in done]
-                ready = [read.expert_id for read in done]
-            elif cached:
-                ready, cached, done = *_first(cached, uses), []
-            elif hybrid is not None and (arrived := [read for read in acquired if read.done]):
-                now, _ = _first([read.expert_id for read in arrived], uses)
-                hybrid.compute(arrived[: len(now)], row, y_TKD)
-                acquired = [read for read in acquired if read not in arrived[: len(now)]]
-                self._acquire(computed, acquired)
+                work.reads = [read for read in work.reads if read not in done]
+                yield self._group(work.row, [read.expert_id for read in done])
+                self._make_room(work, [read.expert_id for read in done])
+            elif work.cached:
+                ready, work.cached = _first(work.cached, work.uses)
+                yield self._group(work.row, ready)
+            elif arrived := [read for read in work.acquired if read.done]:
+                assert hybrid is not None
+                ready, _ = _first([read.expert_id for read in arrived], work.uses)
+                arrived = arrived[: len(ready)]
+                hybrid.compute(arrived, work.row, y_TKD)
+                work.acquired = [read for read in work.acquired if read not in arrived]
+                self._acquire(work)
                 self.timer.mark("experts")
-                continue
             else:
-                slots.wait([*reads, *acquired])
+                slots.wait([*work.reads, *work.acquired])
                 self.timer.mark("waiting for disk")
-                continue
-            yield self._group(row, ready)
-            used += [read.expert_id for read in done]
-            if later:  # make room in staging for what is still to be read
-                for expert_id in used:
-                    slots.admit(expert_id, pinned=newest.union(cached))
-                coming = {read.expert_id for read in reads}
-                reads += slots.demand(later[: len(used)], pinned=coming.union(later[: len(used)]))
-                later, used = later[len(used) :], []
-            elif self.lookahead is not None and len(indices) > 1:
-                self.lookahead.more(row)
-        for expert_id in missing:  # in gate order, so that timing changes nothing
-            if expert_id in used:
-                slots.admit(expert_id, pinned=newest)
+
+    def _make_room(self, work: _Work, used: list[int]) -> None:
+        """Experts in staging have been used: where more are to be read, the cache admits or rejects
+        these now; else at the layer's end, and prefetches may take free staging slots."""
+        if not work.later:
+            work.used += used
+            if self.lookahead is not None and len(work.uses) > len(work.newest):
+                self.lookahead.more(work.row)
+            return
+        for expert_id in used:
+            self.slots.admit(expert_id, pinned=work.newest.union(work.cached))
+        now, work.later = work.later[: len(used)], work.later[len(used) :]
+        coming = {read.expert_id for read in work.reads}
+        work.reads += self.slots.demand(now, pinned=coming.union(now))
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Group:
         experts = self._cache.experts
@@ -309,12 +338,12 @@ class Experts:
         self._computed += len(computed)
         return computed
 
-    def _acquire(self, computed: list[int], acquired: list[Read]) -> None:
+    def _acquire(self, work: _Work) -> None:
         """Ask the host tier for the next records that the CPU computes."""
         assert self.hybrid is not None
-        while computed and len(acquired) < self.split.at_once:
-            acquired.append(self.hybrid.host.acquire(computed.pop(0)))
-            self.hybrid.host.submit(acquired[-1:])
+        while work.computed and len(work.acquired) < self.split.at_once:
+            work.acquired.append(self.hybrid.host.acquire(work.computed.pop(0)))
+            self.hybrid.host.submit(work.acquired[-1:])
 
     def _tell(self, route: Route) -> None:
         for listener, _ in self._listeners:

@@ -11,10 +11,11 @@ def bench() -> None:
     """Run a benchmark.  The last line of its output is one JSON object."""
 
 
+for command in (
+    *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
+    *(quantize.quantize, download.download, serve.serve, recall.recall),
+):
+    bench.add_command(command)
+
 if __name__ == "__main__":
-    for command in (
-        *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
-        *(quantize.quantize, download.download, serve.serve, recall.recall),
-    ):
-        bench.add_command(command)
     main(group=bench)

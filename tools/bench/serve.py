@@ -170,5 +170,5 @@ def serve(
             rows.append(runs[repetitions // 2])
         if long:
             rows.append(measuring.first_token(long, repetitions))
-        stats = runtime.stats()
-    turns.finish(rows, kernels=stats["kernels"], threads=runtime.threads, slots=stats.get("slots"))
+        stats, threads = runtime.stats(), runtime.threads
+    turns.finish(rows, kernels=stats["kernels"], threads=threads, slots=stats.get("slots"))
