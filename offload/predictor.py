@@ -1,22 +1,21 @@
-"""Guesses of experts before their gate speaks: trained ones, kept in the export, and untrained ones
-from its own gates.
+"""Guesses of experts before their gate has chosen: trained ones, kept in the export, and untrained
+ones from its own gates.
 
-Shape legend: D hidden_size, L MoE layers ("rows", counted from 0), E routed experts, R and Q hidden
-widths.
+Shapes: D hidden_size, L MoE layers (indexed by ``row``), E routed experts, R and Q hidden widths.
 
 Both horizons of the trained predictor are one hidden layer wide, ``out(silu(in(x) + bias)) +
 bias``, trained so that ``sigmoid(score)`` is the probability that the expert is used
 (``slotmoe.offload.study.calibrate``):
 
-    token   rms(embedding of the token), rms(last hidden state of the token before)  [2 D] -> [R] -> [L, E]
-    layer   rms(input of MoE layer r)                                                  [D] -> [Q] -> [E] of MoE layer r + 1
+    token   [2 D] -> [R] -> [L, E]: rms(embedding of the token), rms(last hidden state before it)
+    layer   [D] -> [Q] -> [E] of MoE layer r + 1: rms(input of MoE layer r)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -56,8 +55,8 @@ class NextGate:
 
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
         """Each row's experts worth guessing, the best first: as many as a token uses."""
-        found: list[list[int]] = scores_RE.topk(self._top_k, dim=-1).indices.tolist()
-        return found
+        experts: list[list[int]] = scores_RE.topk(self._top_k, dim=-1).indices.tolist()
+        return experts
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
         """Gate logits of MoE layer ``row + 1`` for the input of layer ``row``, [D] or [T, D]:
@@ -67,7 +66,7 @@ class NextGate:
 
 
 class Predictor:
-    """The trained guesses of an export.  ``popularity`` has, for each key ``row * E + expert``, its
+    """The trained guesses of an export.  ``popularity`` has, for each expert id ``row * E + expert``, its
     uses a token."""
 
     def __init__(
@@ -86,9 +85,8 @@ class Predictor:
         def matrix(name: str, row: int | None = None) -> tuple[Any, Tensor]:
             parts = (tensors[f"{name}.{part}"] for part in ("weight", "weight.scale", "bias"))
             q, scale, bias = parts if row is None else (part[row] for part in parts)
-            return put(f"predictor.{name}.weight", Int8Weight(q, scale)), put(
-                f"predictor.{name}.bias", bias
-            )
+            weight = put(f"predictor.{name}.weight", Int8Weight(q, scale))
+            return weight, put(f"predictor.{name}.bias", bias)
 
         self._token = [matrix("token.in"), matrix("token.out")]
         rows = len(tensors["layer.mix"]) if "layer.mix" in tensors else 0
@@ -113,12 +111,8 @@ class Predictor:
     @property
     def nbytes(self) -> int:
         """Bytes in memory of all matrices and biases."""
-        return sum(
-            nbytes(part)
-            for one in [self._token, *self._layers]
-            for matrix in one
-            for part in matrix
-        )
+        pairs = chain(self._token, *self._layers)
+        return sum(nbytes(tensor) for tensor in chain.from_iterable(pairs))
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """Every MoE layer's experts, from a token's embedding row and the residual stream after the
@@ -130,11 +124,10 @@ class Predictor:
     def likely(self, scores_RE: Tensor) -> list[list[int]]:
         """Each row's experts worth guessing, the best first: those of probability ``WORTH`` and
         more, at most twice as many as a token uses."""
-        found = scores_RE.topk(min(2 * self._top_k, scores_RE.shape[-1]), dim=-1)
-        counts = (found.values > _WORTH_LOGIT).sum(dim=-1).tolist()
-        return [
-            experts[:count] for experts, count in zip(found.indices.tolist(), counts, strict=True)
-        ]
+        best = scores_RE.topk(min(2 * self._top_k, scores_RE.shape[-1]), dim=-1)
+        counts = (best.values > _WORTH_LOGIT).sum(dim=-1).tolist()
+        pairs = zip(best.indices.tolist(), counts, strict=True)
+        return [experts[:count] for experts, count in pairs]
 
     def layer_scores(self, row: int, x: Tensor, token_scores: Tensor | None = None) -> Tensor:
         """Experts of MoE layer ``row + 1`` from the input of layer ``row``, [D] or [T, D]: float32

@@ -4,6 +4,8 @@ and named files exist."""
 import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Which experts keep a slot: policies over integers, without torch.
 
-An expert is named by one key, ``row * experts + expert``, where row counts the MoE layers from 0.
-A policy says which cached key leaves for a newcomer and, with bypass, whether the newcomer gets a
-slot at all: layers are visited in a cycle, so a cache smaller than what one token uses never hits
-if it admits everything.  Who copies bytes lives elsewhere.
+An expert id is ``row * experts + expert``, where row counts the MoE layers from 0.  A policy says
+which cached expert is evicted for a new one and, with bypass, whether the new one gets a slot at
+all: layers are visited in a cycle, so a cache smaller than what one token uses never hits if it
+admits everything.  What copies the bytes stands elsewhere.
 
 A forward pass of T tokens is ``advance(T)``, then layer by layer ``use`` (T = 1) or ``use_chunk``,
 and ``offer`` for what was missing, once its bytes are in memory.
@@ -21,7 +21,7 @@ from operator import mul
 
 
 class Cache(ABC):
-    """What all policies share: who is cached, and the counters.  Policies fill in the methods at
+    """What all policies share: what is cached, and the counters.  Policies fill in the methods at
     the end."""
 
     def __init__(
@@ -32,8 +32,8 @@ class Cache(ABC):
         popularity: Sequence[float] | None = None,
         bypass: bool = False,
     ):
-        """``popularity`` is the expected uses of each key a token: what a policy believes before it
-        has seen any."""
+        """``popularity`` is the expected uses of each expert a token: what a policy believes before
+        it has seen any."""
         assert popularity is None or len(popularity) == layers * experts
         self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
         self.hits = self.misses = self.evictions = self.bypassed = 0
@@ -46,11 +46,11 @@ class Cache(ABC):
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
         self._now += tokens
 
-    def use(self, key: int) -> bool:
-        """The newest token's gate chose ``key``.  Call it for each choice, cached or not; True if
-        it is cached."""
-        self._touch(key, self._now)
-        hit = key in self.cached
+    def use(self, expert_id: int) -> bool:
+        """The newest token's gate chose ``expert_id``.  Call it for each choice, cached or not;
+        True if it is cached."""
+        self._touch(expert_id, self._now)
+        hit = expert_id in self.cached
         self.hits += hit
         self.misses += not hit
         return hit
@@ -67,37 +67,37 @@ class Cache(ABC):
         self.hits += hits
         self.misses += len(distinct) - hits
 
-    def offer(self, key: int, pinned: Collection[int] = ()) -> int | None:
-        """``key`` was used, is not cached, and its bytes are in memory: who leaves?
+    def offer(self, expert_id: int, pinned: Collection[int] = ()) -> int | None:
+        """``expert_id`` was used, is not cached, and its bytes are in memory: what is evicted?
 
-        None if there was room, a cached key outside ``pinned`` that ``key`` replaces, or ``key``
-        itself if it gets no slot.
+        None if there was room, a cached expert outside ``pinned`` that ``expert_id`` replaces, or
+        ``expert_id`` itself if it gets no slot.
         """
         if len(self.cached) < self.slots:
-            self.add(key)
+            self.add(expert_id)
             return None
-        victim = self._victim(key, pinned)
+        victim = self._victim(expert_id, pinned)
         if victim is None:
             self.bypassed += 1
-            return key
+            return expert_id
         self.remove(victim)
-        self.add(key)
+        self.add(expert_id)
         self.evictions += 1
         return victim
 
-    def add(self, key: int) -> None:
-        """Put the absent ``key`` into free room."""
-        assert key not in self.cached and len(self.cached) < self.slots
-        self.cached.add(key)
-        self._enter(key)
+    def add(self, expert_id: int) -> None:
+        """Put the absent ``expert_id`` into free room."""
+        assert expert_id not in self.cached and len(self.cached) < self.slots
+        self.cached.add(expert_id)
+        self._enter(expert_id)
 
-    def remove(self, key: int) -> None:
-        """Forget the cached ``key``."""
-        self.cached.remove(key)
-        self._leave(key)
+    def remove(self, expert_id: int) -> None:
+        """Forget the cached ``expert_id``."""
+        self.cached.remove(expert_id)
+        self._leave(expert_id)
 
-    def __contains__(self, key: int) -> bool:
-        return key in self.cached
+    def __contains__(self, expert_id: int) -> bool:
+        return expert_id in self.cached
 
     def __len__(self) -> int:
         return len(self.cached)
@@ -107,41 +107,41 @@ class Cache(ABC):
         """Make the policy's own state."""
 
     @abstractmethod
-    def _touch(self, key: int, token: int) -> None:
-        """``token``, counted from 1, used ``key``."""
+    def _touch(self, expert_id: int, token: int) -> None:
+        """``token``, counted from 1, used ``expert_id``."""
 
     @abstractmethod
-    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
-        """The cached key outside ``pinned`` that leaves for ``key``, None if there is none or ``key``
-        is not worth it."""
+    def _victim(self, expert_id: int, pinned: Collection[int]) -> int | None:
+        """The cached expert outside ``pinned`` that is evicted for ``expert_id``, None if there is
+        none or ``expert_id`` is not worth it."""
 
     @abstractmethod
-    def _enter(self, key: int) -> None:
-        """``key`` is cached now."""
+    def _enter(self, expert_id: int) -> None:
+        """``expert_id`` is cached now."""
 
     @abstractmethod
-    def _leave(self, key: int) -> None:
-        """``key`` is no longer cached."""
+    def _leave(self, expert_id: int) -> None:
+        """``expert_id`` is no longer cached."""
 
 
 class _Worth(Cache):
-    """Policies that give each key one number, its worth, which only a use raises; the lowest
+    """Policies that give each expert one number, its worth, which only a use raises; the lowest
     leaves.
 
-    Passing time changes no order among untouched keys, so a heap does.  It has an entry for each
-    cached key, which may be older than the key's last use and then says too little, never too much;
-    what is out of date is put right at the top.
+    Passing time changes no order among untouched experts, so a heap does.  It has an entry for each
+    cached expert, which may be older than the expert_id's last use and then says too little, never
+    too much; what is out of date is put right at the top.
     """
 
     def _start(self) -> None:
         self._worth = self._first_worths()
         self._heap: list[tuple[float, int]] = []
-        self._entered: set[int] = set()  # keys with an entry; some have left the cache since
+        self._entered: set[int] = set()  # with an entry; some have been evicted since
 
     def _first_worths(self) -> list[float]:
         return [-math.inf] * (self.layers * self.experts)
 
-    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
+    def _victim(self, expert_id: int, pinned: Collection[int]) -> int | None:
         aside, victim = [], None
         while self._heap and victim is None:
             worth, lowest = self._heap[0]
@@ -158,40 +158,40 @@ class _Worth(Cache):
             heapq.heappush(self._heap, entry)
         return (
             None
-            if victim is None or (self.bypass and self._worth[victim] >= self._worth[key])
+            if victim is None or (self.bypass and self._worth[victim] >= self._worth[expert_id])
             else victim
         )
 
-    def _enter(self, key: int) -> None:
-        if key not in self._entered:
-            self._entered.add(key)
-            heapq.heappush(self._heap, (self._worth[key], key))
+    def _enter(self, expert_id: int) -> None:
+        if expert_id not in self._entered:
+            self._entered.add(expert_id)
+            heapq.heappush(self._heap, (self._worth[expert_id], expert_id))
 
-    def _leave(self, key: int) -> None:
+    def _leave(self, expert_id: int) -> None:
         pass  # its entry goes when it gets to the top
 
 
 class Lru(_Worth):
-    """The least recently used leaves."""
+    """The least recently used expert is evicted."""
 
     _uses = 0
 
-    def _touch(self, key: int, token: int) -> None:
+    def _touch(self, expert_id: int, token: int) -> None:
         self._uses += 1
-        self._worth[key] = self._uses
+        self._worth[expert_id] = self._uses
 
 
 class Lfu(_Worth):
-    """The least frequently used leaves.  ``popularity`` counts as if it had been seen for ``PRIOR``
-    tokens."""
+    """The least frequently used expert is evicted.  ``popularity`` counts as if it had been seen
+    for ``PRIOR`` tokens."""
 
     PRIOR = 100
 
     def _first_worths(self) -> list[float]:
         return [self.PRIOR * share for share in self._popularity]
 
-    def _touch(self, key: int, token: int) -> None:
-        self._worth[key] += 1
+    def _touch(self, expert_id: int, token: int) -> None:
+        self._worth[expert_id] += 1
 
 
 class Lrfu(_Worth):
@@ -211,13 +211,13 @@ class Lrfu(_Worth):
             for share in self._popularity
         ]
 
-    def _touch(self, key: int, token: int) -> None:
-        fresh, old = -math.log(self.DECAY) * token, self._worth[key]
-        self._worth[key] = max(fresh, old) + math.log1p(math.exp(-abs(fresh - old)))
+    def _touch(self, expert_id: int, token: int) -> None:
+        fresh, old = -math.log(self.DECAY) * token, self._worth[expert_id]
+        self._worth[expert_id] = max(fresh, old) + math.log1p(math.exp(-abs(fresh - old)))
 
 
 class LeastStale(_Worth):
-    """Stale keys, unused by the present pass, leave first, and of them those whose layer comes
+    """Stale experts, unused by the present pass, leave first, and of them those whose layer comes
     first (SpecMD, arXiv 2602.03921); with bypass, what the present pass has used never leaves for a
     newcomer."""
 
@@ -226,34 +226,34 @@ class LeastStale(_Worth):
         self._fresh: set[int] = set()
 
     def _first_worths(self) -> list[float]:
-        return [key // self.experts for key in range(self.layers * self.experts)]
+        return [expert_id // self.experts for expert_id in range(self.layers * self.experts)]
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
-        for key in self._fresh:
-            self._worth[key] = key // self.experts
+        for expert_id in self._fresh:
+            self._worth[expert_id] = expert_id // self.experts
         self._fresh.clear()
         self._heap, self._entered = (
-            [(self._worth[key], key) for key in self.cached],
+            [(self._worth[expert_id], expert_id) for expert_id in self.cached],
             set(self.cached),
         )
         heapq.heapify(self._heap)
 
-    def _touch(self, key: int, token: int) -> None:
-        self._fresh.add(key)
-        self._worth[key] = self.layers
+    def _touch(self, expert_id: int, token: int) -> None:
+        self._fresh.add(expert_id)
+        self._worth[expert_id] = self.layers
 
 
 class LayerAware(Cache):
     """The lowest chance of use over time until the next chance leaves.
 
-    The chance that a token uses a key is estimated from three memories: the newest token, about 10
-    tokens, and about 100, which begins with ``popularity``.  A layer's turn comes once a token, so
-    a key whose layer is next gets its chance a whole token sooner than a newcomer, whose layer was
-    just visited: chance / distance in layers is what a slot earns until then.
+    The chance that a token uses an expert is estimated from three memories: the newest token, about
+    10 tokens, and about 100, which begins with ``popularity``.  A layer's turn comes once a token,
+    so a expert_id whose layer is next gets its chance a whole token sooner than a newcomer, whose
+    layer was just visited: chance / distance in layers is what a slot earns until then.
 
-    When a pass has visited a layer, its cached keys are sorted by chance, and an eviction looks at
-    the first of each layer.
+    When a pass has visited a layer, its cached experts are sorted by chance, and an eviction looks
+    at the first of each layer.
     """
 
     SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
@@ -273,10 +273,10 @@ class LayerAware(Cache):
             list(self._popularity),
             0,
         )
-        self._last = [-1] * len(self._popularity)  # the token that used a key last
+        self._last = [-1] * len(self._popularity)  # the token that used an expert last
         self._order: list[list[tuple[float, int]]] = [
             [] for _ in range(layers)
-        ]  # (chance, key) of what is cached, sorted
+        ]  # (chance, expert_id) of what is cached, sorted
         self._lowest = [math.inf] * layers  # the first chance of each
         self._row, self._ranked = (
             0,
@@ -296,38 +296,43 @@ class LayerAware(Cache):
             self._long = [value * self.LONG**passed for value in self._long]
             self._epoch = self._now
 
-    def _touch(self, key: int, token: int) -> None:
-        row = key // self.experts
+    def _touch(self, expert_id: int, token: int) -> None:
+        row = expert_id // self.experts
         if row != self._row:
             self._rank()
             self._row = row
         self._ranked = False
         age = self._epoch - token
-        self._short[key] += (1 - self.SHORT) * self.SHORT**age
-        self._long[key] += (1 - self.LONG) * self.LONG**age
-        self._last[key] = token
+        self._short[expert_id] += (1 - self.SHORT) * self.SHORT**age
+        self._long[expert_id] += (1 - self.LONG) * self.LONG**age
+        self._last[expert_id] = token
 
-    def _chances(self, keys: list[int]) -> list[float]:
+    def _chances(self, expert_ids: list[int]) -> list[float]:
         newest, now, passed, last = self.WEIGHTS[0], self._now, self._now - self._epoch, self._last
         a, short = self.WEIGHTS[1] * self.SHORT**passed, self._short
         b, long = self.WEIGHTS[2] * self.LONG**passed, self._long
         return [
-            a * short[key] + b * long[key] + (newest if last[key] == now else 0.0) for key in keys
+            a * short[expert_id] + b * long[expert_id] + (newest if last[expert_id] == now else 0.0)
+            for expert_id in expert_ids
         ]
 
     def _rank(self) -> None:
         if not self._ranked:
-            keys = [key for _, key in self._order[self._row]]
-            self._sorted(self._row, sorted(zip(self._chances(keys), keys, strict=True)))
+            expert_ids = [expert_id for _, expert_id in self._order[self._row]]
+            self._sorted(self._row, sorted(zip(self._chances(expert_ids), expert_ids, strict=True)))
             self._ranked = True
 
     def _sorted(self, row: int, order: list[tuple[float, int]]) -> None:
         self._order[row], self._lowest[row] = order, order[0][0] if order else math.inf
 
-    def _victim(self, key: int, pinned: Collection[int]) -> int | None:
+    def _victim(self, expert_id: int, pinned: Collection[int]) -> int | None:
         self._rank()
         near = self._near[self._row]
-        limit = self._chances([key])[0] * near[key // self.experts] if self.bypass else math.inf
+        limit = (
+            self._chances([expert_id])[0] * near[expert_id // self.experts]
+            if self.bypass
+            else math.inf
+        )
         earned = list(map(mul, near, self._lowest))
         least = min(earned)
         if least >= limit:
@@ -342,18 +347,18 @@ class LayerAware(Cache):
             for chance, other in order
             if other not in pinned
         ]
-        least, victim = min(others, default=(math.inf, key))
+        least, victim = min(others, default=(math.inf, expert_id))
         return victim if least < limit else None
 
-    def _enter(self, key: int) -> None:
+    def _enter(self, expert_id: int) -> None:
         self._rank()
-        row = key // self.experts
-        insort(self._order[row], (self._chances([key])[0], key))
+        row = expert_id // self.experts
+        insort(self._order[row], (self._chances([expert_id])[0], expert_id))
         self._sorted(row, self._order[row])
 
-    def _leave(self, key: int) -> None:
-        row = key // self.experts
-        self._sorted(row, [entry for entry in self._order[row] if entry[1] != key])
+    def _leave(self, expert_id: int) -> None:
+        row = expert_id // self.experts
+        self._sorted(row, [entry for entry in self._order[row] if entry[1] != expert_id])
 
 
 POLICIES: dict[str, Callable[..., Cache]] = {

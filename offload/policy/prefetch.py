@@ -52,11 +52,11 @@ class Average:
 class Target(Protocol):
     """Where guesses are read to: ``slotmoe.offload.tiers.slots.Slots``."""
 
-    def prefetch(self, key: int, urgency: int) -> bool: ...
+    def prefetch(self, expert_id: int, urgency: int) -> bool: ...
 
-    def drop(self, key: int) -> None: ...
+    def drop(self, expert_id: int) -> None: ...
 
-    def __contains__(self, key: int) -> bool: ...
+    def __contains__(self, expert_id: int) -> bool: ...
 
 
 class Prefetcher:
@@ -83,7 +83,7 @@ class Prefetcher:
         ]  # guesses that were not in memory when they were made
         self._reading: list[dict[int, str]] = [
             {} for _ in range(rows)
-        ]  # key -> horizon, until the gate has spoken
+        ]  # expert_id -> horizon, until the gate has spoken
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))
@@ -104,24 +104,24 @@ class Prefetcher:
         # Times change: look again now and then.
         return hides > 4 * self._cost.value or self._considered % 16 == 0
 
-    def guess(self, row: int, keys: Iterable[int], horizon: str) -> None:
+    def guess(self, row: int, expert_ids: Iterable[int], horizon: str) -> None:
         """What ``row`` is expected to use when it comes, the most likely first."""
-        named = list(keys)
+        named = list(expert_ids)
         self._guesses[row] = named, horizon
-        self._absent[row] = [key for key in named if key not in self._target]
-        for key in [
-            key for key in self._reading[row] if key not in named
+        self._absent[row] = [expert_id for expert_id in named if expert_id not in self._target]
+        for expert_id in [
+            expert_id for expert_id in self._reading[row] if expert_id not in named
         ]:  # the later word refutes the earlier
-            self.by_row[self._reading[row].pop(key)][row].cancelled += 1
-            self._target.drop(key)
+            self.by_row[self._reading[row].pop(expert_id)][row].cancelled += 1
+            self._target.drop(expert_id)
 
     def cost(self, seconds: float) -> None:
         """Making one layer's guesses for one token took so long."""
         self._cost.add(seconds)
 
-    def asked(self, row: int, keys: Collection[int], missing: int) -> None:
-        """The gate of ``row`` has chosen ``keys``, ``missing`` of them not cached: guesses for it
-        were right or wrong."""
+    def asked(self, row: int, expert_ids: Collection[int], missing: int) -> None:
+        """The gate of ``row`` has chosen ``expert_ids``, ``missing`` of them not cached: guesses
+        for it were right or wrong."""
         if self._free_since is not None and row > 0:
             self._idle.add(time.perf_counter() - self._free_since)
         self._missing.add(missing)
@@ -129,16 +129,18 @@ class Prefetcher:
         if named:
             accuracy = self.by_row[horizon][row]
             accuracy.guessed += len(named)
-            accuracy.right += sum(key in keys for key in named)
-            accuracy.asked += len(keys)
+            accuracy.right += sum(expert_id in expert_ids for expert_id in named)
+            accuracy.asked += len(expert_ids)
             if absent:
-                self._right[horizon].add(sum(key in keys for key in absent) / len(absent))
-        for key, named_by in self._reading[row].items():
-            if key in keys:
+                self._right[horizon].add(
+                    sum(expert_id in expert_ids for expert_id in absent) / len(absent)
+                )
+        for expert_id, named_by in self._reading[row].items():
+            if expert_id in expert_ids:
                 self.by_row[named_by][row].used += 1
             else:
                 self.by_row[named_by][row].wasted += 1
-                self._target.drop(key)
+                self._target.drop(expert_id)
         self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
 
     def pump(self, row: int) -> None:
@@ -149,13 +151,13 @@ class Prefetcher:
         for later in range(row + 1, len(self._guesses)):
             horizon, reading = self._guesses[later][1], self._reading[later]
             allowed = window / max(1 - self._right[horizon].value, 0.02)
-            for key in self._absent[later]:
+            for expert_id in self._absent[later]:
                 if ahead >= allowed:
                     return
-                if key not in self._target:
-                    if not self._target.prefetch(key, later - row):
+                if expert_id not in self._target:
+                    if not self._target.prefetch(expert_id, later - row):
                         return
-                    reading[key] = horizon
+                    reading[expert_id] = horizon
                     ahead += self._record_bytes
 
     def computing(self) -> None:

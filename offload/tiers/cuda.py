@@ -139,9 +139,8 @@ class CudaDevice:
         # Registered in place: pinning memory that exists costs no second copy of it.
         if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
             return True
-        with suppress(
-            RuntimeError
-        ):  # CUDA keeps a refusal for this thread's next launch to report: here is one that hears it
+        # CUDA reports a refusal again at this thread's next launch: this one takes it.
+        with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
 
@@ -202,17 +201,23 @@ def cuda_facts() -> CudaFacts:
 
 
 def why_not(facts: CudaFacts) -> str:
-    """Why no card can be used; empty if one can."""
+    """Why no GPU can be used; empty if one can."""
     if not facts.built:
-        return f"torch {facts.torch} here was built without CUDA; a CUDA build of torch is needed for a GPU"
+        return (
+            f"torch {facts.torch} here was built without CUDA; a CUDA build of torch is needed "
+            "for a GPU"
+        )
     if facts.problem:
         return f"torch can't use CUDA: {facts.problem}"
-    told = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
+    device = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
     if facts.capability < MIN_CAPABILITY:
-        return f"{told}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
-    if not any(_runs(one, facts.capability) for one in facts.architectures):
+        return f"{device}, {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or newer is needed"
+    if not any(_runs(built, facts.capability) for built in facts.architectures):
         known = ", ".join(facts.architectures)
-        return f"{told}, for which torch {facts.torch} has no kernels (it has {known}); install another build of torch"
+        return (
+            f"{device}, for which torch {facts.torch} has no kernels (it has {known}); "
+            "install another build of torch"
+        )
     return ""
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from slotmoe.model.network import DeepseekV2
-from slotmoe.offload.observe.profiler import LONGEST, PARTS, MemorySampler, Profiler
+from slotmoe.offload.observe.memory import LONGEST, MemorySampler
+from slotmoe.offload.observe.profiler import STAGES, Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
@@ -106,7 +107,7 @@ def test_parts_add_up_to_the_time_of_the_run(reported):
     assert 0 < report["steps"][0]["began"] < report["memory"]["ram"]["seconds"][-1]
     assert [step["kind"] for step in report["steps"]] == ["prefill"] + ["decode"] * 39
     for step, after in pairwise(report["steps"]):
-        assert set(step["seconds"]) <= set(PARTS)
+        assert set(step["seconds"]) <= set(STAGES)
         assert step["began"] + sum(step["seconds"].values()) == pytest.approx(
             after["began"], abs=1e-4
         )
@@ -200,13 +201,13 @@ def test_watching_changes_no_logits_and_ends(sample_export):
     with Runtime.open(sample_export, slots=60, context=64) as runtime:
         ids = list(range(100, 140))
         plain = runtime.logits(ids)
-        profiler = runtime.profile()
+        profiler, detach = attach(runtime)
         assert isinstance(profiler, Profiler)
         step = start(runtime)
         watched = [step(ids[:20])] + [step([one]) for one in ids[20:]]
         assert all(bool((one[0] == plain[19 + number]).all()) for number, one in enumerate(watched))
         assert len(profiler.passes) == 21
-        runtime.stop_profile()
+        detach()
         step([5])
         assert len(profiler.passes) == 21
 
