@@ -278,18 +278,20 @@ class Experts:
                 self.timer.mark("waiting for disk")
 
     def _make_room(self, work: _Work, used: list[int]) -> None:
-        """Experts in staging have been used: where more are to be read, the cache admits or rejects
-        these now; else at the layer's end, and prefetches may take free staging slots."""
-        if not work.later:
+        """Experts in staging have been used.  The cache admits or rejects one token's at the
+        layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
+        take their staging slots."""
+        if len(work.uses) == len(work.newest):
             work.used += used
-            if self.lookahead is not None and len(work.uses) > len(work.newest):
-                self.lookahead.more(work.row)
             return
         for expert_id in used:
             self.slots.admit(expert_id, pinned=work.newest.union(work.cached))
-        now, work.later = work.later[: len(used)], work.later[len(used) :]
-        coming = {read.expert_id for read in work.reads}
-        work.reads += self.slots.demand(now, pinned=coming.union(now))
+        if work.later:
+            now, work.later = work.later[: len(used)], work.later[len(used) :]
+            coming = {read.expert_id for read in work.reads}
+            work.reads += self.slots.demand(now, pinned=coming.union(now))
+        elif self.lookahead is not None:
+            self.lookahead.more(work.row)
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Group:
         experts = self._cache.experts

@@ -8,7 +8,7 @@ with Runtime.open("sample") as runtime:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +94,7 @@ class Sequence:
         with self._runtime._counted(self._kind(ids), len(ids)):
             for hidden_TD in self.run(ids):
                 last_1D = hidden_TD[-1:]
-            return self._runtime.model.network.head(last_1D)
+            return self._runtime._logits(last_1D)
 
     def append_rows(self, ids: list[int]) -> Iterator[Tensor]:
         """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size]
@@ -102,7 +102,7 @@ class Sequence:
         with self._runtime._counted(self._kind(ids), len(ids)):
             for hidden_TD in self.run(ids):
                 for rows_RD in hidden_TD.split(ROWS_AT_ONCE):
-                    yield self._runtime.model.network.head_each(rows_RD)
+                    yield self._runtime._logits(rows_RD, each=True)
 
     def run(self, ids: list[int]) -> Iterator[Tensor]:
         """Append ``ids`` pass by pass: the residual stream after the last layer, float32 [T, D],
@@ -200,7 +200,7 @@ class Runtime:
         logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
         for hidden_TD in self.sequences[0].run(token_ids):
             end = start + len(hidden_TD)
-            logits[start:end] = self.model.network.head(hidden_TD)
+            logits[start:end] = self._logits(hidden_TD)
             start = end
         return logits
 
@@ -216,7 +216,7 @@ class Runtime:
             for start in range(0, len(hidden_TD), _ROWS_OF_TEXT):
                 if position + start + _ROWS_OF_TEXT > first:
                     rows_TD = hidden_TD[max(start, first - position) : start + _ROWS_OF_TEXT]
-                    yield self.model.network.head(rows_TD)
+                    yield self._logits(rows_TD)
                     self._check_current(generation)
             position += len(hidden_TD)
 
@@ -260,7 +260,7 @@ class Runtime:
         serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
         bitwise what ``Sequence.append`` alone gives."""
         with self._counted("decode", len(ids)):
-            return self.model.network.head_each(self._forward(sequences, ids))
+            return self._logits(self._forward(sequences, ids), each=True)
 
     @contextmanager
     def _counted(self, kind: str, tokens: int) -> Iterator[None]:
@@ -288,8 +288,7 @@ class Runtime:
                 self._guess_token(sequences[0], ids_T)
             return model.network.forward(ids_T, caches)
 
-        ways_out = f"a lower --vram (now {format_size(self.plan.budget)}) or --context"
-        hidden_TD = model.device.run(step, ways_out)
+        hidden_TD = self._run(step)
         count = len(ids) // len(sequences)
         for index, sequence in enumerate(sequences):
             new = ids[index * count : (index + 1) * count]
@@ -297,6 +296,18 @@ class Runtime:
             last_D = hidden_TD[(index + 1) * count - 1].clone()
             sequence._hidden = len(sequence.tokens), last_D
         return hidden_TD
+
+    def _logits(self, hidden_TD: Tensor, each: bool = False) -> Tensor:
+        """Logits of rows of the residual stream, float32 [T, vocab_size]; with ``each`` a row is
+        bitwise what it gives alone."""
+        network = self.model.network
+        head = network.head_each if each else network.head
+        return self._run(lambda: head(hidden_TD))
+
+    def _run(self, step: Callable[[], Tensor]) -> Tensor:
+        """What ``step`` gives, computed.  Raises ``DeviceError``."""
+        ways_out = f"a lower --vram (now {format_size(self.plan.budget)}) or --context"
+        return self.model.device.run(step, ways_out)
 
     def _guess_token(self, sequence: Sequence, ids_1: Tensor) -> None:
         """Let the lookahead guess a token's experts from its embedding and the last hidden state

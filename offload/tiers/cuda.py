@@ -167,7 +167,7 @@ class CudaDevice:
 @dataclass(frozen=True)
 class CudaFacts:
     """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one;
-    ``capability`` and ``architectures`` (like ``sm_90``) are the first card's and those that this
+    ``capability`` and ``architectures`` (like ``sm_90``) are the first GPU's and those that this
     torch has kernels for."""
 
     torch: str
@@ -189,9 +189,7 @@ def cuda_facts() -> CudaFacts:
             )  # torch warns of an old driver first; ``init`` then says the same as an error
             torch.cuda.init()
             if torch.cuda.device_count() == 0:
-                return CudaFacts(
-                    torch.__version__, True, "the driver shows no card to this process"
-                )
+                return CudaFacts(torch.__version__, True, "the driver shows no GPU to this process")
             name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
     except (RuntimeError, AssertionError) as problem:
         return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
@@ -223,7 +221,7 @@ def why_not(facts: CudaFacts) -> str:
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether kernels for ``sm_XY`` (same generation) or ``compute_XY`` (any later one) run on a
-    card."""
+    GPU."""
     kind, _, digits = architecture.partition("_")
     digits = digits.rstrip("af")
     if not digits.isdecimal():
