@@ -99,17 +99,21 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T):
     x_TD = torch.randn(T, 128, device=DEVICE)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     plain_TKD = outputs(TorchOps(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
-    computed = 0
+    exact_TKD, computed = y_TKD.double(), []
     for expert, slot in enumerate(SLOTS):
         uses = (indices_TK == expert).nonzero(as_tuple=True)
         if slot < 0:
             assert bool((y_TKD[uses] == -7).all())
         elif len(uses[0]):
-            expected = expert_of(records, slot, x_TD[uses[0]])
-            worst = 1e-5 if T == 1 else 2 * error(plain_TKD[uses], expected)
-            assert error(y_TKD[uses], expected) <= worst
-            computed += 1
-    assert computed == min(T + 1, 4)
+            exact_TKD[uses] = expert_of(records, slot, x_TD[uses[0]])
+            computed.append(expert)
+            # One token is computed in float32.  Else bfloat16 rounds by up to 2**-9 the input and a
+            # weight twice, for gate and up, then their product and a weight.
+            rounding = 1e-6 if T == 1 else 6 * 2**-9
+            assert error(y_TKD[uses], exact_TKD[uses]) <= rounding
+    assert len(computed) == min(T + 1, 4)
+    if T == 80:  # enough rows to compare two roundings
+        assert error(y_TKD, exact_TKD) <= 1.1 * error(plain_TKD, exact_TKD)
 
 
 @pytest.mark.parametrize("T", TOKENS)
