@@ -250,23 +250,12 @@ def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
 @pytest.mark.parametrize("T", [1, 3])
 def test_absorbed_products(triton_ops, kind, T):
     H, N, V, R = 3, 24, 20, 72
-    kv_b, q_THN, o_THR = (
-        make_weight(kind, H * (N + V), R),
-        torch.randn(T, H, N, device=DEVICE),
-        torch.randn(T, H, R, device=DEVICE),
-    )
-    exact = TorchOps()
-    assert (
-        error(triton_ops.absorb_query(q_THN, kv_b), exact.absorb_query(q_THN, _wide(kv_b))) < 1e-5
-    )
-    assert (
-        error(triton_ops.absorb_value(o_THR, kv_b, N), exact.absorb_value(o_THR, _wide(kv_b), N))
-        < 1e-5
-    )
-
-
-def _wide(weight):
-    return dequantize(weight)
+    kv_b, exact = make_weight(kind, H * (N + V), R), TorchOps()
+    q_THN, o_THR = torch.randn(T, H, N, device=DEVICE), torch.randn(T, H, R, device=DEVICE)
+    expected_THR = exact.absorb_query(q_THN, dequantize(kv_b))
+    expected_THV = exact.absorb_value(o_THR, dequantize(kv_b), N)
+    assert error(triton_ops.absorb_query(q_THN, kv_b), expected_THR) < 1e-5
+    assert error(triton_ops.absorb_value(o_THR, kv_b, N), expected_THV) < 1e-5
 
 
 def attention(q_THW, rows_SW, R, scale):
