@@ -26,12 +26,11 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not touch
-    the host."""
+    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not make
+    the host wait for the device."""
 
-    _stream: torch.cuda.Stream | None = (
-        None  # one for all, and one pool: graphs of a step never run at the same time
-    )
+    # One stream and one memory pool for all: graphs of a step never run at the same time.
+    _stream: torch.cuda.Stream | None = None
     _pool: Any = None
 
     def __init__(self, function: Callable[[], Any]):
@@ -56,13 +55,14 @@ class CudaGraph:
 
 
 class Captured:
-    """A function of tensors that is run as a graph where ``graph`` makes one, and plainly where it
-    is None.
+    """A function of tensors that runs as a captured graph where ``graph`` makes one, and plainly
+    where that is None.
 
-    ``buffers`` are the inputs that the graph reads: one that is given elsewhere is copied into its
+    ``buffers`` are the inputs that the graph reads: an input that lies elsewhere is copied into its
     buffer first.  The outputs are valid until the next call.  Inside another graph's capture, with
     gradients on, or for inputs of other shapes or types than the buffers', the function runs
-    plainly.  It must give the same when it is run twice on the same inputs.
+    plainly.  A capture runs the function before the first replay, so it must not write its own
+    ``buffers``.
     """
 
     capturing = False  # whether a capture is under way
@@ -77,28 +77,30 @@ class Captured:
         self._graph: Graph | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if (
-            self._make is None
-            or Captured.capturing
-            or torch.is_grad_enabled()
-            or not self._fit(inputs)
-        ):
+        plainly = self._make is None or Captured.capturing or torch.is_grad_enabled()
+        if plainly or not self._fit(inputs):
             return self._function(*inputs)
         for buffer, given in zip(self._buffers, inputs, strict=True):
             if given.data_ptr() != buffer.data_ptr():
                 buffer.copy_(given)
         if self._graph is None:
-            Captured.capturing = True
-            try:
-                self._graph = self._make(lambda: self._function(*self._buffers))
-            finally:
-                Captured.capturing = False
+            self._graph = self._capture()
         self._graph.replay()
         return self._graph.outputs
 
+    def _capture(self) -> Graph:
+        assert self._make is not None
+        Captured.capturing = True
+        try:
+            return self._make(lambda: self._function(*self._buffers))
+        finally:
+            Captured.capturing = False
+
     def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
-        pairs = zip(self._buffers, inputs, strict=True)
         return all(
-            b.shape == i.shape and b.dtype == i.dtype and b.device == i.device and i.is_contiguous()
-            for b, i in pairs
+            buffer.shape == given.shape
+            and buffer.dtype == given.dtype
+            and buffer.device == given.device
+            and given.is_contiguous()
+            for buffer, given in zip(self._buffers, inputs, strict=True)
         )

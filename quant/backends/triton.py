@@ -1,9 +1,11 @@
-"""``TritonOps``: the ops of a CUDA device, with the kernels of ``quant/kernels/triton_*.py``.
+"""``TritonOps``: a CUDA device with the kernels of ``slotmoe.quant.kernels.triton``.
 
-One token goes through kernels that are bound by reading the weights, in float32; many go through
-tensor cores in bfloat16. Weights stay as they are stored, in both.  With ``TRITON_INTERPRET=1`` the
-same kernels run on a CPU, for tests. Shape legend: T tokens, N rows out, K columns in or experts a
-token, D hidden_size, H heads, R kv_lora_rank, E experts.
+Kernels for one token are bound by reading the weights and compute in float32.  Kernels for many
+tokens use tensor cores in bfloat16.  Both read weights as they are stored.  With
+``TRITON_INTERPRET=1`` the same kernels run on a CPU, for tests.
+
+Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
+kv_lora_rank, E experts.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchOps
 from slotmoe.quant.backends.graphs import CudaGraph
-from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, parts, power
-from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
+from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight
 
-environ.setdefault(
-    "TRITON_DEFAULT_FP_FUSION", "1"
-)  # Triton 3.9 warns that its default will change; this is the present one
-_BM, _BN = 64, 64  # of a tile of many tokens; grouped rows depend on it bitwise, so it is one
-# tokens that attend one by one over the latent cache; more are the network's blockwise attention's
+# Triton 3.9 warns that its default will change; this is the present one.
+environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# A tile of many tokens.  Experts always use it: its size changes a row's last bits.
+_BM, _BN = 64, 64
+# So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
 
 
 class TritonOps(TorchOps):
-    """See the module.  ``graph`` makes the graphs of a decode step's stretches; None runs them
-    plainly."""
+    """See the module.  ``graph`` captures the graphs of a decode step; with None its kernels are
+    launched one by one."""
 
     kind = "triton"
 
@@ -58,24 +60,24 @@ class TritonOps(TorchOps):
         normed: Tensor | None = None,
         add: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """One row through one weight or two, one launch: ``out`` is float32 of N or N + N2 values.
+        """One row through one weight or two in one launch: ``out`` is float32 of N or N + N2
+        values.
 
-        ``norm`` is a weight and an epsilon: the row is normed first, and stands in ``normed`` too
+        ``norm`` is a weight and an epsilon: the row is normed first, and written to ``normed`` too
         if that is given.  ``add`` is one tensor or two: ``add[0] + y`` or ``add[0] + (add[1] +
         y)``.
         """
-        kind, data, scale, levels = parts(weight)
-        other = None if second is None else parts(second)
+        kind, data, scale, levels = operand(weight)
+        kind2, data2, scale2, levels2 = operand(weight if second is None else second)
         N, K = weight.shape
         N2 = 0 if second is None else second.shape[0]
         gain, eps = (None, 0.0) if norm is None else norm
         rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-            x_1K, gain, eps, normed, data, scale, N,
-            data if other is None else other.data, scale if other is None else other.scale, N2,
-            levels if levels is not None or other is None else other.levels,
+            x_1K, gain, eps, normed, data, scale, N, data2, scale2, N2,
+            levels2 if levels is None else levels,
             add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
-            KIND=kind, KIND2=kind if other is None else other.kind,
-            NORM=norm is not None, STORE=normed is not None, RESIDUALS=len(add), num_warps=8 if kind == DENSE else 4,
+            KIND=kind, KIND2=kind2, NORM=norm is not None, STORE=normed is not None,
+            RESIDUALS=len(add), num_warps=_warps(kind),
         )  # fmt: skip
         return out
 
@@ -83,71 +85,50 @@ class TritonOps(TorchOps):
         self, x_1D: Tensor, gate_proj: Weight, up_proj: Weight, out_1I: Tensor
     ) -> Tensor:
         """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
-        gate, up = parts(gate_proj), parts(up_proj)
+        gate, up = operand(gate_proj), operand(up_proj)
         N, K = gate_proj.shape
         rows.gate_up[(triton.cdiv(N, TILE),)](
-            x_1D,
-            gate.data,
-            gate.scale,
-            up.data,
-            up.scale,
-            gate.levels,
-            out_1I,
-            N,
-            K,
-            KIND=gate.kind,
-            num_warps=8 if gate.kind == DENSE else 4,
-        )
+            x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, N, K,
+            KIND=gate.kind, num_warps=_warps(gate.kind),
+        )  # fmt: skip
         return out_1I
 
     # Any number of tokens.
 
     def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
-        kind, data, scale, levels = parts(weight)
+        kind, data, scale, levels = operand(weight)
         T, (N, K) = len(x_TK), weight.shape
         if kind == DENSE and T != 1:
             return F.linear(x_TK.to(data.dtype), data).float()
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T == 1:
             return self.row(x_TK.float(), weight, y_TN)
-        BM = 16 if T <= 16 else _BM
-        tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
-            x_TK,
-            data,
-            scale,
-            levels,
-            y_TN,
-            T,
-            N,
-            K,
-            KIND=kind,
-            BM=BM,
-            BN=_BN,
-            WIDEN=self.interpreted,
-            num_warps=max(4, BM // 8),
+        tile = self._tile(16 if T <= 16 else _BM)
+        tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
+            x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
         )
         return y_TN
 
     def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
-        gate, up = parts(gate_proj), parts(up_proj)
+        gate, up = operand(gate_proj), operand(up_proj)
         T, (N, K) = len(x_TD), gate_proj.shape
         if gate.kind != up.kind or (gate.kind == DENSE and T != 1):
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
         x_TD = x_TD.contiguous()
         if T == 1:
-            return self.linear(
-                self.row_gate_up(x_TD, gate_proj, up_proj, torch.empty(1, N, device=x_TD.device)),
-                down_proj,
-            )
-        h_TN, BM = (
-            torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device),
-            16 if T <= 16 else _BM,
-        )
-        tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, BM))](
+            h_1N = torch.empty(1, N, device=x_TD.device)
+            return self.linear(self.row_gate_up(x_TD, gate_proj, up_proj, h_1N), down_proj)
+        h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
+        tile = self._tile(16 if T <= 16 else _BM)
+        tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
-            KIND=gate.kind, BM=BM, BN=_BN, WIDEN=self.interpreted, num_warps=max(4, BM // 8),
+            KIND=gate.kind, **tile,
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
+
+    def _tile(self, BM: int) -> dict[str, Any]:
+        """Options of a kernel for many tokens that makes ``BM`` rows a program."""
+        return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
     def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
         return self.linear(latent_BR, kv_b)
@@ -156,27 +137,18 @@ class TritonOps(TorchOps):
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
         T, H, N = q_THN.shape
-        _, data, scale, _ = parts(kv_b)
+        _, data, scale, _ = operand(kv_b)
         R, BR = kv_b.shape[1], 64
         y_THR = torch.empty(T, H, R, device=q_THN.device)
         mla.absorb_query[(triton.cdiv(R, BR), H, T)](
-            q_THN.contiguous(),
-            data,
-            scale,
-            y_THR,
-            H,
-            N,
-            kv_b.shape[0] // H,
-            R,
-            SCALED=scale is not None,
-            WIDTH=power(N),
-            BR=BR,
-        )
+            q_THN.contiguous(), data, scale, y_THR, H, N, kv_b.shape[0] // H, R,
+            SCALED=scale is not None, WIDTH=power(N), BR=BR,
+        )  # fmt: skip
         return y_THR
 
     def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
         T, H, R = o_THR.shape
-        _, data, scale, _ = parts(kv_b)
+        _, data, scale, _ = operand(kv_b)
         V, BV = kv_b.shape[0] // H - N, 16
         y_THV = torch.empty(T, H, V, device=o_THR.device)
         mla.values[(triton.cdiv(V, BV), H, T)](
@@ -196,7 +168,7 @@ class TritonOps(TorchOps):
         y_THR = torch.empty(T, H, R, device=q_THW.device)
         mla.attend[(splits, triton.cdiv(H, 16), T)](
             q_THW.contiguous(), rows_SW, None, 0, S, scale, part, best, total, T, H, R, P,
-            WHERE=False, HEADS=16, LATENT=power(R), ROPE=power(P),
+            LOCATED=False, HEADS=16, LATENT=power(R), ROPE=power(P),
         )  # fmt: skip
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
@@ -222,46 +194,46 @@ class TritonOps(TorchOps):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        experts = self._experts_one_by_one if len(x_TD) == 1 else self._experts_grouped
-        experts(x_TD.contiguous(), records, slots_E, indices_TK, y_TKD)
+        experts = self._experts_of_one_token if len(x_TD) == 1 else self._experts_by_groups
+        experts(x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD)
 
-    def _experts_one_by_one(
-        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
+    def _experts_of_one_token(
+        self, x_1D: Tensor, records: Records, slots_E: Tensor, indices_1K: Tensor, y_1KD: Tensor
     ) -> None:
         """Each use reads its expert's record, in float32."""
-        layout, (T, K) = records.layout, indices_TK.shape
+        layout, K, levels = records.layout, indices_1K.shape[1], records.levels
         D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
-        slots_TK = slots_E[indices_TK]
-        h = torch.empty(T * K, width, device=x_TD.device)
-        rows.experts_gate_up[(triton.cdiv(width, TILE), T * K)](
-            x_TD, records.slab, slots_TK, records.levels, h, K, D, width,
+        h_KI = torch.empty(K, width, device=x_1D.device)
+        rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
+            x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
             layout.record_bytes, at.up, at.gate_absmax, at.up_absmax,
         )  # fmt: skip
-        rows.experts_down[(triton.cdiv(D, TILE), T * K)](
-            h, records.slab, slots_TK, records.levels, y_TKD, D, width,
+        rows.experts_down[(triton.cdiv(D, TILE), K)](
+            h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
             layout.record_bytes, at.down, at.down_absmax,
         )  # fmt: skip
 
-    def _experts_grouped(
+    def _experts_by_groups(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        """All uses of an expert together, on tensor cores in bfloat16."""
-        layout, N, G, K = records.layout, indices_TK.numel(), len(slots_E), indices_TK.shape[1]
+        """All uses of an expert together, on tensor cores in bfloat16.  Experts without a slot are
+        sorted too, so an output doesn't depend on which experts a call computes."""
+        layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
-        sorted_N, order_N = indices_TK.flatten().sort(stable=True)
-        bounds = torch.arange(G + 1, device=x_TD.device)
-        starts_G1 = torch.searchsorted(sorted_N, bounds).int()
-        h = torch.empty(N, width, dtype=torch.bfloat16, device=x_TD.device)
-        # Tiles of rows if every group but the last ends in a started one.
-        most = N // _BM + min(N, G)
-        sizes = {"GROUPS": power(G), "BM": _BM, "BN": _BN, "WIDEN": self.interpreted}
-        sizes["num_warps"] = _BM // 8
-        tiles.experts_gate_up[(triton.cdiv(width, _BN), most)](
-            x_TD, order_N, K, starts_G1, slots_E, G, records.slab, records.levels, h, width, D,
+        E, levels = len(slots_E), records.levels
+        sorted_uses, order = indices_TK.flatten().sort(stable=True)
+        experts = torch.arange(E + 1, device=x_TD.device)
+        starts = torch.searchsorted(sorted_uses, experts, out_int32=True)
+        h = torch.empty(uses, width, dtype=torch.bfloat16, device=x_TD.device)
+        # Whole tiles, and one more for each expert whose uses end in a part of a tile.
+        programs = uses // _BM + min(uses, E)
+        sizes = {"GROUPS": power(E), **self._tile(_BM)}
+        tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
+            x_TD, order, K, starts, slots_E, E, records.slab, levels, h, width, D,
             layout.record_bytes, at.up, at.gate_absmax, at.up_absmax, **sizes,
         )  # fmt: skip
-        tiles.experts_down[(triton.cdiv(D, _BN), most)](
-            h, order_N, starts_G1, slots_E, G, records.slab, records.levels, y_TKD, D, width,
+        tiles.experts_down[(triton.cdiv(D, _BN), programs)](
+            h, order, starts, slots_E, E, records.slab, levels, y_TKD, D, width,
             layout.record_bytes, at.down, at.down_absmax, **sizes,
         )  # fmt: skip
 
@@ -270,14 +242,9 @@ class TritonOps(TorchOps):
         out_TD, block = torch.empty(T, D, device=y_TKD.device), 256
         # Multiplied and added apart, as torch does, so that both give the same bits.
         rows.weighted_sum[(triton.cdiv(D, block), T)](
-            y_TKD.contiguous(),
-            weights_TK.contiguous(),
-            out_TD,
-            K,
-            D,
-            BLOCK=block,
-            enable_fp_fusion=False,
-        )
+            y_TKD.contiguous(), weights_TK.contiguous(), out_TD, K, D,
+            BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
         return out_TD
 
 
@@ -292,11 +259,11 @@ class Offsets(NamedTuple):
 
 
 def offsets(layout: RecordLayout) -> Offsets:
-    names = (
-        "up_proj.weight",
-        "down_proj.weight",
-        "gate_proj.weight.absmax",
-        "up_proj.weight.absmax",
-        "down_proj.weight.absmax",
-    )
-    return Offsets(*(layout.parts[name].offset for name in names))
+    codes = "up_proj.weight", "down_proj.weight"
+    absmax = (f"{name}.weight.absmax" for name in PROJECTIONS)
+    return Offsets(*(layout.parts[name].offset for name in (*codes, *absmax)))
+
+
+def _warps(kind: int) -> int:
+    """Warps of a program that makes rows of one token's product."""
+    return 8 if kind == DENSE else 4

@@ -30,7 +30,7 @@ from slotmoe.quant.nf4 import Nf4Weight
 INT8, NF4, DENSE = rows.INT8.value, rows.NF4.value, rows.DENSE.value
 
 
-class Parts(NamedTuple):
+class Operand(NamedTuple):
     """A weight as the kernels take it."""
 
     kind: int
@@ -39,14 +39,14 @@ class Parts(NamedTuple):
     levels: Tensor | None
 
 
-def parts(weight: Any) -> Parts:
+def operand(weight: Any) -> Operand:
     """Raises ``TypeError`` for a weight that was prepared for another backend."""
     if isinstance(weight, Int8Weight):
-        return Parts(INT8, weight.q, weight.scale, None)
+        return Operand(INT8, weight.q, weight.scale, None)
     if isinstance(weight, Nf4Weight):
-        return Parts(NF4, weight.codes, weight.absmax, weight.levels)
+        return Operand(NF4, weight.codes, weight.absmax, weight.levels)
     if isinstance(weight, Tensor):
-        return Parts(DENSE, weight, None, None)
+        return Operand(DENSE, weight, None, None)
     raise TypeError("a tiled matrix is for the native kernels alone")
 
 
@@ -58,21 +58,23 @@ def power(n: int, least: int = 16) -> int:
 class Workspace:
     """The buffers of one token's step, which all layers share.
 
-    ``where`` is the position and the address of the sequence's latent cache, read by the kernels,
-    so that one graph serves every position and every sequence.
+    ``location`` is the position and the address of the sequence's latent cache.  The kernels read
+    it, so one graph serves every position and every sequence.
     """
 
     def __init__(self, device: torch.device, hidden: int, geometry: Any):
         H, _, P, R, V, *_ = geometry
         self._device = device
-        self.h_1D, self.middle_1D, self.x_1D, self.y_1D = (self.empty(1, hidden) for _ in range(4))
+        self.embedded_1D, self.h_1D, self.middle_1D, self.x_1D, self.y_1D = (
+            self.empty(1, hidden) for _ in range(5)
+        )
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
         self.q_HW = self.empty(H, R + P)
         splits = mla.SPLITS.value
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
-        self.where = torch.zeros(2, dtype=torch.int64, device=device)
-        self._now: list[int] = [0, 0]
+        self.location = torch.zeros(2, dtype=torch.int64, device=device)
+        self._last_location = [0, 0]
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
@@ -85,13 +87,15 @@ class Workspace:
         return self._scratch[name, width]
 
     def begin(self, rope_1C: Tensor, cache: Any) -> None:
-        """A step at the end of ``cache`` begins.  Values change by kernels, never by copies from
-        the host."""
+        """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
+        copies from the host."""
+        layers_LSW = cache.layers
+        assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
         self.rope_1C.copy_(rope_1C)
-        for index, value in enumerate((cache.length, cache.layers.untyped_storage().data_ptr())):
-            if value != self._now[index]:
-                self.where[index].fill_(value)
-                self._now[index] = value
+        for index, value in enumerate((cache.length, layers_LSW.data_ptr())):
+            if value != self._last_location[index]:
+                self.location[index].fill_(value)
+                self._last_location[index] = value
 
 
 class TritonDecoder:
@@ -105,22 +109,25 @@ class TritonDecoder:
         self._workspace = Workspace(norm.device, len(norm), geometry)
         self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
         self._backend, self._router = backend, geometry.router
-        self._whole: dict[torch.Size, Captured] = {}  # by the shape of the latent cache
+        self._whole: dict[int, Captured] = {}  # by the bytes of a layer in the latent cache
 
     def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
         """See ``slotmoe.model.network.Runner``."""
         (cache,) = step.caches
+        layer_bytes = cache.layers[0].nbytes
         if step.layer == 0 and step.x_TD is None:
             self._workspace.begin(step.rope_TC, cache)
             table = experts.slot_table()
             if table.complete:
-                self._run_all(step, cache, table, experts)
+                cache.extend(0, 1)
+                self._run_all(step, layer_bytes, table, experts)
                 return None
         if step.x_TD is not None:
             self._end(step)
         while step.layer < len(self._layers):
-            rows_SW = cache.extend(step.layer, 1)
-            step.h_TD, step.x_TD, logits_1E = self._layers[step.layer].begin(step.h_TD, rows_SW)
+            cache.extend(step.layer, 1)
+            layer = self._layers[step.layer]
+            step.h_TD, step.x_TD, logits_1E = layer.begin(step.h_TD, step.layer * layer_bytes)
             step.timer.mark("attention")
             if logits_1E is not None:
                 choice = self._backend.route(logits_1E, self._router)
@@ -134,27 +141,27 @@ class TritonDecoder:
         step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
         step.timer.mark("shared experts and dense layers")
 
-    def _run_all(self, step: Any, cache: Any, table: SlotTable, experts: Any) -> None:
-        """All layers as one graph.  It serves all caches of one shape and keeps the addresses of
-        all that it has touched."""
-        layers_LSW = cache.layers
-        cache.extend(0, 1)
-        if layers_LSW.shape not in self._whole:
-            function = partial(self._all_layers, table, layers_LSW)
-            captured = Captured(function, (self._workspace.h_1D,), self._backend.graph)
-            self._whole[layers_LSW.shape] = captured
-        step.h_TD, indices_M1K = self._whole[layers_LSW.shape](step.h_TD)
+    def _run_all(self, step: Any, layer_bytes: int, table: SlotTable, experts: Any) -> None:
+        """All layers as one graph.  It serves all caches whose layers have ``layer_bytes`` each and
+        keeps the addresses of all that it has touched, the slot table's too."""
+        if layer_bytes not in self._whole:
+            function = partial(self._all_layers, table, layer_bytes)
+            # Layers write ``h_1D``, so the first one reads another buffer.
+            buffers = (self._workspace.embedded_1D,)
+            self._whole[layer_bytes] = Captured(function, buffers, self._backend.graph)
+        step.h_TD, indices_M1K = self._whole[layer_bytes](step.h_TD)
         step.layer = len(self._layers)
         experts.passed(0, indices_M1K)
         step.timer.mark("captured layers")
 
     def _all_layers(
-        self, table: SlotTable, layers_LSW: Tensor, h_1D: Tensor
+        self, table: SlotTable, layer_bytes: int, h_1D: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """The residual stream after the last layer, [1, D], and the chosen experts, [M, 1, K]."""
         chosen: list[Tensor] = []
-        for layer, rows_SW in zip(self._layers, layers_LSW, strict=True):
+        for index, layer in enumerate(self._layers):
             y_1D = None
-            h_1D, x_1D, logits_1E = layer.begin(h_1D, rows_SW)
+            h_1D, x_1D, logits_1E = layer.begin(h_1D, index * layer_bytes)
             if logits_1E is not None:
                 weights_1K, indices_1K = self._backend.route(logits_1E, self._router)
                 y_1KD = torch.empty(*indices_1K.shape, x_1D.shape[1], device=x_1D.device)
@@ -170,80 +177,81 @@ class _Layer:
     """A layer's weights bound to the workspace."""
 
     def __init__(self, backend: Any, workspace: Workspace, geometry: Any, layer: Any):
-        self._ops, self._workspace, self._layer = backend, workspace, layer
+        self._backend, self._workspace, self._layer = backend, workspace, layer
         self._geometry, self._sizes = geometry, geometry[:5]
-        # By the layer's place in its cache, which depends on the context's size.
+        # By where the layer begins in its cache, which depends on the context's size.
         self._before: dict[int, Captured] = {}
         self._logits_1E = None if layer.gate is None else workspace.empty(1, len(layer.gate))
         routed = () if layer.gate is None else (workspace.y_1D,)
         buffers = workspace.middle_1D, workspace.x_1D, *routed
         self._after = Captured(self._feed_forward, buffers, backend.graph)
 
-    def begin(self, h_1D: Tensor, rows_SW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(self, h_1D: Tensor, layer_at: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """``h + attention(norm(h))``, the norm of that, and the router's logits [1, E], None in a
-        dense layer.  ``rows_SW`` are the layer's rows of the cache, float16."""
-        assert rows_SW.dtype == torch.float16 and rows_SW.is_contiguous()
-        at = int(rows_SW.storage_offset()) * 2
-        if at not in self._before:
-            function = partial(self._attention, at=at)
-            self._before[at] = Captured(function, (self._workspace.h_1D,), self._ops.graph)
-        self._before[at](h_1D)
-        return self._workspace.middle_1D, self._workspace.x_1D, self._logits_1E
+        dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
+        workspace = self._workspace
+        if layer_at not in self._before:
+            function = partial(self._attention, layer_at=layer_at)
+            self._before[layer_at] = Captured(function, (workspace.h_1D,), self._backend.graph)
+        self._before[layer_at](h_1D)
+        return workspace.middle_1D, workspace.x_1D, self._logits_1E
 
     def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
         self._after(*((h_1D, x_1D) if y_1D is None else (h_1D, x_1D, y_1D)))
         return self._workspace.h_1D
 
-    def _attention(self, h_1D: Tensor, at: int) -> None:
-        own, ops, layer = self._workspace, self._ops, self._layer
+    def _attention(self, h_1D: Tensor, layer_at: int) -> None:
+        workspace, layer, row = self._workspace, self._layer, self._backend.row
         H, N, P, R, _ = self._sizes
-        norm = (layer.input_layernorm, self._geometry.eps)
+        width, latent_width = H * (N + P), R + P
+        norm = layer.input_layernorm, self._geometry.eps
         if layer.q_a_proj is None:
-            q = ops.row(
-                h_1D, layer.q_proj, own.scratch("both", H * (N + P) + R + P), layer.kv_a_proj, norm
-            )
-            latent = q[:, H * (N + P) :]
+            both = workspace.scratch("both", width + latent_width)
+            q = row(h_1D, layer.q_proj, both, layer.kv_a_proj, norm)
+            latent = q[:, width:]
         else:
             Q = layer.q_a_proj.shape[0]
-            low = ops.row(
-                h_1D, layer.q_a_proj, own.scratch("low", Q + R + P), layer.kv_a_proj, norm
-            )
-            q, latent = own.scratch("q", H * (N + P)), low[:, Q:]
-            ops.row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
-        self._attend(q, latent, at)
-        ops.row(own.o_1X, layer.o_proj, own.middle_1D, add=(h_1D,))
-        norm = (layer.post_attention_layernorm, self._geometry.eps)
+            low = workspace.scratch("low", Q + latent_width)
+            row(h_1D, layer.q_a_proj, low, layer.kv_a_proj, norm)
+            q, latent = workspace.scratch("q", width), low[:, Q:]
+            row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
+        self._attend(q, latent, layer_at)
+        row(workspace.o_1X, layer.o_proj, workspace.middle_1D, add=(h_1D,))
+        norm = layer.post_attention_layernorm, self._geometry.eps
         if layer.gate is not None:
-            assert self._logits_1E is not None
-            ops.row(own.middle_1D, layer.gate, self._logits_1E, norm=norm, normed=own.x_1D)
+            logits_1E = self._logits_1E
+            row(workspace.middle_1D, layer.gate, logits_1E, norm=norm, normed=workspace.x_1D)
         else:
-            own.x_1D.copy_(ops.rms_norm(own.middle_1D, *norm))
+            workspace.x_1D.copy_(self._backend.rms_norm(workspace.middle_1D, *norm))
 
-    def _attend(self, q: Tensor, latent: Tensor, at: int) -> None:
+    def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
         """From the projections to each head's value, through the cache."""
-        own, layer, (H, N, P, R, V) = self._workspace, self._layer, self._sizes
-        _, kv_b, scale, _ = parts(layer.kv_b_proj)
+        workspace, layer, (H, N, P, R, V) = self._workspace, self._layer, self._sizes
+        location, sums = workspace.location, (workspace.part, workspace.best, workspace.total)
+        _, kv_b, scale, _ = operand(layer.kv_b_proj)
         BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
         mla.queries[(triton.cdiv(R, BR), H + 1)](
-            q, latent, torch.view_as_real(own.rope_1C), layer.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, own.where, at, own.q_HW,
-            H, N, P, R, N + V, SCALED=scaled, WIDTH=power(N), BR=BR, LATENT=power(R), PAIRS=power(P // 2),
+            q, latent, torch.view_as_real(workspace.rope_1C), layer.kv_a_layernorm,
+            self._geometry.latent_eps, kv_b, scale, location, layer_at, workspace.q_HW,
+            H, N, P, R, N + V,
+            SCALED=scaled, WIDTH=power(N), BR=BR, LATENT=power(R), PAIRS=power(P // 2),
         )  # fmt: skip
         mla.attend[(splits, triton.cdiv(H, 16), 1)](
-            own.q_HW, None, own.where, at, 0, self._geometry.softmax_scale, own.part, own.best, own.total, 1, H, R, P,
-            WHERE=True, HEADS=16, LATENT=power(R), ROPE=power(P),
+            workspace.q_HW, None, location, layer_at, 0, self._geometry.softmax_scale, *sums,
+            1, H, R, P,
+            LOCATED=True, HEADS=16, LATENT=power(R), ROPE=power(P),
         )  # fmt: skip
         mla.values[(triton.cdiv(V, BV), H, 1)](
-            own.part, own.best, own.total, own.where, kv_b, scale, own.o_1X, H, N, V, R,
+            *sums, location, kv_b, scale, workspace.o_1X, H, N, V, R,
             PARTS=True, SCALED=scaled, LATENT=power(R), BV=BV,
         )  # fmt: skip
 
     def _feed_forward(self, h_1D: Tensor, x_1D: Tensor, *y_1D: Tensor) -> None:
-        own, mlp = self._workspace, self._layer.mlp
+        workspace, mlp = self._workspace, self._layer.mlp
         if mlp is None:
-            torch.add(h_1D, y_1D[0], out=own.h_1D)
+            torch.add(h_1D, y_1D[0], out=workspace.h_1D)
             return
-        act = self._ops.row_gate_up(
-            x_1D, mlp.gate_proj, mlp.up_proj, own.scratch("act", mlp.gate_proj.shape[0])
-        )
-        self._ops.row(act, mlp.down_proj, own.h_1D, add=(h_1D, *y_1D))
+        act = workspace.scratch("act", mlp.gate_proj.shape[0])
+        self._backend.row_gate_up(x_1D, mlp.gate_proj, mlp.up_proj, act)
+        self._backend.row(act, mlp.down_proj, workspace.h_1D, add=(h_1D, *y_1D))

@@ -9,18 +9,20 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
-from slotmoe.model.network import DeepseekV2, route
+from slotmoe.model.network import DeepseekV2
+from slotmoe.model.routing import Router, route
 from slotmoe.offload.experts import ResidentExperts
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import TorchOps, gate_order_sum
+from slotmoe.quant import int8, nf4
+from slotmoe.quant.backends.base import TorchOps, new
 from slotmoe.quant.backends.native import NativeOps
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.nf4 import LEVELS, Nf4Weight
+from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
-from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from tests.support import plain
 from tests.support.oracle import relative_error, transformers_logits
+from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, REMOVE, random_weights, write_checkpoint
 
 YARN = {
@@ -118,11 +120,11 @@ def test_gate_is_limited_to_groups():
         }
     )
     wanted = torch.tensor([[4.0, 0.0, 3.0, 2.9]])  # experts 0, 1 | 2, 3
-    weights, indices = route(wanted, config)
+    weights, indices = route(wanted, Router.of(config))
     assert indices.tolist() == [[0, 1]]
     torch.testing.assert_close(weights, 4.0 * wanted.softmax(-1)[:, :2])
     greedy = parse_config({**SMALL_GATE, "topk_method": "greedy"})
-    assert route(wanted, greedy)[1].tolist() == [[0, 2]]
+    assert route(wanted, Router.of(greedy))[1].tolist() == [[0, 2]]
 
 
 SMALL_GATE = {
@@ -156,65 +158,99 @@ SMALL_GATE = {
     ids=[*GEOMETRIES, "no-shared-expert", "norm-topk-prob"],
 )
 def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
-    """At every position of the context, the last one too; and one prefill gives the same."""
+    """Wherever experts are, at every position of the context, the last one too; and one prefill
+    gives the same."""
     network = native_network(overrides, resident)
     config = network.config
-    assert None not in network.fused
-    row = network.ops.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
-    cache = [LatentCache(config, 40, row, torch.device("cpu")) for _ in range(3)]
     values = sum(-(-width // 4) * 4 for width in (config.kv_lora_rank, config.qk_rope_head_dim))
-    assert cache[0].nbytes == config.num_hidden_layers * 40 * (
-        values + 16
-    )  # two scales and two sums
-    alone = feed(network, cache[0], IDS, [1] * 40)
-    whole = feed(network, cache[1], IDS, [40])
-    if (
-        not config.tie_word_embeddings
-    ):  # a tied head is the embedding, row-major, and torch multiplies by it
-        assert torch.equal(alone, whole)
-    network.fused = [None] * config.num_hidden_layers
-    assert torch.equal(alone, feed(network, cache[2], IDS, [1] * 40))
-    assert torch.equal(cache[0].layers, cache[1].layers)
-    assert torch.equal(cache[0].layers, cache[2].layers)
+    scales = 16  # two scales and two sums
+    assert native_cache(network).nbytes == config.num_hidden_layers * 40 * (values + scales)
+    plainly = native_network(overrides, resident, LayerByLayerOps)
+    cache = native_cache(plainly)
+    expected = feed(plainly, cache, IDS, [1] * 40)
+    layers = len(config.moe_layers)
+    for in_table in ((), range(1, config.n_routed_experts)):
+        actual = native_cache(network)
+        network.experts.in_table, network.experts.calls, network.experts.chosen = in_table, [], []
+        assert torch.equal(feed(network, actual, IDS, [1] * 40), expected)
+        assert torch.equal(actual.layers, cache.layers)
+        assert network.experts.chosen == plainly.experts.chosen
+        calls = len(network.experts.calls)
+        assert 0 < calls < 40 * layers if in_table else calls == 40 * layers
+    network.experts.complete, network.experts.calls = True, []
+    whole = native_cache(network)
+    assert torch.equal(feed(network, native_cache(network), IDS, [1] * 40), expected)
+    assert not network.experts.calls
+    # A tied head is the embedding, row-major, and torch multiplies by it.
+    if not config.tie_word_embeddings:
+        assert torch.equal(feed(network, whole, IDS, [40]), expected)
+        assert torch.equal(whole.layers, cache.layers)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+@pytest.mark.parametrize("ops", ["native", "layer by layer"])
+@pytest.mark.parametrize("overrides", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_several_sequences_in_one_pass_are_bitwise_each_alone(overrides, ops):
+    """Sequences of different lengths, some experts in the slot table."""
+    kind = NativeOps if ops == "native" else LayerByLayerOps
+    network = native_network(overrides, "int8", kind)
+    network.experts.in_table = range(1, network.config.n_routed_experts)
+    lengths, expected, caches = (3, 17, 1, 30), [], []
+    for length in lengths:
+        cache = native_cache(network)
+        feed(network, cache, IDS, [length])
+        caches.append(cache)
+        alone = native_cache(network)
+        feed(network, alone, IDS, [length])
+        expected.append(feed(network, alone, IDS[length:], [1, 1]))
+    for step in range(2):
+        ids = torch.tensor([IDS[length + step] for length in lengths])
+        logits = network.head_each(network.forward(ids, caches))
+        assert torch.equal(logits, torch.stack([rows[step] for rows in expected]))
+    assert [cache.length for cache in caches] == [length + 2 for length in lengths]
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 def test_bf16_weights_go_op_by_op():
+    """No native call computes them, though every expert has a slot."""
     network = native_network({"n_shared_experts": None}, "bf16")
-    assert set(network.fused) == {None}
-    row = network.ops.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
-    cache = LatentCache(network.config, 40, row, torch.device("cpu"))
+    network.experts.complete, cache = True, native_cache(network)
     assert feed(network, cache, IDS, [39, 1]).isfinite().all()
+    assert network.experts.calls == [*network.config.moe_layers] * 2
 
 
-def native_network(overrides, resident):
-    """A network over the native kernels whose experts only scale and shift."""
+class LayerByLayerOps(NativeOps):
+    """The native kernels, one operation after the other."""
+
+    def decoder(self, geometry, layers):
+        return None
+
+
+def native_network(overrides, resident, kind=NativeOps):
     raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
-    config, ops = parse_config(raw), NativeOps(kernels.load())
+    config, ops, weights = parse_config(raw), kind(kernels.load()), random_weights(raw)
 
     def stored(name, weight):
-        kind = resident_quantization(role_of(name), resident)
-        if kind == "int8":
-            weight = Int8Weight(*quantize_int8(weight))
-        elif kind == "nf4":
-            weight = Nf4Weight(*quantize_nf4(weight), torch.tensor(LEVELS), tuple(weight.shape))
-        return ops.prepare(
-            role_of(name), weight if kind != "none" or weight.dim() == 2 else weight.float()
-        )
+        quantization = resident_quantization(role_of(name), resident)
+        if quantization == "int8":
+            weight = Int8Weight(*int8.quantize(weight))
+        elif quantization == "nf4":
+            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif weight.dim() == 1:
+            weight = weight.float()
+        return ops.prepare(role_of(name), weight)
 
-    def experts(layer, x_TD, weights_TK, indices_TK):
-        return gate_order_sum(
-            torch.stack([x_TD.roll(layer, -1)] * config.num_experts_per_tok, 1),
-            weights_TK * (1 + indices_TK),
-        )
-
-    weights = {
-        name: stored(name, weight)
-        for name, weight in random_weights(raw).items()
-        if ".experts." not in name
+    prepared = {
+        name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name
     }
-    return DeepseekV2(config, weights, ops, experts)
+    experts = SlabExperts(ops, config, weights, torch.device("cpu"))
+    return DeepseekV2(config, prepared, ops, experts)
+
+
+def native_cache(network, context=40):
+    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
+    return LatentCache(network.config, context, row, new)
 
 
 @pytest.fixture(scope="module")
@@ -226,30 +262,23 @@ def reference(tmp_path_factory):
     with Checkpoint.open(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
         ops = TorchOps()
-        network = DeepseekV2(checkpoint.config, weights, ops, ResidentExperts(weights, ops))
+        config = checkpoint.config
+        experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, ops)
+        network = DeepseekV2(config, weights, ops, experts)
+
+        def unwritten(shape, dtype):  # rows that are not written yet must never be read
+            return torch.full(shape, torch.nan, dtype=dtype)
 
         def cache(context=128, dtype=torch.float32):
-            made = LatentCache(
-                checkpoint.config,
-                context,
-                (checkpoint.config.latent_width, dtype),
-                torch.device("cpu"),
-            )
-            made.layers.fill_(float("nan"))  # rows that are not written yet must never be read
-            return made
+            return LatentCache(config, context, (config.latent_width, dtype), unwritten)
 
         yield network, cache
 
 
 def feed(network, cache, ids, sizes):
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(
-            network.forward(torch.tensor(ids[start : start + size]), cache, all_logits=True)
-        )
-        start += size
-    assert start == len(ids)
-    return torch.cat(parts)
+    """Logits of the first ``ids``, in passes of ``sizes`` tokens."""
+    passes = torch.tensor(ids[: sum(sizes)]).split(sizes)
+    return torch.cat([network.head(network.forward(ids_T, [cache])) for ids_T in passes])
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [39, 1], [7, 20, 13], [1, 38, 1]], ids=str)
@@ -265,12 +294,12 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monke
     network, cache = reference
     ids = (IDS * 6)[:200]
     wanted = feed(network, cache(256), ids, [200])  # in one block
-    monkeypatch.setattr("slotmoe.model.network._MAX_SCORES", 1)  # blocks of 64 positions
+    monkeypatch.setattr("slotmoe.model.layers._MAX_SCORES", 1)  # blocks of 64 positions
     expanded_calls = []
     monkeypatch.setattr(
-        network.ops,
+        network.backend,
         "expand",
-        lambda *a: expanded_calls.append(1) or TorchOps.expand(network.ops, *a),
+        lambda *a: expanded_calls.append(1) or TorchOps.expand(network.backend, *a),
     )
     expanded = feed(network, cache(256), ids, [200])
     assert len(expanded_calls) > 4
@@ -294,12 +323,13 @@ def test_cache_holds_one_latent_row_a_token_a_layer(reference):
 def test_failed_step_can_be_repeated(reference, monkeypatch):
     network, cache = reference
     made, wanted = cache(), feed(network, cache(), IDS, [20, 20])
-    feed(network, made, IDS[:20], [20])
+    feed(network, made, IDS, [20])
     with monkeypatch.context() as patch:
         patch.setattr(network, "experts", lambda *a: (_ for _ in ()).throw(RuntimeError("disk")))
         with pytest.raises(RuntimeError, match="disk"):
-            network.forward(torch.tensor(IDS[20:]), made)
-    assert torch.equal(network.forward(torch.tensor(IDS[20:]), made, all_logits=True), wanted[20:])
+            network.forward(torch.tensor(IDS[20:]), [made])
+    assert made.length == 20
+    assert torch.equal(feed(network, made, IDS[20:], [20]), wanted[20:])
 
 
 class _Largest(torch.overrides.TorchFunctionMode):
@@ -327,7 +357,7 @@ def test_no_temporary_grows_with_the_context(reference):
         made.layers[:, :length] = 0.01
         made.length = length
         with torch.inference_mode(), _Largest() as largest:
-            network.forward(torch.tensor([5]), made)
+            network.head(network.forward(torch.tensor([5]), [made]))
         assert largest.elements <= max(bound, c.vocab_size * c.hidden_size)
 
 

@@ -1,7 +1,8 @@
-"""What a step allocates on a card beside weights and slots, counted without one: tensors without
+"""What a step allocates on a GPU beside weights and slots, counted without one: tensors without
 memory, and kernels that are not launched.  The plan's scratch must hold it, and not much more."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -57,29 +59,23 @@ class Allocations(TorchDispatchMode):
 
 
 class Experts:
-    """What ``slotmoe.offload.card_experts`` allocates for a pass whose experts are all here."""
+    """What ``slotmoe.offload.experts`` allocates for a pass: some experts are computed by the slot
+    table, the others in calls of their own."""
 
-    def __init__(self, ops, layout):
-        self._ops, self._layout, self._levels = ops, layout, empty(16)
-        self._slab = empty(160, layout.record_bytes, dtype=torch.uint8)
+    def __init__(self, backend, layout):
+        self._backend = backend
+        self._records = Records(
+            empty(160, layout.record_bytes, dtype=torch.uint8), layout, empty(16)
+        )
 
     def __call__(self, layer, x_TD, weights_TK, indices_TK):
-        y_TKD, N = empty(*indices_TK.shape, x_TD.shape[1]), indices_TK.numel()
-        if len(x_TD) == 1:
-            self._ops.experts_by_slot(
-                x_TD, self._slab, indices_TK.int(), self._layout, self._levels, y_TKD
-            )
-        else:
-            tokens, starts, slots = (
-                empty(N, dtype=torch.int64),
-                empty(161, dtype=torch.int32),
-                empty(160, dtype=torch.int32),
-            )
-            y_ND = self._ops.experts_grouped(
-                x_TD, tokens, starts, slots, self._slab, self._layout, self._levels
-            )
-            y_TKD.flatten(0, 1).index_copy_(0, tokens, y_ND)
-        return self._ops.weighted_sum(y_TKD, weights_TK)
+        y_TKD, slots_E = empty(*indices_TK.shape, x_TD.shape[1]), empty(160, dtype=torch.int32)
+        for _ in range(2):
+            self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
+        return self._backend.weighted_sum(y_TKD, weights_TK)
+
+    def slot_table(self):
+        return SlotTable(self._records, empty(2, 160, dtype=torch.int32), complete=False)
 
 
 def resident(name, shape, mode):
@@ -87,10 +83,8 @@ def resident(name, shape, mode):
     if kind == "int8":
         return Int8Weight(empty(*shape, dtype=torch.int8), empty(shape[0]))
     if kind == "nf4":
-        codes, absmax = (
-            empty(*codes_shape(*shape), dtype=torch.uint8),
-            empty(*absmax_shape(*shape), dtype=torch.float16),
-        )
+        codes = empty(*codes_shape(*shape), dtype=torch.uint8)
+        absmax = empty(*absmax_shape(*shape), dtype=torch.float16)
         return Nf4Weight(codes, absmax, empty(16), shape)
     return empty(*shape)
 
@@ -105,23 +99,21 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
 
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *arguments, **options: None)
     config = read_config(geometry_path(geometry))
-    weights = {name: resident(name, shape, mode) for name, shape in resident_shapes(config).items()}
+    three = replace(config, num_hidden_layers=3)  # a dense one and two with experts
+    weights = {name: resident(name, shape, mode) for name, shape in resident_shapes(three).items()}
     layout, peaks = RecordLayout(config.hidden_size, config.moe_intermediate_size), {}
-    for tokens in (16, 128, 170, PREFILL_CHUNK):
+    backend = pick_ops(META, "triton")
+    row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
+    for tokens in (1, 16, 128, 170, PREFILL_CHUNK):
         for context in (512, 4096):
-            ops = pick_ops(torch.device("cpu"), "triton")
-            network, cache = (
-                DeepseekV2(config, weights, ops, Experts(ops, layout)),
-                LatentCache(config, context, (config.latent_width, torch.float16), META),
+            network = DeepseekV2(three, weights, backend, Experts(backend, layout))
+            cache = LatentCache(
+                three, context, row, lambda shape, dtype: empty(*shape, dtype=dtype)
             )
-            network.layers, network.fused = (
-                network.layers[:3],
-                network.fused[:3],
-            )  # a dense one and two of experts
             cache.length = context - tokens
             with Allocations() as allocations:
-                network.forward(empty(tokens, dtype=torch.int64), cache)
-            peaks[tokens, context] = allocations.peak - cache.nbytes
+                network.head(network.forward(empty(tokens, dtype=torch.int64), [cache])[-1:])
+            peaks[tokens, context] = allocations.peak
     planned = scratch_bytes(config, PREFILL_CHUNK, "triton") - CUBLAS_BYTES
     worst = max(peaks, key=peaks.__getitem__)
     assert peaks[worst] <= planned <= 1.2 * peaks[worst], (worst, peaks[worst], planned)

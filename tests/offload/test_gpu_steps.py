@@ -5,38 +5,34 @@ Without a CUDA device the kernels are interpreted, and a graph is a list of what
 memory.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import expert_name, role_of
+from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_ops
 from slotmoe.quant.backends.base import TorchOps
-from slotmoe.quant.backends.graphs import CudaGraph, Stretch
-from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.backends.graphs import Captured, CudaGraph
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
-from slotmoe.tools.bench.gpu import DeviceExperts
-from tests.support.device_experts import DeviceExperts
 from tests.support.engine import start
+from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 from tests.support.twin import Twin
 
 interpreter = pytest.importorskip(
     "triton.runtime.interpreter", reason="needs Triton, which is for Linux"
 )
-ROOT = Path(__file__).parents[2]
-LEVELS = torch.tensor(nf4.LEVELS)
+tl = pytest.importorskip("triton.language")
+mla = pytest.importorskip("slotmoe.quant.kernels.triton.mla")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {
     "num_hidden_layers": 2,
@@ -58,17 +54,29 @@ CONFIGS = {
 }
 
 
-def error(found, expected):
+def error(actual, expected):
     """Relative RMS difference."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+aten = torch.ops.aten
+# What makes the host wait for a GPU, or a GPU for the host's memory: no graph can hold it.
+NEEDS_THE_HOST = {
+    aten.item.default,
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.lift_fresh.default,  # torch.tensor(...)
+}
 
 
 class Recorded(TorchDispatchMode):
     """What ``CudaGraph`` is on a GPU: the kernels and torch operations of a function with the
     memory that they had.
 
-    ``replay`` repeats them there and calls nothing else; a function that asks for a value on the
-    host fails, as on a GPU.
+    ``replay`` repeats them there and calls nothing else.  A function that asks for a value on the
+    host, or uses one, fails as on a GPU.
     """
 
     made = 0
@@ -98,8 +106,12 @@ class Recorded(TorchDispatchMode):
             interpreter.GridExecutor.__call__, torch.Tensor.tolist = call, tolist
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        host = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-        assert operation not in host, "a graph's work asked for a value on the host"
+        if not self._inside:
+            masks = operation is aten.index.Tensor and any(
+                mask is not None and mask.dtype == torch.bool for mask in args[1]
+            )
+            refused = operation in NEEDS_THE_HOST or masks
+            assert not refused, f"a graph's work needs the host: {operation}"
         result = operation(*args, **(kwargs or {}))
         if not self._inside:
             self._work.append(lambda: self._repeat(operation, args, kwargs or {}, result))
@@ -109,7 +121,10 @@ class Recorded(TorchDispatchMode):
     def _repeat(operation, args, kwargs, result):
         again = operation(*args, **kwargs)
         pairs = zip(
-            *(one if isinstance(one, (tuple, list)) else (one,) for one in (result, again)),
+            *(
+                results if isinstance(results, (tuple, list)) else (results,)
+                for results in (result, again)
+            ),
             strict=True,
         )
         for old, new in pairs:
@@ -121,28 +136,7 @@ class Recorded(TorchDispatchMode):
             work()
 
 
-def experts_of(ops, config, weights, on_device):
-    """All experts of a checkpoint in one slab, in no order."""
-    layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
-    count = len(config.moe_layers) * config.n_routed_experts
-    slab = torch.zeros(count, layout.record_bytes, dtype=torch.uint8)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-    for (layer, expert), slot in zip(
-        ((m, e) for m in config.moe_layers for e in range(config.n_routed_experts)),
-        order,
-        strict=True,
-    ):
-        for name in PROJECTIONS:
-            codes, absmax = nf4.quantize(weights[expert_name(layer, expert, name)])
-            layout.part(slab[slot], f"{name}.weight").copy_(codes)
-            layout.part(slab[slot], f"{name}.weight.absmax").copy_(absmax)
-    tables = order.int().view(len(config.moe_layers), -1).to(DEVICE)
-    return DeviceExperts(
-        ops, layout, slab.to(DEVICE), dict(zip(config.moe_layers, tables, strict=True)), on_device
-    )
-
-
-def make_network(ops, resident="int8", on_device=False, **overrides):
+def make_network(backend, resident="int8", complete=False, **overrides):
     raw = {**CONFIG, **SMALL, **overrides}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
     config = parse_config(raw)
@@ -156,27 +150,29 @@ def make_network(ops, resident="int8", on_device=False, **overrides):
         elif kind == "nf4":
             weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))
-    return DeepseekV2(config, placed, ops, experts_of(ops, config, weights, on_device))
+    experts = SlabExperts(backend, config, weights, DEVICE, complete)
+    return DeepseekV2(config, placed, backend, experts)
 
 
 def cache_of(network, context=40):
-    cache = LatentCache(
-        network.config, context, (network.config.latent_width, torch.float16), DEVICE
-    )
-    cache.layers.fill_(torch.nan)
-    return cache
+    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
+
+    def poisoned(shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+    return LatentCache(network.config, context, row, poisoned)
 
 
 def decode(network, ids, cache):
-    return torch.cat(
-        [network.forward(torch.tensor([one], device=DEVICE), cache).clone() for one in ids]
-    )
+    """The residual stream after each of ``ids``, step by step."""
+    steps = [network.forward(torch.tensor([id], device=DEVICE), [cache]).clone() for id in ids]
+    return torch.cat(steps)
 
 
 def triton_ops(graph=None):
-    ops = pick_ops(DEVICE, "triton")
-    ops.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
-    return ops
+    backend = pick_ops(DEVICE, "triton")
+    backend.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
+    return backend
 
 
 def open_with(folder, kernels, context):
@@ -186,76 +182,122 @@ def open_with(folder, kernels, context):
     return Runtime.open(folder, device="cpu", ram="2GiB", context=context, kernels=kernels)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_splits():
+    """An interpreter's time goes with the number of programs, most of which have no rows here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(mla, "SPLITS", tl.constexpr(4))
+        yield
+
+
 @pytest.mark.parametrize("case", CONFIGS)
-def test_decode_and_prefill_agree_with_plain_torch(case):
+def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
-    ids = [3, 30]
-    plain, fast = (
-        make_network(TorchOps(), resident, **overrides),
-        make_network(triton_ops(), resident, **overrides),
-    )
-    expected = plain.forward(torch.tensor(ids, device=DEVICE), cache_of(plain), all_logits=True)
-    assert error(decode(fast, ids, cache_of(fast)), expected) < 3e-3
-    assert (
-        error(
-            fast.forward(torch.tensor(ids, device=DEVICE), cache_of(fast), all_logits=True),
-            expected,
-        )
-        < 2e-2
-    )
+    ids = torch.tensor([3, 30], device=DEVICE)
+    reference = make_network(TorchOps(), resident, **overrides)
+    plain = make_network(triton_ops(), resident, **overrides)
+    captured = make_network(triton_ops(Recorded), resident, complete=True, **overrides)
+    expected_TD = reference.forward(ids, [cache_of(reference)])
+    decoded_TD = decode(plain, ids.tolist(), cache_of(plain))
+    prefilled_TD = plain.forward(ids, [cache_of(plain)])
+    expected_TV = reference.head(expected_TD)
+    assert error(decoded_TD, expected_TD) < 3e-3
+    assert error(plain.head_each(decoded_TD), expected_TV) < 3e-3
+    assert error(prefilled_TD, expected_TD) < 2e-2
+    assert error(plain.head(prefilled_TD), expected_TV) < 2e-2
+    assert torch.equal(decode(captured, ids.tolist(), cache_of(captured)), decoded_TD)
+    assert not captured.experts.calls
 
 
-@pytest.mark.parametrize("on_device", [True, False])
-def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_sequence(on_device):
-    """Two sequences in turn, and one in a cache of another size, of which the graphs knew nothing
-    when they were made."""
+def in_turn(network):
+    """Steps of two sequences in turn, and of one in a cache of another size, to the last position
+    of a cache: every residual stream, and what the caches hold."""
+    a, b, c = cache_of(network, 3), cache_of(network, 3), cache_of(network, 5)
+    turns = zip((3, 9, 30, 8, 3, 7, 1), (a, b, a, c, a, b, c), strict=True)
+    steps = [decode(network, [id], cache) for id, cache in turns]
+    assert (a.length, b.length, c.length) == (3, 2, 2)
+    return torch.cat(steps), *(cache.layers[:, : cache.length] for cache in (a, b, c))
 
-    def run(network):
-        a, b, c = cache_of(network), cache_of(network), cache_of(network, context=9)
-        in_turn = [
-            decode(network, [one], cache)
-            for one, cache in zip((3, 9, 30, 8, 3), (a, b, a, b, c), strict=True)
-        ]
-        assert c.length == 1 and a.length == 2
-        return (
-            torch.cat(in_turn),
-            network.hidden_TD,
-            *(cache.layers[:, : cache.length].clone() for cache in (a, b, c)),
-        )
 
+@pytest.fixture(scope="module")
+def plain_turns(few_splits):
+    network = make_network(triton_ops())
+    return in_turn(network), network.experts.chosen
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_sequence(
+    plain_turns, complete
+):
+    """The graphs knew nothing of the other sequences when they were made."""
     Recorded.made = 0
-    plain = run(make_network(triton_ops(), on_device=False))
-    network = make_network(triton_ops(Recorded), on_device=on_device)
-    recorded = run(network)
-    for found, expected in zip(recorded, plain, strict=True):
-        assert torch.equal(found, expected)
+    network = make_network(triton_ops(Recorded), complete=complete)
+    for actual, expected in zip(in_turn(network), plain_turns[0], strict=True):
+        assert torch.equal(actual, expected)
+    assert network.experts.chosen == plain_turns[1]
+    assert network.experts.calls == ([] if complete else [1] * 7)
     if DEVICE.type == "cpu":
         # One graph for each size of cache, of whole steps; or one before and one after each layer's
-        # experts.
-        assert Recorded.made == (
-            2 if on_device else 2 * 2 + 1
-        )  # the first layer's place is the same in both
-        assert network.experts.calls == (2 * 2 if on_device else 5)
+        # experts, and one more for the second layer, which begins elsewhere in the other size.
+        assert Recorded.made == (2 if complete else 2 * 2 + 1)
 
 
-def test_whole_steps_and_layer_by_layer_mix():
-    """Where experts lose their slots between two steps, the position and the cache that a graph
-    reads are still right."""
-    ids = [3, 30, 17]
-    expected = decode(network := make_network(triton_ops()), ids, cache_of(network))
-    network = make_network(triton_ops(Recorded), on_device=True)
-    cache, found = cache_of(network), []
-    for one in ids:
-        found.append(decode(network, [one], cache))
-        network.experts.on_device = not network.experts.on_device
-    assert torch.equal(torch.cat(found), expected)
+class Marks:
+    """A timer that keeps the names of stages."""
+
+    def __init__(self):
+        self.stages = []
+
+    def mark(self, stage, now=None):
+        self.stages.append(stage)
 
 
-def test_a_watched_step_goes_part_by_part():
-    network, laps = make_network(triton_ops(), on_device=True), []
-    network.lap = laps.append
-    decode(network, [3], cache_of(network))
-    assert {"attention", "gate", "head"} <= set(laps)
+def test_whole_steps_layer_by_layer_and_prefill_mix_timed_or_not():
+    """Where experts lose their slots between two steps, and behind a prefill pass, the position and
+    the cache that a graph reads are still right.  A timed step runs the same graphs."""
+    plain, network = make_network(triton_ops()), make_network(triton_ops(Recorded))
+    networks = [(plain, cache_of(plain)), (network, cache_of(network))]
+    layer = ["attention", "shared experts and dense layers", "attention", "gate"]
+    layer += ["shared experts and dense layers"]
+    Recorded.made, marks = 0, Marks()
+    passes = [
+        ([3], True, ["rest", "captured layers"]),
+        ([30], False, ["rest", *layer]),
+        ([5, 9], False, None),
+        ([8], True, ["rest", "captured layers"]),
+        ([3], False, ["rest", *layer]),
+    ]
+    for number, (ids, complete, stages) in enumerate(passes):
+        network.experts.complete, marks.stages = complete, []
+        if number == 2:
+            made, network.timer = Recorded.made, marks
+        actual, expected = (
+            given.forward(torch.tensor(ids, device=DEVICE), [cache]) for given, cache in networks
+        )
+        assert torch.equal(actual, expected)
+        if number > 2:
+            assert marks.stages == stages
+    assert Recorded.made == made
+    assert network.experts.chosen == plain.experts.chosen
+    assert network.experts.calls == [1, 1, 1]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graph that fails is a recorded one")
+def test_a_step_that_fails_while_it_is_captured_can_be_repeated(plain_turns):
+    failures = [torch.OutOfMemoryError("no memory")]
+
+    def graph(function):
+        if failures:
+            raise failures.pop()
+        return Recorded(function)
+
+    network = make_network(triton_ops(graph), complete=True)
+    cache = cache_of(network, 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(network, [3], cache)
+    assert cache.length == 0 and not Captured.capturing
+    assert torch.equal(decode(network, [3], cache), plain_turns[0][0][:1])
 
 
 class Counting:
@@ -271,112 +313,126 @@ class Counting:
 
 
 @torch.inference_mode()
-def test_a_stretch_reads_its_buffers_and_nothing_else():
+def test_a_captured_function_reads_its_buffers_and_nothing_else():
     buffer, out = torch.zeros(2), torch.empty(2)
-    stretch = Stretch(lambda x: torch.mul(x, 2, out=out), (buffer,), Counting)
-    assert (
-        stretch(torch.tensor([1.0, 2.0])) is out
-        and out.tolist() == [2, 4]
-        and buffer.tolist() == [1, 2]
-    )
-    assert stretch(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
-    assert stretch(buffer) is out and out.tolist() == [6, 8]
+    captured = Captured(lambda x: torch.mul(x, 2, out=out), (buffer,), Counting)
+    assert captured(torch.tensor([1.0, 2.0])) is out
+    assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
+    assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
+    assert captured(buffer) is out and out.tolist() == [6, 8]
     assert Counting.latest.replays == 3
 
 
-def test_a_stretch_is_plain_for_other_shapes_types_and_with_gradients():
-    stretch = Stretch(lambda x: x * 2, (torch.zeros(2),), Counting)
+def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
+    captured = Captured(lambda x: x * 2, (torch.zeros(2),), Counting)
     Counting.latest = None
     with torch.inference_mode():
-        assert stretch(torch.ones(3)).tolist() == [2, 2, 2]
-        assert stretch(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
-        assert stretch(torch.ones(2, 2)[:, 0]).tolist() == [2, 2]
+        assert captured(torch.ones(3)).tolist() == [2, 2, 2]
+        assert captured(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+        assert captured(torch.ones(2, 2)[:, 0]).tolist() == [2, 2]
     x = torch.ones(2, requires_grad=True)
-    stretch(x).sum().backward()
+    captured(x).sum().backward()
     assert x.grad.tolist() == [2, 2] and Counting.latest is None
 
 
 @torch.inference_mode()
-def test_a_stretch_inside_another_is_part_of_it_and_a_failed_one_can_be_repeated():
-    inner = Stretch(lambda x: x + 1, (torch.zeros(2),), Counting)
-    outer = Stretch(lambda x: inner(x) * 2, (torch.zeros(2),), Recorded)
-    assert outer(torch.ones(2)).tolist() == [4, 4] and inner._graph is None
-
-    def fail(function):
-        raise RuntimeError("out of memory")
-
-    broken = Stretch(lambda x: x + 1, (torch.zeros(2),), fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        broken(torch.ones(2))
-    assert not Stretch.capturing
+def test_a_captured_function_inside_another_is_part_of_it():
+    Counting.latest = None
+    inner = Captured(lambda x: x + 1, (torch.zeros(2),), Counting)
+    outer = Captured(lambda x: inner(x) * 2, (torch.zeros(2),), Recorded)
+    assert outer(torch.ones(2)).tolist() == [4, 4] and Counting.latest is None
 
 
 @torch.inference_mode()
-def test_what_a_graph_would_not_do_again_is_found():
-    """The stand-in for a graph is strict: a value fetched by the host fails, and one that Python
-    computed is frozen."""
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x * x.tolist()[0],
+        lambda x: x * torch.tensor([2.0, 3.0]),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+    ],
+)
+def test_a_recorded_function_can_not_use_the_host(function):
+    """The stand-in for a graph is strict."""
     with pytest.raises(AssertionError, match="host"):
-        Stretch(lambda x: x * x.sum().item(), (torch.zeros(2),), Recorded)(torch.ones(2))
-    with pytest.raises(AssertionError, match="host"):
-        Stretch(lambda x: x * x.tolist()[0], (torch.zeros(2),), Recorded)(torch.ones(2))
+        Captured(function, (torch.zeros(2),), Recorded)(torch.ones(2))
+
+
+@torch.inference_mode()
+def test_a_value_that_python_computed_is_frozen_in_a_graph():
     position = [1]
-    stretch = Stretch(lambda x: x + position[0], (torch.zeros(2),), Recorded)
-    assert stretch(torch.ones(2)).tolist() == [2, 2]
+    captured = Captured(lambda x: x + position[0], (torch.zeros(2),), Recorded)
+    assert captured(torch.ones(2)).tolist() == [2, 2]
     position[0] = 5
-    assert stretch(torch.ones(2)).tolist() == [2, 2]
+    assert captured(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def small_export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder / "source", **{**SMALL, "vocab_size": CONFIG["vocab_size"]})
+    quantize(folder / "source", folder / "export")
+    return folder / "export"
 
 
 @pytest.mark.skipif(
-    DEVICE.type == "cuda",
-    reason="the twin of a card is in RAM, where kernels have to be interpreted",
+    DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
-def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(tmp_path, monkeypatch):
-    """On the engine's twin of a card; the head, most of an interpreter's time, is left out."""
+def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(small_export, monkeypatch):
+    """On the engine's twin of a GPU, watched and not: the same graph, the same bits, and a watcher
+    hears of every choice.  The head, most of an interpreter's time, is left out."""
     monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
-    write_checkpoint(tmp_path / "source", **{**SMALL, "vocab_size": CONFIG["vocab_size"]})
-    quantize(tmp_path / "source", tmp_path / "export")
-    found, made = [], []
+    outputs, routes = [], []
     for graph in (None, Recorded):
         twin = Twin()
-        monkeypatch.setattr(twin, "ops", lambda kernels, threads, graph=graph: triton_ops(graph))
+        monkeypatch.setattr(twin, "backend", lambda *choice, graph=graph: triton_ops(graph))
         monkeypatch.setattr(
             "slotmoe.offload.runtime.choose_device", lambda wanted, twin=twin: (twin, "a test")
         )
         Recorded.made = 0
-        with Runtime.open(tmp_path / "export", context=32, misses="fetch") as runtime:
+        with Runtime.open(small_export, context=32, misses="fetch") as runtime:
             runtime.warm()
             step, before = start(runtime), runtime.stats()["cache"]["hits"]
-            found.append(torch.cat([step([one]).clone() for one in (5, 900, 17)]))
+            steps = [step([5]).clone()]
+            assert runtime.stats()["cache"]["hits"] == before + SMALL["num_experts_per_tok"]
+            runtime.model.experts.on_route(routes.append)
+            steps += [step([900]).clone(), step([17]).clone()]
             assert runtime.stats()["cache"]["hits"] == before + 3 * SMALL["num_experts_per_tok"]
-            made.append(Recorded.made)
-    assert torch.equal(*found) and made == [0, 1]
+            assert Recorded.made == (0 if graph is None else 1)
+            outputs.append(torch.cat(steps))
+    assert torch.equal(*outputs)
+    plain, captured = routes[:2], routes[2:]
+    assert [route.indices for route in captured] == [route.indices for route in plain]
+    assert all((route.row, route.hits, route.misses) == (0, 2, 0) for route in routes)
 
 
 def test_a_runtime_on_triton_kernels_says_what_the_others_say(tmp_path):
     write_checkpoint(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "export")
-    found = {}
+    logits, texts, names = {}, {}, {}
     for kernels in ("torch", "triton"):
         with open_with(tmp_path / "export", kernels, 32) as runtime:
-            tokens = [token.id for token in runtime.generate([5, 900, 17, 4], max_new_tokens=2)]
-            found[kernels] = (runtime.logits([5, 900, 17, 4]), tokens, runtime.stats()["kernels"])
-    assert "triton" in found["triton"][2]
-    assert found["triton"][1] == found["torch"][1]
-    assert error(found["triton"][0], found["torch"][0]) < 2e-2
+            tokens = runtime.generate([5, 900, 17, 4], max_new_tokens=2)
+            texts[kernels] = [token.id for token in tokens]
+            logits[kernels] = runtime.logits([5, 900, 17, 4])
+            names[kernels] = runtime.stats()["kernels"]
+    assert "triton" in names["triton"]
+    assert texts["triton"] == texts["torch"]
+    assert error(logits["triton"], logits["torch"]) < 2e-2
 
 
 @pytest.mark.slow
 def test_the_sample_on_triton_kernels_says_what_it_says_on_a_cpu(sample_export):
-    found = {}
+    logits, texts = {}, {}
     for kernels in ("auto", "torch", "triton"):
         with open_with(sample_export, kernels, 64) as runtime:
-            logits = runtime.logits(
-                runtime.tokenizer.encode("It is a truth universally acknowledged")
-            )
-            found[kernels] = (
-                logits,
-                [token.id for token in runtime.generate("My fellow citizens,", max_new_tokens=8)],
-            )
+            prompt = runtime.tokenizer.encode("It is a truth universally acknowledged")
+            logits[kernels] = runtime.logits(prompt)
+            tokens = runtime.generate("My fellow citizens,", max_new_tokens=8)
+            texts[kernels] = [token.id for token in tokens]
     for kernels in ("auto", "torch"):
-        assert found["triton"][1] == found[kernels][1]
-        assert error(found["triton"][0], found[kernels][0]) < 2e-2
+        assert texts["triton"] == texts[kernels]
+        assert error(logits["triton"], logits[kernels]) < 2e-2

@@ -1,9 +1,9 @@
-"""Compiles what the Triton ops launch for V2-Lite's shapes, for a card that need not be here:
-``compile_gpu.py 86 [prefill]``.
+"""Compiles what the Triton backend launches for V2-Lite's shapes, for a GPU that need not be here:
+``python -m tests.support.compile_gpu sm_86 [all]``.  ``all`` adds prefill and NF4 resident weights.
 
-A process of its own, since Triton interprets in the tests' one. Each line of the output is a JSON
-object: kernel, the bytes of shared memory that a program takes, and whether it spills registers
-into memory.
+A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
+object: kernel, the bytes of shared memory that a program takes, its registers, and the bytes that
+it spills into memory.
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -19,14 +20,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.model.network import Layer, Mlp
+from slotmoe.model.layers import Geometry, Layer, Mlp, NoTimer, Step
+from slotmoe.model.routing import Router
+from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonOps
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import absmax_shape, codes_shape
 
-D, I, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
+D, WIDTH, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -38,66 +41,54 @@ TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
+def described(kernel, arguments):
+    """What a launch with ``arguments`` would compile: the types, constants and alignments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        specialized = not parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and specialized
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            is_tensor = isinstance(value, torch.Tensor)
+            signature[name] = "*" + TYPES[value.dtype] if is_tensor else "i32"
+            address = value.storage_offset() * value.element_size() if is_tensor else value
+            if specialized and address % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def resources(compiled):
+    """Registers and spilled bytes of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": counts["REG"], "spilled": counts["STACK"]}
+
+
 def compile_instead(capability):
-    """A ``JITFunction.run`` that compiles as a launch with these arguments would, once each."""
+    """A ``JITFunction.run`` that compiles as a launch with these arguments would, once for each
+    kind of arguments."""
     seen = set()
 
     def run(kernel, *args, grid, warmup, **options):
-        given = dict(zip(kernel.arg_names, args, strict=False)) | {
-            name: options.pop(name) for name in kernel.arg_names if name in options
-        }
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(kernel.params):
-            name, value = parameter.name, given[parameter.name]
-            if (
-                parameter.is_constexpr
-                or value is None
-                or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
-            ):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            address = (
-                value.storage_offset() * value.element_size()
-                if isinstance(value, torch.Tensor)
-                else value
-            )
-            signature[name] = (
-                "*" + TYPES[value.dtype]
-                if isinstance(value, torch.Tensor)
-                else "fp32"
-                if isinstance(value, float)
-                else "i32"
-            )
-            if (
-                not parameter.do_not_specialize
-                and not isinstance(value, float)
-                and address % 16 == 0
-            ):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        key = kernel.__name__, kernel.fn.__module__, str((signature, constants, attributes))
-        if key in seen:
-            return
-        seen.add(key)
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        found = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+        description = described(kernel, arguments)
         name = f"{kernel.fn.__module__}.{kernel.__name__}"
-        print(
-            json.dumps(
-                {
-                    "kernel": name,
-                    "shared": compiled.metadata.shared,
-                    "registers": found["REG"],
-                    "spilled": found["STACK"],
-                }
-            )
-        )
+        if (name, str(description)) in seen:
+            return
+        seen.add((name, str(description)))
+        source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=options)
+        shared = compiled.metadata.shared
+        print(json.dumps({"kernel": name, "shared": shared, **resources(compiled)}))
 
     return run
 
@@ -119,53 +110,61 @@ def nf4(n, k):
     )
 
 
-def decode(ops, make):
-    attention = (
-        make(H * (N + P), D),
-        None,
-        None,
-        None,
-        make(R + P, D),
-        empty(R),
-        int8(H * (N + V), R),
-        make(D, H * V),
-    )
+def records():
+    layout = RecordLayout(D, WIDTH)
+    return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(16))
+
+
+class CompleteExperts:
+    """The network's experts where all have slots."""
+
+    def slot_table(self):
+        return SlotTable(records(), empty(1, E, dtype=torch.int32), complete=True)
+
+    def passed(self, layer, indices_MTK):
+        assert indices_MTK.shape == (1, 1, K)
+
+
+def decode(backend, make):
+    """One token through one layer with experts."""
     layer = Layer(
-        empty(D),
-        *attention,
-        empty(D),
-        empty(E, D),
-        Mlp(make(2 * I, D), make(2 * I, D), make(D, 2 * I)),
+        input_layernorm=empty(D),
+        q_proj=make(H * (N + P), D),
+        q_a_proj=None,
+        q_a_layernorm=None,
+        q_b_proj=None,
+        kv_a_proj=make(R + P, D),
+        kv_a_layernorm=empty(R),
+        kv_b_proj=int8(H * (N + V), R),
+        o_proj=make(D, H * V),
+        post_attention_layernorm=empty(D),
+        gate=empty(E, D),
+        mlp=Mlp(make(2 * WIDTH, D), make(2 * WIDTH, D), make(D, 2 * WIDTH)),
     )
-    fused = ops.fuse(layer, (H, N, P, R, V), 1e-6, 1e-6, 0.1)
-    fused._attention(empty(1, D), 0)
-    fused._feed_forward(empty(1, D), empty(1, D), empty(1, D))
-    layout, y_1KD = RecordLayout(D, I), empty(1, K, D)
-    slab = empty(E, layout.record_bytes, dtype=torch.uint8)
-    ops.experts_by_slot(empty(1, D), slab, empty(1, K, dtype=torch.int32), layout, empty(16), y_1KD)
-    ops.weighted_sum(y_1KD, empty(1, K))
-    ops.route(empty(1, E), 1, 1, K, 1.0)
+    geometry = Geometry(H, N, P, R, V, 1e-6, 1e-6, 0.1, Router(1, 1, K, 1.0), WIDTH)
+    cache = SimpleNamespace(
+        length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
+    )
+    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), [cache], NoTimer())
+    assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts()) is None
 
 
-def prefill(ops, make):
+def prefill(backend, make):
     for T in (4, 512):
-        ops.linear(empty(T, D), make(3072, D))
-        ops.mlp(empty(T, D), make(2 * I, D), make(2 * I, D), make(D, 2 * I))
-    ops.mla(empty(4, H, R + P), empty(4096, R + P, dtype=torch.float16), R, 0.1)
-    ops.absorb_query(empty(4, H, N), int8(H * (N + V), R))
-    ops.absorb_value(empty(4, H, R), int8(H * (N + V), R), N)
-    layout, tokens = RecordLayout(D, I), empty(512 * K, dtype=torch.int64)
-    slab, starts = empty(E, layout.record_bytes, dtype=torch.uint8), empty(E + 1, dtype=torch.int32)
-    ops.experts_grouped(
-        empty(512, D), tokens, starts, empty(E, dtype=torch.int32), slab, layout, empty(16)
-    )
+        backend.linear(empty(T, D), make(3072, D))
+        backend.mlp(empty(T, D), make(2 * WIDTH, D), make(2 * WIDTH, D), make(D, 2 * WIDTH))
+    backend.mla(empty(4, H, R + P), empty(4096, R + P, dtype=torch.float16), R, 0.1)
+    backend.absorb_query(empty(4, H, N), int8(H * (N + V), R))
+    backend.absorb_value(empty(4, H, R), int8(H * (N + V), R), N)
+    slots_E, indices_TK = empty(E, dtype=torch.int32), empty(512, K, dtype=torch.int64)
+    backend.experts(empty(512, D), records(), slots_E, indices_TK, empty(512, K, D))
 
 
 if __name__ == "__main__":
-    JITFunction.run = compile_instead(int(sys.argv[1]))
-    ops = TritonOps(torch.device("cuda"))
-    ops.graph = None
-    for make in (int8, nf4) if "prefill" in sys.argv else (int8,):
-        decode(ops, make)
-        if "prefill" in sys.argv:
-            prefill(ops, make)
+    JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
+    backend = TritonOps(torch.device("cuda"))
+    backend.graph = None
+    for make in (int8, nf4) if "all" in sys.argv else (int8,):
+        decode(backend, make)
+        if "all" in sys.argv:
+            prefill(backend, make)

@@ -1,11 +1,13 @@
 """Triton kernels of Multi-head Latent Attention in its absorbed form, for a few tokens over a long
 latent cache.
 
-The context is split over programs (flash decoding); how depends on its length alone, so a result
-does not change with anything else.  Keys and values are the fp16 latent rows themselves.  Where a
-kernel takes ``where`` (int64 [2] on the device: the token's position, the address of its layer 0's
-row 0), one captured graph serves every position and every sequence. Shapes: T tokens, H heads, N
-and V width of a head's unrotated query and value, P of its rotated part, R latent, X = N + V.
+The context is split over programs (flash decoding).  The split depends on the context's length
+alone, so a result does not change with anything else.  Keys and values are the fp16 latent rows
+themselves.  Where a kernel takes ``location`` (int64 [2] on the device: the token's position and
+the address of its latent cache), one captured graph serves every position and every sequence;
+``layer_at`` is how many bytes behind that address the layer's rows begin.  Shapes: T tokens, H
+heads, N and V width of a head's unrotated query and value, P of its rotated part, R latent,
+X = N + V.
 """
 
 import triton
@@ -23,19 +25,21 @@ def _split(length):
 
 
 @triton.jit
-def _rotated(x_ptr, table_ptr, P, PAIRS: tl.constexpr):
+def _rotated(x_ptr, rope_ptr, P, PAIRS: tl.constexpr):
     """Both halves of interleaved pairs times the complex table [P / 2]."""
     i = tl.arange(0, PAIRS)
-    there = i < P // 2
-    real, imaginary = (
-        tl.load(x_ptr + 2 * i, mask=there, other=0.0),
-        tl.load(x_ptr + 2 * i + 1, mask=there, other=0.0),
-    )
-    c, s = (
-        tl.load(table_ptr + 2 * i, mask=there, other=0.0),
-        tl.load(table_ptr + 2 * i + 1, mask=there, other=0.0),
-    )
+    valid = i < P // 2
+    real = tl.load(x_ptr + 2 * i, mask=valid, other=0.0)
+    imaginary = tl.load(x_ptr + 2 * i + 1, mask=valid, other=0.0)
+    c = tl.load(rope_ptr + 2 * i, mask=valid, other=0.0)
+    s = tl.load(rope_ptr + 2 * i + 1, mask=valid, other=0.0)
     return real * c - imaginary * s, real * s + imaginary * c
+
+
+@triton.jit
+def _saturated(x):
+    """To float16, the largest instead of infinity."""
+    return tl.clamp(x, -65504.0, 65504.0).to(tl.float16)
 
 
 @triton.jit
@@ -55,18 +59,9 @@ def _absorbed(q_ptr, w_ptr, scale_ptr, first, r, N, R, SCALED: tl.constexpr, WID
 
 @triton.jit
 def absorb_query(
-    q_ptr,
-    w_ptr,
-    scale_ptr,
-    y_ptr,
-    H,
-    N,
-    X,
-    R,
-    SCALED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BR: tl.constexpr,
-):
+    q_ptr, w_ptr, scale_ptr, y_ptr, H, N, X, R,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """y [T, H, R] = each head's q [T, H, N] times its first N rows of kv_b [H * X, R]."""
     head, t = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -76,8 +71,10 @@ def absorb_query(
 
 @triton.jit
 def queries(
-    q_ptr, c_ptr, table_ptr, norm_ptr, eps, w_ptr, scale_ptr, where_ptr, layer_bytes, y_ptr, H, N, P, R, X,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, LATENT: tl.constexpr, PAIRS: tl.constexpr,
+    q_ptr, c_ptr, rope_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer_at, y_ptr,
+    H, N, P, R, X,
+    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, LATENT: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One token, from its projections q [H * (N + P)] and c [R + P]: each head's absorbed query and
     rotated part into y [H, R + P]; the last head's program norms the latent, rotates the key and
@@ -91,32 +88,25 @@ def queries(
         y = _absorbed(q_ptr, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
         tl.store(y_ptr + head * W + r, y, mask=r < R)
         if block == 0:
-            first, second = _rotated(q_ptr + N, table_ptr, P, PAIRS)
+            first, second = _rotated(q_ptr + N, rope_ptr, P, PAIRS)
             tl.store(y_ptr + head * W + R + 2 * i, first, mask=i < P // 2)
             tl.store(y_ptr + head * W + R + 2 * i + 1, second, mask=i < P // 2)
     elif block == 0:
-        row_ptr = (tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)) + tl.load(
-            where_ptr
-        ) * W
+        layer_ptr = (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16))
+        row_ptr = layer_ptr + tl.load(location_ptr) * W
         r = tl.arange(0, LATENT)
         c = tl.load(c_ptr + r, mask=r < R, other=0.0)
         c = c / tl.sqrt(tl.sum(c * c, 0) / R + eps) * tl.load(norm_ptr + r, mask=r < R, other=0.0)
-        first, second = _rotated(c_ptr + R, table_ptr, P, PAIRS)
-        tl.store(row_ptr + r, tl.clamp(c, -65504.0, 65504.0).to(tl.float16), mask=r < R)
-        tl.store(
-            row_ptr + R + 2 * i, tl.clamp(first, -65504.0, 65504.0).to(tl.float16), mask=i < P // 2
-        )
-        tl.store(
-            row_ptr + R + 2 * i + 1,
-            tl.clamp(second, -65504.0, 65504.0).to(tl.float16),
-            mask=i < P // 2,
-        )
+        first, second = _rotated(c_ptr + R, rope_ptr, P, PAIRS)
+        tl.store(row_ptr + r, _saturated(c), mask=r < R)
+        tl.store(row_ptr + R + 2 * i, _saturated(first), mask=i < P // 2)
+        tl.store(row_ptr + R + 2 * i + 1, _saturated(second), mask=i < P // 2)
 
 
 @triton.jit(do_not_specialize=["S", "T"])
 def attend(
-    q_ptr, rows_ptr, where_ptr, layer_bytes, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
-    WHERE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    q_ptr, rows_ptr, location_ptr, layer_at, S, scale, part_ptr, best_ptr, total_ptr, T, H, R, P,
+    LOCATED: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     """One split of the context for HEADS heads of one token: unnormalised sums [T, H, SPLITS, R],
     best score and total weight.
@@ -126,10 +116,10 @@ def attend(
     """
     split, t = tl.program_id(0), tl.program_id(2)
     W = R + P
-    if WHERE:
-        length = (tl.load(where_ptr) + 1).to(tl.int32)
+    if LOCATED:
+        length = (tl.load(location_ptr) + 1).to(tl.int32)
         rows_ptr = tl.multiple_of(
-            (tl.load(where_ptr + 1) + layer_bytes).to(tl.pointer_type(tl.float16)), 16
+            (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16)), 16
         )
     else:
         length = S - T + 1 + t
@@ -139,18 +129,14 @@ def attend(
         r = tl.arange(0, LATENT)
         p = tl.arange(0, ROPE)
         row_of_q = q_ptr + (t * H + head)[:, None] * W
-        latent_there, rope_there = (
-            (head < H)[:, None] & (r < R)[None, :],
-            (head < H)[:, None] & (p < P)[None, :],
-        )
-        latent = tl.load(row_of_q + r[None, :], mask=latent_there, other=0.0)
-        rope = tl.load(row_of_q + R + p[None, :], mask=rope_there, other=0.0)
+        latent_valid = (head < H)[:, None] & (r < R)[None, :]
+        rope_valid = (head < H)[:, None] & (p < P)[None, :]
+        latent = tl.load(row_of_q + r[None, :], mask=latent_valid, other=0.0)
+        rope = tl.load(row_of_q + R + p[None, :], mask=rope_valid, other=0.0)
         size = tl.maximum(tl.max(tl.abs(latent), 1), tl.max(tl.abs(rope), 1))
         size = tl.where(size > 0, size, 1.0)
-        latent, rope = (
-            (latent / size[:, None]).to(tl.float16),
-            (rope / size[:, None]).to(tl.float16),
-        )
+        latent = (latent / size[:, None]).to(tl.float16)
+        rope = (rope / size[:, None]).to(tl.float16)
         factor = size * scale * 1.4426950408889634  # powers of two
         best = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.full([HEADS], 0, tl.float32)
@@ -159,18 +145,18 @@ def attend(
         for first in range(split * share, stop, ROWS):
             s = first + tl.arange(0, ROWS)
             row_ptr = rows_ptr + s.to(tl.int64)[:, None] * W
-            there = s < stop
-            c = tl.load(row_ptr + r[None, :], mask=there[:, None] & (r < R)[None, :], other=0.0)
-            k = tl.load(row_ptr + R + p[None, :], mask=there[:, None] & (p < P)[None, :], other=0.0)
+            valid = s < stop
+            c = tl.load(row_ptr + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
+            k = tl.load(row_ptr + R + p[None, :], mask=valid[:, None] & (p < P)[None, :], other=0.0)
             scores = (tl.dot(latent, tl.trans(c)) + tl.dot(rope, tl.trans(k))) * factor[:, None]
-            scores = tl.where(there[None, :], scores, float("-inf"))
+            scores = tl.where(valid[None, :], scores, float("-inf"))
             better = tl.maximum(best, tl.max(scores, 1))
             decay, weights = tl.exp2(best - better), tl.exp2(scores - better[:, None])
             total = total * decay + tl.sum(weights, 1)
             sums = sums * decay[:, None] + tl.dot(weights.to(tl.float16), c)
             best = better
         at = (t * H + head) * SPLITS + split
-        tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=latent_there)
+        tl.store(part_ptr + at[:, None] * R + r[None, :], sums, mask=latent_valid)
         tl.store(best_ptr + at, best, mask=head < H)
         tl.store(total_ptr + at, total, mask=head < H)
 
@@ -211,7 +197,7 @@ def combine(part_ptr, best_ptr, total_ptr, S, y_ptr, T, H, R, LATENT: tl.constex
 
 @triton.jit
 def values(
-    o_ptr, best_ptr, total_ptr, where_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
+    o_ptr, best_ptr, total_ptr, location_ptr, w_ptr, scale_ptr, y_ptr, H, N, V, R,
     PARTS: tl.constexpr, SCALED: tl.constexpr, LATENT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """y [T, H, V] = each head's latent output through its last V rows of kv_b; the output is o [T,
@@ -219,7 +205,7 @@ def values(
     head, t = tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, LATENT)
     if PARTS:
-        _, splits = _split((tl.load(where_ptr) + 1).to(tl.int32))
+        _, splits = _split((tl.load(location_ptr) + 1).to(tl.int32))
         o = _combined(o_ptr, best_ptr, total_ptr, head * SPLITS, splits, r, R)
         o = tl.where(r < R, o, 0.0)
     else:

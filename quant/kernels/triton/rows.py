@@ -3,9 +3,11 @@ of the weights.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
 stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton`` launches these and
-knows what the arguments mean; only it imports this module. Shapes: K columns, N rows of a weight;
-kinds of weight as below.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words, word
-16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+knows what the arguments mean.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words,
+word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+
+Shapes: K columns, N rows of a weight; T tokens, D hidden_size; E experts, of which a token uses
+TOP_K.
 """
 
 import triton
@@ -32,16 +34,9 @@ def nf4_shift(j):
 
 @triton.jit
 def _nf4_rows(
-    x_ptr,
-    g_ptr,
-    codes_ptr,
-    absmax_ptr,
-    levels_ptr,
-    tile,
-    K,
-    NORM: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    x_ptr, g_ptr, codes_ptr, absmax_ptr, levels_ptr, tile, K,
+    NORM: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
     words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     blocks = (K + 63) // 64
@@ -50,18 +45,18 @@ def _nf4_rows(
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
     for first in range(0, blocks, BLOCKS):
-        here = first * 8 + group
-        there = here < blocks * 8
+        at = first * 8 + group
+        valid = at < blocks * 8
         words = tl.load(
-            words_ptr + (tile * blocks * 8 + here)[:, None] * 16 + lane[None, :],
-            mask=there[:, None],
+            words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :],
+            mask=valid[:, None],
             other=0,
         )
-        at = (tile * blocks + here // 8)[:, None] * 16 + lane[None, :]
-        scale = tl.load(absmax_ptr + at, mask=there[:, None], other=0.0).to(tl.float32)
+        scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
+        scale = tl.load(scale_ptr, mask=valid[:, None], other=0.0).to(tl.float32)
         part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
         for j in tl.static_range(8):
-            column = here * 8 + j
+            column = at * 8 + j
             x = tl.load(x_ptr + column, mask=column < K, other=0.0)
             if NORM:
                 squares += x * x
@@ -76,17 +71,9 @@ def _nf4_rows(
 
 @triton.jit
 def _plain_rows(
-    x_ptr,
-    g_ptr,
-    w_ptr,
-    scale_ptr,
-    tile,
-    N,
-    K,
-    KIND: tl.constexpr,
-    NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K,
+    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The same of a row-major matrix."""
     n = tile * 16 + tl.arange(0, 16)
     column = tl.arange(0, COLUMNS)
@@ -123,53 +110,47 @@ def _rows(
 
 @triton.jit
 def linear(
-    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr, r_ptr, r2_ptr, y_ptr, K,
-    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr, RESIDUALS: tl.constexpr,
+    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
+    r_ptr, r2_ptr, y_ptr, K,
+    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
+    RESIDUALS: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], normed with g if NORM (STORE keeps that row too), plus
-    r, or r + (r2 + .)."""
+    """y [N + N2] = both weights times x [K], plus r or r + (r2 + .) by RESIDUALS.  With NORM x is
+    normed with g first; with STORE the normed row is also written."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
         y, squares = _rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND, NORM)
         n = tile * 16 + tl.arange(0, 16)
-        there = n < N
+        valid = n < N
     else:
         y, squares = _rows(
             x_ptr, g_ptr, w2_ptr, scale2_ptr, levels_ptr, tile - tiles, N2, K, KIND2, NORM
         )
         n = (tile - tiles) * 16 + tl.arange(0, 16)
-        there = n < N2
+        valid = n < N2
         n += N
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
-        if STORE:
+        if STORE:  # noqa: SIM102  (decided at compile time, unlike the tile)
             if tile == 0:
                 for first in range(0, K, 512):
                     k = first + tl.arange(0, 512)
                     x = tl.load(x_ptr + k, mask=k < K) * factor * tl.load(g_ptr + k, mask=k < K)
                     tl.store(normed_ptr + k, x, mask=k < K)
     if RESIDUALS == 2:
-        y = tl.load(r2_ptr + n, mask=there) + y
+        y = tl.load(r2_ptr + n, mask=valid) + y
     if RESIDUALS >= 1:
-        y = tl.load(r_ptr + n, mask=there) + y
-    tl.store(y_ptr + n, y, mask=there)
+        y = tl.load(r_ptr + n, mask=valid) + y
+    tl.store(y_ptr + n, y, mask=valid)
 
 
 @triton.jit
 def gate_up(
-    x_ptr,
-    gate_ptr,
-    gate_scale_ptr,
-    up_ptr,
-    up_scale_ptr,
-    levels_ptr,
-    y_ptr,
-    N,
-    K,
+    x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, N, K,
     KIND: tl.constexpr,
-):
+):  # fmt: skip
     """y [N] = silu(gate x) * (up x)."""
     tile = tl.program_id(0)
     gate, _ = _rows(x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False)
@@ -180,16 +161,17 @@ def gate_up(
 
 @triton.jit
 def experts_gate_up(
-    x_ptr, slab_ptr, slots_ptr, levels_ptr, y_ptr, TOP_K, D, N, record_bytes, up_at, gate_absmax_at, up_absmax_at
+    x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, N,
+    record_bytes, up_at, gate_absmax_at, up_absmax_at,
 ):  # fmt: skip
-    """Every (token, expert) entry that is present: y [T * K, N] = silu(gate x) * (up x)."""
-    tile, entry = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots_ptr + entry)
+    """One token's experts that have a slot: y [TOP_K, N] = silu(gate x) * (up x).
+    ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records."""
+    tile, rank = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
         gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
         up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
-        x_ptr += entry // TOP_K * D
         gate, _ = _nf4_rows(
             x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8
         )
@@ -197,25 +179,26 @@ def experts_gate_up(
             x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8
         )
         n = tile * 16 + tl.arange(0, 16)
-        tl.store(y_ptr + entry * N + n, silu(gate) * up, mask=n < N)
+        tl.store(y_ptr + rank * N + n, silu(gate) * up, mask=n < N)
 
 
 @triton.jit
 def experts_down(
-    x_ptr, slab_ptr, slots_ptr, levels_ptr, y_ptr, D, K, record_bytes, down_at, down_absmax_at
-):
-    """The same entries: y [T * K, D] = down x."""
-    tile, entry = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots_ptr + entry)
+    x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, K,
+    record_bytes, down_at, down_absmax_at,
+):  # fmt: skip
+    """The same experts: y [TOP_K, D] = down x, x being [TOP_K, K]."""
+    tile, rank = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
         absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
-        x_ptr += entry * K
+        x_ptr += rank * K
         y, _ = _nf4_rows(
             x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, 8
         )
         n = tile * 16 + tl.arange(0, 16)
-        tl.store(y_ptr + entry * D + n, y, mask=n < D)
+        tl.store(y_ptr + rank * D + n, y, mask=n < D)
 
 
 @triton.jit
@@ -224,12 +207,12 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
     contraction into multiply-adds."""
     t = tl.program_id(1)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = d < D
+    valid = d < D
     y_ptr += t * TOP_K * D
-    total = tl.load(y_ptr + d, mask=there) * tl.load(weights_ptr + t * TOP_K)
+    total = tl.load(y_ptr + d, mask=valid) * tl.load(weights_ptr + t * TOP_K)
     for k in range(1, TOP_K):
-        total += tl.load(y_ptr + k * D + d, mask=there) * tl.load(weights_ptr + t * TOP_K + k)
-    tl.store(out_ptr + t * D + d, total, mask=there)
+        total += tl.load(y_ptr + k * D + d, mask=valid) * tl.load(weights_ptr + t * TOP_K + k)
+    tl.store(out_ptr + t * D + d, total, mask=valid)
 
 
 @triton.jit
@@ -264,9 +247,8 @@ def route(
     indices = tl.full([K_BLOCK], 0, tl.int32)
     for rank in range(TOP_K):
         best = tl.max(scores, 0)
-        first = tl.minimum(
-            tl.min(tl.where(scores == best, e, BLOCK), 0), E - 1
-        )  # a logit that is NaN equals nothing
+        # A logit that is NaN equals nothing.
+        first = tl.minimum(tl.min(tl.where(scores == best, e, BLOCK), 0), E - 1)
         weights = tl.where(k == rank, best, weights)
         indices = tl.where(k == rank, first, indices)
         scores = tl.where(e == first, -2.0, scores)

@@ -30,17 +30,17 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
     if KIND == NF4:
         blocks = (K + 63) // 64
         tile = n // 16 * blocks + start // 64
-        there = n < (N + 15) // 16 * 16
+        valid = n < (N + 15) // 16 * 16
         word_ptr = (
             w_ptr.to(tl.pointer_type(tl.int32))
             + (tile * 128 + n % 16)[:, None]
             + 16 * tl.arange(0, 8)[None, :]
         )
-        words = tl.load(word_ptr, mask=there[:, None], other=0)
+        words = tl.load(word_ptr, mask=valid[:, None], other=0)
         codes = tl.reshape(
             (words[:, :, None] >> nf4_shift(tl.arange(0, 8))[None, None, :]) & 15, [BN, 64]
         )
-        scale = tl.load(scale_ptr + tile * 16 + n % 16, mask=there, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + tile * 16 + n % 16, mask=valid, other=0.0).to(tl.float32)
         w = tl.load(levels_ptr + codes) * scale[:, None]
     else:
         k = start + tl.arange(0, 64)
@@ -52,19 +52,10 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
 
 @triton.jit
 def _product(
-    x_ptr,
-    row,
-    there,
-    w_ptr,
-    scale_ptr,
-    levels_ptr,
-    n,
-    N,
-    K,
-    KIND: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Rows ``row`` of x [., K] where ``there``, times rows n of the weight: float32 [BM, BN]."""
+    x_ptr, row, valid, w_ptr, scale_ptr, levels_ptr, n, N, K,
+    KIND: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Rows ``row`` of x [., K] where ``valid``, times rows n of the weight: float32 [BM, BN]."""
     BM: tl.constexpr = row.shape[0]
     BN: tl.constexpr = n.shape[0]
     total = tl.full([BM, BN], 0, tl.float32)
@@ -74,7 +65,7 @@ def _product(
     STAGES: tl.constexpr = 1 if KIND == NF4 else 3
     for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
-        x = tl.load(x_ptr + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0)
+        x = tl.load(x_ptr + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
         w = _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND, BN)
         total += tl.dot(_rounded(x, WIDEN), tl.trans(_rounded(w, WIDEN)))
     if KIND == INT8:
@@ -118,17 +109,17 @@ def gate_up(
 
 @triton.jit
 def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
-    """Which group the ``tile``-th tile of BM rows belongs to (G: none), and its first and the
-    group's last row + 1."""
+    """Which group the ``tile``-th tile of BM rows belongs to (G: none), the tile's first row, and
+    the group's last row + 1."""
     g = tl.arange(0, GROUPS)
     start = tl.load(starts_ptr + g, mask=g < G, other=0)
     size = tl.load(starts_ptr + 1 + g, mask=g < G, other=0) - start
     tiles = (size + BM - 1) // BM
-    found = tl.sum(tl.where((tl.cumsum(tiles, 0) <= tile) & (g < G), 1, 0), 0)
-    before = tl.sum(tl.where(g < found, tiles, 0), 0)
-    first = tl.sum(tl.where(g == found, start, 0), 0) + (tile - before) * BM
-    stop = tl.sum(tl.where(g == found, start + size, 0), 0)
-    return found, first, stop
+    group = tl.sum(tl.where((tl.cumsum(tiles, 0) <= tile) & (g < G), 1, 0), 0)
+    before = tl.sum(tl.where(g < group, tiles, 0), 0)
+    first = tl.sum(tl.where(g == group, start, 0), 0) + (tile - before) * BM
+    stop = tl.sum(tl.where(g == group, start + size, 0), 0)
+    return group, first, stop
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -137,8 +128,11 @@ def experts_gate_up(
     record_bytes, up_at, gate_absmax_at, up_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """y bfloat16 [rows, N] = silu(gate x) * (up x): row i is use ``order[i]`` (token * TOP_K +
-    rank) of its group's expert; groups without a slot are left out."""
+    """y bfloat16 [T * TOP_K, N] = silu(gate x) * (up x), in groups of uses of one expert.
+
+    Row i is use ``order[i]``, which is token * TOP_K + rank.  Group g's rows begin at ``starts[g]``
+    and its expert's record is row ``slots[g]`` of the slab; a group whose slot is -1 is left out.
+    """
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
     slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
     if slot >= 0:
@@ -147,19 +141,19 @@ def experts_gate_up(
         up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
-        there = row < stop
-        token = tl.load(order_ptr + row, mask=there, other=0) // TOP_K
+        valid = row < stop
+        token = tl.load(order_ptr + row, mask=valid, other=0) // TOP_K
         gate = _product(
-            x_ptr, token, there, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+            x_ptr, token, valid, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
         )
         up = _product(
-            x_ptr, token, there, record_ptr + up_at, up_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+            x_ptr, token, valid, record_ptr + up_at, up_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
         )
         y = silu(gate) * up
         tl.store(
             y_ptr + row.to(tl.int64)[:, None] * N + n[None, :],
             _rounded(y, WIDEN).to(tl.bfloat16),
-            mask=there[:, None] & (n < N)[None, :],
+            mask=valid[:, None] & (n < N)[None, :],
         )
 
 
@@ -169,7 +163,7 @@ def experts_down(
     record_bytes, down_at, down_absmax_at,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """y [uses, N] = down x, by the same groups: row i of x goes to row ``order[i]`` of y."""
+    """y [T * TOP_K, N] = down x, in the same groups: row i of x gives row ``order[i]`` of y."""
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
     slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
     if slot >= 0:
@@ -177,13 +171,13 @@ def experts_down(
         absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
-        there = row < stop
+        valid = row < stop
         y = _product(
-            x_ptr, row, there, record_ptr + down_at, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
+            x_ptr, row, valid, record_ptr + down_at, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
         )
-        use = tl.load(order_ptr + row, mask=there, other=0)
+        use = tl.load(order_ptr + row, mask=valid, other=0)
         tl.store(
             y_ptr + use.to(tl.int64)[:, None] * N + n[None, :],
             y,
-            mask=there[:, None] & (n < N)[None, :],
+            mask=valid[:, None] & (n < N)[None, :],
         )

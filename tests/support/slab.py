@@ -1,0 +1,60 @@
+"""A network's routed experts in one slab, and records to fill slabs with."""
+
+import torch
+
+from slotmoe.model.names import expert_name
+from slotmoe.quant import nf4
+from slotmoe.quant.backends.base import Records, SlotTable
+from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+
+LEVELS = torch.tensor(nf4.LEVELS)
+
+
+def write_record(record, layout, name, codes, absmax):
+    layout.part(record, f"{name}.weight").copy_(codes)
+    layout.part(record, f"{name}.weight.absmax").copy_(absmax)
+
+
+class SlabExperts:
+    """All experts of a checkpoint in one slab, in no order; the network's ``experts``.
+
+    With ``complete`` the slot table has all of them.  Without, it has those whose number is in
+    ``in_table``.  ``calls`` are the layers that came to the host, and ``chosen`` the indices
+    [T][K] of every layer that was computed anywhere, by layer.
+    """
+
+    def __init__(self, backend, config, weights, device, complete=False, in_table=()):
+        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        self.complete, self.in_table, self._backend = complete, in_table, backend
+        self._layers, self._experts = config.moe_layers, config.n_routed_experts
+        count = len(self._layers) * self._experts
+        slab = torch.zeros(count, layout.record_bytes, dtype=torch.uint8)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+        for expert_id, slot in enumerate(order.tolist()):
+            row, expert = divmod(expert_id, self._experts)
+            for name in PROJECTIONS:
+                weight = weights[expert_name(self._layers[row], expert, name)]
+                write_record(slab[slot], layout, name, *nf4.quantize(weight))
+        self._records = Records(slab.to(device), layout, LEVELS.to(device))
+        self._slots_ME = order.int().view(len(self._layers), -1).to(device)
+        self.calls, self.chosen = [], []
+
+    def __call__(self, layer, x_TD, weights_TK, indices_TK):
+        self.calls.append(layer)
+        self.chosen.append((layer, indices_TK.tolist()))
+        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
+        slots_E = self._slots_ME[self._layers.index(layer)]
+        self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
+        return self._backend.weighted_sum(y_TKD, weights_TK)
+
+    def slot_table(self):
+        slots_ME = self._slots_ME
+        if not self.complete:
+            shown = torch.zeros(self._experts, dtype=torch.bool, device=slots_ME.device)
+            shown[list(self.in_table)] = True
+            slots_ME = slots_ME.masked_fill(~shown, -1)
+        return SlotTable(self._records, slots_ME, self.complete)
+
+    def passed(self, layer, indices_MTK):
+        layers = [moe_layer for moe_layer in self._layers if moe_layer >= layer]
+        self.chosen += zip(layers, indices_MTK.tolist(), strict=False)
