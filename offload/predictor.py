@@ -66,8 +66,8 @@ class NextGate:
 
 
 class Predictor:
-    """The trained guesses of an export.  ``popularity`` has, for each expert id ``row * E + expert``, its
-    uses a token."""
+    """The trained guesses of an export.  ``popularity`` has, for each expert id ``row * E +
+    expert``, its uses a token."""
 
     def __init__(
         self,

@@ -171,9 +171,9 @@ class NativeOps(TorchOps):
         return self._native.route(logits_TE.contiguous(), Router(*router))
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> NativeDecoder | None:
-        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where a weight is of a kind that the
-        native call does not compute as the single operations do: ``kv_b_proj`` or an MLP in
-        bf16."""
+        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where a weight is
+        of a kind that the native call does not compute as the single operations do: ``kv_b_proj``
+        or an MLP in bf16."""
         bound = [_bind(geometry, layer) for layer in layers]
         complete = [layer for layer in bound if layer is not None]
         if len(complete) < len(layers):

@@ -97,13 +97,8 @@ class Twin:
 
     def __init__(self, delay=None, capacity=GIB, triton=False):
         self._triton = triton
-        nothing = lambda number: None
-        self.delay, self.fail, self.spoil, self.on_launch = (
-            delay or (lambda number: 0.0),
-            nothing,
-            nothing,
-            nothing,
-        )
+        self.delay = delay or (lambda number: 0.0)
+        self.fail = self.spoil = self.on_launch = lambda number: None
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
         self.syncs = self.launches = self.copies = self.released = self.pins_allowed = 0
         self.pins_allowed = 1 << 30
@@ -180,7 +175,8 @@ class Twin:
             self.fail(number)
             last = self._read.get(target.data_ptr(), 0)
             assert after.tick >= last, (
-                f"copy {number} overwrites a slot that kernel {last} reads, and waits only for {after.tick}"
+                f"copy {number} overwrites a slot that kernel {last} reads, "
+                f"and waits only for {after.tick}"
             )
             if not any(
                 start <= source.data_ptr() < start + size for start, size in self.pinned.items()

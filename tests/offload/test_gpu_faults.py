@@ -1,4 +1,4 @@
-"""Faults of a card, through the twin: memory that is not there, copies that fail, interrupts.  No
+"""Faults of a GPU, through the twin: memory that is not there, copies that fail, interrupts.  No
 GPU is needed."""
 
 import gc
@@ -38,7 +38,7 @@ def wanted(sample_export):
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
 
 
-# Memory of the card
+# Memory of the GPU
 
 
 def test_what_is_allocated_is_what_was_planned(on_twin):
@@ -58,7 +58,7 @@ def test_a_budget_that_is_not_free_is_refused_before_anything_is_read(on_twin):
     twin.taken = 380 << 20
     with pytest.raises(
         PlanError,
-        match=r"the plan takes .* of the twin, of which 20.0 MiB are free: give --vram 20MiB or less",
+        match=r"takes .* of the twin, of which 20.0 MiB are free: give --vram 20MiB or less",
     ):
         on_twin(twin, vram="300MiB")
     assert twin.peak == 0
@@ -79,7 +79,8 @@ def test_another_program_takes_the_memory_while_the_model_is_opened(on_twin, wan
     twin.empty = empty
     with pytest.raises(
         PlanError,
-        match=r"the twin ran out of memory while the model was opened: the budget is 300.0 MiB.*lower --vram",
+        match=r"the twin ran out of memory while the model was opened: "
+        r"the budget is 300.0 MiB.*lower --vram",
     ):
         on_twin(twin, vram="300MiB", misses="fetch")
     gc.collect()
@@ -136,7 +137,8 @@ def test_a_copy_that_fails_ends_the_step_and_nothing_else(on_twin, wanted, momen
     with on_twin(twin, misses="fetch", slots=22) as runtime:
         with pytest.raises(
             DeviceError,
-            match=r"copying an expert to the twin failed \(an (invalid argument|illegal memory access)\)",
+            match=r"copying an expert to the twin failed "
+            r"\(an (invalid argument|illegal memory access)\)",
         ):
             runtime.logits(IDS)
         broken = False
@@ -149,7 +151,7 @@ def test_a_copy_that_fails_ends_the_step_and_nothing_else(on_twin, wanted, momen
     ("told", "kind"),
     [("CUDA error: an illegal memory access\nmore", DeviceError), ("a mistake here", RuntimeError)],
 )
-def test_a_kernel_that_fails_is_told_as_the_cards(on_twin, told, kind):
+def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin, told, kind):
     twin = Twin()
 
     def on_launch(number):
@@ -222,7 +224,7 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 
 @pytest.mark.parametrize("moment", [1, 25])
 def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
-    """The table on the card is a copy of what the host knows: a step that changed one of them only
+    """The table on the GPU is a copy of what the host knows: a step that changed one of them only
     is no step's truth."""
     original, calls = CudaEntries.set, 0
 

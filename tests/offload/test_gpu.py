@@ -1,4 +1,4 @@
-"""The engine on a card, through the twin: order of streams, budgets, split misses, faults.  No GPU
+"""The engine on a GPU, through the twin: order of streams, budgets, split misses, faults.  No GPU
 is needed."""
 
 import json
@@ -280,7 +280,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_a_card_that_can_not_be_used_is_said(monkeypatch, reason):
+def test_a_gpu_that_can_not_be_used_is_said(monkeypatch, reason):
     monkeypatch.setattr(cuda, "cuda_facts", lambda: BAD[reason])
     card, why = choose_device("auto")
     assert card.tier == "ram"
@@ -289,7 +289,7 @@ def test_a_card_that_can_not_be_used_is_said(monkeypatch, reason):
         choose_device("cuda")
 
 
-def test_a_card_that_can_be_used_is_taken(monkeypatch):
+def test_a_gpu_that_can_be_used_is_taken(monkeypatch):
     monkeypatch.setattr(cuda, "cuda_facts", lambda: GOOD)
     twin = Twin()
     assert choose_device("auto", lambda: twin) == (twin, "NVIDIA L4 is here")
@@ -307,12 +307,12 @@ def test_facts_of_this_machine():
     assert bool(cuda.why_not(facts)) == (choose_device("auto")[0].tier == "ram")
 
 
-def test_misses_are_refused_where_there_is_no_card(sample_export):
+def test_misses_are_refused_where_there_is_no_gpu(sample_export):
     with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
         Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
 
-def test_profile_of_a_card(sample_export, tmp_path, monkeypatch):
+def test_profile_of_a_gpu(sample_export, tmp_path, monkeypatch):
     monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (Twin(), "a test"))
     arguments = [
         "profile",
