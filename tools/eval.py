@@ -17,7 +17,16 @@ from slotmoe.errors import PlanError
 from slotmoe.model.config import read_config
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import format_size, parse_size
-from slotmoe.tools.options import JSON, choice, integer, open_runtime, option, runtime_options
+from slotmoe.tools.options import (
+    JSON,
+    choice,
+    integer,
+    open_runtime,
+    option,
+    runtime_arguments,
+    runtime_options,
+    say,
+)
 from slotmoe.tools.progress import byte_progress
 from slotmoe.tools.tables import table
 
@@ -26,46 +35,32 @@ if TYPE_CHECKING:
     from slotmoe.offload.study.evaluate import Evaluation, Text
 
 
+_TEXT_HELP = "UTF-8 text to score; repeatable."
+_REFERENCE_HELP = (
+    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export."
+)
+_METHOD_HELP = (
+    "strided scores every token once; llama.cpp the second half of each window, as its "
+    "perplexity tool does."
+)
+_KERNELS_HELP = (
+    "torch rounds no activations, several times slower on a CPU: the cost of the weights alone."
+)
+
+
 @click.command(name="eval")
 @click.argument("model", metavar="MODEL")
-@option(
-    "--text texts",
-    "FILE",
-    "UTF-8 text to score; repeatable.",
-    type=Path,
-    multiple=True,
-    required=True,
-)
-@option(
-    "--reference",
-    "SRC",
-    "Compare with this model: the unquantized checkpoint folder, 'sample', or an export.",
-)
-@choice(
-    "--method",
-    ["strided", "llama.cpp"],
-    "strided",
-    "strided scores every token once; llama.cpp the second half of each window, as its "
-    "perplexity tool does.",
-)
+@option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
+@option("--reference", "SRC", _REFERENCE_HELP)
+@choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
 @integer("--window", "Positions that one pass reads. [default: --context]")
 @integer("--stride", "Tokens from one window's begin to the next one's. [default: --window - 1]")
 @option("--worst", "N", "Show the N worst tokens.", type=click.IntRange(0, 1000), default=10)
-@choice(
-    "--kernels",
-    ["auto", "torch"],
-    "auto",
-    "torch rounds no activations, several times slower on a CPU: the cost of the weights alone.",
-)
+@choice("--kernels", ["auto", "torch"], "auto", _KERNELS_HELP)
 @runtime_options
 @JSON
 def command(
-    model: str,
-    texts: tuple[Path, ...],
-    reference: str | None,
-    worst: int,
-    as_json: bool,
-    **options: Any,
+    model: str, texts: tuple[Path, ...], reference: str | None, as_json: bool, **options: Any
 ) -> None:
     """Score text with MODEL: bits per byte and perplexity, and with --reference the mean KL
     divergence in nats, how often both put the same token first, and the tokens whose predictions
@@ -92,80 +87,42 @@ def command(
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from slotmoe.offload.study.evaluate import windows_of
+    from slotmoe.offload.study.evaluate import Evaluation, windows_of
 
     method, stride = options["method"], options["stride"]
     window = options["context"] = _window(model, options["window"], options["context"])
     read = _read(model, reference, texts)
     windows = [windows_of(text, method, window, stride) for text in read]
-    report = _evaluate(model, reference, read, windows, worst, as_json, options)
-    settings = {"model": model, "reference": reference, "method": method, "window": window}
-    settings |= {"stride": stride, "windows": sum(map(len, windows))}
-    report["settings"] = settings | report["settings"]
-    print(json.dumps(report)) if as_json else _print(report, sys.stdout)
-
-
-def _evaluate(
-    model: str,
-    reference: str | None,
-    texts: list[Text],
-    windows: list[Any],
-    worst: int,
-    quiet: bool,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """The figures, and of the settings those that the machine decides."""
-    from slotmoe.offload.study.evaluate import LOGITS_ROWS, Evaluation
-
     started = time.perf_counter()
     with ExitStack() as stack:
         other = None
         if reference is not None:
             other = stack.enter_context(_open_reference(reference, options))
-            options |= _left_beside(other, options)
-        try:
-            runtime = stack.enter_context(open_runtime(model, options, quiet, LOGITS_ROWS))
-        except PlanError as problem:
-            if other is None:
-                raise
-            raise PlanError(
-                f"{model} beside the reference, which takes {format_size(other.plan.total)}, "
-                f"{problem}; or evaluate without --reference"
-            ) from None
-        evaluation = Evaluation(runtime, other, worst)
-        try:
-            _run(evaluation, texts, windows, model, quiet)
-        except KeyboardInterrupt:
-            if not quiet and any(totals.tokens for totals in evaluation.files.values()):
-                print("slotmoe: stopped; so far:", file=sys.stderr)
-                _print(evaluation.report(), sys.stderr)
-            raise
-        stats = runtime.stats()
-        return {
-            **evaluation.report(),
-            "seconds": time.perf_counter() - started,
-            "settings": {"kernels": stats["kernels"], "threads": runtime.threads},
-            "memory": stats["memory"],
-        }
+        runtime = stack.enter_context(_open_beside(other, model, as_json, options))
+        evaluation = Evaluation(runtime, other, options["worst"])
+        _run(evaluation, read, windows, f"Evaluating {model}", as_json)
+        stats, seconds = runtime.stats(), time.perf_counter() - started
+        settings = {"model": model, "reference": reference, "method": method, "window": window}
+        settings |= {"stride": stride, "windows": sum(map(len, windows))}
+        settings |= {"kernels": stats["kernels"], "threads": runtime.threads}
+        report = {**evaluation.report(), "seconds": seconds, "settings": settings}
+        report["memory"] = stats["memory"]
+    print(json.dumps(report)) if as_json else _print(report, sys.stdout)
 
 
 def _window(model: str, window: int | None, context: int | None) -> int:
-    """Positions of a window: as given, within --context if that is given too, and within what the
-    model can."""
+    """Positions of a window, within --context and the model's limit."""
     from slotmoe.offload.loading import resolve_model
 
     limit = read_config(resolve_model(model) / "config.json").max_position_embeddings
     if window is None:
         return min(4096, limit) if context is None else context
     if window > limit:
-        raise PlanError(
-            f"--window {window} is beyond {limit}, the model's max_position_embeddings: "
-            "lower --window"
-        )
+        allowed = f"{limit}, the model's max_position_embeddings"
+        raise PlanError(f"--window {window} is beyond {allowed}: lower --window")
     if context is not None and window > context:
-        raise PlanError(
-            f"--window {window} is beyond --context {context}: raise --context or lower --window"
-        )
+        advice = "raise --context or lower --window"
+        raise PlanError(f"--window {window} is beyond --context {context}: {advice}")
     return window
 
 
@@ -196,33 +153,40 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     from slotmoe.quant.export.layout import MANIFEST
 
     is_export = (resolve_model(reference) / MANIFEST).is_file()
-    sizes: dict[str, Any] = {
-        name: options[name] and parse_size(options[name]) for name in ("ram", "vram")
-    }
+    ram, vram = (options[name] and parse_size(options[name]) for name in ("ram", "vram"))
     if is_export:
-        sizes["ram"] = (sizes["ram"] or int(available_memory() * FREE_SHARE)) // 2
+        ram = (ram or int(available_memory() * FREE_SHARE)) // 2
         if (memory := choose_device(options["device"])[0].memory()) is not None:
-            sizes["vram"] = (sizes["vram"] or int(memory.free * FREE_SHARE)) // 2
-    shared = ("device", "context", "threads", "cache_policy", "misses")
+            vram = (vram or int(memory.free * FREE_SHARE)) // 2
+    shared = {**runtime_arguments(options), "kernels": "auto", "logits_rows": LOGITS_ROWS}
     try:
-        return Runtime.open(
-            reference,
-            **sizes,
-            **{name: options[name] for name in shared},
-            prefetch=not options["no_prefetch"],
-            quantize=is_export,
-            logits_rows=LOGITS_ROWS,
-        )
+        return Runtime.open(reference, ram=ram, vram=vram, quantize=is_export, **shared)
     except PlanError as problem:
         advice = "; or quantize it with --resident bf16 and give that export as the reference"
-        raise PlanError(
-            f"the reference {reference} {problem}{'' if is_export else advice}"
-        ) from None
+        advice = "" if is_export else advice
+        raise PlanError(f"the reference {reference} {problem}{advice}") from None
+
+
+def _open_beside(
+    reference: Runtime | None, model: str, quiet: bool, options: dict[str, Any]
+) -> Runtime:
+    from slotmoe.offload.study.evaluate import LOGITS_ROWS
+
+    if reference is not None:
+        options = options | _left_beside(reference, options)
+    try:
+        runtime: Runtime = open_runtime(model, options, quiet, logits_rows=LOGITS_ROWS)
+        return runtime
+    except PlanError as problem:
+        if reference is None:
+            raise
+        beside = f"the reference, which takes {format_size(reference.plan.total)}"
+        advice = "or evaluate without --reference"
+        raise PlanError(f"{model} beside {beside}, {problem}; {advice}") from None
 
 
 def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
-    """Budgets for the model beside an open reference, whose plan counts memory that it has not
-    touched yet."""
+    """Budgets beside an open reference, whose plan counts memory that it has not touched yet."""
     planned, vram, ram = reference.plan.total, options["vram"], options["ram"]
     if reference.plan.tier == "vram":
         return {} if vram is None else {"vram": max(1, parse_size(vram) - planned)}
@@ -232,22 +196,27 @@ def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(
-    evaluation: Evaluation, texts: list[Text], windows: list[Any], model: str, quiet: bool
+    evaluation: Evaluation, texts: list[Text], windows: list[Any], title: str, quiet: bool
 ) -> None:
     done, total = 0, sum(int(text.ends[-1]) for text in texts)
-    with byte_progress(f"Evaluating {model}", quiet) as progress:
+    with byte_progress(title, quiet) as progress:
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
             progress(done, total)
 
-        for text, cut in zip(texts, windows, strict=True):
-            evaluation.run(text, cut, advance)
+        try:
+            for text, cut in zip(texts, windows, strict=True):
+                evaluation.run(text, cut, advance)
+        except KeyboardInterrupt:
+            if not quiet and any(totals.tokens for totals in evaluation.files.values()):
+                say("stopped; so far:")
+                _print(evaluation.report(), sys.stderr)
+            raise
 
 
 def _print(report: dict[str, Any], out: Any) -> None:
-
     console = Console(file=out)
     columns = {"tokens": "{}", "bytes": "{}", "bits_per_byte": "{:.4f}", "perplexity": "{:.3f}"}
     names = ["text", "tokens", "bytes", "bits/byte", "perplexity"]
@@ -263,23 +232,17 @@ def _print(report: dict[str, Any], out: Any) -> None:
         for name, row in rows
     ]
     console.print(table(names, cells))
-    if worst := report.get("worst_tokens"):
-        differing: list[list[RenderableType]] = []
-        for token in worst:
-            wanted, top = _visible(token["reference_top"]), _visible(token["top"])
-            differing.append(
-                [
-                    f"{token['kl_divergence']:.3f}",
-                    Cell(_visible(token["context"])[-30:]),
-                    Cell(_visible(token["token"])),
-                    f"{token['reference_probability']:.2%} -> {token['probability']:.2%}",
-                    Cell(f"{wanted} -> {top}"),
-                ]
-            )
+    differing: list[tuple[RenderableType, ...]] = []
+    for token in report.get("worst_tokens", ()):
+        divergence = f"{token['kl_divergence']:.3f}"
+        after, text = Cell(_visible(token["context"])[-30:]), Cell(_visible(token["token"]))
+        chance = f"{token['reference_probability']:.2%} -> {token['probability']:.2%}"
+        likeliest = Cell(f"{_visible(token['reference_top'])} -> {_visible(token['top'])}")
+        differing.append((divergence, after, text, chance, likeliest))
+    if differing:
         title = "Where predictions differ most (reference -> model)"
-        console.print(
-            table(("KL", "after", "token", "chance", "likeliest"), differing, title, (2, 4))
-        )
+        names = ["KL", "after", "token", "chance", "likeliest"]
+        console.print(table(names, differing, title, (2, 4)))
 
 
 def _visible(text: str) -> str:

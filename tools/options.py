@@ -42,16 +42,17 @@ def count(names: str, default: int | None, help: str, least: int = 1) -> Decorat
 
 
 JSON = flag("--json as_json", "Print one JSON object.")
-RESIDENT = choice(
-    "--resident",
-    ["auto", "bf16", "int8", "nf4"],
-    "auto",
+_RESIDENT = (
     "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
-    "nf4 is the smallest.",
+    "nf4 is the smallest."
 )
-REVISION = option(
-    "--revision", "REV", "Branch, tag or commit of a model on the hub. [default: main]"
+RESIDENT = choice("--resident", ["auto", "bf16", "int8", "nf4"], "auto", _RESIDENT)
+_MISSES = (
+    "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
+    "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
 )
+_REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
+REVISION = option("--revision", "REV", _REVISION)
 _RUNTIME: list[Decorator] = [
     REVISION,
     choice("--device", ["auto", "cpu", "cuda"], "auto", "auto takes the GPU when there is one."),
@@ -61,32 +62,22 @@ _RUNTIME: list[Decorator] = [
     integer("--threads", "CPU threads. [default: physical cores]"),
     integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
-    choice(
-        "--misses",
-        MODES,
-        "auto",
-        "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, "
-        "or either (hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, "
-        "else fetch.",
-    ),
+    choice("--misses", MODES, "auto", _MISSES),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
 ]
-_TRACE = option(
-    "--trace",
-    "FILE",
-    "Record which experts were used, for later replay.",
-    type=click.Path(dir_okay=False),
-)
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+_TRACE_HELP = "Record which experts were used, for later replay."
+_TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
+    greedy = "0 is greedy: always the likeliest token."
     likeliest = "Sample from the likeliest tokens that reach this probability."
     return [
         integer("-n --max-new-tokens", "Stop after N tokens.", max_new_tokens),
-        option(
-            "--temperature", "N", "0 is greedy: always the likeliest token.", default=temperature
-        ),
+        option("--temperature", "N", greedy, default=temperature),
         option("--top-p", "N", likeliest, default=top_p),
         integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
         integer("--seed", "Make sampling repeatable."),
@@ -121,15 +112,12 @@ def require_extra(extra: str, *modules: str) -> None:
     are installed."""
     missing = ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
     if missing:
-        raise ConfigError(
-            f"this command needs libraries that are not installed ({missing}): "
-            f"pip install 'slotmoe[{extra}]'"
-        )
+        problem = f"this command needs libraries that are not installed ({missing})"
+        raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")
 
 
 def prompt_text(prompt: str) -> str:
-    """The prompt of the command line: itself, or stdin where it is ``-``.  Raises
-    ``ConfigError``."""
+    """The prompt, or stdin where it is ``-``.  Raises ``ConfigError``."""
     if prompt != "-":
         return prompt
     try:
@@ -144,58 +132,42 @@ def is_on_hub(model: str, revision: str | None) -> bool:
     if not is_hub_id(model) or not Path(model).exists():
         return is_hub_id(model)
     if revision is not None:
-        raise ConfigError(
-            f"{model}: is a folder here, which goes before the hub; "
-            "leave out --revision or call from elsewhere"
-        )
+        advice = "leave out --revision or call from elsewhere"
+        raise ConfigError(f"{model}: is a folder here, which goes before the hub; {advice}")
     if not (Path(model) / "slotmoe.json").exists():
-        click.echo(
-            f"slotmoe: {model} is a folder here, so it is not looked up on the hub", err=True
-        )
+        say(f"{model} is a folder here, so it is not looked up on the hub")
     return False
 
 
-def open_runtime(
-    model: str,
-    options: dict[str, Any],
-    quiet: bool = False,
-    logits_rows: int = 1,
-    sequences: int = 1,
-) -> Any:
+def say(text: str) -> None:
+    """Print a remark of the program on stderr."""
+    click.echo(f"slotmoe: {text}", err=True)
+
+
+def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **settings: Any) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
-    must quantize."""
+    must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
     from slotmoe.offload.loading import resolve_model
     from slotmoe.offload.runtime import Runtime
 
-    def notify(text: str) -> None:
-        if not quiet:
-            click.echo(f"slotmoe: {text}", err=True)
-
+    notify: Callable[[str], None] = (lambda text: None) if quiet else say
     on_hub = is_on_hub(model, options["revision"])
     with byte_bars("Downloading", f"Quantizing {model}, once", quiet=quiet) as (arriving, progress):
         reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        runtime = Runtime.open(
-            folder,
-            device=options["device"],
-            vram=options["vram"],
-            ram=options["ram"],
-            context=options["context"],
-            threads=options["threads"],
-            cache_policy=options["cache_policy"],
-            prefetch=not options["no_prefetch"],
-            slots=options["slots"],
-            kernels=options.get("kernels", "auto"),
-            logits_rows=logits_rows,
-            sequences=sequences,
-            progress=progress,
-            misses=options["misses"],
-        )
+        budgets = {name: options[name] for name in ("ram", "vram", "slots")}
+        shared = runtime_arguments(options)
+        runtime = Runtime.open(folder, progress=progress, **budgets, **shared, **settings)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
     if slow and options.get("kernels") != "torch":
-        click.echo(
-            "slotmoe: the native kernels were not built at install (is there a C++ compiler?); "
-            "torch is several times slower",
-            err=True,
-        )
+        problem = "the native kernels were not built at install (is there a C++ compiler?)"
+        say(f"{problem}; torch is several times slower")
     return runtime
+
+
+def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """What ``Runtime.open`` takes of ``runtime_options``, without budgets."""
+    names = ("device", "context", "threads", "cache_policy", "misses")
+    shared = {name: options[name] for name in names}
+    prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
+    return {**shared, "prefetch": prefetch, "kernels": kernels}

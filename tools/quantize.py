@@ -14,26 +14,23 @@ from rich.console import Console
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option
+from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option, say
 from slotmoe.tools.progress import byte_bars, byte_progress
 from slotmoe.tools.tables import table
+
+_WORKERS_HELP = "Threads that quantize. [default: all cores]"
+_CALIBRATE_HELP = (
+    "Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
+    "already, that alone."
+)
 
 
 @click.command(name="quantize")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
-@option(
-    "--calibrate texts",
-    "TEXT",
-    "Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
-    "already, that alone.",
-    type=Path,
-    multiple=True,
-)
-@option(
-    "--workers", "N", "Threads that quantize. [default: all cores]", type=click.IntRange(1, 256)
-)
+@option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
+@option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
 @REVISION
 @flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
 @flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
@@ -65,7 +62,7 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
-    manifest = _quantize(source, destination, texts, as_json, **options)
+    manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json:
         _print(report)
@@ -88,7 +85,7 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     config = read_config(folder / "config.json")
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
-        _say(f"slotmoe: {folder / 'config.json'}: keys that are not known here are ignored: {keys}")
+        say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
     if texts:
         from slotmoe.model.tokenizer import Tokenizer
         from slotmoe.offload.study.calibrate import read_tokens
@@ -97,23 +94,14 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
 
 
 def _quantize(
-    source: str,
-    destination: Path,
-    texts: tuple[Path, ...],
-    quiet: bool,
-    revision: str | None,
-    keep_source: bool,
-    **options: Any,
+    source: str, destination: Path, texts: tuple[Path, ...], quiet: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The manifest of the export."""
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
     from slotmoe.offload.loading import resolve_model
 
-    def notify(text: str) -> None:
-        if not quiet:
-            _say(f"slotmoe: {text}")
-
+    revision, keep_source = options.pop("revision"), options.pop("keep_source")
     on_hub = is_on_hub(source, revision)
     if not on_hub:
         folder = resolve_model(source, revision)
@@ -121,21 +109,16 @@ def _quantize(
     bars = ("Downloading", "Quantizing", f"Checking {destination}")
     try:
         with byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):
-            options |= {"progress": progress, "checking": checking, "notify": notify}
+            options |= {"progress": progress, "checking": checking}
+            options["notify"] = (lambda text: None) if quiet else say
             if not on_hub:
                 return quantize(folder, destination, **options)
-            return quantize_from_hub(
-                source,
-                revision or "main",
-                destination,
-                keep_source=keep_source,
-                arriving=arriving,
-                ready=lambda folder: _check_source(folder, texts),
-                **options,
-            )
+            options |= {"keep_source": keep_source, "arriving": arriving}
+            options["ready"] = lambda folder: _check_source(folder, texts)
+            return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
-        resume = f"run the same command again to resume from {destination}.partial"
-        _say(f"\nslotmoe: stopped; {resume}")
+        _say("")
+        say(f"stopped; run the same command again to resume from {destination}.partial")
         raise
 
 
@@ -147,15 +130,14 @@ def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[
         with byte_progress("Calibrating", quiet) as progress:
             report = calibrate(destination, texts, progress)
     except KeyboardInterrupt:
-        _say(f"\nslotmoe: stopped; {destination} is a whole export, calibrated as before")
+        _say("")
+        say(f"stopped; {destination} is a whole export, calibrated as before")
         raise
     report["seconds"] = time.perf_counter() - started
     if quiet:
         return report
-    _say(
-        f"Calibrated on {report['tokens']} tokens in {report['seconds']:.1f} s "
-        f"({format_size(report['bytes'])})"
-    )
+    spent = f"{report['seconds']:.1f} s ({format_size(report['bytes'])})"
+    _say(f"Calibrated on {report['tokens']} tokens in {spent}")
     names = {"token": "before a token starts", "layer": "one MoE layer ahead"}
     for name, text in (names | {"popular": "by popularity alone"}).items():
         if name in report["recall"]:
@@ -181,14 +163,10 @@ def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict
 
 def _print(report: dict[str, Any]) -> None:
     """The size of the export, and what quantization cost."""
-
-    size, experts, resident = (
-        format_size(report[name]) for name in ("bytes", "expert_bytes", "resident_bytes")
-    )
-    _say(
-        f"{report['export']}: {size} in {report['seconds']:.1f} s "
-        f"(experts {experts}, resident {resident})"
-    )
+    sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
+    size, experts, resident = map(format_size, sizes)
+    spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
+    _say(f"{report['export']}: {size} in {spent}")
     rows = []
     for family in report["families"]:
         layer, error = family["worst_layer"], family["relative_rms_error"]

@@ -13,46 +13,24 @@ from rich.console import Console
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
-from slotmoe.tools.options import JSON, option, require_extra
+from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
 from slotmoe.tools.tables import table
 
+Paths = tuple[Path, ...]
+_POLICY = click.Choice(list(POLICIES))
+_SIZES_HELP = "Cache size, repeatable. [default: 5% to 100%]"
+_POLICIES_HELP = "Policy to replay, repeatable. [default: all]"
 SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 
 
 @click.command(name="replay")
-@click.argument(
-    "traces",
-    nargs=-1,
-    required=True,
-    metavar="TRACE...",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
-@option(
-    "--slots",
-    "N",
-    "Cache size, repeatable. [default: 5% to 100%]",
-    type=click.IntRange(1),
-    multiple=True,
-)
-@option(
-    "--policy",
-    None,
-    "Policy to replay, repeatable. [default: all]",
-    type=click.Choice(list(POLICIES)),
-    multiple=True,
-)
-@option(
-    "-o --output", "CHART.png", "Draw a chart too.", type=click.Path(dir_okay=False, path_type=Path)
-)
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=EXISTING)
+@option("--slots sizes", "N", _SIZES_HELP, type=click.IntRange(1), multiple=True)
+@option("--policy policies", None, _POLICIES_HELP, type=_POLICY, multiple=True)
+@option("-o --output", "CHART.png", "Draw a chart too.", type=NEW_FILE)
 @JSON
-def command(
-    traces: tuple[Path, ...],
-    slots: tuple[int, ...],
-    policy: tuple[str, ...],
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_json: bool) -> None:
     """Replay the routing recorded in TRACE files under cache policies and sizes, without the model.
 
     Each token counts as one decode step, and the cache starts empty.  The optimum knows the future:
@@ -70,19 +48,16 @@ def command(
 
     if output is not None:
         if output.suffix != ".png" or not output.absolute().parent.is_dir():
-            raise click.UsageError(
-                f"-o {output}: expected a name that ends in .png, in a folder that exists"
-            )
+            expected = "a name that ends in .png, in a folder that exists"
+            raise click.UsageError(f"-o {output}: expected {expected}")
         require_extra("plots", "matplotlib")  # before minutes of work, not after
-    report = measure(traces, slots, (*(policy or POLICIES), OPTIMUM), quiet=as_json)
+    report = measure(traces, sizes, (*(policies or POLICIES), OPTIMUM), quiet=as_json)
     if output is not None:
         _draw(report, output)
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def measure(
-    traces: tuple[Path, ...], slots: tuple[int, ...], policies: tuple[str, ...], quiet: bool
-) -> dict[str, Any]:
+def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, Any]:
     """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
     of the optimum's, both as ``by_trace`` and as their mean."""
     from slotmoe.offload.study.replay import gate_choices, sweep
@@ -91,13 +66,10 @@ def measure(
     experts = geometry["n_routed_experts"]
     total = experts * len(geometry["layers"])
     if max(slots, default=0) > total:
-        raise ConfigError(
-            f"--slots {max(slots)}: the model of {traces[0]} has {total} experts, "
-            "ask for at most that many"
-        )
-    top_k = geometry["num_experts_per_tok"]
-    shares = {max(top_k, round(share * total / 100)) for share in SHARES}
-    sizes = sorted(set(slots) or shares)
+        problem = f"the model of {traces[0]} has {total} experts, ask for at most that many"
+        raise ConfigError(f"--slots {max(slots)}: {problem}")
+    least = geometry["num_experts_per_tok"]
+    sizes = sorted(set(slots) or {max(least, round(share * total / 100)) for share in SHARES})
     rates: dict[tuple[str, int], list[float]] = {}
     with step_progress("Replaying", len(traces) * len(sizes) * len(policies), quiet) as advance:
         for steps in opened:
@@ -106,15 +78,13 @@ def measure(
             for policy, size, hits in sweep(choices, policies, sizes, experts):
                 rates.setdefault((policy, size), []).append(hits / needed)
                 advance()
-    counted = [
-        {"file": str(path), "tokens": sum(map(len, steps))}
-        for path, steps in zip(traces, opened, strict=True)
-    ]
+    tokens = [sum(map(len, steps)) for steps in opened]
+    counted = [{"file": str(t), "tokens": n} for t, n in zip(traces, tokens, strict=True)]
     results = _results(rates)
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 
-def _read(traces: tuple[Path, ...]) -> tuple[list[Any], dict[str, Any]]:
+def _read(traces: Paths) -> tuple[list[Any], dict[str, Any]]:
     """The steps of every trace, and the geometry of their model.  Raises ``ConfigError``."""
     from slotmoe.offload.observe.trace import read_trace
 
@@ -142,7 +112,6 @@ def _results(rates: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
 
 
 def _print(report: dict[str, Any]) -> None:
-
     console = Console(file=sys.stdout)
     tokens = sum(trace["tokens"] for trace in report["traces"])
     sizes = sorted({result["slots"] for result in report["results"]})
@@ -173,20 +142,14 @@ def _draw(report: dict[str, Any], output: Path) -> None:
         style: dict[str, Any] = {"linewidth": 2.5 if policy == report["default"] else 1.2}
         if policy == OPTIMUM:
             style = {"color": "black", "linestyle": "--"}
-        axes.plot(
-            [100 * point["slots"] / experts for point in points],
-            [100 * point["hit_rate"] for point in points],
-            marker="o",
-            markersize=4,
-            label=policy,
-            **style,
-        )
+        shares = [100 * point["slots"] / experts for point in points]
+        hits = [100 * point["hit_rate"] for point in points]
+        axes.plot(shares, hits, "o-", markersize=4, label=policy, **style)
     tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
     axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
     axes.set(xlim=(0, 101), ylim=(0, 101))
-    axes.set_title(
-        f"Expert cache by policy: {experts} experts, {tokens} tokens of {runs} recorded runs"
-    )
+    counts = f"{experts} experts, {tokens} tokens of {runs} recorded runs"
+    axes.set_title(f"Expert cache by policy: {counts}")
     axes.grid(alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure).print_png(output)

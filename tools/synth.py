@@ -1,5 +1,4 @@
-"""``slotmoe synth``: an export of a real geometry with random weights, to try a machine before a
-long download."""
+"""``slotmoe synth``: an export with random weights, to try a machine before a long download."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,27 +15,17 @@ from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import JSON, RESIDENT, flag, option
 from slotmoe.tools.progress import byte_progress
 
+_SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
+
 
 @click.command(name="synth")
 @click.argument("geometry", metavar="GEOMETRY")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
-@option(
-    "--share-layers",
-    "N",
-    "Write N distinct expert layers and hard-link the others to them.",
-    type=click.IntRange(1, 1000),
-)
+@option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
 @flag("--overwrite", "Replace an export at DST.")
 @JSON
-def command(
-    geometry: str,
-    destination: Path,
-    resident: str,
-    share_layers: int | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> None:
     """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real
     model's, its text is noise.
 
@@ -51,7 +41,7 @@ def command(
 
     started, source = time.perf_counter(), geometry_path(geometry)
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
-        manifest = synthesize(source, destination, resident, share_layers, overwrite, progress)
+        manifest = synthesize(source, destination, progress=progress, **options)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     seconds = time.perf_counter() - started
     if as_json:

@@ -1,9 +1,7 @@
-"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, for several clients at once, and
-a page to talk to it."""
+"""``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, and a page to talk to it."""
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import os
 import resource
@@ -16,7 +14,7 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import parse_size
-from slotmoe.tools.options import open_runtime, require_extra, runtime_options
+from slotmoe.tools.options import open_runtime, option, require_extra, runtime_options
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
@@ -24,47 +22,29 @@ _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
 
 
-_KEY_HELP = "Ask for this key; may be repeated. Seen by others in ps."
-_HOST_HELP = "A name by which clients may call; may be repeated."
-_NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
-_option = functools.partial(click.option, show_default=True)
+_SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
+_HOST_HELP = "Address to listen on; others than loopback need a key."
+_NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
+_HOSTS_HELP = "A name by which clients may call; may be repeated."
+_KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 
 
 @click.command(name="serve")
 @click.argument("model", metavar="MODEL")
-@_option(
-    "--host", default="127.0.0.1", help="Address to listen on; others than loopback need a key."
+@option("--host", None, _HOST_HELP, default="127.0.0.1")
+@option("--port", None, "Port; 0 takes a free one.", type=click.IntRange(0, 65535), default=8000)
+@option("--api-key api_keys", "KEY", _KEYS_HELP, multiple=True)
+@option("--api-key-file", "FILE", "Keys, one a line. [or: $SLOTMOE_API_KEY]")
+@option(
+    "--allow-host hosts", "NAME", "A name by which clients may call; repeatable.", multiple=True
 )
-@_option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
-@_option("--api-key", "api_keys", multiple=True, metavar="KEY", help=_KEY_HELP)
-@_option("--api-key-file", metavar="FILE", help="Keys, one a line. [or: $SLOTMOE_API_KEY]")
-@_option("--allow-host", "hosts", multiple=True, metavar="NAME", help=_HOST_HELP)
-@_option(
-    "--max-sequences", type=click.IntRange(1, 256), default=4, help="Answers that decode together."
-)
-@_option(
-    "--max-queue",
-    type=click.IntRange(0, 10_000),
-    default=32,
-    help="Answers that may wait; then 429.",
-)
-@_option("--max-body", default="4MiB", metavar="SIZE", help="Largest request body.")
-@_option("--name", metavar="NAME", help=_NAME_HELP)
+@option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
+@option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
+@option("--max-body", "SIZE", "Largest request body.", default="4MiB")
+@option("--name", "NAME", _NAME_HELP)
 @runtime_options
-def command(
-    model: str,
-    host: str,
-    port: int,
-    api_keys: tuple[str, ...],
-    api_key_file: str | None,
-    hosts: tuple[str, ...],
-    max_sequences: int,
-    max_queue: int,
-    max_body: str,
-    name: str | None,
-    **options: Any,
-) -> int:
+def command(model: str, host: str, port: int, name: str | None, **options: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI),
     /v1/messages (Anthropic), /health, /metrics (Prometheus), and at / a page to chat with it.
 
@@ -80,20 +60,20 @@ def command(
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
     require_extra("serve", *_LIBRARIES)
-    keys, largest_body = _keys(api_keys, api_key_file), parse_size(max_body)
-    allow_descriptors(max_sequences + max_queue + 2 * _SPARE_CONNECTIONS)
+    sequences, queue = options["max_sequences"], options["max_queue"]
+    keys = _keys(options["api_keys"], options["api_key_file"])
+    max_body, hosts = parse_size(options["max_body"]), (host, *options["hosts"])
+    allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
     if not keys and not _is_loopback(host):
         advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
         raise ConfigError(f"--host {host}: others could use this server; {advice}")
-    rows = max(max_sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
+    rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
         _listen(host, port) as listener,
-        open_runtime(model, options, logits_rows=rows, sequences=max_sequences) as runtime,
+        open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        server, batch = make_server(
-            runtime, name, max_sequences, max_queue, keys, (host, *hosts), largest_body
-        )
+        server, batch = make_server(runtime, name, sequences, queue, keys, hosts, max_body)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
@@ -101,10 +81,10 @@ def command(
             server.run(sockets=[listener])
         finally:
             batch.close()
-    if batch.problem is not None:
-        problem = f"the model failed, so the server ended: {batch.problem!r:.400}"
-        click.echo(f"slotmoe: {problem}", err=True)
-    return 0 if batch.problem is None else 1
+    if batch.problem is None:
+        return 0
+    click.echo(f"slotmoe: the model failed, so the server ended: {batch.problem!r:.400}", err=True)
+    return 1
 
 
 def make_server(
@@ -164,10 +144,8 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     if os.environ.get("SLOTMOE_API_KEY"):
         keys.append(os.environ["SLOTMOE_API_KEY"])
     if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
-        raise ConfigError(
-            "an API key is empty or holds characters that no HTTP header can; use letters, digits "
-            "and signs"
-        )
+        problem = "is empty or holds characters that no HTTP header can"
+        raise ConfigError(f"an API key {problem}; use letters, digits and signs")
     return tuple(dict.fromkeys(keys))
 
 
@@ -189,9 +167,8 @@ def _is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        kind: Any = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+        family, _, _, _, address = socket.getaddrinfo(host, port, **kind)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as problem:
         reason = f"can't listen there ({problem.strerror}); give another --host or --port"

@@ -22,9 +22,8 @@ from slotmoe.tools.serve.service import Service
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
 
 
-async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+async def _service(request: Request) -> Any:
+    return request.app.state.service
 
 
 Serving = Annotated[Service, Depends(_service)]
@@ -82,12 +81,10 @@ class Answers:
                 problem = "the model has failed; the server is ending"
                 raise RefusedError(problem, status=503) from None
             service.refused += 1
-            raise RefusedError(
-                "too many answers are waiting; try again later",
-                status=429,
-                code="rate_limit_exceeded",
-                headers={"retry-after": str(service.batch.retry_after)},
-            ) from None
+            problem = "too many answers are waiting; try again later"
+            refusal = RefusedError(problem, None, 429, "rate_limit_exceeded")
+            refusal.headers = {"retry-after": str(service.batch.retry_after)}
+            raise refusal from None
 
     def _emitter(self, index: int) -> Callable[[Piece], None]:
         def emit(piece: Piece) -> None:

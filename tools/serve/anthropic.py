@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Request, Response
@@ -78,8 +78,8 @@ class Tool(requests.Model):
     input_schema: Json
 
     def tool(self) -> requests.FunctionTool:
-        given = {"name": self.name, "description": self.description}
-        function = {**given, "parameters": self.input_schema}
+        function = self.model_dump(include={"name", "description"})
+        function["parameters"] = self.input_schema
         return requests.FunctionTool.model_validate({"type": "function", "function": function})
 
 
@@ -137,12 +137,8 @@ class MessagesRequest(requests.GenerationRequest):
 @router.post(ANTHROPIC_PATH, response_model=responses.AnthropicAnswer, responses=_POST)
 async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
     answers = await chat_answers(service, body.chat(), request.state.owner)
-    about: Json = {
-        "id": f"msg_{uuid.uuid4().hex}",
-        "type": "message",
-        "role": "assistant",
-        "model": service.name,
-    }
+    about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
+    about |= {"role": "assistant", "model": service.name}
     if body.stream:
         return EventStream(request, _events(about, answers), answers)
     (pieces,) = await answers.whole(request)
@@ -162,20 +158,18 @@ def _usage(answers: Answers) -> dict[str, int]:
 
 
 def _stop(answers: Answers, piece: Piece) -> Json:
-    reason = _STOP_REASONS[answers.finish_reason(0, piece) or "stop"]
     if piece.stopped_by is not None:
-        reason = "stop_sequence"
-    return {"stop_reason": reason, "stop_sequence": piece.stopped_by}
+        return {"stop_reason": "stop_sequence", "stop_sequence": piece.stopped_by}
+    reason = _STOP_REASONS[answers.finish_reason(0, piece) or "stop"]
+    return {"stop_reason": reason, "stop_sequence": None}
 
 
 def _content(deltas: list[ContentDelta]) -> list[Json]:
-    """The blocks of a whole answer, without tool calls that were cut off: their arguments can't be
-    sent."""
+    """The blocks of a whole answer, without tool calls that were cut off."""
     text, calls = collect(deltas)
     blocks = []
     for name, arguments, complete in calls:
-        given = parse_arguments(arguments) if complete else None
-        if given is not None:
+        if complete and (given := parse_arguments(arguments)) is not None:
             blocks.append(_tool_use(name, given))
     return [{"type": "text", "text": text}, *blocks] if text or not blocks else blocks
 
@@ -185,59 +179,36 @@ def _tool_use(name: str, given: Json) -> Json:
 
 
 async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
-    begun: Json = {
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": _usage(answers),
-    }
-    yield _event("message_start", message={**about, **begun})
-    blocks = _Blocks()
+    begun: Json = {"content": [], "stop_reason": None, "stop_sequence": None}
+    yield _event("message_start", message={**about, **begun, "usage": _usage(answers)})
+    index, is_open = -1, False  # of the content block
     async for _, piece in answers.pieces():
-        for delta in answers.content(0, piece):
-            for text in blocks.add(delta):
-                yield text
+        deltas = answers.content(0, piece)
+        if piece.finish is not None and index < 0 and not deltas:
+            deltas = [ContentDelta()]  # an empty answer has an empty block
+        for delta in deltas:
+            if delta.name is not None or (delta.call is None and not is_open):
+                if is_open:
+                    yield _event("content_block_stop", index=index)
+                index, is_open = index + 1, True
+                block: Json = {"type": "text", "text": ""}
+                if delta.name is not None:
+                    block = _tool_use(delta.name, {})
+                yield _event("content_block_start", index=index, content_block=block)
+            if delta.text:
+                added: Json = {"type": "text_delta", "text": delta.text}
+                if delta.call is not None:
+                    added = {"type": "input_json_delta", "partial_json": delta.text}
+                yield _event("content_block_delta", index=index, delta=added)
+            if delta.complete:
+                is_open = False
+                yield _event("content_block_stop", index=index)
         if piece.finish is not None:
-            for text in blocks.end():
-                yield text
+            if is_open:
+                yield _event("content_block_stop", index=index)
             yield _event("message_delta", delta=_stop(answers, piece), usage=_usage(answers))
     yield _event("message_stop")
 
 
 def _event(kind: str, **content: Any) -> str:
     return event({"type": kind, **content}, kind)
-
-
-class _Blocks:
-    """The events of content blocks, which follow each other, as an answer arrives."""
-
-    def __init__(self) -> None:
-        self._index, self._is_open = -1, False
-
-    def add(self, delta: ContentDelta) -> Iterator[str]:
-        if delta.name is not None:
-            yield from self._begin(_tool_use(delta.name, {}))
-        elif delta.call is None and not self._is_open:
-            yield from self._begin({"type": "text", "text": ""})
-        if delta.text:
-            part: Json = {"type": "text_delta", "text": delta.text}
-            if delta.call is not None:
-                part = {"type": "input_json_delta", "partial_json": delta.text}
-            yield _event("content_block_delta", index=self._index, delta=part)
-        if delta.complete:
-            yield from self._close()
-
-    def end(self) -> Iterator[str]:
-        if self._index < 0:
-            yield from self._begin({"type": "text", "text": ""})
-        yield from self._close()
-
-    def _begin(self, block: Json) -> Iterator[str]:
-        yield from self._close()
-        self._index, self._is_open = self._index + 1, True
-        yield _event("content_block_start", index=self._index, content_block=block)
-
-    def _close(self) -> Iterator[str]:
-        if self._is_open:
-            self._is_open = False
-            yield _event("content_block_stop", index=self._index)

@@ -1,5 +1,4 @@
-"""The application of ``slotmoe serve``: health, metrics and the page, the routes of both APIs, and
-the description of all."""
+"""The application of ``slotmoe serve``: all routes, and their description."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:"
 )
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _HEALTH_RESPONSES = {**refusals(OpenAIError, 403), **refusals(Health, 503)}
 _KEYS = (HTTPBearer(auto_error=False), APIKeyHeader(name="x-api-key", auto_error=False))
-
 
 public, figures = APIRouter(), APIRouter()
 
@@ -51,20 +50,13 @@ def stats(service: Serving) -> Response:
 
 @figures.get("/metrics")
 def metrics(service: Serving) -> Response:
-    text = generate_latest(service.registry)
-    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:
-    """The application; the door in front of it, ``slotmoe.tools.serve.guard.Guard``, asks for a key
-    if it ``has_keys``."""
-    app = FastAPI(
-        title="slotmoe",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        exception_handlers=EXCEPTION_HANDLERS,
-    )
+    """The application; where it ``has_keys``, ``Guard`` in front of it asks for them."""
+    about: Any = {"title": "slotmoe", "version": __version__, "docs_url": None, "redoc_url": None}
+    app = FastAPI(**about, exception_handlers=EXCEPTION_HANDLERS)
     app.state.service = service
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description

@@ -13,40 +13,32 @@ from starlette.exceptions import HTTPException
 from slotmoe.errors import ConfigError
 
 ANTHROPIC_PATH = "/v1/messages"
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-}
+_ANTHROPIC_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error: OpenAI's ``param`` and ``code``, the HTTP
-    ``status`` and ``headers``."""
+    """A request that is answered with an error of HTTP ``status``, and OpenAI's ``param`` and
+    ``code``; ``headers`` are an attribute."""
+
+    headers: Mapping[str, str] | None = None
 
     def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        status: int = 400,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
     ):
         super().__init__(message)
-        self.param, self.status, self.code, self.headers = param, status, code, headers
+        self.param, self.status, self.code = param, status, code
 
 
 def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
-    is_clients = problem.status < 500
-    if path == ANTHROPIC_PATH:
-        default = "invalid_request_error" if is_clients else "api_error"
-        kind = _ANTHROPIC_TYPES.get(problem.status, default)
-        return {"type": "error", "error": {"type": kind, "message": str(problem)}}
-    kind = "invalid_request_error" if is_clients else "server_error"
+    is_anthropic, kind = path == ANTHROPIC_PATH, "invalid_request_error"
+    if problem.status >= 500:
+        kind = "api_error" if is_anthropic else "server_error"
     if problem.status == 429:
         kind = "rate_limit_error"
+    if is_anthropic:
+        kind = _ANTHROPIC_TYPES.get(problem.status, kind)
+        return {"type": "error", "error": {"type": kind, "message": str(problem)}}
     about = {"param": problem.param, "code": problem.code}
     return {"error": {"message": str(problem), "type": kind, **about}}
 
@@ -60,8 +52,8 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     elif isinstance(problem, ConfigError):
         refusal = RefusedError(str(problem))
     elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
-        status, headers = problem.status_code, problem.headers
-        refusal = RefusedError(str(problem.detail), status=status, headers=headers)
+        refusal = RefusedError(str(problem.detail), status=problem.status_code)
+        refusal.headers = problem.headers
     else:
         refusal = RefusedError("the server failed; its log says how", status=500)
     return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)

@@ -1,5 +1,4 @@
-"""Function calling: how functions are described to a model, how a model writes tool calls, and how
-its text is parsed.
+"""Function calling: its prompts, and the parser of what a model writes.
 
 DeepSeek-V2.5 was trained on a format of its own, with tokens for it in its vocabulary and its chat
 template; that format is used where both are there.  Every other model gets a description in plain
@@ -27,14 +26,12 @@ from slotmoe.tools.serve.requests import (
     ToolPolicy,
 )
 
-_NAMES = "calls_begin call_begin sep call_end calls_end"
-_RESULT_NAMES = "outputs_begin output_begin output_end outputs_end"
-_TOKENS, _RESULT_TOKENS = (
-    [f"<\uff5ctool\u2581{name}\uff5c>" for name in names.replace("_", "\u2581").split()]
-    for names in (_NAMES, _RESULT_NAMES)  # as DeepSeek spells them
+_NAMES = "calls_begin call_begin sep call_end calls_end "
+_NAMES += "outputs_begin output_begin output_end outputs_end"
+_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS, _OUTPUTS, _OUTPUT, _END_OUTPUT, _END_OUTPUTS = (
+    f"<\uff5ctool\u2581{name}\uff5c>" for name in _NAMES.replace("_", "\u2581").split()
 )
-_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS = _TOKENS
-_OUTPUTS, _OUTPUT, _END_OUTPUT, _END_OUTPUTS = _RESULT_TOKENS
+_TOKENS = (_CALLS, _CALL, _SEP, _END_CALL, _END_CALLS)  # that a model writes
 _UNCALLED = "a result answers no call of the message before it"
 Turn: TypeAlias = tuple[PlainMessage | AssistantMessage, list[ToolMessage]]
 
@@ -53,12 +50,12 @@ class CallFormat:
 
     def write(self, calls: list[ToolCall]) -> str:
         """``calls`` as the model writes them."""
-        if not calls:
-            return ""
-        texts = []
-        for call in (call.function for call in calls):
-            texts.append(self.head + call.name + self.middle + (call.arguments or "{}") + self.tail)
-        return self.opening + self.joint.join(texts) + self.closing
+        functions = [call.function for call in calls]
+        texts = [
+            self.head + function.name + self.middle + (function.arguments or "{}") + self.tail
+            for function in functions
+        ]
+        return self.opening + self.joint.join(texts) + self.closing if texts else ""
 
 
 PLAIN = CallFormat(
@@ -72,8 +69,7 @@ NATIVE = CallFormat(
 
 
 class Dialect:
-    """The format of function calling that a model was trained on, by its tokenizer and its chat
-    template."""
+    """The format that a model was trained on, by its tokenizer and its chat template."""
 
     def __init__(self, tokenizer: Tokenizer):
         template, ids = tokenizer.template or "", [tokenizer.token_id(token) for token in _TOKENS]
@@ -86,8 +82,7 @@ class Dialect:
         self.shown = {id_: t for id_, t in pairs if id_ is not None and self.is_native}
 
     def prompt(self, messages: list[ChatMessage], policy: ToolPolicy | None) -> str:
-        """The conversation through the model's template.  Raises ``RefusedError`` and
-        ``ConfigError``."""
+        """The conversation as text for the model.  Raises ``RefusedError``, ``ConfigError``."""
         turns, described = with_results(messages), None
         functions = policy.functions if policy is not None else []
         if self._template_has_tools:
@@ -125,9 +120,8 @@ class Dialect:
         return written
 
     def _native(self, turns: list[Turn]) -> list[dict[str, str]]:
-        """For DeepSeek-V2.5's template, which loses text beside calls, the end of a single call and
-        the beginning of second results: calls, results and what follows them are one message of the
-        assistant."""
+        """Calls, results and what follows them as one message of the assistant: DeepSeek-V2.5's
+        template itself loses text beside calls and parts of calls and results."""
         written, goes_on = list[dict[str, str]](), False
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
@@ -143,11 +137,8 @@ class Dialect:
 
 
 def with_results(messages: list[ChatMessage]) -> list[Turn]:
-    """Each message with the results of its calls, in the order of the calls.
-
-    Raises ``RefusedError`` where a call has no result right after it, or a result no call of its
-    name.
-    """
+    """Each message with the results of its calls, in the order of the calls.  Raises
+    ``RefusedError`` where they don't match."""
     turns: list[Turn] = []
     for message in messages:
         if not isinstance(message, ToolMessage):
@@ -174,7 +165,6 @@ def _in_order(calls: list[ToolCall], results: list[ToolMessage]) -> list[ToolMes
 
 
 def _described(function: Function) -> dict[str, Any]:
-    """As chat templates know it."""
     about = {"name": function.name, "description": function.description or ""}
     return {**about, "parameters": function.schema_of_arguments}
 
@@ -211,9 +201,8 @@ class ContentDelta:
 
 
 class Reader:
-    """Parses an answer as it arrives: text, then tool calls in ``call_format``, to which the
-    grammar holds it.  Without a format all is text; where ``either``, the answer is tool calls from
-    its first character on, or text."""
+    """Parses an answer as it arrives: text, then tool calls in ``call_format``.  Without a format
+    all is text; where ``either``, it is tool calls from its first character on, or text."""
 
     def __init__(self, call_format: CallFormat | None, either: bool = False):
         self._format, self._either = call_format, either
@@ -260,7 +249,7 @@ class Reader:
             yield ContentDelta(text)
 
     def _skip(self, literal: str) -> Generator[None, None, str]:
-        """Wait for ``literal`` and drop it; the text before it."""
+        """The text before ``literal``, which is dropped."""
         while literal not in self._unread:
             yield None
         before, _, self._unread = self._unread.partition(literal)
@@ -302,11 +291,10 @@ def collect(deltas: list[ContentDelta]) -> tuple[str, list[tuple[str, str, bool]
 
 
 def parse_arguments(text: str) -> dict[str, Any] | None:
-    """A complete call's arguments; None if they can't be sent on: numbers too long or large, half a
-    surrogate, too many levels."""
+    """A complete call's arguments; None if they can't be sent on."""
     try:
         arguments: dict[str, Any] = json.loads(text)
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # huge numbers, half a surrogate, too many levels
         return None
     return arguments

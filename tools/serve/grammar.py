@@ -1,5 +1,4 @@
-"""Answers that follow a JSON schema, or call functions with arguments that do: llguidance computes
-which tokens may come next."""
+"""Grammars of answers that follow a JSON schema or call functions, by llguidance."""
 
 from __future__ import annotations
 
@@ -38,10 +37,8 @@ class Mask:
         """bool [V].  Raises ``ConfigError``."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise ConfigError(
-                "the JSON schema leaves nothing that could come next, or takes too much work to "
-                "follow; make it simpler"
-            )
+            problem = "leaves nothing that could come next, or takes too much work to follow"
+            raise ConfigError(f"the JSON schema {problem}; make it simpler")
         allowed_V = np.unpackbits(bits, count=self._size, bitorder="little")
         return torch.from_numpy(allowed_V.view(np.bool_))
 
@@ -54,18 +51,18 @@ class Grammars:
     """Makes grammars for one model."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], dialect: Dialect):
-        self._source, self._eos, self._dialect = tokenizer, eos_token_ids, dialect
+        self._source, self._eos, self._dialect = tokenizer, list(eos_token_ids), dialect
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        source = self._source
-        return LLTokenizer(source.to_json(), n_vocab=source.size, eos_token=list(self._eos))
+        size = self._source.size
+        return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
     def compile(
         self, schema: dict[str, Any] | None, policy: ToolPolicy | None
     ) -> Callable[[], Mask] | None:
-        """A function that makes the mask of an answer that has to follow ``schema``, or to call
-        functions; None where the answer is free.  Raises ``RefusedError``."""
+        """Makes the mask of an answer that has to follow ``schema``, or to call functions; None
+        where the answer is free.  Raises ``RefusedError``."""
         content = None
         if schema is not None:
             content = self._json(schema, "response_format", "response_format")
@@ -82,8 +79,7 @@ class Grammars:
         return lambda: Mask(matcher.deep_copy(), self._source.size)
 
     def _calls(self, policy: ToolPolicy, content: str | None) -> str:
-        """The grammar of an answer that is tool calls, or free where they are not required: text,
-        then perhaps calls."""
+        """The grammar of tool calls, or of text and perhaps calls where they aren't required."""
         marks, arguments = self._dialect.format, dict[str, str]()
         for function in policy.functions:
             where = f"tool {function.name!r}"
@@ -113,8 +109,7 @@ class Grammars:
         return "\n".join(start + rules)
 
     def _literal(self, text: str) -> str:
-        """``text`` in a grammar; tokens of the dialect are tokens there, which no text can
-        spell."""
+        """``text`` in a grammar; the dialect's tokens are tokens, which no text can spell."""
         ids = {token: id_ for id_, token in self._dialect.shown.items()}
         texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)

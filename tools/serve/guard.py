@@ -1,5 +1,4 @@
-"""Checks of the raw request before any route sees it: host, origin, API key, and the body's type,
-size and time; and a limit on how long a silent connection stays open."""
+"""Checks of a raw request before any route sees it, and the end of silent connections."""
 
 from __future__ import annotations
 
@@ -69,29 +68,23 @@ class Guard:
             raise RefusedError("requests from pages of other origins are refused", status=403)
         owner = self._owner(headers)
         if owner is None and scope.get("raw_path", b"") != b"/health":
-            raise RefusedError(
-                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-                status=401,
-                code="invalid_api_key",
-                headers=_ASK if scope["path"] == "/" else None,
-            )
+            problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            refusal = RefusedError(problem, None, 401, "invalid_api_key")
+            refusal.headers = _ASK if scope["path"] == "/" else None
+            raise refusal
         return owner or ""
 
     def _is_known(self, host: str) -> bool:
         """Names are on the list or refused; an address can't be rebound."""
         is_bracketed = host.startswith("[")
         name = host[1:].partition("]")[0] if is_bracketed else host.partition(":")[0]
-        if name in self._hosts:
-            return True
         try:
-            ipaddress.ip_address(name)
+            return name in self._hosts or bool(ipaddress.ip_address(name))
         except ValueError:
             return False
-        return True
 
     def _owner(self, headers: Headers) -> str | None:
-        """The index of the key that the client sent; empty where none is needed, None where none is
-        right."""
+        """The index of the client's key; empty where none is needed, None where it is wrong."""
         if not self._keys:
             return ""
         kind, _, rest = headers.get("authorization", "").partition(" ")
@@ -111,8 +104,9 @@ class Guard:
         """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
-            problem = "the body must be JSON, with Content-Type: application/json"
-            raise RefusedError(problem, status=415)
+            raise RefusedError(
+                "the body must be JSON, with Content-Type: application/json", status=415
+            )
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
@@ -124,11 +118,8 @@ class Guard:
         return body
 
     async def _read(self, receive: Receive) -> bytes:
-        """The body, or if it is too large a beginning that is too.
-
-        The rest is read all the same, within reason: closing a socket with unread bytes resets the
-        connection, and the client may never see why.
-        """
+        """The body, or if it is too large a beginning that is too.  The rest is read all the same,
+        within reason: unread bytes reset the connection, and the client may never see why."""
         body, size, more = bytearray(), 0, True
         while more and size <= _UNREAD * self._max_body:
             message = await receive()
@@ -140,13 +131,8 @@ class Guard:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with a client that may stop half-way: while it asks, where uvicorn waits forever for
-    the rest of a header, or while it is answered, where uvicorn waits forever for room to write.
-
-    The connection is looked at every ``IDLE_SECONDS``.  While the client has to act, either no
-    request is under way or writing waits until the client reads.  If nothing has changed since the
-    last look, the connection ends.
-    """
+    """HTTP/1.1 that ends a connection on which the client had to act, by sending or by reading, and
+    nothing moved between two looks, ``IDLE_SECONDS`` apart; uvicorn itself would wait forever."""
 
     _timer: asyncio.TimerHandle | None = None
     _seen: tuple[object, int] | None = None
@@ -172,7 +158,7 @@ class Connection(H11Protocol):
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body first, then what comes after it: that the client left."""
+    """Gives the body first, then what comes after it: that the client left."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> MutableMapping[str, Any]:

@@ -48,17 +48,17 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
     if len(given) * options.choices > MAX_ANSWERS:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
-    prompts, echoes, has_logprobs = list[list[int]](), list[str](), body.logprobs is not None
+    tokenizer, has_logprobs = service.tokenizer, body.logprobs is not None
+    prompts, echoes = list[list[int]](), list[str]()
     for prompt in given:
-        if isinstance(prompt, str) and body.suffix is not None:
-            gap = prompt, body.suffix
-            prompts.append(await asyncio.to_thread(service.tokenizer.encode_gap, *gap))
-        elif isinstance(prompt, str):
-            prompts.append(await asyncio.to_thread(service.tokenizer.encode, prompt))
-        else:
-            prompts.append(prompt)
+        ids: Any = prompt
+        if isinstance(prompt, str):
+            gap = () if body.suffix is None else (body.suffix,)
+            encode = tokenizer.encode_gap if gap else tokenizer.encode
+            ids = await asyncio.to_thread(encode, prompt, *gap)
+        prompts.append(ids)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
     scored = bool(body.echo) and has_logprobs
     answers = Answers(service, request.state.owner, prompts, options, scored=scored)
@@ -68,11 +68,8 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
 async def _respond(
     request: Request, body: OpenAIRequest, answers: Answers, choices: ChatChoices | TextChoices
 ) -> Response:
-    about = {
-        "id": f"{choices.prefix}-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": body.model,
-    }
+    about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
+    about["created"] = int(time.time())
 
     async def events() -> AsyncIterator[str]:
         chunk = {**about, "object": choices.chunk_kind}
@@ -145,21 +142,17 @@ class ChatChoices:
     def _logprob(self, id_: int, logprob: float | None) -> Json:
         text = self._answers.service.tokenizer.decode([id_])
         # Part of a character is no text, and its bytes are not known here.
-        is_text = "\ufffd" not in text
-        return {
-            "token": text,
-            "logprob": logprob,
-            "bytes": list(text.encode()) if is_text else None,
-        }
+        content = list(text.encode()) if "\ufffd" not in text else None
+        return {"token": text, "logprob": logprob, "bytes": content}
 
 
 def _delta(delta: ContentDelta) -> Json:
     """What ``delta`` adds to OpenAI's message."""
     if delta.call is None:
         return {"content": delta.text}
-    if delta.name is None:
-        return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.text}}]}
-    return {"tool_calls": [{"index": delta.call, **_call(delta.name, "")}]}
+    arguments: Json = {"function": {"arguments": delta.text}}
+    added = arguments if delta.name is None else _call(delta.name, "")
+    return {"tool_calls": [{"index": delta.call, **added}]}
 
 
 def _call(name: str, arguments: str) -> Json:

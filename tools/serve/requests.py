@@ -1,8 +1,7 @@
 """Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
 
-A field is honoured or the request is refused.  Only ``user``, a label, is ignored.  What FastAPI
-can't derive from the types, which fields need or exclude each other, is added to the JSON schema of
-a request (``json_schema_extra``).
+A field is honoured or the request is refused.  Only ``user``, a label, is ignored.  Which fields
+need or exclude each other is added to the JSON schema of a request (``json_schema_extra``).
 """
 
 from __future__ import annotations
@@ -257,25 +256,21 @@ def _many_prompts(count: int) -> dict[str, Any]:
     items = {"type": ["string", "array"]}
     prompts = {"type": "array", "minItems": count, "maxItems": count, "items": items}
     n = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": MAX_ANSWERS // count}]}
-    return {
-        "if": {"required": ["prompt"], "properties": {"prompt": prompts}},
-        "then": {"properties": {"n": n}},
-    }
+    many = {"required": ["prompt"], "properties": {"prompt": prompts}}
+    return {"if": many, "then": {"properties": {"n": n}}}
 
 
 _CHAT_NEEDS = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
-_CHAT_RULES: Any = [
-    *_needed(_CHAT_NEEDS),
-    {"not": {"allOf": [_given("max_tokens"), _given("max_completion_tokens")]}},
-]
+_ByRole = Annotated[ChatMessage, Field(discriminator="role")]
+Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
+_LIMITS = [_given("max_tokens"), _given("max_completion_tokens")]
+_CHAT_RULES: Any = [*_needed(_CHAT_NEEDS), {"not": {"allOf": _LIMITS}}]
 _ECHOED = _equal("echo", True)
+_ONE_TEXT = {"properties": {"prompt": {"type": "string"}}, "not": _ECHOED}
 _COMPLETION_RULES: Any = [
     *_needed(OpenAIRequest.needs),
     {"if": _equal("max_tokens", 0), "then": _ECHOED},
-    {
-        "if": _given("suffix"),
-        "then": {"properties": {"prompt": {"type": "string"}}, "not": _ECHOED},
-    },
+    {"if": _given("suffix"), "then": _ONE_TEXT},
     *(_many_prompts(count) for count in range(2, MAX_ANSWERS + 1)),
 ]
 
@@ -296,10 +291,7 @@ class ChatRequest(OpenAIRequest):
 
     needs: ClassVar = _CHAT_NEEDS
     model_config = ConfigDict(json_schema_extra={"allOf": _CHAT_RULES})
-    messages: Annotated[
-        list[Annotated[ChatMessage, Field(discriminator="role")]],
-        Field(min_length=1, max_length=MAX_MESSAGES),
-    ]
+    messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -338,9 +330,9 @@ class ChatRequest(OpenAIRequest):
             raise RefusedError(problem, "stop")
         functions = [tool.function for tool in self.tools]
         names = [function.name for function in functions]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise RefusedError(f"tool {twice!r} is there twice", "tools")
+        for name in names:
+            if names.count(name) > 1:
+                raise RefusedError(f"tool {name!r} is there twice", "tools")
         if not isinstance(choice, FunctionChoice):
             single = self.parallel_tool_calls is False
             return ToolPolicy(functions, functions, choice == "required", single)
@@ -351,16 +343,14 @@ class ChatRequest(OpenAIRequest):
         return ToolPolicy(functions, allowed, required=True, single=True)
 
 
+_SOME_PROMPTS = Field(min_length=1, max_length=MAX_ANSWERS)
+
+
 class CompletionRequest(OpenAIRequest):
     """``/v1/completions``."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": _COMPLETION_RULES})
-    prompt: (
-        Text
-        | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_ANSWERS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_ANSWERS)]
-    )
+    prompt: Text | Ids | Annotated[list[Text], _SOME_PROMPTS] | Annotated[list[Ids], _SOME_PROMPTS]
     max_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
@@ -380,8 +370,6 @@ class CompletionRequest(OpenAIRequest):
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, as texts or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        prompts: Any = [self.prompt] if is_single else self.prompt
+        return list(prompts)

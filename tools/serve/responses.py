@@ -1,5 +1,4 @@
-"""What the description of the API says about answers and refusals.  The models are for the
-description alone; the answers themselves are plain JSON."""
+"""What the description of the API says about answers, which are plain JSON, and refusals."""
 
 from __future__ import annotations
 
@@ -42,9 +41,8 @@ def _completion(name: str, kind: Any, **content: Any) -> Any:
 
 
 Health = _object("Health", status=str)
-Stats = _object(
-    "Stats", model=str, context=Count, running=Count, queued=Count, memory=dict[str, Any]
-)
+_counts: Any = dict.fromkeys(("context", "running", "queued"), Count)
+Stats = _object("Stats", model=str, memory=dict[str, Any], **_counts)
 _MODEL: dict[str, Any] = {"id": str, "object": Literal["model"], "created": Count}
 Model = _object("Model", **_MODEL, owned_by=str, max_model_len=Count)
 ModelList = _object("ModelList", object=Literal["list"], data=_list(Model))
@@ -68,8 +66,7 @@ AnthropicError = _object("AnthropicError", type=Literal["error"], error=_Anthrop
 
 
 def refusals(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses`` of a route that may refuse with these ``statuses``; ``model`` is the
-    envelope."""
+    """FastAPI's ``responses`` of a route that refuses with these ``statuses`` and ``model``."""
     return {status: {"model": model, "description": _REASONS[status]} for status in statuses}
 
 

@@ -16,6 +16,12 @@ from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
 
+_TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
+_HISTOGRAMS = {
+    "queue": "From request to its first step",
+    "first_token": "From request to first token",
+    "answer": "From request to the end of the answer",
+}
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
 
 
@@ -29,14 +35,11 @@ class Service:
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
         self.refused = 0  # requests, because the queue was full
         self.registry = CollectorRegistry()
-        self._queue = self._histogram("queue", "From request to its first step")
-        self._first = self._histogram("first_token", "From request to first token")
-        self._answer = self._histogram("answer", "From request to the end of the answer")
+        self._queue, self._first, self._answer = (
+            Histogram(f"slotmoe_{name}_seconds", text, buckets=_SECONDS, registry=self.registry)
+            for name, text in _HISTOGRAMS.items()
+        )
         self.registry.register(self)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        full_name = f"slotmoe_{name}_seconds"
-        return Histogram(full_name, text, buckets=_SECONDS, registry=self.registry)
 
     def check_model(self, model: str) -> None:
         """Raises ``RefusedError`` unless ``model`` is what this server serves."""
@@ -59,27 +62,21 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """Counts and bytes now; memory is by tier."""
         totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
-        memory: dict[str, dict[str, Any]] = {
-            tier: {"used": used, "parts": parts}
-            for tier, (used, parts) in memory_in_use(self.runtime.model).items()
-        }
+        memory: dict[str, dict[str, Any]] = {}
+        for tier, (used, components) in memory_in_use(self.runtime.model).items():
+            memory[tier] = {"used": used, "parts": components}
         memory[plan.tier]["budget"] = plan.budget
-        names = ("answer_tokens", "prompt_tokens", "reused_tokens")
         return {
-            "model": self.name,
-            "context": self.runtime.context,
-            "running": self.batch.running,
-            "queued": self.batch.queued,
-            "memory": memory,
-            **{name: getattr(totals, name) for name in names},
+            **{"model": self.name, "context": self.runtime.context, "memory": memory},
+            **{name: getattr(self.batch, name) for name in ("running", "queued")},
+            **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels")},
         }
 
     def collect(self) -> Iterable[Metric]:
         """The same for Prometheus, which calls this."""
         totals, stats = self.batch.totals, self.stats()
-        tokens = {"prompt": totals.prompt_tokens, "reused": totals.reused_tokens}
-        tokens["answer"] = totals.answer_tokens
+        tokens = {name.removesuffix("_tokens"): stats[name] for name in _TOKENS}
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
         used = {tier: values["used"] for tier, values in stats["memory"].items()}
