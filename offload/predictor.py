@@ -28,7 +28,6 @@ from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import nbytes
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
 _WORTH_LOGIT = math.log(WORTH / (1 - WORTH))
@@ -114,10 +113,7 @@ class Predictor:
     def nbytes(self) -> int:
         """Bytes in memory of all matrices and biases."""
         return sum(
-            nbytes(part)
-            for one in [self._token, *self._layers]
-            for matrix in one
-            for part in matrix
+            part.nbytes for one in [self._token, *self._layers] for matrix in one for part in matrix
         )
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:

@@ -19,9 +19,8 @@ TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 def page_aligned(count: int) -> Tensor:
     """``count`` bytes of page-aligned memory, uint8, zero; pages cost nothing until they are
     written."""
-    region = mmap.mmap(
-        -1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # shared memory would get small pages
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
+    region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
         region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=torch.uint8)
@@ -53,9 +52,8 @@ class Touching:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while self.ready < len(self._memory) and not self._stop:
             piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
-            ctypes.memset(
-                piece.data_ptr(), 0, len(piece)
-            )  # unlike a torch operation, never on several threads
+            # Unlike a torch operation, never on several threads.
+            ctypes.memset(piece.data_ptr(), 0, len(piece))
             self.ready += len(piece)
 
     def finish(self) -> None:
@@ -73,11 +71,8 @@ class Arena:
     in a virtual machine, reading them this way is 10 to 15% faster."""
 
     def __init__(self, chunk_bytes: int = 64 << 20):
-        self._chunk_bytes, self._free, self._lock = (
-            chunk_bytes,
-            torch.empty(0, dtype=torch.uint8),
-            threading.Lock(),
-        )
+        self._chunk_bytes, self._lock = chunk_bytes, threading.Lock()
+        self._free = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for a tensor at a multiple of 64 bytes."""
@@ -85,8 +80,8 @@ class Arena:
         with self._lock:
             if size > len(self._free):
                 self._free = page_aligned(max(size, self._chunk_bytes))
-            place, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
-        return place.view(dtype).view(shape)
+            memory, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return memory.view(dtype).view(shape)
 
 
 class Staging:
@@ -107,6 +102,6 @@ class Staging:
             # What came before keeps the old buffer alive; the margin has room for the scales that
             # follow a matrix.
             self._buffer, self._used = page_aligned(size + (4 << 20)), 0
-        place = self._buffer[self._used : self._used + size]
+        memory = self._buffer[self._used : self._used + size]
         self._used += -(-size // 4096) * 4096
-        return place.view(dtype).view(shape)
+        return memory.view(dtype).view(shape)

@@ -56,12 +56,8 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K of weight times output, one expert after the other in the gate's order, float32
-    [T, D].
-
-    The order of additions is the gate's, never that of arrival, so the result is bitwise the same
-    for every cache.
-    """
+    """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,
+    never that of arrival, so the result is bitwise the same for every cache."""
     total = y_TKD[:, 0] * weights_TK[:, 0, None]
     for k in range(1, y_TKD.shape[1]):
         total = total + y_TKD[:, k] * weights_TK[:, k, None]
@@ -91,9 +87,11 @@ class TorchOps:
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Weight:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``."""
-        copied: Weight = map_tensors(
-            weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        )
+
+        def copy(tensor: Tensor) -> Tensor:
+            return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+        copied: Weight = map_tensors(weight, copy)
         return copied
 
     def read_bandwidth(self, memory: Tensor) -> float:
@@ -114,14 +112,11 @@ class TorchOps:
         x_TK = x_TK.to(self.compute)
         N, K = weight.shape
         step = max(TILE, _SLICE // K // TILE * TILE)
-        if step >= N:
-            return F.linear(x_TK, dequantize(weight).to(self.compute)).float()
         y_TN = torch.empty(len(x_TK), N, dtype=torch.float32, device=x_TK.device)
         for start in range(0, N, step):
             stop = min(start + step, N)
-            y_TN[:, start:stop] = F.linear(
-                x_TK, dequantize(rows(weight, start, stop)).to(self.compute)
-            )
+            slice_NK = dequantize(rows(weight, start, stop)).to(self.compute)
+            y_TN[:, start:stop] = F.linear(x_TK, slice_NK)
         return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -130,9 +125,8 @@ class TorchOps:
 
     def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
         """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
-        return self.linear(
-            F.silu(self.linear(x_TD, gate_proj)) * self.linear(x_TD, up_proj), down_proj
-        )
+        gate_TI, up_TI = self.linear(x_TD, gate_proj), self.linear(x_TD, up_proj)
+        return self.linear(F.silu(gate_TI) * up_TI, down_proj)
 
     def embed(self, ids_T: Tensor, weight: Weight) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
@@ -173,9 +167,9 @@ class TorchOps:
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
         """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing
         to infinity."""
-        rows_TX.copy_(
-            latent_TW.clamp(-65504.0, 65504.0) if rows_TX.dtype == torch.float16 else latent_TW
-        )
+        if rows_TX.dtype == torch.float16:
+            latent_TW = latent_TW.clamp(-65504.0, 65504.0)
+        rows_TX.copy_(latent_TW)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         """No kernel: the network's own blockwise attention serves."""

@@ -71,6 +71,10 @@ class Part:
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
+    def describe(self) -> dict[str, Any]:
+        """Its dtype and shape, as JSON holds them."""
+        return {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
+
 
 class RecordLayout:
     """Where the parts of an expert's record are, for ``hidden_size`` H and
@@ -78,12 +82,8 @@ class RecordLayout:
 
     def __init__(self, hidden_size: int, moe_intermediate_size: int):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
-        width, hidden = moe_intermediate_size, hidden_size
-        self.shapes = {
-            "gate_proj": (width, hidden),
-            "up_proj": (width, hidden),
-            "down_proj": (hidden, width),
-        }
+        into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
+        self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
         parts = {}
         for name, shape in self.shapes.items():
             parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape), 0)
@@ -173,11 +173,7 @@ def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096
     bytes."""
     entries = {
-        name: {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [part.offset, part.offset + part.nbytes],
-        }
+        name: part.describe() | {"data_offsets": [part.offset, part.offset + part.nbytes]}
         for name, part in parts
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -193,25 +189,17 @@ def expert_tensor(layer: int, expert: int, part: str) -> str:
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
     """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets
     from the data's start."""
-    return {
-        expert_tensor(layer, expert, name): Part(
-            part.dtype, part.shape, expert * layout.record_bytes + part.offset
-        )
-        for expert in range(experts)
-        for name, part in layout.parts.items()
-    }
+    parts = {}
+    for expert in range(experts):
+        for name, part in layout.parts.items():
+            offset = expert * layout.record_bytes + part.offset
+            parts[expert_tensor(layer, expert, name)] = replace(part, offset=offset)
+    return parts
 
 
 def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[str, Any]:
     """The tensors of a file as the manifest holds them."""
-    return {
-        name: {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "checksum": checksums[name],
-        }
-        for name, part in parts.items()
-    }
+    return {name: part.describe() | {"checksum": checksums[name]} for name, part in parts.items()}
 
 
 def part_of(item: dict[str, Any]) -> Part:

@@ -53,7 +53,7 @@ def make_slab(S, D, width, seed=0):
 def expert_of(slab, slot, layout, x_TD):
     """One expert in float64, from dequantized weights."""
     gate, up, down = (
-        nf4.dequantize(layout.weight(slab[slot], name, LEVELS.to(DEVICE))).double()
+        layout.weight(slab[slot], name, LEVELS.to(DEVICE)).dequantize().double()
         for name in PROJECTIONS
     )
     x_TD = x_TD.double()

@@ -1,5 +1,5 @@
 """Checks of arguments that the table of `slotmoe.quant.kernels.cpu.signatures` cannot describe:
-rows that are strided, several caches, records, and what runs once a layer.  All raise
+rows that are strided, several caches, slabs, and what runs once a token.  All raise
 `ValueError`."""
 
 from __future__ import annotations
@@ -99,13 +99,3 @@ def slab_of(slab: Tensor, size: int) -> tuple[int, int, int]:
     if stride % 64 or start % 64:
         raise ValueError(f"records stand {stride} bytes apart, expected a multiple of 64 bytes")
     return start, count, stride
-
-
-def record_addresses(records: Sequence[Tensor], size: int) -> Any:
-    for record in records:
-        start = address("record", record, torch.uint8, (record.numel(),))
-        if record.numel() < size:
-            raise ValueError(f"a record of {record.numel()} bytes, expected at least {size}")
-        if start % 64:
-            raise ValueError("a record must start at a multiple of 64 bytes")
-    return addresses(records)
