@@ -34,8 +34,7 @@ class Int8Weight:
 
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``q`` and ``scale`` of a bf16, fp16 or fp32 matrix; a row of zeros gets scale 0.  The input
-    must be finite."""
+    """``q`` and ``scale`` of a finite bf16, fp16 or fp32 matrix; a row of zeros gets scale 0."""
     weight_NK = weight_NK.float()
     scale = weight_NK.abs().amax(dim=-1) / 127
     divisor = torch.where(scale > 0, scale, 1.0)

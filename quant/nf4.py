@@ -40,8 +40,7 @@ MIDPOINTS = (np.array(LEVELS[:-1], np.float32) + np.array(LEVELS[1:], np.float32
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A [N, K] matrix: ``codes`` uint8 and ``absmax`` float16 in ``tiles16``, ``levels`` float32
-    [16]."""
+    """A [N, K] matrix in ``tiles16``; codes uint8, absmax float16, levels float32 [16]."""
 
     codes: Tensor
     absmax: Tensor
@@ -95,8 +94,7 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [tiles, blocks, 512] and absmax fp16 [tiles, blocks, 16] of float32 [tiles,
-    lanes, blocks, 64]."""
+    """Codes [tiles, blocks, 512] and absmax of float32 [tiles, lanes, blocks, 64]."""
     tiles, _, blocks, _ = w.shape
     absmax = w.abs().amax(dim=-1)
     if not bool((absmax <= 65504.0).all()):

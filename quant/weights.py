@@ -32,8 +32,7 @@ def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises
-    ``nf4.NotFiniteError``."""
+    """``nf4.quantize``, by the native kernel where there is one; the same bytes and errors."""
     native = bindings.load()
     if native is None:
         return nf4.quantize(weight_NK)
@@ -50,11 +49,8 @@ def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
-    """Sum of the squared differences between a matrix and what was made of it, and sum of the
-    matrix's squares, in float64.
-
-    Native kernels and torch agree to its last digits.
-    """
+    """Sum of squared differences between a matrix and its quantized weight, and sum of the matrix's
+    squares, in float64.  Native kernels and torch agree to its last digits."""
     if (native := bindings.load()) is not None:
         return native.squared_error(source_NK, weight)
     N, K = source_NK.shape

@@ -76,8 +76,7 @@ class DiskReader:
             thread.start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target``, uint8 [record_bytes] in RAM; ``submit`` starts
-        it."""
+        """A read of one record into ``target``, uint8 in RAM; ``submit`` starts it."""
         return Read(expert_id, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
@@ -99,8 +98,7 @@ class DiskReader:
                 self._push(read)  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
-        """Give a read up; True if its buffer is free now, False if a piece of it is still arriving
-        (wait for ``done``)."""
+        """Give a read up; True if its buffer is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
             unread = read.outstanding == 0 and read.taken < len(read.buffer)
@@ -134,8 +132,7 @@ class DiskReader:
             return self.bytes_read / busy if self.bytes_read and busy else 1e9
 
     def stats(self) -> dict[str, Any]:
-        """``disk``: bytes, seconds with reads in flight, records read a second time, and whether
-        the page cache is bypassed."""
+        """``disk``: bytes, seconds with reads in flight, records read twice, and whether direct."""
         counts = {"bytes": self.bytes_read, "seconds": self.busy_seconds}
         return {"disk": {**counts, "retries": self.retries, "direct": self.direct}}
 
@@ -213,8 +210,7 @@ class DiskReader:
         return self._export.layers[row], expert
 
     def _finish(self, read: Read) -> None:
-        """Verify a record whose pieces are all there, reading it once more if something is wrong,
-        and hand it on."""
+        """Verify a whole record, reading it once more if something is wrong, and hand it on."""
         arrived = False
         try:
             if not read.cancelled and not isinstance(read.error, KeyboardInterrupt):

@@ -17,8 +17,7 @@ TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 
 
 def page_aligned(count: int) -> Tensor:
-    """``count`` bytes of page-aligned memory, uint8, zero; pages cost nothing until they are
-    written."""
+    """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
@@ -27,8 +26,7 @@ def page_aligned(count: int) -> Tensor:
 
 
 def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A zero tensor on the CPU in memory of its own, in large pages from 4 MiB on where the system
-    has them."""
+    """A zero CPU tensor, in large pages from 4 MiB on where the system has them."""
     return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
@@ -85,8 +83,7 @@ class Arena:
 
 
 class Staging:
-    """Memory that is used again for each weight on its way: fresh pages cost more than the copy out
-    of them."""
+    """Memory used again for each weight on its way: fresh pages cost more than the copy."""
 
     def __init__(self) -> None:
         self._buffer, self._used = page_aligned(4096), 0

@@ -39,8 +39,7 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
 
 
 def _triton_ops(device: torch.device, required: bool) -> TorchOps:
-    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so
-    never without a GPU."""
+    """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton, on Linux)"

@@ -65,8 +65,7 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 class TorchOps:
-    """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU,
-    bfloat16 on CUDA."""
+    """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA."""
 
     kind = name = "torch"
     absorbs = False
@@ -80,8 +79,7 @@ class TorchOps:
         return torch.get_num_threads()
 
     def timing(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds spent in each kernel while this is open; torch's operations can't be told apart,
-        so here none."""
+        """Seconds spent in each kernel while this is open; none in torch's own operations."""
         return nullcontext({})
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Weight:
@@ -95,8 +93,7 @@ class TorchOps:
         return copied
 
     def read_bandwidth(self, memory: Tensor) -> float:
-        """Bytes a second (median of 5) at which all threads together read ``memory``, uint8, whose
-        pages exist."""
+        """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
@@ -137,21 +134,18 @@ class TorchOps:
         raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T,
-        H, P]."""
+        """Pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T, H, P]."""
         pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
-        """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T,
-        H, R]."""
+        """Each head's query times its first N rows of kv_b [H (N + V), R]: float32 [T, H, R]."""
         _, H, N = q_THN.shape
         heads_HXR = dequantize(kv_b).view(H, -1, kv_b.shape[1])
         return torch.bmm(q_THN.transpose(0, 1), heads_HXR[:, :N]).transpose(0, 1)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
-        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T,
-        H, V]."""
+        """Each head's latent output through its last V rows of ``kv_b``: float32 [T, H, V]."""
         _, H, R = o_THR.shape
         heads_HXR = dequantize(kv_b).view(H, -1, R)
         return torch.bmm(o_THR.transpose(0, 1), heads_HXR[:, N:].transpose(1, 2)).transpose(0, 1)
@@ -165,8 +159,7 @@ class TorchOps:
         return R + P, torch.float16
 
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
-        """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing
-        to infinity."""
+        """Write float32 latent rows to rows of the cache; float16 saturates."""
         if rows_TX.dtype == torch.float16:
             latent_TW = latent_TW.clamp(-65504.0, 65504.0)
         rows_TX.copy_(latent_TW)

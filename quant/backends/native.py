@@ -95,8 +95,7 @@ class NativeOps(TorchOps):
         return self._native.timing()
 
     def prepare(self, role: str, weight: Any, empty: Empty = new) -> Any:
-        """int8 and NF4 are bound for native calls, but int8 of the roles ``embedding`` and
-        ``absorbed`` stays row-major."""
+        """int8 and NF4 are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
         if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
             return self._native.tile_int8(weight, empty)
         copied = super().prepare(role, weight, empty)
@@ -161,8 +160,8 @@ class NativeOps(TorchOps):
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
         width, slots_TK = records.layout.moe_intermediate_size, slots_E[indices_TK]
-        x_TD = x_TD.contiguous()
-        self._native.experts_by_slot(x_TD, records.slab, slots_TK, width, records.levels, y_TKD)
+        values = records.slab, slots_TK, width, records.levels, y_TKD
+        self._native.experts_by_slot(x_TD.contiguous(), *values)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())

@@ -60,8 +60,7 @@ def checksum(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a record or of the resident file: its place (bytes from the record's or data's
-    start)."""
+    """A tensor of a record or file, ``offset`` bytes from the record's or the data's start."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,8 +76,7 @@ class Part:
 
 
 class RecordLayout:
-    """Where the parts of an expert's record are, for ``hidden_size`` H and
-    ``moe_intermediate_size`` I."""
+    """Where the parts of an expert's record are, for hidden size H and width I."""
 
     def __init__(self, hidden_size: int, moe_intermediate_size: int):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
@@ -133,8 +131,7 @@ def resident_parts(
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
-    """Tensors of the predictor's file for hidden size ``D``, ``L`` MoE layers of ``E`` experts and
-    widths ``R`` and ``Q``."""
+    """Tensors of a predictor: hidden size D, L MoE layers of E experts, widths R and Q."""
     parts: dict[str, Part] = {}
     shapes = {
         "token.in": (R, 2 * D),
@@ -156,8 +153,7 @@ def is_predictor(name: str) -> bool:
 
 
 def place(parts: dict[str, Part]) -> dict[str, Part]:
-    """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own
-    element size."""
+    """Assign offsets without holes, widest dtype first, so that every tensor is aligned."""
     return _in_a_row(dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize)))
 
 
@@ -170,8 +166,7 @@ def _in_a_row(parts: dict[str, Part]) -> dict[str, Part]:
 
 
 def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
-    """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096
-    bytes."""
+    """Length prefix and JSON header of a safetensors file, padded to a multiple of 4096."""
     entries = {
         name: part.describe() | {"data_offsets": [part.offset, part.offset + part.nbytes]}
         for name, part in parts
@@ -187,8 +182,7 @@ def expert_tensor(layer: int, expert: int, part: str) -> str:
 
 
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
-    """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets
-    from the data's start."""
+    """Tensors of the file that holds the records of ``layer``, in order."""
     parts = {}
     for expert in range(experts):
         for name, part in layout.parts.items():

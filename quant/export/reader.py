@@ -61,8 +61,7 @@ class Export:
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
-        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is
-        damaged or missing."""
+        """Open the export in folder ``path``; raises ``ExportError`` naming a damaged file."""
         folder = Path(path)
         manifest = read_manifest(folder)
         export = cls(folder, manifest, manifest_layout(manifest))
@@ -92,8 +91,7 @@ class Export:
         return ExportError(f"{self.folder / name}: {what}")
 
     def _open_file(self, name: str) -> None:
-        """Open one of the format's own files, inside the folder and of the size that the manifest
-        names."""
+        """Open a file inside the folder and check its size."""
         try:
             handle = os.open(regular_file(self.folder, name), os.O_RDONLY)
         except OSError as problem:
@@ -116,8 +114,7 @@ class Export:
     def _read(
         self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None
     ) -> None:
-        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises
-        ``ExportError``."""
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file."""
         done, needed = 0, len(data) if needed is None else needed
         while done < needed:
             try:
@@ -157,8 +154,7 @@ class Export:
         return self._direct
 
     def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:
-        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``;
-        verifies nothing."""
+        """Fill ``out`` from byte ``start`` of a record on, unverified.  Raises ``ExportError``."""
         name = layer_file(layer)
         offset = self.manifest["files"][name]["header_bytes"] + start
         offset += expert * self.layout.record_bytes
@@ -182,8 +178,7 @@ class Export:
         return {name: weight.dequantize() for name, weight in weights.items()}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
-        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory
-        from ``empty`` and verified."""
+        """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""
         parts = self._parts[RESIDENT]
         if name not in parts:
             what = f"has no tensor {name}; the export does not fit its config.json"
@@ -208,8 +203,7 @@ class Export:
         return out.view(part.dtype).view(part.shape)
 
     def predictor(self) -> dict[str, Tensor] | None:
-        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError``
-        naming a damaged file."""
+        """The verified tensors of ``predictor_parts``, or None.  Raises ``ExportError``."""
         if self._predictor is None:
             return None
         tensors = {}

@@ -43,8 +43,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """Path of ``name`` in ``folder``; raises ``ExportError`` for a link that leads elsewhere and
-    for what is no file."""
+    """Path of ``name`` in ``folder``.  Raises ``ExportError`` for a link out of it or no file."""
     path = folder / name
     if os.path.realpath(path) != os.path.join(os.path.realpath(folder), name):
         raise ExportError(f"{path}: is a link that leads elsewhere; copy the file itself here")
@@ -60,8 +59,7 @@ def manifest_layout(manifest: dict[str, Any]) -> RecordLayout:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``, its values checked for type and range before anything uses
-    them."""
+    """The manifest of ``folder``, checked for types and ranges.  Raises ``ExportError``."""
     path = regular_file(folder, MANIFEST)
     if not path.exists():
         way_out = "slotmoe quantize SRC DST makes one"
@@ -102,8 +100,7 @@ def _is_list(value: Any, kind: Any, length: int) -> bool:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raise ``ValueError``, ``KeyError`` or ``TypeError`` unless the manifest has the structure
-    that readers rely on."""
+    """Raise unless the manifest has the structure that readers rely on."""
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
     for key, known in (("layout", "tiles16"), ("block", BLOCK)):
         _require(quantization[key] == known, f"unknown {key} {quantization[key]!r:.40}")

@@ -5,6 +5,7 @@ Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16
 64 columns.
 """
 
+import ctypes
 import math
 
 import numpy as np
@@ -152,7 +153,7 @@ def attention_layer(kernels, layer, h, table, caches, positions):
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
     stride = arguments.row_stride(caches[0], layer.row_bytes)
-    places = arguments.position_array(positions, [len(rows) for rows in caches])
+    places = (ctypes.c_int64 * len(positions))(*positions)
     values = layer, h, table, arguments.addresses(caches), stride, places
     y, x, logits = kernels.attention.results(*values, T=len(caches))
     return y, x, logits if layer.sizes["E"] else None

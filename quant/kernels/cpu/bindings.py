@@ -101,7 +101,7 @@ class Kernels:
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
         """Seconds spent inside each native function while this is open, by name, filled in at the
-        end (`decode` counts as its parts); the rest of a step is Python and torch."""
+        end; `decode` counts as its parts."""
         seconds: dict[str, float] = {}
         before = {name: function.seconds for name, function in self._functions.items()}
         try:
@@ -134,8 +134,7 @@ class Kernels:
         self._lib.slotmoe_set_threads(count)
 
     def read(self, memory: Tensor) -> None:
-        """Read every byte of uint8 [n] with all threads: what the kernels' speed is held
-        against."""
+        """Read every byte of uint8 [n] with all threads: the kernels' bound."""
         self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
     def tile_int8(self, weight: Int8Weight, empty: Empty) -> Matrix:
@@ -152,19 +151,15 @@ class Kernels:
     ) -> None:
         """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S,
         >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [T, k] names their
-        rows; where it is negative, y is left as it is.
-        """
+        rows; where it is negative, y is left as it is."""
         records = arguments.slab_of(slab, record_bytes(arguments.columns(x), intermediate))
         values = x, slots, *records, levels, y
         self._functions["experts_by_slot"].results(*values, I=intermediate)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
-        P)] (rows may be strided).
-
-        Each part, latent and rope columns, is rotated by an orthogonal matrix and rounded to 8 bits
-        with one float32 scale (attention.h); a part with NaN or infinity gets the scale NaN.
-        """
+        P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
+        and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
         p = arguments.rope_columns(latent, r)
         stride = arguments.row_stride(cache, latent_bytes(r, p))
         if len(cache) != len(latent):
@@ -182,15 +177,14 @@ class Kernels:
         p = arguments.rope_columns(q, latent)
         stride = arguments.row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
-            raise ValueError(
-                f"context is {context}, expected {len(q)} tokens to the cache's {len(cache)} rows"
-            )
+            limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
+            raise ValueError(f"context is {context}, expected {limits}")
         values = q, cache.data_ptr(), stride, scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
     def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-        """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and
-        of equals the lower index."""
+        """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
+        lower index."""
         router.check(arguments.columns(logits))
         route = self._functions["route"]
         weights, indices = route.results(ctypes.byref(router), logits, K=router.top_k)
@@ -234,7 +228,7 @@ class Kernels:
             arguments.addresses(caches),
             layer_stride,
             row_stride,
-            arguments.position_array(positions, [capacity] * t),
+            arguments.position_array(positions, t, capacity),
             address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
             *arguments.slab_of(slab, decoder.record_bytes),
             address("levels", levels, torch.float32, (16,)),
@@ -246,9 +240,8 @@ class Kernels:
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        self._functions["decode"].run(
-            decoder.address, first, t, *inputs, *outputs, ctypes.byref(reached), seconds
-        )
+        values = *inputs, *outputs, ctypes.byref(reached), seconds
+        self._functions["decode"].run(decoder.address, first, t, *values)
         layer, spent = reached.value, seconds[:]
         if layer < layers:
             indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
@@ -285,10 +278,7 @@ class Kernels:
 
     def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
-        / 127.
-
-        A row of zeros gets scale 0.  ValueError when the source holds NaN or infinity.
-        """
+        / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
         quantize = self._functions["quantize_int8"]
         q, scale = quantize.results(source, source_type(source))
         return q, scale

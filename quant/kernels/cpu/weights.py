@@ -40,10 +40,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int64, "kind n k"),
-        *_fields(ctypes.c_void_p, "data scale levels"),
-    ]
+    _fields_ = _fields(ctypes.c_int64, "kind n k") + _fields(ctypes.c_void_p, "data scale levels")
 
 
 class _Attention(ctypes.Structure):
@@ -80,10 +77,8 @@ class Router(ctypes.Structure):
         """Raise `ValueError` unless it can choose among so many experts."""
         fits = self.groups >= 1 and experts % self.groups == 0 and 1 <= self.kept <= self.groups
         if not fits or not 1 <= self.top_k <= experts:
-            raise ValueError(
-                f"{self.kept} of {self.groups} groups and top {self.top_k} don't fit {experts} "
-                "experts"
-            )
+            asked = f"{self.kept} of {self.groups} groups and top {self.top_k}"
+            raise ValueError(f"{asked} don't fit {experts} experts")
 
 
 class _Model(ctypes.Structure):
