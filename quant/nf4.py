@@ -74,10 +74,7 @@ class NotFiniteError(ValueError):
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a bf16, fp16 or fp32 matrix, in ``tiles16``.  Raises ``NotFiniteError``.
-
-    A code is the number of midpoints between neighbouring levels that lie below ``w * (1 /
-    absmax)``, all in float32.
-    """
+    A code is the number of levels' midpoints below ``w * (1 / absmax)``, all in float32."""
     N, K = weight_NK.shape
     tiles, blocks, _ = codes_shape(N, K)
     codes = torch.empty(codes_shape(N, K), dtype=torch.uint8)

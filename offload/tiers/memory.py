@@ -32,12 +32,8 @@ def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 class Touching:
     """A thread that makes the pages of ``memory`` (uint8, zero, on the CPU) present, from byte
-    ``start`` on.
-
-    The first write to a page costs as much as reading it from a disk, or several times that in a
-    virtual machine whose host has to find the page too; done here, the disk and the first tokens
-    don't wait for it.
-    """
+    ``start`` on, so that neither the disk nor the first tokens wait for it.  The first write to a
+    page costs as much as reading it from a disk, or several times that in a virtual machine."""
 
     def __init__(self, memory: Tensor, start: int):
         self._memory, self._stop, self.start = memory, False, start

@@ -46,19 +46,11 @@ class NativeDecoder:
         first = step.layer + (step.x_TD is not None)
         now = time.perf_counter()
         step.timer.mark("cache and prefetch", now)
-        done = self._native.decode(
-            self._decoder,
-            step.layer,
-            step.h_TD,
-            step.rope_TC,
-            [cache.layers for cache in step.caches],
-            [cache.length for cache in step.caches],
-            table.records.slab,
-            table.slots_ME,
-            table.records.levels,
-            step.x_TD,
-            step.routed_TD,
-        )
+        caches = [cache.layers for cache in step.caches]
+        positions = [cache.length for cache in step.caches]
+        stream = step.layer, step.h_TD, step.rope_TC, caches, positions
+        records = table.records.slab, table.slots_ME, table.records.levels
+        done = self._native.decode(self._decoder, *stream, *records, step.x_TD, step.routed_TD)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)

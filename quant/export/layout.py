@@ -64,7 +64,7 @@ class Part:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int = 0  # until `place` assigns it
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +84,13 @@ class RecordLayout:
         self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
         parts = {}
         for name, shape in self.shapes.items():
-            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape), 0)
+            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape))
         for name, shape in self.shapes.items():
-            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape), 0)
+            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape))
         self.payload_bytes = record_bytes(hidden_size, moe_intermediate_size)
         self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size)
         if self.record_bytes > self.payload_bytes:
-            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,), 0)
+            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,))
         self.parts = _in_a_row(parts)
 
     def describe(self) -> dict[str, Any]:
@@ -115,19 +115,16 @@ class RecordLayout:
 def resident_parts(
     name: str, shape: tuple[int, ...], quantization: str, dtype: torch.dtype
 ) -> dict[str, Part]:
-    """Tensors of the resident file that hold the weight ``name``; offsets are not assigned yet (0).
-
-    ``quantization`` is ``none`` (as in the source, ``dtype``), ``int8`` or ``nf4``; the last two
-    need a matrix.
-    """
+    """Tensors of the resident file that hold weight ``name``, stored as ``none`` (in ``dtype``),
+    ``int8`` or ``nf4``; the last two need a matrix."""
     if quantization == "int8":
-        scale = Part(torch.float32, shape[:1], 0)
-        return {name: Part(torch.int8, shape, 0), name + ".scale": scale}
+        scale = Part(torch.float32, shape[:1])
+        return {name: Part(torch.int8, shape), name + ".scale": scale}
     if quantization == "nf4":
         N, K = shape
-        absmax = Part(torch.float16, absmax_shape(N, K), 0)
-        return {name: Part(torch.uint8, codes_shape(N, K), 0), name + ".absmax": absmax}
-    return {name: Part(dtype, shape, 0)}
+        absmax = Part(torch.float16, absmax_shape(N, K))
+        return {name: Part(torch.uint8, codes_shape(N, K)), name + ".absmax": absmax}
+    return {name: Part(dtype, shape)}
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
@@ -140,10 +137,10 @@ def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
         "layer.out": (L - 1, E, Q),
     }
     for name, shape in shapes.items():
-        parts[name + ".weight"] = Part(torch.int8, shape, 0)
-        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1], 0)
-    parts["layer.mix"] = Part(torch.float32, (L - 1, 3), 0)
-    parts["popularity"] = Part(torch.float32, (L * E,), 0)
+        parts[name + ".weight"] = Part(torch.int8, shape)
+        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1])
+    parts["layer.mix"] = Part(torch.float32, (L - 1, 3))
+    parts["popularity"] = Part(torch.float32, (L * E,))
     return {name: part for name, part in parts.items() if part.nbytes}
 
 
@@ -197,8 +194,8 @@ def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[
 
 
 def part_of(item: dict[str, Any]) -> Part:
-    """A tensor of ``describe_tensors``; its offset is not assigned yet (0)."""
-    return Part(DTYPES[item["dtype"]], tuple(item["shape"]), 0)
+    """A tensor of ``describe_tensors``."""
+    return Part(DTYPES[item["dtype"]], tuple(item["shape"]))
 
 
 def tensor_parts(entry: dict[str, Any]) -> dict[str, Part]:

@@ -136,11 +136,7 @@ class Export:
 
     def bypass_page_cache(self) -> bool:
         """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned
-        memory; False if that is refused.
-
-        A model larger than memory gains nothing from the page cache, which would take memory from
-        the slots.
-        """
+        memory; False if that is refused.  The page cache would take memory from the slots."""
         handles = [self._handles[name] for name in (RESIDENT, *map(layer_file, self.layers))]
         flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
         try:

@@ -146,7 +146,7 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     The new file has a name of its own, so the rename of the manifest is the one moment in which it
     replaces the old one.
     """
-    parts = place({name: Part(item.dtype, tuple(item.shape), 0) for name, item in tensors.items()})
+    parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file

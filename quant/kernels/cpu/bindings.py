@@ -262,25 +262,19 @@ class Kernels:
         values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
         return self._functions["absorb_value"](*values, **sizes)
 
-    def quantize_nf4(self, source: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
-
-        Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K
-        is a multiple of 64. ValueError when the source holds NaN or infinity, or a block's absmax
-        does not fit float16.
-        """
-        levels = torch.tensor(LEVELS) if levels is None else levels
-        if not bool((levels[1:] >= levels[:-1]).all()):
-            raise ValueError("levels must ascend to quantize with them")
-        quantize = self._functions["quantize_nf4"]
-        codes, absmax = quantize.results(source, source_type(source), levels)
+    def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16: the bytes
+        of `nf4.quantize`.  ValueError when the source holds NaN or infinity, or a block's absmax
+        does not fit float16."""
+        values = source, source_type(source), torch.tensor(LEVELS)
+        codes, absmax = self._functions["quantize_nf4"].results(*values)
         return codes, absmax
 
     def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
         / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
-        quantize = self._functions["quantize_int8"]
-        q, scale = quantize.results(source, source_type(source))
+        values = source, source_type(source)
+        q, scale = self._functions["quantize_int8"].results(*values)
         return q, scale
 
     def squared_error(self, source: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
