@@ -175,16 +175,16 @@ def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
     Q = _number(tensors["layer.in.weight"]["shape"][1], 1, MAX_PREDICTOR_WIDTH) if L > 1 else 1
     expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
     _require(set(tensors) == set(expected), "the predictor has other tensors than its format")
-    return _check_tensors(tensors, expected)
+    return _check_tensors("the predictor", tensors, expected)
 
 
-def _check_tensors(tensors: dict[str, Any], expected: dict[str, Part]) -> int:
+def _check_tensors(of: str, tensors: dict[str, Any], expected: dict[str, Part]) -> int:
     """Returns the bytes of ``tensors``, which must be as ``expected``."""
     for name, part in expected.items():
         item = tensors[name]
         same = _is_list(item["shape"], int, len(part.shape)) and part == part_of(item)
-        _require(same, f"{name:.80} is not stored as its format prescribes")
-        _require(isinstance(item["checksum"], str), f"{name:.80} has no checksum")
+        _require(same, f"{name:.80} of {of} is not stored as the format prescribes")
+        _require(isinstance(item["checksum"], str), f"{name:.80} of {of} has no checksum")
     return sum(part.nbytes for part in expected.values())
 
 
@@ -207,4 +207,4 @@ def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> int:
         elif name not in expected:
             _require(dtype.is_floating_point, f"{name:.80} has dtype {dtype}")
             expected |= resident_parts(name, tuple(shape), "none", dtype)
-    return _check_tensors(tensors, expected)
+    return _check_tensors(RESIDENT, tensors, expected)
