@@ -27,7 +27,6 @@ from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import nbytes
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
 _WORTH_LOGIT = math.log(WORTH / (1 - WORTH))
@@ -112,7 +111,7 @@ class Predictor:
     def nbytes(self) -> int:
         """Bytes in memory of all matrices and biases."""
         pairs = chain(self._token, *self._layers)
-        return sum(nbytes(tensor) for tensor in chain.from_iterable(pairs))
+        return sum(tensor.nbytes for tensor in chain.from_iterable(pairs))
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """Every MoE layer's experts, from a token's embedding row and the residual stream after the

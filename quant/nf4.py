@@ -40,13 +40,32 @@ MIDPOINTS = (np.array(LEVELS[:-1], np.float32) + np.array(LEVELS[1:], np.float32
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A [N, K] matrix: ``codes`` uint8 and ``absmax`` float16 in ``tiles16``, ``levels`` float32
-    [16]."""
+    """A [N, K] matrix in ``tiles16``; codes uint8, absmax float16, levels float32 [16]."""
 
     codes: Tensor
     absmax: Tensor
     levels: Tensor
     shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes + self.levels.nbytes
+
+    def rows(self, start: int, stop: int) -> Nf4Weight:
+        """Rows ``start`` (a multiple of 16) to ``stop``, as a view."""
+        tiles = slice(start // TILE, -(-stop // TILE))
+        shape = stop - start, self.shape[1]
+        return Nf4Weight(self.codes[tiles], self.absmax[tiles], self.levels, shape)
+
+    def dequantize(self) -> Tensor:
+        """The exact matrix, float32 [N, K], on the weight's device."""
+        N, K = self.shape
+        tiles, blocks, _ = self.codes.shape
+        codes = self.codes.view(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
+        nibbles = torch.stack([codes >> 4, codes & 15], dim=4)  # tile, block, t, lane, half, i
+        values = self.levels[nibbles.int()]
+        values = values * self.absmax.float().view(tiles, blocks, 1, TILE, 1, 1)
+        return values.permute(0, 3, 1, 2, 4, 5).reshape(tiles * TILE, blocks * BLOCK)[:N, :K]
 
 
 class NotFiniteError(ValueError):
@@ -55,10 +74,7 @@ class NotFiniteError(ValueError):
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a bf16, fp16 or fp32 matrix, in ``tiles16``.  Raises ``NotFiniteError``.
-
-    A code is the number of midpoints between neighbouring levels that lie below ``w * (1 /
-    absmax)``, all in float32.
-    """
+    A code is the number of levels' midpoints below ``w * (1 / absmax)``, all in float32."""
     N, K = weight_NK.shape
     tiles, blocks, _ = codes_shape(N, K)
     codes = torch.empty(codes_shape(N, K), dtype=torch.uint8)
@@ -69,15 +85,13 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         rows = weight_NK[start * TILE : stop * TILE]
         padded = torch.zeros((stop - start) * TILE, blocks * BLOCK)
         padded[: len(rows), :K] = rows
-        codes[start:stop], absmax[start:stop] = _quantize_tiles(
-            padded.view(stop - start, TILE, blocks, BLOCK)
-        )
+        chunk = padded.view(stop - start, TILE, blocks, BLOCK)
+        codes[start:stop], absmax[start:stop] = _quantize_tiles(chunk)
     return codes, absmax
 
 
 def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [tiles, blocks, 512] and absmax fp16 [tiles, blocks, 16] of float32 [tiles,
-    lanes, blocks, 64]."""
+    """Codes [tiles, blocks, 512] and absmax of float32 [tiles, lanes, blocks, 64]."""
     tiles, _, blocks, _ = w.shape
     absmax = w.abs().amax(dim=-1)
     if not bool((absmax <= 65504.0).all()):
@@ -89,23 +103,7 @@ def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
         np.add(codes, below.view(np.uint8), out=codes)
     # Four neighbouring columns move as one 32-bit word; codes are below 16, so no bit crosses a
     # byte when shifted.
-    words = (
-        torch.from_numpy(codes)
-        .view(torch.int32)
-        .view(tiles, TILE, blocks, 8, 2)
-        .permute(4, 0, 2, 3, 1)
-    )
+    words = torch.from_numpy(codes).view(torch.int32).view(tiles, TILE, blocks, 8, 2)
+    words = words.permute(4, 0, 2, 3, 1)
     packed = (words[0] << 4 | words[1]).contiguous().view(torch.uint8)  # tile, block, t, lane, i
     return packed.view(tiles, blocks, TILE * BLOCK // 2), absmax.half().transpose(1, 2)
-
-
-def dequantize(weight: Nf4Weight) -> Tensor:
-    """The exact matrix, float32 [N, K], on the weight's device."""
-    N, K = weight.shape
-    tiles, blocks, _ = weight.codes.shape
-    codes = weight.codes.view(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
-    values = weight.levels[
-        torch.stack([codes >> 4, codes & 15], dim=4).int()
-    ]  # tile, block, t, lane, half, i
-    values = values * weight.absmax.float().view(tiles, blocks, 1, TILE, 1, 1)
-    return values.permute(0, 3, 1, 2, 4, 5).reshape(tiles * TILE, blocks * BLOCK)[:N, :K]

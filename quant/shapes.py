@@ -50,8 +50,7 @@ def resident_quantization(role: str, mode: str) -> str:
 
 
 def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:
-    """Bytes of a resident weight in memory.  Unquantized ones are in bf16, ``WIDENED`` ones in
-    float32."""
+    """Bytes of a resident weight in memory; unquantized in bf16, ``WIDENED`` in float32."""
     quantization = resident_quantization(role, mode)
     if quantization == "nf4":
         return nf4_bytes(*shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,33 +27,12 @@ def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same weight with ``change`` applied to each of its tensors."""
     if isinstance(weight, Tensor):
         return change(weight)
-    if is_dataclass(weight) and not isinstance(weight, type):
-        return replace(
-            weight,
-            **{
-                field.name: map_tensors(getattr(weight, field.name), change)
-                for field in fields(weight)
-            },
-        )
-    return weight
-
-
-def nbytes(weight: Any) -> int:
-    """Bytes in memory of a weight and its scales."""
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
-
-    map_tensors(weight, count)
-    return total
+    parts = {name: part for name, part in vars(weight).items() if isinstance(part, Tensor)}
+    return replace(weight, **{name: change(part) for name, part in parts.items()})
 
 
 def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """``nf4.quantize``, by the native kernel where there is one; the same bytes.  Raises
-    ``nf4.NotFiniteError``."""
+    """``nf4.quantize``, by the native kernel where there is one; the same bytes and errors."""
     native = bindings.load()
     if native is None:
         return nf4.quantize(weight_NK)
@@ -70,46 +49,26 @@ def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
-    """Sum of the squared differences between a matrix and what was made of it, and sum of the
-    matrix's squares, in float64.
-
-    Native kernels and torch agree to its last digits.
-    """
-    native = bindings.load()
-    if native is None:
-        N, K = source_NK.shape
-        step = max(TILE, _CACHED // K // TILE * TILE)
-        errors, squares = [], []
-        for start in range(0, N, step):
-            source = source_NK[start : start + step].double().flatten()
-            error = source - dequantize(rows(weight, start, min(start + step, N))).flatten()
-            errors.append(error.dot(error).item())
-            squares.append(source.dot(source).item())
-        return math.fsum(errors), math.fsum(squares)
-    if isinstance(weight, Int8Weight):
-        return native.int8_error(source_NK, weight.q, weight.scale)
-    return native.nf4_error(source_NK, weight.codes, weight.absmax, weight.levels)
+    """Sum of squared differences between a matrix and its quantized weight, and sum of the matrix's
+    squares, in float64.  Native kernels and torch agree to its last digits."""
+    if (native := bindings.load()) is not None:
+        return native.squared_error(source_NK, weight)
+    N, K = source_NK.shape
+    step = max(TILE, _CACHED // K // TILE * TILE)
+    errors, squares = [], []
+    for start in range(0, N, step):
+        source = source_NK[start : start + step].double().flatten()
+        error = source - weight.rows(start, min(start + step, N)).dequantize().flatten()
+        errors.append(error.dot(error).item())
+        squares.append(source.dot(source).item())
+    return math.fsum(errors), math.fsum(squares)
 
 
 def rows(weight: Weight, start: int, stop: int) -> Weight:
     """Rows ``start`` (a multiple of 16) to ``stop`` of a weight, as a view."""
-    if isinstance(weight, Int8Weight):
-        return Int8Weight(weight.q[start:stop], weight.scale[start:stop])
-    if isinstance(weight, Nf4Weight):
-        first, last = start // TILE, -(-stop // TILE)
-        return Nf4Weight(
-            weight.codes[first:last],
-            weight.absmax[first:last],
-            weight.levels,
-            (stop - start, weight.shape[1]),
-        )
-    return weight[start:stop]
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
 
 
 def dequantize(weight: Weight) -> Tensor:
     """The exact matrix, float32 [N, K], on the weight's device."""
-    if isinstance(weight, Int8Weight):
-        return int8.dequantize(weight)
-    if isinstance(weight, Nf4Weight):
-        return nf4.dequantize(weight)
-    return weight.float()
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize()

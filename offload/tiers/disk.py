@@ -23,6 +23,7 @@ DEMAND, WARM = 0, 1 << 30
 READERS = 8
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
+After = Callable[[bool], None] | None
 
 
 class Read:
@@ -34,13 +35,7 @@ class Read:
         "started", "taken", "urgency",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        expert_id: int,
-        buffer: memoryview,
-        urgency: int,
-        after: Callable[[bool], None] | None = None,
-    ):
+    def __init__(self, expert_id: int, buffer: memoryview, urgency: int, after: After = None):
         # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read
         # failed or was given up.
         self.expert_id, self.buffer, self.urgency, self.after = expert_id, buffer, urgency, after
@@ -62,10 +57,8 @@ class DiskReader:
         self._export, self.record_bytes = export, export.layout.record_bytes
         self.direct = direct and export.bypass_page_cache()
         if direct and not self.direct:
-            logging.getLogger("slotmoe").warning(
-                "%s: this file system refuses O_DIRECT; reads go through the page cache",
-                export.folder,
-            )
+            refused = "%s: this file system refuses O_DIRECT; reads go through the page cache"
+            logging.getLogger("slotmoe").warning(refused, export.folder)
         self._lock = threading.Lock()
         self._work, self._arrived = threading.Condition(self._lock), threading.Condition(self._lock)
         self._queue: list[tuple[int, int, Read]] = []
@@ -83,35 +76,33 @@ class DiskReader:
             thread.start()
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
-        """A read of one record into ``target``, uint8 [record_bytes] in RAM; ``submit`` starts
-        it."""
+        """A read of one record into ``target``, uint8 in RAM; ``submit`` starts it."""
         return Read(expert_id, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
         """Queue reads; those of urgency ``DEMAND`` overtake all others."""
         with self._lock:
             for read in reads:
-                heapq.heappush(self._queue, (read.urgency, next(self._order), read))
+                self._push(read)
                 if not (self._helps and read.urgency == DEMAND):
                     self._work.notify(max(1, self.record_bytes // self._piece))
+
+    def _push(self, read: Read) -> None:
+        heapq.heappush(self._queue, (read.urgency, next(self._order), read))
 
     def promote(self, read: Read) -> None:
         """A prefetch has become a demand."""
         with self._lock:
             if read.urgency != DEMAND and not read.done:
                 read.urgency = DEMAND
-                heapq.heappush(
-                    self._queue, (DEMAND, next(self._order), read)
-                )  # the old entry is skipped when it comes up
+                self._push(read)  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
-        """Give a read up; True if its buffer is free now, False if a piece of it is still arriving
-        (wait for ``done``)."""
+        """Give a read up; True if its buffer is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
-            if not read.done and (
-                not read.started or (read.outstanding == 0 and read.taken < len(read.buffer))
-            ):
+            unread = read.outstanding == 0 and read.taken < len(read.buffer)
+            if not read.done and (unread or not read.started):
                 if read.after is not None:
                     read.after(False)
                 read.done = True
@@ -135,21 +126,15 @@ class DiskReader:
     def bandwidth(self) -> float:
         """Bytes a second while reads were in flight, so far; 1 GB/s until something was read."""
         with self._lock:
-            busy = self.busy_seconds + (
-                time.perf_counter() - self._busy_since if self._busy else 0.0
-            )
+            busy = self.busy_seconds
+            if self._busy:
+                busy += time.perf_counter() - self._busy_since
             return self.bytes_read / busy if self.bytes_read and busy else 1e9
 
     def stats(self) -> dict[str, Any]:
-        """``disk``: bytes, seconds with reads in flight, records read a second time, and whether
-        the page cache is bypassed."""
-        counts = {
-            "bytes": self.bytes_read,
-            "seconds": self.busy_seconds,
-            "retries": self.retries,
-            "direct": self.direct,
-        }
-        return {"disk": counts}
+        """``disk``: bytes, seconds with reads in flight, records read twice, and whether direct."""
+        counts = {"bytes": self.bytes_read, "seconds": self.busy_seconds}
+        return {"disk": {**counts, "retries": self.retries, "direct": self.direct}}
 
     def close(self) -> None:
         """Stop the threads after the pieces that they are reading; what is queued is given up."""
@@ -174,12 +159,8 @@ class DiskReader:
         while self._queue:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
-            if (
-                read.done
-                or read.cancelled
-                or urgency != read.urgency
-                or (read.started and read.taken >= total)
-            ):
+            given_up = read.done or read.cancelled or urgency != read.urgency
+            if given_up or (read.started and read.taken >= total):
                 heapq.heappop(self._queue)
                 continue
             start, read.taken = read.taken, min(read.taken + self._piece, total)
@@ -197,12 +178,10 @@ class DiskReader:
         problem: BaseException | None = None
         try:
             if stop > start:
-                self._export.read_range(
-                    *self._place(read.expert_id), start, read.buffer[start:stop]
-                )
-        except (
-            BaseException
-        ) as raised:  # also Ctrl-C in a thread that helps: others may wait for this read
+                layer, expert = self._place(read.expert_id)
+                self._export.read_range(layer, expert, start, read.buffer[start:stop])
+        # Also Ctrl-C in a thread that helps: others may wait for this read.
+        except BaseException as raised:
             problem = raised
         with self._lock:
             self.bytes_read += stop - start
@@ -231,8 +210,7 @@ class DiskReader:
         return self._export.layers[row], expert
 
     def _finish(self, read: Read) -> None:
-        """Verify a record whose pieces are all there, reading it once more if something is wrong,
-        and hand it on."""
+        """Verify a whole record, reading it once more if something is wrong, and hand it on."""
         arrived = False
         try:
             if not read.cancelled and not isinstance(read.error, KeyboardInterrupt):

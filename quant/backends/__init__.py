@@ -14,10 +14,8 @@ from slotmoe.quant.backends.base import TorchOps
 from slotmoe.quant.backends.native import NativeOps
 from slotmoe.quant.kernels.cpu import bindings
 
-_TRITON_CAPABILITY = (
-    8,
-    0,
-)  # older cards multiply no bfloat16, and their shared memory is too small for the attention
+# Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
+_TRITON_CAPABILITY = 8, 0
 
 
 def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
@@ -41,15 +39,12 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
 
 
 def _triton_ops(device: torch.device, required: bool) -> TorchOps:
-    """Triton comes with torch's builds for CUDA on Linux.  It is imported here and nowhere else, so
-    never without a GPU."""
+    """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton, on Linux)"
     elif cuda and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
-        reason = (
-            f"the GPU's compute capability is below {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
-        )
+        reason = "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
     elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
         reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
     else:
@@ -58,9 +53,8 @@ def _triton_ops(device: torch.device, required: bool) -> TorchOps:
         ops = TritonOps(device)
         if cuda or ops.interpreted:
             return ops
-        reason = (
-            "on a CPU they run only under Triton's interpreter, for tests: set TRITON_INTERPRET=1"
-        )
+        only = "on a CPU they run only under Triton's interpreter, for tests"
+        reason = f"{only}: set TRITON_INTERPRET=1"
     if required:
         raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
     plain = TorchOps(torch.bfloat16)

@@ -56,12 +56,8 @@ def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over K of weight times output, one expert after the other in the gate's order, float32
-    [T, D].
-
-    The order of additions is the gate's, never that of arrival, so the result is bitwise the same
-    for every cache.
-    """
+    """Sum over K of weight times output, float32 [T, D].  The order of additions is the gate's,
+    never that of arrival, so the result is bitwise the same for every cache."""
     total = y_TKD[:, 0] * weights_TK[:, 0, None]
     for k in range(1, y_TKD.shape[1]):
         total = total + y_TKD[:, k] * weights_TK[:, k, None]
@@ -69,8 +65,7 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 class TorchOps:
-    """Plain torch on any device.  ``compute`` is the dtype of matrix products: float32 on a CPU,
-    bfloat16 on CUDA."""
+    """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA."""
 
     kind = name = "torch"
     absorbs = False
@@ -84,21 +79,21 @@ class TorchOps:
         return torch.get_num_threads()
 
     def timing(self) -> AbstractContextManager[dict[str, float]]:
-        """Seconds spent in each kernel while this is open; torch's operations can't be told apart,
-        so here none."""
+        """Seconds spent in each kernel while this is open; none in torch's own operations."""
         return nullcontext({})
 
     def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Weight:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``."""
-        copied: Weight = map_tensors(
-            weight, lambda tensor: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        )
+
+        def copy(tensor: Tensor) -> Tensor:
+            return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+        copied: Weight = map_tensors(weight, copy)
         return copied
 
     def read_bandwidth(self, memory: Tensor) -> float:
-        """Bytes a second (median of 5) at which all threads together read ``memory``, uint8, whose
-        pages exist."""
+        """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
@@ -114,14 +109,11 @@ class TorchOps:
         x_TK = x_TK.to(self.compute)
         N, K = weight.shape
         step = max(TILE, _SLICE // K // TILE * TILE)
-        if step >= N:
-            return F.linear(x_TK, dequantize(weight).to(self.compute)).float()
         y_TN = torch.empty(len(x_TK), N, dtype=torch.float32, device=x_TK.device)
         for start in range(0, N, step):
             stop = min(start + step, N)
-            y_TN[:, start:stop] = F.linear(
-                x_TK, dequantize(rows(weight, start, stop)).to(self.compute)
-            )
+            slice_NK = dequantize(rows(weight, start, stop)).to(self.compute)
+            y_TN[:, start:stop] = F.linear(x_TK, slice_NK)
         return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -130,9 +122,8 @@ class TorchOps:
 
     def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
         """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
-        return self.linear(
-            F.silu(self.linear(x_TD, gate_proj)) * self.linear(x_TD, up_proj), down_proj
-        )
+        gate_TI, up_TI = self.linear(x_TD, gate_proj), self.linear(x_TD, up_proj)
+        return self.linear(F.silu(gate_TI) * up_TI, down_proj)
 
     def embed(self, ids_T: Tensor, weight: Weight) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
@@ -143,21 +134,18 @@ class TorchOps:
         raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T,
-        H, P]."""
+        """Pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T, H, P]."""
         pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
-        """Each head's query times its first N rows of ``kv_b_proj`` ([H * (N + V), R]): float32 [T,
-        H, R]."""
+        """Each head's query times its first N rows of kv_b [H (N + V), R]: float32 [T, H, R]."""
         _, H, N = q_THN.shape
         heads_HXR = dequantize(kv_b).view(H, -1, kv_b.shape[1])
         return torch.bmm(q_THN.transpose(0, 1), heads_HXR[:, :N]).transpose(0, 1)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
-        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32 [T,
-        H, V]."""
+        """Each head's latent output through its last V rows of ``kv_b``: float32 [T, H, V]."""
         _, H, R = o_THR.shape
         heads_HXR = dequantize(kv_b).view(H, -1, R)
         return torch.bmm(o_THR.transpose(0, 1), heads_HXR[:, N:].transpose(1, 2)).transpose(0, 1)
@@ -171,11 +159,10 @@ class TorchOps:
         return R + P, torch.float16
 
     def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
-        """Write float32 latent rows to rows of the cache; float16 saturates instead of overflowing
-        to infinity."""
-        rows_TX.copy_(
-            latent_TW.clamp(-65504.0, 65504.0) if rows_TX.dtype == torch.float16 else latent_TW
-        )
+        """Write float32 latent rows to rows of the cache; float16 saturates."""
+        if rows_TX.dtype == torch.float16:
+            latent_TW = latent_TW.clamp(-65504.0, 65504.0)
+        rows_TX.copy_(latent_TW)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         """No kernel: the network's own blockwise attention serves."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,32 +17,12 @@ from torch import Tensor
 from slotmoe.quant.backends.base import Empty, Records, TorchOps, new
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.weights import (
-    AttentionLayer,
-    Decoder,
-    Matrix,
-    Mlp,
-    PackedInt8,
-    Router,
-)
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, Matrix, Mlp, Router
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import latent_bytes
 
 # Whose seconds a native decode call reports.
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
-
-
-@dataclass(frozen=True)
-class TiledInt8Weight:
-    """An int8 matrix in the order that the native kernels read, with its row scales, float32
-    [N]."""
-
-    tiles: PackedInt8
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tiles.n, self.tiles.k
 
 
 class NativeDecoder:
@@ -67,19 +46,11 @@ class NativeDecoder:
         first = step.layer + (step.x_TD is not None)
         now = time.perf_counter()
         step.timer.mark("cache and prefetch", now)
-        done = self._native.decode(
-            self._decoder,
-            step.layer,
-            step.h_TD,
-            step.rope_TC,
-            [cache.layers for cache in step.caches],
-            [cache.length for cache in step.caches],
-            table.records.slab,
-            table.slots_ME,
-            table.records.levels,
-            step.x_TD,
-            step.routed_TD,
-        )
+        caches = [cache.layers for cache in step.caches]
+        positions = [cache.length for cache in step.caches]
+        stream = step.layer, step.h_TD, step.rope_TC, caches, positions
+        records = table.records.slab, table.slots_ME, table.records.levels
+        done = self._native.decode(self._decoder, *stream, *records, step.x_TD, step.routed_TD)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -116,25 +87,19 @@ class NativeOps(TorchOps):
         return self._native.timing()
 
     def prepare(self, role: str, weight: Any, empty: Empty = new) -> Any:
-        """int8 matrices are tiled once; those of role ``embedding`` or ``absorbed`` stay
-        row-major."""
+        """int8 and NF4 are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
         if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
-            scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
-            return TiledInt8Weight(self._native.pack_int8(weight.q, empty), scale)
-        return super().prepare(role, weight, empty)
+            return self._native.tile_int8(weight, empty)
+        copied = super().prepare(role, weight, empty)
+        return Matrix.nf4(copied) if isinstance(copied, Nf4Weight) else copied
 
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)
 
     def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
-        if isinstance(weight, TiledInt8Weight):
-            return self._native.linear_int8(x_TK.contiguous(), weight.tiles, weight.scale)
-        if isinstance(weight, Nf4Weight):
-            coded = weight.codes, weight.absmax, weight.levels, weight.shape[0]
-            return self._native.linear_nf4(x_TK.contiguous(), *coded)
-        if isinstance(weight, Tensor):
-            return self._native.linear_dense(x_TK.contiguous(), weight)
-        return super().linear(x_TK, weight)
+        if isinstance(weight, Int8Weight):  # row-major: an embedding table that is the head too
+            return super().linear(x_TK, weight)
+        return self._native.linear(_matrix(weight), x_TK.contiguous())
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
@@ -143,19 +108,19 @@ class NativeOps(TorchOps):
         mlp = _mlp(gate_proj, up_proj, down_proj)
         if mlp is None:
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
-        return self._native.mlp(x_TD.contiguous(), mlp)
+        return self._native.mlp(mlp, x_TD.contiguous())
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
         return self._native.rotate(x_THP.contiguous(), table_TC)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
         if isinstance(kv_b, Int8Weight):
-            return self._native.absorb_query(q_THN.contiguous(), kv_b.q, kv_b.scale)
+            return self._native.absorb_query(q_THN.contiguous(), kv_b)
         return super().absorb_query(q_THN, kv_b)
 
     def absorb_value(self, o_THR: Tensor, kv_b: Any, N: int) -> Tensor:
         if isinstance(kv_b, Int8Weight):
-            return self._native.absorb_value(o_THR, kv_b.q, kv_b.scale, N)
+            return self._native.absorb_value(o_THR, kv_b, N)
         return super().absorb_value(o_THR, kv_b, N)
 
     def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
@@ -171,75 +136,55 @@ class NativeOps(TorchOps):
         return self._native.route(logits_TE.contiguous(), Router(*router))
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> NativeDecoder | None:
-        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where a weight is
-        of a kind that the native call does not compute as the single operations do: ``kv_b_proj``
-        or an MLP in bf16."""
-        bound = [_bind(geometry, layer) for layer in layers]
-        complete = [layer for layer in bound if layer is not None]
-        if len(complete) < len(layers):
-            return None
+        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where the native
+        call does not compute as the single operations do: ``kv_b_proj`` or an MLP in bf16."""
+        mlps = [None if layer.mlp is None else _mlp(*layer.mlp) for layer in layers]
+        for layer, mlp in zip(layers, mlps, strict=True):
+            if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (layer.mlp is None):
+                return None
+        attentions = [_attention(geometry, layer) for layer in layers]
         router = Router(*geometry.router)
-        decoder = Decoder(complete, router, geometry.moe_intermediate_size)
+        bound = list(zip(attentions, mlps, strict=True))
+        decoder = Decoder(bound, router, geometry.moe_intermediate_size)
         return NativeDecoder(self._native, decoder, len(layers))
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
         width, slots_TK = records.layout.moe_intermediate_size, slots_E[indices_TK]
-        x_TD = x_TD.contiguous()
-        self._native.experts_by_slot(x_TD, records.slab, slots_TK, width, records.levels, y_TKD)
+        values = records.slab, slots_TK, width, records.levels, y_TKD
+        self._native.experts_by_slot(x_TD.contiguous(), *values)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
 
-def _matrix(weight: Any) -> Matrix | None:
-    """The weight bound for native calls; None if it is row-major int8, which only the absorbed
-    products and ``embed`` take."""
-    if isinstance(weight, TiledInt8Weight):
-        return Matrix.int8(weight.tiles, weight.scale)
+def _matrix(weight: Any) -> Matrix:
+    """A tensor, NF4 or prepared weight bound for native calls."""
     if isinstance(weight, Nf4Weight):
-        return Matrix.nf4(weight.codes, weight.absmax, weight.levels, *weight.shape)
-    return Matrix.dense(weight) if isinstance(weight, Tensor) else None
+        return Matrix.nf4(weight)
+    return weight if isinstance(weight, Matrix) else Matrix.dense(weight)
 
 
 def _mlp(*weights: Any) -> Mlp | None:
     """Gate, up and down bound for native calls; None unless all are tiled int8 or all NF4."""
-    for kind in (TiledInt8Weight, Nf4Weight):
-        if all(isinstance(weight, kind) for weight in weights):
-            gate, up, down = (_matrix(weight) for weight in weights)
-            assert gate is not None and up is not None and down is not None
-            return Mlp(gate, up, down)
-    return None
+    matrices = [_matrix(weight) for weight in weights if not isinstance(weight, Int8Weight)]
+    kinds = [matrix.kind for matrix in matrices if matrix.coded]
+    return Mlp(*matrices) if len(kinds) == 3 and len(set(kinds)) == 1 else None
 
 
-def _bind(geometry: Any, layer: Any) -> tuple[AttentionLayer, Mlp | None] | None:
-    """A layer's weights bound for native calls, or None: see ``NativeOps.decoder``."""
-    query = _matrix(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj)
-    query_b = None if layer.q_b_proj is None else _matrix(layer.q_b_proj)
-    latent, out = _matrix(layer.kv_a_proj), _matrix(layer.o_proj)
-    mlp = None if layer.mlp is None else _mlp(*layer.mlp)
-    if query is None or latent is None or out is None:
-        return None
-    if (query_b is None) != (layer.q_b_proj is None) or (mlp is None) != (layer.mlp is None):
-        return None
-    if not isinstance(layer.kv_b_proj, Int8Weight):
-        return None
-    attention = AttentionLayer(
+def _attention(geometry: Any, layer: Any) -> AttentionLayer:
+    return AttentionLayer(
         geometry[:5],
         layer.input_layernorm,
-        query,
+        _matrix(layer.q_proj if layer.q_a_proj is None else layer.q_a_proj),
         layer.q_a_layernorm,
-        query_b,
-        latent,
+        None if layer.q_b_proj is None else _matrix(layer.q_b_proj),
+        _matrix(layer.kv_a_proj),
         layer.kv_a_layernorm,
-        layer.kv_b_proj.q,
-        layer.kv_b_proj.scale,
-        out,
+        layer.kv_b_proj,
+        _matrix(layer.o_proj),
         layer.post_attention_layernorm,
         None if layer.gate is None else Matrix.dense(layer.gate),
-        eps=geometry.eps,
-        latent_eps=geometry.latent_eps,
-        scale=geometry.softmax_scale,
+        (geometry.eps, geometry.latent_eps, geometry.softmax_scale),
     )
-    return attention, mlp

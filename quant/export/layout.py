@@ -60,39 +60,37 @@ def checksum(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a record or of the resident file: its place (bytes from the record's or data's
-    start)."""
+    """A tensor of a record or file, ``offset`` bytes from the record's or the data's start."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int = 0  # until `place` assigns it
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
+    def describe(self) -> dict[str, Any]:
+        """Its dtype and shape, as JSON holds them."""
+        return {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
+
 
 class RecordLayout:
-    """Where the parts of an expert's record are, for ``hidden_size`` H and
-    ``moe_intermediate_size`` I."""
+    """Where the parts of an expert's record are, for hidden size H and width I."""
 
     def __init__(self, hidden_size: int, moe_intermediate_size: int):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
-        width, hidden = moe_intermediate_size, hidden_size
-        self.shapes = {
-            "gate_proj": (width, hidden),
-            "up_proj": (width, hidden),
-            "down_proj": (hidden, width),
-        }
+        into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
+        self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
         parts = {}
         for name, shape in self.shapes.items():
-            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape), 0)
+            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape))
         for name, shape in self.shapes.items():
-            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape), 0)
+            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape))
         self.payload_bytes = record_bytes(hidden_size, moe_intermediate_size)
         self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size)
         if self.record_bytes > self.payload_bytes:
-            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,), 0)
+            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,))
         self.parts = _in_a_row(parts)
 
     def describe(self) -> dict[str, Any]:
@@ -117,24 +115,20 @@ class RecordLayout:
 def resident_parts(
     name: str, shape: tuple[int, ...], quantization: str, dtype: torch.dtype
 ) -> dict[str, Part]:
-    """Tensors of the resident file that hold the weight ``name``; offsets are not assigned yet (0).
-
-    ``quantization`` is ``none`` (as in the source, ``dtype``), ``int8`` or ``nf4``; the last two
-    need a matrix.
-    """
+    """Tensors of the resident file that hold weight ``name``, stored as ``none`` (in ``dtype``),
+    ``int8`` or ``nf4``; the last two need a matrix."""
     if quantization == "int8":
-        scale = Part(torch.float32, shape[:1], 0)
-        return {name: Part(torch.int8, shape, 0), name + ".scale": scale}
+        scale = Part(torch.float32, shape[:1])
+        return {name: Part(torch.int8, shape), name + ".scale": scale}
     if quantization == "nf4":
         N, K = shape
-        absmax = Part(torch.float16, absmax_shape(N, K), 0)
-        return {name: Part(torch.uint8, codes_shape(N, K), 0), name + ".absmax": absmax}
-    return {name: Part(dtype, shape, 0)}
+        absmax = Part(torch.float16, absmax_shape(N, K))
+        return {name: Part(torch.uint8, codes_shape(N, K)), name + ".absmax": absmax}
+    return {name: Part(dtype, shape)}
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
-    """Tensors of the predictor's file for hidden size ``D``, ``L`` MoE layers of ``E`` experts and
-    widths ``R`` and ``Q``."""
+    """Tensors of a predictor: hidden size D, L MoE layers of E experts, widths R and Q."""
     parts: dict[str, Part] = {}
     shapes = {
         "token.in": (R, 2 * D),
@@ -143,10 +137,10 @@ def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:
         "layer.out": (L - 1, E, Q),
     }
     for name, shape in shapes.items():
-        parts[name + ".weight"] = Part(torch.int8, shape, 0)
-        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1], 0)
-    parts["layer.mix"] = Part(torch.float32, (L - 1, 3), 0)
-    parts["popularity"] = Part(torch.float32, (L * E,), 0)
+        parts[name + ".weight"] = Part(torch.int8, shape)
+        parts[name + ".weight.scale"] = parts[name + ".bias"] = Part(torch.float32, shape[:-1])
+    parts["layer.mix"] = Part(torch.float32, (L - 1, 3))
+    parts["popularity"] = Part(torch.float32, (L * E,))
     return {name: part for name, part in parts.items() if part.nbytes}
 
 
@@ -156,8 +150,7 @@ def is_predictor(name: str) -> bool:
 
 
 def place(parts: dict[str, Part]) -> dict[str, Part]:
-    """Assign offsets without holes, widest dtype first, so that every tensor is aligned to its own
-    element size."""
+    """Assign offsets without holes, widest dtype first, so that every tensor is aligned."""
     return _in_a_row(dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize)))
 
 
@@ -170,14 +163,9 @@ def _in_a_row(parts: dict[str, Part]) -> dict[str, Part]:
 
 
 def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
-    """Length prefix and JSON header of a safetensors file, padded with spaces to a multiple of 4096
-    bytes."""
+    """Length prefix and JSON header of a safetensors file, padded to a multiple of 4096."""
     entries = {
-        name: {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [part.offset, part.offset + part.nbytes],
-        }
+        name: part.describe() | {"data_offsets": [part.offset, part.offset + part.nbytes]}
         for name, part in parts
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -191,32 +179,23 @@ def expert_tensor(layer: int, expert: int, part: str) -> str:
 
 
 def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Part]:
-    """Tensors of the file that holds the records of ``layer``, in the order of the file; offsets
-    from the data's start."""
-    return {
-        expert_tensor(layer, expert, name): Part(
-            part.dtype, part.shape, expert * layout.record_bytes + part.offset
-        )
-        for expert in range(experts)
-        for name, part in layout.parts.items()
-    }
+    """Tensors of the file that holds the records of ``layer``, in order."""
+    parts = {}
+    for expert in range(experts):
+        for name, part in layout.parts.items():
+            offset = expert * layout.record_bytes + part.offset
+            parts[expert_tensor(layer, expert, name)] = replace(part, offset=offset)
+    return parts
 
 
 def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[str, Any]:
     """The tensors of a file as the manifest holds them."""
-    return {
-        name: {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "checksum": checksums[name],
-        }
-        for name, part in parts.items()
-    }
+    return {name: part.describe() | {"checksum": checksums[name]} for name, part in parts.items()}
 
 
 def part_of(item: dict[str, Any]) -> Part:
-    """A tensor of ``describe_tensors``; its offset is not assigned yet (0)."""
-    return Part(DTYPES[item["dtype"]], tuple(item["shape"]), 0)
+    """A tensor of ``describe_tensors``."""
+    return Part(DTYPES[item["dtype"]], tuple(item["shape"]))
 
 
 def tensor_parts(entry: dict[str, Any]) -> dict[str, Part]:

@@ -8,7 +8,6 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from slotmoe.quant.export.layout import (
 from slotmoe.quant.export.validate import manifest_layout, read_manifest, regular_file
 from slotmoe.quant.export.verify import file_checksum
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight, dequantize
+from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import ALIGNMENT
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -39,9 +38,8 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Page-aligned memory, as direct reads need it."""
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(
-        shape
-    )
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Export:
@@ -63,8 +61,7 @@ class Export:
 
     @classmethod
     def open(cls, path: str | Path) -> Export:
-        """Open the export in folder ``path``; raises ``ExportError`` naming the file that is
-        damaged or missing."""
+        """Open the export in folder ``path``; raises ``ExportError`` naming a damaged file."""
         folder = Path(path)
         manifest = read_manifest(folder)
         export = cls(folder, manifest, manifest_layout(manifest))
@@ -78,12 +75,10 @@ class Export:
     def _verify_files(self) -> None:
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
-            path = self.folder / name
             self._open_file(name)
-            if file_checksum(path) != files[name]["checksum"]:
-                raise ExportError(
-                    f"{path}: its checksum is not the manifest's; the file was changed or damaged"
-                )
+            if file_checksum(self.folder / name) != files[name]["checksum"]:
+                what = "its checksum is not the manifest's; the file was changed or damaged"
+                raise self._error(name, what)
         for layer in self.layers:
             self._open_file(layer_file(layer))  # its size bounds the work that the header takes
             origin = linked.get(str(layer), layer)  # a hard link keeps its origin's names
@@ -92,71 +87,56 @@ class Export:
             self._open_file(name)
             self._verify_header(name, parts)
 
+    def _error(self, name: str, what: str) -> ExportError:
+        return ExportError(f"{self.folder / name}: {what}")
+
     def _open_file(self, name: str) -> None:
-        """Open one of the format's own files, inside the folder and of the size that the manifest
-        names."""
-        path = regular_file(self.folder, name)
+        """Open a file inside the folder and check its size."""
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(regular_file(self.folder, name), os.O_RDONLY)
         except OSError as problem:
-            raise ExportError(
-                f"{path}: can't be opened ({problem.strerror}); the export is incomplete"
-            ) from None
+            what = f"can't be opened ({problem.strerror}); the export is incomplete"
+            raise self._error(name, what) from None
         self._handles[name] = handle
         size, expected = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
         if size != expected:
-            raise ExportError(
-                f"{path}: has {size} bytes, the manifest says {expected}; the file is truncated or "
-                "not this export's"
-            )
+            what = f"has {size} bytes, the manifest says {expected}"
+            raise self._error(name, f"{what}; the file is truncated or not this export's")
 
     def _verify_header(self, name: str, parts: dict[str, Part]) -> None:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
-        header, size = (
-            safetensors_header(parts.items()),
-            self.manifest["files"][name]["header_bytes"],
-        )
+        header = safetensors_header(parts.items())
+        size = self.manifest["files"][name]["header_bytes"]
         if size != len(header) or os.pread(self._handles[name], size, 0) != header:
-            raise ExportError(
-                f"{self.folder / name}: its header is not the one that the manifest describes; "
-                "quantize again"
-            )
+            what = "its header is not the one that the manifest describes; quantize again"
+            raise self._error(name, what)
 
     def _read(
         self, name: str, offset: int, data: memoryview, what: str, needed: int | None = None
     ) -> None:
-        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file.  Raises
-        ``ExportError``."""
+        """Fill ``data``, or at least its first ``needed`` bytes, from one range of a file."""
         done, needed = 0, len(data) if needed is None else needed
         while done < needed:
             try:
                 count = os.preadv(self._handles[name], [data[done:]], offset + done)
             except OSError as problem:
-                raise ExportError(
-                    f"{self.folder / name}: reading {what} failed ({problem.strerror})"
-                ) from None
+                failed = f"reading {what} failed ({problem.strerror})"
+                raise self._error(name, failed) from None
             if self._direct and done + count < needed:
                 count -= count % ALIGNMENT  # the next direct read has to be aligned again
             if count == 0:
-                raise ExportError(
-                    f"{self.folder / name}: ends inside {what}; the file was truncated while in use"
-                )
+                ends = f"ends inside {what}; the file was truncated while in use"
+                raise self._error(name, ends)
             done += count
 
     def _verify(self, name: str, data: memoryview, expected: str, what: str) -> None:
         if checksum(data) != expected:
-            raise ExportError(
-                f"{self.folder / name}: checksum of {what} is wrong; the file is damaged, quantize "
-                "it again"
-            )
+            wrong = f"checksum of {what} is wrong; the file is damaged, quantize it again"
+            raise self._error(name, wrong)
 
     def bypass_page_cache(self) -> bool:
         """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned
-        memory; False if that is refused.
-
-        A model larger than memory gains nothing from the page cache, which would take memory from
-        the slots.
-        """
+        memory; False if that is refused.  The page cache would take memory from the slots."""
         handles = [self._handles[name] for name in (RESIDENT, *map(layer_file, self.layers))]
         flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
         try:
@@ -170,8 +150,7 @@ class Export:
         return self._direct
 
     def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:
-        """Fill ``out`` from byte ``start`` on of one expert's record.  Raises ``ExportError``;
-        verifies nothing."""
+        """Fill ``out`` from byte ``start`` of a record on, unverified.  Raises ``ExportError``."""
         name = layer_file(layer)
         offset = self.manifest["files"][name]["header_bytes"] + start
         offset += expert * self.layout.record_bytes
@@ -188,21 +167,18 @@ class Export:
         expert or its record is damaged."""
         if layer not in self.layers or not 0 <= expert < self.experts:
             raise ExportError(f"{self.folder}: has no layer {layer} expert {expert}")
-        record = torch.frombuffer(mmap.mmap(-1, self.layout.record_bytes), dtype=torch.uint8)
+        record = _empty((self.layout.record_bytes,), torch.uint8)
         self.read_range(layer, expert, 0, record.numpy().data)
         self.verify_record(layer, expert, record.numpy().data)
         weights = {name: self.layout.weight(record, name, self.levels) for name in PROJECTIONS}
-        return {name: dequantize(weight) for name, weight in weights.items()}
+        return {name: weight.dequantize() for name, weight in weights.items()}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
-        """The resident weight ``name`` (the source's tensor name), read into page-aligned memory
-        from ``empty`` and verified."""
+        """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""
         parts = self._parts[RESIDENT]
         if name not in parts:
-            raise ExportError(
-                f"{self.folder / RESIDENT}: has no tensor {name}; the export does not fit its "
-                "config.json"
-            )
+            what = f"has no tensor {name}; the export does not fit its config.json"
+            raise self._error(RESIDENT, what)
         weight = self._tensor(RESIDENT, name, empty)
         if name + ".scale" in parts:
             return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
@@ -223,17 +199,14 @@ class Export:
         return out.view(part.dtype).view(part.shape)
 
     def predictor(self) -> dict[str, Tensor] | None:
-        """The tensors of ``predictor_parts``, read and verified, or None.  Raises ``ExportError``
-        naming a damaged file."""
+        """The verified tensors of ``predictor_parts``, or None.  Raises ``ExportError``."""
         if self._predictor is None:
             return None
         tensors = {}
         for name in self._parts[self._predictor]:
             tensors[name] = self._tensor(self._predictor, name, _empty)
             if not tensors[name].isfinite().all():
-                raise ExportError(
-                    f"{self.folder / self._predictor}: {name} is not finite; calibrate again"
-                )
+                raise self._error(self._predictor, f"{name} is not finite; calibrate again")
         return tensors
 
     def _tensor_bytes(self, file: str | None) -> int:
@@ -261,10 +234,5 @@ class Export:
     def __enter__(self) -> Export:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *problem: object) -> None:
         self.close()

@@ -20,10 +20,7 @@ def span_checksums(
     path: Path, spans: Sequence[Span], advance: Callable[[int], None] | None = None
 ) -> tuple[str, list[str]]:
     """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans
-    may nest or overlap.
-
-    ``advance`` is called with the bytes of each read.
-    """
+    may nest or overlap.  ``advance`` is called with the bytes of each read."""
     whole, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans]
     waiting = sorted(range(len(spans)), key=lambda index: spans[index], reverse=True)
     position, active = 0, set[int]()
@@ -52,10 +49,7 @@ def damaged_files(
     folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
 ) -> dict[str, str]:
     """What is wrong with each file of the export in ``folder`` that is not as its ``manifest``
-    says; empty if all are.
-
-    ``progress(done, total)`` is called in bytes of the export.
-    """
+    says.  ``progress(done, total)`` is called in bytes of the export."""
     total, done = sum(entry["bytes"] for entry in manifest["files"].values()), 0
     damaged: dict[str, str] = {}
     for name, entry in manifest["files"].items():
@@ -66,8 +60,7 @@ def damaged_files(
             done += count
             progress(min(done, total), total)
 
-        problem = _damage(folder, name, manifest, advance)
-        if problem is not None:
+        if (problem := _damage(folder, name, manifest, advance)) is not None:
             damaged[name] = problem
             done = before
             advance(entry["bytes"])
@@ -90,21 +83,16 @@ def _damage(
         return "is no regular file inside the export"
     except OSError as problem:
         return f"can't be read ({problem.strerror})"
-    wrong = [
-        what
-        for (what, (_, checksum)), digest in zip(expected.items(), digests, strict=True)
-        if digest != checksum
-    ]
-    if wrong:
-        return f"is damaged in {wrong[0]}" + (
-            f" and {len(wrong) - 1} more of {len(expected)} parts" if len(wrong) > 1 else ""
-        )
-    return None if whole == entry["checksum"] else "is damaged"
+    parts = zip(expected.items(), digests, strict=True)
+    wrong = [what for (what, (_, checksum)), digest in parts if digest != checksum]
+    if not wrong:
+        return None if whole == entry["checksum"] else "is damaged"
+    more = f" and {len(wrong) - 1} more of {len(expected)} parts" if len(wrong) > 1 else ""
+    return f"is damaged in {wrong[0]}{more}"
 
 
 def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span, str]]:
-    """What the parts of a file are called, where they lie and the checksum that each should
-    have."""
+    """The parts of a file by name: where each lies and the checksum that it should have."""
     entry = manifest["files"][name]
     if name in COPIED:
         return {}
@@ -113,10 +101,8 @@ def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span
     if "records" in entry:
         size = manifest_layout(manifest).record_bytes
         for expert, checksum in enumerate(entry["records"]):
-            spans[f"expert {expert}"] = (
-                (start + expert * size, start + (expert + 1) * size),
-                checksum,
-            )
+            first = start + expert * size
+            spans[f"expert {expert}"] = (first, first + size), checksum
     else:
         for tensor, part in tensor_parts(entry).items():
             span = start + part.offset, start + part.offset + part.nbytes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,11 @@ class ExportFile:
         for name, digest in zip(names, digests[len(records) :], strict=True):
             if digest != self.checksums[name]:
                 self._temporary.unlink()
-                raise ExportError(
-                    f"{self._temporary}: {name} was damaged after it had been written; run the "
-                    "same command to make it anew"
-                )
-        entry = {
-            "bytes": self.nbytes,
-            "header_bytes": len(self._header),
-            "header_checksum": checksum(self._header),
-            "checksum": whole,
-        }
+                what = f"{name} was damaged after it had been written"
+                way_out = "run the same command to make it anew"
+                raise ExportError(f"{self._temporary}: {what}; {way_out}")
+        entry: dict[str, Any] = {"bytes": self.nbytes, "header_bytes": len(self._header)}
+        entry |= {"header_checksum": checksum(self._header), "checksum": whole}
         if record_bytes:
             return {**entry, "records": digests[: len(records)]}
         return {**entry, "tensors": describe_tensors(self.parts, self.checksums)}
@@ -150,7 +146,7 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     The new file has a name of its own, so the rename of the manifest is the one moment in which it
     replaces the old one.
     """
-    parts = place({name: Part(item.dtype, tuple(item.shape), 0) for name, item in tensors.items()})
+    parts = place({name: Part(item.dtype, tuple(item.shape)) for name, item in tensors.items()})
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two at once must not remove each other's file
@@ -159,13 +155,10 @@ def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         digest = checksum(b"".join(tensors[name].numpy().tobytes() for name in parts))
         path = folder / f"predictor-{digest[:16]}.safetensors"
         try:
-            file = ExportFile(path, parts)
-            try:
+            with closing(ExportFile(path, parts)) as file:
                 for name in parts:
                     file.write(name, tensors[name])
                 entry = file.finish()
-            finally:
-                file.close()
         except BaseException:
             temporary_name(path).unlink(missing_ok=True)
             raise

@@ -28,7 +28,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.weights import nbytes
 from slotmoe.tools.cli import main
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SAMPLE, write_checkpoint
@@ -98,7 +97,7 @@ def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
             widened = isinstance(weight, torch.Tensor) and (
                 weight.dim() == 1 or name.endswith("mlp.gate.weight")
             )
-            held += nbytes(weight.float() if widened else weight)
+            held += (weight.float() if widened else weight).nbytes
             held -= 64 * isinstance(weight, Nf4Weight)  # the levels: one table for all
     assert sum(sizes.resident.values()) == held
 

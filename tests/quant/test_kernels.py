@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from slotmoe.quant.backends.native import NativeOps
+from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.kernels.cpu.weights import PackedInt8
+from slotmoe.quant.kernels.cpu.weights import Matrix
+from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import record_bytes
 from tests.support.kernels import (
+    alone,
+    int8_matrix,
     latent_cache,
     levels_tensor,
+    linear_nf4,
     native,
     needs_native,
     random_expert,
@@ -31,7 +36,8 @@ def test_threads_change_nothing(kernels):
     experts = [random_expert(rng, 320, 176)[1] for _ in range(3)]
     x, rows = torch_of(rng.standard_normal((70, 320))), rng.standard_normal((10, 7))
     _, codes, absmax = random_nf4(rng, 333, 320)
-    packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8)))
+    w = torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8))
+    int8 = int8_matrix(kernels, w, torch.ones(333))
     q, cache = (
         torch_of(rng.standard_normal((16, 72))),
         latent_cache(kernels, rng.standard_normal((500, 72)), 64),
@@ -41,9 +47,9 @@ def test_threads_change_nothing(kernels):
         kernels.set_threads(threads)
         results.append(
             [
-                kernels.linear_nf4(x, codes, absmax, levels_tensor, 333),
-                kernels.linear_int8(x, packed, torch.ones(333)),
-                kernels.experts_each(x[0], experts, 176, levels_tensor),
+                linear_nf4(kernels, x, codes, absmax, levels_tensor, 333),
+                kernels.linear(int8, x),
+                alone(kernels, x[0], experts, 176),
                 kernels.weighted_sum(x.view(10, 7, 320), torch_of(rows)),
                 through_expert(kernels, x, experts[0], 176),
                 kernels.mla(q[None], cache, 500, 64, 0.2),
@@ -59,14 +65,12 @@ def test_calls_from_several_threads(kernels):
     rng = np.random.default_rng(10)
     record = random_expert(rng, 256, 128)[1]
     x = torch_of(rng.standard_normal((8, 256)))
-    want = [kernels.experts_each(row, [record], 128, levels_tensor) for row in x]
+    want = [alone(kernels, row, [record], 128) for row in x]
     wrong = []
 
     def work(row):
         for _ in range(20):
-            if not torch.equal(
-                kernels.experts_each(x[row], [record], 128, levels_tensor), want[row]
-            ):
+            if not torch.equal(alone(kernels, x[row], [record], 128), want[row]):
                 wrong.append(row)
 
     threads = [threading.Thread(target=work, args=(row,)) for row in range(8)]
@@ -82,11 +86,12 @@ def test_calls_from_several_threads(kernels):
     "ignore:This process:DeprecationWarning"
 )  # python 3.12 on forking with threads
 def test_a_forked_child_does_not_hang(kernels):
-    x, w = torch.randn(1, 64), kernels.pack_int8(torch.ones(64, 64, dtype=torch.int8))
-    want = kernels.linear_int8(x, w, torch.ones(64))
+    x = torch.randn(1, 64)
+    w = int8_matrix(kernels, torch.ones(64, 64, dtype=torch.int8), torch.ones(64))
+    want = kernels.linear(w, x)
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(kernels.linear_int8(x, w, torch.ones(64)), want) else 1)
+        os._exit(0 if torch.equal(kernels.linear(w, x), want) else 1)
     for _ in range(1000):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -105,27 +110,34 @@ def test_bad_arguments_are_refused():
     x = torch.randn(2, 128)
     _, record = random_expert(rng, 64, 32)
     size = record_bytes(64, 32)
-    packed = native.pack_int8(torch.ones(32, 128, dtype=torch.int8))
+    ones = torch.ones(32, 128, dtype=torch.int8)
+    tiles, int8 = torch.ones(2, 2, 1024).char(), int8_matrix(native, ones, torch.ones(32))
     x64, slots = torch.randn(2, 64), torch.zeros(2, 1, dtype=torch.int32)
+    uses = slots, 32, levels_tensor, torch.empty(2, 1, 64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
+    nf4, short = (
+        Nf4Weight(codes, absmax, levels, (32, 128))
+        for levels in (levels_tensor, levels_tensor[:15])
+    )
+    kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
     cases = [
-        lambda: native.linear_nf4(x.double(), codes, absmax, levels_tensor, 32),
-        lambda: native.linear_nf4(x[:, :64], codes, absmax, levels_tensor, 32),
-        lambda: native.linear_nf4(x.t(), codes, absmax, levels_tensor, 32),
-        lambda: native.linear_nf4(x, codes, absmax, levels_tensor, 33),
-        lambda: native.linear_nf4(x, codes, absmax, levels_tensor, 0),
-        lambda: native.linear_nf4(x, codes[:1], absmax, levels_tensor, 32),
-        lambda: native.linear_nf4(x, codes, absmax.float(), levels_tensor, 32),
-        lambda: native.linear_nf4(x, codes, absmax, levels_tensor[:15], 32),
-        lambda: native.linear_nf4(x, codes, absmax, levels_tensor * float("inf"), 32),
-        lambda: native.linear_nf4(x.to("meta"), codes, absmax, levels_tensor, 32),
-        lambda: native.linear_int8(x[:, :100].contiguous(), packed, torch.ones(32)),
-        lambda: native.linear_int8(x, packed, torch.ones(31)),
-        lambda: native.linear_int8(x, PackedInt8(packed.data, 48, 128), torch.ones(48)),
-        lambda: native.experts_each(torch.ones(64), [record[: size - 1]], 32, levels_tensor),
-        lambda: native.experts_each(torch.ones(64), [record[1:]], 32, levels_tensor),
-        lambda: native.experts_each(torch.ones(64), [record], 33, levels_tensor),
-        lambda: native.experts_each(torch.ones(0), [record], 32, levels_tensor),
+        lambda: linear_nf4(native, x.double(), codes, absmax, levels_tensor, 32),
+        lambda: linear_nf4(native, x[:, :64], codes, absmax, levels_tensor, 32),
+        lambda: linear_nf4(native, x.t(), codes, absmax, levels_tensor, 32),
+        lambda: linear_nf4(native, x, codes, absmax, levels_tensor, 33),
+        lambda: linear_nf4(native, x, codes, absmax, levels_tensor, 0),
+        lambda: linear_nf4(native, x, codes[:1], absmax, levels_tensor, 32),
+        lambda: linear_nf4(native, x, codes, absmax.float(), levels_tensor, 32),
+        lambda: linear_nf4(native, x, codes, absmax, levels_tensor[:15], 32),
+        lambda: linear_nf4(native, x, codes, absmax, levels_tensor * float("inf"), 32),
+        lambda: linear_nf4(native, x.to("meta"), codes, absmax, levels_tensor, 32),
+        lambda: native.linear(int8, x[:, :100].contiguous()),
+        lambda: int8_matrix(native, ones, torch.ones(31)),
+        lambda: Matrix.int8(tiles, torch.ones(48), (48, 128)),
+        lambda: native.experts_by_slot(x64, record[None, : size - 1], *uses),
+        lambda: native.experts_by_slot(x64, record[None, 1:], *uses),
+        lambda: native.experts_by_slot(x64, record[None], slots, 33, *uses[2:]),
+        lambda: native.experts_by_slot(torch.ones(2, 0), record[None], *uses),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.experts_by_slot(
             torch.ones(64), record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)
@@ -157,23 +169,18 @@ def test_bad_arguments_are_refused():
         lambda: native.store_latents(rows, 0, cache),
         lambda: native.store_latents(torch.tensor(1.0), 1, cache),
         lambda: native.rotate(torch.tensor(1.0), torch.ones(1, 1, dtype=torch.complex64)),
-        lambda: native.absorb_query(torch.ones(72), cache.to(torch.int8), torch.ones(10)),
-        lambda: native.absorb_value(torch.ones(1, 3, 88), cache.to(torch.int8), torch.ones(10), 1),
-        lambda: native.absorb_value(torch.ones(1, 5, 88), cache.to(torch.int8), torch.ones(9), 1),
-        lambda: native.absorb_value(torch.ones(1, 5, 88), cache.to(torch.int8), torch.ones(10), 3),
+        lambda: native.absorb_query(torch.ones(72), kv_b),
+        lambda: native.absorb_value(torch.ones(1, 3, 88), kv_b, 1),
+        lambda: native.absorb_value(torch.ones(1, 5, 88), Int8Weight(kv_b.q, torch.ones(9)), 1),
+        lambda: native.absorb_value(torch.ones(1, 5, 88), kv_b, 3),
         lambda: native.store_latents(rows.double(), 64, cache),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_nf4(torch.ones(64)),
-        lambda: native.quantize_nf4(torch.ones(4, 64), levels_tensor.flip(0)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        lambda: native.nf4_error(torch.ones(33, 128), codes, absmax, levels_tensor),
-        lambda: native.nf4_error(torch.ones(32, 128), codes, absmax, levels_tensor[:15]),
-        lambda: native.int8_error(
-            torch.ones(4, 64), torch.ones(4, 65, dtype=torch.int8), torch.ones(4)
-        ),
-        lambda: native.int8_error(
-            torch.ones(4, 64), torch.ones(4, 64, dtype=torch.int8), torch.ones(3)
-        ),
+        lambda: native.squared_error(torch.ones(33, 128), nf4),
+        lambda: native.squared_error(torch.ones(32, 128), short),
+        lambda: native.squared_error(torch.ones(32, 127), Int8Weight(ones, torch.ones(32))),
+        lambda: native.squared_error(torch.ones(32, 128), Int8Weight(ones, torch.ones(31))),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]

@@ -9,14 +9,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp, PackedInt8
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     AnyMatrix,
     RandomLayer,
+    attention_layer,
+    int8_matrix,
     latent_cache,
     levels_tensor,
     needs_native,
+    nf4_matrix,
     q8,
     quick,
     relative,
@@ -290,7 +294,7 @@ def test_attention_is_bitwise_its_parts(
     t = len(where)
     h = torch_of(rng.standard_normal((t, hidden)))
     table = torch.polar(torch.full((t, pairs), 0.9), torch_of(rng.uniform(-9, 9, (t, pairs))))
-    got = kernels.attention(layer.prepared(), h, table, caches, positions)
+    got = attention_layer(kernels, layer.prepared(), h, table, caches, positions)
     for i, position in enumerate(positions):
         want = layer.one_by_one(h[i : i + 1], table[i : i + 1], others[i], position)
         assert same([None if part is None else part[i : i + 1] for part in got], want)
@@ -311,7 +315,8 @@ def test_threads_change_nothing_in_a_fused_layer(kernels):
     for threads in (1, 2, 3, 7):
         kernels.set_threads(threads)
         cache = rows.clone()
-        results.append([*kernels.attention(layer.prepared(), h, table, [cache], [850]), cache])
+        got = attention_layer(kernels, layer.prepared(), h, table, [cache], [850])
+        results.append([*got, cache])
     assert all(same(other, results[0]) for other in results[1:])
 
 
@@ -321,20 +326,19 @@ def test_a_layer_holds_its_memory(kernels):
     layer = RandomLayer(kernels, rng, ["int8", "nf4", "bfloat16"], 64, 2, 8, 4, 32, 8, 24, 9)
     prepared = layer.prepared()
     h, table = torch.randn(1, 64), torch.polar(torch.ones(1, 2), torch.rand(1, 2))
-    want = kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0])
+    cache = torch.zeros(3, 52, dtype=torch.uint8)
+    want = attention_layer(kernels, prepared, h, table, [cache], [0])
     del layer
     for size in (8, 64, 2048, 16384):  # would be given the freed memory
         torch.full((size,), float("nan"))
-    assert same(
-        kernels.attention(prepared, h, table, [torch.zeros(3, 52, dtype=torch.uint8)], [0]), want
-    )
+    assert same(attention_layer(kernels, prepared, h, table, [cache], [0]), want)
 
 
 def test_bad_layers_are_refused(kernels):
     rng = np.random.default_rng(16)
     layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
     good = layer.arguments()
-    scales = {"eps": 1e-5, "latent_eps": 1e-6, "scale": 0.1}
+    q, scale = layer.kv_b.q, layer.kv_b.scale
     other = AnyMatrix(kernels, rng, "nf4", 63, 65).fused
     changes = [
         {0: (3, 8, 4, 32, 10)},
@@ -347,73 +351,50 @@ def test_bad_layers_are_refused(kernels):
         {3: torch.ones(23)},
         {4: None},
         {6: torch.ones(31)},
-        {7: layer.kv_b.float()},
-        {7: layer.kv_b[:-1]},
-        {7: layer.kv_b.t().contiguous().t()},
-        {8: layer.kv_b_scale[:-1]},
-        {10: torch.ones(65)},
-        *({place: other} for place in (2, 4, 5, 9, 11)),
+        {7: Int8Weight(q.float(), scale)},
+        {7: Int8Weight(q[:-1], scale)},
+        {7: Int8Weight(q.t().contiguous().t(), scale)},
+        {7: Int8Weight(q, scale[:-1])},
+        {9: torch.ones(65)},
+        *({place: other} for place in (2, 4, 5, 8, 10)),
     ]
     for change in changes:
+        changed = [change.get(i, value) for i, value in enumerate(good)]
         with pytest.raises(ValueError, match=r"expected|must"):
-            AttentionLayer(*[change.get(i, value) for i, value in enumerate(good)], **scales)
+            AttentionLayer(*changed, (1e-5, 1e-6, 0.1))
     prepared, h, table = (
         layer.prepared(),
         torch.randn(1, 64),
         torch.ones(1, 2, dtype=torch.complex64),
     )
-    cache, wider = (torch.zeros(5, width, dtype=torch.uint8) for width in (52, 58))
-    kernels.attention(prepared, h, table, [cache], [4])
-    pack = kernels.pack_int8(torch.ones(16, 16, dtype=torch.int8))
+    cache = torch.zeros(5, 52, dtype=torch.uint8)
+    attention_layer(kernels, prepared, h, table, [cache], [4])
+    ones, tiles = torch.ones(16, 16, dtype=torch.int8), torch.ones(1, 1, 1024, dtype=torch.int8)
     int8, codes = (
-        Matrix.int8(pack, torch.ones(16)),
+        int8_matrix(kernels, ones, torch.ones(16)),
         (torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()),
     )
     nf4s = [
-        Matrix.nf4(*codes, levels, 16, 16)
+        nf4_matrix(*codes, levels, 16, 16)
         for levels in (levels_tensor, levels_tensor * 2, levels_tensor * float("inf"))
     ]
     mlp = Mlp(int8, int8, int8)
     cases = [
-        lambda: kernels.attention(prepared, h[0], table, [cache], [0]),
-        lambda: kernels.attention(prepared, h.repeat(2, 1), table, [cache], [0]),
-        lambda: kernels.attention(prepared, h.double(), table, [cache], [0]),
-        lambda: kernels.attention(prepared, h.to("meta"), table, [cache], [0]),
-        lambda: kernels.attention(prepared, h, table[:, :1], [cache], [0]),
-        lambda: kernels.attention(prepared, h, table.real, [cache], [0]),
-        lambda: kernels.attention(prepared, h, table.conj(), [cache], [0]),
-        lambda: kernels.attention(prepared, h, table, [cache], [5]),
-        lambda: kernels.attention(prepared, h, table, [cache], [-1]),
-        lambda: kernels.attention(prepared, h, table, [cache], [0, 1]),
-        lambda: kernels.attention(prepared, h, table, [], []),
-        lambda: kernels.attention(
-            prepared, h.repeat(2, 1), table.repeat(2, 1), [cache, wider[:, :52]], [0, 0]
-        ),
-        lambda: kernels.attention(prepared, h, table, [cache.float()], [0]),
-        lambda: kernels.attention(prepared, h, table, [cache[:, :51]], [0]),
-        lambda: kernels.attention(
-            prepared, h, table, [torch.zeros(52, 5, dtype=torch.uint8).t()], [0]
-        ),
-        lambda: kernels.attention(prepared, h, table, [cache[:1].expand(5, 52)], [0]),
         lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(1, 2, dtype=torch.complex64)),
         lambda: kernels.rotate(torch.ones(2, 3, 4), torch.ones(2, 2, dtype=torch.complex64).conj()),
-        lambda: kernels.mlp(torch.ones(2, 15), mlp),
-        lambda: kernels.mlp(torch.ones(2, 16), mlp, torch.ones(1, 16)),
-        lambda: kernels.mlp(torch.ones(2, 16), mlp, None, torch.ones(2, 16)),
-        lambda: kernels.mlp(torch.ones(2, 16), Mlp(*[nf4s[2]] * 3)),
+        lambda: kernels.mlp(mlp, torch.ones(2, 15)),
+        lambda: kernels.mlp(mlp, torch.ones(2, 16), torch.ones(1, 16)),
+        lambda: kernels.mlp(mlp, torch.ones(2, 16), None, torch.ones(2, 16)),
+        lambda: kernels.mlp(Mlp(*[nf4s[2]] * 3), torch.ones(2, 16)),
         lambda: Mlp(int8, int8, nf4s[0]),
         lambda: Mlp(nf4s[0], nf4s[0], nf4s[1]),
-        lambda: Mlp(
-            int8,
-            int8,
-            Matrix.int8(kernels.pack_int8(torch.ones(16, 15, dtype=torch.int8)), torch.ones(16)),
-        ),
+        lambda: Mlp(int8, int8, int8_matrix(kernels, ones[:, :15].contiguous(), torch.ones(16))),
         lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
-        lambda: Matrix.int8(PackedInt8(pack.data, 17, 16), torch.ones(17)),
-        lambda: Matrix.int8(pack, torch.ones(15)),
-        lambda: Matrix.nf4(*codes, levels_tensor, 17, 16),
-        lambda: Matrix.nf4(*codes, levels_tensor[:15], 16, 16),
+        lambda: Matrix.int8(tiles, torch.ones(17), (17, 16)),
+        lambda: Matrix.int8(tiles, torch.ones(15), (16, 16)),
+        lambda: nf4_matrix(*codes, levels_tensor, 17, 16),
+        lambda: nf4_matrix(*codes, levels_tensor[:15], 16, 16),
         lambda: Matrix.dense(torch.ones(16, 16).double()),
         lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
     ]

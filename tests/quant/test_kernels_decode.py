@@ -11,6 +11,8 @@ from slotmoe.quant.shapes import latent_bytes
 from tests.support.kernels import (
     AnyMatrix,
     RandomLayer,
+    alone,
+    attention_layer,
     levels_tensor,
     needs_native,
     quick,
@@ -117,7 +119,9 @@ class RandomModel:
 
     def before_experts(self, index, h, table, caches, positions):
         rows = [cache[index] for cache in caches]
-        h, x, logits = self.kernels.attention(self.layers[index][0], h, table, rows, positions)
+        h, x, logits = attention_layer(
+            self.kernels, self.layers[index][0], h, table, rows, positions
+        )
         return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
 
     def experts(self, moe_layer, x, weights, indices):
@@ -127,14 +131,13 @@ class RandomModel:
         y = self.kernels.weighted_sum(outputs, weights)
         for token, row in enumerate(slots.tolist()):
             records = [self.slab[slot] for slot in row]
-            alone = self.kernels.experts_each(x[token], records, self.width, levels_tensor)
-            assert torch.equal(alone, outputs[token])
+            assert torch.equal(alone(self.kernels, x[token], records, self.width), outputs[token])
         return y
 
     def finish(self, index, h, x, y):
         mlp = self.layers[index][1]
         if mlp is not None:
-            return self.kernels.mlp(x, mlp, h, y)
+            return self.kernels.mlp(mlp, x, h, y)
         return h if y is None else h + y
 
 
@@ -247,7 +250,7 @@ def test_decode_refuses(kernels):
         for value in values:
             with pytest.raises(ValueError, match=r"expected|must|apart|at least|refused"):
                 kernels.decode(**good | {name: value})
-    layer, mlp = next(entry for entry in model.layers if entry[0].experts and entry[1])
+    layer, mlp = next(entry for entry in model.layers if entry[0].sizes["E"] and entry[1])
     smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
     for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.kernels import (
+    alone,
     levels_tensor,
     needs_native,
     quick,
@@ -38,16 +39,12 @@ def test_experts(kernels, i, h, k, seed):
     outputs = np.stack([expert(x64, *w) for w, _ in experts])  # [k, 3, H]
     for row in range(3):
         records = [r for _, r in experts]
-        outs = kernels.experts_each(x[row], records, i, levels_tensor)
+        outs = alone(kernels, x[row], records, i)
         got = kernels.weighted_sum(outs[None], weights[None])[0]
         if min(h, i) >= 16:  # with fewer weights one rounded level is large beside the result
             assert relative(outs, outputs[:, row]) < 0.06
-        # Hits first, misses later, in any split: bitwise the same sum.
-        split = torch.cat([kernels.experts_each(x[row], [r], i, levels_tensor) for r in records])
-        assert torch.equal(split, outs)
-        assert torch.equal(kernels.weighted_sum(split[None], weights[None])[0], got)
         total = torch.zeros(h)
-        for w, out in zip(weights, split, strict=True):
+        for w, out in zip(weights, outs, strict=True):
             total = total + w * out
         assert torch.equal(total, got)
     slab = slab_of([record for _, record in experts])
@@ -57,9 +54,7 @@ def test_experts(kernels, i, h, k, seed):
     for row, entry in np.ndindex(3, 4):
         slot = int(slots[row, entry])
         want = (
-            torch.full((h,), 7.0)
-            if slot < 0
-            else kernels.experts_each(x[row], [experts[slot][1]], i, levels_tensor)[0]
+            torch.full((h,), 7.0) if slot < 0 else alone(kernels, x[row], [experts[slot][1]], i)[0]
         )
         assert torch.equal(y[row, entry], want)
 
@@ -85,19 +80,18 @@ def test_more_uses_than_one_pass_takes(kernels):
     y = torch.full((400, 3, 64), torch.nan)
     kernels.experts_by_slot(x, slab, slots, 32, levels_tensor, y)
     for row, uses in enumerate(slots.tolist()):
-        assert torch.equal(
-            y[row], kernels.experts_each(x[row], [slab[slot] for slot in uses], 32, levels_tensor)
-        )
+        assert torch.equal(y[row], alone(kernels, x[row], [slab[slot] for slot in uses], 32))
 
 
 def test_experts_with_extreme_activations(kernels):
     rng = np.random.default_rng(8)
     _, record = random_expert(rng, 128, 64)
     for scale in (0.0, 1e-42, 1e-20, 1e15):
-        y = kernels.experts_each(
-            torch_of(rng.standard_normal(128) * scale), [record], 64, levels_tensor
-        )
+        y = alone(kernels, torch_of(rng.standard_normal(128) * scale), [record], 64)
         assert y.isfinite().all()
         assert scale or (y == 0).all()
-    assert kernels.experts_each(torch.ones(128), [], 64, levels_tensor).shape == (0, 128)
+    nothing = torch.empty(1, 0, 128)
+    kernels.experts_by_slot(
+        torch.ones(1, 128), slab_of([record]), nothing[..., 0].int(), 64, levels_tensor, nothing
+    )
     assert not kernels.weighted_sum(torch.empty(1, 0, 128), torch.empty(1, 0)).any()

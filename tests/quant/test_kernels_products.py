@@ -6,11 +6,15 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from tests.support.kernels import (
     LEVELS,
+    int8_matrix,
     levels_tensor,
+    linear_nf4,
     needs_native,
+    nf4_matrix,
     q8,
     quick,
     random_nf4,
@@ -53,7 +57,7 @@ def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     x64 = x.numpy().astype(np.float64)
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
-    got = kernels.linear_nf4(x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
+    got = linear_nf4(kernels, x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
     # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
     # activation.
     steps, scales = half_steps(x64), np.abs(scales_of(absmax, n, k))
@@ -72,7 +76,7 @@ def test_linear_int8(kernels, shape, seed, scale):
     w = q * s.astype(np.float64)[:, None]
     x64 = x.numpy().astype(np.float64)
     got = (
-        kernels.linear_int8(x, kernels.pack_int8(torch.from_numpy(q)), torch.from_numpy(s))
+        kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.from_numpy(s)), x)
         .numpy()
         .astype(np.float64)
     )
@@ -92,10 +96,10 @@ def test_exact_where_integers_suffice(kernels):
     w = np.sign(w) * 0 + levels.astype(np.float64)[untile_codes(codes.numpy(), 40, 200)] * 0.5
     x = rng.choice([-127.0, 127.0], (3, 200))
     x[:, ::16] = 127
-    got = kernels.linear_nf4(torch_of(x), codes, absmax, torch.from_numpy(levels), 40)
+    got = linear_nf4(kernels, torch_of(x), codes, absmax, torch.from_numpy(levels), 40)
     assert relative(got, x @ w.T) < 1e-6
     q = rng.choice(np.array([-127, 127], dtype=np.int8), (40, 200))
-    got = kernels.linear_int8(torch_of(x), kernels.pack_int8(torch.from_numpy(q)), torch.ones(40))
+    got = kernels.linear(int8_matrix(kernels, torch.from_numpy(q), torch.ones(40)), torch_of(x))
     assert relative(got, x @ q.T.astype(np.float64)) < 1e-6
 
 
@@ -115,7 +119,7 @@ def test_levels_are_data(kernels, name):
     }[name].astype(np.float32)
     w, codes, absmax = random_nf4(rng, 48, 256, 0.5, table, True)
     x = torch_of(rng.standard_normal((2, 256)))
-    got = kernels.linear_nf4(x, codes, absmax, torch.from_numpy(table), 48)
+    got = linear_nf4(kernels, x, codes, absmax, torch.from_numpy(table), 48)
     assert relative(got, x.numpy().astype(np.float64) @ w.T) < 0.015
 
 
@@ -145,8 +149,8 @@ def test_error_beside_q8(kernels, kind):
     q, s = kernels.quantize_int8(torch_of(raw))
     w8 = q.numpy() * s.numpy().astype(np.float64)[:, None]
     for got, exact in [
-        (kernels.linear_nf4(x, codes, absmax, levels_tensor, 256), w),
-        (kernels.linear_int8(x, kernels.pack_int8(q), s), w8),
+        (linear_nf4(kernels, x, codes, absmax, levels_tensor, 256), w),
+        (kernels.linear(int8_matrix(kernels, q, s), x), w8),
     ]:
         want = x64 @ exact.T
         error, baseline = relative(got, want), relative(q8(x64) @ exact.T, want)
@@ -159,19 +163,16 @@ def test_error_beside_q8(kernels, kind):
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
     _, codes, absmax = random_nf4(rng, 90, 200)
-    packed = kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8)))
-    scale = torch.rand(90) + 0.1
+    q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
+    int8 = int8_matrix(kernels, q, torch.rand(90) + 0.1)
     x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    many = (
-        kernels.linear_nf4(x, codes, absmax, levels_tensor, 90),
-        kernels.linear_int8(x, packed, scale),
-    )
+    many = (linear_nf4(kernels, x, codes, absmax, levels_tensor, 90), kernels.linear(int8, x))
     for row in (0, 1, 127, 128, 511, 512, 599):
         alone = x[row : row + 1]
         assert torch.equal(
-            kernels.linear_nf4(alone, codes, absmax, levels_tensor, 90)[0], many[0][row]
+            linear_nf4(kernels, alone, codes, absmax, levels_tensor, 90)[0], many[0][row]
         )
-        assert torch.equal(kernels.linear_int8(alone, packed, scale)[0], many[1][row])
+        assert torch.equal(kernels.linear(int8, alone)[0], many[1][row])
 
 
 def test_zeros_and_not_finite(kernels):
@@ -179,9 +180,9 @@ def test_zeros_and_not_finite(kernels):
     _, codes, absmax = random_nf4(rng, 20, 100)
     x = torch.zeros(4, 100)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), torch.rand(100)
-    y = kernels.linear_nf4(x, codes, absmax, levels_tensor, 20)
+    y = linear_nf4(kernels, x, codes, absmax, levels_tensor, 20)
     assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isnan().all() and y[3].isfinite().all()
-    assert kernels.linear_nf4(torch.empty(0, 100), codes, absmax, levels_tensor, 20).shape == (
+    assert linear_nf4(kernels, torch.empty(0, 100), codes, absmax, levels_tensor, 20).shape == (
         0,
         20,
     )
@@ -191,10 +192,10 @@ def test_flushing_denormals_changes_nothing(kernels):
     rng = np.random.default_rng(6)
     _, codes, absmax = random_nf4(rng, 40, 128)
     x = torch_of(rng.standard_normal((1, 128)) * 1e-41)
-    want = kernels.linear_nf4(x, codes, absmax, levels_tensor, 40)
+    want = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
     torch.set_flush_denormal(True)
     try:
-        got = kernels.linear_nf4(x, codes, absmax, levels_tensor, 40)
+        got = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
         still = torch.full((1,), 1e-41) * 0.5
     finally:
         torch.set_flush_denormal(False)
@@ -212,8 +213,8 @@ def test_unaligned_activations(kernels):
         torch.randn(2 * 130 + 1)[1:].view(2, 130).copy_(x)
     )  # off by one float from its allocation
     assert torch.equal(
-        kernels.linear_nf4(shifted, codes, absmax, levels_tensor, 32),
-        kernels.linear_nf4(x, codes, absmax, levels_tensor, 32),
+        linear_nf4(kernels, shifted, codes, absmax, levels_tensor, 32),
+        linear_nf4(kernels, x, codes, absmax, levels_tensor, 32),
     )
 
 
@@ -235,21 +236,19 @@ def test_absorbed_products_are_exact_to_float32(kernels, t, heads, n, v, r, seed
         rng.normal(size=(t, heads, n)).astype(np.float32),
         rng.normal(size=(t, heads, r)).astype(np.float32),
     )
-    tensors = torch.from_numpy(w), torch.from_numpy(scale)
-    absorbed = kernels.absorb_query(torch.from_numpy(q), *tensors)
+    kv_b = Int8Weight(torch.from_numpy(w), torch.from_numpy(scale))
+    absorbed = kernels.absorb_query(torch.from_numpy(q), kv_b)
     limit = np.einsum("thn,hnr->thr", np.abs(q), np.abs(exact[:, :n])) + 1e-30
     assert np.all(
         np.abs(absorbed.numpy() - np.einsum("thn,hnr->thr", q, exact[:, :n])) <= 1e-5 * limit
     )
-    values = kernels.absorb_value(torch.from_numpy(latent), *tensors, n)
+    values = kernels.absorb_value(torch.from_numpy(latent), kv_b, n)
     limit = np.einsum("thr,hvr->thv", np.abs(latent), np.abs(exact[:, n:])) + 1e-30
     assert np.all(
         np.abs(values.numpy() - np.einsum("thr,hvr->thv", latent, exact[:, n:])) <= 1e-5 * limit
     )
-    assert torch.equal(kernels.absorb_query(torch.from_numpy(q[-1:]), *tensors), absorbed[-1:])
-    assert torch.equal(
-        kernels.absorb_value(torch.from_numpy(latent[-1:]), *tensors, n), values[-1:]
-    )
+    assert torch.equal(kernels.absorb_query(torch.from_numpy(q[-1:]), kv_b), absorbed[-1:])
+    assert torch.equal(kernels.absorb_value(torch.from_numpy(latent[-1:]), kv_b, n), values[-1:])
 
 
 @quick
@@ -263,10 +262,11 @@ def test_absorbed_products_are_exact_to_float32(kernels, t, heads, n, v, r, seed
 def test_dense_products_are_exact_to_float32(kernels, t, n, k, dtype, seed):
     rng = np.random.default_rng(seed)
     x, w = torch_of(rng.standard_normal((t, k))), torch_of(rng.standard_normal((n, k))).to(dtype)
-    got = kernels.linear_dense(x, w)
+    matrix = Matrix.dense(w)
+    got = kernels.linear(matrix, x)
     limit = x.abs().double() @ w.abs().double().T
     assert bool(((got.double() - x.double() @ w.double().T).abs() <= 1e-6 * limit).all())
-    assert torch.equal(kernels.linear_dense(x[-1:], w), got[-1:])
+    assert torch.equal(kernels.linear(matrix, x[-1:]), got[-1:])
 
 
 @quick
@@ -287,31 +287,21 @@ def test_mlp_is_its_three_products(kernels, t, h, i, seed):
     row alone."""
     rng = np.random.default_rng(seed)
     x, shapes = torch_of(rng.standard_normal((t, h))), ((i, h), (i, h), (h, i))
-    packed = [
-        kernels.pack_int8(torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8)))
-        for shape in shapes
-    ]
-    scales = [torch.full((shape[0],), 0.01) for shape in shapes]
-    coded = [random_nf4(rng, *shape) for shape in shapes]
-    codes, absmax = [item[1] for item in coded], [item[2] for item in coded]
-    for linear, matrices in (
-        (
-            lambda x, m: kernels.linear_int8(x, packed[m], scales[m]),
-            [Matrix.int8(packed[m], scales[m]) for m in range(3)],
-        ),
-        (
-            lambda x, m: kernels.linear_nf4(x, codes[m], absmax[m], levels_tensor, shapes[m][0]),
-            [Matrix.nf4(codes[m], absmax[m], levels_tensor, *shapes[m]) for m in range(3)],
-        ),
-    ):
-        mlp = Mlp(*matrices)
-        got, gate, up = kernels.mlp(x, mlp), linear(x, 0), linear(x, 1)
-        want = linear(torch.nn.functional.silu(gate) * up, 2)
+    int8, coded = [], []
+    for shape in shapes:
+        q = torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))
+        int8.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
+        coded.append(nf4_matrix(*random_nf4(rng, *shape)[1:], levels_tensor, *shape))
+    for gate, up, down in (int8, coded):
+        mlp = Mlp(gate, up, down)
+        got = kernels.mlp(mlp, x)
+        acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
+        want = kernels.linear(down, acted)
         assert (got - want).norm() <= 0.02 * want.norm() + 1e-6
-        assert torch.equal(kernels.mlp(x[-1:], mlp), got[-1:])
+        assert torch.equal(kernels.mlp(mlp, x[-1:]), got[-1:])
         residual, others = (
             torch_of(rng.standard_normal((t, h))),
             torch_of(rng.standard_normal((t, h)) * 1e-3),
         )
-        assert torch.equal(kernels.mlp(x, mlp, residual), residual + got)
-        assert torch.equal(kernels.mlp(x, mlp, residual, others), residual + (others + got))
+        assert torch.equal(kernels.mlp(mlp, x, residual), residual + got)
+        assert torch.equal(kernels.mlp(mlp, x, residual, others), residual + (others + got))

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.nf4 import Nf4Weight
 from tests.support.kernels import (
     LEVELS,
     levels_tensor,
@@ -130,35 +132,27 @@ def test_errors_of_quantized_weights(kernels, n, k, seed, dtype):
     q, scale = rng.integers(-127, 128, (n, k)), rng.uniform(0, 0.1, n).astype(np.float32)
     source = torch_of(rng.standard_normal((n, k))).to(dtype)
     x = source.double().numpy()
-    for errors, made in (
-        (kernels.nf4_error(source, codes, absmax, levels_tensor), w.astype(np.float32)),
-        (
-            kernels.int8_error(
-                source, torch.from_numpy(q.astype(np.int8)), torch.from_numpy(scale)
-            ),
-            q.astype(np.float32) * scale[:, None],
-        ),
+    int8 = Int8Weight(torch.from_numpy(q.astype(np.int8)), torch.from_numpy(scale))
+    for weight, made in (
+        (Nf4Weight(codes, absmax, levels_tensor, (n, k)), w.astype(np.float32)),
+        (int8, q.astype(np.float32) * scale[:, None]),
     ):
+        errors = kernels.squared_error(source, weight)
         assert errors == pytest.approx((((x - made) ** 2).sum(), (x**2).sum()), rel=1e-12)
 
 
 def test_errors_are_the_same_bits_for_every_instruction_set_and_number_of_threads():
     torch.manual_seed(0)
     source = torch.randn(150, 333)
-    codes, absmax = native.quantize_nf4(source)
-    q, scale = native.quantize_int8(source)
+    nf4 = Nf4Weight(*native.quantize_nf4(source), levels_tensor, (150, 333))
+    int8 = Int8Weight(*native.quantize_int8(source))
     before, results = (native.isa, native.threads), set()
     try:
         for isa in native.isas:
             for threads in (1, 2, 5):
                 native.set_isa(isa)
                 native.set_threads(threads)
-                results.add(
-                    (
-                        native.nf4_error(source, codes, absmax, levels_tensor),
-                        native.int8_error(source, q, scale),
-                    )
-                )
+                results.add(tuple(native.squared_error(source, weight) for weight in (nf4, int8)))
     finally:
         native.set_isa(before[0])
         native.set_threads(before[1])

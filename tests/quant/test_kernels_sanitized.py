@@ -40,15 +40,10 @@ int slotmoe_isa_supported(int);
 int slotmoe_set_isa(const char*);
 void slotmoe_set_threads(int);
 uint64_t slotmoe_read(const void*, int64_t);
-int slotmoe_linear_nf4(const float*, int64_t, int64_t, int64_t, const uint8_t*, const uint16_t*,
-                       const float*, float*);
+int slotmoe_linear(const Matrix*, const float*, int64_t, float*);
 int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
-int slotmoe_linear_int8(const float*, int64_t, int64_t, int64_t, const int8_t*, const float*,
-                        float*);
 int64_t slotmoe_record_bytes(int64_t, int64_t);
-int slotmoe_experts_each(const float*, const uint8_t* const*, int64_t, int64_t, int64_t,
-                         const float*, float*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t,
                             int64_t, int64_t, int64_t, const float*, float*);
@@ -59,9 +54,8 @@ int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const fl
                          int64_t, int64_t, float*);
 int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
                          int64_t, int64_t, float*);
-int slotmoe_linear_dense(const float*, int64_t, int64_t, int64_t, const void*, int, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
-int slotmoe_mlp(const float*, int64_t, const Matrix*, const float*, const float*, float*);
+int slotmoe_mlp(const Matrix*, const float*, int64_t, const float*, const float*, float*);
 int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
 int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*,
                       int64_t, const int64_t*, float*, float*, float*);
@@ -115,25 +109,6 @@ static void check(int status) {
 static int64_t tiles(int64_t n) { return (n + 15) / 16; }
 static int64_t blocks(int64_t k) { return (k + 63) / 64; }
 
-static void linear(int64_t t, int64_t n, int64_t k, float scale) {
-    Floats x(t * k, scale), y(t * n), levels(16), scales(n);
-    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
-    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16);
-    halves(absmax, tiles(n) * blocks(k) * 16);
-    check(slotmoe_linear_nf4(x, t, k, n, codes, absmax, levels, y));
-    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
-    check(slotmoe_pack_int8(w, n, k, packed));
-    check(slotmoe_linear_int8(x, t, k, n, packed, scales, y));
-    slotmoe_read(codes, tiles(n) * blocks(k) * 512 - 3);
-    Floats dense(n * k), weight(k), normed(t * k);
-    Array<uint16_t> narrow(n * k);
-    halves(narrow, n * k);
-    check(slotmoe_linear_dense(x, t, k, n, dense.p, 0, y));
-    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 1, y));
-    check(slotmoe_linear_dense(x, t, k, n, narrow.p, 2, y));
-    check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
-}
-
 // A matrix of any kind with the memory that it points to.
 struct Weights {
     Array<uint8_t> data, scale;
@@ -161,14 +136,26 @@ struct Weights {
     }
 };
 
+static void linear(int64_t t, int64_t n, int64_t k, float scale) {
+    Floats x(t * k, scale), y(t * n), weight(k), normed(t * k);
+    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
+    check(slotmoe_pack_int8(w, n, k, packed));
+    for (int64_t kind = Matrix::int8; kind <= Matrix::bf16; kind++) {
+        const Weights weights(kind, n, k);
+        check(slotmoe_linear(&weights.matrix, x, t, y));
+        slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
+    }
+    check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
+}
+
 static void mlp(int64_t t, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), residual(t * h), others(t * h);
     for (int64_t kind : {Matrix::int8, Matrix::nf4}) {
         Weights in(kind, i, h), out(kind, h, i);
         const Matrix w[] = {in.matrix, in.matrix, out.matrix};
-        check(slotmoe_mlp(x, t, w, nullptr, nullptr, y));
-        check(slotmoe_mlp(x, t, w, residual, nullptr, y));
-        check(slotmoe_mlp(x, t, w, residual, others, y));
+        check(slotmoe_mlp(w, x, t, nullptr, nullptr, y));
+        check(slotmoe_mlp(w, x, t, residual, nullptr, y));
+        check(slotmoe_mlp(w, x, t, residual, others, y));
     }
 }
 
@@ -303,22 +290,18 @@ static void quantize(int64_t n, int64_t k) {
 
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     const int64_t size = slotmoe_record_bytes(h, i), code_bytes = size / 544 * 512;
-    std::vector<Array<uint8_t>*> owned;
-    std::vector<const uint8_t*> records;
-    for (int64_t e = 0; e < k; e++) {
-        owned.push_back(new Array<uint8_t>(size));
-        uint8_t* record = *owned.back();
-        halves(reinterpret_cast<uint16_t*>(record + code_bytes), (size - code_bytes) / 2);
-        records.push_back(record);
+    const int64_t apart = (size + 63) / 64 * 64;
+    Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
+    for (int64_t e = 0; e < k; e++)
+        halves(reinterpret_cast<uint16_t*>(slab + e * apart + code_bytes), (size - code_bytes) / 2);
+    Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
+    std::vector<int32_t> slots(t * k);
+    for (int64_t use = 0; use < t * k; use++) slots[use] = int32_t(use % k);
+    for (int64_t tokens : {int64_t(1), t}) {
+        check(slotmoe_experts_by_slot(x, tokens, k, slots.data(), slab, k, apart, h, i, levels,
+                                      outs));
+        check(slotmoe_weighted_sum(outs, weights, tokens, k, h, y));
     }
-    Floats x(t * h), y(t * h), each(k * h), weights(k), levels(16);
-    check(slotmoe_experts_each(x, records.data(), k, h, i, levels, each));
-    check(slotmoe_weighted_sum(each, weights, 1, k, h, y));
-    std::vector<int32_t> slots(t, 0);
-    for (int64_t tokens : {int64_t(1), t})
-        check(slotmoe_experts_by_slot(x, tokens, 1, slots.data(), records[0], 1, size, h, i, levels,
-                                      y));
-    for (auto* record : owned) delete record;
 }
 
 static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra,
@@ -377,9 +360,8 @@ int main(int argc, char**) {
                 callers.emplace_back([] {
                     std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
                     std::vector<int8_t> w(256 * 256, 1);
-                    for (int j = 0; j < 50; j++)
-                        check(slotmoe_linear_int8(x.data(), 1, 256, 256, w.data(), scale.data(),
-                                                  y.data()));
+                    const Matrix m{Matrix::int8, 256, 256, w.data(), scale.data(), nullptr};
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, y.data()));
                 });
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);

@@ -51,7 +51,7 @@ def make_records(S, D, width, seed=0):
 
 def expert_of(records, slot, x_TD):
     """One expert in float64, from dequantized weights."""
-    gate, up, down = (nf4.dequantize(weight).double() for weight in records.weights(slot))
+    gate, up, down = (weight.dequantize().double() for weight in records.weights(slot))
     x_TD = x_TD.double()
     return (torch.nn.functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
 

@@ -5,6 +5,7 @@ Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16
 64 columns.
 """
 
+import ctypes
 import math
 
 import numpy as np
@@ -14,8 +15,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from slotmoe.quant import nf4
+from slotmoe.quant.backends.base import new
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix
+from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import latent_bytes
 
 native = qk.load()
@@ -143,26 +148,49 @@ def through_expert(kernels, x, record, intermediate):
     return y[:, 0]
 
 
+def attention_layer(kernels, layer, h, table, caches, positions):
+    """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
+    float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
+    logits.  A token's latent row is written to its sequence's cache at its position."""
+    stride = arguments.row_stride(caches[0], layer.row_bytes)
+    places = (ctypes.c_int64 * len(positions))(*positions)
+    values = layer, h, table, arguments.addresses(caches), stride, places
+    y, x, logits = kernels.attention.results(*values, T=len(caches))
+    return y, x, logits if layer.sizes["E"] else None
+
+
+def nf4_matrix(codes, absmax, levels, n, k):
+    return Matrix.nf4(Nf4Weight(codes, absmax, levels, (n, k)))
+
+
+def linear_nf4(kernels, x, codes, absmax, levels, n):
+    return kernels.linear(nf4_matrix(codes, absmax, levels, n, x.shape[1]), x)
+
+
+def int8_matrix(kernels, q, scale):
+    return kernels.tile_int8(Int8Weight(q, scale), new)
+
+
+def alone(kernels, x, records, intermediate):
+    """x [H] through some experts, by a call for each: [k, H]."""
+    return torch.cat([through_expert(kernels, x[None], r, intermediate) for r in records])
+
+
 class AnyMatrix:
     """A random matrix of one kind, for the single call and as the fused calls take it."""
 
     def __init__(self, kernels, rng, kind, n, k):
         if kind == "int8":
-            packed = kernels.pack_int8(
-                torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
-            )
+            q = torch.from_numpy(rng.integers(-127, 128, (n, k), dtype=np.int8))
             scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
-            self.fused, self.times = (
-                Matrix.int8(packed, scale),
-                lambda x: kernels.linear_int8(x, packed, scale),
-            )
+            self.fused = int8_matrix(kernels, q, scale)
         elif kind == "nf4":
             _, codes, absmax = random_nf4(rng, n, k, 1 / math.sqrt(k), negative=True)
-            self.fused = Matrix.nf4(codes, absmax, levels_tensor, n, k)
-            self.times = lambda x: kernels.linear_nf4(x, codes, absmax, levels_tensor, n)
+            self.fused = nf4_matrix(codes, absmax, levels_tensor, n, k)
         else:
             w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
-            self.fused, self.times = Matrix.dense(w), lambda x: kernels.linear_dense(x, w)
+            self.fused = Matrix.dense(w)
+        self.times = lambda x: kernels.linear(self.fused, x)
 
 
 class RandomLayer:
@@ -183,8 +211,9 @@ class RandomLayer:
         self.gate = AnyMatrix(kernels, rng, "float32", experts, hidden) if experts else None
         self.input_norm, self.next_norm, self.latent_norm = norm(hidden), norm(hidden), norm(r)
         self.query_norm = norm(q_rank) if q_rank else None
-        self.kv_b = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
-        self.kv_b_scale = torch_of(rng.uniform(0.5, 2, heads * (n + v)) / 80 / math.sqrt(r))
+        q = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
+        scale = torch_of(rng.uniform(0.5, 2, heads * (n + v)) / 80 / math.sqrt(r))
+        self.kv_b = Int8Weight(q, scale)
         self.scale = 1.5 / math.sqrt(n + p)
 
     def arguments(self):
@@ -201,10 +230,10 @@ class RandomLayer:
             self.latent.fused,
             self.latent_norm,
         )
-        return [*first, self.kv_b, self.kv_b_scale, self.out.fused, self.next_norm, optional[1]]
+        return [*first, self.kv_b, self.out.fused, self.next_norm, optional[1]]
 
     def prepared(self):
-        return AttentionLayer(*self.arguments(), eps=1e-5, latent_eps=1e-6, scale=self.scale)
+        return AttentionLayer(*self.arguments(), (1e-5, 1e-6, self.scale))
 
     def one_by_one(self, h, table, cache, position):
         heads, n, p, r, v = self.sizes
@@ -223,12 +252,10 @@ class RandomLayer:
             -1,
         )
         k.store_latents(row, r, cache[position : position + 1])
-        absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b, self.kv_b_scale)
+        absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b)
         full = torch.cat([absorbed, k.rotate(q[..., n:].contiguous(), table)], -1)
         out = k.mla(full, cache, position + 1, r, self.scale)
-        h = h + self.out.times(
-            k.absorb_value(out, self.kv_b, self.kv_b_scale, n).reshape(1, heads * v)
-        )
+        h = h + self.out.times(k.absorb_value(out, self.kv_b, n).reshape(1, heads * v))
         x = k.rms_norm(h, self.next_norm, 1e-5)
         return h, x, self.gate.times(x) if self.gate else None
 

@@ -32,11 +32,10 @@ from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant import nf4
 from slotmoe.quant.backends import pick_ops
 from slotmoe.quant.backends.base import Records
-from slotmoe.quant.backends.native import TiledInt8Weight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.kernels.cpu.weights import PackedInt8
+from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import absmax_shape, codes_shape
 from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
@@ -158,11 +157,10 @@ def _linears(bench: _Bench) -> None:
     halves, scales = memory.view(-1, N * D // 2), absmax_shape(N, D)
     absmax = bench.empty((len(halves), *scales), torch.float16).fill_(1.8 * D**-0.5)
 
-    def int8(block: Tensor) -> TiledInt8Weight | Int8Weight:
+    def int8(block: Tensor) -> Matrix | Int8Weight:
         if not bench.on_cpu:
             return Int8Weight(block.view(N, D), scale_N)
-        tiles = PackedInt8(block.view(N // 16, D // 64, 1024), N, D)
-        return TiledInt8Weight(tiles, scale_N)
+        return Matrix.int8(block.view(N // 16, D // 64, 1024), scale_N, (N, D))
 
     coded = [
         nf4.Nf4Weight(codes.view(codes_shape(N, D)), scales, bench.levels, (N, D))

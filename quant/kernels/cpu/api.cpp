@@ -146,7 +146,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 7; }
+EXPORT int slotmoe_abi() { return 8; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -177,20 +177,14 @@ EXPORT uint64_t slotmoe_read(const void* memory, int64_t bytes) {
 
 // --- linear layers
 
-EXPORT int slotmoe_linear_nf4(const float* x, int64_t t, int64_t k, int64_t n, const uint8_t* codes,
-                              const uint16_t* absmax, const float* levels, float* y) {
-    if (t < 0 || k < 1 || n < 1 || !finite(levels)) return kBadArgument;
+// x [t, k] -> y [t, n].
+EXPORT int slotmoe_linear(const Matrix* w, const float* x, int64_t t, float* y) {
+    if (t < 0 || !w->valid()) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        const Levels& fitted = levels_for(levels);
-        const Nf4Matrix w{codes, absmax, n, up_to(k, kBlock)};
         for (int64_t first = 0; first < t; first += kPassTokens) {
             const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            ActBlock* blocks = job.scratch<ActBlock>(kX, rows * w.blocks);
-            double* factor = job.scratch<double>(kXFactor, rows);
-            quantize_x(job, isa, x + first * k, k, rows, fitted.offset, blocks, factor);
-            job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
-                isa.nf4_tiles(w, fitted, blocks, factor, rows, begin, end, y + first * n, n);
-            });
+            const Product product(job, isa, *w, x + first * w->k, rows, y + first * w->n);
+            job.parallel(product.tiles(), [&](int, int64_t begin, int64_t end) { product.run(begin, end); });
         }
         return kOk;
     });
@@ -218,34 +212,6 @@ EXPORT int slotmoe_pack_int8(const int8_t* w, int64_t n, int64_t k, int8_t* pack
                     }
                 }
         });
-        return kOk;
-    });
-}
-
-EXPORT int slotmoe_linear_int8(const float* x, int64_t t, int64_t k, int64_t n, const int8_t* packed,
-                               const float* scale, float* y) {
-    if (t < 0 || k < 1 || n < 1) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        const Int8Matrix w{packed, scale, n, up_to(k, kBlock)};
-        for (int64_t first = 0; first < t; first += kPassTokens) {
-            const int64_t rows = t - first < kPassTokens ? t - first : kPassTokens;
-            ActBlock* blocks = job.scratch<ActBlock>(kX, rows * w.blocks);
-            double* factor = job.scratch<double>(kXFactor, rows);
-            quantize_x(job, isa, x + first * k, k, rows, 0.0f, blocks, factor);
-            job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
-                isa.int8_tiles(w, blocks, factor, rows, begin, end, y + first * n, n);
-            });
-        }
-        return kOk;
-    });
-}
-
-// W row-major in f32, f16 or bf16, unquantized activations.
-EXPORT int slotmoe_linear_dense(const float* x, int64_t t, int64_t k, int64_t n, const void* w, int type, float* y) {
-    if (t < 0 || k < 1 || n < 1 || type < 0 || type > 2) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(
-            n, [&](int, int64_t begin, int64_t end) { isa.linear_dense(x, t, k, w, Source(type), begin, end, y, n); });
         return kOk;
     });
 }
@@ -331,10 +297,10 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mat
     mlp_rows(job, isa, x, t, h, i, 0.0f, {residual, others}, y, tiles);
 }
 
-// residual and others may be null: see `Added`.
-EXPORT int slotmoe_mlp(const float* x, int64_t t, const Matrix* w, const float* residual, const float* others,
+// residual and others may be null, but others need a residual: see `Added`.
+EXPORT int slotmoe_mlp(const Matrix* w, const float* x, int64_t t, const float* residual, const float* others,
                        float* y) {
-    if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4) return kBadArgument;
+    if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4 || (others && !residual)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         mlp(job, isa, x, t, w, residual, others, y);
         return kOk;
@@ -349,7 +315,7 @@ EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
 
 namespace {
 
-// One token through k experts: the output of expert e becomes row rows[e] of y [.., h], or row e if rows is null.
+// One token through k experts: the output of expert e becomes row rows[e] of y [.., h].
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
                       int64_t k, int64_t h, int64_t i, const Levels& levels, float* y) {
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
@@ -385,7 +351,7 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
             double* factor = &held[thread].factor;
             if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, levels.offset, blocks, factor);
             held[thread].expert = e;
-            float* out = y + (rows ? rows[e] : e) * h;
+            float* out = y + rows[e] * h;
             isa.nf4_tiles(expert_at(records[e], h, i).down, levels, blocks, factor, 1, first, last, out, h);
         }
     });
@@ -404,16 +370,6 @@ void slotmoe::weighted_sum(Job& job, const Isa& isa, const float* outs, const fl
             isa.weighted_sum(outs + row * k * h, weights + row * k, k, h, first * kSumColumns, column, y + row * h);
             begin += last - first;
         }
-    });
-}
-
-// One token through k experts: y [k, h].
-EXPORT int slotmoe_experts_each(const float* x, const uint8_t* const* records, int64_t k, int64_t h, int64_t i,
-                                const float* levels, float* y) {
-    if (k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
-    return guarded([&](Job& job, const Isa& isa) {
-        experts_of_token(job, isa, x, records, nullptr, k, h, i, levels_for(levels), y);
-        return kOk;
     });
 }
 

@@ -1,5 +1,5 @@
 """Checks of arguments that the table of `slotmoe.quant.kernels.cpu.signatures` cannot describe:
-rows that are strided, several caches, records, and what runs once a layer.  All raise
+rows that are strided, several caches, slabs, and what runs once a token.  All raise
 `ValueError`."""
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ def layer_rows(caches: Sequence[Tensor], layers: int, width: int) -> tuple[int, 
     return strides[0], apart, shape[1]
 
 
-def position_array(positions: Sequence[int], capacities: Sequence[int]) -> Any:
-    if len(positions) != len(capacities):
-        raise ValueError(
-            f"{len(positions)} positions, expected one for each of {len(capacities)} caches"
-        )
-    for position, capacity in zip(positions, capacities, strict=True):
+def position_array(positions: Sequence[int], count: int, capacity: int) -> Any:
+    if len(positions) != count:
+        raise ValueError(f"{len(positions)} positions, expected one for each of {count} caches")
+    for position in positions:
         if not 0 <= position < capacity:
             raise ValueError(f"position is {position}, expected one of the cache's {capacity} rows")
-    return (ctypes.c_int64 * len(positions))(*positions)
+    return (ctypes.c_int64 * count)(*positions)
 
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
@@ -68,9 +66,7 @@ def rope_columns(x: Tensor, r: int) -> int:
 def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
     """Rows of `kv_b` for each head of x [T, A, ...], of which `n` are the query's."""
     if x.dim() != 3 or kv_b.dim() != 2:
-        raise ValueError(
-            f"expected [T, A, ...] and kv_b [M, R], {x.dim()} and {kv_b.dim()}-d given"
-        )
+        raise ValueError(f"expected [T, A, ...] and [M, R], given {x.dim()}-d and {kv_b.dim()}-d")
     heads, rows = x.shape[1], len(kv_b)
     if heads < 1 or rows % heads or not 0 <= n <= rows // heads:
         raise ValueError(f"kv_b has {rows} rows: {heads} heads with {n} for the query can't share")
@@ -80,9 +76,8 @@ def rows_per_head(x: Tensor, kv_b: Tensor, n: int) -> int:
 def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """The tensor's address, checked as the table's are, and quicker."""
     if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
-        )
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj():
         raise ValueError(f"{name} must be a contiguous CPU tensor, and not conjugated lazily")
     return tensor.data_ptr()
@@ -99,13 +94,3 @@ def slab_of(slab: Tensor, size: int) -> tuple[int, int, int]:
     if stride % 64 or start % 64:
         raise ValueError(f"records stand {stride} bytes apart, expected a multiple of 64 bytes")
     return start, count, stride
-
-
-def record_addresses(records: Sequence[Tensor], size: int) -> Any:
-    for record in records:
-        start = address("record", record, torch.uint8, (record.numel(),))
-        if record.numel() < size:
-            raise ValueError(f"a record of {record.numel()} bytes, expected at least {size}")
-        if start % 64:
-            raise ValueError("a record must start at a multiple of 64 bytes")
-    return addresses(records)

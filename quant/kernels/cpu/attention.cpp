@@ -258,7 +258,7 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
 // One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to
 // its sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what
 // the feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate
-// entries, one after the other, and so as for a token alone.
+// entries, one after the other, and so as for a token alone. Only tests call it: the oracle of slotmoe_decode.
 EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
                              int64_t stride, const int64_t* positions, float* y, float* x, float* logits) {
     if (t < 1 || !a->valid(stride)) return kBadArgument;

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu.arguments import address
 from slotmoe.quant.kernels.cpu.signatures import (
@@ -36,11 +37,12 @@ from slotmoe.quant.kernels.cpu.signatures import (
     source_type,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, Mlp, PackedInt8, Router
-from slotmoe.quant.nf4 import LEVELS
+from slotmoe.quant.kernels.cpu.weights import Decoder, Matrix, Router
+from slotmoe.quant.nf4 import LEVELS, Nf4Weight
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
-ABI = 7
+ABI = 8
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
 
@@ -84,6 +86,10 @@ class Kernels:
         if self._lib.slotmoe_abi() != ABI:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
+        self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
+        self.rms_norm, self.rotate = self._functions["rms_norm"], self._functions["rotate"]
+        self.weighted_sum = self._functions["weighted_sum"]
+        self.attention = self._functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
             for i in range(self._lib.slotmoe_isa_count())
@@ -92,13 +98,10 @@ class Kernels:
         """Instruction sets that this machine can run, best first: among avx512vnni, avx2,
         portable."""
 
-    def _call(self, name: str, *values: Any, **sizes: int) -> list[Tensor]:
-        return self._functions[name](*values, **sizes)
-
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
         """Seconds spent inside each native function while this is open, by name, filled in at the
-        end (`decode` counts as its parts); the rest of a step is Python and torch."""
+        end; `decode` counts as its parts."""
         seconds: dict[str, float] = {}
         before = {name: function.seconds for name, function in self._functions.items()}
         try:
@@ -131,90 +134,37 @@ class Kernels:
         self._lib.slotmoe_set_threads(count)
 
     def read(self, memory: Tensor) -> None:
-        """Read every byte of uint8 [n] with all threads: what the kernels' speed is held
-        against."""
+        """Read every byte of uint8 [n] with all threads: the kernels' bound."""
         self._lib.slotmoe_read(tensor_spec("memory:u8[N]").check(memory, {}), len(memory))
 
-    def linear_nf4(
-        self, x: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor, n: int
-    ) -> Tensor:
-        """x float32 [T, K], codes and absmax of W [n, K] as tiles16, levels float32 [16] -> float32
-        [T, n] = x W^T."""
-        return self._call("linear_nf4", x, codes, absmax, levels, N=n)[0]
-
-    def pack_int8(
-        self, w: Tensor, empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
-    ) -> PackedInt8:
-        """int8 [N, K] row-major -> the order that `linear_int8` reads (a copy; once, at load), in
-        memory from `empty`."""
+    def tile_int8(self, weight: Int8Weight, empty: Empty) -> Matrix:
+        """A copy, in memory from `empty(shape, dtype)`, in the order that `linear` reads."""
         sizes: dict[str, int] = {}
-        tensor_spec("w:i8[N,K]").check(w, sizes)
-        shape = tuple(tensor_spec(f"packed:{INT8}").shape(sizes))
-        data = torch.empty(shape, dtype=torch.int8) if empty is None else empty(shape, torch.int8)
-        self._call("pack_int8", w, data)
-        return PackedInt8(data, *w.shape)
-
-    def linear_int8(self, x: Tensor, w: PackedInt8, scale: Tensor) -> Tensor:
-        """x float32 [T, K], packed int8 W [N, K], scale float32 [N] -> float32 [T, N] = x (W *
-        scale)^T."""
-        return self._call("linear_int8", x, w.data, scale, N=w.n, K=w.k)[0]
-
-    def linear_dense(self, x: Tensor, w: Tensor) -> Tensor:
-        """x float32 [T, K], W [N, K] float32, float16 or bfloat16 -> float32 [T, N] = x W^T,
-        nothing quantized."""
-        return self._call("linear_dense", x, w, source_type(w))[0]
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x float32 [T, n], weight float32 [n] -> x / sqrt(mean(x^2) + eps) * weight."""
-        return self._call("rms_norm", x, weight, eps)[0]
-
-    def mlp(
-        self, x: Tensor, w: Mlp, residual: Tensor | None = None, others: Tensor | None = None
-    ) -> Tensor:
-        """x float32 [T, H] -> y = down(silu(gate x) * up x), float32 [T, H]; with a `residual` [T,
-        H] residual + y, and with `others` [T, H] too residual + (others + y): one rounding a sum,
-        as torch adds."""
-        if others is not None and residual is None:
-            raise ValueError("others must come with a residual")
-        return self._call("mlp", x, w.native, residual, others, H=w.hidden)[0]
-
-    def experts_each(
-        self, x: Tensor, records: Sequence[Tensor], intermediate: int, levels: Tensor
-    ) -> Tensor:
-        """x float32 [H] through k experts, records uint8 [>= record_bytes] -> float32 [k, H], each
-        expert's down(silu(gate x) * up x)."""
-        pointers = arguments.record_addresses(records, record_bytes(x.numel(), intermediate))
-        return self._call("experts_each", x, pointers, levels, K=len(records), I=intermediate)[0]
+        tensor_spec("w:i8[N,K]").check(weight.q, sizes)
+        tiles = empty(tuple(tensor_spec(f"packed:{INT8}").shape(sizes)), torch.int8)
+        self._functions["pack_int8"].results(weight.q, tiles)
+        scale = empty(tuple(weight.scale.shape), torch.float32).copy_(weight.scale)
+        return Matrix.int8(tiles, scale, weight.shape)
 
     def experts_by_slot(
         self, x: Tensor, slab: Tensor, slots: Tensor, intermediate: int, levels: Tensor, y: Tensor
     ) -> None:
         """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S,
         >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [T, k] names their
-        rows; where it is negative, y is left as it is.
-
-        Each row is bitwise what `experts_each` gives for it.
-        """
+        rows; where it is negative, y is left as it is."""
         records = arguments.slab_of(slab, record_bytes(arguments.columns(x), intermediate))
-        self._call("experts_by_slot", x, slots, *records, levels, y, I=intermediate)
-
-    def weighted_sum(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """outputs float32 [T, k, H], weights float32 [T, k] -> float32 [T, H]: products added one
-        by one in order, from zero."""
-        return self._call("weighted_sum", outputs, weights)[0]
+        values = x, slots, *records, levels, y
+        self._functions["experts_by_slot"].results(*values, I=intermediate)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
-        P)] (rows may be strided).
-
-        Each part, latent and rope columns, is rotated by an orthogonal matrix and rounded to 8 bits
-        with one float32 scale (attention.h); a part with NaN or infinity gets the scale NaN.
-        """
+        P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
+        and rounded to 8 bits with one float32 scale (attention.h), NaN if one is not finite."""
         p = arguments.rope_columns(latent, r)
         stride = arguments.row_stride(cache, latent_bytes(r, p))
         if len(cache) != len(latent):
             raise ValueError(f"cache has {len(cache)} rows, latent {len(latent)}")
-        self._call("store_latents", latent, cache.data_ptr(), stride, R=r, P=p)
+        self._functions["store_latents"].results(latent, cache.data_ptr(), stride, R=r, P=p)
 
     def mla(self, q: Tensor, cache: Tensor, context: int, latent: int, scale: float) -> Tensor:
         """Causal attention of the last T of `context` tokens over the latent cache.
@@ -227,58 +177,17 @@ class Kernels:
         p = arguments.rope_columns(q, latent)
         stride = arguments.row_stride(cache, latent_bytes(latent, p))
         if not len(q) <= context <= len(cache):
-            raise ValueError(
-                f"context is {context}, expected {len(q)} tokens to the cache's {len(cache)} rows"
-            )
+            limits = f"{len(q)} tokens to the cache's {len(cache)} rows"
+            raise ValueError(f"context is {context}, expected {limits}")
         values = q, cache.data_ptr(), stride, scale
-        return self._call("mla", *values, C=context, R=latent, P=p)[0]
-
-    def rotate(self, x: Tensor, table: Tensor) -> Tensor:
-        """x float32 [T, A, P], table complex64 [T, P / 2] -> the pairs (x0, x1), (x2, x3), ...
-        times the table."""
-        if arguments.columns(x) % 2:
-            raise ValueError(f"x has {x.shape[-1]} columns, expected an even number of them")
-        return self._call("rotate", x, table)[0]
-
-    def attention(
-        self,
-        layer: AttentionLayer,
-        h: Tensor,
-        table: Tensor,
-        caches: Sequence[Tensor],
-        positions: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One token of each of T sequences through a layer's attention: h float32 [T, H] -> y = h +
-        attention(rms_norm(h)), x = rms_norm(y), both float32 [T, H], and the router's logits x
-        gate^T, float32 [T, E] or None.
-
-        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent row is written to
-        its sequence's cache (uint8 [capacity, latent_bytes(R, P)], rows may be strided, alike in
-        all) at its position, and rows up to it are attended to. Bitwise what rms_norm, the linear
-        layers, rotate, store_latents, absorb_query, mla and absorb_value give one after the other,
-        and what each token gives alone.
-        """
-        strides = {arguments.row_stride(rows, layer.row_bytes) for rows in caches}
-        if len(strides) != 1:
-            raise ValueError(f"{len(caches)} caches, expected one or more with rows equally apart")
-        places = arguments.position_array(positions, [len(rows) for rows in caches])
-        values = (
-            ctypes.byref(layer.native),
-            h,
-            table,
-            arguments.addresses(caches),
-            strides.pop(),
-            places,
-        )
-        sizes = {"T": len(caches), "H": layer.hidden, "C": layer.pairs, "E": layer.experts}
-        y, x, logits = self._call("attention", *values, **sizes)
-        return y, x, logits if layer.experts else None
+        return self._functions["mla"](*values, C=context, R=latent, P=p)
 
     def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-        """logits float32 [T, E] -> weights float32 and indices int64, [T, top_k], best first, and
-        of equals the lower index."""
+        """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
+        lower index."""
         router.check(arguments.columns(logits))
-        weights, indices = self._call("route", ctypes.byref(router), logits, K=router.top_k)
+        route = self._functions["route"]
+        weights, indices = route.results(ctypes.byref(router), logits, K=router.top_k)
         return weights, indices
 
     def decode(
@@ -319,7 +228,7 @@ class Kernels:
             arguments.addresses(caches),
             layer_stride,
             row_stride,
-            arguments.position_array(positions, [capacity] * t),
+            arguments.position_array(positions, t, capacity),
             address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
             *arguments.slab_of(slab, decoder.record_bytes),
             address("levels", levels, torch.float32, (16,)),
@@ -331,9 +240,8 @@ class Kernels:
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
-        self._functions["decode"].run(
-            decoder.address, first, t, *inputs, *outputs, ctypes.byref(reached), seconds
-        )
+        values = *inputs, *outputs, ctypes.byref(reached), seconds
+        self._functions["decode"].run(decoder.address, first, t, *values)
         layer, spent = reached.value, seconds[:]
         if layer < layers:
             indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
@@ -341,57 +249,45 @@ class Kernels:
             self._functions[part].seconds += duration
         return Decoded(layer, y, norm, weights, indices, spent)
 
-    def absorb_query(self, q: Tensor, kv_b: Tensor, scale: Tensor) -> Tensor:
-        """q float32 [T, A, n], kv_b int8 [A * per_head, R], scale float32 [A * per_head] -> float32
-        [T, A, R]: each head's query times its first n rows of kv_b * scale."""
-        per_head = arguments.rows_per_head(q, kv_b, arguments.columns(q))
-        return self._call("absorb_query", q, kv_b, scale, per_head)[0]
+    def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
+        """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
+        its first n rows of kv_b."""
+        per_head = arguments.rows_per_head(q, kv_b.q, arguments.columns(q))
+        return self._functions["absorb_query"](q, kv_b.q, kv_b.scale, per_head)
 
-    def absorb_value(self, latent: Tensor, kv_b: Tensor, scale: Tensor, n: int) -> Tensor:
-        """latent float32 [T, A, R], kv_b and scale as for `absorb_query` -> float32 [T, A, per_head
-        - n]: each head's latent through its rows of kv_b * scale past the first n."""
-        per_head = arguments.rows_per_head(latent, kv_b, n)
-        return self._call("absorb_value", latent, kv_b, scale, per_head, N=n, V=per_head - n)[0]
+    def absorb_value(self, latent: Tensor, kv_b: Int8Weight, n: int) -> Tensor:
+        """latent float32 [T, A, R] -> float32 [T, A, per_head - n]: each head's latent through its
+        rows of kv_b, as in `absorb_query`, past the first n."""
+        per_head = arguments.rows_per_head(latent, kv_b.q, n)
+        values, sizes = (latent, kv_b.q, kv_b.scale, per_head), {"N": n, "V": per_head - n}
+        return self._functions["absorb_value"](*values, **sizes)
 
-    def quantize_nf4(self, source: Tensor, levels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16.
-
-        Codes equal those of bitsandbytes' `quantize_4bit(blocksize=64, quant_type="nf4")` where K
-        is a multiple of 64. ValueError when the source holds NaN or infinity, or a block's absmax
-        does not fit float16.
-        """
-        levels = torch.tensor(LEVELS) if levels is None else levels
-        if not bool((levels[1:] >= levels[:-1]).all()):
-            raise ValueError("levels must ascend to quantize with them")
-        codes, absmax = self._call("quantize_nf4", source, source_type(source), levels)
+    def quantize_nf4(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, K] bfloat16, float16 or float32 -> codes uint8, absmax float16 as tiles16: the bytes
+        of `nf4.quantize`.  ValueError when the source holds NaN or infinity, or a block's absmax
+        does not fit float16."""
+        values = source, source_type(source), torch.tensor(LEVELS)
+        codes, absmax = self._functions["quantize_nf4"].results(*values)
         return codes, absmax
 
     def quantize_int8(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, K] bfloat16, float16 or float32 -> int8 [N, K] row-major, scale float32 [N] = absmax
-        / 127.
-
-        A row of zeros gets scale 0.  ValueError when the source holds NaN or infinity.
-        """
-        q, scale = self._call("quantize_int8", source, source_type(source))
+        / 127, 0 of a row of zeros.  ValueError when the source holds NaN or infinity."""
+        values = source, source_type(source)
+        q, scale = self._functions["quantize_int8"].results(*values)
         return q, scale
 
-    def nf4_error(
-        self, source: Tensor, codes: Tensor, absmax: Tensor, levels: Tensor
-    ) -> tuple[float, float]:
-        """Sum of the squared differences between ``source``, [N, K] in any of its dtypes, and its
-        NF4 weight, and sum of the source's squares; float64 throughout."""
+    def squared_error(self, source: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
+        """Sum of the squared differences between `source`, [N, K] in any of its dtypes, and its
+        weight, and sum of the source's squares; float64 throughout."""
         kind = source_type(source)
-        return _total(self._call("nf4_error", source, kind, levels, codes, absmax)[0])
-
-    def int8_error(self, source: Tensor, q: Tensor, scale: Tensor) -> tuple[float, float]:
-        """``nf4_error`` of an int8 weight: ``q`` int8 [N, K] row-major, ``scale`` float32 [N]."""
-        return _total(self._call("int8_error", source, source_type(source), q, scale)[0])
-
-
-def _total(sums: Tensor) -> tuple[float, float]:
-    """Sums of the two columns, rounded once, so that they depend on no order."""
-    errors, squares = sums.T.tolist()
-    return math.fsum(errors), math.fsum(squares)
+        if isinstance(weight, Int8Weight):
+            sums = self._functions["int8_error"](source, kind, weight.q, weight.scale)
+        else:
+            coded = weight.levels, weight.codes, weight.absmax
+            sums = self._functions["nf4_error"](source, kind, *coded)
+        errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
+        return math.fsum(errors), math.fsum(squares)
 
 
 @cache

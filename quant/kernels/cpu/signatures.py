@@ -5,6 +5,7 @@ A row of `SIGNATURES` is a function's C arguments in order:
 
     x:f32[T,K]    a tensor: contiguous, on the CPU, of this dtype and shape; `x?:` may be None
     >y:f32[T,N]   a result, allocated here
+    w:bound       what is bound for native calls (`Bound`): its address is passed, and it sets sizes
     T             a size
     eps:float     a value that is passed on as it is
 
@@ -30,10 +31,8 @@ DTYPES = {
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
 CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
 _C_TYPES = {
-    "pointer": ctypes.c_void_p,
-    "size": ctypes.c_int64,
-    "int": ctypes.c_int,
-    "float": ctypes.c_float,
+    **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
+    **{"size": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float},
 }
 _RECORDS = "slab:pointer S:size stride:size"
 _ROWS = "cache:pointer S:size stride:size R P"
@@ -41,21 +40,23 @@ _ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
 _SOURCE = "source:source[N,K] kind:int N K"
 
 SIGNATURES = {
-    "linear_nf4": f"x:f32[T,K] T K N codes:{CODES} absmax:{ABSMAX} levels:f32[16] >y:f32[T,N]",
-    "linear_int8": f"x:f32[T,K] T K N w:{INT8} scale:f32[N] >y:f32[T,N]",
-    "linear_dense": "x:f32[T,K] T K N w:source[N,K] kind:int >y:f32[T,N]",
+    # y = x W^T
+    "linear": "w:bound x:f32[T,K] T >y:f32[T,N]",
     "pack_int8": f"w:i8[N,K] N K packed:{INT8}",
+    # y = x / sqrt(mean(x^2) + eps) * weight
     "rms_norm": "x:f32[T,K] weight:f32[K] T K eps:float >y:f32[T,K]",
-    "mlp": "x:f32[T,H] T mlp:pointer residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
-    "experts_each": "x:f32[H] records:pointer K H I levels:f32[16] >y:f32[K,H]",
+    # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
+    "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
     "experts_by_slot": f"x:f32[T,H] T K slots:i32[T,K] {_RECORDS} H I levels:f32[16] y:f32[T,K,H]",
+    # the products are added one by one in order, from zero
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
     "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
     "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
+    # the pairs (x0, x1), (x2, x3), ... times the table
     "rotate": "x:f32[T,A,P] table:c64[T,P/2] T A P >y:f32[T,A,P]",
-    "attention": "layer:pointer T h:f32[T,H] table:c64[T,C] caches:pointer stride:size"
+    "attention": "layer:bound T h:f32[T,H] table:c64[T,C] caches:pointer stride:size"
     " positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
     "route": "router:pointer logits:f32[T,E] T E >weights:f32[T,K] >indices:i64[T,K]",
     "decode": "decoder:pointer first:size T:size h:pointer table:pointer caches:pointer"
@@ -123,12 +124,19 @@ def source_type(source: Tensor) -> int:
     return SOURCE_TYPES[source.dtype]
 
 
+class Bound:
+    """What native calls take as one structure: its address, and the sizes that it sets."""
+
+    address: int
+    sizes: dict[str, int]
+
+
 class Function:
     """A native function with its row of the table; `seconds` have been spent inside it."""
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.seconds = 0.0
-        self._inputs: list[TensorSpec | None] = []  # None: a value
+        self._inputs: list[TensorSpec | None] = []  # None: a value, or bound
         self._results: list[TensorSpec] = []
         self._letters: list[str] = []
         words, kinds = SIGNATURES[name].split(), []
@@ -147,13 +155,22 @@ class Function:
         self._native = getattr(library, f"slotmoe_{name}")
         self._native.argtypes = [_C_TYPES[kind] for kind in kinds]
 
-    def __call__(self, *values: Any, **sizes: int) -> list[Tensor]:
+    def __call__(self, *values: Any, **sizes: int) -> Tensor:
+        """The first of the `results`."""
+        return self.results(*values, **sizes)[0]
+
+    def results(self, *values: Any, **sizes: int) -> list[Tensor]:
         """Check the tensors and values, the table's in order, call the function and return its
-        results.  Raises `ValueError` for a bad argument and `MemoryError`."""
-        arguments = [
-            value if spec is None else spec.check(value, sizes)
-            for spec, value in zip(self._inputs, values, strict=True)
-        ]
+        results; the last may be left out where they may be None.  Raises `ValueError` for a bad
+        argument and `MemoryError`."""
+        missing = (None,) * (len(self._inputs) - len(values))
+        arguments: list[Any] = []
+        for spec, value in zip(self._inputs, values + missing, strict=True):
+            if isinstance(value, Bound):
+                sizes |= value.sizes
+                arguments.append(value.address)
+            else:
+                arguments.append(value if spec is None else spec.check(value, sizes))
         results = [torch.empty(spec.shape(sizes), dtype=spec.dtypes[0]) for spec in self._results]
         arguments += [result.data_ptr() for result in results]
         arguments += [sizes[letter] for letter in self._letters]

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmoe.quant.kernels.cpu.signatures import ABSMAX, CODES, INT8, source_type, tensor_spec
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu.signatures import (
+    ABSMAX,
+    CODES,
+    INT8,
+    Bound,
+    source_type,
+    tensor_spec,
+)
+from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
 _INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
@@ -31,10 +40,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *_fields(ctypes.c_int64, "kind n k"),
-        *_fields(ctypes.c_void_p, "data scale levels"),
-    ]
+    _fields_ = _fields(ctypes.c_int64, "kind n k") + _fields(ctypes.c_void_p, "data scale levels")
 
 
 class _Attention(ctypes.Structure):
@@ -71,10 +77,8 @@ class Router(ctypes.Structure):
         """Raise `ValueError` unless it can choose among so many experts."""
         fits = self.groups >= 1 and experts % self.groups == 0 and 1 <= self.kept <= self.groups
         if not fits or not 1 <= self.top_k <= experts:
-            raise ValueError(
-                f"{self.kept} of {self.groups} groups and top {self.top_k} don't fit {experts} "
-                "experts"
-            )
+            asked = f"{self.kept} of {self.groups} groups and top {self.top_k}"
+            raise ValueError(f"{asked} don't fit {experts} experts")
 
 
 class _Model(ctypes.Structure):
@@ -85,51 +89,52 @@ class _Model(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class PackedInt8:
-    """An int8 matrix [n, k] in the order the kernels read: int8 [Np/16, Kp/64, 1024], byte 64 t + 4
-    lane + i of a block being row 16 tile + lane, column 64 block + 4 t + i."""
+class Matrix(Bound):
+    """A matrix [N, K] of any kind.
 
-    data: Tensor
-    n: int
-    k: int
-
-
-class Matrix:
-    """A matrix [n, k] of any kind."""
+    int8 is tiled: [n_tiles, n_blocks, 1024], byte 64 t + 4 lane + i of a block being row 16 tile +
+    lane, column 64 block + 4 t + i, with row scales, float32 [N].
+    """
 
     def __init__(self, kind: int, n: int, k: int, *memory: Tensor) -> None:
         if not 1 <= n < 2**31 or not 1 <= k < 2**31:
             raise ValueError(f"a matrix of {n} rows and {k} columns, expected at least 1")
-        self.n, self.k, self.kind, self._memory = n, k, kind, memory
-        sizes = {"N": n, "K": k}
+        self.shape, self.kind, self._memory = (n, k), kind, memory
+        self.sizes = {"N": n, "K": k}
         texts = zip(_MEMORY[kind], memory, strict=True)
-        self.native = _Matrix(
-            kind, n, k, *[tensor_spec(text).check(tensor, sizes) for text, tensor in texts]
-        )
+        pointers = [tensor_spec(text).check(tensor, self.sizes) for text, tensor in texts]
+        self.native = _Matrix(kind, n, k, *pointers)
+        self.address = ctypes.addressof(self.native)
 
     @classmethod
-    def int8(cls, w: PackedInt8, scale: Tensor) -> Matrix:
-        """Packed int8 [n, k] and its row scales, float32 [n]."""
-        return cls(_INT8, w.n, w.k, w.data, scale)
+    def nf4(cls, weight: Nf4Weight) -> Matrix:
+        return cls(_NF4, *weight.shape, weight.codes, weight.absmax, weight.levels)
 
     @classmethod
-    def nf4(cls, codes: Tensor, absmax: Tensor, levels: Tensor, n: int, k: int) -> Matrix:
-        """Codes and absmax of [n, k] as tiles16, levels float32 [16]."""
-        return cls(_NF4, n, k, codes, absmax, levels)
+    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> Matrix:
+        return cls(_INT8, *shape, tiles, scale)
 
     @classmethod
     def dense(cls, w: Tensor) -> Matrix:
-        """[n, k] float32, float16 or bfloat16."""
+        """[N, K] float32, float16 or bfloat16."""
         kind = _DENSE + source_type(w)
         if w.dim() != 2:
             raise ValueError(f"a matrix has {w.dim()} dimensions, expected 2")
         return cls(kind, *w.shape, w)
 
-    def check(self, name: str, n: int, k: int) -> None:
-        """Raise `ValueError` unless it is [n, k]."""
-        if (self.n, self.k) != (n, k):
-            raise ValueError(f"{name} is {(self.n, self.k)}, expected {(n, k)}")
+    @property
+    def coded(self) -> bool:
+        """Whether it is int8 or NF4."""
+        return self.kind < _DENSE
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._memory)
+
+    def check(self, name: str, *shape: int) -> None:
+        """Raise `ValueError` unless it has this shape."""
+        if self.shape != shape:
+            raise ValueError(f"{name} is {self.shape}, expected {shape}")
 
     def like(self, other: Matrix) -> bool:
         """Whether both are of one kind, and of one table of levels."""
@@ -138,77 +143,75 @@ class Matrix:
         return self.kind != _NF4 or torch.equal(self._memory[2], other._memory[2])
 
 
-class Mlp:
+class Mlp(Bound):
     """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
     NF4 with one table of levels."""
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
-        up.check("up", gate.n, gate.k)
-        down.check("down", gate.k, gate.n)
-        if gate.kind not in (_INT8, _NF4) or not gate.like(up) or not gate.like(down):
+        up.check("up", *gate.shape)
+        down.check("down", *gate.shape[::-1])
+        if not gate.coded or not gate.like(up) or not gate.like(down):
             raise ValueError("the matrices of an MLP must be all int8, or all NF4 of one levels")
-        self.hidden, self._memory = gate.k, (gate, up, down)
-        self.native = (_Matrix * 3)(gate.native, up.native, down.native)
+        self.sizes = {"H": gate.shape[1]}
+        self._memory = gate, up, down, (_Matrix * 3)(gate.native, up.native, down.native)
+        self.address = ctypes.addressof(self._memory[3])
 
 
 @dataclass(eq=False)
-class AttentionLayer:
+class AttentionLayer(Bound):
     """The weights of one layer up to its router.
 
-    `sizes` are A, N, P, R and V.  Without q-LoRA `query` is [A (N + P), H]; with it `query` is
+    `shape` is A, N, P, R and V.  Without q-LoRA `query` is [A (N + P), H]; with it `query` is
     [Q, H], `query_norm` [Q], `query_b` [A (N + P), Q].  `latent` is [R + P, H], `out` [H, A V],
-    `kv_b` int8 [A (N + V), R] with one float32 scale a row; `next_norm` [H] and the router's `gate`
-    [E, H], None in a dense layer, stand before the feed-forward.  Norms are float32; `eps` is the
-    epsilon of those over H, `latent_eps` that of the others; `scale` multiplies the scores.  Raises
-    `ValueError` where they do not fit together.
+    `kv_b` [A (N + V), R]; `next_norm` [H] and the router's `gate` [E, H], None in a dense layer,
+    stand before the feed-forward.  Norms are float32; `constants` are the epsilon of those over H,
+    that of the others, and what multiplies the scores.  Raises `ValueError` where they do not fit.
     """
 
-    sizes: tuple[int, int, int, int, int]
+    shape: tuple[int, int, int, int, int]
     input_norm: Tensor
     query: Matrix
     query_norm: Tensor | None
     query_b: Matrix | None
     latent: Matrix
     latent_norm: Tensor
-    kv_b: Tensor
-    kv_b_scale: Tensor
+    kv_b: Int8Weight
     out: Matrix
     next_norm: Tensor
     gate: Matrix | None
-    eps: float
-    latent_eps: float
-    scale: float
+    constants: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        heads, n, p, r, v = self.sizes
-        hidden = self.latent.k
-        if min(heads, r, v) < 1 or min(n, p) < 0 or max(self.sizes) >= 2**31 or p % 2:
-            raise ValueError(f"sizes are {self.sizes}, expected heads, N, even P, R and V")
+        heads, n, p, r, v = self.shape
+        queries, hidden = self.query.shape[0], self.latent.shape[1]
+        if min(heads, r, v) < 1 or min(n, p) < 0 or max(self.shape) >= 2**31 or p % 2:
+            raise ValueError(f"shape is {self.shape}, expected heads, N, even P, R and V")
         if (self.query_norm is None) != (self.query_b is None):
             raise ValueError("query_norm and query_b must come together")
-        self.query.check("query", self.query.n if self.query_b else heads * (n + p), hidden)
+        self.query.check("query", queries if self.query_b else heads * (n + p), hidden)
         if self.query_b is not None:
-            self.query_b.check("query_b", heads * (n + p), self.query.n)
+            self.query_b.check("query_b", heads * (n + p), queries)
         self.latent.check("latent", r + p, hidden)
         self.out.check("out", hidden, heads * v)
         if self.gate is not None:
-            self.gate.check("gate", self.gate.n, hidden)
-        sizes = {"H": hidden, "Q": self.query.n, "R": r, "M": heads * (n + v)}
+            self.gate.check("gate", self.gate.shape[0], hidden)
+        sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v)}
         matrices = (self.query, self.query_b, self.latent, self.out, self.gate)
-        self.native = _Attention(
-            *self.sizes,
-            *(self.eps, self.latent_eps, self.scale, 0.0),
+        native = _Attention(
+            *self.shape,
+            *self.constants,
+            0.0,
             tensor_spec("input_norm:f32[H]").check(self.input_norm, sizes),
             tensor_spec("query_norm?:f32[Q]").check(self.query_norm, sizes),
             tensor_spec("latent_norm:f32[R]").check(self.latent_norm, sizes),
             tensor_spec("next_norm:f32[H]").check(self.next_norm, sizes),
             *[_Matrix() if matrix is None else matrix.native for matrix in matrices],
-            tensor_spec("kv_b:i8[M,R]").check(self.kv_b, sizes),
-            tensor_spec("kv_b_scale:f32[M]").check(self.kv_b_scale, sizes),
+            tensor_spec("kv_b:i8[M,R]").check(self.kv_b.q, sizes),
+            tensor_spec("kv_b_scale:f32[M]").check(self.kv_b.scale, sizes),
         )
-        self._memory = tuple(vars(self).values())  # `native` points into it
-        self.hidden, self.row_bytes, self.pairs = hidden, latent_bytes(r, p), p // 2
-        self.experts = 0 if self.gate is None else self.gate.n
+        self._memory = native, *vars(self).values()  # `native` points into the others
+        self.address, self.row_bytes = ctypes.addressof(native), latent_bytes(r, p)
+        self.sizes = {"H": hidden, "C": p // 2, "E": self.gate.shape[0] if self.gate else 0}
 
 
 class Decoder:
@@ -222,34 +225,29 @@ class Decoder:
     ) -> None:
         if not layers:
             raise ValueError("there are no layers")
-        first, self.experts = layers[0][0], max(layer.experts for layer, _ in layers)
-        self.hidden, self.row_bytes, self.pairs = first.hidden, first.row_bytes, first.pairs
+        sizes, self.row_bytes = layers[0][0].sizes, layers[0][0].row_bytes
+        self.hidden, self.pairs = sizes["H"], sizes["C"]
+        self.experts = max(layer.sizes["E"] for layer, _ in layers)
         for layer, mlp in layers:
-            sizes = layer.hidden, layer.row_bytes, layer.pairs
-            if sizes != (self.hidden, self.row_bytes, self.pairs):
-                raise ValueError("the layers have different sizes")
-            if mlp is not None and mlp.hidden != self.hidden:
-                raise ValueError(f"an MLP is of size {mlp.hidden}, different from {self.hidden}")
-            if layer.experts not in (0, self.experts):
-                raise ValueError("the layers have different numbers of experts")
+            same = layer.sizes | {"E": sizes["E"]} == sizes and layer.row_bytes == self.row_bytes
+            if not same or layer.sizes["E"] not in (0, self.experts):
+                raise ValueError("the layers have different sizes, or numbers of experts")
+            if mlp is not None and mlp.sizes["H"] != self.hidden:
+                raise ValueError(f"an MLP's size is different from the layers' {self.hidden}")
         router.check(self.experts)
         if not 1 <= intermediate < 2**31:
             raise ValueError(f"intermediate is {intermediate}, expected at least 1")
         self.record_bytes, self.top_k = record_bytes(self.hidden, intermediate), router.top_k
-        routed = [layer.experts > 0 for layer, _ in layers]
+        routed = [layer.sizes["E"] > 0 for layer, _ in layers]
         self.routed, self.moe_layers = routed, sum(routed)
         self.moe_layers_before = [sum(routed[:index]) for index in range(len(layers))]
         natives = (_Layer * len(layers))()
         for native, (layer, mlp) in zip(natives, layers, strict=True):
-            native.attention = ctypes.addressof(layer.native)
-            native.mlp = mlp and ctypes.addressof(mlp.native)
-        self._memory = list(layers), natives
-        self.native = _Model(
-            *(len(layers), self.hidden, self.experts, intermediate),
-            ctypes.addressof(natives),
-            router,
-        )
-        self.address = ctypes.addressof(self.native)
+            native.attention, native.mlp = layer.address, mlp and mlp.address
+        start, counts = ctypes.addressof(natives), (self.hidden, self.experts, intermediate)
+        native_model = _Model(len(layers), *counts, start, router)
+        self._memory = list(layers), natives, native_model
+        self.address = ctypes.addressof(native_model)
 
     def routers_from(self, first: int, resumed: bool) -> int:
         """How many routers are left from layer `first` on, without its own if the call is
