@@ -152,9 +152,8 @@ class _Reader:
         value = self.values.get(key)
         real = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
         if not real or (positive and value == 0):
-            raise self.unexpected(
-                key, "a positive number" if positive else "a number of at least 0"
-            )
+            expected = "a positive number" if positive else "a number of at least 0"
+            raise self.unexpected(key, expected)
         return float(value)  # type: ignore[arg-type]  # a number by now
 
     def flag(self, key: str) -> bool:
@@ -229,12 +228,10 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
     if "n_shared_experts" in values and values["n_shared_experts"] is None:
         values["n_shared_experts"] = 0
     reader = _Reader(values, where)
-    sizes: dict[str, Any] = {
-        key: None
-        if key == "q_lora_rank" and values.get(key, 0) is None
-        else reader.integer(key, low, high)
-        for key, (low, high) in _INTEGERS.items()
-    }
+    sizes: dict[str, Any] = {}
+    for key, (low, high) in _INTEGERS.items():
+        absent = key == "q_lora_rank" and values.get(key, 0) is None
+        sizes[key] = None if absent else reader.integer(key, low, high)
     bos = reader.token_ids("bos_token_id")
     config = Config(
         **sizes,
@@ -262,9 +259,8 @@ def _check_consistency(c: Config, reader: _Reader) -> None:
     if c.topk_group > c.n_group:
         raise reader.error(f"topk_group {c.topk_group} is more than n_group {c.n_group}")
     if top_k > reachable:
-        raise reader.error(
-            f"num_experts_per_tok is {top_k}, but the gate can reach only {reachable} experts"
-        )
+        problem = f"the gate can reach only {reachable} experts"
+        raise reader.error(f"num_experts_per_tok is {top_k}, but {problem}")
     if not c.moe_layers:
         dense = c.first_k_dense_replace
         raise reader.error(f"first_k_dense_replace {dense} leaves no layer with experts")

@@ -7,6 +7,7 @@ latent KV cache, slots and scratch, and ``ram`` the process itself and a host ti
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from slotmoe.errors import PlanError
@@ -66,18 +67,16 @@ class Sizes:
 
 def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
-    components: dict[str, int] = {}
-    touched = 0
+    components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
-        component = component_of(name)
         size = resident_bytes(role_of(name), shape, resident)
-        components[component] = components.get(component, 0) + size
+        components[component_of(name)] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
     if predictor_bytes:
         components["predictor"] = predictor_bytes
     record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size)
-    return Sizes(components, touched, record)
+    return Sizes(dict(components), touched, record)
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
@@ -233,10 +232,8 @@ def make_plan(
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
-        raise PlanError(
-            f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, "
-            f"give at least {top_k}"
-        )
+        reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
+        raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
     components = {
         **sizes.resident,
@@ -274,21 +271,12 @@ def make_plan(
 def _with_host(plan: Plan, runtime: int, budget: int, transit: int, most: int) -> Plan:
     """The plan of a GPU's memory with RAM below it: at most ``most`` experts stay there."""
     room = (budget - runtime) // plan.record_bytes - transit
-    slots = max(0, min(room, most))
-    host = {
-        "runtime": runtime,
-        "expert slots": slots * plan.record_bytes,
-        "read buffers": transit * plan.record_bytes,
-    }
+    slots, record = max(0, min(room, most)), plan.record_bytes
+    host = {"runtime": runtime, "expert slots": slots * record, "read buffers": transit * record}
     missing = max(0, sum(host.values()) - budget)
-    return replace(
-        plan,
-        host=host,
-        host_slots=slots,
-        host_transit=transit,
-        host_budget=budget,
-        shortfall=plan.shortfall | ({"ram": missing} if missing else {}),
-    )
+    shortfall = plan.shortfall | ({"ram": missing} if missing else {})
+    plan = replace(plan, host_slots=slots, host_transit=transit, host_budget=budget)
+    return replace(plan, host=host, shortfall=shortfall)
 
 
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
@@ -317,6 +305,11 @@ def predicted_components(
         kv: plan.components[kv] * reached // plan.context,
         scratch: plan.components[scratch] * chunk // plan.prefill_chunk,
     }
+    return by_name(plan, sizes)
+
+
+def by_name(plan: Plan, sizes: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes of ``sizes`` on the plan's tier and of what the host holds."""
     components = {name: {plan.tier: size} for name, size in sizes.items()}
     for name, size in plan.host.items():
         components.setdefault(name, {})["ram"] = size
@@ -325,8 +318,7 @@ def predicted_components(
 
 def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:
     """Tier -> bytes of all components."""
-    total: dict[str, int] = {}
+    total = Counter[str]()
     for parts in components.values():
-        for tier, size in parts.items():
-            total[tier] = total.get(tier, 0) + size
-    return total
+        total.update(parts)
+    return dict(total)

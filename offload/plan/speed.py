@@ -62,14 +62,13 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
-    found = read_json(path, 1 << 16)
-    values = {name: found.get(name) for name in MEASURED}
+    stored = read_json(path, 1 << 16)
+    values = {name: stored.get(name) for name in MEASURED}
     known = [value for value in values.values() if value is not None]
     if not all(isinstance(value, int | float) and 0 < value < 1e15 for value in known):
-        raise ConfigError(
-            f"{path}: is not what slotmoe bench --calibrate writes; delete it or run that again"
-        )
-    return Bandwidths().updated(f"measured on {str(found.get('date'))[:10]}", **values)
+        problem = "is not what slotmoe bench --calibrate writes; delete it or run that again"
+        raise ConfigError(f"{path}: {problem}")
+    return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
 
 
 def store_bandwidths(path: Path, **values: float) -> None:

@@ -69,10 +69,8 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
     tokens = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
     count = sum(map(len, tokens))
     if count < MIN_TOKENS:
-        raise ConfigError(
-            f"{', '.join(map(str, texts))}: {count} tokens of text, calibration needs {MIN_TOKENS}"
-            " or more (100,000 do well)"
-        )
+        needed = f"calibration needs {MIN_TOKENS} or more (100,000 do well)"
+        raise ConfigError(f"{', '.join(map(str, texts))}: {count} tokens of text, {needed}")
     return tokens
 
 
