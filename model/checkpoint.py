@@ -35,8 +35,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``file`` (name inside the folder), ``offset`` from the file's start,
-    in bytes."""
+    """Location of one tensor: ``file`` in the folder, ``offset`` from its start in bytes."""
 
     file: str
     dtype: torch.dtype
@@ -53,8 +52,7 @@ class TensorInfo:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of the regular file ``name`` in ``folder``; links may lead only to the hub cache's own
-    blobs."""
+    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
     path = folder / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -143,8 +141,7 @@ class Checkpoint:
 
     @contextmanager
     def read_from(self, file: str, path: Path) -> Iterator[None]:
-        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError``
-        unless its header is the known one."""
+        """Read ``file`` from ``path`` for a while; ``CheckpointError`` if the header changed."""
         header = {name: replace(info, file=file) for name, info in read_header(path)[0].items()}
         known = [(name, info) for name, info in self.infos.items() if info.file == file]
         if any(header.get(name) != info for name, info in known):
@@ -186,8 +183,7 @@ class Checkpoint:
         return data
 
     def check_finite(self, name: str, data: torch.Tensor) -> None:
-        """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or
-        infinity."""
+        """Raise ``CheckpointError`` if ``data`` of tensor ``name`` holds NaN or infinity."""
         if not torch.isfinite(data).all():
             problem = f"{name} holds NaN or infinite weights; the file is damaged"
             raise CheckpointError(f"{self.folder / self.infos[name].file}: {problem}")

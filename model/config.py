@@ -55,8 +55,7 @@ class Rope:
 
     @property
     def softmax_factor(self) -> float:
-        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``, 1.5896 for
-        DeepSeek-V2."""
+        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``."""
         return self._mscale(self.mscale_all_dim) ** 2
 
 
@@ -95,8 +94,7 @@ class Config:
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
-        """True if ``layer`` routes to experts; the others have one dense MLP of width
-        ``intermediate_size``."""
+        """Whether ``layer`` routes to experts; others have a dense MLP of ``intermediate_size``."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -170,8 +168,7 @@ class _Reader:
         return tuple(ids)
 
     def rope(self) -> Rope:
-        """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
-        (transformers 5)."""
+        """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
         sources = "rope_parameters", "rope_scaling"
         keys = [key for key in sources if self.values.get(key) is not None]
         for key in keys:
@@ -218,8 +215,7 @@ def _refuse_unsupported(reader: _Reader) -> None:
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
-    """A frozen ``Config`` from the parsed JSON; raises ``ConfigError`` naming the key for anything
-    unsupported."""
+    """A ``Config`` from the parsed JSON; ``ConfigError`` names the key that is unsupported."""
     unknown = tuple(sorted(str(key)[:80] for key in values.keys() - _KNOWN_KEYS))
     _refuse_unsupported(_Reader(values, where))
     values = {"moe_layer_freq": 1, "topk_method": "greedy", **values}

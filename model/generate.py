@@ -1,5 +1,4 @@
-"""Answers: how a token is chosen, the text that it gives, and when an answer ends.  Shapes: V
-vocabulary rows."""
+"""Answers: how tokens are chosen, their text, and when an answer ends.  V: vocabulary rows."""
 
 from __future__ import annotations
 
@@ -78,11 +77,8 @@ class Sampling:
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
-        added = (
-            self.presence_penalty,
-            self.frequency_penalty,
-            *(value for _, value in self.logit_bias),
-        )
+        biases = [value for _, value in self.logit_bias]
+        added = self.presence_penalty, self.frequency_penalty, *biases
         if not all(map(math.isfinite, added)):
             names = "presence_penalty, frequency_penalty and logit_bias"
             raise ConfigError(f"{names} must be finite numbers")
@@ -235,8 +231,7 @@ class Answer:
         return Token(token_id, text, float(logprobs_V[token_id]), likeliest)
 
     def _release(self) -> Delta:
-        """The held tokens that no stop string can reach any more; or everything before one, if it
-        is there."""
+        """Tokens that no stop string can reach any more, or all before a complete one."""
         text, ends = _text(self._held), list(accumulate(len(token.text) for token in self._held))
         stops = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if stops:

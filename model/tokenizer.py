@@ -49,9 +49,8 @@ class Tokenizer:
         except BaseException as problem:  # the library raises bare Exception and, worse, panics
             reason = f"not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
             raise ConfigError(f"{path}: {reason}") from None
-        settings_path = folder / "tokenizer_config.json"
-        settings = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
-        self.settings: dict[str, Any] = settings
+        path = folder / "tokenizer_config.json"
+        self.settings = settings = read_json(path, 1 << 22) if path.exists() else {}
         self.template = _read_template(folder / "chat_template.jinja") or _template_of(settings)
         wants_bos = settings.get("add_bos_token", bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
@@ -60,8 +59,7 @@ class Tokenizer:
         self.size = max(vocabulary.values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and
-        the text has none."""
+        """Token ids of ``text``, after one beginning-of-sentence token if the model wants it."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, Python's way to pass on other bytes
@@ -115,13 +113,11 @@ class Tokenizer:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
             raise ConfigError(f"{problem}: take its Chat or Instruct version, {other}")
-        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": not begun}
-        if tools:
-            variables["tools"] = tools
-        variables["bos_token"] = _spelling(self.settings, "bos_token")
-        variables["eos_token"] = self.eos_token
+        bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
+        variables = {"messages": messages, "add_generation_prompt": not begun}
+        variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
         text = _render(self.template, variables)
-        return text.removesuffix(self.eos_token) if begun else text
+        return text.removesuffix(eos) if begun else text
 
 
 class TextStream:
@@ -130,8 +126,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         self._tokenizer, self._shown = tokenizer, shown or {}
-        # The last finished token, for context, and those whose text is not out yet.
-        self._ids: list[int] = []
+        self._ids: list[int] = []  # the last finished token, for context, and those still held
         self._printed = ""  # what of their text is already out
 
     def push(self, token_id: int) -> str:

@@ -36,9 +36,8 @@ def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header
-    alone, since hashing 31 GB would double the time, of any other file whole.  Raises
-    ``CheckpointError``."""
+    """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
+    GB would double the time.  Raises ``CheckpointError``."""
     folder, files = checkpoint.folder, {}
     for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
         if not (folder / name).is_file():
@@ -64,9 +63,8 @@ def repair(
     rebuild: Callable[[list[str]], dict[str, Any]],
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the ``damaged`` files (name -> what is wrong) of an export again, each in the moment of
-    one rename; returns the manifest.  ``rebuild`` writes files into ``partial`` and returns their
-    manifest entries."""
+    """Make the ``damaged`` files (name -> problem) again, each replaced by one rename; returns the
+    manifest.  ``rebuild`` writes files into ``partial`` and returns their manifest entries."""
     for name, problem in damaged.items():
         if (destination / name).is_dir():
             advice = "move it away, so that the file can be made"

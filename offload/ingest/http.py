@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -29,19 +29,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to bear with a bad connection: ``stall`` seconds for each buffer of 256 KiB,
-    ``attempts`` failures in a row with a pause between them that begins at ``pause`` seconds and
-    doubles up to a minute."""
+    """How long to bear with a bad connection: ``stall`` seconds for each buffer, ``attempts``
+    failures in a row, between them ``pause`` seconds, doubled each time up to a minute."""
 
     stall: float = 30.0
     attempts: int = 8
     pause: float = 1.0
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is
-    small, its git blob id."""
+class Expected(NamedTuple):
+    """The hub's facts of a file: bytes, and its SHA-256 or, if it is small, its git blob id."""
 
     size: int
     checksum: str
@@ -148,8 +145,7 @@ def status_error(status: int, headers: Any) -> PassingError:
 
 
 def read_range(remote: Remote, start: int, end: int, stop: StopEvent) -> bytes:
-    """Bytes ``start`` to ``end`` of a file.  Raises ``DownloadError``, ``Stopped`` and what
-    ``remote.locate`` raises."""
+    """Bytes ``start`` to ``end`` of a file.  Raises like ``patiently`` and ``remote.locate``."""
 
     def attempt() -> bytes:
         with opened(remote, start, end, stop.watch) as response:

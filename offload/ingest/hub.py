@@ -24,13 +24,8 @@ from typing import Any
 from urllib.parse import quote
 
 from slotmoe.errors import CheckpointError, ExportError
-from slotmoe.model.checkpoint import (
-    INDEX_NAME,
-    MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_NAME,
-    weight_files,
-)
+from slotmoe.model import checkpoint
+from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.download import CONNECTIONS, fetch
@@ -80,17 +75,18 @@ class HubShards:
         read_config(self.folder / "config.json")
         for name in (*COPIED[1:], INDEX_NAME):
             if name in files:
-                limit = MAX_INDEX_BYTES if name == INDEX_NAME else MAX_COPIED_BYTES
-                self._fetch_small(name, limit)
-        weight_map = weight_files(self.folder)
-        names = [SINGLE_NAME] if weight_map is None else list(dict.fromkeys(weight_map.values()))
+                is_index = name == INDEX_NAME
+                self._fetch_small(
+                    name, checkpoint.MAX_INDEX_BYTES if is_index else MAX_COPIED_BYTES
+                )
+        weight_map = checkpoint.weight_files(self.folder) or {"": checkpoint.SINGLE_NAME}
+        names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if name not in files]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise CheckpointError(
-                f"{at}{len(missing)} of {len(names)} weight files can't be had at {commit}:"
-                f" {', '.join(missing[:5])}{more}; without a network all must be in"
-                " huggingface_hub's cache, and weights must be .safetensors"
-            )
+            count = f"{len(missing)} of {len(names)} weight files can't be had at {commit}"
+            rule = "without a network all must be in huggingface_hub's cache"
+            problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
+            raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             in_parallel(pool, self._fetch_header, names, self.stop)
 
@@ -261,10 +257,7 @@ def quantize_from_hub(
     Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and
     ``DownloadError``.
     """
-    partial, download = (
-        output_dir.beside(destination, "partial"),
-        output_dir.beside(destination, "download"),
-    )
+    download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
     patience = patience or Patience()
     with output_dir.locked(download, wait_for_lock):
@@ -280,15 +273,16 @@ def quantize_from_hub(
             with output_dir.full_disk_explained(download):
                 shards.prepare()
                 ready(shards.folder)
-                _save_plan(download, snapshot)
+                write_json(download / "plan.json", vars(snapshot))
                 if kept is not None:
                     kept.mkdir(exist_ok=True)
             options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock, "notify": notify}
             manifest = quantize(shards.folder, destination, shards=shards, **options)
         except BaseException:
             shards.stop.set()
-            if not any((download / "weights").glob("*")) and not partial.exists():
-                _clear(download)  # nothing has begun
+            begun = output_dir.beside(destination, "partial").exists()
+            if not begun and not any((download / "weights").glob("*")):
+                _clear(download)
             raise
         if kept is not None:  # with the small files it is a checkpoint
             for name in (*COPIED, INDEX_NAME):
@@ -314,11 +308,6 @@ def _begin(
     if snapshot != begun:
         _clear(download)
     return snapshot
-
-
-def _save_plan(download: Path, snapshot: Snapshot) -> None:
-    files = {name: [expected.size, expected.checksum] for name, expected in snapshot.files.items()}
-    write_json(download / "plan.json", {**vars(snapshot), "files": files})
 
 
 def _planned(download: Path) -> Snapshot | None:

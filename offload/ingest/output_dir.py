@@ -37,8 +37,7 @@ def finished_manifest(destination: Path) -> dict[str, Any] | None:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with
-    ``overwrite``, an export."""
+    """Raise ``ExportError`` if anything but, with ``overwrite``, an export would be lost."""
     problem = ""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         problem = "exists and is not a folder;"

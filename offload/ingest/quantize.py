@@ -186,8 +186,7 @@ class _Job:
         return self.write(names)
 
     def load_state(self, overwrite: bool) -> None:
-        """Go on from what a killed run left; anything else in the partial folder is removed or,
-        without ``overwrite``, refused."""
+        """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
         name, files = self._checkpoint.folder.resolve().name, source_files(self._checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
@@ -305,8 +304,7 @@ class _Job:
         return ExportFile(self._partial / file, self._contents.parts(file), self._written(file))
 
     def _finish(self, file: str) -> None:
-        """Check a file that has all of its tensors, note that it's done, then name it:
-        ``_finished`` may have to do the last."""
+        """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
         with self._lock:
             export_file = self._open_files.pop(file, None) or self._export_file(file)
         entry = None
@@ -336,8 +334,7 @@ class _Job:
         return sums
 
     def _finished(self, file: str) -> bool:
-        """Whether ``file`` is whole, under its own name or, killed before the rename, still under
-        the temporary one."""
+        """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
         entry, path = self._state["files"].get(file), self._partial / file
         if entry is None:
             return False

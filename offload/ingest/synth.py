@@ -1,5 +1,4 @@
-"""An export of a real geometry with random weights, for ``slotmoe synth``: real speed and memory,
-meaningless text."""
+"""An export with random weights (``slotmoe synth``): real speed and memory, meaningless text."""
 
 from __future__ import annotations
 
@@ -125,9 +124,8 @@ class _Random:
 
     def __init__(self, generator: np.random.Generator):
         self._generator = generator
-        self._pool = torch.from_numpy(
-            generator.integers(-127, 128, POOL_BYTES, dtype="int8").view("uint8")
-        )
+        noise = generator.integers(-127, 128, POOL_BYTES, dtype="int8")
+        self._pool = torch.from_numpy(noise.view("uint8"))
 
     def bytes(self, count: int) -> Tensor:
         """``count`` random bytes, uint8."""

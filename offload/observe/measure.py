@@ -1,5 +1,4 @@
-"""What this machine's disk, link and processors give: measured, for reports and for ``slotmoe bench
---calibrate``."""
+"""Measured bandwidths of disk, link and memory, for reports and ``slotmoe bench --calibrate``."""
 
 from __future__ import annotations
 
@@ -146,8 +145,7 @@ def ram_bandwidth(model: LoadedModel) -> float:
 
 
 def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
-    """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the
-    latent cache."""
+    """Bytes that decoding one token at ``position`` reads: weights, its experts, latent cache."""
     assert model.sizes is not None
     config, cache = model.config, model.caches[0]
     uses = len(config.moe_layers) * config.num_experts_per_tok

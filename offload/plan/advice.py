@@ -16,26 +16,15 @@ from slotmoe import model as model_package
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config, read_config
-from slotmoe.offload.plan.memory import (
-    CUDA_IMPORT_BYTES,
-    IMPORT_BYTES,
-    Plan,
-    Sizes,
-    by_name,
-    by_tier,
-    format_size,
-    make_plan,
-    predicted_components,
-    sizes_of,
-)
+from slotmoe.offload.plan import memory
+from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting, Speed
 from slotmoe.offload.policy.hybrid import choose_mode
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in GiB, and the bandwidths of its memory and of its PCIe link in practice,
-    in bytes a second."""
+    """A GPU: its memory in GiB, and bandwidths of memory and PCIe link in bytes a second."""
 
     gibibytes: int
     bandwidth: float
@@ -105,8 +94,7 @@ class Model:
 
     @classmethod
     def read(cls, name: str) -> Model:
-        """The model of a geometry's name, a config file, a checkpoint folder or an export.  Raises
-        ``ConfigError``."""
+        """A geometry's name, config file, checkpoint folder or export.  Raises ``ConfigError``."""
         folder = Path(name)
         if not folder.is_dir():
             return cls(name, read_config(geometry_path(name)))
@@ -174,13 +162,13 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
-        return make_plan(
+        return memory.make_plan(
             self.model.config,
             self.sizes,
             tier="vram" if gpu else "ram",
             budget=machine.vram or machine.ram,
             context=self.context,
-            runtime_bytes=CUDA_IMPORT_BYTES if gpu else IMPORT_BYTES,
+            runtime_bytes=memory.CUDA_IMPORT_BYTES if gpu else memory.IMPORT_BYTES,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
             kernels="triton" if gpu else "native",
@@ -240,10 +228,12 @@ class Scenario:
     def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """All of it under the names that ``slotmoe plan --json`` gives."""
         plan, machine, config = self.plan, self.machine, self.model.config
-        components = by_name(plan, plan.components)
+        components = memory.by_name(plan, plan.components)
         experts = len(config.moe_layers) * config.n_routed_experts
         components["all experts"] = {"disk": experts * plan.record_bytes}
         gpu, rates = machine.vram is not None, machine.bandwidths
+        tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
+        peak = memory.predicted_components(plan, prompt_tokens, new_tokens)
         report: dict[str, Any] = {
             "model": self.model.name,
             "fits": self.fits,
@@ -258,10 +248,10 @@ class Scenario:
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
                 tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
-                for tier in ("ram", "disk", *(("gpu", "pcie") if gpu else ()))
+                for tier in tiers
             },
             "largest_context": self.largest_context(),
-            "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
+            "predicted_peak": by_tier(peak),
             "ways_out": self.ways_out(),
             "settings": {
                 "prompt_tokens": prompt_tokens,

@@ -31,8 +31,7 @@ for _power, _letter in enumerate("KMGT", 1):
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes already.
-    Raises ``PlanError``."""
+    """Bytes of ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes.  Raises ``PlanError``."""
     quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
     if isinstance(text, int) and not isinstance(text, bool):
         size: float = text
@@ -192,8 +191,7 @@ class Plan:
         return sum(self.components.values())
 
     def check(self) -> Plan:
-        """The plan itself; raises ``PlanError`` with the shortfall if not even one token's experts
-        fit."""
+        """The plan itself; raises ``PlanError`` if not even one token's experts fit."""
         for tier, missing in self.shortfall.items():
             fast = tier == self.tier
             components = self.components if fast else self.host

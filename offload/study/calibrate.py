@@ -83,8 +83,7 @@ def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
 
 
 class Samples:
-    """What the predictor sees of T tokens, scaled to mean square 1, float16, and what the gates
-    chose."""
+    """The predictor's input of T tokens, float16 of mean square 1, and the gates' choices."""
 
     def __init__(self, config: Config, tokens: int):
         D, L = config.hidden_size, len(config.moe_layers)
@@ -153,8 +152,7 @@ def record(
 
 
 def recall(scores_TRE: Tensor, used_TRK: Tensor, guesses: Sequence[int]) -> list[float]:
-    """Share of the used experts that are among the n with the best scores, averaged over tokens and
-    rows, for each n."""
+    """Share of the used experts among the n best scores, over all tokens and rows, for each n."""
     named = torch.zeros(scores_TRE.shape, dtype=torch.bool).scatter_(-1, used_TRK.long(), True)
     hits = named.gather(-1, scores_TRE.topk(max(guesses), dim=-1).indices)
     return [hits[..., :n].sum().item() / used_TRK.numel() for n in guesses]

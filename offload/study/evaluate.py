@@ -57,8 +57,7 @@ class Text:
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
-        """Raises ``ConfigError`` for a file that can't be read, is no UTF-8, is empty or has less
-        than two tokens."""
+        """Raises ``ConfigError`` as ``read_text`` does, and for fewer than two tokens."""
         text = read_text(path)
         ids, ends = tokenizer.encode_with_ends(text)
         if len(ids) < 2:
@@ -99,8 +98,7 @@ def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
 
 
 def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
-    """The windows of a text.  ``stride`` None is as long as possible.  Raises ``ConfigError`` for
-    sizes that can't work."""
+    """The windows of a text.  ``stride`` None: as long as possible.  Raises ``ConfigError``."""
     if method == "llama.cpp":
         if stride is not None:
             problem = "llama.cpp's windows follow each other"
@@ -158,8 +156,7 @@ def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """A running evaluation of ``runtime``, beside ``reference`` if there is one.  ``files`` and
-    ``worst`` hold what is done."""
+    """A running evaluation of ``runtime``, compared with ``reference`` if there is one."""
 
     runtime: Runtime
     reference: Runtime | None = None
@@ -216,7 +213,7 @@ class Evaluation:
         decode = self.runtime.tokenizer.decode
         for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
             kl, index = kl_R[row].item(), at + row
-            if len(self._worst) == self.keep and kl <= self._worst[0][0]:
+            if len(self._worst) == self.keep and kl <= self._worst[-1][0]:
                 break
             token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
@@ -231,9 +228,7 @@ class Evaluation:
                 "reference_top": decode([int(log_p_V.argmax())]),
             }
             order = -sum(totals.tokens for totals in self.files.values()) - row
-            heapq.heappush(self._worst, (kl, order, entry))
-            if len(self._worst) > self.keep:
-                heapq.heappop(self._worst)
+            self._worst = heapq.nlargest(self.keep, [*self._worst, (kl, order, entry)])
 
     def report(self) -> dict[str, Any]:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
@@ -246,8 +241,7 @@ class Evaluation:
                 files.append({"file": str(path), **totals.report(compared)})
         report = {**total.report(compared), "files": files}
         if compared:
-            worst = sorted(self._worst, key=lambda item: -item[0])
-            report["worst_tokens"] = [entry for _, _, entry in worst]
+            report["worst_tokens"] = [entry for _, _, entry in self._worst]
         return report
 
 
@@ -258,8 +252,7 @@ def check_same_vocabulary(
     texts: Sequence[Text],
     others: Sequence[Text],
 ) -> None:
-    """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the
-    texts as the same tokens."""
+    """Raise ``ConfigError`` unless both have the same vocabulary size and tokens of the texts."""
     problem = ""
     if sizes[0] != sizes[1]:
         problem = f"has {sizes[1]} vocabulary rows and {model} has {sizes[0]}"

@@ -9,8 +9,7 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
-from slotmoe.model.network import DeepseekV2
-from slotmoe.model.routing import route
+from slotmoe.model.network import DeepseekV2, route
 from slotmoe.offload.experts import ResidentExperts
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchOps, gate_order_sum
