@@ -100,16 +100,17 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
 
 def _lock(partial: Path, wait_for_lock: bool) -> int | None:
     """A locked handle of the folder; None if it was another one by the time that it was locked."""
-    refusal = "can't be made"
+    exists = False
     try:
         partial.mkdir(exist_ok=True)
-        refusal = "is no folder of ours"
+        exists = True
         handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as problem:
-        if isinstance(problem, FileNotFoundError) and refusal != "can't be made":
+        if exists and isinstance(problem, FileNotFoundError):
             return None
-        refusal = f"{refusal} ({problem.strerror})"
-        raise ExportError(f"{partial}: {refusal}; choose another destination") from None
+        reason = "is no folder of ours" if exists else "can't be made"
+        reason = f"{reason} ({problem.strerror})"
+        raise ExportError(f"{partial}: {reason}; choose another destination") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(handle), os.stat(partial)):

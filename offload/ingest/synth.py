@@ -61,11 +61,11 @@ def synthesize(
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
         sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        copied = [config_path, sample / "tokenizer.json", sample / "tokenizer_config.json"]
-        names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-        for source, name in zip(copied, names, strict=True):
+        sources = {name: sample / name for name in ("tokenizer.json", "tokenizer_config.json")}
+        sources["config.json"] = config_path
+        for name, source in sources.items():
             shutil.copyfile(source, partial / name)
-        files |= copied_entries(partial, names)
+        files |= copied_entries(partial, sources)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, linked)
         write_json(partial / MANIFEST, manifest)

@@ -166,15 +166,15 @@ def _prefill_chunk(config: Config, context: int, room: int) -> int:
 @dataclass(frozen=True)
 class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
-    ``slots`` experts stay there and ``transit`` more are on their way in or being used once.  With
-    a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_transit`` more
+    ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
+    a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
     are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens.
     ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
     plan works."""
 
     components: dict[str, int]
     slots: int
-    transit: int
+    staging: int
     record_bytes: int
     budget: int
     tier: str
@@ -182,7 +182,7 @@ class Plan:
     prefill_chunk: int = PREFILL_CHUNK
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
-    host_transit: int = 0
+    host_staging: int = 0
     host_budget: int = 0
     shortfall: dict[str, int] = field(default_factory=dict)
 
@@ -246,34 +246,34 @@ def make_plan(
         chunk = _prefill_chunk(config, context, room)
         scratch = scratch_bytes(config, chunk)
     room = (budget - fixed - scratch) // record
-    count, transit = _divide(room, slots, everything, top_k)
+    count, staging = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
     if count < least:
-        count, transit = least, top_k
+        count, staging = least, top_k
     components |= {
         "prefill scratch": scratch,
         "expert slots": count * record,
-        "read buffers": min(transit, everything - count) * record,
+        "read buffers": min(staging, everything - count) * record,
     }
     missing = max(0, sum(components.values()) - budget)
     shortfall = {tier: missing} if missing else {}
     plan = Plan(
-        components, count, transit, record, budget, tier, context, chunk, shortfall=shortfall
+        components, count, staging, record, budget, tier, context, chunk, shortfall=shortfall
     )
     if host_budget is None:
         return plan
     most = everything if count < everything else 0
-    return _with_host(plan, runtime, host_budget, transit + max(top_k, LENT), most)
+    return _with_host(plan, runtime, host_budget, staging + max(top_k, LENT), most)
 
 
-def _with_host(plan: Plan, runtime: int, budget: int, transit: int, most: int) -> Plan:
+def _with_host(plan: Plan, runtime: int, budget: int, staging: int, most: int) -> Plan:
     """The plan of a GPU's memory with RAM below it: at most ``most`` experts stay there."""
-    room = (budget - runtime) // plan.record_bytes - transit
+    room = (budget - runtime) // plan.record_bytes - staging
     slots, record = max(0, min(room, most)), plan.record_bytes
-    host = {"runtime": runtime, "expert slots": slots * record, "read buffers": transit * record}
+    host = {"runtime": runtime, "expert slots": slots * record, "read buffers": staging * record}
     missing = max(0, sum(host.values()) - budget)
     shortfall = plan.shortfall | ({"ram": missing} if missing else {})
-    plan = replace(plan, host_slots=slots, host_transit=transit, host_budget=budget)
+    plan = replace(plan, host_slots=slots, host_staging=staging, host_budget=budget)
     return replace(plan, host=host, shortfall=shortfall)
 
 
@@ -287,8 +287,8 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
     wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
         return everything, 4 * top_k
-    transit = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
-    return min(wanted, room - transit), transit
+    staging = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
+    return min(wanted, room - staging), staging
 
 
 def predicted_components(

@@ -339,8 +339,8 @@ def calibrate(
         shares = measure(Predictor(tensors, K, TorchOps()), samples, guesses)
     write_predictor(folder, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    report = {"tokens": tokens, "held_back": kept_back, "guesses": guesses, "recall": shares}
-    return {**report, "bytes": size}
+    counts = {"tokens": tokens, "held_back": kept_back}
+    return {**counts, "guesses": guesses, "recall": shares, "bytes": size}
 
 
 def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:
