@@ -104,11 +104,8 @@ class Tokenizer:
         begun: bool = False,
     ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of
-        which the last message is the beginning if it is ``begun``.  ``tools`` are for templates
-        that use them.
-
-        Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
-        """
+        which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
+        them.  Raises ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"

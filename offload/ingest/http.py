@@ -86,7 +86,7 @@ class PassingError(Exception):
 
 
 class Stopped(Exception):
-    """The download was given up because the program ends."""
+    """The work was given up because the program ends or another thread failed."""
 
 
 class StopEvent(threading.Event):

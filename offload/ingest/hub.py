@@ -185,12 +185,10 @@ class HubShards:
     def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
         with ThreadPoolExecutor(1) as ahead:
             try:
-                next_path = ahead.submit(self._arrive, files[0]) if files else None
+                coming = [ahead.submit(self._arrive, file) for file in files[:1]]
                 for index, file in enumerate(files):
-                    assert next_path is not None
-                    path = next_path.result()
-                    if index + 1 < len(files):
-                        next_path = ahead.submit(self._arrive, files[index + 1])
+                    path = coming.pop().result()
+                    coming = [ahead.submit(self._arrive, name) for name in files[index + 1 :][:1]]
                     yield file, path
                     if path.parent == self._weights:
                         self._retire(path)
@@ -246,16 +244,12 @@ def quantize_from_hub(
     patience: Patience | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """``slotmoe.offload.ingest.quantize.quantize`` (which gets ``options``) of a model on the hub;
-    returns the manifest.
+    """``quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
 
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
     bytes of the download, ``ready`` the folder of config, tokenizer and headers before any weight
-    is fetched.
-
-    Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and
-    ``DownloadError``.
+    is fetched.  Raises what ``quantize`` and ``resolve`` raise, and ``DownloadError``.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None

@@ -33,6 +33,7 @@ from slotmoe.model.names import expert_name, experts_name
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, copied_entries
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
+from slotmoe.offload.ingest.http import Stopped
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
@@ -102,9 +103,7 @@ def quantize(
     shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its
-    manifest.
-
-    If ``destination`` is an export of this source already, its checksums are compared
+    manifest.  If ``destination`` is an export of this source already, its checksums are compared
     (``checking(done, total)`` in bytes of it) and what is damaged is made again.  Interrupted or
     failed, the call leaves ``DST.partial``, from which the same call resumes.  ``wait_for_lock``
     waits for another process that writes the same destination and then returns what it made.  With
@@ -141,10 +140,6 @@ def quantize(
             writer.sync_folder(partial)
             output_dir.publish(partial, destination)
         return manifest
-
-
-class _Stopped(Exception):
-    """Raised inside workers when the run is being given up."""
 
 
 class _Job:
@@ -356,7 +351,7 @@ class _Job:
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise Stopped
         with self._lock:
             self._done += count
             done = self._done

@@ -99,55 +99,40 @@ class Samples:
         return 2 * ((L + 1) * config.hidden_size + L * config.num_experts_per_tok)
 
 
-def _read(
-    runtime: Runtime, window: list[int], on_route: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read a window as a sequence of its own; yields the embeddings and last hidden states of each
-    of its chunks, [T, D].  Before, ``on_route(layer, x_TD, indices_TK)`` gets each MoE layer's
-    input and choices.  No other function here reaches into the runtime."""
-    model, sequence = runtime.model, runtime.sequences[0]
-    sequence.rewind(0)
-
-    def listen(route: Route) -> None:
-        assert route.x_TD is not None
-        on_route(runtime.config.moe_layers[route.row], route.x_TD, torch.tensor(route.indices))
-
-    stop_listening = model.quantized("calibrate").on_route(listen, inputs=True)
-    try:
-        for start in range(0, len(window), PREFILL_CHUNK):
-            ids = window[start : start + PREFILL_CHUNK]
-            for hidden_TD in sequence.run(ids):
-                ids_T = torch.tensor(ids, device=runtime.device)
-                yield model.backend.embed(ids_T, model.network.embed_tokens), hidden_TD
-    finally:
-        stop_listening()
-
-
 def record(
     runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
 ) -> Samples:
-    """Read each window as a sequence of its own and watch; its first token, before which nothing
-    was, is no sample. ``advance(samples)`` is called after each."""
-    config = runtime.config
-    samples = Samples(config, _count(windows))
-    rows = {layer: row for row, layer in enumerate(config.moe_layers)}
+    """Read each window as a sequence of its own and record it; its first token, before which
+    nothing was, is no sample.  ``advance(samples)`` is called after each."""
+    model, sequence = runtime.model, runtime.sequences[0]
+    samples = Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
-    def on_route(layer: int, x_TD: Tensor, indices_TK: Tensor) -> None:
-        row, place = rows[layer], slice(done, done + len(x_TD) - skip)
-        if row + 1 < len(rows):
-            samples.inputs[row, place] = rms(x_TD[skip:]).to(samples.inputs)
-        samples.used[place, row] = indices_TK[skip:].to(samples.used)
+    def on_route(route: Route) -> None:
+        assert route.x_TD is not None
+        span = slice(done, done + len(route.x_TD) - skip)
+        if route.row < len(samples.inputs):
+            samples.inputs[route.row, span] = rms(route.x_TD[skip:]).to(samples.inputs)
+        samples.used[span, route.row] = torch.tensor(route.indices)[skip:].to(samples.used)
 
-    for window in windows:
-        skip, last_1D = 1, None
-        for embedding_TD, hidden_TD in _read(runtime, window, on_route):
-            before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
-            token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
-            samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
-            done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
-        if advance is not None:
-            advance(len(window) - 1)
+    stop_listening = model.quantized("calibrate").on_route(on_route, inputs=True)
+    try:
+        for window in windows:
+            sequence.rewind(0)
+            skip, last_1D = 1, None
+            for start in range(0, len(window), PREFILL_CHUNK):
+                ids = window[start : start + PREFILL_CHUNK]
+                (hidden_TD,) = sequence.run(ids)
+                ids_T = torch.tensor(ids, device=runtime.device)
+                embedding_TD = model.backend.embed(ids_T, model.network.embed_tokens)
+                before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
+                token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
+                samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
+                done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
+            if advance is not None:
+                advance(len(window) - 1)
+    finally:
+        stop_listening()
     return samples
 
 
