@@ -35,8 +35,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``file`` (name inside the folder), ``offset`` from the file's start,
-    in bytes."""
+    """Location of one tensor: ``file`` in the folder, ``offset`` from its start in bytes."""
 
     file: str
     dtype: torch.dtype
@@ -53,8 +52,7 @@ class TensorInfo:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of the regular file ``name`` in ``folder``; links may lead only to the hub cache's own
-    blobs."""
+    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
     path = folder / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -76,14 +74,11 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > limit:
-                raise CheckpointError(
-                    f"{path}: header of {header_bytes} bytes, more than {MAX_HEADER_BYTES} in the"
-                    " checkpoint; not a real one"
-                )
+                sizes = f"header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+                raise CheckpointError(f"{path}: {sizes} in the checkpoint; not a real one")
             if file.read(header_bytes).count(b"{") > MAX_TENSORS:
-                raise CheckpointError(
-                    f"{path}: more than {MAX_TENSORS} tensors; not a real checkpoint"
-                )
+                problem = f"more than {MAX_TENSORS} tensors; not a real checkpoint"
+                raise CheckpointError(f"{path}: {problem}")
         # The library checks bounds, overlaps, holes and the file's size against the header, so
         # offsets follow from the order.
         infos, offset = {}, 8 + header_bytes
@@ -96,9 +91,8 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     except CheckpointError:
         raise
     except (SafetensorError, OSError, ValueError) as problem:
-        raise CheckpointError(
-            f"{path}: damaged or truncated ({str(problem)[:160]}); download this file again"
-        ) from None
+        reason = f"damaged or truncated ({str(problem)[:160]})"
+        raise CheckpointError(f"{path}: {reason}; download this file again") from None
 
 
 def _tensor_info(path: Path, name: str, dtype: str, shape: list[int], offset: int) -> TensorInfo:
@@ -116,10 +110,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
-        self._files = {
-            name: os.open(folder / name, os.O_RDONLY)
-            for name in {info.file for info in infos.values()}
-        }
+        names = {info.file for info in infos.values()}
+        self._files = {name: os.open(folder / name, os.O_RDONLY) for name in names}
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -139,31 +131,22 @@ class Checkpoint:
         wanted: dict[str, TensorInfo] = {}
         for name, shape in chain(resident_shapes(config).items(), routed):
             if name not in infos:
-                raise CheckpointError(
-                    f"{folder}: tensor {name} is missing; config.json asks for it"
-                )
-            if infos[name].shape != shape:
-                raise CheckpointError(
-                    f"{folder / infos[name].file}: {name} has shape {list(infos[name].shape)},"
-                    f" config.json asks for {list(shape)}"
-                )
-            wanted[name] = infos[name]
+                problem = f"tensor {name} is missing; config.json asks for it"
+                raise CheckpointError(f"{folder}: {problem}")
+            wanted[name] = info = infos[name]
+            if info.shape != shape:
+                shapes = f"{list(info.shape)}, config.json asks for {list(shape)}"
+                raise CheckpointError(f"{folder / info.file}: {name} has shape {shapes}")
         return cls(folder, config, wanted)
 
     @contextmanager
     def read_from(self, file: str, path: Path) -> Iterator[None]:
-        """Read the weight file ``file`` from ``path`` for a while; raises ``CheckpointError``
-        unless its header is the known one."""
-        header = read_header(path)[0]
-        known = {name: info for name, info in self.infos.items() if info.file == file}
-        if any(
-            name not in header or replace(header[name], file=file) != info
-            for name, info in known.items()
-        ):
-            raise CheckpointError(
-                f"{path}: its header is not the one that {file} had before; download this file"
-                " again"
-            )
+        """Read ``file`` from ``path`` for a while; ``CheckpointError`` if the header changed."""
+        header = {name: replace(info, file=file) for name, info in read_header(path)[0].items()}
+        known = [(name, info) for name, info in self.infos.items() if info.file == file]
+        if any(header.get(name) != info for name, info in known):
+            problem = f"its header is not the one that {file} had before"
+            raise CheckpointError(f"{path}: {problem}; download this file again")
         usual, self._files[file] = self._files[file], os.open(path, os.O_RDONLY)
         try:
             yield
@@ -188,10 +171,8 @@ class Checkpoint:
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:
-                raise CheckpointError(
-                    f"{self.folder / info.file}: ends inside {name}; it was truncated while being"
-                    " read"
-                )
+                problem = f"ends inside {name}; it was truncated while being read"
+                raise CheckpointError(f"{self.folder / info.file}: {problem}")
             view, offset = view[count:], offset + count
         return data
 
@@ -202,13 +183,10 @@ class Checkpoint:
         return data
 
     def check_finite(self, name: str, data: torch.Tensor) -> None:
-        """Raise ``CheckpointError`` naming the tensor if ``data``, read from it, holds NaN or
-        infinity."""
+        """Raise ``CheckpointError`` if ``data`` of tensor ``name`` holds NaN or infinity."""
         if not torch.isfinite(data).all():
-            raise CheckpointError(
-                f"{self.folder / self.infos[name].file}: {name} holds NaN or infinite weights;"
-                " the file is damaged"
-            )
+            problem = f"{name} holds NaN or infinite weights; the file is damaged"
+            raise CheckpointError(f"{self.folder / self.infos[name].file}: {problem}")
 
     def close(self) -> None:
         while self._files:
@@ -231,9 +209,8 @@ def weight_files(folder: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{index}: has no weight_map object")
     for file in dict.fromkeys(str(value) for value in weight_map.values()):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
-            raise CheckpointError(
-                f"{index}: {file!r:.80} is not a plain .safetensors file name inside the folder"
-            )
+            problem = "is not a plain .safetensors file name inside the folder"
+            raise CheckpointError(f"{index}: {file!r:.80} {problem}")
     return {name: str(file) for name, file in weight_map.items()}
 
 
@@ -248,16 +225,12 @@ def _locate(folder: Path) -> dict[str, TensorInfo]:
             left -= used
         for name, file in weight_map.items():
             if name not in headers[file]:
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME}: says that {name:.120} is in {file:.120}, but it is not"
-                    " there"
-                )
+                problem = f"says that {name:.120} is in {file:.120}, but it is not there"
+                raise CheckpointError(f"{folder / INDEX_NAME}: {problem}")
         return {name: headers[file][name] for name, file in weight_map.items()}
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
         return read_header(inside(folder, SINGLE_NAME))[0]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder}: holds pickled weights, which can run code and are never opened; convert"
-            " them to safetensors"
-        )
+        problem = "holds pickled weights, which can run code and are never opened"
+        raise CheckpointError(f"{folder}: {problem}; convert them to safetensors")
     raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

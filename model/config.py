@@ -55,8 +55,7 @@ class Rope:
 
     @property
     def softmax_factor(self) -> float:
-        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``, 1.5896 for
-        DeepSeek-V2."""
+        """Factor on the softmax scale: ``mscale(factor, mscale_all_dim) ** 2``."""
         return self._mscale(self.mscale_all_dim) ** 2
 
 
@@ -95,8 +94,7 @@ class Config:
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
-        """True if ``layer`` routes to experts; the others have one dense MLP of width
-        ``intermediate_size``."""
+        """Whether ``layer`` routes to experts; others have a dense MLP of ``intermediate_size``."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @property
@@ -152,9 +150,8 @@ class _Reader:
         value = self.values.get(key)
         real = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30
         if not real or (positive and value == 0):
-            raise self.unexpected(
-                key, "a positive number" if positive else "a number of at least 0"
-            )
+            expected = "a positive number" if positive else "a number of at least 0"
+            raise self.unexpected(key, expected)
         return float(value)  # type: ignore[arg-type]  # a number by now
 
     def flag(self, key: str) -> bool:
@@ -171,8 +168,7 @@ class _Reader:
         return tuple(ids)
 
     def rope(self) -> Rope:
-        """Settings from ``rope_scaling`` + ``rope_theta`` (DeepSeek) or ``rope_parameters``
-        (transformers 5)."""
+        """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
         sources = "rope_parameters", "rope_scaling"
         keys = [key for key in sources if self.values.get(key) is not None]
         for key in keys:
@@ -219,8 +215,7 @@ def _refuse_unsupported(reader: _Reader) -> None:
 
 
 def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
-    """A frozen ``Config`` from the parsed JSON; raises ``ConfigError`` naming the key for anything
-    unsupported."""
+    """A ``Config`` from the parsed JSON; ``ConfigError`` names the key that is unsupported."""
     unknown = tuple(sorted(str(key)[:80] for key in values.keys() - _KNOWN_KEYS))
     _refuse_unsupported(_Reader(values, where))
     values = {"moe_layer_freq": 1, "topk_method": "greedy", **values}
@@ -229,12 +224,10 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
     if "n_shared_experts" in values and values["n_shared_experts"] is None:
         values["n_shared_experts"] = 0
     reader = _Reader(values, where)
-    sizes: dict[str, Any] = {
-        key: None
-        if key == "q_lora_rank" and values.get(key, 0) is None
-        else reader.integer(key, low, high)
-        for key, (low, high) in _INTEGERS.items()
-    }
+    sizes: dict[str, Any] = {}
+    for key, (low, high) in _INTEGERS.items():
+        absent = key == "q_lora_rank" and values.get(key, 0) is None
+        sizes[key] = None if absent else reader.integer(key, low, high)
     bos = reader.token_ids("bos_token_id")
     config = Config(
         **sizes,
@@ -262,9 +255,8 @@ def _check_consistency(c: Config, reader: _Reader) -> None:
     if c.topk_group > c.n_group:
         raise reader.error(f"topk_group {c.topk_group} is more than n_group {c.n_group}")
     if top_k > reachable:
-        raise reader.error(
-            f"num_experts_per_tok is {top_k}, but the gate can reach only {reachable} experts"
-        )
+        problem = f"the gate can reach only {reachable} experts"
+        raise reader.error(f"num_experts_per_tok is {top_k}, but {problem}")
     if not c.moe_layers:
         dense = c.first_k_dense_replace
         raise reader.error(f"first_k_dense_replace {dense} leaves no layer with experts")

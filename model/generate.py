@@ -1,10 +1,14 @@
-"""Sampling and the generation loop.  Shapes: V vocabulary rows."""
+"""Answers: how tokens are chosen, their text, and when an answer ends.  V: vocabulary rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,16 +16,32 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.tokenizer import TextStream, Tokenizer
 
+_BROKEN = "the model computed NaN or infinite logits; its weights are broken"
+
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, the text that became printable with it, and its natural
-    log-probability under the model's own distribution over the tokenizer's vocabulary (temperature
-    1)."""
+    """One token: the text that became printable with it, its natural log-probability under the
+    model's own distribution over the tokenizer's vocabulary (before temperature, penalties and
+    bias; None for a prompt's first token), and those of the likeliest ids, if asked for."""
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to an answer.  ``finish`` is None while it goes on, ``stop`` after an
+    end-of-sentence token or a stop string (then ``stopped_by``), ``length`` at the limit; the
+    caller of ``Answer.end`` may give other words."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish: str | None = None
+    stopped_by: str | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,31 +66,22 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < 1e6:
-            raise ConfigError(f"temperature is {self.temperature}, expected a number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, expected a number above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}, expected 0 (off) or a positive count")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"seed is {self.seed}, expected an integer from 0 to 2^63 - 1")
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p is {self.min_p}, expected a number from 0 to 1")
-        if not 0 < self.repetition_penalty < 1e3:
-            raise ConfigError(
-                f"repetition_penalty is {self.repetition_penalty}, expected a number above 0 (1 is off)"
-            )
-        if not all(
-            math.isfinite(one)
-            for one in (
-                self.presence_penalty,
-                self.frequency_penalty,
-                *(v for _, v in self.logit_bias),
-            )
+        seed_fits = self.seed is None or 0 <= self.seed < 1 << 63
+        for name, valid, expected in (
+            ("temperature", 0 <= self.temperature < 1e6, "a number of at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or a positive count"),
+            ("seed", seed_fits, "an integer from 0 to 2^63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < 1e3, "above 0 (1 is off)"),
         ):
-            raise ConfigError(
-                "presence_penalty, frequency_penalty and logit_bias must be finite numbers"
-            )
+            if not valid:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
+        biases = [value for _, value in self.logit_bias]
+        added = self.presence_penalty, self.frequency_penalty, *biases
+        if not all(map(math.isfinite, added)):
+            names = "presence_penalty, frequency_penalty and logit_bias"
+            raise ConfigError(f"{names} must be finite numbers")
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -86,16 +97,14 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     if sampling.top_k:
         order = order[: sampling.top_k]
     # The best logit is subtracted before dividing, so that a tiny temperature can't overflow.
-    probabilities = (
-        (logits_V[order] - logits_V[order[0]]).double() / sampling.temperature
-    ).softmax(dim=-1)
+    scaled = (logits_V[order] - logits_V[order[0]]).double() / sampling.temperature
+    probabilities = scaled.softmax(dim=-1)
     if sampling.top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     if sampling.min_p > 0:
-        probabilities = probabilities.masked_fill(
-            probabilities < sampling.min_p * probabilities[0], 0.0
-        )
+        least = sampling.min_p * probabilities[0]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -107,27 +116,21 @@ def penalize(
 
     Without any the same tensor comes back; else a copy.
     """
-    s = sampling
-    if s.repetition_penalty == 1 and not (
-        s.presence_penalty or s.frequency_penalty or s.logit_bias
-    ):
+    repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
+    frequency, bias = sampling.frequency_penalty, sampling.logit_bias
+    if repetition == 1 and not (presence or frequency or bias):
         return logits_V
     logits_V = logits_V.clone()
-    seen = torch.tensor(
-        [one for one in {*prompt, *counts} if one < len(logits_V)], dtype=torch.long
-    )
-    if s.repetition_penalty != 1 and len(seen):
+    seen = [token_id for token_id in {*prompt, *counts} if token_id < len(logits_V)]
+    if repetition != 1 and seen:
         values = logits_V[seen]
-        logits_V[seen] = torch.where(
-            values > 0, values / s.repetition_penalty, values * s.repetition_penalty
-        )
-    if counts and (s.presence_penalty or s.frequency_penalty):
+        logits_V[seen] = torch.where(values > 0, values / repetition, values * repetition)
+    if counts and (presence or frequency):
         times = torch.tensor(list(counts.values()), dtype=torch.float32)
-        logits_V[list(counts)] -= s.presence_penalty + s.frequency_penalty * times
-    if s.logit_bias:
-        logits_V[[one for one, _ in s.logit_bias]] += torch.tensor(
-            [value for _, value in s.logit_bias]
-        )
+        logits_V[list(counts)] -= presence + frequency * times
+    if bias:
+        ids, added = zip(*bias, strict=True)
+        logits_V[list(ids)] += torch.tensor(added)
     return logits_V
 
 
@@ -139,6 +142,116 @@ def random_source(seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
+
+
+class Grammar(Protocol):
+    """What an answer has to look like, token by token."""
+
+    def allowed(self) -> Tensor:
+        """Which ids may come next, bool [V]; the end-of-sentence tokens where the answer may end.
+        Raises ``ConfigError`` where that is too much work to compute."""
+
+    def consume(self, chosen: int) -> bool:
+        """``chosen`` came next; whether the answer is complete and nothing may follow."""
+
+
+class Answer:
+    """The answer to ``prompt``.  ``take`` chooses the next token; ``logprobs`` is how many
+    likeliest ids to report with each token, None for no log-probabilities at all; ``shown`` are
+    special tokens that appear in its text."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer,
+        eos_token_ids: tuple[int, ...],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
+        shown: Mapping[int, str] | None = None,
+    ):
+        self._prompt, self._tokenizer, self._eos = frozenset(prompt), tokenizer, eos_token_ids
+        self._sampling, self._random = sampling, random_source(sampling.seed)
+        self._left, self._stop, self._logprobs = max_new_tokens, stop, logprobs
+        self._grammar, self._counts = grammar, Counter[int]()
+        self.stream, self._prompt_stream = TextStream(tokenizer, shown), TextStream(tokenizer)
+        self._held: list[Token] = []  # tokens whose text may turn out to begin a stop string
+        self.ids: list[int] = []
+        self.read: list[Token] = []  # the prompt's tokens, as far as they were scored
+
+    def score(self, token_id: int, logits_V: Tensor | None) -> None:
+        """Note the prompt's next token in ``read``, scored by float32 CPU logits of at least the
+        tokenizer's size; the first one has none."""
+        text = self._prompt_stream.push(token_id)
+        if logits_V is None:
+            self.read.append(Token(token_id, text, None))
+        else:
+            self.read.append(self._token(token_id, text, logits_V[: self._tokenizer.size]))
+
+    def take(self, logits_V: Tensor) -> Delta:
+        """Choose a token from float32 CPU logits of at least the tokenizer's size.  Raises
+        ``CheckpointError`` if they, or those that scored the prompt, are not finite."""
+        if not self.ids and not all(math.isfinite(token.logprob or 0.0) for token in self.read):
+            raise CheckpointError(_BROKEN)
+        if self._left == 0:
+            return self.end("length")
+        logits_V = logits_V[: self._tokenizer.size]
+        adjusted_V = penalize(logits_V, self._sampling, self._prompt, self._counts)
+        if self._grammar is not None:
+            adjusted_V = adjusted_V.masked_fill(~self._grammar.allowed(), -math.inf)
+        chosen = sample(adjusted_V, self._sampling, self._random)
+        if not math.isfinite(float(adjusted_V[chosen])):
+            raise CheckpointError(_BROKEN)
+        if chosen in self._eos:
+            return self.end("stop")
+        self.ids.append(chosen)
+        self._counts[chosen] += 1
+        self._left -= 1
+        self._held.append(self._token(chosen, self.stream.push(chosen), logits_V))
+        complete = self._grammar is not None and self._grammar.consume(chosen)
+        delta = self._release()
+        if delta.finish is None and (complete or self._left == 0):
+            rest = self.end("stop" if complete else "length")
+            return replace(rest, text=delta.text + rest.text, tokens=delta.tokens + rest.tokens)
+        return delta
+
+    def end(self, finish: str, error: str = "") -> Delta:
+        """All that was held back, and why the answer ends here."""
+        tokens, self._held = tuple(self._held), []
+        return Delta(_text(tokens) + self.stream.flush(), tokens, finish, error=error)
+
+    def _token(self, token_id: int, text: str, logits_V: Tensor) -> Token:
+        if self._logprobs is None:
+            return Token(token_id, text)
+        logprobs_V = logits_V.log_softmax(dim=-1)
+        best = logprobs_V.topk(self._logprobs)
+        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Token(token_id, text, float(logprobs_V[token_id]), likeliest)
+
+    def _release(self) -> Delta:
+        """Tokens that no stop string can reach any more, or all before a complete one."""
+        text, ends = _text(self._held), list(accumulate(len(token.text) for token in self._held))
+        stops = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if stops:
+            position, stop = min(stops)
+            count = bisect_left([0, *ends[:-1]], position)
+            return Delta(text[:position], tuple(self._held[:count]), "stop", stop)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
+        count = bisect_right(ends, certain)
+        released, self._held = tuple(self._held[:count]), self._held[count:]
+        return Delta(_text(released), released)
+
+
+def _text(tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+def overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` that are the beginning of ``stop``."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 def generate(
@@ -155,23 +268,21 @@ def generate(
     any device.  Rows past the tokenizer's vocabulary are never chosen.  The last token's text
     carries what an incomplete character leaves.
     """
-    generator, stream, ids = random_source(sampling.seed), TextStream(tokenizer), prompt
+    answer, ids = Answer(prompt, tokenizer, eos_token_ids, sampling, max_new_tokens), prompt
     held: list[Token] = []  # tokens of a character that is not complete yet
     for _ in range(max_new_tokens):
         logits_V = step(ids)[0, : tokenizer.size].cpu()
-        chosen = sample(logits_V, sampling, generator)
-        if not math.isfinite(float(logits_V[chosen])):
-            raise CheckpointError(
-                "the model computed NaN or infinite logits; its weights are broken"
-            )
-        if chosen in eos_token_ids:
-            break
-        logprob = float(logits_V[chosen] - logits_V.logsumexp(dim=-1))
-        held.append(Token(chosen, stream.push(chosen), logprob))
-        if stream.complete:
+        delta = answer.take(logits_V)
+        for token in delta.tokens:
+            logprob = float(logits_V[token.id] - logits_V.logsumexp(dim=-1))
+            held.append(replace(token, logprob=logprob))
+        if delta.finish is not None:
+            if held:
+                rest = delta.text.removeprefix(_text(delta.tokens))
+                held[-1] = replace(held[-1], text=held[-1].text + rest)
+            yield from held
+            return
+        if answer.stream.complete:
             yield from held
             held = []
-        ids = [chosen]
-    if held:
-        yield from held[:-1]
-        yield replace(held[-1], text=held[-1].text + stream.flush())
+        ids = answer.ids[-1:]

@@ -34,8 +34,7 @@ def layer_tensor(layer: int, part: str) -> str:
 
 
 def mlp_parts(moe: bool) -> tuple[str, str, str]:
-    """Gate, up and down projection of a layer's dense MLP, or of its shared experts if it is an MoE
-    layer: names inside the layer."""
+    """Gate, up and down projection of a layer's MLP or shared experts: names inside the layer."""
     prefix = "mlp.shared_experts" if moe else "mlp"
     return f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj"
 
@@ -104,8 +103,7 @@ def _layer_shapes(c: Config, layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Checkpoint names and shapes of everything but the routed experts, in the order of the forward
-    pass."""
+    """Names and shapes of all but the routed experts, in the order of the forward pass."""
     table = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
     for layer in range(config.num_hidden_layers):

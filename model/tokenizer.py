@@ -40,21 +40,17 @@ class Tokenizer:
         with open(path, "rb") as file:
             data = file.read(MAX_TOKENIZER_BYTES + 1)
         if len(data) > MAX_TOKENIZER_BYTES or data.count(b",") > MAX_TOKENIZER_VALUES:
-            raise ConfigError(
-                f"{path}: more than {MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values;"
-                " not a real tokenizer"
-            )
+            limits = f"{MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values"
+            raise ConfigError(f"{path}: more than {limits}; not a real tokenizer")
         try:
             self._backend = Backend.from_buffer(data)
         except KeyboardInterrupt:
             raise
         except BaseException as problem:  # the library raises bare Exception and, worse, panics
-            raise ConfigError(
-                f"{path}: not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
-            ) from None
-        settings_path = folder / "tokenizer_config.json"
-        settings = read_json(settings_path, 1 << 22) if settings_path.exists() else {}
-        self.settings: dict[str, Any] = settings
+            reason = f"not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
+            raise ConfigError(f"{path}: {reason}") from None
+        path = folder / "tokenizer_config.json"
+        self.settings = settings = read_json(path, 1 << 22) if path.exists() else {}
         self.template = _read_template(folder / "chat_template.jinja") or _template_of(settings)
         wants_bos = settings.get("add_bos_token", bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
@@ -63,8 +59,7 @@ class Tokenizer:
         self.size = max(vocabulary.values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of ``text``, after the beginning-of-sentence token if the model wants one and
-        the text has none."""
+        """Token ids of ``text``, after one beginning-of-sentence token if the model wants it."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, Python's way to pass on other bytes
@@ -78,20 +73,15 @@ class Tokenizer:
         ``ConfigError`` if the tokenizer has no fill-in-the-middle tokens."""
         begin, hole, end = (self.token_id(token) for token in FIM_TOKENS)
         if begin is None or hole is None or end is None:
-            raise ConfigError(
-                "this model can't fill in the middle: its tokenizer has no tokens for that; leave"
-                " suffix out"
-            )
+            problem = "this model can't fill in the middle: its tokenizer has no tokens for that"
+            raise ConfigError(f"{problem}; leave suffix out")
         start = [] if self.bos_token_id is None else [self.bos_token_id]
         prefix, suffix = (self.encode(text, add_bos=False) for text in (before, after))
         return [*start, begin, *prefix, hole, *suffix, end]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` without a beginning, and how many characters of it end with each
-        token.
-
-        Of a character that several tokens make up, the first of them counts it.
-        """
+        token.  Of a character that several tokens make up, the first of them counts it."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
 
@@ -114,24 +104,17 @@ class Tokenizer:
         begun: bool = False,
     ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of
-        which the last message is the beginning if it is ``begun``.  ``tools`` are for templates
-        that use them.
-
-        Raises ``ConfigError`` if there is no template, or if it fails or exceeds its limits.
-        """
+        which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
+        them.  Raises ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
-            raise ConfigError(
-                "tokenizer_config.json: has no chat_template, so this is not a chat model: take its"
-                " Chat or Instruct version, or continue text with 'slotmoe run MODEL PROMPT',"
-                " without --chat"
-            )
-        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": not begun}
-        if tools:
-            variables["tools"] = tools
-        variables["bos_token"] = _spelling(self.settings, "bos_token")
-        variables["eos_token"] = self.eos_token
+            problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
+            other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
+            raise ConfigError(f"{problem}: take its Chat or Instruct version, {other}")
+        bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
+        variables = {"messages": messages, "add_generation_prompt": not begun}
+        variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
         text = _render(self.template, variables)
-        return text.removesuffix(self.eos_token) if begun else text
+        return text.removesuffix(eos) if begun else text
 
 
 class TextStream:
@@ -140,8 +123,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
         self._tokenizer, self._shown = tokenizer, shown or {}
-        # The last finished token, for context, and those whose text is not out yet.
-        self._ids: list[int] = []
+        self._ids: list[int] = []  # the last finished token, for context, and those still held
         self._printed = ""  # what of their text is already out
 
     def push(self, token_id: int) -> str:
@@ -200,22 +182,16 @@ def _spelling(settings: dict[str, Any], name: str) -> str:
 def _render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
     limits = map(str, (TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT))
-    command = [sys.executable, "-c", _CHILD, *limits]
+    command, data = [sys.executable, "-c", _CHILD, *limits], request.encode()
+    timeout = 60 * TEMPLATE_SECONDS  # for a machine that stands still: the child bounds CPU time
     try:
-        # The child bounds its own CPU time; this timeout is for a machine that stands still.
-        timeout = 60 * TEMPLATE_SECONDS
-        child = subprocess.run(
-            command, input=request.encode(), capture_output=True, timeout=timeout
-        )
+        child = subprocess.run(command, input=data, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise ConfigError(
-            "chat_template: did not finish; the machine is overloaded, or the template is hostile"
-        ) from None
+        causes = "the machine is overloaded, or the template is hostile"
+        raise ConfigError(f"chat_template: did not finish; {causes}") from None
     if child.returncode < 0:
-        raise ConfigError(
-            f"chat_template: did not finish in {TEMPLATE_SECONDS} seconds; the template is broken"
-            " or hostile"
-        )
+        problem = f"did not finish in {TEMPLATE_SECONDS} seconds"
+        raise ConfigError(f"chat_template: {problem}; the template is broken or hostile")
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
         raise ConfigError(f"chat_template: failed ({lines[-1][:160]})")

@@ -303,7 +303,7 @@ class _Loader:
             store: Source = disk
             if device.tier == "vram":
                 cache = self._cache(plan.host_slots, popularity)
-                store = HostTier(disk, cache, plan.host_transit, device)
+                store = HostTier(disk, cache, plan.host_staging, device)
             guesses = predictor or NextGate(config, weights, backend)
             experts, cpu = self._experts(export, plan, store, disk, guesses, popularity)
             network = DeepseekV2(config, weights, backend, experts)
@@ -384,9 +384,9 @@ class _Loader:
         size, top_k = plan.record_bytes, config.num_experts_per_tok
         layers, experts = len(export.layers), config.n_routed_experts
         cache = self._cache(plan.slots, popularity)
-        slots = Slots(store, cache, plan.transit, top_k, size, device)
+        slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
-        missing = plan.slots < layers * experts and plan.transit > top_k
+        missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
             bandwidth = store.bandwidth if isinstance(store, HostTier) else disk.bandwidth

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, SlotmoeError
-from slotmoe.model.answer import Answer, Piece
+from slotmoe.model.generate import Answer, Delta
 from slotmoe.offload.runtime import Runtime, Sequence, shared_prefix
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
@@ -34,7 +34,7 @@ class Job:
     """A prompt and where its answer goes: the scheduler's thread calls ``emit`` with each piece,
     the last time with a finish.
 
-    Besides those of ``Answer``, ``Piece.finish`` is ``shutdown``, ``error``, or ``refused`` for a
+    Besides those of ``Answer``, ``Delta.finish`` is ``shutdown``, ``error``, or ``refused`` for a
     grammar that can't be followed to its end, where the scheduler ended it.  Only prompts of the
     same ``owner`` share latents.  The tokens of a prompt that is ``scored`` are all computed, and
     noted in ``answer.read`` with their log-probabilities before the first piece.  Times are
@@ -43,7 +43,7 @@ class Job:
 
     prompt: list[int]
     answer: Answer
-    emit: Callable[[Piece], None]
+    emit: Callable[[Delta], None]
     owner: str = ""
     scored: bool = False
     cancelled: bool = False  # set when the answer is no longer wanted: it ends within one step
@@ -256,7 +256,7 @@ class Batch:
         else:
             self._finish(place, piece)
 
-    def _finish(self, place: _Place, piece: Piece) -> None:
+    def _finish(self, place: _Place, piece: Delta) -> None:
         job = place.running
         place.job, place.used = None, time.monotonic()
         if self._filling is place:
@@ -264,7 +264,7 @@ class Batch:
         self._seconds += 0.2 * (place.used - job.started - self._seconds)
         self._emit(job, piece)
 
-    def _emit(self, job: Job, piece: Piece) -> None:
+    def _emit(self, job: Job, piece: Delta) -> None:
         if piece.finish is not None:
             count = self.totals.finished.get(piece.finish, 0)
             self.totals.finished[piece.finish] = count + 1

@@ -26,10 +26,10 @@ def read_json(
         raise ValueError(f"the value {name} is not JSON")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             raise ValueError("a key occurs twice")
-        return found
+        return values
 
     try:
         if path.exists() and not path.is_file():  # a pipe would block
@@ -38,28 +38,21 @@ def read_json(
             data = file.read(max_bytes + 1)
     except OSError as problem:
         raise error(f"{path}: can't be read ({problem.strerror})") from None
+    beyond = "far beyond what this file holds in a real model"
     if len(data) > max_bytes:
-        raise error(
-            f"{path}: more than {max_bytes} bytes, far beyond what this file holds in a real model"
-        )
+        raise error(f"{path}: more than {max_bytes} bytes, {beyond}")
     if sum(data.count(mark) for mark in b"[{,") > MAX_JSON_VALUES:
-        raise error(
-            f"{path}: more than {MAX_JSON_VALUES} values, far beyond what this file holds in a real model"
-        )
+        raise error(f"{path}: more than {MAX_JSON_VALUES} values, {beyond}")
     try:
-        found = json.loads(data.decode("utf-8"), parse_constant=constant, object_pairs_hook=unique)
+        values = json.loads(data.decode("utf-8"), parse_constant=constant, object_pairs_hook=unique)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({str(problem)[:120]})") from None
-    if not isinstance(found, dict):
-        raise error(f"{path}: holds a {type(found).__name__}, expected a JSON object")
-    level: list[Any] = [found]
+    if not isinstance(values, dict):
+        raise error(f"{path}: holds a {type(values).__name__}, expected a JSON object")
+    level: list[Any] = [values]
     for _ in range(MAX_JSON_DEPTH):
-        level = [
-            child
-            for one in level
-            if isinstance(one, dict | list)
-            for child in (one.values() if isinstance(one, dict) else one)
-        ]
+        objects = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [child for v in objects if isinstance(v, list) for child in v]
     if level:
         raise error(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
-    return found
+    return values

@@ -1,5 +1,4 @@
-"""What an export is made of: which tensors of the checkpoint go into which file, in which
-precision, and the manifest that says so."""
+"""An export's contents: tensors by file, their precision, and the manifest that describes them."""
 
 from __future__ import annotations
 
@@ -13,18 +12,8 @@ import torch
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of, split_name
 from slotmoe.quant import nf4
-from slotmoe.quant.export.layout import (
-    FORMAT_VERSION,
-    PROJECTIONS,
-    RESIDENT,
-    Part,
-    RecordLayout,
-    layer_file,
-    layer_parts,
-    place,
-    resident_parts,
-    safetensors_header,
-)
+from slotmoe.quant.export import layout
+from slotmoe.quant.export.layout import PROJECTIONS, RESIDENT, Part, RecordLayout, layer_file
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.export.verify import file_checksum
 from slotmoe.quant.shapes import BLOCK, resident_quantization
@@ -43,8 +32,8 @@ class Contents:
         self._kinds = {name: resident_quantization(role_of(name), mode) for name in self.shapes}
         parts: dict[str, Part] = {}
         for name, shape in self.shapes.items():
-            parts |= resident_parts(name, shape, self._kinds[name], dtypes[name])
-        self.resident = place(parts)
+            parts |= layout.resident_parts(name, shape, self._kinds[name], dtypes[name])
+        self.resident = layout.place(parts)
         self._layers = {layer_file(layer): layer for layer in config.moe_layers}
         self.files = [RESIDENT, *self._layers]
 
@@ -68,7 +57,7 @@ class Contents:
         """Tensors of ``file`` itself and their places."""
         if file == RESIDENT:
             return self.resident
-        return layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
+        return layout.layer_parts(self._layers[file], self.config.n_routed_experts, self.layout)
 
     def kind(self, name: str) -> str:
         """How the source's tensor ``name`` is stored: ``none``, ``int8`` or ``nf4``."""
@@ -82,7 +71,7 @@ class Contents:
         """Size of ``file``."""
         parts = self.parts(file)
         end = max(part.offset + part.nbytes for part in parts.values())
-        return len(safetensors_header(parts.items())) + end
+        return len(layout.safetensors_header(parts.items())) + end
 
     def manifest(
         self,
@@ -94,19 +83,17 @@ class Contents:
         """The manifest of the export, signed.  ``files`` are its entries by file; ``linked_layers``
         maps a layer to the one whose file it is a hard link to; ``report`` says what quantization
         cost, where weights were quantized (``slotmoe.offload.ingest.report``)."""
-        config = self.config
+        config, shapes = self.config, self.shapes
         quantization = {
             "experts": "nf4",
             "block": BLOCK,
             "layout": "tiles16",
             "levels": list(nf4.LEVELS),
             "resident": self.mode,
-            "resident_shapes": {
-                name: list(shape) for name, shape in self.shapes.items() if self.kind(name) == "nf4"
-            },
+            "resident_shapes": {n: list(shapes[n]) for n in shapes if self.kind(n) == "nf4"},
         }
         manifest = {
-            "format_version": FORMAT_VERSION,
+            "format_version": layout.FORMAT_VERSION,
             "source": source,
             "quantization": quantization | ({} if report is None else {"report": report}),
             "experts": {

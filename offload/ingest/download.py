@@ -22,18 +22,8 @@ from functools import partial
 from pathlib import Path
 
 from slotmoe.errors import DownloadError
-from slotmoe.offload.ingest.http import (
-    BUFFER_BYTES,
-    PassingError,
-    Patience,
-    Remote,
-    StopEvent,
-    Stopped,
-    cut,
-    network_errors,
-    opened,
-    patiently,
-)
+from slotmoe.offload.ingest import http
+from slotmoe.offload.ingest.http import PassingError, Remote, StopEvent, Stopped
 from slotmoe.quant.export.writer import sync_folder
 
 CONNECTIONS = 8
@@ -48,7 +38,6 @@ def fetch(
     path: Path,
     stop: threading.Event,
     advance: Callable[[int], None] = lambda count: None,
-    patience: Patience | None = None,
 ) -> None:
     """Download ``remote`` to ``path``, going on from what an earlier call left.
 
@@ -58,30 +47,22 @@ def fetch(
     """
     checksum, expected = "", remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
-        checksum = _Transfer(remote, path, stop, advance, patience or Patience()).run()
+        checksum = _Transfer(remote, path, stop, advance).run()
         if checksum == expected.checksum:
             return
         advance(-expected.size)
-    raise DownloadError(
-        f"{remote.name}: the server's bytes have the checksum {checksum}, the hub promises"
-        f" {expected.checksum}; they were thrown away, try again later"
-    )
+    sums = f"the server's bytes have the checksum {checksum}, the hub promises {expected.checksum}"
+    raise DownloadError(f"{remote.name}: {sums}; they were thrown away, try again later")
 
 
 class _Transfer:
     """The download of one file: its ranges, their workers and the hash that follows them."""
 
     def __init__(
-        self,
-        remote: Remote,
-        path: Path,
-        stop: threading.Event,
-        advance: Callable[[int], None],
-        patience: Patience,
+        self, remote: Remote, path: Path, stop: threading.Event, advance: Callable[[int], None]
     ):
         self._remote, self._expected, self._path = remote, remote.expected, path
-        self._stop, self._advance, self._patience = stop, advance, patience
-        self._halt = StopEvent()
+        self._stop, self._advance, self._halt = stop, advance, StopEvent()
         self._incomplete = path.with_name(path.name + ".incomplete")
         self._ranges = path.with_name(path.name + ".ranges")
         size = remote.expected.size
@@ -118,11 +99,9 @@ class _Transfer:
             state = json.loads(self._ranges.read_text())
             received: list[int] = state["received"]
             spans = zip(self._spans, received, strict=True)
-            if (
-                all(0 <= count <= end - start for (start, end), count in spans)
-                and state["checksum"] == self._expected.checksum
-                and self._incomplete.stat().st_size == self._expected.size
-            ):
+            possible = all(0 <= count <= end - start for (start, end), count in spans)
+            same = state["checksum"] == self._expected.checksum
+            if possible and same and self._incomplete.stat().st_size == self._expected.size:
                 return received
         self._incomplete.unlink(missing_ok=True)
         return [0] * len(self._spans)
@@ -170,9 +149,9 @@ class _Transfer:
         """End the connections that have received nothing for too long."""
         now = time.monotonic()
         for connection, last in list(self._last.items()):
-            if now - last >= self._patience.stall:
+            if now - last >= self._remote.patience.stall:
                 self._last[connection] = _CUT
-                cut(connection)
+                http.cut(connection)
 
     def _hash(self) -> None:
         """Let the checksum follow as far as the file is there without a hole."""
@@ -185,8 +164,7 @@ class _Transfer:
             self._hashed += count
 
     def _work(self, queue: deque[int]) -> None:
-        buffer = memoryview(bytearray(BUFFER_BYTES))
-        name, patience = self._remote.name, self._patience
+        buffer, remote = memoryview(bytearray(http.BUFFER_BYTES)), self._remote
         while not self._halt.is_set():
             try:
                 index = queue.popleft()
@@ -194,12 +172,11 @@ class _Transfer:
                 return
             receive = partial(self._receive, index, buffer)
             received = partial(self._received.__getitem__, index)
-            patiently(receive, name, patience, self._halt, received)
+            http.patiently(receive, remote.name, remote.patience, self._halt, received)
 
     def _receive(self, index: int, buffer: memoryview) -> None:
         start, end = self._spans[index]
         start += self._received[index]
-        stall = self._patience.stall
         sockets: list[socket.socket] = []
 
         def watch(connection: socket.socket) -> None:
@@ -208,9 +185,9 @@ class _Transfer:
             self._halt.watch(connection)
 
         try:
-            with opened(self._remote, start, end, stall, watch) as response:
+            with http.opened(self._remote, start, end, watch) as response:
                 while start < end:
-                    with network_errors():
+                    with http.network_errors():
                         count = response.readinto(buffer[: end - start])
                     if not count:
                         raise PassingError(f"the connection ended or stalled at byte {start}")
@@ -223,6 +200,7 @@ class _Transfer:
             if self._halt.is_set():
                 raise Stopped from None
             if any(self._last[connection] == _CUT for connection in sockets):
+                stall = self._remote.patience.stall
                 raise PassingError(f"the connection stalled for {stall:g} seconds") from None
             raise
         finally:

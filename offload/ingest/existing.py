@@ -36,9 +36,8 @@ def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files that ``checkpoint`` is made of: of a weight file's header
-    alone, since hashing 31 GB would double the time, of any other file whole.  Raises
-    ``CheckpointError``."""
+    """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
+    GB would double the time.  Raises ``CheckpointError``."""
     folder, files = checkpoint.folder, {}
     for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
         if not (folder / name).is_file():
@@ -46,9 +45,8 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
         with open(inside(folder, name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if name in COPIED and size > MAX_COPIED_BYTES:
-                raise CheckpointError(
-                    f"{folder / name}: more than {MAX_COPIED_BYTES} bytes; not a real model's file"
-                )
+                problem = f"more than {MAX_COPIED_BYTES} bytes; not a real model's file"
+                raise CheckpointError(f"{folder / name}: {problem}")
             is_weights = name.endswith(".safetensors")
             head = file.read(8) if is_weights else b""
             data = head + file.read(int.from_bytes(head, "little") if is_weights else -1)
@@ -65,14 +63,12 @@ def repair(
     rebuild: Callable[[list[str]], dict[str, Any]],
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the ``damaged`` files (name -> what is wrong) of an export again, each in the moment of
-    one rename; returns the manifest.  ``rebuild`` writes files into ``partial`` and returns their
-    manifest entries."""
+    """Make the ``damaged`` files (name -> problem) again, each replaced by one rename; returns the
+    manifest.  ``rebuild`` writes files into ``partial`` and returns their manifest entries."""
     for name, problem in damaged.items():
         if (destination / name).is_dir():
-            raise ExportError(
-                f"{destination / name}: is a folder; move it away, so that the file can be made"
-            )
+            advice = "move it away, so that the file can be made"
+            raise ExportError(f"{destination / name}: is a folder; {advice}")
         remedy = "removed, calibrate again" if is_predictor(name) else "it is made again"
         notify(f"{destination / name} {problem}; {remedy}")
     if not damaged:
@@ -82,10 +78,9 @@ def repair(
     entries = rebuild(names) if names else {}
     for name, entry in entries.items():
         if entry != manifest["files"][name]:
-            raise ExportError(
-                f"{destination / name}: this slotmoe makes other bytes of the source; pass"
-                " --overwrite to replace the export"
-            )
+            problem = "this slotmoe makes other bytes of the source"
+            advice = "pass --overwrite to replace the export"
+            raise ExportError(f"{destination / name}: {problem}; {advice}")
     for name in entries:
         (destination / name).parent.mkdir(exist_ok=True)
         os.rename(partial / name, destination / name)

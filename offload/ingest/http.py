@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
@@ -29,19 +29,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to bear with a bad connection: ``stall`` seconds for each buffer of 256 KiB,
-    ``attempts`` failures in a row with a pause between them that begins at ``pause`` seconds and
-    doubles up to a minute."""
+    """How long to bear with a bad connection: ``stall`` seconds for each buffer, ``attempts``
+    failures in a row, between them ``pause`` seconds, doubled each time up to a minute."""
 
     stall: float = 30.0
     attempts: int = 8
     pause: float = 1.0
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the hub says about a file: its size in bytes and the SHA-256 of its bytes or, if it is
-    small, its git blob id."""
+class Expected(NamedTuple):
+    """The hub's facts of a file: bytes, and its SHA-256 or, if it is small, its git blob id."""
 
     size: int
     checksum: str
@@ -63,8 +60,10 @@ class Remote:
         expected: Expected,
         ask: Callable[[], str],
         headers: Callable[[str], dict[str, str]],
+        patience: Patience | None = None,
     ):
         self.name, self.expected, self.headers = name, expected, headers
+        self.patience = patience or Patience()
         self._ask, self._lock, self._url = ask, threading.Lock(), ""
 
     def locate(self) -> str:
@@ -87,7 +86,7 @@ class PassingError(Exception):
 
 
 class Stopped(Exception):
-    """The download was given up because the program ends."""
+    """The work was given up because the program ends or another thread failed."""
 
 
 class StopEvent(threading.Event):
@@ -121,11 +120,8 @@ def patiently(
     stop: threading.Event,
     received: Callable[[], int] = lambda: 0,
 ) -> T:
-    """What ``action`` returns, after as many attempts as ``patience`` allows.
-
-    ``received`` counts the bytes that its attempts fetched.  Raises ``DownloadError`` and
-    ``Stopped``.
-    """
+    """What ``action`` returns, after as many attempts as ``patience`` allows; ``received`` counts
+    the bytes that they fetched.  Raises ``DownloadError`` and ``Stopped``."""
     failures, before = 0, received()
     while True:
         try:
@@ -135,10 +131,8 @@ def patiently(
                 failures, before = 0, received()
             failures += 1
             if failures >= patience.attempts:
-                raise DownloadError(
-                    f"{what}: {problem}; gave up after {failures} attempts, run the same command"
-                    " again to resume"
-                ) from None
+                advice = f"gave up after {failures} attempts, run the same command again to resume"
+                raise DownloadError(f"{what}: {problem}; {advice}") from None
             pause = min(patience.pause * 2 ** (failures - 1), 60) * random.uniform(0.75, 1.25)
             if stop.wait(pause if problem.after is None else min(max(pause, problem.after), 300)):
                 raise Stopped from None
@@ -150,30 +144,29 @@ def status_error(status: int, headers: Any) -> PassingError:
     return PassingError(f"the server answers {status}", float(after) if after.isdecimal() else None)
 
 
-def read_range(remote: Remote, start: int, end: int, patience: Patience, stop: StopEvent) -> bytes:
-    """Bytes ``start`` to ``end`` of a file.  Raises ``DownloadError``, ``Stopped`` and what
-    ``remote.locate`` raises."""
+def read_range(remote: Remote, start: int, end: int, stop: StopEvent) -> bytes:
+    """Bytes ``start`` to ``end`` of a file.  Raises like ``patiently`` and ``remote.locate``."""
 
     def attempt() -> bytes:
-        with opened(remote, start, end, patience.stall, stop.watch) as response:
+        with opened(remote, start, end, stop.watch) as response:
             with network_errors():
                 data = response.read(end - start)
             if len(data) < end - start:
                 raise PassingError("the connection ended early")
             return data
 
-    return patiently(attempt, remote.name, patience, stop)
+    return patiently(attempt, remote.name, remote.patience, stop)
 
 
 @contextmanager
 def opened(
-    remote: Remote, start: int, end: int, timeout: float, watch: Callable[[socket.socket], None]
+    remote: Remote, start: int, end: int, watch: Callable[[socket.socket], None]
 ) -> Iterator[http.client.HTTPResponse]:
     """The response whose body begins with byte ``start`` of the file; ``watch`` gets each socket on
     which something is awaited."""
     url = remote.locate()
     for _ in range(_REDIRECTS):
-        connection, target, headers = connect(url, timeout)
+        connection, target, headers = connect(url, remote.patience.stall)
         headers |= {"Connection": "close", **remote.headers(url)}
         if end > start:
             headers["Range"] = f"bytes={start}-{end - 1}"
@@ -206,10 +199,8 @@ def _check_span(remote: Remote, response: http.client.HTTPResponse, start: int) 
     else:
         first, total = "0", response.headers.get("Content-Length", str(size))
     if total not in (str(size), "*"):
-        raise DownloadError(
-            f"{remote.name}: the server's file has {total[:40]!r} bytes, the hub promises {size};"
-            " try again later"
-        )
+        sizes = f"the server's file has {total[:40]!r} bytes, the hub promises {size}"
+        raise DownloadError(f"{remote.name}: {sizes}; try again later")
     if response.status == 206 and first != str(start):
         raise PassingError(f"the server sends bytes from {first[:40]!r} on instead of {start}")
     while response.status == 200 and start:
@@ -255,10 +246,8 @@ def network_errors() -> Iterator[None]:
     try:
         yield
     except ssl.SSLCertVerificationError as problem:
-        raise DownloadError(
-            f"the server's certificate is refused ({problem.verify_message}); SSL_CERT_FILE names"
-            " others to trust"
-        ) from None
+        refused = f"the server's certificate is refused ({problem.verify_message})"
+        raise DownloadError(f"{refused}; SSL_CERT_FILE names others to trust") from None
     except TimeoutError:
         raise PassingError("the connection stalled") from None
     except (OSError, http.client.HTTPException) as problem:

@@ -24,26 +24,13 @@ from typing import Any
 from urllib.parse import quote
 
 from slotmoe.errors import CheckpointError, ExportError
-from slotmoe.model.checkpoint import (
-    INDEX_NAME,
-    MAX_HEADER_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_NAME,
-    weight_files,
-)
+from slotmoe.model import checkpoint
+from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
 from slotmoe.model.config import read_config
+from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.download import CONNECTIONS, fetch
-from slotmoe.offload.ingest.http import Expected, Patience, StopEvent, Stopped, read_range
-from slotmoe.offload.ingest.output_dir import (
-    beside,
-    empty,
-    finished_manifest,
-    full_disk_explained,
-    locked,
-    make_cache,
-    refuse_foreign,
-)
-from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
+from slotmoe.offload.ingest.http import Expected, Patience, Remote, StopEvent, Stopped, read_range
+from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, in_parallel, quantize
 from slotmoe.offload.ingest.repository import Snapshot, remote_file, resolve
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
@@ -82,61 +69,52 @@ class HubShards:
         files, at = self._snapshot.files, f"{self._snapshot.repo}: "
         commit = self._snapshot.commit[:12]
         if "config.json" not in files:
-            raise CheckpointError(
-                f"{at}has no config.json at {commit}; not a model in Hugging Face's format"
-            )
+            problem = f"has no config.json at {commit}; not a model in Hugging Face's format"
+            raise CheckpointError(at + problem)
         self._fetch_small("config.json", MAX_COPIED_BYTES)
         read_config(self.folder / "config.json")
         for name in (*COPIED[1:], INDEX_NAME):
             if name in files:
-                limit = MAX_INDEX_BYTES if name == INDEX_NAME else MAX_COPIED_BYTES
-                self._fetch_small(name, limit)
-        weight_map = weight_files(self.folder)
-        names = [SINGLE_NAME] if weight_map is None else list(dict.fromkeys(weight_map.values()))
+                is_index = name == INDEX_NAME
+                self._fetch_small(
+                    name, checkpoint.MAX_INDEX_BYTES if is_index else MAX_COPIED_BYTES
+                )
+        weight_map = checkpoint.weight_files(self.folder) or {"": checkpoint.SINGLE_NAME}
+        names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if name not in files]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise CheckpointError(
-                f"{at}{len(missing)} of {len(names)} weight files can't be had at {commit}:"
-                f" {', '.join(missing[:5])}{more}; without a network all must be in"
-                " huggingface_hub's cache, and weights must be .safetensors"
-            )
+            count = f"{len(missing)} of {len(names)} weight files can't be had at {commit}"
+            rule = "without a network all must be in huggingface_hub's cache"
+            problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
+            raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            try:
-                for _ in pool.map(self._fetch_header, names):
-                    pass
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            in_parallel(pool, self._fetch_header, names, self.stop)
 
     def _fetch_small(self, name: str, limit: int) -> None:
         path, size = self.folder / name, self._snapshot.files[name].size
         if size > limit:
-            raise CheckpointError(
-                f"{self._snapshot.repo}/{name}: {size} bytes, more than {limit}; not a real model's"
-                " file"
-            )
-        if not path.exists():
-            cached = self._checked_cache(name)
-            if cached is None:
-                self._fetch(name, path)
-            else:
-                _copy(cached, path)
+            sizes = f"{size} bytes, more than {limit}"
+            raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real model's file")
+        if path.exists():
+            return
+        if (cached := self._checked_cache(name)) is None:
+            fetch(self._remote(name), path, self.stop)
+        else:
+            _copy(cached, path)
 
-    def _fetch(self, name: str, path: Path, advance: Callable[[int], None] = ignore) -> None:
-        remote = remote_file(self._snapshot, name)
-        fetch(remote, path, self.stop, advance, self._patience)
+    def _remote(self, name: str) -> Remote:
+        return remote_file(self._snapshot, name, self._patience)
 
     def _fetch_header(self, name: str) -> None:
         """Make the sparse file that has a weight file's size and header."""
         path, size = self.folder / name, self._snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self._snapshot.cached(name), remote_file(self._snapshot, name)
+        cached, remote = self._snapshot.cached(name), self._remote(name)
 
         def read(start: int, end: int) -> bytes:
             if cached is None:
-                return read_range(remote, start, min(end, size), self._patience, self.stop)
+                return read_range(remote, start, min(end, size), self.stop)
             with open(cached, "rb") as file:
                 file.seek(start)
                 return file.read(end - start)
@@ -144,10 +122,8 @@ class HubShards:
         data = read(0, _HEAD_BYTES)
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{remote.name}: header of {length} bytes, more than {MAX_HEADER_BYTES}; not a real"
-                " checkpoint"
-            )
+            sizes = f"header of {length} bytes, more than {MAX_HEADER_BYTES}"
+            raise CheckpointError(f"{remote.name}: {sizes}; not a real checkpoint")
         if length > len(data):
             data += read(len(data), length)
         temporary = path.with_name(name + ".tmp")
@@ -156,10 +132,8 @@ class HubShards:
             file.truncate(size)
         if temporary.stat().st_blocks * 512 > max(size // 2, length + (1 << 20)):
             temporary.unlink()
-            raise ExportError(
-                f"{path.parent}: the file system keeps no sparse files; choose a destination on"
-                " another"
-            )
+            problem = "the file system keeps no sparse files; choose a destination on another"
+            raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
 
     def _checked_cache(self, name: str) -> Path | None:
@@ -200,25 +174,21 @@ class HubShards:
         if files:
             done = f", {size(have)} of it here" if have else ""
             kept = "" if self._kept is None else f" and the weight files in {self._kept}"
-            self._notify(
-                f"{snapshot.repo} at commit {snapshot.commit[:12]}: {len(coming)} of {len(files)}"
-                f" weight files to download, {size(self._total)}{done}"
-            )
-            self._notify(
-                f"disk: {size(export_bytes)} for the export and at most {size(peak)} for weight"
-                f" files, {size(free_bytes)} free; afterwards the export remains{kept}"
-            )
+            at, count = snapshot.commit[:12], f"{len(coming)} of {len(files)} weight files"
+            total = f"{count} to download, {size(self._total)}{done}"
+            self._notify(f"{snapshot.repo} at commit {at}: {total}")
+            needs = f"{size(export_bytes)} for the export and at most {size(peak)} for weight files"
+            left = f"{size(free_bytes)} free; afterwards the export remains{kept}"
+            self._notify(f"disk: {needs}, {left}")
         return peak
 
     def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
         with ThreadPoolExecutor(1) as ahead:
             try:
-                next_path = ahead.submit(self._arrive, files[0]) if files else None
+                coming = [ahead.submit(self._arrive, file) for file in files[:1]]
                 for index, file in enumerate(files):
-                    assert next_path is not None
-                    path = next_path.result()
-                    if index + 1 < len(files):
-                        next_path = ahead.submit(self._arrive, files[index + 1])
+                    path = coming.pop().result()
+                    coming = [ahead.submit(self._arrive, name) for name in files[index + 1 :][:1]]
                     yield file, path
                     if path.parent == self._weights:
                         self._retire(path)
@@ -232,7 +202,7 @@ class HubShards:
         path = self._arrived(name) or self._checked_cache(name)
         if path is None:
             path = self._weights / name
-            self._fetch(name, path, self._advance)
+            fetch(self._remote(name), path, self.stop, self._advance)
         return path
 
     def _advance(self, count: int) -> None:
@@ -274,42 +244,39 @@ def quantize_from_hub(
     patience: Patience | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """``slotmoe.offload.ingest.quantize.quantize`` (which gets ``options``) of a model on the hub;
-    returns the manifest.
+    """``quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
 
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
     bytes of the download, ``ready`` the folder of config, tokenizer and headers before any weight
-    is fetched.
-
-    Raises what ``quantize`` raises, ``ConfigError`` for a model that can't be had, and
-    ``DownloadError``.
+    is fetched.  Raises what ``quantize`` and ``resolve`` raise, and ``DownloadError``.
     """
-    partial, download = beside(destination, "partial"), beside(destination, "download")
-    kept = beside(destination, "source") if keep_source else None
+    download = output_dir.beside(destination, "download")
+    kept = output_dir.beside(destination, "source") if keep_source else None
     patience = patience or Patience()
-    with locked(download, wait_for_lock):
-        if wait_for_lock and (manifest := finished_manifest(destination)) is not None:
+    with output_dir.locked(download, wait_for_lock):
+        if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             _clear(download)
             return manifest
         snapshot = _begin(download, repo, revision, overwrite, patience)
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
-            refuse_foreign(kept, snapshot.files.__contains__, why)
+            output_dir.refuse_foreign(kept, snapshot.files, why)
         shards = HubShards(snapshot, download, kept, arriving, notify, patience)
         try:
-            with full_disk_explained(download):
+            with output_dir.full_disk_explained(download):
                 shards.prepare()
                 ready(shards.folder)
-                _save_plan(download, snapshot)
+                write_json(download / "plan.json", vars(snapshot))
                 if kept is not None:
                     kept.mkdir(exist_ok=True)
             options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock, "notify": notify}
             manifest = quantize(shards.folder, destination, shards=shards, **options)
         except BaseException:
             shards.stop.set()
-            if not any((download / "weights").glob("*")) and not partial.exists():
-                _clear(download)  # nothing has begun
+            begun = output_dir.beside(destination, "partial").exists()
+            if not begun and not any((download / "weights").glob("*")):
+                _clear(download)
             raise
         if kept is not None:  # with the small files it is a checkpoint
             for name in (*COPIED, INDEX_NAME):
@@ -327,20 +294,14 @@ def _begin(
     begun = _planned(download)
     if begun is not None and not overwrite:
         if (begun.repo, begun.revision) != (repo, revision):
-            raise ExportError(
-                f"{download}: was begun with {begun.repo} at {begun.revision}; pass --overwrite to"
-                f" start anew with {repo} at {revision}"
-            )
+            problem = f"was begun with {begun.repo} at {begun.revision}"
+            advice = f"pass --overwrite to start anew with {repo} at {revision}"
+            raise ExportError(f"{download}: {problem}; {advice}")
         return begun
     snapshot = resolve(repo, revision, patience)
     if snapshot != begun:
         _clear(download)
     return snapshot
-
-
-def _save_plan(download: Path, snapshot: Snapshot) -> None:
-    files = {name: [expected.size, expected.checksum] for name, expected in snapshot.files.items()}
-    write_json(download / "plan.json", {**vars(snapshot), "files": files})
 
 
 def _planned(download: Path) -> Snapshot | None:
@@ -354,11 +315,10 @@ def _planned(download: Path) -> Snapshot | None:
 
 def _clear(download: Path) -> None:
     """Remove what a run made, and refuse to touch anything else."""
-    ours = ("plan.json", "headers", "weights")
     why = "which no download makes, so it is never emptied"
-    refuse_foreign(download, ours.__contains__, why)
+    output_dir.refuse_foreign(download, ("plan.json", "headers", "weights"), why)
     (download / "plan.json").unlink(missing_ok=True)  # first: it vouches for the others
-    empty(download)
+    output_dir.empty(download)
 
 
 def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -> Path:
@@ -375,7 +335,7 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
         commit = str(json.loads(note.read_text())["commit"])
     except (OSError, ValueError, KeyError, TypeError):
         commit = resolve(repo, revision, reporting.get("patience") or Patience()).commit
-        make_cache(cache)
+        output_dir.make_cache(cache)
         # Two may start at once.
         fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
         fresh.write_text(json.dumps({"commit": commit}))

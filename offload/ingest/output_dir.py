@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from slotmoe.quant.export.writer import sync_folder
 def beside(destination: Path, suffix: str) -> Path:
     """``DST.suffix`` beside ``destination``; ``ExportError`` if the destination has no name."""
     if destination.name in ("", ".."):
-        raise ExportError(
-            f"{destination}: is not the name of a new folder; choose another destination"
-        )
+        problem = "is not the name of a new folder; choose another destination"
+        raise ExportError(f"{destination}: {problem}")
     return destination.with_name(f"{destination.name}.{suffix}")
 
 
@@ -38,8 +37,7 @@ def finished_manifest(destination: Path) -> dict[str, Any] | None:
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raise ``ExportError`` if making ``destination`` an export would lose anything but, with
-    ``overwrite``, an export."""
+    """Raise ``ExportError`` if anything but, with ``overwrite``, an export would be lost."""
     problem = ""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         problem = "exists and is not a folder;"
@@ -56,18 +54,16 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 
 def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
-    ours = {*COPIED, MANIFEST, RESIDENT, "experts", "state.json"}
-    refuse_foreign(
-        folder,
-        lambda name: name in ours or is_predictor(name),
-        "which no export has, so it is never emptied",
-    )
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
+    ours = [*COPIED, MANIFEST, RESIDENT, "experts", "state.json", *predictors]
+    refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 
-def refuse_foreign(folder: Path, is_ours: Callable[[str], bool], why: str) -> None:
-    """Raise ``ExportError`` if ``folder`` holds a name that, without ``.tmp``, is not ours."""
+def refuse_foreign(folder: Path, ours: Collection[str], why: str) -> None:
+    """Raise ``ExportError`` if ``folder`` holds what, without ``.tmp``, is not in ``ours``."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not is_ours(path.name.removesuffix(".tmp")):
+        if path.name not in ours and path.name.removesuffix(".tmp") not in ours:
             raise ExportError(f"{folder}: holds {path.name}, {why}; move it away")
 
 
@@ -85,9 +81,8 @@ def make_cache(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise ExportError(
-            f"{cache}: can't be made ({problem.strerror}); set SLOTMOE_CACHE to a folder that can"
-        ) from None
+        advice = "set SLOTMOE_CACHE to a folder that can"
+        raise ExportError(f"{cache}: can't be made ({problem.strerror}); {advice}") from None
 
 
 @contextmanager
@@ -105,20 +100,17 @@ def locked(partial: Path, wait_for_lock: bool) -> Iterator[None]:
 
 def _lock(partial: Path, wait_for_lock: bool) -> int | None:
     """A locked handle of the folder; None if it was another one by the time that it was locked."""
+    exists = False
     try:
         partial.mkdir(exist_ok=True)
-    except OSError as problem:
-        raise ExportError(
-            f"{partial}: can't be made ({problem.strerror}); choose another destination"
-        ) from None
-    try:
+        exists = True
         handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
     except OSError as problem:
-        raise ExportError(
-            f"{partial}: is no folder of ours ({problem.strerror}); choose another destination"
-        ) from None
+        if exists and isinstance(problem, FileNotFoundError):
+            return None
+        reason = "is no folder of ours" if exists else "can't be made"
+        reason = f"{reason} ({problem.strerror})"
+        raise ExportError(f"{partial}: {reason}; choose another destination") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait_for_lock else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(handle), os.stat(partial)):
@@ -127,9 +119,8 @@ def _lock(partial: Path, wait_for_lock: bool) -> int | None:
         pass
     except BlockingIOError:
         os.close(handle)
-        raise ExportError(
-            f"{partial}: another process is writing it; wait for it to finish"
-        ) from None
+        refusal = "another process is writing it; wait for it to finish"
+        raise ExportError(f"{partial}: {refusal}") from None
     os.close(handle)
     return None
 
@@ -142,19 +133,17 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ExportError(
-            f"{folder}: the disk is full; make room and run the same command to resume"
-        ) from None
+        advice = "make room and run the same command to resume"
+        raise ExportError(f"{folder}: the disk is full; {advice}") from None
 
 
 def check_space(partial: Path, needed: int) -> None:
     """Raise ``ExportError`` unless the disk of ``partial`` has ``needed`` free bytes."""
     free = shutil.disk_usage(partial).free
     if needed > free:
-        raise ExportError(
-            f"{partial.parent}: needs {format_size(needed)} of free disk, has {format_size(free)};"
-            " make room or choose another destination"
-        )
+        sizes = f"needs {format_size(needed)} of free disk, has {format_size(free)}"
+        advice = "make room or choose another destination"
+        raise ExportError(f"{partial.parent}: {sizes}; {advice}")
 
 
 def publish(partial: Path, destination: Path) -> None:

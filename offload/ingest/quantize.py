@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import threading
+from collections import ChainMap, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,31 +30,17 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.names import expert_name, experts_name
+from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, copied_entries
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
-from slotmoe.offload.ingest.output_dir import (
-    beside,
-    check_destination,
-    check_ours,
-    check_space,
-    empty,
-    finished_manifest,
-    full_disk_explained,
-    locked,
-    make_cache,
-    publish,
-)
+from slotmoe.offload.ingest.http import Stopped
+from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
+from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, PROJECTIONS, RESIDENT
 from slotmoe.quant.export.verify import damaged_files
-from slotmoe.quant.export.writer import (
-    ExportFile,
-    publish_file,
-    sync_folder,
-    temporary_name,
-    write_json,
-)
+from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import TILE
@@ -82,6 +69,18 @@ def ignore(*_arguments: Any) -> None:
     """For callers that want no progress and no sentences."""
 
 
+def in_parallel(
+    pool: ThreadPoolExecutor, work: Callable[[str], None], names: list[str], stop: threading.Event
+) -> None:
+    """``work`` on each of ``names``; if anything fails, ``stop`` is set for those under way."""
+    try:
+        deque(pool.map(work, names), maxlen=0)
+    except BaseException:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def resident_mode(resident: str) -> str:
     """The precision that ``--resident`` stands for.  Raises ``ConfigError``."""
     if resident not in _MODES:
@@ -104,9 +103,7 @@ def quantize(
     shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its
-    manifest.
-
-    If ``destination`` is an export of this source already, its checksums are compared
+    manifest.  If ``destination`` is an export of this source already, its checksums are compared
     (``checking(done, total)`` in bytes of it) and what is damaged is made again.  Interrupted or
     failed, the call leaves ``DST.partial``, from which the same call resumes.  ``wait_for_lock``
     waits for another process that writes the same destination and then returns what it made.  With
@@ -116,18 +113,18 @@ def quantize(
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
     """
-    mode, partial = resident_mode(resident), beside(destination, "partial")
-    with Checkpoint.open(source) as checkpoint, locked(partial, wait_for_lock):
-        if wait_for_lock and (manifest := finished_manifest(destination)) is not None:
+    mode, partial = resident_mode(resident), output_dir.beside(destination, "partial")
+    with Checkpoint.open(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
+        if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
         existing = None if overwrite else export_of(checkpoint, mode, destination)
         if existing is None:
-            check_destination(destination, overwrite)
+            output_dir.check_destination(destination, overwrite)
         else:
-            check_ours(partial)
+            output_dir.check_ours(partial)
         workers = workers or min(os.cpu_count() or 1, 8)
         job = _Job(checkpoint, partial, mode, workers, progress, shards)
-        with full_disk_explained(partial):
+        with output_dir.full_disk_explained(partial):
             if existing is not None:
                 damaged = damaged_files(destination, existing, checking)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
@@ -140,13 +137,9 @@ def quantize(
             for path in list(partial.rglob("*")):  # the state, and what kills left half-written
                 if path.is_file() and path not in wanted:
                     path.unlink()
-            sync_folder(partial)
-            publish(partial, destination)
+            writer.sync_folder(partial)
+            output_dir.publish(partial, destination)
         return manifest
-
-
-class _Stopped(Exception):
-    """Raised inside workers when the run is being given up."""
 
 
 class _Job:
@@ -176,12 +169,7 @@ class _Job:
         """Write every missing file, then the manifest; returns it."""
         copied = [name for name in COPIED if (self._checkpoint.folder / name).is_file()]
         files = self.write([*self._contents.files, *copied])
-        errors = {
-            name: squares
-            for sums in self._state["errors"].values()
-            for name, squares in sums.items()
-        }
-        report = quantization_report(self._contents, errors)
+        report = quantization_report(self._contents, ChainMap(*self._state["errors"].values()))
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
         write_json(self._partial / MANIFEST, manifest)
@@ -193,8 +181,7 @@ class _Job:
         return self.write(names)
 
     def load_state(self, overwrite: bool) -> None:
-        """Go on from what a killed run left; anything else in the partial folder is removed or,
-        without ``overwrite``, refused."""
+        """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
         name, files = self._checkpoint.folder.resolve().name, source_files(self._checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
@@ -211,11 +198,10 @@ class _Job:
             self._state = state
             return
         if state is not None and not overwrite:
-            raise ExportError(
-                f"{self._partial}: was begun from another source or with other options; pass"
-                " --overwrite to start anew, or remove it"
-            )
-        empty(self._partial)
+            problem = "was begun from another source or with other options"
+            advice = "pass --overwrite to start anew, or remove it"
+            raise ExportError(f"{self._partial}: {problem}; {advice}")
+        output_dir.empty(self._partial)
         self._state = fresh
 
     def _save_state(self) -> None:
@@ -269,17 +255,10 @@ class _Job:
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
         threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self._workers, "", torch.set_num_threads, (1,))
         try:
-            with ThreadPoolExecutor(
-                self._workers, initializer=torch.set_num_threads, initargs=(1,)
-            ) as pool:
-                try:
-                    for _ in pool.map(self._write_tensor, names):
-                        pass
-                except BaseException:
-                    self._stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            with pool:
+                in_parallel(pool, self._write_tensor, names, self._stop)
         finally:
             torch.set_num_threads(threads)
 
@@ -299,16 +278,14 @@ class _Job:
             try:
                 outputs, weight = _quantized(piece, kind)
             except nf4.NotFiniteError:
-                raise CheckpointError(
-                    f"{checkpoint.folder / info.file}: {name} holds NaN, infinite or larger than"
-                    " fp16 weights; the file is damaged"
-                ) from None
+                problem = f"{name} holds NaN, infinite or larger than fp16 weights"
+                source = checkpoint.folder / info.file
+                raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
             for part, output in zip(contents.part_names(name), outputs, strict=True):
                 export_file.write(part, output)
             if weight is not None:
-                squares = [
-                    a + b for a, b in zip(squares, squared_error(piece, weight), strict=True)
-                ]
+                more = squared_error(piece, weight)
+                squares = [a + b for a, b in zip(squares, more, strict=True)]
             self._advance(piece.nbytes)
         with self._lock:
             if kind != "none":
@@ -322,8 +299,7 @@ class _Job:
         return ExportFile(self._partial / file, self._contents.parts(file), self._written(file))
 
     def _finish(self, file: str) -> None:
-        """Check a file that has all of its tensors, note that it's done, then name it:
-        ``_finished`` may have to do the last."""
+        """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
         with self._lock:
             export_file = self._open_files.pop(file, None) or self._export_file(file)
         entry = None
@@ -349,14 +325,11 @@ class _Job:
         sums = {}
         for name in PROJECTIONS:
             squares = [errors[expert_name(layer, expert, name)] for expert in experts]
-            sums[experts_name(layer, name)] = [
-                math.fsum(column) for column in zip(*squares, strict=True)
-            ]
+            sums[experts_name(layer, name)] = list(map(math.fsum, zip(*squares, strict=True)))
         return sums
 
     def _finished(self, file: str) -> bool:
-        """Whether ``file`` is whole, under its own name or, killed before the rename, still under
-        the temporary one."""
+        """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
         entry, path = self._state["files"].get(file), self._partial / file
         if entry is None:
             return False
@@ -372,20 +345,20 @@ class _Job:
 
     def _written(self, file: str) -> dict[str, str]:
         """Checksums of what the unfinished ``file`` holds already, if it is there as it was."""
-        path, size = temporary_name(self._partial / file), self._contents.nbytes(file)
+        path, size = writer.temporary_name(self._partial / file), self._contents.nbytes(file)
         intact = path.is_file() and path.stat().st_size == size
         return self._state["written"].get(file, {}) if intact else {}
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise Stopped
         with self._lock:
             self._done += count
             done = self._done
         self._progress(done, self._total)
 
     def _check_space(self, missing: list[str], tensors: list[str]) -> None:
-        paths = [temporary_name(self._partial / file) for file in missing]
+        paths = [writer.temporary_name(self._partial / file) for file in missing]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
         needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
         if self._shards is not None:
@@ -422,6 +395,6 @@ def cached_export(source: Path, cache: Path, progress: Progress | None = None) -
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     destination = cache / f"{source.resolve().name}-{digest}"
     if not (destination / MANIFEST).is_file():
-        make_cache(cache)
+        output_dir.make_cache(cache)
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
     return destination

@@ -35,10 +35,9 @@ class _Family:
     errors: dict[int | None, Squares] = field(default_factory=dict)
 
     def row(self, name: str) -> dict[str, Any]:
-        by_layer = {
-            layer: _relative(squares) for layer, squares in self.errors.items() if layer is not None
-        }
-        totals = [math.fsum(squares[i] for squares in self.errors.values()) for i in (0, 1)]
+        errors = self.errors
+        by_layer = {layer: _relative(errors[layer]) for layer in errors if layer is not None}
+        totals = [math.fsum(squares[i] for squares in errors.values()) for i in (0, 1)]
         return {
             "family": name,
             "stored": self.stored,

@@ -15,14 +15,8 @@ from urllib.parse import urljoin, urlsplit
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
 from slotmoe.model.checkpoint import INDEX_NAME
-from slotmoe.offload.ingest.http import (
-    Expected,
-    PassingError,
-    Patience,
-    Remote,
-    patiently,
-    status_error,
-)
+from slotmoe.offload.ingest import http
+from slotmoe.offload.ingest.http import Expected, PassingError, Patience, Remote
 from slotmoe.quant.export.layout import COPIED
 
 
@@ -47,30 +41,23 @@ class Snapshot:
 
 def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache
-    holds.
-
-    Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if the hub
-    can't be asked.
-    """
+    holds.  Raises ``ConfigError`` if there is no such model or access to it, ``DownloadError`` if
+    the hub can't be asked."""
     from huggingface_hub import HfApi
 
     def ask() -> Any:
+        api = HfApi(library_name="slotmoe")
         with hub_errors(repo, revision):
-            return HfApi(library_name="slotmoe").model_info(
-                repo, revision=revision, files_metadata=True, timeout=30
-            )
+            return api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
 
     few = replace(patience, attempts=min(patience.attempts, 3))
     try:
-        info = patiently(ask, repo, few, threading.Event())
+        info = http.patiently(ask, repo, few, threading.Event())
     except DownloadError as problem:
-        cached = _cached_snapshot(repo, revision)
-        if cached is not None:
+        if (cached := _cached_snapshot(repo, revision)) is not None:
             return cached
-        raise DownloadError(
-            f"{problem}; huggingface_hub's cache holds nothing of it either, so connect to the"
-            " network"
-        ) from None
+        advice = "huggingface_hub's cache holds nothing of it either, so connect to the network"
+        raise DownloadError(f"{problem}; {advice}") from None
     files = {}
     for sibling in info.siblings or []:
         checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
@@ -78,10 +65,8 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
         if _is_needed(sibling.rfilename) and _is_digest(checksum) and sized:
             files[sibling.rfilename] = Expected(sibling.size, checksum)
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-        raise DownloadError(
-            f"{repo}: the hub answers with the commit {info.sha!r:.60}, which is none; is"
-            " HF_ENDPOINT right?"
-        )
+        answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
+        raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
     return Snapshot(repo, revision, info.sha, files)
 
 
@@ -149,7 +134,7 @@ def _explained(repo: str, revision: str, problem: Exception) -> Exception:
             text = f"{hub} refuses access ({status}); the token may be wrong or lack the permission"
             return ConfigError(f"{repo}: {text}: {login}")
         if status in (408, 429) or status >= 500:
-            return status_error(status, problem.response.headers)
+            return http.status_error(status, problem.response.headers)
         text = f"{hub} answers {status}, which no hub should; is HF_ENDPOINT right?"
         return DownloadError(f"{repo}: {text}")
     if isinstance(problem, (errors.HTTPError, OSError)):  # type: ignore[attr-defined]
@@ -167,7 +152,7 @@ def _headers(url: str) -> dict[str, str]:
     return build_hf_headers(library_name="slotmoe", token=None if at_hub else False)
 
 
-def remote_file(snapshot: Snapshot, file: str) -> Remote:
+def remote_file(snapshot: Snapshot, file: str, patience: Patience) -> Remote:
     """Where the bytes of one file of a snapshot are."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -178,17 +163,14 @@ def remote_file(snapshot: Snapshot, file: str) -> Remote:
         with hub_errors(snapshot.repo, commit):
             answer = get_hf_file_metadata(url, library_name="slotmoe")
         if answer.commit_hash not in (None, commit):
-            raise DownloadError(
-                f"{name}: the hub answers for commit {answer.commit_hash} instead of {commit}; try"
-                " again later"
-            )
+            commits = f"commit {answer.commit_hash} instead of {commit}"
+            raise DownloadError(f"{name}: the hub answers for {commits}; try again later")
         etag = answer.etag or ""
         comparable = _is_digest(etag) and len(etag) == len(expected.checksum)
         if answer.size not in (None, expected.size) or (comparable and etag != expected.checksum):
-            raise DownloadError(
-                f"{name}: is {answer.size} bytes with checksum {etag:.64} now, the hub promised"
-                f" {expected.size} bytes with {expected.checksum}; pass --overwrite to start anew"
-            )
+            now = f"is {answer.size} bytes with checksum {etag:.64} now"
+            promise = f"the hub promised {expected.size} bytes with {expected.checksum}"
+            raise DownloadError(f"{name}: {now}, {promise}; pass --overwrite to start anew")
         return urljoin(url, answer.location)
 
-    return Remote(name, expected, ask, _headers)
+    return Remote(name, expected, ask, _headers, patience)

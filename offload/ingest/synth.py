@@ -1,5 +1,4 @@
-"""An export of a real geometry with random weights, for ``slotmoe synth``: real speed and memory,
-meaningless text."""
+"""An export with random weights (``slotmoe synth``): real speed and memory, meaningless text."""
 
 from __future__ import annotations
 
@@ -62,11 +61,11 @@ def synthesize(
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
         sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        copied = [config_path, sample / "tokenizer.json", sample / "tokenizer_config.json"]
-        names = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-        for source, name in zip(copied, names, strict=True):
+        sources = {name: sample / name for name in ("tokenizer.json", "tokenizer_config.json")}
+        sources["config.json"] = config_path
+        for name, source in sources.items():
             shutil.copyfile(source, partial / name)
-        files |= copied_entries(partial, names)
+        files |= copied_entries(partial, sources)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, linked)
         write_json(partial / MANIFEST, manifest)
@@ -125,9 +124,8 @@ class _Random:
 
     def __init__(self, generator: np.random.Generator):
         self._generator = generator
-        self._pool = torch.from_numpy(
-            generator.integers(-127, 128, POOL_BYTES, dtype="int8").view("uint8")
-        )
+        noise = generator.integers(-127, 128, POOL_BYTES, dtype="int8")
+        self._pool = torch.from_numpy(noise.view("uint8"))
 
     def bytes(self, count: int) -> Tensor:
         """``count`` random bytes, uint8."""

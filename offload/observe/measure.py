@@ -1,16 +1,14 @@
-"""What this machine's disk, link and processors give: measured, for reports and for ``slotmoe bench
---calibrate``."""
+"""Measured bandwidths of disk, link and memory, for reports and ``slotmoe bench --calibrate``."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 import torch
@@ -28,53 +26,41 @@ from slotmoe.quant.export.reader import Export
 _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 
 
+def _random_reads(path: Path, size: int, count: int, random: Random) -> list[float]:
+    """Seconds of each of ``count`` direct reads of ``size`` bytes at random multiples of it."""
+    memory, seconds = page_aligned(size).numpy().data, []  # in large pages, like the slots
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        blocks = max(1, os.fstat(handle).st_size // size)
+        for _ in range(count):
+            started = time.perf_counter()
+            os.preadv(handle, [memory], random.randrange(blocks) * size)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        os.close(handle)
+    return seconds
+
+
 def disk_bandwidth(export: Export, total: int = 1 << 30) -> float:
     """Bytes a second of 8 threads that read random aligned 4 MiB of the export's experts, ``total``
     bytes in all."""
     paths = [export.folder / layer_file(layer) for layer in export.layers]
     size = min(4 << 20, paths[0].stat().st_size // 4096 * 4096)
     rounds, random = max(1, total // size // 8), Random(0)
-
-    def read(path: Path) -> None:
-        try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            handle = os.open(path, os.O_RDONLY)
-        try:
-            memory = (
-                page_aligned(size).numpy().data
-            )  # like the slots: fewer, larger pages make a direct read faster
-            for _ in range(rounds):
-                os.preadv(
-                    handle, [memory], random.randrange(os.fstat(handle).st_size // size) * size
-                )
-        finally:
-            os.close(handle)
-
     started = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(read, [random.choice(paths) for _ in range(8)]))
+        chosen = [random.choice(paths) for _ in range(8)]
+        list(pool.map(lambda path: _random_reads(path, size, rounds, random), chosen))
     return 8 * rounds * size / (time.perf_counter() - started)
 
 
 def disk_latency(export: Export) -> float:
     """Median seconds of one direct read of a record, or of 128 KiB, when nothing else is read."""
-    path = export.folder / layer_file(export.layers[0])
-    size, random, seconds = min(export.layout.record_bytes, HELP_BYTES), Random(0), []
-    memory = page_aligned(size).numpy().data
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        handle = os.open(path, os.O_RDONLY)
-    try:
-        places = max(1, os.fstat(handle).st_size // size)
-        for _ in range(64):
-            started = time.perf_counter()
-            os.preadv(handle, [memory], random.randrange(places) * size)
-            seconds.append(time.perf_counter() - started)
-    finally:
-        os.close(handle)
-    return sorted(seconds)[len(seconds) // 2]
+    path, size = export.folder / layer_file(export.layers[0]), export.layout.record_bytes
+    return median_high(_random_reads(path, min(size, HELP_BYTES), 64, Random(0)))
 
 
 def copy_bandwidth(
@@ -93,10 +79,8 @@ def copy_bandwidth(
         copied, spent, until = 0, 0.0, time.perf_counter() + seconds
         while busy() or copied == 0 or time.perf_counter() < until:
             after = device.record()
-            copies: list[Copy] = [
-                device.copy(source, row, after)
-                for source, row in zip(memory.split(size), rows, strict=True)
-            ]
+            pairs = zip(memory.split(size), rows, strict=True)
+            copies: list[Copy] = [device.copy(source, row, after) for source, row in pairs]
             copies[-1].synchronize()
             spent += sum(copy.seconds for copy in copies)
             copied += memory.nbytes
@@ -134,15 +118,11 @@ def link_bandwidths(model: LoadedModel) -> dict[str, float]:
     if model.experts is None or model.experts.hybrid is None:
         return {}
     device, rows = model.device, model.experts.slots.spare(8)
-    alone, rates = copy_bandwidth(device, rows), list[float]()
-    layout = model.experts.records.layout
-    working = threading.Thread(
-        target=lambda: rates.append(expert_bandwidth(model.cpu, layout, seconds=0.6))
-    )
-    working.start()
-    copied = copy_bandwidth(device, rows, busy=working.is_alive, seconds=0.0)
-    working.join()
-    return {"pcie": alone, "pcie_busy": copied, "experts": rates[0]}
+    alone, layout = copy_bandwidth(device, rows), model.experts.records.layout
+    with ThreadPoolExecutor(1) as pool:
+        rate = pool.submit(expert_bandwidth, model.cpu, layout, seconds=0.6)
+        copied = copy_bandwidth(device, rows, busy=lambda: not rate.done(), seconds=0.0)
+    return {"pcie": alone, "pcie_busy": copied, "experts": rate.result()}
 
 
 def read_bandwidth(model: LoadedModel) -> float:
@@ -165,8 +145,7 @@ def ram_bandwidth(model: LoadedModel) -> float:
 
 
 def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
-    """Bytes that decoding one token at ``position`` reads: resident weights, its experts, and the
-    latent cache."""
+    """Bytes that decoding one token at ``position`` reads: weights, its experts, latent cache."""
     assert model.sizes is not None
     config, cache = model.config, model.caches[0]
     uses = len(config.moe_layers) * config.num_experts_per_tok
@@ -187,22 +166,13 @@ def predict(
     mode = model.quantized("predict").split.mode
     threads, is_random = model.cpu.threads, model.export.random_weights
     setting = Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
-    speed = setting.predict(prompt_tokens, new_tokens)
     components = predicted_components(model.plan, prompt_tokens, new_tokens)
-    return {
-        "peak": by_tier(components),
-        "components": components,
-        "prefill_tokens_per_second": speed.prefill,
-        "decode_tokens_per_second": speed.decode,
-        "hit_rate": speed.hit_rate,
-        "decode_seconds": speed.seconds,
-        "bottleneck": speed.bottleneck,
-    }
+    speed = setting.predict(prompt_tokens, new_tokens).report()
+    return {"peak": by_tier(components), "components": components, **speed}
 
 
 def device_bandwidth(device: Device, memory: Tensor) -> float:
-    """Bytes a second at which the card reads its own ``memory``, uint8: median of 5 sums over
-    it."""
+    """Bytes a second at which the GPU reads its ``memory``, uint8: median of 5 sums over it."""
     words, seconds = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
     for _ in range(6):
         device.synchronize()

@@ -18,6 +18,7 @@ from slotmoe.errors import ConfigError
 
 _LONGEST_HEADER = 1 << 16
 _KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
+_RECORD = "slotmoe run MODEL PROMPT --trace FILE"
 
 
 class TraceWriter:
@@ -66,11 +67,9 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
         tokens = int.from_bytes(body[offset : offset + 4], "little")
         size, left = 2 * tokens * shape[0] * shape[1], max(len(body) - offset - 4, 0)
         if tokens == 0 or size > left:
-            raise ConfigError(
-                f"{path}: step {len(steps)} counts {tokens} tokens, {size} bytes, and {left} bytes"
-                " are left: the recording was cut off or damaged; record it again with slotmoe run"
-                " MODEL PROMPT --trace FILE"
-            )
+            sizes = f"{tokens} tokens, {size} bytes, and {left} bytes are left"
+            advice = f"the recording was cut off or damaged; record it again with {_RECORD}"
+            raise ConfigError(f"{path}: step {len(steps)} counts {sizes}: {advice}")
         steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(tokens, *shape))
         offset += 4 + size
     if steps:  # all at once: steps of decode have one token each, and there may be many
@@ -89,11 +88,9 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
             return dict(header)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ConfigError(
-        f"{path}: not a slotmoe trace of version 1, whose first line is JSON with format, version,"
-        " layers, n_routed_experts and num_experts_per_tok; record one with slotmoe run MODEL"
-        " PROMPT --trace FILE"
-    )
+    line_1 = f"JSON with format, version, {', '.join(_KEYS)}"
+    problem = f"not a slotmoe trace of version 1, whose first line is {line_1}"
+    raise ConfigError(f"{path}: {problem}; record one with {_RECORD}")
 
 
 def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
@@ -102,8 +99,7 @@ def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> No
     wrong = (ranked[:, :, -1] >= experts) | repeated
     if wrong.any():
         token, row = np.argwhere(wrong)[0]
-        raise ConfigError(
-            f"{path}: token {token} chose experts {tokens[token, row].tolist()} in layer"
-            f" {header['layers'][row]}, expected {tokens.shape[2]} different ones below {experts};"
-            " the file is damaged, record it again"
-        )
+        chosen = f"{tokens[token, row].tolist()} in layer {header['layers'][row]}"
+        expected = f"expected {tokens.shape[2]} different ones below {experts}"
+        problem = f"token {token} chose experts {chosen}, {expected}"
+        raise ConfigError(f"{path}: {problem}; the file is damaged, record it again")

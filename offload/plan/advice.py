@@ -16,25 +16,15 @@ from slotmoe import model as model_package
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config, read_config
-from slotmoe.offload.plan.memory import (
-    CUDA_IMPORT_BYTES,
-    IMPORT_BYTES,
-    Plan,
-    Sizes,
-    by_tier,
-    format_size,
-    make_plan,
-    predicted_components,
-    sizes_of,
-)
+from slotmoe.offload.plan import memory
+from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting, Speed
 from slotmoe.offload.policy.hybrid import choose_mode
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in GiB, and the bandwidths of its memory and of its PCIe link in practice,
-    in bytes a second."""
+    """A GPU: its memory in GiB, and bandwidths of memory and PCIe link in bytes a second."""
 
     gibibytes: int
     bandwidth: float
@@ -75,10 +65,8 @@ def gpu_named(name: str) -> Gpu:
         return GPUS[key]
     near = get_close_matches(key, GPUS, 1, cutoff=0.3)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(
-        f"GPU {name!r:.40} is unknown; {hint}known are {', '.join(GPUS)}; "
-        "or give --vram and --gpu-bandwidth"
-    )
+    known = f"known are {', '.join(GPUS)}; or give --vram and --gpu-bandwidth"
+    raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
 
 
 def geometry_path(geometry: str) -> Path:
@@ -88,9 +76,8 @@ def geometry_path(geometry: str) -> Path:
     names["sample"] = package / "sample" / "config.json"
     path = names.get(geometry, Path(geometry))
     if not path.is_file():
-        raise ConfigError(
-            f"{geometry}: no such geometry; give {', '.join(names)} or the path of a config.json"
-        )
+        advice = f"give {', '.join(names)} or the path of a config.json"
+        raise ConfigError(f"{geometry}: no such geometry; {advice}")
     return path
 
 
@@ -107,8 +94,7 @@ class Model:
 
     @classmethod
     def read(cls, name: str) -> Model:
-        """The model of a geometry's name, a config file, a checkpoint folder or an export.  Raises
-        ``ConfigError``."""
+        """A geometry's name, config file, checkpoint folder or export.  Raises ``ConfigError``."""
         folder = Path(name)
         if not folder.is_dir():
             return cls(name, read_config(geometry_path(name)))
@@ -124,9 +110,8 @@ class Model:
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
             return cls(name, config, resident, sum(sizes), random_weights)
         except (KeyError, TypeError, ValueError):
-            raise ConfigError(
-                f"{path}: is not a complete export's manifest; quantize again"
-            ) from None
+            problem = "is not a complete export's manifest; quantize again"
+            raise ConfigError(f"{path}: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -144,10 +129,8 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
     unless it takes half of the fast tier.  Raises ``PlanError``."""
     if model.resident is not None:
         if wanted not in ("auto", model.resident):
-            raise PlanError(
-                f"{model.name}: its resident weights are {model.resident}; "
-                f"quantize again for --resident {wanted}"
-            )
+            problem = f"its resident weights are {model.resident}"
+            raise PlanError(f"{model.name}: {problem}; quantize again for --resident {wanted}")
         return model.resident, "as in the export"
     if wanted != "auto":
         return wanted, "as asked"
@@ -179,13 +162,13 @@ class Scenario:
     def plan(self) -> Plan:
         """Raises ``PlanError`` for slots that can't serve one token."""
         machine, gpu = self.machine, self.machine.vram is not None
-        return make_plan(
+        return memory.make_plan(
             self.model.config,
             self.sizes,
             tier="vram" if gpu else "ram",
             budget=machine.vram or machine.ram,
             context=self.context,
-            runtime_bytes=CUDA_IMPORT_BYTES if gpu else IMPORT_BYTES,
+            runtime_bytes=memory.CUDA_IMPORT_BYTES if gpu else memory.IMPORT_BYTES,
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
             kernels="triton" if gpu else "native",
@@ -202,19 +185,10 @@ class Scenario:
 
     def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
         """The speed of a plan that fits."""
-        machine, config = self.machine, self.model.config
-        misses = choose_mode(
-            self.misses, machine.bandwidths, self.sizes.record_bytes, config.num_experts_per_tok
-        )
-        setting = Setting(
-            config,
-            self.sizes,
-            self.plan,
-            machine.bandwidths,
-            machine.threads,
-            self.model.random_weights,
-            misses,
-        )
+        machine, config, sizes = self.machine, self.model.config, self.sizes
+        rates, is_random = machine.bandwidths, self.model.random_weights
+        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
+        setting = Setting(config, sizes, self.plan, rates, machine.threads, is_random, misses)
         return setting.predict(prompt_tokens, new_tokens)
 
     def ways_out(self) -> list[str]:
@@ -237,9 +211,8 @@ class Scenario:
             ways.append("--device cpu: RAM alone is enough")
         ways += self._smaller_model()
         budgets = {"ram": plan.host_budget, plan.tier: plan.budget}
-        raised = [
-            f"--{tier} {_rounded_up(budgets[tier] + n)}" for tier, n in plan.shortfall.items()
-        ]
+        needs = {tier: budgets[tier] + missing for tier, missing in plan.shortfall.items()}
+        raised = [f"--{tier} {_rounded_up(size)}" for tier, size in needs.items()]
         return [*ways, " and ".join(raised)][:3]
 
     def _smaller_model(self) -> list[str]:
@@ -255,12 +228,12 @@ class Scenario:
     def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """All of it under the names that ``slotmoe plan --json`` gives."""
         plan, machine, config = self.plan, self.machine, self.model.config
-        components = {name: {plan.tier: size} for name, size in plan.components.items()}
-        for name, size in plan.host.items():
-            components.setdefault(name, {})["ram"] = size
+        components = memory.by_name(plan, plan.components)
         experts = len(config.moe_layers) * config.n_routed_experts
         components["all experts"] = {"disk": experts * plan.record_bytes}
         gpu, rates = machine.vram is not None, machine.bandwidths
+        tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
+        peak = memory.predicted_components(plan, prompt_tokens, new_tokens)
         report: dict[str, Any] = {
             "model": self.model.name,
             "fits": self.fits,
@@ -275,10 +248,10 @@ class Scenario:
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
                 tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
-                for tier in ("ram", "disk", *(("gpu", "pcie") if gpu else ()))
+                for tier in tiers
             },
             "largest_context": self.largest_context(),
-            "predicted_peak": by_tier(predicted_components(plan, prompt_tokens, new_tokens)),
+            "predicted_peak": by_tier(peak),
             "ways_out": self.ways_out(),
             "settings": {
                 "prompt_tokens": prompt_tokens,

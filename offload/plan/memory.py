@@ -7,6 +7,7 @@ latent KV cache, slots and scratch, and ``ram`` the process itself and a host ti
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from slotmoe.errors import PlanError
@@ -30,8 +31,7 @@ for _power, _letter in enumerate("KMGT", 1):
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes already.
-    Raises ``PlanError``."""
+    """Bytes of ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes.  Raises ``PlanError``."""
     quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
     if isinstance(text, int) and not isinstance(text, bool):
         size: float = text
@@ -66,18 +66,16 @@ class Sizes:
 
 def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
-    components: dict[str, int] = {}
-    touched = 0
+    components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
-        component = component_of(name)
         size = resident_bytes(role_of(name), shape, resident)
-        components[component] = components.get(component, 0) + size
+        components[component_of(name)] += size
         if config.tie_word_embeddings or name != EMBEDDING:
             touched += size
     if predictor_bytes:
         components["predictor"] = predictor_bytes
     record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size)
-    return Sizes(components, touched, record)
+    return Sizes(dict(components), touched, record)
 
 
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
@@ -168,15 +166,15 @@ def _prefill_chunk(config: Config, context: int, room: int) -> int:
 @dataclass(frozen=True)
 class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
-    ``slots`` experts stay there and ``transit`` more are on their way in or being used once.  With
-    a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_transit`` more
+    ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
+    a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
     are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens.
     ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
     plan works."""
 
     components: dict[str, int]
     slots: int
-    transit: int
+    staging: int
     record_bytes: int
     budget: int
     tier: str
@@ -184,7 +182,7 @@ class Plan:
     prefill_chunk: int = PREFILL_CHUNK
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
-    host_transit: int = 0
+    host_staging: int = 0
     host_budget: int = 0
     shortfall: dict[str, int] = field(default_factory=dict)
 
@@ -193,8 +191,7 @@ class Plan:
         return sum(self.components.values())
 
     def check(self) -> Plan:
-        """The plan itself; raises ``PlanError`` with the shortfall if not even one token's experts
-        fit."""
+        """The plan itself; raises ``PlanError`` if not even one token's experts fit."""
         for tier, missing in self.shortfall.items():
             fast = tier == self.tier
             components = self.components if fast else self.host
@@ -233,10 +230,8 @@ def make_plan(
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
-        raise PlanError(
-            f"{slots} expert slots are too few: one token uses {top_k} experts of a layer at once, "
-            f"give at least {top_k}"
-        )
+        reason = f"one token uses {top_k} experts of a layer at once, give at least {top_k}"
+        raise PlanError(f"{slots} expert slots are too few: {reason}")
     runtime = runtime_bytes + runtime_growth(config, sum(sizes.resident.values()))
     components = {
         **sizes.resident,
@@ -251,44 +246,35 @@ def make_plan(
         chunk = _prefill_chunk(config, context, room)
         scratch = scratch_bytes(config, chunk)
     room = (budget - fixed - scratch) // record
-    count, transit = _divide(room, slots, everything, top_k)
+    count, staging = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
     if count < least:
-        count, transit = least, top_k
+        count, staging = least, top_k
     components |= {
         "prefill scratch": scratch,
         "expert slots": count * record,
-        "read buffers": min(transit, everything - count) * record,
+        "read buffers": min(staging, everything - count) * record,
     }
     missing = max(0, sum(components.values()) - budget)
     shortfall = {tier: missing} if missing else {}
     plan = Plan(
-        components, count, transit, record, budget, tier, context, chunk, shortfall=shortfall
+        components, count, staging, record, budget, tier, context, chunk, shortfall=shortfall
     )
     if host_budget is None:
         return plan
     most = everything if count < everything else 0
-    return _with_host(plan, runtime, host_budget, transit + max(top_k, LENT), most)
+    return _with_host(plan, runtime, host_budget, staging + max(top_k, LENT), most)
 
 
-def _with_host(plan: Plan, runtime: int, budget: int, transit: int, most: int) -> Plan:
+def _with_host(plan: Plan, runtime: int, budget: int, staging: int, most: int) -> Plan:
     """The plan of a GPU's memory with RAM below it: at most ``most`` experts stay there."""
-    room = (budget - runtime) // plan.record_bytes - transit
-    slots = max(0, min(room, most))
-    host = {
-        "runtime": runtime,
-        "expert slots": slots * plan.record_bytes,
-        "read buffers": transit * plan.record_bytes,
-    }
+    room = (budget - runtime) // plan.record_bytes - staging
+    slots, record = max(0, min(room, most)), plan.record_bytes
+    host = {"runtime": runtime, "expert slots": slots * record, "read buffers": staging * record}
     missing = max(0, sum(host.values()) - budget)
-    return replace(
-        plan,
-        host=host,
-        host_slots=slots,
-        host_transit=transit,
-        host_budget=budget,
-        shortfall=plan.shortfall | ({"ram": missing} if missing else {}),
-    )
+    shortfall = plan.shortfall | ({"ram": missing} if missing else {})
+    plan = replace(plan, host_slots=slots, host_staging=staging, host_budget=budget)
+    return replace(plan, host=host, shortfall=shortfall)
 
 
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
@@ -301,8 +287,8 @@ def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[
     wanted = everything if slots is None else min(slots, everything)
     if room >= everything and wanted == everything:
         return everything, 4 * top_k
-    transit = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
-    return min(wanted, room - transit), transit
+    staging = min(4 * top_k, max(top_k, room // 8 if wanted == everything else room - wanted))
+    return min(wanted, room - staging), staging
 
 
 def predicted_components(
@@ -317,6 +303,11 @@ def predicted_components(
         kv: plan.components[kv] * reached // plan.context,
         scratch: plan.components[scratch] * chunk // plan.prefill_chunk,
     }
+    return by_name(plan, sizes)
+
+
+def by_name(plan: Plan, sizes: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes of ``sizes`` on the plan's tier and of what the host holds."""
     components = {name: {plan.tier: size} for name, size in sizes.items()}
     for name, size in plan.host.items():
         components.setdefault(name, {})["ram"] = size
@@ -325,8 +316,7 @@ def predicted_components(
 
 def by_tier(components: dict[str, dict[str, int]]) -> dict[str, int]:
     """Tier -> bytes of all components."""
-    total: dict[str, int] = {}
+    total = Counter[str]()
     for parts in components.values():
-        for tier, size in parts.items():
-            total[tier] = total.get(tier, 0) + size
-    return total
+        total.update(parts)
+    return dict(total)

@@ -58,23 +58,20 @@ class Bandwidths:
 
 
 def stored_bandwidths(path: Path) -> Bandwidths:
-    """What ``store_bandwidths`` wrote to ``path``; assumptions where there is none.  Raises
-    ``ConfigError``."""
+    """What ``store_bandwidths`` wrote to ``path``, or assumptions.  Raises ``ConfigError``."""
     if not path.is_file():
         return Bandwidths()
-    found = read_json(path, 1 << 16)
-    values = {name: found.get(name) for name in MEASURED}
+    stored = read_json(path, 1 << 16)
+    values = {name: stored.get(name) for name in MEASURED}
     known = [value for value in values.values() if value is not None]
     if not all(isinstance(value, int | float) and 0 < value < 1e15 for value in known):
-        raise ConfigError(
-            f"{path}: is not what slotmoe bench --calibrate writes; delete it or run that again"
-        )
-    return Bandwidths().updated(f"measured on {str(found.get('date'))[:10]}", **values)
+        problem = "is not what slotmoe bench --calibrate writes; delete it or run that again"
+        raise ConfigError(f"{path}: {problem}")
+    return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
 
 
 def store_bandwidths(path: Path, **values: float) -> None:
-    """Keep measured figures for later: those of ``Bandwidths`` that ``MEASURED`` names.  What is
-    not measured now is forgotten."""
+    """Store measured figures, named as in ``MEASURED``; those not given are forgotten."""
     assert set(values) <= set(MEASURED)
     known = {**values, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +107,7 @@ class Speed:
 
 
 def text_hits(share: float) -> float:
-    """Hit rate to expect on text with ``share`` of the experts in slots, by interpolation of
-    ``TEXT_HITS``."""
+    """Hit rate on text with ``share`` of the experts in slots: ``TEXT_HITS``, interpolated."""
     after = min(max(1, bisect_left(TEXT_HITS, (share, 0.0))), len(TEXT_HITS) - 1)
     (x0, y0), (x1, y1) = TEXT_HITS[after - 1], TEXT_HITS[after]
     return y0 + (y1 - y0) * (min(share, 1.0) - x0) / (x1 - x0)
@@ -177,8 +173,7 @@ class Setting:
         return seconds | {"GPU memory": touched / rates.gpu / GPU_SHARE} | computed[self.misses]
 
     def _prefill(self, tokens: int) -> float | None:
-        """Tokens a second of a prompt: each pass brings each expert that it needs once.  On a GPU
-        computing is not counted."""
+        """Tokens a second of a prompt: each pass loads its experts once; GPU computing is free."""
         c, rates, plan = self.config, self.bandwidths, self.plan
         uses = len(c.moe_layers) * c.num_experts_per_tok
         work = self.sizes.touched + uses * 3 * c.hidden_size * c.moe_intermediate_size

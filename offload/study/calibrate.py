@@ -69,10 +69,8 @@ def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:
     tokens = [tokenizer.encode(read_text(path), add_bos=False) for path in texts]
     count = sum(map(len, tokens))
     if count < MIN_TOKENS:
-        raise ConfigError(
-            f"{', '.join(map(str, texts))}: {count} tokens of text, calibration needs {MIN_TOKENS}"
-            " or more (100,000 do well)"
-        )
+        needed = f"calibration needs {MIN_TOKENS} or more (100,000 do well)"
+        raise ConfigError(f"{', '.join(map(str, texts))}: {count} tokens of text, {needed}")
     return tokens
 
 
@@ -85,8 +83,7 @@ def split(ids: list[int], tokenizer: Tokenizer, width: int) -> list[list[int]]:
 
 
 class Samples:
-    """What the predictor sees of T tokens, scaled to mean square 1, float16, and what the gates
-    chose."""
+    """The predictor's input of T tokens, float16 of mean square 1, and the gates' choices."""
 
     def __init__(self, config: Config, tokens: int):
         D, L = config.hidden_size, len(config.moe_layers)
@@ -102,61 +99,45 @@ class Samples:
         return 2 * ((L + 1) * config.hidden_size + L * config.num_experts_per_tok)
 
 
-def _read(
-    runtime: Runtime, window: list[int], on_route: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read a window as a sequence of its own; yields the embeddings and last hidden states of each
-    of its chunks, [T, D].  Before, ``on_route(layer, x_TD, indices_TK)`` gets each MoE layer's
-    input and choices.  No other function here reaches into the runtime."""
-    model, sequence = runtime.model, runtime.sequences[0]
-    sequence.rewind(0)
-
-    def listen(route: Route) -> None:
-        assert route.x_TD is not None
-        on_route(runtime.config.moe_layers[route.row], route.x_TD, torch.tensor(route.indices))
-
-    stop_listening = model.quantized("calibrate").on_route(listen, inputs=True)
-    try:
-        for start in range(0, len(window), PREFILL_CHUNK):
-            ids = window[start : start + PREFILL_CHUNK]
-            for hidden_TD in sequence.run(ids):
-                ids_T = torch.tensor(ids, device=runtime.device)
-                yield model.backend.embed(ids_T, model.network.embed_tokens), hidden_TD
-    finally:
-        stop_listening()
-
-
 def record(
     runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
 ) -> Samples:
-    """Read each window as a sequence of its own and watch; its first token, before which nothing
-    was, is no sample. ``advance(samples)`` is called after each."""
-    config = runtime.config
-    samples = Samples(config, _count(windows))
-    rows = {layer: row for row, layer in enumerate(config.moe_layers)}
+    """Read each window as a sequence of its own and record it; its first token, before which
+    nothing was, is no sample.  ``advance(samples)`` is called after each."""
+    model, sequence = runtime.model, runtime.sequences[0]
+    samples = Samples(runtime.config, _count(windows))
     done, skip = 0, 0
 
-    def on_route(layer: int, x_TD: Tensor, indices_TK: Tensor) -> None:
-        row, place = rows[layer], slice(done, done + len(x_TD) - skip)
-        if row + 1 < len(rows):
-            samples.inputs[row, place] = rms(x_TD[skip:]).to(samples.inputs)
-        samples.used[place, row] = indices_TK[skip:].to(samples.used)
+    def on_route(route: Route) -> None:
+        assert route.x_TD is not None
+        span = slice(done, done + len(route.x_TD) - skip)
+        if route.row < len(samples.inputs):
+            samples.inputs[route.row, span] = rms(route.x_TD[skip:]).to(samples.inputs)
+        samples.used[span, route.row] = torch.tensor(route.indices)[skip:].to(samples.used)
 
-    for window in windows:
-        skip, last_1D = 1, None
-        for embedding_TD, hidden_TD in _read(runtime, window, on_route):
-            before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
-            token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
-            samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
-            done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
-        if advance is not None:
-            advance(len(window) - 1)
+    stop_listening = model.quantized("calibrate").on_route(on_route, inputs=True)
+    try:
+        for window in windows:
+            sequence.rewind(0)
+            skip, last_1D = 1, None
+            for start in range(0, len(window), PREFILL_CHUNK):
+                ids = window[start : start + PREFILL_CHUNK]
+                (hidden_TD,) = sequence.run(ids)
+                ids_T = torch.tensor(ids, device=runtime.device)
+                embedding_TD = model.backend.embed(ids_T, model.network.embed_tokens)
+                before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
+                token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
+                samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
+                done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
+            if advance is not None:
+                advance(len(window) - 1)
+    finally:
+        stop_listening()
     return samples
 
 
 def recall(scores_TRE: Tensor, used_TRK: Tensor, guesses: Sequence[int]) -> list[float]:
-    """Share of the used experts that are among the n with the best scores, averaged over tokens and
-    rows, for each n."""
+    """Share of the used experts among the n best scores, over all tokens and rows, for each n."""
     named = torch.zeros(scores_TRE.shape, dtype=torch.bool).scatter_(-1, used_TRK.long(), True)
     hits = named.gather(-1, scores_TRE.topk(max(guesses), dim=-1).indices)
     return [hits[..., :n].sum().item() / used_TRK.numel() for n in guesses]
@@ -343,8 +324,8 @@ def calibrate(
         shares = measure(Predictor(tensors, K, TorchOps()), samples, guesses)
     write_predictor(folder, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    report = {"tokens": tokens, "held_back": kept_back, "guesses": guesses, "recall": shares}
-    return {**report, "bytes": size}
+    counts = {"tokens": tokens, "held_back": kept_back}
+    return {**counts, "guesses": guesses, "recall": shares, "bytes": size}
 
 
 def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:

@@ -57,14 +57,12 @@ class Text:
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
-        """Raises ``ConfigError`` for a file that can't be read, is no UTF-8, is empty or has less
-        than two tokens."""
+        """Raises ``ConfigError`` as ``read_text`` does, and for fewer than two tokens."""
         text = read_text(path)
         ids, ends = tokenizer.encode_with_ends(text)
         if len(ids) < 2:
-            raise ConfigError(
-                f"{path}: has {len(ids)} token, evaluation needs 2 or more; give a longer text"
-            )
+            needed = "evaluation needs 2 or more; give a longer text"
+            raise ConfigError(f"{path}: has {len(ids)} token, {needed}")
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         # UTF-8 up to each character.
         width = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
@@ -100,34 +98,27 @@ def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
 
 
 def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
-    """The windows of a text.  ``stride`` None is as long as possible.  Raises ``ConfigError`` for
-    sizes that can't work."""
+    """The windows of a text.  ``stride`` None: as long as possible.  Raises ``ConfigError``."""
     if method == "llama.cpp":
         if stride is not None:
-            raise ConfigError(
-                "--stride goes with --method strided; llama.cpp's windows follow each other"
-            )
+            problem = "llama.cpp's windows follow each other"
+            raise ConfigError(f"--stride goes with --method strided; {problem}")
         if window < 3:
-            raise ConfigError(
-                f"--window is {window}, expected at least 3: llama.cpp scores its second half"
-            )
+            expected = "expected at least 3: llama.cpp scores its second half"
+            raise ConfigError(f"--window is {window}, {expected}")
         windows = list(like_llama_cpp(text, window))
         if not windows:
-            raise ConfigError(
-                f"{text.path}: has {len(text.ids)} tokens, less than one window of {window}, and"
-                " llama.cpp's method scores whole windows: lower --window, or leave out --method"
-            )
+            size = f"{len(text.ids)} tokens, less than one window of {window}"
+            why = "llama.cpp's method scores whole windows: lower --window, or leave out --method"
+            raise ConfigError(f"{text.path}: has {size}, and {why}")
         return windows
     longest = window - 1  # the beginning token, or else the window's first, is not scored
     if longest < 1:
-        raise ConfigError(
-            f"--window is {window}, expected at least 2: a token to predict, and one before it"
-        )
+        expected = "expected at least 2: a token to predict, and one before it"
+        raise ConfigError(f"--window is {window}, {expected}")
     if stride is not None and not 1 <= stride <= longest:
-        raise ConfigError(
-            f"--stride is {stride}, expected 1 to {longest} for windows of {window}: no token may"
-            " be left out"
-        )
+        expected = f"expected 1 to {longest} for windows of {window}: no token may be left out"
+        raise ConfigError(f"--stride is {stride}, {expected}")
     return list(strided(text, window, stride or longest))
 
 
@@ -165,8 +156,7 @@ def _likelihood(prefix: str, nll: float, totals: Totals) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """A running evaluation of ``runtime``, beside ``reference`` if there is one.  ``files`` and
-    ``worst`` hold what is done."""
+    """A running evaluation of ``runtime``, compared with ``reference`` if there is one."""
 
     runtime: Runtime
     reference: Runtime | None = None
@@ -211,9 +201,8 @@ class Evaluation:
             part.agreed = int(agreed_R.sum())
             self._remember(text, at, kl_R, log_q_RV, log_p_RV)
         if not math.isfinite(part.nll + part.reference_nll + part.divergence):
-            raise CheckpointError(
-                "the model or its reference computed NaN or infinite logits; its weights are broken"
-            )
+            problem = "the model or its reference computed NaN or infinite logits"
+            raise CheckpointError(f"{problem}; its weights are broken")
         totals.add(part)
         return stop
 
@@ -224,7 +213,7 @@ class Evaluation:
         decode = self.runtime.tokenizer.decode
         for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
             kl, index = kl_R[row].item(), at + row
-            if len(self._worst) == self.keep and kl <= self._worst[0][0]:
+            if len(self._worst) == self.keep and kl <= self._worst[-1][0]:
                 break
             token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
@@ -239,9 +228,7 @@ class Evaluation:
                 "reference_top": decode([int(log_p_V.argmax())]),
             }
             order = -sum(totals.tokens for totals in self.files.values()) - row
-            heapq.heappush(self._worst, (kl, order, entry))
-            if len(self._worst) > self.keep:
-                heapq.heappop(self._worst)
+            self._worst = heapq.nlargest(self.keep, [*self._worst, (kl, order, entry)])
 
     def report(self) -> dict[str, Any]:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
@@ -254,8 +241,7 @@ class Evaluation:
                 files.append({"file": str(path), **totals.report(compared)})
         report = {**total.report(compared), "files": files}
         if compared:
-            worst = sorted(self._worst, key=lambda item: -item[0])
-            report["worst_tokens"] = [entry for _, _, entry in worst]
+            report["worst_tokens"] = [entry for _, _, entry in self._worst]
         return report
 
 
@@ -266,20 +252,14 @@ def check_same_vocabulary(
     texts: Sequence[Text],
     others: Sequence[Text],
 ) -> None:
-    """Raise ``ConfigError`` unless model and reference have as many vocabulary rows and read the
-    texts as the same tokens."""
-    advice = (
-        "divergence compares probabilities of the same tokens: give the checkpoint that the model"
-        " was made of"
-    )
+    """Raise ``ConfigError`` unless both have the same vocabulary size and tokens of the texts."""
+    problem = ""
     if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"{reference}: the reference has {sizes[1]} vocabulary rows and {model} has {sizes[0]};"
-            f" {advice}"
-        )
+        problem = f"has {sizes[1]} vocabulary rows and {model} has {sizes[0]}"
     for text, other in zip(texts, others, strict=True):
-        if (text.ids, text.begin) != (other.ids, other.begin):
-            raise ConfigError(
-                f"{reference}: the reference's tokenizer reads {text.path} as other tokens than"
-                f" that of {model}; {advice}"
-            )
+        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
+            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
+    if problem:
+        why = "divergence compares probabilities of the same tokens"
+        advice = f"{why}: give the checkpoint that the model was made of"
+        raise ConfigError(f"{reference}: the reference {problem}; {advice}")

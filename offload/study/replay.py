@@ -20,8 +20,7 @@ Choices = list[list[list[int]]]
 
 
 def gate_choices(steps: Sequence[np.ndarray], experts: int) -> Choices:
-    """Expert ids, as ``slotmoe.offload.policy.cache`` counts them, of a trace's steps (expert
-    indices [T, MoE layers, K])."""
+    """Expert ids of a trace's steps (expert indices [T, MoE layers, K])."""
     choices: Choices = []
     for step in steps:
         choices += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
@@ -40,8 +39,7 @@ def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
 
 
 def optimum(choices: Choices, slots: int) -> int:
-    """Hits of the best policy with bypass, which knows the future and evicts what is used last
-    (Belady, 1966)."""
+    """Hits of the best policy with bypass, which evicts what is used last (Belady, 1966)."""
     uses = [expert for token in choices for chosen in token for expert in chosen]
     following, next_use = [0] * len(uses), dict[int, int]()
     for time in range(len(uses) - 1, -1, -1):

@@ -107,7 +107,7 @@ def test_slots_get_what_is_left():
     plan = plan_of(config, 5 * GIB)
     assert 0 <= plan.budget - plan.total < size
     assert plan.components["expert slots"] == plan.slots * size
-    assert (plan.transit, plan.shortfall) == (4 * 6, {})
+    assert (plan.staging, plan.shortfall) == (4 * 6, {})
     more = plan_of(config, 6 * GIB)
     assert (more.slots - plan.slots) * size == pytest.approx(GIB, rel=0.1)
     whole = plan_of(config, 50 * GIB)

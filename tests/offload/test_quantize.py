@@ -201,7 +201,7 @@ def test_killed_before_the_last_rename_has_nothing_to_do_again(
     source, wanted, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
+        patch.setattr("slotmoe.offload.ingest.output_dir.publish", killed)
         with pytest.raises(Stop):
             quantize(source, tmp_path / "export")
     seen = []
@@ -213,7 +213,7 @@ def test_killed_before_the_last_rename_has_nothing_to_do_again(
 @pytest.mark.parametrize("name", [RESIDENT, layer_file(2), "config.json"])
 def test_lost_before_the_last_rename(name, source, wanted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
+        patch.setattr("slotmoe.offload.ingest.output_dir.publish", killed)
         with pytest.raises(Stop):
             quantize(source, tmp_path / "export")
     (tmp_path / "export.partial" / name).unlink()
@@ -235,7 +235,7 @@ def test_half_written_leftovers_are_not_published(
     name, share, source, wanted, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("slotmoe.offload.ingest.quantize.publish", killed)
+        patch.setattr("slotmoe.offload.ingest.output_dir.publish", killed)
         with pytest.raises(Stop):
             quantize(source, tmp_path / "export", workers=1, progress=stop_at(share))
     (tmp_path / "export.partial" / name).write_text("half")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from slotmoe.errors import PlanError
-from slotmoe.model.answer import Answer
-from slotmoe.model.generate import Sampling
+from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.offload.scheduler import Batch, Job, QueueFullError
 

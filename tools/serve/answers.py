@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.responses import StreamingResponse
 
-from slotmoe.model.answer import Answer, Piece
+from slotmoe.model.generate import Answer, Delta
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.function_calling import ContentDelta, Reader
@@ -51,7 +51,7 @@ class Answers:
         scored: bool = False,
     ):
         self.service, self._loop = service, asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._pieces: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self.jobs: list[Job] = []
         if scored:
             _check_scores(service, prompts, options)
@@ -86,8 +86,8 @@ class Answers:
             refusal.headers = {"retry-after": str(service.batch.retry_after)}
             raise refusal from None
 
-    def _emitter(self, index: int) -> Callable[[Piece], None]:
-        def emit(piece: Piece) -> None:
+    def _emitter(self, index: int) -> Callable[[Delta], None]:
+        def emit(piece: Delta) -> None:
             if piece.finish is not None:
                 self.service.observe(self.jobs[index])
             try:
@@ -102,7 +102,7 @@ class Answers:
         for job in self.jobs:
             job.cancelled = True
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, Delta]]:
         """(index of the answer, piece) as they are made, until all have ended.  Raises
         ``RefusedError`` if the model failed."""
         running = len(self.jobs)
@@ -114,11 +114,11 @@ class Answers:
             running -= piece.finish is not None
             yield index, piece
 
-    async def whole(self, request: Request) -> list[list[Piece]]:
+    async def whole(self, request: Request) -> list[list[Delta]]:
         """All pieces of each answer; if the client leaves before, the answers end."""
 
-        async def collect() -> list[list[Piece]]:
-            pieces: list[list[Piece]] = [[] for _ in self.jobs]
+        async def collect() -> list[list[Delta]]:
+            pieces: list[list[Delta]] = [[] for _ in self.jobs]
             async for index, piece in self.pieces():
                 pieces[index].append(piece)
             return pieces
@@ -138,13 +138,13 @@ class Answers:
             watch.cancel()
             whole.cancel()
 
-    def content(self, index: int, *pieces: Piece) -> list[ContentDelta]:
+    def content(self, index: int, *pieces: Delta) -> list[ContentDelta]:
         """The text and tool calls that ``pieces`` add to an answer."""
         reader = self._readers[index]
         deltas = [delta for piece in pieces for delta in reader.feed(piece.text)]
         return deltas + (reader.end() if pieces[-1].finish is not None else [])
 
-    def finish_reason(self, index: int, piece: Piece) -> str | None:
+    def finish_reason(self, index: int, piece: Delta) -> str | None:
         """In OpenAI's words; None where the answer goes on."""
         if piece.finish == "stop" and self._readers[index].calls:
             return "tool_calls"

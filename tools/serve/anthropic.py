@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from slotmoe.model.answer import Piece
+from slotmoe.model.generate import Delta
 from slotmoe.tools.serve import requests, responses
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
@@ -157,7 +157,7 @@ def _usage(answers: Answers) -> dict[str, int]:
     }
 
 
-def _stop(answers: Answers, piece: Piece) -> Json:
+def _stop(answers: Answers, piece: Delta) -> Json:
     if piece.stopped_by is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": piece.stopped_by}
     reason = _STOP_REASONS[answers.finish_reason(0, piece) or "stop"]

@@ -28,7 +28,7 @@ _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separato
 
 
 class Mask:
-    """``slotmoe.model.answer.Grammar`` of one answer; V is the size of the tokenizer."""
+    """``slotmoe.model.generate.Grammar`` of one answer; V is the size of the tokenizer."""
 
     def __init__(self, matcher: LLMatcher, size: int):
         self._matcher, self._size = matcher, size

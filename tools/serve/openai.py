@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from slotmoe.model.answer import Made, Piece
+from slotmoe.model.generate import Delta, Token
 from slotmoe.tools.serve import responses
 from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
@@ -100,7 +100,7 @@ class ChatChoices:
         begin = {"role": "assistant", "content": ""}
         self.first = [self._chunk(index, begin) for index in range(len(answers.jobs))]
 
-    def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
+    def chunks(self, index: int, piece: Delta) -> Iterator[Json]:
         deltas = [_delta(d) for d in self._answers.content(index, piece) if not d.complete]
         if piece.tokens and not deltas and self._has_logprobs:
             deltas = [{"content": ""}]
@@ -111,7 +111,7 @@ class ChatChoices:
         if piece.finish is not None:
             yield self._chunk(index, {}, finish=self._answers.finish_reason(index, piece))
 
-    def whole(self, index: int, pieces: list[Piece]) -> Json:
+    def whole(self, index: int, pieces: list[Delta]) -> Json:
         text, calls = collect(self._answers.content(index, *pieces))
         content = text if text or not calls else None
         message: Json = {"role": "assistant", "content": content, "refusal": None}
@@ -125,12 +125,12 @@ class ChatChoices:
         }
 
     def _chunk(
-        self, index: int, delta: Json, tokens: list[Made] | None = None, finish: str | None = None
+        self, index: int, delta: Json, tokens: list[Token] | None = None, finish: str | None = None
     ) -> Json:
         logprobs = self._logprobs(tokens) if tokens else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, tokens: list[Made]) -> Json | None:
+    def _logprobs(self, tokens: list[Token]) -> Json | None:
         if not self._has_logprobs:
             return None
         content = []
@@ -171,23 +171,23 @@ class TextChoices:
         self._offsets = [0] * len(answers.jobs)  # characters of the tokens so far
         self.first: list[Json] = []
 
-    def chunks(self, index: int, piece: Piece) -> Iterator[Json]:
+    def chunks(self, index: int, piece: Delta) -> Iterator[Json]:
         if index in self._echoes:
             scored = self._answers.jobs[index].answer.read
             yield self._choice(index, self._echoes.pop(index), scored, None)
         finish = self._answers.finish_reason(index, piece)
         yield self._choice(index, piece.text, list(piece.tokens), finish)
 
-    def whole(self, index: int, pieces: list[Piece]) -> Json:
+    def whole(self, index: int, pieces: list[Delta]) -> Json:
         text = self._echoes.get(index, "") + "".join(piece.text for piece in pieces)
         tokens = self._answers.jobs[index].answer.read + _tokens(pieces)
         return self._choice(index, text, tokens, self._answers.finish_reason(index, pieces[-1]))
 
-    def _choice(self, index: int, text: str, tokens: list[Made], finish: str | None) -> Json:
+    def _choice(self, index: int, text: str, tokens: list[Token], finish: str | None) -> Json:
         logprobs = self._logprobs(index, tokens) if self._has_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, index: int, tokens: list[Made]) -> Json:
+    def _logprobs(self, index: int, tokens: list[Token]) -> Json:
         decode = self._answers.service.tokenizer.decode
         offsets, likeliest = list[int](), list[dict[str, float] | None]()
         for token in tokens:
@@ -203,5 +203,5 @@ class TextChoices:
         }
 
 
-def _tokens(pieces: list[Piece]) -> list[Made]:
+def _tokens(pieces: list[Delta]) -> list[Token]:
     return [token for piece in pieces for token in piece.tokens]
