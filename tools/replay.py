@@ -1,7 +1,5 @@
 """``slotmoe replay``: hit rate against cache size for every policy, from recorded routing."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -58,8 +56,7 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
 
 
 def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, Any]:
-    """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
-    of the optimum's, both as ``by_trace`` and as their mean."""
+    """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size."""
     from slotmoe.offload.study.replay import gate_choices, sweep
 
     opened, geometry = _read(traces)

@@ -1,7 +1,5 @@
 """``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, and a page to talk to it."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import resource
