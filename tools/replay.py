@@ -141,7 +141,7 @@ def _draw(report: dict[str, Any], output: Path) -> None:
             style = {"color": "black", "linestyle": "--"}
         shares = [100 * point["slots"] / experts for point in points]
         hits = [100 * point["hit_rate"] for point in points]
-        axes.plot(shares, hits, "o-", markersize=4, label=policy, **style)
+        axes.plot(shares, hits, marker="o", markersize=4, label=policy, **style)
     tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
     axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
     axes.set(xlim=(0, 101), ylim=(0, 101))
