@@ -1,7 +1,4 @@
-"""Entry point of ``slotmoe``.  Heavy imports (torch) happen inside the command that needs them, so
-help is instant."""
-
-from __future__ import annotations
+"""Entry point of ``slotmoe``.  Commands are imported when they are called, so help is instant."""
 
 import importlib
 import signal
@@ -29,8 +26,8 @@ _COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group that imports a subcommand, ``command`` of the module of its name in ``package``, when
-    it is called.  ``helps`` maps names to the lines of ``--help``."""
+    """Imports a subcommand, ``command`` of the module of its name in ``package``, when it is
+    called.  ``helps`` maps names to the lines of ``--help``."""
 
     def __init__(self, package: str, helps: dict[str, str], **options: Any):
         settings = {"help_option_names": ["-h", "--help"], "show_default": True}

@@ -1,7 +1,5 @@
 """Options that several commands share: where the model runs and within which budget."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +65,7 @@ _RUNTIME: list[Decorator] = [
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling``
 _TRACE_HELP = "Record which experts were used, for later replay."
 _TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
@@ -103,8 +102,7 @@ chat_options = _adding([*_sampling(1024, temperature=0.3, top_p=0.95), _TRACE])
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "chat")
-    return {name: options.pop(name) for name in names}
+    return {name: options.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
 
 
 def require_extra(extra: str, *modules: str) -> None:

@@ -1,7 +1,4 @@
-"""``slotmoe plan``: what goes where and how fast it will be, by arithmetic, before a byte is
-downloaded."""
-
-from __future__ import annotations
+"""``slotmoe plan``: what goes where and how fast it will be, before a byte is downloaded."""
 
 import json
 import sys
@@ -57,14 +54,11 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     if context is None:
         context = min(4096, limit)
     if not 1 <= context <= limit:
-        raise PlanError(
-            f"context {context} is outside 1 to {limit}, the model's max_position_embeddings"
-        )
+        allowed = f"1 to {limit}, the model's max_position_embeddings"
+        raise PlanError(f"context {context} is outside {allowed}")
     if prompt_tokens >= context:
-        raise PlanError(
-            f"a prompt of {prompt_tokens} tokens does not fit the context of {context}: "
-            "raise --context or lower --prompt-tokens"
-        )
+        problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
+        raise PlanError(f"{problem}: raise --context or lower --prompt-tokens")
     resident, why = choose_precision(planned, target, options["resident"])
     scenario = Scenario(planned, target, resident, context, options["slots"], options["misses"])
     report = scenario.report(prompt_tokens, new_tokens)
@@ -80,17 +74,15 @@ def _model(name: str, revision: str | None) -> Model:
 
 
 def _hub_config(repo: str, revision: str) -> Path:
-    """The config of a model on the hub, from huggingface_hub's cache where it is there already.
-    Raises ``ConfigError`` or ``DownloadError``."""
+    """The config of a model on the hub, or in huggingface_hub's cache.  Raises ``ConfigError`` or
+    ``DownloadError``."""
     from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(repo, "config.json", revision=revision))
     except errors.LocalEntryNotFoundError:
-        raise DownloadError(
-            f"{repo}: the hub can't be reached and its config.json is not in "
-            "huggingface_hub's cache"
-        ) from None
+        problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
+        raise DownloadError(f"{repo}: {problem}") from None
     except Exception:
         # Imports torch, for the few who have an error to be told.
         from slotmoe.offload.ingest.repository import hub_errors
@@ -119,14 +111,11 @@ def _machine(options: dict[str, Any]) -> Machine:
         free = None if gpu is not None else machine.free_gpu_memory()
         vram = gpu.budget if gpu is not None else free and int(free * 0.9)
         if vram is None and options["device"] == "cuda":
-            raise PlanError(
-                "--device cuda: no GPU is found on this machine; give --gpu NAME or --vram SIZE"
-            )
+            advice = "give --gpu NAME or --vram SIZE"
+            raise PlanError(f"--device cuda: no GPU is found on this machine; {advice}")
     if vram is None and options["misses"] != "auto":
-        raise PlanError(
-            f"--misses {options['misses']} is given and no GPU is planned for, "
-            "without which the CPU computes everything: drop it"
-        )
+        problem = "no GPU is planned for, without which the CPU computes everything"
+        raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
     threads = options["threads"] or psutil.cpu_count(logical=False) or 1
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
@@ -149,16 +138,14 @@ def _print(report: dict[str, Any]) -> None:
     table.add_column("", footer="total")
     for tier in tiers:
         table.add_column(_NAMES[tier], justify="right", footer=format_size(total[tier]))
-    rows = {name: parts for name, parts in report["components"].items() if any(parts.values())}
-    for name, parts in (rows | {"budget": report["budget"]}).items():
+    for name, sizes in (report["components"] | {"budget": report["budget"]}).items():
         if name == "budget":
             table.add_section()
-        table.add_row(name, *(format_size(parts[t]) if parts.get(t) else "" for t in tiers))
+        if any(sizes.values()):
+            table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
-    console.print(
-        f"Resident weights are {resident['precision']}: {resident['why']}.", highlight=False
-    )
-    lines = _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
+    lines = [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:
         console.print(line, highlight=False)

@@ -1,9 +1,8 @@
 """Progress bars for everything that takes over two seconds, on stderr, and only on a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -12,7 +11,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -22,15 +20,10 @@ Update = Callable[[int, int], None]
 
 def _bars(*columns: ProgressColumn, quiet: bool) -> Progress:
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-        refresh_per_second=2,  # drawing takes time from the model
-    )
+    # Drawing takes time from the model.
+    settings: Any = {"refresh_per_second": 2, "disable": quiet or not console.is_terminal}
+    after = (*columns, TimeRemainingColumn())
+    return Progress("{task.description}", BarColumn(), *after, console=console, **settings)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -149,16 +147,12 @@ def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[
 
 def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict[str, Any]:
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    experts = sum(size for name, size in sizes.items() if name.startswith("experts/"))
+    report = {"export": str(destination), "bytes": sum(sizes.values()), "expert_bytes": experts}
+    report |= {"resident_bytes": sizes["resident.safetensors"], "seconds": seconds}
     quantization = manifest["quantization"]
-    return {
-        "export": str(destination),
-        "bytes": sum(sizes.values()),
-        "expert_bytes": sum(sizes[name] for name in sizes if name.startswith("experts/")),
-        "resident_bytes": sizes["resident.safetensors"],
-        "seconds": seconds,
-        "quantization": quantization["resident"],
-        **{name: quantization["report"][name] for name in ("bits_per_weight", "families")},
-    }
+    cost = {name: quantization["report"][name] for name in ("bits_per_weight", "families")}
+    return {**report, "quantization": quantization["resident"], **cost}
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """``slotmoe replay``: hit rate against cache size for every policy, from recorded routing."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -58,8 +56,7 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
 
 
 def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, Any]:
-    """One JSON-able object: ``results`` has, for each policy and size, the hit rate and its share
-    of the optimum's, both as ``by_trace`` and as their mean."""
+    """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size."""
     from slotmoe.offload.study.replay import gate_choices, sweep
 
     opened, geometry = _read(traces)
@@ -144,7 +141,7 @@ def _draw(report: dict[str, Any], output: Path) -> None:
             style = {"color": "black", "linestyle": "--"}
         shares = [100 * point["slots"] / experts for point in points]
         hits = [100 * point["hit_rate"] for point in points]
-        axes.plot(shares, hits, "o-", markersize=4, label=policy, **style)
+        axes.plot(shares, hits, marker="o", markersize=4, label=policy, **style)
     tokens, runs = sum(trace["tokens"] for trace in report["traces"]), len(report["traces"])
     axes.set(xlabel="experts that have a slot (%)", ylabel="hits (% of the gates' choices)")
     axes.set(xlim=(0, 101), ylim=(0, 101))

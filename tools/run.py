@@ -1,9 +1,8 @@
 """``slotmoe run``: a prompt in, its continuation out."""
 
-from __future__ import annotations
-
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,7 +24,7 @@ from slotmoe.tools.options import (
 @generation_options
 @runtime_options
 @JSON
-def command(model: str, prompt: str, trace: str | None, as_json: bool, **options: Any) -> None:
+def command(model: str, prompt: str, trace: Path | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
     MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like
@@ -54,16 +53,14 @@ def command(model: str, prompt: str, trace: str | None, as_json: bool, **options
                 print(summary(runtime.stats()), file=sys.stderr)
             raise
         stats = runtime.stats()
-        if as_json:
-            report = {
-                "text": "".join(token.text for token in tokens),
-                "ids": [token.id for token in tokens],
-                "logprobs": [token.logprob for token in tokens],
-            }
-            print(json.dumps({**report, **_speeds(stats), **stats}))
-        else:
+        if not as_json:
             print(flush=True)
             print(summary(stats), file=sys.stderr)
+        else:
+            report: dict[str, Any] = {"text": "".join(token.text for token in tokens)}
+            report["ids"] = [token.id for token in tokens]
+            report["logprobs"] = [token.logprob for token in tokens]
+            print(json.dumps({**report, **_speeds(stats), **stats}))
 
 
 def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
@@ -75,23 +72,22 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 
 
 def summary(stats: dict[str, Any]) -> str:
-    """One line: the device and why it was taken, speeds, hits, bytes read and memory, from
-    ``Runtime.stats``."""
-    parts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
+    """One line for a person about what ``Runtime.stats`` gives."""
+    facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind, speed in zip(("prefill", "decode"), _speeds(stats).values(), strict=True):
         if speed is not None:
             count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
-            parts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
+            facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"
         if cache["misses"] and "prefetch" in stats:
             ahead = cache["already_coming"] / cache["misses"]
             read += f", {ahead:.0%} of the missing ones ahead of the gate"
-        parts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
+        facts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     peak = memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"]
     used = f"{memory['tier']} peak {format_size(peak)} of {format_size(memory['budget'])}"
     if "beside_vram" in memory:
         beside = format_size(memory["beside_vram"])
         used += f" and {beside} of the CUDA context and other programs"
-    return f"[{'; '.join([*parts, used])}]"
+    return f"[{'; '.join([*facts, used])}]"

@@ -1,7 +1,5 @@
 """``slotmoe synth``: an export with random weights, to try a machine before a long download."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """``slotmoe verify``: compare every checksum of an export."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -37,10 +35,8 @@ def command(export: Path, as_json: bool) -> int:
 
     started = time.perf_counter()
     if not (export / MANIFEST).exists():
-        raise ExportError(
-            f"{export}: holds no {MANIFEST}, so it is no finished export "
-            "(slotmoe quantize SRC DST makes one)"
-        )
+        problem = f"holds no {MANIFEST}, so it is no finished export"
+        raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
     manifest: dict[str, Any] = {"files": {}}
     try:
         manifest = read_manifest(export)
@@ -52,14 +48,10 @@ def command(export: Path, as_json: bool) -> int:
         {"file": name, "problem": problem, "advice": _advice(name, export, manifest)}
         for name, problem in damaged.items()
     ]
-    report = {
-        "export": str(export),
-        "ok": not bad,
-        "files": len(manifest["files"]),
-        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "seconds": time.perf_counter() - started,
-        "bad": bad,
-    }
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    seconds = time.perf_counter() - started
+    report = {"export": str(export), "ok": not bad, "files": len(manifest["files"])}
+    report |= {"bytes": size, "seconds": seconds, "bad": bad}
     if as_json:
         print(json.dumps(report))
         return int(bool(bad))
@@ -70,8 +62,7 @@ def command(export: Path, as_json: bool) -> int:
         files += MANIFEST in damaged
         print(f"slotmoe: {len(bad)} of {files} files are bad", file=sys.stderr)
         return 1
-    size = format_size(report["bytes"])
-    print(f"{export}: all {files} files are right ({size} in {report['seconds']:.1f} s)")
+    print(f"{export}: all {files} files are right ({format_size(size)} in {seconds:.1f} s)")
     return 0
 
 
@@ -80,18 +71,12 @@ def _advice(name: str, export: Path, manifest: dict[str, Any]) -> str:
 
     source = manifest.get("source")
     if name == MANIFEST:
-        return (
-            "without it nothing can be checked: "
-            f"make the export again with slotmoe quantize SRC {export} --overwrite"
-        )
+        advice = f"make the export again with slotmoe quantize SRC {export} --overwrite"
+        return f"without it nothing can be checked: {advice}"
     if is_predictor(name):
         return f"train it again: slotmoe quantize SRC {export} --calibrate TEXT"
     if not isinstance(source, dict) or not source.get("files"):
-        return (
-            "these are random weights: "
-            f"make them again with slotmoe synth GEOMETRY {export} --overwrite"
-        )
-    return (
-        f"slotmoe quantize SRC {export} makes it again, and no other file; "
-        f"SRC is {str(source.get('name'))[:80]}, its folder or hub id"
-    )
+        advice = f"make them again with slotmoe synth GEOMETRY {export} --overwrite"
+        return f"these are random weights: {advice}"
+    advice = f"slotmoe quantize SRC {export} makes it again, and no other file"
+    return f"{advice}; SRC is {str(source.get('name'))[:80]}, its folder or hub id"

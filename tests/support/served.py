@@ -28,8 +28,8 @@ PROMPTS = [
 
 FAILING = """
 import sys
-from slotmoe.offload.runtime import Runtime
-Runtime.append = lambda *_: 1 / 0
+from slotmoe.offload.runtime import Sequence
+Sequence.append = lambda *_: 1 / 0
 from slotmoe.tools.cli import main
 main(sys.argv[1:])
 """

@@ -1,11 +1,11 @@
 """Commands whose libraries are extras say which extra is missing."""
 
-import importlib.util
 import sys
 
 import pytest
 
 from slotmoe.errors import ConfigError
+from slotmoe.tools import options
 from slotmoe.tools.cli import main
 from slotmoe.tools.options import require_extra
 
@@ -13,12 +13,10 @@ from slotmoe.tools.options import require_extra
 @pytest.fixture
 def hide(monkeypatch):
     """Make modules look as if they were not installed."""
-    find_spec = importlib.util.find_spec
+    find_spec = options.find_spec
 
     def make(*names):
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: None if name in names else find_spec(name)
-        )
+        monkeypatch.setattr(options, "find_spec", lambda n: None if n in names else find_spec(n))
 
     return make
 

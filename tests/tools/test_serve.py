@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
+from slotmoe.offload.runtime import Sequence
 from slotmoe.tools.cli import cli
 from tests.support.browser import BROWSER, Browser
 from tests.support.served import GREEDY, PROMPTS, USER, Served, start, until
@@ -503,7 +504,7 @@ def test_failed_model_ends_the_server(runtime, monkeypatch):
         monkeypatch.setattr(
             type(server), "should_exit", property(lambda _: False, lambda *_: None), raising=False
         )  # to see /health
-        monkeypatch.setattr(runtime, "append", lambda *_: 1 / 0)
+        monkeypatch.setattr(Sequence, "append", lambda *_: 1 / 0)
         assert served.chat()[0] == 500
         until(lambda: not served.batch.alive)
         assert served.ask("GET", "/health")[0] == 503

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
-from slotmoe.tools.options import chat_options, open_runtime, require_extra, runtime_options
+from slotmoe.tools.options import (
+    SAMPLING,
+    chat_options,
+    open_runtime,
+    require_extra,
+    runtime_options,
+    say,
+)
 
 if TYPE_CHECKING:
     from slotmoe.tools.chat.conversation import Conversation
@@ -19,8 +26,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/reset": "begin anew; the system message stays",
     "/system [TEXT]": "show, or set, how the model should behave; 'off' removes it",
-    "/save [FILE]": "write the conversation as JSON; without FILE to where it was saved or loaded "
-    "last",
+    "/save [FILE]": "write it as JSON; without FILE to where it was saved or loaded last",
     "/load FILE": "go on with a saved conversation",
     "/regenerate": "another answer to your last message (needs a temperature above 0 to differ)",
     "/stats": "speed, expert cache, disk, memory and context",
@@ -60,7 +66,7 @@ class Pipe:
 
     def say(self, text: str) -> None:
         """Print a remark of the program."""
-        click.echo(f"slotmoe: {text}", err=True)
+        say(text)
 
     def fail(self, problem: BaseException) -> None:
         """What was read last could not be done, or was interrupted."""
@@ -76,15 +82,7 @@ Frontend: TypeAlias = "Pipe | Terminal"
 @chat_options
 @runtime_options
 def command(
-    model: str,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    trace: str | None,
-    **options: Any,
+    model: str, system: str | None, max_new_tokens: int, trace: Path | None, **options: Any
 ) -> None:
     """Talk to MODEL, which is what it is for slotmoe run; its tokenizer must have a chat template.
 
@@ -108,7 +106,7 @@ def command(
     from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 
-    sampling = Sampling(temperature, top_p, top_k, seed)
+    sampling = Sampling(**{name: options[name] for name in SAMPLING})
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     with open_runtime(model, options) as runtime:
@@ -133,10 +131,8 @@ def talk(conversation: Conversation, frontend: Frontend) -> None:
     conversation.notify = frontend.say
     while (line := frontend.read()) is not None:
         try:
-            if not line.startswith("/"):
-                frontend.show(conversation.answer(line))
-            elif line.startswith("//"):
-                frontend.show(conversation.answer(line[1:]))
+            if not line.startswith("/") or line.startswith("//"):
+                frontend.show(conversation.answer(line.removeprefix("/")))
             elif line.split()[0] in ("/exit", "/quit"):
                 return
             else:

@@ -70,7 +70,11 @@ class Conversation:
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
         pieces: list[str] = []
         count, complete, chosen = 0, False, self._sampling
-        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, self._next_seed())
+        seed = chosen.seed
+        if seed is not None:
+            seed = (seed + self._answers) % (1 << 63)
+        self._answers += 1
+        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, seed)
 
         def texts() -> Iterator[str]:
             nonlocal count
@@ -105,15 +109,13 @@ class Conversation:
         self.exchanges, self.forgotten, self.file, self._before = [], 0, None, None
 
     def set_system(self, text: str | None) -> None:
-        """Another system message, or none, from the next answer on.  Raises ``ConfigError`` if the
-        chat template refuses it."""
+        """Another system message, or none.  Raises ``ConfigError`` if the template refuses it."""
         self._ids(text, [], "Hello")
         self.system = text
 
     def save(self, path: Path) -> None:
-        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that is
-        impossible, or if ``path`` exists and holds something else than an earlier state of this
-        conversation."""
+        """Write all messages as JSON, whole or not at all.  Raises ``ConfigError`` if that fails,
+        or if ``path`` exists and is not this conversation's file."""
         from slotmoe.quant.export.writer import write_json
 
         path = path.expanduser().resolve()
@@ -126,8 +128,7 @@ class Conversation:
         self.file = path
 
     def load(self, path: Path) -> None:
-        """Go on from what ``save`` wrote.  Raises ``ConfigError`` naming the file and the key;
-        nothing has changed then."""
+        """Go on from what ``save`` wrote.  Raises ``ConfigError`` and changes nothing then."""
         path = path.expanduser().resolve()
         system, exchanges = _parse(path, read_json(path, _MAX_FILE_BYTES))
         self._ids(system, exchanges, "Hello")
@@ -135,29 +136,27 @@ class Conversation:
         self.system, self.exchanges, self.file = system, exchanges, path
 
     def status(self) -> str:
-        """One line: progress of reading or speed and hit rate of the latest answer, memory against
-        budget, context used."""
-        stats, before, parts = self.runtime.stats(), self._before, list[str]()
+        """One line about the latest answer, memory and context."""
+        stats, before, facts = self.runtime.stats(), self._before, list[str]()
         position = self.runtime.position if before is not None else 0
         if before is not None:
             if position < self._prompt_tokens:
-                parts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
+                facts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
             tokens, seconds, hits, misses = (
                 stats[group][name] - before[group][name] for group, name in _COUNTS
             )
             if tokens:
-                parts.append(f"{tokens / seconds:.1f} tokens/s")
+                facts.append(f"{tokens / seconds:.1f} tokens/s")
             if hits or misses:
-                parts.append(f"{hits / (hits + misses):.0%} hits")
+                facts.append(f"{hits / (hits + misses):.0%} hits")
         memory = stats["memory"]
         used = memory["peak_vram"] if memory["tier"] == "vram" else memory["peak_rss"]
-        parts.append(f"{memory['tier']} {format_size(used)} of {format_size(memory['budget'])}")
-        parts.append(f"context {position:,} of {self.runtime.context:,}")
-        return " · ".join(parts)
+        facts.append(f"{memory['tier']} {format_size(used)} of {format_size(memory['budget'])}")
+        facts.append(f"context {position:,} of {self.runtime.context:,}")
+        return " · ".join(facts)
 
     def _fit(self, exchanges: list[Exchange], message: str) -> list[int]:
-        """Token ids of ``message`` after the system's and as many of the newest ``exchanges`` as
-        leave room for an answer."""
+        """Token ids of ``message`` after the system's and the newest ``exchanges`` that fit."""
         context = self.runtime.context
         room = min(self._max_new_tokens, context // 4)
         sent, dropped = exchanges[self.forgotten :], 0
@@ -176,11 +175,10 @@ class Conversation:
                     break
             ids = without(dropped)
         if len(ids) + room > context:
-            raise PlanError(
-                f"the message has {len(ids)} tokens together with the system message, and "
-                f"{context - room} fit: the context holds {context}, of which {room} are for the "
-                "answer; shorten the message, or start with a larger --context"
-            )
+            problem = f"the message has {len(ids)} tokens together with the system message, and "
+            problem += f"{context - room} fit: the context holds {context}, of which {room} are for"
+            advice = "shorten the message, or start with a larger --context"
+            raise PlanError(f"{problem} the answer; {advice}")
         if dropped:
             self.forgotten += dropped
             oldest = "exchange is" if dropped == 1 else f"{dropped} exchanges are"
@@ -192,11 +190,6 @@ class Conversation:
         tokenizer = self.runtime.tokenizer
         messages = [*_messages(system, exchanges), {"role": "user", "content": message}]
         return tokenizer.encode(tokenizer.chat(messages))
-
-    def _next_seed(self) -> int | None:
-        seed = self._sampling.seed
-        self._answers += 1
-        return None if seed is None else (seed + self._answers - 1) % (1 << 63)
 
 
 def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, str]]:
@@ -233,8 +226,7 @@ def _parse(path: Path, saved: dict[str, Any]) -> tuple[str | None, list[Exchange
 
 
 def trimmed(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text without whitespace at its ends, each part as soon as it is known to belong to
-    it."""
+    """The same text without whitespace at its ends, as early as possible."""
     waiting, begun = "", False
     for piece in pieces:
         text = waiting + piece if begun else piece.lstrip()

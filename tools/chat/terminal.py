@@ -1,7 +1,4 @@
-"""``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown that appear while
-they are generated."""
-
-from __future__ import annotations
+"""``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown."""
 
 import contextlib
 import re
@@ -26,36 +23,26 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+Status = Callable[[], str]
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _PAUSE = 30  # times as long as a drawing took passes until the next one
 _PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
 class Terminal:
-    """Reads messages and shows answers, with the methods of ``Pipe``.  ``status`` gives the line
-    below both."""
+    """Has the methods of ``Pipe``.  ``status`` gives the line below the prompt and an answer."""
 
-    def __init__(
-        self,
-        history: Path,
-        commands: Sequence[str],
-        status: Callable[[], str],
-        console: Console | None = None,
-    ):
+    def __init__(self, history: Path, commands: Sequence[str], status: Status, console: Any = None):
         self._console, self._status = console or Console(), status
         self._line, self._draft = "", ""  # what was read last, and what the next prompt begins with
         self._answered = False  # whether some of the answer to it was shown
         self._view: View | None = None  # of the latest answer
+        editing: Any = {"multiline": True, "enable_open_in_editor": True, "key_bindings": _keys()}
+        completer = WordCompleter(list(commands), sentence=True)
+        completing: Any = {"completer": completer, "complete_while_typing": False}
+        shown: Any = {"prompt_continuation": "  ", "bottom_toolbar": status}
         self._session: PromptSession[str] = PromptSession(
-            "> ",
-            multiline=True,
-            prompt_continuation="  ",
-            history=self._history(history),
-            key_bindings=_keys(),
-            completer=WordCompleter(list(commands), sentence=True),
-            complete_while_typing=False,
-            bottom_toolbar=status,
-            enable_open_in_editor=True,
+            "> ", history=self._history(history), **editing, **completing, **shown
         )
 
     def read(self) -> str | None:
@@ -87,8 +74,7 @@ class Terminal:
         self._console.print(Text(visible(text), style="dim italic"))
 
     def fail(self, problem: BaseException) -> None:
-        """Print the problem; what was read last is offered again, unless some of its answer was
-        shown."""
+        """Print it; the message is offered again unless some of its answer was shown."""
         if isinstance(problem, KeyboardInterrupt):
             self.say("stopped")
         else:
@@ -114,30 +100,18 @@ class _SavedHistory(FileHistory):
 
 
 class View:
-    """An answer on its way: finished Markdown blocks stay on the terminal; the unfinished block and
-    the status line are redrawn below them by ``live``, until it is finished too.  What of it does
-    not fit on the screen meanwhile is its beginning.
+    """An answer on its way: finished Markdown blocks stay on the terminal; ``live`` redraws the end
+    of the unfinished block and the status line below them.  Drawing takes time from the model
+    (highlighting code 0.5 ms a line): the longer it takes the less often it is done.  ``clock``
+    gives seconds."""
 
-    Drawing takes time from the model (highlighting code 0.5 ms a line), so the longer it takes the
-    less often it is done; ``clock`` gives seconds."""
-
-    def __init__(
-        self,
-        console: Console,
-        status: Callable[[], str],
-        clock: Callable[[], float] = time.perf_counter,
-    ):
+    def __init__(self, console: Console, status: Status, clock: Any = time.perf_counter):
         self._console, self._status, self._clock = console, status, clock
         self._block, self._printed = "", False
         self._drawn: list[list[Segment]] = []
         self._next_drawing = 0.0
-        self.live = Live(
-            console=console,
-            get_renderable=self.render,
-            refresh_per_second=4,
-            transient=True,
-            redirect_stdout=False,
-        )
+        drawing: Any = {"refresh_per_second": 4, "transient": True, "redirect_stdout": False}
+        self.live = Live(console=console, get_renderable=self.render, **drawing)
 
     def add(self, text: str) -> None:
         self._block += visible(text)
@@ -193,8 +167,7 @@ def markdown(text: str) -> Markdown:
 
 
 def finished(text: str) -> int:
-    """How many characters of ``text`` are Markdown blocks that no later line can change: all of its
-    whole lines but those of the last block."""
+    """How many characters of ``text`` are Markdown blocks that no later line can change."""
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
     blocks = [token for token in _PARSER.parse("".join(lines)) if token.level == 0]
     starts = [block.map[0] for block in blocks if block.map]
@@ -202,8 +175,7 @@ def finished(text: str) -> int:
 
 
 def visible(text: str) -> str:
-    """``text`` with the codes of all characters that would command the terminal, but for line feeds
-    and tabs."""
+    """``text`` with codes for characters, but line feeds and tabs, that command a terminal."""
     return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
 
 

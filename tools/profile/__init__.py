@@ -1,7 +1,4 @@
-"""``slotmoe profile``: where a run's memory and time go, as a report that opens offline, charts,
-and numbers."""
-
-from __future__ import annotations
+"""``slotmoe profile``: where a run's memory and time go."""
 
 import contextlib
 import json
@@ -16,27 +13,18 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.tools.options import JSON, flag, generation_options, option, runtime_options
+from slotmoe.tools.options import EXISTING, JSON, flag, generation_options, option, runtime_options
+
+_FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
 
 @click.command(name="profile")
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt", required=False)
-@option(
-    "--text",
-    "FILE",
-    "Take the prompt from a UTF-8 file.",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
+@option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING)
 @generation_options
 @runtime_options
-@option(
-    "-o --output",
-    "DIR",
-    "Folder of the report; an earlier report there is replaced.",
-    type=Path,
-    default=Path("slotmoe-profile"),
-)
+@option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
 @flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")
 @flag("--live", "Show the figures in the terminal while the model runs.")
 @JSON
@@ -94,21 +82,18 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _report_folder(folder: Path) -> Iterator[None]:
-    """Make sure before the work that ``folder`` can be written; one made here goes again if nothing
-    came into it."""
-    made = not folder.exists()
+    """Make sure that ``folder`` can be written; a new one is removed if it stays empty."""
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as problem:
-        raise ConfigError(
-            f"{folder}: can't write a report there ({problem.strerror}); "
-            "choose another folder with -o"
-        ) from None
+        reason = f"can't write a report there ({problem.strerror})"
+        raise ConfigError(f"{folder}: {reason}; choose another folder with -o") from None
     try:
         yield
     finally:
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):  # it is not empty, as it should be
                 folder.rmdir()

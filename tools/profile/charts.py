@@ -1,10 +1,5 @@
-"""The charts of ``slotmoe profile``.
-
-Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart;
-the heat map uses cividis.
-"""
-
-from __future__ import annotations
+"""The charts of ``slotmoe profile``, in colours of Okabe and Ito (the heat map: cividis), which
+people with any kind of colour blindness can tell apart."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -15,7 +10,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.profile.report import Images, compared
 
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
     "#0072B2 #56B4E9 #E69F00 #F0E442 #009E73 #D55E00 #CC79A7 #999999".split()
@@ -40,9 +34,9 @@ _COLOURS = {
 }
 
 
-def draw(report: dict[str, Any]) -> Images:
+def draw(report: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
-    images: Images = {}
+    images: dict[str, tuple[str, bytes]] = {}
 
     def chart(name: str, title: str, fill: Callable[..., None], *arguments: Any) -> None:
         figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
@@ -76,7 +70,7 @@ def draw(report: dict[str, Any]) -> Images:
         chart("expert-use", title, _uses, layers)
         chart("layers", _rates_title(report["cache"]), _rates, layers)
     title = "Memory: the plan beside what was measured at the peak"
-    chart("predicted", title, _predicted, compared(report))
+    chart("predicted", title, _predicted, compared)
     return images
 
 
@@ -92,9 +86,9 @@ def _legend(axes: Axes) -> None:
     axes.legend(handles[::-1], labels[::-1], loc="center left", **style)
 
 
-def _stack(axes: Axes, x: Sequence[float], parts: dict[str, list[float]]) -> None:
-    colours = [_COLOURS[name] for name in parts]
-    axes.stackplot(x, list(parts.values()), labels=list(parts), colors=colours, linewidth=0)
+def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> None:
+    colours = [_COLOURS[name] for name in layers]
+    axes.stackplot(x, list(layers.values()), labels=list(layers), colors=colours, linewidth=0)
     axes.margins(x=0)
 
 
@@ -128,19 +122,16 @@ def _memory(axes: Axes, report: dict[str, Any], tier: str) -> None:
 
 
 def _time(axes: Axes, spent: dict[str, float]) -> None:
-    total, parts = sum(spent.values()), dict(sorted(spent.items(), key=lambda item: item[1]))
-    labels = [f"{ms:.2f} ms, {ms / total:.0%}" for ms in parts.values()]
-    _bars(axes, parts, [_COLOURS[name] for name in parts], labels)
+    total, stages = sum(spent.values()), dict(sorted(spent.items(), key=lambda item: item[1]))
+    labels = [f"{ms:.2f} ms, {ms / total:.0%}" for ms in stages.values()]
+    _bars(axes, stages, [_COLOURS[name] for name in stages], labels)
     axes.set(xlabel="time per token (ms)")
 
 
 def _tokens(axes: Axes, spent: list[dict[str, float]]) -> None:
-    parts = {
-        part: [1000 * token.get(part, 0.0) for token in spent]
-        for part in _COLOURS
-        if any(part in token for token in spent)
-    }
-    _stack(axes, range(1, len(spent) + 1), parts)
+    names = [name for name in _COLOURS if any(name in token for token in spent)]
+    times = {name: [1000 * token.get(name, 0.0) for token in spent] for name in names}
+    _stack(axes, range(1, len(spent) + 1), times)
     axes.set(xlabel="decoded token", ylabel="time (ms)")
     _legend(axes)
 
@@ -191,8 +182,7 @@ def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
 
 
 def _moved(report: dict[str, Any], steps: list[dict[str, int]]) -> dict[str, float]:
-    """MB a decoded token by what gave them: what is read from memory, and what came from the slower
-    tiers, on average."""
+    """MB that a decoded token read from memory and from each slower tier, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
     names = {"host": "RAM to the GPU", "disk": "disk"}
     for tier in report["io"]:

@@ -1,10 +1,8 @@
-"""The measured run: what it reads, what the terminal shows meanwhile, and its figures as one
-JSON-able object, which ``profile.json`` holds."""
-
-from __future__ import annotations
+"""The measured run, and its figures as one JSON-able object, which ``profile.json`` holds."""
 
 import codecs
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +20,7 @@ from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text
+from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.progress import byte_progress, step_progress
 
@@ -76,12 +74,9 @@ def run(
         detach()
         report: dict[str, Any] = {"model": model, "complete": stopped is None}
         report |= measured(runtime, profiler, sampler)
-        report["workload"] = {
-            "prompt": given if isinstance(given, str) else runtime.tokenizer.decode(given),
-            "text": "".join(words),
-            "new_tokens": len(words),
-            "asked_tokens": most,
-        }
+        read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
+        report["workload"] = {"prompt": read, "text": "".join(words)}
+        report["workload"] |= {"new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
     return report, stopped
@@ -90,8 +85,7 @@ def run(
 def _workload(
     runtime: Runtime, prompt: str | None, text: Path | None, max_new_tokens: int, chat: bool
 ) -> str | list[int]:
-    """What to generate from: a text, or the ids of a text file's beginning where the whole would
-    not fit."""
+    """A text, or the ids of a text file's beginning where the whole would not fit."""
     if text is None:
         return DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
     words = _read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
@@ -99,17 +93,12 @@ def _workload(
         return words
     room = runtime.context - max_new_tokens
     if room < 1:
-        raise PlanError(
-            f"-n {max_new_tokens} leaves no room for {text} in a context of {runtime.context} "
-            "positions: lower -n or raise --context"
-        )
+        problem = f"leaves no room for {text} in a context of {runtime.context} positions"
+        raise PlanError(f"-n {max_new_tokens} {problem}: lower -n or raise --context")
     ids = runtime.tokenizer.encode(words)
     if len(ids) > room:
-        click.echo(
-            f"slotmoe: {text}: the first {room} tokens are used, "
-            f"for --context {runtime.context} and -n {max_new_tokens}",
-            err=True,
-        )
+        why = f"for --context {runtime.context} and -n {max_new_tokens}"
+        say(f"{text}: the first {room} tokens are used, {why}")
     return ids[:room]
 
 
@@ -121,11 +110,9 @@ def _read_text(path: Path, limit: int) -> str:
     try:
         words = decoder.decode(data[:limit], final=len(data) <= limit)
     except UnicodeDecodeError as problem:
-        raise ConfigError(
-            f"{path}: not valid UTF-8 text (byte {problem.start} is "
-            f"0x{problem.object[problem.start]:02x}); convert it, for example: "
-            f"iconv -f latin1 -t utf-8 {path} > utf8.txt"
-        ) from None
+        where = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
+        advice = f"convert it, for example: iconv -f latin1 -t utf-8 {path} > utf8.txt"
+        raise ConfigError(f"{path}: not valid UTF-8 text ({where}); {advice}") from None
     if not words:
         raise ConfigError(f"{path}: the text is empty; give a file with at least one character")
     return words
@@ -144,14 +131,13 @@ def _shown(
             yield lambda: None
         return
     if live:
-        click.echo("slotmoe: --live needs a terminal on stderr; running without", err=True)
+        say("--live needs a terminal on stderr; running without")
     with step_progress("Profiling, tokens", total, quiet) as advance:
         yield advance
 
 
 def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
-    """All that fits a terminal, so far: peak, budget, components at the peak, time by part, cache,
-    io, speeds."""
+    """All figures so far that fit a terminal."""
     stats, plan, latest = runtime.stats(), runtime.plan, sampler.latest.total
     peak = {tier: sampler.highest(tier).total[tier] for tier in latest}
     if peak_rss() > sampler.earlier_peak:  # else this process held more before the profile
@@ -161,29 +147,20 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
     components: dict[str, dict[str, int]] = {}
     for tier, most in peak.items():
         sample = sampler.highest(tier)
-        parts = dict(sample.components[tier])
+        sizes = Counter(sample.components[tier])
         # What came and went between two samples was no weight, slot or buffer.
-        unseen = most - sample.total[tier]
-        parts["scratch and rest"] = parts.get("scratch and rest", 0) + unseen
-        for name, size in parts.items():
+        sizes["scratch and rest"] += most - sample.total[tier]
+        for name, size in sizes.items():
             components.setdefault(name, {})[tier] = size
     host = {"ram": sum(plan.host.values())} if plan.host else {}
-    report: dict[str, Any] = {
-        "peak": peak,
-        "latest": latest,
-        "budget": {plan.tier: plan.budget} | host,
-        "components": components,
-        "time": {},
-    }
+    budget = {plan.tier: plan.budget} | host
+    report: dict[str, Any] = {"peak": peak, "latest": latest, "budget": budget}
+    report |= {"components": components, "time": {}}
     for kind in ("prefill", "decode"):
         tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
-        report["time"][kind] = {
-            "tokens": tokens,
-            "seconds": sum(spent.values()),
-            "milliseconds_per_token": {
-                part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens
-            },
-        }
+        each_token = {part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens}
+        times = {"tokens": tokens, "seconds": sum(spent.values())}
+        report["time"][kind] = {**times, "milliseconds_per_token": each_token}
         counted, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
         report[f"{kind}_tokens_per_second"] = counted / seconds if seconds else None
     guesses = list(stats.get("prefetch", {}).values())
@@ -194,8 +171,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
 
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
-    """``figures`` and all series: memory over time, each step, each layer, expert use, predictions
-    and settings."""
+    """``figures`` and all series, predictions and settings."""
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
     report = figures(runtime, profiler, sampler) | {
         "memory": {tier: _series(sampler, tier) for tier in sampler.latest.total},
@@ -203,14 +179,10 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
         "touched_per_token": measure.bytes_per_token(runtime.model, prompt + new // 2),
-        "settings": {
-            "slotmoe": __version__,
-            "device": str(runtime.device),
-            "kernels": runtime.stats()["kernels"],
-            "threads": runtime.threads,
-            "context": runtime.context,
-        },
+        "settings": {"slotmoe": __version__, "device": str(runtime.device)},
     }
+    report["settings"] |= {"kernels": runtime.stats()["kernels"], "threads": runtime.threads}
+    report["settings"]["context"] = runtime.context
     # Last, because measuring takes memory of its own.
     model, export = runtime.model, runtime.model.export
     link = measure.link_bandwidths(model)
@@ -227,17 +199,11 @@ def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
     layers, guesses = [], lookahead.by_layer() if lookahead is not None else []
     for index, layer in enumerate(runtime.config.moe_layers):
         hits, misses = profiler.hits[index], profiler.misses[index]
-        layers.append(
-            {
-                "layer": layer,
-                "hits": hits,
-                "misses": misses,
-                "already_coming": profiler.coming[index],
-                "hit_rate": hits / (hits + misses) if hits + misses else None,
-                "uses": profiler.uses[index],
-                "prefetch": asdict(guesses[index]) if guesses else None,
-            }
-        )
+        counts: dict[str, Any] = {"layer": layer, "hits": hits, "misses": misses}
+        counts["already_coming"] = profiler.coming[index]
+        counts["hit_rate"] = hits / (hits + misses) if hits + misses else None
+        prefetch = asdict(guesses[index]) if guesses else None
+        layers.append(counts | {"uses": profiler.uses[index], "prefetch": prefetch})
     return layers
 
 
@@ -245,10 +211,7 @@ def _series(sampler: MemorySampler, tier: str) -> dict[str, Any]:
     """Memory of one tier as columns: ``seconds``, ``bytes``, and bytes by component."""
     samples = [sample for sample in sampler.samples if tier in sample.total]
     names = dict.fromkeys(name for sample in samples for name in sample.components[tier])
-    return {
-        "seconds": [round(sample.seconds, 3) for sample in samples],
-        "bytes": [sample.total[tier] for sample in samples],
-        "components": {
-            name: [sample.components[tier].get(name, 0) for sample in samples] for name in names
-        },
-    }
+    sizes = {name: [s.components[tier].get(name, 0) for s in samples] for name in names}
+    seconds = [round(sample.seconds, 3) for sample in samples]
+    total = [sample.total[tier] for sample in samples]
+    return {"seconds": seconds, "bytes": total, "components": sizes}

@@ -1,25 +1,21 @@
-"""The report of ``slotmoe profile``: its tables for a terminal, and its folder with charts as PNG,
-``profile.json``, and ``report.html``, which holds all of it."""
-
-from __future__ import annotations
+"""The report of ``slotmoe profile``: tables for a terminal, and a folder of files."""
 
 import base64
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import require_extra
+from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.tables import table
 
-Images = dict[str, tuple[str, bytes]]
 CHARTS = (
     "memory-ram memory-vram time-decode time-prefill tokens expert-use layers bytes predicted"
 ).split()
@@ -35,8 +31,17 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or
     not at all.  Charts of an earlier report that this one does not have are removed.  Without
     matplotlib there are no charts, and a line on stderr names the extra."""
-    images = _images(report)
-    page = _html(report, images)
+    images: dict[str, tuple[str, bytes]] = {}
+    rows = compared(report)
+    try:
+        require_extra("plots", "matplotlib")
+    except ConfigError as problem:
+        say(f"the report has no charts: it {problem}")
+    else:
+        from slotmoe.tools.profile.charts import draw
+
+        images = draw(report, rows)
+    page = _html(report, images, rows)
     for name in CHARTS:
         if name in images:
             _replace(folder / f"{name}.png", images[name][1])
@@ -44,18 +49,6 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
             (folder / f"{name}.png").unlink(missing_ok=True)
     _replace(folder / "profile.json", json.dumps(report).encode())
     _replace(folder / "report.html", page.encode())
-
-
-def _images(report: dict[str, Any]) -> Images:
-    """File name -> (title, PNG)."""
-    try:
-        require_extra("plots", "matplotlib")
-    except ConfigError as problem:
-        click.echo(f"slotmoe: the report has no charts: it {problem}", err=True)
-        return {}
-    from slotmoe.tools.profile.charts import draw
-
-    return draw(report)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -71,44 +64,24 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def _html(report: dict[str, Any], images: Images) -> str:
+def _html(report: dict[str, Any], images: dict[str, tuple[str, bytes]], rows: list[Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.filters["size"] = format_size
-    return environment.get_template("report.html").render(
-        **report,
-        images={
-            name: (title, base64.b64encode(data).decode()) for name, (title, data) in images.items()
-        },
-        compared=compared(report),
-        moments={
-            tier: _moment(report, seconds) for tier, seconds in report["peak_seconds"].items()
-        },
-    )
-
-
-def _moment(report: dict[str, Any], seconds: float) -> str:
-    """What the run was doing at that time."""
-    moment = "while the model was loaded"
-    for number, step in enumerate(report["steps"]):
-        if step["began"] <= seconds:
-            prefill = f"in the prefill of {step['tokens']} tokens"
-            decode = f"while token {number + 1} was generated"
-            moment = prefill if step["kind"] == "prefill" else decode
-    return moment
+    environment.filters |= {"size": format_size, "base64": lambda d: base64.b64encode(d).decode()}
+    template = environment.get_template("report.html")
+    return template.render(**report, images=images, compared=rows)
 
 
 def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of predicted beside measured, in bytes or tokens a second: ``name``, ``unit``,
-    ``predicted``, ``measured``."""
+    """Predicted beside measured, in bytes or tokens a second."""
     rows: list[tuple[str, str, float, float]] = []
     predicted = report["predicted"]
     for tier, peak in report["peak"].items():
-        planned, found = (_by_name(part["components"], tier) for part in (predicted, report))
-        for name in dict.fromkeys([*planned, *found]):
-            rows.append((name, tier, planned.get(name, 0), found.get(name, 0)))
+        plan, actual = (_by_name(figures["components"], tier) for figures in (predicted, report))
+        for name in dict.fromkeys([*plan, *actual]):
+            rows.append((name, tier, plan.get(name, 0), actual.get(name, 0)))
         rows.append((f"all of {tier}", tier, predicted["peak"][tier], peak))
     for kind in ("prefill", "decode"):
         speeds = [part[f"{kind}_tokens_per_second"] for part in (predicted, report)]
@@ -118,22 +91,19 @@ def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _by_name(components: dict[str, dict[str, int]], tier: str) -> dict[str, int]:
-    """Bytes in ``tier`` by component.  Seen from outside, the process and its temporaries are
-    one."""
-    sums: dict[str, int] = {}
+    """Bytes in ``tier`` by component, where the process and its temporaries are together."""
+    sums = Counter[str]()
     for name, sizes in components.items():
-        shown = _TOGETHER.get(name, name)
-        sums[shown] = sums.get(shown, 0) + sizes.get(tier, 0)
+        sums[_TOGETHER.get(name, name)] += sizes.get(tier, 0)
     return {name: size for name, size in sums.items() if size}
 
 
 def overview(report: dict[str, Any]) -> RenderableType:
     """The figures as tables for a terminal."""
-
     tables = []
     for tier, peak in report["peak"].items():
         latest, budget = (format_size(report[name][tier]) for name in ("latest", "budget"))
-        sizes = {name: parts.get(tier, 0) for name, parts in report["components"].items()}
+        sizes = {name: by_tier.get(tier, 0) for name, by_tier in report["components"].items()}
         rows = [(n, format_size(size), f"{size / peak:.0%}") for n, size in sizes.items() if size]
         title = f"{tier}: peak {format_size(peak)}, now {latest}, budget {budget}"
         tables.append(table(("at the peak", "size", "share"), rows, title))
@@ -150,16 +120,15 @@ def overview(report: dict[str, Any]) -> RenderableType:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    """Speeds, hits and bytes in few words."""
-    cache, parts = report["cache"], []
+    cache, facts = report["cache"], []
     for kind in ("prefill", "decode"):
         if speed := report[f"{kind}_tokens_per_second"]:
-            parts.append(f"{kind} {speed:.1f} tokens/s")
+            facts.append(f"{kind} {speed:.1f} tokens/s")
     if cache["hit_rate"] is not None:
-        parts.append(f"{cache['hit_rate']:.1%} hits in {cache['slots']} slots")
+        facts.append(f"{cache['hit_rate']:.1%} hits in {cache['slots']} slots")
     if cache["prefetch_used"]:
         ahead = cache["already_coming"] / cache["misses"]
-        parts.append(f"{ahead:.0%} of the misses on their way when the gate asked")
+        facts.append(f"{ahead:.0%} of the misses on their way when the gate asked")
     for tier, moved in report["io"].items():
-        parts.append(f"{format_size(moved['bytes'])} from {tier} in {moved['seconds']:.1f} s")
-    return parts
+        facts.append(f"{format_size(moved['bytes'])} from {tier} in {moved['seconds']:.1f} s")
+    return facts

@@ -1,7 +1,5 @@
 """``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, and a page to talk to it."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import resource
@@ -36,9 +34,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--port", None, "Port; 0 takes a free one.", type=click.IntRange(0, 65535), default=8000)
 @option("--api-key api_keys", "KEY", _KEYS_HELP, multiple=True)
 @option("--api-key-file", "FILE", "Keys, one a line. [or: $SLOTMOE_API_KEY]")
-@option(
-    "--allow-host hosts", "NAME", "A name by which clients may call; repeatable.", multiple=True
-)
+@option("--allow-host hosts", "NAME", _HOSTS_HELP, multiple=True)
 @option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")

@@ -1,11 +1,10 @@
-"""Between HTTP and the batch: the answers of one request, whole or as a stream of events."""
-
-from __future__ import annotations
+"""The answers to a request, whole or as a stream of events."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -60,18 +59,12 @@ class Answers:
             limit = _limit(service, prompt, options.limit)
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
-                answer = Answer(
-                    prompt,
-                    service.tokenizer,
-                    service.runtime.eos_token_ids,
-                    replace(sampling, seed=seed),
-                    limit,
-                    options.stop,
-                    options.logprobs,
-                    grammar() if grammar is not None else None,
-                    shown,
-                )
-                self.jobs.append(Job(prompt, answer, self._emitter(len(self.jobs)), owner, scored))
+                mask = grammar() if grammar is not None else None
+                model = prompt, service.tokenizer, service.runtime.eos_token_ids
+                ends = replace(sampling, seed=seed), limit, options.stop
+                answer = Answer(*model, *ends, options.logprobs, mask, shown)
+                emit = partial(self._emit, len(self.jobs))
+                self.jobs.append(Job(prompt, answer, emit, owner, scored))
         self._readers = [reader() for _ in self.jobs]
         self._prompt_tokens = sum(map(len, prompts))
         try:
@@ -86,16 +79,13 @@ class Answers:
             refusal.headers = {"retry-after": str(service.batch.retry_after)}
             raise refusal from None
 
-    def _emitter(self, index: int) -> Callable[[Delta], None]:
-        def emit(piece: Delta) -> None:
-            if piece.finish is not None:
-                self.service.observe(self.jobs[index])
-            try:
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
-            except RuntimeError:  # the loop has ended, so nothing reads this any more
-                self.cancel()
-
-        return emit
+    def _emit(self, index: int, piece: Delta) -> None:
+        if piece.finish is not None:
+            self.service.observe(self.jobs[index])
+        try:
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+        except RuntimeError:  # the loop has ended, so nothing reads this any more
+            self.cancel()
 
     def cancel(self) -> None:
         """Nobody wants these answers any more; the batch ends them within one step."""
@@ -103,8 +93,7 @@ class Answers:
             job.cancelled = True
 
     async def pieces(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the answer, piece) as they are made, until all have ended.  Raises
-        ``RefusedError`` if the model failed."""
+        """(index of the answer, piece) as they come.  Raises ``RefusedError`` if it fails."""
         running = len(self.jobs)
         while running:
             index, piece = await self._pieces.get()
@@ -154,12 +143,9 @@ class Answers:
         """Counts of tokens in OpenAI's form."""
         answer_tokens = sum(len(job.answer.ids) for job in self.jobs)
         cached = min(sum(job.reused for job in self.jobs), self._prompt_tokens)
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": answer_tokens,
-            "total_tokens": self._prompt_tokens + answer_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        usage = {"prompt_tokens": self._prompt_tokens, "completion_tokens": answer_tokens}
+        usage["total_tokens"] = self._prompt_tokens + answer_tokens
+        return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answers:
@@ -218,8 +204,7 @@ async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[st
 
 
 def _limit(service: Service, prompt: list[int], limit: int | None) -> int:
-    """The most tokens of an answer to ``prompt``: ``limit``, or what the context has room for, if
-    that is less."""
+    """The most tokens of an answer to ``prompt``."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
     if not prompt:
         raise RefusedError("the prompt is empty", "prompt")

@@ -1,7 +1,5 @@
 """Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The application of ``slotmoe serve``: all routes, and their description."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Refusals, in the error envelope of the API that was called."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ template; that format is used where both are there.  Every other model gets a de
 words and writes tool calls as JSON between two tags.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Generator, Iterator
@@ -38,8 +36,8 @@ Turn: TypeAlias = tuple[PlainMessage | AssistantMessage, list[ToolMessage]]
 
 @dataclass(frozen=True)
 class CallFormat:
-    """Tool calls as text: ``opening``, then ``head NAME middle ARGUMENTS tail`` for each call with
-    ``joint`` between them, then ``closing``."""
+    """Tool calls as text: ``opening``, ``head NAME middle ARGUMENTS tail`` of all calls joined by
+    ``joint``, ``closing``."""
 
     opening: str
     head: str
@@ -191,8 +189,8 @@ def _native_description(functions: list[Function]) -> str:
 
 @dataclass(frozen=True)
 class ContentDelta:
-    """What is added to an answer: text, or, where ``call`` is the index of a tool call, its
-    ``name`` as it begins, text of its arguments, or that it is ``complete``."""
+    """What is added to an answer: text, or to the tool call of index ``call`` its ``name`` as it
+    begins, text of its arguments, or that it is ``complete``."""
 
     text: str = ""
     call: int | None = None

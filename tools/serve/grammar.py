@@ -1,7 +1,5 @@
 """Grammars of answers that follow a JSON schema or call functions, by llguidance."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checks of a raw request before any route sees it, and the end of silent connections."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

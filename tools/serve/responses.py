@@ -1,7 +1,5 @@
 """What the description of the API says about answers, which are plain JSON, and refusals."""
 
-from __future__ import annotations
-
 from types import GenericAlias
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The open model that ``slotmoe serve`` answers with, and its figures."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any
