@@ -24,7 +24,7 @@ from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.quant.backends.base import Records, SlotTable, TorchOps
+from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 
 # Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.
@@ -57,9 +57,9 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class DeviceGroup:
-    """Experts in slots; ``slots_E`` as ``TorchOps.experts`` takes it."""
+    """Experts in slots; ``slots_E`` as ``TorchBackend.experts`` takes it."""
 
-    backend: TorchOps
+    backend: TorchBackend
     records: Any
     slots_E: Tensor
 
@@ -70,7 +70,7 @@ class DeviceGroup:
 class HostCompute:
     """The CPU's part of a step on a GPU: it computes records of the host tier where they lie."""
 
-    def __init__(self, backend: TorchOps, records: Records, host: HostTier, device: Device):
+    def __init__(self, backend: TorchBackend, records: Records, host: HostTier, device: Device):
         self.backend, self.records, self.host, self._device = backend, records, host, device
         self.seconds, self._x_TD = 0.0, torch.empty(0)
         self._indices_TK = torch.empty(0, dtype=torch.int64)
@@ -135,7 +135,7 @@ class Experts:
         layout: RecordLayout,
         levels: Tensor,
         slots: Slots,
-        backend: TorchOps,
+        backend: TorchBackend,
         device: Device,
         lookahead: Lookahead | None,
         warm: Sequence[int],
@@ -426,7 +426,11 @@ class ResidentExperts:
     """Routed experts of an unquantized checkpoint, all in memory: the reference path."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], layers: Sequence[int], experts: int, backend: TorchOps
+        self,
+        weights: Mapping[str, Tensor],
+        layers: Sequence[int],
+        experts: int,
+        backend: TorchBackend,
     ):
         self._records, self._backend = PlainRecords(weights, layers, experts), backend
         self._rows = {layer: row for row, layer in enumerate(layers)}

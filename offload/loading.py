@@ -50,8 +50,8 @@ from slotmoe.offload.tiers.disk import DiskReader, Source
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.memory import Staging
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import Records, TorchOps
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
@@ -117,8 +117,8 @@ class LoadedModel:
     source: Export | Checkpoint
     device: Device
     device_reason: str
-    backend: TorchOps
-    cpu: TorchOps
+    backend: TorchBackend
+    cpu: TorchBackend
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: Source | None = None
@@ -208,7 +208,7 @@ class _Loader:
         if options.quantize:
             self._backend = device.backend(options.kernels, options.threads)
         else:
-            self._backend = TorchOps()
+            self._backend = TorchBackend()
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
@@ -377,7 +377,7 @@ class _Loader:
         disk: DiskReader,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
-    ) -> tuple[Experts, TorchOps]:
+    ) -> tuple[Experts, TorchBackend]:
         """The slots over ``store``, their cache, what reads ahead if that can pay, and the CPU's
         part; and what multiplies on the CPU."""
         options, device, config = self._options, self._device, self._config
@@ -400,7 +400,7 @@ class _Loader:
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, size, top_k)
             split = Split(mode, Costs.of(bandwidths, size), max(top_k, LENT))
-            cpu = pick_ops(torch.device("cpu"), options.kernels, options.threads)
+            cpu = pick_backend(torch.device("cpu"), options.kernels, options.threads)
             records = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, records, store, device)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

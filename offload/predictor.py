@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slotmoe.model.config import Config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
 
@@ -39,7 +39,7 @@ class NextGate:
     out of its output and multiplying the next one's in gives what the next norm would give.
     """
 
-    def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchOps):
+    def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchBackend):
         layers = config.moe_layers
         norms = [weights[layer_tensor(layer, POST_NORM)] for layer in layers]
         self._first_norm = norms[0]
@@ -72,7 +72,7 @@ class Predictor:
         self,
         tensors: Mapping[str, Tensor],
         top_k: int,
-        ops: TorchOps,
+        ops: TorchBackend,
         place: Callable[[str, Any], Any] | None = None,
     ):
         """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k``
@@ -99,7 +99,7 @@ class Predictor:
         cls,
         export: Export,
         top_k: int,
-        ops: TorchOps,
+        ops: TorchBackend,
         place: Callable[[str, Any], Any] | None = None,
     ) -> Predictor | None:
         """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if

@@ -158,7 +158,7 @@ class Runtime:
         of a hub id is a branch, tag or commit.  ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
-        ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_ops``)
+        ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once

@@ -79,7 +79,7 @@ class Totals:
     finished: dict[str, int] = field(default_factory=dict)
 
 
-class Batch:
+class Scheduler:
     """Runs the requests that are submitted, one on each of the runtime's sequences, in a thread of
     its own; ``waiting`` more may queue.
 

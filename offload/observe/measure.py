@@ -19,7 +19,7 @@ from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_component
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.tiers.device import Copy, Device
 from slotmoe.offload.tiers.memory import page_aligned
-from slotmoe.quant.backends.base import Records, TorchOps
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout, layer_file
 from slotmoe.quant.export.reader import Export
 
@@ -91,7 +91,7 @@ def copy_bandwidth(
             device.unpin(memory)
 
 
-def expert_bandwidth(backend: TorchOps, layout: RecordLayout, seconds: float = 0.3) -> float:
+def expert_bandwidth(backend: TorchBackend, layout: RecordLayout, seconds: float = 0.3) -> float:
     """Bytes of records a second at which ``backend`` computes experts, four of them for one token,
     from memory that no cache holds."""
     count = max(8, -(-(128 << 20) // layout.record_bytes)) // 4 * 4

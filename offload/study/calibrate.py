@@ -38,7 +38,7 @@ from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.predictor import NextGate, Predictor, rms
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import predictor_parts
 from slotmoe.quant.export.writer import write_predictor
 
@@ -321,7 +321,7 @@ def calibrate(
         samples = read(runtime, held_back)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
-        shares = measure(Predictor(tensors, K, TorchOps()), samples, guesses)
+        shares = measure(Predictor(tensors, K, TorchBackend()), samples, guesses)
     write_predictor(folder, tensors)
     size = sum(tensor.nbytes for tensor in tensors.values())
     counts = {"tokens": tokens, "held_back": kept_back}

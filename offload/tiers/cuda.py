@@ -23,8 +23,8 @@ from slotmoe.offload.tiers.device import (
     SlotEntries,
 )
 from slotmoe.offload.tiers.memory import Touching
-from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.backends.base import TorchBackend
 
 MIN_CAPABILITY = 7, 0
 
@@ -87,8 +87,8 @@ class CudaDevice:
         if torch.cuda.memory_allocated(self.device) == 0:
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def backend(self, kernels: str, threads: int | None) -> TorchOps:
-        return pick_ops(self.device, kernels, threads)
+    def backend(self, kernels: str, threads: int | None) -> TorchBackend:
+        return pick_backend(self.device, kernels, threads)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

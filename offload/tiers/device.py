@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from slotmoe.offload.tiers.memory import Arena, Touching, in_large_pages
-from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.backends.base import TorchBackend
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -96,8 +96,8 @@ class Device(Protocol):
     tier: str
     queues: bool
 
-    def backend(self, kernels: str, threads: int | None) -> TorchOps:
-        """What multiplies here; ``kernels`` and ``threads`` as for ``pick_ops``."""
+    def backend(self, kernels: str, threads: int | None) -> TorchBackend:
+        """What multiplies here; ``kernels`` and ``threads`` as for ``pick_backend``."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory on the device.  Raises ``torch.OutOfMemoryError``."""
@@ -194,8 +194,8 @@ class CpuDevice:
     device, name, tier, queues = torch.device("cpu"), "cpu", "ram", False
     _done = _Done()
 
-    def backend(self, kernels: str, threads: int | None) -> TorchOps:
-        return pick_ops(self.device, kernels, threads)
+    def backend(self, kernels: str, threads: int | None) -> TorchBackend:
+        return pick_backend(self.device, kernels, threads)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return in_large_pages(shape, dtype)

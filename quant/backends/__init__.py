@@ -10,15 +10,17 @@ import psutil
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.quant.backends.base import TorchOps
-from slotmoe.quant.backends.native import NativeOps
+from slotmoe.quant.backends.base import TorchBackend
+from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
 _TRITON_CAPABILITY = 8, 0
 
 
-def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = None) -> TorchOps:
+def pick_backend(
+    device: torch.device, choice: str = "auto", threads: int | None = None
+) -> TorchBackend:
     """The ops for ``device``: Triton kernels on CUDA, native ones on a CPU where they were built,
     else torch.
 
@@ -32,13 +34,13 @@ def pick_ops(device: torch.device, choice: str = "auto", threads: int | None = N
     native = bindings.load() if choice == "auto" and device.type == "cpu" else None
     if native is None:
         torch.set_num_threads(threads)
-        return TorchOps(torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return TorchBackend(torch.float32 if device.type == "cpu" else torch.bfloat16)
     native.set_threads(threads)
     torch.set_num_threads(1)
-    return NativeOps(native)
+    return NativeBackend(native)
 
 
-def _triton_ops(device: torch.device, required: bool) -> TorchOps:
+def _triton_ops(device: torch.device, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     reason, cuda = "", device.type == "cuda"
     if importlib.util.find_spec("triton") is None:
@@ -48,15 +50,15 @@ def _triton_ops(device: torch.device, required: bool) -> TorchOps:
     elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
         reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
     else:
-        from slotmoe.quant.backends.triton import TritonOps
+        from slotmoe.quant.backends.triton import TritonBackend
 
-        ops = TritonOps(device)
+        ops = TritonBackend(device)
         if cuda or ops.interpreted:
             return ops
         only = "on a CPU they run only under Triton's interpreter, for tests"
         reason = f"{only}: set TRITON_INTERPRET=1"
     if required:
         raise ConfigError(f"kernels triton: {reason}; or use kernels torch")
-    plain = TorchOps(torch.bfloat16)
+    plain = TorchBackend(torch.bfloat16)
     plain.name = f"torch, since {reason}"
     return plain

@@ -1,7 +1,7 @@
 """The one place that knows what a weight is made of and picks who multiplies by it.
 
-``TorchOps`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on
-every device and is the oracle of ``NativeOps``, which computes the same things on a CPU with the
+``TorchBackend`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on
+every device and is the oracle of ``NativeBackend``, which computes the same things on a CPU with the
 kernels of ``slotmoe.quant.kernels.cpu.bindings``. Shape legend: T tokens, N rows out, K columns in,
 D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
 """
@@ -64,7 +64,7 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     return total
 
 
-class TorchOps:
+class TorchBackend:
     """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA."""
 
     kind = name = "torch"
@@ -152,7 +152,7 @@ class TorchOps:
 
     def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
-        return TorchOps.linear(self, latent_BR, kv_b)
+        return TorchBackend.linear(self, latent_BR, kv_b)
 
     def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
         """Elements and dtype of a token's row in the latent cache."""

@@ -1,4 +1,4 @@
-"""``NativeOps``: a CPU with the kernels of ``slotmoe.quant.kernels.cpu``.
+"""``NativeBackend``: a CPU with the kernels of ``slotmoe.quant.kernels.cpu``.
 
 Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
 kv_lora_rank, P qk_rope_head_dim.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slotmoe.quant.backends.base import Empty, Records, TorchOps, new
+from slotmoe.quant.backends.base import Empty, Records, TorchBackend, new
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, Matrix, Mlp, Router
@@ -65,7 +65,7 @@ class NativeDecoder:
         return done.layer, done.x, done.weights, done.indices[-1]
 
 
-class NativeOps(TorchOps):
+class NativeBackend(TorchBackend):
     """Activations are quantized to int8 in blocks of 16 with a float32 scale each.
 
     A row's result never depends on the other rows, the threads or the cache, so decode and prefill

@@ -1,4 +1,4 @@
-"""``TritonOps``: a CUDA device with the kernels of ``slotmoe.quant.kernels.triton``.
+"""``TritonBackend``: a CUDA device with the kernels of ``slotmoe.quant.kernels.triton``.
 
 Kernels for one token are bound by reading the weights and compute in float32.  Kernels for many
 tokens use tensor cores in bfloat16.  Both read weights as they are stored.  With
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.quant.backends.base import Records, TorchOps
+from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraph
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
@@ -36,7 +36,7 @@ _BM, _BN = 64, 64
 _FEW = 16
 
 
-class TritonOps(TorchOps):
+class TritonBackend(TorchBackend):
     """See the module.  ``graph`` captures the graphs of a decode step; with None its kernels are
     launched one by one."""
 

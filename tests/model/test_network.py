@@ -14,8 +14,8 @@ from slotmoe.model.routing import Router, route
 from slotmoe.offload.experts import ResidentExperts
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
-from slotmoe.quant.backends.base import TorchOps, new
-from slotmoe.quant.backends.native import NativeOps
+from slotmoe.quant.backends.base import TorchBackend, new
+from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.nf4 import Nf4Weight
@@ -192,7 +192,7 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
 @pytest.mark.parametrize("overrides", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_several_sequences_in_one_pass_are_bitwise_each_alone(overrides, ops):
     """Sequences of different lengths, some experts in the slot table."""
-    kind = NativeOps if ops == "native" else LayerByLayerOps
+    kind = NativeBackend if ops == "native" else LayerByLayerOps
     network = native_network(overrides, "int8", kind)
     network.experts.in_table = range(1, network.config.n_routed_experts)
     lengths, expected, caches = (3, 17, 1, 30), [], []
@@ -219,14 +219,14 @@ def test_bf16_weights_go_op_by_op():
     assert network.experts.calls == [*network.config.moe_layers] * 2
 
 
-class LayerByLayerOps(NativeOps):
+class LayerByLayerOps(NativeBackend):
     """The native kernels, one operation after the other."""
 
     def decoder(self, geometry, layers):
         return None
 
 
-def native_network(overrides, resident, kind=NativeOps):
+def native_network(overrides, resident, kind=NativeBackend):
     raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
     config, ops, weights = parse_config(raw), kind(kernels.load()), random_weights(raw)
@@ -261,7 +261,7 @@ def reference(tmp_path_factory):
     write_checkpoint(folder, max_position_embeddings=8192, **GEOMETRIES["groups-qlora-yarn"])
     with Checkpoint.open(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-        ops = TorchOps()
+        ops = TorchBackend()
         config = checkpoint.config
         experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, ops)
         network = DeepseekV2(config, weights, ops, experts)
@@ -299,7 +299,7 @@ def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monke
     monkeypatch.setattr(
         network.backend,
         "expand",
-        lambda *a: expanded_calls.append(1) or TorchOps.expand(network.backend, *a),
+        lambda *a: expanded_calls.append(1) or TorchBackend.expand(network.backend, *a),
     )
     expanded = feed(network, cache(256), ids, [200])
     assert len(expanded_calls) > 4

@@ -107,10 +107,10 @@ def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export
 
 def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export):
     from slotmoe.offload.experts import ResidentExperts
-    from slotmoe.quant.backends.base import TorchOps
+    from slotmoe.quant.backends.base import TorchBackend
 
     ids = EXPECTED["prompts"][0]["logits_ids"]
-    weights, ops = rebuild(sample_export), TorchOps()
+    weights, ops = rebuild(sample_export), TorchBackend()
     c = reference.config
     experts = ResidentExperts(weights, c.moe_layers, c.n_routed_experts, ops)
     network, row = DeepseekV2(c, weights, ops, experts), (c.latent_width, torch.float32)

@@ -21,7 +21,7 @@ from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
 from slotmoe.offload.study.calibrate import MIN_TOKENS, calibrate, measure, read_text, record, split
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
@@ -106,7 +106,7 @@ def test_scores_are_the_documented_arithmetic(made):
     with Export.open(made / "calibrated") as export:
         tensors = export.predictor()
         t = {name: tensor.double() for name, tensor in tensors.items()}
-        predictor = Predictor.load(export, K, TorchOps())
+        predictor = Predictor.load(export, K, TorchBackend())
 
     def layers(x, name, row):
         for part in ("in", "out"):
@@ -141,7 +141,7 @@ def test_an_export_without_one_has_none(made):
     with Export.open(made / "plain") as export:
         assert export.predictor() is None
         assert export.predictor_bytes == 0
-        assert Predictor.load(export, K, TorchOps()) is None
+        assert Predictor.load(export, K, TorchBackend()) is None
 
 
 def forged(name, change):
@@ -337,7 +337,7 @@ def test_scores_are_probabilities(made):
     """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
     them nearly as they are."""
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchOps())
+        predictor = Predictor.load(export, K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         samples = record(
             runtime,
@@ -442,7 +442,7 @@ def test_next_gate_is_the_next_layers_gate(made):
         for index, layer in enumerate(network.layers):
             weights[layer_tensor(index, POST_NORM)] = layer.post_attention_layernorm
             weights[layer_tensor(index, GATE)] = layer.gate
-        guess = NextGate(runtime.config, weights, TorchOps())
+        guess = NextGate(runtime.config, weights, TorchBackend())
         h, after = residuals[1].double(), network.layers[2]
         normed = (
             h
@@ -557,7 +557,7 @@ def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
             (predictor, text) for predictor in predictors for text in ("other", "mean")
         ]
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchOps())
+        predictor = Predictor.load(export, K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         ids = runtime.tokenizer.encode(read_text(made / "other"), add_bos=False)
         windows = split(ids, runtime.tokenizer, 256)

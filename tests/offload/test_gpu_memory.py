@@ -15,7 +15,7 @@ from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
-from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -102,7 +102,7 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
     three = replace(config, num_hidden_layers=3)  # a dense one and two with experts
     weights = {name: resident(name, shape, mode) for name, shape in resident_shapes(three).items()}
     layout, peaks = RecordLayout(config.hidden_size, config.moe_intermediate_size), {}
-    backend = pick_ops(META, "triton")
+    backend = pick_backend(META, "triton")
     row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
     for tokens in (1, 16, 128, 170, PREFILL_CHUNK):
         for context in (512, 4096):

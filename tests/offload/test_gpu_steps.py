@@ -16,8 +16,8 @@ from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
-from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.graphs import Captured, CudaGraph
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -170,7 +170,7 @@ def decode(network, ids, cache):
 
 
 def triton_ops(graph=None):
-    backend = pick_ops(DEVICE, "triton")
+    backend = pick_backend(DEVICE, "triton")
     backend.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
@@ -195,7 +195,7 @@ def few_splits():
 def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
     ids = torch.tensor([3, 30], device=DEVICE)
-    reference = make_network(TorchOps(), resident, **overrides)
+    reference = make_network(TorchBackend(), resident, **overrides)
     plain = make_network(triton_ops(), resident, **overrides)
     captured = make_network(triton_ops(Recorded), resident, complete=True, **overrides)
     expected_TD = reference.forward(ids, [cache_of(reference)])

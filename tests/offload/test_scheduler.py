@@ -9,7 +9,7 @@ import torch
 from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.runtime import Runtime, Sequence
-from slotmoe.offload.scheduler import Batch, Job, QueueFullError
+from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
 
 PROMPTS = [
     "My fellow citizens,",
@@ -66,7 +66,7 @@ def tight(sample_export):
 
 @pytest.fixture
 def batch(runtime):
-    batch = Batch(runtime, 8, 4)
+    batch = Scheduler(runtime, 8, 4)
     yield batch
     batch.close()
     assert batch.problem is None
@@ -77,7 +77,7 @@ def test_answers_together_are_token_for_token_those_alone(which, request):
     """Prompts of one token and of more than a shared piece, so that decoding and filling
     interleave."""
     runtime = request.getfixturevalue(which)
-    batch = Batch(runtime, 8, 4)
+    batch = Scheduler(runtime, 8, 4)
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     assert len(long) > 128
     prompts = [*(runtime.tokenizer.encode(one) for one in PROMPTS[:6]), long, [0]]
@@ -149,7 +149,7 @@ def test_answer_ends_where_the_context_does(runtime, batch):
 
 
 def test_closing_ends_answers_with_a_reason(runtime):
-    batch = Batch(runtime, 8, 4)
+    batch = Scheduler(runtime, 8, 4)
     caller = Caller(batch, runtime, [5, 6, 7], 200, at=lambda one: batch.stop())
     assert caller.wait().last.finish == "shutdown"
     batch.close()
@@ -159,7 +159,7 @@ def test_closing_ends_answers_with_a_reason(runtime):
 
 def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):
     ended = threading.Event()
-    batch = Batch(runtime, 8, 4, ended.set)
+    batch = Scheduler(runtime, 8, 4, ended.set)
     monkeypatch.setattr(Sequence, "append", lambda *_: 1 / 0)
     caller = Caller(batch, runtime, [5, 6, 7])
     assert caller.wait().last.finish == "error"

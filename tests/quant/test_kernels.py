@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.quant.backends.native import NativeOps
+from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
@@ -200,6 +200,6 @@ def test_a_missing_or_broken_binary_is_none(tmp_path, monkeypatch):
 
 
 def test_read_bandwidth_and_settings():
-    assert NativeOps(native).read_bandwidth(torch.ones(1 << 22, dtype=torch.uint8)) > 1e8
+    assert NativeBackend(native).read_bandwidth(torch.ones(1 << 22, dtype=torch.uint8)) > 1e8
     assert native.isa in native.isas and native.isas[-1] == "portable"
     assert native.threads >= 1

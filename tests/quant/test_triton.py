@@ -19,8 +19,8 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.config import parse_config
 from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8, nf4
-from slotmoe.quant.backends import pick_ops
-from slotmoe.quant.backends.base import Records, TorchOps, gate_order_sum
+from slotmoe.quant.backends import pick_backend
+from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -68,7 +68,7 @@ def seed():
 
 @pytest.fixture(params=["torch", "triton"])
 def ops(request):
-    return TorchOps() if request.param == "torch" else pick_ops(DEVICE, "triton")
+    return TorchBackend() if request.param == "torch" else pick_backend(DEVICE, "triton")
 
 
 SLOTS = [2, -1, 0, 3, -1, 1]  # of six experts
@@ -98,7 +98,7 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T):
     records, indices_TK = make_records(4, 128, 48), choice(T)
     x_TD = torch.randn(T, 128, device=DEVICE)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
-    plain_TKD = outputs(TorchOps(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
+    plain_TKD = outputs(TorchBackend(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
     exact_TKD, computed = y_TKD.double(), []
     for expert, slot in enumerate(SLOTS):
         uses = (indices_TK == expert).nonzero(as_tuple=True)
@@ -143,7 +143,7 @@ def test_an_expert_output_does_not_depend_on_the_other_tokens(ops, T):
     some = outputs(ops, x_TD[order], records, slots_of(*SLOTS), indices_TK[order])
     # numpy's product, which the interpreter uses, and torch's sum a row differently by where it
     # stands.
-    exact = DEVICE.type == "cuda" and type(ops) is not TorchOps
+    exact = DEVICE.type == "cuda" and type(ops) is not TorchBackend
     assert torch.equal(some, whole[order]) if exact else error(some, whole[order]) < 1e-6
 
 
@@ -190,7 +190,7 @@ KINDS = ["int8", "nf4", torch.bfloat16, torch.float32]
 
 @pytest.fixture(scope="module")
 def triton_ops():
-    return pick_ops(DEVICE, "triton")
+    return pick_backend(DEVICE, "triton")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +207,7 @@ def test_linear_of_one_row_is_exact(triton_ops, kind, N, K):
 def test_linear_of_many_rows_is_no_worse_than_bfloat16(triton_ops, kind, T):
     weight, x_TK = make_weight(kind, 70, 130), torch.randn(T, 130, device=DEVICE)
     exact = x_TK.double() @ dequantize(weight).double().T
-    reference = error(TorchOps(torch.bfloat16).linear(x_TK, weight), exact)
+    reference = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
     assert error(triton_ops.linear(x_TK, weight), exact) <= 1.1 * reference
 
 
@@ -223,7 +223,7 @@ def test_mlp(triton_ops, kind, T):
     exact = (
         torch.nn.functional.silu(x_TD.double() @ wide[0].T) * (x_TD.double() @ wide[1].T)
     ) @ wide[2].T
-    reference = error(TorchOps(torch.bfloat16).mlp(x_TD, gate, up, down), exact)
+    reference = error(TorchBackend(torch.bfloat16).mlp(x_TD, gate, up, down), exact)
     assert error(triton_ops.mlp(x_TD, gate, up, down), exact) <= (
         1e-5 if T == 1 else 1.5 * reference
     )
@@ -250,7 +250,7 @@ def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
 @pytest.mark.parametrize("T", [1, 3])
 def test_absorbed_products(triton_ops, kind, T):
     H, N, V, R = 3, 24, 20, 72
-    kv_b, exact = make_weight(kind, H * (N + V), R), TorchOps()
+    kv_b, exact = make_weight(kind, H * (N + V), R), TorchBackend()
     q_THN, o_THR = torch.randn(T, H, N, device=DEVICE), torch.randn(T, H, R, device=DEVICE)
     expected_THR = exact.absorb_query(q_THN, dequantize(kv_b))
     expected_THV = exact.absorb_value(o_THR, dequantize(kv_b), N)
@@ -378,27 +378,27 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in pick_ops(cuda).name
+    assert "no C compiler" in pick_backend(cuda).name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "below 8.0" in pick_ops(cuda).name
+    assert "below 8.0" in pick_backend(cuda).name
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops = pick_ops(cuda)
+    ops = pick_backend(cuda)
     assert (
-        type(ops) is TorchOps
+        type(ops) is TorchBackend
         and ops.compute == torch.bfloat16
         and ops.name.startswith("torch, since Triton is not installed")
     )
     with pytest.raises(ConfigError, match="Triton is not installed"):
-        pick_ops(cuda, "triton")
+        pick_backend(cuda, "triton")
 
 
 def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():
     code = """
 import torch
-from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends import pick_backend
 from slotmoe.errors import ConfigError
 try:
-    pick_ops(torch.device("cpu"), "triton")
+    pick_backend(torch.device("cpu"), "triton")
 except ConfigError as problem:
     assert "TRITON_INTERPRET=1" in str(problem)
 else:

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from slotmoe.model.layers import Geometry, Layer, Mlp, NoTimer, Step
 from slotmoe.model.routing import Router
 from slotmoe.quant.backends.base import Records, SlotTable
-from slotmoe.quant.backends.triton import TritonOps
+from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -162,7 +162,7 @@ def prefill(backend, make):
 
 if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
-    backend = TritonOps(torch.device("cuda"))
+    backend = TritonBackend(torch.device("cuda"))
     backend.graph = None
     for make in (int8, nf4) if "all" in sys.argv else (int8,):
         decode(backend, make)

@@ -22,7 +22,7 @@ from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.cuda import CudaDevice
 from slotmoe.offload.tiers.device import DeviceMemory
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import TorchBackend
 
 GIB = 1 << 30
 
@@ -84,7 +84,7 @@ class Told:
         super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
 
 
-class TwinOps(Told, TorchOps):
+class TwinBackend(Told, TorchBackend):
     """Plain torch."""
 
 
@@ -132,11 +132,11 @@ class Twin:
 
     def backend(self, kernels, threads):
         if self._triton:
-            from slotmoe.quant.backends.triton import TritonOps
+            from slotmoe.quant.backends.triton import TritonBackend
 
-            ops = type("TwinTriton", (Told, TritonOps), {})(self.device)
+            ops = type("TwinTriton", (Told, TritonBackend), {})(self.device)
         else:
-            ops = TwinOps(torch.float32)
+            ops = TwinBackend(torch.float32)
         ops.twin = self
         return ops
 

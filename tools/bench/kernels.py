@@ -30,7 +30,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.memory import in_large_pages
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant import nf4
-from slotmoe.quant.backends import pick_ops
+from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -51,7 +51,7 @@ class _Bench:
 
     def __init__(self, device: str, rounds: int, gibibytes: float, threads: int | None = None):
         self.config = read_config(geometry_path("v2-lite"))
-        self.ops, self._rounds = pick_ops(torch.device(device), threads=threads), rounds
+        self.ops, self._rounds = pick_backend(torch.device(device), threads=threads), rounds
         self.on_cpu, self._device = device == "cpu", device
         self.rows, self.working_set = list[turns.Row](), int(gibibytes * 2**30)
         self.levels = torch.tensor(nf4.LEVELS, device=device)

@@ -13,7 +13,7 @@ from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import measure, read_text, record, split
-from slotmoe.quant.backends.base import TorchOps
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.bench import turns
 
@@ -22,11 +22,11 @@ def _predictors(folder: Path, config: Config) -> tuple[Predictor | None, NextGat
     """The export's predictor, and the untrained one that applies the next layers' gates."""
     parts = (POST_NORM, GATE)
     with Export.open(folder) as export:
-        trained = Predictor.load(export, config.num_experts_per_tok, TorchOps())
+        trained = Predictor.load(export, config.num_experts_per_tok, TorchBackend())
         names = [layer_tensor(layer, part) for layer in export.layers for part in parts]
         weights = {name: export.resident(name) for name in names}
     plain = {name: w.float() for name, w in weights.items() if isinstance(w, torch.Tensor)}
-    return trained, NextGate(config, plain, TorchOps())
+    return trained, NextGate(config, plain, TorchBackend())
 
 
 @click.command()

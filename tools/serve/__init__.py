@@ -92,10 +92,10 @@ def make_server(
     hosts: Iterable[str] = (),
     max_body: int = 4 << 20,
 ) -> tuple[Any, Any]:
-    """A uvicorn server, to ``run`` on a socket, and its ``Batch``; ``max_body`` is in bytes."""
+    """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes."""
     import uvicorn
 
-    from slotmoe.offload.scheduler import Batch
+    from slotmoe.offload.scheduler import Scheduler
     from slotmoe.tools.serve.app import make_app
     from slotmoe.tools.serve.guard import Connection, Guard
     from slotmoe.tools.serve.service import Service
@@ -112,7 +112,7 @@ def make_server(
             settings.timeout_graceful_shutdown = _FAILED_SECONDS
         server.should_exit = True
 
-    batch = Batch(runtime, sequences, queue, ended)
+    batch = Scheduler(runtime, sequences, queue, ended)
     settings = uvicorn.Config(
         Guard(make_app(Service(runtime, batch, name), bool(keys)), keys, hosts, max_body),
         http=Connection,

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from slotmoe.offload.observe.memory import memory_in_use
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Batch, Job
+from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
@@ -26,7 +26,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the his
 class Service:
     """An open model that answers under ``name``."""
 
-    def __init__(self, runtime: Runtime, batch: Batch, name: str):
+    def __init__(self, runtime: Runtime, batch: Scheduler, name: str):
         self.runtime, self.batch, self.name = runtime, batch, name
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
