@@ -128,13 +128,14 @@ class DeepseekV2:
     ):
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
-        layers = [Layer.of(weights, config, index) for index in range(config.num_hidden_layers)]
+        count = config.num_hidden_layers
+        self.layers = [Layer.of(weights, config, index) for index in range(count)]
         self.norm: Tensor = weights[FINAL_NORM]
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else weights[HEAD]
         geometry = Geometry.of(config)
-        self._layer_by_layer = LayerByLayer(geometry, layers, backend)
-        self._decoder: Any = backend.decoder(geometry, layers)
+        self._layer_by_layer = LayerByLayer(geometry, self.layers, backend)
+        self._decoder: Any = backend.decoder(geometry, self.layers)
         frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim)
         self._frequencies = frequencies.to(self.norm.device)
         self.timer: Timer = NoTimer()

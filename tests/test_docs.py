@@ -128,8 +128,8 @@ QUICK_CALLS = [
 def test_python_blocks_run(block, sample_export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(sample_export, tmp_path / "sample-export")
-    code = compile("\n" * block.line + block.text, str(block.page), "exec")
-    exec(code, {"__name__": "__main__"})
+    done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments", CALLS)

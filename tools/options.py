@@ -1,8 +1,8 @@
 """Options that several commands share: where the model runs and within which budget."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
 def require_extra(extra: str, *modules: str) -> None:
     """Raises ``ConfigError``, which says how to install the extra, unless all of its ``modules``
     are installed."""
-    missing = ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
+    missing = ", ".join(name for name in modules if find_spec(name) is None)
     if missing:
         problem = f"this command needs libraries that are not installed ({missing})"
         raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")

@@ -1,9 +1,10 @@
-"""The one place that knows what a weight is made of and picks who multiplies by it.
+"""``TorchBackend``: plain torch, on every device.
 
-``TorchBackend`` is the plain reference: it dequantizes a slice of rows and multiplies.  It works on
-every device and is the oracle of ``NativeBackend``, which computes the same things on a CPU with the
-kernels of ``slotmoe.quant.kernels.cpu.bindings``. Shape legend: T tokens, N rows out, K columns in,
-D hidden_size, H heads, R kv_lora_rank, I moe_intermediate_size.
+It dequantizes a slice of rows and multiplies.  The other backends extend it and are held to it:
+``native`` for CPUs, ``triton`` for GPUs.
+
+Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H heads, R
+kv_lora_rank, E routed experts.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.tools.cli import main
 from tests.support.bench import benchmark
-from tests.support.engine import start
 from tests.support.predictor import D, E, K, L, predictor_file, sign
 from tests.support.tiny import write_checkpoint
 
@@ -365,41 +364,36 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
         windows = split(list(range(5, 45)), runtime.tokenizer, 21)
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
-        network, seen = runtime.model.network, []
-        inner = network.experts
-
-        def experts(layer, x_TD, weights_TK, indices_TK):
-            seen.append((x_TD[0].clone(), indices_TK[0].clone()))
-            return inner(layer, x_TD, weights_TK, indices_TK)
-
-        network.experts, place = experts, 0
+        model, sequence, routes, place = runtime.model, runtime.sequences[0], [], 0
+        model.experts.on_route(routes.append, inputs=True)
         for window in windows:
-            step, before = start(runtime), None
+            sequence.rewind(0)
+            before = None
             for token in window:
-                seen.clear()
-                step([token])
+                routes.clear()
+                (hidden_TD,) = sequence.run([token])
                 if before is not None:
-                    embedding = network.ops.embed(torch.tensor([token]), network.embed_tokens)[0]
-                    wanted = torch.cat(
-                        [one / one.square().mean().sqrt() for one in (embedding, before)]
-                    )
+                    ids = torch.tensor([token])
+                    embedding = model.backend.embed(ids, model.network.embed_tokens)[0]
+                    wanted = torch.cat([x / x.square().mean().sqrt() for x in (embedding, before)])
                     assert torch.allclose(samples.token[place].float(), wanted, atol=5e-3)
-                    x = seen[0][0]
+                    x = routes[0].x_TD[0]
                     assert torch.allclose(
                         samples.inputs[0, place].float(), x / x.square().mean().sqrt(), atol=5e-3
                     )
-                    assert samples.used[place].tolist() == [used.tolist() for _, used in seen]
+                    assert samples.used[place].tolist() == [route.indices[0] for route in routes]
                     place += 1
-                before = network.hidden_TD[-1].clone()
+                before = hidden_TD[-1].clone()
         assert place == len(samples.token) == 40
 
 
 def test_hook_is_gone_after_a_failure(made):
     with Runtime.open(made / "plain", context=64, threads=1) as runtime:
-        before = runtime.model.network.experts
+        experts = runtime.model.experts
         with pytest.raises(RuntimeError):
             record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
-        assert runtime.model.network.experts is before
+        # Nothing makes the backend stop after each gate any more.
+        assert experts.slot_table().slots_ME is experts.slots.slots_ME
 
 
 def test_little_memory_means_several_groups(made, export, monkeypatch):
@@ -424,7 +418,7 @@ def test_next_gate_is_the_next_layers_gate(made):
     it."""
     with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
         network, residuals, inputs = runtime.model.network, {}, {}
-        norm, inner = network.ops.rms_norm, network.experts
+        norm = network.backend.rms_norm
 
         def rms_norm(x_TD, weight_D, eps):
             for index, layer in enumerate(network.layers):
@@ -432,11 +426,11 @@ def test_next_gate_is_the_next_layers_gate(made):
                     residuals[index] = x_TD
             return norm(x_TD, weight_D, eps)
 
-        def experts(layer, x_TD, weights_TK, indices_TK):
-            inputs[layer] = x_TD
-            return inner(layer, x_TD, weights_TK, indices_TK)
+        def listen(route):
+            inputs[runtime.config.moe_layers[route.row]] = route.x_TD
 
-        network.ops.rms_norm, network.experts = rms_norm, experts
+        network.backend.rms_norm = rms_norm
+        runtime.model.experts.on_route(listen, inputs=True)
         runtime.logits([5, 9, 300, 7])
         weights = {}
         for index, layer in enumerate(network.layers):
