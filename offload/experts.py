@@ -206,8 +206,6 @@ class Experts:
         y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
         if self._warm:
             self._read_warm()
-        if self.lookahead is not None:
-            self.lookahead.computing()
         self._end_of_layer(row)
         return y_TD
 
@@ -254,12 +252,14 @@ class Experts:
         """What has arrived, at most half of the staging slots at once, so that a GPU computes them
         while the others are filled; else what is cached; else what the CPU computes; else wait."""
         slots, hybrid = self.slots, self.hybrid
+        self._note_idle(work)
         while work.cached or work.reads or work.acquired:
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done:
                 slots.take(done)
                 self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
+                self._note_idle(work)
                 yield self._group(work.row, [read.expert_id for read in done])
                 self._make_room(work, [read.expert_id for read in done])
             elif work.cached:
@@ -276,6 +276,11 @@ class Experts:
             else:
                 slots.wait([*work.reads, *work.acquired])
                 self.timer.mark("waiting for disk")
+
+    def _note_idle(self, work: _Work) -> None:
+        """From when all demands are met until the next gate, the disk has only guesses to read."""
+        if self.lookahead is not None and not (work.reads or work.later):
+            self.lookahead.idle()
 
     def _make_room(self, work: _Work, used: list[int]) -> None:
         """Experts in staging have been used.  The cache admits or rejects one token's at the

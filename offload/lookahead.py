@@ -90,9 +90,9 @@ class Lookahead:
         """Staging slots have become free: read on."""
         self._prefetcher.pump(row)
 
-    def computing(self) -> None:
-        """All demands are met and the pass goes on."""
-        self._prefetcher.computing()
+    def idle(self) -> None:
+        """All demands of a layer are met."""
+        self._prefetcher.idle()
 
     def stats(self) -> dict[str, Any]:
         """Counts by horizon (``slotmoe.offload.policy.prefetch.Accuracy``)."""

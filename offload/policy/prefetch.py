@@ -124,6 +124,7 @@ class Prefetcher:
         for it were right or wrong."""
         if self._free_since is not None and row > 0:
             self._idle.add(time.perf_counter() - self._free_since)
+        self._free_since = None
         self._missing.add(missing)
         (named, horizon), absent = self._guesses[row], self._absent[row]
         if named:
@@ -160,7 +161,7 @@ class Prefetcher:
                     reading[expert_id] = horizon
                     ahead += self._record_bytes
 
-    def computing(self) -> None:
+    def idle(self) -> None:
         """All demands are met and the step goes on: from here until the next gate the disk has
         nothing else to do."""
         self._free_since = time.perf_counter()
