@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.layers import NoTimer, Timer
-from slotmoe.model.names import expert_name
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.tiers.device import Device
@@ -25,7 +24,7 @@ from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
-from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.export.layout import RecordLayout
 
 # Uses computed in one call on a CPU, so that what has arrived meanwhile soon gives its slot back.
 _USES_AT_ONCE = 128
@@ -412,43 +411,3 @@ def _first(expert_ids: list[int], uses: Mapping[int, int]) -> tuple[list[int], l
     while count < len(expert_ids) and (total := total + uses[expert_ids[count]]) <= _USES_AT_ONCE:
         count += 1
     return expert_ids[: max(1, count)], expert_ids[max(1, count) :]
-
-
-class PlainRecords:
-    """Unquantized experts, all in memory; row ``layer index * E + expert``."""
-
-    def __init__(self, weights: Mapping[str, Tensor], layers: Sequence[int], experts: int):
-        self._weights, self._layers, self._experts = weights, layers, experts
-
-    def weights(self, slot: int) -> tuple[Tensor, ...]:
-        """Gate, up and down projection."""
-        row, expert = divmod(slot, self._experts)
-        names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
-        return tuple(self._weights[name] for name in names)
-
-
-class ResidentExperts:
-    """Routed experts of an unquantized checkpoint, all in memory: the reference path."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        layers: Sequence[int],
-        experts: int,
-        backend: TorchBackend,
-    ):
-        self._records, self._backend = PlainRecords(weights, layers, experts), backend
-        self._rows = {layer: row for row, layer in enumerate(layers)}
-        self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
-
-    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        slots_E = self._slots_ME[self._rows[layer]].to(x_TD.device)
-        self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
-        return self._backend.weighted_sum(y_TKD, weights_TK)
-
-    def slot_table(self) -> None:
-        """No backend computes them by itself."""
-
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
-        """Never called: see ``slot_table``."""

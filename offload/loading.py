@@ -22,7 +22,7 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.tokenizer import Tokenizer
-from slotmoe.offload.experts import Experts, HostCompute, ResidentExperts
+from slotmoe.offload.experts import Experts, HostCompute
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes
@@ -45,6 +45,7 @@ from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, Cache, make_c
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader, Source
 from slotmoe.offload.tiers.host import HostTier

@@ -11,7 +11,7 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.routing import Router, route
-from slotmoe.offload.experts import ResidentExperts
+from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends.base import TorchBackend, new

@@ -106,7 +106,7 @@ def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export
 
 
 def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export):
-    from slotmoe.offload.experts import ResidentExperts
+    from slotmoe.offload.reference import ResidentExperts
     from slotmoe.quant.backends.base import TorchBackend
 
     ids = EXPECTED["prompts"][0]["logits_ids"]
