@@ -4,7 +4,6 @@ is needed."""
 import json
 import re
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy.cache import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
@@ -28,24 +26,7 @@ from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.tiny import write_checkpoint
 from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
-
-@pytest.fixture(autouse=True)
-def always_guessing(monkeypatch):
-    """The sample's records are too small to be read ahead; here they are nevertheless."""
-    monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
-    monkeypatch.setattr(loading, "HELP_BYTES", 0)
-
-
-@pytest.fixture
-def on_twin(sample_export):
-    return partial(open_on, sample_export)
-
-
-@pytest.fixture(scope="module")
-def wanted(sample_export):
-    """Logits and greedy ids with every expert in a slot."""
-    with open_on(sample_export, Twin(), misses="fetch") as runtime:
-        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
+pytestmark = pytest.mark.usefixtures("always_guessing")
 
 
 SIZES = [{"slots": 6}, {"slots": 22}, {"slots": 56, "prefetch": False}, {"slots": 112}, {}]

@@ -4,38 +4,19 @@ GPU is needed."""
 import gc
 import re
 import threading
-from functools import partial
 
 import pytest
 import torch
 
 from slotmoe.errors import DeviceError, ExportError, PlanError
 from slotmoe.offload import loading
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.tiers import host
 from slotmoe.offload.tiers.cuda import CudaEntries
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.twin import Twin, measured, open_on, slow
+from tests.support.twin import Twin, measured, slow
 
-
-@pytest.fixture(autouse=True)
-def always_guessing(monkeypatch):
-    """The sample's records are too small to be read ahead; here they are nevertheless."""
-    monkeypatch.setattr(Prefetcher, "pays", lambda self: True)
-    monkeypatch.setattr(loading, "HELP_BYTES", 0)
-
-
-@pytest.fixture
-def on_twin(sample_export):
-    return partial(open_on, sample_export)
-
-
-@pytest.fixture(scope="module")
-def wanted(sample_export):
-    """Logits and greedy ids with every expert in a slot."""
-    with open_on(sample_export, Twin(), misses="fetch") as runtime:
-        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
+pytestmark = pytest.mark.usefixtures("always_guessing")
 
 
 # Memory of the GPU
