@@ -210,10 +210,10 @@ class CpuDevice:
         return CpuEntries(layers, experts)
 
     def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
-        table = [-1] * experts
+        table = np.full(experts, -1, np.int32)
         for expert, slot in slots.items():
             table[expert] = slot
-        return torch.tensor(table, dtype=torch.int32)
+        return torch.from_numpy(table)
 
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
         return step()

@@ -151,9 +151,9 @@ class NativeBackend(TorchBackend):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        width, slots_TK = records.layout.moe_intermediate_size, slots_E[indices_TK]
-        values = records.slab, slots_TK, width, records.levels, y_TKD
-        self._native.experts_by_slot(x_TD.contiguous(), *values)
+        width = records.layout.moe_intermediate_size
+        values = records.slab, slots_E, width, records.levels, y_TKD
+        self._native.experts_by_slot(x_TD.contiguous(), indices_TK.contiguous(), *values)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())

@@ -112,7 +112,8 @@ def test_bad_arguments_are_refused():
     size = record_bytes(64, 32)
     ones = torch.ones(32, 128, dtype=torch.int8)
     tiles, int8 = torch.ones(2, 2, 1024).char(), int8_matrix(native, ones, torch.ones(32))
-    x64, slots = torch.randn(2, 64), torch.zeros(2, 1, dtype=torch.int32)
+    x64, slots = torch.randn(2, 64), torch.zeros(1, dtype=torch.int32)
+    chosen = torch.zeros(2, 1, dtype=torch.int64)
     uses = slots, 32, levels_tensor, torch.empty(2, 1, 64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
     nf4, short = (
@@ -134,25 +135,28 @@ def test_bad_arguments_are_refused():
         lambda: native.linear(int8, x[:, :100].contiguous()),
         lambda: int8_matrix(native, ones, torch.ones(31)),
         lambda: Matrix.int8(tiles, torch.ones(48), (48, 128)),
-        lambda: native.experts_by_slot(x64, record[None, : size - 1], *uses),
-        lambda: native.experts_by_slot(x64, record[None, 1:], *uses),
-        lambda: native.experts_by_slot(x64, record[None], slots, 33, *uses[2:]),
-        lambda: native.experts_by_slot(torch.ones(2, 0), record[None], *uses),
+        lambda: native.experts_by_slot(x64, chosen + 1, record[None], *uses),
+        lambda: native.experts_by_slot(x64, chosen - 1, record[None], *uses),
+        lambda: native.experts_by_slot(x64, chosen.int(), record[None], *uses),
+        lambda: native.experts_by_slot(x64, chosen, record[None, : size - 1], *uses),
+        lambda: native.experts_by_slot(x64, chosen, record[None, 1:], *uses),
+        lambda: native.experts_by_slot(x64, chosen, record[None], slots, 33, *uses[2:]),
+        lambda: native.experts_by_slot(torch.ones(2, 0), chosen, record[None], *uses),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.experts_by_slot(
-            torch.ones(64), record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)
+            torch.ones(64), chosen, record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, record[None], slots, 32, levels_tensor, torch.empty(2, 2, 64)
+            x64, chosen, record[None], slots, 32, levels_tensor, torch.empty(2, 2, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, record[None], slots + 1, 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None], slots + 1, 32, levels_tensor, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, record[None, :-64], slots, 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None, :-64], slots, 32, levels_tensor, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, record[None], slots.long(), 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None], slots.long(), 32, levels_tensor, torch.empty(2, 1, 64)
         ),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 11, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 0, 64, 1.0),

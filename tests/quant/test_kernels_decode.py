@@ -125,11 +125,12 @@ class RandomModel:
         return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
 
     def experts(self, moe_layer, x, weights, indices):
-        slots = self.slots[moe_layer][indices]
-        outputs = torch.empty(*slots.shape, x.shape[1])
-        self.kernels.experts_by_slot(x, self.slab, slots, self.width, levels_tensor, outputs)
+        slots = self.slots[moe_layer]
+        outputs = torch.empty(*indices.shape, x.shape[1])
+        values = self.slab, slots, self.width, levels_tensor, outputs
+        self.kernels.experts_by_slot(x, indices, *values)
         y = self.kernels.weighted_sum(outputs, weights)
-        for token, row in enumerate(slots.tolist()):
+        for token, row in enumerate(slots[indices].tolist()):
             records = [self.slab[slot] for slot in row]
             assert torch.equal(alone(self.kernels, x[token], records, self.width), outputs[token])
         return y

@@ -48,11 +48,12 @@ def test_experts(kernels, i, h, k, seed):
             total = total + w * out
         assert torch.equal(total, got)
     slab = slab_of([record for _, record in experts])
-    slots = torch.from_numpy(rng.integers(-1, k, (3, 4), dtype=np.int32))
+    slots = torch.from_numpy(rng.integers(-1, k, 7, dtype=np.int32))
+    indices = torch.from_numpy(rng.integers(0, 7, (3, 4)))
     y = torch.full((3, 4, h), 7.0)
-    kernels.experts_by_slot(x, slab, slots, i, levels_tensor, y)
+    kernels.experts_by_slot(x, indices, slab, slots, i, levels_tensor, y)
     for row, entry in np.ndindex(3, 4):
-        slot = int(slots[row, entry])
+        slot = int(slots[indices[row, entry]])
         want = (
             torch.full((h,), 7.0) if slot < 0 else alone(kernels, x[row], [experts[slot][1]], i)[0]
         )
@@ -73,13 +74,11 @@ def test_more_uses_than_one_pass_takes(kernels):
     tokens."""
     rng = np.random.default_rng(12)
     slab = slab_of([random_expert(rng, 64, 32)[1] for _ in range(3)])
-    x, slots = (
-        torch_of(rng.standard_normal((400, 64))),
-        torch.from_numpy(rng.integers(0, 3, (400, 3), dtype=np.int32)),
-    )
+    x, indices = torch_of(rng.standard_normal((400, 64))), rng.integers(0, 3, (400, 3))
     y = torch.full((400, 3, 64), torch.nan)
-    kernels.experts_by_slot(x, slab, slots, 32, levels_tensor, y)
-    for row, uses in enumerate(slots.tolist()):
+    slots = torch.tensor([2, 0, 1], dtype=torch.int32)
+    kernels.experts_by_slot(x, torch.from_numpy(indices), slab, slots, 32, levels_tensor, y)
+    for row, uses in enumerate(slots.numpy()[indices].tolist()):
         assert torch.equal(y[row], alone(kernels, x[row], [slab[slot] for slot in uses], 32))
 
 
@@ -91,7 +90,7 @@ def test_experts_with_extreme_activations(kernels):
         assert y.isfinite().all()
         assert scale or (y == 0).all()
     nothing = torch.empty(1, 0, 128)
-    kernels.experts_by_slot(
-        torch.ones(1, 128), slab_of([record]), nothing[..., 0].int(), 64, levels_tensor, nothing
-    )
+    no_choice, slots = nothing[..., 0].long(), torch.zeros(1, dtype=torch.int32)
+    values = slab_of([record]), slots, 64, levels_tensor, nothing
+    kernels.experts_by_slot(torch.ones(1, 128), no_choice, *values)
     assert not kernels.weighted_sum(torch.empty(1, 0, 128), torch.empty(1, 0)).any()

@@ -45,8 +45,9 @@ int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
 int64_t slotmoe_record_bytes(int64_t, int64_t);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int32_t*, const uint8_t*, int64_t,
-                            int64_t, int64_t, int64_t, const float*, float*);
+int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int64_t*, const int32_t*, int64_t,
+                            const uint8_t*, int64_t, int64_t, int64_t, int64_t, const float*,
+                            float*);
 int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                 float, float*);
@@ -295,11 +296,13 @@ static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     for (int64_t e = 0; e < k; e++)
         halves(reinterpret_cast<uint16_t*>(slab + e * apart + code_bytes), (size - code_bytes) / 2);
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
-    std::vector<int32_t> slots(t * k);
-    for (int64_t use = 0; use < t * k; use++) slots[use] = int32_t(use % k);
+    std::vector<int32_t> slots(k);
+    for (int64_t e = 0; e < k; e++) slots[e] = int32_t(k - 1 - e);
+    std::vector<int64_t> indices(t * k);
+    for (int64_t use = 0; use < t * k; use++) indices[use] = use % k;
     for (int64_t tokens : {int64_t(1), t}) {
-        check(slotmoe_experts_by_slot(x, tokens, k, slots.data(), slab, k, apart, h, i, levels,
-                                      outs));
+        check(slotmoe_experts_by_slot(x, tokens, k, indices.data(), slots.data(), k, slab, k, apart,
+                                      h, i, levels, outs));
         check(slotmoe_weighted_sum(outs, weights, tokens, k, h, y));
     }
 }

@@ -139,8 +139,9 @@ def through_expert(kernels, x, record, intermediate):
     y = torch.empty(len(x), 1, x.shape[1])
     kernels.experts_by_slot(
         x,
+        torch.zeros(len(x), 1, dtype=torch.int64),
         slab_of([record]),
-        torch.zeros(len(x), 1, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
         intermediate,
         levels_tensor,
         y,

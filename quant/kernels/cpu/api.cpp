@@ -146,7 +146,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 8; }
+EXPORT int slotmoe_abi() { return 9; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -445,24 +445,24 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
 
 }  // namespace
 
-void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int32_t* slots,
-                              const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels,
-                              float* y) {
+void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
+                              const int32_t* slots, const uint8_t* slab, int64_t stride, int64_t h, int64_t i,
+                              const float* levels, float* y) {
     const Levels& fitted = levels_for(levels);
     int64_t count = 0;
     if (t == 1) {
         const uint8_t** records = job.scratch<const uint8_t*>(kRecords, k);
         int64_t* rows = job.scratch<int64_t>(kUses, k);
         for (int64_t at = 0; at < k; at++)
-            if (slots[at] >= 0) {
-                records[count] = slab + slots[at] * stride;
+            if (const int32_t slot = slots[indices[at]]; slot >= 0) {
+                records[count] = slab + slot * stride;
                 rows[count++] = at;
             }
         return experts_of_token(job, isa, x, records, rows, count, h, i, fitted, y);
     }
     Use* uses = job.scratch<Use>(kUses, t * k);
     for (int64_t at = 0; at < t * k; at++)
-        if (slots[at] >= 0) uses[count++] = {slots[at], at / k, at};
+        if (const int32_t slot = slots[indices[at]]; slot >= 0) uses[count++] = {slot, at / k, at};
     std::sort(uses, uses + count,
               [](const Use& a, const Use& b) { return a.slot != b.slot ? a.slot < b.slot : a.out < b.out; });
     Part* parts = job.scratch<Part>(kParts, kPassTokens);
@@ -482,13 +482,14 @@ void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t 
 }
 
 // The slab has `size` records, `stride` bytes apart.
-EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int32_t* slots, const uint8_t* slab,
-                                   int64_t size, int64_t stride, int64_t h, int64_t i, const float* levels, float* y) {
+EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int64_t* indices, const int32_t* slots,
+                                   int64_t e, const uint8_t* slab, int64_t size, int64_t stride, int64_t h, int64_t i,
+                                   const float* levels, float* y) {
     if (t < 0 || k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
     for (int64_t at = 0; at < t * k; at++)
-        if (slots[at] >= size) return kBadArgument;
+        if (indices[at] < 0 || indices[at] >= e || slots[indices[at]] >= size) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        experts_by_slot(job, isa, x, t, k, slots, slab, stride, h, i, levels, y);
+        experts_by_slot(job, isa, x, t, k, indices, slots, slab, stride, h, i, levels, y);
         return kOk;
     });
 }

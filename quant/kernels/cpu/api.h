@@ -18,7 +18,7 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kMlas, kScores, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kTokenSlots, kSlotCount };
+            kMlas, kScores, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -95,10 +95,12 @@ void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const fl
                uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
 void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
          const float* others, float* y);
-// T tokens through those of their K experts that are in the slab (records `stride` bytes apart): slots [t, k]; where
-// one is negative its row of y [t, k, h] is left as it is. A row's arithmetic does not depend on the other rows.
-void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int32_t* slots,
-                     const uint8_t* slab, int64_t stride, int64_t h, int64_t i, const float* levels, float* y);
+// T tokens through those of their K experts, indices [t, k], that are in the slab (records `stride` bytes apart): slots
+// says where by expert; where it is negative the row of y [t, k, h] is left as it is. A row's arithmetic does not depend
+// on the other rows.
+void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
+                     const int32_t* slots, const uint8_t* slab, int64_t stride, int64_t h, int64_t i,
+                     const float* levels, float* y);
 // outs [t, k, h], weights [t, k] -> y [t, h]: the products are added one by one in order, from zero.
 void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k, int64_t h,
                   float* y);

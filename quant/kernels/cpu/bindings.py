@@ -41,7 +41,7 @@ from slotmoe.quant.kernels.cpu.weights import Decoder, Matrix, Router
 from slotmoe.quant.nf4 import LEVELS, Nf4Weight
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
-ABI = 8
+ABI = 9
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -147,13 +147,20 @@ class Kernels:
         return Matrix.int8(tiles, scale, weight.shape)
 
     def experts_by_slot(
-        self, x: Tensor, slab: Tensor, slots: Tensor, intermediate: int, levels: Tensor, y: Tensor
+        self,
+        x: Tensor,
+        indices: Tensor,
+        slab: Tensor,
+        slots: Tensor,
+        intermediate: int,
+        levels: Tensor,
+        y: Tensor,
     ) -> None:
-        """x float32 [T, H] through those of each token's k experts that are in the slab (uint8 [S,
-        >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [T, k] names their
-        rows; where it is negative, y is left as it is."""
+        """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
+        the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
+        says in which row by expert; where it is negative, y is left as it is."""
         records = arguments.slab_of(slab, record_bytes(arguments.columns(x), intermediate))
-        values = x, slots, *records, levels, y
+        values = x, indices, slots, *records, levels, y
         self._functions["experts_by_slot"].results(*values, I=intermediate)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:

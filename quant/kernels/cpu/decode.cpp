@@ -107,7 +107,6 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
         float* streams = job.scratch<float>(kStreams, 3 * t * hidden);
         float *residual = streams, *attended = streams + t * hidden, *routed = streams + 2 * t * hidden;
         float* outs = job.scratch<float>(kTokenOuts, t * top_k * hidden);
-        int32_t* chosen_slots = job.scratch<int32_t>(kTokenSlots, t * top_k);
         uint8_t** layer_caches = job.scratch<uint8_t*>(kCaches, t);
         auto marked = std::chrono::steady_clock::now();
         const auto mark = [&](int part) {
@@ -135,11 +134,12 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
             mark(0);
             if (moe) {
                 route(job, m->router, logits, t, e, weights, indices);
+                const int32_t* layer_slots = slots + moe_layer * e;
                 bool present = true;
                 for (int64_t i = 0; i < t * top_k; i++) {
-                    chosen_slots[i] = slots[moe_layer * e + indices[i]];
-                    if (chosen_slots[i] >= size) return kBadArgument;
-                    present = present && chosen_slots[i] >= 0;
+                    const int32_t slot = layer_slots[indices[i]];
+                    if (slot >= size) return kBadArgument;
+                    present = present && slot >= 0;
                 }
                 mark(1);
                 if (!present) {
@@ -147,8 +147,8 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                     *reached = l;
                     return kOk;
                 }
-                experts_by_slot(job, isa, x, t, top_k, chosen_slots, slab, record_stride, hidden, m->intermediate,
-                                levels, outs);
+                experts_by_slot(job, isa, x, t, top_k, indices, layer_slots, slab, record_stride, hidden,
+                                m->intermediate, levels, outs);
                 weighted_sum(job, isa, outs, weights, t, top_k, hidden, routed);
                 mark(2);
                 moe_layer++;

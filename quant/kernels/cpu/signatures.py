@@ -47,7 +47,8 @@ SIGNATURES = {
     "rms_norm": "x:f32[T,K] weight:f32[K] T K eps:float >y:f32[T,K]",
     # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
-    "experts_by_slot": f"x:f32[T,H] T K slots:i32[T,K] {_RECORDS} H I levels:f32[16] y:f32[T,K,H]",
+    "experts_by_slot": f"x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E {_RECORDS} H I"
+    " levels:f32[16] y:f32[T,K,H]",
     # the products are added one by one in order, from zero
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
@@ -69,8 +70,8 @@ SIGNATURES = {
     "int8_error": f"{_SOURCE} w:i8[N,K] scale:f32[N] >sums:f64[N,2]",
 }
 _REFUSED = {
-    1: "the kernels refused an argument: sizes must be at least 1, levels finite, and slots rows of"
-    " the slab",
+    1: "the kernels refused an argument: sizes must be at least 1, levels finite, indices"
+    " experts, and slots rows of the slab",
     2: "the source holds NaN or infinity",
     3: "a block's largest magnitude is beyond float16 (65504)",
 }
