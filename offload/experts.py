@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,25 +45,6 @@ class Route:
 
 
 OnRoute = Callable[[Route], None]
-
-
-class Group(Protocol):
-    """Some of a layer's experts, whose records lie in one place."""
-
-    def compute(self, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> None:
-        """Write the unweighted outputs of these experts to ``y_TKD``."""
-
-
-@dataclass(frozen=True)
-class DeviceGroup:
-    """Experts in slots; ``slots_E`` as ``TorchBackend.experts`` takes it."""
-
-    backend: TorchBackend
-    records: Any
-    slots_E: Tensor
-
-    def compute(self, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> None:
-        self.backend.experts(x_TD, self.records, self.slots_E, indices_TK, y_TKD)
 
 
 class HostCompute:
@@ -199,8 +180,8 @@ class Experts:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        for group in self._bring(row, x_TD, indices_TK, y_TKD):
-            group.compute(x_TD, indices_TK, y_TKD)
+        for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
+            self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
             self.timer.mark("experts")
         y_TD = self._backend.weighted_sum(y_TKD, weights_TK)
         if self._warm:
@@ -210,19 +191,19 @@ class Experts:
 
     # What a layer needs
 
-    def _bring(self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> Iterator[Group]:
-        """The experts of a layer in groups: what is cached first, then what arrives.  What the CPU
-        computes beside a GPU goes to ``y_TKD`` meanwhile."""
+    def _bring(self, row: int, x_TD: Tensor, indices_TK: Tensor, y_TKD: Tensor) -> Iterator[Tensor]:
+        """The slots of a layer's experts in groups, each as ``TorchBackend.experts`` takes it: what
+        is cached first, then what arrives.  What the CPU computes beside a GPU goes to ``y_TKD``
+        meanwhile."""
         slots, device, hybrid = self.slots, self._device, self.hybrid
-        by_table = DeviceGroup(self._backend, self.records, slots.slots_ME[row])
         if device.queues and slots.complete and not self._listeners:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
-            yield by_table
+            yield slots.slots_ME[row]
             return
         chosen = device.download(indices_TK)
         inputs = device.download(x_TD) if self.split.computes else None
         if device.queues:  # by the slot table, before the host knows the choice
-            yield by_table
+            yield slots.slots_ME[row]
         indices = chosen.get().tolist()
         uses = self._uses(row, indices)
         missing = [id for id in uses if id not in self._cache]
@@ -247,23 +228,22 @@ class Experts:
             if expert_id in work.used:
                 slots.admit(expert_id, pinned=work.newest)
 
-    def _arrivals(self, work: _Work, y_TKD: Tensor) -> Iterator[Group]:
+    def _arrivals(self, work: _Work, y_TKD: Tensor) -> Iterator[Tensor]:
         """What has arrived, at most half of the staging slots at once, so that a GPU computes them
-        while the others are filled; else what is cached; else what the CPU computes; else wait."""
+        while the others are filled, with what is cached; else what the CPU computes; else wait."""
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
         while work.cached or work.reads or work.acquired:
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
-            if done:
+            if done or work.cached:
                 slots.take(done)
                 self.timer.mark("waiting for disk" if hybrid is None else "waiting for RAM")
                 work.reads = [read for read in work.reads if read not in done]
                 self._note_idle(work)
-                yield self._group(work.row, [read.expert_id for read in done])
-                self._make_room(work, [read.expert_id for read in done])
-            elif work.cached:
+                used = [read.expert_id for read in done]
                 ready, work.cached = _first(work.cached, work.uses)
-                yield self._group(work.row, ready)
+                yield self._group(work.row, used + ready)
+                self._make_room(work, used)
             elif arrived := [read for read in work.acquired if read.done]:
                 assert hybrid is not None
                 ready, _ = _first([read.expert_id for read in arrived], work.uses)
@@ -297,17 +277,18 @@ class Experts:
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
 
-    def _group(self, row: int, expert_ids: Sequence[int]) -> Group:
+    def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
         slots = {id - row * experts: self.slots.slot(id) for id in expert_ids}
-        return DeviceGroup(self._backend, self.records, self._device.layer_slots(experts, slots))
+        return self._device.layer_slots(experts, slots)
 
     def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
         """Distinct expert ids of a layer in gate order, and how many tokens use each."""
+        first = row * self._cache.experts
+        if len(indices) == 1:
+            return dict.fromkeys([first + expert for expert in indices[0]], 1)
         counts = Counter(chain.from_iterable(indices))
-        if len(indices) > 1:
-            counts = Counter(dict(sorted(counts.items())))
-        return {row * self._cache.experts + expert: count for expert, count in counts.items()}
+        return {first + expert: count for expert, count in sorted(counts.items())}
 
     def _look_up(
         self,
