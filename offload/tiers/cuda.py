@@ -89,8 +89,8 @@ class CudaDevice(Device):
         except torch.OutOfMemoryError:
             free = self.memory().free >> 20
             raise DeviceError(
-                f"{self.name} has no memory left in the middle of a step ({free} MiB free): another "
-                f"program has taken it; end that, or open the model with {ways_out}"
+                f"{self.name} has no memory left in the middle of a step ({free} MiB free): "
+                f"another program has taken it; end that, or open the model with {ways_out}"
             ) from None
         except RuntimeError as problem:
             if "CUDA" not in str(problem):
