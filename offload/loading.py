@@ -1,7 +1,5 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What this machine and this process have, without torch."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

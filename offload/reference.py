@@ -3,8 +3,6 @@
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

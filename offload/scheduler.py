@@ -6,8 +6,6 @@ finished request leaves behind are reused by a later prompt of the same owner th
 same tokens.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

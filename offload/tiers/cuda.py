@@ -1,7 +1,5 @@
 """CUDA devices: whether there is one that can be used, and the engine's view of it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -12,8 +12,6 @@ only where it has to decide: ``Download.get``.  ``tests/support/twin.py`` is a d
 copies take as long, or fail as often, as a test wants.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

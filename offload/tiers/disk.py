@@ -1,8 +1,6 @@
 """The disk tier: threads with several aligned direct reads in flight, the most urgent record
 first."""
 
-from __future__ import annotations
-
 import heapq
 import logging
 import threading

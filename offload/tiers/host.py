@@ -9,8 +9,6 @@ RAM is page-locked piece by piece, each when all its records have been written: 
 not wait for all of it, and no page is locked before it exists.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter, deque

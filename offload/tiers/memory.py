@@ -1,7 +1,5 @@
 """Memory for weights and records: page-aligned, in large pages where the system has them."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import mmap

@@ -12,8 +12,6 @@ interrupted step leaves nothing half-filled.  An expert id is (MoE layer index) 
 expert.
 """
 
-from __future__ import annotations
-
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable

@@ -11,8 +11,6 @@ layer is two graphs, before and after the host knows the choice of experts:
 Shapes as in ``slotmoe.model.network``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,9 +48,9 @@ def operand(weight: Any) -> Operand:
     raise TypeError("a tiled matrix is for the native kernels alone")
 
 
-def power(n: int, least: int = 16) -> int:
-    """The least power of two that holds ``n``, as Triton wants its blocks."""
-    return max(least, 1 << (n - 1).bit_length())
+def power(n: int) -> int:
+    """The least power of two that holds ``n`` and 16, as Triton wants its blocks."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 class Workspace:
