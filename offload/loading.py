@@ -105,7 +105,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An open model.  ``experts``, ``sizes`` and ``store`` are None on the reference path."""
+    """An open model; ``opened`` closes its files and threads.  ``experts``, ``sizes`` and ``store``
+    are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -117,6 +118,7 @@ class LoadedModel:
     device: Device
     device_reason: str
     backend: TorchBackend
+    opened: ExitStack
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
@@ -243,7 +245,8 @@ class _Loader:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
             )
-        with Checkpoint.open(self._folder) as checkpoint:
+        with ExitStack() as opened:
+            checkpoint = opened.enter_context(Checkpoint.open(self._folder))
             tokenizer = Tokenizer(self._folder, config.bos_token_id)
             plan = self._reference_plan(checkpoint)
             self._check(plan)
@@ -256,7 +259,7 @@ class _Loader:
             eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, eos, checkpoint,
-                self._device, self._reason, backend,
+                self._device, self._reason, backend, opened.pop_all(),
             )  # fmt: skip
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
@@ -317,6 +320,7 @@ class _Loader:
             weights = _load(export, resident_shapes(config), place)
             guesses = predictor or NextGate(config, weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
+            opened.callback(experts.close)
             network = DeepseekV2(config, weights, backend, experts)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
@@ -324,10 +328,9 @@ class _Loader:
                 for _ in range(options.sequences)
             ]
             eos = _eos_token_ids(self._folder, config)
-            opened.pop_all()
             return LoadedModel(
                 config, tokenizer, network, caches, plan, eos, export,
-                device, self._reason, backend, experts, sizes, store,
+                device, self._reason, backend, opened.pop_all(), experts, sizes, store,
             )  # fmt: skip
 
     def _check_geometry(self, export: Export) -> None:

@@ -346,11 +346,6 @@ class Runtime:
         return self.sequences[0].context
 
     @property
-    def position(self) -> int:
-        """Positions of the first sequence that are cached.  Another thread may ask."""
-        return self.sequences[0].length
-
-    @property
     def threads(self) -> int:
         """CPU threads in use."""
         return self.model.cpu.threads
@@ -396,11 +391,7 @@ class Runtime:
             return
         if self._trace is not None:
             self._trace.close()
-        if self.model.experts is not None:
-            self.model.experts.close()
-        if self.model.store is not None:
-            self.model.store.close()
-        self.model.source.close()
+        self.model.opened.close()
         self._generation += 1
         del self.model, self.sequences
 

@@ -168,13 +168,12 @@ def cuda_facts() -> CudaFacts:
             warnings.simplefilter("ignore")
             torch.cuda.init()
             if torch.cuda.device_count() == 0:
-                return CudaFacts(torch.__version__, True, "the driver shows no GPU to this process")
+                raise RuntimeError("the driver shows no GPU to this process")
             name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
     except (RuntimeError, AssertionError) as problem:
         return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
-    return CudaFacts(
-        torch.__version__, True, "", name, capability, tuple(torch.cuda.get_arch_list())
-    )
+    known = tuple(torch.cuda.get_arch_list())
+    return CudaFacts(torch.__version__, True, "", name, capability, known)
 
 
 def why_not(facts: CudaFacts) -> str:

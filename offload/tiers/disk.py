@@ -37,7 +37,6 @@ class Read:
     after: Callable[[bool], None] | None = None
     taken: int = 0  # bytes given to readers
     outstanding: int = 0  # pieces being read
-    started: bool = False
     done: bool = False
     cancelled: bool = False
     error: BaseException | None = None
@@ -96,8 +95,7 @@ class DiskReader:
         """Give a read up; True if its buffer is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
-            unread = read.outstanding == 0 and read.taken < len(read.buffer)
-            if not read.done and (unread or not read.started):
+            if not read.done and read.outstanding == 0 and read.taken < len(read.buffer):
                 if read.after is not None:
                     read.after(False)
                 read.done = True
@@ -165,14 +163,11 @@ class DiskReader:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
             given_up = read.done or read.cancelled or urgency != read.urgency
-            if given_up or (read.started and read.taken >= total):
+            if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
             start, read.taken = read.taken, min(read.taken + self._piece, total)
-            read.started = True
             read.outstanding += 1
-            if read.taken >= total:
-                heapq.heappop(self._queue)
             if self._busy == 0:
                 self._busy_since = time.perf_counter()
             self._busy += 1
@@ -182,9 +177,8 @@ class DiskReader:
     def _read(self, read: Read, start: int, stop: int) -> None:
         problem: BaseException | None = None
         try:
-            if stop > start:
-                where = self._place(read.expert_id)
-                self._export.read_range(*where, start, read.buffer[start:stop])
+            where = self._place(read.expert_id)
+            self._export.read_range(*where, start, read.buffer[start:stop])
         # Also Ctrl-C in a thread that helps: others may wait for this read.
         except BaseException as raised:
             problem = raised
@@ -229,8 +223,7 @@ class DiskReader:
         where = self._place(read.expert_id)
         if read.error is None:
             try:
-                if read.buffer:
-                    self._export.verify_record(*where, read.buffer)
+                self._export.verify_record(*where, read.buffer)
                 return
             except ExportError:
                 pass

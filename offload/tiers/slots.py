@@ -113,7 +113,7 @@ class Slots:
     def _finish_growing(self) -> None:
         if self._touching is not None:
             self._touching.finish()
-            self._grow()
+        self._grow()
 
     def _grow(self) -> None:
         """Take over the slots whose pages are present now."""
@@ -189,10 +189,8 @@ class Slots:
         self._grow()
         del self.coming[expert_id]
         evicted = self.table.admit(expert_id, pinned)
-        if evicted != expert_id:
-            self._admitted(expert_id, evicted)
-
-    def _admitted(self, expert_id: int, evicted: int | None) -> None:
+        if evicted == expert_id:
+            return
         if evicted is not None:
             self._device.set_slot(self.slots_ME, evicted, -1)
         self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
@@ -250,7 +248,7 @@ class Slots:
         """Admit an arrived expert into free room."""
         del self.coming[expert_id]
         self.cache.add(expert_id)
-        self._admitted(expert_id, None)
+        self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
 
     def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
         """Read experts that are not cached into the cache's free room, several at a time, and wait;

@@ -104,7 +104,7 @@ class TritonBackend(TorchBackend):
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T == 1:
             return self.row(x_TK.float(), weight, y_TN)
-        tile = self._tile(16 if T <= 16 else _BM)
+        tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
         )
@@ -120,15 +120,16 @@ class TritonBackend(TorchBackend):
             h_1N = torch.empty(1, N, device=x_TD.device)
             return self.linear(self.row_gate_up(x_TD, gate_proj, up_proj, h_1N), down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
-        tile = self._tile(16 if T <= 16 else _BM)
+        tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
             KIND=gate.kind, **tile,
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
 
-    def _tile(self, BM: int) -> dict[str, Any]:
-        """Options of a kernel for many tokens that makes ``BM`` rows a program."""
+    def _tile(self, T: int) -> dict[str, Any]:
+        """Options of a kernel for ``T`` tokens."""
+        BM = 16 if T <= 16 else _BM
         return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
     def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:

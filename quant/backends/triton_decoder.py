@@ -72,7 +72,6 @@ class Workspace:
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
         self.location = torch.zeros(2, dtype=torch.int64, device=device)
-        self._last_location = [0, 0]
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
@@ -90,10 +89,8 @@ class Workspace:
         layers_LSW = cache.layers
         assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
         self.rope_1C.copy_(rope_1C)
-        for index, value in enumerate((cache.length, layers_LSW.data_ptr())):
-            if value != self._last_location[index]:
-                self.location[index].fill_(value)
-                self._last_location[index] = value
+        self.location[0].fill_(cache.length)
+        self.location[1].fill_(layers_LSW.data_ptr())
 
 
 class TritonDecoder:

@@ -339,9 +339,9 @@ def one_reader(sample_export, monkeypatch):
 
 def _started(reader, read):
     deadline = time.monotonic() + 5
-    while not read.started and time.monotonic() < deadline:
+    while not read.taken and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert read.started
+    assert read.taken
 
 
 def test_demands_overtake_prefetches_and_cancelled_reads_never_start(one_reader):
