@@ -1,11 +1,10 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,9 @@ from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DiskReader, Source
+from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.memory import Staging
+from slotmoe.offload.tiers.memory import Arena
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -106,8 +105,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An open model.  ``cpu`` is what multiplies on the CPU: ``backend`` itself where there is no
-    GPU.  ``sizes`` and ``store`` are None on the reference path."""
+    """An open model; ``opened`` closes its files and threads.  ``experts``, ``sizes`` and ``store``
+    are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -119,10 +118,16 @@ class LoadedModel:
     device: Device
     device_reason: str
     backend: TorchBackend
-    cpu: TorchBackend
+    opened: ExitStack
     experts: Experts | None = None
     sizes: Sizes | None = None
-    store: Source | None = None
+    store: DiskReader | None = None
+
+    @property
+    def cpu(self) -> TorchBackend:
+        """What multiplies on the CPU: ``backend`` itself where there is no GPU."""
+        hybrid = self.experts.hybrid if self.experts is not None else None
+        return self.backend if hybrid is None else hybrid.backend
 
     @property
     def export(self) -> Export:
@@ -240,9 +245,11 @@ class _Loader:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
             )
-        with Checkpoint.open(self._folder) as checkpoint:
+        with ExitStack() as opened:
+            checkpoint = opened.enter_context(Checkpoint.open(self._folder))
             tokenizer = Tokenizer(self._folder, config.bos_token_id)
-            plan = self._check(self._reference_plan(checkpoint))
+            plan = self._reference_plan(checkpoint)
+            self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
             experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, backend)
@@ -252,7 +259,7 @@ class _Loader:
             eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, eos, checkpoint,
-                self._device, self._reason, backend, backend,
+                self._device, self._reason, backend, opened.pop_all(),
             )  # fmt: skip
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
@@ -269,7 +276,7 @@ class _Loader:
         shortfall = {tier: missing} if missing > 0 else {}
         return Plan(components, 0, 0, 0, self.budget, tier, context, shortfall=shortfall)
 
-    def _check(self, plan: Plan) -> Plan:
+    def _check(self, plan: Plan) -> None:
         """Refuse a plan for more than the budget, or for more of a GPU than is free, before
         anything is read."""
         plan.check()
@@ -280,49 +287,51 @@ class _Loader:
                 f"{format_size(memory.free)} are free: give --vram {memory.free >> 20}MiB or less, "
                 "or end the programs that use it"
             )
-        return plan
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
-        export = Export.open(self._folder)
-        disk: DiskReader | None = None
-        try:
+        config, options, device = self._config, self._options, self._device
+        backend = self._backend
+        with ExitStack() as opened:
+            export = opened.enter_context(Export.open(self._folder))
             self._check_geometry(export)
-            config, device, backend = self._config, self._device, self._backend
             tokenizer = Tokenizer(self._folder, config.bos_token_id)
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.predictor_bytes)
-            plan = self._check(self._plan(sizes))
-            everything = len(export.layers) * config.n_routed_experts
-            # Where everything fits each expert is read once, and what an earlier run left in the
-            # page cache is welcome.
-            disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < everything)
+            plan = make_plan(
+                config,
+                sizes,
+                tier=device.tier,
+                budget=self.budget,
+                context=self._context,
+                runtime_bytes=process_bytes(),
+                slots=options.slots,
+                host_budget=self._host_budget,
+                kernels=backend.kind,
+                logits_rows=options.logits_rows,
+                sequences=options.sequences,
+            )
+            self._check(plan)
             place = self._placer()
-            weights = _load(export, resident_shapes(config), place)
             predictor = Predictor.load(export, config.num_experts_per_tok, backend, place)
             popularity = predictor.popularity if predictor is not None else None
-            store: Source = disk
-            if device.tier == "vram":
-                cache = self._cache(plan.host_slots, popularity)
-                store = HostTier(disk, cache, plan.host_staging, device)
+            store = self._store(export, plan, popularity)
+            opened.callback(store.close)
+            weights = _load(export, resident_shapes(config), place)
             guesses = predictor or NextGate(config, weights, backend)
-            experts, cpu = self._experts(export, plan, store, disk, guesses, popularity)
+            experts = self._experts(export, plan, store, guesses, popularity)
+            opened.callback(experts.close)
             network = DeepseekV2(config, weights, backend, experts)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
-                for _ in range(self._options.sequences)
+                for _ in range(options.sequences)
             ]
             eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
                 config, tokenizer, network, caches, plan, eos, export,
-                device, self._reason, backend, cpu, experts, sizes, store,
+                device, self._reason, backend, opened.pop_all(), experts, sizes, store,
             )  # fmt: skip
-        except BaseException:
-            if disk is not None:
-                disk.close()
-            export.close()
-            raise
 
     def _check_geometry(self, export: Export) -> None:
         config = self._config
@@ -333,21 +342,6 @@ class _Loader:
                 f"{self._folder}: config.json and {MANIFEST} describe different models; "
                 "quantize again"
             )
-
-    def _plan(self, sizes: Sizes) -> Plan:
-        return make_plan(
-            self._config,
-            sizes,
-            tier=self._device.tier,
-            budget=self.budget,
-            context=self._context,
-            runtime_bytes=process_bytes(),
-            slots=self._options.slots,
-            host_budget=self._host_budget,
-            kernels=self._backend.kind,
-            logits_rows=self._options.logits_rows,
-            sequences=self._options.sequences,
-        )
 
     def _placer(self) -> Callable[[str, Any], Any]:
         """A function that puts a resident weight on the device, in the form that the backend wants;
@@ -370,33 +364,41 @@ class _Loader:
         policy = policy if slots < layers * experts else "lru"
         return make_cache(policy, slots, layers, experts, popularity)
 
+    def _store(self, export: Export, plan: Plan, popularity: list[float] | None) -> DiskReader:
+        """What slots get records from."""
+        # Where everything fits each expert is read once, and what an earlier run left in the page
+        # cache is welcome.
+        everything = len(export.layers) * export.experts
+        direct = max(plan.slots, plan.host_slots) < everything
+        if self._device.tier == "ram":
+            return DiskReader(export, direct)
+        cache = self._cache(plan.host_slots, popularity)
+        return HostTier(export, direct, cache, plan.host_staging, self._device)
+
     def _experts(
         self,
         export: Export,
         plan: Plan,
-        store: Source,
-        disk: DiskReader,
+        store: DiskReader,
         predictor: NextGate | Predictor,
         popularity: list[float] | None,
-    ) -> tuple[Experts, TorchBackend]:
-        """The slots over ``store``, their cache, what reads ahead if that can pay, and the CPU's
-        part; and what multiplies on the CPU."""
+    ) -> Experts:
+        """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
-        layers, experts = len(export.layers), config.n_routed_experts
+        layers, experts = len(export.layers), export.experts
         cache = self._cache(plan.slots, popularity)
         slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
-            bandwidth = store.bandwidth if isinstance(store, HostTier) else disk.bandwidth
-            prefetcher = Prefetcher(layers, experts, size, slots, bandwidth)
+            prefetcher = Prefetcher(layers, experts, size, slots, store.bandwidth)
             lookahead = Lookahead(predictor, prefetcher, experts)
         if options.prefetch and popularity:
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
-        hybrid, split, cpu, levels = None, Split(), self._backend, export.levels
+        hybrid, split, levels = None, Split(), export.levels
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, size, top_k)
@@ -405,11 +407,10 @@ class _Loader:
             records = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, records, store, device)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
-        step = Experts(
+        return Experts(
             export.layers, export.layout, levels, slots, self._backend, device,
             lookahead, warm, hybrid, split,
         )  # fmt: skip
-        return step, cpu
 
 
 def _load(
@@ -421,8 +422,9 @@ def _load(
 
     def load(name: str) -> Any:
         if not hasattr(thread, "staging"):
-            thread.staging = Staging()
-        weight = export.resident(name, thread.staging.fresh())
+            thread.staging = Arena(4 << 20, alignment=4096)
+        thread.staging.reuse()
+        weight = export.resident(name, thread.staging.empty)
         if tuple(weight.shape) != shapes[name]:
             raise ConfigError(
                 f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "

@@ -1,11 +1,9 @@
 """What this machine and this process have, without torch."""
 
-from __future__ import annotations
-
 import os
 import resource
-import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,8 +17,7 @@ def cache_folder() -> Path:
 
 def process_bytes() -> int:
     """Resident set of this process now, in bytes."""
-    found: int = psutil.Process().memory_info().rss
-    return found
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss() -> int:
@@ -36,26 +33,20 @@ def available_memory() -> int:
     """Bytes of RAM that this process can still take: what the machine has free, or less under a
     memory cgroup."""
     available: int = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
     for limit, usage in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        try:
-            root = Path("/sys/fs/cgroup")
-            available = min(
-                available, int((root / limit).read_text()) - int((root / usage).read_text())
-            )
-        except (OSError, ValueError):
-            continue
+        with suppress(OSError, ValueError):
+            free = int((root / limit).read_text()) - int((root / usage).read_text())
+            available = min(available, free)
     return max(available, 0)
 
 
 def free_gpu_memory() -> int | None:
     """Free bytes of the first NVIDIA GPU's memory; None if there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
         return int(run.stdout.split()[0]) << 20

@@ -3,8 +3,6 @@
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,21 +13,9 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 
 
-class PlainRecords:
-    """Unquantized experts, all in memory; row ``layer index * E + expert``."""
-
-    def __init__(self, weights: Mapping[str, Tensor], layers: Sequence[int], experts: int):
-        self._weights, self._layers, self._experts = weights, layers, experts
-
-    def weights(self, slot: int) -> tuple[Tensor, ...]:
-        """Gate, up and down projection."""
-        row, expert = divmod(slot, self._experts)
-        names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
-        return tuple(self._weights[name] for name in names)
-
-
 class ResidentExperts:
-    """Routed experts of an unquantized checkpoint, all in memory: the reference path."""
+    """Routed experts of an unquantized checkpoint, all in memory: the network's ``experts``, and
+    the records that its backend multiplies with, row ``layer index * E + expert``."""
 
     def __init__(
         self,
@@ -38,14 +24,20 @@ class ResidentExperts:
         experts: int,
         backend: TorchBackend,
     ):
-        self._records, self._backend = PlainRecords(weights, layers, experts), backend
-        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._weights, self._layers, self._experts = weights, layers, experts
+        self._backend = backend
         self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
+
+    def weights(self, slot: int) -> tuple[Tensor, ...]:
+        """Gate, up and down projection."""
+        row, expert = divmod(slot, self._experts)
+        names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
+        return tuple(self._weights[name] for name in names)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
-        slots_E = self._slots_ME[self._rows[layer]].to(x_TD.device)
-        self._backend.experts(x_TD, self._records, slots_E, indices_TK, y_TKD)
+        slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
+        self._backend.experts(x_TD, self, slots_E, indices_TK, y_TKD)
         return self._backend.weighted_sum(y_TKD, weights_TK)
 
     def slot_table(self) -> None:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +31,6 @@ from slotmoe.quant.export.layout import MANIFEST
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Sequence.append_rows`` makes at once
 _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multiple of it
-
-
-class Watcher(Protocol):
-    """What observes every pass (``slotmoe.offload.observe.profiler``)."""
-
-    def begin(self, moved: dict[str, int]) -> None: ...
-
-    def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None: ...
 
 
 class Sequence:
@@ -124,7 +115,7 @@ class Runtime:
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
         self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
         self.sequences = [Sequence(self, cache) for cache in model.caches]
-        self.watcher: Watcher | None = None
+        self.watcher: Any = None  # a ``slotmoe.offload.observe.profiler.Profiler``
         self._generation = 0
         self._trace: TraceWriter | None = None
         self._counts = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
@@ -355,11 +346,6 @@ class Runtime:
         return self.sequences[0].context
 
     @property
-    def position(self) -> int:
-        """Positions of the first sequence that are cached.  Another thread may ask."""
-        return self.sequences[0].length
-
-    @property
     def threads(self) -> int:
         """CPU threads in use."""
         return self.model.cpu.threads
@@ -405,23 +391,14 @@ class Runtime:
             return
         if self._trace is not None:
             self._trace.close()
-        if self.model.experts is not None:
-            self.model.experts.close()
-        if self.model.store is not None:
-            self.model.store.close()
-        self.model.source.close()
+        self.model.opened.close()
         self._generation += 1
         del self.model, self.sequences
 
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -6,8 +6,6 @@ finished request leaves behind are reused by a later prompt of the same owner th
 same tokens.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
@@ -53,21 +51,6 @@ class Job:
     first: float = 0.0
 
 
-@dataclass(eq=False)
-class _Place:
-    """A sequence, the request that runs on it, and whose latents it holds."""
-
-    sequence: Sequence
-    owner: str = ""
-    used: float = 0.0
-    job: Job | None = None
-
-    @property
-    def running(self) -> Job:
-        assert self.job is not None
-        return self.job
-
-
 @dataclass
 class Totals:
     """Counts since the start: of tokens, and of requests by how they ended."""
@@ -95,9 +78,11 @@ class Scheduler:
         ended: Callable[[], None] = lambda: None,
     ):
         self._runtime, self._limit, self._ended = runtime, sequences + waiting, ended
-        self._places = [_Place(sequence) for sequence in runtime.sequences[:sequences]]
+        self._free = runtime.sequences[:sequences]  # the one that is unused for longest first
+        self._owners = dict.fromkeys(self._free, "")  # whose latents each sequence holds
+        self._running: dict[Job, Sequence] = {}
         self._waiting: deque[Job] = deque()
-        self._filling: _Place | None = None  # whose prompt is on its way in
+        self._filling: Job | None = None  # whose prompt is on its way in
         self._work = threading.Condition()
         self._closing = False
         self._seconds = 1.0  # a request's usual time from its start to its end
@@ -123,7 +108,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that have a sequence."""
-        return sum(place.job is not None for place in self._places)
+        return len(self._running)
 
     @property
     def queued(self) -> int:
@@ -133,7 +118,7 @@ class Scheduler:
     @property
     def retry_after(self) -> int:
         """Seconds after which the queue likely has room, 1 to 60."""
-        return min(60, max(1, round(self._seconds / len(self._places))))
+        return min(60, max(1, round(self._seconds / len(self._owners))))
 
     def close(self) -> None:
         """End every request after the present step, and the thread."""
@@ -163,20 +148,19 @@ class Scheduler:
 
     def _step(self) -> None:
         self._end_cancelled()
-        running = [p for p in self._places if p.job is not None and p is not self._filling]
-        if running:
-            self._decode(running)
+        decoding = [job for job in self._running if job is not self._filling]
+        if decoding:
+            self._decode(decoding)
         with self._work:  # so that ``submit`` counts a request as waiting or as running
-            if self._filling is None and self._waiting and self.running < len(self._places):
+            if self._filling is None and self._waiting and self._free:
                 self._start(self._waiting.popleft())
         if self._filling is not None:
-            self._fill(self._filling, shared=bool(running))
+            self._fill(self._filling, shared=bool(decoding))
         self.totals.steps += 1
 
     def _end_cancelled(self) -> None:
-        for place in self._places:
-            if place.job is not None and place.job.cancelled:
-                self._finish(place, place.job.answer.end("cancelled"))
+        for job in [job for job in self._running if job.cancelled]:
+            self._finish(job, job.answer.end("cancelled"))
         with self._work:
             cancelled = [job for job in self._waiting if job.cancelled]
             for job in cancelled:
@@ -186,61 +170,61 @@ class Scheduler:
 
     def _start(self, job: Job) -> None:
         """Give a request a free sequence, and in it what some sequence holds of its prompt."""
-        source, length = None, 0
-        for place in self._places if not job.scored else ():
-            # The prompt's last token is computed in any case: its logits are needed.
-            shared = shared_prefix(place.sequence.tokens, job.prompt[:-1])
-            if place.owner == job.owner and (source is None or shared > length):
-                source, length = place, shared
+        # The prompt's last token is computed in any case: its logits are needed.
+        shared = {
+            sequence: shared_prefix(sequence.tokens, job.prompt[:-1])
+            for sequence, owner in self._owners.items()
+            if owner == job.owner and not job.scored
+        }
+        source = max(shared, key=shared.__getitem__, default=None)
+        length = 0 if source is None else shared[source]
 
-        def cost(place: _Place) -> tuple[bool, bool, float]:
+        def cost(sequence: Sequence) -> tuple[bool, bool]:
             """The source itself if most of it is kept, else an empty one, else the one unused for
             longest."""
-            held = place.sequence.length
-            return place is not source or 2 * length < held, bool(held), place.used
+            held = sequence.length
+            return sequence is not source or 2 * length < held, held > 0
 
-        taken = min((place for place in self._places if place.job is None), key=cost)
-        taken.sequence.take((source or taken).sequence, length)
-        taken.owner, taken.job = job.owner, job
-        job.reused, job.started, self._filling = length, time.monotonic(), taken
+        taken = min(self._free, key=cost)
+        taken.take(source or taken, length)
+        self._free.remove(taken)
+        self._owners[taken], self._running[job] = job.owner, taken
+        job.reused, job.started, self._filling = length, time.monotonic(), job
         self.totals.reused_tokens += length
 
-    def _fill(self, place: _Place, shared: bool) -> None:
+    def _fill(self, job: Job, shared: bool) -> None:
         """Append a piece of the prompt; after the last one comes the first token."""
-        job, sequence = place.running, place.sequence
+        sequence = self._running[job]
         count = _SHARED_PIECE if shared else self._runtime.plan.prefill_chunk
         piece = job.prompt[sequence.length : sequence.length + count]
-        logits_V = self._score(place, piece) if job.scored else sequence.append(piece)[0]
+        logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
         self.totals.prompt_tokens += len(piece)
         if sequence.length == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
-            self._take(place, logits_V)
+            self._take(job, logits_V)
 
-    def _score(self, place: _Place, ids: list[int]) -> Tensor:
+    def _score(self, job: Job, ids: list[int]) -> Tensor:
         """Append a piece of the prompt; each row of logits scores the prompt's next token.  Returns
         the last row."""
-        job, position = place.running, place.sequence.length
+        sequence = self._running[job]
+        position = sequence.length
         if position == 0:
             job.answer.score(job.prompt[0], None)
-        for rows_RV in place.sequence.append_rows(ids):
+        for rows_RV in sequence.append_rows(ids):
             for logits_V in rows_RV.cpu():
                 position += 1
                 if position < len(job.prompt):
                     job.answer.score(job.prompt[position], logits_V)
         return rows_RV[-1]
 
-    def _decode(self, places: list[_Place]) -> None:
-        ids = [place.running.answer.ids[-1] for place in places]
-        if len(places) == 1:
-            logits_TV = places[0].sequence.append(ids)
-        else:
-            logits_TV = self._runtime.append_each([place.sequence for place in places], ids)
-        for place, logits_V in zip(places, logits_TV.cpu(), strict=True):
-            self._take(place, logits_V)
+    def _decode(self, jobs: list[Job]) -> None:
+        sequences = [self._running[job] for job in jobs]
+        logits_TV = self._runtime.append_each(sequences, [job.answer.ids[-1] for job in jobs])
+        for job, logits_V in zip(jobs, logits_TV.cpu(), strict=True):
+            self._take(job, logits_V)
 
-    def _take(self, place: _Place, logits_V: Tensor) -> None:
+    def _take(self, job: Job, logits_V: Tensor) -> None:
         """Choose the request's next token."""
-        job = place.running
         before = len(job.answer.ids)
         try:
             piece = job.answer.take(logits_V.cpu())
@@ -248,20 +232,19 @@ class Scheduler:
             finish = "refused" if isinstance(problem, ConfigError) else "error"
             piece = job.answer.end(finish, str(problem))
         self.totals.answer_tokens += len(job.answer.ids) - before
-        if piece.finish is None and place.sequence.length == self._runtime.context:
+        if piece.finish is None and self._running[job].length == self._runtime.context:
             rest = job.answer.end("length")
             piece = replace(rest, text=piece.text + rest.text, tokens=piece.tokens + rest.tokens)
         if piece.finish is None:
             self._emit(job, piece)
         else:
-            self._finish(place, piece)
+            self._finish(job, piece)
 
-    def _finish(self, place: _Place, piece: Delta) -> None:
-        job = place.running
-        place.job, place.used = None, time.monotonic()
-        if self._filling is place:
+    def _finish(self, job: Job, piece: Delta) -> None:
+        self._free.append(self._running.pop(job))
+        if self._filling is job:
             self._filling = None
-        self._seconds += 0.2 * (place.used - job.started - self._seconds)
+        self._seconds += 0.2 * (time.monotonic() - job.started - self._seconds)
         self._emit(job, piece)
 
     def _emit(self, job: Job, piece: Delta) -> None:
@@ -276,8 +259,7 @@ class Scheduler:
             finish, error = "error", "the model failed; see the server's log"
         with self._work:
             self._closing = True
-            running = [place.job for place in self._places if place.job is not None]
-            jobs = [*running, *self._waiting]
+            jobs = [*self._running, *self._waiting]
             self._waiting.clear()
         for job in jobs:
             self._emit(job, job.answer.end(finish, error))

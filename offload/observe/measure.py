@@ -17,7 +17,7 @@ from torch import Tensor
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
-from slotmoe.offload.tiers.device import Copy, Device
+from slotmoe.offload.tiers.device import Device, Event
 from slotmoe.offload.tiers.memory import page_aligned
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout, layer_file
@@ -80,7 +80,7 @@ def copy_bandwidth(
         while busy() or copied == 0 or time.perf_counter() < until:
             after = device.record()
             pairs = zip(memory.split(size), rows, strict=True)
-            copies: list[Copy] = [device.copy(source, row, after) for source, row in pairs]
+            copies: list[Event] = [device.copy(source, row, after) for source, row in pairs]
             copies[-1].synchronize()
             spent += sum(copy.seconds for copy in copies)
             copied += memory.nbytes
@@ -175,9 +175,9 @@ def device_bandwidth(device: Device, memory: Tensor) -> float:
     """Bytes a second at which the GPU reads its ``memory``, uint8: median of 5 sums over it."""
     words, seconds = memory[: memory.nbytes // 8 * 8].view(torch.int64), []
     for _ in range(6):
-        device.synchronize()
+        device.record().synchronize()
         started = time.perf_counter()
         words.sum()
-        device.synchronize()
+        device.record().synchronize()
         seconds.append(time.perf_counter() - started)
     return words.nbytes / median(seconds[1:])

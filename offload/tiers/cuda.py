@@ -1,37 +1,27 @@
 """CUDA devices: whether there is one that can be used, and the engine's view of it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
-from slotmoe.offload.tiers.device import (
-    Copy,
-    CpuDevice,
-    Device,
-    DeviceMemory,
-    Download,
-    Empty,
-    Event,
-    SlotEntries,
-)
-from slotmoe.offload.tiers.memory import Touching
-from slotmoe.quant.backends import pick_backend
-from slotmoe.quant.backends.base import TorchBackend
+from slotmoe.offload.tiers.device import Device, DeviceMemory, Download, Event
+from slotmoe.quant.backends.base import Empty
 
 MIN_CAPABILITY = 7, 0
 
 
-class _CudaEvent:
-    def __init__(self, event: Any):
-        self.event = event
+class _CudaEvent(Event):
+    def __init__(self, event: torch.cuda.Event, started: torch.cuda.Event | None = None):
+        self.event, self._started = event, started
+
+    @property
+    def seconds(self) -> float:
+        return self._started.elapsed_time(self.event) / 1e3 if self._started is not None else 0.0
 
     def done(self) -> bool:
         return bool(self.event.query())
@@ -40,22 +30,11 @@ class _CudaEvent:
         self.event.synchronize()
 
 
-class _CudaCopy(_CudaEvent):
-    def __init__(self, started: Any, ended: Any):
-        super().__init__(ended)
-        self._started = started
-
-    @property
-    def seconds(self) -> float:
-        return float(self._started.elapsed_time(self.event)) / 1e3
-
-
-class _CudaDownload:
+class _CudaDownload(Download):
     def __init__(self, tensor: Tensor):
         # torch keeps pinned memory until the stream has used it, here and in ``upload``.
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-            tensor, non_blocking=True
-        )
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        super().__init__(host.copy_(tensor, non_blocking=True))
         self._event = torch.cuda.current_stream(tensor.device).record_event()
 
     def get(self) -> Tensor:
@@ -63,20 +42,7 @@ class _CudaDownload:
         return self._host
 
 
-class CudaEntries:
-    """A slot table on a GPU."""
-
-    def __init__(self, tensor: Tensor, upload: Callable[[Tensor], Tensor]):
-        self.tensor, self._entries, self._upload = tensor, tensor.view(-1), upload
-
-    def set(self, expert_id: int, slot: int) -> None:
-        self._entries[expert_id].fill_(slot)
-
-    def load(self, slots: list[int]) -> None:
-        self._entries.copy_(self._upload(torch.tensor(slots, dtype=torch.int32)))
-
-
-class CudaDevice:
+class CudaDevice(Device):
     """A CUDA device; compute is the stream that is current where kernels are launched."""
 
     tier, queues = "vram", True
@@ -87,21 +53,14 @@ class CudaDevice:
         if torch.cuda.memory_allocated(self.device) == 0:
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def backend(self, kernels: str, threads: int | None) -> TorchBackend:
-        return pick_backend(self.device, kernels, threads)
-
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def weights(self) -> Empty:
         return self.empty
 
-    def touching(self, slab: Tensor, ready: int) -> Touching | None:
-        return None
-
-    def slot_entries(self, layers: int, experts: int) -> SlotEntries:
-        entries = self.empty((layers, experts), torch.int32).fill_(-1)
-        return CudaEntries(entries, self.upload)
+    def set_slot(self, slots_ME: Tensor, expert_id: int, slot: int) -> None:
+        slots_ME.view(-1)[expert_id].fill_(slot)
 
     def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
         table_E = self.empty((experts,), torch.int32).fill_(-1)
@@ -110,7 +69,32 @@ class CudaDevice:
         return table_E
 
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
-        return run_on(self, step, ways_out)
+        """Where the device had no memory left, ``step`` runs once more, when the allocator has
+        given back what it kept."""
+
+        def once() -> Tensor:
+            result = step()
+            self.record().synchronize()  # what fails in a kernel fails here
+            return result
+
+        try:
+            try:
+                return once()
+            except torch.OutOfMemoryError:
+                pass  # the tensors of its frames are free after this block
+            self.release()
+            return once()
+        except torch.OutOfMemoryError:
+            free = self.memory().free >> 20
+            raise DeviceError(
+                f"{self.name} has no memory left in the middle of a step ({free} MiB free): "
+                f"another program has taken it; end that, or open the model with {ways_out}"
+            ) from None
+        except RuntimeError as problem:
+            if "CUDA" not in str(problem):
+                raise
+            told = str(problem).partition("\n")[0]
+            raise DeviceError(f"{self.name} failed ({told}); start the program again") from None
 
     def record(self) -> Event:
         return _CudaEvent(torch.cuda.current_stream(self.device).record_event())
@@ -119,7 +103,7 @@ class CudaDevice:
         assert isinstance(event, _CudaEvent)
         torch.cuda.current_stream(self.device).wait_event(event.event)
 
-    def copy(self, source: Tensor, target: Tensor, after: Event) -> Copy:
+    def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
         assert isinstance(after, _CudaEvent)
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._copies):
@@ -127,7 +111,7 @@ class CudaDevice:
             started.record()
             target.copy_(source, non_blocking=True)
             ended.record()
-        return _CudaCopy(started, ended)
+        return _CudaEvent(ended, started)
 
     def download(self, tensor: Tensor) -> Download:
         return _CudaDownload(tensor)
@@ -147,21 +131,17 @@ class CudaDevice:
     def unpin(self, memory: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def memory(self) -> DeviceMemory | None:
+    def memory(self) -> DeviceMemory:
+        counters = (
+            torch.cuda.memory_allocated,
+            torch.cuda.memory_reserved,
+            torch.cuda.max_memory_allocated,
+        )
         free, total = torch.cuda.mem_get_info(self.device)
-        allocated, reserved = (
-            torch.cuda.memory_allocated(self.device),
-            torch.cuda.memory_reserved(self.device),
-        )
-        return DeviceMemory(
-            free, total, allocated, reserved, torch.cuda.max_memory_allocated(self.device)
-        )
+        return DeviceMemory(free, total, *(counter(self.device) for counter in counters))
 
     def release(self) -> None:
         torch.cuda.empty_cache()
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -184,27 +164,23 @@ def cuda_facts() -> CudaFacts:
         return CudaFacts(torch.__version__, built=False)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns of an old driver first; ``init`` then says the same as an error
+            # torch warns of an old driver first; ``init`` then says the same as an error.
+            warnings.simplefilter("ignore")
             torch.cuda.init()
             if torch.cuda.device_count() == 0:
-                return CudaFacts(torch.__version__, True, "the driver shows no GPU to this process")
+                raise RuntimeError("the driver shows no GPU to this process")
             name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
     except (RuntimeError, AssertionError) as problem:
         return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
-    return CudaFacts(
-        torch.__version__, True, "", name, capability, tuple(torch.cuda.get_arch_list())
-    )
+    known = tuple(torch.cuda.get_arch_list())
+    return CudaFacts(torch.__version__, True, "", name, capability, known)
 
 
 def why_not(facts: CudaFacts) -> str:
     """Why no GPU can be used; empty if one can."""
     if not facts.built:
-        return (
-            f"torch {facts.torch} here was built without CUDA; a CUDA build of torch is needed "
-            "for a GPU"
-        )
+        missing = "was built without CUDA; a CUDA build of torch is needed for a GPU"
+        return f"torch {facts.torch} here {missing}"
     if facts.problem:
         return f"torch can't use CUDA: {facts.problem}"
     device = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
@@ -227,11 +203,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     if not digits.isdecimal():
         return False
     built = divmod(int(digits), 10)
-    return (
-        built <= capability
-        if kind == "compute"
-        else built[0] == capability[0] and built <= capability
-    )
+    return built <= capability and (kind == "compute" or built[0] == capability[0])
 
 
 def choose_device(wanted: str, make: Callable[[], Device] = CudaDevice) -> tuple[Device, str]:
@@ -240,43 +212,11 @@ def choose_device(wanted: str, make: Callable[[], Device] = CudaDevice) -> tuple
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device {wanted!r:.40} is unknown, expected auto, cpu or cuda")
     if wanted == "cpu":
-        return CpuDevice(), "as asked"
+        return Device(), "as asked"
     facts = cuda_facts()
     reason = why_not(facts)
     if reason and wanted == "cuda":
         raise ConfigError(f"device cuda: {reason}; or use --device cpu")
     if reason:
-        return CpuDevice(), reason
+        return Device(), reason
     return make(), "as asked" if wanted == "cuda" else f"{facts.name} is here"
-
-
-def run_on(device: Device, step: Callable[[], Tensor], ways_out: str) -> Tensor:
-    """What ``step`` gives, computed; once more, with what the allocator has kept given back, where
-    the device had no memory left.
-
-    Raises ``DeviceError`` if the device fails; ``ways_out`` is what could be asked for instead."""
-
-    def once() -> Tensor:
-        result = step()
-        device.record().synchronize()  # what fails in a kernel fails here
-        return result
-
-    try:
-        try:
-            return once()
-        except torch.OutOfMemoryError:
-            pass  # the tensors of its frames are free after this block
-        device.release()
-        return once()
-    except torch.OutOfMemoryError:
-        memory = device.memory()
-        free = memory.free >> 20 if memory is not None else 0
-        raise DeviceError(
-            f"{device.name} has no memory left in the middle of a step ({free} MiB free): another "
-            f"program has taken it; end that, or open the model with {ways_out}"
-        ) from None
-    except RuntimeError as problem:
-        if "CUDA" not in str(problem):
-            raise
-        told = str(problem).partition("\n")[0]
-        raise DeviceError(f"{device.name} failed ({told}); start the program again") from None

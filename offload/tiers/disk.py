@@ -1,21 +1,20 @@
 """The disk tier: threads with several aligned direct reads in flight, the most urgent record
 first."""
 
-from __future__ import annotations
-
 import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
-from itertools import count
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
 
 from torch import Tensor
 
 from slotmoe.errors import ExportError
 from slotmoe.offload.plan.memory import HELP_BYTES
-from slotmoe.offload.tiers.device import Copy
+from slotmoe.offload.tiers.device import Event
 from slotmoe.quant.export.reader import Export
 
 # Urgencies; prefetches lie between them, the number of layers until their use.
@@ -23,26 +22,25 @@ DEMAND, WARM = 0, 1 << 30
 READERS = 8
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
-After = Callable[[bool], None] | None
 
 
+@dataclass(eq=False, slots=True)
 class Read:
     """One record on its way into memory.  ``done`` is True when it can be used or when ``error``
     says why not; on a GPU it can be used by kernels that wait for ``copy`` first."""
 
-    __slots__ = (
-        "after", "buffer", "cancelled", "copy", "done", "error", "expert_id", "outstanding",
-        "started", "taken", "urgency",
-    )  # fmt: skip
-
-    def __init__(self, expert_id: int, buffer: memoryview, urgency: int, after: After = None):
-        # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read
-        # failed or was given up.
-        self.expert_id, self.buffer, self.urgency, self.after = expert_id, buffer, urgency, after
-        self.taken = self.outstanding = 0  # bytes given to readers, pieces being read
-        self.started = self.done = self.cancelled = False
-        self.error: BaseException | None = None
-        self.copy: Copy | None = None
+    expert_id: int
+    buffer: memoryview
+    urgency: int
+    # ``after(arrived)`` runs once in the reading thread, before ``done``: False if the read failed
+    # or was given up.
+    after: Callable[[bool], None] | None = None
+    taken: int = 0  # bytes given to readers
+    outstanding: int = 0  # pieces being read
+    done: bool = False
+    cancelled: bool = False
+    error: BaseException | None = None
+    copy: Event | None = None
 
 
 class DiskReader:
@@ -83,26 +81,21 @@ class DiskReader:
         """Queue reads; those of urgency ``DEMAND`` overtake all others."""
         with self._lock:
             for read in reads:
-                self._push(read)
+                heapq.heappush(self._queue, (read.urgency, next(self._order), read))
                 if not (self._helps and read.urgency == DEMAND):
                     self._work.notify(max(1, self.record_bytes // self._piece))
 
-    def _push(self, read: Read) -> None:
-        heapq.heappush(self._queue, (read.urgency, next(self._order), read))
-
     def promote(self, read: Read) -> None:
         """A prefetch has become a demand."""
-        with self._lock:
-            if read.urgency != DEMAND and not read.done:
-                read.urgency = DEMAND
-                self._push(read)  # the old entry is skipped when it comes up
+        if read.urgency != DEMAND:
+            read.urgency = DEMAND
+            self.submit([read])  # the old entry is skipped when it comes up
 
     def cancel(self, read: Read) -> bool:
         """Give a read up; True if its buffer is free now, else when the read is ``done``."""
         with self._lock:
             read.cancelled = True
-            unread = read.outstanding == 0 and read.taken < len(read.buffer)
-            if not read.done and (unread or not read.started):
+            if not read.done and read.outstanding == 0 and read.taken < len(read.buffer):
                 if read.after is not None:
                     read.after(False)
                 read.done = True
@@ -119,6 +112,16 @@ class DiskReader:
                     self._arrived.wait()
                     continue
             self._read(*piece)
+
+    def read_each(
+        self, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
+    ) -> Iterator[Read]:
+        """What ``begin`` has started for each expert, as it is done, so many at a time."""
+        ids, pending = iter(expert_ids), list[Read]()
+        while pending := pending + [begin(id) for id in islice(ids, at_once - len(pending))]:
+            for read in self.wait(pending):
+                pending.remove(read)
+                yield read
 
     def advance(self, tokens: int) -> None:
         """A forward pass over more tokens begins; a disk remembers nothing."""
@@ -160,14 +163,11 @@ class DiskReader:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
             given_up = read.done or read.cancelled or urgency != read.urgency
-            if given_up or (read.started and read.taken >= total):
+            if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
             start, read.taken = read.taken, min(read.taken + self._piece, total)
-            read.started = True
             read.outstanding += 1
-            if read.taken >= total:
-                heapq.heappop(self._queue)
             if self._busy == 0:
                 self._busy_since = time.perf_counter()
             self._busy += 1
@@ -177,9 +177,8 @@ class DiskReader:
     def _read(self, read: Read, start: int, stop: int) -> None:
         problem: BaseException | None = None
         try:
-            if stop > start:
-                layer, expert = self._place(read.expert_id)
-                self._export.read_range(layer, expert, start, read.buffer[start:stop])
+            where = self._place(read.expert_id)
+            self._export.read_range(*where, start, read.buffer[start:stop])
         # Also Ctrl-C in a thread that helps: others may wait for this read.
         except BaseException as raised:
             problem = raised
@@ -221,35 +220,14 @@ class DiskReader:
                 read.after(arrived)
 
     def _verify(self, read: Read) -> None:
-        layer, expert = self._place(read.expert_id)
+        where = self._place(read.expert_id)
         if read.error is None:
             try:
-                if read.buffer:
-                    self._export.verify_record(layer, expert, read.buffer)
+                self._export.verify_record(*where, read.buffer)
                 return
             except ExportError:
                 pass
         read.error = None
         self.retries += 1
-        self._export.read_range(layer, expert, 0, read.buffer)
-        self._export.verify_record(layer, expert, read.buffer)
-
-
-class Source(Protocol):
-    """Where ``Slots`` gets records from: ``DiskReader`` or ``HostTier``."""
-
-    def read(self, expert_id: int, target: Tensor, urgency: int) -> Read: ...
-
-    def submit(self, reads: Iterable[Read]) -> None: ...
-
-    def promote(self, read: Read) -> None: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-    def cancel(self, read: Read) -> bool: ...
-
-    def wait(self, reads: Collection[Read]) -> list[Read]: ...
-
-    def stats(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
+        self._export.read_range(*where, 0, read.buffer)
+        self._export.verify_record(*where, read.buffer)

@@ -9,75 +9,76 @@ RAM is page-locked piece by piece, each when all its records have been written: 
 not wait for all of it, and no page is locked before it exists.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from slotmoe.errors import DeviceError
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
-from slotmoe.offload.tiers.device import Copy, Device, Event
+from slotmoe.offload.tiers.device import Device, Event
 from slotmoe.offload.tiers.disk import DEMAND, DiskReader, Read
 from slotmoe.offload.tiers.memory import page_aligned
 from slotmoe.offload.tiers.slots import Table
+from slotmoe.quant.export.reader import Export
 
 PIN_BYTES = 64 << 20
 
 
-class HostTier:
-    """Experts in RAM under a cache of their own, [cache.slots + staging, record_bytes].
-    ``staging`` slots hold what is on its way; at most so many reads may be under way or acquired at
-    once.  A ``Read`` is done when its copy has been queued."""
+class _Use(NamedTuple):
+    """A record of the slab that is being written, copied or computed with; ``cached`` if the cache
+    had it before."""
 
-    def __init__(self, disk: DiskReader, cache: Cache, staging: int, device: Device):
-        size, count = disk.record_bytes, cache.slots + staging
+    expert_id: int
+    slot: int
+    cached: bool
+
+
+class HostTier(DiskReader):
+    """A disk reader with experts in RAM under a cache of their own, [cache.slots + staging,
+    record_bytes].  ``staging`` slots hold what is on its way; at most so many reads may be under
+    way or acquired at once.  A ``Read`` is done when its copy has been queued."""
+
+    def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
+        size, count = export.layout.record_bytes, cache.slots + staging
         self.slab = page_aligned(count * size).view(-1, size)
-        self._disk, self._device, self._lock = disk, device, threading.Lock()
-        self.table = Table(cache, self.slab)
-        # Cached expert ids that are being copied or acquired, and how often.
-        self._in_use = dict[int, int]()
-        # Copies in their order, with expert id, slot, and whether it was cached.
-        self._copying: deque[tuple[Copy, int, int, bool]] = deque()
-        self._acquired: dict[Read, tuple[int, bool]] = {}  # slot, cached
+        self.table, self.cache, self._device = Table(cache, self.slab), cache, device
+        self._table_lock = threading.Lock()
+        self._in_use = Counter[int]()  # uses of cached experts
+        self._copying: deque[tuple[Event, _Use]] = deque()  # in their order
+        self._acquired: dict[Read, _Use] = {}
         self._pinned = _Pinning(self.slab, device)
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
-        self.submit, self.promote = disk.submit, disk.promote
-        self.cancel, self.wait = disk.cancel, disk.wait
+        super().__init__(export, direct)
 
     def __contains__(self, expert_id: int) -> bool:
         """Whether the expert is cached in RAM."""
-        return expert_id in self.table.cache
-
-    @property
-    def cache(self) -> Cache:
-        return self.table.cache
+        return expert_id in self.cache
 
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
         """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
         already, else from disk through RAM."""
         after = self._device.record()  # the slot's last readers have been launched
-        slot, cached = self._claim(expert_id)
+        use = self._claim(expert_id)
 
         def arrived(ok: bool) -> None:
             try:
                 if ok:
-                    self._pinned.written(slot)
-                    self._copy(read, self.slab[slot], target, after)
+                    self._pinned.written(use.slot)
+                    self._copy(read, self.slab[use.slot], target, after)
             finally:
-                with self._lock:
+                with self._table_lock:
                     if read.copy is not None:
-                        self._copying.append((read.copy, expert_id, slot, cached))
+                        self._copying.append((read.copy, use))
                     else:
-                        self._put_back(expert_id, slot, cached, arrived=False)
+                        self._put_back(use, arrived=False)
 
-        read = Read(expert_id, self._buffer(slot, cached), urgency, arrived)
-        if cached:
+        read = Read(expert_id, self._buffer(use), urgency, arrived)
+        if use.cached:
             arrived(True)
             read.done = True
         return read
@@ -85,114 +86,94 @@ class HostTier:
     def acquire(self, expert_id: int) -> Read:
         """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it, and
         ``release`` ends its use."""
-        slot, cached = self._claim(expert_id)
+        use = self._claim(expert_id)
 
         def arrived(ok: bool) -> None:
             if ok:
-                self._pinned.written(slot)
-                return
-            with self._lock:
-                if self._acquired.pop(read, None) is not None:
-                    self._put_back(expert_id, slot, cached, arrived=False)
+                self._pinned.written(use.slot)
 
-        read = Read(expert_id, self._buffer(slot, cached), DEMAND, arrived)
-        read.done = cached
-        self._acquired[read] = slot, cached
+        read = Read(expert_id, self._buffer(use), DEMAND, arrived, done=use.cached)
+        self._acquired[read] = use
         return read
 
     def slot(self, read: Read) -> int:
         """The row of the slab with the record of an acquired read that is done."""
-        return self._acquired[read][0]
+        return self._acquired[read].slot
 
     def release(self, read: Read) -> None:
         """The record of an acquired read that is done has been used, or is not wanted any more."""
-        with self._lock:
-            if (acquired := self._acquired.pop(read, None)) is not None:
-                self.bytes_acquired += self._disk.record_bytes
-                self._put_back(read.expert_id, *acquired, arrived=read.error is None)
+        arrived = read.error is None and not read.cancelled
+        with self._table_lock:
+            self.bytes_acquired += self.record_bytes if arrived else 0
+            self._put_back(self._acquired.pop(read), arrived)
 
     def advance(self, tokens: int) -> None:
         """A pass over more tokens begins; what an interrupted one has acquired is released."""
         for read in list(self._acquired):
-            if not read.done and not self._disk.cancel(read):
-                self._disk.wait([read])
+            if not read.done and not self.cancel(read):
+                self.wait([read])
             self.release(read)
-        with self._lock:
+        with self._table_lock:
             self._collect()
             self.cache.advance(tokens)
 
     def fill(self, expert_ids: Iterable[int]) -> None:
         """Read experts that are not cached into free room, and wait."""
-        pending: list[Read] = []
-        room = self.cache.slots - len(self.cache)
-        for expert_id in (id for id in expert_ids if id not in self.cache):
-            if room <= 0:
-                break
-            room -= 1
-            pending.append(self.acquire(expert_id))
-            self.submit(pending[-1:])
-            if len(pending) == LENT:
-                self._finish(pending)
-        while pending:
-            self._finish(pending)
+        absent = [id for id in expert_ids if id not in self.cache]
+        room, computed = self.cache.slots - len(self.cache), self.bytes_acquired
 
-    def _finish(self, pending: list[Read]) -> None:
-        for read in self.wait(pending):
-            pending.remove(read)
+        def begin(expert_id: int) -> Read:
+            read = self.acquire(expert_id)
+            self.submit([read])
+            return read
+
+        for read in self.read_each(absent[:room], LENT, begin):
             self.release(read)
-            self.bytes_acquired -= self._disk.record_bytes
             if read.error is not None:
                 raise read.error
+        self.bytes_acquired = computed
 
     def bandwidth(self) -> float:
         """Bytes a second at which records come, by what share of them was in RAM so far."""
         lookups = self.cache.hits + self.cache.misses
         from_disk = self.cache.misses / lookups if lookups else 1.0
         link = self.copy_seconds / self.bytes_copied if self.bytes_copied else 0.0
-        return 1 / (from_disk / self._disk.bandwidth() + link + 1e-12)
+        return 1 / (from_disk / super().bandwidth() + link + 1e-12)
 
     def stats(self) -> dict[str, Any]:
         """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
         bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
         page-locked as far as it is filled."""
-        with self._lock:
+        with self._table_lock:
             self._collect()
         counts = {"bytes": self.bytes_copied, "seconds": self.copy_seconds}
         counts |= {"lent_bytes": self.bytes_acquired, "pinned": not self._pinned.refused}
         counts |= {"hits": self.cache.hits, "misses": self.cache.misses}
-        return {**self._disk.stats(), "host": counts}
+        return {**super().stats(), "host": counts}
 
     def close(self) -> None:
         """Stop reading, wait for what is being copied, give the RAM back."""
-        self._disk.close()
-        for copy, *_ in self._copying:
+        super().close()
+        for copy, _ in self._copying:
             copy.synchronize()
         self._pinned.close()
 
-    @property
-    def idle(self) -> bool:
-        """Whether no record is on its way, being copied or acquired."""
-        with self._lock:
-            self._collect()
-            busy = len(self.table.free) + len(self.table.slot_of) < len(self.slab)
-            return not busy and not self._in_use
-
-    def _buffer(self, slot: int, cached: bool) -> memoryview:
+    def _buffer(self, use: _Use) -> memoryview:
         """Where the disk writes a record; nothing where it is cached."""
-        return memoryview(b"") if cached else self.slab[slot].numpy().data
+        return memoryview(b"") if use.cached else self.slab[use.slot].numpy().data
 
-    def _claim(self, expert_id: int) -> tuple[int, bool]:
-        """The slot of a cached expert and True, or a free one and False."""
-        with self._lock:
+    def _claim(self, expert_id: int) -> _Use:
+        """A use of a cached expert, or of a free slot."""
+        with self._table_lock:
             self._collect()
             if self.cache.use(expert_id):
-                self._in_use[expert_id] = self._in_use.get(expert_id, 0) + 1
-                return self.table.slot_of[expert_id], True
+                self._in_use[expert_id] += 1
+                return _Use(expert_id, self.table.slot_of[expert_id], cached=True)
             # All that is on its way has been queued: the oldest copy makes room.
             while not self.table.free:
                 self._copying[0][0].synchronize()
                 self._collect()
-            return self.table.free.pop(), False
+            return _Use(expert_id, self.table.free.pop(), cached=False)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:
@@ -204,21 +185,21 @@ class HostTier:
     def _collect(self) -> None:
         """Give the slots of copies that are done to the cache; the lock is held."""
         while self._copying and self._copying[0][0].done():
-            copy, expert_id, slot, cached = self._copying.popleft()
-            self.bytes_copied += self._disk.record_bytes
+            copy, use = self._copying.popleft()
+            self.bytes_copied += self.record_bytes
             self.copy_seconds += copy.seconds
-            self._put_back(expert_id, slot, cached, arrived=True)
+            self._put_back(use, arrived=True)
 
-    def _put_back(self, expert_id: int, slot: int, cached: bool, arrived: bool) -> None:
-        if cached:
-            self._in_use[expert_id] -= 1
-            if self._in_use[expert_id] == 0:
-                del self._in_use[expert_id]
-        elif not arrived or expert_id in self.cache:  # cached: the record was read twice at once
-            self.table.free.append(slot)
+    def _put_back(self, use: _Use, arrived: bool) -> None:
+        if use.cached:
+            self._in_use[use.expert_id] -= 1
+            if self._in_use[use.expert_id] == 0:
+                del self._in_use[use.expert_id]
+        elif not arrived or use.expert_id in self.cache:  # the record was read twice at once
+            self.table.free.append(use.slot)
         else:
-            self.table.slot_of[expert_id] = slot
-            self.table.admit(expert_id, pinned=self._in_use)
+            self.table.slot_of[use.expert_id] = use.slot
+            self.table.admit(use.expert_id, pinned=self._in_use)
             if len(self.cache) == self.cache.slots:
                 self._pinned.rest()
 
@@ -228,44 +209,46 @@ class _Pinning:
     once."""
 
     def __init__(self, slab: Tensor, device: Device):
-        self._slab, self._device, self._lock = slab, device, threading.Lock()
+        self._device, self._lock = device, threading.Lock()
         self._count = max(1, PIN_BYTES // slab.shape[1])
-        starts = range(0, len(slab), self._count)
-        self._missing = [set(range(at, min(at + self._count, len(slab)))) for at in starts]
-        self._locked: set[int] = set()
+        self._pieces = slab.split(self._count)
+        # The slots that nothing has been written to, of each piece that is not locked.
+        self._unwritten = {
+            piece: set(range(piece * self._count, piece * self._count + len(records)))
+            for piece, records in enumerate(self._pieces)
+        }
+        self._locked: list[Tensor] = []
         self.refused = False
 
     def written(self, slot: int) -> None:
         """A record has arrived in ``slot``."""
         piece = slot // self._count
-        if piece in self._locked:
+        if piece not in self._unwritten:
             return
         with self._lock:
-            self._missing[piece].discard(slot)
-            if not self._missing[piece]:
+            slots = self._unwritten.get(piece, {slot})
+            slots.discard(slot)
+            if not slots:
                 self._pin(piece)
 
     def rest(self) -> None:
         """Nothing more will be written to slots that are free now: lock what is left."""
-        if len(self._locked) < len(self._missing):
+        if self._unwritten:
             with self._lock:
-                for piece in range(len(self._missing)):
+                for piece in list(self._unwritten):
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
-        if piece in self._locked or self.refused:
+        if self._unwritten.pop(piece, None) is None or self.refused:
             return
-        if self._device.pin(self._piece(piece)):
-            self._locked.add(piece)
+        if self._device.pin(self._pieces[piece]):
+            self._locked.append(self._pieces[piece])
             return
         self.refused = True
         logging.getLogger("slotmoe").warning(
             "the system locks no more RAM for %s; copies from it are slower", self._device.name
         )
 
-    def _piece(self, piece: int) -> Tensor:
-        return self._slab[piece * self._count : (piece + 1) * self._count]
-
     def close(self) -> None:
         for piece in self._locked:
-            self._device.unpin(self._piece(piece))
+            self._device.unpin(piece)

@@ -2,17 +2,15 @@
 
     Slots       a slab on the device (a GPU's memory; RAM when there is no GPU)
       | read(expert_id, slot, urgency) -> Read
-    HostTier    a slab in pinned RAM, only below a GPU (``slotmoe.offload.tiers.host``)
-      | read(expert_id, slot, urgency) -> Read
     DiskReader  threads with several aligned direct reads in flight (``slotmoe.offload.tiers.disk``)
+    HostTier    below a GPU: the same, through a slab in page-locked RAM
+                (``slotmoe.offload.tiers.host``)
 
 A step never polls: it asks for what it misses, computes what is cached, and waits on ``Read``s.  A
 record counts as present only when its last byte has arrived and its checksum is right, so an
 interrupted step leaves nothing half-filled.  An expert id is (MoE layer index) * n_routed_experts +
 expert.
 """
-
-from __future__ import annotations
 
 import time
 from collections import OrderedDict
@@ -24,7 +22,8 @@ from torch import Tensor
 from slotmoe.errors import DeviceError
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import DEMAND, WARM, Read, Source
+from slotmoe.offload.tiers.disk import DEMAND, WARM, DiskReader, Read
+from slotmoe.offload.tiers.memory import Touching
 
 LAZY_BYTES = 256 << 20  # a slab beyond this gets its pages while the first tokens are made
 
@@ -61,7 +60,7 @@ class Slots:
 
     def __init__(
         self,
-        source: Source,
+        source: DiskReader,
         cache: Cache,
         staging: int,
         reserve: int,
@@ -72,7 +71,8 @@ class Slots:
         self.slab = device.empty((total, record_bytes), torch.uint8)
         self._source, self._device = source, device
         self.table, self.cache = Table(cache, self.slab), cache
-        self._entries = device.slot_entries(cache.layers, cache.experts)
+        # The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others.
+        self.slots_ME = device.empty((cache.layers, cache.experts), torch.int32).fill_(-1)
         self.staging, self._reserve = staging, reserve
         self.coming: OrderedDict[int, Read] = OrderedDict()  # in staging slots, oldest first
         # Given up, but a piece of the record is still arriving in the slot.
@@ -80,16 +80,10 @@ class Slots:
         self.wait_seconds = 0.0
         self.planned, self._touched = cache.slots, 0
         first = max(staging + reserve, LAZY_BYTES // record_bytes)
-        self._touching = None
-        if first < total:
-            self._touching = device.touching(self.slab, first * record_bytes)
-        if self._touching is not None:
+        self._touching: Touching | None = None
+        if first < total and device.tier == "ram":
+            self._touching = Touching(self.slab.view(-1), first * record_bytes)
             self.table.free, cache.slots = self.table.free[-first:], first - staging
-
-    @property
-    def slots_ME(self) -> Tensor:
-        """The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others."""
-        return self._entries.tensor
 
     @property
     def complete(self) -> bool:
@@ -119,7 +113,7 @@ class Slots:
     def _finish_growing(self) -> None:
         if self._touching is not None:
             self._touching.finish()
-            self._grow()
+        self._grow()
 
     def _grow(self) -> None:
         """Take over the slots whose pages are present now."""
@@ -195,22 +189,18 @@ class Slots:
         self._grow()
         del self.coming[expert_id]
         evicted = self.table.admit(expert_id, pinned)
-        if evicted != expert_id:
-            self._admitted(expert_id, evicted)
-
-    def _admitted(self, expert_id: int, evicted: int | None) -> None:
+        if evicted == expert_id:
+            return
         if evicted is not None:
-            self._entries.set(evicted, -1)
-        self._entries.set(expert_id, self.table.slot_of[expert_id])
+            self._device.set_slot(self.slots_ME, evicted, -1)
+        self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
 
     def rebuild(self) -> None:
         """Make the device's slot table what it has to be: an interrupted step may have changed only
         one of the two."""
-        slots = [-1] * (self.cache.layers * self.cache.experts)
-        for expert_id, slot in self.table.slot_of.items():
-            if expert_id in self.cache:
-                slots[expert_id] = slot
-        self._entries.load(slots)
+        for expert_id in range(self.slots_ME.numel()):
+            slot = self.table.slot_of[expert_id] if expert_id in self.cache else -1
+            self._device.set_slot(self.slots_ME, expert_id, slot)
 
     def drop(self, expert_id: int) -> None:
         """Give up an expert in staging, arrived or not; nothing happens if it is not there."""
@@ -258,32 +248,21 @@ class Slots:
         """Admit an arrived expert into free room."""
         del self.coming[expert_id]
         self.cache.add(expert_id)
-        self._admitted(expert_id, None)
+        self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
 
     def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
         """Read experts that are not cached into the cache's free room, several at a time, and wait;
         ``done()`` after each."""
         self._finish_growing()
-        pending: list[Read] = []
-        room = self.room()
-        for expert_id in expert_ids:
-            if room == 0:
-                break
-            if expert_id in self:
-                continue
-            room -= 1
-            pending += self.demand([expert_id], [read.expert_id for read in pending])
-            while len(pending) == self.staging:
-                self._add_arrived(pending, done)
-        while pending:
-            self._add_arrived(pending, done)
+        for expert_id in list(self.coming):
+            self.drop(expert_id)
+        absent = [id for id in expert_ids if id not in self.cache]
 
-    def _add_arrived(self, pending: list[Read], done: Callable[[], None]) -> None:
-        self.wait(pending)
-        arrived = [read for read in pending if read.done]
-        self.take(arrived)
-        for read in arrived:
-            pending.remove(read)
+        def begin(expert_id: int) -> Read:
+            return self.demand([expert_id], pinned=self.coming)[0]
+
+        for read in self._source.read_each(absent[: self.room()], self.staging, begin):
+            self.take([read])
             self._add(read.expert_id)
             done()
 

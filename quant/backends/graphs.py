@@ -6,28 +6,20 @@ from the same buffers and leaves its outputs in the same buffers each time, and 
 from step to step (the position, the sequence's cache) must lie in one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Graph(Protocol):
-    """Work on the device that can be repeated.  Made from a function without arguments, which it
-    runs at least once; what the function returned is ``outputs``, and ``replay`` repeats the work
-    into it."""
-
-    outputs: Any
-
-    def replay(self) -> None: ...
-
-
 class CudaGraph:
-    """``Graph`` on a CUDA device, in the order of the current stream.  The function must not make
-    the host wait for the device."""
+    """Work on a CUDA device that can be repeated, in the order of the current stream.
+
+    It is made from a function without arguments, which it runs at least once and which must not
+    make the host wait for the device.  What that returned is ``outputs``, and ``replay`` repeats
+    the work into it.
+    """
 
     # One stream and one memory pool for all: graphs of a step never run at the same time.
     _stream: torch.cuda.Stream | None = None
@@ -58,11 +50,11 @@ class Captured:
     """A function of tensors that runs as a captured graph where ``graph`` makes one, and plainly
     where that is None.
 
-    ``buffers`` are the inputs that the graph reads: an input that lies elsewhere is copied into its
-    buffer first.  The outputs are valid until the next call.  Inside another graph's capture, with
-    gradients on, or for inputs of other shapes or types than the buffers', the function runs
-    plainly.  A capture runs the function before the first replay, so it must not write its own
-    ``buffers``.
+    ``graph`` makes what has the interface of ``CudaGraph``.  ``buffers`` are the inputs that it
+    reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
+    until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
+    shapes or types than the buffers', the function runs plainly.  A capture runs the function
+    before the first replay, so it must not write its own ``buffers``.
     """
 
     capturing = False  # whether a capture is under way
@@ -71,30 +63,26 @@ class Captured:
         self,
         function: Callable[..., Any],
         buffers: tuple[Tensor, ...],
-        graph: Callable[[Callable[[], Any]], Graph] | None,
+        graph: Callable[[Callable[[], Any]], Any] | None,
     ):
         self._function, self._buffers, self._make = function, buffers, graph
-        self._graph: Graph | None = None
+        self._graph: Any = None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        plainly = self._make is None or Captured.capturing or torch.is_grad_enabled()
-        if plainly or not self._fit(inputs):
+        possible = not (Captured.capturing or torch.is_grad_enabled())
+        if self._make is None or not possible or not self._fit(inputs):
             return self._function(*inputs)
         for buffer, given in zip(self._buffers, inputs, strict=True):
             if given.data_ptr() != buffer.data_ptr():
                 buffer.copy_(given)
         if self._graph is None:
-            self._graph = self._capture()
+            Captured.capturing = True
+            try:
+                self._graph = self._make(lambda: self._function(*self._buffers))
+            finally:
+                Captured.capturing = False
         self._graph.replay()
         return self._graph.outputs
-
-    def _capture(self) -> Graph:
-        assert self._make is not None
-        Captured.capturing = True
-        try:
-            return self._make(lambda: self._function(*self._buffers))
-        finally:
-            Captured.capturing = False
 
     def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
         return all(

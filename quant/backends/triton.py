@@ -8,11 +8,9 @@ Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H 
 kv_lora_rank, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import environ
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraph
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
-from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight
@@ -34,6 +32,9 @@ environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 _BM, _BN = 64, 64
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
+# What the kernels of experts are told of a record; the gate's codes begin at 0.
+_GATE_UP = "up_proj.weight", "gate_proj.weight.absmax", "up_proj.weight.absmax"
+_DOWN = "down_proj.weight", "down_proj.weight.absmax"
 
 
 class TritonBackend(TorchBackend):
@@ -103,7 +104,7 @@ class TritonBackend(TorchBackend):
         x_TK, y_TN = x_TK.contiguous(), torch.empty(T, N, device=x_TK.device)
         if T == 1:
             return self.row(x_TK.float(), weight, y_TN)
-        tile = self._tile(16 if T <= 16 else _BM)
+        tile = self._tile(T)
         tiles.linear[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TK, data, scale, levels, y_TN, T, N, K, KIND=kind, **tile
         )
@@ -119,15 +120,16 @@ class TritonBackend(TorchBackend):
             h_1N = torch.empty(1, N, device=x_TD.device)
             return self.linear(self.row_gate_up(x_TD, gate_proj, up_proj, h_1N), down_proj)
         h_TN = torch.empty(T, N, dtype=torch.bfloat16, device=x_TD.device)
-        tile = self._tile(16 if T <= 16 else _BM)
+        tile = self._tile(T)
         tiles.gate_up[(triton.cdiv(N, _BN), triton.cdiv(T, tile["BM"]))](
             x_TD, gate.data, gate.scale, up.data, up.scale, gate.levels, h_TN, T, N, K,
             KIND=gate.kind, **tile,
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
 
-    def _tile(self, BM: int) -> dict[str, Any]:
-        """Options of a kernel for many tokens that makes ``BM`` rows a program."""
+    def _tile(self, T: int) -> dict[str, Any]:
+        """Options of a kernel for ``T`` tokens."""
+        BM = 16 if T <= 16 else _BM
         return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
     def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
@@ -202,15 +204,15 @@ class TritonBackend(TorchBackend):
     ) -> None:
         """Each use reads its expert's record, in float32."""
         layout, K, levels = records.layout, indices_1K.shape[1], records.levels
-        D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        D, width = layout.hidden_size, layout.moe_intermediate_size
         h_KI = torch.empty(K, width, device=x_1D.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
             x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
-            layout.record_bytes, at.up, at.gate_absmax, at.up_absmax,
+            layout.record_bytes, *_offsets(layout, _GATE_UP),
         )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), K)](
             h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
-            layout.record_bytes, at.down, at.down_absmax,
+            layout.record_bytes, *_offsets(layout, _DOWN),
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -219,7 +221,7 @@ class TritonBackend(TorchBackend):
         """All uses of an expert together, on tensor cores in bfloat16.  Experts without a slot are
         sorted too, so an output doesn't depend on which experts a call computes."""
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
-        D, width, at = layout.hidden_size, layout.moe_intermediate_size, offsets(layout)
+        D, width = layout.hidden_size, layout.moe_intermediate_size
         E, levels = len(slots_E), records.levels
         sorted_uses, order = indices_TK.flatten().sort(stable=True)
         experts = torch.arange(E + 1, device=x_TD.device)
@@ -230,11 +232,11 @@ class TritonBackend(TorchBackend):
         sizes = {"GROUPS": power(E), **self._tile(_BM)}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
             x_TD, order, K, starts, slots_E, E, records.slab, levels, h, width, D,
-            layout.record_bytes, at.up, at.gate_absmax, at.up_absmax, **sizes,
+            layout.record_bytes, *_offsets(layout, _GATE_UP), **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
             h, order, starts, slots_E, E, records.slab, levels, y_TKD, D, width,
-            layout.record_bytes, at.down, at.down_absmax, **sizes,
+            layout.record_bytes, *_offsets(layout, _DOWN), **sizes,
         )  # fmt: skip
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -248,20 +250,9 @@ class TritonBackend(TorchBackend):
         return out_TD
 
 
-class Offsets(NamedTuple):
-    """Where the parts of a record begin, in bytes; the gate's codes begin at 0."""
-
-    up: int
-    down: int
-    gate_absmax: int
-    up_absmax: int
-    down_absmax: int
-
-
-def offsets(layout: RecordLayout) -> Offsets:
-    codes = "up_proj.weight", "down_proj.weight"
-    absmax = (f"{name}.weight.absmax" for name in PROJECTIONS)
-    return Offsets(*(layout.parts[name].offset for name in (*codes, *absmax)))
+def _offsets(layout: RecordLayout, parts: Sequence[str]) -> list[int]:
+    """Where parts of a record begin, in bytes."""
+    return [layout.parts[name].offset for name in parts]
 
 
 def _warps(kind: int) -> int:

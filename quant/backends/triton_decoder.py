@@ -11,8 +11,6 @@ layer is two graphs, before and after the host knows the choice of experts:
 Shapes as in ``slotmoe.model.network``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,9 +48,9 @@ def operand(weight: Any) -> Operand:
     raise TypeError("a tiled matrix is for the native kernels alone")
 
 
-def power(n: int, least: int = 16) -> int:
-    """The least power of two that holds ``n``, as Triton wants its blocks."""
-    return max(least, 1 << (n - 1).bit_length())
+def power(n: int) -> int:
+    """The least power of two that holds ``n`` and 16, as Triton wants its blocks."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 class Workspace:
@@ -74,7 +72,6 @@ class Workspace:
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
         self.location = torch.zeros(2, dtype=torch.int64, device=device)
-        self._last_location = [0, 0]
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
@@ -92,10 +89,8 @@ class Workspace:
         layers_LSW = cache.layers
         assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
         self.rope_1C.copy_(rope_1C)
-        for index, value in enumerate((cache.length, layers_LSW.data_ptr())):
-            if value != self._last_location[index]:
-                self.location[index].fill_(value)
-                self._last_location[index] = value
+        self.location[0].fill_(cache.length)
+        self.location[1].fill_(layers_LSW.data_ptr())
 
 
 class TritonDecoder:

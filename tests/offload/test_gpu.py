@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from slotmoe.errors import ConfigError
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload import loading
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy.cache import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
@@ -23,7 +22,6 @@ from slotmoe.offload.tiers.disk import WARM
 from slotmoe.tools.bench.speed import calibration, measure
 from slotmoe.tools.cli import cli
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.tiny import write_checkpoint
 from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
@@ -95,17 +93,14 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the twin is in RAM, where kernels have to be interpreted"
 )
-def test_triton_kernels_give_the_same_bits_for_every_budget(tmp_path, monkeypatch):
+def test_triton_kernels_give_the_same_bits_for_every_budget(small_export, monkeypatch):
     """Interpreted, on a tiny model; the head, most of an interpreter's time, is left out."""
     pytest.importorskip("triton")
     monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
-    write_checkpoint(tmp_path / "tiny", num_hidden_layers=2)
-    quantize(tmp_path / "tiny", tmp_path / "export")
     found = []
-    for options in ({}, {"slots": 3}):
-        with open_on(
-            tmp_path / "export", Twin(slow, triton=True), misses="fetch", **options
-        ) as runtime:
+    for options in ({}, {"slots": 2}):
+        twin = Twin(slow, triton=True)
+        with open_on(small_export, twin, misses="fetch", **options) as runtime:
             assert runtime.stats()["kernels"] == "triton, interpreted"
             step = start(runtime)
             found.append(torch.cat([step(ids) for ids in (IDS[:3], IDS[3:4])]))

@@ -11,7 +11,6 @@ import torch
 from slotmoe.errors import DeviceError, ExportError, PlanError
 from slotmoe.offload import loading
 from slotmoe.offload.tiers import host
-from slotmoe.offload.tiers.cuda import CudaEntries
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.twin import Twin, measured, slow
@@ -207,16 +206,16 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
     """The table on the GPU is a copy of what the host knows: a step that changed one of them only
     is no step's truth."""
-    original, calls = CudaEntries.set, 0
+    original, calls = Twin.set_slot, 0
 
-    def set_entry(self, expert_id, slot):
+    def set_slot(self, slots_ME, expert_id, slot):
         nonlocal calls
         calls += 1
         if calls == moment:
             raise KeyboardInterrupt
-        original(self, expert_id, slot)
+        original(self, slots_ME, expert_id, slot)
 
-    monkeypatch.setattr(CudaEntries, "set", set_entry)
+    monkeypatch.setattr(Twin, "set_slot", set_slot)
     with on_twin(Twin(), misses="fetch", slots=22) as runtime:
         with pytest.raises(KeyboardInterrupt):
             runtime.logits(IDS)

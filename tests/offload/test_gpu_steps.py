@@ -13,7 +13,6 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
@@ -25,7 +24,7 @@ from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start
 from tests.support.slab import LEVELS, SlabExperts
-from tests.support.tiny import CONFIG, random_weights, write_checkpoint
+from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin
 
 interpreter = pytest.importorskip(
@@ -34,13 +33,6 @@ interpreter = pytest.importorskip(
 tl = pytest.importorskip("triton.language")
 mla = pytest.importorskip("slotmoe.quant.kernels.triton.mla")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = {
-    "num_hidden_layers": 2,
-    "moe_intermediate_size": 16,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 32,
-}
 CONFIGS = {
     "int8, q-LoRA, groups": (
         "int8",
@@ -85,7 +77,6 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         Recorded.made += 1
         self._work, self._inside = [], False
-        function()
         call, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
         recorder = self
 
@@ -137,7 +128,7 @@ class Recorded(TorchDispatchMode):
 
 
 def make_network(backend, resident="int8", complete=False, **overrides):
-    raw = {**CONFIG, **SMALL, **overrides}
+    raw = {**CONFIG, **SMALL, "vocab_size": 32, **overrides}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
     config = parse_config(raw)
     weights, placed = random_weights(raw), {}
@@ -370,14 +361,6 @@ def test_a_value_that_python_computed_is_frozen_in_a_graph():
     assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
-@pytest.fixture(scope="module")
-def small_export(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder / "source", **{**SMALL, "vocab_size": CONFIG["vocab_size"]})
-    quantize(folder / "source", folder / "export")
-    return folder / "export"
-
-
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
@@ -409,12 +392,10 @@ def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(small_expo
     assert all((route.row, route.hits, route.misses) == (0, 2, 0) for route in routes)
 
 
-def test_a_runtime_on_triton_kernels_says_what_the_others_say(tmp_path):
-    write_checkpoint(tmp_path / "source")
-    quantize(tmp_path / "source", tmp_path / "export")
+def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export):
     logits, texts, names = {}, {}, {}
     for kernels in ("torch", "triton"):
-        with open_with(tmp_path / "export", kernels, 32) as runtime:
+        with open_with(small_export, kernels, 32) as runtime:
             tokens = runtime.generate([5, 900, 17, 4], max_new_tokens=2)
             texts[kernels] = [token.id for token in tokens]
             logits[kernels] = runtime.logits([5, 900, 17, 4])

@@ -59,6 +59,15 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 16,
     "vocab_size": 4096,
 }
+# What makes it smaller still, for kernels that are interpreted.
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 REMOVE = object()
 """Pass ``key=REMOVE`` to leave a key out of the config."""
 

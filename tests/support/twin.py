@@ -152,8 +152,7 @@ class Twin:
         return torch.frombuffer(block, dtype=torch.uint8)[:size].view(dtype).view(shape)
 
     weights = CudaDevice.weights
-    touching = CudaDevice.touching
-    slot_entries = CudaDevice.slot_entries
+    set_slot = CudaDevice.set_slot
     layer_slots = CudaDevice.layer_slots
     run = CudaDevice.run
 
@@ -216,9 +215,6 @@ class Twin:
 
     def release(self):
         self.released += 1
-
-    def synchronize(self):
-        pass
 
     # What its copies and ops tell
 

@@ -88,7 +88,7 @@ def test_only_what_is_new_is_read(talking):
     said(chat.answer("My fellow citizens, what is the state of the Union?"))
     # The first message and its answer, all but the token that was made last.
     held, before = chat.sent[0] + chat.generated[0][:-1], fed(chat.runtime)
-    assert chat.runtime.position == len(held)
+    assert chat.runtime.sequences[0].length == len(held)
     said(chat.answer("And of the treasury?"))
     prompt = chat.sent[1]
     assert prompt[: len(held)] == held
@@ -180,7 +180,7 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
 def test_answer_that_reaches_an_end_says_which(talking):
     chat = talking(max_new_tokens=1000)
     said(chat.answer("Tell me of the kings of England, and of their wars with France, at length."))
-    assert chat.runtime.position + 1 == chat.runtime.context, (
+    assert chat.runtime.sequences[0].length + 1 == chat.runtime.context, (
         "the model ended by itself; choose another message"
     )
     assert chat.told == [

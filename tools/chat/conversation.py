@@ -138,7 +138,7 @@ class Conversation:
     def status(self) -> str:
         """One line about the latest answer, memory and context."""
         stats, before, facts = self.runtime.stats(), self._before, list[str]()
-        position = self.runtime.position if before is not None else 0
+        position = self.runtime.sequences[0].length if before is not None else 0
         if before is not None:
             if position < self._prompt_tokens:
                 facts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")

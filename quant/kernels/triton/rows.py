@@ -61,10 +61,8 @@ def _nf4_rows(
             if NORM:
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
-            part += (
-                tl.load(levels_ptr + ((words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15))
-                * x[:, None]
-            )
+            codes = (words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15
+            part += tl.load(levels_ptr + codes) * x[:, None]
         total += part * scale
     return tl.sum(total, 0), tl.sum(squares, 0)
 

@@ -40,7 +40,8 @@ def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, B
         codes = tl.reshape(
             (words[:, :, None] >> nf4_shift(tl.arange(0, 8))[None, None, :]) & 15, [BN, 64]
         )
-        scale = tl.load(scale_ptr + tile * 16 + n % 16, mask=valid, other=0.0).to(tl.float32)
+        absmax_ptr = scale_ptr.to(tl.pointer_type(tl.float16))
+        scale = tl.load(absmax_ptr + tile * 16 + n % 16, mask=valid, other=0.0).to(tl.float32)
         w = tl.load(levels_ptr + codes) * scale[:, None]
     else:
         k = start + tl.arange(0, 64)
@@ -73,6 +74,23 @@ def _product(
     return total
 
 
+@triton.jit
+def _gate_up(
+    x_ptr, row, valid, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, n, N, K,
+    KIND: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    gate = _product(x_ptr, row, valid, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    up = _product(x_ptr, row, valid, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
+    return _rounded(silu(gate) * up, WIDEN).to(tl.bfloat16)
+
+
+@triton.jit
+def _store(y_ptr, row, valid, n, N, y):
+    """Into columns n of rows ``row`` of y [., N], where ``valid``."""
+    y_ptr += row.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptr, y, mask=valid[:, None] & (n < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["T"])
 def linear(
     x_ptr, w_ptr, scale_ptr, levels_ptr, y_ptr, T, N, K,
@@ -82,11 +100,7 @@ def linear(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
     y = _product(x_ptr, t, t < T, w_ptr, scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    tl.store(
-        y_ptr + t.to(tl.int64)[:, None] * N + n[None, :],
-        y,
-        mask=(t < T)[:, None] & (n < N)[None, :],
-    )
+    _store(y_ptr, t, t < T, n, N, y)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -97,14 +111,11 @@ def gate_up(
     """y bfloat16 [T, N] = silu(gate x) * (up x)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
-    gate = _product(x_ptr, t, t < T, gate_ptr, gate_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    up = _product(x_ptr, t, t < T, up_ptr, up_scale_ptr, levels_ptr, n, N, K, KIND, WIDEN)
-    y = silu(gate) * up
-    tl.store(
-        y_ptr + t.to(tl.int64)[:, None] * N + n[None, :],
-        _rounded(y, WIDEN).to(tl.bfloat16),
-        mask=(t < T)[:, None] & (n < N)[None, :],
-    )
+    y = _gate_up(
+        x_ptr, t, t < T, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, n, N, K,
+        KIND, WIDEN,
+    )  # fmt: skip
+    _store(y_ptr, t, t < T, n, N, y)
 
 
 @triton.jit
@@ -136,25 +147,16 @@ def experts_gate_up(
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
     slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
     if slot >= 0:
-        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
-        up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
+        gate_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
         valid = row < stop
         token = tl.load(order_ptr + row, mask=valid, other=0) // TOP_K
-        gate = _product(
-            x_ptr, token, valid, record_ptr, gate_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
-        )
-        up = _product(
-            x_ptr, token, valid, record_ptr + up_at, up_absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
-        )
-        y = silu(gate) * up
-        tl.store(
-            y_ptr + row.to(tl.int64)[:, None] * N + n[None, :],
-            _rounded(y, WIDEN).to(tl.bfloat16),
-            mask=valid[:, None] & (n < N)[None, :],
-        )
+        y = _gate_up(
+            x_ptr, token, valid, gate_ptr, gate_ptr + gate_absmax_at, gate_ptr + up_at,
+            gate_ptr + up_absmax_at, levels_ptr, n, N, K, NF4, WIDEN,
+        )  # fmt: skip
+        _store(y_ptr, row, valid, n, N, y)
 
 
 @triton.jit(do_not_specialize=["G"])
@@ -168,16 +170,9 @@ def experts_down(
     slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
+        codes_ptr, absmax_ptr = record_ptr + down_at, record_ptr + down_absmax_at
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
         valid = row < stop
-        y = _product(
-            x_ptr, row, valid, record_ptr + down_at, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN
-        )
-        use = tl.load(order_ptr + row, mask=valid, other=0)
-        tl.store(
-            y_ptr + use.to(tl.int64)[:, None] * N + n[None, :],
-            y,
-            mask=valid[:, None] & (n < N)[None, :],
-        )
+        y = _product(x_ptr, row, valid, codes_ptr, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN)
+        _store(y_ptr, tl.load(order_ptr + row, mask=valid, other=0), valid, n, N, y)
