@@ -104,13 +104,13 @@ class Backend(Protocol):
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071,
     section 3.2)."""
-    plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor == 1.0:
         return plain
     context = rope.original_max_position_embeddings
 
     def dimension(rotations: float) -> float:  # that makes so many over the original context
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), dim - 1)

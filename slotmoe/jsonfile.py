@@ -1,10 +1,9 @@
-"""The reader of JSON files that come from strangers."""
-
-from __future__ import annotations
+"""JSON files that come from strangers: read within bounds, and checked against a table of kinds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slotmoe.errors import ConfigError, SlotmoeError
 
@@ -56,3 +55,70 @@ def read_json(
     if level:
         raise error(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
     return values
+
+
+class Kind(NamedTuple):
+    """What one value has to be: in words, and the test."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+class ListOf(NamedTuple):
+    """A list of ``least`` to ``most`` values of one kind."""
+
+    kind: Any
+    least: int
+    most: int
+
+
+class ObjectOf(NamedTuple):
+    """An object with any keys, whose values are of one kind."""
+
+    kind: Any
+
+
+def integer(low: int, high: int) -> Kind:
+    def fits(value: Any) -> bool:
+        return type(value) is int and low <= value <= high  # True and False are of type bool
+
+    return Kind(f"an integer from {low} to {high}", fits)
+
+
+def number(low: float, high: float) -> Kind:
+    def fits(value: Any) -> bool:
+        return type(value) in (int, float) and low <= value <= high
+
+    return Kind(f"a number from {low:g} to {high:g}", fits)
+
+
+def one_of(*allowed: Any) -> Kind:
+    return Kind(" or ".join(map(json.dumps, allowed)), allowed.__contains__)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+
+
+def check(value: Any, kind: Any, place: str = "") -> None:
+    """Raise ``ValueError``, which names the ``place`` in the file, unless ``value`` is as ``kind``
+    says: a ``Kind``, ``ListOf`` or ``ObjectOf``, or a dict of the kinds of an object's values by
+    key.  Such an object may have more keys.
+    """
+    if isinstance(kind, Kind):
+        if not kind.fits(value):
+            raise ValueError(f"{place} is {value!r:.80}, which is not {kind.expected}")
+    elif isinstance(kind, ListOf):
+        if not (isinstance(value, list) and kind.least <= len(value) <= kind.most):
+            raise ValueError(f"{place} is not a list of {kind.least} to {kind.most} values")
+        for index, item in enumerate(value):
+            check(item, kind.kind, f"{place}[{index}]")
+    elif not isinstance(value, dict):
+        raise ValueError(f"{place} is {value!r:.80}, which is not an object")
+    else:
+        kinds = dict.fromkeys(value, kind.kind) if isinstance(kind, ObjectOf) else kind
+        for key, inner in kinds.items():
+            inside = f"{place}.{key:.80}" if place else f"{key:.80}"
+            if key not in value:
+                raise ValueError(f"{inside} is missing")
+            check(value[key], inner, inside)
