@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import FLAG, Kind, ListOf, check, integer, number, read_json
+from slotmoe.jsonfile import FLAG, Kind, ListOf, check, integer, number, or_null, read_json
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INT = 1 << 31
@@ -28,7 +28,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that this network computes;
     "ep_size": (1, None),
     "rope_interleave": (True, None),
 }
-_DEFAULTS = {"moe_layer_freq": 1, "topk_method": "greedy"}
+_FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False}
+_DEFAULTS = {"moe_layer_freq": 1, "topk_method": "greedy", **_FLAGS}
+_NULLS = {"n_shared_experts": 0, **_FLAGS}  # what null stands for
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Config:
     routed_scaling_factor: Annotated[float, _POSITIVE]
     first_k_dense_replace: Annotated[int, integer(0, MAX_INT)]
     moe_layer_freq: Annotated[int, integer(1, MAX_INT)]
-    q_lora_rank: Annotated[int | None, integer(1, 1 << 20)]
+    q_lora_rank: Annotated[int | None, or_null(integer(1, 1 << 20))]
     kv_lora_rank: Annotated[int, integer(1, 1 << 20)]
     qk_nope_head_dim: Annotated[int, integer(1, 1 << 16)]
     qk_rope_head_dim: Annotated[int, integer(1, 1 << 16)]
@@ -143,16 +145,10 @@ def read_config(path: Path) -> Config:
 def _parse(given: dict[str, Any]) -> Config:
     _refuse_unsupported(given)
     values = {**_DEFAULTS, **given}
+    values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
     if values["topk_method"] == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
-    if values.get("n_shared_experts", 0) is None:
-        values["n_shared_experts"] = 0
-    for key in ("norm_topk_prob", "tie_word_embeddings"):
-        values[key] = False if values.get(key) is None else values[key]
-    kinds = dict(_CONFIG)
-    if values.get("q_lora_rank", 0) is None:
-        del kinds["q_lora_rank"]
-    check(values, kinds)
+    check(values, _CONFIG)
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         **_floats({key: values[key] for key in (*_CONFIG, "topk_method")}),
@@ -198,12 +194,13 @@ def _rope(values: dict[str, Any]) -> Rope:
     if kind not in ("default", "yarn", None):
         supported = "only 'yarn' and 'default'"
         raise ValueError(f"rope type {kind!r:.80} is not supported, {supported}")
-    required = ("rope_theta", "factor", "original_max_position_embeddings")
+    required = {"rope_theta", "factor", "original_max_position_embeddings"}
     if kind != "yarn":
-        settings, required = {"rope_theta": settings["rope_theta"]}, required[:1]
+        required = {"rope_theta"}
+        settings = {key: settings[key] for key in required}
     if unknown := sorted(settings.keys() - _ROPE):
         raise ValueError(f"rope setting {unknown[0]!r:.80} is not supported")
-    check(settings, {key: _ROPE[key] for key in _ROPE if key in {*required, *settings}}, "rope")
+    check(settings, {key: _ROPE[key] for key in _ROPE if key in required | settings.keys()}, "rope")
     return Rope(**_floats(settings))
 
 

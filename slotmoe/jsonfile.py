@@ -9,6 +9,22 @@ from slotmoe.errors import ConfigError, SlotmoeError
 
 MAX_JSON_VALUES = 200_000  # DeepSeek-V2's index holds 30,000
 MAX_JSON_DEPTH = 32
+_BEYOND = "far beyond what this file holds in a real model"
+
+
+def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> bytes:
+    """All of the regular file ``path``; ``error`` is raised, naming the file, if it is none or
+    holds more than ``max_bytes``."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise error(f"{path}: is not a regular file")
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{path}: can't be read ({problem.strerror})") from None
+    if len(data) > max_bytes:
+        raise error(f"{path}: more than {max_bytes} bytes, {_BEYOND}")
+    return data
 
 
 def read_json(
@@ -16,9 +32,9 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in ``path``; ``error`` is raised, naming the file, for anything else.
 
-    Refused as well: more than ``max_bytes``, more than ``MAX_JSON_VALUES`` values (so that memory
-    stays within a few times the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity,
-    and keys that occur twice.
+    Refused as well: more than ``MAX_JSON_VALUES`` values (so that memory stays within a few times
+    the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity, and keys that occur
+    twice.
     """
 
     def constant(name: str) -> None:
@@ -30,18 +46,9 @@ def read_json(
             raise ValueError("a key occurs twice")
         return values
 
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block
-            raise error(f"{path}: is not a regular file")
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror})") from None
-    beyond = "far beyond what this file holds in a real model"
-    if len(data) > max_bytes:
-        raise error(f"{path}: more than {max_bytes} bytes, {beyond}")
+    data = read_file(path, max_bytes, error)
     if sum(data.count(mark) for mark in b"[{,") > MAX_JSON_VALUES:
-        raise error(f"{path}: more than {MAX_JSON_VALUES} values, {beyond}")
+        raise error(f"{path}: more than {MAX_JSON_VALUES} values, {_BEYOND}")
     try:
         values = json.loads(data.decode("utf-8"), parse_constant=constant, object_pairs_hook=unique)
     except (ValueError, RecursionError) as problem:
@@ -94,6 +101,10 @@ def number(low: float, high: float) -> Kind:
 
 def one_of(*allowed: Any) -> Kind:
     return Kind(" or ".join(map(json.dumps, allowed)), allowed.__contains__)
+
+
+def or_null(kind: Kind) -> Kind:
+    return Kind(f"{kind.expected} or null", lambda value: value is None or kind.fits(value))
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))

@@ -1,14 +1,22 @@
 """The manifest of an export: read from a stranger, checked before anything uses it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ExportError
-from slotmoe.jsonfile import TEXT, ListOf, ObjectOf, check, integer, number, one_of, read_json
+from slotmoe.jsonfile import (
+    TEXT,
+    ListOf,
+    ObjectOf,
+    check,
+    integer,
+    number,
+    one_of,
+    or_null,
+    read_json,
+)
 from slotmoe.quant.export.layout import (
     COPIED,
     DTYPES,
@@ -34,6 +42,7 @@ _LAYER = integer(0, 99999)
 _ERROR = number(0, 1000)
 _STORED = ("nf4", "int8", "bf16", "fp16", "fp32")
 _MANIFEST = {
+    "source": {"files": {}},
     "quantization": {
         "layout": one_of("tiles16"),
         "block": one_of(BLOCK),
@@ -64,6 +73,7 @@ _FAMILY = {
     "weights": integer(1, 1 << 50),
     "bits_per_weight": number(0, 1 << 20),
     "relative_rms_error": _ERROR,
+    "worst_layer": or_null(_LAYER),
     "by_layer": ObjectOf(_ERROR),
 }
 _REPORT = {
@@ -163,9 +173,10 @@ def _check_experts(experts: dict[str, Any]) -> None:
 def _check_report(report: dict[str, Any]) -> None:
     """What quantization cost must have the documented keys and possible figures."""
     check(report, _REPORT, "quantization.report")
-    for row, keys in ((report, {*_REPORT}), *((row, {*_FAMILY, "worst_layer"}) for row in report["families"])):
-        _require(set(row) == keys, "the report has other keys than its format")
+    same_keys = report.keys() == _REPORT.keys()
+    _require(same_keys, "the report has other keys than its format")
     for row in report["families"]:
+        _require(row.keys() == _FAMILY.keys(), "a family of the report has other keys")
         _require(row["stored"] in _STORED, f"unknown storage {row['stored']!r:.40} in the report")
         worst, by_layer = row["worst_layer"], row["by_layer"]
         _require(all(map(str.isdecimal, by_layer)), "by_layer has what is no layer")
