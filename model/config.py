@@ -168,7 +168,7 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
     heads = values.get("num_attention_heads"), None  # MLA has one key a head
     supported = {"model_type": ("deepseek_v2",), **_SUPPORTED, "num_key_value_heads": heads}
     for key, allowed in supported.items():
-        if values.get(key, allowed[0] if key in _SUPPORTED else None) not in allowed:
+        if (key in values or key == "model_type") and values.get(key) not in allowed:
             only = " or ".join(json.dumps(value) for value in allowed)
             found = json.dumps(values.get(key))[:80]
             raise ValueError(f"{key} {found} is not supported, only {only}")

@@ -123,8 +123,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path}: {what}")
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        what = f"{problem.__class__.__name__} {str(problem)[:120]}"
+    except (LookupError, TypeError, AttributeError, ValueError) as problem:
+        lacks = "something is missing: " if isinstance(problem, LookupError) else ""
+        what = f"{lacks}{str(problem)[:200]}"
         raise ExportError(f"{path}: {what}; not a manifest that slotmoe wrote") from None
     return manifest
 

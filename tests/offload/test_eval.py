@@ -82,24 +82,24 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
     bits, which is part of what runs, so they get a wider bound."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(SAMPLE / name, tmp_path / name)
-    weights = rebuild(sample_export)
+    weights, text = (
+        rebuild(sample_export),
+        (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:6000] + " naïve 漢字 🙂",
+    )
     with Checkpoint.open(SAMPLE) as checkpoint:  # whose shapes have no padding
         whole = {
             name: weights[name][tuple(map(slice, info.shape))].contiguous()
             for name, info in checkpoint.infos.items()
         }
     save_file(whole, tmp_path / "model.safetensors")
-    held_out = (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")
-    # Torch dequantizes every expert again in each window, so it gets two windows.
-    for kernels, bound, window, length in (("torch", 1e-4, 500, 2500), ("auto", 5e-4, 300, 6000)):
-        text = held_out[:length] + " naïve 漢字 🙂"
-        (tmp_path / "text").write_text(text, encoding="utf-8")
-        (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, window)
-        read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
-        exported = Runtime.open(sample_export, context=window, kernels=kernels)
-        with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=window) as reference:
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, 300)
+    read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
+    for kernels, bound in (("torch", 1e-4), ("auto", 5e-4)):
+        exported = Runtime.open(sample_export, context=300, kernels=kernels, threads=1)
+        with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=300) as reference:
             evaluation = Evaluation(runtime, reference)
-            evaluation.run(read, windows_of(read, "strided", window, None), lambda count: None)
+            evaluation.run(read, windows_of(read, "strided", 300, None), lambda count: None)
         report = evaluation.report()
         assert report["reference_bits_per_byte"] == pytest.approx(wanted, abs=1e-5)
         assert report["bits_per_byte"] == pytest.approx(found, abs=bound)
