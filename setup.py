@@ -16,14 +16,8 @@ from setuptools import Extension, find_packages, setup
 
 FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
+FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread".split()
+FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
 setup(
@@ -35,7 +29,7 @@ setup(
             sources=[str(path) for path in sorted(KERNELS.glob("*.cpp"))],
             depends=[str(path) for path in sorted(KERNELS.glob("*.h"))],
             language="c++",
-            extra_compile_args=[] if os.name == "nt" else [*FLAGS, "-pthread"],
+            extra_compile_args=[] if os.name == "nt" else FLAGS,
             extra_link_args=[] if os.name == "nt" else ["-pthread"],
             optional=True,
         )

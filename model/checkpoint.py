@@ -6,8 +6,6 @@ config promises, and pickles are refused.  Data is read with ``pread`` into fres
 map would count the whole shard as resident.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -85,7 +83,12 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
         with safe_open(path, framework="pt") as opened:
             for name in opened.offset_keys():
                 part = opened.get_slice(name)
-                infos[name] = _tensor_info(path, name, part.get_dtype(), part.get_shape(), offset)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in _DTYPES or not shape:
+                    expected = "BF16, F16 or F32 and at least one dimension"
+                    problem = f"has dtype {dtype} and shape {list(shape)}, expected {expected}"
+                    raise CheckpointError(f"{path}: {name:.120} {problem}")
+                infos[name] = TensorInfo(path.name, _DTYPES[dtype], shape, offset)
                 offset += infos[name].nbytes
         return infos, header_bytes
     except CheckpointError:
@@ -93,16 +96,6 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     except (SafetensorError, OSError, ValueError) as problem:
         reason = f"damaged or truncated ({str(problem)[:160]})"
         raise CheckpointError(f"{path}: {reason}; download this file again") from None
-
-
-def _tensor_info(path: Path, name: str, dtype: str, shape: list[int], offset: int) -> TensorInfo:
-    if dtype not in _DTYPES:
-        problem = f"has dtype {dtype}, expected BF16, F16 or F32"
-    elif not shape:
-        problem = "is a scalar, expected at least one dimension"
-    else:
-        return TensorInfo(path.name, _DTYPES[dtype], tuple(shape), offset)
-    raise CheckpointError(f"{path}: {name:.120} {problem}")
 
 
 class Checkpoint:
@@ -114,7 +107,7 @@ class Checkpoint:
         self._files = {name: os.open(folder / name, os.O_RDONLY) for name in names}
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path) -> "Checkpoint":
         """Open ``folder`` and check that every tensor of its config is there with the right shape.
 
         Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
@@ -192,7 +185,7 @@ class Checkpoint:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_problem: object) -> None:
@@ -207,11 +200,12 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map object")
-    for file in dict.fromkeys(str(value) for value in weight_map.values()):
+    weight_map = {name: str(file) for name, file in weight_map.items()}
+    for file in dict.fromkeys(weight_map.values()):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
             problem = "is not a plain .safetensors file name inside the folder"
             raise CheckpointError(f"{index}: {file!r:.80} {problem}")
-    return {name: str(file) for name, file in weight_map.items()}
+    return weight_map
 
 
 def _locate(folder: Path) -> dict[str, TensorInfo]:

@@ -1,7 +1,5 @@
 """Answers: how tokens are chosen, their text, and when an answer ends.  V: vocabulary rows."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -67,6 +65,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         seed_fits = self.seed is None or 0 <= self.seed < 1 << 63
+        biases = [value for _, value in self.logit_bias]
         for name, valid, expected in (
             ("temperature", 0 <= self.temperature < 1e6, "a number of at least 0"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
@@ -74,14 +73,12 @@ class Sampling:
             ("seed", seed_fits, "an integer from 0 to 2^63 - 1"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < 1e3, "above 0 (1 is off)"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("logit_bias", all(map(math.isfinite, biases)), "finite numbers"),
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {expected}")
-        biases = [value for _, value in self.logit_bias]
-        added = self.presence_penalty, self.frequency_penalty, *biases
-        if not all(map(math.isfinite, added)):
-            names = "presence_penalty, frequency_penalty and logit_bias"
-            raise ConfigError(f"{names} must be finite numbers")
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -137,11 +134,7 @@ def penalize(
 def random_source(seed: int | None) -> torch.Generator:
     """A source of random numbers; the same for the same ``seed``, a fresh one for None."""
     generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    return generator.manual_seed(generator.seed() if seed is None else seed)
 
 
 class Grammar(Protocol):

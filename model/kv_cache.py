@@ -4,10 +4,8 @@ section 2.1).
 Shapes: L layers, S context positions, X elements of a row.  A token costs ``kv_lora_rank`` +
 ``qk_rope_head_dim`` values a layer and nothing else: 31 KB in V2-Lite and 69 KB in V2 at 16 bits,
 where expanded keys and values would take V2 4.9 MB.  The backend says what a row is made of
-(``slotmoe.model.network.Backend.latent_row``): the native kernels keep 8 bits a value.
+(``latent_row`` of ``slotmoe.quant.backends.base``): the native kernels keep 8 bits a value.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -42,7 +40,7 @@ class LatentCache:
         self.written = self.length + count
         return self.layers[layer, : self.written]
 
-    def copy(self, source: LatentCache, length: int) -> None:
+    def copy(self, source: "LatentCache", length: int) -> None:
         """Take over the first ``length`` rows of each layer of another cache of the same shape."""
         self.layers[:, :length] = source.layers[:, :length]
         self.written = max(self.written, length)

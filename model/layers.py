@@ -5,12 +5,10 @@ kv_lora_rank, V v_head_dim, W = R + P latent row, C = P / 2, S cached positions,
 them, E routed experts, K experts a token, Z and Y widths of a key and of a value.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +25,12 @@ _MAX_SCORES = 1 << 22
 LATENT_EPS = 1e-6
 
 
-class Timer(Protocol):
-    """Where a pass says what it has just done."""
+class Timer:
+    """Where a pass says what it has just done; a profiler keeps it."""
 
     def mark(self, stage: str, now: float | None = None) -> None:
         """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
         ``stage``."""
-
-
-class NoTimer:
-    """A timer that keeps nothing."""
-
-    def mark(self, stage: str, now: float | None = None) -> None:
-        pass
 
 
 class Mlp(NamedTuple):
@@ -67,7 +58,7 @@ class Layer:
     mlp: Mlp | None
 
     @classmethod
-    def of(cls, weights: Mapping[str, Any], config: Config, layer: int) -> Layer:
+    def of(cls, weights: Mapping[str, Any], config: Config, layer: int) -> "Layer":
         """The weights of ``layer`` out of all weights by checkpoint name."""
         is_moe = config.is_moe(layer)
 
@@ -98,7 +89,7 @@ class Geometry(NamedTuple):
     moe_intermediate_size: int
 
     @classmethod
-    def of(cls, config: Config) -> Geometry:
+    def of(cls, config: Config) -> "Geometry":
         c = config
         sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
         norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale

@@ -5,8 +5,6 @@ limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of t
 ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else ``matrix``.
 """
 
-from __future__ import annotations
-
 import re
 
 from slotmoe.model.config import Config

@@ -1,15 +1,14 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE.
 
 A pass is over tokens of one sequence, or over one token of each of several sequences.  Activations
-are float32.  Only the backend knows what a weight is made of (fp32, int8, NF4) and where it lies;
-only ``experts`` knows where the routed experts are.
+are float32.  Only the backend knows what a weight is made of (fp32, int8, NF4) and where it lies:
+``slotmoe.quant.backends.base.TorchBackend`` says what the network asks of one.  Only ``experts``
+knows where the routed experts are.
 
 Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
 kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
 positions, B a block of them, E routed experts, K experts a token, M MoE layers.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,8 @@ from torch import Tensor
 
 from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.layers import Geometry, Layer, LayerByLayer, NoTimer, Pending, Step, Timer
+from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
-from slotmoe.model.routing import Router
 
 
 class Experts(Protocol):
@@ -50,67 +48,16 @@ class Runner(Protocol):
         """
 
 
-class Backend(Protocol):
-    """What the network asks of its weights; ``slotmoe.quant.backends`` has the implementations."""
-
-    absorbs: bool
-    """Whether attention takes the absorbed form always, so that decode and prefill agree."""
-
-    def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
-        """``x @ weight.T``, float32 [T, N]."""
-
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension, float32 [T, D]."""
-
-    def mlp(self, x_TD: Tensor, gate_proj: Any, up_proj: Any, down_proj: Any) -> Tensor:
-        """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
-
-    def embed(self, ids_T: Tensor, weight: Any) -> Tensor:
-        """Rows ``ids`` of the embedding table, float32 [T, D]."""
-
-    def rotate(self, x_THP: Tensor, rope_TC: Tensor) -> Tensor:
-        """Interleaved pairs (x0, x1), (x2, x3), ... times the complex table [T, C]: float32
-        [T, H, P]."""
-
-    def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
-        """Each head's query times its first N rows of ``kv_b_proj``: float32 [T, H, R]."""
-
-    def absorb_value(self, o_THR: Tensor, kv_b: Any, N: int) -> Tensor:
-        """Each head's latent output through its rows of ``kv_b_proj`` past the first N: float32
-        [T, H, V]."""
-
-    def expand(self, latent_BR: Tensor, kv_b: Any) -> Tensor:
-        """Keys and values of all heads, float32 [B, H * (N + V)]."""
-
-    def latent_row(self, R: int, P: int) -> tuple[int, torch.dtype]:
-        """Elements, X of them, and dtype of a token's row in the latent cache."""
-
-    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None:
-        """Write float32 latent rows to rows of the cache."""
-
-    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
-        None without a kernel for it: rows are then plain [S, W]."""
-
-    def route(self, logits_TE: Tensor, router: Router) -> tuple[Tensor, Tensor] | None:
-        """What ``slotmoe.model.routing.route`` gives, or None without a kernel for it."""
-
-    def decoder(self, geometry: Geometry, layers: Sequence[Layer]) -> Runner | None:
-        """A runner for passes over one token of each sequence, bitwise what the operations give
-        one by one; None where the network shall run them so.  Its attribute ``sequences`` is how
-        many it takes at once."""
-
-
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     """RoPE's angle per position, float32 [dim / 2], blended by YaRN's ramp (arXiv 2309.00071,
     section 3.2)."""
-    plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = 1.0 / rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.factor == 1.0:
         return plain
     context = rope.original_max_position_embeddings
 
     def dimension(rotations: float) -> float:  # that makes so many over the original context
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), dim - 1)
@@ -123,9 +70,7 @@ class DeepseekV2:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors."""
 
-    def __init__(
-        self, config: Config, weights: Mapping[str, Any], backend: Backend, experts: Experts
-    ):
+    def __init__(self, config: Config, weights: Mapping[str, Any], backend: Any, experts: Experts):
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
@@ -135,10 +80,10 @@ class DeepseekV2:
         self.lm_head = self.embed_tokens if tied else weights[HEAD]
         geometry = Geometry.of(config)
         self._layer_by_layer = LayerByLayer(geometry, self.layers, backend)
-        self._decoder: Any = backend.decoder(geometry, self.layers)
+        self._decoder = backend.decoder(geometry, self.layers)
         frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim)
         self._frequencies = frequencies.to(self.norm.device)
-        self.timer: Timer = NoTimer()
+        self.timer = Timer()
 
     @torch.inference_mode()
     def forward(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
@@ -165,7 +110,7 @@ class DeepseekV2:
     def head(self, h_TD: Tensor) -> Tensor:
         """Logits, float32 [T, vocab], from rows of the residual stream after the last layer."""
         x_TD = self.backend.rms_norm(h_TD, self.norm, self.config.rms_norm_eps)
-        logits_TV = self.backend.linear(x_TD, self.lm_head)
+        logits_TV: Tensor = self.backend.linear(x_TD, self.lm_head)
         self.timer.mark("head")
         return logits_TV
 

@@ -3,8 +3,6 @@
 Shapes: T tokens, G groups, E routed experts, K experts a token.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,7 @@ class Router(NamedTuple):
     factor: float | None
 
     @classmethod
-    def of(cls, config: Config) -> Router:
+    def of(cls, config: Config) -> "Router":
         """The router that ``config`` describes.  ``norm_topk_prob`` replaces the scaling factor, as
         in DeepSeek's code."""
         grouped = config.topk_method == "group_limited_greedy"

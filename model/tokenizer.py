@@ -4,8 +4,6 @@ The template runs in jinja2's immutable sandbox inside a child process, because 
 bounds neither time nor memory; the child has limits on both and on its output.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import read_file, read_json
 
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
 # DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
@@ -37,11 +35,10 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path}: is missing; copy the model's tokenizer.json there")
-        with open(path, "rb") as file:
-            data = file.read(MAX_TOKENIZER_BYTES + 1)
-        if len(data) > MAX_TOKENIZER_BYTES or data.count(b",") > MAX_TOKENIZER_VALUES:
-            limits = f"{MAX_TOKENIZER_BYTES} bytes or {MAX_TOKENIZER_VALUES} values"
-            raise ConfigError(f"{path}: more than {limits}; not a real tokenizer")
+        data = read_file(path, MAX_TOKENIZER_BYTES)
+        if data.count(b",") > MAX_TOKENIZER_VALUES:
+            problem = f"more than {MAX_TOKENIZER_VALUES} values; not a real tokenizer"
+            raise ConfigError(f"{path}: {problem}")
         try:
             self._backend = Backend.from_buffer(data)
         except KeyboardInterrupt:
@@ -156,10 +153,8 @@ class TextStream:
 def _read_template(path: Path) -> str | None:
     if not path.exists():
         return None
-    if not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise ConfigError(f"{path}: is not a regular file of at most {MAX_TEMPLATE_BYTES} bytes")
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, MAX_TEMPLATE_BYTES).decode()
     except UnicodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slotmoe.model.layers import NoTimer, Timer
+from slotmoe.model.layers import Timer
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.tiers.device import Device
@@ -133,7 +133,7 @@ class Experts:
         self._interrupted = False  # while a pass is under way, and after one that did not end
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
-        self.timer: Timer = NoTimer()
+        self.timer = Timer()
 
     def on_route(self, listener: OnRoute, inputs: bool = False) -> Callable[[], None]:
         """Call ``listener`` with each gate's choice from now on, until the returned function is

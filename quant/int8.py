@@ -1,8 +1,6 @@
 """int8, row-wise symmetric: ``w[n, k] = q[n, k] * scale[n]``, q int8 in [-127, 127], scale
 float32."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +22,7 @@ class Int8Weight:
     def nbytes(self) -> int:
         return self.q.nbytes + self.scale.nbytes
 
-    def rows(self, start: int, stop: int) -> Int8Weight:
+    def rows(self, start: int, stop: int) -> "Int8Weight":
         """Rows ``start`` to ``stop``, as a view."""
         return Int8Weight(self.q[start:stop], self.scale[start:stop])
 

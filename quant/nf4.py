@@ -18,8 +18,6 @@ Readers take the levels as data and accept scales of any sign.  Shape legend: N 
 in.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +49,7 @@ class Nf4Weight:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.absmax.nbytes + self.levels.nbytes
 
-    def rows(self, start: int, stop: int) -> Nf4Weight:
+    def rows(self, start: int, stop: int) -> "Nf4Weight":
         """Rows ``start`` (a multiple of 16) to ``stop``, as a view."""
         tiles = slice(start // TILE, -(-stop // TILE))
         shape = stop - start, self.shape[1]

@@ -1,8 +1,6 @@
 """Shapes and bytes of quantized weights, without torch: what a plan needs to know before anything
 is downloaded."""
 
-from __future__ import annotations
-
 import math
 
 BLOCK = 64  # weights of a row that share a scale

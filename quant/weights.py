@@ -4,8 +4,6 @@ A weight [N, K] is a float tensor, an ``Int8Weight`` or an ``Nf4Weight``; a back
 kind of its own from one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

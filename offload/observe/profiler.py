@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from slotmoe.model.layers import NoTimer
+from slotmoe.model.layers import Timer
 from slotmoe.offload.experts import Route
 from slotmoe.offload.runtime import Runtime
 
@@ -49,7 +49,7 @@ class StepRecord:
         return sum(self.seconds.values())
 
 
-class Profiler:
+class Profiler(Timer):
     """Time by stage, step by step, and the gates' choices by MoE layer index ("row").
     ``synchronize`` waits for the device.
 
@@ -148,6 +148,6 @@ def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Cal
     def detach() -> None:
         stop_listening()
         runtime.watcher = None
-        model.network.timer = experts.timer = NoTimer()
+        model.network.timer = experts.timer = Timer()
 
     return profiler, detach

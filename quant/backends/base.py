@@ -66,7 +66,10 @@ def gate_order_sum(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 class TorchBackend:
-    """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA."""
+    """Plain torch on any device; products in ``compute``: float32 on a CPU, bfloat16 on CUDA.
+
+    ``absorbs``: whether attention takes the absorbed form always, so that decode and prefill agree.
+    """
 
     kind = name = "torch"
     absorbs = False
@@ -166,15 +169,19 @@ class TorchBackend:
         rows_TX.copy_(latent_TW)
 
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
-        """No kernel: the network's own blockwise attention serves."""
+        """Causal attention of the last T of S positions over the cached rows, float32 [T, H, R];
+        None without a kernel: rows are then plain [S, W], and the network's own blockwise attention
+        serves."""
         return None
 
     def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor] | None:
-        """No kernel: the network's own gate serves."""
+        """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
         return None
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> Any:
-        """No kernel: the network goes operation by operation."""
+        """A runner (``slotmoe.model.network.Runner``) for passes over one token of each sequence,
+        up to ``sequences`` of them, bitwise what the operations give one by one; None where the
+        network shall run them so."""
         return None
 
     def experts(

@@ -4,8 +4,6 @@ docs/export-format.md describes the format byte by byte.  Shape legend: I moe_in
 hidden_size, N rows out, K columns in.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -70,6 +68,11 @@ class Part:
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
 
+    def span(self, start: int = 0) -> tuple[int, int]:
+        """Its first byte and the one after its last, where the record or the data is at
+        ``start``."""
+        return start + self.offset, start + self.offset + self.nbytes
+
     def describe(self) -> dict[str, Any]:
         """Its dtype and shape, as JSON holds them."""
         return {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
@@ -82,15 +85,14 @@ class RecordLayout:
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
         into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
         self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
-        parts = {}
-        for name, shape in self.shapes.items():
-            parts[name + ".weight"] = Part(torch.uint8, codes_shape(*shape))
-        for name, shape in self.shapes.items():
-            parts[name + ".weight.absmax"] = Part(torch.float16, absmax_shape(*shape))
-        self.payload_bytes = record_bytes(hidden_size, moe_intermediate_size)
+        parts, absmax = {}, {}
+        for name, (N, K) in self.shapes.items():
+            parts[f"{name}.weight"] = Part(torch.uint8, codes_shape(N, K))
+            absmax[f"{name}.weight.absmax"] = Part(torch.float16, absmax_shape(N, K))
+        parts |= absmax
         self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size)
-        if self.record_bytes > self.payload_bytes:
-            parts["pad"] = Part(torch.uint8, (self.record_bytes - self.payload_bytes,))
+        if pad := self.record_bytes - record_bytes(hidden_size, moe_intermediate_size):
+            parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)
 
     def describe(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class RecordLayout:
     def part(self, record: Tensor, name: str) -> Tensor:
         """View of part ``name`` in a record (uint8 [record_bytes], on any device)."""
         part = self.parts[name]
-        return record[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+        return record[slice(*part.span())].view(part.dtype).view(part.shape)
 
     def weight(self, record: Tensor, projection: str, levels: Tensor) -> Nf4Weight:
         """One projection of the expert in ``record``, as a view."""
@@ -118,12 +120,11 @@ def resident_parts(
     """Tensors of the resident file that hold weight ``name``, stored as ``none`` (in ``dtype``),
     ``int8`` or ``nf4``; the last two need a matrix."""
     if quantization == "int8":
-        scale = Part(torch.float32, shape[:1])
-        return {name: Part(torch.int8, shape), name + ".scale": scale}
+        return {name: Part(torch.int8, shape), f"{name}.scale": Part(torch.float32, shape[:1])}
     if quantization == "nf4":
         N, K = shape
         absmax = Part(torch.float16, absmax_shape(N, K))
-        return {name: Part(torch.uint8, codes_shape(N, K)), name + ".absmax": absmax}
+        return {name: Part(torch.uint8, codes_shape(N, K)), f"{name}.absmax": absmax}
     return {name: Part(dtype, shape)}
 
 
@@ -164,10 +165,7 @@ def _in_a_row(parts: dict[str, Part]) -> dict[str, Part]:
 
 def safetensors_header(parts: Iterable[tuple[str, Part]]) -> bytes:
     """Length prefix and JSON header of a safetensors file, padded to a multiple of 4096."""
-    entries = {
-        name: part.describe() | {"data_offsets": [part.offset, part.offset + part.nbytes]}
-        for name, part in parts
-    }
+    entries = {name: part.describe() | {"data_offsets": part.span()} for name, part in parts}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -1,7 +1,5 @@
 """``Export``: an open export, whose tensors and records are verified whenever they are read."""
 
-from __future__ import annotations
-
 import fcntl
 import math
 import mmap
@@ -57,10 +55,17 @@ class Export:
             for name, entry in manifest["files"].items()
             if name in (RESIDENT, self._predictor)
         }
+        sizes = {
+            name: sum(part.nbytes for part in parts.values()) for name, parts in self._parts.items()
+        }
+        self.resident_bytes = sizes[RESIDENT]  # of all resident tensors
+        self.predictor_bytes = sizes.get(self._predictor, 0)  # of all the predictor's tensors
+        # ``slotmoe synth`` made it: such an export has no source files.
+        self.random_weights = not manifest["source"]["files"]
         self._direct = False
 
     @classmethod
-    def open(cls, path: str | Path) -> Export:
+    def open(cls, path: str | Path) -> "Export":
         """Open the export in folder ``path``; raises ``ExportError`` naming a damaged file."""
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -209,29 +214,11 @@ class Export:
                 raise self._error(self._predictor, f"{name} is not finite; calibrate again")
         return tensors
 
-    def _tensor_bytes(self, file: str | None) -> int:
-        return sum(part.nbytes for part in self._parts.get(file, {}).values())
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether ``slotmoe synth`` made it: such an export has no source files."""
-        return not self.manifest["source"]["files"]
-
-    @property
-    def predictor_bytes(self) -> int:
-        """Bytes of all the predictor's tensors, 0 if there is none."""
-        return self._tensor_bytes(self._predictor)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of all resident tensors."""
-        return self._tensor_bytes(RESIDENT)
-
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
 
-    def __enter__(self) -> Export:
+    def __enter__(self) -> "Export":
         return self
 
     def __exit__(self, *problem: object) -> None:

@@ -1,14 +1,22 @@
 """The manifest of an export: read from a stranger, checked before anything uses it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ExportError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import (
+    TEXT,
+    ListOf,
+    ObjectOf,
+    check,
+    integer,
+    number,
+    one_of,
+    or_null,
+    read_json,
+)
 from slotmoe.quant.export.layout import (
     COPIED,
     DTYPES,
@@ -29,11 +37,50 @@ from slotmoe.quant.shapes import ALIGNMENT, BLOCK
 
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
-_EXPERTS = {"hidden_size": 1 << 20, "moe_intermediate_size": 1 << 20, "n_routed_experts": 4096}
-_REPORT_KEYS = {"weights", "bits_per_weight", "families"}
-_FAMILY_KEYS = {"family", "stored", "weights", "bits_per_weight", "relative_rms_error"}
-_FAMILY_KEYS |= {"worst_layer", "by_layer"}
+_SIZE = integer(1, 1 << 31)
+_LAYER = integer(0, 99999)
+_ERROR = number(0, 1000)
 _STORED = ("nf4", "int8", "bf16", "fp16", "fp32")
+_MANIFEST = {
+    "source": {"files": {}},
+    "quantization": {
+        "layout": one_of("tiles16"),
+        "block": one_of(BLOCK),
+        "levels": ListOf(number(-1e30, 1e30), 16, 16),
+        "resident_shapes": ObjectOf(ListOf(_SIZE, 2, 2)),
+    },
+    "experts": {
+        "hidden_size": integer(1, 1 << 20),
+        "moe_intermediate_size": integer(1, 1 << 20),
+        "n_routed_experts": integer(1, 4096),
+        "layers": ListOf(_LAYER, 1, 1000),
+        "linked_layers": ObjectOf(_LAYER),
+    },
+    "files": {"config.json": {}, RESIDENT: {}},
+}
+_COPIED = {"bytes": integer(0, MAX_COPIED_BYTES), "checksum": TEXT}
+_WEIGHTS = {
+    "bytes": integer(0, 1 << 50),
+    "checksum": TEXT,
+    "header_bytes": integer(ALIGNMENT, 1 << 30),
+    "header_checksum": TEXT,
+}
+_TENSOR = {"dtype": one_of(*DTYPES), "shape": ListOf(_SIZE, 1, 3), "checksum": TEXT}
+_TENSORS = {**_WEIGHTS, "tensors": ObjectOf(_TENSOR)}
+_FAMILY = {
+    "family": TEXT,
+    "stored": TEXT,
+    "weights": integer(1, 1 << 50),
+    "bits_per_weight": number(0, 1 << 20),
+    "relative_rms_error": _ERROR,
+    "worst_layer": or_null(_LAYER),
+    "by_layer": ObjectOf(_ERROR),
+}
+_REPORT = {
+    "weights": integer(1, 1 << 50),
+    "bits_per_weight": number(0, 256),
+    "families": ListOf(_FAMILY, 0, 1000),
+}
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
@@ -76,8 +123,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path}: {what}")
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        what = f"{problem.__class__.__name__} {str(problem)[:120]}"
+    except (LookupError, TypeError, AttributeError, ValueError) as problem:
+        lacks = "something is missing: " if isinstance(problem, LookupError) else ""
+        what = f"{lacks}{str(problem)[:200]}"
         raise ExportError(f"{path}: {what}; not a manifest that slotmoe wrote") from None
     return manifest
 
@@ -87,83 +135,53 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _number(value: Any, low: float, high: float, kind: Any = int) -> Any:
-    valid = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-    noun = "an integer" if kind is int else "a number"
-    _require(valid, f"{value!r:.40} is not {noun} from {low} to {high}")
-    return value
-
-
-def _is_list(value: Any, kind: Any, length: int) -> bool:
-    is_list = isinstance(value, list) and len(value) == length
-    return is_list and all(isinstance(item, kind) for item in value)
-
-
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise unless the manifest has the structure that readers rely on."""
+    check(manifest, _MANIFEST)
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
-    for key, known in (("layout", "tiles16"), ("block", BLOCK)):
-        _require(quantization[key] == known, f"unknown {key} {quantization[key]!r:.40}")
-    levels = quantization["levels"]
-    are_numbers = _is_list(levels, int | float, 16) and all(abs(level) < 1e30 for level in levels)
-    _require(are_numbers, "levels are not 16 numbers")
     if "report" in quantization:
         _check_report(quantization["report"])
-    sizes = _check_experts(experts)  # bytes of data, by file
-    sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
+    _check_experts(experts)
+    layout, E = manifest_layout(manifest), experts["n_routed_experts"]
+    layer_files = list(map(layer_file, experts["layers"]))
     predictors = list(filter(is_predictor, files))
     _require(len(predictors) <= 1, "more than one predictor")
+    known = {*COPIED, RESIDENT, *predictors, *layer_files}
+    _require(set(files) <= known, "files names something that is not part of the format")
+    in_layer = {**_WEIGHTS, "records": ListOf(TEXT, E, E)}
+    check(files, dict.fromkeys(layer_files, in_layer), "files")
+    check(files, dict.fromkeys([RESIDENT, *predictors], _TENSORS), "files")
+    check(files, {name: _COPIED for name in files if name in COPIED}, "files")
+    sizes = dict.fromkeys(layer_files, E * layout.record_bytes)
+    sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
     for name in predictors:
         sizes[name] = check_predictor(files[name]["tensors"], experts)
-    known_files = set(files) <= {*COPIED, *sizes} and "config.json" in files
-    _require(known_files, "files names something that is not part of the format")
-    for layer in experts["layers"]:
-        records = files[layer_file(layer)]["records"]
-        _require(_is_list(records, str, experts["n_routed_experts"]), "records lack a checksum")
-    for name, entry in files.items():
-        size = _number(entry["bytes"], 0, MAX_COPIED_BYTES if name in COPIED else 1 << 50)
-        _require(isinstance(entry["checksum"], str), "a checksum is not a string")
-        if name not in COPIED:
-            expected = sizes[name] + _number(entry["header_bytes"], ALIGNMENT, 1 << 30)
-            _require(size == expected, f"{size} bytes do not hold what a file should")
+    for name, size in sizes.items():
+        whole = files[name]["header_bytes"] + size
+        stated = files[name]["bytes"]
+        _require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
-def _check_experts(experts: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes of each layer's records, by file."""
-    for key, high in _EXPERTS.items():
-        _number(experts[key], 1, high)
+def _check_experts(experts: dict[str, Any]) -> None:
     layout, layers = manifest_layout({"experts": experts}), experts["layers"]
     described = experts["record_bytes"], experts["record"]
     _require(described == (layout.record_bytes, layout.describe()), "the record layout is unknown")
-    are_layers = _is_list(layers, int, len(layers)) and 0 < len(layers) <= 1000
-    _require(are_layers, "layers is not a list of layers")
-    for layer in layers:
-        _number(layer, 0, 99999)
     _require(layers == sorted(set(layers)), "layers are not in order")
     for layer, origin in experts["linked_layers"].items():
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
-    data_bytes = experts["n_routed_experts"] * layout.record_bytes
-    return dict.fromkeys(map(layer_file, layers), data_bytes)
 
 
 def _check_report(report: dict[str, Any]) -> None:
     """What quantization cost must have the documented keys and possible figures."""
-    families = report["families"]
-    _require(set(report) == _REPORT_KEYS, "the report has other keys than its format")
-    _require(_is_list(families, dict, len(families)), "the report's families are no list")
-    for row in (report, *families):
-        _number(row["weights"], 1, 1 << 50)
-        _number(row["bits_per_weight"], 0, 256 if row is report else 1 << 20, int | float)
-    for row in families:
-        same_keys = set(row) == _FAMILY_KEYS and isinstance(row["family"], str)
-        _require(same_keys, "a family of the report has other keys than its format")
+    check(report, _REPORT, "quantization.report")
+    same_keys = report.keys() == _REPORT.keys()
+    _require(same_keys, "the report has other keys than its format")
+    for row in report["families"]:
+        _require(row.keys() == _FAMILY.keys(), "a family of the report has other keys")
         _require(row["stored"] in _STORED, f"unknown storage {row['stored']!r:.40} in the report")
         worst, by_layer = row["worst_layer"], row["by_layer"]
-        for error in (row["relative_rms_error"], *by_layer.values()):
-            _number(error, 0, 1000, int | float)
-        for layer in by_layer:
-            _number(int(layer), 0, 99999)
-        is_worst = not by_layer if worst is None else str(_number(worst, 0, 99999)) in by_layer
+        _require(all(map(str.isdecimal, by_layer)), "by_layer has what is no layer")
+        is_worst = not by_layer if worst is None else str(worst) in by_layer
         _require(is_worst, "worst_layer is no layer")
 
 
@@ -171,8 +189,9 @@ def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
     """Its tensors must have the dtypes and shapes that the model's geometry and two widths
     prescribe; returns their bytes."""
     L = len(experts["layers"])
-    R = _number(tensors["token.in.weight"]["shape"][0], 1, MAX_PREDICTOR_WIDTH)
-    Q = _number(tensors["layer.in.weight"]["shape"][1], 1, MAX_PREDICTOR_WIDTH) if L > 1 else 1
+    R = tensors["token.in.weight"]["shape"][0]
+    Q = tensors["layer.in.weight"]["shape"][1] if L > 1 else 1
+    _require(max(R, Q) <= MAX_PREDICTOR_WIDTH, f"the predictor is wider than {MAX_PREDICTOR_WIDTH}")
     expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
     _require(set(tensors) == set(expected), "the predictor has other tensors than its format")
     return _check_tensors("the predictor", tensors, expected)
@@ -181,10 +200,8 @@ def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
 def _check_tensors(of: str, tensors: dict[str, Any], expected: dict[str, Part]) -> int:
     """Returns the bytes of ``tensors``, which must be as ``expected``."""
     for name, part in expected.items():
-        item = tensors[name]
-        same = _is_list(item["shape"], int, len(part.shape)) and part == part_of(item)
+        same = name in tensors and part == part_of(tensors[name])
         _require(same, f"{name:.80} of {of} is not stored as the format prescribes")
-        _require(isinstance(item["checksum"], str), f"{name:.80} of {of} has no checksum")
     return sum(part.nbytes for part in expected.values())
 
 
@@ -193,18 +210,13 @@ def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> int:
     kernels trust them.  Returns their bytes."""
     expected: dict[str, Part] = {}
     for name, item in tensors.items():
-        shape, dtype = item["shape"], DTYPES[item["dtype"]]
-        is_shape = _is_list(shape, int, len(shape)) and 0 < len(shape) <= 3
-        _require(is_shape, f"{name:.80} has no shape")
-        for size in shape:
-            _number(size, 1, 1 << 31)
+        part = part_of(item)
         if name + ".scale" in tensors:
-            _require(len(shape) == 2, f"{name:.80} is no matrix")
-            expected |= resident_parts(name, tuple(shape), "int8", dtype)
+            _require(len(part.shape) == 2, f"{name:.80} is no matrix")
+            expected |= resident_parts(name, part.shape, "int8", part.dtype)
         elif name + ".absmax" in tensors:
-            N, K = (_number(size, 1, 1 << 31) for size in nf4_shapes[name])
-            expected |= resident_parts(name, (N, K), "nf4", dtype)
+            expected |= resident_parts(name, tuple(nf4_shapes[name]), "nf4", part.dtype)
         elif name not in expected:
-            _require(dtype.is_floating_point, f"{name:.80} has dtype {dtype}")
-            expected |= resident_parts(name, tuple(shape), "none", dtype)
+            _require(part.dtype.is_floating_point, f"{name:.80} has dtype {part.dtype}")
+            expected |= resident_parts(name, part.shape, "none", part.dtype)
     return _check_tensors(RESIDENT, tensors, expected)

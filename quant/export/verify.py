@@ -1,7 +1,5 @@
 """Every checksum of an export: of each file, its header, its tensors and its expert records."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ def span_checksums(
     path: Path, spans: Sequence[Span], advance: Callable[[int], None] | None = None
 ) -> tuple[str, list[str]]:
     """Checksum of the whole file and of each span (start, stop) of its bytes, in one pass; spans
-    may nest or overlap.  ``advance`` is called with the bytes of each read."""
+    may nest or overlap.  ``advance`` is called with the position after each read."""
     whole, digests = xxhash.xxh3_128(), [xxhash.xxh3_128() for _ in spans]
     waiting = sorted(range(len(spans)), key=lambda index: spans[index], reverse=True)
     position, active = 0, set[int]()
@@ -36,7 +34,7 @@ def span_checksums(
             active = {index for index in active if spans[index][1] > end}
             position = end
             if advance is not None:
-                advance(len(piece))
+                advance(position)
     return whole.hexdigest(), [digest.hexdigest() for digest in digests]
 
 
@@ -53,17 +51,14 @@ def damaged_files(
     total, done = sum(entry["bytes"] for entry in manifest["files"].values()), 0
     damaged: dict[str, str] = {}
     for name, entry in manifest["files"].items():
-        before = done
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(min(done, total), total)
+        def advance(position: int, start: int = done) -> None:
+            progress(min(start + position, total), total)
 
         if (problem := _damage(folder, name, manifest, advance)) is not None:
             damaged[name] = problem
-            done = before
-            advance(entry["bytes"])
+        done += entry["bytes"]
+        progress(done, total)
     return damaged
 
 
@@ -105,6 +100,5 @@ def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span
             spans[f"expert {expert}"] = (first, first + size), checksum
     else:
         for tensor, part in tensor_parts(entry).items():
-            span = start + part.offset, start + part.offset + part.nbytes
-            spans[tensor] = (span, entry["tensors"][tensor]["checksum"])
+            spans[tensor] = part.span(start), entry["tensors"][tensor]["checksum"]
     return spans

@@ -1,8 +1,6 @@
 """Files of an export, written under a temporary name and renamed when they are whole and
 durable."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -53,7 +51,7 @@ class ExportFile:
     @property
     def nbytes(self) -> int:
         """Size of the finished file."""
-        return len(self._header) + max(part.offset + part.nbytes for part in self.parts.values())
+        return max(part.span(len(self._header))[1] for part in self.parts.values())
 
     def write(self, name: str, piece: Tensor) -> None:
         """Append ``piece`` to tensor ``name``; a tensor's pieces come from one thread, in order."""
@@ -90,15 +88,15 @@ class ExportFile:
         records = [(at, at + step) for at in range(start, self.nbytes, step) if record_bytes]
         # Padding is not written: the new file is zeros.
         names = [name for name in self.parts if not name.endswith(".pad")]
-        spans = [(self.parts[name].offset, self.parts[name].nbytes) for name in names]
-        tensors = [(start + offset, start + offset + nbytes) for offset, nbytes in spans]
+        tensors = [self.parts[name].span(start) for name in names]
         whole, digests = span_checksums(self._temporary, [*records, *tensors])
         for name, digest in zip(names, digests[len(records) :], strict=True):
             if digest != self.checksums[name]:
                 self._temporary.unlink()
-                what = f"{name} was damaged after it had been written"
-                way_out = "run the same command to make it anew"
-                raise ExportError(f"{self._temporary}: {what}; {way_out}")
+                raise ExportError(
+                    f"{self._temporary}: {name} was damaged after it had been written; "
+                    "run the same command to make it anew"
+                )
         entry: dict[str, Any] = {"bytes": self.nbytes, "header_bytes": len(self._header)}
         entry |= {"header_checksum": checksum(self._header), "checksum": whole}
         if record_bytes:

@@ -226,6 +226,7 @@ FORGERIES = {
     "huge": reshaped("token.in.weight", [1 << 40, 2 * D]),
     "fraction": reshaped("popularity", [16.0]),
     "other model": reshaped("popularity", [17]),
+    "fewer dimensions": reshaped("layer.in.weight", [3]),
     "dtype": edited(
         lambda files, name: files[name]["tensors"]["token.in.bias"].__setitem__("dtype", "F16")
     ),

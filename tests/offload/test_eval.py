@@ -96,7 +96,7 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
     (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, 300)
     read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
     for kernels, bound in (("torch", 1e-4), ("auto", 5e-4)):
-        exported = Runtime.open(sample_export, context=300, kernels=kernels)
+        exported = Runtime.open(sample_export, context=300, kernels=kernels, threads=1)
         with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=300) as reference:
             evaluation = Evaluation(runtime, reference)
             evaluation.run(read, windows_of(read, "strided", 300, None), lambda count: None)

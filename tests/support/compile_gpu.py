@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.model.layers import Geometry, Layer, Mlp, NoTimer, Step
+from slotmoe.model.layers import Geometry, Layer, Mlp, Step, Timer
 from slotmoe.model.routing import Router
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonBackend
@@ -145,7 +145,7 @@ def decode(backend, make):
     cache = SimpleNamespace(
         length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
     )
-    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), [cache], NoTimer())
+    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), [cache], Timer())
     assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts()) is None
 
 

@@ -36,7 +36,7 @@ from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.shapes import absmax_shape, codes_shape
+from slotmoe.quant.shapes import absmax_shape, codes_shape, record_bytes
 from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count
@@ -130,7 +130,11 @@ def _experts(bench: _Bench) -> None:
         scales = slab[0, part.offset : part.offset + part.nbytes]
         scales.view(torch.float16).fill_(1.8 * columns**-0.5)
     slab[1:] = slab[0]
-    x_1D, macs, size = bench.randn(1, D), 3 * D * c.moe_intermediate_size, layout.payload_bytes
+    x_1D, macs, size = (
+        bench.randn(1, D),
+        3 * D * c.moe_intermediate_size,
+        record_bytes(D, c.moe_intermediate_size),
+    )
     records, slots_E = Records(slab, layout, levels), bench.empty((S,), torch.int32)
     torch.arange(S, out=slots_E)
     choices, y_1KD = slots_E.long().view(-1, 1, K), bench.empty((1, K, D), torch.float32)
