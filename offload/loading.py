@@ -41,7 +41,8 @@ from slotmoe.offload.plan.memory import (
     sizes_of,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, Cache, make_cache
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.predictor import NextGate, Predictor

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
 from slotmoe.tools.tables import table

@@ -32,9 +32,11 @@ def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
     cache = make_cache(policy, slots, len(choices[0]), experts)
     for token in choices:
         cache.advance()
-        for chosen in token:
-            for expert in [expert for expert in chosen if not cache.use(expert)]:
-                cache.offer(expert, chosen)
+        for row, chosen in enumerate(token):
+            missing = [expert_id for expert_id in chosen if expert_id not in cache]
+            cache.use_chunk(row, [[expert_id - row * experts for expert_id in chosen]])
+            for expert_id in missing:
+                cache.offer(expert_id, chosen)
     return cache.hits
 
 

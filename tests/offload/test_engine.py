@@ -13,7 +13,8 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload import loading
-from slotmoe.offload.policy.cache import POLICIES, make_cache
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import device
