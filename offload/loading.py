@@ -44,7 +44,6 @@ from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.tiers.device import Device
@@ -392,8 +391,7 @@ class _Loader:
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
             bandwidth = store.bandwidth if isinstance(store, HostTier) else disk.bandwidth
-            prefetcher = Prefetcher(layers, experts, size, slots, bandwidth)
-            lookahead = Lookahead(predictor, prefetcher, experts)
+            lookahead = Lookahead(predictor, layers, experts, size, slots, bandwidth)
         if options.prefetch and popularity:
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]

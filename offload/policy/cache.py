@@ -24,6 +24,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Cache(ABC):
     """What is cached, and the counters; a policy keeps ``_worth_N`` up to date."""
 
+    _worth_N: Array
+
     def __init__(
         self,
         slots: int,
@@ -43,7 +45,7 @@ class Cache(ABC):
         self._popularity_N = np.zeros(layers * experts)
         if popularity is not None:
             self._popularity_N[:] = popularity
-        self._worth_N = self._first_worths()
+        self._start()
 
     def advance(self, tokens: int = 1) -> None:
         """A forward pass over ``tokens`` more tokens of the sequence begins."""
@@ -74,7 +76,6 @@ class Cache(ABC):
         if len(self.cached) < self.slots:
             self.add(expert_id)
             return None
-        self._appraise(expert_id)
         worth_N = self._worth_now()
         limit = worth_N[expert_id] if self.bypass else np.inf
         worth_N = np.where(self._is_cached_N, worth_N, np.inf)
@@ -94,7 +95,6 @@ class Cache(ABC):
         assert expert_id not in self.cached and len(self.cached) < self.slots
         self.cached.add(expert_id)
         self._is_cached_N[expert_id] = True
-        self._appraise(expert_id)
 
     def remove(self, expert_id: int) -> None:
         """Forget the cached ``expert_id``."""
@@ -108,15 +108,12 @@ class Cache(ABC):
         return len(self.cached)
 
     @abstractmethod
-    def _first_worths(self) -> Array:
-        """The worth of each expert before any was used, float64 [N]."""
+    def _start(self) -> None:
+        """Make ``_worth_N``, float64 [N], and what else the policy remembers."""
 
     @abstractmethod
     def _touch(self, row: int, ids_TK: Array) -> None:
-        """The pass's T tokens, the newest of which is ``_now``, used ``ids_TK`` of layer ``row``."""
-
-    def _appraise(self, expert_ids: int | slice) -> None:
-        """Bring ``_worth_N`` up to date, where time has changed it since the last use."""
+        """The pass's T tokens, the newest of them ``_now``, used ``ids_TK`` of layer ``row``."""
 
     def _worth_now(self) -> Array:
         """The worths as they count for an eviction now."""
@@ -128,8 +125,8 @@ class Lru(Cache):
 
     _uses = 0
 
-    def _first_worths(self) -> Array:
-        return np.full(self.layers * self.experts, -np.inf)
+    def _start(self) -> None:
+        self._worth_N = np.full(self.layers * self.experts, -np.inf)
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
@@ -142,8 +139,8 @@ class Lfu(Cache):
 
     PRIOR = 100
 
-    def _first_worths(self) -> Array:
-        return self.PRIOR * self._popularity_N
+    def _start(self) -> None:
+        self._worth_N = self.PRIOR * self._popularity_N
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         np.add.at(self._worth_N, ids_TK, 1)
@@ -159,9 +156,9 @@ class Lrfu(Cache):
     # On the sample's texts 0.97 and 0.99 hit 0.3 to 0.5 points more, 0.9 about 1 less.
     DECAY = 0.95
 
-    def _first_worths(self) -> Array:
+    def _start(self) -> None:
         with np.errstate(divide="ignore"):
-            return np.log(self._popularity_N / (1 - self.DECAY))
+            self._worth_N = np.log(self._popularity_N / (1 - self.DECAY))
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         tokens_T = np.arange(self._now - len(ids_TK), self._now) + 1
@@ -173,12 +170,12 @@ class LeastStale(Cache):
     first (SpecMD, arXiv 2602.03921); with bypass, what the present pass has used never leaves for a
     newcomer."""
 
-    def _first_worths(self) -> Array:
-        return np.repeat(np.arange(self.layers, dtype=float), self.experts)
+    def _start(self) -> None:
+        self._worth_N = np.repeat(np.arange(self.layers, dtype=float), self.experts)
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
-        self._worth_N = self._first_worths()
+        self._start()
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         self._worth_N[ids_TK] = self.layers
@@ -192,7 +189,7 @@ class LayerAware(Cache):
     so an expert whose layer is next gets its chance a whole token sooner than a newcomer, whose
     layer was just visited: chance / distance in layers is what a slot earns until then.
 
-    A layer's chances are estimated when a pass visits it, and an expert's when it is offered.
+    A layer's chances are estimated when a pass visits it, and a newcomer's when it is offered.
     """
 
     SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
@@ -200,16 +197,15 @@ class LayerAware(Cache):
     WEIGHTS = (0.1, 0.3, 0.6)
     RESCALE = 1000  # tokens; far from where SHORT**-n overflows
 
-    def _first_worths(self) -> Array:
-        # Averages times decay**-(now - epoch): time then changes one factor instead of every
-        # average.
+    def _start(self) -> None:
+        # Averages times decay**-(now - epoch): time changes one factor instead of every average.
         self._short_N, self._long_N = np.zeros_like(self._popularity_N), self._popularity_N.copy()
-        self._epoch, self._row = 0, 0
-        self._newest_N = np.zeros(len(self._short_N), dtype=int)  # the newest token of a pass
+        self._epoch, self._row = 0, 0  # the latest rescaling; the layer visited last
+        self._last_N = np.full(len(self._short_N), -1)  # the pass whose newest token used it
         rows_M = np.arange(self.layers)
         near_MM = 1 / ((rows_M - rows_M[:, None] - 1) % self.layers + 1)
         self._near_MN = np.repeat(near_MM, self.experts, axis=1)
-        return np.zeros_like(self._popularity_N)
+        self._worth_N = np.zeros_like(self._popularity_N)
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
@@ -219,23 +215,31 @@ class LayerAware(Cache):
             self._long_N *= self.LONG**passed
             self._epoch = self._now
 
+    def offer(self, expert_id: int, pinned: Collection[int] = ()) -> int | None:
+        self._estimate(expert_id)
+        return super().offer(expert_id, pinned)
+
+    def add(self, expert_id: int) -> None:
+        self._estimate(expert_id)
+        super().add(expert_id)
+
     def _touch(self, row: int, ids_TK: Array) -> None:
         last = self._epoch - self._now
         for sums_N, decay in ((self._short_N, self.SHORT), (self._long_N, self.LONG)):
             ages = range(last + len(ids_TK) - 1, last - 1, -1)
             gains_T = np.array([(1 - decay) * decay**age for age in ages])
             np.add.at(sums_N, ids_TK, gains_T[:, None])
-        self._newest_N[ids_TK[-1]] = self._now
+        self._last_N[ids_TK[-1]] = self._now
         self._row = row
-        self._appraise(slice(row * self.experts, (row + 1) * self.experts))
+        self._estimate(slice(row * self.experts, (row + 1) * self.experts))
 
-    def _appraise(self, expert_ids: int | slice) -> None:
+    def _estimate(self, expert_ids: int | slice) -> None:
         passed, (newest, a, b) = self._now - self._epoch, self.WEIGHTS
         short, long = a * self.SHORT**passed, b * self.LONG**passed
         self._worth_N[expert_ids] = (
             short * self._short_N[expert_ids]
             + long * self._long_N[expert_ids]
-            + newest * (self._newest_N[expert_ids] == self._now)
+            + newest * (self._last_N[expert_ids] == self._now)
         )
 
     def _worth_now(self) -> Array:
