@@ -24,17 +24,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.config import read_config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
@@ -72,8 +73,34 @@ class Text:
         return cls(path, ids, begin, np.concatenate([[0], size])[[0, *ends]])
 
 
-@dataclass(frozen=True)
-class Window:
+def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None) -> list[Text]:
+    """The texts as the tokens of ``model``.  Raises ``ConfigError`` as ``Text.read`` does, and
+    unless the ``reference`` has as many vocabulary rows and reads the texts alike."""
+    rows, texts = _read_as(model, paths)
+    if reference is None:
+        return texts
+    other_rows, others = _read_as(reference, paths)
+    problem = ""
+    if rows != other_rows:
+        problem = f"has {other_rows} vocabulary rows and {model} has {rows}"
+    for text, other in zip(texts, others, strict=True):
+        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
+            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
+    if problem:
+        why = "divergence compares probabilities of the same tokens"
+        advice = f"{why}: give the checkpoint that the model was made of"
+        raise ConfigError(f"{reference}: the reference {problem}; {advice}")
+    return texts
+
+
+def _read_as(folder: Path, paths: Sequence[Path]) -> tuple[int, list[Text]]:
+    """The vocabulary rows of a model, and texts as its tokens."""
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer(folder, config.bos_token_id)
+    return config.vocab_size, [Text.read(path, tokenizer) for path in paths]
+
+
+class Window(NamedTuple):
     """Tokens ``start`` to ``stop`` of a text, of which those from ``first`` on are scored."""
 
     start: int
@@ -81,24 +108,9 @@ class Window:
     stop: int
 
 
-def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
-    """Windows of ``window`` positions, ``stride`` tokens apart, that score every token once."""
-    start, done = 0, 1 - len(text.begin)
-    while done < len(text.ids):
-        stop = min(start + window - len(text.begin), len(text.ids))
-        yield Window(start, done, stop)
-        start, done = start + stride, stop
-
-
-def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
-    """The windows of llama.cpp's perplexity tool for ``-c window``; none if the text is shorter."""
-    begin = len(text.begin)
-    for start in range(0, len(text.ids) + begin - window + 1, window):
-        yield Window(start, start + window // 2 + 1 - begin, start + window - begin)
-
-
 def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
     """The windows of a text.  ``stride`` None: as long as possible.  Raises ``ConfigError``."""
+    count, begin = len(text.ids), len(text.begin)
     if method == "llama.cpp":
         if stride is not None:
             problem = "llama.cpp's windows follow each other"
@@ -106,12 +118,12 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
         if window < 3:
             expected = "expected at least 3: llama.cpp scores its second half"
             raise ConfigError(f"--window is {window}, {expected}")
-        windows = list(like_llama_cpp(text, window))
-        if not windows:
-            size = f"{len(text.ids)} tokens, less than one window of {window}"
+        if count + begin < window:
+            size = f"{count} tokens, less than one window of {window}"
             why = "llama.cpp's method scores whole windows: lower --window, or leave out --method"
             raise ConfigError(f"{text.path}: has {size}, and {why}")
-        return windows
+        starts = range(0, count + begin - window + 1, window)
+        return [Window(at, at + window // 2 + 1 - begin, at + window - begin) for at in starts]
     longest = window - 1  # the beginning token, or else the window's first, is not scored
     if longest < 1:
         expected = "expected at least 2: a token to predict, and one before it"
@@ -119,7 +131,11 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
     if stride is not None and not 1 <= stride <= longest:
         expected = f"expected 1 to {longest} for windows of {window}: no token may be left out"
         raise ConfigError(f"--stride is {stride}, {expected}")
-    return list(strided(text, window, stride or longest))
+    windows, start, done = [], 0, 1 - begin
+    while done < count:
+        windows.append(Window(start, done, min(start + window - begin, count)))
+        start, done = start + (stride or longest), windows[-1].stop
+    return windows
 
 
 @dataclass
@@ -164,23 +180,18 @@ class Evaluation:
     files: dict[Path, Totals] = field(default_factory=dict)
     _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
-    def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
-        """Score one text.  ``advance(bytes)`` gets the bytes of text done since its last call."""
+    def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
+        """Score one text; yields how many bytes of it are done, again and again."""
         totals = self.files.setdefault(text.path, Totals())
-        reached = 0
         for window in windows:
             fed = text.begin + text.ids[window.start : window.stop - 1]  # the last has no successor
             row, at = window.first - window.start + len(text.begin) - 1, window.first
-            logits, wanted = self.runtime.logits_from(fed, row), self.reference
-            others = repeat(None) if wanted is None else wanted.logits_from(fed, row)
-            for logits_RV, wanted_RV in zip(logits, others, strict=wanted is not None):
-                for start in range(0, len(logits_RV), _ROWS):
-                    rows = slice(start, start + _ROWS)
-                    reference_RV = None if wanted_RV is None else wanted_RV[rows]
-                    at = self._score(text, at, totals, logits_RV[rows], reference_RV)
-                advance(int(text.ends[at]) - reached)
-                reached = int(text.ends[at])
-        advance(int(text.ends[-1]) - reached)
+            rows, other = _rows(self.runtime, fed, row), self.reference
+            others = repeat(None) if other is None else _rows(other, fed, row)
+            for logits_RV, wanted_RV in zip(rows, others, strict=other is not None):
+                at = self._score(text, at, totals, logits_RV, wanted_RV)
+                yield int(text.ends[at])
+        yield int(text.ends[-1])
 
     def _score(
         self, text: Text, at: int, totals: Totals, logits_RV: Tensor, wanted_RV: Tensor | None
@@ -245,21 +256,7 @@ class Evaluation:
         return report
 
 
-def check_same_vocabulary(
-    model: Path,
-    reference: Path,
-    sizes: tuple[int, int],
-    texts: Sequence[Text],
-    others: Sequence[Text],
-) -> None:
-    """Raise ``ConfigError`` unless both have the same vocabulary size and tokens of the texts."""
-    problem = ""
-    if sizes[0] != sizes[1]:
-        problem = f"has {sizes[1]} vocabulary rows and {model} has {sizes[0]}"
-    for text, other in zip(texts, others, strict=True):
-        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
-            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
-    if problem:
-        why = "divergence compares probabilities of the same tokens"
-        advice = f"{why}: give the checkpoint that the model was made of"
-        raise ConfigError(f"{reference}: the reference {problem}; {advice}")
+def _rows(runtime: Runtime, ids: list[int], first: int) -> Iterator[Tensor]:
+    """The logits of ``ids`` from position ``first`` on, a few rows at a time."""
+    for logits_RV in runtime.logits_from(ids, first):
+        yield from logits_RV.split(_ROWS)
