@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,12 +106,6 @@ class Predictor:
         its file is damaged."""
         tensors = export.predictor()
         return None if tensors is None else cls(tensors, top_k, ops, place)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory of all matrices and biases."""
-        pairs = chain(self._token, *self._layers)
-        return sum(tensor.nbytes for tensor in chain.from_iterable(pairs))
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """Every MoE layer's experts, from a token's embedding row and the residual stream after the

@@ -181,13 +181,13 @@ def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
 def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[Any], title: str, quiet: bool
 ) -> None:
-    before, total = 0, sum(int(text.ends[-1]) for text in texts)
+    before, total = 0, sum(text.ends[-1] for text in texts)
     with byte_progress(title, quiet) as progress:
         try:
             for text, cut in zip(texts, windows, strict=True):
                 for done in evaluation.run(text, cut):
                     progress(before + done, total)
-                before += int(text.ends[-1])
+                before += text.ends[-1]
         except KeyboardInterrupt:
             if not quiet and any(totals.tokens for totals in evaluation.files.values()):
                 say("stopped; so far:")

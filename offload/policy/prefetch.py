@@ -13,7 +13,7 @@ may be on their way ahead of the gates.
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 HORIZONS = ("token", "layer")
 
@@ -32,9 +32,9 @@ class Accuracy:
     cancelled: int = 0
 
 
-def total(counts: Iterable[Accuracy]) -> Accuracy:
+def _total(counts: Iterable[Accuracy]) -> dict[str, int]:
     """The sum, count by count."""
-    return Accuracy(*map(sum, zip(*map(astuple, counts), strict=True)))
+    return asdict(Accuracy(*map(sum, zip(*map(astuple, counts), strict=True))))
 
 
 class Average:
@@ -93,18 +93,13 @@ class Prefetcher:
         self._considered = 0
         self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
 
-    @property
-    def accuracy(self) -> dict[str, Accuracy]:
+    def stats(self) -> dict[str, dict[str, int]]:
         """The counts of each horizon, over all rows."""
-        return {horizon: total(rows) for horizon, rows in self.by_row.items()}
+        return {horizon: _total(rows) for horizon, rows in self.by_row.items()}
 
-    def by_layer(self) -> list[Accuracy]:
-        """What became of the guesses for each row, of both horizons together."""
-        return [total(both) for both in zip(*self.by_row.values(), strict=True)]
-
-    def stats(self) -> dict[str, Any]:
-        """``accuracy`` for reports."""
-        return {horizon: asdict(counts) for horizon, counts in self.accuracy.items()}
+    def by_layer(self) -> list[dict[str, int]]:
+        """The counts of each row, of both horizons together."""
+        return [_total(both) for both in zip(*self.by_row.values(), strict=True)]
 
     def pays(self) -> bool:
         """Whether, in the pass that begins, what guesses can hide, the time of the reads that a

@@ -26,11 +26,10 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +48,12 @@ _CONTEXT = 16  # tokens shown before a bad one
 @dataclass(frozen=True)
 class Text:
     """A tokenized file: ``ids``, the ``begin`` of each window (no or one token), and the bytes of
-    text up to each token's end, int64, with a 0 in front."""
+    text up to each token's end, with a 0 in front."""
 
     path: Path
     ids: list[int]
     begin: list[int]
-    ends: np.ndarray[Any, np.dtype[np.int64]]
+    ends: list[int]
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
@@ -64,13 +63,10 @@ class Text:
         if len(ids) < 2:
             needed = "evaluation needs 2 or more; give a longer text"
             raise ConfigError(f"{path}: has {len(ids)} token, {needed}")
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        # UTF-8 up to each character.
-        width = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
-        size = np.cumsum(width, dtype=np.int64)
         ends[-1] = len(text)  # with whatever the tokenizer drops at the end
+        sizes = (len(text[start:end].encode()) for start, end in pairwise([0, *ends]))
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return cls(path, ids, begin, np.concatenate([[0], size])[[0, *ends]])
+        return cls(path, ids, begin, list(accumulate(sizes, initial=0)))
 
 
 def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None) -> list[Text]:
@@ -190,8 +186,8 @@ class Evaluation:
             others = repeat(None) if other is None else _rows(other, fed, row)
             for logits_RV, wanted_RV in zip(rows, others, strict=other is not None):
                 at = self._score(text, at, totals, logits_RV, wanted_RV)
-                yield int(text.ends[at])
-        yield int(text.ends[-1])
+                yield text.ends[at]
+        yield text.ends[-1]
 
     def _score(
         self, text: Text, at: int, totals: Totals, logits_RV: Tensor, wanted_RV: Tensor | None
@@ -201,7 +197,7 @@ class Evaluation:
         target_R1 = torch.tensor(text.ids[at:stop], device=logits_RV.device)[:, None]
         log_q_RV = logits_RV.double().log_softmax(dim=-1)
         log_q_R = log_q_RV.gather(1, target_R1)[:, 0]
-        size = int(text.ends[stop] - text.ends[at])
+        size = text.ends[stop] - text.ends[at]
         part = Totals(tokens=stop - at, bytes=size, nll=-log_q_R.sum().item())
         if wanted_RV is not None:
             log_p_RV = wanted_RV.double().log_softmax(dim=-1)

@@ -446,12 +446,12 @@ def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
     ahead.more(0)
     ahead.chosen(1, [12, 15], 2)
     assert shelf.dropped == [11, 13]
-    assert ahead.accuracy["token"].cancelled == 1
-    assert (ahead.accuracy["token"].used, ahead.accuracy["layer"].wasted) == (1, 1)
+    assert ahead.stats()["token"]["cancelled"] == 1
+    assert (ahead.stats()["token"]["used"], ahead.stats()["layer"]["wasted"]) == (1, 1)
     assert (
-        ahead.accuracy["layer"].guessed,
-        ahead.accuracy["layer"].right,
-        ahead.accuracy["layer"].asked,
+        ahead.stats()["layer"]["guessed"],
+        ahead.stats()["layer"]["right"],
+        ahead.stats()["layer"]["asked"],
     ) == (2, 1, 2)
     ahead.reset()
     ahead.chosen(2, [22], 1)
@@ -466,7 +466,7 @@ def test_what_is_here_already_is_not_read():
     ahead.more(0)
     ahead.chosen(1, [12], 0)
     assert shelf.dropped == []  # 11 is not the prefetcher's to drop
-    assert ahead.accuracy["layer"].used == 1
+    assert ahead.stats()["layer"]["used"] == 1
 
 
 def test_reads_ahead_are_limited_by_idle_time_and_accuracy():

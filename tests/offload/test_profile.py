@@ -194,7 +194,7 @@ def test_prefetch_is_counted_by_layer():
         (0, 0, 0, 0),
     ]
     assert [one.cancelled for one in ahead.by_row["token"]] == [0, 0, 1]
-    assert (ahead.accuracy["token"].guessed, ahead.accuracy["token"].cancelled) == (2, 1)
+    assert (ahead.stats()["token"]["guessed"], ahead.stats()["token"]["cancelled"]) == (2, 1)
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):
