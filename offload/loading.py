@@ -299,8 +299,10 @@ class _Loader:
             disk = DiskReader(export, direct=max(plan.slots, plan.host_slots) < everything)
             place = self._placer()
             weights = _load(export, resident_shapes(config), place)
-            predictor = Predictor.load(export, config.num_experts_per_tok, backend, place)
-            popularity = predictor.popularity if predictor is not None else None
+            predictor, popularity = None, None
+            if (trained := export.predictor()) is not None:
+                predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
+                popularity = predictor.popularity
             store: Source = disk
             if device.tier == "vram":
                 cache = self._cache(plan.host_slots, popularity)

@@ -79,8 +79,8 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, 
         by_trace = {"hit_rate": hit_rates, "of_optimum": shares}
         means = {name: fmean(values) for name, values in by_trace.items()}
         results.append({"policy": policy, "slots": size, **means, "by_trace": by_trace})
-    pairs = zip(traces, choices, strict=True)
-    counted = [{"file": str(path), "tokens": len(chosen)} for path, chosen in pairs]
+    tokens = zip(traces, map(len, choices), strict=True)
+    counted = [{"file": str(path), "tokens": count} for path, count in tokens]
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 

@@ -180,20 +180,22 @@ class _Net:
         self._step, self._steps, self._generator, self._device = 0, steps, generator, device
         L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
         self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
-        tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        groups = []
         for name, part in self.parts.items():
+            rate, decay = 0.002, 0.0
             if name.endswith(".weight"):
                 uniform = torch.rand(part.shape, generator=generator) * 2 - 1
-                tensors[name] = uniform * part.shape[-1] ** -0.5
+                value = uniform * part.shape[-1] ** -0.5
+                rate, decay = 1 / part.shape[-1], 0.1
             elif name.endswith(".bias"):
                 likely = math.log(K / max(E - K, 1)) if ".out." in name else 0.0
-                tensors[name] = torch.full(part.shape, likely)
+                value = torch.full(part.shape, likely)
             elif name == "layer.mix":
-                tensors[name] = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
-        self.tensors = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
-        groups = []
-        for name, tensor in self.tensors.items():
-            rate, decay = (1 / tensor.shape[-1], 0.1) if name.endswith("weight") else (0.002, 0.0)
+                value = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
+            else:
+                continue  # popularity and scales are computed
+            self.tensors[name] = tensor = value.to(device).requires_grad_()
             groups.append({"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay})
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 

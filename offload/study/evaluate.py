@@ -22,7 +22,6 @@ Shape legend: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +173,7 @@ class Evaluation:
     reference: Runtime | None = None
     keep: int = 10
     files: dict[Path, Totals] = field(default_factory=dict)
-    _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
+    _worst: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
         """Score one text; yields how many bytes of it are done, again and again."""
@@ -218,10 +217,10 @@ class Evaluation:
     ) -> None:
         """Keep the tokens whose distributions differ most."""
         decode = self.runtime.tokenizer.decode
-        for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
+        for row in sorted(kl_R.topk(min(self.keep, len(kl_R))).indices.tolist()):
             kl, index = kl_R[row].item(), at + row
-            if len(self._worst) == self.keep and kl <= self._worst[-1][0]:
-                break
+            if len(self._worst) == self.keep and kl <= self._worst[-1]["kl_divergence"]:
+                continue
             token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
                 "file": str(text.path),
@@ -234,8 +233,9 @@ class Evaluation:
                 "top": decode([int(log_q_V.argmax())]),
                 "reference_top": decode([int(log_p_V.argmax())]),
             }
-            order = -sum(totals.tokens for totals in self.files.values()) - row
-            self._worst = heapq.nlargest(self.keep, [*self._worst, (kl, order, entry)])
+            self._worst.append(entry)
+            self._worst.sort(key=lambda entry: entry["kl_divergence"], reverse=True)
+            del self._worst[self.keep :]
 
     def report(self) -> dict[str, Any]:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
@@ -248,7 +248,7 @@ class Evaluation:
                 files.append({"file": str(path), **totals.report(compared)})
         report = {**total.report(compared), "files": files}
         if compared:
-            report["worst_tokens"] = [entry for _, _, entry in self._worst]
+            report["worst_tokens"] = self._worst
         return report
 
 

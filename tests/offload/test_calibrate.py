@@ -105,7 +105,7 @@ def test_scores_are_the_documented_arithmetic(made):
     with Export.open(made / "calibrated") as export:
         tensors = export.predictor()
         t = {name: tensor.double() for name, tensor in tensors.items()}
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
 
     def layers(x, name, row):
         for part in ("in", "out"):
@@ -137,7 +137,6 @@ def test_an_export_without_one_has_none(made):
     with Export.open(made / "plain") as export:
         assert export.predictor() is None
         assert export.predictor_bytes == 0
-        assert Predictor.load(export, K, TorchBackend()) is None
 
 
 def forged(name, change):
@@ -333,7 +332,7 @@ def test_scores_are_probabilities(made):
     """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
     them nearly as they are."""
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         samples = record(
             runtime,
@@ -548,7 +547,7 @@ def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
             (predictor, text) for predictor in predictors for text in ("other", "mean")
         ]
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         ids = runtime.tokenizer.encode(read_text(made / "other"), add_bos=False)
         windows = split(ids, runtime.tokenizer, 256)

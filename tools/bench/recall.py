@@ -23,10 +23,13 @@ def _predictors(folder: Path, config: Config) -> tuple[Predictor | None, NextGat
     """The export's predictor, and the untrained one that applies the next layers' gates."""
     parts = (POST_NORM, GATE)
     with Export.open(folder) as export:
-        trained = Predictor.load(export, config.num_experts_per_tok, TorchBackend())
+        tensors = export.predictor()
         names = [layer_tensor(layer, part) for layer in export.layers for part in parts]
         weights = {name: export.resident(name) for name in names}
     plain = {name: w.float() for name, w in weights.items() if isinstance(w, torch.Tensor)}
+    trained = None
+    if tensors is not None:
+        trained = Predictor(tensors, config.num_experts_per_tok, TorchBackend())
     return trained, NextGate(config, plain, TorchBackend())
 
 
