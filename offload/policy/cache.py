@@ -40,7 +40,7 @@ class Cache(ABC):
         self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
         self.hits = self.misses = self.evictions = self.bypassed = 0
         self.cached: set[int] = set()
-        self._is_cached_N = np.zeros(layers * experts, dtype=bool)
+        self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
         self._now = 0  # tokens so far
         self._popularity_N = np.zeros(layers * experts)
         if popularity is not None:
@@ -78,7 +78,7 @@ class Cache(ABC):
             return None
         worth_N = self._worth_now()
         limit = worth_N[expert_id] if self.bypass else np.inf
-        worth_N = np.where(self._is_cached_N, worth_N, np.inf)
+        worth_N = worth_N + self._absent_N
         for other in pinned:
             worth_N[other] = np.inf
         victim = int(worth_N.argmin())
@@ -94,12 +94,12 @@ class Cache(ABC):
         """Put the absent ``expert_id`` into free room."""
         assert expert_id not in self.cached and len(self.cached) < self.slots
         self.cached.add(expert_id)
-        self._is_cached_N[expert_id] = True
+        self._absent_N[expert_id] = 0.0
 
     def remove(self, expert_id: int) -> None:
         """Forget the cached ``expert_id``."""
         self.cached.remove(expert_id)
-        self._is_cached_N[expert_id] = False
+        self._absent_N[expert_id] = np.inf
 
     def __contains__(self, expert_id: int) -> bool:
         return expert_id in self.cached
@@ -126,7 +126,7 @@ class Lru(Cache):
     _uses = 0
 
     def _start(self) -> None:
-        self._worth_N = np.full(self.layers * self.experts, -np.inf)
+        self._worth_N = np.full(self.layers * self.experts, -1.0)
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
@@ -157,8 +157,8 @@ class Lrfu(Cache):
     DECAY = 0.95
 
     def _start(self) -> None:
-        with np.errstate(divide="ignore"):
-            self._worth_N = np.log(self._popularity_N / (1 - self.DECAY))
+        smallest = np.finfo(float).tiny  # there is no logarithm of 0
+        self._worth_N = np.log(np.maximum(self._popularity_N / (1 - self.DECAY), smallest))
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         tokens_T = np.arange(self._now - len(ids_TK), self._now) + 1
@@ -201,6 +201,7 @@ class LayerAware(Cache):
         # Averages times decay**-(now - epoch): time changes one factor instead of every average.
         self._short_N, self._long_N = np.zeros_like(self._popularity_N), self._popularity_N.copy()
         self._epoch, self._row = 0, 0  # the latest rescaling; the layer visited last
+        self._visited_M = [-1] * self.layers  # the pass that visited a layer last
         self._last_N = np.full(len(self._short_N), -1)  # the pass whose newest token used it
         rows_M = np.arange(self.layers)
         near_MM = 1 / ((rows_M - rows_M[:, None] - 1) % self.layers + 1)
@@ -216,12 +217,17 @@ class LayerAware(Cache):
             self._epoch = self._now
 
     def offer(self, expert_id: int, pinned: Collection[int] = ()) -> int | None:
-        self._estimate(expert_id)
+        self._refresh(expert_id)
         return super().offer(expert_id, pinned)
 
     def add(self, expert_id: int) -> None:
-        self._estimate(expert_id)
+        self._refresh(expert_id)
         super().add(expert_id)
+
+    def _refresh(self, expert_id: int) -> None:
+        """Estimate a newcomer's chance, unless this pass has visited its layer."""
+        if self._visited_M[expert_id // self.experts] != self._now:
+            self._estimate(expert_id)
 
     def _touch(self, row: int, ids_TK: Array) -> None:
         last = self._epoch - self._now
@@ -230,7 +236,7 @@ class LayerAware(Cache):
             gains_T = np.array([(1 - decay) * decay**age for age in ages])
             np.add.at(sums_N, ids_TK, gains_T[:, None])
         self._last_N[ids_TK[-1]] = self._now
-        self._row = row
+        self._row, self._visited_M[row] = row, self._now
         self._estimate(slice(row * self.experts, (row + 1) * self.experts))
 
     def _estimate(self, expert_ids: int | slice) -> None:
