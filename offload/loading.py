@@ -40,9 +40,9 @@ from slotmoe.offload.plan.memory import (
     sizes_of,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, Cache, make_cache
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.tiers.device import Device
@@ -313,8 +313,10 @@ class _Loader:
             )
             self._check(plan)
             place = self._placer()
-            predictor = Predictor.load(export, config.num_experts_per_tok, backend, place)
-            popularity = predictor.popularity if predictor is not None else None
+            predictor, popularity = None, None
+            if (trained := export.predictor()) is not None:
+                predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
+                popularity = predictor.popularity
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
             weights = _load(export, resident_shapes(config), place)
@@ -393,8 +395,7 @@ class _Loader:
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
-            prefetcher = Prefetcher(layers, experts, size, slots, store.bandwidth)
-            lookahead = Lookahead(predictor, prefetcher, experts)
+            lookahead = Lookahead(predictor, layers, experts, size, slots, store.bandwidth)
         if options.prefetch and popularity:
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]

@@ -11,11 +11,9 @@ bias``, trained so that ``sigmoid(score)`` is the probability that the expert is
     layer   [D] -> [Q] -> [E] of MoE layer r + 1: rms(input of MoE layer r)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from torch import Tensor
 from slotmoe.model.config import Config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.reader import Export
 from slotmoe.quant.int8 import Int8Weight
 
 WORTH = 0.3  # probability from which on an expert is worth reading ahead
@@ -93,25 +90,6 @@ class Predictor:
         self._mix: list[list[float]] = tensors["layer.mix"].tolist() if rows else []
         self.popularity: list[float] = tensors["popularity"].tolist()
         self._rows = rows + 1
-
-    @classmethod
-    def load(
-        cls,
-        export: Export,
-        top_k: int,
-        ops: TorchBackend,
-        place: Callable[[str, Any], Any] | None = None,
-    ) -> Predictor | None:
-        """The predictor of ``export``, or None if it was not calibrated.  Raises ``ExportError`` if
-        its file is damaged."""
-        tensors = export.predictor()
-        return None if tensors is None else cls(tensors, top_k, ops, place)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory of all matrices and biases."""
-        pairs = chain(self._token, *self._layers)
-        return sum(tensor.nbytes for tensor in chain.from_iterable(pairs))
 
     def token_scores(self, embedding_D: Tensor, hidden_D: Tensor) -> Tensor:
         """Every MoE layer's experts, from a token's embedding row and the residual stream after the

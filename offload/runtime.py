@@ -143,7 +143,7 @@ class Runtime:
 
         ``ram`` and ``vram`` are budgets in bytes or like ``"8GiB"``; None takes what is free.
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
-        limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.cache.POLICIES``.
+        limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
         computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
         of a hub id is a branch, tag or commit.  ``others`` are:

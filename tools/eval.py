@@ -87,11 +87,13 @@ def command(
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from slotmoe.offload.study.evaluate import Evaluation, windows_of
+    from slotmoe.offload.loading import resolve_model
+    from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = options["method"], options["stride"]
-    window = options["context"] = _window(model, options["window"], options["context"])
-    read = _read(model, reference, texts)
+    folder = resolve_model(model)
+    window = options["context"] = _window(folder, options["window"], options["context"])
+    read = read_texts(texts, folder, None if reference is None else resolve_model(reference))
     windows = [windows_of(text, method, window, stride) for text in read]
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -110,11 +112,9 @@ def command(
     print(json.dumps(report)) if as_json else _print(report, sys.stdout)
 
 
-def _window(model: str, window: int | None, context: int | None) -> int:
+def _window(folder: Path, window: int | None, context: int | None) -> int:
     """Positions of a window, within --context and the model's limit."""
-    from slotmoe.offload.loading import resolve_model
-
-    limit = read_config(resolve_model(model) / "config.json").max_position_embeddings
+    limit = read_config(folder / "config.json").max_position_embeddings
     if window is None:
         return min(4096, limit) if context is None else context
     if window > limit:
@@ -124,24 +124,6 @@ def _window(model: str, window: int | None, context: int | None) -> int:
         advice = "raise --context or lower --window"
         raise PlanError(f"--window {window} is beyond --context {context}: {advice}")
     return window
-
-
-def _read(model: str, reference: str | None, paths: tuple[Path, ...]) -> list[Text]:
-    """The texts as MODEL's tokens, once it is known that the reference reads them alike."""
-    from slotmoe.model.tokenizer import Tokenizer
-    from slotmoe.offload.loading import resolve_model
-    from slotmoe.offload.study.evaluate import Text, check_same_vocabulary
-
-    folders = [resolve_model(name) for name in (model, reference) if name is not None]
-    configs = [read_config(folder / "config.json") for folder in folders]
-    read = []
-    for folder, config in zip(folders, configs, strict=True):
-        tokenizer = Tokenizer(folder, config.bos_token_id)
-        read.append([Text.read(path, tokenizer) for path in paths])
-    if reference is not None:
-        sizes = configs[0].vocab_size, configs[1].vocab_size
-        check_same_vocabulary(folders[0], folders[1], sizes, *read)
-    return read[0]
 
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
@@ -170,6 +152,7 @@ def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
 def _open_beside(
     reference: Runtime | None, model: str, quiet: bool, options: dict[str, Any]
 ) -> Runtime:
+    """The model, in what an open reference leaves of the budget."""
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
 
     if reference is not None:
@@ -198,17 +181,13 @@ def _left_beside(reference: Runtime, options: dict[str, Any]) -> dict[str, Any]:
 def _run(
     evaluation: Evaluation, texts: list[Text], windows: list[Any], title: str, quiet: bool
 ) -> None:
-    done, total = 0, sum(int(text.ends[-1]) for text in texts)
+    before, total = 0, sum(text.ends[-1] for text in texts)
     with byte_progress(title, quiet) as progress:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
         try:
             for text, cut in zip(texts, windows, strict=True):
-                evaluation.run(text, cut, advance)
+                for done in evaluation.run(text, cut):
+                    progress(before + done, total)
+                before += text.ends[-1]
         except KeyboardInterrupt:
             if not quiet and any(totals.tokens for totals in evaluation.files.values()):
                 say("stopped; so far:")
@@ -216,33 +195,39 @@ def _run(
             raise
 
 
+_COLUMNS = {  # title -> key of the report and its format
+    "tokens": ("tokens", "{}"),
+    "bytes": ("bytes", "{}"),
+    "bits/byte": ("bits_per_byte", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
+    "ref.": ("reference_bits_per_byte", "{:.4f}"),
+    "KL, nats": ("kl_divergence", "{:.5f}"),
+    "same top": ("top1_agreement", "{:.2%}"),
+}
+
+
 def _print(report: dict[str, Any], out: Any) -> None:
     console = Console(file=out)
-    columns = {"tokens": "{}", "bytes": "{}", "bits_per_byte": "{:.4f}", "perplexity": "{:.3f}"}
-    names = ["text", "tokens", "bytes", "bits/byte", "perplexity"]
-    if "kl_divergence" in report:
-        columns["reference_bits_per_byte"] = "{:.4f}"
-        columns |= {"kl_divergence": "{:.5f}", "top1_agreement": "{:.2%}"}
-        names += ["ref.", "KL, nats", "same top"]
+    columns = {title: shown for title, shown in _COLUMNS.items() if shown[0] in report}
     rows = [(Path(file["file"]).name, file) for file in report["files"]]
     if len(rows) > 1:
         rows.append(("all", report))
     cells = [
-        [_visible(name), *(shown.format(row[key]) for key, shown in columns.items())]
+        [_visible(name), *(shown.format(row[key]) for key, shown in columns.values())]
         for name, row in rows
     ]
-    console.print(table(names, cells))
+    console.print(table(["text", *columns], cells))
+    if not report.get("worst_tokens"):
+        return
     differing: list[tuple[RenderableType, ...]] = []
-    for token in report.get("worst_tokens", ()):
-        divergence = f"{token['kl_divergence']:.3f}"
+    for token in report["worst_tokens"]:
         after, text = Cell(_visible(token["context"])[-30:]), Cell(_visible(token["token"]))
         chance = f"{token['reference_probability']:.2%} -> {token['probability']:.2%}"
         likeliest = Cell(f"{_visible(token['reference_top'])} -> {_visible(token['top'])}")
-        differing.append((divergence, after, text, chance, likeliest))
-    if differing:
-        title = "Where predictions differ most (reference -> model)"
-        names = ["KL", "after", "token", "chance", "likeliest"]
-        console.print(table(names, differing, title, (2, 4)))
+        differing.append((f"{token['kl_divergence']:.3f}", after, text, chance, likeliest))
+    title = "Where predictions differ most (reference -> model)"
+    names = ["KL", "after", "token", "chance", "likeliest"]
+    console.print(table(names, differing, title, (2, 4)))
 
 
 def _visible(text: str) -> str:

@@ -10,7 +10,7 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.tools.progress import byte_bars
 

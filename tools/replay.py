@@ -10,13 +10,14 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.observe.trace import read_trace
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
 from slotmoe.tools.options import EXISTING, JSON, NEW_FILE, option, require_extra
 from slotmoe.tools.progress import step_progress
 from slotmoe.tools.tables import table
 
 Paths = tuple[Path, ...]
-_POLICY = click.Choice(list(POLICIES))
 _SIZES_HELP = "Cache size, repeatable. [default: 5% to 100%]"
 _POLICIES_HELP = "Policy to replay, repeatable. [default: all]"
 SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
@@ -25,7 +26,7 @@ SHARES = (5, 10, 15, 25, 35, 50, 75, 100)
 @click.command(name="replay")
 @click.argument("traces", nargs=-1, required=True, metavar="TRACE...", type=EXISTING)
 @option("--slots sizes", "N", _SIZES_HELP, type=click.IntRange(1), multiple=True)
-@option("--policy policies", None, _POLICIES_HELP, type=_POLICY, multiple=True)
+@option("--policy policies", None, _POLICIES_HELP, type=click.Choice(POLICIES), multiple=True)
 @option("-o --output", "CHART.png", "Draw a chart too.", type=NEW_FILE)
 @JSON
 def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_json: bool) -> None:
@@ -42,8 +43,6 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
       slotmoe replay *.trace --policy lru --policy layer-aware+bypass -o hit-rate.png
       slotmoe replay austen.trace --slots 22 --slots 56 --json
     """
-    from slotmoe.offload.study.replay import OPTIMUM
-
     if output is not None:
         if output.suffix != ".png" or not output.absolute().parent.is_dir():
             expected = "a name that ends in .png, in a folder that exists"
@@ -57,34 +56,36 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
 
 def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, Any]:
     """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size."""
-    from slotmoe.offload.study.replay import gate_choices, sweep
-
     opened, geometry = _read(traces)
-    experts = geometry["n_routed_experts"]
-    total = experts * len(geometry["layers"])
+    experts, top_k = geometry["n_routed_experts"], geometry["num_experts_per_tok"]
+    layers = len(geometry["layers"])
+    total = experts * layers
     if max(slots, default=0) > total:
         problem = f"the model of {traces[0]} has {total} experts, ask for at most that many"
         raise ConfigError(f"--slots {max(slots)}: {problem}")
-    least = geometry["num_experts_per_tok"]
-    sizes = sorted(set(slots) or {max(least, round(share * total / 100)) for share in SHARES})
-    rates: dict[tuple[str, int], list[float]] = {}
-    with step_progress("Replaying", len(traces) * len(sizes) * len(policies), quiet) as advance:
-        for steps in opened:
-            choices = gate_choices(steps, experts)
-            needed = len(choices) * len(choices[0]) * len(choices[0][0])
-            for policy, size, hits in sweep(choices, policies, sizes, experts):
-                rates.setdefault((policy, size), []).append(hits / needed)
+    sizes = sorted(set(slots) or {max(top_k, round(share * total / 100)) for share in SHARES})
+    choices = [gate_choices(steps, experts) for steps in opened]
+    rates: dict[tuple[str, int], list[float]] = {(p, n): [] for p in policies for n in sizes}
+    with step_progress("Replaying", len(traces) * len(rates), quiet) as advance:
+        for (policy, size), hit_rates in rates.items():
+            for chosen in choices:
+                hits = replay(chosen, policy, size, experts)
+                hit_rates.append(hits / (len(chosen) * layers * top_k))
                 advance()
-    tokens = [sum(map(len, steps)) for steps in opened]
-    counted = [{"file": str(t), "tokens": n} for t, n in zip(traces, tokens, strict=True)]
-    results = _results(rates)
+    results = []
+    for (policy, size), hit_rates in rates.items():
+        pairs = zip(hit_rates, rates[OPTIMUM, size], strict=True)
+        shares = [rate / best if best else 1.0 for rate, best in pairs]
+        by_trace = {"hit_rate": hit_rates, "of_optimum": shares}
+        means = {name: fmean(values) for name, values in by_trace.items()}
+        results.append({"policy": policy, "slots": size, **means, "by_trace": by_trace})
+    tokens = zip(traces, map(len, choices), strict=True)
+    counted = [{"file": str(path), "tokens": count} for path, count in tokens]
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 
 def _read(traces: Paths) -> tuple[list[Any], dict[str, Any]]:
     """The steps of every trace, and the geometry of their model.  Raises ``ConfigError``."""
-    from slotmoe.offload.observe.trace import read_trace
-
     opened = [read_trace(path) for path in traces]
     geometry = opened[0][0]
     for path, (header, steps) in zip(traces, opened, strict=True):
@@ -93,19 +94,6 @@ def _read(traces: Paths) -> tuple[list[Any], dict[str, Any]]:
         if header != geometry:
             raise ConfigError(f"{path}: is of another model than {traces[0]}; replay them apart")
     return [steps for _, steps in opened], geometry
-
-
-def _results(rates: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    from slotmoe.offload.study.replay import OPTIMUM
-
-    results = []
-    for (policy, size), hit_rates in rates.items():
-        pairs = zip(hit_rates, rates[OPTIMUM, size], strict=True)
-        shares = [rate / best if best else 1.0 for rate, best in pairs]
-        by_trace = {"hit_rate": hit_rates, "of_optimum": shares}
-        means = {name: fmean(values) for name, values in by_trace.items()}
-        results.append({"policy": policy, "slots": size, **means, "by_trace": by_trace})
-    return results
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -129,8 +117,6 @@ def _print(report: dict[str, Any]) -> None:
 def _draw(report: dict[str, Any], output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from slotmoe.offload.study.replay import OPTIMUM
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, experts = figure.subplots(), report["experts"]

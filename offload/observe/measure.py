@@ -1,7 +1,5 @@
 """Measured bandwidths of disk, link and memory, for reports and ``slotmoe bench --calibrate``."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

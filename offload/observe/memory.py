@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from types import TracebackType
-
-import psutil
 
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.machine import peak_rss, process_bytes
@@ -29,9 +26,7 @@ def memory_in_use(model: LoadedModel) -> dict[str, tuple[int, dict[str, int]]]:
         return {"vram": (memory.allocated, known), "ram": (used, host)}
     cached, slab = model.quantized("profile").slots.present()
     buffers = min(plan.components["read buffers"], slab - cached)
-    latent = sum(
-        cache.nbytes // cache.context * max(cache.length, cache.written) for cache in model.caches
-    )
+    latent = sum(c.nbytes // c.context * max(c.length, c.written) for c in model.caches)
     known = {"resident weights": resident, "latent KV cache": latent}
     return {"ram": (used, known | {"expert slots": slab - buffers, "read buffers": buffers})}
 
@@ -56,11 +51,9 @@ class MemorySampler:
 
     def __init__(self, interval: float = 0.05):
         self.samples: list[Sample] = []
-        self._model: LoadedModel | None = None
         self.origin, self._interval = perf_counter(), interval
-        self._process = psutil.Process()
-        self.baseline: int = self._process.memory_info().rss
-        self.earlier_peak = peak_rss()
+        self.baseline, self.earlier_peak = process_bytes(), peak_rss()
+        self._model: LoadedModel | None = None
         self._highest: dict[str, Sample] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slotmoe-memory", daemon=True)
@@ -70,26 +63,16 @@ class MemorySampler:
     def __enter__(self) -> MemorySampler:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
+    def __exit__(self, *exception: object) -> None:
+        self._stopping.set()
+        self._thread.join()
 
     @contextmanager
     def watching(self, model: LoadedModel) -> Iterator[None]:
         """Ask the open ``model`` what it holds; at the end take a last sample and stop."""
         self._model = model
-        try:
+        with self:
             yield
-        finally:
-            self._stop()
-
-    def _stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
 
     @property
     def latest(self) -> Sample:
@@ -102,38 +85,27 @@ class MemorySampler:
         return self._highest[tier]
 
     def _run(self) -> None:
-        while True:
-            stopping = self._stopping.wait(self._interval)
+        while not self._stopping.wait(self._interval):
             self._take()
-            if stopping:
-                return
+        self._take()
 
     def _take(self) -> None:
-        sample = self._loading() if self._model is None else self._running(self._model)
+        now = self._loading() if self._model is None else memory_in_use(self._model)
+        components = {}
+        for tier, (used, known) in now.items():
+            runtime = {"runtime": min(used, self.baseline)} if tier == "ram" else {}
+            parts = runtime | known
+            components[tier] = {**parts, "scratch and rest": max(0, used - sum(parts.values()))}
+        total = {tier: used for tier, (used, _) in now.items()}
+        sample = Sample(perf_counter() - self.origin, total, components)
         self.samples.append(sample)
-        for tier, used in sample.total.items():
+        for tier, used in total.items():
             if tier not in self._highest or used > self._highest[tier].total[tier]:
                 self._highest[tier] = sample
         if len(self.samples) > LONGEST:
             del self.samples[::2]
             self._interval *= 2
 
-    def _loading(self) -> Sample:
-        used = self._process.memory_info().rss
-        grown = max(0, used - self.baseline)
-        return Sample(
-            perf_counter() - self.origin,
-            {"ram": used},
-            {"ram": {"runtime": used - grown, "resident weights": grown}},
-        )
-
-    def _running(self, model: LoadedModel) -> Sample:
-        now, components = memory_in_use(model), {}
-        for tier, (total, known) in now.items():
-            parts = {"runtime": self.baseline, **known} if tier == "ram" else known
-            components[tier] = {**parts, "scratch and rest": max(0, total - sum(parts.values()))}
-        return Sample(
-            perf_counter() - self.origin,
-            {tier: total for tier, (total, _) in now.items()},
-            components,
-        )
+    def _loading(self) -> dict[str, tuple[int, dict[str, int]]]:
+        used = process_bytes()
+        return {"ram": (used, {"resident weights": max(0, used - self.baseline)})}

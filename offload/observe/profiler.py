@@ -5,10 +5,9 @@ the time since the mark before to ``stage``.  A mark costs a fraction of a micro
 has a few hundred at most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from time import perf_counter
 
 from slotmoe.model.layers import Timer
@@ -42,11 +41,7 @@ class StepRecord:
     tokens: int
     began: float
     moved: dict[str, int]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
+    seconds: dict[str, float]
 
 
 class Profiler(Timer):
@@ -66,7 +61,6 @@ class Profiler(Timer):
         self.hits, self.misses, self.coming = ([0] * layers for _ in range(3))
         self._origin, self._synchronize = origin, synchronize
         self._seconds: dict[str, float] = {}
-        self._marks: list[tuple[str, float]] = []
         self._began = self._last = 0.0
         self._moved: dict[str, int] = {}
 
@@ -75,7 +69,6 @@ class Profiler(Timer):
         slower tier's bytes so far."""
         self.between_steps()
         self._moved, self._seconds = moved, {}
-        self._marks.clear()  # of a step that was stopped
         self._began = self._last = perf_counter()
 
     def mark(self, stage: str, now: float | None = None) -> None:
@@ -83,12 +76,13 @@ class Profiler(Timer):
         ``stage``."""
         if self._synchronize is not None:
             self._synchronize()
-        self._marks.append((stage, perf_counter() if now is None else now))
+        now = perf_counter() if now is None else now
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
     def end(self, kind: str, tokens: int, moved: dict[str, int]) -> None:
         """The step over ``tokens`` tokens is done."""
         self.mark("rest")
-        self._sum_up()
         came = {tier: size - self._moved[tier] for tier, size in moved.items()}
         began = self._began - self._origin
         self.passes.append(StepRecord(kind, tokens, began, came, self._seconds))
@@ -98,21 +92,11 @@ class Profiler(Timer):
         too."""
         if self.passes and self.passes[-1].seconds is self._seconds:
             self.mark("sampling")
-            self._sum_up()
-
-    def _sum_up(self) -> None:
-        """Marks become seconds by stage."""
-        for stage, now in self._marks:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
-            self._last = now
-        self._marks.clear()
 
     def on_route(self, route: Route) -> None:
         """Count a gate's choice."""
-        uses = self.uses[route.row]
-        for chosen in route.indices:
-            for expert in chosen:
-                uses[expert] += 1
+        for expert in chain.from_iterable(route.indices):
+            self.uses[route.row][expert] += 1
         self.hits[route.row] += route.hits
         self.misses[route.row] += route.misses
         self.coming[route.row] += route.coming

@@ -6,8 +6,6 @@ little-endian: a u32 token count T (more than 1 in prefill), then u16 expert ind
 layers, K] in gate order.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -15,9 +15,8 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.speed import Bandwidths
 
 MODES = ("auto", "fetch", "cpu", "hybrid")
-BOUND_TOKENS = (
-    3  # up to so many tokens the CPU kernels are bound by reading the record; beyond, by arithmetic
-)
+# Up to so many tokens the CPU kernels are bound by reading the record; beyond, by arithmetic.
+BOUND_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ def choose_mode(wanted: str, bandwidths: Bandwidths, record_bytes: int, top_k: i
         raise ConfigError(f"misses {wanted!r:.40} is unknown, expected one of: {', '.join(MODES)}")
     if wanted != "auto":
         return wanted
-    if not all(
-        bandwidths.origin_of(name).startswith("measured") for name in ("pcie_busy", "experts")
-    ):
+    origins = map(bandwidths.origin_of, ("pcie_busy", "experts"))
+    if not all(origin.startswith("measured") for origin in origins):
         return "fetch"
     computed = for_cpu([1] * top_k, Costs.of(bandwidths, record_bytes))
     return "fetch" if computed == 0 else "cpu" if computed == top_k else "hybrid"

@@ -10,11 +10,9 @@ demands nothing: with a share ``p`` of right guesses, ``idle seconds * bandwidth
 may be on their way ahead of the gates.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Protocol
 
 HORIZONS = ("token", "layer")
@@ -34,9 +32,9 @@ class Accuracy:
     cancelled: int = 0
 
 
-def total(counts: Iterable[Accuracy]) -> Accuracy:
+def _total(counts: Iterable[Accuracy]) -> dict[str, int]:
     """The sum, count by count."""
-    return Accuracy(*map(sum, zip(*map(astuple, counts), strict=True)))
+    return asdict(Accuracy(*map(sum, zip(*map(astuple, counts), strict=True))))
 
 
 class Average:
@@ -47,6 +45,18 @@ class Average:
 
     def add(self, value: float) -> None:
         self.value += self._weight * (value - self.value)
+
+
+@dataclass
+class _Guesses:
+    """What a row is expected to use: expert ids that ``horizon`` named, the best first; those of
+    them that were ``absent`` from memory then; and by which horizon each was named that is being
+    read."""
+
+    named: list[int] = field(default_factory=list)
+    horizon: str = "layer"
+    absent: list[int] = field(default_factory=list)
+    reading: dict[int, str] = field(default_factory=dict)
 
 
 class Target(Protocol):
@@ -71,19 +81,11 @@ class Prefetcher:
         target: Target,
         bandwidth: Callable[[], float],
     ):
-        self._experts, self._record_bytes, self._target, self._bandwidth = (
-            experts,
-            record_bytes,
-            target,
-            bandwidth,
-        )
-        self._guesses: list[tuple[list[int], str]] = [([], "layer")] * rows
-        self._absent: list[list[int]] = [
-            [] for _ in range(rows)
-        ]  # guesses that were not in memory when they were made
-        self._reading: list[dict[int, str]] = [
-            {} for _ in range(rows)
-        ]  # expert_id -> horizon, until the gate has spoken
+        self._experts, self._record_bytes = experts, record_bytes
+        self._target, self._bandwidth = target, bandwidth
+        self._rows = [_Guesses() for _ in range(rows)]
+        # The share of right guesses; seconds that the disk idles a layer, and that guessing takes;
+        # experts that a layer misses.
         self._right = {horizon: Average(0.02, 0.5) for horizon in HORIZONS}
         self._idle, self._cost = Average(0.05, 0.0), Average(0.05, 5e-5)
         self._missing = Average(0.01, float(experts))
@@ -91,10 +93,13 @@ class Prefetcher:
         self._considered = 0
         self.by_row = {horizon: [Accuracy() for _ in range(rows)] for horizon in HORIZONS}
 
-    @property
-    def accuracy(self) -> dict[str, Accuracy]:
+    def stats(self) -> dict[str, dict[str, int]]:
         """The counts of each horizon, over all rows."""
-        return {horizon: total(rows) for horizon, rows in self.by_row.items()}
+        return {horizon: _total(rows) for horizon, rows in self.by_row.items()}
+
+    def by_layer(self) -> list[dict[str, int]]:
+        """The counts of each row, of both horizons together."""
+        return [_total(both) for both in zip(*self.by_row.values(), strict=True)]
 
     def pays(self) -> bool:
         """Whether, in the pass that begins, what guesses can hide, the time of the reads that a
@@ -106,59 +111,54 @@ class Prefetcher:
 
     def guess(self, row: int, expert_ids: Iterable[int], horizon: str) -> None:
         """What ``row`` is expected to use when it comes, the most likely first."""
-        named = list(expert_ids)
-        self._guesses[row] = named, horizon
-        self._absent[row] = [expert_id for expert_id in named if expert_id not in self._target]
-        for expert_id in [
-            expert_id for expert_id in self._reading[row] if expert_id not in named
-        ]:  # the later word refutes the earlier
-            self.by_row[self._reading[row].pop(expert_id)][row].cancelled += 1
+        named, reading = list(expert_ids), self._rows[row].reading
+        absent = [expert_id for expert_id in named if expert_id not in self._target]
+        self._rows[row] = _Guesses(named, horizon, absent, reading)
+        for expert_id in [expert_id for expert_id in reading if expert_id not in named]:
+            # The later word refutes the earlier.
+            self.by_row[reading.pop(expert_id)][row].cancelled += 1
             self._target.drop(expert_id)
 
-    def cost(self, seconds: float) -> None:
-        """Making one layer's guesses for one token took so long."""
-        self._cost.add(seconds)
-
-    def asked(self, row: int, expert_ids: Collection[int], missing: int) -> None:
+    def chosen(self, row: int, expert_ids: Collection[int], missing: int) -> None:
         """The gate of ``row`` has chosen ``expert_ids``, ``missing`` of them not cached: guesses
-        for it were right or wrong."""
+        for it were right or wrong, and wrong reads are given up."""
         if self._free_since is not None and row > 0:
             self._idle.add(time.perf_counter() - self._free_since)
         self._free_since = None
         self._missing.add(missing)
-        (named, horizon), absent = self._guesses[row], self._absent[row]
-        if named:
-            accuracy = self.by_row[horizon][row]
-            accuracy.guessed += len(named)
-            accuracy.right += sum(expert_id in expert_ids for expert_id in named)
-            accuracy.asked += len(expert_ids)
-            if absent:
-                self._right[horizon].add(
-                    sum(expert_id in expert_ids for expert_id in absent) / len(absent)
-                )
-        for expert_id, named_by in self._reading[row].items():
-            if expert_id in expert_ids:
-                self.by_row[named_by][row].used += 1
-            else:
-                self.by_row[named_by][row].wasted += 1
-                self._target.drop(expert_id)
-        self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
+        guesses, self._rows[row] = self._rows[row], _Guesses()
 
-    def pump(self, row: int) -> None:
+        def right(named: list[int]) -> int:
+            return sum(expert_id in expert_ids for expert_id in named)
+
+        if guesses.named:
+            accuracy = self.by_row[guesses.horizon][row]
+            accuracy.guessed += len(guesses.named)
+            accuracy.right += right(guesses.named)
+            accuracy.asked += len(expert_ids)
+        if guesses.absent:
+            self._right[guesses.horizon].add(right(guesses.absent) / len(guesses.absent))
+        for expert_id, horizon in guesses.reading.items():
+            if expert_id in expert_ids:
+                self.by_row[horizon][row].used += 1
+            else:
+                self.by_row[horizon][row].wasted += 1
+                self._target.drop(expert_id)
+
+    def more(self, row: int) -> None:
         """Start reads for the layers after ``row`` (-1: before the first) as far as they are worth
         it."""
-        ahead = sum(map(len, self._reading)) * self._record_bytes
+        ahead = sum(len(guesses.reading) for guesses in self._rows) * self._record_bytes
         window = self._idle.value * self._bandwidth()
-        for later in range(row + 1, len(self._guesses)):
-            horizon, reading = self._guesses[later][1], self._reading[later]
-            allowed = window / max(1 - self._right[horizon].value, 0.02)
-            for expert_id in self._absent[later]:
+        for distance, guesses in enumerate(self._rows[row + 1 :], 1):
+            allowed = window / max(1 - self._right[guesses.horizon].value, 0.02)
+            for expert_id in guesses.absent:
                 if ahead >= allowed:
                     return
                 if expert_id not in self._target:
-                    if not self._target.prefetch(expert_id, later - row):
+                    if not self._target.prefetch(expert_id, distance):
                         return
-                    reading[expert_id] = horizon
+                    guesses.reading[expert_id] = guesses.horizon
                     ahead += self._record_bytes
 
     def idle(self) -> None:
@@ -168,6 +168,5 @@ class Prefetcher:
 
     def reset(self) -> None:
         """Forget all guesses before a step; what they read is the target's to drop."""
-        for row in range(len(self._guesses)):
-            self._guesses[row], self._absent[row], self._reading[row] = ([], "layer"), [], {}
+        self._rows = [_Guesses() for _ in self._rows]
         self._free_since = None

@@ -15,8 +15,6 @@ Shape legend: T tokens, B a batch of them, D hidden_size, L MoE layers (rows), E
 a token, R and Q the predictor's widths.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +33,7 @@ from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts import Route
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
-from slotmoe.offload.predictor import NextGate, Predictor, rms
+from slotmoe.offload.predictor import Predictor, rms
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
@@ -100,7 +98,9 @@ class Samples:
 
 
 def record(
-    runtime: Runtime, windows: Sequence[list[int]], advance: Callable[[int], None] | None = None
+    runtime: Runtime,
+    windows: Sequence[list[int]],
+    advance: Callable[[int], None] = lambda samples: None,
 ) -> Samples:
     """Read each window as a sequence of its own and record it; its first token, before which
     nothing was, is no sample.  ``advance(samples)`` is called after each."""
@@ -119,18 +119,17 @@ def record(
     try:
         for window in windows:
             sequence.rewind(0)
-            skip, last_1D = 1, None
+            skip, last_1D = 1, torch.empty(0, runtime.config.hidden_size, device=runtime.device)
             for start in range(0, len(window), PREFILL_CHUNK):
                 ids = window[start : start + PREFILL_CHUNK]
                 (hidden_TD,) = sequence.run(ids)
                 ids_T = torch.tensor(ids, device=runtime.device)
                 embedding_TD = model.backend.embed(ids_T, model.network.embed_tokens)
-                before_TD = hidden_TD if last_1D is None else torch.cat([last_1D, hidden_TD])
-                token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD[:-1])], dim=-1)
+                before_TD = torch.cat([last_1D, hidden_TD])[:-1]
+                token_TX = torch.cat([rms(embedding_TD[skip:]), rms(before_TD)], dim=-1)
                 samples.token[done : done + len(token_TX)] = token_TX.to(samples.token)
                 done, skip, last_1D = done + len(token_TX), 0, hidden_TD[-1:]
-            if advance is not None:
-                advance(len(window) - 1)
+            advance(len(window) - 1)
     finally:
         stop_listening()
     return samples
@@ -144,34 +143,29 @@ def recall(scores_TRE: Tensor, used_TRK: Tensor, guesses: Sequence[int]) -> list
 
 
 def measure(
-    predictor: Predictor | None,
-    samples: Samples,
-    guesses: Sequence[int],
-    untrained: NextGate | None = None,
+    predictor: Predictor, samples: Samples, guesses: Sequence[int]
 ) -> dict[str, list[float]]:
     """Recall with each number of guesses of both horizons (``token``, ``layer``), of the next
-    layer's without the token's (``layer_alone``), of guessing the ``popular`` experts always, and
-    of the ``untrained`` gates."""
-    D, rows = samples.token.shape[1] // 2, range(len(samples.inputs))
+    layer's without the token's (``layer_alone``), and of guessing the ``popular`` experts
+    always."""
     totals: dict[str, Tensor] = {}
+    layer_scores = predictor.layer_scores
     for start in range(0, len(samples.token), 4096):
-        x_TX, used_TLK = samples.token[start : start + 4096], samples.used[start : start + 4096]
-        inputs = samples.inputs[:, start : start + 4096]
-        scored: dict[str, list[Tensor]] = {}
-        if predictor is not None:
-            token_TLE = predictor.token_scores(x_TX[:, :D], x_TX[:, D:])
-            popular_LE = torch.tensor(predictor.popularity).view(token_TLE.shape[1:])
-            layer_scores = predictor.layer_scores
-            scored["token"] = list(token_TLE.unbind(1))
-            scored["popular"] = list(popular_LE.expand_as(token_TLE).unbind(1))
-            scored["layer"] = [layer_scores(r, inputs[r], token_TLE[:, r + 1]) for r in rows]
-            scored["layer_alone"] = [layer_scores(r, inputs[r]) for r in rows]
-        if untrained is not None:
-            scored["untrained"] = [untrained.layer_scores(r, inputs[r]) for r in rows]
+        part = slice(start, start + 4096)
+        used_TLK, inputs_RTD = samples.used[part], samples.inputs[:, part]
+        token_TLE = predictor.token_scores(*samples.token[part].chunk(2, dim=-1))
+        popular_LE = torch.tensor(predictor.popularity).view(token_TLE.shape[1:])
+        rows = list(enumerate(inputs_RTD))
+        scored = {
+            "token": list(token_TLE.unbind(1)),
+            "popular": list(popular_LE.expand_as(token_TLE).unbind(1)),
+            "layer": [layer_scores(row, x_TD, token_TLE[:, row + 1]) for row, x_TD in rows],
+            "layer_alone": [layer_scores(row, x_TD) for row, x_TD in rows],
+        }
         for name, scores in scored.items():
-            if scores:
+            if scores:  # a model of one MoE layer has no next
                 shares = recall(torch.stack(scores, 1), used_TLK[:, -len(scores) :], guesses)
-                sums = torch.tensor(shares) * len(x_TX)
+                sums = torch.tensor(shares) * len(used_TLK)
                 totals[name] = totals.get(name, torch.zeros(len(guesses))) + sums
     return {name: (total / len(samples.token)).tolist() for name, total in totals.items()}
 
@@ -186,20 +180,22 @@ class _Net:
         self._step, self._steps, self._generator, self._device = 0, steps, generator, device
         L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
         self.rows, self.parts = L, predictor_parts(config.hidden_size, L, E, *widths(config))
-        tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        groups = []
         for name, part in self.parts.items():
+            rate, decay = 0.002, 0.0
             if name.endswith(".weight"):
                 uniform = torch.rand(part.shape, generator=generator) * 2 - 1
-                tensors[name] = uniform * part.shape[-1] ** -0.5
+                value = uniform * part.shape[-1] ** -0.5
+                rate, decay = 1 / part.shape[-1], 0.1
             elif name.endswith(".bias"):
                 likely = math.log(K / max(E - K, 1)) if ".out." in name else 0.0
-                tensors[name] = torch.full(part.shape, likely)
+                value = torch.full(part.shape, likely)
             elif name == "layer.mix":
-                tensors[name] = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
-        self.tensors = {name: value.to(device).requires_grad_() for name, value in tensors.items()}
-        groups = []
-        for name, tensor in self.tensors.items():
-            rate, decay = (1 / tensor.shape[-1], 0.1) if name.endswith("weight") else (0.002, 0.0)
+                value = torch.tensor([0.5, 0.5, 0.0]).repeat(L - 1, 1)
+            else:
+                continue  # popularity and scales are computed
+            self.tensors[name] = tensor = value.to(device).requires_grad_()
             groups.append({"params": [tensor], "lr": rate, "rate": rate, "weight_decay": decay})
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
@@ -293,7 +289,7 @@ def calibrate(
     groups = grouped(training, available_memory() // 4 // Samples.bytes_per_token(config))
     epochs = max(EPOCHS, math.ceil(MIN_STEPS * _BATCH / tokens))
     text_bytes, done = sum(path.stat().st_size for path in texts), 0
-    total = epochs * (2 * tokens + kept_back)  # reading takes about as long as training
+    total = epochs * (2 * tokens + kept_back)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -301,8 +297,8 @@ def calibrate(
         if progress is not None:
             progress(text_bytes * done // total, text_bytes)
 
-    def read(runtime: Runtime, windows: list[list[int]]) -> Samples:
-        return record(runtime, windows, lambda count: advance(epochs * count))
+    def reading(count: int) -> None:
+        advance(epochs * count)  # reading takes about as long as training
 
     ram = None if device == "cuda" else _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
@@ -312,13 +308,13 @@ def calibrate(
         net = _Net(config, steps, generator, runtime.device)
         uses = torch.zeros(L * E)
         for group in groups:
-            samples = read(runtime, group)
+            samples = record(runtime, group, reading)
             ids = samples.used.long() + torch.arange(L)[:, None] * E
             uses += ids.flatten().bincount(minlength=L * E)
             with _torch_threads(threads):
                 net.train(samples, epochs, advance)
         tensors = net.quantized(uses / tokens)
-        samples = read(runtime, held_back)
+        samples = record(runtime, held_back, reading)
     guesses = [min(E, math.ceil(K * share)) for share in (1, 1.5, 2)]
     with _torch_threads(threads):
         shares = measure(Predictor(tensors, K, TorchBackend()), samples, guesses)

@@ -22,19 +22,18 @@ Shape legend: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.config import read_config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
@@ -48,12 +47,12 @@ _CONTEXT = 16  # tokens shown before a bad one
 @dataclass(frozen=True)
 class Text:
     """A tokenized file: ``ids``, the ``begin`` of each window (no or one token), and the bytes of
-    text up to each token's end, int64, with a 0 in front."""
+    text up to each token's end, with a 0 in front."""
 
     path: Path
     ids: list[int]
     begin: list[int]
-    ends: np.ndarray[Any, np.dtype[np.int64]]
+    ends: list[int]
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
@@ -63,17 +62,40 @@ class Text:
         if len(ids) < 2:
             needed = "evaluation needs 2 or more; give a longer text"
             raise ConfigError(f"{path}: has {len(ids)} token, {needed}")
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        # UTF-8 up to each character.
-        width = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
-        size = np.cumsum(width, dtype=np.int64)
         ends[-1] = len(text)  # with whatever the tokenizer drops at the end
+        sizes = (len(text[start:end].encode()) for start, end in pairwise([0, *ends]))
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return cls(path, ids, begin, np.concatenate([[0], size])[[0, *ends]])
+        return cls(path, ids, begin, list(accumulate(sizes, initial=0)))
 
 
-@dataclass(frozen=True)
-class Window:
+def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None) -> list[Text]:
+    """The texts as the tokens of ``model``.  Raises ``ConfigError`` as ``Text.read`` does, and
+    unless the ``reference`` has as many vocabulary rows and reads the texts alike."""
+    rows, texts = _read_as(model, paths)
+    if reference is None:
+        return texts
+    other_rows, others = _read_as(reference, paths)
+    problem = ""
+    if rows != other_rows:
+        problem = f"has {other_rows} vocabulary rows and {model} has {rows}"
+    for text, other in zip(texts, others, strict=True):
+        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
+            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
+    if problem:
+        why = "divergence compares probabilities of the same tokens"
+        advice = f"{why}: give the checkpoint that the model was made of"
+        raise ConfigError(f"{reference}: the reference {problem}; {advice}")
+    return texts
+
+
+def _read_as(folder: Path, paths: Sequence[Path]) -> tuple[int, list[Text]]:
+    """The vocabulary rows of a model, and texts as its tokens."""
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer(folder, config.bos_token_id)
+    return config.vocab_size, [Text.read(path, tokenizer) for path in paths]
+
+
+class Window(NamedTuple):
     """Tokens ``start`` to ``stop`` of a text, of which those from ``first`` on are scored."""
 
     start: int
@@ -81,24 +103,9 @@ class Window:
     stop: int
 
 
-def strided(text: Text, window: int, stride: int) -> Iterator[Window]:
-    """Windows of ``window`` positions, ``stride`` tokens apart, that score every token once."""
-    start, done = 0, 1 - len(text.begin)
-    while done < len(text.ids):
-        stop = min(start + window - len(text.begin), len(text.ids))
-        yield Window(start, done, stop)
-        start, done = start + stride, stop
-
-
-def like_llama_cpp(text: Text, window: int) -> Iterator[Window]:
-    """The windows of llama.cpp's perplexity tool for ``-c window``; none if the text is shorter."""
-    begin = len(text.begin)
-    for start in range(0, len(text.ids) + begin - window + 1, window):
-        yield Window(start, start + window // 2 + 1 - begin, start + window - begin)
-
-
 def windows_of(text: Text, method: str, window: int, stride: int | None) -> list[Window]:
     """The windows of a text.  ``stride`` None: as long as possible.  Raises ``ConfigError``."""
+    count, begin = len(text.ids), len(text.begin)
     if method == "llama.cpp":
         if stride is not None:
             problem = "llama.cpp's windows follow each other"
@@ -106,12 +113,12 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
         if window < 3:
             expected = "expected at least 3: llama.cpp scores its second half"
             raise ConfigError(f"--window is {window}, {expected}")
-        windows = list(like_llama_cpp(text, window))
-        if not windows:
-            size = f"{len(text.ids)} tokens, less than one window of {window}"
+        if count + begin < window:
+            size = f"{count} tokens, less than one window of {window}"
             why = "llama.cpp's method scores whole windows: lower --window, or leave out --method"
             raise ConfigError(f"{text.path}: has {size}, and {why}")
-        return windows
+        starts = range(0, count + begin - window + 1, window)
+        return [Window(at, at + window // 2 + 1 - begin, at + window - begin) for at in starts]
     longest = window - 1  # the beginning token, or else the window's first, is not scored
     if longest < 1:
         expected = "expected at least 2: a token to predict, and one before it"
@@ -119,7 +126,11 @@ def windows_of(text: Text, method: str, window: int, stride: int | None) -> list
     if stride is not None and not 1 <= stride <= longest:
         expected = f"expected 1 to {longest} for windows of {window}: no token may be left out"
         raise ConfigError(f"--stride is {stride}, {expected}")
-    return list(strided(text, window, stride or longest))
+    windows, start, done = [], 0, 1 - begin
+    while done < count:
+        windows.append(Window(start, done, min(start + window - begin, count)))
+        start, done = start + (stride or longest), windows[-1].stop
+    return windows
 
 
 @dataclass
@@ -162,25 +173,20 @@ class Evaluation:
     reference: Runtime | None = None
     keep: int = 10
     files: dict[Path, Totals] = field(default_factory=dict)
-    _worst: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
+    _worst: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, text: Text, windows: Sequence[Window], advance: Callable[[int], None]) -> None:
-        """Score one text.  ``advance(bytes)`` gets the bytes of text done since its last call."""
+    def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
+        """Score one text; yields how many bytes of it are done, again and again."""
         totals = self.files.setdefault(text.path, Totals())
-        reached = 0
         for window in windows:
             fed = text.begin + text.ids[window.start : window.stop - 1]  # the last has no successor
             row, at = window.first - window.start + len(text.begin) - 1, window.first
-            logits, wanted = self.runtime.logits_from(fed, row), self.reference
-            others = repeat(None) if wanted is None else wanted.logits_from(fed, row)
-            for logits_RV, wanted_RV in zip(logits, others, strict=wanted is not None):
-                for start in range(0, len(logits_RV), _ROWS):
-                    rows = slice(start, start + _ROWS)
-                    reference_RV = None if wanted_RV is None else wanted_RV[rows]
-                    at = self._score(text, at, totals, logits_RV[rows], reference_RV)
-                advance(int(text.ends[at]) - reached)
-                reached = int(text.ends[at])
-        advance(int(text.ends[-1]) - reached)
+            rows, other = _rows(self.runtime, fed, row), self.reference
+            others = repeat(None) if other is None else _rows(other, fed, row)
+            for logits_RV, wanted_RV in zip(rows, others, strict=other is not None):
+                at = self._score(text, at, totals, logits_RV, wanted_RV)
+                yield text.ends[at]
+        yield text.ends[-1]
 
     def _score(
         self, text: Text, at: int, totals: Totals, logits_RV: Tensor, wanted_RV: Tensor | None
@@ -190,7 +196,7 @@ class Evaluation:
         target_R1 = torch.tensor(text.ids[at:stop], device=logits_RV.device)[:, None]
         log_q_RV = logits_RV.double().log_softmax(dim=-1)
         log_q_R = log_q_RV.gather(1, target_R1)[:, 0]
-        size = int(text.ends[stop] - text.ends[at])
+        size = text.ends[stop] - text.ends[at]
         part = Totals(tokens=stop - at, bytes=size, nll=-log_q_R.sum().item())
         if wanted_RV is not None:
             log_p_RV = wanted_RV.double().log_softmax(dim=-1)
@@ -211,10 +217,10 @@ class Evaluation:
     ) -> None:
         """Keep the tokens whose distributions differ most."""
         decode = self.runtime.tokenizer.decode
-        for row in kl_R.topk(min(self.keep, len(kl_R))).indices.tolist():
+        for row in sorted(kl_R.topk(min(self.keep, len(kl_R))).indices.tolist()):
             kl, index = kl_R[row].item(), at + row
-            if len(self._worst) == self.keep and kl <= self._worst[-1][0]:
-                break
+            if len(self._worst) == self.keep and kl <= self._worst[-1]["kl_divergence"]:
+                continue
             token, log_q_V, log_p_V = text.ids[index], log_q_RV[row], log_p_RV[row]
             entry = {
                 "file": str(text.path),
@@ -227,8 +233,9 @@ class Evaluation:
                 "top": decode([int(log_q_V.argmax())]),
                 "reference_top": decode([int(log_p_V.argmax())]),
             }
-            order = -sum(totals.tokens for totals in self.files.values()) - row
-            self._worst = heapq.nlargest(self.keep, [*self._worst, (kl, order, entry)])
+            self._worst.append(entry)
+            self._worst.sort(key=lambda entry: entry["kl_divergence"], reverse=True)
+            del self._worst[self.keep :]
 
     def report(self) -> dict[str, Any]:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
@@ -241,25 +248,11 @@ class Evaluation:
                 files.append({"file": str(path), **totals.report(compared)})
         report = {**total.report(compared), "files": files}
         if compared:
-            report["worst_tokens"] = [entry for _, _, entry in self._worst]
+            report["worst_tokens"] = self._worst
         return report
 
 
-def check_same_vocabulary(
-    model: Path,
-    reference: Path,
-    sizes: tuple[int, int],
-    texts: Sequence[Text],
-    others: Sequence[Text],
-) -> None:
-    """Raise ``ConfigError`` unless both have the same vocabulary size and tokens of the texts."""
-    problem = ""
-    if sizes[0] != sizes[1]:
-        problem = f"has {sizes[1]} vocabulary rows and {model} has {sizes[0]}"
-    for text, other in zip(texts, others, strict=True):
-        if not problem and (text.ids, text.begin) != (other.ids, other.begin):
-            problem = f"has a tokenizer that reads {text.path} as other tokens than that of {model}"
-    if problem:
-        why = "divergence compares probabilities of the same tokens"
-        advice = f"{why}: give the checkpoint that the model was made of"
-        raise ConfigError(f"{reference}: the reference {problem}; {advice}")
+def _rows(runtime: Runtime, ids: list[int], first: int) -> Iterator[Tensor]:
+    """The logits of ``ids`` from position ``first`` on, a few rows at a time."""
+    for logits_RV in runtime.logits_from(ids, first):
+        yield from logits_RV.split(_ROWS)

@@ -5,10 +5,8 @@ Every token of a trace counts as a decode step: its gates choose K experts in ea
 choice is a hit or a miss.  The cache starts empty.
 """
 
-from __future__ import annotations
-
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,13 +26,17 @@ def gate_choices(steps: Sequence[np.ndarray], experts: int) -> Choices:
 
 
 def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
-    """Hits of a policy of ``slotmoe.offload.policy.cache``."""
+    """Hits of a policy of ``slotmoe.offload.policy``, or of ``OPTIMUM``."""
+    if policy == OPTIMUM:
+        return optimum(choices, slots)
     cache = make_cache(policy, slots, len(choices[0]), experts)
     for token in choices:
         cache.advance()
-        for chosen in token:
-            for expert in [expert for expert in chosen if not cache.use(expert)]:
-                cache.offer(expert, chosen)
+        for row, chosen in enumerate(token):
+            missing = [expert_id for expert_id in chosen if expert_id not in cache]
+            cache.use_chunk(row, [[expert_id - row * experts for expert_id in chosen]])
+            for expert_id in missing:
+                cache.offer(expert_id, chosen)
     return cache.hits
 
 
@@ -59,14 +61,3 @@ def optimum(choices: Choices, slots: int) -> int:
         expected[expert] = again
         heapq.heappush(heap, (-again, expert))
     return hits
-
-
-def sweep(
-    choices: Choices, policies: Iterable[str], sizes: Sequence[int], experts: int
-) -> Iterator[tuple[str, int, int]]:
-    """(policy, slots, hits) for every policy, ``optimum`` among them, and size."""
-    for policy in policies:
-        for slots in sizes:
-            best = policy == OPTIMUM
-            hits = optimum(choices, slots) if best else replay(choices, policy, slots, experts)
-            yield policy, slots, hits

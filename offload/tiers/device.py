@@ -15,6 +15,7 @@ copies take as long, or fail as often, as a test wants.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 

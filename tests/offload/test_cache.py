@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.observe.trace import TraceWriter, read_trace
-from slotmoe.offload.policy.cache import DEFAULT_POLICY, POLICIES, LayerAware, Lfu, Lrfu, make_cache
+from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.cache import LayerAware, Lfu, Lrfu, make_cache
 from slotmoe.offload.study.replay import gate_choices, optimum, replay
 from slotmoe.tools.cli import main
 

@@ -105,7 +105,7 @@ def test_scores_are_the_documented_arithmetic(made):
     with Export.open(made / "calibrated") as export:
         tensors = export.predictor()
         t = {name: tensor.double() for name, tensor in tensors.items()}
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
 
     def layers(x, name, row):
         for part in ("in", "out"):
@@ -131,16 +131,12 @@ def test_scores_are_the_documented_arithmetic(made):
     many = predictor.layer_scores(0, h.float().repeat(5, 1))
     assert many.shape == (5, E)
     assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
-    assert predictor.nbytes == sum(
-        tensor.nbytes for name, tensor in tensors.items() if name not in ("layer.mix", "popularity")
-    )
 
 
 def test_an_export_without_one_has_none(made):
     with Export.open(made / "plain") as export:
         assert export.predictor() is None
         assert export.predictor_bytes == 0
-        assert Predictor.load(export, K, TorchBackend()) is None
 
 
 def forged(name, change):
@@ -337,7 +333,7 @@ def test_scores_are_probabilities(made):
     """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
     them nearly as they are."""
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         samples = record(
             runtime,
@@ -552,7 +548,7 @@ def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
             (predictor, text) for predictor in predictors for text in ("other", "mean")
         ]
     with Export.open(made / "calibrated") as export:
-        predictor = Predictor.load(export, K, TorchBackend())
+        predictor = Predictor(export.predictor(), K, TorchBackend())
     with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
         ids = runtime.tokenizer.encode(read_text(made / "other"), add_bos=False)
         windows = split(ids, runtime.tokenizer, 256)

@@ -13,7 +13,8 @@ import torch
 
 from slotmoe.errors import ExportError
 from slotmoe.offload import loading
-from slotmoe.offload.policy.cache import POLICIES, make_cache
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import slots as store
@@ -437,22 +438,22 @@ def test_guesses_are_read_nearest_layer_first_and_judged_by_the_gate():
     ahead = prefetcher(shelf)
     ahead.guess(1, [11, 12], "token")
     ahead.guess(2, [21], "token")
-    ahead.pump(0)
+    ahead.more(0)
     assert shelf.keys == {11: 1, 12: 1, 21: 2}
     ahead.guess(1, [12, 13], "layer")  # the later word refutes 11
     assert shelf.dropped == [11]
-    ahead.pump(0)
-    ahead.asked(1, [12, 15], 2)
+    ahead.more(0)
+    ahead.chosen(1, [12, 15], 2)
     assert shelf.dropped == [11, 13]
-    assert ahead.accuracy["token"].cancelled == 1
-    assert (ahead.accuracy["token"].used, ahead.accuracy["layer"].wasted) == (1, 1)
+    assert ahead.stats()["token"]["cancelled"] == 1
+    assert (ahead.stats()["token"]["used"], ahead.stats()["layer"]["wasted"]) == (1, 1)
     assert (
-        ahead.accuracy["layer"].guessed,
-        ahead.accuracy["layer"].right,
-        ahead.accuracy["layer"].asked,
+        ahead.stats()["layer"]["guessed"],
+        ahead.stats()["layer"]["right"],
+        ahead.stats()["layer"]["asked"],
     ) == (2, 1, 2)
     ahead.reset()
-    ahead.asked(2, [22], 1)
+    ahead.chosen(2, [22], 1)
     assert shelf.dropped == [11, 13]  # 21 is forgotten
 
 
@@ -461,10 +462,10 @@ def test_what_is_here_already_is_not_read():
     shelf.keys[11] = 0
     ahead = prefetcher(shelf)
     ahead.guess(1, [11, 12], "layer")
-    ahead.pump(0)
-    ahead.asked(1, [12], 0)
+    ahead.more(0)
+    ahead.chosen(1, [12], 0)
     assert shelf.dropped == []  # 11 is not the prefetcher's to drop
-    assert ahead.accuracy["layer"].used == 1
+    assert ahead.stats()["layer"]["used"] == 1
 
 
 def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
@@ -473,7 +474,7 @@ def test_reads_ahead_are_limited_by_idle_time_and_accuracy():
         ahead = prefetcher(shelf, idle)
         ahead._right["layer"].value = right
         ahead.guess(1, range(10, 20), "layer")
-        ahead.pump(0)
+        ahead.more(0)
         return len(shelf.keys)
 
     assert begun(0.0, 0.5) == 0
@@ -502,7 +503,7 @@ def test_a_full_shelf_refuses_prefetches():
     shelf = Shelf(room=2)
     ahead = prefetcher(shelf)
     ahead.guess(1, range(10, 20), "layer")
-    ahead.pump(0)
+    ahead.more(0)
     assert len(shelf.keys) == 2
 
 

@@ -13,7 +13,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload import loading
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
-from slotmoe.offload.policy.cache import POLICIES
+from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import cuda, host

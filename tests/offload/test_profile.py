@@ -185,8 +185,8 @@ def test_prefetch_is_counted_by_layer():
     ahead._idle.value = 1.0
     ahead.guess(1, [11, 12], "token")
     ahead.guess(2, [21], "token")
-    ahead.pump(0)
-    ahead.asked(1, [12, 15], 2)
+    ahead.more(0)
+    ahead.chosen(1, [12, 15], 2)
     ahead.guess(2, [22], "layer")
     assert [(one.guessed, one.right, one.used, one.wasted) for one in ahead.by_row["token"]] == [
         (0, 0, 0, 0),
@@ -194,7 +194,7 @@ def test_prefetch_is_counted_by_layer():
         (0, 0, 0, 0),
     ]
     assert [one.cancelled for one in ahead.by_row["token"]] == [0, 0, 1]
-    assert (ahead.accuracy["token"].guessed, ahead.accuracy["token"].cancelled) == (2, 1)
+    assert (ahead.stats()["token"]["guessed"], ahead.stats()["token"]["cancelled"]) == (2, 1)
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):

@@ -12,7 +12,8 @@ from slotmoe.model.config import Config, read_config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.study.calibrate import measure, read_text, record, split
+from slotmoe.offload.study import calibrate
+from slotmoe.offload.study.calibrate import Samples, read_text, split
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.bench import turns
@@ -22,11 +23,26 @@ def _predictors(folder: Path, config: Config) -> tuple[Predictor | None, NextGat
     """The export's predictor, and the untrained one that applies the next layers' gates."""
     parts = (POST_NORM, GATE)
     with Export.open(folder) as export:
-        trained = Predictor.load(export, config.num_experts_per_tok, TorchBackend())
+        tensors = export.predictor()
         names = [layer_tensor(layer, part) for layer in export.layers for part in parts]
         weights = {name: export.resident(name) for name in names}
     plain = {name: w.float() for name, w in weights.items() if isinstance(w, torch.Tensor)}
+    trained = None
+    if tensors is not None:
+        trained = Predictor(tensors, config.num_experts_per_tok, TorchBackend())
     return trained, NextGate(config, plain, TorchBackend())
+
+
+def _recall(gate: NextGate, samples: Samples, guesses: list[int]) -> list[float]:
+    """Recall of the untrained gates, for each number of guesses a layer."""
+    total = torch.zeros(len(guesses))
+    for start in range(0, len(samples.token), 4096):
+        part = slice(start, start + 4096)
+        rows = enumerate(samples.inputs[:, part])
+        scores_TRE = torch.stack([gate.layer_scores(row, x_TD) for row, x_TD in rows], 1)
+        shares = calibrate.recall(scores_TRE, samples.used[part, 1:], guesses)
+        total += torch.tensor(shares) * len(scores_TRE)
+    return (total / len(samples.token)).tolist()
 
 
 @click.command()
@@ -46,8 +62,10 @@ def recall(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
     with Runtime.open(folder, context=context, threads=threads) as runtime:
         for path in texts:
             ids = runtime.tokenizer.encode(read_text(path), add_bos=False)
-            routing = record(runtime, split(ids, runtime.tokenizer, runtime.context))
-            for name, shares in measure(predictor, routing, guesses, untrained).items():
+            samples = calibrate.record(runtime, split(ids, runtime.tokenizer, runtime.context))
+            shares_by_name = calibrate.measure(predictor, samples, guesses) if predictor else {}
+            shares_by_name["untrained"] = _recall(untrained, samples, guesses)
+            for name, shares in shares_by_name.items():
                 named.setdefault(name, {})[path.name] = shares
     rows = []
     for name, by_text in named.items():

@@ -202,7 +202,7 @@ def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
         counts: dict[str, Any] = {"layer": layer, "hits": hits, "misses": misses}
         counts["already_coming"] = profiler.coming[index]
         counts["hit_rate"] = hits / (hits + misses) if hits + misses else None
-        prefetch = asdict(guesses[index]) if guesses else None
+        prefetch = guesses[index] if guesses else None
         layers.append(counts | {"uses": profiler.uses[index], "prefetch": prefetch})
     return layers
 
