@@ -265,9 +265,7 @@ class _Loader:
         }
         if tier == "ram":
             components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
-        missing = sum(components.values()) - self.budget
-        shortfall = {tier: missing} if missing > 0 else {}
-        return Plan(components, 0, 0, 0, self.budget, tier, context, shortfall=shortfall)
+        return Plan(components, 0, 0, 0, self.budget, tier, context)
 
     def _check(self, plan: Plan) -> Plan:
         """Refuse a plan for more than the budget, or for more of a GPU than is free, before
