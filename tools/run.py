@@ -60,10 +60,10 @@ def command(model: str, prompt: str, trace: Path | None, as_json: bool, **option
             report: dict[str, Any] = {"text": "".join(token.text for token in tokens)}
             report["ids"] = [token.id for token in tokens]
             report["logprobs"] = [token.logprob for token in tokens]
-            print(json.dumps({**report, **_speeds(stats), **stats}))
+            print(json.dumps({**report, **speeds(stats), **stats}))
 
 
-def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
+def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     tokens, speeds = stats["tokens"], dict[str, float | None]()
     for kind in ("prefill", "decode"):
         count = tokens[f"{kind}_tokens"]
@@ -74,7 +74,7 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 def summary(stats: dict[str, Any]) -> str:
     """One line for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
-    for kind, speed in zip(("prefill", "decode"), _speeds(stats).values(), strict=True):
+    for kind, speed in zip(("prefill", "decode"), speeds(stats).values(), strict=True):
         if speed is not None:
             count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
             facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
