@@ -49,6 +49,17 @@ def format_size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def choose_context(config: Config, wanted: int | None) -> int:
+    """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
+    ``PlanError``."""
+    limit = config.max_position_embeddings
+    context = min(4096, limit) if wanted is None else wanted
+    if not 1 <= context <= limit:
+        allowed = f"1 to {limit}, the model's max_position_embeddings"
+        raise PlanError(f"context {context} is outside {allowed}")
+    return context
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a model's parts: ``resident`` weights in memory by component, those of them that one

@@ -423,10 +423,7 @@ def test_character_at_the_cut_of_a_text_is_no_error(profile, tmp_path):
 
 
 BAD = {
-    "not-utf8": (
-        ["--text", "latin.txt"],
-        "latin.txt: byte 3 is not UTF-8 (try iconv",
-    ),
+    "not-utf8": (["--text", "latin.txt"], "latin.txt: byte 3 is not UTF-8 (try iconv"),
     "empty-text": (["--text", "empty.txt"], "empty.txt: is empty; give text"),
     "no-text": (["--text", "nowhere.txt"], "nowhere.txt"),
     "text-is-folder": (["--text", "."], "is a directory"),
