@@ -1,7 +1,5 @@
 """The reader of JSON files that come from strangers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -59,9 +59,8 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     if not path.is_file():
         return Bandwidths()
     stored = read_json(path, 1 << 16)
-    values = {name: stored.get(name) for name in MEASURED}
-    known = [value for value in values.values() if value is not None]
-    if not all(isinstance(value, int | float) and 0 < value < 1e15 for value in known):
+    values = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
+    if not all(isinstance(rate, int | float) and 0 < rate < 1e15 for rate in values.values()):
         problem = "is not what slotmoe bench --calibrate writes; delete it or run that again"
         raise ConfigError(f"{path}: {problem}")
     return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
