@@ -203,10 +203,8 @@ class Scenario:
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
             ways.append(f"a smaller model: v2-lite, {size} of resident weights")
-        needs = {
-            tier: self.plan.tiers[tier][0] + size for tier, size in self.plan.shortfall.items()
-        }
-        raised = [f"--{tier} {_rounded_up(size)}" for tier, size in needs.items()]
+        needs = by_tier(memory.by_name(self.plan))
+        raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
         return [*ways, " and ".join(raised)][:3]
 
     def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:

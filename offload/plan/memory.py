@@ -206,8 +206,8 @@ class Plan:
         missing = {tier: sum(parts.values()) - most for tier, (most, parts) in self.tiers.items()}
         return {tier: size for tier, size in missing.items() if size > 0}
 
-    def check(self) -> "Plan":
-        """The plan itself; raises ``PlanError`` if not even one token's experts fit."""
+    def check(self) -> None:
+        """Raises ``PlanError`` if not even one token's experts fit."""
         for tier, missing in self.shortfall.items():
             budget, components = self.tiers[tier]
             fast = tier == self.tier
@@ -218,7 +218,6 @@ class Plan:
                 f"the budget is {format_size(budget)}, {format_size(missing)} short: "
                 f"raise --{tier}{advice}"
             )
-        return self
 
 
 def make_plan(
@@ -302,11 +301,9 @@ def predicted_components(
     components = by_name(plan)
     reached = min(prompt_tokens + new_tokens, plan.context)
     chunk = min(prompt_tokens, plan.prefill_chunk)
-    for name, share, whole in (
-        ("latent KV cache", reached, plan.context),
-        ("prefill scratch", chunk, plan.prefill_chunk),
-    ):
-        components[name][plan.tier] = components[name][plan.tier] * share // whole
+    cache, scratch = components["latent KV cache"], components["prefill scratch"]
+    cache[plan.tier] = cache[plan.tier] * reached // plan.context
+    scratch[plan.tier] = scratch[plan.tier] * chunk // plan.prefill_chunk
     return components
 
 

@@ -86,14 +86,12 @@ def _report_folder(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         reason = f"can't write a report there ({problem.strerror})"
         raise ConfigError(f"{folder}: {reason}; choose another folder with -o") from None
     try:
         yield
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty, as it should be
-                folder.rmdir()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()

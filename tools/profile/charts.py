@@ -25,6 +25,7 @@ _COLOURS = {
     "gate": PURPLE,
     "experts": ORANGE,
     "shared experts and dense layers": GREEN,
+    "captured layers": "#004D40",
     "head": SKY,
     "cache and prefetch": YELLOW,
     "waiting for disk": RED,
