@@ -94,7 +94,9 @@ def _machine(options: dict[str, Any]) -> Machine:
         bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or gpu.budget
     asked = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
     given = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
-    bandwidths = bandwidths.updated("given", **given, pcie_busy=given.get("pcie"))
+    if "pcie" in given:
+        given["pcie_busy"] = given["pcie"]
+    bandwidths = bandwidths.updated("given", **given)
     if options["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if options["device"] != "cpu" and vram is None:

@@ -44,10 +44,9 @@ class Bandwidths:
     latency: float = 1e-4  # seconds of one small read from the disk
     origin: dict[str, str] = field(default_factory=dict)
 
-    def updated(self, origin: str, **values: float | None) -> "Bandwidths":
-        """With the ``values`` that are not None instead."""
-        known = {name: value for name, value in values.items() if value is not None}
-        return replace(self, **known, origin={**self.origin, **dict.fromkeys(known, origin)})
+    def updated(self, origin: str, **values: float) -> "Bandwidths":
+        """With these ``values`` instead."""
+        return replace(self, **values, origin=self.origin | dict.fromkeys(values, origin))
 
     def origin_of(self, name: str) -> str:
         """Where the figure of tier ``name`` comes from."""

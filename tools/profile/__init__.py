@@ -62,9 +62,8 @@ def command(
     if as_json:
         print(json.dumps(report))
     else:
-        console = Console(file=sys.stdout)
-        console.print(overview(report))
-        console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+        Console(file=sys.stdout).print(overview(report))
+        print(f"Report: {page}")
 
 
 @contextlib.contextmanager
