@@ -122,7 +122,7 @@ def _memory(axes: Axes, report: dict[str, Any], tier: str) -> None:
     axes.set(xlabel="time since the start (s)", ylabel=f"{tier} in use ({unit})")
     axes.set(ylim=(0, 1.1 * max(peak, budget if near else 0)))
     begins = {step["kind"]: step["began"] for step in reversed(report["steps"])}
-    for kind, began in begins.items():  # a line where each phase begins
+    for kind, began in reversed(begins.items()):  # a line where each phase begins
         axes.axvline(began, color="black", linestyle=":", linewidth=1)
         at_top = axes.get_xaxis_transform()
         axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
