@@ -31,6 +31,7 @@ from slotmoe.offload.plan.memory import (
     PREFILL_CHUNK,
     Plan,
     Sizes,
+    choose_context,
     format_size,
     kv_bytes,
     make_plan,
@@ -55,7 +56,6 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
-DEFAULT_CONTEXT = 4096
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
@@ -91,16 +91,6 @@ class Options:
             raise ConfigError(
                 f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
             )
-
-    def context_of(self, config: Config) -> int:
-        """Positions of the latent cache.  Raises ``PlanError``."""
-        limit = config.max_position_embeddings
-        context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
-        if not 1 <= context <= limit:
-            raise PlanError(
-                f"context {context} is outside 1 to {limit}, the model's max_position_embeddings"
-            )
-        return context
 
 
 @dataclass(frozen=True)
@@ -210,7 +200,7 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
         self._config = read_config(folder / "config.json")
-        self._context = options.context_of(self._config)
+        self._context = choose_context(self._config, options.context)
         if options.quantize:
             self._backend = device.backend(options.kernels, options.threads)
         else:
@@ -272,9 +262,7 @@ class _Loader:
         }
         if tier == "ram":
             components["runtime"] = process_bytes() + runtime_growth(config, checkpoint.nbytes)
-        missing = sum(components.values()) - self.budget
-        shortfall = {tier: missing} if missing > 0 else {}
-        return Plan(components, 0, 0, 0, self.budget, tier, context, shortfall=shortfall)
+        return Plan(components, 0, 0, 0, self.budget, tier, context)
 
     def _check(self, plan: Plan) -> None:
         """Refuse a plan for more than the budget, or for more of a GPU than is free, before

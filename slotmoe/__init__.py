@@ -8,8 +8,7 @@ with slotmoe.Runtime.open("sample") as runtime:
 ``Runtime``, ``Token`` and ``Export`` need torch, so they are imported when they are first used.
 """
 
-from __future__ import annotations
-
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from slotmoe.errors import (
@@ -51,8 +50,6 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'slotmoe' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_LAZY[name]), name)
 
 

@@ -1,7 +1,5 @@
 """The errors that a user can cause, under one base."""
 
-from __future__ import annotations
-
 
 class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.

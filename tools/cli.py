@@ -26,29 +26,26 @@ _COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Imports a subcommand, ``command`` of the module of its name in ``package``, when it is
-    called.  ``helps`` maps names to the lines of ``--help``."""
-
-    def __init__(self, package: str, helps: dict[str, str], **options: Any):
-        settings = {"help_option_names": ["-h", "--help"], "show_default": True}
-        super().__init__(context_settings=settings, **options)
-        self._package, self._helps = package, helps
+    """Imports a command from the module of its name when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._helps)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._helps:
+        if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{self._package}.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"slotmoe.tools.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(self._helps.items()))
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group("slotmoe", cls=LazyGroup, package="slotmoe.tools", helps=_COMMANDS)
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS)
 @click.version_option(__version__, "-V", "--version", prog_name="slotmoe")
 def cli() -> None:
     """Run DeepSeek-V2 models that are far larger than your graphics card, or your RAM.

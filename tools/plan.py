@@ -14,7 +14,7 @@ from slotmoe.errors import DownloadError, PlanError
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
 from slotmoe.offload.plan.advice import Machine, Model, Scenario, choose_precision, gpu_named
-from slotmoe.offload.plan.memory import IMPORT_BYTES, format_size, parse_size
+from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, format_size, parse_size
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.tools.options import JSON, RESIDENT, count, is_on_hub, option, runtime_options
 
@@ -50,12 +50,7 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
     planned, target = _model(model, options["revision"]), _machine(options)
-    context, limit = options["context"], planned.config.max_position_embeddings
-    if context is None:
-        context = min(4096, limit)
-    if not 1 <= context <= limit:
-        allowed = f"1 to {limit}, the model's max_position_embeddings"
-        raise PlanError(f"context {context} is outside {allowed}")
+    context = choose_context(planned.config, options["context"])
     if prompt_tokens >= context:
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
         raise PlanError(f"{problem}: raise --context or lower --prompt-tokens")
@@ -67,49 +62,46 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
 
 
 def _model(name: str, revision: str | None) -> Model:
-    """What MODEL is, from its config and, for an export, its manifest.  Raises ``ConfigError``."""
-    if is_on_hub(name, revision):
-        return Model(name, read_config(_hub_config(name, revision or "main")))
-    return Model.read(name)
-
-
-def _hub_config(repo: str, revision: str) -> Path:
-    """The config of a model on the hub, or in huggingface_hub's cache.  Raises ``ConfigError`` or
+    """What MODEL is, from its config and, for an export, its manifest; of a model on the hub from
+    the config there, or in huggingface_hub's cache.  Raises ``ConfigError`` or
     ``DownloadError``."""
+    if not is_on_hub(name, revision):
+        return Model.read(name)
     from huggingface_hub import errors, hf_hub_download
 
+    revision = revision or "main"
     try:
-        return Path(hf_hub_download(repo, "config.json", revision=revision))
+        path = hf_hub_download(name, "config.json", revision=revision)
     except errors.LocalEntryNotFoundError:
         problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
-        raise DownloadError(f"{repo}: {problem}") from None
+        raise DownloadError(f"{name}: {problem}") from None
     except Exception:
         # Imports torch, for the few who have an error to be told.
         from slotmoe.offload.ingest.repository import hub_errors
 
-        with hub_errors(repo, revision):
+        with hub_errors(name, revision):
             raise
+    return Model(name, read_config(Path(path)))
 
 
 def _machine(options: dict[str, Any]) -> Machine:
     """The budgets and bandwidths to plan for: as asked, or this machine's."""
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
-    vram, gpu = options["vram"], None
-    if options["gpu"] is not None:
-        gpu = gpu_named(options["gpu"])
-        bandwidths = bandwidths.updated(
-            f"of {options['gpu']}", gpu=gpu.bandwidth, pcie=gpu.pcie, pcie_busy=gpu.pcie
-        )
-    rates = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
-    given = {tier: float(parse_size(rate)) for tier, rate in rates.items() if rate is not None}
-    bandwidths = bandwidths.updated("given", **given, pcie_busy=given.get("pcie"))
-    ram = options["ram"] or _free_ram()
-    if options["device"] == "cpu":
-        if vram is not None or gpu is not None:
-            raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
-    elif vram is None:
-        free = None if gpu is not None else machine.free_gpu_memory()
-        vram = gpu.budget if gpu is not None else free and int(free * 0.9)
+    vram = None if options["vram"] is None else parse_size(options["vram"])
+    if (name := options["gpu"]) is not None:
+        gpu = gpu_named(name)
+        rates = {"gpu": gpu.bandwidth, "pcie": gpu.pcie, "pcie_busy": gpu.pcie}
+        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or gpu.budget
+    asked = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
+    given = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
+    if "pcie" in given:
+        given["pcie_busy"] = given["pcie"]
+    bandwidths = bandwidths.updated("given", **given)
+    if options["device"] == "cpu" and vram is not None:
+        raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
+    if options["device"] != "cpu" and vram is None:
+        free = machine.free_gpu_memory()
+        vram = free and int(free * 0.9)
         if vram is None and options["device"] == "cuda":
             advice = "give --gpu NAME or --vram SIZE"
             raise PlanError(f"--device cuda: no GPU is found on this machine; {advice}")
@@ -119,13 +111,9 @@ def _machine(options: dict[str, Any]) -> Machine:
     threads = options["threads"] or psutil.cpu_count(logical=False) or 1
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
-    vram = None if vram is None else parse_size(vram)
-    return Machine(parse_size(ram), vram, threads, bandwidths)
-
-
-def _free_ram() -> int:
-    """What run would find free, once it has imported its libraries."""
-    return int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
+    # What run would find free, once it has imported its libraries.
+    free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
+    return Machine(parse_size(options["ram"] or free_ram), vram, threads, bandwidths)
 
 
 def _print(report: dict[str, Any]) -> None:

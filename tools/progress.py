@@ -50,8 +50,7 @@ def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
         task = bars.add_task(text, total=None, visible=False, start=False)
 
         def update(done: int, total: int) -> None:
-            if not bars.tasks[task].started:
-                bars.start_task(task)
+            bars.start_task(task)
             bars.update(task, completed=done, total=total, visible=True)
 
         return update

@@ -41,29 +41,28 @@ def command(model: str, prompt: str, trace: Path | None, as_json: bool, **option
     with open_runtime(model, options, quiet=as_json) as runtime:
         if trace is not None:
             runtime.trace(trace)
-        tokens = []
+        tokens, stopped = [], None
         try:
             for token in runtime.generate(prompt, **generation_arguments(options)):
                 tokens.append(token)
                 if not as_json:
                     print(token.text, end="", flush=True)
-        except KeyboardInterrupt:
-            if not as_json:
-                print(flush=True)
-                print(summary(runtime.stats()), file=sys.stderr)
-            raise
+        except KeyboardInterrupt as stop:
+            stopped = stop
         stats = runtime.stats()
-        if not as_json:
-            print(flush=True)
-            print(summary(stats), file=sys.stderr)
-        else:
-            report: dict[str, Any] = {"text": "".join(token.text for token in tokens)}
-            report["ids"] = [token.id for token in tokens]
-            report["logprobs"] = [token.logprob for token in tokens]
-            print(json.dumps({**report, **_speeds(stats), **stats}))
+    if not as_json:
+        print(flush=True)
+        print(summary(stats), file=sys.stderr)
+    if stopped is not None:
+        raise stopped
+    if as_json:
+        report: dict[str, Any] = {"text": "".join(token.text for token in tokens)}
+        report["ids"] = [token.id for token in tokens]
+        report["logprobs"] = [token.logprob for token in tokens]
+        print(json.dumps({**report, **speeds(stats), **stats}))
 
 
-def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
+def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     tokens, speeds = stats["tokens"], dict[str, float | None]()
     for kind in ("prefill", "decode"):
         count = tokens[f"{kind}_tokens"]
@@ -74,7 +73,7 @@ def _speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 def summary(stats: dict[str, Any]) -> str:
     """One line for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
-    for kind, speed in zip(("prefill", "decode"), _speeds(stats).values(), strict=True):
+    for kind, speed in zip(("prefill", "decode"), speeds(stats).values(), strict=True):
         if speed is not None:
             count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
             facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from statistics import median, median_high
@@ -165,7 +166,7 @@ def predict(
     threads, is_random = model.cpu.threads, model.export.random_weights
     setting = Setting(model.config, model.sizes, model.plan, bandwidths, threads, is_random, mode)
     components = predicted_components(model.plan, prompt_tokens, new_tokens)
-    speed = setting.predict(prompt_tokens, new_tokens).report()
+    speed = asdict(setting.predict(prompt_tokens, new_tokens))
     return {"peak": by_tier(components), "components": components, **speed}
 
 

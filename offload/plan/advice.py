@@ -3,10 +3,8 @@ resident weights, the largest context, the speed, and the ways out if the model 
 Without torch.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,7 @@ from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config, read_config
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
-from slotmoe.offload.plan.speed import Bandwidths, Setting, Speed
+from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
 
 
@@ -93,7 +91,7 @@ class Model:
     random_weights: bool = False
 
     @classmethod
-    def read(cls, name: str) -> Model:
+    def read(cls, name: str) -> "Model":
         """A geometry's name, config file, checkpoint folder or export.  Raises ``ConfigError``."""
         folder = Path(name)
         if not folder.is_dir():
@@ -183,57 +181,39 @@ class Scenario:
         contexts = range(1, self.model.config.max_position_embeddings + 1)
         return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
 
-    def speed(self, prompt_tokens: int, new_tokens: int) -> Speed:
-        """The speed of a plan that fits."""
-        machine, config, sizes = self.machine, self.model.config, self.sizes
-        rates, is_random = machine.bandwidths, self.model.random_weights
-        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
-        setting = Setting(config, sizes, self.plan, rates, machine.threads, is_random, misses)
-        return setting.predict(prompt_tokens, new_tokens)
-
     def ways_out(self) -> list[str]:
         """Up to three changes that make the plan fit, the cheapest first; none if it fits."""
         if self.fits:
             return []
-        ways, plan = [], self.plan
         again = "" if self.model.resident is None else "quantize again with "
-        smaller = replace(self, resident="nf4")
-        if self.slots is not None and replace(self, slots=None).fits:
-            ways.append("drop --slots")
-        if largest := self.largest_context():
+        largest, nf4 = self.largest_context(), replace(self, resident="nf4")
+        on_cpu = replace(self, machine=replace(self.machine, vram=None))
+        ways = ["drop --slots"] if replace(self, slots=None).fits else []
+        if largest:
             ways.append(f"--context {largest}")
-        if self.resident != "nf4":
-            if smaller.fits:
-                ways.append(f"{again}--resident nf4")
-            elif not largest and (shorter := smaller.largest_context()):
-                ways.append(f"{again}--resident nf4 and --context {shorter}")
-        if plan.tier == "vram" and replace(self, machine=replace(self.machine, vram=None)).fits:
+        if nf4.fits:
+            ways.append(f"{again}--resident nf4")
+        elif not largest and (shorter := nf4.largest_context()):
+            ways.append(f"{again}--resident nf4 and --context {shorter}")
+        if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
-        ways += self._smaller_model()
-        budgets = {"ram": plan.host_budget, plan.tier: plan.budget}
-        needs = {tier: budgets[tier] + missing for tier, missing in plan.shortfall.items()}
-        raised = [f"--{tier} {_rounded_up(size)}" for tier, size in needs.items()]
-        return [*ways, " and ".join(raised)][:3]
-
-    def _smaller_model(self) -> list[str]:
-        """V2-Lite instead of a larger model, if that fits."""
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
         context = min(self.context, lite.config.max_position_embeddings)
-        other = Scenario(lite, self.machine, "int8", context)
-        if not other.fits or self.model.config.hidden_size <= lite.config.hidden_size:
-            return []
-        size = format_size(sum(other.sizes.resident.values()))
-        return [f"a smaller model: v2-lite, {size} of resident weights"]
+        smaller = Scenario(lite, self.machine, "int8", context)
+        if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
+            size = format_size(sum(smaller.sizes.resident.values()))
+            ways.append(f"a smaller model: v2-lite, {size} of resident weights")
+        needs = by_tier(memory.by_name(self.plan))
+        raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
+        return [*ways, " and ".join(raised)][:3]
 
     def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """All of it under the names that ``slotmoe plan --json`` gives."""
         plan, machine, config = self.plan, self.machine, self.model.config
-        components = memory.by_name(plan, plan.components)
         experts = len(config.moe_layers) * config.n_routed_experts
-        components["all experts"] = {"disk": experts * plan.record_bytes}
+        components = memory.by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
         tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
-        peak = memory.predicted_components(plan, prompt_tokens, new_tokens)
         report: dict[str, Any] = {
             "model": self.model.name,
             "fits": self.fits,
@@ -251,7 +231,7 @@ class Scenario:
                 for tier in tiers
             },
             "largest_context": self.largest_context(),
-            "predicted_peak": by_tier(peak),
+            "predicted_peak": by_tier(memory.predicted_components(plan, prompt_tokens, new_tokens)),
             "ways_out": self.ways_out(),
             "settings": {
                 "prompt_tokens": prompt_tokens,
@@ -260,7 +240,12 @@ class Scenario:
                 "context": self.context,
             },
         }
-        return report | (self.speed(prompt_tokens, new_tokens).report() if self.fits else {})
+        if not self.fits:
+            return report
+        sizes, is_random = self.sizes, self.model.random_weights
+        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
+        setting = Setting(config, sizes, plan, rates, machine.threads, is_random, misses)
+        return report | asdict(setting.predict(prompt_tokens, new_tokens))
 
 
 def _rounded_up(size: int) -> str:

@@ -4,8 +4,6 @@ Tiers: ``ram`` holds everything when there is no GPU; with one, ``vram`` holds r
 latent KV cache, slots and scratch, and ``ram`` the process itself and a host tier of experts.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -33,13 +31,10 @@ for _power, _letter in enumerate("KMGT", 1):
 def parse_size(text: str | int) -> int:
     """Bytes of ``8GiB``, ``7.5GB`` or ``512MiB``; an integer is bytes.  Raises ``PlanError``."""
     quoted, advice = f"{str(text)[:40]!r}", "write it like 8GiB, 7.5GB or 512MiB"
-    if isinstance(text, int) and not isinstance(text, bool):
-        size: float = text
-    else:
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))
-        if not match or match[2].upper() not in _UNITS:
-            raise PlanError(f"{quoted} is not a size; {advice}")
-        size = float(match[1]) * _UNITS[match[2].upper()]
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS:
+        raise PlanError(f"{quoted} is not a size; {advice}")
+    size = float(match[1]) * _UNITS[match[2].upper()]
     if not 0 < size < 1 << 60:
         raise PlanError(f"{quoted} is not a possible size; {advice}")
     return int(size)
@@ -52,6 +47,17 @@ def format_size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def choose_context(config: Config, wanted: int | None) -> int:
+    """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
+    ``PlanError``."""
+    limit = config.max_position_embeddings
+    context = min(4096, limit) if wanted is None else wanted
+    if not 1 <= context <= limit:
+        allowed = f"1 to {limit}, the model's max_position_embeddings"
+        raise PlanError(f"context {context} is outside {allowed}")
+    return context
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,7 @@ class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
     ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
     a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
-    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens.
-    ``shortfall`` is what the least number of slots needs beyond the budget, by tier: empty if the
-    plan works."""
+    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens."""
 
     components: dict[str, int]
     slots: int
@@ -184,18 +188,29 @@ class Plan:
     host_slots: int = 0
     host_staging: int = 0
     host_budget: int = 0
-    shortfall: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tiers(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Tier -> its budget and its components."""
+        below = {"ram": (self.host_budget, self.host)} if self.host else {}
+        return {self.tier: (self.budget, self.components)} | below
 
     @property
     def total(self) -> int:
         return sum(self.components.values())
 
-    def check(self) -> Plan:
-        """The plan itself; raises ``PlanError`` if not even one token's experts fit."""
+    @property
+    def shortfall(self) -> dict[str, int]:
+        """What the least number of slots needs beyond the budget, by tier; empty if the plan
+        works."""
+        missing = {tier: sum(parts.values()) - most for tier, (most, parts) in self.tiers.items()}
+        return {tier: size for tier, size in missing.items() if size > 0}
+
+    def check(self) -> None:
+        """Raises ``PlanError`` if not even one token's experts fit."""
         for tier, missing in self.shortfall.items():
+            budget, components = self.tiers[tier]
             fast = tier == self.tier
-            components = self.components if fast else self.host
-            budget = self.budget if fast else self.host_budget
             advice = ", lower --context, or quantize with --resident nf4" if fast else ""
             parts = [f"{name} {format_size(size)}" for name, size in components.items() if size]
             raise PlanError(
@@ -203,7 +218,6 @@ class Plan:
                 f"the budget is {format_size(budget)}, {format_size(missing)} short: "
                 f"raise --{tier}{advice}"
             )
-        return self
 
 
 def make_plan(
@@ -255,26 +269,14 @@ def make_plan(
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    missing = max(0, sum(components.values()) - budget)
-    shortfall = {tier: missing} if missing else {}
-    plan = Plan(
-        components, count, staging, record, budget, tier, context, chunk, shortfall=shortfall
-    )
+    plan = Plan(components, count, staging, record, budget, tier, context, chunk)
     if host_budget is None:
         return plan
-    most = everything if count < everything else 0
-    return _with_host(plan, runtime, host_budget, staging + max(top_k, LENT), most)
-
-
-def _with_host(plan: Plan, runtime: int, budget: int, staging: int, most: int) -> Plan:
-    """The plan of a GPU's memory with RAM below it: at most ``most`` experts stay there."""
-    room = (budget - runtime) // plan.record_bytes - staging
-    slots, record = max(0, min(room, most)), plan.record_bytes
-    host = {"runtime": runtime, "expert slots": slots * record, "read buffers": staging * record}
-    missing = max(0, sum(host.values()) - budget)
-    shortfall = plan.shortfall | ({"ram": missing} if missing else {})
-    plan = replace(plan, host_slots=slots, host_staging=staging, host_budget=budget)
-    return replace(plan, host=host, shortfall=shortfall)
+    lent = staging + max(top_k, LENT)
+    room = (host_budget - runtime) // record - lent if count < everything else 0
+    kept = max(0, min(room, everything))
+    host = {"runtime": runtime, "expert slots": kept * record, "read buffers": lent * record}
+    return replace(plan, host=host, host_slots=kept, host_staging=lent, host_budget=host_budget)
 
 
 def _divide(room: int, slots: int | None, everything: int, top_k: int) -> tuple[int, int]:
@@ -296,21 +298,21 @@ def predicted_components(
 ) -> dict[str, dict[str, int]]:
     """Name -> tier -> bytes at the peak of a run: the plan, less positions that it never reaches
     and what shorter prefill passes need less."""
-    kv, scratch = "latent KV cache", "prefill scratch"
+    components = by_name(plan)
     reached = min(prompt_tokens + new_tokens, plan.context)
     chunk = min(prompt_tokens, plan.prefill_chunk)
-    sizes = plan.components | {
-        kv: plan.components[kv] * reached // plan.context,
-        scratch: plan.components[scratch] * chunk // plan.prefill_chunk,
-    }
-    return by_name(plan, sizes)
+    cache, scratch = components["latent KV cache"], components["prefill scratch"]
+    cache[plan.tier] = cache[plan.tier] * reached // plan.context
+    scratch[plan.tier] = scratch[plan.tier] * chunk // plan.prefill_chunk
+    return components
 
 
-def by_name(plan: Plan, sizes: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Name -> tier -> bytes of ``sizes`` on the plan's tier and of what the host holds."""
-    components = {name: {plan.tier: size} for name, size in sizes.items()}
-    for name, size in plan.host.items():
-        components.setdefault(name, {})["ram"] = size
+def by_name(plan: Plan) -> dict[str, dict[str, int]]:
+    """Name -> tier -> bytes of all components."""
+    components: dict[str, dict[str, int]] = {}
+    for tier, (_, parts) in plan.tiers.items():
+        for name, size in parts.items():
+            components.setdefault(name, {})[tier] = size
     return components
 
 

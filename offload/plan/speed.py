@@ -5,8 +5,6 @@ the machine's own (``slotmoe bench --calibrate`` stores them), given by the user
 the report says which.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -14,7 +12,6 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import read_json
@@ -47,10 +44,9 @@ class Bandwidths:
     latency: float = 1e-4  # seconds of one small read from the disk
     origin: dict[str, str] = field(default_factory=dict)
 
-    def updated(self, origin: str, **values: float | None) -> Bandwidths:
-        """With the ``values`` that are not None instead."""
-        known = {name: value for name, value in values.items() if value is not None}
-        return replace(self, **known, origin={**self.origin, **dict.fromkeys(known, origin)})
+    def updated(self, origin: str, **values: float) -> "Bandwidths":
+        """With these ``values`` instead."""
+        return replace(self, **values, origin=self.origin | dict.fromkeys(values, origin))
 
     def origin_of(self, name: str) -> str:
         """Where the figure of tier ``name`` comes from."""
@@ -62,9 +58,8 @@ def stored_bandwidths(path: Path) -> Bandwidths:
     if not path.is_file():
         return Bandwidths()
     stored = read_json(path, 1 << 16)
-    values = {name: stored.get(name) for name in MEASURED}
-    known = [value for value in values.values() if value is not None]
-    if not all(isinstance(value, int | float) and 0 < value < 1e15 for value in known):
+    values = {name: stored[name] for name in MEASURED if stored.get(name) is not None}
+    if not all(isinstance(rate, int | float) and 0 < rate < 1e15 for rate in values.values()):
         problem = "is not what slotmoe bench --calibrate writes; delete it or run that again"
         raise ConfigError(f"{path}: {problem}")
     return Bandwidths().updated(f"measured on {str(stored.get('date'))[:10]}", **values)
@@ -82,28 +77,15 @@ def store_bandwidths(path: Path, **values: float) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted tokens a second (``prefill`` None where nothing that is modelled bounds it), the
-    hit rate assumed, and the seconds of one decoded token by what it waits for."""
+    """A predicted speed (of prefill None where nothing that is modelled bounds it), the hit rate
+    assumed, and what a decoded token waits for, its ``bottleneck`` longest.  Commands give it under
+    these names as JSON."""
 
-    prefill: float | None
-    decode: float
+    prefill_tokens_per_second: float | None
+    decode_tokens_per_second: float
     hit_rate: float
-    seconds: dict[str, float]
-
-    @property
-    def bottleneck(self) -> str:
-        """What a decoded token waits for longest."""
-        return max(self.seconds, key=self.seconds.__getitem__)
-
-    def report(self) -> dict[str, Any]:
-        """All of it under the names that commands give it as JSON."""
-        return {
-            "prefill_tokens_per_second": self.prefill,
-            "decode_tokens_per_second": self.decode,
-            "hit_rate": self.hit_rate,
-            "decode_seconds": self.seconds,
-            "bottleneck": self.bottleneck,
-        }
+    decode_seconds: dict[str, float]
+    bottleneck: str
 
 
 def text_hits(share: float) -> float:
@@ -141,7 +123,7 @@ class Setting:
         small = self.sizes.record_bytes <= HELP_BYTES
         total = computing + disk if small else math.hypot(computing, disk)
         prefill, hit_rate = self._prefill(prompt_tokens), self.hits(self.plan.slots)
-        return Speed(prefill, 1 / total, hit_rate, seconds)
+        return Speed(prefill, 1 / total, hit_rate, seconds, max(seconds, key=seconds.__getitem__))
 
     def _decode_seconds(self, depth: int) -> dict[str, float]:
         c, rates, record = self.config, self.bandwidths, self.sizes.record_bytes

@@ -15,6 +15,7 @@ Shape legend: T tokens, B a batch of them, D hidden_size, L MoE layers (rows), E
 a token, R and Q the predictor's widths.
 """
 
+import codecs
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -47,19 +48,22 @@ _BATCH, EPOCHS, MIN_STEPS = 512, 6, 300
 _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy while it is quantized
 
 
-def read_text(path: Path) -> str:
-    """A text file whole.  Raises ``ConfigError`` if it can't be read, is empty or no UTF-8."""
+def read_text(path: Path, limit: int = -1) -> str:
+    """A text file whole, or the characters that end in its first ``limit`` bytes.  Raises
+    ``ConfigError`` if it can't be read, is empty or no UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            data = file.read(limit)
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) != limit)
     except OSError as problem:
         reason = f"can't be read ({problem.strerror})"
     except UnicodeDecodeError as problem:
-        reason = f"byte {problem.start} is not UTF-8"
+        reason = f"byte {problem.start} is not UTF-8 (try iconv -f latin1 -t utf-8)"
     else:
         if text.strip():
             return text
         raise ConfigError(f"{path}: is empty; give text like what the model will read and write")
-    raise ConfigError(f"{path}: {reason}; a text file is expected here")
+    raise ConfigError(f"{path}: {reason}; a text file in UTF-8 is expected here")
 
 
 def read_tokens(texts: Sequence[Path], tokenizer: Tokenizer) -> list[list[int]]:

@@ -265,6 +265,18 @@ def test_report_holds_everything_and_asks_for_nothing(reported):
     assert "was stopped" not in words
 
 
+def test_every_stage_of_a_token_can_be_drawn(reported, tmp_path):
+    """Those of a GPU too: captured layers, waiting for RAM."""
+    _, _, report = reported
+    spent = dict.fromkeys(STAGES, 1.0)
+    times = {
+        kind: time | {"milliseconds_per_token": spent} for kind, time in report["time"].items()
+    }
+    steps = [step | {"seconds": spent} for step in report["steps"]]
+    write_report(report | {"time": times, "steps": steps}, tmp_path)
+    assert {"time-decode.png", "tokens.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_words_of_strangers_stay_words(reported, tmp_path):
     _, _, report = reported
     hostile = (
@@ -423,8 +435,8 @@ def test_character_at_the_cut_of_a_text_is_no_error(profile, tmp_path):
 
 
 BAD = {
-    "not-utf8": (["--text", "latin.txt"], "latin.txt: not valid UTF-8 text (byte 3 is 0xe9)"),
-    "empty-text": (["--text", "empty.txt"], "empty.txt: the text is empty"),
+    "not-utf8": (["--text", "latin.txt"], "latin.txt: byte 3 is not UTF-8 (try iconv"),
+    "empty-text": (["--text", "empty.txt"], "empty.txt: is empty; give text"),
     "no-text": (["--text", "nowhere.txt"], "nowhere.txt"),
     "text-is-folder": (["--text", "."], "is a directory"),
     "two-prompts": (["x", "--text", "empty.txt"], "PROMPT and --text are both given"),

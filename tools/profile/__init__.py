@@ -62,9 +62,8 @@ def command(
     if as_json:
         print(json.dumps(report))
     else:
-        console = Console(file=sys.stdout)
-        console.print(overview(report))
-        console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+        Console(file=sys.stdout).print(overview(report))
+        print(f"Report: {page}")
 
 
 @contextlib.contextmanager
@@ -86,14 +85,12 @@ def _report_folder(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         reason = f"can't write a report there ({problem.strerror})"
         raise ConfigError(f"{folder}: {reason}; choose another folder with -o") from None
     try:
         yield
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty, as it should be
-                folder.rmdir()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()

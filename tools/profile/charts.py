@@ -2,7 +2,7 @@
 people with any kind of colour blindness can tell apart."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -25,6 +25,7 @@ _COLOURS = {
     "gate": PURPLE,
     "experts": ORANGE,
     "shared experts and dense layers": GREEN,
+    "captured layers": "#004D40",
     "head": SKY,
     "cache and prefetch": YELLOW,
     "waiting for disk": RED,
@@ -32,13 +33,20 @@ _COLOURS = {
     "sampling": GREY,
     "rest": "#DDDDDD",
 }
+_RATES = (
+    ("hits, of what was needed", BLUE, "o-", "hits", ("hits", "misses")),
+    ("already coming, of the misses", GREEN, "^-", "already_coming", ("misses",)),
+    ("right, of the guesses", ORANGE, "s--", "right", ("guessed",)),
+    ("used, of what was read ahead", RED, "D:", "used", ("used", "wasted")),
+)
+"""Of each line by layer: label, colour, style, the count that it shows, and those that make up the
+whole."""
 
 
 def draw(report: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
     images: dict[str, tuple[str, bytes]] = {}
-
-    def chart(name: str, title: str, fill: Callable[..., None], *arguments: Any) -> None:
+    for name, title, fill, *arguments in _charts(report, compared):
         figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
         axes = figure.subplots()
         fill(axes, *arguments)
@@ -47,31 +55,33 @@ def draw(report: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str, tu
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)
         images[name] = title, buffer.getvalue()
+    return images
 
+
+def _charts(report: dict[str, Any], compared: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """Each chart's file name, its title, what fills it, and of what."""
     for tier in report["memory"]:
         peak, budget = format_size(report["peak"][tier]), format_size(report["budget"][tier])
         title = f"Memory ({tier}) by component over time: peak {peak}, budget {budget}"
-        chart(f"memory-{tier}", title, _memory, report, tier)
-    for kind in ("decode", "prefill"):
-        time = report["time"][kind]
+        yield f"memory-{tier}", title, _memory, report, tier
+    for kind, time in report["time"].items():
         if spent := time["milliseconds_per_token"]:
             mean = f"{sum(spent.values()):.1f} ms, mean of {time['tokens']}"
-            title = f"Time of a token by component, {kind}: {mean}"
-            chart(f"time-{kind}", title, _time, spent)
+            yield f"time-{kind}", f"Time of a token by component, {kind}: {mean}", _time, spent
     layers, steps = report["layers"], [s for s in report["steps"] if s["kind"] == "decode"]
     if steps:
-        moved = _moved(report, [step["moved"] for step in steps])
-        chart("bytes", "Bytes by tier: what a decoded token took, mean", _bytes, moved)
+        yield "bytes", "Bytes by tier: what a decoded token took, mean", _bytes, report, steps
     if len(steps) > 1:
-        spent = [step["seconds"] for step in steps]
-        chart("tokens", "Time of each decoded token by component", _tokens, spent)
+        yield "tokens", "Time of each decoded token by component", _tokens, steps
     if any(any(layer["uses"]) for layer in layers):
-        title = "Expert use by layer: tokens that each expert computed"
-        chart("expert-use", title, _uses, layers)
-        chart("layers", _rates_title(report["cache"]), _rates, layers)
+        yield "expert-use", "Expert use by layer: tokens that each expert computed", _uses, layers
+        cache = report["cache"]
+        title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
+        if read := used + cache["prefetch_wasted"]:
+            title += f"; of what was read ahead {used / read:.0%} was used"
+        yield "layers", title, _rates, layers
     title = "Memory: the plan beside what was measured at the peak"
-    chart("predicted", title, _predicted, compared)
-    return images
+    yield "predicted", title, _predicted, compared
 
 
 def _unit(most: float) -> tuple[str, int]:
@@ -81,9 +91,8 @@ def _unit(most: float) -> tuple[str, int]:
 
 def _legend(axes: Axes) -> None:
     """Beside the chart, in the order of the stack."""
-    handles, labels = axes.get_legend_handles_labels()
     style: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9}
-    axes.legend(handles[::-1], labels[::-1], loc="center left", **style)
+    axes.legend(reverse=True, loc="center left", **style)
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, list[float]]) -> None:
@@ -112,12 +121,11 @@ def _memory(axes: Axes, report: dict[str, Any], tier: str) -> None:
     axes.plot([at], [peak], "v", color="black", markersize=8, label="peak")
     axes.set(xlabel="time since the start (s)", ylabel=f"{tier} in use ({unit})")
     axes.set(ylim=(0, 1.1 * max(peak, budget if near else 0)))
-    for kind in ("prefill", "decode"):  # a line where each phase begins
-        began = next((step["began"] for step in report["steps"] if step["kind"] == kind), None)
-        if began is not None:
-            axes.axvline(began, color="black", linestyle=":", linewidth=1)
-            at_top = axes.get_xaxis_transform()
-            axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
+    begins = {step["kind"]: step["began"] for step in reversed(report["steps"])}
+    for kind, began in reversed(begins.items()):  # a line where each phase begins
+        axes.axvline(began, color="black", linestyle=":", linewidth=1)
+        at_top = axes.get_xaxis_transform()
+        axes.text(began, 1, f" {kind}", transform=at_top, va="top", fontsize=9)
     _legend(axes)
 
 
@@ -128,7 +136,8 @@ def _time(axes: Axes, spent: dict[str, float]) -> None:
     axes.set(xlabel="time per token (ms)")
 
 
-def _tokens(axes: Axes, spent: list[dict[str, float]]) -> None:
+def _tokens(axes: Axes, steps: list[dict[str, Any]]) -> None:
+    spent = [step["seconds"] for step in steps]
     names = [name for name in _COLOURS if any(name in token for token in spent)]
     times = {name: [1000 * token.get(name, 0.0) for token in spent] for name in names}
     _stack(axes, range(1, len(spent) + 1), times)
@@ -147,51 +156,27 @@ def _uses(axes: Axes, layers: list[dict[str, Any]]) -> None:
     axes.figure.colorbar(image, ax=axes, label="tokens")
 
 
-def _rates_title(cache: dict[str, Any]) -> str:
-    title, used = f"Cache hits by layer: {cache['hit_rate']:.0%} in all", cache["prefetch_used"]
-    if read := used + cache["prefetch_wasted"]:
-        title += f"; of what was read ahead {used / read:.0%} was used"
-    return title
-
-
 def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
-    def line(label: str, colour: str, style: str, part: list[int], *others: list[int]) -> None:
-        """``part`` of the sum of all, by layer."""
-        shares = {
-            layer["layer"]: 100 * counts[0] / sum(counts)
-            for layer, *counts in zip(layers, part, *others, strict=True)
-            if sum(counts)
-        }
+    for label, colour, style, part, whole in _RATES:
+        shares = {}
+        for layer in layers:
+            counts = layer | (layer["prefetch"] or {})
+            if total := sum(counts.get(name, 0) for name in whole):
+                shares[layer["layer"]] = 100 * counts[part] / total
         if shares:
             axes.plot(list(shares), list(shares.values()), style, label=label, color=colour, ms=5)
-
-    hits, misses = ([layer[name] for layer in layers] for name in ("hits", "misses"))
-    coming = [layer["already_coming"] for layer in layers]
-    late = [missed - came for missed, came in zip(misses, coming, strict=True)]
-    line("hits, of what was needed", BLUE, "o-", hits, misses)
-    line("already coming, of the misses", GREEN, "^-", coming, late)
-    if layers[0]["prefetch"] is not None:
-        guesses = [layer["prefetch"] for layer in layers]
-        right, used, wasted = ([g[n] for g in guesses] for n in ("right", "used", "wasted"))
-        wrong = [guess["guessed"] - guess["right"] for guess in guesses]
-        line("right, of the guesses", ORANGE, "s--", right, wrong)
-        line("used, of what was read ahead", RED, "D:", used, wasted)
     axes.set(xlabel="layer", ylabel="share (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     _legend(axes)
 
 
-def _moved(report: dict[str, Any], steps: list[dict[str, int]]) -> dict[str, float]:
+def _bytes(axes: Axes, report: dict[str, Any], steps: list[dict[str, Any]]) -> None:
     """MB that a decoded token read from memory and from each slower tier, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
-    names = {"host": "RAM to the GPU", "disk": "disk"}
-    for tier in report["io"]:
-        moved[names[tier]] = sum(step[tier] for step in steps) / len(steps) / 1e6
-    return dict(reversed(moved.items()))
-
-
-def _bytes(axes: Axes, moved: dict[str, float]) -> None:
-    colours = {"disk": RED, "RAM to the GPU": ORANGE}
+    for tier, name in (("disk", "disk"), ("host", "RAM to the GPU")):
+        if tier in report["io"]:
+            moved[name] = sum(step["moved"][tier] for step in steps) / len(steps) / 1e6
+    moved, colours = dict(reversed(moved.items())), {"disk": RED, "RAM to the GPU": ORANGE}
     labels = [f"{size:,.1f} MB" for size in moved.values()]
     _bars(axes, moved, [colours.get(name, BLUE) for name in moved], labels)
     axes.set(xlabel="bytes per token (MB)")

@@ -1,6 +1,5 @@
 """The measured run, and its figures as one JSON-able object, which ``profile.json`` holds."""
 
-import codecs
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,16 +12,18 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from slotmoe import __version__
-from slotmoe.errors import ConfigError, PlanError
+from slotmoe.errors import PlanError
 from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study.calibrate import read_text
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
 from slotmoe.tools.progress import byte_progress, step_progress
+from slotmoe.tools.run import speeds
 
 _CACHE = "hits misses hit_rate already_coming evictions bypassed slots".split()
 DEFAULT_PROMPT = (
@@ -56,14 +57,13 @@ def run(
         if trace is not None:
             runtime.trace(trace)
         profiler, detach = attach(runtime, sampler.origin)
-        tokens = runtime.generate(given, **arguments)
 
         def now() -> RenderableType:
             return overview(figures(runtime, profiler, sampler))
 
         try:
             with _shown(now, most, live, quiet) as advance:
-                for token in tokens:
+                for token in runtime.generate(given, **arguments):
                     words.append(token.text)
                     advance()
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -75,8 +75,8 @@ def run(
         report: dict[str, Any] = {"model": model, "complete": stopped is None}
         report |= measured(runtime, profiler, sampler)
         read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
-        report["workload"] = {"prompt": read, "text": "".join(words)}
-        report["workload"] |= {"new_tokens": len(words), "asked_tokens": most}
+    workload = {"prompt": read, "text": "".join(words)}
+    report["workload"] = {**workload, "new_tokens": len(words), "asked_tokens": most}
     asked = {key: value for key, value in options.items() if value is not None}
     report["settings"] = asked | report["settings"]
     return report, stopped
@@ -88,7 +88,7 @@ def _workload(
     """A text, or the ids of a text file's beginning where the whole would not fit."""
     if text is None:
         return DEFAULT_PROMPT if prompt is None else prompt_text(prompt)
-    words = _read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
+    words = read_text(text, _TEXT_BYTES_PER_TOKEN * runtime.context)
     if chat:
         return words
     room = runtime.context - max_new_tokens
@@ -100,22 +100,6 @@ def _workload(
         why = f"for --context {runtime.context} and -n {max_new_tokens}"
         say(f"{text}: the first {room} tokens are used, {why}")
     return ids[:room]
-
-
-def _read_text(path: Path, limit: int) -> str:
-    """The text of a UTF-8 file, at most its first ``limit`` bytes.  Raises ``ConfigError``."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        words = decoder.decode(data[:limit], final=len(data) <= limit)
-    except UnicodeDecodeError as problem:
-        where = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
-        advice = f"convert it, for example: iconv -f latin1 -t utf-8 {path} > utf8.txt"
-        raise ConfigError(f"{path}: not valid UTF-8 text ({where}); {advice}") from None
-    if not words:
-        raise ConfigError(f"{path}: the text is empty; give a file with at least one character")
-    return words
 
 
 @contextlib.contextmanager
@@ -153,42 +137,43 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
         for name, size in sizes.items():
             components.setdefault(name, {})[tier] = size
     host = {"ram": sum(plan.host.values())} if plan.host else {}
-    budget = {plan.tier: plan.budget} | host
-    report: dict[str, Any] = {"peak": peak, "latest": latest, "budget": budget}
-    report |= {"components": components, "time": {}}
+    report: dict[str, Any] = {
+        "peak": peak,
+        "latest": latest,
+        "budget": {plan.tier: plan.budget} | host,
+    }
+    report |= {"components": components, "time": {}, **speeds(stats)}
     for kind in ("prefill", "decode"):
         tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
         each_token = {part: 1000 * seconds / tokens for part, seconds in spent.items() if tokens}
         times = {"tokens": tokens, "seconds": sum(spent.values())}
         report["time"][kind] = {**times, "milliseconds_per_token": each_token}
-        counted, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
-        report[f"{kind}_tokens_per_second"] = counted / seconds if seconds else None
-    guesses = list(stats.get("prefetch", {}).values())
     report["cache"] = {name: stats["cache"][name] for name in _CACHE}
     for fate in ("used", "wasted", "cancelled"):
-        report["cache"][f"prefetch_{fate}"] = sum(kind[fate] for kind in guesses)
+        counts = [guesses[fate] for guesses in stats.get("prefetch", {}).values()]
+        report["cache"][f"prefetch_{fate}"] = sum(counts)
     return report | {"io": stats["io"]}
 
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
     """``figures`` and all series, predictions and settings."""
+    model, tiers = runtime.model, sampler.latest.total
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
+    settings: dict[str, Any] = {"slotmoe": __version__, "device": str(runtime.device)}
+    settings |= {"kernels": runtime.stats()["kernels"], "threads": runtime.threads}
     report = figures(runtime, profiler, sampler) | {
-        "memory": {tier: _series(sampler, tier) for tier in sampler.latest.total},
-        "peak_seconds": {tier: sampler.highest(tier).seconds for tier in sampler.latest.total},
+        "memory": {tier: _series(sampler, tier) for tier in tiers},
+        "peak_seconds": {tier: sampler.highest(tier).seconds for tier in tiers},
         "steps": [asdict(step) for step in profiler.passes],
         "layers": _layers(runtime, profiler),
-        "touched_per_token": measure.bytes_per_token(runtime.model, prompt + new // 2),
-        "settings": {"slotmoe": __version__, "device": str(runtime.device)},
+        "touched_per_token": measure.bytes_per_token(model, prompt + new // 2),
+        "settings": {**settings, "context": runtime.context},
     }
-    report["settings"] |= {"kernels": runtime.stats()["kernels"], "threads": runtime.threads}
-    report["settings"]["context"] = runtime.context
     # Last, because measuring takes memory of its own.
-    model, export = runtime.model, runtime.model.export
     link = measure.link_bandwidths(model)
     fast = {**link, "gpu": measure.read_bandwidth(model)} if link else {}
-    ram, disk = measure.ram_bandwidth(model), measure.disk_bandwidth(export)
-    latency = measure.disk_latency(export)
+    ram, disk = measure.ram_bandwidth(model), measure.disk_bandwidth(model.export)
+    latency = measure.disk_latency(model.export)
     rates = Bandwidths().updated("measured", ram=ram, disk=disk, latency=latency, **fast)
     report["bandwidths"] = {"ram": ram, "disk": disk, "disk_latency": latency, **fast}
     return report | {"predicted": measure.predict(model, max(prompt, 1), max(new, 1), rates)}
@@ -196,14 +181,15 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
 
 def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
     lookahead = runtime.model.quantized("profile").lookahead
-    layers, guesses = [], lookahead.by_layer() if lookahead is not None else []
+    guesses = lookahead.by_layer() if lookahead is not None else []
+    layers = []
     for index, layer in enumerate(runtime.config.moe_layers):
         hits, misses = profiler.hits[index], profiler.misses[index]
-        counts: dict[str, Any] = {"layer": layer, "hits": hits, "misses": misses}
-        counts["already_coming"] = profiler.coming[index]
-        counts["hit_rate"] = hits / (hits + misses) if hits + misses else None
+        counts = {"hits": hits, "misses": misses, "already_coming": profiler.coming[index]}
+        rate = hits / (hits + misses) if hits + misses else None
         prefetch = guesses[index] if guesses else None
-        layers.append(counts | {"uses": profiler.uses[index], "prefetch": prefetch})
+        shares = {"hit_rate": rate, "uses": profiler.uses[index], "prefetch": prefetch}
+        layers.append({"layer": layer, **counts, **shares})
     return layers
 
 

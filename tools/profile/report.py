@@ -41,14 +41,13 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         from slotmoe.tools.profile.charts import draw
 
         images = draw(report, rows)
-    page = _html(report, images, rows)
-    for name in CHARTS:
-        if name in images:
-            _replace(folder / f"{name}.png", images[name][1])
-        else:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-    _replace(folder / "profile.json", json.dumps(report).encode())
-    _replace(folder / "report.html", page.encode())
+    files = {f"{name}.png": png for name, (_, png) in images.items()}
+    files["profile.json"] = json.dumps(report).encode()
+    files["report.html"] = _html(report, images, rows).encode()
+    for name in {f"{chart}.png" for chart in CHARTS} - set(files):
+        (folder / name).unlink(missing_ok=True)
+    for name, data in files.items():
+        _replace(folder / name, data)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -59,9 +58,8 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _html(report: dict[str, Any], images: dict[str, tuple[str, bytes]], rows: list[Any]) -> str:
