@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.responses import StreamingResponse
 
-from slotmoe.model.generate import Answer, Delta
+from slotmoe.model.generate import Answer, Delta, Token
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.function_calling import ContentDelta, Reader
@@ -19,6 +19,8 @@ from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
+# Finishes of a job that end the whole request.  Nobody reads a 499.
+_FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
 
 async def _service(request: Request) -> Any:
@@ -28,13 +30,35 @@ async def _service(request: Request) -> Any:
 Serving = Annotated[Service, Depends(_service)]
 
 
+@dataclass
+class Update:
+    """What is new in the answer ``index``.  ``finish`` is the reason in OpenAI's words, None while
+    the answer goes on; ``stopped_by`` is the stop string that ended it, if one did."""
+
+    index: int
+    content: list[ContentDelta] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+    stopped_by: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.content)
+
+    def add(self, later: "Update") -> None:
+        self.content += later.content
+        self.tokens += later.tokens
+        self.finish, self.stopped_by = later.finish, later.stopped_by
+
+
 class Answers:
     """The answers to ``prompts``, in the batch until they end or ``cancel`` is called.
 
     ``grammar`` makes the mask of an answer, ``reader`` the parser of its text, in which the special
-    tokens of ``shown`` appear.  Where ``scored``, the prompts' own tokens and their
-    log-probabilities are in ``jobs[i].answer.read`` from the first piece on.  Made inside the event
-    loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue is full.
+    tokens of ``shown`` appear.  ``echoes`` are texts that go before the answers, with the
+    log-probabilities of the prompts' own tokens where log-probabilities are wanted.  Made inside
+    the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue
+    is full.
     """
 
     def __init__(
@@ -47,11 +71,14 @@ class Answers:
         grammar: Callable[[], Mask] | None = None,
         reader: Callable[[], Reader] = lambda: Reader(None),
         shown: Mapping[int, str] | None = None,
-        scored: bool = False,
+        echoes: Sequence[str] = (),
     ):
-        self.service, self._loop = service, asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self.options, self.decode = options, service.tokenizer.decode
+        self._service, self._loop = service, asyncio.get_running_loop()
+        self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
+        scored = bool(echoes) and options.logprobs is not None
         if scored:
             _check_scores(service, prompts, options)
         sampling = options.sampling
@@ -79,11 +106,11 @@ class Answers:
             refusal.headers = {"retry-after": str(service.batch.retry_after)}
             raise refusal from None
 
-    def _emit(self, index: int, piece: Delta) -> None:
-        if piece.finish is not None:
-            self.service.observe(self.jobs[index])
+    def _emit(self, index: int, delta: Delta) -> None:
+        if delta.finish is not None:
+            self._service.observe(self.jobs[index])
         try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+            self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
         except RuntimeError:  # the loop has ended, so nothing reads this any more
             self.cancel()
 
@@ -92,52 +119,44 @@ class Answers:
         for job in self.jobs:
             job.cancelled = True
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the answer, piece) as they come.  Raises ``RefusedError`` if it fails."""
+    async def updates(self) -> AsyncIterator[Update]:
+        """What is new in each answer, as it comes.  Raises ``RefusedError`` if one fails."""
         running = len(self.jobs)
         while running:
-            index, piece = await self._pieces.get()
-            if piece.finish in ("error", "refused"):
+            index, delta = await self._deltas.get()
+            finish, reader = delta.finish, self._readers[index]
+            if failure := _FAILURES.get(finish or ""):
                 self.cancel()
-                raise RefusedError(piece.error, status=500 if piece.finish == "error" else 400)
-            running -= piece.finish is not None
-            yield index, piece
+                raise RefusedError(delta.error, status=failure)
+            if index in self._echoes:
+                echo = ContentDelta(self._echoes.pop(index))
+                yield Update(index, [echo], [*self.jobs[index].answer.read])
+            content = reader.feed(delta.text)
+            if finish is not None:
+                running -= 1
+                content += reader.end()
+            if finish == "stop" and reader.calls:
+                finish = "tool_calls"
+            elif finish == "shutdown":
+                finish = "length"
+            yield Update(index, content, [*delta.tokens], finish, delta.stopped_by)
 
-    async def whole(self, request: Request) -> list[list[Delta]]:
-        """All pieces of each answer; if the client leaves before, the answers end."""
+    async def whole(self, request: Request) -> list[Update]:
+        """Each answer as one update; if the client leaves before, the answers end."""
 
-        async def collect() -> list[list[Delta]]:
-            pieces: list[list[Delta]] = [[] for _ in self.jobs]
-            async for index, piece in self.pieces():
-                pieces[index].append(piece)
-            return pieces
-
-        async def disconnect() -> None:
+        async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
+            self.cancel()
 
-        whole, watch = asyncio.create_task(collect()), asyncio.create_task(disconnect())
+        wholes, watching = [Update(i) for i in range(len(self.jobs))], asyncio.create_task(watch())
         try:
-            await asyncio.wait({whole, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                raise RefusedError("the client left", status=499)
-            return whole.result()
+            async for update in self.updates():
+                wholes[update.index].add(update)
         finally:
             self.cancel()
-            watch.cancel()
-            whole.cancel()
-
-    def content(self, index: int, *pieces: Delta) -> list[ContentDelta]:
-        """The text and tool calls that ``pieces`` add to an answer."""
-        reader = self._readers[index]
-        deltas = [delta for piece in pieces for delta in reader.feed(piece.text)]
-        return deltas + (reader.end() if pieces[-1].finish is not None else [])
-
-    def finish_reason(self, index: int, piece: Delta) -> str | None:
-        """In OpenAI's words; None where the answer goes on."""
-        if piece.finish == "stop" and self._readers[index].calls:
-            return "tool_calls"
-        return "length" if piece.finish == "shutdown" else piece.finish
+            watching.cancel()
+        return wholes
 
     def usage(self) -> dict[str, Any]:
         """Counts of tokens in OpenAI's form."""
@@ -169,6 +188,10 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
         reader=lambda: Reader(dialect.format if policy else None, either=schema is not None),
         shown=dialect.shown if policy else None,
     )
+
+
+EVENT_STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
+"""FastAPI's ``responses`` of a route that answers whole or as a stream."""
 
 
 class EventStream(StreamingResponse):

@@ -1,7 +1,6 @@
 """Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
 
-A field is honoured or the request is refused.  Only ``user``, a label, is ignored.  Which fields
-need or exclude each other is added to the JSON schema of a request (``json_schema_extra``).
+A field is honoured or the request is refused.  Only ``user``, a label, is ignored.
 """
 
 from __future__ import annotations
@@ -239,40 +238,8 @@ class OpenAIRequest(GenerationRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _given(name: str) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-
-
-def _equal(name: str, value: Any) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"const": value}}}
-
-
-def _needed(needs: dict[str, str]) -> list[dict[str, Any]]:
-    return [{"if": _given(a), "then": _equal(b, True)} for a, b in needs.items()]
-
-
-def _many_prompts(count: int) -> dict[str, Any]:
-    """``count`` prompts leave so many answers for each."""
-    items = {"type": ["string", "array"]}
-    prompts = {"type": "array", "minItems": count, "maxItems": count, "items": items}
-    n = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": MAX_ANSWERS // count}]}
-    many = {"required": ["prompt"], "properties": {"prompt": prompts}}
-    return {"if": many, "then": {"properties": {"n": n}}}
-
-
-_CHAT_NEEDS = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
-_LIMITS = [_given("max_tokens"), _given("max_completion_tokens")]
-_CHAT_RULES: Any = [*_needed(_CHAT_NEEDS), {"not": {"allOf": _LIMITS}}]
-_ECHOED = _equal("echo", True)
-_ONE_TEXT = {"properties": {"prompt": {"type": "string"}}, "not": _ECHOED}
-_COMPLETION_RULES: Any = [
-    *_needed(OpenAIRequest.needs),
-    {"if": _equal("max_tokens", 0), "then": _ECHOED},
-    {"if": _given("suffix"), "then": _ONE_TEXT},
-    *(_many_prompts(count) for count in range(2, MAX_ANSWERS + 1)),
-]
 
 
 @dataclass(frozen=True)
@@ -289,8 +256,7 @@ class ToolPolicy:
 class ChatRequest(OpenAIRequest):
     """``/v1/chat/completions``."""
 
-    needs: ClassVar = _CHAT_NEEDS
-    model_config = ConfigDict(json_schema_extra={"allOf": _CHAT_RULES})
+    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -349,7 +315,6 @@ _SOME_PROMPTS = Field(min_length=1, max_length=MAX_ANSWERS)
 class CompletionRequest(OpenAIRequest):
     """``/v1/completions``."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": _COMPLETION_RULES})
     prompt: Text | Ids | Annotated[list[Text], _SOME_PROMPTS] | Annotated[list[Ids], _SOME_PROMPTS]
     max_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     logprobs: TopLogprobs | None = None
