@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
 _MAX_FILE_BYTES = 64 << 20
-# Of the statistics, those that an answer's status counts: (group, name).
-_DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
-_COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
+# Of the statistics, those that an answer's status counts.
+_COUNTS = {"tokens": ("decode_tokens", "decode_seconds"), "cache": ("hits", "misses")}
 
 
 class Exchange(NamedTuple):
@@ -50,7 +50,7 @@ class Conversation:
         self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
         self.file: Path | None = None  # where this conversation was saved or loaded last
         self.notify: Callable[[str], None] = lambda text: None
-        self._max_new_tokens, self._sampling, self._answers = max_new_tokens, sampling, 0
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
         self._ids(system, [], "Hello")
@@ -68,13 +68,10 @@ class Conversation:
         prompt = self._fit(earlier, message)
         self._prompt_tokens = len(prompt)
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
-        pieces: list[str] = []
-        count, complete, chosen = 0, False, self._sampling
-        seed = chosen.seed
-        if seed is not None:
-            seed = (seed + self._answers) % (1 << 63)
-        self._answers += 1
-        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, seed)
+        chosen, count, text = self._sampling, 0, ""
+        if chosen.seed is not None:
+            self._sampling = replace(chosen, seed=(chosen.seed + 1) % (1 << 63))
+        sampling = chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed
 
         def texts() -> Iterator[str]:
             nonlocal count
@@ -82,15 +79,12 @@ class Conversation:
                 count += 1
                 yield token.text
 
-        try:
-            for piece in trimmed(texts()):
-                pieces.append(piece)
-                yield piece
-            complete = True
-        finally:
-            if pieces or complete:
-                self.exchanges = [*earlier, Exchange(message, "".join(pieces))]
-        if not pieces:
+        for piece in trimmed(texts()):
+            text += piece
+            self.exchanges = [*earlier, Exchange(message, text)]
+            yield piece
+        if not text:
+            self.exchanges = [*earlier, Exchange(message, text)]
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:
             self.notify(f"the answer was stopped after {count} tokens (--max-new-tokens)")
@@ -143,7 +137,9 @@ class Conversation:
             if position < self._prompt_tokens:
                 facts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
             tokens, seconds, hits, misses = (
-                stats[group][name] - before[group][name] for group, name in _COUNTS
+                stats[group][name] - before[group][name]
+                for group in _COUNTS
+                for name in _COUNTS[group]
             )
             if tokens:
                 facts.append(f"{tokens / seconds:.1f} tokens/s")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown_it import MarkdownIt
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -26,7 +25,6 @@ from rich.text import Text
 Status = Callable[[], str]
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _PAUSE = 30  # times as long as a drawing took passes until the next one
-_PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
 class Terminal:
@@ -169,8 +167,8 @@ def markdown(text: str) -> Markdown:
 def finished(text: str) -> int:
     """How many characters of ``text`` are Markdown blocks that no later line can change."""
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    blocks = [token for token in _PARSER.parse("".join(lines)) if token.level == 0]
-    starts = [block.map[0] for block in blocks if block.map]
+    tokens = Markdown("".join(lines)).parsed
+    starts = [token.map[0] for token in tokens if token.level == 0 and token.map]
     return sum(map(len, lines[: starts[-1]])) if starts else 0
 
 
