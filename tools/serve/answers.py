@@ -5,9 +5,9 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.responses import StreamingResponse
 
 from slotmoe.model.generate import Answer, Delta, Token
@@ -23,13 +23,6 @@ MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternati
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
 
-async def _service(request: Request) -> Any:
-    return request.app.state.service
-
-
-Serving = Annotated[Service, Depends(_service)]
-
-
 @dataclass
 class Update:
     """What is new in the answer ``index``.  ``finish`` is the reason in OpenAI's words, None while
@@ -43,7 +36,8 @@ class Update:
 
     @property
     def text(self) -> str:
-        return "".join(delta.text for delta in self.content)
+        """Without tool calls."""
+        return "".join(delta.text for delta in self.content if delta.call is None)
 
     def add(self, later: "Update") -> None:
         self.content += later.content
@@ -63,8 +57,7 @@ class Answers:
 
     def __init__(
         self,
-        service: Service,
-        owner: str,
+        request: Request,
         prompts: list[list[int]],
         options: AnswerOptions,
         *,
@@ -73,8 +66,9 @@ class Answers:
         shown: Mapping[int, str] | None = None,
         echoes: Sequence[str] = (),
     ):
-        self.options, self.decode = options, service.tokenizer.decode
-        self._service, self._loop = service, asyncio.get_running_loop()
+        service: Service = request.app.state.service
+        self.request, self.options, self.decode = request, options, service.tokenizer.decode
+        self._observe, self._loop = service.observe, asyncio.get_running_loop()
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
@@ -91,7 +85,7 @@ class Answers:
                 ends = replace(sampling, seed=seed), limit, options.stop
                 answer = Answer(*model, *ends, options.logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
-                self.jobs.append(Job(prompt, answer, emit, owner, scored))
+                self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         self._readers = [reader() for _ in self.jobs]
         self._prompt_tokens = sum(map(len, prompts))
         try:
@@ -101,14 +95,16 @@ class Answers:
                 problem = "the model has failed; the server is ending"
                 raise RefusedError(problem, status=503) from None
             service.refused += 1
-            problem = "too many answers are waiting; try again later"
-            refusal = RefusedError(problem, None, 429, "rate_limit_exceeded")
-            refusal.headers = {"retry-after": str(service.batch.retry_after)}
-            raise refusal from None
+            problem, later = (
+                "too many answers are waiting; try again later",
+                service.batch.retry_after,
+            )
+            headers = {"retry-after": str(later)}
+            raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers) from None
 
     def _emit(self, index: int, delta: Delta) -> None:
         if delta.finish is not None:
-            self._service.observe(self.jobs[index])
+            self._observe(self.jobs[index])
         try:
             self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
         except RuntimeError:  # the loop has ended, so nothing reads this any more
@@ -141,11 +137,11 @@ class Answers:
                 finish = "length"
             yield Update(index, content, [*delta.tokens], finish, delta.stopped_by)
 
-    async def whole(self, request: Request) -> list[Update]:
+    async def whole(self) -> list[Update]:
         """Each answer as one update; if the client leaves before, the answers end."""
 
         async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
+            while (await self.request.receive())["type"] != "http.disconnect":
                 pass
             self.cancel()
 
@@ -167,8 +163,9 @@ class Answers:
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answers:
+async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
+    service: Service = request.app.state.service
     service.check_model(body.model)
     options, policy = body.options(service.tokenizer.size), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
@@ -180,8 +177,7 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
     # In a thread: the template runs in a child process.
     grammar, prompt = await asyncio.to_thread(prepare)
     return Answers(
-        service,
-        owner,
+        request,
         [prompt],
         options,
         grammar=grammar,
@@ -190,18 +186,16 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
     )
 
 
-EVENT_STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {}}}}
-"""FastAPI's ``responses`` of a route that answers whole or as a stream."""
-
-
 class EventStream(StreamingResponse):
     """Server-sent events; if they fail, the error is the last.  However the response ends, its
-    answers are cancelled."""
+    answers are cancelled.  ``responses`` describes a route that may answer so."""
 
-    def __init__(self, request: Request, events: AsyncIterator[str], answers: Answers):
-        headers = {"cache-control": "no-cache"}
-        content = _with_error(request.url.path, events)
-        super().__init__(content, media_type="text/event-stream", headers=headers)
+    media_type = "text/event-stream"
+    responses: ClassVar[dict[int | str, Any]] = {200: {"content": {media_type: {}}}}
+
+    def __init__(self, events: AsyncIterator[str], answers: Answers):
+        content = _with_error(answers.request.url.path, events)
+        super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

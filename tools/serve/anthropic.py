@@ -10,17 +10,9 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import (
-    EVENT_STREAM,
-    Answers,
-    EventStream,
-    Serving,
-    Update,
-    chat_answers,
-    event,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta, collect, parse_arguments
+from slotmoe.tools.serve.function_calling import ContentDelta, joined, parse_arguments
 
 router = APIRouter()
 Json = dict[str, Any]
@@ -140,14 +132,14 @@ class MessagesRequest(requests.GenerationRequest):
         )
 
 
-@router.post(ANTHROPIC_PATH, responses=EVENT_STREAM)
-async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
-    answers = await chat_answers(service, body.chat(), request.state.owner)
+@router.post(ANTHROPIC_PATH, responses=EventStream.responses)
+async def messages(body: MessagesRequest, request: Request) -> Response:
+    answers = await chat_answers(request, body.chat())
     about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    about |= {"role": "assistant", "model": service.name}
+    about |= {"role": "assistant", "model": body.model}
     if body.stream:
-        return EventStream(request, _events(about, answers), answers)
-    (update,) = await answers.whole(request)
+        return EventStream(_events(about, answers), answers)
+    (update,) = await answers.whole()
     content = {"content": _blocks(update.content), "usage": _usage(answers)}
     return JSONResponse({**about, **content, **_stop(update)})
 
@@ -172,12 +164,13 @@ def _stop(update: Update) -> Json:
 
 def _blocks(deltas: list[ContentDelta]) -> list[Json]:
     """Of a whole answer, without tool calls that were cut off."""
-    text, calls = collect(deltas)
-    blocks = []
-    for name, arguments, complete in calls:
-        if complete and (given := parse_arguments(arguments)) is not None:
-            blocks.append(_tool_use(name, given))
-    return [{"type": "text", "text": text}, *blocks] if text or not blocks else blocks
+    blocks = list[Json]()
+    for part in joined(deltas):
+        if part.name is None:
+            blocks.append({"type": "text", "text": part.text})
+        elif part.complete and (given := parse_arguments(part.text)) is not None:
+            blocks.append(_tool_use(part.name, given))
+    return blocks or [{"type": "text", "text": ""}]
 
 
 def _tool_use(name: str, given: Json) -> Json:

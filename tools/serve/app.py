@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response, Security
+from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from prometheus_client import generate_latest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
 from slotmoe.tools.serve import anthropic, openai
-from slotmoe.tools.serve.answers import Serving
 from slotmoe.tools.serve.errors import EXCEPTION_HANDLERS
 from slotmoe.tools.serve.service import Service
 
@@ -37,20 +36,21 @@ async def page() -> Response:
 
 
 @public.get("/health")
-async def health(service: Serving) -> Response:
-    if service.batch.alive:
+async def health(request: Request) -> Response:
+    if request.app.state.service.batch.alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "the model has failed"}, 503)
 
 
 @figures.get("/stats")
-def stats(service: Serving) -> Response:
-    return JSONResponse(service.stats())
+def stats(request: Request) -> Response:
+    return JSONResponse(request.app.state.service.stats())
 
 
 @figures.get("/metrics", response_class=PlainTextResponse)
-def metrics(service: Serving) -> Response:
-    return PlainTextResponse(generate_latest(service.registry), media_type=_PROMETHEUS)
+def metrics(request: Request) -> Response:
+    figures = generate_latest(request.app.state.service.registry)
+    return PlainTextResponse(figures, media_type=_PROMETHEUS)
 
 
 def make_app(service: Service, has_keys: bool) -> FastAPI:

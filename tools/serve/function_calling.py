@@ -7,8 +7,8 @@ words and writes tool calls as JSON between two tags.
 
 import json
 import re
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from slotmoe.model.generate import overlap
@@ -107,11 +107,10 @@ class Dialect:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
             written.append({"role": message.role, "content": text})
-            names = {call.id: call.function.name for call in message.calls}
             responses = []
-            for result in results:
+            for call, result in zip(message.calls, results, strict=True):
                 error = ' error="true"' if result.failed else ""
-                tag = f'tool_response name="{names[result.tool_call_id]}"{error}'
+                tag = f'tool_response name="{call.function.name}"{error}'
                 responses.append(f"<{tag}>\n{result.text}\n</tool_response>")
             if responses:
                 written.append({"role": "user", "content": "\n".join(responses)})
@@ -274,18 +273,16 @@ class Reader:
             yield None
 
 
-def collect(deltas: list[ContentDelta]) -> tuple[str, list[tuple[str, str, bool]]]:
-    """Text, and name, arguments and completeness of each tool call, of a whole answer."""
-    text, calls = "", list[tuple[str, str, bool]]()
+def joined(deltas: Iterable[ContentDelta]) -> list[ContentDelta]:
+    """One delta for the text and for each tool call of a whole answer."""
+    parts: list[ContentDelta] = []
     for delta in deltas:
-        if delta.call is None:
-            text += delta.text
-        elif delta.name is not None:
-            calls.append((delta.name, "", False))
+        if parts and parts[-1].call == delta.call:
+            text = parts[-1].text + delta.text
+            parts[-1] = replace(parts[-1], text=text, complete=delta.complete)
         else:
-            name, arguments, _ = calls[-1]
-            calls[-1] = (name, arguments + delta.text, delta.complete)
-    return text, calls
+            parts.append(delta)
+    return parts
 
 
 def parse_arguments(text: str) -> dict[str, Any] | None:

@@ -67,9 +67,8 @@ class Guard:
         owner = self._owner(headers)
         if owner is None and scope.get("raw_path", b"") != b"/health":
             problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            refusal = RefusedError(problem, None, 401, "invalid_api_key")
-            refusal.headers = _ASK if scope["path"] == "/" else None
-            raise refusal
+            ask = _ASK if scope["path"] == "/" else None
+            raise RefusedError(problem, None, 401, "invalid_api_key", ask)
         return owner or ""
 
     def _is_known(self, host: str) -> bool:

@@ -10,42 +10,36 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from slotmoe.model.generate import Token
-from slotmoe.tools.serve.answers import (
-    EVENT_STREAM,
-    Answers,
-    EventStream,
-    Serving,
-    Update,
-    chat_answers,
-    event,
-)
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta, collect
+from slotmoe.tools.serve.function_calling import ContentDelta, joined
 from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, CompletionRequest, OpenAIRequest
+from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
 Json = dict[str, Any]
 
 
 @router.get("/v1/models")
-async def models(service: Serving) -> Response:
-    return JSONResponse({"object": "list", "data": [service.described()]})
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [request.app.state.service.described()]})
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, service: Serving) -> Response:
-    service.check_model(name)
-    return JSONResponse(service.described())
+async def model(name: str, request: Request) -> Response:
+    request.app.state.service.check_model(name)
+    return JSONResponse(request.app.state.service.described())
 
 
-@router.post("/v1/chat/completions", responses=EVENT_STREAM)
-async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
-    answers = await chat_answers(service, body, request.state.owner)
-    return await _respond(request, body, answers, ChatChoices(answers))
+@router.post("/v1/chat/completions", responses=EventStream.responses)
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    answers = await chat_answers(request, body)
+    return await _respond(body, answers, ChatChoices(answers))
 
 
-@router.post("/v1/completions", responses=EVENT_STREAM)
-async def completions(body: CompletionRequest, request: Request, service: Serving) -> Response:
+@router.post("/v1/completions", responses=EventStream.responses)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
     service.check_model(body.model)
     options, given = body.options(service.tokenizer.size), body.prompts()
     if len(given) * options.choices > MAX_ANSWERS:
@@ -62,12 +56,12 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         if body.echo:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             echoes += [text] * options.choices
-    answers = Answers(service, request.state.owner, prompts, options, echoes=echoes)
-    return await _respond(request, body, answers, TextChoices(answers))
+    answers = Answers(request, prompts, options, echoes=echoes)
+    return await _respond(body, answers, TextChoices(answers))
 
 
 async def _respond(
-    request: Request, body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
+    body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
     about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
     about["created"] = int(time.time())
@@ -84,8 +78,8 @@ async def _respond(
         yield "data: [DONE]\n\n"
 
     if body.stream:
-        return EventStream(request, events(), answers)
-    wholes = [choices.whole(update) for update in await answers.whole(request)]
+        return EventStream(events(), answers)
+    wholes = [choices.whole(update) for update in await answers.whole()]
     content = {**about, "object": choices.kind, "choices": wholes}
     return JSONResponse({**content, "usage": answers.usage()})
 
@@ -112,11 +106,12 @@ class ChatChoices:
             yield _choice(update.index, "delta", {}, None, update.finish)
 
     def whole(self, update: Update) -> Json:
-        text, calls = collect(update.content)
-        content = text if text or not calls else None
+        parts = joined(update.content)
+        calls = [_call(part.name, part.text) for part in parts if part.name is not None]
+        content = update.text if update.text or not calls else None
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
-            message["tool_calls"] = [_call(name, arguments) for name, arguments, _ in calls]
+            message["tool_calls"] = calls
         logprobs = self._logprobs(update.tokens)
         return _choice(update.index, "message", message, logprobs, update.finish)
 

@@ -3,8 +3,6 @@
 A field is honoured or the request is refused.  Only ``user``, a label, is ignored.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -115,7 +113,7 @@ class AssistantMessage(Message):
         return self.tool_calls or []
 
     @model_validator(mode="after")
-    def _is_not_empty(self) -> AssistantMessage:
+    def _is_not_empty(self) -> "AssistantMessage":
         if self.content is None and not self.tool_calls:
             raise ValueError("an assistant message has neither content nor tool_calls")
         return self
