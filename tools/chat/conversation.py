@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from slotmoe.offload.runtime import Runtime
 
 _MAX_FILE_BYTES = 64 << 20
-# Of the statistics, those that an answer's status counts.
-_COUNTS = {"tokens": ("decode_tokens", "decode_seconds"), "cache": ("hits", "misses")}
+# Of the statistics, those that an answer's status counts: (group, name).
+_DECODED = (("tokens", "decode_tokens"), ("tokens", "decode_seconds"))
+_COUNTS = (*_DECODED, ("cache", "hits"), ("cache", "misses"))
 
 
 class Exchange(NamedTuple):
@@ -137,9 +138,7 @@ class Conversation:
             if position < self._prompt_tokens:
                 facts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
             tokens, seconds, hits, misses = (
-                stats[group][name] - before[group][name]
-                for group in _COUNTS
-                for name in _COUNTS[group]
+                stats[group][name] - before[group][name] for group, name in _COUNTS
             )
             if tokens:
                 facts.append(f"{tokens / seconds:.1f} tokens/s")

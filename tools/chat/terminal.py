@@ -32,8 +32,8 @@ class Terminal:
 
     def __init__(self, history: Path, commands: Sequence[str], status: Status, console: Any = None):
         self._console, self._status = console or Console(), status
-        self._line, self._draft = "", ""  # what was read last, and what the next prompt begins with
-        self._answered = False  # whether some of the answer to it was shown
+        self._unanswered = ""  # what was read last, until some of the answer to it is shown
+        self._draft = ""  # what the next prompt begins with
         self._view: View | None = None  # of the latest answer
         editing: Any = {"multiline": True, "enable_open_in_editor": True, "key_bindings": _keys()}
         completer = WordCompleter(list(commands), sentence=True)
@@ -44,12 +44,11 @@ class Terminal:
         )
 
     def read(self) -> str | None:
-        self._answered = False
         while True:
             draft, self._draft = self._draft, ""
             try:
-                self._line = self._session.prompt(default=draft)
-                return self._line
+                self._unanswered = line = self._session.prompt(default=draft)
+                return line
             except KeyboardInterrupt:
                 if not self._session.default_buffer.text:
                     self.say("Ctrl-D or /exit leaves, /help lists the commands")
@@ -62,7 +61,7 @@ class Terminal:
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
-                    self._answered = True
+                    self._unanswered = ""
                     self._view.add(piece)
 
     def say(self, text: str) -> None:
@@ -77,8 +76,7 @@ class Terminal:
             self.say("stopped")
         else:
             self._console.print(Text(visible(str(problem)), style="red"))
-        if not self._answered:
-            self._draft = self._line
+        self._draft = self._unanswered
 
     def _history(self, path: Path) -> History:
         try:

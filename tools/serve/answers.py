@@ -95,11 +95,8 @@ class Answers:
                 problem = "the model has failed; the server is ending"
                 raise RefusedError(problem, status=503) from None
             service.refused += 1
-            problem, later = (
-                "too many answers are waiting; try again later",
-                service.batch.retry_after,
-            )
-            headers = {"retry-after": str(later)}
+            problem = "too many answers are waiting; try again later"
+            headers = {"retry-after": str(service.batch.retry_after)}
             raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers) from None
 
     def _emit(self, index: int, delta: Delta) -> None:
