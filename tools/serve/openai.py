@@ -73,7 +73,7 @@ async def _respond(
         async for update in answers.updates():
             for choice in choices.chunks(update):
                 yield event({**chunk, "choices": [choice]})
-        if body.wants_usage:
+        if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**chunk, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
 

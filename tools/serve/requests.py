@@ -230,11 +230,6 @@ class OpenAIRequest(GenerationRequest):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs)
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
