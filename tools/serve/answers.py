@@ -72,12 +72,14 @@ class Answers:
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
-        scored = bool(echoes) and options.logprobs is not None
-        if scored:
-            _check_scores(service, prompts, options)
-        sampling = options.sampling
+        self._prompt_tokens = sum(map(len, prompts))
+        sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
+        scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
+        if scored and scores > MAX_SCORES:
+            problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
+            raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
         for prompt in prompts:
-            limit = _limit(service, prompt, options.limit)
+            limit = _limit(service, prompt, options.limit, scored)
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
                 mask = grammar() if grammar is not None else None
@@ -87,7 +89,6 @@ class Answers:
                 emit = partial(self._emit, len(self.jobs))
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         self._readers = [reader() for _ in self.jobs]
-        self._prompt_tokens = sum(map(len, prompts))
         try:
             service.batch.submit(self.jobs)
         except QueueFullError:
@@ -217,13 +218,16 @@ async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[st
         yield event(body, "error" if "type" in body else None)
 
 
-def _limit(service: Service, prompt: list[int], limit: int | None) -> int:
+def _limit(service: Service, prompt: list[int], limit: int | None, scored: bool) -> int:
     """The most tokens of an answer to ``prompt``."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
+    known = "the model's vocabulary"
+    if scored:
+        vocabulary, known = service.tokenizer.size, "those that are text"
     if not prompt:
         raise RefusedError("the prompt is empty", "prompt")
     if max(prompt) >= vocabulary:
-        problem = f"outside 0 to {vocabulary - 1}, the model's vocabulary"
+        problem = f"outside 0 to {vocabulary - 1}, {known}"
         raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
     room = context - len(prompt)
     if room < (0 if limit == 0 else 1):
@@ -231,15 +235,3 @@ def _limit(service: Service, prompt: list[int], limit: int | None) -> int:
         advice = "Shorten it, or start the server with --context"
         raise RefusedError(f"{problem}. {advice}", code="context_length_exceeded")
     return room if limit is None else min(limit, room)
-
-
-def _check_scores(service: Service, prompts: list[list[int]], options: AnswerOptions) -> None:
-    """Raises ``RefusedError`` unless the prompts' log-probabilities can be given."""
-    tokens = sum(len(prompt) for prompt in prompts)
-    count = tokens * options.choices * (1 + (options.logprobs or 0))
-    if count > MAX_SCORES:
-        problem = f"{count} log-probabilities, more than {MAX_SCORES} in one request"
-        raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
-    if any(id_ >= service.tokenizer.size for prompt in prompts for id_ in prompt):
-        problem = f"outside 0 to {service.tokenizer.size - 1}, those that are text"
-        raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
