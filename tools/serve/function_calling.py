@@ -83,22 +83,22 @@ class Dialect:
         """The conversation as text for the model.  Raises ``RefusedError``, ``ConfigError``."""
         turns, described = with_results(messages), None
         functions = policy.functions if policy is not None else []
+        written = self._native(turns) if self.is_native else self._plain(turns)
         if self._template_has_tools:
             described = [{"type": "function", "function": _described(f)} for f in functions]
         elif functions:
-            turns = self._with_description(turns, functions)
-        written = self._native(turns) if self.is_native else self._plain(turns)
+            self._describe(functions, written)
         begun = self.is_native and bool(turns[-1][1])
         return self._tokenizer.chat(written, described, begun=begun)
 
-    def _with_description(self, turns: list[Turn], functions: list[Function]) -> list[Turn]:
-        """``turns`` with the functions described at the end of the system message."""
+    def _describe(self, functions: list[Function], written: list[dict[str, str]]) -> None:
+        """Describe the functions at the end of the system message of ``written``."""
         system = "You are a helpful Assistant." if self.is_native else ""
-        if turns[0][0].role == "system":
-            system, turns = turns[0][0].text, turns[1:]
+        if written[0]["role"] == "system":
+            system = written.pop(0)["content"]
         text = _native_description(functions) if self.is_native else _plain_description(functions)
-        text = f"{system}\n\n{text}" if system else text
-        return [(PlainMessage.model_construct(role="system", content=text), []), *turns]
+        content = f"{system}\n\n{text}" if system else text
+        written.insert(0, {"role": "system", "content": content})
 
     def _plain(self, turns: list[Turn]) -> list[dict[str, str]]:
         """For a template that knows no functions: results are in a message of the user."""
