@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, TypeAlias
 
 from slotmoe.model.generate import overlap
@@ -275,13 +276,11 @@ class Reader:
 
 def joined(deltas: Iterable[ContentDelta]) -> list[ContentDelta]:
     """One delta for the text and for each tool call of a whole answer."""
-    parts: list[ContentDelta] = []
-    for delta in deltas:
-        if parts and parts[-1].call == delta.call:
-            text = parts[-1].text + delta.text
-            parts[-1] = replace(parts[-1], text=text, complete=delta.complete)
-        else:
-            parts.append(delta)
+    parts = []
+    for _, group in groupby(deltas, key=lambda delta: delta.call):
+        first, *others = group
+        text = "".join(delta.text for delta in (first, *others))
+        parts.append(replace(first, text=text, complete=any(d.complete for d in others)))
     return parts
 
 
