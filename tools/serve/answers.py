@@ -203,10 +203,10 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
 
 
-def event(data: Mapping[str, Any], kind: str | None = None) -> str:
-    """One server-sent event."""
-    text = f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
-    return text if kind is None else f"event: {kind}\n{text}"
+def event(data: Mapping[str, Any]) -> str:
+    """One server-sent event, named after the type of ``data`` if it has one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -214,8 +214,7 @@ async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[st
         async for text in events:
             yield text
     except RefusedError as problem:
-        body = error_body(path, problem)
-        yield event(body, "error" if "type" in body else None)
+        yield event(error_body(path, problem))
 
 
 def _limit(service: Service, prompt: list[int], limit: int | None, scored: bool) -> int:

@@ -198,11 +198,10 @@ async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
                 if delta.call is not None:
                     added = {"type": "input_json_delta", "partial_json": delta.text}
                 yield _event("content_block_delta", index=index, delta=added)
-        if update.finish is not None:
-            yield _event("content_block_stop", index=index)
-            yield _event("message_delta", delta=_stop(update), usage=_usage(answers))
+    yield _event("content_block_stop", index=index)
+    yield _event("message_delta", delta=_stop(update), usage=_usage(answers))
     yield _event("message_stop")
 
 
 def _event(kind: str, **content: Any) -> str:
-    return event({"type": kind, **content}, kind)
+    return event({"type": kind, **content})
