@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -46,16 +47,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
     tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
+    encode: Any = tokenizer.encode
+    if body.suffix is not None:
+        encode = partial(tokenizer.encode_gap, after=body.suffix)
     for prompt in given:
-        ids: Any = prompt
-        if isinstance(prompt, str):
-            gap = () if body.suffix is None else (body.suffix,)
-            encode = tokenizer.encode_gap if gap else tokenizer.encode
-            ids = await asyncio.to_thread(encode, prompt, *gap)
-        prompts.append(ids)
+        is_text = isinstance(prompt, str)
+        prompts.append(await asyncio.to_thread(encode, prompt) if is_text else prompt)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            echoes += [text] * options.choices
+            echoes += [prompt if is_text else tokenizer.decode(prompt)] * options.choices
     answers = Answers(request, prompts, options, echoes=echoes)
     return await _respond(body, answers, TextChoices(answers))
 

@@ -326,8 +326,7 @@ class CompletionRequest(OpenAIRequest):
         limit = 16 if self.max_tokens is None else self.max_tokens
         return self._options(vocabulary, limit, self.logprobs)
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, as texts or as token ids."""
+    def prompts(self) -> list[Any]:
+        """The prompts, as texts or as lists of token ids."""
         is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        prompts: Any = [self.prompt] if is_single else self.prompt
-        return list(prompts)
+        return [self.prompt] if is_single else [*self.prompt]
