@@ -26,7 +26,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 MAX_RUNTIME_METHODS = 20
 EXTRAS = {
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
-    "chat": ("prompt_toolkit", "markdown_it"),
+    "chat": ("prompt_toolkit",),
     "plots": ("matplotlib",),
 }
 LIGHT = ["slotmoe", "slotmoe.model.config", "slotmoe.model.names", "slotmoe.quant.shapes"]
@@ -172,8 +172,7 @@ def test_dependencies_are_declared():
     extras = project["optional-dependencies"]
 
     def declared(requirements):
-        names = [requirement.partition(">")[0] for requirement in requirements]
-        return {name.replace("markdown-it-py", "markdown_it") for name in names}
+        return {requirement.partition(">")[0] for requirement in requirements}
 
     assert {name: declared(extras[name]) for name in EXTRAS} == {
         name: set(modules) for name, modules in EXTRAS.items()

@@ -58,7 +58,7 @@ def test_command_without_its_libraries_ends_in_one_line(
 
 
 def test_chat_through_pipes_needs_no_extra(hide, monkeypatch):
-    hide("prompt_toolkit", "markdown_it")
+    hide("prompt_toolkit")
     monkeypatch.setattr("slotmoe.tools.chat.open_runtime", lambda *_: 1 / 0)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(ZeroDivisionError):

@@ -22,7 +22,7 @@ from slotmoe.tools.serve.function_calling import (
     ContentDelta,
     Dialect,
     Reader,
-    collect,
+    joined,
     parse_arguments,
 )
 from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
@@ -244,16 +244,20 @@ def test_answers_are_taken_apart_however_they_arrive(form, width):
             for start in range(0, len(text), width)
             for part in reader.feed(text[start : start + width])
         ] + reader.end()
-        assert collect(parts) == (
-            said,
-            [(one.function.name, one.function.arguments, True) for one in made],
-        ) and reader.calls == len(made)
+        assert joined(parts) == [
+            *([ContentDelta(said)] if said else []),
+            *(
+                ContentDelta(one.function.arguments, index, one.function.name, complete=True)
+                for index, one in enumerate(made)
+            ),
+        ] and reader.calls == len(made)
     cut = Reader(form)
     text = form.write(calls)
     parts = [
         part for character in text[: text.rindex(form.tail)] for part in cut.feed(character)
     ] + cut.end()
-    assert collect(parts)[1][0] == ("one", odd, True) and not collect(parts)[1][-1][2]
+    first, *_, last = joined(parts)
+    assert first == ContentDelta(odd, 0, "one", complete=True) and not last.complete
     assert Reader(form, either=True).feed(f'"{form.opening}"') == [
         ContentDelta(f'"{form.opening}"')
     ]

@@ -102,7 +102,7 @@ def command(
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        require_extra("chat", "prompt_toolkit", "markdown_it")
+        require_extra("chat", "prompt_toolkit")
     from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Conversation:
         self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
         self.file: Path | None = None  # where this conversation was saved or loaded last
         self.notify: Callable[[str], None] = lambda text: None
-        self._max_new_tokens, self._sampling, self._answers = max_new_tokens, sampling, 0
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
         self._ids(system, [], "Hello")
@@ -68,13 +69,10 @@ class Conversation:
         prompt = self._fit(earlier, message)
         self._prompt_tokens = len(prompt)
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
-        pieces: list[str] = []
-        count, complete, chosen = 0, False, self._sampling
-        seed = chosen.seed
-        if seed is not None:
-            seed = (seed + self._answers) % (1 << 63)
-        self._answers += 1
-        sampling = (chosen.temperature, chosen.top_p, chosen.top_k, seed)
+        chosen, count, text = self._sampling, 0, ""
+        if chosen.seed is not None:
+            self._sampling = replace(chosen, seed=(chosen.seed + 1) % (1 << 63))
+        sampling = chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed
 
         def texts() -> Iterator[str]:
             nonlocal count
@@ -82,15 +80,12 @@ class Conversation:
                 count += 1
                 yield token.text
 
-        try:
-            for piece in trimmed(texts()):
-                pieces.append(piece)
-                yield piece
-            complete = True
-        finally:
-            if pieces or complete:
-                self.exchanges = [*earlier, Exchange(message, "".join(pieces))]
-        if not pieces:
+        for piece in trimmed(texts()):
+            text += piece
+            self.exchanges = [*earlier, Exchange(message, text)]
+            yield piece
+        if not text:
+            self.exchanges = [*earlier, Exchange(message, text)]
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:
             self.notify(f"the answer was stopped after {count} tokens (--max-new-tokens)")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from markdown_it import MarkdownIt
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -26,7 +25,6 @@ from rich.text import Text
 Status = Callable[[], str]
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _PAUSE = 30  # times as long as a drawing took passes until the next one
-_PARSER = MarkdownIt().enable("strikethrough").enable("table")
 
 
 class Terminal:
@@ -34,8 +32,8 @@ class Terminal:
 
     def __init__(self, history: Path, commands: Sequence[str], status: Status, console: Any = None):
         self._console, self._status = console or Console(), status
-        self._line, self._draft = "", ""  # what was read last, and what the next prompt begins with
-        self._answered = False  # whether some of the answer to it was shown
+        self._unanswered = ""  # what was read last, until some of the answer to it is shown
+        self._draft = ""  # what the next prompt begins with
         self._view: View | None = None  # of the latest answer
         editing: Any = {"multiline": True, "enable_open_in_editor": True, "key_bindings": _keys()}
         completer = WordCompleter(list(commands), sentence=True)
@@ -46,12 +44,11 @@ class Terminal:
         )
 
     def read(self) -> str | None:
-        self._answered = False
         while True:
             draft, self._draft = self._draft, ""
             try:
-                self._line = self._session.prompt(default=draft)
-                return self._line
+                self._unanswered = line = self._session.prompt(default=draft)
+                return line
             except KeyboardInterrupt:
                 if not self._session.default_buffer.text:
                     self.say("Ctrl-D or /exit leaves, /help lists the commands")
@@ -64,7 +61,7 @@ class Terminal:
             self._view = View(self._console, self._status)
             with self._view.live, contextlib.closing(self._view):
                 for piece in answer:
-                    self._answered = True
+                    self._unanswered = ""
                     self._view.add(piece)
 
     def say(self, text: str) -> None:
@@ -79,8 +76,7 @@ class Terminal:
             self.say("stopped")
         else:
             self._console.print(Text(visible(str(problem)), style="red"))
-        if not self._answered:
-            self._draft = self._line
+        self._draft = self._unanswered
 
     def _history(self, path: Path) -> History:
         try:
@@ -169,8 +165,8 @@ def markdown(text: str) -> Markdown:
 def finished(text: str) -> int:
     """How many characters of ``text`` are Markdown blocks that no later line can change."""
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    blocks = [token for token in _PARSER.parse("".join(lines)) if token.level == 0]
-    starts = [block.map[0] for block in blocks if block.map]
+    tokens = Markdown("".join(lines)).parsed
+    starts = [token.map[0] for token in tokens if token.level == 0 and token.map]
     return sum(map(len, lines[: starts[-1]])) if starts else 0
 
 

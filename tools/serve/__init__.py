@@ -19,7 +19,6 @@ _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
 
-
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
@@ -60,12 +59,9 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
     keys = _keys(options["api_keys"], options["api_key_file"])
     max_body, hosts = parse_size(options["max_body"]), (host, *options["hosts"])
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
-    if not keys and not _is_loopback(host):
-        advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
-        raise ConfigError(f"--host {host}: others could use this server; {advice}")
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
-        _listen(host, port) as listener,
+        _listen(host, port, bool(keys)) as listener,
         open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
@@ -153,18 +149,15 @@ def allow_descriptors(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``."""
+def _listen(host: str, port: int, has_keys: bool) -> socket.socket:
+    """A socket that listens there, before anything large is loaded.  Raises ``ConfigError``, also
+    where others could connect and nothing asks for a key."""
     try:
         kind: Any = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
         family, _, _, _, address = socket.getaddrinfo(host, port, **kind)[0]
+        if not has_keys and not ipaddress.ip_address(address[0]).is_loopback:
+            advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY"
+            raise ConfigError(f"--host {host}: others could use this server; {advice}")
         return socket.create_server(address[:2], family=family)
     except OSError as problem:
         reason = f"can't listen there ({problem.strerror}); give another --host or --port"

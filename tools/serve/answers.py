@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.responses import StreamingResponse
 
-from slotmoe.model.generate import Answer, Delta
+from slotmoe.model.generate import Answer, Delta, Token
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.function_calling import ContentDelta, Reader
@@ -19,44 +19,67 @@ from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
+# Finishes of a job that end the whole request.  Nobody reads a 499.
+_FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
 
-async def _service(request: Request) -> Any:
-    return request.app.state.service
+@dataclass
+class Update:
+    """What is new in the answer ``index``.  ``finish`` is the reason in OpenAI's words, None while
+    the answer goes on; ``stopped_by`` is the stop string that ended it, if one did."""
 
+    index: int
+    content: list[ContentDelta] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+    stopped_by: str | None = None
 
-Serving = Annotated[Service, Depends(_service)]
+    @property
+    def text(self) -> str:
+        """Without tool calls."""
+        return "".join(delta.text for delta in self.content if delta.call is None)
+
+    def add(self, later: "Update") -> None:
+        self.content += later.content
+        self.tokens += later.tokens
+        self.finish, self.stopped_by = later.finish, later.stopped_by
 
 
 class Answers:
     """The answers to ``prompts``, in the batch until they end or ``cancel`` is called.
 
     ``grammar`` makes the mask of an answer, ``reader`` the parser of its text, in which the special
-    tokens of ``shown`` appear.  Where ``scored``, the prompts' own tokens and their
-    log-probabilities are in ``jobs[i].answer.read`` from the first piece on.  Made inside the event
-    loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue is full.
+    tokens of ``shown`` appear.  ``echoes`` are texts that go before the answers, with the
+    log-probabilities of the prompts' own tokens where log-probabilities are wanted.  Made inside
+    the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue
+    is full.
     """
 
     def __init__(
         self,
-        service: Service,
-        owner: str,
+        request: Request,
         prompts: list[list[int]],
         options: AnswerOptions,
         *,
         grammar: Callable[[], Mask] | None = None,
         reader: Callable[[], Reader] = lambda: Reader(None),
         shown: Mapping[int, str] | None = None,
-        scored: bool = False,
+        echoes: Sequence[str] = (),
     ):
-        self.service, self._loop = service, asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        service: Service = request.app.state.service
+        self.request, self.options, self.decode = request, options, service.tokenizer.decode
+        self._observe, self._loop = service.observe, asyncio.get_running_loop()
+        self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
-        if scored:
-            _check_scores(service, prompts, options)
-        sampling = options.sampling
+        self._prompt_tokens = sum(map(len, prompts))
+        sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
+        scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
+        if scored and scores > MAX_SCORES:
+            problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
+            raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
         for prompt in prompts:
-            limit = _limit(service, prompt, options.limit)
+            limit = _limit(service, prompt, options.limit, scored)
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
                 mask = grammar() if grammar is not None else None
@@ -64,9 +87,8 @@ class Answers:
                 ends = replace(sampling, seed=seed), limit, options.stop
                 answer = Answer(*model, *ends, options.logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
-                self.jobs.append(Job(prompt, answer, emit, owner, scored))
+                self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         self._readers = [reader() for _ in self.jobs]
-        self._prompt_tokens = sum(map(len, prompts))
         try:
             service.batch.submit(self.jobs)
         except QueueFullError:
@@ -75,15 +97,14 @@ class Answers:
                 raise RefusedError(problem, status=503) from None
             service.refused += 1
             problem = "too many answers are waiting; try again later"
-            refusal = RefusedError(problem, None, 429, "rate_limit_exceeded")
-            refusal.headers = {"retry-after": str(service.batch.retry_after)}
-            raise refusal from None
+            headers = {"retry-after": str(service.batch.retry_after)}
+            raise RefusedError(problem, None, 429, "rate_limit_exceeded", headers) from None
 
-    def _emit(self, index: int, piece: Delta) -> None:
-        if piece.finish is not None:
-            self.service.observe(self.jobs[index])
+    def _emit(self, index: int, delta: Delta) -> None:
+        if delta.finish is not None:
+            self._observe(self.jobs[index])
         try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+            self._loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
         except RuntimeError:  # the loop has ended, so nothing reads this any more
             self.cancel()
 
@@ -92,52 +113,44 @@ class Answers:
         for job in self.jobs:
             job.cancelled = True
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(index of the answer, piece) as they come.  Raises ``RefusedError`` if it fails."""
+    async def updates(self) -> AsyncIterator[Update]:
+        """What is new in each answer, as it comes.  Raises ``RefusedError`` if one fails."""
         running = len(self.jobs)
         while running:
-            index, piece = await self._pieces.get()
-            if piece.finish in ("error", "refused"):
+            index, delta = await self._deltas.get()
+            finish, reader = delta.finish, self._readers[index]
+            if failure := _FAILURES.get(finish or ""):
                 self.cancel()
-                raise RefusedError(piece.error, status=500 if piece.finish == "error" else 400)
-            running -= piece.finish is not None
-            yield index, piece
+                raise RefusedError(delta.error, status=failure)
+            if index in self._echoes:
+                echo = ContentDelta(self._echoes.pop(index))
+                yield Update(index, [echo], [*self.jobs[index].answer.read])
+            content = reader.feed(delta.text)
+            if finish is not None:
+                running -= 1
+                content += reader.end()
+            if finish == "stop" and reader.calls:
+                finish = "tool_calls"
+            elif finish == "shutdown":
+                finish = "length"
+            yield Update(index, content, [*delta.tokens], finish, delta.stopped_by)
 
-    async def whole(self, request: Request) -> list[list[Delta]]:
-        """All pieces of each answer; if the client leaves before, the answers end."""
+    async def whole(self) -> list[Update]:
+        """Each answer as one update; if the client leaves before, the answers end."""
 
-        async def collect() -> list[list[Delta]]:
-            pieces: list[list[Delta]] = [[] for _ in self.jobs]
-            async for index, piece in self.pieces():
-                pieces[index].append(piece)
-            return pieces
-
-        async def disconnect() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
+        async def watch() -> None:
+            while (await self.request.receive())["type"] != "http.disconnect":
                 pass
+            self.cancel()
 
-        whole, watch = asyncio.create_task(collect()), asyncio.create_task(disconnect())
+        wholes, watching = [Update(i) for i in range(len(self.jobs))], asyncio.create_task(watch())
         try:
-            await asyncio.wait({whole, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                raise RefusedError("the client left", status=499)
-            return whole.result()
+            async for update in self.updates():
+                wholes[update.index].add(update)
         finally:
             self.cancel()
-            watch.cancel()
-            whole.cancel()
-
-    def content(self, index: int, *pieces: Delta) -> list[ContentDelta]:
-        """The text and tool calls that ``pieces`` add to an answer."""
-        reader = self._readers[index]
-        deltas = [delta for piece in pieces for delta in reader.feed(piece.text)]
-        return deltas + (reader.end() if pieces[-1].finish is not None else [])
-
-    def finish_reason(self, index: int, piece: Delta) -> str | None:
-        """In OpenAI's words; None where the answer goes on."""
-        if piece.finish == "stop" and self._readers[index].calls:
-            return "tool_calls"
-        return "length" if piece.finish == "shutdown" else piece.finish
+            watching.cancel()
+        return wholes
 
     def usage(self) -> dict[str, Any]:
         """Counts of tokens in OpenAI's form."""
@@ -148,8 +161,9 @@ class Answers:
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answers:
+async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
+    service: Service = request.app.state.service
     service.check_model(body.model)
     options, policy = body.options(service.tokenizer.size), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
@@ -161,8 +175,7 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
     # In a thread: the template runs in a child process.
     grammar, prompt = await asyncio.to_thread(prepare)
     return Answers(
-        service,
-        owner,
+        request,
         [prompt],
         options,
         grammar=grammar,
@@ -173,12 +186,14 @@ async def chat_answers(service: Service, body: ChatRequest, owner: str) -> Answe
 
 class EventStream(StreamingResponse):
     """Server-sent events; if they fail, the error is the last.  However the response ends, its
-    answers are cancelled."""
+    answers are cancelled.  ``responses`` describes a route that may answer so."""
 
-    def __init__(self, request: Request, events: AsyncIterator[str], answers: Answers):
-        headers = {"cache-control": "no-cache"}
-        content = _with_error(request.url.path, events)
-        super().__init__(content, media_type="text/event-stream", headers=headers)
+    media_type = "text/event-stream"
+    responses: ClassVar[dict[int | str, Any]] = {200: {"content": {media_type: {}}}}
+
+    def __init__(self, events: AsyncIterator[str], answers: Answers):
+        content = _with_error(answers.request.url.path, events)
+        super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -188,10 +203,10 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
 
 
-def event(data: Mapping[str, Any], kind: str | None = None) -> str:
-    """One server-sent event."""
-    text = f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
-    return text if kind is None else f"event: {kind}\n{text}"
+def event(data: Mapping[str, Any]) -> str:
+    """One server-sent event, named after the type of ``data`` if it has one."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -199,17 +214,19 @@ async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[st
         async for text in events:
             yield text
     except RefusedError as problem:
-        body = error_body(path, problem)
-        yield event(body, "error" if "type" in body else None)
+        yield event(error_body(path, problem))
 
 
-def _limit(service: Service, prompt: list[int], limit: int | None) -> int:
+def _limit(service: Service, prompt: list[int], limit: int | None, scored: bool) -> int:
     """The most tokens of an answer to ``prompt``."""
     context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
+    known = "the model's vocabulary"
+    if scored:
+        vocabulary, known = service.tokenizer.size, "those that are text"
     if not prompt:
         raise RefusedError("the prompt is empty", "prompt")
     if max(prompt) >= vocabulary:
-        problem = f"outside 0 to {vocabulary - 1}, the model's vocabulary"
+        problem = f"outside 0 to {vocabulary - 1}, {known}"
         raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
     room = context - len(prompt)
     if room < (0 if limit == 0 else 1):
@@ -217,15 +234,3 @@ def _limit(service: Service, prompt: list[int], limit: int | None) -> int:
         advice = "Shorten it, or start the server with --context"
         raise RefusedError(f"{problem}. {advice}", code="context_length_exceeded")
     return room if limit is None else min(limit, room)
-
-
-def _check_scores(service: Service, prompts: list[list[int]], options: AnswerOptions) -> None:
-    """Raises ``RefusedError`` unless the prompts' log-probabilities can be given."""
-    tokens = sum(len(prompt) for prompt in prompts)
-    count = tokens * options.choices * (1 + (options.logprobs or 0))
-    if count > MAX_SCORES:
-        problem = f"{count} log-probabilities, more than {MAX_SCORES} in one request"
-        raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
-    if any(id_ >= service.tokenizer.size for prompt in prompts for id_ in prompt):
-        problem = f"outside 0 to {service.tokenizer.size - 1}, those that are text"
-        raise RefusedError(f"a token id of the prompt is {problem}", "prompt")

@@ -9,14 +9,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from slotmoe.model.generate import Delta
-from slotmoe.tools.serve import requests, responses
-from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
+from slotmoe.tools.serve import requests
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta, collect, parse_arguments
+from slotmoe.tools.serve.function_calling import ContentDelta, joined, parse_arguments
 
 router = APIRouter()
-_POST = responses.post_responses(responses.AnthropicError)
 Json = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
@@ -57,15 +55,16 @@ class AnthropicMessage(requests.Model):
 
     def messages(self) -> list[requests.ChatMessage]:
         """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
-        blocks = [] if isinstance(self.content, str) else self.content
-        texts: Any = [block for block in blocks if isinstance(block, requests.TextPart)]
-        content = self.content if isinstance(self.content, str) else texts
+        blocks: list[Any] = [requests.TextPart.model_construct(text=self.content)]
+        if isinstance(self.content, list):
+            blocks = self.content
+        texts = [block for block in blocks if isinstance(block, requests.TextPart)]
         calls = [block.call() for block in blocks if isinstance(block, ToolUse)]
         results = [block.message() for block in blocks if isinstance(block, ToolResult)]
         if (calls and self.role == "user") or (results and self.role == "assistant"):
             raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
         kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
-        message = kind.model_construct(role=self.role, content=content, tool_calls=calls)
+        message = kind.model_construct(role=self.role, content=texts, tool_calls=calls)
         return [*results, message] if message.text or calls or not results else [*results]
 
 
@@ -76,15 +75,25 @@ class Tool(requests.Model):
     input_schema: Json
 
     def tool(self) -> requests.FunctionTool:
-        function = self.model_dump(include={"name", "description"})
-        function["parameters"] = self.input_schema
-        return requests.FunctionTool.model_validate({"type": "function", "function": function})
+        about: Json = {"name": self.name, "description": self.description}
+        function = requests.Function.model_construct(**about, parameters=self.input_schema)
+        return requests.FunctionTool.model_construct(function=function)
 
 
 class ToolChoice(requests.Model):
     type: Literal["auto", "any", "none", "tool"]
     name: requests.Name | None = None
     disable_parallel_tool_use: bool | None = None
+
+    def choice(self) -> str | requests.FunctionChoice:
+        """The same in OpenAI's words.  Raises ``RefusedError``."""
+        if (self.type == "tool") != (self.name is not None):
+            problem = "a name has to be given with the type 'tool', and only with it"
+            raise RefusedError(f"tool_choice: {problem}", "tool_choice")
+        if self.name is None:
+            return _CHOICES[self.type]
+        function = requests.FunctionName(name=self.name)
+        return requests.FunctionChoice(type="function", function=function)
 
 
 class Metadata(requests.Model):
@@ -107,41 +116,32 @@ class MessagesRequest(requests.GenerationRequest):
 
     def chat(self) -> requests.ChatRequest:
         """The same in OpenAI's form.  Raises ``RefusedError``."""
-        choice = self.tool_choice
-        if choice is not None and (choice.type == "tool") != (choice.name is not None):
-            problem = "a name has to be given with the type 'tool', and only with it"
-            raise RefusedError(f"tool_choice: {problem}", "tool_choice")
-        tool_choice: Any = _CHOICES.get(choice.type) if choice is not None else None
-        if choice is not None and choice.name is not None:
-            function = requests.FunctionName(name=choice.name)
-            tool_choice = requests.FunctionChoice(type="function", function=function)
-        messages: list[requests.ChatMessage] = []
+        choice = None if self.tool_choice is None else self.tool_choice.choice()
+        messages = [message for given in self.messages for message in given.messages()]
         if self.system is not None:
-            messages.append(requests.PlainMessage(role="system", content=self.system))
-        for message in self.messages:
-            messages += message.messages()
-        single = self.tools and choice is not None and choice.disable_parallel_tool_use
+            messages.insert(0, requests.PlainMessage(role="system", content=self.system))
+        single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
         return requests.ChatRequest.model_construct(
             **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
             messages=messages,
             max_tokens=self.max_tokens,
             stop=self.stop_sequences or None,
             tools=[tool.tool() for tool in self.tools or ()],
-            tool_choice=tool_choice,
+            tool_choice=choice,
             parallel_tool_calls=False if single else None,
         )
 
 
-@router.post(ANTHROPIC_PATH, response_model=responses.AnthropicAnswer, responses=_POST)
-async def messages(body: MessagesRequest, request: Request, service: Serving) -> Response:
-    answers = await chat_answers(service, body.chat(), request.state.owner)
+@router.post(ANTHROPIC_PATH, responses=EventStream.responses)
+async def messages(body: MessagesRequest, request: Request) -> Response:
+    answers = await chat_answers(request, body.chat())
     about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    about |= {"role": "assistant", "model": service.name}
+    about |= {"role": "assistant", "model": body.model}
     if body.stream:
-        return EventStream(request, _events(about, answers), answers)
-    (pieces,) = await answers.whole(request)
-    content = {"content": _content(answers.content(0, *pieces)), "usage": _usage(answers)}
-    return JSONResponse({**about, **content, **_stop(answers, pieces[-1])})
+        return EventStream(_events(about, answers), answers)
+    (update,) = await answers.whole()
+    content = {"content": _blocks(update.content), "usage": _usage(answers)}
+    return JSONResponse({**about, **content, **_stop(update)})
 
 
 def _usage(answers: Answers) -> dict[str, int]:
@@ -155,21 +155,22 @@ def _usage(answers: Answers) -> dict[str, int]:
     }
 
 
-def _stop(answers: Answers, piece: Delta) -> Json:
-    if piece.stopped_by is not None:
-        return {"stop_reason": "stop_sequence", "stop_sequence": piece.stopped_by}
-    reason = _STOP_REASONS[answers.finish_reason(0, piece) or "stop"]
-    return {"stop_reason": reason, "stop_sequence": None}
+def _stop(update: Update) -> Json:
+    reason = _STOP_REASONS[update.finish or "stop"]
+    if update.stopped_by is not None:
+        reason = "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": update.stopped_by}
 
 
-def _content(deltas: list[ContentDelta]) -> list[Json]:
-    """The blocks of a whole answer, without tool calls that were cut off."""
-    text, calls = collect(deltas)
-    blocks = []
-    for name, arguments, complete in calls:
-        if complete and (given := parse_arguments(arguments)) is not None:
-            blocks.append(_tool_use(name, given))
-    return [{"type": "text", "text": text}, *blocks] if text or not blocks else blocks
+def _blocks(deltas: list[ContentDelta]) -> list[Json]:
+    """Of a whole answer, without tool calls that were cut off."""
+    blocks = list[Json]()
+    for part in joined(deltas):
+        if part.name is None:
+            blocks.append({"type": "text", "text": part.text})
+        elif part.complete and (given := parse_arguments(part.text)) is not None:
+            blocks.append(_tool_use(part.name, given))
+    return blocks or [{"type": "text", "text": ""}]
 
 
 def _tool_use(name: str, given: Json) -> Json:
@@ -179,16 +180,15 @@ def _tool_use(name: str, given: Json) -> Json:
 async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
     begun: Json = {"content": [], "stop_reason": None, "stop_sequence": None}
     yield _event("message_start", message={**about, **begun, "usage": _usage(answers)})
-    index, is_open = -1, False  # of the content block
-    async for _, piece in answers.pieces():
-        deltas = answers.content(0, piece)
-        if piece.finish is not None and index < 0 and not deltas:
-            deltas = [ContentDelta()]  # an empty answer has an empty block
-        for delta in deltas:
-            if delta.name is not None or (delta.call is None and not is_open):
-                if is_open:
+    index = -1  # of the content block
+    async for update in answers.updates():
+        if update.finish is not None and index < 0 and not update.content:
+            update.content = [ContentDelta()]  # an empty answer has an empty block
+        for delta in update.content:
+            if delta.name is not None or index < 0:
+                if index >= 0:
                     yield _event("content_block_stop", index=index)
-                index, is_open = index + 1, True
+                index += 1
                 block: Json = {"type": "text", "text": ""}
                 if delta.name is not None:
                     block = _tool_use(delta.name, {})
@@ -198,15 +198,10 @@ async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
                 if delta.call is not None:
                     added = {"type": "input_json_delta", "partial_json": delta.text}
                 yield _event("content_block_delta", index=index, delta=added)
-            if delta.complete:
-                is_open = False
-                yield _event("content_block_stop", index=index)
-        if piece.finish is not None:
-            if is_open:
-                yield _event("content_block_stop", index=index)
-            yield _event("message_delta", delta=_stop(answers, piece), usage=_usage(answers))
+    yield _event("content_block_stop", index=index)
+    yield _event("message_delta", delta=_stop(update), usage=_usage(answers))
     yield _event("message_stop")
 
 
 def _event(kind: str, **content: Any) -> str:
-    return event({"type": kind, **content}, kind)
+    return event({"type": kind, **content})

@@ -1,6 +1,7 @@
 """Refusals, in the error envelope of the API that was called."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -14,17 +15,19 @@ ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 
 
+@dataclass(eq=False)
 class RefusedError(Exception):
     """A request that is answered with an error of HTTP ``status``, and OpenAI's ``param`` and
-    ``code``; ``headers`` are an attribute."""
+    ``code``."""
 
+    message: str
+    param: str | None = None
+    status: int = 400
+    code: str | None = None
     headers: Mapping[str, str] | None = None
 
-    def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
-    ):
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
+    def __str__(self) -> str:
+        return self.message
 
 
 def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
@@ -36,9 +39,9 @@ def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
         kind = "rate_limit_error"
     if is_anthropic:
         kind = _ANTHROPIC_TYPES.get(problem.status, kind)
-        return {"type": "error", "error": {"type": kind, "message": str(problem)}}
+        return {"type": "error", "error": {"type": kind, "message": problem.message}}
     about = {"param": problem.param, "code": problem.code}
-    return {"error": {"message": str(problem), "type": kind, **about}}
+    return {"error": {"message": problem.message, "type": kind, **about}}
 
 
 async def error_response(request: Request, problem: Exception) -> JSONResponse:
@@ -50,8 +53,8 @@ async def error_response(request: Request, problem: Exception) -> JSONResponse:
     elif isinstance(problem, ConfigError):
         refusal = RefusedError(str(problem))
     elif isinstance(problem, HTTPException):  # its headers say which methods are allowed
-        refusal = RefusedError(str(problem.detail), status=problem.status_code)
-        refusal.headers = problem.headers
+        status, headers = problem.status_code, problem.headers
+        refusal = RefusedError(str(problem.detail), status=status, headers=headers)
     else:
         refusal = RefusedError("the server failed; its log says how", status=500)
     return JSONResponse(error_body(request.url.path, refusal), refusal.status, refusal.headers)

@@ -7,8 +7,9 @@ words and writes tool calls as JSON between two tags.
 
 import json
 import re
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, TypeAlias
 
 from slotmoe.model.generate import overlap
@@ -83,22 +84,22 @@ class Dialect:
         """The conversation as text for the model.  Raises ``RefusedError``, ``ConfigError``."""
         turns, described = with_results(messages), None
         functions = policy.functions if policy is not None else []
+        written = self._native(turns) if self.is_native else self._plain(turns)
         if self._template_has_tools:
             described = [{"type": "function", "function": _described(f)} for f in functions]
         elif functions:
-            turns = self._with_description(turns, functions)
-        written = self._native(turns) if self.is_native else self._plain(turns)
+            self._describe(functions, written)
         begun = self.is_native and bool(turns[-1][1])
         return self._tokenizer.chat(written, described, begun=begun)
 
-    def _with_description(self, turns: list[Turn], functions: list[Function]) -> list[Turn]:
-        """``turns`` with the functions described at the end of the system message."""
+    def _describe(self, functions: list[Function], written: list[dict[str, str]]) -> None:
+        """Describe the functions at the end of the system message of ``written``."""
         system = "You are a helpful Assistant." if self.is_native else ""
-        if turns[0][0].role == "system":
-            system, turns = turns[0][0].text, turns[1:]
+        if written[0]["role"] == "system":
+            system = written.pop(0)["content"]
         text = _native_description(functions) if self.is_native else _plain_description(functions)
-        text = f"{system}\n\n{text}" if system else text
-        return [(PlainMessage.model_construct(role="system", content=text), []), *turns]
+        content = f"{system}\n\n{text}" if system else text
+        written.insert(0, {"role": "system", "content": content})
 
     def _plain(self, turns: list[Turn]) -> list[dict[str, str]]:
         """For a template that knows no functions: results are in a message of the user."""
@@ -107,11 +108,10 @@ class Dialect:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
             written.append({"role": message.role, "content": text})
-            names = {call.id: call.function.name for call in message.calls}
             responses = []
-            for result in results:
+            for call, result in zip(message.calls, results, strict=True):
                 error = ' error="true"' if result.failed else ""
-                tag = f'tool_response name="{names[result.tool_call_id]}"{error}'
+                tag = f'tool_response name="{call.function.name}"{error}'
                 responses.append(f"<{tag}>\n{result.text}\n</tool_response>")
             if responses:
                 written.append({"role": "user", "content": "\n".join(responses)})
@@ -274,18 +274,14 @@ class Reader:
             yield None
 
 
-def collect(deltas: list[ContentDelta]) -> tuple[str, list[tuple[str, str, bool]]]:
-    """Text, and name, arguments and completeness of each tool call, of a whole answer."""
-    text, calls = "", list[tuple[str, str, bool]]()
-    for delta in deltas:
-        if delta.call is None:
-            text += delta.text
-        elif delta.name is not None:
-            calls.append((delta.name, "", False))
-        else:
-            name, arguments, _ = calls[-1]
-            calls[-1] = (name, arguments + delta.text, delta.complete)
-    return text, calls
+def joined(deltas: Iterable[ContentDelta]) -> list[ContentDelta]:
+    """One delta for the text and for each tool call of a whole answer."""
+    parts = []
+    for _, group in groupby(deltas, key=lambda delta: delta.call):
+        first, *others = group
+        text = "".join(delta.text for delta in (first, *others))
+        parts.append(replace(first, text=text, complete=any(d.complete for d in others)))
+    return parts
 
 
 def parse_arguments(text: str) -> dict[str, Any] | None:

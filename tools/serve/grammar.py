@@ -61,15 +61,11 @@ class Grammars:
     ) -> Callable[[], Mask] | None:
         """Makes the mask of an answer that has to follow ``schema``, or to call functions; None
         where the answer is free.  Raises ``RefusedError``."""
-        content = None
-        if schema is not None:
-            content = self._json(schema, "response_format", "response_format")
-        if policy is not None:
-            grammar = self._calls(policy, content)
-        elif content is not None:
-            grammar = f"start: {content}"
-        else:
+        if schema is None and policy is None:
             return None
+        where = "response_format"
+        content = None if schema is None else self._json(schema, where, where)
+        grammar = f"start: {content}" if policy is None else self._calls(policy, content)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error()[:200]

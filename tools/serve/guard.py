@@ -67,9 +67,8 @@ class Guard:
         owner = self._owner(headers)
         if owner is None and scope.get("raw_path", b"") != b"/health":
             problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            refusal = RefusedError(problem, None, 401, "invalid_api_key")
-            refusal.headers = _ASK if scope["path"] == "/" else None
-            raise refusal
+            ask = _ASK if scope["path"] == "/" else None
+            raise RefusedError(problem, None, 401, "invalid_api_key", ask)
         return owner or ""
 
     def _is_known(self, host: str) -> bool:
@@ -132,7 +131,6 @@ class Connection(H11Protocol):
     """HTTP/1.1 that ends a connection on which the client had to act, by sending or by reading, and
     nothing moved between two looks, ``IDLE_SECONDS`` apart; uvicorn itself would wait forever."""
 
-    _timer: asyncio.TimerHandle | None = None
     _seen: tuple[object, int] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -142,17 +140,15 @@ class Connection(H11Protocol):
             return transport.abort()
         self._look()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
     def _look(self) -> None:
+        if self.transport.is_closing():
+            return
         clients_turn = self.cycle is None or self.cycle.response_complete or self.flow.write_paused
         now = (self.cycle, self.transport.get_write_buffer_size()) if clients_turn else None
         if now is not None and now == self._seen:
             return self.transport.abort()
-        self._seen, self._timer = now, self.loop.call_later(IDLE_SECONDS, self._look)
+        self._seen = now
+        self.loop.call_later(IDLE_SECONDS, self._look)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,72 +1,66 @@
 """OpenAI's chat and text completions."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from slotmoe.model.generate import Delta, Token
-from slotmoe.tools.serve import responses
-from slotmoe.tools.serve.answers import Answers, EventStream, Serving, chat_answers, event
+from slotmoe.model.generate import Token
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta, collect
+from slotmoe.tools.serve.function_calling import ContentDelta, joined
 from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, CompletionRequest, OpenAIRequest
+from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
-_POST = responses.post_responses(responses.OpenAIError)
-_MISSING = responses.refusals(responses.OpenAIError, 404)
 Json = dict[str, Any]
 
 
-@router.get("/v1/models", response_model=responses.ModelList)
-async def models(service: Serving) -> Response:
-    return JSONResponse({"object": "list", "data": [service.described()]})
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [request.app.state.service.described()]})
 
 
-@router.get("/v1/models/{name:path}", response_model=responses.Model, responses=_MISSING)
-async def model(name: str, service: Serving) -> Response:
-    service.check_model(name)
-    return JSONResponse(service.described())
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> Response:
+    request.app.state.service.check_model(name)
+    return JSONResponse(request.app.state.service.described())
 
 
-@router.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=_POST)
-async def chat_completions(body: ChatRequest, request: Request, service: Serving) -> Response:
-    answers = await chat_answers(service, body, request.state.owner)
-    return await _respond(request, body, answers, ChatChoices(answers, bool(body.logprobs)))
+@router.post("/v1/chat/completions", responses=EventStream.responses)
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    answers = await chat_answers(request, body)
+    return await _respond(body, answers, ChatChoices(answers))
 
 
-@router.post("/v1/completions", response_model=responses.TextCompletion, responses=_POST)
-async def completions(body: CompletionRequest, request: Request, service: Serving) -> Response:
+@router.post("/v1/completions", responses=EventStream.responses)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
     service.check_model(body.model)
     options, given = body.options(service.tokenizer.size), body.prompts()
     if len(given) * options.choices > MAX_ANSWERS:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
-    tokenizer, has_logprobs = service.tokenizer, body.logprobs is not None
-    prompts, echoes = list[list[int]](), list[str]()
+    tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
+    encode: Any = tokenizer.encode
+    if body.suffix is not None:
+        encode = partial(tokenizer.encode_gap, after=body.suffix)
     for prompt in given:
-        ids: Any = prompt
-        if isinstance(prompt, str):
-            gap = () if body.suffix is None else (body.suffix,)
-            encode = tokenizer.encode_gap if gap else tokenizer.encode
-            ids = await asyncio.to_thread(encode, prompt, *gap)
-        prompts.append(ids)
+        is_text = isinstance(prompt, str)
+        prompts.append(await asyncio.to_thread(encode, prompt) if is_text else prompt)
         if body.echo:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            echoes += [text] * options.choices
-    scored = bool(body.echo) and has_logprobs
-    answers = Answers(service, request.state.owner, prompts, options, scored=scored)
-    return await _respond(request, body, answers, TextChoices(answers, has_logprobs, echoes))
+            echoes += [prompt if is_text else tokenizer.decode(prompt)] * options.choices
+    answers = Answers(request, prompts, options, echoes=echoes)
+    return await _respond(body, answers, TextChoices(answers))
 
 
 async def _respond(
-    request: Request, body: OpenAIRequest, answers: Answers, choices: ChatChoices | TextChoices
+    body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
     about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
     about["created"] = int(time.time())
@@ -75,18 +69,17 @@ async def _respond(
         chunk = {**about, "object": choices.chunk_kind}
         for choice in choices.first:
             yield event({**chunk, "choices": [choice]})
-        async for index, piece in answers.pieces():
-            for choice in choices.chunks(index, piece):
+        async for update in answers.updates():
+            for choice in choices.chunks(update):
                 yield event({**chunk, "choices": [choice]})
-        if body.wants_usage:
+        if body.stream_options is not None and body.stream_options.include_usage:
             yield event({**chunk, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
 
     if body.stream:
-        return EventStream(request, events(), answers)
-    whole = enumerate(await answers.whole(request))
-    content = {**about, "object": choices.kind}
-    content["choices"] = [choices.whole(index, pieces) for index, pieces in whole]
+        return EventStream(events(), answers)
+    wholes = [choices.whole(update) for update in await answers.whole()]
+    content = {**about, "object": choices.kind, "choices": wholes}
     return JSONResponse({**content, "usage": answers.usage()})
 
 
@@ -95,43 +88,34 @@ class ChatChoices:
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, answers: Answers, has_logprobs: bool):
-        self._answers, self._has_logprobs = answers, has_logprobs
+    def __init__(self, answers: Answers):
+        self._answers = answers
         begin = {"role": "assistant", "content": ""}
-        self.first = [self._chunk(index, begin) for index in range(len(answers.jobs))]
+        self.first = [_choice(index, "delta", begin) for index in range(len(answers.jobs))]
 
-    def chunks(self, index: int, piece: Delta) -> Iterator[Json]:
-        deltas = [_delta(d) for d in self._answers.content(index, piece) if not d.complete]
-        if piece.tokens and not deltas and self._has_logprobs:
+    def chunks(self, update: Update) -> Iterator[Json]:
+        deltas = [_delta(delta) for delta in update.content if not delta.complete]
+        logprobs = self._logprobs(update.tokens) if update.tokens else None
+        if logprobs is not None and not deltas:
             deltas = [{"content": ""}]
-        tokens = list(piece.tokens)
         for delta in deltas:
-            yield self._chunk(index, delta, tokens)
-            tokens = []
-        if piece.finish is not None:
-            yield self._chunk(index, {}, finish=self._answers.finish_reason(index, piece))
+            yield _choice(update.index, "delta", delta, logprobs)
+            logprobs = None
+        if update.finish is not None:
+            yield _choice(update.index, "delta", {}, None, update.finish)
 
-    def whole(self, index: int, pieces: list[Delta]) -> Json:
-        text, calls = collect(self._answers.content(index, *pieces))
-        content = text if text or not calls else None
+    def whole(self, update: Update) -> Json:
+        parts = joined(update.content)
+        calls = [_call(part.name, part.text) for part in parts if part.name is not None]
+        content = update.text if update.text or not calls else None
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if calls:
-            message["tool_calls"] = [_call(name, arguments) for name, arguments, _ in calls]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(_tokens(pieces)),
-            "finish_reason": self._answers.finish_reason(index, pieces[-1]),
-        }
-
-    def _chunk(
-        self, index: int, delta: Json, tokens: list[Token] | None = None, finish: str | None = None
-    ) -> Json:
-        logprobs = self._logprobs(tokens) if tokens else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            message["tool_calls"] = calls
+        logprobs = self._logprobs(update.tokens)
+        return _choice(update.index, "message", message, logprobs, update.finish)
 
     def _logprobs(self, tokens: list[Token]) -> Json | None:
-        if not self._has_logprobs:
+        if self._answers.options.logprobs is None:
             return None
         content = []
         for token in tokens:
@@ -140,10 +124,48 @@ class ChatChoices:
         return {"content": content, "refusal": None}
 
     def _logprob(self, id_: int, logprob: float | None) -> Json:
-        text = self._answers.service.tokenizer.decode([id_])
+        text = self._answers.decode([id_])
         # Part of a character is no text, and its bytes are not known here.
         content = list(text.encode()) if "\ufffd" not in text else None
         return {"token": text, "logprob": logprob, "bytes": content}
+
+
+class TextChoices:
+    """Texts."""
+
+    prefix, kind, chunk_kind, first = "cmpl", "text_completion", "text_completion", list[Json]()
+
+    def __init__(self, answers: Answers):
+        self._answers = answers
+        self._offsets = [0] * len(answers.jobs)  # characters of the tokens so far
+
+    def chunks(self, update: Update) -> list[Json]:
+        return [self.whole(update)]
+
+    def whole(self, update: Update) -> Json:
+        logprobs = None if self._answers.options.logprobs is None else self._logprobs(update)
+        return _choice(update.index, "text", update.text, logprobs, update.finish)
+
+    def _logprobs(self, update: Update) -> Json:
+        decode = self._answers.decode
+        offsets, likeliest = list[int](), list[dict[str, float] | None]()
+        for token in update.tokens:
+            offsets.append(self._offsets[update.index])
+            self._offsets[update.index] += len(token.text)
+            top = {decode([id_]): logprob for id_, logprob in token.likeliest}
+            likeliest.append(None if token.logprob is None else top)
+        return {
+            "tokens": [decode([token.id]) for token in update.tokens],
+            "token_logprobs": [token.logprob for token in update.tokens],
+            "top_logprobs": likeliest,
+            "text_offset": offsets,
+        }
+
+
+def _choice(
+    index: int, name: str, content: Any, logprobs: Json | None = None, finish: str | None = None
+) -> Json:
+    return {"index": index, name: content, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _delta(delta: ContentDelta) -> Json:
@@ -158,50 +180,3 @@ def _delta(delta: ContentDelta) -> Json:
 def _call(name: str, arguments: str) -> Json:
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
-
-
-class TextChoices:
-    """Texts; ``echoes`` are the prompts that come before them, if any."""
-
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, answers: Answers, has_logprobs: bool, echoes: list[str]):
-        self._answers, self._has_logprobs = answers, has_logprobs
-        self._echoes = dict(enumerate(echoes))  # that were not sent yet
-        self._offsets = [0] * len(answers.jobs)  # characters of the tokens so far
-        self.first: list[Json] = []
-
-    def chunks(self, index: int, piece: Delta) -> Iterator[Json]:
-        if index in self._echoes:
-            scored = self._answers.jobs[index].answer.read
-            yield self._choice(index, self._echoes.pop(index), scored, None)
-        finish = self._answers.finish_reason(index, piece)
-        yield self._choice(index, piece.text, list(piece.tokens), finish)
-
-    def whole(self, index: int, pieces: list[Delta]) -> Json:
-        text = self._echoes.get(index, "") + "".join(piece.text for piece in pieces)
-        tokens = self._answers.jobs[index].answer.read + _tokens(pieces)
-        return self._choice(index, text, tokens, self._answers.finish_reason(index, pieces[-1]))
-
-    def _choice(self, index: int, text: str, tokens: list[Token], finish: str | None) -> Json:
-        logprobs = self._logprobs(index, tokens) if self._has_logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def _logprobs(self, index: int, tokens: list[Token]) -> Json:
-        decode = self._answers.service.tokenizer.decode
-        offsets, likeliest = list[int](), list[dict[str, float] | None]()
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.text)
-            top = {decode([id_]): logprob for id_, logprob in token.likeliest}
-            likeliest.append(None if token.logprob is None else top)
-        return {
-            "tokens": [decode([token.id]) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": likeliest,
-            "text_offset": offsets,
-        }
-
-
-def _tokens(pieces: list[Delta]) -> list[Token]:
-    return [token for piece in pieces for token in piece.tokens]

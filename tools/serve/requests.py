@@ -1,10 +1,7 @@
 """Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
 
-A field is honoured or the request is refused.  Only ``user``, a label, is ignored.  Which fields
-need or exclude each other is added to the JSON schema of a request (``json_schema_extra``).
+A field is honoured or the request is refused.  Only ``user``, a label, is ignored.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -116,7 +113,7 @@ class AssistantMessage(Message):
         return self.tool_calls or []
 
     @model_validator(mode="after")
-    def _is_not_empty(self) -> AssistantMessage:
+    def _is_not_empty(self) -> "AssistantMessage":
         if self.content is None and not self.tool_calls:
             raise ValueError("an assistant message has neither content nor tool_calls")
         return self
@@ -233,46 +230,9 @@ class OpenAIRequest(GenerationRequest):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs)
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
-
-def _given(name: str) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-
-
-def _equal(name: str, value: Any) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"const": value}}}
-
-
-def _needed(needs: dict[str, str]) -> list[dict[str, Any]]:
-    return [{"if": _given(a), "then": _equal(b, True)} for a, b in needs.items()]
-
-
-def _many_prompts(count: int) -> dict[str, Any]:
-    """``count`` prompts leave so many answers for each."""
-    items = {"type": ["string", "array"]}
-    prompts = {"type": "array", "minItems": count, "maxItems": count, "items": items}
-    n = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": MAX_ANSWERS // count}]}
-    many = {"required": ["prompt"], "properties": {"prompt": prompts}}
-    return {"if": many, "then": {"properties": {"n": n}}}
-
-
-_CHAT_NEEDS = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
 Messages = Annotated[list[_ByRole], Field(min_length=1, max_length=MAX_MESSAGES)]
-_LIMITS = [_given("max_tokens"), _given("max_completion_tokens")]
-_CHAT_RULES: Any = [*_needed(_CHAT_NEEDS), {"not": {"allOf": _LIMITS}}]
-_ECHOED = _equal("echo", True)
-_ONE_TEXT = {"properties": {"prompt": {"type": "string"}}, "not": _ECHOED}
-_COMPLETION_RULES: Any = [
-    *_needed(OpenAIRequest.needs),
-    {"if": _equal("max_tokens", 0), "then": _ECHOED},
-    {"if": _given("suffix"), "then": _ONE_TEXT},
-    *(_many_prompts(count) for count in range(2, MAX_ANSWERS + 1)),
-]
 
 
 @dataclass(frozen=True)
@@ -289,8 +249,7 @@ class ToolPolicy:
 class ChatRequest(OpenAIRequest):
     """``/v1/chat/completions``."""
 
-    needs: ClassVar = _CHAT_NEEDS
-    model_config = ConfigDict(json_schema_extra={"allOf": _CHAT_RULES})
+    needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -349,7 +308,6 @@ _SOME_PROMPTS = Field(min_length=1, max_length=MAX_ANSWERS)
 class CompletionRequest(OpenAIRequest):
     """``/v1/completions``."""
 
-    model_config = ConfigDict(json_schema_extra={"allOf": _COMPLETION_RULES})
     prompt: Text | Ids | Annotated[list[Text], _SOME_PROMPTS] | Annotated[list[Ids], _SOME_PROMPTS]
     max_tokens: Annotated[int, Field(ge=0), Whole] | None = None
     logprobs: TopLogprobs | None = None
@@ -368,8 +326,7 @@ class CompletionRequest(OpenAIRequest):
         limit = 16 if self.max_tokens is None else self.max_tokens
         return self._options(vocabulary, limit, self.logprobs)
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, as texts or as token ids."""
+    def prompts(self) -> list[Any]:
+        """The prompts, as texts or as lists of token ids."""
         is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        prompts: Any = [self.prompt] if is_single else self.prompt
-        return list(prompts)
+        return [self.prompt] if is_single else [*self.prompt]

@@ -60,10 +60,9 @@ class Service:
     def stats(self) -> dict[str, Any]:
         """Counts and bytes now; memory is by tier."""
         totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
-        memory: dict[str, dict[str, Any]] = {}
-        for tier, (used, components) in memory_in_use(self.runtime.model).items():
-            memory[tier] = {"used": used, "parts": components}
-        memory[plan.tier]["budget"] = plan.budget
+        tiers = memory_in_use(self.runtime.model).items()
+        memory = {tier: {"used": used, "parts": parts} for tier, (used, parts) in tiers}
+        memory[plan.tier] |= {"budget": plan.budget}
         return {
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
             **{name: getattr(self.batch, name) for name in ("running", "queued")},
