@@ -2,52 +2,128 @@
 arrives.
 
 huggingface_hub downloads a file in one stream to a temporary name of each process's own and removes
-it when it fails, so a broken 9 GB shard starts from zero (version 2.4).  Here ``NAME.incomplete``
-has its full size from the start, and ``NAME.ranges`` says how far each range of it has come; the
-file gets its name when its checksum is right.
+it when it fails, so a broken 9 GB shard starts from zero (version 2.4).  Here its HTTP client
+fetches ranges.  ``NAME.incomplete`` has its full size from the start, and ``NAME.ranges`` says how
+far each range of it has come; the file gets its name when its checksum is right.
 """
 
-from __future__ import annotations
-
+import asyncio
 import json
 import os
-import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from anyio import current_time, fail_after
 
 from slotmoe.errors import DownloadError
-from slotmoe.offload.ingest import http
-from slotmoe.offload.ingest.http import PassingError, Remote, StopEvent, Stopped
+from slotmoe.offload.ingest.repository import PassingError, Remote, explained
 from slotmoe.quant.export.writer import sync_folder
 
 CONNECTIONS = 8
 RANGE_BYTES = 64 << 20  # one request
 SAVE_SECONDS = 1.0
-_HASH_BYTES = 1 << 20
-_CUT = -1.0  # in place of the time when a connection last received something
+_BUFFER_BYTES = 256 << 10  # a connection that brings less in ``Patience.stall`` seconds is given up
+_ENOUGH_BYTES = 1 << 20  # after so many bytes failures are counted from zero again
+_HASH_BYTES = 4 << 20
 
 
-def fetch(
+@dataclass
+class Range:
+    """Bytes ``at`` to ``end`` of a file are still to come."""
+
+    at: int
+    end: int
+
+
+async def receive(
+    client: Any,
     remote: Remote,
-    path: Path,
-    stop: threading.Event,
+    part: Range,
+    take: Callable[[bytes], None],
     advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Give ``take`` all bytes of ``part`` in order and ``advance`` their counts, after as many
+    requests by huggingface_hub's ``client`` as ``remote.patience`` allows.
+
+    Raises ``DownloadError``, and ``ConfigError`` or ``CheckpointError`` if the hub refuses.
+    """
+    failures, before = 0, part.at
+    while part.at < part.end:
+        try:
+            await _request(client, remote, part, take, advance)
+        except PassingError as problem:
+            if part.at - before >= _ENOUGH_BYTES:
+                failures, before = 0, part.at
+            failures += 1
+            await asyncio.sleep(remote.patience.pause_after(failures, remote.name, problem))
+
+
+async def _request(
+    client: Any,
+    remote: Remote,
+    part: Range,
+    take: Callable[[bytes], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Ask once.  Of a server that knows no ranges, skip what comes before ``part``."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    stall = remote.patience.stall
+    span = {"Range": f"bytes={part.at}-{part.end - 1}", "Accept-Encoding": "identity"}
+    headers = build_hf_headers(library_name="slotmoe", headers=span)
+    failures = (errors.HTTPError, errors.OfflineModeIsEnabled)  # type: ignore[attr-defined]
+    try:
+        with fail_after(stall) as limit:
+            async with client.stream("GET", remote.url, headers=headers) as response:
+                remote.check(response, part.at)
+                position = buffered = part.at if response.status_code == 206 else 0
+                async for chunk in response.aiter_raw():
+                    if data := chunk[max(part.at - position, 0) : part.end - position]:
+                        take(data)
+                        part.at += len(data)
+                        advance(len(data))
+                    position += len(chunk)
+                    if part.at == part.end:
+                        return
+                    if position - buffered >= _BUFFER_BYTES:
+                        buffered, limit.deadline = position, current_time() + stall
+        raise PassingError(f"the connection ended at byte {part.at}")
+    except TimeoutError:
+        raise PassingError(f"the connection stalled for {stall:g} seconds") from None
+    except failures as problem:
+        raise explained(remote.repo, remote.commit, problem) from None
+
+
+async def hash_bytes(digest: Any, handle: int, start: int, end: int) -> None:
+    """Add bytes ``start`` to ``end`` of an open file to ``digest``, beside what else goes on."""
+
+    def step() -> int:
+        data = os.pread(handle, min(_HASH_BYTES, end - start), start)
+        digest.update(data)
+        return len(data)
+
+    while start < end and (count := await asyncio.to_thread(step)):
+        start += count
+
+
+async def fetch(
+    remote: Remote, path: Path, advance: Callable[[int], None] = lambda count: None
 ) -> None:
     """Download ``remote`` to ``path``, going on from what an earlier call left.
 
     ``advance`` gets the count of bytes as they arrive, of those that were there already and,
-    negative, of those thrown away.  Raises ``DownloadError``, ``OSError`` if ``path`` can't be
-    written, ``Stopped`` soon after ``stop`` is set, and what ``remote.locate`` raises.
+    negative, of those thrown away.  Raises what ``receive`` raises, and ``OSError`` if ``path``
+    can't be written.
     """
     checksum, expected = "", remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
-        checksum = _Transfer(remote, path, stop, advance).run()
+        checksum = await _Transfer(remote, path, advance).run()
         if checksum == expected.checksum:
             return
         advance(-expected.size)
@@ -58,29 +134,25 @@ def fetch(
 class _Transfer:
     """The download of one file: its ranges, their workers and the hash that follows them."""
 
-    def __init__(
-        self, remote: Remote, path: Path, stop: threading.Event, advance: Callable[[int], None]
-    ):
+    def __init__(self, remote: Remote, path: Path, advance: Callable[[int], None]):
         self._remote, self._expected, self._path = remote, remote.expected, path
-        self._stop, self._advance, self._halt = stop, advance, StopEvent()
+        self._advance = advance
         self._incomplete = path.with_name(path.name + ".incomplete")
-        self._ranges = path.with_name(path.name + ".ranges")
+        self._note = path.with_name(path.name + ".ranges")
         size = remote.expected.size
-        starts = range(0, size, RANGE_BYTES) or range(1)
-        self._spans = [(start, min(start + RANGE_BYTES, size)) for start in starts]
-        self._received = self._load()
-        self._last: dict[socket.socket, float] = {}  # when each connection received something
+        self._starts = list(range(0, size, RANGE_BYTES))
+        self._ranges = [Range(start, min(start + RANGE_BYTES, size)) for start in self._starts]
+        self._load()
         self._handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         self._digest, self._hashed = remote.expected.digest(), 0
-        self._buffer = memoryview(bytearray(min(_HASH_BYTES, size)))
 
-    def run(self) -> str:
+    async def run(self) -> str:
         """Fetch what is missing; returns the checksum, and names the file if that is right."""
         try:
             os.ftruncate(self._handle, self._expected.size)
-            self._advance(sum(self._received))
-            self._fetch()
-            self._hash()
+            self._advance(sum(self._received()))
+            await self._receive()
+            await self._hash()
             checksum: str = self._digest.hexdigest()
             if checksum == self._expected.checksum:
                 os.fsync(self._handle)
@@ -88,121 +160,77 @@ class _Transfer:
                 sync_folder(self._path.parent)
             else:
                 self._incomplete.unlink()
-            self._ranges.unlink(missing_ok=True)
+            self._note.unlink(missing_ok=True)
             return checksum
         finally:
             os.close(self._handle)
 
-    def _load(self) -> list[int]:
-        """How many bytes of each range are there already."""
+    def _received(self) -> list[int]:
+        """How many bytes of each range are there."""
+        return [part.at - start for part, start in zip(self._ranges, self._starts, strict=True)]
+
+    def _load(self) -> None:
+        """Go on from an earlier run's note, or start anew."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(self._ranges.read_text())
-            received: list[int] = state["received"]
-            spans = zip(self._spans, received, strict=True)
-            possible = all(0 <= count <= end - start for (start, end), count in spans)
+            state = json.loads(self._note.read_text())
+            pairs = list(zip(self._ranges, state["received"], strict=True))
+            possible = all(0 <= count <= part.end - part.at for part, count in pairs)
             same = state["checksum"] == self._expected.checksum
             if possible and same and self._incomplete.stat().st_size == self._expected.size:
-                return received
+                for part, count in pairs:
+                    part.at += count
+                return
         self._incomplete.unlink(missing_ok=True)
-        return [0] * len(self._spans)
 
     def _save(self) -> None:
         """Note how far the ranges are, for after a kill.  After a power failure the note may claim
         what never reached the disk; then the checksum is wrong and this one file comes again, which
         is cheaper than to sync gigabytes all the time."""
-        temporary = self._ranges.with_name(self._ranges.name + ".tmp")
-        state = {"checksum": self._expected.checksum, "received": self._received}
+        temporary = self._note.with_name(self._note.name + ".tmp")
+        state = {"checksum": self._expected.checksum, "received": self._received()}
         temporary.write_text(json.dumps(state))
-        os.rename(temporary, self._ranges)
+        os.rename(temporary, self._note)
 
-    def _missing(self, index: int) -> int:
-        start, end = self._spans[index]
-        return end - start - self._received[index]
+    async def _receive(self) -> None:
+        from huggingface_hub import get_async_session
 
-    def _fetch(self) -> None:
-        queue = deque(index for index in range(len(self._spans)) if self._missing(index))
-        workers = min(CONNECTIONS, len(queue))
-        if not workers:
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            pending: set[Future[None]] = {pool.submit(self._work, queue) for _ in range(workers)}
-            saved = time.monotonic()
+        queue = deque(part for part in self._ranges if part.at < part.end)
+        saved = time.monotonic()
+        async with get_async_session() as client:
+            workers = min(CONNECTIONS, len(queue))
+            tasks = [asyncio.ensure_future(self._work(client, queue)) for _ in range(workers)]
+            pending = set(tasks)
             try:
                 while pending:
-                    done, pending = wait(pending, timeout=0.05, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                    if self._stop.is_set():
-                        raise Stopped
-                    self._cut_silent()
-                    self._hash()
+                    done, pending = await asyncio.wait(
+                        pending, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION
+                    )
+                    for task in done:
+                        task.result()
+                    await self._hash()
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()
                         saved = time.monotonic()
             except BaseException:
-                self._halt.set()
-                wait(pending)
+                for task in tasks:
+                    task.cancel()
                 self._save()
                 raise
 
-    def _cut_silent(self) -> None:
-        """End the connections that have received nothing for too long."""
-        now = time.monotonic()
-        for connection, last in list(self._last.items()):
-            if now - last >= self._remote.patience.stall:
-                self._last[connection] = _CUT
-                http.cut(connection)
+    async def _work(self, client: Any, queue: deque[Range]) -> None:
+        while queue:
+            part = queue.popleft()
 
-    def _hash(self) -> None:
+            def write(data: bytes, part: Range = part) -> None:
+                view, at = memoryview(data), part.at
+                while view:
+                    count = os.pwrite(self._handle, view, at)
+                    view, at = view[count:], at + count
+
+            await receive(client, self._remote, part, write, self._advance)
+
+    async def _hash(self) -> None:
         """Let the checksum follow as far as the file is there without a hole."""
-        first = next((i for i in range(len(self._spans)) if self._missing(i)), len(self._spans) - 1)
-        available = self._spans[first][0] + self._received[first]
-        while self._hashed < available and not self._stop.is_set():
-            buffer = self._buffer[: available - self._hashed]
-            count = os.preadv(self._handle, [buffer], self._hashed)
-            self._digest.update(buffer[:count])
-            self._hashed += count
-
-    def _work(self, queue: deque[int]) -> None:
-        buffer, remote = memoryview(bytearray(http.BUFFER_BYTES)), self._remote
-        while not self._halt.is_set():
-            try:
-                index = queue.popleft()
-            except IndexError:
-                return
-            receive = partial(self._receive, index, buffer)
-            received = partial(self._received.__getitem__, index)
-            http.patiently(receive, remote.name, remote.patience, self._halt, received)
-
-    def _receive(self, index: int, buffer: memoryview) -> None:
-        start, end = self._spans[index]
-        start += self._received[index]
-        sockets: list[socket.socket] = []
-
-        def watch(connection: socket.socket) -> None:
-            sockets.append(connection)
-            self._last[connection] = time.monotonic()
-            self._halt.watch(connection)
-
-        try:
-            with http.opened(self._remote, start, end, watch) as response:
-                while start < end:
-                    with http.network_errors():
-                        count = response.readinto(buffer[: end - start])
-                    if not count:
-                        raise PassingError(f"the connection ended or stalled at byte {start}")
-                    os.pwrite(self._handle, buffer[:count], start)
-                    start += count
-                    self._received[index] += count
-                    self._last[sockets[-1]] = time.monotonic()
-                    self._advance(count)
-        except PassingError:
-            if self._halt.is_set():
-                raise Stopped from None
-            if any(self._last[connection] == _CUT for connection in sockets):
-                stall = self._remote.patience.stall
-                raise PassingError(f"the connection stalled for {stall:g} seconds") from None
-            raise
-        finally:
-            for connection in sockets:
-                del self._last[connection]
+        hole = next((part.at for part in self._ranges if part.at < part.end), self._expected.size)
+        start, self._hashed = self._hashed, hole
+        await hash_bytes(self._digest, self._handle, start, hole)

@@ -11,27 +11,26 @@ has come:
 fetched.
 """
 
-from __future__ import annotations
-
+import asyncio
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.model import checkpoint
 from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.download import CONNECTIONS, fetch
-from slotmoe.offload.ingest.http import Expected, Patience, Remote, StopEvent, Stopped, read_range
-from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, in_parallel, quantize
-from slotmoe.offload.ingest.repository import Snapshot, remote_file, resolve
+from slotmoe.offload.ingest.download import CONNECTIONS, Range, fetch, hash_bytes, receive
+from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
+from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
@@ -42,10 +41,12 @@ _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a s
 
 class HubShards:
     """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives
-    while one is quantized.  With ``kept`` they stay in that folder."""
+    while one is quantized.  With ``kept`` they stay in that folder.  Downloads run in the thread of
+    ``portal``, which cancels them when it is left by an exception."""
 
     def __init__(
         self,
+        portal: BlockingPortal,
         snapshot: Snapshot,
         download: Path,
         kept: Path | None,
@@ -53,17 +54,19 @@ class HubShards:
         notify: Notify,
         patience: Patience,
     ):
-        self._snapshot, self._weights, self._kept = snapshot, download / "weights", kept
+        self._portal, self._snapshot, self._kept = portal, snapshot, kept
         self._arriving, self._notify, self._patience = arriving, notify, patience
+        self._weights = download / "weights"
         self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
-        self.stop, self._lock = StopEvent(), threading.Lock()
         self._done, self._total = 0, 0
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Fetch everything but weights, so that ``folder`` can be opened as a checkpoint.
 
         Raises ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
         """
+        from huggingface_hub import get_async_session
+
         self.folder.mkdir(parents=True, exist_ok=True)
         self._weights.mkdir(exist_ok=True)
         files, at = self._snapshot.files, f"{self._snapshot.repo}: "
@@ -71,14 +74,11 @@ class HubShards:
         if "config.json" not in files:
             problem = f"has no config.json at {commit}; not a model in Hugging Face's format"
             raise CheckpointError(at + problem)
-        self._fetch_small("config.json", MAX_COPIED_BYTES)
+        await self._fetch_small("config.json", MAX_COPIED_BYTES)
         read_config(self.folder / "config.json")
-        for name in (*COPIED[1:], INDEX_NAME):
-            if name in files:
-                is_index = name == INDEX_NAME
-                self._fetch_small(
-                    name, checkpoint.MAX_INDEX_BYTES if is_index else MAX_COPIED_BYTES
-                )
+        for name in COPIED[1:]:
+            await self._fetch_small(name, MAX_COPIED_BYTES)
+        await self._fetch_small(INDEX_NAME, checkpoint.MAX_INDEX_BYTES)
         weight_map = checkpoint.weight_files(self.folder) or {"": checkpoint.SINGLE_NAME}
         names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if name not in files]:
@@ -87,45 +87,46 @@ class HubShards:
             rule = "without a network all must be in huggingface_hub's cache"
             problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
             raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            in_parallel(pool, self._fetch_header, names, self.stop)
+        free = asyncio.Semaphore(CONNECTIONS)
+        async with get_async_session() as client:
+            await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
 
-    def _fetch_small(self, name: str, limit: int) -> None:
-        path, size = self.folder / name, self._snapshot.files[name].size
-        if size > limit:
-            sizes = f"{size} bytes, more than {limit}"
+    async def _fetch_small(self, name: str, limit: int) -> None:
+        path, expected = self.folder / name, self._snapshot.files.get(name)
+        if expected is None:
+            return
+        if expected.size > limit:
+            sizes = f"{expected.size} bytes, more than {limit}"
             raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real model's file")
         if path.exists():
             return
-        if (cached := self._checked_cache(name)) is None:
-            fetch(self._remote(name), path, self.stop)
+        if (cached := await self._checked_cache(name)) is None:
+            await fetch(self._snapshot.remote(name, self._patience), path)
         else:
             _copy(cached, path)
 
-    def _remote(self, name: str) -> Remote:
-        return remote_file(self._snapshot, name, self._patience)
-
-    def _fetch_header(self, name: str) -> None:
+    async def _fetch_header(self, client: Any, free: asyncio.Semaphore, name: str) -> None:
         """Make the sparse file that has a weight file's size and header."""
         path, size = self.folder / name, self._snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self._snapshot.cached(name), self._remote(name)
+        cached, remote = self._snapshot.cached(name), self._snapshot.remote(name, self._patience)
+        data = bytearray()
 
-        def read(start: int, end: int) -> bytes:
+        async def extend_to(end: int) -> None:
             if cached is None:
-                return read_range(remote, start, min(end, size), self.stop)
+                async with free:
+                    await receive(client, remote, Range(len(data), min(end, size)), data.extend)
+                return
             with open(cached, "rb") as file:
-                file.seek(start)
-                return file.read(end - start)
+                data[:] = file.read(end)
 
-        data = read(0, _HEAD_BYTES)
+        await extend_to(_HEAD_BYTES)
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
             sizes = f"header of {length} bytes, more than {MAX_HEADER_BYTES}"
             raise CheckpointError(f"{remote.name}: {sizes}; not a real checkpoint")
-        if length > len(data):
-            data += read(len(data), length)
+        await extend_to(length)
         temporary = path.with_name(name + ".tmp")
         with open(temporary, "wb") as file:
             file.write(data[:length])
@@ -136,17 +137,14 @@ class HubShards:
             raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
 
-    def _checked_cache(self, name: str) -> Path | None:
+    async def _checked_cache(self, name: str) -> Path | None:
         """The file in huggingface_hub's cache if its checksum is right."""
         path, expected = self._snapshot.cached(name), self._snapshot.files[name]
         if path is None:
             return None
         digest = expected.digest()
         with open(path, "rb") as file:
-            while data := file.read(4 << 20):
-                if self.stop.is_set():
-                    raise Stopped
-                digest.update(data)
+            await hash_bytes(digest, file.fileno(), 0, expected.size)
         if digest.hexdigest() == expected.checksum:
             return path
         self._notify(f"{path}: is damaged, so it is not used; remove it")
@@ -183,33 +181,27 @@ class HubShards:
         return peak
 
     def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
-        with ThreadPoolExecutor(1) as ahead:
-            try:
-                coming = [ahead.submit(self._arrive, file) for file in files[:1]]
-                for index, file in enumerate(files):
-                    path = coming.pop().result()
-                    coming = [ahead.submit(self._arrive, name) for name in files[index + 1 :][:1]]
-                    yield file, path
-                    if path.parent == self._weights:
-                        self._retire(path)
-                    elif self._kept is not None and path.parent != self._kept:
-                        _copy(path, self._kept / file)
-            except BaseException:
-                self.stop.set()
-                raise
+        start = self._portal.start_task_soon
+        coming = [start(self._arrive, file) for file in files[:1]]
+        for index, file in enumerate(files):
+            path = coming.pop().result()
+            coming = [start(self._arrive, name) for name in files[index + 1 :][:1]]
+            yield file, path
+            if path.parent == self._weights:
+                self._retire(path)
+            elif self._kept is not None and path.parent != self._kept:
+                _copy(path, self._kept / file)
 
-    def _arrive(self, name: str) -> Path:
-        path = self._arrived(name) or self._checked_cache(name)
+    async def _arrive(self, name: str) -> Path:
+        path = self._arrived(name) or await self._checked_cache(name)
         if path is None:
             path = self._weights / name
-            fetch(self._remote(name), path, self.stop, self._advance)
+            await fetch(self._snapshot.remote(name, self._patience), path, self._advance)
         return path
 
     def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._arriving(done, max(self._total, done))
+        self._done += count
+        self._arriving(self._done, max(self._total, self._done))
 
     def _retire(self, path: Path) -> None:
         """A weight file is done: remove it, or keep it under its name."""
@@ -262,18 +254,19 @@ def quantize_from_hub(
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
             output_dir.refuse_foreign(kept, snapshot.files, why)
-        shards = HubShards(snapshot, download, kept, arriving, notify, patience)
         try:
-            with output_dir.full_disk_explained(download):
-                shards.prepare()
-                ready(shards.folder)
-                write_json(download / "plan.json", vars(snapshot))
-                if kept is not None:
-                    kept.mkdir(exist_ok=True)
-            options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock, "notify": notify}
-            manifest = quantize(shards.folder, destination, shards=shards, **options)
+            with start_blocking_portal() as portal:
+                shards = HubShards(portal, snapshot, download, kept, arriving, notify, patience)
+                with output_dir.full_disk_explained(download):
+                    portal.call(shards.prepare)
+                    ready(shards.folder)
+                    write_json(download / "plan.json", vars(snapshot))
+                    if kept is not None:
+                        kept.mkdir(exist_ok=True)
+                options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
+                options |= {"notify": notify, "shards": shards}
+                manifest = quantize(shards.folder, destination, **options)
         except BaseException:
-            shards.stop.set()
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):
                 _clear(download)

@@ -20,7 +20,6 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +32,6 @@ from slotmoe.model.names import expert_name, experts_name
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, copied_entries
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
-from slotmoe.offload.ingest.http import Stopped
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
@@ -54,6 +52,10 @@ _CHUNK = 8 << 20  # weights quantized at once
 _LEVELS = torch.tensor(nf4.LEVELS)
 
 
+class Stopped(Exception):
+    """The work was given up because another thread failed."""
+
+
 class Shards(Protocol):
     """Weight files that are not all in the checkpoint's folder, but come one after the other."""
 
@@ -67,18 +69,6 @@ class Shards(Protocol):
 
 def ignore(*_arguments: Any) -> None:
     """For callers that want no progress and no sentences."""
-
-
-def in_parallel(
-    pool: ThreadPoolExecutor, work: Callable[[str], None], names: list[str], stop: threading.Event
-) -> None:
-    """``work`` on each of ``names``; if anything fails, ``stop`` is set for those under way."""
-    try:
-        deque(pool.map(work, names), maxlen=0)
-    except BaseException:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def resident_mode(resident: str) -> str:
@@ -243,24 +233,26 @@ class _Job:
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self._checkpoint.infos[name].file, []).append(name)
-        with closing(shards.arrivals(sorted(by_shard))) as arrivals:
-            for file, path in arrivals:
-                with self._checkpoint.read_from(file, path):
-                    self._write_tensors(by_shard[file])
-                for name, export_file in self._open_files.items():
-                    export_file.sync()
-                    self._state["written"][name] = dict(export_file.checksums)
-                self._save_state()
+        for file, path in shards.arrivals(sorted(by_shard)):
+            with self._checkpoint.read_from(file, path):
+                self._write_tensors(by_shard[file])
+            for name, export_file in self._open_files.items():
+                export_file.sync()
+                self._state["written"][name] = dict(export_file.checksums)
+            self._save_state()
 
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
         threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self._workers, "", torch.set_num_threads, (1,))
-        try:
-            with pool:
-                in_parallel(pool, self._write_tensor, names, self._stop)
-        finally:
-            torch.set_num_threads(threads)
+        with ThreadPoolExecutor(self._workers, "", torch.set_num_threads, (1,)) as pool:
+            try:
+                deque(pool.map(self._write_tensor, names), maxlen=0)
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            finally:
+                torch.set_num_threads(threads)
 
     def _write_tensor(self, name: str) -> None:
         checkpoint, contents = self._checkpoint, self._contents
