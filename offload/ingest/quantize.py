@@ -9,17 +9,15 @@ are durable, so a killed run resumes to the same bytes.  The last act is to rena
 ``DST``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,15 +26,14 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.names import expert_name, experts_name
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.contents import Contents, copied_entries
+from slotmoe.offload.ingest.contents import Contents, copy_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, PROJECTIONS, RESIDENT
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
@@ -159,7 +156,7 @@ class _Job:
         """Write every missing file, then the manifest; returns it."""
         copied = [name for name in COPIED if (self._checkpoint.folder / name).is_file()]
         files = self.write([*self._contents.files, *copied])
-        report = quantization_report(self._contents, ChainMap(*self._state["errors"].values()))
+        report = quantization_report(self._contents, self._state["squares"])
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
         write_json(self._partial / MANIFEST, manifest)
@@ -178,7 +175,7 @@ class _Job:
             "resident": self._contents.mode,
             "source": {"name": name, "files": files},
         }
-        fresh = {"identity": identity, "files": {}, "written": {}, "errors": {}}
+        fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
         try:
             state = json.loads((self._partial / "state.json").read_text())
             sound = all(isinstance(state[key], dict) for key in fresh)
@@ -199,34 +196,34 @@ class _Job:
 
     def write(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
-        infos, contents, todo = self._checkpoint.infos, self._contents, list[str]()
+        infos, tensors = self._checkpoint.infos, self._contents.tensors
         weights = [name for name in names if name not in COPIED]
-        tensors = [tensor for name in weights for tensor in contents.tensors(name)]
-        self._total = sum(infos[tensor].nbytes for tensor in tensors)
-        missing = [name for name in weights if not self._finished(name)]
-        for name in missing:
-            written = self._written(name).keys()
-            left = [t for t in contents.tensors(name) if not written >= set(contents.part_names(t))]
-            self._left[name] = set(left)
-            todo += left
-        self._check_space(missing, todo)
-        self._advance(self._total - sum(infos[tensor].nbytes for tensor in todo))
+        self._left = {name: set() for name in weights if not self._finished(name)}
+        written = {name: self._written(name).keys() for name in self._left}
+        todo = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.file in written and not written[tensor.file] >= set(tensor.parts)
+        ]
+        for name in todo:
+            self._left[tensors[name].file].add(name)
+        self._total = sum(infos[name].nbytes for name in tensors if tensors[name].file in weights)
+        self._check_space(todo)
+        self._advance(self._total - sum(infos[name].nbytes for name in todo))
         try:
+            for name, left in self._left.items():
+                if not left:  # killed after its last tensor
+                    self._finish(name)
             if self._shards is None:
                 self._write_tensors(todo)
             else:
                 self._write_arriving(todo, self._shards)
-            for name in missing:
-                if name not in self._state["files"]:  # killed after its last tensor
-                    self._finish(name)
         finally:
             for export_file in self._open_files.values():
                 export_file.close()
-        copied = [name for name in names if name in COPIED]
-        for name in copied:
-            shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
+        copied = {name: self._checkpoint.folder / name for name in names if name in COPIED}
         entries = {name: self._state["files"][name] for name in weights}
-        return entries | copied_entries(self._partial, copied)
+        return entries | copy_files(copied, self._partial)
 
     def _write_arriving(self, names: list[str], shards: Shards) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
@@ -255,12 +252,9 @@ class _Job:
                 torch.set_num_threads(threads)
 
     def _write_tensor(self, name: str) -> None:
-        checkpoint, contents = self._checkpoint, self._contents
-        info, file, kind = checkpoint.infos[name], contents.file_of(name), contents.kind(name)
-        with self._lock:
-            if file not in self._open_files:
-                self._open_files[file] = self._export_file(file)
-            export_file = self._open_files[file]
+        checkpoint, tensor = self._checkpoint, self._contents.tensors[name]
+        info, file = checkpoint.infos[name], tensor.file
+        export_file = self._opened(file)
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
         squares = [0.0, 0.0]
         for start in range(0, info.shape[0], step):
@@ -268,57 +262,47 @@ class _Job:
             if file == RESIDENT:
                 checkpoint.check_finite(name, piece)
             try:
-                outputs, weight = _quantized(piece, kind)
+                outputs, weight = _quantized(piece, tensor.kind)
             except nf4.NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
-            for part, output in zip(contents.part_names(name), outputs, strict=True):
+            for part, output in zip(tensor.parts, outputs, strict=True):
                 export_file.write(part, output)
             if weight is not None:
                 more = squared_error(piece, weight)
                 squares = [a + b for a, b in zip(squares, more, strict=True)]
             self._advance(piece.nbytes)
         with self._lock:
-            if kind != "none":
-                self._state["errors"].setdefault(file, {})[name] = squares
+            if tensor.kind != "none":
+                self._state["squares"][name] = squares
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:
             self._finish(file)
 
-    def _export_file(self, file: str) -> ExportFile:
-        return ExportFile(self._partial / file, self._contents.parts(file), self._written(file))
+    def _opened(self, file: str) -> ExportFile:
+        with self._lock:
+            if file not in self._open_files:
+                parts, written = self._contents.parts(file), self._written(file)
+                self._open_files[file] = ExportFile(self._partial / file, parts, written)
+            return self._open_files[file]
 
     def _finish(self, file: str) -> None:
         """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
-        with self._lock:
-            export_file = self._open_files.pop(file, None) or self._export_file(file)
-        entry = None
-        try:
-            records = None if file == RESIDENT else self._contents.layout.record_bytes
-            entry = export_file.finish(records)
-        finally:
-            export_file.close()
+        with closing(self._opened(file)) as export_file:
             with self._lock:
-                self._state["written"].pop(file, None)
-                if entry is not None:
-                    self._state["files"][file] = entry
-                    self._state["errors"][file] = self._summed_errors(file)
-                self._save_state()
+                del self._open_files[file]
+            entry = None
+            try:
+                entry = export_file.finish(self._contents.record_bytes(file))
+            finally:
+                with self._lock:
+                    self._state["written"].pop(file, None)
+                    if entry is not None:
+                        self._state["files"][file] = entry
+                    self._save_state()
         publish_file(self._partial / file)
-
-    def _summed_errors(self, file: str) -> dict[str, list[float]]:
-        """The sums of a file's ``squared_error``, all routed experts of a layer together."""
-        errors: dict[str, list[float]] = self._state["errors"].get(file, {})
-        layer, experts = self._contents.layer(file), range(self._contents.config.n_routed_experts)
-        if layer is None:
-            return errors
-        sums = {}
-        for name in PROJECTIONS:
-            squares = [errors[expert_name(layer, expert, name)] for expert in experts]
-            sums[experts_name(layer, name)] = list(map(math.fsum, zip(*squares, strict=True)))
-        return sums
 
     def _finished(self, file: str) -> bool:
         """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
@@ -349,12 +333,12 @@ class _Job:
             done = self._done
         self._progress(done, self._total)
 
-    def _check_space(self, missing: list[str], tensors: list[str]) -> None:
-        paths = [writer.temporary_name(self._partial / file) for file in missing]
+    def _check_space(self, names: list[str]) -> None:
+        paths = [writer.temporary_name(self._partial / file) for file in self._left]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
-        needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
+        needed = max(sum(map(self._contents.nbytes, self._left)) - taken, 0) + (16 << 20)
         if self._shards is not None:
-            files = sorted({self._checkpoint.infos[name].file for name in tensors})
+            files = sorted({self._checkpoint.infos[name].file for name in names})
             needed += self._shards.announce(files, needed, shutil.disk_usage(self._partial).free)
         check_space(self._partial, needed)
 
