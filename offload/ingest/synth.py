@@ -143,16 +143,18 @@ class _Random:
             yield _pad(codes, rows, shape[1]) if kind == "nf4" else codes
 
     def experts(self, file: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of an expert file.  All experts have the same scales."""
+        """Yield the tensors of an expert file."""
+        scales = self._expert_scales
         for name, tensor in self._contents.tensors.items():
             shape = tensor.shape
             if tensor.file == file:
                 codes = codes_shape(shape[0], shape[1])
                 yield name, _pad(self._bytes(math.prod(codes)).view(codes), shape[0], shape[1])
-                yield name + ".absmax", self._scales[name.split(".")[-2]]
+                yield name + ".absmax", scales[name.split(".")[-2]]
 
     @cached_property
-    def _scales(self) -> dict[str, Tensor]:
+    def _expert_scales(self) -> dict[str, Tensor]:
+        """By projection, the same for all experts."""
         shapes = self._contents.layout.shapes
         return {projection: self._absmax("", shapes[projection]) for projection in shapes}
 
