@@ -83,12 +83,11 @@ def _hub_config(repo: str, revision: str) -> Path:
     except errors.LocalEntryNotFoundError:
         problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
         raise DownloadError(f"{repo}: {problem}") from None
-    except Exception:
+    except Exception as problem:
         # Imports torch, for the few who have an error to be told.
-        from slotmoe.offload.ingest.repository import hub_errors
+        from slotmoe.offload.ingest.repository import explained
 
-        with hub_errors(repo, revision):
-            raise
+        raise explained(repo, revision, problem) from None
 
 
 def _machine(options: dict[str, Any]) -> Machine:

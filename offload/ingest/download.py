@@ -21,7 +21,7 @@ from typing import Any
 from anyio import current_time, fail_after
 
 from slotmoe.errors import DownloadError
-from slotmoe.offload.ingest.repository import PassingError, Remote, explained
+from slotmoe.offload.ingest.repository import Expected, PassingError, Remote, explained
 from slotmoe.quant.export.writer import sync_folder
 
 CONNECTIONS = 8
@@ -34,10 +34,11 @@ _HASH_BYTES = 4 << 20
 
 @dataclass
 class Range:
-    """Bytes ``at`` to ``end`` of a file are still to come."""
+    """Bytes ``start`` to ``end`` of a file, of which those from ``at`` on are still to come."""
 
-    at: int
+    start: int
     end: int
+    at: int
 
 
 async def receive(
@@ -100,16 +101,18 @@ async def _request(
         raise explained(remote.repo, remote.commit, problem) from None
 
 
-async def hash_bytes(digest: Any, handle: int, start: int, end: int) -> None:
-    """Add bytes ``start`` to ``end`` of an open file to ``digest``, beside what else goes on."""
+async def checksum_of(handle: int, expected: Expected) -> str:
+    """Checksum of an open file, of the kind of ``expected``.  It can be cancelled soon."""
+    digest, start = expected.digest(), 0
 
     def step() -> int:
-        data = os.pread(handle, min(_HASH_BYTES, end - start), start)
+        data = os.pread(handle, _HASH_BYTES, start)
         digest.update(data)
         return len(data)
 
-    while start < end and (count := await asyncio.to_thread(step)):
+    while count := await asyncio.to_thread(step):
         start += count
+    return str(digest.hexdigest())
 
 
 async def fetch(
@@ -123,7 +126,7 @@ async def fetch(
     """
     checksum, expected = "", remote.expected
     for _ in range(2):  # a wrong checksum may be one bad transfer, twice is a bad file
-        checksum = await _Transfer(remote, path, advance).run()
+        checksum = await _transfer(remote, path, advance)
         if checksum == expected.checksum:
             return
         advance(-expected.size)
@@ -131,106 +134,97 @@ async def fetch(
     raise DownloadError(f"{remote.name}: {sums}; they were thrown away, try again later")
 
 
-class _Transfer:
-    """The download of one file: its ranges, their workers and the hash that follows them."""
-
-    def __init__(self, remote: Remote, path: Path, advance: Callable[[int], None]):
-        self._remote, self._expected, self._path = remote, remote.expected, path
-        self._advance = advance
-        self._incomplete = path.with_name(path.name + ".incomplete")
-        self._note = path.with_name(path.name + ".ranges")
-        size = remote.expected.size
-        self._starts = list(range(0, size, RANGE_BYTES))
-        self._ranges = [Range(start, min(start + RANGE_BYTES, size)) for start in self._starts]
-        self._load()
-        self._handle = os.open(self._incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self._digest, self._hashed = remote.expected.digest(), 0
-
-    async def run(self) -> str:
-        """Fetch what is missing; returns the checksum, and names the file if that is right."""
+async def _transfer(remote: Remote, path: Path, advance: Callable[[int], None]) -> str:
+    """Fetch what is missing; returns the checksum, and names the file if that is right."""
+    expected, progress = remote.expected, _Progress(remote.expected, path)
+    handle = os.open(progress.incomplete, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        os.ftruncate(handle, expected.size)
+        advance(sum(part.at - part.start for part in progress.ranges))
         try:
-            os.ftruncate(self._handle, self._expected.size)
-            self._advance(sum(self._received()))
-            await self._receive()
-            await self._hash()
-            checksum: str = self._digest.hexdigest()
-            if checksum == self._expected.checksum:
-                os.fsync(self._handle)
-                os.rename(self._incomplete, self._path)
-                sync_folder(self._path.parent)
-            else:
-                self._incomplete.unlink()
-            self._note.unlink(missing_ok=True)
-            return checksum
-        finally:
-            os.close(self._handle)
+            await _receive_all(remote, handle, progress, advance)
+        except BaseException:
+            progress.save()
+            raise
+        checksum = await checksum_of(handle, expected)
+        if checksum == expected.checksum:
+            os.fsync(handle)
+            os.rename(progress.incomplete, path)
+            sync_folder(path.parent)
+        else:
+            progress.incomplete.unlink()
+        progress.note.unlink(missing_ok=True)
+        return checksum
+    finally:
+        os.close(handle)
 
-    def _received(self) -> list[int]:
-        """How many bytes of each range are there."""
-        return [part.at - start for part, start in zip(self._ranges, self._starts, strict=True)]
 
-    def _load(self) -> None:
-        """Go on from an earlier run's note, or start anew."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads(self._note.read_text())
-            pairs = list(zip(self._ranges, state["received"], strict=True))
-            possible = all(0 <= count <= part.end - part.at for part, count in pairs)
-            same = state["checksum"] == self._expected.checksum
-            if possible and same and self._incomplete.stat().st_size == self._expected.size:
-                for part, count in pairs:
-                    part.at += count
-                return
-        self._incomplete.unlink(missing_ok=True)
+async def _receive_all(
+    remote: Remote, handle: int, progress: "_Progress", advance: Callable[[int], None]
+) -> None:
+    """Fetch what is missing of all ranges, several at once."""
+    from huggingface_hub import get_async_session
 
-    def _save(self) -> None:
-        """Note how far the ranges are, for after a kill.  After a power failure the note may claim
-        what never reached the disk; then the checksum is wrong and this one file comes again, which
-        is cheaper than to sync gigabytes all the time."""
-        temporary = self._note.with_name(self._note.name + ".tmp")
-        state = {"checksum": self._expected.checksum, "received": self._received()}
-        temporary.write_text(json.dumps(state))
-        os.rename(temporary, self._note)
+    queue = deque(part for part in progress.ranges if part.at < part.end)
 
-    async def _receive(self) -> None:
-        from huggingface_hub import get_async_session
+    def advance_and_save(count: int) -> None:
+        progress.save_sometimes()
+        advance(count)
 
-        queue = deque(part for part in self._ranges if part.at < part.end)
-        saved = time.monotonic()
-        async with get_async_session() as client:
-            workers = min(CONNECTIONS, len(queue))
-            tasks = [asyncio.ensure_future(self._work(client, queue)) for _ in range(workers)]
-            pending = set(tasks)
-            try:
-                while pending:
-                    done, pending = await asyncio.wait(
-                        pending, timeout=0.05, return_when=asyncio.FIRST_EXCEPTION
-                    )
-                    for task in done:
-                        task.result()
-                    await self._hash()
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        self._save()
-                        saved = time.monotonic()
-            except BaseException:
-                for task in tasks:
-                    task.cancel()
-                self._save()
-                raise
-
-    async def _work(self, client: Any, queue: deque[Range]) -> None:
+    async def work() -> None:
         while queue:
             part = queue.popleft()
 
             def write(data: bytes, part: Range = part) -> None:
                 view, at = memoryview(data), part.at
                 while view:
-                    count = os.pwrite(self._handle, view, at)
+                    count = os.pwrite(handle, view, at)
                     view, at = view[count:], at + count
 
-            await receive(client, self._remote, part, write, self._advance)
+            await receive(client, remote, part, write, advance_and_save)
 
-    async def _hash(self) -> None:
-        """Let the checksum follow as far as the file is there without a hole."""
-        hole = next((part.at for part in self._ranges if part.at < part.end), self._expected.size)
-        start, self._hashed = self._hashed, hole
-        await hash_bytes(self._digest, self._handle, start, hole)
+    async with get_async_session() as client:
+        tasks = [asyncio.ensure_future(work()) for _ in range(min(CONNECTIONS, len(queue)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+class _Progress:
+    """How far the ranges of a file are, noted in ``NAME.ranges`` for after a kill."""
+
+    def __init__(self, expected: Expected, path: Path):
+        self._expected, self._saved = expected, time.monotonic()
+        self.incomplete = path.with_name(path.name + ".incomplete")
+        self.note = path.with_name(path.name + ".ranges")
+        starts = range(0, expected.size, RANGE_BYTES)
+        ends = [min(start + RANGE_BYTES, expected.size) for start in starts]
+        self.ranges = [Range(*span, span[0]) for span in zip(starts, ends, strict=True)]
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads(self.note.read_text())
+            pairs = list(zip(self.ranges, state["received"], strict=True))
+            possible = all(0 <= count <= part.end - part.start for part, count in pairs)
+            same = state["checksum"] == expected.checksum
+            if possible and same and self.incomplete.stat().st_size == expected.size:
+                for part, count in pairs:
+                    part.at += count
+                return
+        self.incomplete.unlink(missing_ok=True)
+
+    def save_sometimes(self) -> None:
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+            self._saved = time.monotonic()
+
+    def save(self) -> None:
+        """After a power failure the note may claim what never reached the disk; then the checksum
+        is wrong and this one file comes again, which is cheaper than to sync gigabytes all the
+        time."""
+        received = [part.at - part.start for part in self.ranges]
+        temporary = self.note.with_name(self.note.name + ".tmp")
+        temporary.write_text(
+            json.dumps({"checksum": self._expected.checksum, "received": received})
+        )
+        os.rename(temporary, self.note)

@@ -17,6 +17,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +30,7 @@ from slotmoe.model import checkpoint
 from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.download import CONNECTIONS, Range, fetch, hash_bytes, receive
+from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.plan.memory import format_size
@@ -39,25 +41,23 @@ from slotmoe.quant.export.writer import write_json
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request
 
 
+@dataclass
 class HubShards:
     """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives
     while one is quantized.  With ``kept`` they stay in that folder.  Downloads run in the thread of
     ``portal``, which cancels them when it is left by an exception."""
 
-    def __init__(
-        self,
-        portal: BlockingPortal,
-        snapshot: Snapshot,
-        download: Path,
-        kept: Path | None,
-        arriving: Progress,
-        notify: Notify,
-        patience: Patience,
-    ):
-        self._portal, self._snapshot, self._kept = portal, snapshot, kept
-        self._arriving, self._notify, self._patience = arriving, notify, patience
-        self._weights = download / "weights"
-        self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
+    portal: BlockingPortal
+    snapshot: Snapshot
+    download: Path
+    kept: Path | None
+    arriving: Progress
+    notify: Notify
+    patience: Patience
+
+    def __post_init__(self) -> None:
+        self._weights = self.download / "weights"
+        self.folder = self.download / "headers" / self.snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
 
     async def prepare(self) -> None:
@@ -69,8 +69,8 @@ class HubShards:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self._weights.mkdir(exist_ok=True)
-        files, at = self._snapshot.files, f"{self._snapshot.repo}: "
-        commit = self._snapshot.commit[:12]
+        files, at = self.snapshot.files, f"{self.snapshot.repo}: "
+        commit = self.snapshot.commit[:12]
         if "config.json" not in files:
             problem = f"has no config.json at {commit}; not a model in Hugging Face's format"
             raise CheckpointError(at + problem)
@@ -92,31 +92,32 @@ class HubShards:
             await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
 
     async def _fetch_small(self, name: str, limit: int) -> None:
-        path, expected = self.folder / name, self._snapshot.files.get(name)
+        path, expected = self.folder / name, self.snapshot.files.get(name)
         if expected is None:
             return
         if expected.size > limit:
             sizes = f"{expected.size} bytes, more than {limit}"
-            raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real model's file")
+            raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real model's file")
         if path.exists():
             return
         if (cached := await self._checked_cache(name)) is None:
-            await fetch(self._snapshot.remote(name, self._patience), path)
+            await fetch(self.snapshot.remote(name, self.patience), path)
         else:
             _copy(cached, path)
 
     async def _fetch_header(self, client: Any, free: asyncio.Semaphore, name: str) -> None:
         """Make the sparse file that has a weight file's size and header."""
-        path, size = self.folder / name, self._snapshot.files[name].size
+        path, size = self.folder / name, self.snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self._snapshot.cached(name), self._snapshot.remote(name, self._patience)
+        cached, remote = self.snapshot.cached(name), self.snapshot.remote(name, self.patience)
         data = bytearray()
 
         async def extend_to(end: int) -> None:
             if cached is None:
+                part = Range(len(data), min(end, size), len(data))
                 async with free:
-                    await receive(client, remote, Range(len(data), min(end, size)), data.extend)
+                    await receive(client, remote, part, data.extend)
                 return
             with open(cached, "rb") as file:
                 data[:] = file.read(end)
@@ -139,22 +140,20 @@ class HubShards:
 
     async def _checked_cache(self, name: str) -> Path | None:
         """The file in huggingface_hub's cache if its checksum is right."""
-        path, expected = self._snapshot.cached(name), self._snapshot.files[name]
+        path, expected = self.snapshot.cached(name), self.snapshot.files[name]
         if path is None:
             return None
-        digest = expected.digest()
         with open(path, "rb") as file:
-            await hash_bytes(digest, file.fileno(), 0, expected.size)
-        if digest.hexdigest() == expected.checksum:
-            return path
-        self._notify(f"{path}: is damaged, so it is not used; remove it")
+            if await checksum_of(file.fileno(), expected) == expected.checksum:
+                return path
+        self.notify(f"{path}: is damaged, so it is not used; remove it")
         return None
 
     def _arrived(self, name: str) -> Path | None:
         """A weight file that came in an earlier run and was checked then."""
-        for folder in (self._weights, self._kept):
+        for folder in (self._weights, self.kept):
             path = None if folder is None else folder / name
-            if path and path.is_file() and path.stat().st_size == self._snapshot.files[name].size:
+            if path and path.is_file() and path.stat().st_size == self.snapshot.files[name].size:
                 return path
         return None
 
@@ -163,25 +162,25 @@ class HubShards:
             plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
             if plain.removesuffix(".ranges") not in files:
                 self._retire(path)  # it was done when the last run was killed
-        snapshot, size = self._snapshot, format_size
+        snapshot, size = self.snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = sorted((snapshot.files[name].size for name in coming), reverse=True)
         self._total = sum(sizes)
         have = sum(path.stat().st_blocks * 512 for path in self._weights.glob("*.incomplete"))
-        peak = max(sum(sizes[: None if self._kept is not None else 2]) - have, 0)
+        peak = max(sum(sizes[: None if self.kept is not None else 2]) - have, 0)
         if files:
             done = f", {size(have)} of it here" if have else ""
-            kept = "" if self._kept is None else f" and the weight files in {self._kept}"
+            kept = "" if self.kept is None else f" and the weight files in {self.kept}"
             at, count = snapshot.commit[:12], f"{len(coming)} of {len(files)} weight files"
             total = f"{count} to download, {size(self._total)}{done}"
-            self._notify(f"{snapshot.repo} at commit {at}: {total}")
+            self.notify(f"{snapshot.repo} at commit {at}: {total}")
             needs = f"{size(export_bytes)} for the export and at most {size(peak)} for weight files"
             left = f"{size(free_bytes)} free; afterwards the export remains{kept}"
-            self._notify(f"disk: {needs}, {left}")
+            self.notify(f"disk: {needs}, {left}")
         return peak
 
     def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
-        start = self._portal.start_task_soon
+        start = self.portal.start_task_soon
         coming = [start(self._arrive, file) for file in files[:1]]
         for index, file in enumerate(files):
             path = coming.pop().result()
@@ -189,24 +188,24 @@ class HubShards:
             yield file, path
             if path.parent == self._weights:
                 self._retire(path)
-            elif self._kept is not None and path.parent != self._kept:
-                _copy(path, self._kept / file)
+            elif self.kept is not None and path.parent != self.kept:
+                _copy(path, self.kept / file)
 
     async def _arrive(self, name: str) -> Path:
         path = self._arrived(name) or await self._checked_cache(name)
         if path is None:
             path = self._weights / name
-            await fetch(self._snapshot.remote(name, self._patience), path, self._advance)
+            await fetch(self.snapshot.remote(name, self.patience), path, self._advance)
         return path
 
     def _advance(self, count: int) -> None:
         self._done += count
-        self._arriving(self._done, max(self._total, self._done))
+        self.arriving(self._done, max(self._total, self._done))
 
     def _retire(self, path: Path) -> None:
         """A weight file is done: remove it, or keep it under its name."""
-        if self._kept is not None and path.suffix == ".safetensors":
-            os.rename(path, self._kept / path.name)
+        if self.kept is not None and path.suffix == ".safetensors":
+            os.rename(path, self.kept / path.name)
         else:
             path.unlink()
 
@@ -284,7 +283,11 @@ def _begin(
 ) -> Snapshot:
     """The commit that a killed run began with, so that all files are of one commit even if the
     revision moved on; without one, what the revision is now, and an empty folder."""
-    begun = _planned(download)
+    begun = None
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        plan = json.loads((download / "plan.json").read_text())
+        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
+        begun = Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
     if begun is not None and not overwrite:
         if (begun.repo, begun.revision) != (repo, revision):
             problem = f"was begun with {begun.repo} at {begun.revision}"
@@ -295,15 +298,6 @@ def _begin(
     if snapshot != begun:
         _clear(download)
     return snapshot
-
-
-def _planned(download: Path) -> Snapshot | None:
-    try:
-        plan = json.loads((download / "plan.json").read_text())
-        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
-        return Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _clear(download: Path) -> None:

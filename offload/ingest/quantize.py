@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,22 +130,20 @@ def quantize(
         return manifest
 
 
+@dataclass
 class _Job:
     """One quantization: what to write, what is there already, and the workers."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        partial: Path,
-        mode: str,
-        workers: int,
-        progress: Progress,
-        shards: Shards | None,
-    ):
-        self._checkpoint, self._partial = checkpoint, partial
-        self._workers, self._progress, self._shards = workers, progress, shards
-        dtypes = {name: info.dtype for name, info in checkpoint.infos.items()}
-        self._contents = Contents(checkpoint.config, mode, dtypes)
+    checkpoint: Checkpoint
+    partial: Path
+    mode: str
+    workers: int
+    progress: Progress
+    shards: Shards | None
+
+    def __post_init__(self) -> None:
+        dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
+        self._contents = Contents(self.checkpoint.config, self.mode, dtypes)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
@@ -154,12 +153,12 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
-        copied = [name for name in COPIED if (self._checkpoint.folder / name).is_file()]
+        copied = [name for name in COPIED if (self.checkpoint.folder / name).is_file()]
         files = self.write([*self._contents.files, *copied])
         report = quantization_report(self._contents, self._state["squares"])
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
-        write_json(self._partial / MANIFEST, manifest)
+        write_json(self.partial / MANIFEST, manifest)
         return manifest
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
@@ -169,34 +168,37 @@ class _Job:
 
     def load_state(self, overwrite: bool) -> None:
         """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
-        name, files = self._checkpoint.folder.resolve().name, source_files(self._checkpoint)
+        name, files = self.checkpoint.folder.resolve().name, source_files(self.checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
-            "resident": self._contents.mode,
+            "resident": self.mode,
             "source": {"name": name, "files": files},
         }
         fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
         try:
-            state = json.loads((self._partial / "state.json").read_text())
-            sound = all(isinstance(state[key], dict) for key in fresh)
-        except (OSError, ValueError, KeyError, TypeError):
-            state, sound = None, False
-        if sound and state["identity"] == identity:
+            state = json.loads((self.partial / "state.json").read_text())
+        except (OSError, ValueError):
+            state = None
+        if (
+            isinstance(state, dict)
+            and state.get("identity") == identity
+            and state.keys() == fresh.keys()
+        ):
             self._state = state
             return
-        if state is not None and not overwrite:
+        if state and not overwrite:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"
-            raise ExportError(f"{self._partial}: {problem}; {advice}")
-        output_dir.empty(self._partial)
+            raise ExportError(f"{self.partial}: {problem}; {advice}")
+        output_dir.empty(self.partial)
         self._state = fresh
 
     def _save_state(self) -> None:
-        write_json(self._partial / "state.json", self._state)
+        write_json(self.partial / "state.json", self._state)
 
     def write(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
-        infos, tensors = self._checkpoint.infos, self._contents.tensors
+        infos, tensors = self.checkpoint.infos, self._contents.tensors
         weights = [name for name in names if name not in COPIED]
         self._left = {name: set() for name in weights if not self._finished(name)}
         written = {name: self._written(name).keys() for name in self._left}
@@ -214,24 +216,24 @@ class _Job:
             for name, left in self._left.items():
                 if not left:  # killed after its last tensor
                     self._finish(name)
-            if self._shards is None:
+            if self.shards is None:
                 self._write_tensors(todo)
             else:
-                self._write_arriving(todo, self._shards)
+                self._write_arriving(todo, self.shards)
         finally:
             for export_file in self._open_files.values():
                 export_file.close()
-        copied = {name: self._checkpoint.folder / name for name in names if name in COPIED}
+        copied = {name: self.checkpoint.folder / name for name in names if name in COPIED}
         entries = {name: self._state["files"][name] for name in weights}
-        return entries | copy_files(copied, self._partial)
+        return entries | copy_files(copied, self.partial)
 
     def _write_arriving(self, names: list[str], shards: Shards) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
         by_shard: dict[str, list[str]] = {}
         for name in names:
-            by_shard.setdefault(self._checkpoint.infos[name].file, []).append(name)
+            by_shard.setdefault(self.checkpoint.infos[name].file, []).append(name)
         for file, path in shards.arrivals(sorted(by_shard)):
-            with self._checkpoint.read_from(file, path):
+            with self.checkpoint.read_from(file, path):
                 self._write_tensors(by_shard[file])
             for name, export_file in self._open_files.items():
                 export_file.sync()
@@ -241,7 +243,7 @@ class _Job:
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self._workers, "", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(self.workers, "", torch.set_num_threads, (1,)) as pool:
             try:
                 deque(pool.map(self._write_tensor, names), maxlen=0)
             except BaseException:
@@ -252,7 +254,7 @@ class _Job:
                 torch.set_num_threads(threads)
 
     def _write_tensor(self, name: str) -> None:
-        checkpoint, tensor = self._checkpoint, self._contents.tensors[name]
+        checkpoint, tensor = self.checkpoint, self._contents.tensors[name]
         info, file = checkpoint.infos[name], tensor.file
         export_file = self._opened(file)
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
@@ -285,7 +287,7 @@ class _Job:
         with self._lock:
             if file not in self._open_files:
                 parts, written = self._contents.parts(file), self._written(file)
-                self._open_files[file] = ExportFile(self._partial / file, parts, written)
+                self._open_files[file] = ExportFile(self.partial / file, parts, written)
             return self._open_files[file]
 
     def _finish(self, file: str) -> None:
@@ -302,11 +304,11 @@ class _Job:
                     if entry is not None:
                         self._state["files"][file] = entry
                     self._save_state()
-        publish_file(self._partial / file)
+        publish_file(self.partial / file)
 
     def _finished(self, file: str) -> bool:
         """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
-        entry, path = self._state["files"].get(file), self._partial / file
+        entry, path = self._state["files"].get(file), self.partial / file
         if entry is None:
             return False
         if not path.exists():
@@ -321,7 +323,7 @@ class _Job:
 
     def _written(self, file: str) -> dict[str, str]:
         """Checksums of what the unfinished ``file`` holds already, if it is there as it was."""
-        path, size = writer.temporary_name(self._partial / file), self._contents.nbytes(file)
+        path, size = writer.temporary_name(self.partial / file), self._contents.nbytes(file)
         intact = path.is_file() and path.stat().st_size == size
         return self._state["written"].get(file, {}) if intact else {}
 
@@ -331,16 +333,16 @@ class _Job:
         with self._lock:
             self._done += count
             done = self._done
-        self._progress(done, self._total)
+        self.progress(done, self._total)
 
     def _check_space(self, names: list[str]) -> None:
-        paths = [writer.temporary_name(self._partial / file) for file in self._left]
+        paths = [writer.temporary_name(self.partial / file) for file in self._left]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
         needed = max(sum(map(self._contents.nbytes, self._left)) - taken, 0) + (16 << 20)
-        if self._shards is not None:
-            files = sorted({self._checkpoint.infos[name].file for name in names})
-            needed += self._shards.announce(files, needed, shutil.disk_usage(self._partial).free)
-        check_space(self._partial, needed)
+        if self.shards is not None:
+            files = sorted({self.checkpoint.infos[name].file for name in names})
+            needed += self.shards.announce(files, needed, shutil.disk_usage(self.partial).free)
+        check_space(self.partial, needed)
 
 
 def _quantized(

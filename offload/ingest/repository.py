@@ -6,8 +6,6 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -129,16 +127,18 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     the hub can't be asked."""
     from huggingface_hub import HfApi
 
+    api = HfApi(library_name="slotmoe")
     few = Patience(patience.stall, min(patience.attempts, 3), patience.pause)
     try:
         for failures in count(1):
             try:
-                with hub_errors(repo, revision):
-                    api = HfApi(library_name="slotmoe")
-                    info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
+                info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
                 break
-            except PassingError as problem:
-                time.sleep(few.pause_after(failures, repo, problem))
+            except Exception as problem:
+                cause = explained(repo, revision, problem)
+                if not isinstance(cause, PassingError):
+                    raise cause from None
+                time.sleep(few.pause_after(failures, repo, cause))
     except DownloadError as problem:
         if (cached := _cached_snapshot(repo, revision)) is not None:
             return cached
@@ -180,20 +180,9 @@ def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
     return Snapshot(repo, revision, Path(config).parent.name, files)
 
 
-@contextmanager
-def hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """huggingface_hub's errors as ours: what the user can do about it, or ``PassingError``."""
-    from huggingface_hub import errors
-
-    client = errors.HTTPError  # type: ignore[attr-defined]  # its HTTP client's, whichever that is
-    try:
-        yield
-    except (client, OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise explained(repo, revision, problem) from None
-
-
 def explained(repo: str, revision: str, problem: Exception) -> Exception:
-    """The error that tells a user about ``problem``, or a ``PassingError``."""
+    """What to raise for an error of huggingface_hub's or its HTTP client's: what the user can do
+    about it, or ``PassingError``."""
     from huggingface_hub import constants, errors
 
     hub, login = constants.ENDPOINT, "log in with 'hf auth login' or set HF_TOKEN"

@@ -667,7 +667,7 @@ def test_proxy_of_the_environment(monkeypatch):
 
         async def download():
             async with get_async_session() as client:
-                await receive(client, remote, Range(0, 9), lambda data: None)
+                await receive(client, remote, Range(0, 9, 0), lambda data: None)
 
         with pytest.raises(DownloadError, match=r"the connection to .* failed"):
             asyncio.run(download())
