@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,8 +147,8 @@ class _Job:
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
+        # By unfinished file of the export, and source tensors that are still to be written to it.
         self._open_files: dict[str, ExportFile] = {}
-        # By file of the export: source tensors that are still to be written.
         self._left: dict[str, set[str]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -200,29 +200,27 @@ class _Job:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
         infos, tensors = self.checkpoint.infos, self._contents.tensors
         weights = [name for name in names if name not in COPIED]
-        self._left = {name: set() for name in weights if not self._finished(name)}
-        written = {name: self._written(name).keys() for name in self._left}
-        todo = [
-            name
-            for name, tensor in tensors.items()
-            if tensor.file in written and not written[tensor.file] >= set(tensor.parts)
-        ]
-        for name in todo:
-            self._left[tensors[name].file].add(name)
+        written = {name: self._written(name) for name in weights if not self._finished(name)}
+        self._left = {name: set() for name in written}
+        for name, tensor in tensors.items():
+            if tensor.file in written and not written[tensor.file].keys() >= set(tensor.parts):
+                self._left[tensor.file].add(name)
+        todo = [name for name in tensors if name in self._left.get(tensors[name].file, ())]
         self._total = sum(infos[name].nbytes for name in tensors if tensors[name].file in weights)
         self._check_space(todo)
         self._advance(self._total - sum(infos[name].nbytes for name in todo))
-        try:
-            for name, left in self._left.items():
-                if not left:  # killed after its last tensor
+        with ExitStack() as closing_files:
+            for name in written:
+                export_file = ExportFile(
+                    self.partial / name, self._contents.parts(name), written[name]
+                )
+                self._open_files[name] = closing_files.enter_context(closing(export_file))
+                if not self._left[name]:  # killed after its last tensor
                     self._finish(name)
             if self.shards is None:
                 self._write_tensors(todo)
             else:
                 self._write_arriving(todo, self.shards)
-        finally:
-            for export_file in self._open_files.values():
-                export_file.close()
         copied = {name: self.checkpoint.folder / name for name in names if name in COPIED}
         entries = {name: self._state["files"][name] for name in weights}
         return entries | copy_files(copied, self.partial)
@@ -256,7 +254,7 @@ class _Job:
     def _write_tensor(self, name: str) -> None:
         checkpoint, tensor = self.checkpoint, self._contents.tensors[name]
         info, file = checkpoint.infos[name], tensor.file
-        export_file = self._opened(file)
+        export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
         squares = [0.0, 0.0]
         for start in range(0, info.shape[0], step):
@@ -283,27 +281,18 @@ class _Job:
         if whole:
             self._finish(file)
 
-    def _opened(self, file: str) -> ExportFile:
-        with self._lock:
-            if file not in self._open_files:
-                parts, written = self._contents.parts(file), self._written(file)
-                self._open_files[file] = ExportFile(self.partial / file, parts, written)
-            return self._open_files[file]
-
     def _finish(self, file: str) -> None:
         """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
-        with closing(self._opened(file)) as export_file:
+        entry = None
+        try:
+            entry = self._open_files[file].finish(self._contents.record_bytes(file))
+        finally:
             with self._lock:
                 del self._open_files[file]
-            entry = None
-            try:
-                entry = export_file.finish(self._contents.record_bytes(file))
-            finally:
-                with self._lock:
-                    self._state["written"].pop(file, None)
-                    if entry is not None:
-                        self._state["files"][file] = entry
-                    self._save_state()
+                self._state["written"].pop(file, None)
+                if entry is not None:
+                    self._state["files"][file] = entry
+                self._save_state()
         publish_file(self.partial / file)
 
     def _finished(self, file: str) -> bool:
