@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,13 @@ async def _request(
     failures = (errors.HTTPError, errors.OfflineModeIsEnabled)  # type: ignore[attr-defined]
     try:
         with fail_after(stall) as limit:
-            async with client.stream("GET", remote.url, headers=headers) as response:
+            async with (
+                client.stream("GET", remote.url, headers=headers) as response,
+                aclosing(response.aiter_raw()) as chunks,
+            ):
                 remote.check(response, part.at)
                 position = buffered = part.at if response.status_code == 206 else 0
-                async for chunk in response.aiter_raw():
+                async for chunk in chunks:
                     if data := chunk[max(part.at - position, 0) : part.end - position]:
                         take(data)
                         part.at += len(data)
