@@ -42,11 +42,6 @@ def expert_name(layer: int, expert: int, projection: str) -> str:
     return layer_tensor(layer, f"mlp.experts.{expert}.{projection}")
 
 
-def experts_name(layer: int, projection: str) -> str:
-    """What stands for one projection of all routed experts of a layer together."""
-    return layer_tensor(layer, f"mlp.experts.{projection}")
-
-
 def split_name(name: str) -> tuple[int | None, str]:
     """Layer (None if in no layer) and the name inside it: 3 and ``self_attn.o_proj``."""
     match = re.match(r"model\.layers\.(\d+)\.", name)

@@ -75,12 +75,11 @@ def _model(name: str, revision: str | None) -> Model:
     except errors.LocalEntryNotFoundError:
         problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
         raise DownloadError(f"{name}: {problem}") from None
-    except Exception:
+    except Exception as problem:
         # Imports torch, for the few who have an error to be told.
-        from slotmoe.offload.ingest.repository import hub_errors
+        from slotmoe.offload.ingest.repository import explained
 
-        with hub_errors(name, revision):
-            raise
+        raise explained(name, revision, problem) from None
     return Model(name, read_config(Path(path)))
 
 

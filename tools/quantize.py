@@ -1,7 +1,6 @@
 """``slotmoe quantize``: a checkpoint in, from a folder or from the hub; an export out."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,7 @@ def command(
     if as_json:
         print(json.dumps(report))
     else:
-        _say(f'Run it: slotmoe run {destination} "Your prompt"')
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+        click.echo(f'Run it: slotmoe run {destination} "Your prompt"', err=True)
 
 
 def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
@@ -115,7 +110,7 @@ def _quantize(
             options["ready"] = lambda folder: _check_source(folder, texts)
             return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
-        _say("")
+        click.echo(err=True)
         say(f"stopped; run the same command again to resume from {destination}.partial")
         raise
 
@@ -128,31 +123,36 @@ def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[
         with byte_progress("Calibrating", quiet) as progress:
             report = calibrate(destination, texts, progress)
     except KeyboardInterrupt:
-        _say("")
+        click.echo(err=True)
         say(f"stopped; {destination} is a whole export, calibrated as before")
         raise
     report["seconds"] = time.perf_counter() - started
     if quiet:
         return report
     spent = f"{report['seconds']:.1f} s ({format_size(report['bytes'])})"
-    _say(f"Calibrated on {report['tokens']} tokens in {spent}")
+    click.echo(f"Calibrated on {report['tokens']} tokens in {spent}", err=True)
     names = {"token": "before a token starts", "layer": "one MoE layer ahead"}
     for name, text in (names | {"popular": "by popularity alone"}).items():
         if name in report["recall"]:
             pairs = zip(report["recall"][name], report["guesses"], strict=True)
             shares = ", ".join(f"{share:.1%} by {n}" for share, n in pairs)
-            _say(f"  experts named {text}: {shares} guesses a layer")
+            click.echo(f"  experts named {text}: {shares} guesses a layer", err=True)
     return report
 
 
 def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict[str, Any]:
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    experts = sum(size for name, size in sizes.items() if name.startswith("experts/"))
-    report = {"export": str(destination), "bytes": sum(sizes.values()), "expert_bytes": experts}
-    report |= {"resident_bytes": sizes["resident.safetensors"], "seconds": seconds}
     quantization = manifest["quantization"]
-    cost = {name: quantization["report"][name] for name in ("bits_per_weight", "families")}
-    return {**report, "quantization": quantization["resident"], **cost}
+    return {
+        "export": str(destination),
+        "bytes": sum(sizes.values()),
+        "expert_bytes": sum(sizes[name] for name in sizes if name.startswith("experts/")),
+        "resident_bytes": sizes["resident.safetensors"],
+        "seconds": seconds,
+        "quantization": quantization["resident"],
+        "bits_per_weight": quantization["report"]["bits_per_weight"],
+        "families": quantization["report"]["families"],
+    }
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def _print(report: dict[str, Any]) -> None:
     sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
     size, experts, resident = map(format_size, sizes)
     spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-    _say(f"{report['export']}: {size} in {spent}")
+    click.echo(f"{report['export']}: {size} in {spent}", err=True)
     rows = []
     for family in report["families"]:
         layer, error = family["worst_layer"], family["relative_rms_error"]

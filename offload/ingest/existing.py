@@ -1,7 +1,5 @@
 """An export that is there already: whether it is one of this source, and how it is repaired."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

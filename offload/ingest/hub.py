@@ -11,27 +11,28 @@ has come:
 fetched.
 """
 
-from __future__ import annotations
-
+import asyncio
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
 from slotmoe.model import checkpoint
 from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
 from slotmoe.model.config import read_config
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.download import CONNECTIONS, fetch
-from slotmoe.offload.ingest.http import Expected, Patience, Remote, StopEvent, Stopped, read_range
-from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, in_parallel, quantize
-from slotmoe.offload.ingest.repository import Snapshot, remote_file, resolve
+from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
+from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
+from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
@@ -40,45 +41,44 @@ from slotmoe.quant.export.writer import write_json
 _HEAD_BYTES = 64 << 10  # holds most headers; the rest of a longer one takes a second request
 
 
+@dataclass
 class HubShards:
     """The weight files of one commit (``slotmoe.offload.ingest.quantize.Shards``): the next arrives
-    while one is quantized.  With ``kept`` they stay in that folder."""
+    while one is quantized.  With ``kept`` they stay in that folder.  Downloads run in the thread of
+    ``portal``, which cancels them when it is left by an exception."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        download: Path,
-        kept: Path | None,
-        arriving: Progress,
-        notify: Notify,
-        patience: Patience,
-    ):
-        self._snapshot, self._weights, self._kept = snapshot, download / "weights", kept
-        self._arriving, self._notify, self._patience = arriving, notify, patience
-        self.folder = download / "headers" / snapshot.repo.rpartition("/")[2]
-        self.stop, self._lock = StopEvent(), threading.Lock()
+    portal: BlockingPortal
+    snapshot: Snapshot
+    download: Path
+    kept: Path | None
+    arriving: Progress
+    notify: Notify
+    patience: Patience
+
+    def __post_init__(self) -> None:
+        self._weights = self.download / "weights"
+        self.folder = self.download / "headers" / self.snapshot.repo.rpartition("/")[2]
         self._done, self._total = 0, 0
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Fetch everything but weights, so that ``folder`` can be opened as a checkpoint.
 
         Raises ``ConfigError`` or ``CheckpointError`` for what is unsupported or incomplete.
         """
+        from huggingface_hub import get_async_session
+
         self.folder.mkdir(parents=True, exist_ok=True)
         self._weights.mkdir(exist_ok=True)
-        files, at = self._snapshot.files, f"{self._snapshot.repo}: "
-        commit = self._snapshot.commit[:12]
+        files, at = self.snapshot.files, f"{self.snapshot.repo}: "
+        commit = self.snapshot.commit[:12]
         if "config.json" not in files:
             problem = f"has no config.json at {commit}; not a model in Hugging Face's format"
             raise CheckpointError(at + problem)
-        self._fetch_small("config.json", MAX_COPIED_BYTES)
+        await self._fetch_small("config.json", MAX_COPIED_BYTES)
         read_config(self.folder / "config.json")
-        for name in (*COPIED[1:], INDEX_NAME):
-            if name in files:
-                is_index = name == INDEX_NAME
-                self._fetch_small(
-                    name, checkpoint.MAX_INDEX_BYTES if is_index else MAX_COPIED_BYTES
-                )
+        for name in COPIED[1:]:
+            await self._fetch_small(name, MAX_COPIED_BYTES)
+        await self._fetch_small(INDEX_NAME, checkpoint.MAX_INDEX_BYTES)
         weight_map = checkpoint.weight_files(self.folder) or {"": checkpoint.SINGLE_NAME}
         names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if name not in files]:
@@ -87,45 +87,47 @@ class HubShards:
             rule = "without a network all must be in huggingface_hub's cache"
             problem = f"{count}: {', '.join(missing[:5])}{more}; {rule}"
             raise CheckpointError(f"{at}{problem}, and weights must be .safetensors")
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            in_parallel(pool, self._fetch_header, names, self.stop)
+        free = asyncio.Semaphore(CONNECTIONS)
+        async with get_async_session() as client:
+            await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
 
-    def _fetch_small(self, name: str, limit: int) -> None:
-        path, size = self.folder / name, self._snapshot.files[name].size
-        if size > limit:
-            sizes = f"{size} bytes, more than {limit}"
-            raise CheckpointError(f"{self._snapshot.repo}/{name}: {sizes}; not a real model's file")
+    async def _fetch_small(self, name: str, limit: int) -> None:
+        path, expected = self.folder / name, self.snapshot.files.get(name)
+        if expected is None:
+            return
+        if expected.size > limit:
+            sizes = f"{expected.size} bytes, more than {limit}"
+            raise CheckpointError(f"{self.snapshot.repo}/{name}: {sizes}; not a real model's file")
         if path.exists():
             return
-        if (cached := self._checked_cache(name)) is None:
-            fetch(self._remote(name), path, self.stop)
+        if (cached := await self._checked_cache(name)) is None:
+            await fetch(self.snapshot.remote(name, self.patience), path)
         else:
             _copy(cached, path)
 
-    def _remote(self, name: str) -> Remote:
-        return remote_file(self._snapshot, name, self._patience)
-
-    def _fetch_header(self, name: str) -> None:
+    async def _fetch_header(self, client: Any, free: asyncio.Semaphore, name: str) -> None:
         """Make the sparse file that has a weight file's size and header."""
-        path, size = self.folder / name, self._snapshot.files[name].size
+        path, size = self.folder / name, self.snapshot.files[name].size
         if path.exists():
             return
-        cached, remote = self._snapshot.cached(name), self._remote(name)
+        cached, remote = self.snapshot.cached(name), self.snapshot.remote(name, self.patience)
+        data = bytearray()
 
-        def read(start: int, end: int) -> bytes:
+        async def extend_to(end: int) -> None:
             if cached is None:
-                return read_range(remote, start, min(end, size), self.stop)
+                part = Range(len(data), min(end, size), len(data))
+                async with free:
+                    await receive(client, remote, part, data.extend)
+                return
             with open(cached, "rb") as file:
-                file.seek(start)
-                return file.read(end - start)
+                data[:] = file.read(end)
 
-        data = read(0, _HEAD_BYTES)
+        await extend_to(_HEAD_BYTES)
         length = 8 + int.from_bytes(data[:8], "little")
         if length > MAX_HEADER_BYTES:
             sizes = f"header of {length} bytes, more than {MAX_HEADER_BYTES}"
             raise CheckpointError(f"{remote.name}: {sizes}; not a real checkpoint")
-        if length > len(data):
-            data += read(len(data), length)
+        await extend_to(length)
         temporary = path.with_name(name + ".tmp")
         with open(temporary, "wb") as file:
             file.write(data[:length])
@@ -136,27 +138,22 @@ class HubShards:
             raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
 
-    def _checked_cache(self, name: str) -> Path | None:
+    async def _checked_cache(self, name: str) -> Path | None:
         """The file in huggingface_hub's cache if its checksum is right."""
-        path, expected = self._snapshot.cached(name), self._snapshot.files[name]
+        path, expected = self.snapshot.cached(name), self.snapshot.files[name]
         if path is None:
             return None
-        digest = expected.digest()
         with open(path, "rb") as file:
-            while data := file.read(4 << 20):
-                if self.stop.is_set():
-                    raise Stopped
-                digest.update(data)
-        if digest.hexdigest() == expected.checksum:
-            return path
-        self._notify(f"{path}: is damaged, so it is not used; remove it")
+            if await checksum_of(file.fileno(), expected) == expected.checksum:
+                return path
+        self.notify(f"{path}: is damaged, so it is not used; remove it")
         return None
 
     def _arrived(self, name: str) -> Path | None:
         """A weight file that came in an earlier run and was checked then."""
-        for folder in (self._weights, self._kept):
+        for folder in (self._weights, self.kept):
             path = None if folder is None else folder / name
-            if path and path.is_file() and path.stat().st_size == self._snapshot.files[name].size:
+            if path and path.is_file() and path.stat().st_size == self.snapshot.files[name].size:
                 return path
         return None
 
@@ -165,56 +162,50 @@ class HubShards:
             plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
             if plain.removesuffix(".ranges") not in files:
                 self._retire(path)  # it was done when the last run was killed
-        snapshot, size = self._snapshot, format_size
+        snapshot, size = self.snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
         sizes = sorted((snapshot.files[name].size for name in coming), reverse=True)
         self._total = sum(sizes)
         have = sum(path.stat().st_blocks * 512 for path in self._weights.glob("*.incomplete"))
-        peak = max(sum(sizes[: None if self._kept is not None else 2]) - have, 0)
+        peak = max(sum(sizes[: None if self.kept is not None else 2]) - have, 0)
         if files:
             done = f", {size(have)} of it here" if have else ""
-            kept = "" if self._kept is None else f" and the weight files in {self._kept}"
+            kept = "" if self.kept is None else f" and the weight files in {self.kept}"
             at, count = snapshot.commit[:12], f"{len(coming)} of {len(files)} weight files"
             total = f"{count} to download, {size(self._total)}{done}"
-            self._notify(f"{snapshot.repo} at commit {at}: {total}")
+            self.notify(f"{snapshot.repo} at commit {at}: {total}")
             needs = f"{size(export_bytes)} for the export and at most {size(peak)} for weight files"
             left = f"{size(free_bytes)} free; afterwards the export remains{kept}"
-            self._notify(f"disk: {needs}, {left}")
+            self.notify(f"disk: {needs}, {left}")
         return peak
 
     def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
-        with ThreadPoolExecutor(1) as ahead:
-            try:
-                coming = [ahead.submit(self._arrive, file) for file in files[:1]]
-                for index, file in enumerate(files):
-                    path = coming.pop().result()
-                    coming = [ahead.submit(self._arrive, name) for name in files[index + 1 :][:1]]
-                    yield file, path
-                    if path.parent == self._weights:
-                        self._retire(path)
-                    elif self._kept is not None and path.parent != self._kept:
-                        _copy(path, self._kept / file)
-            except BaseException:
-                self.stop.set()
-                raise
+        start = self.portal.start_task_soon
+        coming = [start(self._arrive, file) for file in files[:1]]
+        for index, file in enumerate(files):
+            path = coming.pop().result()
+            coming = [start(self._arrive, name) for name in files[index + 1 :][:1]]
+            yield file, path
+            if path.parent == self._weights:
+                self._retire(path)
+            elif self.kept is not None and path.parent != self.kept:
+                _copy(path, self.kept / file)
 
-    def _arrive(self, name: str) -> Path:
-        path = self._arrived(name) or self._checked_cache(name)
+    async def _arrive(self, name: str) -> Path:
+        path = self._arrived(name) or await self._checked_cache(name)
         if path is None:
             path = self._weights / name
-            fetch(self._remote(name), path, self.stop, self._advance)
+            await fetch(self.snapshot.remote(name, self.patience), path, self._advance)
         return path
 
     def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            done = self._done
-        self._arriving(done, max(self._total, done))
+        self._done += count
+        self.arriving(self._done, max(self._total, self._done))
 
     def _retire(self, path: Path) -> None:
         """A weight file is done: remove it, or keep it under its name."""
-        if self._kept is not None and path.suffix == ".safetensors":
-            os.rename(path, self._kept / path.name)
+        if self.kept is not None and path.suffix == ".safetensors":
+            os.rename(path, self.kept / path.name)
         else:
             path.unlink()
 
@@ -262,18 +253,19 @@ def quantize_from_hub(
         if kept is not None:
             why = f"which {repo} has not, so nothing is put there"
             output_dir.refuse_foreign(kept, snapshot.files, why)
-        shards = HubShards(snapshot, download, kept, arriving, notify, patience)
         try:
-            with output_dir.full_disk_explained(download):
-                shards.prepare()
-                ready(shards.folder)
-                write_json(download / "plan.json", vars(snapshot))
-                if kept is not None:
-                    kept.mkdir(exist_ok=True)
-            options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock, "notify": notify}
-            manifest = quantize(shards.folder, destination, shards=shards, **options)
+            with start_blocking_portal() as portal:
+                shards = HubShards(portal, snapshot, download, kept, arriving, notify, patience)
+                with output_dir.full_disk_explained(download):
+                    portal.call(shards.prepare)
+                    ready(shards.folder)
+                    write_json(download / "plan.json", vars(snapshot))
+                    if kept is not None:
+                        kept.mkdir(exist_ok=True)
+                options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
+                options |= {"notify": notify, "shards": shards}
+                manifest = quantize(shards.folder, destination, **options)
         except BaseException:
-            shards.stop.set()
             begun = output_dir.beside(destination, "partial").exists()
             if not begun and not any((download / "weights").glob("*")):
                 _clear(download)
@@ -291,7 +283,11 @@ def _begin(
 ) -> Snapshot:
     """The commit that a killed run began with, so that all files are of one commit even if the
     revision moved on; without one, what the revision is now, and an empty folder."""
-    begun = _planned(download)
+    begun = None
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        plan = json.loads((download / "plan.json").read_text())
+        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
+        begun = Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
     if begun is not None and not overwrite:
         if (begun.repo, begun.revision) != (repo, revision):
             problem = f"was begun with {begun.repo} at {begun.revision}"
@@ -302,15 +298,6 @@ def _begin(
     if snapshot != begun:
         _clear(download)
     return snapshot
-
-
-def _planned(download: Path) -> Snapshot | None:
-    try:
-        plan = json.loads((download / "plan.json").read_text())
-        files = {name: Expected(*facts) for name, facts in plan["files"].items()}
-        return Snapshot(plan["repo"], plan["revision"], plan["commit"], files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _clear(download: Path) -> None:

@@ -1,7 +1,5 @@
 """What the name of a model can mean, without importing what it takes to open one."""
 
-from __future__ import annotations
-
 import re
 
 

@@ -4,8 +4,6 @@ Work happens in ``DST.partial``, which one process owns at a time; the last act 
 ``DST``.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

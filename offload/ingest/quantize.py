@@ -9,18 +9,16 @@ are durable, so a killed run resumes to the same bytes.  The last act is to rena
 ``DST``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +27,14 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.names import expert_name, experts_name
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.contents import Contents, copied_entries
+from slotmoe.offload.ingest.contents import Contents, copy_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
-from slotmoe.offload.ingest.http import Stopped
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, PROJECTIONS, RESIDENT
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
@@ -54,6 +50,10 @@ _CHUNK = 8 << 20  # weights quantized at once
 _LEVELS = torch.tensor(nf4.LEVELS)
 
 
+class Stopped(Exception):
+    """The work was given up because another thread failed."""
+
+
 class Shards(Protocol):
     """Weight files that are not all in the checkpoint's folder, but come one after the other."""
 
@@ -67,18 +67,6 @@ class Shards(Protocol):
 
 def ignore(*_arguments: Any) -> None:
     """For callers that want no progress and no sentences."""
-
-
-def in_parallel(
-    pool: ThreadPoolExecutor, work: Callable[[str], None], names: list[str], stop: threading.Event
-) -> None:
-    """``work`` on each of ``names``; if anything fails, ``stop`` is set for those under way."""
-    try:
-        deque(pool.map(work, names), maxlen=0)
-    except BaseException:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def resident_mode(resident: str) -> str:
@@ -142,37 +130,35 @@ def quantize(
         return manifest
 
 
+@dataclass
 class _Job:
     """One quantization: what to write, what is there already, and the workers."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        partial: Path,
-        mode: str,
-        workers: int,
-        progress: Progress,
-        shards: Shards | None,
-    ):
-        self._checkpoint, self._partial = checkpoint, partial
-        self._workers, self._progress, self._shards = workers, progress, shards
-        dtypes = {name: info.dtype for name, info in checkpoint.infos.items()}
-        self._contents = Contents(checkpoint.config, mode, dtypes)
+    checkpoint: Checkpoint
+    partial: Path
+    mode: str
+    workers: int
+    progress: Progress
+    shards: Shards | None
+
+    def __post_init__(self) -> None:
+        dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
+        self._contents = Contents(self.checkpoint.config, self.mode, dtypes)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
+        # By unfinished file of the export, and source tensors that are still to be written to it.
         self._open_files: dict[str, ExportFile] = {}
-        # By file of the export: source tensors that are still to be written.
         self._left: dict[str, set[str]] = {}
 
     def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
-        copied = [name for name in COPIED if (self._checkpoint.folder / name).is_file()]
+        copied = [name for name in COPIED if (self.checkpoint.folder / name).is_file()]
         files = self.write([*self._contents.files, *copied])
-        report = quantization_report(self._contents, ChainMap(*self._state["errors"].values()))
+        report = quantization_report(self._contents, self._state["squares"])
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
-        write_json(self._partial / MANIFEST, manifest)
+        write_json(self.partial / MANIFEST, manifest)
         return manifest
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
@@ -182,93 +168,93 @@ class _Job:
 
     def load_state(self, overwrite: bool) -> None:
         """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
-        name, files = self._checkpoint.folder.resolve().name, source_files(self._checkpoint)
+        name, files = self.checkpoint.folder.resolve().name, source_files(self.checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
-            "resident": self._contents.mode,
+            "resident": self.mode,
             "source": {"name": name, "files": files},
         }
-        fresh = {"identity": identity, "files": {}, "written": {}, "errors": {}}
+        fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
         try:
-            state = json.loads((self._partial / "state.json").read_text())
-            sound = all(isinstance(state[key], dict) for key in fresh)
-        except (OSError, ValueError, KeyError, TypeError):
-            state, sound = None, False
-        if sound and state["identity"] == identity:
+            state = json.loads((self.partial / "state.json").read_text())
+        except (OSError, ValueError):
+            state = None
+        if (
+            isinstance(state, dict)
+            and state.get("identity") == identity
+            and state.keys() == fresh.keys()
+        ):
             self._state = state
             return
-        if state is not None and not overwrite:
+        if state and not overwrite:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"
-            raise ExportError(f"{self._partial}: {problem}; {advice}")
-        output_dir.empty(self._partial)
+            raise ExportError(f"{self.partial}: {problem}; {advice}")
+        output_dir.empty(self.partial)
         self._state = fresh
 
     def _save_state(self) -> None:
-        write_json(self._partial / "state.json", self._state)
+        write_json(self.partial / "state.json", self._state)
 
     def write(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
-        infos, contents, todo = self._checkpoint.infos, self._contents, list[str]()
+        infos, tensors = self.checkpoint.infos, self._contents.tensors
         weights = [name for name in names if name not in COPIED]
-        tensors = [tensor for name in weights for tensor in contents.tensors(name)]
-        self._total = sum(infos[tensor].nbytes for tensor in tensors)
-        missing = [name for name in weights if not self._finished(name)]
-        for name in missing:
-            written = self._written(name).keys()
-            left = [t for t in contents.tensors(name) if not written >= set(contents.part_names(t))]
-            self._left[name] = set(left)
-            todo += left
-        self._check_space(missing, todo)
-        self._advance(self._total - sum(infos[tensor].nbytes for tensor in todo))
-        try:
-            if self._shards is None:
+        written = {name: self._written(name) for name in weights if not self._finished(name)}
+        self._left = {name: set() for name in written}
+        for name, tensor in tensors.items():
+            if tensor.file in written and not written[tensor.file].keys() >= set(tensor.parts):
+                self._left[tensor.file].add(name)
+        todo = [name for name in tensors if name in self._left.get(tensors[name].file, ())]
+        self._total = sum(infos[name].nbytes for name in tensors if tensors[name].file in weights)
+        self._check_space(todo)
+        self._advance(self._total - sum(infos[name].nbytes for name in todo))
+        with ExitStack() as closing_files:
+            for name in written:
+                export_file = ExportFile(
+                    self.partial / name, self._contents.parts(name), written[name]
+                )
+                self._open_files[name] = closing_files.enter_context(closing(export_file))
+                if not self._left[name]:  # killed after its last tensor
+                    self._finish(name)
+            if self.shards is None:
                 self._write_tensors(todo)
             else:
-                self._write_arriving(todo, self._shards)
-            for name in missing:
-                if name not in self._state["files"]:  # killed after its last tensor
-                    self._finish(name)
-        finally:
-            for export_file in self._open_files.values():
-                export_file.close()
-        copied = [name for name in names if name in COPIED]
-        for name in copied:
-            shutil.copyfile(self._checkpoint.folder / name, self._partial / name)
+                self._write_arriving(todo, self.shards)
+        copied = {name: self.checkpoint.folder / name for name in names if name in COPIED}
         entries = {name: self._state["files"][name] for name in weights}
-        return entries | copied_entries(self._partial, copied)
+        return entries | copy_files(copied, self.partial)
 
     def _write_arriving(self, names: list[str], shards: Shards) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
         by_shard: dict[str, list[str]] = {}
         for name in names:
-            by_shard.setdefault(self._checkpoint.infos[name].file, []).append(name)
-        with closing(shards.arrivals(sorted(by_shard))) as arrivals:
-            for file, path in arrivals:
-                with self._checkpoint.read_from(file, path):
-                    self._write_tensors(by_shard[file])
-                for name, export_file in self._open_files.items():
-                    export_file.sync()
-                    self._state["written"][name] = dict(export_file.checksums)
-                self._save_state()
+            by_shard.setdefault(self.checkpoint.infos[name].file, []).append(name)
+        for file, path in shards.arrivals(sorted(by_shard)):
+            with self.checkpoint.read_from(file, path):
+                self._write_tensors(by_shard[file])
+            for name, export_file in self._open_files.items():
+                export_file.sync()
+                self._state["written"][name] = dict(export_file.checksums)
+            self._save_state()
 
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
         threads = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self._workers, "", torch.set_num_threads, (1,))
-        try:
-            with pool:
-                in_parallel(pool, self._write_tensor, names, self._stop)
-        finally:
-            torch.set_num_threads(threads)
+        with ThreadPoolExecutor(self.workers, "", torch.set_num_threads, (1,)) as pool:
+            try:
+                deque(pool.map(self._write_tensor, names), maxlen=0)
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            finally:
+                torch.set_num_threads(threads)
 
     def _write_tensor(self, name: str) -> None:
-        checkpoint, contents = self._checkpoint, self._contents
-        info, file, kind = checkpoint.infos[name], contents.file_of(name), contents.kind(name)
-        with self._lock:
-            if file not in self._open_files:
-                self._open_files[file] = self._export_file(file)
-            export_file = self._open_files[file]
+        checkpoint, tensor = self.checkpoint, self._contents.tensors[name]
+        info, file = checkpoint.infos[name], tensor.file
+        export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
         squares = [0.0, 0.0]
         for start in range(0, info.shape[0], step):
@@ -276,61 +262,42 @@ class _Job:
             if file == RESIDENT:
                 checkpoint.check_finite(name, piece)
             try:
-                outputs, weight = _quantized(piece, kind)
+                outputs, weight = _quantized(piece, tensor.kind)
             except nf4.NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
-            for part, output in zip(contents.part_names(name), outputs, strict=True):
+            for part, output in zip(tensor.parts, outputs, strict=True):
                 export_file.write(part, output)
             if weight is not None:
                 more = squared_error(piece, weight)
                 squares = [a + b for a, b in zip(squares, more, strict=True)]
             self._advance(piece.nbytes)
         with self._lock:
-            if kind != "none":
-                self._state["errors"].setdefault(file, {})[name] = squares
+            if tensor.kind != "none":
+                self._state["squares"][name] = squares
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:
             self._finish(file)
 
-    def _export_file(self, file: str) -> ExportFile:
-        return ExportFile(self._partial / file, self._contents.parts(file), self._written(file))
-
     def _finish(self, file: str) -> None:
         """Check a complete file, record it, then name it: ``_finished`` may have to do the last."""
-        with self._lock:
-            export_file = self._open_files.pop(file, None) or self._export_file(file)
         entry = None
         try:
-            records = None if file == RESIDENT else self._contents.layout.record_bytes
-            entry = export_file.finish(records)
+            entry = self._open_files[file].finish(self._contents.record_bytes(file))
         finally:
-            export_file.close()
             with self._lock:
+                del self._open_files[file]
                 self._state["written"].pop(file, None)
                 if entry is not None:
                     self._state["files"][file] = entry
-                    self._state["errors"][file] = self._summed_errors(file)
                 self._save_state()
-        publish_file(self._partial / file)
-
-    def _summed_errors(self, file: str) -> dict[str, list[float]]:
-        """The sums of a file's ``squared_error``, all routed experts of a layer together."""
-        errors: dict[str, list[float]] = self._state["errors"].get(file, {})
-        layer, experts = self._contents.layer(file), range(self._contents.config.n_routed_experts)
-        if layer is None:
-            return errors
-        sums = {}
-        for name in PROJECTIONS:
-            squares = [errors[expert_name(layer, expert, name)] for expert in experts]
-            sums[experts_name(layer, name)] = list(map(math.fsum, zip(*squares, strict=True)))
-        return sums
+        publish_file(self.partial / file)
 
     def _finished(self, file: str) -> bool:
         """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
-        entry, path = self._state["files"].get(file), self._partial / file
+        entry, path = self._state["files"].get(file), self.partial / file
         if entry is None:
             return False
         if not path.exists():
@@ -345,7 +312,7 @@ class _Job:
 
     def _written(self, file: str) -> dict[str, str]:
         """Checksums of what the unfinished ``file`` holds already, if it is there as it was."""
-        path, size = writer.temporary_name(self._partial / file), self._contents.nbytes(file)
+        path, size = writer.temporary_name(self.partial / file), self._contents.nbytes(file)
         intact = path.is_file() and path.stat().st_size == size
         return self._state["written"].get(file, {}) if intact else {}
 
@@ -355,16 +322,16 @@ class _Job:
         with self._lock:
             self._done += count
             done = self._done
-        self._progress(done, self._total)
+        self.progress(done, self._total)
 
-    def _check_space(self, missing: list[str], tensors: list[str]) -> None:
-        paths = [writer.temporary_name(self._partial / file) for file in missing]
+    def _check_space(self, names: list[str]) -> None:
+        paths = [writer.temporary_name(self.partial / file) for file in self._left]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
-        needed = max(sum(map(self._contents.nbytes, missing)) - taken, 0) + (16 << 20)
-        if self._shards is not None:
-            files = sorted({self._checkpoint.infos[name].file for name in tensors})
-            needed += self._shards.announce(files, needed, shutil.disk_usage(self._partial).free)
-        check_space(self._partial, needed)
+        needed = max(sum(map(self._contents.nbytes, self._left)) - taken, 0) + (16 << 20)
+        if self.shards is not None:
+            files = sorted({self.checkpoint.infos[name].file for name in names})
+            needed += self.shards.announce(files, needed, shutil.disk_usage(self.partial).free)
+        check_space(self.partial, needed)
 
 
 def _quantized(

@@ -1,23 +1,99 @@
 """One commit of a repository on the hub: what is in it, where its bytes are, and the hub's errors
-in our words.  Metadata, tokens, endpoint and cache are huggingface_hub's."""
+in our words.  Metadata, tokens, endpoint, cache and HTTP are huggingface_hub's."""
 
-from __future__ import annotations
-
+import hashlib
 import os
+import random
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from typing import Any, NamedTuple
 
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError
 from slotmoe.model.checkpoint import INDEX_NAME
-from slotmoe.offload.ingest import http
-from slotmoe.offload.ingest.http import Expected, PassingError, Patience, Remote
 from slotmoe.quant.export.layout import COPIED
+
+
+class PassingError(Exception):
+    """A failure that may not happen again; ``after``: seconds that the server asks to wait."""
+
+    def __init__(self, message: str, after: float = 0.0):
+        super().__init__(message)
+        self.after = after
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a bad connection: ``stall`` seconds for each buffer, ``attempts``
+    failures in a row, between them ``pause`` seconds, doubled each time up to a minute."""
+
+    stall: float = 30.0
+    attempts: int = 8
+    pause: float = 1.0
+
+    def pause_after(self, failures: int, what: str, problem: PassingError) -> float:
+        """Seconds to wait after so many failures in a row.  Raises ``DownloadError``."""
+        if failures >= self.attempts:
+            advice = f"gave up after {failures} attempts, run the same command again to resume"
+            raise DownloadError(f"{what}: {problem}; {advice}") from None
+        pause = min(self.pause * 2.0 ** (failures - 1), 60.0) * random.uniform(0.75, 1.25)
+        return max(pause, min(problem.after, 300.0))
+
+
+class Expected(NamedTuple):
+    """The hub's facts of a file: bytes, and its SHA-256 or, if it is small, its git blob id."""
+
+    size: int
+    checksum: str
+
+    def digest(self) -> Any:
+        """An empty hash of the right kind."""
+        if len(self.checksum) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One file of a commit, and its address at the hub, which may redirect to another host."""
+
+    repo: str
+    commit: str
+    file: str
+    expected: Expected
+    url: str
+    patience: Patience
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}/{self.file}"
+
+    def check(self, response: Any, start: int) -> None:
+        """Refuse the answer to a request for byte ``start`` and later ones if it has not these of
+        the file that the hub described: ``PassingError``, or for good a ``SlotmoeError``."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+        status, size = response.status_code, self.expected.size
+        if str(response.url).startswith(constants.ENDPOINT):
+            hf_raise_for_status(response)
+        elif status not in (200, 206):  # a signed address that has expired, too
+            raise _status_error(response)
+        for answer in (*response.history, response):
+            if (commit := answer.headers.get("X-Repo-Commit", self.commit)) != self.commit:
+                commits = f"commit {commit:.40} instead of {self.commit}"
+                raise DownloadError(f"{self.name}: the hub answers for {commits}; try again later")
+        span = response.headers.get("Content-Range", "")
+        first, total = span.removeprefix("bytes ").split("-")[0], span.rpartition("/")[2]
+        if status == 200:
+            first, total = str(start), response.headers.get("Content-Length", "*")
+        if total not in (str(size), "*"):
+            sizes = f"the server's file has {total[:40]!r} bytes, the hub promises {size}"
+            raise DownloadError(f"{self.name}: {sizes}; try again later")
+        if first != str(start):
+            raise PassingError(f"the server sends bytes from {first[:40]!r} on instead of {start}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +114,12 @@ class Snapshot:
             return None
         return Path(path)
 
+    def remote(self, name: str, patience: Patience) -> Remote:
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self.repo, name, revision=self.commit)
+        return Remote(self.repo, self.commit, name, self.files[name], url, patience)
+
 
 def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     """The commit that ``revision`` is now.  Without a network, the one that huggingface_hub's cache
@@ -45,14 +127,18 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     the hub can't be asked."""
     from huggingface_hub import HfApi
 
-    def ask() -> Any:
-        api = HfApi(library_name="slotmoe")
-        with hub_errors(repo, revision):
-            return api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
-
-    few = replace(patience, attempts=min(patience.attempts, 3))
+    api = HfApi(library_name="slotmoe")
+    few = Patience(patience.stall, min(patience.attempts, 3), patience.pause)
     try:
-        info = http.patiently(ask, repo, few, threading.Event())
+        for failures in count(1):
+            try:
+                info = api.model_info(repo, revision=revision, files_metadata=True, timeout=30)
+                break
+            except Exception as problem:
+                cause = explained(repo, revision, problem)
+                if not isinstance(cause, PassingError):
+                    raise cause from None
+                time.sleep(few.pause_after(failures, repo, cause))
     except DownloadError as problem:
         if (cached := _cached_snapshot(repo, revision)) is not None:
             return cached
@@ -61,13 +147,13 @@ def resolve(repo: str, revision: str, patience: Patience) -> Snapshot:
     files = {}
     for sibling in info.siblings or []:
         checksum = str(sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
-        sized = isinstance(sibling.size, int) and sibling.size >= 0
-        if _is_needed(sibling.rfilename) and _is_digest(checksum) and sized:
-            files[sibling.rfilename] = Expected(sibling.size, checksum)
+        size = sibling.size if isinstance(sibling.size, int) else -1
+        if _is_needed(sibling.rfilename) and _is_digest(checksum) and size >= 0:
+            files[sibling.rfilename] = Expected(size, checksum)
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         answer = f"the hub answers with the commit {info.sha!r:.60}, which is none"
         raise DownloadError(f"{repo}: {answer}; is HF_ENDPOINT right?")
-    return Snapshot(repo, revision, info.sha, files)
+    return Snapshot(repo, revision, str(info.sha), files)
 
 
 def _is_needed(name: str) -> bool:
@@ -94,19 +180,9 @@ def _cached_snapshot(repo: str, revision: str) -> Snapshot | None:
     return Snapshot(repo, revision, Path(config).parent.name, files)
 
 
-@contextmanager
-def hub_errors(repo: str, revision: str) -> Iterator[None]:
-    """huggingface_hub's errors as ours: what the user can do about it, or ``PassingError``."""
-    from huggingface_hub import errors
-
-    client = errors.HTTPError  # type: ignore[attr-defined]  # its HTTP client's, whichever that is
-    try:
-        yield
-    except (client, OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise _explained(repo, revision, problem) from None
-
-
-def _explained(repo: str, revision: str, problem: Exception) -> Exception:
+def explained(repo: str, revision: str, problem: Exception) -> Exception:
+    """What to raise for an error of huggingface_hub's or its HTTP client's: what the user can do
+    about it, or ``PassingError``."""
     from huggingface_hub import constants, errors
 
     hub, login = constants.ENDPOINT, "log in with 'hf auth login' or set HF_TOKEN"
@@ -127,50 +203,26 @@ def _explained(repo: str, revision: str, problem: Exception) -> Exception:
         return CheckpointError(f"{repo}: {text}; the repository is incomplete")
     if isinstance(problem, errors.OfflineModeIsEnabled):
         return DownloadError(f"{repo}: HF_HUB_OFFLINE forbids to ask the hub")
-    reason = type(problem).__name__
+    reason = str(problem)[:120] or type(problem).__name__
     if isinstance(problem, errors.HfHubHTTPError):
         status = problem.response.status_code
         if status in (401, 403):
             text = f"{hub} refuses access ({status}); the token may be wrong or lack the permission"
             return ConfigError(f"{repo}: {text}: {login}")
         if status in (408, 429) or status >= 500:
-            return http.status_error(status, problem.response.headers)
+            return _status_error(problem.response)
         text = f"{hub} answers {status}, which no hub should; is HF_ENDPOINT right?"
         return DownloadError(f"{repo}: {text}")
+    if "CERTIFICATE_VERIFY_FAILED" in str(problem):
+        text = f"the server's certificate is refused ({reason})"
+        return DownloadError(f"{repo}: {text}; SSL_CERT_FILE names others to trust")
     if isinstance(problem, (errors.HTTPError, OSError)):  # type: ignore[attr-defined]
-        return PassingError(f"{hub} can't be reached ({str(problem)[:120] or reason})")
-    return PassingError(f"{hub} does not answer like a hub ({reason})")
+        return PassingError(f"the connection to {hub} or where it redirects failed ({reason})")
+    return PassingError(f"{hub} does not answer like a hub ({type(problem).__name__})")
 
 
-def _headers(url: str) -> dict[str, str]:
-    """What to send to ``url``: the token goes to the hub alone."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    ours, hub = urlsplit(url), urlsplit(constants.ENDPOINT)
-    at_hub = (ours.scheme, ours.netloc) == (hub.scheme, hub.netloc)
-    return build_hf_headers(library_name="slotmoe", token=None if at_hub else False)
-
-
-def remote_file(snapshot: Snapshot, file: str, patience: Patience) -> Remote:
-    """Where the bytes of one file of a snapshot are."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    name, commit, expected = f"{snapshot.repo}/{file}", snapshot.commit, snapshot.files[file]
-
-    def ask() -> str:
-        url = hf_hub_url(snapshot.repo, file, revision=commit)
-        with hub_errors(snapshot.repo, commit):
-            answer = get_hf_file_metadata(url, library_name="slotmoe")
-        if answer.commit_hash not in (None, commit):
-            commits = f"commit {answer.commit_hash} instead of {commit}"
-            raise DownloadError(f"{name}: the hub answers for {commits}; try again later")
-        etag = answer.etag or ""
-        comparable = _is_digest(etag) and len(etag) == len(expected.checksum)
-        if answer.size not in (None, expected.size) or (comparable and etag != expected.checksum):
-            now = f"is {answer.size} bytes with checksum {etag:.64} now"
-            promise = f"the hub promised {expected.size} bytes with {expected.checksum}"
-            raise DownloadError(f"{name}: {now}, {promise}; pass --overwrite to start anew")
-        return urljoin(url, answer.location)
-
-    return Remote(name, expected, ask, _headers, patience)
+def _status_error(response: Any) -> PassingError:
+    """The failure that a status is, with the whole seconds to wait, if the server asks."""
+    after = response.headers.get("Retry-After", "")
+    seconds = float(after) if after.isdecimal() else 0.0
+    return PassingError(f"the server answers {response.status_code}", seconds)

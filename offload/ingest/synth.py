@@ -1,12 +1,11 @@
 """An export with random weights (``slotmoe synth``): real speed and memory, meaningless text."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from torch import Tensor
 from slotmoe import model
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes
-from slotmoe.offload.ingest.contents import Contents, copied_entries
+from slotmoe.offload.ingest.contents import Contents, copy_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
-from slotmoe.quant.export.layout import (
-    MANIFEST,
-    RESIDENT,
-    Part,
-    RecordLayout,
-    expert_tensor,
-    layer_file,
-)
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
+from slotmoe.quant.shapes import BLOCK, TILE, absmax_shape, codes_shape
+from slotmoe.quant.weights import quantize_nf4
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
+PIECE_BYTES = 32 << 20  # written at once
 
 
 def synthesize(
@@ -54,18 +49,15 @@ def synthesize(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        files = _write_weights(contents, partial, distinct, progress)
+        files = _write_weights(contents, partial, [RESIDENT, *map(layer_file, distinct)], progress)
         linked = {}
         for index, layer in enumerate(config.moe_layers[len(distinct) :]):
             linked[str(layer)] = origin = distinct[index % len(distinct)]
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
         sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        sources = {name: sample / name for name in ("tokenizer.json", "tokenizer_config.json")}
-        sources["config.json"] = config_path
-        for name, source in sources.items():
-            shutil.copyfile(source, partial / name)
-        files |= copied_entries(partial, sources)
+        copied = {name: sample / name for name in ("tokenizer.json", "tokenizer_config.json")}
+        files |= copy_files({**copied, "config.json": config_path}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, linked)
         write_json(partial / MANIFEST, manifest)
@@ -77,41 +69,23 @@ def synthesize(
 
 
 def _write_weights(
-    contents: Contents, partial: Path, layers: Sequence[int], progress: Progress
+    contents: Contents, partial: Path, files: list[str], progress: Progress
 ) -> dict[str, Any]:
-    """Write the resident file and those of ``layers``; returns their manifest entries."""
-    parts, layout, experts = contents.resident, contents.layout, contents.config.n_routed_experts
-    total = len(layers) * experts * layout.record_bytes
-    total += sum(part.nbytes for part in parts.values())
+    """Write ``files`` of the export; returns their manifest entries."""
+    total, done, entries = sum(map(contents.nbytes, files)), 0, {}
     check_space(partial, total)
-    random, done = _Random(np.random.default_rng(0)), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    files: dict[str, Any] = {}
-    with closing(ExportFile(partial / RESIDENT, parts)) as file:
-        for name, part in parts.items():
-            for piece in random.resident(name, part, contents):
-                file.write(name, piece)
-                advance(piece.nbytes)
-        files[RESIDENT] = file.finish()
-    publish_file(partial / RESIDENT)
-    make_record = random.record_maker(layout)
-    for layer in layers:
-        name = layer_file(layer)
+    random = _Random(contents)
+    for name in files:
         with closing(ExportFile(partial / name, contents.parts(name))) as file:
-            for expert in range(experts):
-                record = make_record()
-                for part_name in layout.parts:
-                    tensor = expert_tensor(layer, expert, part_name)
-                    file.write(tensor, layout.part(record, part_name))
-                advance(layout.record_bytes)
-            files[name] = file.finish(layout.record_bytes)
+            pieces = random.resident() if name == RESIDENT else random.experts(name)
+            for part, piece in pieces:
+                file.write(part, piece)
+                done += piece.nbytes
+                progress(done, total)
+            entries[name] = file.finish(contents.record_bytes(name))
         publish_file(partial / name)
-    return files
+    progress(total, total)  # headers and padding, too
+    return entries
 
 
 class _Random:
@@ -122,12 +96,12 @@ class _Random:
     tokens the same direction, and with it the same experts.
     """
 
-    def __init__(self, generator: np.random.Generator):
-        self._generator = generator
-        noise = generator.integers(-127, 128, POOL_BYTES, dtype="int8")
+    def __init__(self, contents: Contents):
+        self._contents, self._generator = contents, np.random.default_rng(0)
+        noise = self._generator.integers(-127, 128, POOL_BYTES, dtype="int8")
         self._pool = torch.from_numpy(noise.view("uint8"))
 
-    def bytes(self, count: int) -> Tensor:
+    def _bytes(self, count: int) -> Tensor:
         """``count`` random bytes, uint8."""
         pieces = []
         while count:
@@ -136,50 +110,66 @@ class _Random:
             count -= len(pieces[-1])
         return torch.cat(pieces)
 
-    def resident(self, name: str, part: Part, contents: Contents) -> Iterator[Tensor]:
-        """Yield the values of one tensor of the resident file in pieces of its rows."""
-        source = name.removesuffix(".scale").removesuffix(".absmax")
-        shape, kind = contents.shapes[source], contents.kind(source)
-        if name != source:
-            size = _deviation(source, shape) / (73.3 if kind == "int8" else 0.6)
-            values = self._scales(part.shape, part.dtype, size)
-            yield _pad_absmax(values, shape) if kind == "nf4" else values
-            return
-        if len(shape) == 1:
-            yield torch.ones(part.shape, dtype=part.dtype)
-            return
-        row_bytes = part.nbytes // part.shape[0]
-        step = max(1, (32 << 20) // row_bytes)
+    def resident(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the resident file, in pieces of their rows."""
+        for name, part in self._contents.parts(RESIDENT).items():
+            source = name.removesuffix(".scale").removesuffix(".absmax")
+            tensor = self._contents.tensors[source]
+            shape, kind = tensor.shape, tensor.kind
+            if name != source and kind == "nf4":
+                yield name, self._absmax(source, shape)
+            elif name != source:
+                yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
+            elif len(shape) == 1:
+                yield name, torch.ones(part.shape, dtype=part.dtype)
+            else:
+                for piece in self._matrix(part, shape, kind, _deviation(source, shape)):
+                    yield name, piece
+
+    def _matrix(
+        self, part: Part, shape: tuple[int, ...], kind: str, deviation: float
+    ) -> Iterator[Tensor]:
+        """Yield the values of a matrix, or its int8 or NF4 codes."""
+        row_bytes = part.nbytes // part.shape[0]  # of a tile, with NF4
+        step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
             if kind == "none":
-                noise = self.bytes(count * shape[-1]).view(torch.int8).float()
-                noise *= _deviation(source, shape) / 73.3
-                yield noise.to(part.dtype).view(count, *shape[1:])
-            else:
-                data = self.bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
-                yield _pad_codes(data, start, shape) if kind == "nf4" else data
+                noise = self._bytes(count * shape[-1]).view(torch.int8).float()
+                yield (noise * (deviation / 73.3)).to(part.dtype).view(count, *shape[1:])
+                continue
+            codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
+            rows = min(count * TILE, shape[0] - start * TILE)
+            yield _pad(codes, rows, shape[1]) if kind == "nf4" else codes
 
-    def _scales(self, shape: tuple[int, ...], dtype: torch.dtype, size: float) -> Tensor:
-        """``size`` with random signs, since NF4's levels are no mirror images of each other."""
-        signs = self.bytes(math.prod(shape)).view(torch.int8).view(shape) >= 0
-        return torch.where(signs, size, -size).to(dtype)
+    def experts(self, file: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of an expert file."""
+        scales = self._expert_scales
+        for name, tensor in self._contents.tensors.items():
+            shape = tensor.shape
+            if tensor.file == file:
+                codes = codes_shape(shape[0], shape[1])
+                yield name, _pad(self._bytes(math.prod(codes)).view(codes), shape[0], shape[1])
+                yield name + ".absmax", scales[name.split(".")[-2]]
 
-    def record_maker(self, layout: RecordLayout) -> Callable[[], Tensor]:
-        """A function that returns the next random record; the same buffer every time."""
-        record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
-        for name, shape in layout.shapes.items():
-            absmax = layout.part(record, f"{name}.weight.absmax")
-            scales = self._scales(absmax.shape, absmax.dtype, 0.5 / (0.6 * shape[-1] ** 0.5))
-            absmax.copy_(_pad_absmax(scales, shape))
+    @cached_property
+    def _expert_scales(self) -> dict[str, Tensor]:
+        """By projection, the same for all experts."""
+        shapes = self._contents.layout.shapes
+        return {projection: self._absmax("", shapes[projection]) for projection in shapes}
 
-        def make() -> Tensor:
-            for name, shape in layout.shapes.items():
-                codes = layout.part(record, f"{name}.weight")
-                codes.copy_(_pad_codes(self.bytes(codes.nbytes).view(codes.shape), 0, shape))
-            return record
+    def _absmax(self, source: str, shape: tuple[int, ...]) -> Tensor:
+        """Scales of NF4 codes; random signs, since the levels are no mirror images."""
+        scales = self._signed(
+            absmax_shape(shape[0], shape[1]), _deviation(source, shape) / 0.6
+        ).half()
+        real = torch.arange(scales.shape[0] * TILE).view(-1, 1, TILE) < shape[0]
+        return scales * real
 
-        return make
+    def _signed(self, shape: tuple[int, ...], size: float) -> Tensor:
+        """``size`` with random signs."""
+        signs = self._bytes(math.prod(shape)).view(torch.int8).view(shape) >= 0
+        return torch.where(signs, size, -size)
 
 
 def _deviation(name: str, shape: tuple[int, ...]) -> float:
@@ -188,23 +178,11 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
     return 1.0 if name == EMBEDDING else 0.5 * shape[-1] ** -0.5
 
 
-def _pad_codes(codes: Tensor, first_tile: int, shape: tuple[int, ...]) -> Tensor:
-    """The code of zero in every padded row and column of tiles of [N, K] (``quant.nf4``)."""
-    N, K = shape
-    tiles, blocks, _ = codes.shape
-    if N % 16 == 0 and K % 64 == 0:
+def _pad(codes: Tensor, rows: int, K: int) -> Tensor:
+    """The code of zero in every padded row and column of the tiles of [rows, K]."""
+    if rows % TILE == 0 and K % BLOCK == 0:
         return codes
-    row = torch.arange(first_tile * 16, (first_tile + tiles) * 16).view(tiles, 1, 1, 16, 1)
-    t, i = torch.arange(8).view(1, 1, 8, 1, 1), torch.arange(4)
-    column = torch.arange(blocks).view(1, blocks, 1, 1, 1) * 64 + 8 * t + i
-    view = codes.view(tiles, blocks, 8, 16, 4)
-    high = torch.where((row < N) & (column < K), view >> 4, 7)
-    low = torch.where((row < N) & (column + 4 < K), view & 15, 7)
-    return (high << 4 | low).to(torch.uint8).view(codes.shape)
-
-
-def _pad_absmax(absmax: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zero in the scales of padded rows."""
-    tiles = absmax.shape[0]
-    real = torch.arange(tiles * 16).view(tiles, 1, 16) < shape[0]
-    return absmax * real
+    ones, _ = quantize_nf4(torch.ones(rows, K))  # code 15, and that of zero where they are padded
+    high = torch.where(ones >> 4 == 15, codes >> 4, ones >> 4)
+    low = torch.where(ones & 15 == 15, codes & 15, ones & 15)
+    return high << 4 | low

@@ -1,15 +1,18 @@
 """From the hub to an export: whatever the network, the server or the disk does, the same bytes or a
 clear refusal."""
 
+import asyncio
 import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,10 @@ import pytest
 import slotmoe.offload.ingest.download as download
 from slotmoe.errors import CheckpointError, ConfigError, DownloadError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.offload.ingest.http import connect
+from slotmoe.offload.ingest.download import Range, fetch, receive
 from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT
 from slotmoe.tools.cli import main
@@ -459,7 +463,9 @@ def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(DownloadError, match=r"can't be reached .*connect to the network"):
+        with pytest.raises(
+            DownloadError, match=r"connection to .* failed .*connect to the network"
+        ):
             make(tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
@@ -640,22 +646,65 @@ def test_interrupted(moment, served, wanted, tmp_path):
 
 
 def test_proxy_of_the_environment(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("http_proxy", "http://user:p%40ss@proxy.test:3128")
-    monkeypatch.setenv("https_proxy", "proxy.test:3128")
-    connection, target, headers = connect("http://hub.test/a?b", 1)
-    assert (connection.host, connection.port, target) == ("proxy.test", 3128, "http://hub.test/a?b")
-    assert headers == {"Proxy-Authorization": "Basic dXNlcjpwQHNz", "Host": "hub.test"}
-    connection, target, _ = connect("https://hub.test:8443/a", 1)
-    assert (connection.host, connection._tunnel_host, connection._tunnel_port, target) == (
-        "proxy.test",
-        "hub.test",
-        8443,
-        "/a",
-    )
-    monkeypatch.setenv("no_proxy", "hub.test")
-    assert connect("http://hub.test/a?b", 1)[0].host == "hub.test"
+    """A full address for http, a tunnel for https, and no proxy for what NO_PROXY names."""
+    from huggingface_hub import get_async_session
+
+    heads, listener = [], socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                heads.append(connection.recv(1 << 16).decode().lower())
+
+    threading.Thread(target=answer, daemon=True).start()
+    place = f"127.0.0.1:{listener.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://user:p%40ss@{place}")
+
+    def ask(url):
+        remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(5, 1))
+
+        async def download():
+            async with get_async_session() as client:
+                await receive(client, remote, Range(0, 9, 0), lambda data: None)
+
+        with pytest.raises(DownloadError, match=r"the connection to .* failed"):
+            asyncio.run(download())
+        return heads.pop()
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    head = ask("http://hub.test/a?b")
+    assert head.startswith("get http://hub.test/a?b http/1.1\r\n")
+    assert "proxy-authorization: basic dxnlcjpwqhnz\r\n" in head
+    head = ask("https://hub.test:8443/a")
+    assert head.startswith("connect hub.test:8443 http/1.1\r\n")
+    assert "proxy-authorization: basic dxnlcjpwqhnz\r\n" in head
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    head = ask(f"http://{place}/a?b")
+    assert head.startswith("get /a?b http/1.1\r\n")
+    assert "proxy-authorization" not in head
+
+
+def test_refused_certificate(tmp_path):
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate"
+    subject = ["-days", "2", "-subj", "/CN=127.0.0.1"]
+    subprocess.run([*command.split(), *subject], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        with suppress(OSError), context.wrap_socket(listener, server_side=True) as secure:
+            secure.accept()
+
+    url = f"https://127.0.0.1:{listener.getsockname()[1]}/x"
+    threading.Thread(target=answer, daemon=True).start()
+    remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(5, 8))
+    with pytest.raises(DownloadError, match=r"certificate is refused .*SSL_CERT_FILE names others"):
+        asyncio.run(fetch(remote, tmp_path / "x"))
 
 
 def test_kept_half_is_no_checkpoint(served, tmp_path):

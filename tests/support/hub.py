@@ -2,7 +2,8 @@
 another port.
 
 ``faults`` decide what goes wrong: each is called with the request's kind (``api``, ``head``,
-``small`` or ``cdn``), the file's name and the handler, and returns True if it has answered.
+``small``, ``resolve`` for the redirect of a weight file, or ``cdn``), the file's name and the
+handler, and returns True if it has answered.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from urllib.parse import unquote
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slotmoe.offload.ingest.http import Patience
 from slotmoe.offload.ingest.hub import quantize_from_hub
+from slotmoe.offload.ingest.repository import Patience
 
 TOKEN = "hf_secretsecretsecret"
 NAME = "org/tiny"
@@ -168,12 +169,9 @@ class Hub:
             kind, repo_name, name = "api", "/".join(parts[2:4]), None
             revision = "/".join(parts[5:]) or "main"
         else:
-            kind, repo_name, revision, name = (
-                "head" if handler.command == "HEAD" else "small",
-                "/".join(parts[:2]),
-                parts[3],
-                "/".join(parts[4:]),
-            )
+            repo_name, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+            kind = "resolve" if name.endswith(".safetensors") else "small"
+            kind = "head" if handler.command == "HEAD" else kind
         asked = {
             "kind": kind,
             "name": name,

@@ -6,11 +6,11 @@ and sync.  Of slotmoe, ``arrived`` ends when the last byte has come.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import subprocess
 import tempfile
-import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from slotmoe.offload.ingest.download import fetch
-from slotmoe.offload.ingest.http import Expected, Remote
+from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.tools.bench import turns
 
 
@@ -64,7 +64,7 @@ def _slotmoe(remote: Remote, path: Path, checked: bool) -> float:
     def advance(_count: int) -> None:
         arrived[0] = time.perf_counter() - started
 
-    fetch(remote, path, threading.Event(), advance)
+    asyncio.run(fetch(remote, path, advance))
     return time.perf_counter() - started if checked else arrived[0]
 
 
@@ -84,7 +84,7 @@ def download(gigabytes: float, repetitions: int, directory: str | None) -> None:
                 file.write(block)
         server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         url, expected = f"http://127.0.0.1:{server.server_port}", Expected(size, digest.hexdigest())
-        remote = Remote("file", expected, lambda: url, lambda url: {})
+        remote = Remote("loopback", "0" * 40, "file", expected, url, Patience())
         child = get_context("fork").Process(target=server.serve_forever, daemon=True)
         child.start()
         ways = {
