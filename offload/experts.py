@@ -4,8 +4,6 @@ bytes lie, and sum in gate order.
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

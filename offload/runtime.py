@@ -5,8 +5,6 @@ with Runtime.open("sample") as runtime:
         print(token.text, end="", flush=True)
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
@@ -40,7 +38,7 @@ class Sequence:
     nothing.  A token id of -1 is unknown.
     """
 
-    def __init__(self, runtime: Runtime, cache: LatentCache):
+    def __init__(self, runtime: "Runtime", cache: LatentCache):
         self._runtime, self._cache = runtime, cache
         self.tokens: list[int] = []
         # The residual stream after the last of so many tokens, float32 [D].
@@ -60,7 +58,7 @@ class Sequence:
         """Keep the first ``length`` tokens."""
         del self.tokens[length:]
 
-    def take(self, source: Sequence, length: int) -> None:
+    def take(self, source: "Sequence", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which may be this sequence."""
         tokens = source.tokens[:length]
         self.rewind(length if source is self else 0)
@@ -137,7 +135,7 @@ class Runtime:
         progress: Progress | None = None,
         revision: str | None = None,
         **others: Any,
-    ) -> Runtime:
+    ) -> "Runtime":
         """Open an export, a checkpoint folder or hub id (quantized once into the cache folder) or
         ``sample``.
 
@@ -395,7 +393,7 @@ class Runtime:
         self._generation += 1
         del self.model, self.sequences
 
-    def __enter__(self) -> Runtime:
+    def __enter__(self) -> "Runtime":
         return self
 
     def __exit__(self, *raised: object) -> None:

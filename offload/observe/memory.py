@@ -1,7 +1,5 @@
 """How much memory a run uses: by tier and component, now and over time."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +58,7 @@ class MemorySampler:
         self._take()
         self._thread.start()
 
-    def __enter__(self) -> MemorySampler:
+    def __enter__(self) -> "MemorySampler":
         return self
 
     def __exit__(self, *exception: object) -> None:

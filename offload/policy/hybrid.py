@@ -6,8 +6,6 @@ two measured figures: how fast records are copied, and how fast the CPU kernels 
 each while the other goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ class Costs:
     compute: float
 
     @staticmethod
-    def of(bandwidths: Bandwidths, record_bytes: int) -> Costs:
+    def of(bandwidths: Bandwidths, record_bytes: int) -> "Costs":
         return Costs(record_bytes / bandwidths.pcie_busy, record_bytes / bandwidths.experts)
 
 

@@ -20,8 +20,6 @@ distribution that predicts it.
 Shape legend: R rows of logits, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +53,7 @@ class Text:
     ends: list[int]
 
     @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer) -> Text:
+    def read(cls, path: Path, tokenizer: Tokenizer) -> "Text":
         """Raises ``ConfigError`` as ``read_text`` does, and for fewer than two tokens."""
         text = read_text(path)
         ids, ends = tokenizer.encode_with_ends(text)
@@ -145,7 +143,7 @@ class Totals:
     divergence: float = 0.0
     agreed: int = 0
 
-    def add(self, other: Totals) -> None:
+    def add(self, other: "Totals") -> None:
         for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

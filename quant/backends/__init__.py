@@ -1,7 +1,5 @@
 """Who multiplies: the one place that picks a backend."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -7,8 +7,6 @@ Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H 
 kv_lora_rank, E routed experts.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -4,8 +4,6 @@ Shapes: T tokens, N rows out, K columns in or experts a token, D hidden_size, H 
 kv_lora_rank, P qk_rope_head_dim.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """``slotmoe chat``: a conversation with a model, on a terminal or through pipes."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +124,7 @@ def command(
         talk(conversation, terminal)
 
 
-def talk(conversation: Conversation, frontend: Frontend) -> None:
+def talk(conversation: "Conversation", frontend: Frontend) -> None:
     """Answer messages and do commands until there are no more, or one says to leave."""
     conversation.notify = frontend.say
     while (line := frontend.read()) is not None:
@@ -142,7 +140,7 @@ def talk(conversation: Conversation, frontend: Frontend) -> None:
 
 
 def _perform(
-    conversation: Conversation, frontend: Frontend, command: str, argument: str = ""
+    conversation: "Conversation", frontend: Frontend, command: str, argument: str = ""
 ) -> None:
     """Do a command.  Raises ``ConfigError``."""
     argument = argument.strip()

@@ -2,8 +2,6 @@
 rows that are strided, several caches, slabs, and what runs once a token.  All raise
 `ValueError`."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from typing import Any

@@ -13,8 +13,6 @@ The NF4 layout `tiles16` is that of `slotmoe.quant.nf4`.  An expert record is ga
 codes, then gate, up and down absmax, 64-byte-aligned, then any padding.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.machinery
 import math

@@ -13,8 +13,6 @@ A size is a number or a letter: T tokens, W [N, K], H hidden, A heads; the first
 letter sets it, unless the caller does.  N/16 is N / 16 rounded up.
 """
 
-from __future__ import annotations
-
 import ctypes
 import time
 from functools import cache

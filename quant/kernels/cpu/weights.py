@@ -6,8 +6,6 @@ bindings`; of attention: A heads, N and P columns of a query head without and wi
 latent's, V a value head's.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,15 +105,15 @@ class Matrix(Bound):
         self.address = ctypes.addressof(self.native)
 
     @classmethod
-    def nf4(cls, weight: Nf4Weight) -> Matrix:
+    def nf4(cls, weight: Nf4Weight) -> "Matrix":
         return cls(_NF4, *weight.shape, weight.codes, weight.absmax, weight.levels)
 
     @classmethod
-    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> Matrix:
+    def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> "Matrix":
         return cls(_INT8, *shape, tiles, scale)
 
     @classmethod
-    def dense(cls, w: Tensor) -> Matrix:
+    def dense(cls, w: Tensor) -> "Matrix":
         """[N, K] float32, float16 or bfloat16."""
         kind = _DENSE + source_type(w)
         if w.dim() != 2:
@@ -136,7 +134,7 @@ class Matrix(Bound):
         if self.shape != shape:
             raise ValueError(f"{name} is {self.shape}, expected {shape}")
 
-    def like(self, other: Matrix) -> bool:
+    def like(self, other: "Matrix") -> bool:
         """Whether both are of one kind, and of one table of levels."""
         if self.kind != other.kind:
             return False
