@@ -3,6 +3,10 @@ on loopback."""
 
 import os
 
+# OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
+# from the other test process: with two processes on two cores a run took ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
