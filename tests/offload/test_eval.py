@@ -84,7 +84,7 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
         shutil.copyfile(SAMPLE / name, tmp_path / name)
     weights, text = (
         rebuild(sample_export),
-        (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:3000] + " naïve 漢字 🙂",
+        (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:6000] + " naïve 漢字 🙂",
     )
     with Checkpoint.open(SAMPLE) as checkpoint:  # whose shapes have no padding
         whole = {
