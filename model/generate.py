@@ -14,6 +14,7 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.tokenizer import TextStream, Tokenizer
 
+_FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
 _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 
 
@@ -82,27 +83,57 @@ class Sampling:
 
 
 def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from float32 CPU logits: temperature, then top-k, then top-p (arXiv 1904.09751) on
-    what is left, then min-p.
+    """One id from float32 CPU logits: the likeliest at temperature 0, else one of ``candidates``.
 
-    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least
-    one stays.  Min-p drops those less likely than ``min_p`` times the likeliest.
+    One random number makes the choice, and it depends on the candidates alone.
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    order = logits_V.argsort(descending=True, stable=True)
-    if sampling.top_k:
-        order = order[: sampling.top_k]
+    ids, weights = candidates(logits_V, sampling)
+    sums = weights.cumsum(dim=-1)
+    mark = torch.rand(1, dtype=torch.float64, generator=generator) * sums[-1]
+    # Below the whole sum even where the product was rounded up, so never past the last candidate.
+    mark = mark.minimum(sums[-1:].nextafter(torch.zeros_like(mark)))
+    return int(ids[torch.searchsorted(sums, mark, right=True)])
+
+
+def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The ids that may be drawn and their probabilities up to a factor, float64: temperature, then
+    top-k, then top-p (arXiv 1904.09751) on what is left, then min-p.
+
+    Top-p keeps the smallest set of most likely tokens whose probabilities reach ``top_p``; at least
+    one stays.  Min-p drops those less likely than ``min_p`` times the likeliest.  Of equals the
+    lower id counts as the likelier.
+    """
     # The best logit is subtracted before dividing, so that a tiny temperature can't overflow.
-    scaled = (logits_V[order] - logits_V[order[0]]).double() / sampling.temperature
-    probabilities = scaled.softmax(dim=-1)
+    weights_V = ((logits_V - logits_V.max()).double() / sampling.temperature).exp()
+    ids, weights, limit = torch.arange(len(logits_V)), weights_V, len(logits_V)
+    if 0 < sampling.top_k < limit:
+        limit = sampling.top_k
+        ids = _best(logits_V, limit)
+        weights = weights_V[ids]
     if sampling.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        goal, count = sampling.top_p * weights.sum(), _FIRST
+        while True:
+            ids = _best(logits_V, min(count, limit))
+            weights = weights_V[ids]
+            sums = weights.cumsum(dim=-1)
+            if sums[-1] >= goal or count >= limit:
+                break
+            count *= 16
+        kept = sums - weights < goal
+        ids, weights = ids[kept], weights[kept]
     if sampling.min_p > 0:
-        least = sampling.min_p * probabilities[0]
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        kept = weights >= sampling.min_p  # the likeliest has the weight 1
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def _best(logits_V: Tensor, count: int) -> Tensor:
+    """The ids of the ``count`` largest logits, the largest first, of equals the lower id."""
+    least = logits_V.topk(min(count, len(logits_V))).values[-1]
+    ids = (logits_V >= least).nonzero()[:, 0]
+    return ids[logits_V[ids].argsort(descending=True, stable=True)][:count]
 
 
 def penalize(

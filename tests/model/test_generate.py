@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.generate import Sampling, generate, sample
+from slotmoe.model.generate import Sampling, candidates, generate, sample
 from slotmoe.model.tokenizer import TextStream, Tokenizer
 from tests.support.tiny import SAMPLE
 
@@ -45,6 +45,40 @@ def test_sampling_follows_the_tempered_distribution():
         torch.tensor([sample(logits, Sampling(temperature=2.0), generator) for _ in range(6000)])
     )
     torch.testing.assert_close(counts / 6000, (logits / 2).softmax(-1), atol=0.025, rtol=0)
+
+
+def by_full_sort(logits, sampling):
+    """The probability of each id, from a stable sort of all of them."""
+    order = logits.argsort(descending=True, stable=True)[: sampling.top_k or None]
+    probabilities = ((logits[order] - logits.max()).double() / sampling.temperature).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities[before >= sampling.top_p] = 0
+    probabilities[probabilities < sampling.min_p * probabilities[0]] = 0
+    return torch.zeros(len(logits), dtype=torch.float64).scatter(0, order, probabilities)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.97, 0.5])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 3000, 10**6])
+@pytest.mark.parametrize("min_p", [0.0, 0.03])
+def test_candidates_are_those_of_a_full_sort(top_p, top_k, min_p):
+    sampling = Sampling(temperature=0.9, top_p=top_p, top_k=top_k, min_p=min_p)
+    for seed, width in enumerate((0.5, 3.0)):  # flat: top-p reaches far; steep: a few ids
+        logits = torch.randn(5000, generator=seeded(seed)) * width
+        ties = (logits * 4).round() / 4  # many equals at every cut
+        for values in (logits, ties, logits.where(logits > 0, -torch.inf)):
+            ids, weights = candidates(values, sampling)
+            got = torch.zeros(5000, dtype=torch.float64).scatter(0, ids, weights / weights.sum())
+            want = by_full_sort(values, sampling)
+            torch.testing.assert_close(got, want / want.sum(), atol=1e-12, rtol=0)
+
+
+def test_what_is_forbidden_is_never_drawn(monkeypatch):
+    """Not even by the smallest or the largest random number."""
+    logits = torch.tensor([-torch.inf, 0.3, -torch.inf, 0.2, 0.1, -torch.inf])
+    for number, expected in ((0.0, 1), (1 - 2**-53, 4)):
+        mark = torch.tensor([number], dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda *_, mark=mark, **__: mark)
+        assert sample(logits, Sampling(temperature=1.0), seeded()) == expected
 
 
 @pytest.mark.parametrize(
