@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slotmoe.errors import CheckpointError
+from slotmoe.errors import CheckpointError, reading
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config, read_config
 from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
@@ -93,7 +93,11 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
         return infos, header_bytes
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, ValueError) as problem:
+    except OSError as problem:
+        raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from None
+    except (SafetensorError, ValueError) as problem:
+        if "(os error " in str(problem):  # the library's way to say what the system said
+            raise CheckpointError(f"{path}: can't be read ({str(problem)[:160]})") from None
         reason = f"damaged or truncated ({str(problem)[:160]})"
         raise CheckpointError(f"{path}: {reason}; download this file again") from None
 
@@ -103,8 +107,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
-        names = {info.file for info in infos.values()}
-        self._files = {name: os.open(folder / name, os.O_RDONLY) for name in names}
+        self._files: dict[str, int] = {}
+        try:
+            for name in {info.file for info in infos.values()}:
+                with reading(folder / name, CheckpointError):
+                    self._files[name] = os.open(folder / name, os.O_RDONLY)
+        except CheckpointError:
+            self.close()
+            raise
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -162,7 +172,8 @@ class Checkpoint:
         view = data.view(-1).view(torch.uint8).numpy().data
         offset = info.offset + start * info.row_bytes
         while view:
-            count = os.preadv(self._files[info.file], [view], offset)
+            with reading(self.folder / info.file, CheckpointError):
+                count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:
                 problem = f"ends inside {name}; it was truncated while being read"
                 raise CheckpointError(f"{self.folder / info.file}: {problem}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.layers import Timer
+from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.tiers.device import Device
@@ -104,7 +105,8 @@ class Experts:
     result is bitwise the same for every budget, policy and timing.  (What the CPU computes beside a
     GPU is within its kernels' rounding.)  ``lookahead`` reads ahead; ``warm`` are expert ids worth
     having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
-    ``split`` are the CPU's part beside a GPU.
+    ``split`` are the CPU's part beside a GPU.  ``using`` says when a pass has to end early.  What a
+    pass that does not come to its end has half done is put right when the next one begins.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Experts:
         warm: Sequence[int],
         hybrid: HostCompute | None,
         split: Split,
+        using: Exclusive,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
         self._rows = {layer: row for row, layer in enumerate(layers)}
@@ -126,9 +129,8 @@ class Experts:
         shape = len(layers), slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
-        self.hybrid, self.split = hybrid, split
+        self.hybrid, self.split, self._using = hybrid, split, using
         self._met = 0  # missing experts whose read had begun when the gate chose them
-        self._interrupted = False  # while a pass is under way, and after one that did not end
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
         self.timer = Timer()
@@ -152,9 +154,8 @@ class Experts:
 
     def begin(self, tokens: int) -> bool:
         """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
-        if self._interrupted:
-            self.slots.rebuild()
-        self._interrupted = True
+        self.slots.recover()
+        self.slots.consistent = False  # until the last layer's end
         self.slots.advance(tokens)
         if self.lookahead is None:
             return False
@@ -233,6 +234,8 @@ class Experts:
         slots, hybrid = self.slots, self.hybrid
         self._note_idle(work)
         while work.cached or work.reads or work.acquired:
+            if self._using.stopping:  # a layer may have many experts to wait for
+                self._using.stop()
             done = [read for read in work.reads if read.done][: max(1, slots.staging // 2)]
             if done or work.cached:
                 slots.take(done)
@@ -336,7 +339,9 @@ class Experts:
 
     def _end_of_layer(self, row: int) -> None:
         if row == len(self._rows) - 1:
-            self._interrupted = False
+            self.slots.consistent = True
+        if self._using.stopping:
+            self._using.stop()
         self.timer.mark("cache and prefetch")
 
     def _read_warm(self) -> None:
@@ -358,9 +363,10 @@ class Experts:
         full; ``progress(done, total)`` in bytes of slots."""
         size, ids = self.slots.slab.shape[1], range(len(self._rows) * self._cache.experts)
         total = self.slots.planned * size
-        self.slots.fill(ids, lambda: progress(len(self._cache) * size, total))
-        if self.hybrid is not None:
-            self.hybrid.host.fill(ids)
+        with self.slots.changing():
+            self.slots.fill(ids, lambda: progress(len(self._cache) * size, total))
+            if self.hybrid is not None:
+                self.hybrid.host.fill(ids)
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are

@@ -21,6 +21,7 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts, HostCompute
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.lookahead import Lookahead
@@ -95,7 +96,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An open model; ``opened`` closes its files and threads.  ``experts``, ``sizes`` and ``store``
+    """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
+    computes with it.  ``experts``, ``sizes`` and ``store``
     are None on the reference path."""
 
     config: Config
@@ -109,6 +111,7 @@ class LoadedModel:
     device_reason: str
     backend: TorchBackend
     opened: ExitStack
+    using: Exclusive
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
@@ -200,7 +203,7 @@ class _Loader:
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
         self._config = read_config(folder / "config.json")
-        self._context = choose_context(self._config, options.context)
+        self._context, self._using = choose_context(self._config, options.context), Exclusive()
         if options.quantize:
             self._backend = device.backend(options.kernels, options.threads)
         else:
@@ -249,7 +252,7 @@ class _Loader:
             eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, eos, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(),
+                self._device, self._reason, backend, opened.pop_all(), self._using,
             )  # fmt: skip
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
@@ -320,7 +323,7 @@ class _Loader:
             eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
                 config, tokenizer, network, caches, plan, eos, export,
-                device, self._reason, backend, opened.pop_all(), experts, sizes, store,
+                device, self._reason, backend, opened.pop_all(), self._using, experts, sizes, store,
             )  # fmt: skip
 
     def _check_geometry(self, export: Export) -> None:
@@ -398,7 +401,7 @@ class _Loader:
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         return Experts(
             export.layers, export.layout, levels, slots, self._backend, device,
-            lookahead, warm, hybrid, split,
+            lookahead, warm, hybrid, split, self._using,
         )  # fmt: skip
 
 

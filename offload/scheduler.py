@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.model.generate import Answer, Delta
-from slotmoe.offload.runtime import Runtime, Sequence, shared_prefix
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sequence import Sequence, shared_prefix
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64

@@ -1,5 +1,9 @@
 """The errors that a user can cause, under one base."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.
@@ -38,3 +42,13 @@ class DeviceError(SlotmoeError):
 class DownloadError(SlotmoeError):
     """A download that the network or the server made fail; the same command resumes it.  The
     command line exits with 1."""
+
+
+@contextmanager
+def reading(path: Path, error: type[SlotmoeError]) -> Iterator[None]:
+    """While ``path`` is read: what the system refuses (rights, too many open files, a bad disk) is
+    an ``error`` that names the file and does not call it damaged."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: can't be read ({problem.strerror or problem})") from None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slotmoe.errors import ConfigError, SlotmoeError
+from slotmoe.errors import ConfigError, SlotmoeError, reading
 
 MAX_JSON_VALUES = 200_000  # DeepSeek-V2's index holds 30,000
 MAX_JSON_DEPTH = 32
@@ -15,13 +15,11 @@ _BEYOND = "far beyond what this file holds in a real model"
 def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> bytes:
     """All of the regular file ``path``; ``error`` is raised, naming the file, if it is none or
     holds more than ``max_bytes``."""
-    try:
+    with reading(path, error):
         if path.exists() and not path.is_file():  # a pipe would block
             raise error(f"{path}: is not a regular file")
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
-    except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror})") from None
     if len(data) > max_bytes:
         raise error(f"{path}: more than {max_bytes} bytes, {_BEYOND}")
     return data

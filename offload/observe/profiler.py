@@ -127,11 +127,11 @@ def attach(runtime: Runtime, origin: float | None = None) -> tuple[Profiler, Cal
     start = perf_counter() if origin is None else origin
     profiler = Profiler(len(config.moe_layers), config.n_routed_experts, start, wait)
     stop_listening = experts.on_route(profiler.on_route)
-    runtime.watcher = model.network.timer = experts.timer = profiler
+    runtime.passes.watcher = model.network.timer = experts.timer = profiler
 
     def detach() -> None:
         stop_listening()
-        runtime.watcher = None
+        runtime.passes.watcher = None
         model.network.timer = experts.timer = Timer()
 
     return profiler, detach

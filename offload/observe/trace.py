@@ -32,6 +32,7 @@ class TraceWriter:
         facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
         header = {"format": "slotmoe-trace", "version": 1, **dict(facts)}
         self._file.write(json.dumps(header).encode() + b"\n")
+        self._file.flush()
         self._layers = layers
         self._step: dict[int, np.ndarray] = {}
 
@@ -43,6 +44,7 @@ class TraceWriter:
         if len(self._step) == len(self._layers):
             block = np.stack([self._step[layer] for layer in self._layers], axis=1)
             self._file.write(np.uint32(len(block)).astype("<u4").tobytes() + block.tobytes())
+            self._file.flush()  # a child that is forked would write what is kept once more
             self._step.clear()
 
     def close(self) -> None:

@@ -101,6 +101,12 @@ class Cache(ABC):
         self.cached.remove(expert_id)
         self._absent_N[expert_id] = np.inf
 
+    def restore(self, expert_ids: Collection[int]) -> None:
+        """Have exactly ``expert_ids`` cached, whatever a step that was interrupted has left."""
+        self.cached = set(expert_ids)
+        self._absent_N[:] = np.inf
+        self._absent_N[list(expert_ids)] = 0.0
+
     def __contains__(self, expert_id: int) -> bool:
         return expert_id in self.cached
 

@@ -113,6 +113,9 @@ class CudaDevice(Device):
             ended.record()
         return _CudaEvent(ended, started)
 
+    def drain(self) -> None:
+        self._copies.synchronize()
+
     def download(self, tensor: Tensor) -> Download:
         return _CudaDownload(tensor)
 

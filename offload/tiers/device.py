@@ -121,6 +121,9 @@ class Device:
         target.copy_(source)
         return Event()
 
+    def drain(self) -> None:
+        """Block the host until no copy is under way."""
+
     def download(self, tensor: Tensor) -> Download:
         """Bring a small tensor to the host, behind the kernels launched so far."""
         return Download(tensor)

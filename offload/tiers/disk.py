@@ -6,13 +6,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ConfigError, ExportError, SlotmoeError
+from slotmoe.offload.exclusive import CLOSED
 from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.offload.tiers.device import Event
 from slotmoe.quant.export.reader import Export
@@ -20,8 +23,10 @@ from slotmoe.quant.export.reader import Export
 # Urgencies; prefetches lie between them, the number of layers until their use.
 DEMAND, WARM = 0, 1 << 30
 READERS = 8
+STUCK_SECONDS = 5.0  # how long ``close`` waits for a disk that does not answer
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
+_Problem = TypeVar("_Problem", bound=BaseException)
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +54,9 @@ class DiskReader:
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
     arrive or has a wrong checksum is read once more; then its ``Read`` carries an ``ExportError``.
+
+    One thread asks and waits; an exception may throw it out of any line of it.  ``abandon`` then
+    trusts only what the reading threads note of themselves, where none comes from outside.
     """
 
     def __init__(self, export: Export, direct: bool, threads: int = READERS):
@@ -57,17 +65,21 @@ class DiskReader:
         if direct and not self.direct:
             refused = "%s: this file system refuses O_DIRECT; reads go through the page cache"
             logging.getLogger("slotmoe").warning(refused, export.folder)
-        self._lock = threading.Lock()
-        self._work, self._arrived = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        # Something in it: look whether a read is done.  Unlike a condition, a wait for it can be
+        # interrupted anywhere.
+        self._arrived: SimpleQueue[None] = SimpleQueue()
         self._queue: list[tuple[int, int, Read]] = []
         self._order = count()
         self._helps = self.record_bytes <= HELP_BYTES
         self._piece = min(PIECE_BYTES, -(-self.record_bytes // 4096) * 4096)
-        self._closing = False
+        self._closing = self._abandoning = False
+        self._reading: list[Read | None] = [None] * threads  # what each thread is at
         self._busy, self._busy_since = 0, 0.0
         self.bytes_read, self.busy_seconds, self.retries = 0, 0.0, 0
         self._threads = [
-            threading.Thread(target=self._run, name=f"slotmoe-read-{n}", daemon=True)
+            threading.Thread(target=self._run, args=(n,), name=f"slotmoe-read-{n}", daemon=True)
             for n in range(threads)
         ]
         for thread in self._threads:
@@ -78,8 +90,10 @@ class DiskReader:
         return Read(expert_id, target.numpy().data, urgency)
 
     def submit(self, reads: Iterable[Read]) -> None:
-        """Queue reads; those of urgency ``DEMAND`` overtake all others."""
+        """Queue reads; those of urgency ``DEMAND`` overtake all others.  Raises ``ConfigError``
+        after ``close``."""
         with self._lock:
+            self._check_open()
             for read in reads:
                 heapq.heappush(self._queue, (read.urgency, next(self._order), read))
                 if not (self._helps and read.urgency == DEMAND):
@@ -97,21 +111,47 @@ class DiskReader:
             read.cancelled = True
             if not read.done and read.outstanding == 0 and read.taken < len(read.buffer):
                 if read.after is not None:
-                    read.after(False)
+                    after, read.after = read.after, None
+                    after(False)
                 read.done = True
             return read.done
 
     def wait(self, reads: Collection[Read]) -> list[Read]:
-        """Block until at least one of ``reads`` is done, and return those that are."""
+        """Block until at least one of ``reads`` is done, and return those that are.  Raises
+        ``ConfigError`` after ``close``, which another thread may call meanwhile."""
+        assert reads  # nothing would ever be done
         while True:
             with self._lock:
+                self._check_open()
                 if finished := [read for read in reads if read.done]:
                     return finished
                 piece = self._take() if self._helps else None
-                if piece is None:
-                    self._arrived.wait()
-                    continue
-            self._read(*piece)
+            if piece is None:
+                self._arrived.get()
+            else:
+                self._read(*piece)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ConfigError(CLOSED)
+
+    def _tell(self) -> None:
+        """Let the waiting thread look again; it needs no more than one word."""
+        if self._arrived.empty():
+            self._arrived.put(None)
+
+    def abandon(self) -> None:
+        """Forget all reads, whatever an interrupted step has made of them, and wait until nothing
+        is written to memory any more.  Raises ``ConfigError`` after ``close``."""
+        self._abandoning = True
+        unlock(self._lock)
+        with self._lock:
+            self._queue.clear()
+        while any(self._reading):
+            self._check_open()
+            self._arrived.get()
+        with self._lock:
+            self._busy, self._abandoning = 0, False
 
     def read_each(
         self, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
@@ -139,23 +179,43 @@ class DiskReader:
         counts = {"bytes": self.bytes_read, "seconds": self.busy_seconds}
         return {"disk": {**counts, "retries": self.retries, "direct": self.direct}}
 
-    def close(self) -> None:
-        """Stop the threads after the pieces that they are reading; what is queued is given up."""
+    def stop(self) -> None:
+        """Let what is queued fail and waits end, from now on; any thread may ask."""
+        unlock(self._lock)
         with self._lock:
             self._closing = True
+            for *_, read in self._queue:
+                if not read.done:
+                    read.error, read.done = ConfigError(CLOSED), True
             self._queue.clear()
             self._work.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._tell()
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        """``stop``, and wait for the threads, which end after the pieces that they are reading.
+        One that the disk keeps longer than ``STUCK_SECONDS`` is left behind."""
+        self.stop()
+        until = time.monotonic() + STUCK_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            stuck = "%s: the disk does not answer; a read of it is left behind"
+            logging.getLogger("slotmoe").warning(stuck, self._export.folder)
+
+    def _run(self, number: int) -> None:
         while True:
             with self._lock:
                 while (piece := self._take()) is None:
                     if self._closing:
                         return
                     self._work.wait()
-            self._read(*piece)
+                self._reading[number] = piece[0]
+            with suppress(BaseException):  # it is the read's, and this thread must go on
+                self._read(*piece)
+            self._reading[number] = None
+            if piece[0].done or self._abandoning:
+                self._tell()
+            del piece  # it keeps memory
 
     def _take(self) -> tuple[Read, int, int] | None:
         """The next piece to read, (read, start, stop) in bytes of the record; the lock is held."""
@@ -175,34 +235,38 @@ class DiskReader:
         return None
 
     def _read(self, read: Read, start: int, stop: int) -> None:
-        problem: BaseException | None = None
+        """Read a piece; the last one makes its read ``done``, whatever happens."""
+        problem: Exception | None = None
+        last = True
         try:
-            where = self._place(read.expert_id)
-            self._export.read_range(*where, start, read.buffer[start:stop])
-        # Also Ctrl-C in a thread that helps: others may wait for this read.
+            try:
+                where = self._place(read.expert_id)
+                self._export.read_range(*where, start, read.buffer[start:stop])
+            except Exception as raised:
+                problem = _without_frames(raised)
+            last = self._count(read, stop - start, problem)
+            if last:
+                self._finish(read)
         except BaseException as raised:
-            problem = raised
+            read.error = _without_frames(raised)
+            if not isinstance(raised, Exception):
+                raise
+        finally:
+            with self._lock:
+                self._busy -= 1
+                if self._busy == 0:
+                    self.busy_seconds += time.perf_counter() - self._busy_since
+                read.done = read.done or last
+
+    def _count(self, read: Read, size: int, problem: Exception | None) -> bool:
+        """Note that a piece has been read; whether it was the last one."""
         with self._lock:
-            self.bytes_read += stop - start
+            self.bytes_read += size
             read.outstanding -= 1
             read.error = read.error or problem
             if read.error is not None:
                 read.taken = len(read.buffer)  # no use in reading the rest
-            last = read.outstanding == 0 and (read.taken >= len(read.buffer) or read.cancelled)
-        if last:
-            try:
-                self._finish(read)
-            except BaseException as raised:
-                problem = read.error = raised
-        with self._lock:
-            self._busy -= 1
-            if self._busy == 0:
-                self.busy_seconds += time.perf_counter() - self._busy_since
-            if last:
-                read.done = True
-                self._arrived.notify_all()
-        if problem is not None and not isinstance(problem, Exception):
-            raise problem
+            return read.outstanding == 0 and (read.taken >= len(read.buffer) or read.cancelled)
 
     def _place(self, expert_id: int) -> tuple[int, int]:
         row, expert = divmod(expert_id, self._export.experts)
@@ -212,12 +276,13 @@ class DiskReader:
         """Verify a whole record, reading it once more if something is wrong, and hand it on."""
         arrived = False
         try:
-            if not read.cancelled and not isinstance(read.error, KeyboardInterrupt):
+            if not read.cancelled:
                 self._verify(read)
                 arrived = True
         finally:
             if read.after is not None:
-                read.after(arrived)
+                after, read.after = read.after, None  # it keeps the read alive
+                after(arrived)
 
     def _verify(self, read: Read) -> None:
         where = self._place(read.expert_id)
@@ -231,3 +296,16 @@ class DiskReader:
         self.retries += 1
         self._export.read_range(*where, 0, read.buffer)
         self._export.verify_record(*where, read.buffer)
+
+
+def unlock(lock: "threading.RLock") -> None:
+    """Release a lock that the calling thread has left locked: an exception that comes between two
+    lines may come between the end of a ``with`` block and the release."""
+    with suppress(RuntimeError):
+        while True:
+            lock.release()
+
+
+def _without_frames(problem: _Problem) -> _Problem:
+    """An error that a ``Read`` may keep: the frames of one would keep the read."""
+    return problem.with_traceback(None) if isinstance(problem, SlotmoeError) else problem

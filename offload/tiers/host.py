@@ -21,7 +21,7 @@ from slotmoe.errors import DeviceError
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device, Event
-from slotmoe.offload.tiers.disk import DEMAND, DiskReader, Read
+from slotmoe.offload.tiers.disk import DEMAND, DiskReader, Read, unlock
 from slotmoe.offload.tiers.memory import page_aligned
 from slotmoe.offload.tiers.slots import Table
 from slotmoe.quant.export.reader import Export
@@ -47,7 +47,7 @@ class HostTier(DiskReader):
         size, count = export.layout.record_bytes, cache.slots + staging
         self.slab = page_aligned(count * size).view(-1, size)
         self.table, self.cache, self._device = Table(cache, self.slab), cache, device
-        self._table_lock = threading.Lock()
+        self._table_lock = threading.RLock()
         self._in_use = Counter[int]()  # uses of cached experts
         self._copying: deque[tuple[Event, _Use]] = deque()  # in their order
         self._acquired: dict[Read, _Use] = {}
@@ -108,14 +108,23 @@ class HostTier(DiskReader):
             self._put_back(self._acquired.pop(read), arrived)
 
     def advance(self, tokens: int) -> None:
-        """A pass over more tokens begins; what an interrupted one has acquired is released."""
-        for read in list(self._acquired):
-            if not read.done and not self.cancel(read):
-                self.wait([read])
-            self.release(read)
+        """A pass over more tokens begins."""
         with self._table_lock:
             self._collect()
             self.cache.advance(tokens)
+
+    def abandon(self) -> None:
+        """See ``DiskReader``; nothing is copied or acquired any more either, and no slot is
+        lost."""
+        unlock(self._table_lock)  # before the threads are waited for, which may want them
+        unlock(self._pinned.lock)
+        super().abandon()
+        self._device.drain()
+        with self._table_lock:
+            self._copying.clear()
+            self._in_use.clear()
+            self._acquired.clear()
+            self.table.restore(range(len(self.slab)))
 
     def fill(self, expert_ids: Iterable[int]) -> None:
         """Read experts that are not cached into free room, and wait."""
@@ -153,6 +162,8 @@ class HostTier(DiskReader):
 
     def close(self) -> None:
         """Stop reading, wait for what is being copied, give the RAM back."""
+        unlock(self._table_lock)
+        unlock(self._pinned.lock)
         super().close()
         for copy, _ in self._copying:
             copy.synchronize()
@@ -209,7 +220,7 @@ class _Pinning:
     once."""
 
     def __init__(self, slab: Tensor, device: Device):
-        self._device, self._lock = device, threading.Lock()
+        self._device, self.lock = device, threading.RLock()
         self._count = max(1, PIN_BYTES // slab.shape[1])
         self._pieces = slab.split(self._count)
         # The slots that nothing has been written to, of each piece that is not locked.
@@ -225,7 +236,7 @@ class _Pinning:
         piece = slot // self._count
         if piece not in self._unwritten:
             return
-        with self._lock:
+        with self.lock:
             slots = self._unwritten.get(piece, {slot})
             slots.discard(slot)
             if not slots:
@@ -234,21 +245,22 @@ class _Pinning:
     def rest(self) -> None:
         """Nothing more will be written to slots that are free now: lock what is left."""
         if self._unwritten:
-            with self._lock:
+            with self.lock:
                 for piece in list(self._unwritten):
                     self._pin(piece)
 
     def _pin(self, piece: int) -> None:
         if self._unwritten.pop(piece, None) is None or self.refused:
             return
+        self._locked.append(self._pieces[piece])  # first, so that no locked piece is forgotten
         if self._device.pin(self._pieces[piece]):
-            self._locked.append(self._pieces[piece])
             return
+        self._locked.pop()
         self.refused = True
         logging.getLogger("slotmoe").warning(
             "the system locks no more RAM for %s; copies from it are slower", self._device.name
         )
 
     def close(self) -> None:
-        for piece in self._locked:
-            self._device.unpin(piece)
+        while self._locked:
+            self._device.unpin(self._locked.pop())

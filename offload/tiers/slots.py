@@ -7,14 +7,17 @@
                 (``slotmoe.offload.tiers.host``)
 
 A step never polls: it asks for what it misses, computes what is cached, and waits on ``Read``s.  A
-record counts as present only when its last byte has arrived and its checksum is right, so an
-interrupted step leaves nothing half-filled.  An expert id is (MoE layer index) * n_routed_experts +
-expert.
+record counts as present only when its last byte has arrived and its checksum is right.  An expert
+id is (MoE layer index) * n_routed_experts + expert.
+
+An exception may end a step at any line.  No order of changes protects against that: the next step
+calls ``recover``, which derives everything from what certainly holds.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,6 +52,18 @@ class Table:
             self.free.append(self.slot_of.pop(evicted))
         return evicted
 
+    def restore(self, slots: range, staged: Collection[int] = ()) -> None:
+        """Make cache, map and free list, of which an interrupted step may have changed any, agree.
+        An expert that is not ``staged`` is cached if the cache and the map say so and no other has
+        its slot; all else of ``slots`` is free."""
+        certain = {id: slot for id, slot in self.slot_of.items() if id in self.cache}
+        uses = Counter(certain.values())
+        self.slot_of = {
+            id: slot for id, slot in certain.items() if uses[slot] == 1 and id not in staged
+        }
+        self.cache.restore(self.slot_of)
+        self.free = sorted(set(slots).difference(self.slot_of.values()), reverse=True)
+
 
 class Slots:
     """Expert slots, uint8 [cache.slots + staging, record_bytes] on ``device``; ``reserve`` of the
@@ -78,6 +93,8 @@ class Slots:
         # Given up, but a piece of the record is still arriving in the slot.
         self.abandoned: list[tuple[Read, int]] = []
         self.wait_seconds = 0.0
+        # Whether all this is as a step leaves it at its end; else ``recover`` comes first.
+        self.consistent = True
         self.planned, self._touched = cache.slots, 0
         first = max(staging + reserve, LAZY_BYTES // record_bytes)
         self._touching: Touching | None = None
@@ -100,7 +117,8 @@ class Slots:
 
     def memory(self) -> Tensor:
         """All slots as one, uint8, with all its pages."""
-        self._finish_growing()
+        with self.changing():
+            self._finish_growing()
         return self.slab.view(-1)
 
     def spare(self, count: int) -> list[Tensor]:
@@ -119,17 +137,25 @@ class Slots:
         """Take over the slots whose pages are present now."""
         if self._touching is None:
             return
-        known = self.cache.slots + self.staging
-        ready = self._touching.ready // self.slab.shape[1]
+        known, ready = self.cache.slots + self.staging, self._ready()
         self.table.free[:0] = range(known, ready)
-        self.cache.slots = ready - self.staging
-        if ready == len(self.slab):
+        self._set_ready(ready)
+
+    def _ready(self) -> int:
+        """Slots whose pages are present."""
+        touching = self._touching
+        return len(self.slab) if touching is None else touching.ready // self.slab.shape[1]
+
+    def _set_ready(self, ready: int) -> None:
+        if ready < len(self.slab):
+            self.cache.slots = ready - self.staging
+        else:
             self.cache.slots, self._touching = self.planned, None
             self._touched = self.slab.nbytes
 
     def advance(self, tokens: int) -> None:
-        """A pass over more tokens begins.  What an interrupted one has left in staging is given up;
-        the cache admits what has arrived to warm it."""
+        """A pass over more tokens begins.  What the last one has left in staging is given up; the
+        cache admits what has arrived to warm it."""
         for expert_id in [id for id, read in self.coming.items() if read.urgency != WARM]:
             self.drop(expert_id)
         self.admit_warm()
@@ -195,12 +221,30 @@ class Slots:
             self._device.set_slot(self.slots_ME, evicted, -1)
         self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
 
-    def rebuild(self) -> None:
-        """Make the device's slot table what it has to be: an interrupted step may have changed only
-        one of the two."""
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Slots change inside; where that does not come to its end, ``recover`` has to follow."""
+        self.recover()
+        self.consistent = False
+        yield
+        self.consistent = True
+
+    def recover(self) -> None:
+        """If the last step did not end, bring everything into the state between two steps: no read
+        goes on, nothing is staged, no slot is lost, the device's slot table says what is true."""
+        if self.consistent:
+            return
+        self._source.abandon()
+        ready = self._ready()
+        self.table.restore(range(ready), staged=self.coming)
+        if self._touching is not None:
+            self._set_ready(ready)
+        self.coming.clear()
+        self.abandoned.clear()
         for expert_id in range(self.slots_ME.numel()):
-            slot = self.table.slot_of[expert_id] if expert_id in self.cache else -1
+            slot = self.table.slot_of.get(expert_id, -1)
             self._device.set_slot(self.slots_ME, expert_id, slot)
+        self.consistent = True
 
     def drop(self, expert_id: int) -> None:
         """Give up an expert in staging, arrived or not; nothing happens if it is not there."""

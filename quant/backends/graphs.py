@@ -47,38 +47,38 @@ class CudaGraph:
 
 
 class Captured:
-    """A function of tensors that runs as a captured graph where ``graph`` makes one, and plainly
-    where that is None.
+    """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
+    that is None.
 
     ``graph`` makes what has the interface of ``CudaGraph``.  ``buffers`` are the inputs that it
     reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
     until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
     shapes or types than the buffers', the function runs plainly.  A capture runs the function
     before the first replay, so it must not write its own ``buffers``.
+
+    Each call brings the function, always the same: a method that was kept here would keep its
+    object, and with that the memory of a model that was closed.
     """
 
     capturing = False  # whether a capture is under way
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        buffers: tuple[Tensor, ...],
-        graph: Callable[[Callable[[], Any]], Any] | None,
+        self, buffers: tuple[Tensor, ...], graph: Callable[[Callable[[], Any]], Any] | None
     ):
-        self._function, self._buffers, self._make = function, buffers, graph
+        self._buffers, self._make = buffers, graph
         self._graph: Any = None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
         possible = not (Captured.capturing or torch.is_grad_enabled())
         if self._make is None or not possible or not self._fit(inputs):
-            return self._function(*inputs)
+            return function(*inputs)
         for buffer, given in zip(self._buffers, inputs, strict=True):
             if given.data_ptr() != buffer.data_ptr():
                 buffer.copy_(given)
         if self._graph is None:
             Captured.capturing = True
             try:
-                self._graph = self._make(lambda: self._function(*self._buffers))
+                self._graph = self._make(lambda: function(*self._buffers))
             finally:
                 Captured.capturing = False
         self._graph.replay()

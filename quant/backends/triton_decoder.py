@@ -140,11 +140,11 @@ class TritonDecoder:
         """All layers as one graph.  It serves all caches whose layers have ``layer_bytes`` each and
         keeps the addresses of all that it has touched, the slot table's too."""
         if layer_bytes not in self._whole:
-            function = partial(self._all_layers, table, layer_bytes)
             # Layers write ``h_1D``, so the first one reads another buffer.
             buffers = (self._workspace.embedded_1D,)
-            self._whole[layer_bytes] = Captured(function, buffers, self._backend.graph)
-        step.h_TD, indices_M1K = self._whole[layer_bytes](step.h_TD)
+            self._whole[layer_bytes] = Captured(buffers, self._backend.graph)
+        function = partial(self._all_layers, table, layer_bytes)
+        step.h_TD, indices_M1K = self._whole[layer_bytes](function, step.h_TD)
         step.layer = len(self._layers)
         experts.passed(0, indices_M1K)
         step.timer.mark("captured layers")
@@ -179,21 +179,21 @@ class _Layer:
         self._logits_1E = None if layer.gate is None else workspace.empty(1, len(layer.gate))
         routed = () if layer.gate is None else (workspace.y_1D,)
         buffers = workspace.middle_1D, workspace.x_1D, *routed
-        self._after = Captured(self._feed_forward, buffers, backend.graph)
+        self._after = Captured(buffers, backend.graph)
 
     def begin(self, h_1D: Tensor, layer_at: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """``h + attention(norm(h))``, the norm of that, and the router's logits [1, E], None in a
         dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
         workspace = self._workspace
         if layer_at not in self._before:
-            function = partial(self._attention, layer_at=layer_at)
-            self._before[layer_at] = Captured(function, (workspace.h_1D,), self._backend.graph)
-        self._before[layer_at](h_1D)
+            self._before[layer_at] = Captured((workspace.h_1D,), self._backend.graph)
+        self._before[layer_at](partial(self._attention, layer_at=layer_at), h_1D)
         return workspace.middle_1D, workspace.x_1D, self._logits_1E
 
     def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
-        self._after(*((h_1D, x_1D) if y_1D is None else (h_1D, x_1D, y_1D)))
+        inputs = (h_1D, x_1D) if y_1D is None else (h_1D, x_1D, y_1D)
+        self._after(self._feed_forward, *inputs)
         return self._workspace.h_1D
 
     def _attention(self, h_1D: Tensor, layer_at: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ExportError
+from slotmoe.errors import ExportError, reading
 from slotmoe.quant.export.layout import (
     COPIED,
     PROJECTIONS,
@@ -81,7 +81,9 @@ class Export:
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
             self._open_file(name)
-            if file_checksum(self.folder / name) != files[name]["checksum"]:
+            with reading(self.folder / name, ExportError):
+                whole = file_checksum(self.folder / name)
+            if whole != files[name]["checksum"]:
                 what = "its checksum is not the manifest's; the file was changed or damaged"
                 raise self._error(name, what)
         for layer in self.layers:
@@ -100,8 +102,9 @@ class Export:
         try:
             handle = os.open(regular_file(self.folder, name), os.O_RDONLY)
         except OSError as problem:
-            what = f"can't be opened ({problem.strerror}); the export is incomplete"
-            raise self._error(name, what) from None
+            missing = isinstance(problem, FileNotFoundError)
+            what = f"can't be opened ({problem.strerror})"
+            raise self._error(name, what + "; the export is incomplete" * missing) from None
         self._handles[name] = handle
         size, expected = os.fstat(handle).st_size, self.manifest["files"][name]["bytes"]
         if size != expected:
@@ -112,7 +115,9 @@ class Export:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
         header = safetensors_header(parts.items())
         size = self.manifest["files"][name]["header_bytes"]
-        if size != len(header) or os.pread(self._handles[name], size, 0) != header:
+        with reading(self.folder / name, ExportError):
+            start = os.pread(self._handles[name], len(header), 0)
+        if size != len(header) or start != header:
             what = "its header is not the one that the manifest describes; quantize again"
             raise self._error(name, what)
 

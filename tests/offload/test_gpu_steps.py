@@ -5,6 +5,8 @@ Without a CUDA device the kernels are interpreted, and a graph is a list of what
 memory.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -306,7 +308,7 @@ class Counting:
 @torch.inference_mode()
 def test_a_captured_function_reads_its_buffers_and_nothing_else():
     buffer, out = torch.zeros(2), torch.empty(2)
-    captured = Captured(lambda x: torch.mul(x, 2, out=out), (buffer,), Counting)
+    captured = partial(Captured((buffer,), Counting), lambda x: torch.mul(x, 2, out=out))
     assert captured(torch.tensor([1.0, 2.0])) is out
     assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
     assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
@@ -315,7 +317,7 @@ def test_a_captured_function_reads_its_buffers_and_nothing_else():
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
-    captured = Captured(lambda x: x * 2, (torch.zeros(2),), Counting)
+    captured = partial(Captured((torch.zeros(2),), Counting), lambda x: x * 2)
     Counting.latest = None
     with torch.inference_mode():
         assert captured(torch.ones(3)).tolist() == [2, 2, 2]
@@ -329,8 +331,8 @@ def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients(
 @torch.inference_mode()
 def test_a_captured_function_inside_another_is_part_of_it():
     Counting.latest = None
-    inner = Captured(lambda x: x + 1, (torch.zeros(2),), Counting)
-    outer = Captured(lambda x: inner(x) * 2, (torch.zeros(2),), Recorded)
+    inner = partial(Captured((torch.zeros(2),), Counting), lambda x: x + 1)
+    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
     assert outer(torch.ones(2)).tolist() == [4, 4] and Counting.latest is None
 
 
@@ -349,13 +351,13 @@ def test_a_captured_function_inside_another_is_part_of_it():
 def test_a_recorded_function_can_not_use_the_host(function):
     """The stand-in for a graph is strict."""
     with pytest.raises(AssertionError, match="host"):
-        Captured(function, (torch.zeros(2),), Recorded)(torch.ones(2))
+        Captured((torch.zeros(2),), Recorded)(function, torch.ones(2))
 
 
 @torch.inference_mode()
 def test_a_value_that_python_computed_is_frozen_in_a_graph():
     position = [1]
-    captured = Captured(lambda x: x + position[0], (torch.zeros(2),), Recorded)
+    captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + position[0])
     assert captured(torch.ones(2)).tolist() == [2, 2]
     position[0] = 5
     assert captured(torch.ones(2)).tolist() == [2, 2]

@@ -28,6 +28,7 @@ def whole(runtime):
     """No slot is lost or used twice: every slot is free, cached, or for staging; and the device's
     slot table says what is true.  The same below a GPU."""
     slots, store = runtime.model.experts.slots, runtime.model.store
+    slots.recover()  # what the next pass begins with
     table, cached = slots.table, slots.cache.cached
     held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots.abandoned)]
     assert sorted(held) == list(range(len(slots.slab)))[: len(held)]
@@ -40,7 +41,6 @@ def whole(runtime):
     }
     if not isinstance(store, HostTier):
         return
-    store.advance(0)  # releases what is acquired
     deadline = time.monotonic() + 5
     while busy(store) and time.monotonic() < deadline:
         time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM

@@ -104,7 +104,7 @@ class Twin:
         self.pins_allowed = 1 << 30
         self.pinned = {}  # address -> bytes
         self.unpinned_copies = 0
-        self._tick, self._ordered = 0, -1
+        self._tick, self._ordered, self._latest = 0, -1, None
         self._read, self._written = (
             {},
             {},
@@ -183,9 +183,13 @@ class Twin:
                 self.unpinned_copies += 1
             self._written[target.data_ptr()] = number
             target.fill_(255)
-            copy = TwinCopy(self, number)
+            self._latest = copy = TwinCopy(self, number)
             self._queue.put((copy, source, target, self.delay(number), self.spoil(number)))
             return copy
+
+    def drain(self):
+        if self._latest is not None:
+            self._latest.synchronize()
 
     def download(self, tensor):
         return TwinDownload(self, tensor)

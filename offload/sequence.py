@@ -1,0 +1,249 @@
+"""Forward passes over sequences, and what they leave in each one's latent cache."""
+
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequenced
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.offload.exclusive import CLOSED
+from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.offload.tiers.disk import STUCK_SECONDS
+
+ROWS_AT_ONCE = 16  # rows of logits that ``Sequence.append_rows`` makes at once
+SUPERSEDED = "this generation was superseded: a Runtime holds one sequence at a time"
+
+
+class Passes:
+    """Runs passes of an open model, for one thread at a time, and counts them.
+
+    ``watcher`` is a ``slotmoe.offload.observe.profiler.Profiler`` or None.  ``changes`` counts
+    passes and other changes of what a sequence holds.
+    """
+
+    def __init__(self, model: LoadedModel):
+        self._model: LoadedModel | None = model
+        self.watcher: Any = None
+        self.changes = 0
+        self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
+        self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The open model.  Raises ``ConfigError`` after ``close``."""
+        if self._model is None:
+            raise ConfigError(CLOSED)
+        return self._model
+
+    @contextmanager
+    def using(self, changes: int | None = None) -> Iterator[None]:
+        """The calling thread alone uses the model, and nothing has happened since there were so
+        many ``changes``.  Raises ``ConfigError``.  Blocks do not nest."""
+        with self.model.using:
+            if changes not in (None, self.changes):
+                raise ConfigError(SUPERSEDED)
+            yield
+
+    @contextmanager
+    def counted(self, kind: str, tokens: int) -> Iterator[None]:
+        """Count the tokens and the seconds of what happens inside, and let it be watched."""
+        started = time.perf_counter()
+        if self.watcher is not None:
+            self.watcher.begin(self._moved())
+        yield
+        self.tokens[f"{kind}_tokens"] += tokens
+        self.seconds[f"{kind}_seconds"] += time.perf_counter() - started
+        if self.watcher is not None:
+            self.watcher.end(kind, tokens, self._moved())
+
+    def forward(self, sequences: Sequenced["Sequence"], ids: list[int]) -> Tensor:
+        """One pass: ``ids`` for one sequence, or one id for each of several.  Returns the residual
+        stream after the last layer, float32 [T, D].
+
+        A pass that raises can be repeated, whichever line it was in: a sequence's ``tokens`` say
+        what its latent cache holds, and ``Experts.begin`` puts the experts right.
+        """
+        model = self.model
+        ids_T = torch.tensor(ids, device=model.device.device)
+        caches = [sequence.cache for sequence in sequences]
+        self.changes += 1
+
+        def step() -> Tensor:
+            for sequence, cache in zip(sequences, caches, strict=True):
+                cache.length = len(sequence.tokens)
+            if model.experts is not None and model.experts.begin(len(ids)):
+                self._guess_token(sequences[0], ids_T)
+            return model.network.forward(ids_T, caches)
+
+        hidden_TD = self._run(step)
+        count = len(ids) // len(sequences)
+        for index, sequence in enumerate(sequences):
+            new = ids[index * count : (index + 1) * count]
+            sequence.tokens = sequence.tokens + new
+            last_D = hidden_TD[(index + 1) * count - 1].clone()
+            sequence.hidden = len(sequence.tokens), last_D
+        return hidden_TD
+
+    def logits(self, hidden_TD: Tensor, each: bool = False) -> Tensor:
+        """Logits of rows of the residual stream, float32 [T, vocab_size]; with ``each`` a row is
+        bitwise what it gives alone."""
+        network = self.model.network
+        head = network.head_each if each else network.head
+        return self._run(lambda: head(hidden_TD))
+
+    def _run(self, step: Callable[[], Tensor]) -> Tensor:
+        """What ``step`` gives, computed.  Raises ``DeviceError``."""
+        model = self.model
+        ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
+        return model.device.run(step, ways_out)
+
+    def _guess_token(self, sequence: "Sequence", ids_1: Tensor) -> None:
+        """Let the lookahead guess a token's experts from its embedding and the last hidden state
+        before it."""
+        model, hidden = self.model, sequence.hidden
+        if hidden is None or hidden[0] != len(sequence.tokens):
+            return
+        assert model.experts is not None and model.experts.lookahead is not None
+        embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
+        model.experts.lookahead.guess_token(embedding_1D[0], hidden[1])
+
+    def _moved(self) -> dict[str, int]:
+        """Bytes that came from each slower tier so far."""
+        store = self.model.store
+        return {} if store is None else {name: io["bytes"] for name, io in store.stats().items()}
+
+    def close(self) -> None:
+        """Let every later use raise, end the pass that another thread computes, with a
+        ``ConfigError`` there, and release files and memory.
+
+        A disk that does not answer is waited for some seconds.  In a forked child only files are
+        closed: threads, locks and the GPU are the parent's.
+        """
+        model = self._model
+        if model is None:
+            return
+        model.using.refuse()
+        if model.using.forked:
+            model.source.close()
+        else:
+            if model.store is not None:
+                model.store.stop()
+            model.using.wait(STUCK_SECONDS)
+            model.opened.close()
+        self._model = None
+
+
+class Sequence:
+    """One sequence: its latent cache and the tokens whose latents that holds.
+
+    ``tokens`` is the truth: a pass that is interrupted has written rows behind them, which mean
+    nothing.  A token id of -1 is unknown.
+    """
+
+    def __init__(self, passes: "Passes", cache: LatentCache):
+        self._passes, self.cache = passes, cache
+        self.tokens: list[int] = []
+        # The residual stream after the last of so many tokens, float32 [D].
+        self.hidden: tuple[int, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions that are cached.  Another thread may ask."""
+        return len(self.tokens)
+
+    @property
+    def context(self) -> int:
+        """Positions that the latent cache has room for."""
+        return self.cache.context
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        with self._passes.using():
+            self.cut(length)
+
+    def cut(self, length: int) -> None:
+        """``rewind`` for a caller that is inside ``Passes.using``."""
+        self._passes.changes += 1
+        del self.tokens[length:]
+
+    def take(self, source: "Sequence", length: int) -> None:
+        """Become the first ``length`` tokens of ``source``, which may be this sequence."""
+        with self._passes.using():
+            tokens = source.tokens[:length]
+            self.cut(length if source is self else 0)
+            if source is not self:
+                self.cache.copy(source.cache, length)
+            self.tokens = tokens
+
+    def fill(self, depth: int) -> None:
+        """Become ``depth`` unknown tokens with random latents: for measurements."""
+        model, generator = self._passes.model, torch.Generator().manual_seed(0)
+        with self._passes.using():
+            self.cut(0)
+            latent_SW = torch.randn(depth, model.config.latent_width, generator=generator)
+            for rows_SX in self.cache.layers:
+                model.backend.store_latents(
+                    latent_SW.to(rows_SX.device), model.config.kv_lora_rank, rows_SX[:depth]
+                )
+            self.tokens = [-1] * depth
+
+    def append(self, ids: list[int]) -> Tensor:
+        """Append ``ids`` and return the last one's logits, float32 [1, vocab_size] on the model's
+        device."""
+        with self._passes.using():
+            return self.extend(ids)
+
+    def extend(self, ids: list[int]) -> Tensor:
+        """``append`` for a caller that is inside ``Passes.using``."""
+        passes = self._passes
+        with passes.counted(self._kind(ids), len(ids)):
+            for piece in self._pieces(ids):
+                last_1D = passes.forward([self], piece)[-1:]
+            return passes.logits(last_1D)
+
+    def append_rows(self, ids: list[int]) -> Iterator[Tensor]:
+        """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size]
+        at a time.  Nothing else may be computed until the last of them is taken."""
+        passes = self._passes
+        with passes.counted(self._kind(ids), len(ids)):
+            for hidden_TD, changes in self.run_counted(ids):
+                for rows_RD in hidden_TD.split(ROWS_AT_ONCE):
+                    with passes.using(changes):
+                        logits_RV = passes.logits(rows_RD, each=True)
+                    yield logits_RV
+
+    def run(self, ids: list[int]) -> Iterator[Tensor]:
+        """Append ``ids`` pass by pass: the residual stream after the last layer, float32 [T, D],
+        which lasts until the next pass."""
+        return (hidden_TD for hidden_TD, _ in self.run_counted(ids))
+
+    def run_counted(self, ids: list[int]) -> Iterator[tuple[Tensor, int]]:
+        """``run``, with ``Passes.changes`` after each pass."""
+        passes, changes = self._passes, None
+        for piece in self._pieces(ids):
+            with passes.using(changes):
+                hidden_TD = passes.forward([self], piece)
+                changes = passes.changes
+            yield hidden_TD, changes
+
+    def _pieces(self, ids: list[int]) -> list[list[int]]:
+        """What each pass takes."""
+        chunk = self._passes.model.plan.prefill_chunk
+        return [ids[start : start + chunk] for start in range(0, len(ids), chunk)]
+
+    def _kind(self, ids: list[int]) -> str:
+        return "decode" if len(ids) == 1 and self.tokens else "prefill"
+
+
+def shared_prefix(cached: list[int], prompt: list[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    limit = min(len(cached), len(prompt))
+    if cached[:limit] == prompt[:limit]:
+        return limit
+    return next(index for index in range(limit) if cached[index] != prompt[index])

@@ -1,0 +1,449 @@
+"""Whatever ends a pass, wherever: the next one computes the same bits, and no slot is lost."""
+
+import faulthandler
+import gc
+import os
+import random
+import signal
+import threading
+import time
+import weakref
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload import loading, sequence
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import disk
+from slotmoe.quant.export.reader import Export
+from tests.support.disk import forked
+from tests.support.engine import IDS, whole
+from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.twin import Twin, measured, open_on, slow
+
+PASSES = [IDS[:12], [7], [8]]
+
+
+@pytest.fixture(autouse=True)
+def always_guessing(always_guessing):
+    """And a test that hangs says where."""
+    faulthandler.dump_traceback_later(300, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def compute(runtime):
+    """Prefill and decode: all logits."""
+    first = runtime.sequences[0]
+    first.rewind(0)
+    return torch.cat([first.append(ids).clone() for ids in PASSES])
+
+
+def on_threads(export, monkeypatch):
+    """Every record is read by the threads, in several pieces."""
+    monkeypatch.setattr(disk, "HELP_BYTES", 0)
+    monkeypatch.setattr(disk, "PIECE_BYTES", 8192)
+    return Runtime.open(export, context=256, slots=22)
+
+
+def on_gpu(export, monkeypatch, mode):
+    figures = measured(pcie_busy=1e9, experts=1e9)
+    monkeypatch.setattr(loading, "stored_bandwidths", lambda path: figures)
+    return open_on(export, Twin(slow), 40, misses=mode, slots=40, kernels="torch")
+
+
+KINDS = {
+    "helping": lambda export, monkeypatch: Runtime.open(export, context=256, slots=22),
+    "threads": on_threads,
+    "gpu": lambda export, monkeypatch: on_gpu(export, monkeypatch, "fetch"),
+    "hybrid": lambda export, monkeypatch: on_gpu(export, monkeypatch, "hybrid"),
+}
+
+
+def check(runtime, want, exact=True):
+    """The next pass is right and no slot is lost."""
+    whole(runtime)
+    found = compute(runtime)
+    assert torch.equal(found, want) if exact else torch.allclose(found, want, rtol=1e-2, atol=1e-2)
+    whole(runtime)
+
+
+def interrupt(runtime, chosen, exact):
+    """Interrupt a computation at each (line, moment) of ``chosen``."""
+    want, came = compute(runtime), 0
+    for number, (line, moment) in enumerate(chosen):
+        kind = (KeyboardInterrupt, RuntimeError)[number % 8 == 7]
+        with suppress(Exception):  # another error that this one has led to
+            came += interrupted_at(line, moment, lambda: compute(runtime), kind)
+        try:
+            check(runtime, want, exact)
+        except Exception as problem:
+            raise AssertionError(f"after {kind.__name__} at {line}, time {moment}") from problem
+    return came
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
+    with KINDS[kind](sample_export, monkeypatch) as runtime:
+        compute(runtime)
+        lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
+        # Plain torch, as the twin has it, is slow.
+        picked = chance.sample(sorted(lines), 25 if kind in ("helping", "threads") else 8)
+        chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
+        came = interrupt(runtime, chosen, kind != "hybrid")
+        assert came > len(chosen) // 2  # timing skips some lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_every_line(sample_export, monkeypatch, kind):
+    """Each line that a computation runs, the first time and at two others."""
+    with KINDS[kind](sample_export, monkeypatch) as runtime:
+        compute(runtime)
+        lines, chance = lines_of(lambda: compute(runtime)), random.Random(6)
+        moments = {
+            line: {1, *(chance.randint(1, times) for _ in "ab")} for line, times in lines.items()
+        }
+        chosen = [(line, moment) for line in sorted(lines) for moment in sorted(moments[line])]
+        came = 0
+        for start in range(0, len(chosen), 100):
+            faulthandler.dump_traceback_later(300, exit=True)
+            came += interrupt(runtime, chosen[start : start + 100], kind != "hybrid")
+        print(f"{kind}: {came} of {len(chosen)} interrupts at {len(lines)} lines")
+        assert came > 0.7 * len(chosen)
+
+
+# Ctrl-C
+
+
+@contextmanager
+def ctrl_c_after(*seconds):
+    """Real signals to this process."""
+    timers = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in seconds]
+    for timer in timers:
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+
+
+def random_ctrl_c(export, monkeypatch, kind, times):
+    with KINDS[kind](export, monkeypatch) as runtime:
+        compute(runtime)
+        started = time.perf_counter()
+        want = compute(runtime)
+        seconds, chance, came = time.perf_counter() - started, random.Random(7), 0
+        for _ in range(times):
+            try:
+                with ctrl_c_after(chance.uniform(0, seconds)):
+                    compute(runtime)
+                    time.sleep(0.05)
+            except KeyboardInterrupt:
+                came += 1
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            check(runtime, want, kind != "hybrid")
+        return came
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_at_random_moments(sample_export, monkeypatch, kind):
+    assert random_ctrl_c(sample_export, monkeypatch, kind, 4) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_at_many_random_moments(sample_export, monkeypatch, kind):
+    assert random_ctrl_c(sample_export, monkeypatch, kind, 400) >= 200
+
+
+def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):
+    """The handler that was there is called there, once for two signals at most, and may go on."""
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        want, experts = compute(runtime), runtime.model.experts
+        kind, seen = type(experts), []
+        original = kind._end_of_layer
+        before = signal.signal(signal.SIGINT, lambda *_: seen.append("handled"))
+        try:
+
+            def end_of_layer(self, row):
+                seen.append(row)
+                original(self, row)
+
+            def at_a_gate(route):
+                if route.row == 2 and "handled" not in seen:
+                    signal.raise_signal(signal.SIGINT)
+                    seen.append("signal")
+
+            monkeypatch.setattr(kind, "_end_of_layer", end_of_layer)
+            stop_listening = experts.on_route(at_a_gate)
+            assert torch.equal(compute(runtime), want)
+            stop_listening()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert seen.count("handled") == 1
+        around = seen[seen.index("signal") - 1 :][:4]
+        assert around in ([1, "signal", "handled", 2], [1, "signal", 2, "handled"])
+
+
+def test_an_ignored_ctrl_c_is_ignored(sample_export):
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            stop = runtime.model.experts.on_route(lambda route: signal.raise_signal(signal.SIGINT))
+            compute(runtime)
+            stop()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def stuck_disk(monkeypatch):
+    """A disk that stops answering when the event is set, until the test's end."""
+    original, stuck, over = Export.read_range, threading.Event(), threading.Event()
+
+    def read_range(*arguments):
+        if stuck.is_set():
+            over.wait(60)
+        original(*arguments)
+
+    monkeypatch.setattr(Export, "read_range", read_range)
+    for module in (disk, sequence):
+        monkeypatch.setattr(module, "STUCK_SECONDS", 0.5)
+    yield stuck
+    over.set()
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(
+    sample_export, monkeypatch, caplog, stuck_disk
+):
+    runtime = on_threads(sample_export, monkeypatch)
+    compute(runtime)
+    stuck_disk.set()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.3, 0.6):
+        runtime.logits(IDS)
+    assert 0.5 < time.monotonic() - started < 3
+    runtime.close()
+    assert time.monotonic() - started < 5
+    assert "the disk does not answer" in caplog.text
+
+
+def test_a_read_is_done_whatever_happens_in_its_thread(sample_export):
+    """Also if what it calls at its end fails."""
+
+    def after(arrived):
+        raise RuntimeError("a mistake")
+
+    with Export.open(sample_export) as export:
+        reader = disk.DiskReader(export, direct=False, threads=1)
+        memory = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
+        reads = [reader.read(id, memory, disk.WARM) for id in (3, 4)]
+        reads[0].after = after
+        for read in reads:  # the thread goes on
+            reader.submit([read])
+            assert reader.wait([read]) == [read]
+        assert str(reads[0].error) == "a mistake" and reads[1].error is None
+        reader.close()
+
+
+# Threads
+
+
+def in_thread(action):
+    """Start ``action`` in a thread; the returned function waits and gives what it gave or
+    raised."""
+    results = []
+
+    def run():
+        try:
+            results.append(action())
+        except BaseException as problem:
+            results.append(problem)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def finish():
+        thread.join(20)
+        assert not thread.is_alive()
+        return results[0]
+
+    return finish
+
+
+def test_a_second_thread_is_refused_and_spoils_nothing(sample_export):
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        want, inside, over = compute(runtime), threading.Event(), threading.Event()
+
+        def hold(route):
+            inside.set()
+            over.wait(20)
+
+        stop = runtime.model.experts.on_route(hold)
+        finish = in_thread(lambda: compute(runtime))
+        assert inside.wait(20)
+        first = runtime.sequences[0]
+        for use in (
+            lambda: runtime.logits(IDS),
+            lambda: list(runtime.logits_from(IDS)),
+            lambda: list(runtime.generate(IDS, 3)),
+            lambda: first.append([5]),
+            lambda: list(first.append_rows([5])),
+            lambda: list(first.run([5])),
+            lambda: runtime.append_each([first], [5]),
+            lambda: first.rewind(0),
+            lambda: first.take(first, 0),
+            lambda: first.fill(3),
+            runtime.warm,
+        ):
+            with pytest.raises(ConfigError, match=r"^Runtime is in use by another thread"):
+                use()
+        over.set()
+        assert torch.equal(finish(), want)
+        stop()
+        check(runtime, want)
+
+
+def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
+    """A text that comes piece by piece ends where another thread came between two pieces."""
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        for begin in (
+            lambda: runtime.logits_from(IDS * 4),
+            lambda: runtime.sequences[0].append_rows(IDS),
+            lambda: runtime.generate(IDS, 5),
+        ):
+            pieces = begin()
+            next(pieces)
+            in_thread(lambda: runtime.logits(IDS[:5]))()
+            with pytest.raises(ConfigError, match="superseded"):
+                list(pieces)
+
+
+def many_threads(export, threads, rounds):
+    """Each thread gets the right logits or a clear refusal; how many of each."""
+    with Runtime.open(export, context=256, slots=22) as runtime:
+        want, refusals = runtime.logits(IDS[:20]), list[str]()
+
+        def work():
+            right = refused = 0
+            for _ in range(rounds):
+                try:
+                    assert torch.equal(runtime.logits(IDS[:20]), want)
+                    right += 1
+                except ConfigError as problem:
+                    refusals.append(str(problem))
+                    refused += 1
+            return right, refused
+
+        results = [finish() for finish in [in_thread(work) for _ in range(threads)]]
+        assert all(isinstance(result, tuple) for result in results), results
+        assert all("another thread" in text or "superseded" in text for text in refusals)
+        whole(runtime)
+        assert torch.equal(runtime.logits(IDS[:20]), want)
+        return [sum(counts) for counts in zip(*results, strict=True)]
+
+
+def test_threads_get_right_logits_or_a_refusal(sample_export):
+    right, refused = many_threads(sample_export, 4, 12)
+    assert right > 0 and refused > 0
+
+
+@pytest.mark.slow
+def test_many_threads_get_right_logits_or_a_refusal(sample_export):
+    right, refused = many_threads(sample_export, 8, 200)
+    assert right > 0 and refused > 0
+
+
+def test_close_from_another_thread_ends_a_wait(sample_export, monkeypatch, stuck_disk):
+    runtime = on_threads(sample_export, monkeypatch)
+    compute(runtime)
+    stuck_disk.set()
+    finish = in_thread(lambda: runtime.logits(IDS))
+    time.sleep(0.2)
+    started = time.monotonic()
+    runtime.close()
+    problem = finish()
+    assert isinstance(problem, ConfigError) and "this Runtime is closed" in str(problem)
+    assert time.monotonic() - started < 5
+    runtime.close()  # a second time: nothing
+
+
+def test_close_from_another_thread_ends_a_computation(sample_export):
+    runtime = Runtime.open(sample_export, context=256, slots=22)
+    inside = threading.Event()
+    runtime.model.experts.on_route(lambda route: (inside.set(), time.sleep(0.05)))
+    finish = in_thread(lambda: list(runtime.generate(IDS, 100)))
+    assert inside.wait(20)
+    runtime.close()
+    assert "this Runtime is closed" in str(finish())
+
+
+def test_use_after_close_is_refused(sample_export):
+    runtime = Runtime.open(sample_export, context=64)
+    kept, tokens = runtime.sequences[0], runtime.generate(IDS[:5], 5)
+    next(tokens)
+    runtime.close()
+    runtime.close()
+    for use in (
+        lambda: runtime.logits(IDS[:3]),
+        lambda: list(runtime.generate(IDS[:3])),
+        lambda: next(tokens),
+        lambda: kept.append([5]),
+        lambda: runtime.sequences,
+        lambda: runtime.model,
+        runtime.stats,
+        runtime.warm,
+    ):
+        with pytest.raises(ConfigError, match=r"^this Runtime is closed; open the model again$"):
+            use()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("kind", ["helping", "gpu"])
+def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch, kind):
+    with KINDS[kind](sample_export, monkeypatch) as runtime:
+        want = compute(runtime)
+        kept = runtime.sequences[0]
+
+        def in_child():
+            for use in (lambda: kept.append([5]), lambda: runtime.logits(IDS), runtime.warm):
+                with pytest.raises(ConfigError, match="before the process forked"):
+                    use()
+            runtime.close()
+            with pytest.raises(ConfigError, match="closed"):
+                runtime.logits(IDS)
+
+        assert forked(in_child, after=None) == 0
+        check(runtime, want)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "triton"])
+def test_closing_frees_network_and_slots(sample_export, small_export, monkeypatch, kind):
+    """Without a garbage collection: the next model needs the memory now."""
+    gc.collect()
+    gc.disable()
+    try:
+        if kind == "triton":
+            runtime = open_on(small_export, Twin(triton=True), misses="fetch", slots=6)
+            runtime.sequences[0].append([3])
+            runtime.sequences[0].append([4])
+        else:
+            runtime = KINDS[kind](sample_export, monkeypatch)
+            compute(runtime)
+        experts = runtime.model.experts
+        gone = [weakref.ref(part) for part in (runtime.model.network, experts, experts.slots)]
+        slab = weakref.ref(experts.slots.slab)
+        del experts
+        runtime.close()
+        assert [ref() for ref in [*gone, slab]] == [None] * 4
+    finally:
+        gc.enable()

@@ -1,0 +1,105 @@
+"""What the system refuses names the file, and is not called damage: a bad disk, rights, too many
+open files."""
+
+import errno
+import os
+
+import pytest
+
+from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.export.layout import RESIDENT, layer_file
+from slotmoe.quant.export.reader import Export
+from tests.support.tiny import SAMPLE
+
+WEIGHTS = "model-00001-of-00003.safetensors"
+
+
+def failing(function, number, name, folder):
+    """``function`` as it is while ``folder``'s file ``name`` can't be read."""
+    path = folder / name
+
+    def call(file, *arguments, **named):
+        target = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise OSError(number, os.strerror(number))
+        return function(file, *arguments, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("config.json", ["builtins.open"]),
+        ("slotmoe.json", ["builtins.open"]),
+        ("tokenizer.json", ["os.open"]),
+        ("tokenizer.json", ["builtins.open"]),
+        (RESIDENT, ["os.open"]),
+        (RESIDENT, ["os.pread"]),
+        (RESIDENT, ["os.preadv"]),
+        (layer_file(2), ["os.open"]),
+        (layer_file(2), ["os.pread"]),
+    ],
+    ids=str,
+)
+def test_opening_an_export(sample_export, monkeypatch, name, calls, number):
+    for call in calls:
+        module, _, function = call.rpartition(".")
+        original = getattr(__import__(module), function)
+        monkeypatch.setattr(call, failing(original, number, name, sample_export))
+    # A file system that refuses direct reads is asked again without.
+    monkeypatch.setattr(Export, "bypass_page_cache", lambda self: False)
+    with pytest.raises(SlotmoeError) as raised:
+        Runtime.open(sample_export, context=64).close()
+    told = str(raised.value)
+    assert told.startswith(str(sample_export / name)) and os.strerror(number) in told
+    assert not any(word in told for word in ("damaged", "truncated", "incomplete", "again"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("call", ["builtins.open", "os.open", "os.preadv"])
+def test_opening_a_checkpoint(monkeypatch, call, number):
+    module, _, function = call.rpartition(".")
+    original = getattr(__import__(module), function)
+    monkeypatch.setattr(call, failing(original, number, WEIGHTS, SAMPLE))
+
+    def read_all():
+        with Checkpoint.open(SAMPLE) as checkpoint:
+            for name in checkpoint.infos:
+                checkpoint.rows(name, 0, 1)
+
+    with pytest.raises(CheckpointError) as raised:
+        read_all()
+    told = str(raised.value)
+    assert told == f"{SAMPLE / WEIGHTS}: can't be read ({os.strerror(number)})"
+
+
+def test_a_file_that_is_not_there_makes_an_export_incomplete(sample_export, monkeypatch):
+    name = layer_file(2)
+    monkeypatch.setattr(os, "open", failing(os.open, errno.ENOENT, name, sample_export))
+    with pytest.raises(ExportError, match="the export is incomplete"):
+        Export.open(sample_export)
+
+
+def test_the_library_of_safetensors_is_understood(monkeypatch):
+    """It opens the file once more, by itself."""
+    from safetensors import SafetensorError
+
+    def refuse(*_, **__):
+        raise SafetensorError("Error while opening: Too many open files (os error 24)")
+
+    monkeypatch.setattr("slotmoe.model.checkpoint.safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
+        Checkpoint.open(SAMPLE)
+
+
+def test_a_json_file_in_a_bad_place(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    monkeypatch.setattr("builtins.open", failing(open, errno.EIO, "config.json", tmp_path))
+    with pytest.raises(ConfigError, match=r"config.json: can't be read \(Input/output error\)"):
+        read_json(path, 100)
