@@ -1,8 +1,8 @@
 """A model's small files: config, tokenizer, chat template, wherever they come from.
 
-A checkpoint has them in its folder, an export has their checksums too, and those of a GGUF file are
-made of its metadata.  Whoever uses them gets a ``ReadFile`` and never a path, so that what a stranger
-puts beside an export is not read.
+A checkpoint has them in its folder, an export has their checksums too, and those of a GGUF file
+are made of its metadata.  Whoever uses them gets a ``ReadFile`` and never a path, so that what a
+stranger puts beside an export is not read.
 """
 
 from collections.abc import Callable

@@ -209,7 +209,7 @@ class _Loader:
             self._backend = TorchBackend()
 
     def _configure(self, source: Export | Checkpoint) -> Tokenizer:
-        """Take config and tokenizer from ``source``, which has verified them; returns the latter."""
+        """Take the config from ``source``, which has verified it; returns the tokenizer."""
         read = source.small_file
         self._config = config_among(read, self._folder)
         self._context = choose_context(self._config, self._options.context)

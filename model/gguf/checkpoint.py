@@ -1,8 +1,8 @@
 """``GgufCheckpoint``: a GGUF file, or the parts of a split one, read as a checkpoint.
 
-Its tensors have the names, shapes and order of rows that DeepSeek's own checkpoints have; llama.cpp's
-converter leaves the pairs of rotary columns as they are.  What is quantized is decoded into float16
-by the ``gguf`` package, a few rows at a time.
+Its tensors have the names, shapes and order of rows that DeepSeek's own checkpoints have;
+llama.cpp's converter leaves the pairs of rotary columns as they are.  What is quantized is decoded
+into float16 by the ``gguf`` package, a few rows at a time.
 
 Shape legend: H heads, N and V width of a head's keys without position and of its values, R
 kv_lora_rank.
@@ -27,6 +27,7 @@ from slotmoe.model.gguf.header import (
     MAX_TENSORS,
     GgufHeader,
     GgufTensor,
+    is_gguf,
     read_header,
     shard_paths,
 )
@@ -147,7 +148,7 @@ class GgufCheckpoint(Checkpoint):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The GGUF file ``path``, or the checkpoint folder."""
-    return GgufCheckpoint.open(path) if path.is_file() else Checkpoint.open(path)
+    return GgufCheckpoint.open(path) if is_gguf(path) else Checkpoint.open(path)
 
 
 def _dtype(part: GgufTensor) -> torch.dtype:

@@ -156,6 +156,11 @@ class _Reader:
         return list(struct.unpack(form, self.take(struct.calcsize(form), key)))
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether ``path`` is meant to be a GGUF file: a model that is no folder is one."""
+    return not path.is_dir() and (path.suffix == ".gguf" or path.is_file())
+
+
 def shard_paths(path: Path) -> list[Path]:
     """All files of the model whose first or only one is ``path``, by their names.  Raises
     ``CheckpointError`` if ``path`` is another one."""

@@ -14,7 +14,7 @@ from slotmoe.errors import CheckpointError
 from slotmoe.jsonfile import FLAG, TEXT, Kind, check, integer, number, one_of, read_json
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.header import GgufHeader
-from slotmoe.model.gguf.tokenizer import begin_id, end_ids, tokenizer_files
+from slotmoe.model.gguf.tokenizer import end_ids, special_id, tokenizer_files
 
 ARCHITECTURE = "deepseek2"
 _COUNT, _REAL = integer(0, (1 << 31) - 1), number(0, 1e30)
@@ -75,7 +75,8 @@ def small_files(header: GgufHeader) -> ReadFile:
     Raises ``CheckpointError``, which names the key."""
     try:
         check(header.metadata, {"general.architecture": one_of(ARCHITECTURE)})
-        files = {"config.json": _config(header), **tokenizer_files(header.metadata)}
+        files = tokenizer_files(header.metadata)
+        files["config.json"] = _config(header)
     except ValueError as problem:
         raise CheckpointError(f"{header.path}: {problem}") from None
     contents = {name: json.dumps(values, indent=2).encode() for name, values in files.items()}
@@ -100,8 +101,8 @@ def _config(header: GgufHeader) -> dict[str, Any]:
     values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
     values |= {key: found.get(name, _COUNT) for key, name in _GEOMETRY.items()}
     values["q_lora_rank"] = found.get("attention.q_lora_rank", _COUNT, None) or None
-    values["n_shared_experts"] = found.get("expert_shared_count", _COUNT, 0)
-    values["bos_token_id"] = begin_id(header.metadata)
+    values["n_shared_experts"] = found.get("expert_shared_count", _COUNT)
+    values["bos_token_id"] = special_id(header.metadata, "bos")
     values["eos_token_id"] = end_ids(header.metadata)
     values["num_key_value_heads"] = values["num_attention_heads"]
     values["max_position_embeddings"] = found.get("context_length", _COUNT)
@@ -115,19 +116,18 @@ def _config(header: GgufHeader) -> dict[str, Any]:
 def _heads(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
     """Since 2025 the widths of a head have keys of their own, and the old ones those of the latent
     cache."""
-    lengths = {}
-    for name in ("key_length", "value_length"):
-        old = found.get(f"attention.{name}", _COUNT, 0)
-        lengths[name] = found.get(f"attention.{name}_mla", _COUNT, old)
-    nope = lengths["key_length"] - values["qk_rope_head_dim"]
-    for name, width in (("key_length", nope), ("value_length", lengths["value_length"])):
-        if width < 1:
-            raise ValueError(f"{ARCHITECTURE}.attention.{name}_mla is missing or too small")
-    return {"qk_nope_head_dim": nope, "v_head_dim": lengths["value_length"]}
+    names = [f"attention.{name}" for name in ("key_length", "value_length")]
+    found.asked |= set(names)
+    if any(f"{name}_mla" in found for name in names):
+        names = [f"{name}_mla" for name in names]
+    keys, width = (found.get(name, _COUNT) for name in names)
+    if (nope := keys - values["qk_rope_head_dim"]) < 1:
+        raise ValueError(f"{ARCHITECTURE}.{names[0]} is {keys}, less than the rope's dimensions")
+    return {"qk_nope_head_dim": nope, "v_head_dim": width}
 
 
 def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
-    scale = found.get("expert_weights_scale", _REAL, 1.0)
+    scale = found.get("expert_weights_scale", _REAL)
     norm = found.get("expert_weights_norm", FLAG, False)
     if norm and scale != 1:
         name = f"{ARCHITECTURE}.expert_weights_norm"
@@ -136,8 +136,9 @@ def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
         )
     gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
     known = found.get("expert_group_count", _COUNT, None)
-    used = found.get("expert_group_used_count", _COUNT, None)
-    if known is not None and used is not None:
+    found.asked.add("expert_group_used_count")
+    if known is not None:
+        used = found.get("expert_group_used_count", _COUNT)
         method = "group_limited_greedy" if known > 1 else "greedy"
         return gate | {"n_group": known, "topk_group": used, "topk_method": method}
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.

@@ -1,4 +1,4 @@
-"""The tokenizer in the metadata of a GGUF file, as ``tokenizer.json`` and ``tokenizer_config.json``.
+"""The tokenizer in the metadata of a GGUF file, as the tokenizers library reads it.
 
 GGUF names the pre-tokenizer, which splits text before merges are applied, and does not hold it.  So
 the patterns of the DeepSeek-V2 family stand here, as DeepSeek's own ``tokenizer.json`` has them.
@@ -25,13 +25,7 @@ _LETTERS = (
 _MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
 _EAST_ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _SPLITS = {
-    "deepseek-llm": (
-        "[\r\n]",
-        f"\\s?[{_LETTERS}]+",
-        f"\\s?[{_MARKS}]+",
-        "\\s+$",
-        _EAST_ASIAN,
-    ),  # fmt: skip
+    "deepseek-llm": ("[\r\n]", f"\\s?[{_LETTERS}]+", f"\\s?[{_MARKS}]+", "\\s+$", _EAST_ASIAN),
     "deepseek-coder": ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", _EAST_ASIAN),
     "gpt-2": (),  # the pattern is the byte-level step's own
 }
@@ -39,7 +33,6 @@ _SPLITS = {
 Coder models have the first; both of DeepSeek's split single digits after them."""
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _MOST = 400_000
-_ID = integer(0, _MOST)
 _PREFIX = "tokenizer.ggml."
 
 
@@ -88,21 +81,15 @@ def tokenizer_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def end_ids(metadata: dict[str, Any]) -> list[int]:
-    """The tokens at which a text or a turn ends.  Raises ``ValueError``."""
-    ids = (_special_id(metadata, name) for name in ("eos", "eot"))
-    return list(dict.fromkeys(index for index in ids if index is not None))
+    """The tokens at which a text ends, and a turn, if that differs.  Raises ``ValueError``."""
+    turn = f"{_PREFIX}eot_token_id" in metadata
+    return list(dict.fromkeys(special_id(metadata, name) for name in ("eos", "eot")[: 1 + turn]))
 
 
-def begin_id(metadata: dict[str, Any]) -> int | None:
-    """The token with which every text begins.  Raises ``ValueError``."""
-    return _special_id(metadata, "bos")
-
-
-def _special_id(metadata: dict[str, Any], name: str) -> int | None:
+def special_id(metadata: dict[str, Any], name: str) -> int:
+    """The token with which every text begins (``bos``) or ends.  Raises ``ValueError``."""
     key = f"{_PREFIX}{name}_token_id"
-    if key not in metadata:
-        return None
-    check(metadata, {key: _ID})
+    check(metadata, {key: integer(0, len(metadata[f"{_PREFIX}tokens"]) - 1)})
     index: int = metadata[key]
     return index
 
@@ -119,11 +106,7 @@ def _merges(metadata: dict[str, Any], tokens: dict[str, int]) -> list[str]:
 def _settings(metadata: dict[str, Any], names: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in ("bos", "eos"):
-        index = _special_id(metadata, name)
-        if index is not None:
-            if index >= len(names):
-                raise ValueError(f"{_PREFIX}{name}_token_id is {index}, of {len(names)} tokens")
-            settings[f"{name}_token"] = names[index]
+        settings[f"{name}_token"] = names[special_id(metadata, name)]
         if (key := f"{_PREFIX}add_{name}_token") in metadata:
             check(metadata, {key: FLAG})
             settings[f"add_{name}_token"] = metadata[key]

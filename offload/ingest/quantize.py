@@ -28,7 +28,7 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.gguf.header import shard_paths
+from slotmoe.model.gguf.header import is_gguf, shard_paths
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
@@ -94,12 +94,12 @@ def quantize(
     shards: Shards | None = None,
 ) -> dict[str, Any]:
     """Quantize ``source``, a checkpoint folder or GGUF file, into the export ``destination`` and
-    return its manifest.  If ``destination`` is an export of this source already, its checksums are compared
-    (``checking(done, total)`` in bytes of it) and what is damaged is made again.  Interrupted or
-    failed, the call leaves ``DST.partial``, from which the same call resumes.  ``wait_for_lock``
-    waits for another process that writes the same destination and then returns what it made.  With
-    ``shards``, ``source`` needs only the headers of its weight files.  ``notify`` gets sentences
-    for people.
+    return its manifest.  If ``destination`` is an export of this source already, its checksums are
+    compared (``checking(done, total)`` in bytes of it) and what is damaged is made again.
+    Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
+    ``wait_for_lock`` waits for another process that writes the same destination and then returns
+    what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
+    ``notify`` gets sentences for people.
 
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
@@ -363,7 +363,7 @@ def cached_export(source: Path, cache: Path, progress: Progress | None = None) -
     is quantized anew.
     """
     facts = [str(source.resolve())]
-    for path in sorted(source.iterdir()) if source.is_dir() else shard_paths(source):
+    for path in shard_paths(source) if is_gguf(source) else sorted(source.iterdir()):
         if path.is_file():
             facts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
     facts.append(str(FORMAT_VERSION))
