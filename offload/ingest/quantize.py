@@ -37,7 +37,7 @@ from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
-from slotmoe.quant.export.validate import MAX_COPIED_BYTES, UNLISTED, unlisted_files
+from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
@@ -117,8 +117,7 @@ def quantize(
         job = _Job(checkpoint, partial, mode, workers, progress, shards)
         with output_dir.full_disk_explained(partial):
             if existing is not None:
-                for name in unlisted_files(destination, existing):
-                    raise ExportError(f"{destination / name}: {UNLISTED}")
+                refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.

@@ -27,11 +27,10 @@ from slotmoe.quant.export.layout import (
 )
 from slotmoe.quant.export.validate import (
     MAX_COPIED_BYTES,
-    UNLISTED,
     manifest_layout,
     read_manifest,
+    refuse_unlisted,
     regular_file,
-    unlisted_files,
 )
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -76,8 +75,7 @@ class Export:
         or does not belong there."""
         folder = Path(path)
         manifest = read_manifest(folder)
-        for name in unlisted_files(folder, manifest):
-            raise ExportError(f"{folder / name}: {UNLISTED}")
+        refuse_unlisted(folder, manifest)
         export = cls(folder, manifest, manifest_layout(manifest))
         try:
             export._verify_files()

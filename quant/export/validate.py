@@ -37,7 +37,7 @@ from slotmoe.quant.shapes import ALIGNMENT, BLOCK
 
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
-UNLISTED = "is not in the manifest, so nothing vouches for it; move it away"
+UNLISTED = "is not in the manifest, so nothing vouches for it"
 _SIZE = integer(1, 1 << 31)
 _LAYER = integer(0, 99999)
 _ERROR = number(0, 1000)
@@ -123,6 +123,12 @@ def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
         and not name.endswith(".tmp")
         and not is_predictor(name)
     )
+
+
+def refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise ``ExportError`` for the first of ``unlisted_files``."""
+    for name in unlisted_files(folder, manifest):
+        raise ExportError(f"{folder / name}: {UNLISTED}; move it away")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
