@@ -12,15 +12,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import read_json
-from slotmoe.model.config import Config, read_config
+from slotmoe.jsonfile import read_file, read_json
+from slotmoe.model.config import Config, config_among
+from slotmoe.model.files import files_in
 from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -107,6 +107,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: Config, infos: dict[str, TensorInfo]):
         self.folder, self.config, self.infos = folder, config, infos
+        self.name = folder.resolve().name
         self._files: dict[str, int] = {}
         try:
             for name in {info.file for info in infos.values()}:
@@ -122,17 +123,10 @@ class Checkpoint:
 
         Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
         """
-        config = read_config(folder / "config.json")
+        config = config_among(files_in(folder), folder)
         infos = _locate(folder)
-        # A generator: a config with far too many experts is refused at the first missing one.
-        routed = (
-            (expert_name(layer, expert, projection), shape)
-            for layer in config.moe_layers
-            for projection, shape in expert_shapes(config).items()
-            for expert in range(config.n_routed_experts)
-        )
         wanted: dict[str, TensorInfo] = {}
-        for name, shape in chain(resident_shapes(config).items(), routed):
+        for name, shape in tensor_shapes(config):
             if name not in infos:
                 problem = f"tensor {name} is missing; config.json asks for it"
                 raise CheckpointError(f"{folder}: {problem}")
@@ -162,23 +156,39 @@ class Checkpoint:
         """Bytes of all tensors that the network uses."""
         return sum(info.nbytes for info in self.infos.values())
 
+    def small_file(self, name: str, limit: int) -> bytes | None:
+        """``config.json`` or another small file, see ``slotmoe.model.files``.  Raises
+        ``CheckpointError`` or ``ConfigError``."""
+        if not (self.folder / name).is_file():
+            return None
+        return read_file(inside(self.folder, name), limit, CheckpointError)
+
+    def headers(self) -> Iterator[tuple[str, int, bytes]]:
+        """Each weight file, its size, and what it holds before the data."""
+        for name, handle in sorted(self._files.items()):
+            length = int.from_bytes(os.pread(handle, 8, 0), "little")
+            yield name, os.fstat(handle).st_size, os.pread(handle, 8 + length, 0)
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of tensor ``name``, in the source's dtype.
 
-        Raises ``CheckpointError`` if the file ends early or a value is NaN or infinite.
+        Raises ``CheckpointError`` if the file ends early.
         """
         info = self.infos[name]
         data = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
         view = data.view(-1).view(torch.uint8).numpy().data
-        offset = info.offset + start * info.row_bytes
+        self._fill(view, info.file, info.offset + start * info.row_bytes, name)
+        return data
+
+    def _fill(self, view: memoryview, file: str, offset: int, name: str) -> None:
+        """Fill ``view`` from ``offset`` of ``file`` on, where tensor ``name`` lies."""
         while view:
-            with reading(self.folder / info.file, CheckpointError):
-                count = os.preadv(self._files[info.file], [view], offset)
+            with reading(self.folder / file, CheckpointError):
+                count = os.preadv(self._files[file], [view], offset)
             if count == 0:
                 problem = f"ends inside {name}; it was truncated while being read"
-                raise CheckpointError(f"{self.folder / info.file}: {problem}")
+                raise CheckpointError(f"{self.folder / file}: {problem}")
             view, offset = view[count:], offset + count
-        return data
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``, in the source's dtype, checked to be finite."""
@@ -201,6 +211,16 @@ class Checkpoint:
 
     def __exit__(self, *_problem: object) -> None:
         self.close()
+
+
+def tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that ``config`` asks for; one by one, since a hostile one asks
+    for far too many."""
+    yield from resident_shapes(config).items()
+    for layer in config.moe_layers:
+        for projection, shape in expert_shapes(config).items():
+            for expert in range(config.n_routed_experts):
+                yield expert_name(layer, expert, projection), shape
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:

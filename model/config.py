@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import FLAG, Kind, ListOf, check, integer, number, or_null, read_json
+from slotmoe.jsonfile import (
+    FLAG,
+    Kind,
+    ListOf,
+    check,
+    integer,
+    number,
+    or_null,
+    parse_json,
+    read_json,
+)
+from slotmoe.model.files import ReadFile
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INT = 1 << 31
@@ -140,6 +151,14 @@ def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
 def read_config(path: Path) -> Config:
     """The ``Config`` in the file ``path``."""
     return parse_config(read_json(path, MAX_CONFIG_BYTES), str(path))
+
+
+def config_among(read: ReadFile, where: Path) -> Config:
+    """The ``Config`` among the small files of the model at ``where``."""
+    path = where / "config.json"
+    if (data := read("config.json", MAX_CONFIG_BYTES)) is None:
+        raise ConfigError(f"{path}: is missing; not a model in Hugging Face's format")
+    return parse_config(parse_json(data, path), str(path))
 
 
 def _parse(given: dict[str, Any]) -> Config:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import read_file, read_json
+from slotmoe.jsonfile import parse_json
+from slotmoe.model.files import ReadFile, files_in
 
 MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
 # DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
@@ -21,21 +22,22 @@ MAX_TOKENIZER_VALUES = 350_000
 # CPU time, memory and characters of one rendering
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+MAX_SETTINGS_BYTES = 1 << 22
 REPLACEMENT = "\ufffd"
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 
 
 class Tokenizer:
-    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more)."""
+    """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more).
+    ``read`` gives the model's files where they are not simply those of ``folder``."""
 
-    def __init__(self, folder: Path, bos_token_id: int | None):
+    def __init__(self, folder: Path, bos_token_id: int | None, read: ReadFile | None = None):
         from tokenizers import Tokenizer as Backend
 
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        read, path = read or files_in(folder), folder / "tokenizer.json"
+        if (data := read(path.name, MAX_TOKENIZER_BYTES)) is None:
             raise ConfigError(f"{path}: is missing; copy the model's tokenizer.json there")
-        data = read_file(path, MAX_TOKENIZER_BYTES)
         if data.count(b",") > MAX_TOKENIZER_VALUES:
             problem = f"more than {MAX_TOKENIZER_VALUES} values; not a real tokenizer"
             raise ConfigError(f"{path}: {problem}")
@@ -47,8 +49,11 @@ class Tokenizer:
             reason = f"not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
             raise ConfigError(f"{path}: {reason}") from None
         path = folder / "tokenizer_config.json"
-        self.settings = settings = read_json(path, 1 << 22) if path.exists() else {}
-        self.template = _read_template(folder / "chat_template.jinja") or _template_of(settings)
+        found = read(path.name, MAX_SETTINGS_BYTES)
+        self.settings = settings = {} if found is None else parse_json(found, path)
+        path = folder / "chat_template.jinja"
+        found = read(path.name, MAX_TEMPLATE_BYTES)
+        self.template = _decoded(found, path) if found else _template_of(settings)
         wants_bos = settings.get("add_bos_token", bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
         self.eos_token = _spelling(settings, "eos_token")
@@ -150,11 +155,9 @@ class TextStream:
         return len(self._ids) <= 1
 
 
-def _read_template(path: Path) -> str | None:
-    if not path.exists():
-        return None
+def _decoded(template: bytes, path: Path) -> str:
     try:
-        return read_file(path, MAX_TEMPLATE_BYTES).decode()
+        return template.decode()
     except UnicodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
 
@@ -175,12 +178,14 @@ def _spelling(settings: dict[str, Any], name: str) -> str:
 
 
 def _render(template: str, variables: dict[str, Any]) -> str:
-    request = json.dumps({"template": template, "variables": variables})
+    # What Python would search, without the working directory.
+    paths = [path for path in sys.path if path]
+    request = json.dumps({"paths": paths, "template": template, "variables": variables})
     limits = map(str, (TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT))
-    command, data = [sys.executable, "-c", _CHILD, *limits], request.encode()
+    command, data = [sys.executable, "-I", "-c", _CHILD, *limits], request.encode()
     timeout = 60 * TEMPLATE_SECONDS  # for a machine that stands still: the child bounds CPU time
-    try:
-        child = subprocess.run(command, input=data, capture_output=True, timeout=timeout)
+    try:  # the environment may hold keys: a template that breaks out of the sandbox finds it empty
+        child = subprocess.run(command, input=data, capture_output=True, timeout=timeout, env={})
     except subprocess.TimeoutExpired:
         causes = "the machine is overloaded, or the template is hostile"
         raise ConfigError(f"chat_template: did not finish; {causes}") from None
@@ -194,9 +199,9 @@ def _render(template: str, variables: dict[str, Any]) -> str:
 
 
 _CHILD = """
-import sys
-sys.path[:] = [path for path in sys.path if path]  # never import from the working directory
-import datetime, json, resource, signal
+import datetime, json, resource, signal, sys
+request = json.load(sys.stdin)
+sys.path[:] = request["paths"]
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 def raise_exception(message):
     raise ValueError(message)
@@ -208,7 +213,6 @@ loops = ["jinja2.ext.loopcontrols"]
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
 environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
 environment.filters["tojson"] = tojson
-request = json.load(sys.stdin)
 seconds, memory, limit = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills
 memory += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

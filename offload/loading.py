@@ -14,9 +14,9 @@ from torch import Tensor
 
 from slotmoe import model
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.jsonfile import read_json
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import Config, read_config
+from slotmoe.model.config import Config, config_among
+from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import DeepseekV2
@@ -47,6 +47,7 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
+from slotmoe.offload.source import eos_token_ids
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
@@ -138,7 +139,8 @@ class LoadedModel:
 
 
 def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``.
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``; or the path of a
+    GGUF file.
 
     A hub id that is no folder here becomes an export in the cache folder first;
     ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
@@ -156,10 +158,12 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
         )
     if str(path) == "sample" and not folder.is_dir():
         return Path(model.__file__).parent / "sample"
+    if folder.is_file():
+        return folder
     if not folder.is_dir():
         raise ConfigError(
-            f"{folder}: no such folder; MODEL is an export, a Hugging Face checkpoint folder, "
-            "a hub id or 'sample'"
+            f"{folder}: no such folder or file; MODEL is an export, a Hugging Face checkpoint "
+            "folder, a GGUF file, a hub id or 'sample'"
         )
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
@@ -202,12 +206,19 @@ class _Loader:
     def __init__(self, folder: Path, options: Options, device: Device, reason: str):
         self._folder, self._options, self._device, self._reason = folder, options, device, reason
         self.budget, self._host_budget = self._budgets()
-        self._config = read_config(folder / "config.json")
-        self._context, self._using = choose_context(self._config, options.context), Exclusive()
+        self._using = Exclusive()
         if options.quantize:
             self._backend = device.backend(options.kernels, options.threads)
         else:
             self._backend = TorchBackend()
+
+    def _configure(self, source: Export | Checkpoint) -> Tokenizer:
+        """Take the config from ``source``, which has verified it; returns the tokenizer."""
+        read = source.small_file
+        self._config = config_among(read, self._folder)
+        self._context = choose_context(self._config, self._options.context)
+        self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
+        return Tokenizer(self._folder, self._config.bos_token_id, read)
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine
@@ -228,7 +239,7 @@ class _Loader:
 
     def reference(self) -> LoadedModel:
         """A checkpoint as it is, everything resident, computed in float32."""
-        config, options, backend = self._config, self._options, self._backend
+        options, backend = self._options, self._backend
         if options.slots is not None:
             raise ConfigError(
                 "the reference path (quantize=False) keeps every expert resident; "
@@ -239,8 +250,9 @@ class _Loader:
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
             )
         with ExitStack() as opened:
-            checkpoint = opened.enter_context(Checkpoint.open(self._folder))
-            tokenizer = Tokenizer(self._folder, config.bos_token_id)
+            checkpoint = opened.enter_context(open_checkpoint(self._folder))
+            tokenizer = self._configure(checkpoint)
+            config = self._config
             plan = self._reference_plan(checkpoint)
             self._check(plan)
             place = self._placer()
@@ -249,9 +261,8 @@ class _Loader:
             network = DeepseekV2(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)
-            eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
-                config, tokenizer, network, [cache], plan, eos, checkpoint,
+                config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
                 self._device, self._reason, backend, opened.pop_all(), self._using,
             )  # fmt: skip
 
@@ -281,12 +292,12 @@ class _Loader:
 
     def export(self) -> LoadedModel:
         """An export, its experts behind slots."""
-        config, options, device = self._config, self._options, self._device
-        backend = self._backend
+        options, device, backend = self._options, self._device, self._backend
         with ExitStack() as opened:
             export = opened.enter_context(Export.open(self._folder))
+            tokenizer = self._configure(export)
+            config = self._config
             self._check_geometry(export)
-            tokenizer = Tokenizer(self._folder, config.bos_token_id)
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.predictor_bytes)
             plan = make_plan(
@@ -320,9 +331,8 @@ class _Loader:
                 LatentCache(config, self._context, row, device.empty)
                 for _ in range(options.sequences)
             ]
-            eos = _eos_token_ids(self._folder, config)
             return LoadedModel(
-                config, tokenizer, network, caches, plan, eos, export,
+                config, tokenizer, network, caches, plan, self._eos_token_ids, export,
                 device, self._reason, backend, opened.pop_all(), self._using, experts, sizes, store,
             )  # fmt: skip
 
@@ -431,10 +441,3 @@ def _load(
         return dict(zip(names, pool.map(load, names), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _eos_token_ids(folder: Path, config: Config) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    value = read_json(path, 1 << 20).get("eos_token_id") if path.is_file() else None
-    extra = value if isinstance(value, list) else [value]
-    return tuple({*config.eos_token_ids, *(id for id in extra if isinstance(id, int))})

@@ -28,7 +28,13 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
 def read_json(
     path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError
 ) -> dict[str, Any]:
-    """The JSON object in ``path``; ``error`` is raised, naming the file, for anything else.
+    """``parse_json`` of the file ``path``, which may have ``max_bytes``."""
+    return parse_json(read_file(path, max_bytes, error), path, error)
+
+
+def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError) -> dict[str, Any]:
+    """The JSON object in ``data`` of the file ``path``; ``error`` is raised, naming the file, for
+    anything else.
 
     Refused as well: more than ``MAX_JSON_VALUES`` values (so that memory stays within a few times
     the file's size), nesting beyond ``MAX_JSON_DEPTH``, NaN and infinity, and keys that occur
@@ -44,7 +50,6 @@ def read_json(
             raise ValueError("a key occurs twice")
         return values
 
-    data = read_file(path, max_bytes, error)
     if sum(data.count(mark) for mark in b"[{,") > MAX_JSON_VALUES:
         raise error(f"{path}: more than {MAX_JSON_VALUES} values, {_BEYOND}")
     try:

@@ -35,6 +35,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.tools.cli import main
 from tests.support.tiny import REMOVE, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -598,6 +599,29 @@ def test_hostile_template(name, checkpoint):
     )
 
 
+def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_path):
+    """Its process has neither the environment nor modules of the working directory."""
+    (tmp_path / "jinja2").mkdir()
+    (tmp_path / "jinja2" / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tokenizer, messages = Tokenizer(checkpoint, 0), [{"role": "user", "content": "hi"}]
+    assert tokenizer.chat(messages).endswith("User: hi\n\nAssistant:")
+    monkeypatch.setattr("slotmoe.model.tokenizer._CHILD", "import os; print(os.environ)")
+    printed = tokenizer.chat(messages)
+    assert "environ" in printed
+    assert "hf_secret" not in printed
+    assert str(tmp_path) not in printed
+
+
+def test_a_template_finds_no_globals_by_format(checkpoint):
+    """jinja2 3.1.5 gave it those of the functions that it is given."""
+    template = "<{{ ('{0.__globals__}' | attr('format'))(raise_exception) }}>"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    assert Tokenizer(checkpoint, 0).chat([{"role": "user", "content": "hi"}]) == "<>"
+
+
 def test_template_file_goes_before_the_setting(checkpoint):
     messages = [{"role": "user", "content": "hi"}]
     assert Tokenizer(checkpoint, 0).chat(messages).endswith("User: hi\n\nAssistant:")
@@ -1031,6 +1055,71 @@ def test_a_flipped_byte_anywhere_is_refused(name, export):
             file.seek(place)
             file.write(bytes([byte]))
     assert read_everything(export) == wanted
+
+
+STRANGERS = {
+    "chat_template.jinja": b"<{{ messages[0].content }}>",
+    "generation_config.json": b'{"eos_token_id": [5, 6, 7]}',
+    "notes.txt": b"hello",
+    "experts/layer-00009.safetensors": b"",
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_the_manifest_does_not_list_is_refused(name, export, capsys):
+    """A template put beside the weights would otherwise speak for the model."""
+    edit_json(export / MANIFEST, lambda manifest: manifest["files"].pop(name, None))
+    resign(export, lambda manifest: None)
+    (export / name).write_bytes(STRANGERS[name])
+    refused(lambda: Export.open(export), name, "not in the manifest", kind=ExportError)
+    refused(lambda: Runtime.open(export, ram="1GiB"), name, "move it away", kind=ExportError)
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", str(export)])
+    assert caught.value.code == 1
+    assert name in capsys.readouterr().out
+
+
+def test_what_a_kill_leaves_and_hidden_files_are_not_refused(export):
+    for name in (".DS_Store", "slotmoe.json.tmp", "predictor-0123456789abcdef.safetensors"):
+        (export / name).write_bytes(b"left")
+    read_everything(export)
+
+
+def test_small_files_are_read_once_they_are_verified(export):
+    """Exchanged after the export was opened, or before the check: the bytes that are used are
+    those of which the checksum was computed."""
+    with Export.open(export) as opened:
+        config = opened.small_file("config.json", 1 << 20)
+        edit_json(export / "config.json", lambda values: values.update(rope_theta=1.0))
+        refused(lambda: opened.small_file("config.json", 1 << 20), "config.json", kind=ExportError)
+        (export / "config.json").write_bytes(config)
+        assert opened.small_file("config.json", 1 << 20) == config
+        refused(lambda: opened.small_file("config.json", 10), "more than 10", kind=ExportError)
+        assert opened.small_file("chat_template.jinja", 10) is None
+
+
+def test_config_is_not_read_by_path(export, monkeypatch):
+    """A file that is exchanged between two openings of it can't give an old config new weights."""
+    real, seen = os.open, []
+
+    def counted(path, *arguments, **options):
+        seen.append(str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", counted)
+    monkeypatch.setattr("builtins.open", no_small_file(open))
+    with Runtime.open(export, ram="1GiB") as runtime:
+        runtime.logits([0, 1, 2])
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert [path for path in seen if path.endswith(f"export/{name}")] == [str(export / name)]
+
+
+def no_small_file(real):
+    def guarded(path, *arguments, **options):
+        assert Path(str(path)).name not in COPIED
+        return real(path, *arguments, **options)
+
+    return guarded
 
 
 def test_flips_cover_every_file(good):

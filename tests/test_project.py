@@ -28,6 +28,7 @@ EXTRAS = {
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"),
     "chat": ("prompt_toolkit",),
     "plots": ("matplotlib",),
+    "gguf": ("gguf",),
 }
 LIGHT = ["slotmoe", "slotmoe.model.config", "slotmoe.model.names", "slotmoe.quant.shapes"]
 LIGHT += ["slotmoe.offload.machine"]

@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.config import read_config
+from slotmoe.model.config import config_among
+from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option, say
 from slotmoe.tools.progress import byte_bars, byte_progress
@@ -75,7 +76,8 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     """Refuse a source or calibration texts that can't work before hours of work, not after."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
-    config = read_config(folder / "config.json")
+    read = files_of(folder)
+    config = config_among(read, folder)
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
@@ -83,7 +85,7 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
         from slotmoe.model.tokenizer import Tokenizer
         from slotmoe.offload.study.calibrate import read_tokens
 
-        read_tokens(texts, Tokenizer(folder, config.bos_token_id))
+        read_tokens(texts, Tokenizer(folder, config.bos_token_id, read))
 
 
 def _quantize(

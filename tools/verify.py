@@ -30,7 +30,7 @@ def command(export: Path, as_json: bool) -> int:
       slotmoe verify lite-export --json
     """
     from slotmoe.quant.export.layout import MANIFEST
-    from slotmoe.quant.export.validate import read_manifest
+    from slotmoe.quant.export.validate import UNLISTED, read_manifest, unlisted_files
     from slotmoe.quant.export.verify import damaged_files
 
     started = time.perf_counter()
@@ -42,6 +42,7 @@ def command(export: Path, as_json: bool) -> int:
         manifest = read_manifest(export)
         with byte_progress(f"Checking {export}", as_json) as progress:
             damaged = damaged_files(export, manifest, progress)
+        damaged |= dict.fromkeys(unlisted_files(export, manifest), UNLISTED)
     except ExportError as problem:
         damaged = {MANIFEST: str(problem).removeprefix(f"{export / MANIFEST}: ")}
     bad = [
@@ -59,7 +60,7 @@ def command(export: Path, as_json: bool) -> int:
         print(f"{export / entry['file']}: {entry['problem']}\n  {entry['advice']}")
     files = len(manifest["files"])
     if bad:
-        files += MANIFEST in damaged
+        files += len(damaged.keys() - manifest["files"].keys())
         print(f"slotmoe: {len(bad)} of {files} files are bad", file=sys.stderr)
         return 1
     print(f"{export}: all {files} files are right ({format_size(size)} in {seconds:.1f} s)")
@@ -73,6 +74,8 @@ def _advice(name: str, export: Path, manifest: dict[str, Any]) -> str:
     if name == MANIFEST:
         advice = f"make the export again with slotmoe quantize SRC {export} --overwrite"
         return f"without it nothing can be checked: {advice}"
+    if name not in manifest["files"]:
+        return "move it away; nothing reads it"
     if is_predictor(name):
         return f"train it again: slotmoe quantize SRC {export} --calibrate TEXT"
     if not isinstance(source, dict) or not source.get("files"):

@@ -1,7 +1,6 @@
 """An export's contents: tensors by file, their precision, and the manifest that describes them."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.quant import nf4
 from slotmoe.quant.export import layout
-from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, layer_file
+from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.export.verify import file_checksum
 from slotmoe.quant.shapes import BLOCK, resident_quantization
 
 
@@ -108,13 +106,13 @@ class Contents:
         return {**manifest, "checksum": manifest_checksum(manifest)}
 
 
-def copy_files(sources: Mapping[str, Path], folder: Path) -> dict[str, Any]:
-    """Copy files that the export holds as they are; returns their manifest entries, by name."""
+def write_files(contents: Mapping[str, bytes], folder: Path) -> dict[str, Any]:
+    """Write files that the export holds as they are; returns their manifest entries, by name."""
     entries = {}
-    for name, source in sources.items():
-        shutil.copyfile(source, folder / name)
-        with open(folder / name, "rb") as file:
+    for name, data in contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        entries[name] = {"bytes": size, "checksum": file_checksum(folder / name)}
+        entries[name] = {"bytes": len(data), "checksum": checksum(data)}
     return entries

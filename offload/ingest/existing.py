@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slotmoe.errors import CheckpointError, ExportError
-from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint, inside
+from slotmoe.errors import ExportError
+from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint
 from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
@@ -36,21 +36,13 @@ def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
     GB would double the time.  Raises ``CheckpointError``."""
-    folder, files = checkpoint.folder, {}
-    for name in sorted({info.file for info in checkpoint.infos.values()} | {INDEX_NAME, *COPIED}):
-        if not (folder / name).is_file():
-            continue
-        with open(inside(folder, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if name in COPIED and size > MAX_COPIED_BYTES:
-                problem = f"more than {MAX_COPIED_BYTES} bytes; not a real model's file"
-                raise CheckpointError(f"{folder / name}: {problem}")
-            is_weights = name.endswith(".safetensors")
-            head = file.read(8) if is_weights else b""
-            data = head + file.read(int.from_bytes(head, "little") if is_weights else -1)
-        digest = hashlib.sha256(data).hexdigest()
-        files[name] = {"bytes": size, "header_sha256" if is_weights else "sha256": digest}
-    return files
+    files = {}
+    for name, size, header in checkpoint.headers():
+        files[name] = {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest()}
+    for name in (INDEX_NAME, *COPIED):
+        if (data := checkpoint.small_file(name, MAX_COPIED_BYTES)) is not None:
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return dict(sorted(files.items()))
 
 
 def repair(

@@ -27,14 +27,17 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.gguf.checkpoint import open_checkpoint
+from slotmoe.model.gguf.header import is_gguf, shard_paths
 from slotmoe.offload.ingest import output_dir
-from slotmoe.offload.ingest.contents import Contents, copy_files
+from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
+from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
@@ -90,19 +93,19 @@ def quantize(
     notify: Notify = ignore,
     shards: Shards | None = None,
 ) -> dict[str, Any]:
-    """Quantize the checkpoint folder ``source`` into the export ``destination`` and return its
-    manifest.  If ``destination`` is an export of this source already, its checksums are compared
-    (``checking(done, total)`` in bytes of it) and what is damaged is made again.  Interrupted or
-    failed, the call leaves ``DST.partial``, from which the same call resumes.  ``wait_for_lock``
-    waits for another process that writes the same destination and then returns what it made.  With
-    ``shards``, ``source`` needs only the headers of its weight files.  ``notify`` gets sentences
-    for people.
+    """Quantize ``source``, a checkpoint folder or GGUF file, into the export ``destination`` and
+    return its manifest.  If ``destination`` is an export of this source already, its checksums are
+    compared (``checking(done, total)`` in bytes of it) and what is damaged is made again.
+    Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
+    ``wait_for_lock`` waits for another process that writes the same destination and then returns
+    what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
+    ``notify`` gets sentences for people.
 
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
     """
     mode, partial = resident_mode(resident), output_dir.beside(destination, "partial")
-    with Checkpoint.open(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
+    with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
         existing = None if overwrite else export_of(checkpoint, mode, destination)
@@ -114,6 +117,7 @@ def quantize(
         job = _Job(checkpoint, partial, mode, workers, progress, shards)
         with output_dir.full_disk_explained(partial):
             if existing is not None:
+                refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
@@ -153,8 +157,7 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
-        copied = [name for name in COPIED if (self.checkpoint.folder / name).is_file()]
-        files = self.write([*self._contents.files, *copied])
+        files = self.write([*self._contents.files, *self._small_files()])
         report = quantization_report(self._contents, self._state["squares"])
         source = self._state["identity"]["source"]
         manifest = self._contents.manifest(source, files, report=report)
@@ -168,7 +171,7 @@ class _Job:
 
     def load_state(self, overwrite: bool) -> None:
         """Continue a killed run; what else is there is removed with ``overwrite``, or refused."""
-        name, files = self.checkpoint.folder.resolve().name, source_files(self.checkpoint)
+        name, files = self.checkpoint.name, source_files(self.checkpoint)
         identity = {
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
@@ -221,9 +224,13 @@ class _Job:
                 self._write_tensors(todo)
             else:
                 self._write_arriving(todo, self.shards)
-        copied = {name: self.checkpoint.folder / name for name in names if name in COPIED}
+        small = {name: data for name, data in self._small_files().items() if name in names}
         entries = {name: self._state["files"][name] for name in weights}
-        return entries | copy_files(copied, self.partial)
+        return entries | write_files(small, self.partial)
+
+    def _small_files(self) -> dict[str, bytes]:
+        found = {name: self.checkpoint.small_file(name, MAX_COPIED_BYTES) for name in COPIED}
+        return {name: data for name, data in found.items() if data is not None}
 
     def _write_arriving(self, names: list[str], shards: Shards) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
@@ -355,7 +362,7 @@ def cached_export(source: Path, cache: Path, progress: Progress | None = None) -
     is quantized anew.
     """
     facts = [str(source.resolve())]
-    for path in sorted(source.iterdir()):
+    for path in shard_paths(source) if is_gguf(source) else sorted(source.iterdir()):
         if path.is_file():
             facts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
     facts.append(str(FORMAT_VERSION))

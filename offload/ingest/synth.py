@@ -16,7 +16,7 @@ from torch import Tensor
 from slotmoe import model
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes
-from slotmoe.offload.ingest.contents import Contents, copy_files
+from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
@@ -56,8 +56,9 @@ def synthesize(
             os.link(partial / layer_file(origin), partial / layer_file(layer))
             files[layer_file(layer)] = files[layer_file(origin)]
         sample = Path(model.__file__).parent / "sample"  # any tokenizer will do for noise
-        copied = {name: sample / name for name in ("tokenizer.json", "tokenizer_config.json")}
-        files |= copy_files({**copied, "config.json": config_path}, partial)
+        copied = [sample / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        small = {path.name: path.read_bytes() for path in copied}
+        files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
         manifest = contents.manifest(origin_of_weights, files, linked)
         write_json(partial / MANIFEST, manifest)

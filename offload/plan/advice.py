@@ -13,7 +13,8 @@ from typing import Any
 from slotmoe import model as model_package
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import read_json
-from slotmoe.model.config import Config, read_config
+from slotmoe.model.config import Config, config_among, read_config
+from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
@@ -92,8 +93,11 @@ class Model:
 
     @classmethod
     def read(cls, name: str) -> "Model":
-        """A geometry's name, config file, checkpoint folder or export.  Raises ``ConfigError``."""
+        """A geometry's name, config file, checkpoint folder, GGUF file or export.  Raises
+        ``ConfigError`` or ``CheckpointError``."""
         folder = Path(name)
+        if folder.suffix == ".gguf":
+            return cls(name, config_among(files_of(folder), folder))
         if not folder.is_dir():
             return cls(name, read_config(geometry_path(name)))
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"

@@ -29,13 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.config import Config, read_config
+from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts import Route
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.predictor import Predictor, rms
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.source import read_model
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import predictor_parts
@@ -286,9 +287,9 @@ def calibrate(
     Raises ``ConfigError`` for bad text, ``ExportError`` for a damaged export, ``PlanError`` if
     memory is too small.
     """
-    config = read_config(folder / "config.json")
+    config, tokenizer = read_model(folder)
     L, E, K = len(config.moe_layers), config.n_routed_experts, config.num_experts_per_tok
-    training, held_back = _windows(folder, config, texts, seed)
+    training, held_back = _windows(config, tokenizer, texts, seed)
     tokens, kept_back = _count(training), _count(held_back)
     groups = grouped(training, available_memory() // 4 // Samples.bytes_per_token(config))
     epochs = max(EPOCHS, math.ceil(MIN_STEPS * _BATCH / tokens))
@@ -339,10 +340,9 @@ def _ram_left(config: Config, groups: Sequence[Sequence[list[int]]]) -> int:
 
 
 def _windows(
-    folder: Path, config: Config, texts: Sequence[Path], seed: int
+    config: Config, tokenizer: Tokenizer, texts: Sequence[Path], seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows to train on, in random order, and those of the last 5% of each text."""
-    tokenizer = Tokenizer(folder, config.bos_token_id)
     width = min(_WINDOW, config.max_position_embeddings)
     training: list[list[int]] = []
     held_back: list[list[int]] = []

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.config import read_config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.source import read_model
 from slotmoe.offload.study.calibrate import read_text
 
 # Rows of float32 in memory at once: two pieces of 128, and the float64 ones of _ROWS, twice.
@@ -88,8 +88,7 @@ def read_texts(paths: Sequence[Path], model: Path, reference: Path | None = None
 
 def _read_as(folder: Path, paths: Sequence[Path]) -> tuple[int, list[Text]]:
     """The vocabulary rows of a model, and texts as its tokens."""
-    config = read_config(folder / "config.json")
-    tokenizer = Tokenizer(folder, config.bos_token_id)
+    config, tokenizer = read_model(folder)
     return config.vocab_size, [Text.read(path, tokenizer) for path in paths]
 
 

@@ -25,8 +25,13 @@ from slotmoe.quant.export.layout import (
     safetensors_header,
     tensor_parts,
 )
-from slotmoe.quant.export.validate import manifest_layout, read_manifest, regular_file
-from slotmoe.quant.export.verify import file_checksum
+from slotmoe.quant.export.validate import (
+    MAX_COPIED_BYTES,
+    manifest_layout,
+    read_manifest,
+    refuse_unlisted,
+    regular_file,
+)
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import ALIGNMENT
@@ -66,9 +71,11 @@ class Export:
 
     @classmethod
     def open(cls, path: str | Path) -> "Export":
-        """Open the export in folder ``path``; raises ``ExportError`` naming a damaged file."""
+        """Open the export in folder ``path``; raises ``ExportError`` naming a file that is damaged
+        or does not belong there."""
         folder = Path(path)
         manifest = read_manifest(folder)
+        refuse_unlisted(folder, manifest)
         export = cls(folder, manifest, manifest_layout(manifest))
         try:
             export._verify_files()
@@ -81,11 +88,7 @@ class Export:
         files, linked = self.manifest["files"], self.manifest["experts"]["linked_layers"]
         for name in filter(files.__contains__, COPIED):
             self._open_file(name)
-            with reading(self.folder / name, ExportError):
-                whole = file_checksum(self.folder / name)
-            if whole != files[name]["checksum"]:
-                what = "its checksum is not the manifest's; the file was changed or damaged"
-                raise self._error(name, what)
+            self.small_file(name, MAX_COPIED_BYTES)
         for layer in self.layers:
             self._open_file(layer_file(layer))  # its size bounds the work that the header takes
             origin = linked.get(str(layer), layer)  # a hard link keeps its origin's names
@@ -143,6 +146,20 @@ class Export:
         if checksum(data) != expected:
             wrong = f"checksum of {what} is wrong; the file is damaged, quantize it again"
             raise self._error(name, wrong)
+
+    def small_file(self, name: str, limit: int) -> bytes | None:
+        """The content of ``config.json`` or another file that was copied from the source, verified;
+        None if the export has none.  Raises ``ExportError``, also for more than ``limit`` bytes."""
+        if (entry := self.manifest["files"].get(name)) is None:
+            return None
+        if (size := entry["bytes"]) > limit:
+            raise self._error(name, f"has {size} bytes, more than {limit}; not a real model's file")
+        data = bytearray(size)
+        self._read(name, 0, memoryview(data), "the file")
+        if checksum(data) != entry["checksum"]:
+            what = "its checksum is not the manifest's; the file was changed or damaged"
+            raise self._error(name, what)
+        return bytes(data)
 
     def bypass_page_cache(self) -> bool:
         """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned

@@ -37,6 +37,7 @@ from slotmoe.quant.shapes import ALIGNMENT, BLOCK
 
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
+UNLISTED = "is not in the manifest, so nothing vouches for it"
 _SIZE = integer(1, 1 << 31)
 _LAYER = integer(0, 99999)
 _ERROR = number(0, 1000)
@@ -103,6 +104,31 @@ def manifest_layout(manifest: dict[str, Any]) -> RecordLayout:
     """Layout of the records that ``manifest`` describes."""
     experts = manifest["experts"]
     return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"])
+
+
+def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Names in the export that its manifest does not list, so that nothing vouches for them.
+
+    Hidden files are none of ours.  A killed ``quantize --calibrate`` leaves temporary names and a
+    predictor that the manifest does not list (yet, or any more), which nobody reads.
+    """
+    paths = [*folder.iterdir(), *(folder / "experts").glob("*")]
+    names = (str(path.relative_to(folder)) for path in paths if path.name != "experts")
+    ours = {MANIFEST, *manifest["files"]}
+    return sorted(
+        name
+        for name in names
+        if name not in ours
+        and not name.startswith(".")
+        and not name.endswith(".tmp")
+        and not is_predictor(name)
+    )
+
+
+def refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise ``ExportError`` for the first of ``unlisted_files``."""
+    for name in unlisted_files(folder, manifest):
+        raise ExportError(f"{folder / name}: {UNLISTED}; move it away")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

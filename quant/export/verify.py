@@ -38,11 +38,6 @@ def span_checksums(
     return whole.hexdigest(), [digest.hexdigest() for digest in digests]
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3-128 of a whole file."""
-    return span_checksums(path, [])[0]
-
-
 def damaged_files(
     folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
 ) -> dict[str, str]:

@@ -1,0 +1,25 @@
+"""A model's small files: config, tokenizer, chat template, wherever they come from.
+
+A checkpoint has them in its folder, an export has their checksums too, and those of a GGUF file
+are made of its metadata.  Whoever uses them gets a ``ReadFile`` and never a path, so that what a
+stranger puts beside an export is not read.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from slotmoe.jsonfile import read_file
+
+ReadFile = Callable[[str, int], bytes | None]
+"""``read(name, limit)``: the content of the file ``name``, None if the model has none.  Raises what
+its source raises for a bad file, also for more than ``limit`` bytes."""
+
+
+def files_in(folder: Path) -> ReadFile:
+    """The files of a plain folder, as they are.  Raises ``ConfigError``."""
+
+    def read(name: str, limit: int) -> bytes | None:
+        path = folder / name
+        return read_file(path, limit) if path.exists() else None
+
+    return read

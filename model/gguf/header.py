@@ -1,0 +1,252 @@
+"""What a GGUF file says before its data: metadata, and where its tensors lie.  Without torch.
+
+The format is llama.cpp's (``docs/gguf.md`` there).  A file comes from a stranger: each length and
+count is compared with what the bounds leave before anything of that size is read.  The ``gguf``
+package's own reader trusts them, so it is not used.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from slotmoe.errors import CheckpointError
+
+MAX_HEADER_BYTES = 32 << 20  # DeepSeek-V2's has 5 MB, most of it the tokenizer
+MAX_VALUES = 1_000_000  # of all arrays together; its tokenizer has 400,000
+MAX_KEYS, MAX_TENSORS, MAX_SHARDS = 10_000, 100_000, 1_000
+MAX_NAME_BYTES, MAX_DIMENSIONS = 256, 4
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_FLOAT32, _TEXT, _ARRAY = 6, 8, 9
+_DEFAULT_ALIGNMENT = 32
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+class Encoding(NamedTuple):
+    """How ggml stores numbers: ``block`` of a row in so many ``bytes``."""
+
+    name: str
+    block: int
+    bytes: int
+
+
+ENCODINGS = {
+    0: Encoding("F32", 1, 4),
+    1: Encoding("F16", 1, 2),
+    2: Encoding("Q4_0", 32, 18),
+    3: Encoding("Q4_1", 32, 20),
+    6: Encoding("Q5_0", 32, 22),
+    7: Encoding("Q5_1", 32, 24),
+    8: Encoding("Q8_0", 32, 34),
+    10: Encoding("Q2_K", 256, 84),
+    11: Encoding("Q3_K", 256, 110),
+    12: Encoding("Q4_K", 256, 144),
+    13: Encoding("Q5_K", 256, 176),
+    14: Encoding("Q6_K", 256, 210),
+    20: Encoding("IQ4_NL", 32, 18),
+    23: Encoding("IQ4_XS", 256, 136),
+    30: Encoding("BF16", 1, 2),
+}
+"""By ggml's number of the type.  Where a row is no multiple of 256, llama.cpp takes a type of 32 in
+place of the one that was asked for, so a Q4_K file of V2-Lite holds Q5_0 and Q8_0 too."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor in ``file``, ``offset`` bytes from its start; ``shape`` is as torch has it, ggml's
+    backwards."""
+
+    name: str
+    file: str
+    encoding: Encoding
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, which for a vector is one value."""
+        width = self.shape[-1] if len(self.shape) > 1 else 1
+        return width // self.encoding.block * self.encoding.bytes
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // self.encoding.block * self.encoding.bytes
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Of one file: its metadata by key, its tensors by name, and the bytes that say so."""
+
+    path: Path
+    size: int
+    data: bytes
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+class _Reader:
+    """Takes values from the start of a file, within the bounds."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file, self._limit = file, limit
+        self.data, self.position, self._values = bytearray(), 0, 0
+
+    def take(self, count: int, what: str) -> bytearray:
+        end = self.position + count
+        if end > self._limit:
+            raise ValueError(f"{what} takes the header beyond {MAX_HEADER_BYTES} bytes; not real")
+        if end > len(self.data):
+            self.data += self._file.read(max(end - len(self.data), 1 << 20))
+        if end > len(self.data):
+            raise ValueError(f"ends inside {what}; the file is truncated, download it again")
+        start, self.position = self.position, end
+        return self.data[start:end]
+
+    def number(self, kind: str, what: str) -> Any:
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind), what))[0]
+
+    def text(self, what: str, limit: int = MAX_HEADER_BYTES) -> str:
+        length = self.number("Q", what)
+        if length > limit:
+            raise ValueError(f"{what} has {length} bytes, more than {limit}")
+        try:
+            return self.take(length, what).decode()
+        except UnicodeError:
+            raise ValueError(f"{what} is not UTF-8 text") from None
+
+    def value(self, key: str) -> Any:
+        kind = self.number("I", key)
+        if kind == _TEXT:
+            return self.text(key)
+        if kind == _ARRAY:
+            return self._array(key)
+        if kind not in _SCALARS:
+            raise ValueError(f"{key} has type {kind}, which GGUF does not have")
+        value = self.number(_SCALARS[kind], key)
+        # The shortest number that reads as this float32: 1e-06, not 9.999999974752427e-07.
+        return float(str(np.float32(value))) if kind == _FLOAT32 else value
+
+    def _array(self, key: str) -> list[Any]:
+        kind, count = self.number("I", key), self.number("Q", key)
+        self._values += count
+        if self._values > MAX_VALUES:
+            raise ValueError(f"{key} has {count} values; more than {MAX_VALUES} are not real")
+        if kind == _TEXT:
+            return [self.text(key) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"{key} is an array of type {kind}, which is not supported")
+        form = f"<{count}{_SCALARS[kind]}"
+        return list(struct.unpack(form, self.take(struct.calcsize(form), key)))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether ``path`` is meant to be a GGUF file: a model that is no folder is one."""
+    return not path.is_dir() and (path.suffix == ".gguf" or path.is_file())
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """All files of the model whose first or only one is ``path``, by their names.  Raises
+    ``CheckpointError`` if ``path`` is another one."""
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    prefix, index, count = match[1], int(match[2]), int(match[3])
+    names = [f"{prefix}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    if not 1 <= index <= count <= MAX_SHARDS:
+        raise CheckpointError(f"{path}: is no part that a split GGUF file of {count} parts has")
+    if index != 1:
+        raise CheckpointError(f"{path}: is part {index} of a split file; give {names[0]}")
+    return [path.with_name(name) for name in names]
+
+
+def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> GgufHeader:
+    """The header of one GGUF file, checked, of at most ``limit`` bytes.  Raises
+    ``CheckpointError``, which names the file and the key or tensor."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise ValueError("is not a regular file")
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            return _parse(path, size, _Reader(file, limit))
+    except OSError as problem:
+        raise CheckpointError(f"{path}: can't be read ({problem.strerror})") from None
+    except ValueError as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
+
+
+def _parse(path: Path, size: int, reader: _Reader) -> GgufHeader:
+    if reader.take(min(size, 4), "its magic number") != b"GGUF":
+        raise ValueError("is not a GGUF file; SRC is one, a checkpoint folder or a hub id")
+    version = reader.number("I", "its version")
+    if version not in (2, 3):
+        raise ValueError(f"has GGUF version {version}, expected 2 or 3 (little-endian)")
+    counts = {"tensors": MAX_TENSORS, "metadata keys": MAX_KEYS}
+    for what, most in counts.items():
+        counts[what] = reader.number("Q", f"the number of {what}")
+        if counts[what] > most:
+            raise ValueError(f"names {counts[what]} {what}; more than {most} are not real")
+    metadata = _named(reader, counts["metadata keys"], "key", reader.value)
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+        raise ValueError(f"general.alignment is {alignment!r:.40}, expected 1 to {1 << 20}")
+    tensors = _named(
+        reader, counts["tensors"], "tensor", lambda name: _tensor(reader, path.name, name)
+    )
+    length = reader.position
+    start = -(-length // alignment) * alignment
+    placed = {
+        name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()
+    }
+    for name, tensor in placed.items():
+        if (end := tensor.offset + tensor.nbytes) > size:
+            lies = f"tensor {name:.120} ends at byte {end}, and the file has {size}"
+            raise ValueError(f"{lies}; it is truncated, download it again")
+    return GgufHeader(path, size, bytes(reader.data[:length]), metadata, placed)
+
+
+def _named(reader: _Reader, count: int, what: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    """``count`` names, each with what ``read`` finds behind it."""
+    values: dict[str, Any] = {}
+    for number in range(1, count + 1):
+        name = reader.text(f"the name of {what} {number} of {count}", MAX_NAME_BYTES)
+        if name in values:
+            raise ValueError(f"{what} {name:.120} occurs twice")
+        values[name] = read(name)
+    return values
+
+
+def _tensor(reader: _Reader, file: str, name: str) -> GgufTensor:
+    """What the header says of tensor ``name``; its offset is from the start of the data."""
+    what = f"tensor {name:.120}"
+    dimensions = reader.number("I", what)
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"{what} has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
+    shape = tuple(reader.number("Q", what) for _ in range(dimensions))[::-1]
+    kind, offset = reader.number("I", what), reader.number("Q", what)
+    if min(shape) < 1 or math.prod(shape) > 1 << 48:
+        raise ValueError(f"{what} has shape {list(shape)}, which no real tensor has")
+    if kind not in ENCODINGS:
+        known = ", ".join(encoding.name for encoding in ENCODINGS.values())
+        raise ValueError(f"{what} is stored as ggml's type {kind}; only these are read: {known}")
+    encoding = ENCODINGS[kind]
+    if shape[-1] % encoding.block or (len(shape) == 1 and encoding.block > 1):
+        raise ValueError(f"{what} has rows of {shape[-1]}, which {encoding.name} can't hold")
+    return GgufTensor(name, file, encoding, shape, offset)

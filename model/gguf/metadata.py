@@ -1,0 +1,177 @@
+"""The metadata of a GGUF file as ``config.json`` and tokenizer files.  Without torch.
+
+llama.cpp's names stand here alone.  A value that the network needs and the file lacks is refused by
+its key: what llama.cpp assumes in its place may be wrong (its gate knows no groups, for example).
+"""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from slotmoe import model
+from slotmoe.errors import CheckpointError
+from slotmoe.jsonfile import FLAG, TEXT, Kind, check, integer, number, one_of, read_json
+from slotmoe.model.files import ReadFile
+from slotmoe.model.gguf.header import GgufHeader
+from slotmoe.model.gguf.tokenizer import end_ids, special_id, tokenizer_files
+
+ARCHITECTURE = "deepseek2"
+_COUNT, _REAL = integer(0, (1 << 31) - 1), number(0, 1e30)
+_GEOMETRY = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count",
+}
+"""``config.json``'s key -> that of the metadata, behind the architecture's name."""
+_GROUPS = ("n_group", "topk_group", "topk_method")
+_FIXED = {  # what may be written, but can have no other value
+    "attention.causal": one_of(True),
+    "expert_gating_func": Kind("1 (softmax)", (0, 1).__contains__),
+    "nextn_predict_layers": one_of(0),
+    "rope.scaling.attn_factor": one_of(1),
+    "rope.scaling.yarn_attn_factor": one_of(1),
+    "rope.scaling.yarn_ext_factor": one_of(1),
+}
+_YARN = "factor original_context_length yarn_beta_fast yarn_beta_slow yarn_log_multiplier".split()
+_ROPE_TYPE = {f"{ARCHITECTURE}.rope.scaling.type": one_of("yarn")}
+_READ_OTHERWISE = ("attention.head_count_kv", "tensor_data_layout", "rope.scaling.finetuned")
+
+
+class _Metadata:
+    """The values of one file by their key behind ``deepseek2.``; remembers which were asked for."""
+
+    def __init__(self, header: GgufHeader):
+        self._values, self.asked = header.metadata, set(_READ_OTHERWISE)
+
+    def __contains__(self, key: str) -> bool:
+        return f"{ARCHITECTURE}.{key}" in self._values
+
+    def get(self, key: str, kind: Kind, *default: Any) -> Any:
+        self.asked.add(key)
+        name = f"{ARCHITECTURE}.{key}"
+        if name in self._values or not default:
+            check(self._values, {name: kind})
+            return self._values[name]
+        return default[0]
+
+    def unknown(self) -> dict[str, Any]:
+        """Scalars that nobody asked for."""
+        names = (name.partition(".") for name in self._values)
+        keys = {key for prefix, _, key in names if prefix == ARCHITECTURE} - self.asked
+        values = {f"{ARCHITECTURE}.{key}": self._values[f"{ARCHITECTURE}.{key}"] for key in keys}
+        return {name: str(value)[:80] for name, value in sorted(values.items())}
+
+
+def small_files(header: GgufHeader) -> ReadFile:
+    """The model's small files, see ``slotmoe.model.files``, made of the first file's metadata.
+    Raises ``CheckpointError``, which names the key."""
+    try:
+        check(header.metadata, {"general.architecture": one_of(ARCHITECTURE)})
+        files = tokenizer_files(header.metadata)
+        files["config.json"] = _config(header)
+    except ValueError as problem:
+        raise CheckpointError(f"{header.path}: {problem}") from None
+    contents = {name: json.dumps(values, indent=2).encode() for name, values in files.items()}
+
+    def read(name: str, limit: int) -> bytes | None:
+        data = contents.get(name)
+        if data is not None and len(data) > limit:
+            raise CheckpointError(f"{header.path}: {name} of it has more than {limit} bytes")
+        return data
+
+    return read
+
+
+def _config(header: GgufHeader) -> dict[str, Any]:
+    """``config.json`` as DeepSeek writes it.  Raises ``ValueError``."""
+    found = _Metadata(header)
+    for key, kind in _FIXED.items():
+        if key in found:
+            found.get(key, kind)
+        found.asked.add(key)
+    values: dict[str, Any] = {"architectures": ["DeepseekV2ForCausalLM"]}
+    values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
+    values |= {key: found.get(name, _COUNT) for key, name in _GEOMETRY.items()}
+    values["q_lora_rank"] = found.get("attention.q_lora_rank", _COUNT, None) or None
+    values["n_shared_experts"] = found.get("expert_shared_count", _COUNT)
+    values["bos_token_id"] = special_id(header.metadata, "bos")
+    values["eos_token_id"] = end_ids(header.metadata)
+    values["num_key_value_heads"] = values["num_attention_heads"]
+    values["max_position_embeddings"] = found.get("context_length", _COUNT)
+    values["rms_norm_eps"] = found.get("attention.layer_norm_rms_epsilon", _REAL)
+    values["tie_word_embeddings"] = "output.weight" not in header.tensors
+    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
+    values["vocab_size"] = found.get("vocab_size", _COUNT, len(tokens))
+    return values | _heads(found, values) | _gate(found, values) | _rope(found) | found.unknown()
+
+
+def _heads(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
+    """Since 2025 the widths of a head have keys of their own, and the old ones those of the latent
+    cache."""
+    names = [f"attention.{name}" for name in ("key_length", "value_length")]
+    found.asked |= set(names)
+    if any(f"{name}_mla" in found for name in names):
+        names = [f"{name}_mla" for name in names]
+    keys, width = (found.get(name, _COUNT) for name in names)
+    if (nope := keys - values["qk_rope_head_dim"]) < 1:
+        raise ValueError(f"{ARCHITECTURE}.{names[0]} is {keys}, less than the rope's dimensions")
+    return {"qk_nope_head_dim": nope, "v_head_dim": width}
+
+
+def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
+    scale = found.get("expert_weights_scale", _REAL)
+    norm = found.get("expert_weights_norm", FLAG, False)
+    if norm and scale != 1:
+        name = f"{ARCHITECTURE}.expert_weights_norm"
+        raise ValueError(
+            f"{name} is true beside a scale of {scale}, and DeepSeek-V2 has one of both"
+        )
+    gate = {"routed_scaling_factor": scale, "norm_topk_prob": norm}
+    known = found.get("expert_group_count", _COUNT, None)
+    found.asked.add("expert_group_used_count")
+    if known is not None:
+        used = found.get("expert_group_used_count", _COUNT)
+        method = "group_limited_greedy" if known > 1 else "greedy"
+        return gate | {"n_group": known, "topk_group": used, "topk_method": method}
+    # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
+    for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
+        geometry = read_json(path, 1 << 20)
+        if all(geometry[key] == values[key] for key in (*_GEOMETRY, "q_lora_rank")):
+            return gate | {key: geometry[key] for key in _GROUPS}
+    problem = "is missing, and this is no model whose groups of experts are known"
+    advice = "convert it again with a llama.cpp of 2026"
+    raise ValueError(f"{ARCHITECTURE}.expert_group_count {problem}; {advice}")
+
+
+def _rope(found: _Metadata) -> dict[str, Any]:
+    found.asked |= {f"rope.scaling.{key}" for key in _YARN}
+    rope = {"rope_theta": found.get("rope.freq_base", _REAL, 10000.0), "rope_scaling": None}
+    kind = found.get("rope.scaling.type", TEXT, "none")
+    if kind == "none" and found.get("rope.scaling.factor", _REAL, 1) == 1:
+        return rope
+    check({f"{ARCHITECTURE}.rope.scaling.type": kind}, _ROPE_TYPE)
+    # The multiplier is a tenth of mscale_all_dim; mscale, which no GGUF has, is the same in
+    # DeepSeek's models.
+    multiplier = found.get("rope.scaling.yarn_log_multiplier", _REAL)
+    mscale = float(Decimal(str(multiplier)) * 10)
+    return rope | {
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": found.get("rope.scaling.factor", _REAL),
+            "original_max_position_embeddings": found.get(
+                "rope.scaling.original_context_length", _COUNT
+            ),
+            "beta_fast": found.get("rope.scaling.yarn_beta_fast", _REAL, 32.0),
+            "beta_slow": found.get("rope.scaling.yarn_beta_slow", _REAL, 1.0),
+            "mscale": mscale,
+            "mscale_all_dim": mscale,
+        }
+    }

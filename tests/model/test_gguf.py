@@ -1,0 +1,522 @@
+"""GGUF files say what the checkpoint says that they were made of, and hostile ones are refused."""
+
+import json
+import os
+import random
+import shutil
+import struct
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType as Kind
+
+from slotmoe.errors import CheckpointError, ConfigError, SlotmoeError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import config_among, read_config
+from slotmoe.model.gguf import checkpoint as gguf_checkpoint
+from slotmoe.model.gguf import files_of, header
+from slotmoe.model.gguf import tokenizer as gguf_tokenizer
+from slotmoe.model.gguf.checkpoint import GgufCheckpoint, open_checkpoint
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.plan.advice import geometry_path
+from tests.support.gguf import LAYER, add_config, add_tokenizer, write_gguf
+from tests.support.tiny import REMOVE, SAMPLE, write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+GEOMETRIES = {
+    "usual": {},
+    "lite": {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "tied": {"tie_word_embeddings": True},
+    "plain rope": {"rope_scaling": REMOVE, "rope_theta": 5e5},
+    "renormalised": {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    "no shared": {"n_shared_experts": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "checkpoint"
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(source, tmp_path_factory):
+    return write_gguf(source, tmp_path_factory.mktemp("gguf") / "model.gguf")
+
+
+@pytest.fixture
+def written(source, tmp_path):
+    """Writes the checkpoint with changed metadata."""
+
+    def write(edit=None, **options):
+        return write_gguf(source, tmp_path / "model.gguf", edit=edit, **options)
+
+    return write
+
+
+def put(key, value, kind):
+    def edit(writer):
+        writer.kv_data[0][key] = gguf.GGUFValue(value, kind)
+
+    return edit
+
+
+def without(*keys):
+    def edit(writer):
+        for key in keys:
+            del writer.kv_data[0][key]
+
+    return edit
+
+
+def refused(path, *parts, kind=SlotmoeError):
+    with pytest.raises(kind) as caught:
+        open_checkpoint(path).close()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path.parent) in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_config_is_that_of_the_checkpoint(name, tmp_path):
+    write_checkpoint(tmp_path / "source", **GEOMETRIES[name])
+    norm = put("deepseek2.expert_weights_norm", True, Kind.BOOL) if "renorm" in name else None
+    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", edit=norm)
+    with Checkpoint.open(tmp_path / "source") as ours, open_checkpoint(path) as made:
+        assert made.config == ours.config
+        assert made.infos.keys() == ours.infos.keys()
+        for tensor in ours.infos:
+            assert torch.equal(made.tensor(tensor), ours.tensor(tensor).float().to(
+                made.infos[tensor].dtype)), tensor  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_b", ["split", "whole", "flat", "both"])
+@pytest.mark.parametrize("kind", ["BF16", "F32"])
+def test_keys_and_values_of_every_converter(kv_b, kind, source, tmp_path):
+    path = write_gguf(source, tmp_path / "model.gguf", kind, kv_b=kv_b)
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    with Checkpoint.open(source) as ours, open_checkpoint(path) as made:
+        whole = made.tensor(name)
+        assert torch.equal(whole, ours.tensor(name).to(whole.dtype))
+        for start, stop in ((0, 1), (15, 33), (31, 32), (40, 128)):  # heads have 32 rows
+            assert torch.equal(made.rows(name, start, stop), whole[start:stop])
+
+
+def test_files_before_2025(source, tmp_path):
+    """They have other widths of a head, one matrix of keys and values, and no groups of experts."""
+
+    def groups(writer):
+        writer.add_expert_group_count(4)
+        writer.add_expert_group_used_count(2)
+
+    path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True)
+    refused(path, "deepseek2.expert_group_count is missing", "convert it again")
+    path = write_gguf(source, tmp_path / "model.gguf", kv_b="whole", old=True, edit=groups)
+    with Checkpoint.open(source) as ours, open_checkpoint(path) as made:
+        assert made.config == ours.config
+
+
+@pytest.mark.parametrize("geometry", ["v2", "v2-lite"])
+def test_groups_of_deepseeks_own_models_are_known(geometry, tmp_path):
+    config = read_config(geometry_path(geometry))
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "deepseek2")
+    add_config(writer, config, old=True)
+    add_tokenizer(writer, SAMPLE, config, "deepseek-llm")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    found = config_among(files_of(path), path)
+    # No tensor is there, so no output head either; and the sample's tokenizer has its own ends.
+    ids = {"bos_token_id": 100000, "eos_token_ids": (100001,), "tie_word_embeddings": False}
+    assert replace(found, **ids) == config
+
+
+def test_every_encoding_is_decoded_by_rows(tmp_path):
+    """Random blocks of each type, in the matrices of the sample that have 256 columns."""
+    for number, encoding in header.ENCODINGS.items():
+        assert encoding.name == Type(number).name
+        assert (encoding.block, encoding.bytes) == gguf.GGML_QUANT_SIZES[Type(number)]
+    generator, raw = np.random.default_rng(0), {}
+    kinds = [Type[encoding.name] for encoding in header.ENCODINGS.values()]
+
+    def replace_tensors(name, tensor):
+        if tensor.shape[-1] != 256 or tensor.dim() != 2:
+            return None
+        kind = kinds[len(raw) % len(kinds)]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = generator.integers(0, 256, (len(tensor), 256 // block * size), np.uint8)
+        raw[name] = data, kind
+        return data, kind
+
+    path = write_gguf(SAMPLE, tmp_path / "model.gguf", substitute=replace_tensors)
+    seen = set()
+    with open_checkpoint(path) as made, np.errstate(all="ignore"):
+        for name, parts in ((n, p) for n, p in _names(made).items() if p in raw):
+            data, kind = raw[parts]
+            wanted = torch.from_numpy(gguf.quants.dequantize(data, kind))
+            for start, stop in ((0, 16), (3, len(data)), (7, 8)):
+                rows = made.rows(name, start, stop)
+                same = wanted[start:stop].to(rows.dtype)
+                assert rows.dtype == made.infos[name].dtype
+                assert torch.equal(rows.nan_to_num(), same.nan_to_num()), (name, kind)
+            seen.add(kind)
+    assert seen == set(kinds)
+
+
+def _names(checkpoint):
+    """Our name -> the file's, of what is one matrix there."""
+    names = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+    for layer in range(checkpoint.config.num_hidden_layers):
+        for ours, theirs in LAYER.items():
+            names[f"model.layers.{layer}.{ours}"] = f"blk.{layer}.{theirs}"
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+    return {ours: theirs for ours, theirs in names.items() if ours in checkpoint.infos}
+
+
+def test_tokens_are_those_of_the_checkpoint(tmp_path):
+    path = write_gguf(SAMPLE, tmp_path / "model.gguf")
+    ours, made = Tokenizer(SAMPLE, 0), Tokenizer(path, 0, files_of(path))
+    text = (ROOT / "README.md").read_text() + " ß — 漢字 🙂 <|end_of_sentence|>  \n\n 1234"
+    assert made.encode(text) == ours.encode(text)
+    assert made.encode_with_ends(text) == ours.encode_with_ends(text)
+    assert made.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert made.size == ours.size
+    assert (
+        made.chat([{"role": "user", "content": "hi"}])
+        == "<|begin_of_sentence|>User: hi\n\nAssistant:"
+    )
+
+
+SPLITS = {  # each pattern splits what the ones before have left, so é stands alone in the first
+    "deepseek-llm": [
+        "Pay",
+        "é",
+        "\n",
+        " Привет",
+        " ",
+        "漢字",
+        ",",
+        " ",
+        "1",
+        "2",
+        " (",
+        "a",
+        ").",
+        "  ",
+    ],
+    "deepseek-coder": [
+        "Payé",
+        "\n",
+        " Привет",
+        " ",
+        "漢字",
+        ",",
+        " ",
+        "1",
+        "2",
+        " (",
+        "a",
+        ").",
+        "  ",
+    ],
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_text_is_split_as_deepseek_splits_it(pre, written, monkeypatch):
+    path = written(pre=pre)
+    backend = tokenizers.Tokenizer.from_buffer(files_of(path)("tokenizer.json", 1 << 24))
+    steps = json.loads(backend.to_str())["pre_tokenizer"]["pretokenizers"]
+    assert steps.pop() == {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+    }  # fmt: skip
+    described = {"type": "Sequence", "pretokenizers": steps}
+    values = {**json.loads(backend.to_str()), "pre_tokenizer": described}
+    splitter = tokenizers.Tokenizer.from_str(json.dumps(values)).pre_tokenizer
+    parts = [part for part, _ in splitter.pre_tokenize_str("Payé\n Привет 漢字, 12 (a).  ")]
+    assert parts == SPLITS[pre]
+
+
+def test_letters_of_the_pattern_have_two_cases():
+    """Copies of the pattern that went through Unicode's normalization have others, and ranges
+    that go backwards."""
+    letters, position = gguf_tokenizer._LETTERS, 0
+    last = 0
+    while position < len(letters):
+        first = end = letters[position]
+        position += 1
+        if letters[position : position + 1] == "-":
+            end, position = letters[position + 1], position + 2
+        assert last < ord(first) <= ord(end)
+        last = ord(end)
+        codes = range(ord(first), ord(end) + 1)
+        assert {unicodedata.category(chr(code)) for code in codes} <= {"Lu", "Ll", "Lt"}
+
+
+def test_rows_beyond_the_tokenizer_are_no_tokens(source, tmp_path):
+    """Converters of 2024 declare them as tokens of the user's."""
+    write_checkpoint(tmp_path / "source", vocab_size=4200)
+
+    def as_users(writer):
+        kinds = writer.kv_data[0]["tokenizer.ggml.token_type"].value
+        kinds[4100:] = [gguf.TokenType.USER_DEFINED] * 100
+
+    path = write_gguf(tmp_path / "source", tmp_path / "model.gguf", edit=as_users)
+    assert Tokenizer(path, 0, files_of(path)).size == 4096
+    with open_checkpoint(path) as made:
+        assert made.config.vocab_size == 4200
+
+
+def test_a_second_end_token(written):
+    path = written(put("tokenizer.ggml.eot_token_id", 7, Kind.UINT32))
+    with open_checkpoint(path) as made:
+        assert made.config.eos_token_ids == (1, 7)
+
+
+def test_unknown_keys_are_passed_on(written):
+    with open_checkpoint(written(put("deepseek2.swin_norm", True, Kind.BOOL))) as made:
+        assert made.config.unknown_keys == ("deepseek2.swin_norm",)
+        text = made.small_file("config.json", 1 << 20)
+    assert json.loads(text)["deepseek2.swin_norm"] == "True"
+
+
+def test_without_the_gguf_package(good, tmp_path, monkeypatch):
+    """It decodes; what is not quantized is read without it."""
+    quantized = write_gguf(SAMPLE, tmp_path / "q8.gguf", "Q8_0")
+    monkeypatch.setattr(gguf_checkpoint, "find_spec", lambda name: None)
+    open_checkpoint(good).close()
+    refused(quantized, "Q8_0", "pip install 'slotmoe[gguf]'", kind=ConfigError)
+
+
+# What a user can give, and what has to be in the one line that answers.
+
+METADATA = {
+    "architecture": (put("general.architecture", "llama", Kind.STRING), "'llama'", "deepseek2"),
+    "no architecture": (without("general.architecture"), "general.architecture"),
+    "gate": (put("deepseek2.expert_gating_func", 2, Kind.UINT32), "gating_func", "softmax"),
+    "scale and norm": (put("deepseek2.expert_weights_norm", True, Kind.BOOL), "weights_norm"),
+    "extra layers": (put("deepseek2.nextn_predict_layers", 1, Kind.UINT32), "nextn_predict"),
+    "linear rope": (put("deepseek2.rope.scaling.type", "linear", Kind.STRING), "scaling.type"),
+    "no multiplier": (without("deepseek2.rope.scaling.yarn_log_multiplier"), "yarn_log_mult"),
+    "attention factor": (put("deepseek2.rope.scaling.attn_factor", 2.0, Kind.FLOAT32), "attn_fac"),
+    "no widths": (without("deepseek2.attention.key_length_mla"), "key_length_mla"),
+    "text for a number": (put("deepseek2.expert_count", "8", Kind.STRING), "expert_count", "'8'"),
+    "a list": (put("deepseek2.block_count", 1.5, Kind.FLOAT32), "block_count", "1.5"),
+    "not a number": (put("deepseek2.rope.freq_base", float("nan"), Kind.FLOAT32), "freq_base"),
+    "far too many experts": (put("deepseek2.expert_count", 1 << 30, Kind.UINT32), "n_routed"),
+    "more experts": (put("deepseek2.expert_count", 12, Kind.UINT32), "gate_inp.weight", "[12,"),
+    "more layers": (put("deepseek2.block_count", 4, Kind.UINT32), "blk.3.", "missing"),
+    "fewer layers": (put("deepseek2.block_count", 2, Kind.UINT32), "blk.2.", "none that"),
+    "odd groups": (put("deepseek2.expert_group_count", 3, Kind.UINT32), "n_group"),
+    "alignment": (put("general.alignment", 0, Kind.UINT32), "general.alignment"),
+    "tokenizer": (put("tokenizer.ggml.model", "llama", Kind.STRING), "ggml.model", "'llama'"),
+    "pre-tokenizer": (put("tokenizer.ggml.pre", "qwen2", Kind.STRING), "ggml.pre", "'qwen2'"),
+    "merge": (put("tokenizer.ggml.merges", ["a  b"], Kind.ARRAY), "merges[0]"),
+    "begin": (put("tokenizer.ggml.bos_token_id", 5000, Kind.UINT32), "bos_token_id", "5000"),
+    "types": (put("tokenizer.ggml.token_type", [1, 1], Kind.ARRAY), "token_type", "4096"),
+    "template": (put("tokenizer.chat_template", 5, Kind.UINT32), "chat_template"),
+    "parts": (put("split.count", 3, Kind.UINT16), "split.count", "00001-of"),
+    "tensors of parts": (put("split.tensors.count", 9, Kind.INT32), "split.tensors.count", "9"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_is_refused_by_key(name, written):
+    edit, *parts = METADATA[name]
+    if name == "alignment":  # the writer obeys it
+        path = written(put("general.alignment", 32, Kind.UINT32))
+        data = path.read_bytes()
+        place = data.index(b"general.alignment") + len("general.alignment") + 4
+        path.write_bytes(data[:place] + b"\0\0\0\0" + data[place + 4 :])
+    else:
+        path = written(edit)
+    refused(path, *parts)
+
+
+def test_every_key_that_is_needed_is_asked_for(good, tmp_path):
+    """A file without one of its keys opens as the same model, or is refused by that key."""
+    keys = [key for key in read_back(good).metadata if not key.startswith("GGUF.")]
+    with open_checkpoint(good) as made:
+        wanted = made.config
+    optional, path = [], tmp_path / "less.gguf"
+    data, reader = good.read_bytes(), gguf.GGUFReader(good)
+    for key in keys:
+        path.write_bytes(without_key(data, reader, key))
+        try:
+            with open_checkpoint(path) as made:
+                assert made.config == wanted, key
+            optional.append(key)
+        except CheckpointError as problem:
+            # Without a rank of queries there would be one matrix of them.
+            named = "attn_q.weight" if key.endswith("q_lora_rank") else key
+            assert named in str(problem)  # noqa: PT017
+    assert {"deepseek2.expert_gating_func", "deepseek2.vocab_size"} <= {*optional}
+
+
+def read_back(path):
+    return header.read_header(path)
+
+
+def without_key(data, reader, key):
+    """A GGUF file without one key, byte for byte."""
+    field = reader.fields[key]
+    size = sum(int(part.nbytes) for part in field.parts)
+    tensors, keys = struct.unpack_from("<QQ", data, 8)
+    start, end = field.offset, field.offset + size
+    head = reader.tensors[-1].field
+    end_of_header = head.offset + sum(int(part.nbytes) for part in head.parts)
+    body = data[reader.data_offset :]
+    kept = (
+        data[:8] + struct.pack("<QQ", tensors, keys - 1) + data[24:start] + data[end:end_of_header]
+    )
+    return kept + bytes(-len(kept) % 32) + body
+
+
+def integer(value):
+    return struct.pack("<Q", value)
+
+
+def text(value):
+    return integer(len(value)) + value
+
+
+def raw(tensors=0, keys=0, body=b"", magic=b"GGUF", version=3):
+    return magic + struct.pack("<IQQ", version, tensors, keys) + body
+
+
+HEADERS = {
+    "empty": (b"", "not a GGUF file"),
+    "another file": (b"PK\3\4" + bytes(100), "not a GGUF file"),
+    "version": (raw(version=1), "version 1"),
+    "big-endian": (raw(version=3 << 24), "little-endian"),
+    "tensors": (raw(tensors=1 << 60), "tensors"),
+    "keys": (raw(keys=1 << 60), "metadata keys"),
+    "length of a key": (raw(keys=1, body=integer(1 << 63)), "the name of key 1 of 1"),
+    "length of a text": (raw(keys=1, body=text(b"k") + b"\x08\0\0\0" + integer(1 << 63)), "k "),
+    "not UTF-8": (raw(keys=1, body=text(b"k") + b"\x08\0\0\0" + text(b"\xff")), "UTF-8"),
+    "count of an array": (
+        raw(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 4, 1 << 62)), "k has", "values"),
+    "array of arrays": (raw(keys=1, body=text(b"k") + struct.pack("<IIQ", 9, 9, 1)), "k is an"),
+    "type of a value": (raw(keys=1, body=text(b"k") + struct.pack("<I", 99)), "k has type 99"),
+    "key twice": (raw(keys=2, body=2 * (text(b"k") + struct.pack("<IB", 7, 1))), "k occurs twice"),
+    "dimensions": (raw(tensors=1, body=text(b"t") + struct.pack("<I", 1 << 31)), "dimensions"),
+    "shape": (raw(tensors=1, body=text(b"t") + struct.pack("<IQIQ", 1, 0, 0, 0)), "shape [0]"),
+    "product": (
+        raw(tensors=1, body=text(b"t") + struct.pack("<IQQIQ", 2, 1 << 63, 1 << 63, 0, 0)),
+        "shape"),
+    "type of a tensor": (
+        raw(tensors=1, body=text(b"t") + struct.pack("<IQIQ", 1, 32, 16, 0)), "type 16", "Q4_K"),
+    "part of a block": (
+        raw(tensors=1, body=text(b"t") + struct.pack("<IQQIQ", 2, 33, 1, 8, 0)), "rows of 33"),
+    "quantized vector": (
+        raw(tensors=1, body=text(b"t") + struct.pack("<IQIQ", 1, 32, 8, 0)), "Q8_0"),
+    "beyond the file": (
+        raw(tensors=1, body=text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 1 << 62)),
+        "t ends at", "truncated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_header(name, tmp_path):
+    data, *parts = HEADERS[name]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    refused(path, *parts, kind=CheckpointError)
+
+
+def test_truncated_anywhere(good, tmp_path):
+    data, path = good.read_bytes(), tmp_path / "model.gguf"
+    end = len(read_back(good).data)
+    generator = random.Random(0)
+    cuts = [*range(0, 200, 7), *(generator.randrange(end) for _ in range(30)), end, len(data) - 1]
+    for cut in cuts:
+        path.write_bytes(data[:cut])
+        refused(path, kind=CheckpointError)
+
+
+def test_flipped_bytes_of_the_header(good, tmp_path):
+    """Any answer is fine but another error than ours; a long text may go unnoticed."""
+    data, path = bytearray(good.read_bytes()), tmp_path / "model.gguf"
+    end = len(read_back(good).data)
+    generator = random.Random(1)
+    places = [*range(0, 32), *(generator.randrange(end) for _ in range(40))]
+    places += [generator.randrange(1500) for _ in range(40)]
+    places += [generator.randrange(end - 6000, end) for _ in range(40)]
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(changed)
+        try:
+            open_checkpoint(path).close()
+        except SlotmoeError as problem:
+            assert "\n" not in str(problem)  # noqa: PT017
+
+
+def test_tensors_that_no_deepseek_has(source, tmp_path):
+    def bias(writer):
+        writer.add_tensor("blk.1.exp_probs_b.bias", np.zeros(8, np.float32))
+
+    refused(write_gguf(source, tmp_path / "model.gguf", edit=bias), "blk.1.exp_probs_b.bias")
+
+
+def test_weights_that_are_not_finite(source, tmp_path):
+    def broken(name, tensor):
+        if name == "output_norm.weight":
+            return np.full(tensor.shape, np.inf, np.float32), Type.F32
+        return None
+
+    path = write_gguf(source, tmp_path / "model.gguf", substitute=broken)
+    with (
+        open_checkpoint(path) as made,
+        pytest.raises(CheckpointError, match=r"model\.norm\.weight"),
+    ):
+        made.tensor("model.norm.weight")
+
+
+def test_parts_are_one_model(source, good, tmp_path):
+    first = write_gguf(source, tmp_path / "model.gguf", shards=3)
+    assert first.name == "model-00001-of-00003.gguf"
+    with open_checkpoint(first) as made, open_checkpoint(good) as whole:
+        assert made.config == whole.config
+        assert len({info.file for info in made.infos.values()}) == 3
+        for name in whole.infos:
+            assert torch.equal(made.tensor(name), whole.tensor(name)), name
+    second, third = (tmp_path / f"model-0000{n}-of-00003.gguf" for n in (2, 3))
+    refused(second, "part 2", first.name)
+    refused(tmp_path / "model-00004-of-00003.gguf", "no part")
+    refused(tmp_path / "model-00001-of-99999.gguf", "no part")
+    third.rename(tmp_path / "third")
+    refused(first, third.name, "missing")
+    shutil.copyfile(second, third)
+    refused(first, third.name, "split.no is 1")
+    third.unlink()
+    third.symlink_to(tmp_path / "third")
+    (tmp_path / "third").rename(tmp_path.parent / "third")
+    third.unlink()
+    third.symlink_to(tmp_path.parent / "third")
+    refused(first, third.name, "link")
+    third.unlink()
+    first.rename(tmp_path / "renamed.gguf")
+    refused(tmp_path / "renamed.gguf", "split.count 3", "PREFIX-00001-of-00003.gguf")
+
+
+def test_missing_file_and_pipe(tmp_path):
+    path = tmp_path / "model.gguf"
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        GgufCheckpoint.open(path)
+    with pytest.raises(CheckpointError, match="can't be read"):
+        GgufCheckpoint.open(tmp_path / "none.gguf")
