@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from slotmoe.model.generate import Sampling
+from slotmoe.tools.chat.conversation import Conversation
 from tests.support.browser import BROWSER, Browser
 from tests.support.served import Served
 
@@ -147,6 +149,7 @@ MARKDOWN = {
     ' <a href="http://e.org/" target="_blank" rel="noopener noreferrer nofollow">http://e.org</a>'
     ' see <a href="http://f.org/g" target="_blank" rel="noopener noreferrer nofollow">'
     "http://f.org/g</a>.</p>",
+    "a [b] ![c] http:// [d](javascript:e) <f": "<p>a [b] ![c] http:// [d](javascript:e) &lt;f</p>",
     "a\u202eb\x07": "<p>a\\u202eb\\u0007</p>",
 }
 
@@ -235,7 +238,9 @@ def test_an_answer_in_pieces_looks_like_the_whole(page):
 
 
 def test_code_is_copied_by_a_click(page):
-    page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.call(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
     page.answer_with("Here:\n\n```py\ndef f():\n\treturn 1\n```\n")
     page.say("Code", 2)
     page.click(".code button")
@@ -288,7 +293,7 @@ def test_open_reasoning_and_code_about_it(page):
 # History
 
 
-def test_history_is_kept_and_exported(page, tmp_path):
+def test_history_is_kept_and_exported(page, runtime, tmp_path):
     page.answer_with("First *answer*")
     page.evaluate("at('system').value = 'Be brief'; at('system').dispatchEvent(new Event('input'))")
     page.say("First question", 2)
@@ -315,11 +320,9 @@ def test_history_is_kept_and_exported(page, tmp_path):
         if path.exists():
             break
         page.evaluate("new Promise(done => setTimeout(done, 50))")
-    assert [tuple(message.values()) for message in json.loads(path.read_text())["messages"]] == [
-        ("system", "Be brief"),
-        ("user", "First question"),
-        ("assistant", "First *answer*"),
-    ]
+    talk = Conversation(runtime, 8, Sampling())
+    talk.load(path)  # as in slotmoe chat
+    assert (talk.system, talk.exchanges) == ("Be brief", [("First question", "First *answer*")])
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]
@@ -356,6 +359,12 @@ def test_answer_goes_on_from_what_was_there_when_the_page_was_left(page):
     page.press("Enter", "\r")
     page.wait("chat.messages.length === 2")
     page.open(page.origin)
+    page.wait("now !== null")
+    assert page.evaluate("chat.messages.map(message => message.content)") == ["A question", "Half"]
+    page.answer_with(None)
+    page.press("r", modifiers=1)
+    page.wait("!!stopper")
+    page.open(page.origin)  # the answer that was to be replaced is still there
     page.wait("now !== null")
     assert page.evaluate("chat.messages.map(message => message.content)") == ["A question", "Half"]
     page.answer_with(None)
@@ -449,7 +458,8 @@ def test_figures_of_a_prompt_that_is_read(page):
         "for (const name in change) now[name] += change[name]; drawFigures(before, 2);"
         "said.push(at('state').textContent); } now = {...before, running: 1,"
         "prompt_tokens: before.prompt_tokens + 128}; tokensPerSign = 0.5;"
-        "const asking = newChat('', [{role: 'user', content: 'x'.repeat(1204)}]);"
+        "const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
+        "const asking = {...newChat(), messages};"
         "said.push(waitingText(asking, performance.now(), before)); now = before; return said; })()"
     )
     assert text[0].startswith("reading the prompt · ")
@@ -462,7 +472,7 @@ def test_figures_and_charts(page):
     page.settings(temperature=1, max_tokens=200)
     page.say("Tell me of the king.", 2)
     page.wait("/tokens.s|idle/.test(at('speed').textContent)")
-    page.wait("/ of 2.0 GiB ram/.test(at('memory').textContent)")
+    page.wait("/ of 2.0 GiB RAM/.test(at('memory').textContent)")
     page.wait("at('speed-chart').querySelector('path').getAttribute('d').length > 30")
     for name, text in (("speed", "at most"), ("hits", "%"), ("memory", "2.0 GiB")):
         assert text in page.evaluate(f"at('{name}-chart').getAttribute('aria-label')")
@@ -511,6 +521,9 @@ def test_small_screens(page, width, height):
         page.wait(f"at('{name}').classList.contains('open')")
         assert page.evaluate(f"at('{name}-opens').getAttribute('aria-expanded')") == "true"
         assert page.evaluate("at('talk').inert")
+        assert page.evaluate(f"at('{name}').clientHeight / innerHeight") > 0.8
+        assert page.is_seen(f"#{name} h2")
+        assert not page.is_seen("#send")
         assert page.evaluate(f"at('{name}').scrollWidth <= at('{name}').clientWidth")
         page.press("Escape")
         assert page.evaluate(f"!at('talk').inert && document.activeElement.id === '{name}-opens'")
