@@ -106,7 +106,7 @@ def test_talk_by_keys(page, served):
     assert re.match(
         r"12 tokens · [\d.]+ tokens/s · first token [\d.]+ s · context \d+ of 512", note
     )
-    assert "the limit of Most tokens" in note
+    assert "stopped by Most tokens" in note
     page.settings(temperature=2)
     page.press("r", modifiers=1)
     page.wait(ANSWERED.format(2) + " && at('notice').hidden")
@@ -398,7 +398,7 @@ def test_full_context_loses_the_oldest_exchanges(page, served):
     assert page.evaluate("chat.forgotten") > 0
     assert "no longer seen" in page.texts("#notice")[0]
     # The setting of an answer's length is room that is kept.
-    assert "the limit of Most tokens" in page.texts(".assistant .note")[-1]
+    assert "stopped by Most tokens" in page.texts(".assistant .note")[-1]
 
 
 def test_failed_messages_leave_the_history_and_are_offered_again(page, served):
