@@ -64,6 +64,13 @@ class Browser:
             self.call(f"{domain}.enable")
         return self
 
+    def emulate(self, width, height, colours="light"):
+        """A window of that many pixels, and the system's colours, light or dark."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        features = [{"name": "prefers-color-scheme", "value": colours}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+
     def __exit__(self, *_):
         os.close(self._to)  # Chromium ends with its pipe
         try:
@@ -78,6 +85,7 @@ class Browser:
     def open(self, path):
         """Load a file, or an address, and wait until it and a second are over, so that what loads
         late is seen too."""
+        self._loaded = False
         self.call(
             "Page.navigate", url=path if "://" in str(path) else Path(path).absolute().as_uri()
         )
@@ -87,9 +95,11 @@ class Browser:
         self.evaluate("0")  # read what has come meanwhile
 
     def evaluate(self, expression):
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)[
-            "result"
-        ].get("value")
+        """The value of an expression, or of what its promise gives."""
+        options = {"returnByValue": True, "awaitPromise": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait(self, expression, seconds=10):
         """Wait until ``expression`` is true; its value."""
@@ -104,7 +114,7 @@ class Browser:
 
     def press(self, key, text="", modifiers=0):
         """One key, with the text that it types; ``modifiers`` 1 is Alt, 8 is Shift."""
-        code = {"Enter": 13, "Escape": 27}.get(key, ord(key[0].upper()))
+        code = {"Enter": 13, "Escape": 27, "Tab": 9}.get(key, ord(key[0].upper()))
         for kind in ("keyDown", "keyUp"):
             about = {
                 "type": kind,
@@ -117,6 +127,17 @@ class Browser:
                 **about,
                 **({"text": text} if kind == "keyDown" and text else {}),
             )
+
+    def click(self, selector):
+        """Press and release the mouse in the middle of an element, which is scrolled to."""
+        box = self.evaluate(
+            f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
+            "it.scrollIntoView({block: 'nearest'}); const box = it.getBoundingClientRect();"
+            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+        where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, **where)
 
     def screenshot(self):
         """The whole page, PNG."""

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 from itertools import pairwise
@@ -343,6 +344,35 @@ def test_status_and_what_it_counts(talking):
     )
     chat.reset()
     assert chat.status().endswith("context 0 of 256")
+
+
+def test_status_while_the_message_is_read(talking, monkeypatch):
+    """Also before the message is tokens, and after the last one of them, until there is one of the
+    answer."""
+    chat, seen = talking(), []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def call(*arguments):
+            seen.append(chat.status())
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watched(type(chat.runtime.tokenizer), "chat")
+    watched(type(chat.runtime.sequences[0]), "append")
+    answer = chat.answer("Tell me of the king.")
+    next(answer)
+    total = len(chat.sent[0])
+    assert re.match(r"reading the message, \d s · ", seen[0])
+    assert re.match(rf"reading \d+ of {total} tokens, \d s · ", seen[1])
+    assert "reading" not in chat.status()
+    answer.close()
+    refused = chat.answer("word " * 300)
+    with pytest.raises(PlanError):
+        next(refused)
+    assert "reading" not in chat.status()
 
 
 # Through pipes

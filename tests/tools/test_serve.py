@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.offload.runtime import Sequence
 from slotmoe.tools.cli import cli
-from tests.support.browser import BROWSER, Browser
 from tests.support.served import GREEDY, PROMPTS, USER, Served, start, until
 from tests.support.tiny import SAMPLE
 
@@ -441,60 +440,6 @@ def test_anthropic_client(served):
         )
         with pytest.raises(anthropic.BadRequestError, match="supported"):
             client.messages.create(**options, thinking={"type": "enabled", "budget_tokens": 1024})
-
-
-@pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
-)
-def test_page(served, alone):
-    """Typed with keys alone: an answer, another one, one that is stopped, an error, dark colours;
-    nothing else is loaded."""
-    origin = f"http://127.0.0.1:{served.port}"
-    with Browser() as page:
-        page.open(origin)
-
-        def said(kind):
-            return page.evaluate(
-                f"[...document.querySelectorAll('.{kind} .said')].map(one => one.textContent)"
-            )
-
-        for field, value in (("temperature", 0), ("max_tokens", 12)):
-            page.evaluate(f"at('{field}').value = {value}")
-        page.type("Tell me of the king.")
-        page.press("Enter", "\r")
-        page.wait("messages.length === 2")
-        expected = served.chat(max_tokens=12)[1]["choices"][0]["message"]["content"]
-        assert (said("user"), said("assistant")) == (["Tell me of the king."], [expected])
-        page.evaluate("at('temperature').value = 2")
-        page.press("r", modifiers=1)
-        page.wait("messages.length === 2 && !stopper")
-        assert len(said("assistant")) == 1 and said("assistant") != [expected]
-        page.evaluate("at('max_tokens').value = 400")
-        page.type("x")
-        page.press("Enter", "\r")
-        page.wait(
-            "stopper && document.querySelectorAll('.assistant .said')[1].textContent.length > 3"
-        )
-        page.press("Escape")
-        page.wait("!stopper")
-        served.idle()
-        assert page.evaluate("messages.length") == 4 and len(said("assistant")[1]) > 3
-        page.wait("/tokens.s|idle/.test(at('speed').textContent)")
-        page.wait("/ of 2.0 GiB ram/.test(at('memory').textContent)")
-        assert page.evaluate("at('hits').textContent").endswith("%")
-        page.evaluate("at('top_p').value = 7")
-        page.type("x")
-        page.press("Enter", "\r")
-        page.wait("!!document.querySelector('.failed')")
-        assert "top_p" in said("failed")[0]
-        page.evaluate("at('theme').click(); at('theme').click()")
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
-        page.press("n", modifiers=1)
-        page.wait("messages.length === 0 && !document.querySelector('.said')")
-        assert {
-            address.startswith(origin) or address.startswith("data:") for address in page.requests
-        } == {True}
-        assert [one for one in page.complaints if "400" not in one] == []
 
 
 def test_failed_model_ends_the_server(runtime, monkeypatch):

@@ -8,6 +8,7 @@ system message always stays, and everything stays in what is saved.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
@@ -54,6 +55,9 @@ class Conversation:
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
+        self._reading_since: float | None = (
+            None  # on ``time.monotonic()``; None from its first token
+        )
         self._ids(system, [], "Hello")
 
     def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
@@ -65,7 +69,13 @@ class Conversation:
         the context.
         """
         self._before, self._prompt_tokens = self.runtime.stats(), 0
-        earlier = self.exchanges[:-1] if again else self.exchanges
+        self._reading_since = time.monotonic()
+        try:
+            yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
+        finally:
+            self._reading_since = None
+
+    def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
         self._prompt_tokens = len(prompt)
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
@@ -78,6 +88,7 @@ class Conversation:
             nonlocal count
             for token in self.runtime.generate(prompt, limit, *sampling):
                 count += 1
+                self._reading_since = None
                 yield token.text
 
         for piece in trimmed(texts()):
@@ -134,9 +145,11 @@ class Conversation:
         """One line about the latest answer, memory and context."""
         stats, before, facts = self.runtime.stats(), self._before, list[str]()
         position = self.runtime.sequences[0].length if before is not None else 0
+        if self._reading_since is not None:
+            total, seconds = self._prompt_tokens, time.monotonic() - self._reading_since
+            prompt = f"{min(position, total):,} of {total:,} tokens" if total else "the message"
+            facts.append(f"reading {prompt}, {seconds:.0f} s")
         if before is not None:
-            if position < self._prompt_tokens:
-                facts.append(f"reading {position:,} of {self._prompt_tokens:,} tokens")
             tokens, seconds, hits, misses = (
                 stats[group][name] - before[group][name] for group, name in _COUNTS
             )
