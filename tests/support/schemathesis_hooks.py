@@ -43,6 +43,8 @@ RULES = {
         STREAMED,
         {"if": given("top_logprobs"), "then": equal("logprobs", True)},
         {"not": {"allOf": [given("max_tokens"), given("max_completion_tokens")]}},
+        {"not": equal("max_tokens", 0)},
+        {"not": equal("max_completion_tokens", 0)},
     ],
     "CompletionRequest": [
         STREAMED,
@@ -67,7 +69,7 @@ def before_load_schema(context, raw_schema):
         fields["seed"]["anyOf"][0] |= {"minimum": -(1 << 63), "exclusiveMaximum": 1 << 63}
     fields = schemas["CompletionRequest"]["properties"]
     fields["suffix"] = {"type": "null"}  # the sample has no tokens for a gap
-    _, prompt, _, prompts = fields["prompt"]["anyOf"]
+    _, prompt, _, prompts = fields["prompt"]["oneOf"]
     for ids in (prompt, prompts["items"]):
         ids["items"]["exclusiveMaximum"] = VOCABULARY
         ids["maxItems"] = CONTEXT - 1
@@ -83,6 +85,7 @@ ONLY_THE_SERVER_CAN_TELL = (
     b"with tools",
     b"is there twice",
     b"the schema",  # a schema within the request
+    b"min_tokens is more",
 )
 
 
