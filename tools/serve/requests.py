@@ -249,6 +249,8 @@ class ToolPolicy:
 class ChatRequest(OpenAIRequest):
     """``/v1/chat/completions``."""
 
+    # Whether the answer goes on with the text of a last message of the assistant's.
+    continues: ClassVar[bool] = False
     needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
     max_tokens: Count | None = None
@@ -303,6 +305,12 @@ class ChatRequest(OpenAIRequest):
 
 
 _SOME_PROMPTS = Field(min_length=1, max_length=MAX_ANSWERS)
+
+
+class ContinuedChatRequest(ChatRequest):
+    """A conversation that only Anthropic's API can ask to go on in the middle of a message."""
+
+    continues: ClassVar[bool] = True
 
 
 class CompletionRequest(OpenAIRequest):
