@@ -7,6 +7,7 @@ import json
 import anthropic.types
 import anthropic.types.shared
 import openai.types.chat
+import openai.types.responses
 import openai.types.shared
 import pydantic
 import schemathesis
@@ -52,6 +53,9 @@ RULES = {
         *(many_prompts(count) for count in range(2, MAX_ANSWERS + 1)),
     ],
     "MessagesRequest": [],
+    "Conversation": [],
+    "ResponsesRequest": [],
+    "TokenizeRequest": [],
 }
 
 
@@ -86,6 +90,11 @@ ONLY_THE_SERVER_CAN_TELL = (
     b"is there twice",
     b"the schema",  # a schema within the request
     b"min_tokens is more",
+    b"follow a schema",
+    b"keeps no threads",
+    b"not stored here",
+    b"holds no message",
+    b"either prompt or messages",
 )
 
 
@@ -113,12 +122,18 @@ ANSWERS = {
     "/v1/chat/completions": openai.types.chat.ChatCompletion,
     "/v1/completions": openai.types.Completion,
     "/v1/messages": anthropic.types.Message,
+    "/v1/messages/count_tokens": anthropic.types.MessageTokensCount,
+    "/v1/responses": openai.types.responses.Response,
+    "/v1/responses/{id}": openai.types.responses.Response,
 }
 # What a route may answer with; a GET has no body to refuse.
 STATUSES = {"GET": {200, 401, 403, 404}, "POST": {200, 400, 401, 403, 404, 408, 413, 415, 429}}
+STATUSES["DELETE"] = STATUSES["GET"]
+PING = '{"type":"ping"}'
 EVENTS = {
     "/v1/chat/completions": openai.types.chat.ChatCompletionChunk,
     "/v1/messages": anthropic.types.RawMessageStreamEvent,
+    "/v1/responses": openai.types.responses.ResponseStreamEvent,
 }
 
 
@@ -133,10 +148,11 @@ def clients_understand_it(ctx, response, case):
         events = [part.partition("data: ")[2] for part in response.text.split("\n\n")]
         expected = pydantic.TypeAdapter(EVENTS.get(path, dict))
         for event in events:
-            if event not in ("", "[DONE]") and "error" not in json.loads(event):
+            if event not in ("", "[DONE]", PING) and "error" not in json.loads(event):
                 expected.validate_json(event, strict=True)
     elif response.status_code == 200 and path in ANSWERS:
         pydantic.TypeAdapter(ANSWERS[path]).validate_json(response.content, strict=True)
     elif response.status_code not in (200, 405):
-        refusal = anthropic.types.shared.ErrorResponse if path == "/v1/messages" else Refusal
+        is_anthropic = path.startswith("/v1/messages")
+        refusal = anthropic.types.shared.ErrorResponse if is_anthropic else Refusal
         pydantic.TypeAdapter(refusal).validate_json(response.content, strict=True)

@@ -323,9 +323,30 @@ def test_routes_and_kinds_of_content(served):
     assert (status, headers["allow"]) == (405, "POST")
     assert served.ask("POST", "/health")[0] == 405
     assert served.ask("GET", "/v1/models/other")[0] == 404
-    assert served.ask("GET", "/v1/models/sample")[1]["id"] == "sample"
+    model = served.ask("GET", "/v1/models/sample")[1]
+    assert (model["id"], model["max_model_len"]) == ("sample", 512)
     assert served.ask("POST", "/v1/completions", {}, Content_Type="text/plain")[0] == 415
     assert "/v1/chat/completions" in served.ask("GET", "/openapi.json")[1]["paths"]
+
+
+def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
+    def ask(**body):
+        status, answer, _ = served.ask("POST", "/tokenize", body)
+        return status, answer
+
+    text = "Call me Ishmael, café."
+    ids = runtime.tokenizer.encode(text)
+    expected = {"count": len(ids), "max_model_len": 512, "tokens": ids}
+    assert ask(prompt=text) == ask(prompt=text, model="sample") == (200, expected)
+    assert ask(prompt=text, add_special_tokens=False)[1]["tokens"] == ids[1:]
+    assert ask(prompt="", add_special_tokens=False)[1]["tokens"] == []
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for fields in ({}, {"tools": tools}):
+        count = served.chat(max_tokens=1, **fields)[1]["usage"]["prompt_tokens"]
+        assert ask(messages=USER, **fields)[1]["count"] == count
+    assert ask(prompt="x", model="other")[0] == 404
+    for wrong in ({}, {"prompt": "x", "messages": USER}, {"prompt": 5}, {"content": "x"}):
+        assert ask(**wrong)[0] == 400
 
 
 def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
@@ -481,7 +502,7 @@ def test_anthropic_client(served):
             answer.content[0].text[:3],
         )
         with pytest.raises(anthropic.BadRequestError, match="supported"):
-            client.messages.create(**options, thinking={"type": "enabled", "budget_tokens": 1024})
+            client.messages.create(**options, container="x")
 
 
 def test_failed_model_ends_the_server(runtime, monkeypatch):
@@ -527,5 +548,8 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     (tmp_path / "keys").write_text("\n")
     assert "holds no API key" in str(run("--api-key-file", str(tmp_path / "keys")).exception)
     assert "an API key" in str(run("--api-key", "with space").exception)
+    assert "any page" in str(run("--cors-origin", "*").exception)
+    for origin in ("localhost:3000", "http://localhost:3000/", "null", "http://a b", "http://"):
+        assert "is no origin" in str(run("--cors-origin", origin).exception), origin
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "can't listen" in str(run("--port", str(taken.getsockname()[1])).exception)

@@ -62,6 +62,12 @@ def request(body, **headers):
     )
 
 
+LONG = request(
+    json.dumps({**GREEDY, "prompt": "Call me", "max_tokens": 400}).encode(), Connection="close"
+)
+HALF_A_BODY = request(b"{}")[:-1]
+
+
 def ended(connection):
     """Whether the server ends ``connection`` within the socket's timeout, whatever it says
     before."""
@@ -106,15 +112,38 @@ def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
         assert ended(connection) and time.monotonic() - began < 2
 
 
-def test_flood_of_silent_connections_is_bounded_and_passes(served, monkeypatch):
-    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.5)
-    limit = 8 + 4 + 256
+LIMIT = 8 + 4 + 256  # connections
+
+
+def test_flood_of_silent_connections_locks_nobody_out_and_passes(served, monkeypatch):
+    monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 1.5)
+    monkeypatch.setattr(serve_guard, "PEER_CONNECTIONS", LIMIT)
+    connections = served.server.server_state.connections
     with ExitStack() as stack:
-        for _ in range(limit + 40):
-            stack.enter_context(connect(served.port))
-        until(lambda: len(served.server.server_state.connections) == limit)
-        until(lambda: not served.server.server_state.connections)
+        kept = stack.enter_context(connect(served.port, LONG))
+        until(lambda: served.batch.running)
+        silent = [stack.enter_context(connect(served.port)) for _ in range(LIMIT + 150)]
+        until(lambda: len(connections) == LIMIT - 1)
         assert served.complete("Call me", max_tokens=1)
+        assert ended(silent[0]) and ended(silent[100])  # those that are silent for longest
+        assert b'"completion_tokens":400' in kept.makefile("rb").read()  # but none that asked
+        until(lambda: not connections)
+
+
+def test_silent_connections_of_one_address_are_bounded(served, monkeypatch):
+    monkeypatch.setattr(serve_guard, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(serve_guard, "PEER_CONNECTIONS", 5)
+    until(lambda: not served.server.server_state.connections)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(connect(served.port, half)) for half in 2 * HALVES[:3]]
+        silent += [stack.enter_context(connect(served.port, HALF_A_BODY))]
+        time.sleep(0.2)
+        for expected in (silent[0], silent[1]):
+            stack.enter_context(connect(served.port))
+            assert ended(expected)
+        stack.enter_context(connect(served.port))
+        time.sleep(0.05)  # and those that just came are not among them
+        assert len(served.server.server_state.connections) == 8
 
 
 def test_files_for_a_long_queue_are_allowed(monkeypatch):
@@ -206,11 +235,11 @@ def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
 def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
     paths = keyed.ask("GET", "/openapi.json", x_api_key="first")[1]["paths"]
     operations = {
-        (method.upper(), path.replace("{name}", "sample"))
+        (method.upper(), path.replace("{name}", "sample").replace("{id}", "x"))
         for path, methods in paths.items()
         for method in methods
     }
-    assert len(operations) == 8
+    assert len(operations) == 13
     for method, path in operations:
         body = {**GREEDY, "prompt": "Call me"} if method == "POST" else None
         assert keyed.ask(method, path, body)[0] == (200 if path == "/health" else 401), path
@@ -242,6 +271,32 @@ def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
     assert compared == [
         (given, key) for given in (b"first", b"second", b"f") for key in (b"first", b"second")
     ]
+
+
+ORIGINS = ("http://localhost:3000", "app://obsidian.md", "tauri://localhost")
+
+
+@pytest.mark.parametrize("origins", [ORIGINS, ("*",)], ids=["named", "any"])
+def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
+    with Served(runtime, keys=("first",), origins=origins) as served:
+        for origin in ORIGINS:
+            wanted = {"Access_Control_Request_Method": "POST"}
+            wanted["Access_Control_Request_Headers"] = "authorization,content-type,x-api-key"
+            status, _, found = served.ask("OPTIONS", "/v1/responses", Origin=origin, **wanted)
+            assert (status, found["access-control-allow-origin"]) == (204, origin)
+            assert found["access-control-allow-headers"] == "authorization,content-type,x-api-key"
+            assert "POST" in found["access-control-allow-methods"] and found["vary"] == "origin"
+            assert "access-control-allow-credentials" not in found
+            body = {**GREEDY, "prompt": "Call me", "max_tokens": 1}
+            for headers, expected in (({"x_api_key": "first"}, 200), ({}, 401)):
+                answer = served.ask("POST", "/v1/completions", body, Origin=origin, **headers)
+                assert (answer[0], answer[2]["access-control-allow-origin"]) == (expected, origin)
+        other = served.ask("GET", "/health", Origin="http://evil.example")
+        assert other[0] == (200 if origins == ("*",) else 403)
+        assert ("access-control-allow-origin" in other[2]) == (origins == ("*",))
+        assert served.ask("OPTIONS", "/health", Host="evil.example", Origin=ORIGINS[0])[0] == 403
+        plain = served.ask("GET", "/health")
+        assert plain[0] == 200 and "access-control-allow-origin" not in plain[2]
 
 
 def test_no_page_elsewhere_can_read_an_answer(served):

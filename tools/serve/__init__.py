@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import resource
 import socket
 from collections.abc import Iterable
@@ -19,11 +20,17 @@ _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
 _FAILED_SECONDS = 1  # for errors to be delivered once the model has failed
 _SPARE_CONNECTIONS = 256  # besides those of answers: idle ones, and requests without an answer
 
+_ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[!-.0-~]+")
+
 _READY = "a page to chat; the API is under /v1; Ctrl-C ends it"
 _SEQUENCES, _QUEUE = click.IntRange(1, 256), click.IntRange(0, 10_000)
 _HOST_HELP = "Address to listen on; others than loopback need a key."
 _NAME_HELP = "The model's name for clients. [default: the folder's, or the hub id]"
 _HOSTS_HELP = "A name by which clients may call; may be repeated."
+_CORS_HELP = (
+    "Let web pages of this origin use the API, like http://localhost:3000; may be repeated. '*' is "
+    "any page, and needs a key."
+)
 _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 
 
@@ -34,6 +41,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--api-key api_keys", "KEY", _KEYS_HELP, multiple=True)
 @option("--api-key-file", "FILE", "Keys, one a line. [or: $SLOTMOE_API_KEY]")
 @option("--allow-host hosts", "NAME", _HOSTS_HELP, multiple=True)
+@option("--cors-origin origins", "ORIGIN", _CORS_HELP, multiple=True)
 @option("--max-sequences", None, "Answers that decode together.", type=_SEQUENCES, default=4)
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
@@ -41,8 +49,9 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @flag("--no-log", "Write no line about each request.")
 @runtime_options
 def command(model: str, host: str, port: int, name: str | None, **options: Any) -> int:
-    """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /v1/models (OpenAI),
-    /v1/messages (Anthropic), /health, /metrics (Prometheus), and at / a page to chat with it.
+    """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
+    (OpenAI), /v1/messages (Anthropic), /tokenize, /health, /metrics (Prometheus), and at / a page
+    to chat with it.
 
     Answers decode together, so an expert that is read for one serves all. Each has a latent cache
     of --context positions; all --max-sequences of them count against --ram.
@@ -58,6 +67,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
     require_extra("serve", *_LIBRARIES)
     sequences, queue = options["max_sequences"], options["max_queue"]
     keys = _keys(options["api_keys"], options["api_key_file"])
+    origins = _origins(options["origins"], bool(keys))
     max_body, hosts = parse_size(options["max_body"]), (host, *options["hosts"])
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
@@ -66,9 +76,8 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        is_logged = not options["no_log"]
-        edge: Any = keys, hosts, max_body, is_logged
-        server, batch = make_server(runtime, name, sequences, queue, *edge)
+        doors: Any = keys, hosts, max_body, origins, not options["no_log"]
+        server, batch = make_server(runtime, name, sequences, queue, *doors)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
@@ -90,6 +99,7 @@ def make_server(
     keys: Iterable[str] = (),
     hosts: Iterable[str] = (),
     max_body: int = 4 << 20,
+    origins: Iterable[str] = (),
     is_logged: bool = False,
 ) -> tuple[Any, Any]:
     """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes.
@@ -118,7 +128,7 @@ def make_server(
     batch = Scheduler(runtime, sequences, queue, ended)
     app = make_app(Service(runtime, batch, name), bool(keys))
     settings = uvicorn.Config(
-        Log(Guard(Bodies(app), keys, hosts, max_body), is_logged),
+        Log(Guard(Bodies(app), keys, hosts, max_body, origins), is_logged),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -147,6 +157,20 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
         problem = "is empty or holds characters that no HTTP header can"
         raise ConfigError(f"an API key {problem}; use letters, digits and signs")
     return tuple(dict.fromkeys(keys))
+
+
+def _origins(given: tuple[str, ...], has_keys: bool) -> tuple[str, ...]:
+    """The origins of pages that may use the server, as browsers spell them.  Raises
+    ``ConfigError``."""
+    for origin in given:
+        if origin == "*" and not has_keys:
+            problem = "any page on the web could use this server"
+            advice = "give --api-key, --api-key-file or $SLOTMOE_API_KEY, or name the origin"
+            raise ConfigError(f"--cors-origin '*': {problem}; {advice}")
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            expected = "expected SCHEME://HOST, with :PORT where there is one, and no path"
+            raise ConfigError(f"--cors-origin {origin!r:.80}: is no origin; {expected}")
+    return tuple(origin.lower() for origin in given)
 
 
 def allow_descriptors(count: int) -> None:

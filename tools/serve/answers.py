@@ -20,6 +20,7 @@ from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
 _SHORTEN = "Shorten it, or start the server with --context"
+PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
@@ -173,6 +174,15 @@ class Answers:
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
+def chat_prompt(service: Service, body: ChatRequest) -> list[int]:
+    """Token ids of a conversation.  Runs the template in a child process, so the event loop leaves
+    it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
+    check_length(service, sum(len(message.text) for message in body.messages))
+    return encode(
+        service, service.dialect.prompt(body.messages, body.tool_policy(), body.continues)
+    )
+
+
 async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
     service: Service = request.app.state.service
@@ -181,11 +191,8 @@ async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     schema, dialect = body.schema_wanted, service.dialect
 
     def prepare() -> tuple[Compiled | None, list[int]]:
-        grammar = service.grammars.compile(schema, policy)
-        check_length(service, sum(len(message.text) for message in body.messages))
-        return grammar, encode(service, dialect.prompt(body.messages, policy))
+        return service.grammars.compile(schema, policy), chat_prompt(service, body)
 
-    # In a thread: the template runs in a child process.
     grammar, prompt = await asyncio.to_thread(prepare)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     form = dialect.format if policy else None
@@ -223,14 +230,15 @@ def vocabulary(service: Service) -> int:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; if they fail, the error is the last.  However the response ends, its
-    answers are cancelled.  ``responses`` describes a route that may answer so."""
+    """Server-sent events, and ``ping`` where nothing else moves; if they fail, the error is the
+    last.  However the response ends, its answers are cancelled.  ``responses`` describes a route
+    that may answer so."""
 
     media_type = "text/event-stream"
     responses: ClassVar[dict[int | str, Any]] = {200: {"content": {media_type: {}}}}
 
-    def __init__(self, events: AsyncIterator[str], answers: Answers):
-        content = _with_error(answers.request.url.path, events)
+    def __init__(self, events: AsyncIterator[str], answers: Answers, ping: str = ": ping\n\n"):
+        content = _with_pings(_with_error(answers.request.url.path, events), ping)
         super().__init__(content, headers={"cache-control": "no-cache"})
         self._answers = answers
 
@@ -253,6 +261,25 @@ async def _with_error(path: str, events: AsyncIterator[str]) -> AsyncIterator[st
             yield text
     except RefusedError as problem:
         yield event(error_body(path, problem))
+
+
+async def _with_pings(events: AsyncIterator[str], ping: str) -> AsyncIterator[str]:
+    """``events``, with ``ping`` wherever ``PING_SECONDS`` have passed without one."""
+    coming: asyncio.Future[str | None] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events, None))
+            await asyncio.wait((coming,), timeout=PING_SECONDS)
+            if not coming.done():
+                yield ping
+            elif (text := coming.result()) is None:
+                return
+            else:
+                coming = None
+                yield text
+    finally:
+        if coming is not None:
+            coming.cancel()
 
 
 def _limit(service: Service, prompt: list[int], limit: int | None, scored: bool) -> int:

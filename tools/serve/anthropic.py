@@ -1,5 +1,11 @@
-"""Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest."""
+"""Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest.
 
+Some fields mean nothing to this server and are accepted: a prompt is cached whether or not
+``cache_control`` asks for it, the model has no thinking to configure, and a history's thinking says
+nothing to it.
+"""
+
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -10,21 +16,55 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import (
+    Answers,
+    EventStream,
+    Update,
+    chat_answers,
+    chat_prompt,
+    event,
+)
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.function_calling import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
 Json = dict[str, Any]
+_MAX_BLOCKS = 4096  # of one message
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 
 
-class ToolUse(requests.Model):
+class CacheControl(requests.Model):
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+    scope: requests.Label | None = None
+
+
+class Cacheable(requests.Model):
+    cache_control: CacheControl | None = None
+
+
+class TextBlock(requests.TextPart):
+    citations: list[Json] | None = None
+
+
+Text: TypeAlias = requests.Text | Annotated[list[TextBlock], Field(max_length=_MAX_BLOCKS)]
+
+
+class ContinuedChatRequest(requests.ChatRequest):
+    """A conversation whose answer goes on with the assistant's last message."""
+
+    continues: ClassVar[bool] = True
+
+
+class ToolUse(Cacheable):
     type: Literal["tool_use"]
     id: requests.CallId
     name: requests.Name
     input: Json
+    caller: Json | None = None
+    toolset_name: None = None
 
     def call(self) -> requests.ToolCall:
         try:
@@ -35,23 +75,38 @@ class ToolUse(requests.Model):
         return requests.ToolCall.model_construct(id=self.id, function=function)
 
 
-class ToolResult(requests.Model):
+class ToolResult(Cacheable):
     type: Literal["tool_result"]
     tool_use_id: requests.CallId
-    content: requests.Content | None = None
+    content: Text | None = None
     is_error: bool | None = None
+    toolset_name: None = None
 
     def message(self) -> requests.ToolMessage:
         kind = requests.FailedToolMessage if self.is_error else requests.ToolMessage
-        return kind(role="tool", tool_call_id=self.tool_use_id, content=self.content or "")
+        about: Json = {"tool_call_id": self.tool_use_id, "content": self.content or ""}
+        return kind.model_construct(role="tool", **about)
 
 
-Block: TypeAlias = Annotated[requests.TextPart | ToolUse | ToolResult, Field(discriminator="type")]
+class Thinking(requests.Model):
+    type: Literal["thinking"]
+    thinking: requests.Text
+    signature: requests.Text | None = None
+
+
+class RedactedThinking(requests.Model):
+    type: Literal["redacted_thinking"]
+    data: requests.Text
+
+
+Block: TypeAlias = Annotated[
+    TextBlock | ToolUse | ToolResult | Thinking | RedactedThinking, Field(discriminator="type")
+]
 
 
 class AnthropicMessage(requests.Model):
     role: Literal["user", "assistant"]
-    content: requests.Text | list[Block]
+    content: requests.Text | Annotated[list[Block], Field(max_length=_MAX_BLOCKS)]
 
     def messages(self) -> list[requests.ChatMessage]:
         """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
@@ -68,14 +123,19 @@ class AnthropicMessage(requests.Model):
         return [*results, message] if message.text or calls or not results else [*results]
 
 
-class Tool(requests.Model):
+class Tool(Cacheable):
     type: Literal["custom"] | None = None
     name: requests.Name
     description: requests.Description | None = None
     input_schema: Json
+    strict: bool | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: bool | None = None
+    input_examples: list[Json] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
 
     def tool(self) -> requests.FunctionTool:
-        about: Json = {"name": self.name, "description": self.description}
+        about: Json = {"name": self.name, "description": self.description, "strict": self.strict}
         function = requests.Function.model_construct(**about, parameters=self.input_schema)
         return requests.FunctionTool.model_construct(function=function)
 
@@ -100,45 +160,102 @@ class Metadata(requests.Model):
     user_id: requests.Label | None = None
 
 
-class MessagesRequest(requests.GenerationRequest):
-    """``/v1/messages``.  ``metadata``, a label, is ignored."""
+class ThinkingConfig(requests.Model):
+    type: Literal["disabled", "enabled", "adaptive"]
+    budget_tokens: requests.Count | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+
+class OutputFormat(requests.Model):
+    type: Literal["json_schema"]
+    definition: Annotated[Json, Field(alias="schema")]
+
+    def response_format(self) -> requests.SchemaFormat:
+        schema = requests.Schema.model_construct(name="format", definition=self.definition)
+        return requests.SchemaFormat.model_construct(json_schema=schema)
+
+
+class OutputConfig(requests.Model):
+    effort: requests.Label | None = None
+    format: OutputFormat | None = None
+    task_budget: Json | None = None
+
+
+class Conversation(Cacheable):
+    """``/v1/messages/count_tokens``, and what it shares with ``/v1/messages``."""
+
+    model: requests.Label
     messages: Annotated[
         list[AnthropicMessage], Field(min_length=1, max_length=requests.MAX_MESSAGES)
     ]
-    max_tokens: requests.Count
-    system: requests.Content | None = None
-    stop_sequences: requests.Stops | None = None
-    metadata: Metadata | None = None
+    system: Text | None = None
     tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: ThinkingConfig | None = None
+    output_config: OutputConfig | None = None
+    context_management: Json | None = None
 
-    def chat(self) -> requests.ChatRequest:
-        """The same in OpenAI's form.  Raises ``RefusedError``."""
+    def chat(self, **options: Any) -> requests.ChatRequest:
+        """The same in OpenAI's form, with these fields of it.  A last message of the assistant's is
+        the beginning of the answer.  Raises ``RefusedError``."""
         choice = None if self.tool_choice is None else self.tool_choice.choice()
         messages = [message for given in self.messages for message in given.messages()]
         if self.system is not None:
-            messages.insert(0, requests.PlainMessage(role="system", content=self.system))
+            system = requests.PlainMessage.model_construct(role="system", content=self.system)
+            messages.insert(0, system)
         single = self.tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use
-        return requests.ChatRequest.model_construct(
-            **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
+        continues = self.messages[-1].role == "assistant"
+        form = self.output_config.format if self.output_config is not None else None
+        if continues and form is not None:
+            problem = "the answer can't follow a schema where a last message of the assistant's"
+            raise RefusedError(f"messages: {problem} has begun it", "messages")
+        kind = ContinuedChatRequest if continues else requests.ChatRequest
+        return kind.model_construct(
+            model=self.model,
             messages=messages,
-            max_tokens=self.max_tokens,
-            stop=self.stop_sequences or None,
             tools=[tool.tool() for tool in self.tools or ()],
             tool_choice=choice,
             parallel_tool_calls=False if single else None,
+            response_format=None if form is None else form.response_format(),
+            **options,
         )
+
+
+class MessagesRequest(Conversation, requests.GenerationRequest):
+    """``/v1/messages``.  ``metadata``, a label, is ignored."""
+
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: requests.Count
+    stop_sequences: requests.Stops | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    thread: Any = None
+
+    def options(self) -> Json:
+        """How the answer is made, in OpenAI's words.  Raises ``RefusedError``."""
+        if self.thread is not None:  # a client that tries it then sends the whole conversation
+            problem = "thread: this server keeps no threads; send the whole conversation"
+            details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+            raise RefusedError(problem, "thread", details=details)
+        sampling = self.model_dump(include={"temperature", "top_p", "top_k", "stream"})
+        return {**sampling, "max_tokens": self.max_tokens, "stop": self.stop_sequences or None}
+
+
+@router.post(f"{ANTHROPIC_PATH}/count_tokens")
+async def count_tokens(body: Conversation, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompt = await asyncio.to_thread(chat_prompt, service, body.chat())
+    return JSONResponse({"input_tokens": len(prompt)})
 
 
 @router.post(ANTHROPIC_PATH, responses=EventStream.responses)
 async def messages(body: MessagesRequest, request: Request) -> Response:
-    answers = await chat_answers(request, body.chat())
+    answers = await chat_answers(request, body.chat(**body.options()))
     about: Json = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
     about |= {"role": "assistant", "model": body.model}
     if body.stream:
-        return EventStream(_events(about, answers), answers)
+        return EventStream(_events(about, answers), answers, ping=_event("ping"))
     (update,) = await answers.whole()
     content = {"content": _blocks(update.content), "usage": _usage(answers)}
     return JSONResponse({**about, **content, **_stop(update)})

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from slotmoe import __version__
-from slotmoe.tools.serve import anthropic, openai
+from slotmoe.tools.serve import anthropic, openai, responses, tokens
 from slotmoe.tools.serve.errors import EXCEPTION_HANDLERS
 from slotmoe.tools.serve.service import Service
 
@@ -60,6 +60,6 @@ def make_app(service: Service, has_keys: bool) -> FastAPI:
     app.state.service = service
     app.include_router(public)
     security = [Security(key) for key in _KEYS] if has_keys else []  # for the description
-    for router in (figures, openai.router, anthropic.router):
+    for router in (figures, openai.router, responses.router, anthropic.router, tokens.router):
         app.include_router(router, dependencies=security)
     return app

@@ -12,7 +12,12 @@ from starlette.exceptions import HTTPException
 from slotmoe.errors import ConfigError
 
 ANTHROPIC_PATH = "/v1/messages"
-_ANTHROPIC_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+}
 
 
 @dataclass(eq=False)
@@ -25,6 +30,7 @@ class RefusedError(Exception):
     status: int = 400
     code: str | None = None
     headers: Mapping[str, str] | None = None
+    details: Mapping[str, Any] | None = None  # of an error in Anthropic's form
 
     def __str__(self) -> str:
         return self.message
@@ -32,14 +38,15 @@ class RefusedError(Exception):
 
 def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
-    is_anthropic, kind = path == ANTHROPIC_PATH, "invalid_request_error"
+    is_anthropic, kind = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), "invalid_request_error"
     if problem.status >= 500:
         kind = "api_error" if is_anthropic else "server_error"
     if problem.status == 429:
         kind = "rate_limit_error"
     if is_anthropic:
-        kind = _ANTHROPIC_TYPES.get(problem.status, kind)
-        return {"type": "error", "error": {"type": kind, "message": problem.message}}
+        error = {"type": _ANTHROPIC_TYPES.get(problem.status, kind), "message": problem.message}
+        details = {} if problem.details is None else {"details": dict(problem.details)}
+        return {"type": "error", "error": {**error, **details}}
     about = {"param": problem.param, "code": problem.code}
     return {"error": {"message": problem.message, "type": kind, **about}}
 

@@ -80,8 +80,11 @@ class Dialect:
         pairs = zip(ids, _TOKENS, strict=True)
         self.shown = {id_: t for id_, t in pairs if id_ is not None and self.is_native}
 
-    def prompt(self, messages: list[ChatMessage], policy: ToolPolicy | None) -> str:
-        """The conversation as text for the model.  Raises ``RefusedError``, ``ConfigError``."""
+    def prompt(
+        self, messages: list[ChatMessage], policy: ToolPolicy | None, continues: bool = False
+    ) -> str:
+        """The conversation as text for the model; the answer ``continues`` the last message, or it
+        is a new one.  Raises ``RefusedError``, ``ConfigError``."""
         turns, described = with_results(messages), None
         functions = policy.functions if policy is not None else []
         written = self._native(turns) if self.is_native else self._plain(turns)
@@ -89,7 +92,7 @@ class Dialect:
             described = [{"type": "function", "function": _described(f)} for f in functions]
         elif functions:
             self._describe(functions, written)
-        begun = self.is_native and bool(turns[-1][1])
+        begun = continues or (self.is_native and bool(turns[-1][1]))
         return self._tokenizer.chat(written, described, begun=begun)
 
     def _describe(self, functions: list[Function], written: list[dict[str, str]]) -> None:

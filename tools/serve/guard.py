@@ -1,4 +1,8 @@
-"""Checks of a raw request before any route sees it, and the end of silent connections."""
+"""Checks of a raw request before any route sees it, and the end of silent connections.
+
+What pages of other origins may do is asked and told as the Fetch standard has it:
+https://fetch.spec.whatwg.org/#http-cors-protocol.
+"""
 
 import asyncio
 import base64
@@ -8,8 +12,8 @@ import ipaddress
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -19,21 +23,31 @@ BODY_SECONDS = 30.0  # in which a request's body has to arrive
 IDLE_SECONDS = 10.0  # after twice this time a connection on which nothing moves is closed
 DISCARD_SECONDS = 2.0  # for the body of a request that is refused by its headers
 _UNREAD = 16  # times the largest body are read and dropped of a body that is larger
+SILENT_SECONDS = 1.0  # after which a connection that waits for its client is a silent one
+PEER_CONNECTIONS = 128  # of one address that may be silent
+_PREFLIGHT = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
 # A browser then asks its user.
 _ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as password"'}
 
 
 class Guard:
     """ASGI middleware.  Refused are: hosts outside the allow-list (a rebound name), pages of other
-    origins, every path but ``/health`` without one of ``keys`` (if there are any), bodies that are
-    not JSON, too large or too slow.
+    origins than ``origins`` (``*`` is any), every path but ``/health`` without one of ``keys`` (if
+    there are any), bodies that are not JSON, too large or too slow.
 
     The index of the key becomes ``scope["state"]["owner"]``: requests with one key never reuse what
     those with another left in the cache.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str], max_body: int):
-        self._app, self._max_body = app, max_body
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        hosts: Iterable[str],
+        max_body: int,
+        origins: Iterable[str] = (),
+    ):
+        self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
         self._keys = [key.encode() for key in keys]
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
@@ -41,7 +55,16 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
+        origin = headers.get("origin", "")
+        shares = bool(origin) and not self._origins.isdisjoint((origin.lower(), "*"))
+        if shares:
+            send = _shared(send, origin)
         try:
+            self._check_names(headers, shares)
+            if shares and scope["method"] == "OPTIONS":  # a browser asks, without the key
+                allowed = headers.get("access-control-request-headers", "")
+                fields = {**_PREFLIGHT, "access-control-allow-headers": allowed}
+                return await Response(None, 204, fields)(scope, receive, send)
             scope.setdefault("state", {})["owner"] = self._admit(scope, headers)
             has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
             if scope["method"] == "POST" and has_body:
@@ -56,14 +79,19 @@ class Guard:
         else:
             await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope, headers: Headers) -> str:
-        """The owner of the request.  Raises ``RefusedError``."""
+    def _check_names(self, headers: Headers, shares: bool) -> None:
+        """Raises ``RefusedError`` for a host that isn't known, and for an origin that is another
+        unless the server ``shares`` with it."""
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if not self._is_known(host.lower()):
             problem = f"the name {host[:80]!r} is not allowed here"
             raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
-        if origin and origin.partition("://")[2].lower() != host.lower():
-            raise RefusedError("requests from pages of other origins are refused", status=403)
+        if origin and not shares and origin.partition("://")[2].lower() != host.lower():
+            problem = f"requests from pages of the origin {origin[:80]!r} are refused"
+            raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
+
+    def _admit(self, scope: Scope, headers: Headers) -> str:
+        """The owner of the request.  Raises ``RefusedError``."""
         owner = self._owner(headers)
         if owner is None and scope.get("raw_path", b"") != b"/health":
             problem = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
@@ -129,16 +157,48 @@ class Guard:
 
 class Connection(H11Protocol):
     """HTTP/1.1 that ends a connection on which the client had to act, by sending or by reading, and
-    nothing moved between two looks, ``IDLE_SECONDS`` apart; uvicorn itself would wait forever."""
+    nothing moved between two looks, ``IDLE_SECONDS`` apart; uvicorn itself would wait forever.
+
+    A new connection always finds room: what waits longest for its client gives way, of the same
+    address where too many of that are silent, of all where the server is full.
+    """
 
     _seen: tuple[object, int] | None = None
+    turn = 0.0  # when it began to wait for the client, in the loop's time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
-            # uvicorn itself only refuses requests, so silent clients could take all descriptors.
-            return transport.abort()
+        self.turn = self.loop.time()
+        self._make_room()
         self._look()
+
+    def on_response_complete(self) -> None:
+        self.turn = self.loop.time()
+        super().on_response_complete()
+
+    @property
+    def address(self) -> str:
+        return self.client[0] if self.client is not None else ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the server waits for the client's request, or for its reading of the answer."""
+        cycle = self.cycle
+        is_asked = cycle is not None and not (cycle.response_complete or cycle.more_body)
+        return not is_asked or self.flow.write_paused
+
+    def _make_room(self) -> None:
+        opened = [c for c in self.connections if not c.transport.is_closing()]
+        waiting = [c for c in opened if isinstance(c, Connection) and c.is_waiting]
+        silent = self.loop.time() - SILENT_SECONDS
+        ours = [c for c in waiting if c.turn <= silent and c.address == self.address]
+        is_full = self.limit_concurrency is not None and len(opened) >= self.limit_concurrency
+        if len(ours) > PEER_CONNECTIONS:
+            waiting = ours
+        elif not is_full:
+            return
+        # Who has sent a whole request, and only doesn't read, comes last.
+        min(waiting, key=lambda c: (c.flow.write_paused, c.turn)).transport.abort()
 
     def _look(self) -> None:
         if self.transport.is_closing():
@@ -149,6 +209,21 @@ class Connection(H11Protocol):
             return self.transport.abort()
         self._seen = now
         self.loop.call_later(IDLE_SECONDS, self._look)
+
+
+def _shared(send: Send, origin: str) -> Send:
+    """Lets pages of ``origin`` read the response.  Keys are in headers that a page has to set, so
+    nothing is allowed to a browser's own credentials."""
+
+    async def shared(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["access-control-allow-origin"] = origin
+            headers["access-control-expose-headers"] = "*"
+            headers.add_vary_header("origin")
+        await send(message)
+
+    return shared
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -368,6 +368,8 @@ class ToolPolicy:
 class ChatRequest(OpenAIRequest):
     """``/v1/chat/completions``."""
 
+    # Whether the answer goes on with the text of a last message of the assistant's.
+    continues: ClassVar[bool] = False
     needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
     max_tokens: Limit | None = None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -13,6 +14,7 @@ from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import Grammars
+from slotmoe.tools.serve.response_store import ResponseStore
 
 _TOKENS = ("prompt_tokens", "reused_tokens", "answer_tokens")
 _HISTOGRAMS = {
@@ -31,6 +33,7 @@ class Service:
         self.tokenizer, self.created = runtime.tokenizer, int(time.time())
         self.dialect = Dialect(runtime.tokenizer)
         self.grammars = Grammars(runtime.tokenizer, runtime.eos_token_ids, self.dialect)
+        self.responses = ResponseStore()
         self.refused = 0  # requests, because the queue was full
         self.registry = CollectorRegistry()
         self._queue, self._first, self._answer = (
@@ -53,9 +56,12 @@ class Service:
         self._answer.observe(time.monotonic() - job.submitted)
 
     def described(self) -> dict[str, Any]:
-        """The model in OpenAI's list of models."""
+        """The model in OpenAI's list of models, and in Anthropic's."""
         about = {"id": self.name, "object": "model", "created": self.created}
-        return {**about, "owned_by": "slotmoe", "max_model_len": self.runtime.context}
+        about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
+        created = datetime.fromtimestamp(self.created, timezone.utc).isoformat()
+        about |= {"type": "model", "display_name": self.name, "created_at": created}
+        return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes now; memory is by tier."""

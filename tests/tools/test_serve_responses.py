@@ -1,0 +1,378 @@
+"""``/v1/responses``, with OpenAI's client and with what Codex sends."""
+
+import json
+
+import openai
+import pydantic
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+
+from slotmoe.tools.serve.response_items import ResponsesRequest, messages_of
+from slotmoe.tools.serve.response_store import ResponseStore
+from tests.support.served import Served
+from tests.tools.test_serve_tools import TOOLS, WEATHER, is_weather
+
+PATH = "/v1/responses"
+ASK = {"model": "sample", "input": "Tell me of the king.", "temperature": 0}
+TOOL = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+NAMED = {"type": "function", "name": "weather"}
+EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
+
+
+@pytest.fixture(scope="module")
+def context():
+    return 1024
+
+
+@pytest.fixture(scope="module")
+def served(runtime):
+    with Served(runtime, keys=("first", "second"), waiting=16, max_body=1 << 20) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    address = f"http://127.0.0.1:{served.port}/v1"
+    with openai.OpenAI(base_url=address, api_key="first", max_retries=0) as client:
+        yield client
+
+
+def post(served, path=PATH, key="first", **body):
+    return served.ask("POST", path, body, x_api_key=key)[:2]
+
+
+def events_of(served, **body):
+    connection, response = served.open("POST", PATH, {**body, "stream": True}, x_api_key="first")
+    texts = response.read().decode().split("\n\n")
+    connection.close()
+    assert response.status == 200 and texts.pop() == ""
+    pairs = [text.split("\ndata: ") for text in texts]
+    events = [json.loads(data) for _, data in pairs]
+    assert [name for name, _ in pairs] == [f"event: {event['type']}" for event in events]
+    return events
+
+
+def test_answer_is_that_of_the_chat(served, client):
+    chat = {"messages": [{"role": "system", "content": "Be brief."}]}
+    chat["messages"] += [{"role": "user", "content": "Tell me of the king."}]
+    said = client.chat.completions.create(model="sample", temperature=0, max_tokens=9, **chat)
+    answer = client.responses.create(**ASK, instructions="Be brief.", max_output_tokens=9)
+    assert answer.output_text == said.choices[0].message.content
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (
+        said.usage.prompt_tokens,
+        said.usage.completion_tokens,
+    )
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    parts = [{"type": "input_text", "text": "Tell me "}, {"type": "input_text", "text": "of the"}]
+    items = [{"role": "developer", "content": "Be brief."}]
+    items += [
+        {"type": "message", "role": "user", "content": [*parts, {**parts[0], "text": " king."}]}
+    ]
+    again = client.responses.create(**{**ASK, "input": items}, max_output_tokens=9)
+    assert again.output_text == answer.output_text
+
+
+def test_whole_response_has_every_field_of_the_clients_type(served):
+    status, answer = post(
+        served, **ASK, max_output_tokens=4, metadata={"a": "b"}, tools=[TOOL], tool_choice="auto"
+    )
+    assert status == 200
+    parsed = pydantic.TypeAdapter(Response).validate_json(json.dumps(answer), strict=True)
+    assert (parsed.metadata, parsed.tools[0].name, parsed.temperature) == ({"a": "b"}, "weather", 0)
+
+
+def test_streamed_events_add_up_to_the_whole(served):
+    asked = {**ASK, "max_output_tokens": 12}
+    whole, events = post(served, **asked)[1], events_of(served, **asked)
+    for event in events:
+        EVENT.validate_json(json.dumps(event), strict=True)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    begin = ["created", "in_progress", "output_item.added", "content_part.added"]
+    end = ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert kinds[:4] == begin and kinds[-4:] == end
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    text = "".join(event["delta"] for event in events[4:-4])
+    assert text == whole["output"][0]["content"][0]["text"] == events[-4]["text"] != ""
+    final = events[-1]["response"]
+    assert final["output"][0]["content"] == whole["output"][0]["content"]
+    assert final["usage"]["output_tokens"] == whole["usage"]["output_tokens"] == 12
+
+
+def test_functions_are_called_whole_and_streamed(served, client):
+    asked = {**ASK, "tools": [TOOL], "tool_choice": NAMED, "max_output_tokens": 200}
+    answer = client.responses.create(**asked)
+    (call,) = answer.output
+    assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
+    assert answer.status == "completed" and is_weather(call.arguments)
+    with client.responses.stream(**asked) as stream:
+        parts = [e.delta for e in stream if e.type == "response.function_call_arguments.delta"]
+        final = stream.get_final_response()
+    assert "".join(parts) == final.output[0].arguments == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    follow = {"model": "sample", "temperature": 0, "max_output_tokens": 6}
+    known = client.responses.create(**follow, previous_response_id=answer.id, input=[result])
+    sent = [{"role": "user", "content": ASK["input"]}, *answer.output, result]
+    whole = client.responses.create(**follow, input=sent)
+    assert known.output_text == whole.output_text != ""
+    assert known.usage.input_tokens == whole.usage.input_tokens
+    chat = [{"role": "user", "content": ASK["input"]}]
+    function = {"name": "weather", "arguments": call.arguments}
+    calls = [{"id": "x", "type": "function", "function": function}]
+    chat += [{"role": "assistant", "tool_calls": calls}]
+    chat += [{"role": "tool", "tool_call_id": "x", "content": "It rains."}]
+    said = client.chat.completions.create(
+        model="sample", temperature=0, max_tokens=6, messages=chat
+    )
+    assert said.choices[0].message.content == known.output_text
+
+
+def test_call_that_is_cut_off_is_incomplete(served):
+    asked = {**ASK, "tools": [TOOL], "tool_choice": NAMED}
+    count = post(served, **asked)[1]["usage"]["output_tokens"] - 12
+    asked["max_output_tokens"] = count
+    answer = post(served, **asked)[1]
+    assert (answer["status"], answer["output"][0]["status"]) == ("incomplete", "incomplete")
+    assert answer["output"][0]["type"] == "function_call"
+    last = events_of(served, **asked)[-1]
+    assert last["response"]["output"][0]["arguments"] == answer["output"][0]["arguments"]
+
+
+class King(pydantic.BaseModel):
+    """A king of a play."""
+
+    name: str = pydantic.Field(max_length=9)
+    years: int = pydantic.Field(ge=1, le=9)
+
+
+def test_structured_output(served, client):
+    hot = {**ASK, "temperature": 1, "max_output_tokens": 200}
+    answer = client.responses.parse(**hot, text_format=King)
+    assert isinstance(answer.output_parsed, King)
+    form = {"type": "json_object"}
+    text = client.responses.create(**hot, text={"format": form}).output_text
+    assert text.startswith("{")
+    schema = {"enum": ["yes", "no"]}
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    answer = client.responses.create(**hot, text={"format": form, "verbosity": "low"})
+    assert json.loads(answer.output_text) in ("yes", "no")
+    assert answer.text.format.name == "x" and answer.status == "completed"
+
+
+def test_conversation_goes_on_from_a_stored_response(served, client):
+    first = client.responses.create(**ASK, instructions="Be brief.", max_output_tokens=5)
+    more = {**ASK, "input": "And the queen?", "max_output_tokens": 5}
+    second = client.responses.create(**more, previous_response_id=first.id)
+    whole = [{"role": "user", "content": ASK["input"]}]
+    whole += [{"role": "assistant", "content": first.output_text}]
+    whole += [{"role": "user", "content": "And the queen?"}]
+    again = client.responses.create(**{**more, "input": whole})
+    assert second.previous_response_id == first.id
+    assert (second.output_text, second.usage.input_tokens) == (
+        again.output_text,
+        again.usage.input_tokens,
+    )
+    third = client.responses.create(**more, previous_response_id=second.id)
+    assert third.usage.input_tokens > second.usage.input_tokens
+    referred = [whole[0], {"type": "item_reference", "id": first.output[0].id}, whole[2]]
+    assert client.responses.create(**{**more, "input": referred}).output_text == again.output_text
+
+
+def test_stored_responses_are_there_for_their_key_until_deleted(served, client):
+    answer = client.responses.create(**ASK, max_output_tokens=3)
+    assert client.responses.retrieve(answer.id).output_text == answer.output_text
+    streamed = events_of(served, **ASK, max_output_tokens=3)[-1]["response"]
+    assert client.responses.retrieve(streamed["id"]).output[0].id == streamed["output"][0]["id"]
+    path, missing = f"{PATH}/{answer.id}", "previous_response_id"
+    assert served.ask("GET", path, x_api_key="second")[0] == 404
+    assert served.ask("DELETE", path, x_api_key="second")[0] == 404
+    status, refused = post(served, key="second", **ASK, previous_response_id=answer.id)
+    assert (status, refused["error"]["param"]) == (400, missing)
+    client.responses.delete(answer.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+    with pytest.raises(openai.BadRequestError, match="not stored here") as caught:
+        client.responses.create(**ASK, previous_response_id=answer.id)
+    assert caught.value.code == "previous_response_not_found"
+    unstored = client.responses.create(**ASK, max_output_tokens=3, store=False)
+    assert served.ask("GET", f"{PATH}/{unstored.id}", x_api_key="first")[0] == 404
+
+
+def test_store_is_bounded():
+    def response(name, text=""):
+        return {"id": name, "output": [{"id": f"item of {name}", "text": text}]}
+
+    store = ResponseStore(most=3, size=9000)
+    for name in "abc":
+        store.put("x", response(name), [{}])
+    assert store.get("x", "a") and store.get("y", "a") is None
+    store.put("x", response("d"), [{}])  # b is the one that was unused for longest
+    assert [name for name in "abcd" if store.get("x", name)] == ["a", "c", "d"]
+    assert store.item("x", "item of a") and store.item("y", "item of a") is None
+    store.put("x", response("e", "." * 6000), [{}])
+    assert [name for name in "acde" if store.get("x", name)] == ["d", "e"]
+    store.put("x", response("f", "." * 9000), [{}])
+    assert store.get("x", "f") is None and store.get("x", "e")
+    assert store.delete("x", "e") and not store.delete("x", "e")
+    store.put("x", response("g", "." * 6000), [{}])
+    assert store.get("x", "d") and store.get("x", "g")
+
+
+CODEX = {
+    "model": "sample",
+    "instructions": "You are a coding agent.",
+    "input": [
+        {
+            "type": "message",
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "Approvals are never asked."}],
+        },
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "<environment_context/>"}],
+        },
+        {
+            "type": "message",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "List the files."}],
+        },
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "name": "exec_command",
+            "description": "Runs a command.",
+            "strict": False,
+            "parameters": {
+                "type": "object",
+                "properties": {"cmd": {"type": "string", "maxLength": 8}},
+                "required": ["cmd"],
+                "additionalProperties": False,
+            },
+        },
+        {"type": "web_search", "external_web_access": False},
+        {"type": "namespace", "name": "mcp", "description": "", "tools": []},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": "medium", "summary": "auto"},
+    "store": False,
+    "stream": True,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "0199a1b2",
+    "client_metadata": {"x-codex-installation-id": "0199a1b3"},
+    "text": {"verbosity": "low"},
+    "max_output_tokens": 60,
+}
+
+
+def test_what_codex_sends(served):
+    events = events_of(served, **CODEX)
+    last = events[-1]
+    assert last["type"] in ("response.completed", "response.incomplete")
+    assert [tool["name"] for tool in last["response"]["tools"]] == ["exec_command"]
+    call = events_of(served, **{**CODEX, "tool_choice": "required", "parallel_tool_calls": False})
+    item = next(event["item"] for event in call if event["type"] == "response.output_item.done")
+    assert item["name"] == "exec_command" and set(json.loads(item["arguments"])) == {"cmd"}
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": None, "content": None}
+    result = {"type": "function_call_output", "call_id": item["call_id"], "output": "a.py"}
+    history = [*CODEX["input"], thought, {**item, "status": None}, result]
+    assert events_of(served, **{**CODEX, "input": history, "max_output_tokens": 4})[-1]["response"]
+    alone = {**CODEX, "tools": CODEX["tools"][1:], "max_output_tokens": 2}
+    assert events_of(served, **alone)[-1]["response"]["tools"] == []
+    assert post(served, **{**alone, "tool_choice": "required"})[0] == 400
+
+
+def test_items_become_messages():
+    items = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "reasoning", "id": "r", "summary": []},
+        {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "2", "output": "two"},
+        {
+            "type": "function_call_output",
+            "call_id": "1",
+            "output": [{"type": "input_text", "text": "one"}],
+        },
+        {"type": "function_call", "call_id": "3", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "3", "output": "three"},
+    ]
+    body = ResponsesRequest(model="x", input=items, instructions="be")
+    messages = body.chat(body.items()).messages
+    assert [
+        (message.role, message.text, [call.id for call in message.calls]) for message in messages
+    ] == [
+        ("system", "be", []),
+        ("user", "a", []),
+        ("assistant", "b", ["1", "2"]),
+        ("tool", "two", []),
+        ("tool", "one", []),
+        ("assistant", "", ["3"]),
+        ("tool", "three", []),
+    ]
+    leading = [{"role": role, "content": role} for role in ("developer", "system", "user")]
+    body = ResponsesRequest(model="x", input=leading, instructions="be")
+    first, second = body.chat(body.items()).messages
+    assert (first.text, second.text) == ("be\n\ndeveloper\n\nsystem", "user")
+    assert len(messages_of(body.items())) == 3
+
+
+REFUSED = [
+    ({"input": []}, "input"),
+    ({"input": None}, "input"),
+    ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+    ({"input": [{"type": "computer_call", "id": "x"}]}, "input"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+    ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "messages"),
+    ({"previous_response_id": "resp_x"}, "previous_response_id"),
+    ({"background": True}, "background"),
+    ({"truncation": "auto"}, "truncation"),
+    ({"include": ["message.output_text.logprobs"]}, "include"),
+    ({"tools": [{"type": "nonsense"}]}, "tools"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"text": {"format": {"type": "yaml"}}}, "text"),
+    ({"metadata": {"a": 1}}, "metadata"),
+    ({"max_output_tokens": 0}, "max_output_tokens"),
+    ({"conversation": "x"}, "conversation"),
+    ({"seed": 1}, "seed"),
+    ({"store": "yes"}, "store"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_is_not_honoured_is_refused(served, fields, param):
+    status, answer = post(served, **{**ASK, **fields})
+    assert (status, answer["error"]["type"], answer["error"]["param"]) == (
+        400,
+        "invalid_request_error",
+        param,
+    )
+    assert answer["error"]["message"]
+
+
+def test_failure_in_the_middle_of_a_stream_is_an_event(served, monkeypatch):
+    endless = {"properties": {"a": {"$ref": "#/$defs/r"}}, "required": ["a"]}
+    endless |= {"type": "object", "additionalProperties": False}
+    endless |= {"$defs": {"r": {"$ref": "#/$defs/r"}}}
+    tool = {"type": "function", "name": "f", "parameters": endless}
+    events = events_of(served, **ASK, tools=[tool], tool_choice="required", max_output_tokens=99)
+    response = events[-1]["response"]
+    assert (events[-1]["type"], response["status"]) == ("response.failed", "failed")
+    assert response["error"]["code"] == "invalid_prompt"
+    assert "nothing that could come next" in response["error"]["message"]
+    EVENT.validate_json(json.dumps(events[-1]), strict=True)
+    assert served.ask("GET", f"{PATH}/{response['id']}", x_api_key="first")[0] == 404
+
+
+def test_chat_tools_and_response_tools_are_the_same():
+    body = ResponsesRequest(model="x", input="y", tools=[TOOL, {"type": "web_search"}])
+    (tool,) = body.chat(body.items()).tools
+    assert (tool.function.name, tool.function.parameters) == ("weather", WEATHER)
+    assert tool.function.name == TOOLS[0]["function"]["name"]

@@ -1,0 +1,65 @@
+"""Responses that clients may go on from, in memory."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_RESPONSES = 256
+MAX_SIZE = 16 << 20  # characters of all stored responses and their conversations together
+_ITEM = 1024  # characters that the objects of an item weigh as much as
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A response, and the items of its whole conversation, itself included."""
+
+    response: Json
+    items: Sequence[Json]
+    size: int
+
+
+class ResponseStore:
+    """The latest responses of each owner, a client's key.  The one that was unused for longest goes
+    first: beyond ``most`` of them, or where together they are larger than ``size``."""
+
+    def __init__(self, most: int = MAX_RESPONSES, size: int = MAX_SIZE):
+        self._most, self._size_limit = most, size
+        self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
+        self._size = 0
+
+    def put(self, owner: str, response: Json, items: Sequence[Json]) -> None:
+        """Keep ``response``, unless it is too large by itself."""
+        size = len(json.dumps([response, items])) + _ITEM * len(items)
+        if size > self._size_limit:
+            return
+        self._stored[owner, response["id"]] = Stored(response, items, size)
+        self._size += size
+        while len(self._stored) > self._most or self._size > self._size_limit:
+            _, oldest = self._stored.popitem(last=False)
+            self._size -= oldest.size
+
+    def get(self, owner: str, id_: str) -> Stored | None:
+        """Of this owner's only."""
+        stored = self._stored.get((owner, id_))
+        if stored is not None:
+            self._stored.move_to_end((owner, id_))
+        return stored
+
+    def delete(self, owner: str, id_: str) -> bool:
+        """Whether it was there."""
+        stored = self._stored.pop((owner, id_), None)
+        self._size -= 0 if stored is None else stored.size
+        return stored is not None
+
+    def item(self, owner: str, id_: str) -> Json | None:
+        """An item that one of the owner's responses consists of."""
+        for (of, _), stored in self._stored.items():
+            for item in stored.response["output"] if of == owner else ():
+                if item["id"] == id_:
+                    found: Json = item
+                    return found
+        return None

@@ -1,0 +1,246 @@
+"""OpenAI's responses: ``/v1/responses``.  Its events tell what an answer's updates add to items."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import TypeAdapter
+from starlette.responses import JSONResponse
+
+from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.function_calling import ContentDelta
+from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
+from slotmoe.tools.serve.service import Service
+
+PATH = "/v1/responses"
+router = APIRouter()
+Json = dict[str, Any]
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+# What a response says of its request, and what it says where the request says nothing.
+_ECHOED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+@router.post(PATH, responses=EventStream.responses)
+async def create(body: ResponsesRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    items = _conversation(service, request.state.owner, body)
+    answers = await chat_answers(request, body.chat(items))
+    draft = Draft(body, answers)
+
+    def store(response: Json) -> None:
+        if body.store is not False and response["status"] != "failed":
+            sent = [_json(item) for item in items]
+            output = [*sent, *response["output"]]
+            service.responses.put(request.state.owner, response, output)
+
+    async def events() -> AsyncIterator[str]:
+        for text in draft.begin():
+            yield text
+        try:
+            async for update in answers.updates():
+                for text in draft.add(update):
+                    yield text
+        except RefusedError as problem:
+            draft.fail(problem)
+        store(draft.response)
+        yield draft.event(f"response.{draft.response['status']}", response=draft.response)
+
+    if body.stream:
+        return EventStream(events(), answers)
+    (update,) = await answers.whole()
+    for _ in draft.add(update):
+        pass
+    store(draft.response)
+    return JSONResponse(draft.response)
+
+
+@router.get(PATH + "/{id}")
+async def retrieve(id: str, request: Request) -> Response:
+    stored = request.app.state.service.responses.get(request.state.owner, id)
+    if stored is None:
+        raise _missing(id)
+    return JSONResponse(stored.response)
+
+
+@router.delete(PATH + "/{id}")
+async def delete(id: str, request: Request) -> Response:
+    if not request.app.state.service.responses.delete(request.state.owner, id):
+        raise _missing(id)
+    return JSONResponse({"id": id, "object": "response", "deleted": True})
+
+
+def _missing(id_: str) -> RefusedError:
+    problem = f"the response {id_!r:.80} is not stored here, or no longer"
+    return RefusedError(problem, "id", 404, "response_not_found")
+
+
+def _conversation(service: Service, owner: str, body: ResponsesRequest) -> list[Item]:
+    """All items up to the answer, those of earlier responses included.  Raises ``RefusedError``."""
+    items = list[Item]()
+    if body.previous_response_id is not None:
+        stored = service.responses.get(owner, body.previous_response_id)
+        if stored is None:
+            problem = f"{body.previous_response_id!r:.80} is not stored here, or no longer"
+            name, code = "previous_response_id", "previous_response_not_found"
+            raise RefusedError(f"{name}: {problem}; send the whole conversation", name, 400, code)
+        items += [_ITEM.validate_python(item) for item in stored.items]
+    for item in body.items():
+        if isinstance(item, ItemReference):
+            known = service.responses.item(owner, item.id)
+            if known is None:
+                problem = f"the item {item.id!r:.80} is not stored here, or no longer"
+                raise RefusedError(f"input: {problem}; send it whole", "input")
+            item = _ITEM.validate_python(known)
+        items.append(item)
+    return items
+
+
+def _json(part: Any) -> Json:
+    content: Json = part.model_dump(by_alias=True, exclude_none=True)
+    return content
+
+
+class Draft:
+    """A response while it is written."""
+
+    def __init__(self, body: ResponsesRequest, answers: Answers):
+        given = body.model_dump(by_alias=True, exclude_none=True, include=set(_ECHOED))
+        self._answers, self._number = answers, 0
+        self._texts: list[str] = []  # of the item that is open
+        self.response: Json = {
+            **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": body.model},
+            **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
+            **{"background": False, "error": None, "incomplete_details": None},
+            **_ECHOED,
+            **given,
+            **{"tools": [_tool(tool) for tool in body.functions()], "output": [], "usage": None},
+        }
+        self._output: list[Json] = self.response["output"]
+
+    def event(self, kind: str, **content: Any) -> str:
+        self._number += 1
+        return event({"type": kind, "sequence_number": self._number - 1, **content})
+
+    def begin(self) -> Iterator[str]:
+        for kind in ("created", "in_progress"):
+            yield self.event(f"response.{kind}", response=self.response)
+
+    def fail(self, problem: RefusedError) -> None:
+        """The response ends with an error."""
+        code = "server_error" if problem.status >= 500 else "invalid_prompt"
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": code, "message": problem.message}
+
+    def add(self, update: Update) -> Iterator[str]:
+        """Events of what ``update`` adds, up to the end of the last item."""
+        if update.finish is not None and not self._output and not update.content:
+            update.content = [ContentDelta()]  # an empty answer has an empty message
+        for delta in update.content:
+            if delta.name is not None or not self._is_open:
+                yield from self._close("completed")
+                yield from self._open(delta)
+            if delta.text:
+                yield from self._write(delta.text)
+            if delta.complete:
+                yield from self._close("completed")
+        if update.finish is None:
+            return
+        is_cut = update.finish == "length"
+        status = "incomplete" if is_cut else "completed"
+        yield from self._close(status)
+        self.response |= {"status": status, "usage": _usage(self._answers)}
+        if is_cut:
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            self.response["completed_at"] = int(time.time())
+
+    @property
+    def _is_open(self) -> bool:
+        return bool(self._output) and self._output[-1]["status"] == "in_progress"
+
+    @property
+    def _where(self) -> Json:
+        """Of the item that is open."""
+        where = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        return (
+            where if self._output[-1]["type"] == "function_call" else {**where, "content_index": 0}
+        )
+
+    def _open(self, delta: ContentDelta) -> Iterator[str]:
+        number = uuid.uuid4().hex
+        item: Json = {"id": f"msg_{number}", "type": "message", "status": "in_progress"}
+        item |= {"role": "assistant", "content": []}
+        if delta.name is not None:
+            item = {"id": f"fc_{number}", "type": "function_call", "status": "in_progress"}
+            item |= {"call_id": f"call_{number}", "name": delta.name, "arguments": ""}
+        self._output.append(item)
+        self._texts = []
+        index = len(self._output) - 1
+        yield self.event("response.output_item.added", output_index=index, item=item)
+        if delta.name is None:
+            yield self.event("response.content_part.added", **self._where, part=_part(""))
+
+    def _write(self, text: str) -> Iterator[str]:
+        self._texts.append(text)
+        if self._output[-1]["type"] == "function_call":
+            yield self.event("response.function_call_arguments.delta", **self._where, delta=text)
+        else:
+            where: Json = {**self._where, "logprobs": []}
+            yield self.event("response.output_text.delta", **where, delta=text)
+
+    def _close(self, status: str) -> Iterator[str]:
+        if not self._is_open:
+            return
+        item, text, where = self._output[-1], "".join(self._texts), self._where
+        if item["type"] == "function_call":
+            item["arguments"] = text
+            about: Json = {"name": item["name"], "arguments": text}
+            yield self.event("response.function_call_arguments.done", **where, **about)
+        else:
+            item["content"] = [_part(text)]
+            yield self.event("response.output_text.done", **where, logprobs=[], text=text)
+            yield self.event("response.content_part.done", **where, part=_part(text))
+        item["status"] = status
+        index = where["output_index"]
+        yield self.event("response.output_item.done", output_index=index, item=item)
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _tool(tool: Any) -> Json:
+    about = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
+    return {"type": "function", **about}
+
+
+def _usage(answers: Answers) -> Json:
+    usage = answers.usage()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+    }
