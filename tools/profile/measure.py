@@ -17,6 +17,7 @@ from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
@@ -94,7 +95,8 @@ def _workload(
     room = runtime.context - max_new_tokens
     if room < 1:
         problem = f"leaves no room for {text} in a context of {runtime.context} positions"
-        raise PlanError(f"-n {max_new_tokens} {problem}: lower -n or raise --context")
+        advice = or_more_context("lower -n", runtime.config, runtime.context)
+        raise PlanError(f"-n {max_new_tokens} {problem}: {advice}")
     ids = runtime.tokenizer.encode(words)
     if len(ids) > room:
         why = f"for --context {runtime.context} and -n {max_new_tokens}"
