@@ -69,6 +69,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     Raises ``CheckpointError`` if the file is not a whole one.
     """
     try:
+        str(path).encode()  # raises for bytes that are no text
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > limit:
@@ -93,6 +94,9 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
         return infos, header_bytes
     except CheckpointError:
         raise
+    except UnicodeError:
+        problem = "the name is not UTF-8, and the safetensors library opens no other"
+        raise CheckpointError(f"{path}: {problem}; rename the folder") from None
     except (SafetensorError, OSError, ValueError) as problem:
         reason = f"damaged or truncated ({str(problem)[:160]})"
         raise CheckpointError(f"{path}: {reason}; download this file again") from None

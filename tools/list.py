@@ -1,20 +1,15 @@
 """``slotmoe list``: the exports in the cache folder."""
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.text import Text
 
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import Cached, facts, listing
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import JSON
 from slotmoe.tools.screen import visible
-from slotmoe.tools.tables import table
 
 _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
 
@@ -40,19 +35,17 @@ def command(as_json: bool) -> None:
     if not found:
         print(f"{folder}: holds no exports yet; slotmoe run MODEL makes them")
         return
-    rows = [(_described(cached), format_size(cached.bytes), _ago(cached.used)) for cached in found]
-    Console(file=sys.stdout).print(table(("export", "size", "last used"), rows))
+    print(f"{'size':>10}  {'last used':<14}  export")
+    for cached in found:
+        size, used = format_size(cached.bytes), _ago(cached.used)
+        print(visible(f"{size:>10}  {used:<14}  {_described(cached)}"))
     print(f"{folder}: {format_size(total)}. slotmoe rm NAME removes one.")
 
 
-def _described(cached: Cached) -> Text:
-    """The name, and below it what it is of."""
-    lines = [cached.name if cached.finished else f"{cached.name} (unfinished)"]
-    if cached.source is not None:
-        home, source = f"{Path('~').expanduser()}/", cached.source
-        shown = f"~/{source.removeprefix(home)}" if source.startswith(home) else source
-        lines.append(f"  of {shown}")
-    return Text(visible("\n".join(lines)))
+def _described(cached: Cached) -> str:
+    """The name, and what it is of."""
+    name = cached.name if cached.finished else f"{cached.name} (unfinished)"
+    return name if cached.source is None else f"{name}, of {cached.source}"
 
 
 def _ago(used: float) -> str:
