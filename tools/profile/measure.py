@@ -23,6 +23,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
+from slotmoe.tools.profile.verdict import verdict
 from slotmoe.tools.progress import byte_progress, step_progress
 from slotmoe.tools.run import speeds
 
@@ -178,7 +179,9 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
     latency = measure.disk_latency(model.export)
     rates = Bandwidths().updated("measured", ram=ram, disk=disk, latency=latency, **fast)
     report["bandwidths"] = {"ram": ram, "disk": disk, "disk_latency": latency, **fast}
-    return report | {"predicted": measure.predict(model, max(prompt, 1), max(new, 1), rates)}
+    prompt, new = max(prompt, 1), max(new, 1)
+    report["verdict"] = verdict(report, model, prompt, new, rates)
+    return report | {"predicted": measure.predict(model, prompt, new, rates)}
 
 
 def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
