@@ -198,7 +198,11 @@ def test_json_is_one_object(slotmoe):
 def test_quantize_reports(model, slotmoe, tmp_path):
     code, out, err = slotmoe("quantize", "CHECKPOINT", str(tmp_path / "one"))
     assert (code, out) == (0, "")
-    assert f"Run it: slotmoe run {tmp_path / 'one'}" in err
+    outcome, advice = err.splitlines()
+    assert re.fullmatch(rf"{tmp_path / 'one'}: .* in .* s \(.*\), \d\.\d\d bits a weight", outcome)
+    assert advice == f'Run it: slotmoe run {tmp_path / "one"} "Your prompt"'
+    err = slotmoe("quantize", "CHECKPOINT", str(tmp_path / "three"), "--verbose")[2]
+    assert err.index("What quantization cost") < err.index("bits a weight")
     code, out, err = slotmoe(
         "quantize", "CHECKPOINT", str(tmp_path / "two"), "--json", "--resident", "nf4"
     )
