@@ -69,6 +69,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
     Raises ``CheckpointError`` if the file is not a whole one.
     """
     try:
+        str(path).encode()  # raises for bytes that are no text
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > limit:
@@ -95,6 +96,9 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
         raise
     except OSError as problem:
         raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from None
+    except UnicodeError:
+        reason = "the name is not UTF-8, and the safetensors library opens no other"
+        raise CheckpointError(f"{path}: {reason}; rename the folder") from None
     except (SafetensorError, ValueError) as problem:
         if "(os error " in str(problem):  # the library's way to say what the system said
             raise CheckpointError(f"{path}: can't be read ({str(problem)[:160]})") from None

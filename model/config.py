@@ -220,6 +220,9 @@ def _rope(values: dict[str, Any]) -> Rope:
     if unknown := sorted(settings.keys() - _ROPE):
         raise ValueError(f"rope setting {unknown[0]!r:.80} is not supported")
     check(settings, {key: _ROPE[key] for key in _ROPE if key in required | settings.keys()}, "rope")
+    if kind == "yarn" and settings["rope_theta"] <= 1:
+        problem = "expected more than 1, whose logarithm YaRN divides by"
+        raise ValueError(f"rope.rope_theta is {settings['rope_theta']}, {problem}")
     return Rope(**_floats(settings))
 
 

@@ -22,12 +22,18 @@ _BROKEN = "the model computed NaN or infinite logits; its weights are broken"
 class Token:
     """One token: the text that became printable with it, its natural log-probability under the
     model's own distribution over the tokenizer's vocabulary (before temperature, penalties and
-    bias; None for a prompt's first token), and those of the likeliest ids, if asked for."""
+    bias; None for a prompt's first token), and those of the likeliest ids, if asked for.
+
+    ``finish`` says of a text's last token which limit ended it: ``length`` (so many tokens were
+    asked for) or ``context`` (the context is full).  It is None everywhere else, so a text whose
+    last token has None ended by itself, with an end-of-sentence token.
+    """
 
     id: int
     text: str
     logprob: float | None = 0.0
     likeliest: tuple[tuple[int, float], ...] = ()
+    finish: str | None = None
 
 
 @dataclass(frozen=True)
@@ -323,8 +329,10 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...],
     sampling: Sampling,
+    limit: str = "length",
 ) -> Iterator[Token]:
-    """Yield tokens until an end-of-sentence token (not yielded) or ``max_new_tokens``.
+    """Yield tokens until an end-of-sentence token (not yielded) or ``max_new_tokens``, of which the
+    last has ``limit`` as its ``finish``.
 
     ``step(ids)`` appends ids to the sequence and returns the last one's logits, float32 [1, V] on
     any device.  Rows past the tokenizer's vocabulary are never chosen.  The last token's text
@@ -341,7 +349,8 @@ def generate(
         if delta.finish is not None:
             if held:
                 rest = delta.text.removeprefix(_text(delta.tokens))
-                held[-1] = replace(held[-1], text=held[-1].text + rest)
+                finish = limit if delta.finish == "length" else None
+                held[-1] = replace(held[-1], text=held[-1].text + rest, finish=finish)
             yield from held
             return
         if answer.stream.complete:

@@ -25,7 +25,7 @@ from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts, HostCompute
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.lookahead import Lookahead
-from slotmoe.offload.machine import available_memory, cache_folder, process_bytes
+from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     LENT,
@@ -58,6 +58,7 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
+MAX_THREADS = 256  # as many as the native kernels start
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
@@ -87,8 +88,8 @@ class Options:
             )
         if not 1 <= self.sequences <= 256:
             raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}, expected at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
         if self.misses not in MODES:
             raise ConfigError(
                 f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
@@ -282,6 +283,12 @@ class _Loader:
         """Refuse a plan for more than the budget, or for more of a GPU than is free, before
         anything is read."""
         plan.check()
+        ram = plan.total if plan.tier == "ram" else sum(plan.host.values())
+        if ram > (total := total_memory()):
+            raise PlanError(
+                f"the plan takes {format_size(ram)} of RAM and this machine has "
+                f"{format_size(total)}: give a smaller --ram, or none to take what is free"
+            )
         memory, name = self._device.memory(), self._device.name
         if memory is not None and plan.total > memory.free:
             raise PlanError(

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import psutil
 
+from slotmoe.errors import ConfigError
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP = (  # files with the limit and the use of the memory cgroup's second and first version
+    (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
+    (_CGROUPS / "memory/memory.limit_in_bytes", _CGROUPS / "memory/memory.usage_in_bytes"),
+)
+
 
 def cache_folder() -> Path:
     """Where ``sample`` and plain checkpoints are quantized to: ``SLOTMOE_CACHE`` or
-    ``~/.cache/slotmoe``."""
-    return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+    ``~/.cache/slotmoe``.  Raises ``ConfigError``."""
+    try:
+        return Path(os.environ.get("SLOTMOE_CACHE") or Path.home() / ".cache" / "slotmoe")
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users
+        problem = "this user has no home folder, where exports are kept"
+        raise ConfigError(f"{problem}: set SLOTMOE_CACHE to a folder, or HOME") from None
 
 
 def process_bytes() -> int:
@@ -29,18 +41,22 @@ def peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def total_memory() -> int:
+    """Bytes of RAM that this process can ever have: the machine's, or a memory cgroup's limit."""
+    total: int = psutil.virtual_memory().total
+    for limit, _ in _CGROUP:
+        with suppress(OSError, ValueError):
+            total = min(total, int(limit.read_text()))
+    return total
+
+
 def available_memory() -> int:
     """Bytes of RAM that this process can still take: what the machine has free, or less under a
     memory cgroup."""
     available: int = psutil.virtual_memory().available
-    root = Path("/sys/fs/cgroup")
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, usage in _CGROUP:
         with suppress(OSError, ValueError):
-            free = int((root / limit).read_text()) - int((root / usage).read_text())
-            available = min(available, free)
+            available = min(available, int(limit.read_text()) - int(usage.read_text()))
     return max(available, 0)
 
 

@@ -20,6 +20,7 @@ from slotmoe.offload.ingest.quantize import Progress, cached_export
 from slotmoe.offload.loading import LoadedModel, Options, open_model, resolve_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
@@ -140,7 +141,7 @@ class Runtime:
     def generate(
         self,
         prompt: str | list[int],
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -150,17 +151,19 @@ class Runtime:
         """Continue ``prompt`` (text, or token ids used as they are) and yield each ``Token`` as it
         is made.
 
-        Stops at an end-of-sentence token, after ``max_new_tokens``, or when the context is full.
+        Stops at an end-of-sentence token, after ``max_new_tokens`` (None is no limit), or when the
+        context is full; the last token's ``finish`` names the limit that ended the text.
         ``chat`` sends the text through the model's chat template as a user's message.  What the
         prompt shares with the beginning of the latest sequence is still in the latent cache and is
         not computed again.  Raises ``PlanError`` if the prompt does not fit.
         """
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
+        check_ids(prompt)
         # The last token is computed in any case: its logits are needed.
         kept = shared_prefix(sequence.tokens, prompt[:-1])
         generation = self._begin(prompt, len(prompt) + 1, kept)
@@ -171,8 +174,10 @@ class Runtime:
                     raise ConfigError(SUPERSEDED)
                 return sequence.extend(ids)
 
-        count = min(max_new_tokens, sequence.context - len(prompt))
-        return generate(step, prompt[kept:], self.tokenizer, count, self.eos_token_ids, sampling)
+        room, eos = sequence.context - len(prompt), self.eos_token_ids
+        count = room if max_new_tokens is None else min(max_new_tokens, room)
+        limit = "length" if count == max_new_tokens else "context"
+        return generate(step, prompt[kept:], self.tokenizer, count, eos, sampling, limit)
 
     def append_each(self, sequences: Sequenced[Sequence], ids: list[int]) -> Tensor:
         """Append one id to each of several sequences in one pass, so that an expert brought for one
@@ -185,14 +190,16 @@ class Runtime:
         """Begin a text on the first sequence with its first ``kept`` tokens; earlier ones are
         superseded.  Raises ``ConfigError`` or ``PlanError``."""
         sequence, vocabulary = self.sequences[0], self.config.vocab_size
+        check_ids(ids)
         if not ids:
             raise ConfigError("the prompt is empty; give at least one token")
         if needed > sequence.context:
+            advice = or_more_context("shorten the prompt", self.config, sequence.context)
             raise PlanError(
                 f"the prompt has {len(ids)} tokens and the context holds {sequence.context}: "
-                "raise --context or shorten the prompt"
+                f"{advice}"
             )
-        if not all(isinstance(id, int) and 0 <= id < vocabulary for id in ids):
+        if not all(0 <= id < vocabulary for id in ids):
             raise ConfigError(
                 f"a token id is outside 0 to {vocabulary - 1}, the model's vocabulary"
             )
@@ -274,3 +281,16 @@ class Runtime:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def check_ids(prompt: Any) -> None:
+    """Raise ``ConfigError`` unless ``prompt`` is a list of integers."""
+    if not isinstance(prompt, list):
+        raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
+    strange = next((item for item in prompt if not isinstance(item, int)), None)
+    if strange is not None:
+        problem = f"the prompt is a list that holds a {type(strange).__name__}"
+        problem += ", expected text or token ids, which are integers"
+        if isinstance(strange, dict):
+            problem += "; of messages make text with tokenizer.chat(messages)"
+        raise ConfigError(problem)

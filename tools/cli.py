@@ -1,8 +1,13 @@
 """Entry point of ``slotmoe``.  Commands are imported when they are called, so help is instant."""
 
 import importlib
+import io
+import os
 import signal
 import sys
+import traceback
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,7 +27,22 @@ _COMMANDS = {
     "eval": "Score text: bits per byte, perplexity, and divergence from a reference.",
     "profile": "Report where a run's memory and time go: charts, HTML, JSON.",
     "replay": "Compare expert cache policies and sizes on recorded routing.",
+    "list": "Show the exports in the cache folder: their sizes, and when they were used.",
+    "rm": "Remove exports from the cache folder.",
+    "doctor": "Say what this machine has, what is missing, and how to get it.",
 }
+_START = """\
+slotmoe runs DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
+
+Now, with the bundled sample model and without a download:
+  slotmoe run sample "It is a truth universally acknowledged, that"
+
+Then a real model:
+  slotmoe doctor                         what this machine has, and what is missing
+  slotmoe plan v2-lite                   will it fit, and how fast will it be?
+  slotmoe run deepseek-ai/DeepSeek-V2-Lite-Chat --chat "Why is the sky blue?"
+
+slotmoe --help lists all commands, slotmoe COMMAND --help has examples."""
 
 
 class LazyGroup(click.Group):
@@ -37,6 +57,16 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"slotmoe.tools.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = get_close_matches(name, _COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else "slotmoe --help lists them"
+            raise click.UsageError(f"there is no command {name!r:.60}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -45,9 +75,11 @@ class LazyGroup(click.Group):
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
-@click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS)
+@click.group("slotmoe", cls=LazyGroup, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, "-V", "--version", prog_name="slotmoe")
-def cli() -> None:
+@click.option("--traceback", is_flag=True, help="Show where an internal error comes from.")
+@click.pass_context
+def cli(ctx: click.Context, traceback: bool) -> None:
     """Run DeepSeek-V2 models that are far larger than your graphics card, or your RAM.
 
     \b
@@ -60,14 +92,19 @@ def cli() -> None:
       slotmoe run lite-export --chat "Why is the sky blue?"
       slotmoe chat lite-export
     """
+    ctx.ensure_object(dict)["traceback"] = traceback
+    if ctx.invoked_subcommand is None:
+        click.echo(_START)
 
 
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _open_streams()
+    state = dict[str, Any]()
     try:
-        code = group.main(arguments, prog_name=group.name, standalone_mode=False)
+        code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
         sys.exit(code if isinstance(code, int) else 0)
     except SlotmoeError as problem:
         click.echo(f"slotmoe: {problem}", err=True)
@@ -76,12 +113,44 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
         problem.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nslotmoe: interrupted", err=True)
+        click.echo("slotmoe: interrupted", err=True)  # click has ended the line
         sys.exit(130)
     except OSError as problem:
         path = problem.filename or "input or output"
         click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
         sys.exit(1)
+    except MemoryError:
+        click.echo("slotmoe: out of memory; end other programs, or lower --ram", err=True)
+        sys.exit(1)
+    except Exception as problem:  # a fault of the program's: nobody else wants its traceback
+        if state.get("traceback"):
+            traceback.print_exc()
+        click.echo(f"slotmoe: {_described(problem)}", err=True)
+        sys.exit(1)
+
+
+def _open_streams() -> None:
+    """Give what was closed a place to go, and characters that stdout can't show a spelling.
+
+    A file that is opened later would else get a closed stream's number, and its writing."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _described(problem: Exception) -> str:
+    """An internal error in one line, with the place that it comes from."""
+    text = SlotmoeError(str(problem)[:400])  # without what a terminal obeys
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    advice = "slotmoe --traceback COMMAND shows where; please report it"
+    return f"internal error ({type(problem).__name__}: {text}; {place}); {advice}"
 
 
 if __name__ == "__main__":

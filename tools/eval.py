@@ -20,6 +20,8 @@ from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.tools.options import (
     JSON,
+    MODEL,
+    Command,
     choice,
     integer,
     open_runtime,
@@ -49,8 +51,8 @@ _KERNELS_HELP = (
 )
 
 
-@click.command(name="eval")
-@click.argument("model", metavar="MODEL")
+@click.command(name="eval", cls=Command)
+@MODEL
 @option("--text texts", "FILE", _TEXT_HELP, type=Path, multiple=True, required=True)
 @option("--reference", "SRC", _REFERENCE_HELP)
 @choice("--method", ["strided", "llama.cpp"], "strided", _METHOD_HELP)
@@ -122,7 +124,7 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
         allowed = f"{limit}, the model's max_position_embeddings"
         raise PlanError(f"--window {window} is beyond {allowed}: lower --window")
     if context is not None and window > context:
-        advice = "raise --context or lower --window"
+        advice = "lower --window, or raise --context"
         raise PlanError(f"--window {window} is beyond --context {context}: {advice}")
     return window
 

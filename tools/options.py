@@ -2,14 +2,19 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
+from slotmoe.offload.machine import total_memory
+from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.tools.progress import byte_bars
@@ -39,7 +44,30 @@ def count(names: str, default: int | None, help: str, least: int = 1) -> Decorat
     return option(names, "N", help, type=click.IntRange(least), default=default)
 
 
+class Command(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_GROUPS, "Options")}
+        of = {name: title for title, names in _GROUPS.items() for name in names.split()}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups[of.get(parameter.name or "", "Options")].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+_GROUPS = {  # title -> the parameters' names
+    "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Where it runs, and in how much memory": (
+        "device ram vram context threads slots cache_policy misses no_prefetch kernels"
+    ),
+}
 JSON = flag("--json as_json", "Print one JSON object.")
+VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 _RESIDENT = (
     "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
     "nf4 is the smallest."
@@ -69,13 +97,20 @@ SAMPLING = ("temperature", "top_p", "top_k", "seed")  # arguments of ``Sampling`
 _TRACE_HELP = "Record which experts were used, for later replay."
 _TRACE = option("--trace", "FILE", _TRACE_HELP, type=NEW_FILE)
 _CHAT = flag("--chat", "Send PROMPT through the model's chat template, as a user's message.")
+_NEW_TOKENS = 128  # of a continuation; a chat's answer ends by itself
+_STOP_HELP = "Stop after N tokens."
+_NEW_HELP = f"{_STOP_HELP} [default: {_NEW_TOKENS}; with --chat the answer's end]"
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> list[Decorator]:
+def _length(default: int | None, help: str = _STOP_HELP) -> Decorator:
+    return count("-n --max-new-tokens", default, help)
+
+
+def _sampling(length: Decorator, temperature: float, top_p: float) -> list[Decorator]:
     greedy = "0 is greedy: always the likeliest token."
     likeliest = "Sample from the likeliest tokens that reach this probability."
     return [
-        integer("-n --max-new-tokens", "Stop after N tokens.", max_new_tokens),
+        length,
         option("--temperature", "N", greedy, default=temperature),
         option("--top-p", "N", likeliest, default=top_p),
         integer("--top-k", "Sample from the N likeliest tokens; 0 is all.", 0),
@@ -94,15 +129,21 @@ def _adding(options: list[Decorator]) -> Decorator:
 
 runtime_options = _adding(_RUNTIME)
 """Adds the options that ``open_runtime`` reads."""
-generation_options = _adding([*_sampling(128, temperature=0.0, top_p=1.0), _CHAT, _TRACE])
+_KIND = (_CHAT, _TRACE)
+generation_options = _adding([*_sampling(_length(None, _NEW_HELP), 0.0, 1.0), *_KIND])
 """Adds the options of a continuation: its length, the sampling, and the kind of its prompt."""
-chat_options = _adding([*_sampling(1024, temperature=0.3, top_p=0.95), _TRACE])
+workload_options = _adding([*_sampling(_length(_NEW_TOKENS), 0.0, 1.0), *_KIND])
+"""Adds the same for a measurement, whose length does not depend on the model."""
+chat_options = _adding([*_sampling(_length(1024), temperature=0.3, top_p=0.95), _TRACE])
 """Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
 
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
-    return {name: options.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+    arguments = {name: options.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
+    if arguments["max_new_tokens"] is None and not arguments["chat"]:
+        arguments["max_new_tokens"] = _NEW_TOKENS
+    return arguments
 
 
 def require_extra(extra: str, *modules: str) -> None:
@@ -114,14 +155,46 @@ def require_extra(extra: str, *modules: str) -> None:
         raise ConfigError(f"{problem}: pip install 'slotmoe[{extra}]'")
 
 
-def prompt_text(prompt: str) -> str:
-    """The prompt, or stdin where it is ``-``.  Raises ``ConfigError``."""
-    if prompt != "-":
-        return prompt
+def prompt_text(prompt: str | None, file: Path | None = None) -> str:
+    """The text of ``file``, or the prompt, or stdin where that is ``-``.  Raises
+    ``ConfigError``."""
+    if file is None and prompt != "-":
+        return prompt or ""
     try:
-        return sys.stdin.buffer.read().decode()
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        return data.decode()
     except UnicodeDecodeError:
-        raise ConfigError("stdin: the prompt is not valid UTF-8 text") from None
+        place = "stdin" if file is None else file
+        raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
+
+
+class Prompt(click.Argument):
+    """An argument that is needed unless --file is given."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        if not isinstance(ctx.params.get("file"), Path):
+            return super().process_value(ctx, value)
+        if not self.value_is_missing(value):
+            raise click.UsageError("PROMPT and --file are both given: choose one", ctx)
+        return None
+
+
+def model_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+    """For the shell's completion of MODEL: the sample, exports and checkpoints, and folders that
+    may hold some."""
+    from slotmoe.offload.plan.advice import GEOMETRIES
+
+    names = GEOMETRIES if ctx.info_name == "plan" else ("sample",)
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    folder, _, begin = incomplete.rpartition("/")
+    with suppress(OSError):
+        for path in sorted(Path(folder or ("/" if incomplete[:1] == "/" else ".")).iterdir()):
+            if path.name.startswith(begin) and _is_model(path):
+                found.append(CompletionItem(f"{incomplete.removesuffix(begin)}{path.name}"))
+    return found or [CompletionItem(incomplete, type="dir")]
+
+
+MODEL = click.argument("model", metavar="MODEL", shell_complete=model_names)
 
 
 def is_on_hub(model: str, revision: str | None) -> bool:
@@ -137,6 +210,28 @@ def is_on_hub(model: str, revision: str | None) -> bool:
     return False
 
 
+def _check_name(model: str) -> None:
+    """Raise ``ConfigError``, with what may have been meant, if ``model`` is nothing at all but
+    resembles something."""
+    if model == "sample" or Path(model).exists():
+        return
+    from slotmoe.offload.plan.advice import GEOMETRIES
+
+    if model in GEOMETRIES:
+        weights = "deepseek-ai/DeepSeek-V2-Lite has weights of v2-lite, slotmoe synth makes random"
+        raise ConfigError(f"{model}: is a geometry, without weights; {weights}")
+    folder = Path(model).parent
+    with suppress(OSError):
+        names = [str(folder / path.name) for path in folder.iterdir() if _is_model(path)]
+        if near := get_close_matches(model, ["sample", *names], 1):
+            raise ConfigError(f"{model}: no such folder; did you mean {near[0]}?")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it looks like an export or a checkpoint."""
+    return any((folder / name).is_file() for name in ("slotmoe.json", "config.json"))
+
+
 def say(text: str) -> None:
     """Print a remark of the program on stderr."""
     click.echo(f"slotmoe: {text}", err=True)
@@ -145,22 +240,37 @@ def say(text: str) -> None:
 def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **settings: Any) -> Any:
     """A ``Runtime`` for the command line's ``MODEL`` and runtime options, with a progress bar if it
     must quantize.  ``settings`` are more arguments of ``Runtime.open``."""
-    from slotmoe.offload.loading import resolve_model
-    from slotmoe.offload.runtime import Runtime
-
     notify: Callable[[str], None] = (lambda text: None) if quiet else say
     on_hub = is_on_hub(model, options["revision"])
-    with byte_bars("Downloading", f"Quantizing {model}, once", quiet=quiet) as (arriving, progress):
+    if not on_hub:
+        _check_name(model)
+    _warn_of_budget(options["ram"], notify)
+    texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
+    with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
+        from slotmoe.offload.ingest.quantize import cached_export  # takes a second: torch
+        from slotmoe.offload.loading import resolve_model
+        from slotmoe.offload.machine import cache_folder
+        from slotmoe.offload.model_cache import is_export
+        from slotmoe.offload.runtime import Runtime
+
+        arriving, reading, progress = bars
         reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
+        if not is_export(folder):
+            folder = cached_export(folder, cache_folder(), progress, reading, notify)
         budgets = {name: options[name] for name in ("ram", "vram", "slots")}
-        shared = runtime_arguments(options)
-        runtime = Runtime.open(folder, progress=progress, **budgets, **shared, **settings)
+        runtime = Runtime.open(folder, **budgets, **runtime_arguments(options), **settings)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
     if slow and options.get("kernels") != "torch":
         problem = "the native kernels were not built at install (is there a C++ compiler?)"
-        say(f"{problem}; torch is several times slower")
+        say(f"{problem}; torch is up to 200 times slower. slotmoe doctor says what is missing")
     return runtime
+
+
+def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
+    """Say so if more RAM is asked for than there is: the rest of the plan may still fit."""
+    if ram is not None and parse_size(ram) > (total := total_memory()):
+        notify(f"--ram {ram} is more than this machine has ({format_size(total)})")
 
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """``slotmoe plan``: what goes where and how fast it will be, before a byte is downloaded."""
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,39 +11,69 @@ import click
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from slotmoe.errors import DownloadError, PlanError
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
-from slotmoe.offload.plan.advice import Machine, Model, Scenario, choose_precision, gpu_named
-from slotmoe.offload.plan.memory import IMPORT_BYTES, choose_context, format_size, parse_size
+from slotmoe.offload.plan.advice import GPUS, Machine, Model, Scenario, choose_precision, gpu_named
+from slotmoe.offload.plan.memory import (
+    IMPORT_BYTES,
+    choose_context,
+    format_size,
+    or_more_context,
+    parse_size,
+)
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.tools.options import JSON, RESIDENT, count, is_on_hub, option, runtime_options
+from slotmoe.tools.options import (
+    JSON,
+    MODEL,
+    RESIDENT,
+    Command,
+    count,
+    is_on_hub,
+    option,
+    runtime_options,
+)
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
+_BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
+# What describes a machine: with one of them it may be another than this.
+_MACHINE = "gpu ram vram ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
+_PROMPT_HELP = "Tokens of the prompt. [default: 512, or what the context has room for]"
 
 
-@click.command(name="plan")
-@click.argument("model", metavar="MODEL")
-@option("--gpu", "NAME", "Plan for this GPU: its memory and bandwidths, like rtx-4090 or rtx-3060.")
+def _gpus(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    return [name for name in GPUS if name.startswith(incomplete)]
+
+
+@click.command(name="plan", cls=Command)
+@MODEL
+@option("--gpu", "NAME", "Plan for this GPU, like rtx-4090 or rtx-3060.", shell_complete=_gpus)
 @RESIDENT
-@count("--prompt-tokens", 512, "Tokens of the prompt.")
-@count("-n --new-tokens", 128, "Tokens to generate.")
+@count("--prompt-tokens", None, _PROMPT_HELP)
+@count("-n --max-new-tokens", 128, "Tokens to generate.")
 @option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
 @option("--disk-bandwidth", "SIZE", "Bytes a second of the disk, like 3.5GB.")
 @option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
 @option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
 @runtime_options
 @JSON
-def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, prompt_tokens: int | None, max_new_tokens: int, as_json: bool, **options: Any
+) -> int:
     """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
     needed.
 
-    MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, the path of a
-    config.json, or a hub id, of which the config alone is fetched.  Speeds come from bandwidths:
-    those given here, those that slotmoe bench --calibrate has measured on this machine, or
-    assumptions; the report says which.  If the model does not fit, it names the shortfall and the
-    cheapest ways out.
+    MODEL is v2, v2.5 or coder-v2 (236B), v2-lite or coder-v2-lite (16B), sample, an export, a
+    checkpoint folder, the path of a config.json, or a hub id, of which the config alone is fetched.
+    Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate has measured
+    on this machine, or assumptions; the report says which.
+
+    If the model does not fit, the exit code is 1, and the report names the shortfall and the
+    cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free
+    disk of this folder counts too.
 
     \b
     Examples:
@@ -51,14 +83,19 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
     """
     planned, target = _model(model, options["revision"]), _machine(options)
     context = choose_context(planned.config, options["context"])
+    if prompt_tokens is None:
+        prompt_tokens = min(512, max(1, context - max_new_tokens))
     if prompt_tokens >= context:
         problem = f"a prompt of {prompt_tokens} tokens does not fit the context of {context}"
-        raise PlanError(f"{problem}: raise --context or lower --prompt-tokens")
+        advice = or_more_context("lower --prompt-tokens", planned.config, context)
+        raise PlanError(f"{problem}: {advice}")
     resident, why = choose_precision(planned, target, options["resident"])
     scenario = Scenario(planned, target, resident, context, options["slots"], options["misses"])
-    report = scenario.report(prompt_tokens, new_tokens)
+    report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     print(json.dumps(report)) if as_json else _print(report)
+    is_this = all(options[name] is None for name in _MACHINE)
+    return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
 
 
 def _model(name: str, revision: str | None) -> Model:
@@ -67,14 +104,20 @@ def _model(name: str, revision: str | None) -> Model:
     ``DownloadError``."""
     if not is_on_hub(name, revision):
         return Model.read(name)
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    revision = revision or "main"
+    revision, offline = revision or "main", False
     try:
-        path = hf_hub_download(name, "config.json", revision=revision)
+        try:  # hf_hub_download alone would ask a network that is not there for half a minute
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
+        except (errors.HTTPError, OSError) as problem:  # type: ignore[attr-defined]
+            if isinstance(problem, errors.HfHubHTTPError):
+                raise
+            offline = True
+        path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)
     except errors.LocalEntryNotFoundError:
-        problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
-        raise DownloadError(f"{name}: {problem}") from None
+        reason = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
+        raise DownloadError(f"{name}: {reason}") from None
     except Exception as problem:
         # Imports torch, for the few who have an error to be told.
         from slotmoe.offload.ingest.repository import explained
@@ -112,16 +155,17 @@ def _machine(options: dict[str, Any]) -> Machine:
         raise PlanError(f"threads is {threads}, expected at least 1")
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
-    return Machine(parse_size(options["ram"] or free_ram), vram, threads, bandwidths)
+    ram, free_disk = parse_size(options["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
+    return Machine(ram, vram, threads, bandwidths, free_disk)
 
 
 def _print(report: dict[str, Any]) -> None:
     console, total = Console(file=sys.stdout), report["total"]
     tiers = [tier for tier in _NAMES if tier in total]
-    short = f"does not fit: {format_size(report['shortfall'])} short"
+    for line in _verdict(report):
+        console.print(Text(line), style="bold", soft_wrap=True)
     resident = report["resident"]
-    title = f"{report['model']}, resident weights {resident['precision']}: "
-    table = Table(title=title + ("fits" if report["fits"] else short), show_footer=True)
+    table = Table(show_footer=True)
     table.add_column("", footer="total")
     for tier in tiers:
         table.add_column(_NAMES[tier], justify="right", footer=format_size(total[tier]))
@@ -135,7 +179,38 @@ def _print(report: dict[str, Any]) -> None:
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(Text(line))
+
+
+def _verdict(report: dict[str, Any]) -> list[str]:
+    """Whether it fits, and how fast it is; and what it takes of the disk."""
+    name, disk = report["model"], report["disk"]
+    if report["fits"]:
+        speed, hits = figure(report["decode_tokens_per_second"], 2), report["hit_rate"]
+        share = "all experts" if hits == 1 else f"{hits:.0%} of a token's experts found"
+        lines = [f"{name} fits: about {speed} tokens/s, with {share} in memory."]
+    else:
+        short = [
+            f"{format_size(size)} of {_NAMES[tier]}"
+            for tier, size in report["shortfall_by_tier"].items()
+        ]
+        lines = [f"{name} does not fit: {' and '.join(short)} short."]
+    if not disk["export"]:
+        return lines
+    export, download, free = (format_size(disk[name]) for name in ("export", "download", "free"))
+    verdict = "Disk" if disk["fits"] else "It does not fit this disk"
+    sizes = f"the export takes {export}, {free} are free in {Path.cwd()}"
+    streamed = f"; {download} to download, streamed and not kept" if disk["download"] else ""
+    return [*lines, f"{verdict}: {sizes}{streamed}."]
+
+
+def figure(number: float, significant: int = 3) -> str:
+    """So many significant digits, or all before the point, and no exponent."""
+    if number >= 10 ** (significant - 1):
+        return f"{number:,.0f}"
+    digits = significant - 1 - math.floor(math.log10(number)) if number > 0 else 0
+    text = f"{number:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _outlook(report: dict[str, Any]) -> list[str]:
@@ -143,20 +218,22 @@ def _outlook(report: dict[str, Any]) -> list[str]:
     host = f" and {report['host_slots']} in RAM" if report["host_slots"] else ""
     peak = [f"{format_size(size)} of {_NAMES[t]}" for t, size in report["predicted_peak"].items()]
     rates = [
-        f"{tier} {rate['bytes_per_second'] / 1e9:.3g} GB/s ({rate['origin']})"
+        f"{tier} {figure(rate['bytes_per_second'] / 1e9)} GB/s ({rate['origin']})"
         for tier, rate in report["bandwidths"].items()
     ]
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
+    bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
     gpu = " GPU speeds are what bytes over bandwidth allow; they are not measured."
     return [
         f"{report['slots']} of {report['experts']} experts in fast slots{host}; "
         f"a context of up to {report['largest_context']} fits.",
         f"A prompt of {settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones: "
         f"peak {', '.join(peak)};",
-        ("  " if prefill is None else f"  prefill {prefill:.3g} tokens/s, ")
-        + f"decode {report['decode_tokens_per_second']:.3g} tokens/s at {report['hit_rate']:.0%} "
-        f"hits, bound by {report['bottleneck']}.{gpu if 'vram' in report['budget'] else ''}",
+        ("  " if prefill is None else f"  prefill {figure(prefill)} tokens/s, ")
+        + f"decode {figure(report['decode_tokens_per_second'])} tokens/s at "
+        f"{report['hit_rate']:.0%} hits, bound by {bound}."
+        f"{gpu if 'vram' in report['budget'] else ''}",
         f"One token: {', '.join(spent)}.",
         f"Bandwidths: {', '.join(rates)}.",
     ]

@@ -1,10 +1,10 @@
 """Progress bars for everything that takes over two seconds, on stderr, and only on a terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,16 +14,29 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 Update = Callable[[int, int], None]
 
 
-def _bars(*columns: ProgressColumn, quiet: bool) -> Progress:
+class _Bars(Progress):
+    """Bars, and while there is none a line of ``text`` without one."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        tasks = [task for task in self.tasks if task.visible and not task.finished]
+        if self.text and not tasks:
+            yield Text(self.text, style="dim")
+        yield from super().get_renderables()
+
+
+def _bars(*columns: ProgressColumn, quiet: bool) -> _Bars:
     console = Console(stderr=True)
     # Drawing takes time from the model.
     settings: Any = {"refresh_per_second": 2, "disable": quiet or not console.is_terminal}
     after = (*columns, TimeRemainingColumn())
-    return Progress("{task.description}", BarColumn(), *after, console=console, **settings)
+    return _Bars("{task.description}", BarColumn(), *after, console=console, **settings)
 
 
 @contextmanager
@@ -42,9 +55,11 @@ def byte_progress(text: str, quiet: bool = False) -> Iterator[Update]:
 
 
 @contextmanager
-def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
-    """One callback like ``byte_progress``'s for each text; their bars stand below each other."""
+def byte_bars(*texts: str, quiet: bool = False, waiting: str = "") -> Iterator[tuple[Update, ...]]:
+    """One callback like ``byte_progress``'s for each text; their bars stand below each other.  The
+    line ``waiting`` stands there while none of them moves."""
     bars = _bars(DownloadColumn(), TransferSpeedColumn(), quiet=quiet)
+    bars.text = waiting
 
     def updater(text: str) -> Update:
         task = bars.add_task(text, total=None, visible=False, start=False)
@@ -56,4 +71,7 @@ def byte_bars(*texts: str, quiet: bool = False) -> Iterator[tuple[Update, ...]]:
         return update
 
     with bars:
-        yield tuple(updater(text) for text in texts)
+        try:
+            yield tuple(updater(text) for text in texts)
+        finally:
+            bars.text = ""

@@ -32,9 +32,15 @@ _CALIBRATE_HELP = (
 @REVISION
 @flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")
 @flag("--overwrite", "Replace an export at DST, or start anew after a run with other options.")
+@flag("--verbose", "Show what quantization cost, by kind of tensor.")
 @JSON
 def command(
-    source: str, destination: Path, texts: tuple[Path, ...], as_json: bool, **options: Any
+    source: str,
+    destination: Path,
+    texts: tuple[Path, ...],
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample')
     into the export DST.
@@ -62,6 +68,8 @@ def command(
     started = time.perf_counter()
     manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
+    if not as_json and verbose:
+        _print_cost(report)
     if not as_json:
         _print(report)
     if texts:
@@ -158,11 +166,16 @@ def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict
 
 
 def _print(report: dict[str, Any]) -> None:
-    """The size of the export, and what quantization cost."""
+    """The size of the export."""
     sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
     size, experts, resident = map(format_size, sizes)
     spent = f"{report['seconds']:.1f} s (experts {experts}, resident {resident})"
-    click.echo(f"{report['export']}: {size} in {spent}", err=True)
+    bits = f"{report['bits_per_weight']:.2f} bits a weight"
+    click.echo(f"{report['export']}: {size} in {spent}, {bits}", err=True)
+
+
+def _print_cost(report: dict[str, Any]) -> None:
+    """What quantization cost, by kind of tensor."""
     rows = []
     for family in report["families"]:
         layer, error = family["worst_layer"], family["relative_rms_error"]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +10,138 @@ import click
 
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
+    EXISTING,
     JSON,
+    MODEL,
+    VERBOSE,
+    Command,
+    Prompt,
     generation_arguments,
     generation_options,
     open_runtime,
+    option,
     prompt_text,
     runtime_options,
 )
+from slotmoe.tools.screen import Reading, echo_of, is_terminal, visible
 
 
-@click.command(name="run")
-@click.argument("model", metavar="MODEL")
-@click.argument("prompt")
+@click.command(name="run", cls=Command)
+@MODEL
+@click.argument("prompt", cls=Prompt)
+@option("--file", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING, is_eager=True)
 @generation_options
 @runtime_options
+@VERBOSE
 @JSON
-def command(model: str, prompt: str, trace: Path | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, prompt: str | None, file: Path | None, trace: Path | None, **options: Any
+) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
     MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like
     deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last three are quantized once into a cache folder
-    ($SLOTMOE_CACHE, default ~/.cache/slotmoe). PROMPT '-' reads the prompt from stdin.
+    ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt from
+    stdin. On a terminal a continuation begins with its prompt, dimmed.
 
     \b
     Examples:
       slotmoe run sample "It is a truth universally acknowledged, that"
       slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
       slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
+      slotmoe run v2-export --ram 16GiB --file prompt.txt --json
     """
-    prompt = prompt_text(prompt)
+    as_json, verbose = options.pop("as_json"), options.pop("verbose")
+    text, arguments = prompt_text(prompt, file), generation_arguments(options)
     with open_runtime(model, options, quiet=as_json) as runtime:
         if trace is not None:
             runtime.trace(trace)
-        tokens, stopped = [], None
+        continuation, stopped = Continuation(runtime, text, arguments, quiet=as_json), None
         try:
-            for token in runtime.generate(prompt, **generation_arguments(options)):
-                tokens.append(token)
-                if not as_json:
-                    print(token.text, end="", flush=True)
+            continuation.run()
         except KeyboardInterrupt as stop:
             stopped = stop
-        stats = runtime.stats()
+        report = continuation.report()
     if not as_json:
         print(flush=True)
-        print(summary(stats), file=sys.stderr)
+        lines = [summary(report)] if verbose else []
+        print(*lines, continuation.line(report), sep="\n", file=sys.stderr)
     if stopped is not None:
         raise stopped
     if as_json:
-        report: dict[str, Any] = {"text": "".join(token.text for token in tokens)}
-        report["ids"] = [token.id for token in tokens]
-        report["logprobs"] = [token.logprob for token in tokens]
-        print(json.dumps({**report, **speeds(stats), **stats}))
+        print(json.dumps(report))
+
+
+class Continuation:
+    """What ``slotmoe run`` does with an open model: its ``tokens`` so far are printed as they
+    come, unless ``quiet``.  ``arguments`` are those of ``Runtime.generate``."""
+
+    def __init__(self, runtime: Any, prompt: str, arguments: dict[str, Any], quiet: bool):
+        self._runtime, self._prompt, self._quiet = runtime, prompt, quiet
+        self._arguments, self.tokens = arguments, list[Any]()
+        self._first_seconds: float | None = None
+        self._ended = False
+
+    def run(self) -> None:
+        """Generate until it ends or is interrupted."""
+        on_terminal = not self._quiet and is_terminal(sys.stdout)
+        tokenizer, chat = self._runtime.tokenizer, self._arguments.pop("chat")
+        messages = [{"role": "user", "content": self._prompt}]
+        ids = tokenizer.encode(tokenizer.chat(messages) if chat else self._prompt)
+        reading, started = Reading(self._runtime, self._quiet), time.perf_counter()
+        reading.begin(len(ids))
+        try:
+            for token in self._runtime.generate(ids, **self._arguments):
+                if not self.tokens:
+                    self._first_seconds = time.perf_counter() - started
+                    reading.end()
+                    if on_terminal and not chat:
+                        print(echo_of(self._prompt), end="")
+                self.tokens.append(token)
+                if not self._quiet:
+                    print(visible(token.text) if on_terminal else token.text, end="", flush=True)
+            self._ended = True
+        finally:
+            reading.end()
+
+    def report(self) -> dict[str, Any]:
+        """One JSON-able object.  ``finish_reason`` is ``stop`` (the model ended the text),
+        ``length`` (so many tokens were asked for), ``context`` (it is full) or ``interrupted``."""
+        stats = self._runtime.stats()
+        limit = self.tokens[-1].finish if self.tokens else None
+        return {
+            "text": "".join(token.text for token in self.tokens),
+            "ids": [token.id for token in self.tokens],
+            "logprobs": [token.logprob for token in self.tokens],
+            "finish_reason": (limit or "stop") if self._ended else "interrupted",
+            "first_token_seconds": self._first_seconds,
+            "context": self._runtime.context,
+            **speeds(stats),
+            **stats,
+        }
+
+    def line(self, report: dict[str, Any]) -> str:
+        """The report in one line: ``37 tokens · 12.4 tokens/s · first token 0.8 s · 4.1 of 5.0
+        GiB``, and which limit ended the text."""
+        count = len(self.tokens)
+        tokens = f"{count} token{'s' * (count != 1)}"
+        ends = {
+            "length": f"stopped at {tokens} (-n)",
+            "context": f"stopped at {tokens}: the context of {report['context']} is full",
+        }
+        facts = [ends.get(report["finish_reason"], tokens)]
+        if (speed := report["decode_tokens_per_second"]) is not None:
+            facts.append(f"{speed:.1f} tokens/s")
+        if self._first_seconds is not None:
+            facts.append(f"first token {self._first_seconds:.1f} s")
+        return " · ".join([*facts, of_budget(report["memory"])])
+
+
+def of_budget(memory: dict[str, Any]) -> str:
+    """Peak and budget of the device's memory, as in ``4.1 of 5.0 GiB``."""
+    peak = format_size(memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"])
+    budget = format_size(memory["budget"])
+    return f"{peak.removesuffix(budget[budget.index(' ') :])} of {budget}"
 
 
 def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
@@ -71,7 +153,7 @@ def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
 
 
 def summary(stats: dict[str, Any]) -> str:
-    """One line for a person about what ``Runtime.stats`` gives."""
+    """All for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind, speed in zip(("prefill", "decode"), speeds(stats).values(), strict=True):
         if speed is not None:
@@ -84,8 +166,7 @@ def summary(stats: dict[str, Any]) -> str:
             ahead = cache["already_coming"] / cache["misses"]
             read += f", {ahead:.0%} of the missing ones ahead of the gate"
         facts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
-    peak = memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"]
-    used = f"{memory['tier']} peak {format_size(peak)} of {format_size(memory['budget'])}"
+    used = f"{memory['tier']} peak {of_budget(memory)}"
     if "beside_vram" in memory:
         beside = format_size(memory["beside_vram"])
         used += f" and {beside} of the CUDA context and other programs"

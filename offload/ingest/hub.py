@@ -33,6 +33,7 @@ from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Snapshot, resolve
+from slotmoe.offload.model_cache import mark_used
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES
@@ -330,4 +331,5 @@ def hub_export(repo: str, revision: str | None, cache: Path, **reporting: Any) -
     destination = cache / f"{name}-{commit[:12]}-{FORMAT_VERSION}"
     if not (destination / MANIFEST).is_file():
         quantize_from_hub(repo, commit, destination, wait_for_lock=True, **reporting)
+    mark_used(destination)
     return destination

@@ -9,7 +9,6 @@ are durable, so a killed run resumes to the same bytes.  The last act is to rena
 ``DST``.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from torch import Tensor
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.gguf.header import is_gguf, shard_paths
+from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
@@ -355,20 +354,32 @@ def _quantized(
     return (piece,), None
 
 
-def cached_export(source: Path, cache: Path, progress: Progress | None = None) -> Path:
-    """Export of ``source`` in the folder ``cache``, quantized now if it is not there yet.
+def cached_export(
+    source: Path,
+    cache: Path,
+    progress: Progress | None = None,
+    reading: Progress = ignore,
+    notify: Notify = ignore,
+) -> Path:
+    """Export of the folder ``source`` in the folder ``cache``, quantized now if it is not there
+    yet.
 
-    The name carries a digest of the source's path, file sizes and times, so that a changed source
-    is quantized anew.
+    It is named after the source's content (``slotmoe.offload.model_cache``), which is read,
+    ``reading(done, total)`` in bytes, when the folder is new here or has changed.  ``notify`` is
+    told where the export will be.
     """
-    facts = [str(source.resolve())]
-    for path in shard_paths(source) if is_gguf(source) else sorted(source.iterdir()):
-        if path.is_file():
-            facts.append(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}")
-    facts.append(str(FORMAT_VERSION))
-    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
-    destination = cache / f"{source.resolve().name}-{digest}"
-    if not (destination / MANIFEST).is_file():
+    note = model_cache.note_of(source, FORMAT_VERSION, cache)
+    known = model_cache.read_note(note)
+    if known is not None and model_cache.is_export(cache / known):
+        model_cache.mark_used(cache / known)
+        return cache / known
+    key = model_cache.content_key(source, FORMAT_VERSION, reading)
+    destination = model_cache.with_key(cache, key)
+    if destination is None:
+        destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
+        notify(f"{source} is quantized once, into {destination} (slotmoe list, slotmoe rm)")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
+    model_cache.write_note(note, destination.name, source)
+    model_cache.mark_used(destination)
     return destination

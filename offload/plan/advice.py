@@ -3,6 +3,7 @@ resident weights, the largest context, the speed, and the ways out if the model 
 Without torch.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import read_json
 from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.gguf import files_of
+from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
@@ -68,25 +70,37 @@ def gpu_named(name: str) -> Gpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
 
 
+GEOMETRIES = {  # name -> config file; V2.5 and Coder-V2 are V2 trained further
+    "v2": "geometries/v2.json",
+    "v2.5": "geometries/v2.json",
+    "coder-v2": "geometries/v2.json",
+    "v2-lite": "geometries/v2-lite.json",
+    "coder-v2-lite": "geometries/v2-lite.json",
+    "sample": "sample/config.json",
+}
+
+
 def geometry_path(geometry: str) -> Path:
     """The config file of a geometry's name, or the path itself.  Raises ``ConfigError``."""
-    package = Path(model_package.__file__).parent
-    names = {name: package / "geometries" / f"{name}.json" for name in ("v2", "v2-lite")}
-    names["sample"] = package / "sample" / "config.json"
-    path = names.get(geometry, Path(geometry))
-    if not path.is_file():
-        advice = f"give {', '.join(names)} or the path of a config.json"
-        raise ConfigError(f"{geometry}: no such geometry; {advice}")
-    return path
+    key = geometry.lower().replace(" ", "-").replace("_", "-").removeprefix("deepseek-")
+    if key in GEOMETRIES:
+        return Path(model_package.__file__).parent / GEOMETRIES[key]
+    if not Path(geometry).is_file():
+        near = get_close_matches(key, GEOMETRIES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = f"known are {', '.join(GEOMETRIES)}; or give the path of a config.json"
+        raise ConfigError(f"{geometry}: no such geometry; {hint}{known}")
+    return Path(geometry)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A geometry; of an export also the precision of its resident weights, the bytes of its
-    predictor, and whether ``slotmoe synth`` made it."""
+    """A geometry, and whether its weights are on this machine; of an export also the precision of
+    its resident weights, the bytes of its predictor, and whether ``slotmoe synth`` made it."""
 
     name: str
     config: Config
+    is_here: bool = False
     resident: str | None = None
     predictor_bytes: int = 0
     random_weights: bool = False
@@ -102,7 +116,7 @@ class Model:
             return cls(name, read_config(geometry_path(name)))
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"
         if not path.is_file():
-            return cls(name, config)
+            return cls(name, config, True)
         manifest = read_json(path, 8 << 20)
         try:
             resident, files = manifest["quantization"]["resident"], manifest["files"]
@@ -110,7 +124,7 @@ class Model:
             if resident not in ("bf16", "int8", "nf4"):
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
-            return cls(name, config, resident, sum(sizes), random_weights)
+            return cls(name, config, True, resident, sum(sizes), random_weights)
         except (KeyError, TypeError, ValueError):
             problem = "is not a complete export's manifest; quantize again"
             raise ConfigError(f"{path}: {problem}") from None
@@ -118,12 +132,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Budgets in bytes; ``vram`` None without a GPU."""
+    """Budgets in bytes, ``vram`` None without a GPU; and ``free_disk`` bytes where an export would
+    go."""
 
     ram: int
     vram: int | None
     threads: int
     bandwidths: Bandwidths
+    free_disk: int
 
 
 def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
@@ -180,6 +196,19 @@ class Scenario:
     def fits(self) -> bool:
         return not self.plan.shortfall
 
+    def disk(self) -> dict[str, Any]:
+        """Bytes to ``download``, which are streamed, of the ``export`` that is still to be made,
+        and ``free``; and whether the export ``fits``."""
+        config, sizes = self.model.config, self.sizes
+        experts = len(config.moe_layers) * config.n_routed_experts
+        resident = sum(map(math.prod, resident_shapes(config).values()))
+        weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
+        export = experts * sizes.record_bytes + sum(sizes.resident.values())
+        export = export if self.model.resident is None else 0
+        needed = {"download": 0 if self.model.is_here else 2 * weights, "export": export}
+        free = self.machine.free_disk
+        return {**needed, "free": free, "fits": export <= free}
+
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
         contexts = range(1, self.model.config.max_position_embeddings + 1)
@@ -224,6 +253,7 @@ class Scenario:
             "components": components,
             "total": by_tier(components),
             "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
+            "disk": self.disk(),
             "shortfall": sum(plan.shortfall.values()),
             "shortfall_by_tier": plan.shortfall,
             "slots": plan.slots,

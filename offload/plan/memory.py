@@ -37,6 +37,8 @@ def parse_size(text: str | int) -> int:
     size = float(match[1]) * _UNITS[match[2].upper()]
     if not 0 < size < 1 << 60:
         raise PlanError(f"{quoted} is not a possible size; {advice}")
+    if isinstance(text, str) and not match[2] and size < 1 << 20:
+        raise PlanError(f"{quoted} is {int(size)} bytes; write the unit, like {match[1]}GiB")
     return int(size)
 
 
@@ -58,6 +60,14 @@ def choose_context(config: Config, wanted: int | None) -> int:
         allowed = f"1 to {limit}, the model's max_position_embeddings"
         raise PlanError(f"context {context} is outside {allowed}")
     return context
+
+
+def or_more_context(advice: str, config: Config, context: int) -> str:
+    """``advice``, and to raise --context where the model has more positions than ``context``."""
+    limit = config.max_position_embeddings
+    if context < limit:
+        return f"{advice}, or raise --context (now {context}, the model has {limit})"
+    return f"{advice}; {limit} positions are all that the model has"
 
 
 @dataclass(frozen=True)

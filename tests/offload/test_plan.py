@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan.advice import GPUS
+from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
 from slotmoe.offload.plan.speed import (
     TEXT_HITS,
@@ -29,6 +33,7 @@ from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.tools.cli import main
+from slotmoe.tools.plan import figure
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -385,6 +390,158 @@ def test_a_readable_table(plan):
         assert words in " ".join(out.split())
 
 
+def test_the_verdict_comes_first(plan):
+    code, out, _ = plan("v2-lite", "--gpu", "rtx-4090", "--ram", "32GiB")
+    lines = out.splitlines()
+    assert code == 0
+    assert re.fullmatch(r"v2-lite fits: about \d+ tokens/s, with all experts in memory\.", lines[0])
+    assert re.fullmatch(
+        r"(Disk|It does not fit this disk): the export takes 8\.4 GiB, .* are free in .*; "
+        r"29\.3 GiB to download, streamed and not kept\.",
+        lines[1],
+    )
+    assert "bound by the time between kernels" in " ".join(out.split())
+    assert "gpu 1,008 GB/s" in " ".join(out.split())
+    code, out, _ = plan("v2", "--ram", "5GiB")
+    assert code == 1
+    assert re.match(r"v2 does not fit: \d\.\d GiB of RAM short\.\n", out)
+    assert json.loads(plan("v2", "--ram", "5GiB", "--json")[1])["fits"] is False
+
+
+@pytest.mark.parametrize("arguments", [["v2", "--gpu", "h100", "--ram", "2000GiB"], ["sample"]])
+def test_no_number_has_an_exponent(plan, arguments):
+    out = plan(*arguments, "--disk-bandwidth", "1234GB")[1]
+    assert not re.search(r"\de[+-]?\d", out)
+    assert "disk 1,234 GB/s (given)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(1008.0, "1,008"), (39_500.0, "39,500"), (99.94, "99.9"), (20, "20"), (3.0, "3"),
+     (0.6081, "0.608"), (0.00001234, "0.0000123"), (0.0, "0"), (12.34, "12.3")],
+)  # fmt: skip
+def test_figures(number, text):
+    assert figure(number) == text
+
+
+def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypatch):
+    def disk(*arguments):
+        code, out, _ = plan(*arguments, "--json")
+        return code, json.loads(out)["disk"]
+
+    free = SimpleNamespace(free=38 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    code, found = disk("v2", "--ram", "32GiB")  # of another machine, perhaps
+    assert (code, found["fits"], found["free"]) == (0, False, 38 * GIB)
+    assert found["download"] == pytest.approx(472e9, rel=0.01)
+    assert found["export"] == pytest.approx(131.5e9, rel=0.01)
+    monkeypatch.setattr("slotmoe.offload.machine.available_memory", lambda: 32 * GIB)
+    assert disk("v2")[0] == 1
+    assert "It does not fit this disk: the export takes" in plan("v2")[1]
+    free.free = 200 * GIB
+    assert disk("v2")[0] == 0
+    assert (disk(SAMPLE)[1]["download"], disk(SAMPLE)[1]["export"] > 1e7) == (0, True)
+    found = disk(sample_export)[1]
+    assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
+    size = sum(path.stat().st_size for path in sample_export.rglob("*") if path.is_file())
+    assert disk("sample")[1]["export"] == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("v2.5", "v2"), ("coder-v2", "v2"), ("DeepSeek-V2.5", "v2"), ("coder-v2-lite", "v2-lite"),
+     ("DeepSeek-Coder-V2-Lite", "v2-lite"), ("v2_lite", "v2-lite")],
+)  # fmt: skip
+def test_geometries_by_name(name, same):
+    assert geometry_path(name) == geometry_path(same)
+
+
+@pytest.mark.parametrize(("context", "prompt"), [(512, 384), (100, 1), (4096, 512)])
+def test_a_short_context_has_room_for_the_default_prompt(plan, context, prompt):
+    code, out, _ = plan("v2-lite", "--ram", "8GiB", "--context", context, "--json")
+    assert (code, json.loads(out)["settings"]["prompt_tokens"]) == (0, prompt)
+
+
+PAGE = ROOT / "docs" / "memory-and-planning.md"
+THREE = {  # the page's commands for three common machines
+    match[1]: match[0].split("#")[0].split()[3:]
+    for match in re.finditer(r"(?m)^slotmoe plan v2 .*# (\w): .*$", PAGE.read_text())
+}
+
+
+def machine_column(report):
+    """What the page says of one machine."""
+    gib, parts = lambda size: f"{size / GIB:.1f} GiB", report["components"]
+    fast = "vram" if "vram" in report["budget"] else "ram"
+    names = "embeddings", "attention", "dense layers", "router", "shared experts"
+    resident = sum(parts[name].get(fast, 0) for name in names)
+    precision = {"int8": "int8", "nf4": "NF4"}[report["resident"]["precision"]]
+    others = "prefill scratch", "read buffers", "runtime", "logits", "slot table"
+    rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
+    below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
+    slots = parts["expert slots"]
+    count = "all" if report["slots"] == report["experts"] else f"{report['slots']:,}"
+    hosted = f"{report['host_slots']:,}, {gib(slots['ram'])}" if report["host_slots"] else "none"
+    bound = report["bottleneck"]
+    return [
+        f"{precision}, {gib(resident)}",
+        f"{parts['latent KV cache'][fast] / GIB:.2f} GiB",
+        gib(rest) + (f", and {gib(below)} of RAM" if below else ""),
+        f"{count}, {gib(slots[fast])}",
+        hosted,
+        f"{report['largest_context']:,}",
+        ("at most " if fast == "vram" else "") + figure(report["decode_tokens_per_second"], 2),
+        {"between kernels": "the time between kernels"}.get(bound, bound),
+    ]
+
+
+@pytest.mark.parametrize("model", ["v2-lite", "v2"])
+def test_the_pages_tables_are_what_plan_says(plan, model):
+    """After a change that is meant, paste the table that this prints."""
+    reports = [json.loads(plan(model, *options, "--json")[1]) for options in THREE.values()]
+    rows = [
+        "resident weights",
+        "latent KV cache, 4,096 tokens",
+        "prefill scratch, read buffers, runtime",
+        f"experts on the fast tier, of {reports[0]['experts']:,}",
+        "experts in RAM below it",
+        "largest context",
+        "decode, tokens/s",
+        "bound by",
+    ]
+    cells = zip(rows, *map(machine_column, reports), strict=True)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    assert table in PAGE.read_text(), f"of {model}:\n{table}"
+
+
+def test_the_pages_sizes_are_what_plan_says(plan):
+    int8, nf4 = (
+        [json.loads(plan(m, "--ram", "64GiB", "--resident", r, "--json")[1]) for m in LITE_AND_V2]
+        for r in ("int8", "nf4")
+    )
+    names = "embeddings", "attention", "dense layers", "router", "shared experts"
+
+    def resident(report):
+        return sum(report["components"][name]["ram"] for name in names)
+
+    wanted = {
+        "original checkpoint, bf16": [(r["disk"]["download"] / 1e9,) for r in int8],
+        "export": [(r["disk"]["export"] / 1e9,) for r in int8],
+        "resident weights, int8 / NF4": [
+            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, nf4, strict=True)
+        ],
+        "all routed experts": [(r["components"]["all experts"]["disk"] / 1e9,) for r in int8],
+    }
+    for name, values in wanted.items():
+        (cells,) = re.findall(rf"(?m)^\| {name} \| (.*) \| (.*) \|$", PAGE.read_text())
+        for cell, sizes in zip(cells, values, strict=True):
+            numbers = re.findall(r"[\d.]+", cell)
+            for number, size in zip(numbers, sizes, strict=True):
+                digits = len(number.partition(".")[2])
+                assert float(number) == pytest.approx(size, abs=0.6 * 10**-digits), name
+
+
+LITE_AND_V2 = ("v2-lite", "v2")
 BAD = {
     "gpu": (["v2", "--gpu", "rtx-409"], "did you mean rtx-4090"),
     "gpu-far": (["v2", "--gpu", "zzz"], "known are"),
@@ -395,6 +552,11 @@ BAD = {
         "context 999999999 is outside 1 to 163840, the model's max_position_embeddings",
     ),
     "prompt": (["sample", "--prompt-tokens", "5000"], "does not fit the context of 1024"),
+    "prompt-beyond-the-model": (["sample", "--prompt-tokens", "5000"], "all that the model has"),
+    "prompt-beyond-context": (
+        ["v2", "--context", "64", "--prompt-tokens", "64"],
+        "lower --prompt-tokens, or raise --context (now 64, the model has 163840)",
+    ),
     "nothing": (["nowhere"], "nowhere"),
     "cpu-gpu": (["v2", "--device", "cpu", "--gpu", "rtx-4090"], "drop one"),
     "slots": (["v2", "--slots", "3"], "3 expert slots are too few"),
@@ -454,5 +616,22 @@ def test_a_hub_id_fetches_the_config_alone(plan, hub):
     assert {request["name"] for request in hub.requests} == {"config.json"}
     code, _, err = plan("no/model", "--ram", "2GiB")
     assert (code, "no/model: is no folder here and no model on" in err) == (2, True)
+    code, _, err = plan("org/gone", "--ram", "2GiB")
+    assert (code, err.count("\n")) == (2, 1)
     code, _, err = plan(NAME, "--revision", "nowhere")
     assert (code, "has no revision 'nowhere'" in err) == (2, True)
+
+
+def test_without_a_network_a_hub_id_is_one_line(tmp_path):
+    """Soon, and without what huggingface_hub says of its attempts."""
+    started = time.perf_counter()
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "slotmoe", "plan", NAME, "--ram", "2GiB"],
+        capture_output=True,
+        text=True,
+        env=os.environ | away,
+    )
+    assert time.perf_counter() - started < 10
+    problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
+    assert (done.returncode, done.stderr) == (1, f"slotmoe: {NAME}: {problem}\n")

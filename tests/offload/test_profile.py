@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +22,12 @@ from slotmoe.model.network import DeepseekV2
 from slotmoe.offload.observe.memory import LONGEST, MemorySampler
 from slotmoe.offload.observe.profiler import STAGES, Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
+from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
+from slotmoe.tools.profile.verdict import verdict
 from tests.support.bench import benchmark
 from tests.support.browser import BROWSER, Browser
 from tests.support.engine import start
@@ -531,3 +535,33 @@ def test_warm_slots_are_full_before_the_first_token(profile):
         json.loads(profile(TEXT, "-n", "5", "--slots", "224", "--json")[1])["cache"]["hit_rate"]
         < 1.0
     )
+
+
+def test_the_verdict_says_what_more_memory_gives(sample_export):
+    spent = {"waiting for disk": 75.0, "experts": 25.0}
+    report = {"time": {"decode": {"milliseconds_per_token": spent}}}
+    report["decode_tokens_per_second"] = 10.0
+    rates = Bandwidths()
+    with Runtime.open(sample_export, slots=56, context=64) as runtime:
+        model, total = runtime.model, runtime.plan.total
+        capped = verdict(report, model, 10, 10, rates)
+        tight = dataclasses.replace(runtime.plan, budget=total)
+        small = verdict(report, dataclasses.replace(model, plan=tight), 10, 10, rates)
+        nothing = {**report, "decode_tokens_per_second": None}
+        assert verdict(nothing, model, 10, 10, rates)["budgets"] == []
+    start = "Decode makes 10.0 tokens/s; 75% of a token's time is waiting for disk. "
+    assert re.fullmatch(
+        re.escape(start) + r"It would make without --slots about [\d.]+ tokens/s\.", capped["text"]
+    )
+    assert re.fullmatch(
+        re.escape(start) + r"It would make (with --ram \d+MiB about [\d.]+(, )?)+ tokens/s\.",
+        small["text"],
+    )
+    *_, most = small["budgets"]
+    assert most["ram"] > total
+    speeds = [10.0, *(budget["decode_tokens_per_second"] for budget in small["budgets"])]
+    assert speeds == sorted(speeds) and speeds[-1] > 20
+    with Runtime.open(sample_export, context=64) as runtime:
+        whole = verdict(report, runtime.model, 10, 10, rates)
+        assert runtime.plan.slots == 7 * 32
+    assert whole["budgets"] == [] and "more --ram makes it no faster" in whole["text"]

@@ -2,6 +2,7 @@
 stderr."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -92,8 +93,18 @@ BAD_USE = {
     "top-k-negative": (["run", "EXPORT", "x", "--top-k", "-3"], "top_k is -3"),
     "seed-negative": (["run", "EXPORT", "x", "--seed", "-1"], "seed is -1"),
     "seed-huge": (["run", "EXPORT", "x", "--seed", str(1 << 80)], "seed is"),
-    "no-new-tokens": (["run", "EXPORT", "x", "-n", "0"], "max_new_tokens is 0"),
+    "no-new-tokens": (["run", "EXPORT", "x", "-n", "0"], "'-n' / '--max-new-tokens'"),
     "threads-zero": (["run", "EXPORT", "x", "--threads", "0"], "threads is 0"),
+    "threads-too-many": (["run", "EXPORT", "x", "--threads", "300"], "expected 1 to 256"),
+    "size-of-bytes": (["run", "EXPORT", "x", "--ram", "3"], "'3' is 3 bytes; write the unit"),
+    "two-prompts": (["run", "EXPORT", "x", "--file", "setup.py"], "both given"),
+    "file-missing": (["run", "EXPORT", "--file", "nowhere"], "nowhere"),
+    "misspelt-command": (["rnu", "EXPORT", "x"], "did you mean run?"),
+    "misspelt-option": (["run", "EXPORT", "x", "--temprature", "1"], "'--temperature'"),
+    "misspelt-model": (["run", "samplee", "x"], "did you mean sample?"),
+    "geometry-as-model": (["run", "v2-lite", "x"], "is a geometry, without weights"),
+    "misspelt-geometry": (["plan", "v2-lit"], "did you mean v2-lite?"),
+    "beyond-the-model": (["run", "EXPORT", "x " * 300], "are all that the model has"),
     "context-zero": (["run", "EXPORT", "x", "--context", "0"], "context 0"),
     "context-beyond-model": (["run", "EXPORT", "x", "--context", "257"], "max_position_embeddings"),
     "prompt-beyond-context": (
@@ -157,8 +168,14 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(slotmoe):
     code, out, err = slotmoe("run", "EXPORT", "Hello", "-n", "5")
     assert code == 0
     assert out.endswith("\n")
-    assert "prefill" in err
-    assert "hits" in err
+    assert err.count("\n") == 1
+    assert re.fullmatch(
+        r"stopped at 5 tokens \(-n\) · [\d.]+ tokens/s · first token \d+\.\d s"
+        r" · \d+\.\d MiB of \d+\.\d GiB\n",
+        err,
+    )
+    verbose = slotmoe("run", "EXPORT", "Hello", "-n", "5", "--verbose")[2]
+    assert all(part in verbose for part in ("on cpu", "prefill", "hits", "tokens/s · first token"))
     assert slotmoe("run", "EXPORT", "Hello", "-n", "5")[1] == out
     sampled = [
         slotmoe("run", "EXPORT", "Hello", "-n", "5", "--temperature", "2", "--seed", seed)[1]
@@ -181,7 +198,11 @@ def test_json_is_one_object(slotmoe):
 def test_quantize_reports(model, slotmoe, tmp_path):
     code, out, err = slotmoe("quantize", "CHECKPOINT", str(tmp_path / "one"))
     assert (code, out) == (0, "")
-    assert f"Run it: slotmoe run {tmp_path / 'one'}" in err
+    outcome, advice = err.splitlines()
+    assert re.fullmatch(rf"{tmp_path / 'one'}: .* in .* s \(.*\), \d\.\d\d bits a weight", outcome)
+    assert advice == f'Run it: slotmoe run {tmp_path / "one"} "Your prompt"'
+    err = slotmoe("quantize", "CHECKPOINT", str(tmp_path / "three"), "--verbose")[2]
+    assert err.index("What quantization cost") < err.index("bits a weight")
     code, out, err = slotmoe(
         "quantize", "CHECKPOINT", str(tmp_path / "two"), "--json", "--resident", "nf4"
     )
@@ -214,7 +235,7 @@ def test_interrupted_generation(as_json, slotmoe, monkeypatch):
     assert code == 130
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert ("prefill" in err) != as_json
+    assert ("3 tokens · " in err) != as_json
     assert (out == "") == as_json
 
 
@@ -282,7 +303,7 @@ def test_interrupted_command_exits_130(sample_export):
     _, err = child.communicate()
     assert child.returncode == 130, err.decode()
     assert "interrupted" in err.decode()
-    assert "decode" in err.decode()
+    assert "tokens/s · first token" in err.decode()
     assert "Traceback" not in err.decode()
 
 

@@ -11,14 +11,15 @@ import click
 from rich.console import Console
 
 from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
-from slotmoe.tools.options import JSON, count, flag, open_runtime, runtime_options
+from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
 from slotmoe.tools.progress import byte_progress
 from slotmoe.tools.tables import table
 
 
-@click.command(name="bench")
-@click.argument("model", metavar="MODEL")
+@click.command(name="bench", cls=Command)
+@MODEL
 @count("--prompt-tokens", 512, "Tokens of one prefill.")
 @count("--decode-tokens", 64, "Tokens of one decode run.")
 @count("--depth", 0, "Tokens taken as cached already.", least=0)
@@ -56,9 +57,10 @@ def command(
     with open_runtime(model, options, quiet=as_json) as runtime:
         needed = max(prompt_tokens, depth + decode_tokens)
         if needed > runtime.context:
-            raise click.UsageError(
-                f"{needed} positions are needed, the context has {runtime.context}: raise --context"
-            )
+            less = "lower --prompt-tokens, --depth or --decode-tokens"
+            advice = or_more_context(less, runtime.config, runtime.context)
+            problem = f"{needed} positions are needed, the context has {runtime.context}"
+            raise click.UsageError(f"{problem}: {advice}")
         with byte_progress("Filling expert slots", quiet=as_json) as progress:
             runtime.warm(progress)
         report = measure(runtime, prompt_tokens, decode_tokens, depth, repetitions)

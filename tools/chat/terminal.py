@@ -1,7 +1,6 @@
 """``slotmoe chat`` on a terminal: a prompt with history, and answers as Markdown."""
 
 import contextlib
-import re
 import signal
 import sys
 import termios
@@ -22,8 +21,9 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from slotmoe.tools.screen import visible
+
 Status = Callable[[], str]
-_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _PAUSE = 30  # times as long as a drawing took passes until the next one
 
 
@@ -168,11 +168,6 @@ def finished(text: str) -> int:
     tokens = Markdown("".join(lines)).parsed
     starts = [token.map[0] for token in tokens if token.level == 0 and token.map]
     return sum(map(len, lines[: starts[-1]])) if starts else 0
-
-
-def visible(text: str) -> str:
-    """``text`` with codes for characters, but line feeds and tabs, that command a terminal."""
-    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _keys() -> KeyBindings:

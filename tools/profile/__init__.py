@@ -13,16 +13,25 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
-from slotmoe.tools.options import EXISTING, JSON, flag, generation_options, option, runtime_options
+from slotmoe.tools.options import (
+    EXISTING,
+    JSON,
+    MODEL,
+    Command,
+    flag,
+    option,
+    runtime_options,
+    workload_options,
+)
 
 _FOLDER_HELP = "Folder of the report; an earlier report there is replaced."
 
 
-@click.command(name="profile")
-@click.argument("model", metavar="MODEL")
+@click.command(name="profile", cls=Command)
+@MODEL
 @click.argument("prompt", required=False)
 @option("--text", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING)
-@generation_options
+@workload_options
 @runtime_options
 @option("-o --output", "DIR", _FOLDER_HELP, type=Path, default=Path("slotmoe-profile"))
 @flag("--warm", "Fill the expert slots first, as after a long run; predictions are for that state.")

@@ -17,11 +17,13 @@ from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
+from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text
 from slotmoe.tools.options import generation_arguments, open_runtime, prompt_text, say
 from slotmoe.tools.profile.report import overview
+from slotmoe.tools.profile.verdict import verdict
 from slotmoe.tools.progress import byte_progress, step_progress
 from slotmoe.tools.run import speeds
 
@@ -94,7 +96,8 @@ def _workload(
     room = runtime.context - max_new_tokens
     if room < 1:
         problem = f"leaves no room for {text} in a context of {runtime.context} positions"
-        raise PlanError(f"-n {max_new_tokens} {problem}: lower -n or raise --context")
+        advice = or_more_context("lower -n", runtime.config, runtime.context)
+        raise PlanError(f"-n {max_new_tokens} {problem}: {advice}")
     ids = runtime.tokenizer.encode(words)
     if len(ids) > room:
         why = f"for --context {runtime.context} and -n {max_new_tokens}"
@@ -176,7 +179,9 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
     latency = measure.disk_latency(model.export)
     rates = Bandwidths().updated("measured", ram=ram, disk=disk, latency=latency, **fast)
     report["bandwidths"] = {"ram": ram, "disk": disk, "disk_latency": latency, **fast}
-    return report | {"predicted": measure.predict(model, max(prompt, 1), max(new, 1), rates)}
+    prompt, new = max(prompt, 1), max(new, 1)
+    report["verdict"] = verdict(report, model, prompt, new, rates)
+    return report | {"predicted": measure.predict(model, prompt, new, rates)}
 
 
 def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:

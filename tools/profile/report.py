@@ -112,9 +112,14 @@ def overview(report: dict[str, Any]) -> RenderableType:
         share = f"{spent[1][part] / sum(spent[1].values()):.0%}" if part in spent[1] else ""
         times = [f"{kind[part]:.2f}" if part in kind else "" for kind in spent]
         rows.append((part, *times, share))
-    columns = ("", f"prefill ({prefill['tokens']})", f"decode ({decode['tokens']})", "of decode")
-    tables.append(table(columns, rows, "Time of a token in ms"))
-    return Group(Text(", ".join(_sentences(report)) + "."), Columns(tables))
+    counts = [f"{k} ({t['tokens']})" if t["tokens"] else k for k, t in report["time"].items()]
+    tables.append(table(("", *counts, "of decode"), rows, "Time of a token in ms"))
+    lines = [Text(", ".join(_sentences(report)) + ".")]
+    if "verdict" in report:
+        lines.insert(0, Text(report["verdict"]["text"], style="bold"))
+    elif not prefill["tokens"]:
+        lines = [Text("reading the prompt…")]
+    return Group(*lines, Columns(tables))
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,216 @@
+"""The exports in the cache folder: which one is of which checkpoint folder, what is there, and how
+it is removed.  Without torch.
+
+An export is named after the content of its source, so a folder that was moved, copied or touched
+finds its own.  Reading a source takes as long as its disk needs, so a note keeps what was found:
+``NAME-FACTS.source.json`` says which export belongs to a folder whose files have those sizes and
+times.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from slotmoe.errors import ConfigError, ExportError
+from slotmoe.model.gguf.header import shard_paths
+
+_MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
+_UNFINISHED = (".partial", ".download", ".replaced")
+_READ = {".json", ".jinja", ".safetensors"}  # what an export is made of
+_BLOCK, _READERS = 8 << 20, 4
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A folder of the cache: ``bytes`` on disk, seconds since 1970 when it was last ``used``, and
+    the folder or hub id that it is of, as far as that is noted."""
+
+    name: str
+    source: str | None
+    bytes: int
+    used: float
+    finished: bool
+
+
+def contents(source: Path) -> list[Path]:
+    """The files of a checkpoint, a folder or GGUF files, that its export depends on."""
+    if not source.is_dir():
+        return shard_paths(source)
+    found = [path for path in source.iterdir() if path.suffix in _READ and path.is_file()]
+    return sorted(found)
+
+
+def content_key(source: Path, version: int, progress: Progress) -> str:
+    """Digest of the names and all bytes of ``contents(source)`` and of the export's format."""
+    files, lock, done = contents(source), threading.Lock(), 0
+    total = sum(path.stat().st_size for path in files)
+
+    def digest(path: Path) -> str:
+        nonlocal done
+        hasher, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(block):
+                hasher.update(block[:count])
+                with lock:
+                    done += count
+                    so_far = done
+                progress(so_far, total)
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = list(pool.map(digest, files))
+    parts = [str(version), *(f"{path.name} {d}" for path, d in zip(files, digests, strict=True))]
+    return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:12]
+
+
+def note_of(source: Path, version: int, cache: Path) -> Path:
+    """Where the cache notes which export is of the folder ``source`` as it is now."""
+    parts = [str(version), os.fspath(source.resolve())]
+    for path in contents(source):
+        status = path.stat()
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        parts.append(f"{path.name} {status.st_size} {times}")
+    digest = hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:12]
+    return cache / f"{source.resolve().name}-{digest}.source.json"
+
+
+def write_note(note: Path, export: str, source: Path) -> None:
+    """Note that ``export`` is of ``source``; a cache that can't be written goes without."""
+    fresh = note.with_name(f"{note.name}.{os.getpid()}-{threading.get_ident()}")
+    with suppress(OSError):
+        fresh.write_text(json.dumps({"export": export, "source": os.fspath(source.resolve())}))
+        fresh.replace(note)
+
+
+def read_note(note: Path) -> str | None:
+    """The name of the export that the note names, if there is such a note."""
+    name = _json(note).get("export")
+    return name if isinstance(name, str) and Path(name).name == name else None
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / _MANIFEST).is_file()
+
+
+def with_key(cache: Path, key: str) -> Path | None:
+    """The finished export of the content ``key``."""
+    return next((path for path in sorted(cache.glob(f"*-{key}")) if is_export(path)), None)
+
+
+def mark_used(folder: Path) -> None:
+    """Note that the export was used now, as the time of its folder."""
+    with suppress(OSError):  # a read-only cache serves as well
+        os.utime(folder)
+
+
+def listing(cache: Path) -> list[Cached]:
+    """What the cache holds, last used first; work that was not finished is listed too."""
+    if not cache.is_dir():
+        return []
+    sources = {}
+    for note in cache.glob("*.source.json"):
+        values = _json(note)
+        sources[values.get("export")] = str(values.get("source"))
+    found = []
+    for path in cache.iterdir():
+        finished = is_export(path)
+        if path.is_symlink() or not (finished or path.name.endswith(_UNFINISHED)):
+            continue
+        if path.is_dir():
+            plain = path.name if finished else path.name.rpartition(".")[0]
+            source = sources.get(plain) or _hub_id(plain)
+            used = path.stat().st_mtime
+            found.append(Cached(path.name, source, _bytes(path), used, finished))
+    return sorted(found, key=lambda cached: -cached.used)
+
+
+def remove(cache: Path, wanted: str) -> list[Cached]:
+    """Remove what is called ``wanted``, or is of the source of that name, and return it.  Raises
+    ``ConfigError`` if there is none, ``ExportError`` if another process is writing it."""
+    there = listing(cache)
+    chosen = [cached for cached in there if wanted in (cached.name, cached.source)]
+    if not chosen:
+        names = [name for cached in there for name in (cached.name, cached.source) if name]
+        near = get_close_matches(wanted, names, 1)
+        hint = f"did you mean {near[0]}?" if near else "slotmoe list shows what there is"
+        raise ConfigError(f"{cache}: holds no {wanted!r}; {hint}")
+    for cached in chosen:
+        path = cache / cached.name
+        _check_unlocked(path)
+        gone = path
+        if cached.finished:  # so that a kill leaves no half of an export under its name
+            gone = path.with_name(f"{path.name}.replaced")
+            shutil.rmtree(gone, ignore_errors=True)
+            path.rename(gone)
+        shutil.rmtree(gone)
+        for note in _notes(cache, cached.name):
+            note.unlink(missing_ok=True)
+    return chosen
+
+
+def facts(cached: Cached) -> dict[str, Any]:
+    """The same for JSON."""
+    used = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(cached.used))
+    return asdict(cached) | {"used": used}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _hub_id(name: str) -> str | None:
+    """``owner/model`` of what ``slotmoe.offload.ingest.hub.hub_export`` calls
+    ``owner--model-COMMIT-VERSION``."""
+    owner, separator, rest = name.partition("--")
+    model = rest.rsplit("-", 2)[0]
+    return f"{owner}/{model}" if separator and model else None
+
+
+def _notes(cache: Path, export: str) -> Iterator[Path]:
+    """Notes that lead to ``export``: of checkpoint folders, and of a hub id's revisions."""
+    for note in list(cache.glob("*.json")):
+        values = _json(note)
+        commit = str(values.get("commit", ""))[:12]
+        owner_model = note.name.rpartition("@")[0]
+        if values.get("export") == export or (commit and f"{owner_model}-{commit}-" in export):
+            yield note
+
+
+def _bytes(folder: Path) -> int:
+    """Bytes that the folder takes on disk; files with several names count once."""
+    seen = {}
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it may go while this looks
+            status = path.lstat()
+            seen[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return sum(seen.values())
+
+
+def _check_unlocked(folder: Path) -> None:
+    """Raise ``ExportError`` if a process that writes the folder is at work."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "another process is writing it; wait for it to finish, or stop it"
+        raise ExportError(f"{folder}: {problem}") from None
+    finally:
+        os.close(handle)

@@ -1,0 +1,205 @@
+"""The cache folder: a checkpoint folder finds its export again, wherever and however old it is, and
+finds no other's; what is there is listed and removed."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slotmoe.errors import ConfigError, ExportError
+from slotmoe.offload import model_cache
+from slotmoe.offload.ingest import quantize as ingest
+from slotmoe.offload.ingest.quantize import cached_export
+from slotmoe.tools.cli import main
+from tests.support.tiny import write_checkpoint
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The folders that were quantized."""
+    folders, original = [], ingest.quantize
+
+    def quantize(source, *arguments, **options):
+        folders.append(source)
+        return original(source, *arguments, **options)
+
+    monkeypatch.setattr(ingest, "quantize", quantize)
+    return folders
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_checkpoint(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(source, made, tmp_path):
+    told, read = [], []
+    export = cached_export(
+        source, tmp_path / "cache", None, lambda *done: read.append(done), told.append
+    )
+    assert export.name.startswith("model-")
+    assert len(told) == 1 and str(export) in told[0]
+    size = sum(path.stat().st_size for path in model_cache.contents(source))
+    assert max(read) == (size, size)
+    (source / "README.md").write_text("more")
+    assert cached_export(source, tmp_path / "cache") == export
+    for path in source.iterdir():
+        os.utime(path, (1, 1))
+    assert cached_export(source, tmp_path / "cache") == export
+    source.rename(tmp_path / "elsewhere")
+    assert cached_export(tmp_path / "elsewhere", tmp_path / "cache") == export
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "copy")
+    assert cached_export(tmp_path / "copy", tmp_path / "cache") == export
+    assert made == [source]
+
+
+def test_a_known_folder_is_not_read_again(source, made, tmp_path, monkeypatch):
+    export = cached_export(source, tmp_path / "cache")
+    monkeypatch.setattr(model_cache, "content_key", None)
+    assert cached_export(source, tmp_path / "cache") == export
+
+
+def test_one_other_byte_makes_another_export(source, made, tmp_path):
+    """Even where sizes and times are the same."""
+    export = cached_export(source, tmp_path / "cache")
+    path = next(source.glob("*.safetensors"))
+    before, weights = path.stat(), load_file(path)
+    name = max(weights, key=lambda name: weights[name].numel())
+    weights[name].view(torch.uint8).view(-1)[0] ^= 1
+    save_file(weights, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cached_export(source, tmp_path / "cache") != export
+    assert len(made) == 2
+
+
+def test_an_export_that_was_removed_is_made_again(source, made, tmp_path):
+    export = cached_export(source, tmp_path / "cache")
+    shutil.rmtree(export)
+    assert cached_export(source, tmp_path / "cache") == export
+    assert len(made) == 2
+
+
+def test_a_cache_that_cannot_be_written_serves(source, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    export = cached_export(source, cache)
+    for note in cache.glob("*.source.json"):
+        note.unlink()
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cached_export(source, cache) == export
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"export": 3}', '{"export": "../../etc"}'])
+def test_a_damaged_note_is_no_note(text, tmp_path):
+    (tmp_path / "note").write_text(text)
+    assert model_cache.read_note(tmp_path / "note") is None
+
+
+@pytest.fixture
+def cache(source, tmp_path, monkeypatch):
+    """A cache with an export of a folder, one of the hub's, and work that was not finished."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SLOTMOE_CACHE", str(cache))
+    export = cached_export(source, cache)
+    hub = cache / f"org--tiny-{'a' * 12}-1"
+    shutil.copytree(export, hub)
+    (cache / "org--tiny@main.json").write_text(json.dumps({"commit": "a" * 40}))
+    (cache / "org--tiny@old.json").write_text(json.dumps({"commit": "b" * 40}))
+    (cache / "model-000000000000.partial").mkdir()
+    (cache / "machine.json").write_text("{}")
+    (cache / "chat_history").write_text("")
+    (cache / "notes").mkdir()
+    for age, path in enumerate([hub, export, cache / "model-000000000000.partial"]):
+        os.utime(path, (time.time() - 90000 * age - 5,) * 2)
+    return cache
+
+
+@pytest.fixture
+def slotmoe(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out, printed.err
+
+    return run
+
+
+def test_what_is_listed(cache, source, slotmoe):
+    code, out, err = slotmoe("list", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    names = [export["name"] for export in report["exports"]]
+    assert [name.partition("-")[0] for name in names] == ["org", "model", "model"]
+    assert [e["source"] for e in report["exports"]] == ["org/tiny", str(source), None]
+    assert [e["finished"] for e in report["exports"]] == [True, True, False]
+    assert report["bytes"] == sum(export["bytes"] for export in report["exports"])
+    size = sum(path.stat().st_size for path in (cache / names[1]).rglob("*") if path.is_file())
+    assert report["exports"][1]["bytes"] == pytest.approx(size, rel=0.2)
+    out = slotmoe("list")[1]
+    for words in (*names, "(unfinished)", "of org/tiny", "just now", "1 day ago", "2 days ago"):
+        assert words in out
+
+
+def test_an_empty_cache(slotmoe, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "nowhere"))
+    assert slotmoe("list")[:2] == (0, f"{tmp_path / 'nowhere'}: holds no exports yet; "
+                                   "slotmoe run MODEL makes them\n")  # fmt: skip
+
+
+def test_what_was_used_last_is_first(cache, source, slotmoe):
+    cached_export(source, cache)
+    first = json.loads(slotmoe("list", "--json")[1])["exports"][0]
+    assert first["source"] == str(source)
+
+
+def test_removing(cache, source, slotmoe, made):
+    export = model_cache.listing(cache)[1].name
+    code, out, _ = slotmoe("rm", source, "model-000000000000.partial", "--json")
+    assert (code, json.loads(out)["removed"]) == (0, [export, "model-000000000000.partial"])
+    assert slotmoe("rm", "org/tiny")[1].startswith(f"org--tiny-{'a' * 12}-1: removed, ")
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "chat_history", "machine.json", "notes", "org--tiny@old.json",
+    ]  # fmt: skip
+    cached_export(source, cache)
+    assert made == [source]
+
+
+@pytest.mark.parametrize("name", ["notes", "machine.json", "..", "../model", "", "/"])
+def test_nothing_else_is_removed(cache, source, name, slotmoe):
+    code, _, err = slotmoe("rm", name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert source.exists() and (cache / "notes").exists()
+
+
+def test_a_misspelt_name_gets_the_closest(cache, slotmoe):
+    name = model_cache.listing(cache)[1].name
+    assert f"did you mean {name}?" in slotmoe("rm", name[:-1])[2]
+
+
+def test_work_in_progress_is_not_removed(cache):
+    handle = os.open(cache / "model-000000000000.partial", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another process is writing it"):
+            model_cache.remove(cache, "model-000000000000.partial")
+    finally:
+        os.close(handle)
+    with pytest.raises(ConfigError):
+        model_cache.remove(cache, "nothing")
+
+
+def test_a_link_in_the_cache_is_left_alone(cache, source):
+    (cache / "link").symlink_to(source.parent)
+    assert "link" not in [cached.name for cached in model_cache.listing(cache)]

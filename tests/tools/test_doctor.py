@@ -1,0 +1,132 @@
+"""``slotmoe doctor``: what it finds on this machine and on others, within one screen and half a
+second."""
+
+import ctypes
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from slotmoe.tools import doctor
+from slotmoe.tools.cli import main
+
+SCREEN = 24, 100  # lines, characters
+
+
+@pytest.fixture
+def report(capsys):
+    """Exit code, and the checks by name."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["doctor", "--json", *arguments])
+        report = json.loads(capsys.readouterr().out)
+        assert report["ok"] == (caught.value.code == 0)
+        return caught.value.code, {check["name"]: check for check in report["checks"]}
+
+    return run
+
+
+def test_this_machine(report):
+    code, checks = report()
+    assert list(checks) == (
+        "system processor kernels compiler GPU RAM pages serve chat plots cache disk".split()
+    )
+    assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
+    assert metadata.version("torch") in checks["GPU"]["found"]
+
+
+def test_it_fits_a_screen_and_says_the_same(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < SCREEN[0]
+    assert all(line[:2] in ("ok", "--", "!!", "  ") for line in lines)
+
+
+def test_it_needs_no_torch():
+    code = (
+        "import sys; from slotmoe.tools.cli import cli\n"
+        "for name in ('doctor', 'list'): cli.main([name], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_missing_kernels(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.quant, "__file__", str(tmp_path / "__init__.py"))
+    code, checks = report()
+    assert (code, checks["kernels"]["state"]) == (1, "bad")
+    assert "up to 200 times slower" in checks["kernels"]["found"]
+    assert checks["kernels"]["advice"].startswith("install slotmoe again")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    checks = report()[1]
+    assert checks["kernels"]["advice"].startswith("install a C++ compiler")
+    assert checks["compiler"]["state"] == "note"
+
+
+def test_kernels_of_another_machine(report, monkeypatch):
+    def refuse(path):
+        raise OSError("wrong ELF class")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    code, checks = report()
+    assert (code, "wrong ELF class" in checks["kernels"]["found"]) == (1, True)
+
+
+def with_gpu(folder, monkeypatch, printed):
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+
+@pytest.mark.parametrize(("torch", "state"), [("2.13.0+cpu", "bad"), ("2.13.0+cu130", "ok")])
+def test_a_gpu_needs_a_cuda_build_of_torch(torch, state, report, monkeypatch, tmp_path):
+    with_gpu(tmp_path, monkeypatch, "NVIDIA GeForce RTX 4090, 24564, 570.86")
+    original = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: torch if n == "torch" else original(n))
+    check = report()[1]["GPU"]
+    assert check["state"] == state
+    assert check["found"].startswith("NVIDIA GeForce RTX 4090, 24.0 GiB, driver 570.86; ")
+    with_gpu(tmp_path, monkeypatch, "No devices were found")
+    assert report()[1]["GPU"]["state"] == "note"
+
+
+def test_an_extra_that_is_not_installed(report, monkeypatch):
+    original = doctor._is_installed
+    monkeypatch.setattr(doctor, "_is_installed", lambda n: n != "uvicorn" and original(n))
+    code, checks = report()
+    assert code == 0
+    assert checks["serve"]["found"] == "not installed: uvicorn"
+    assert checks["serve"]["advice"] == "pip install 'slotmoe[serve]'"
+
+
+def test_the_disk(report, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("SLOTMOE_CACHE", str(cache / "not" / "yet"))
+    assert "--measure measures its speed" in report()[1]["disk"]["found"]
+    monkeypatch.setattr(doctor, "_MEASURED_BYTES", 32 << 20)
+    assert "GB/s measured now" in report("--measure")[1]["disk"]["found"]
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(doctor, "_opens_direct", lambda path: False)
+    check = report()[1]["disk"]
+    assert (check["state"], "no direct reads" in check["found"]) == ("note", True)
+    (cache / "file").touch()
+    monkeypatch.setenv("SLOTMOE_CACHE", str(cache))
+    (cache / "machine.json").write_text('{"disk": 3e9, "ram": 4e10, "date": "2026-11-26"}')
+    checks = report()[1]
+    assert "3.0 GB/s measured on 2026-11-26" in checks["disk"]["found"]
+    assert "40.0 GB/s measured on 2026-11-26" in checks["RAM"]["found"]
+
+
+def test_a_disk_that_cannot_be_written(report, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    code, checks = report()
+    assert (code, "can't be written (Permission denied)" in checks["disk"]["found"]) == (1, True)

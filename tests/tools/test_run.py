@@ -1,0 +1,209 @@
+"""``slotmoe run`` and ``Runtime.generate``: why a text ends, what a terminal shows and a pipe does
+not get, and where the prompt comes from."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.generate import Answer
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools import run
+from slotmoe.tools.screen import Reading, echo_of, visible
+from tests.support.tiny import write_checkpoint
+
+CHAT = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A tiny export with a chat template, and a context of 64."""
+    from slotmoe.offload.ingest.quantize import quantize
+
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder / "checkpoint", max_position_embeddings=64)
+    path = folder / "checkpoint" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT}))
+    quantize(folder / "checkpoint", folder / "export")
+    return folder / "export"
+
+
+@pytest.fixture(scope="module")
+def runtime(export):
+    with Runtime.open(export) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def slotmoe(capsys):
+    """Run a command line that succeeds: stdout and stderr."""
+    from slotmoe.tools.cli import main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        assert caught.value.code == 0, capsys.readouterr().err
+        return capsys.readouterr()
+
+    return call
+
+
+def ending_after(monkeypatch, count):
+    """Let the model end its answers after so many tokens."""
+    original = Answer.take
+
+    def take(self, logits_V):
+        return self.end("stop") if len(self.ids) == count else original(self, logits_V)
+
+    monkeypatch.setattr(Answer, "take", take)
+
+
+def finishes(runtime, *arguments, **options):
+    return [token.finish for token in runtime.generate(*arguments, **options)]
+
+
+def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
+    assert finishes(runtime, [5, 6], 4) == [None] * 3 + ["length"]
+    assert finishes(runtime, [5] * 60, 9) == [None] * 3 + ["context"]
+    assert finishes(runtime, [5] * 60, 4) == [None] * 3 + ["length"]
+    assert finishes(runtime, [5] * 60, None) == [None] * 3 + ["context"]
+    ending_after(monkeypatch, 2)
+    assert finishes(runtime, [5, 6], 4) == [None, None]
+    assert finishes(runtime, [5, 6], 2) == [None, "length"]
+
+
+def test_why_a_run_ends(export, slotmoe, monkeypatch):
+    def report(*options):
+        report = json.loads(slotmoe("run", export, "Hello", "--json", *options).out)
+        return report["finish_reason"], len(report["ids"])
+
+    assert report("-n", 5) == ("length", 5)
+    reason, count = report()
+    assert reason == "context" and count < 64
+    err = slotmoe("run", export, "Hello").err
+    assert err.startswith(f"stopped at {count} tokens: the context of 64 is full · ")
+    ending_after(monkeypatch, 3)
+    assert report() == ("stop", 3)
+    assert slotmoe("run", export, "Hello").err.startswith("3 tokens · ")
+
+
+def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export, slotmoe):
+    report = json.loads(slotmoe("run", sample_export, "The sea", "--json").out)
+    assert (report["finish_reason"], len(report["ids"])) == ("length", 128)
+    for options, reason in (([], "context"), (["-n", 7], "length")):
+        arguments = ["run", export, "Hi", "--chat", "--json", *options]
+        assert json.loads(slotmoe(*arguments).out)["finish_reason"] == reason
+
+
+def test_the_prompt_of_a_file(export, slotmoe, tmp_path):
+    (tmp_path / "prompt").write_text("Hello")
+    given = slotmoe("run", export, "Hello", "-n", 5).out
+    assert slotmoe("run", export, "--file", tmp_path / "prompt", "-n", 5).out == given
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
+        (["Hi"], "holds a str, expected text or token ids"),
+        ((1, 2), "is a tuple, expected text or token ids"),
+        ([], "the prompt is empty"),
+    ],
+)
+def test_what_is_no_prompt(runtime, prompt, problem):
+    with pytest.raises(ConfigError, match=problem):
+        runtime.generate(prompt)
+
+
+def test_a_closed_runtime_says_so(export):
+    runtime = Runtime.open(export)
+    runtime.close()
+    runtime.close()
+    for use in (lambda: runtime.generate("Hi"), runtime.stats, lambda: runtime.logits([5])):
+        with pytest.raises(ConfigError, match="this Runtime is closed"):
+            use()
+    with pytest.raises(AttributeError, match="no attribute 'modle'"):
+        _ = runtime.modle
+
+
+def on_terminal(*arguments, **environment):
+    """What a command prints on a terminal."""
+    pid, handle = pty.fork()
+    if pid == 0:
+        os.environ.update({"TERM": "xterm", "COLUMNS": "100", **environment})
+        os.execv(sys.executable, [sys.executable, "-m", "slotmoe", *map(str, arguments)])
+    printed = b""
+    while True:
+        try:
+            block = os.read(handle, 1 << 16)
+        except OSError:  # as Linux ends it
+            break
+        if not block:
+            break
+        printed += block
+    os.close(handle)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, printed
+    return printed.decode()
+
+
+def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export):
+    arguments = ["run", sample_export, "It is a truth", "-n", 5]
+    shown = on_terminal(*arguments)
+    assert f"loading {sample_export}…"[:60] in shown
+    text = shown.rpartition("\x1b[?25h")[2]
+    piped = subprocess.run(
+        [sys.executable, "-m", "slotmoe", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{piped.stdout}")
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert "loading" not in piped.stderr
+    assert "truth" not in piped.stdout
+    plain = on_terminal(*arguments, NO_COLOR="1", TERM="dumb")
+    assert "\x1b" not in plain
+
+
+def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
+    tokens = [SimpleNamespace(text=text, id=1, logprob=0.0, finish=None) for text in "a\x1b[2J\n"]
+
+    def printed(on_terminal):
+        made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
+        made.tokenizer = SimpleNamespace(encode=lambda text: [1])
+        monkeypatch.setattr(run, "is_terminal", lambda stream: on_terminal)
+        monkeypatch.setattr(run, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
+        run.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
+        return capsys.readouterr().out
+
+    assert printed(on_terminal=False) == "a\x1b[2J\n"
+    assert printed(on_terminal=True) == echo_of("x\x07") + "a\\x1b[2J\n"
+    assert visible("\x9b31m\u202e\t") == "\\x9b31m\\u202e\t"
+
+
+def test_a_long_prompt_is_echoed_by_its_end(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert echo_of("a" * 1000) == "a" * 1000
+    assert echo_of("b" + "a" * 1000) == "…" + "a" * 1000
+
+
+def test_how_much_is_read(runtime, capsys, monkeypatch):
+    """Every gate of a pass brings the count forward, up to the pass's tokens."""
+    monkeypatch.setattr("slotmoe.tools.screen.is_terminal", lambda stream: True)
+    monkeypatch.setattr("slotmoe.tools.screen._FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("slotmoe.tools.screen._NEXT_SECONDS", 0.0)
+    reading, counts = Reading(runtime, quiet=False), []
+    original = reading.done
+    monkeypatch.setattr(reading, "done", lambda route: counts.append(original(route)) or counts[-1])
+    reading.begin(41)
+    next(runtime.generate([7] * 41, 1))
+    reading.end()
+    layers = len(runtime.config.moe_layers)
+    assert counts == [41 * (layer + 1) // layers for layer in range(layers)]
+    assert f"reading {counts[0]} of 41 tokens" in capsys.readouterr().err
+    next(runtime.generate([8] * 41, 1))
+    assert len(counts) == layers  # it listens no more
+    Reading(runtime, quiet=True).begin(41)
+    assert capsys.readouterr().err == ""

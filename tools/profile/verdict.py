@@ -1,0 +1,75 @@
+"""What a profile advises: what decode waits for, and what more memory would give."""
+
+from typing import Any
+
+from slotmoe.offload.loading import LoadedModel
+from slotmoe.offload.plan.memory import make_plan, runtime_growth
+from slotmoe.offload.plan.speed import Bandwidths, Setting
+
+
+def verdict(
+    report: dict[str, Any], model: LoadedModel, prompt: int, new: int, rates: Bandwidths
+) -> dict[str, Any]:
+    """``text``, a sentence or two, and ``budgets``: sizes of the device tier's budget beyond this
+    run's, each with the decode speed to expect of it, scaled by what this run measured."""
+    spent = report["time"]["decode"]["milliseconds_per_token"]
+    speed = report["decode_tokens_per_second"]
+    if not spent or not speed:
+        return {"text": "Too few tokens were decoded to say what bounds the speed.", "budgets": []}
+    slowest = max(spent, key=spent.__getitem__)
+    share = spent[slowest] / sum(spent.values())
+    text = f"Decode makes {speed:.1f} tokens/s; {share:.0%} of a token's time is {slowest}."
+    plan, config = model.plan, model.config
+    missing = len(config.moe_layers) * config.n_routed_experts - plan.slots
+    if missing <= 0:
+        more = f"Every expert has a slot, so more --{plan.tier} makes it no faster."
+        return {"text": f"{text} {more}", "budgets": []}
+    whole = plan.total + missing * plan.record_bytes - plan.components["read buffers"]
+    sizes = [whole] if whole <= plan.budget else [(plan.budget + whole) / 2, whole]
+    now, budgets = _decode_speed(model, plan.budget, prompt, new, rates), []
+    for size in dict.fromkeys(map(_rounded_up, sizes)):
+        faster = _decode_speed(model, size, prompt, new, rates) / now
+        budgets.append({plan.tier: size, "decode_tokens_per_second": speed * faster})
+    options = [
+        f"with --{plan.tier} {_size(budget[plan.tier])} about "
+        f"{budget['decode_tokens_per_second']:.1f}"
+        for budget in budgets
+    ]
+    if whole <= plan.budget:  # only --slots keeps experts out
+        options = [f"without --slots about {budgets[0]['decode_tokens_per_second']:.1f}"]
+    return {"text": f"{text} It would make {', '.join(options)} tokens/s.", "budgets": budgets}
+
+
+def _decode_speed(
+    model: LoadedModel, budget: int, prompt: int, new: int, rates: Bandwidths
+) -> float:
+    """Predicted tokens a second within ``budget`` bytes of the device tier."""
+    plan, config, sizes = model.plan, model.config, model.sizes
+    assert sizes is not None
+    growth = runtime_growth(config, sum(sizes.resident.values()))
+    runtime = plan.components.get("runtime", plan.host.get("runtime", growth)) - growth
+    wider = make_plan(
+        config,
+        sizes,
+        tier=plan.tier,
+        budget=budget,
+        context=plan.context,
+        runtime_bytes=runtime,
+        slots=plan.slots if budget == plan.budget else None,
+        host_budget=plan.host_budget if plan.host else None,
+        kernels=model.backend.kind,
+    )
+    mode, is_random = model.quantized("predict").split.mode, model.export.random_weights
+    setting = Setting(config, sizes, wider, rates, model.cpu.threads, is_random, mode)
+    return setting.predict(prompt, new).decode_tokens_per_second
+
+
+def _rounded_up(size: float) -> int:
+    """To the half of a GiB, or of a small size to 10 MiB."""
+    unit = 1 << 29 if size >= 1 << 30 else 10 << 20
+    return -int(-size // unit) * unit
+
+
+def _size(size: int) -> str:
+    """As an option takes it."""
+    return f"{size / (1 << 30):g}GiB" if size >= 1 << 30 else f"{size >> 20}MiB"
