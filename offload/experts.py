@@ -363,10 +363,15 @@ class Experts:
         full; ``progress(done, total)`` in bytes of slots."""
         size, ids = self.slots.slab.shape[1], range(len(self._rows) * self._cache.experts)
         total = self.slots.planned * size
+
+        def done() -> None:
+            self._using.stop()
+            progress(len(self._cache) * size, total)
+
         with self.slots.changing():
-            self.slots.fill(ids, lambda: progress(len(self._cache) * size, total))
+            self.slots.fill(ids, done)
             if self.hybrid is not None:
-                self.hybrid.host.fill(ids)
+                self.hybrid.host.fill(ids, self._using.stop)
 
     def stats(self) -> dict[str, Any]:
         """Counters: ``cache``, ``prefetch`` by horizon, and below a GPU ``misses``: how they are

@@ -258,7 +258,9 @@ class _Loader:
             self._check(plan)
             place = self._placer()
             weights = {name: place(name, checkpoint.tensor(name)) for name in checkpoint.infos}
-            experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, backend)
+            experts = ResidentExperts(
+                weights, config.moe_layers, config.n_routed_experts, backend, self._using
+            )
             network = DeepseekV2(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)

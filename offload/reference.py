@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.names import expert_name
+from slotmoe.offload.exclusive import Exclusive
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 
 
 class ResidentExperts:
     """Routed experts of an unquantized checkpoint, all in memory: the network's ``experts``, and
-    the records that its backend multiplies with, row ``layer index * E + expert``."""
+    the records that its backend multiplies with, row ``layer index * E + expert``.  ``using`` says
+    when a pass has to end early."""
 
     def __init__(
         self,
@@ -23,9 +25,10 @@ class ResidentExperts:
         layers: Sequence[int],
         experts: int,
         backend: TorchBackend,
+        using: Exclusive,
     ):
         self._weights, self._layers, self._experts = weights, layers, experts
-        self._backend = backend
+        self._backend, self._using = backend, using
         self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
 
     def weights(self, slot: int) -> tuple[Tensor, ...]:
@@ -38,6 +41,7 @@ class ResidentExperts:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
         self._backend.experts(x_TD, self, slots_E, indices_TK, y_TKD)
+        self._using.stop()
         return self._backend.weighted_sum(y_TKD, weights_TK)
 
     def slot_table(self) -> None:

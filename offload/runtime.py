@@ -42,7 +42,6 @@ class Runtime:
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
         self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
         self._sequences = [Sequence(self.passes, cache) for cache in model.caches]
-        self._generation = 0
         self._trace: TraceWriter | None = None
 
     @classmethod
@@ -163,16 +162,17 @@ class Runtime:
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
-        check_ids(prompt)
-        # The last token is computed in any case: its logits are needed.
-        kept = shared_prefix(sequence.tokens, prompt[:-1])
-        generation = self._begin(prompt, len(prompt) + 1, kept)
+        held = self._begin(prompt, len(prompt) + 1, reuse=True)
+        kept = len(held)
 
         def step(ids: list[int]) -> Tensor:
+            nonlocal held
             with self.passes.using():
-                if generation != self._generation:
+                if sequence.tokens is not held:
                     raise ConfigError(SUPERSEDED)
-                return sequence.extend(ids)
+                logits_1V = sequence.extend(ids)
+                held = sequence.tokens
+                return logits_1V
 
         room, eos = sequence.context - len(prompt), self.eos_token_ids
         count = room if max_new_tokens is None else min(max_new_tokens, room)
@@ -186,9 +186,10 @@ class Runtime:
         with self.passes.using(), self.passes.counted("decode", len(ids)):
             return self.passes.logits(self.passes.forward(sequences, ids), each=True)
 
-    def _begin(self, ids: list[int], needed: int, kept: int = 0) -> int:
-        """Begin a text on the first sequence with its first ``kept`` tokens; earlier ones are
-        superseded.  Raises ``ConfigError`` or ``PlanError``."""
+    def _begin(self, ids: list[int], needed: int, reuse: bool = False) -> list[int]:
+        """Begin a text on the first sequence, with ``reuse`` from what that holds of it: the
+        sequence's tokens.  Earlier texts are superseded.  Raises ``ConfigError`` or
+        ``PlanError``."""
         sequence, vocabulary = self.sequences[0], self.config.vocab_size
         check_ids(ids)
         if not ids:
@@ -204,18 +205,19 @@ class Runtime:
                 f"a token id is outside 0 to {vocabulary - 1}, the model's vocabulary"
             )
         with self.passes.using():
-            self._generation += 1
+            # The last token is computed in any case: its logits are needed.
+            kept = shared_prefix(sequence.tokens, ids[:-1]) if reuse else 0
             sequence.cut(kept)
-            return self._generation
+            return sequence.tokens
 
     @property
     def model(self) -> LoadedModel:
-        """The open model's parts.  Raises ``ConfigError`` after ``close``."""
+        """The open model's parts.  Raises ``ConfigError`` after ``close`` and in a forked child."""
         return self.passes.model
 
     @property
     def sequences(self) -> list[Sequence]:
-        """One for each latent cache.  Raises ``ConfigError`` after ``close``."""
+        """One for each latent cache.  Raises as ``model`` does."""
         self.model.using.check()
         return self._sequences
 

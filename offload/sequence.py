@@ -36,9 +36,10 @@ class Passes:
 
     @property
     def model(self) -> LoadedModel:
-        """The open model.  Raises ``ConfigError`` after ``close``."""
+        """The open model.  Raises ``ConfigError`` after ``close``, and in a forked child."""
         if self._model is None:
             raise ConfigError(CLOSED)
+        self._model.using.check()
         return self._model
 
     @contextmanager
@@ -142,8 +143,8 @@ class Passes:
 class Sequence:
     """One sequence: its latent cache and the tokens whose latents that holds.
 
-    ``tokens`` is the truth: a pass that is interrupted has written rows behind them, which mean
-    nothing.  A token id of -1 is unknown.
+    ``tokens`` is the truth, and another list after each change: a pass that is interrupted has
+    written rows behind them, which mean nothing.  A token id of -1 is unknown.
     """
 
     def __init__(self, passes: "Passes", cache: LatentCache):
@@ -170,7 +171,7 @@ class Sequence:
     def cut(self, length: int) -> None:
         """``rewind`` for a caller that is inside ``Passes.using``."""
         self._passes.changes += 1
-        del self.tokens[length:]
+        self.tokens = self.tokens[:length]
 
     def take(self, source: "Sequence", length: int) -> None:
         """Become the first ``length`` tokens of ``source``, which may be this sequence."""

@@ -12,7 +12,7 @@ not wait for all of it, and no page is locked before it exists.
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -126,8 +126,8 @@ class HostTier(DiskReader):
             self._acquired.clear()
             self.table.restore(range(len(self.slab)))
 
-    def fill(self, expert_ids: Iterable[int]) -> None:
-        """Read experts that are not cached into free room, and wait."""
+    def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
+        """Read experts that are not cached into free room, and wait; ``done()`` after each."""
         absent = [id for id in expert_ids if id not in self.cache]
         room, computed = self.cache.slots - len(self.cache), self.bytes_acquired
 
@@ -140,6 +140,7 @@ class HostTier(DiskReader):
             self.release(read)
             if read.error is not None:
                 raise read.error
+            done()
         self.bytes_acquired = computed
 
     def bandwidth(self) -> float:

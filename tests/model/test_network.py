@@ -11,6 +11,7 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.routing import Router, route
+from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
@@ -263,7 +264,9 @@ def reference(tmp_path_factory):
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
         ops = TorchBackend()
         config = checkpoint.config
-        experts = ResidentExperts(weights, config.moe_layers, config.n_routed_experts, ops)
+        experts = ResidentExperts(
+            weights, config.moe_layers, config.n_routed_experts, ops, Exclusive()
+        )
         network = DeepseekV2(config, weights, ops, experts)
 
         def unwritten(shape, dtype):  # rows that are not written yet must never be read

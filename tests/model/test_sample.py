@@ -106,13 +106,14 @@ def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export
 
 
 def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export):
+    from slotmoe.offload.exclusive import Exclusive
     from slotmoe.offload.reference import ResidentExperts
     from slotmoe.quant.backends.base import TorchBackend
 
     ids = EXPECTED["prompts"][0]["logits_ids"]
     weights, ops = rebuild(sample_export), TorchBackend()
     c = reference.config
-    experts = ResidentExperts(weights, c.moe_layers, c.n_routed_experts, ops)
+    experts = ResidentExperts(weights, c.moe_layers, c.n_routed_experts, ops, Exclusive())
     network, row = DeepseekV2(c, weights, ops, experts), (c.latent_width, torch.float32)
     cache = LatentCache(c, 64, row, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     wanted = network.head(network.forward(torch.tensor(ids), [cache]))

@@ -21,9 +21,11 @@ from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole
 from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.tiny import SAMPLE
 from tests.support.twin import Twin, measured, open_on, slow
 
 PASSES = [IDS[:12], [7], [8]]
+SHORT = [IDS[:4], [7]]  # plain torch, as the twin of a GPU has it, is slow
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +38,10 @@ def always_guessing(always_guessing):
 
 def compute(runtime):
     """Prefill and decode: all logits."""
+    passes = PASSES if runtime.model.device.tier == "ram" else SHORT
     first = runtime.sequences[0]
     first.rewind(0)
-    return torch.cat([first.append(ids).clone() for ids in PASSES])
+    return torch.cat([first.append(ids).clone() for ids in passes])
 
 
 def on_threads(export, monkeypatch):
@@ -89,7 +92,6 @@ def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
     with KINDS[kind](sample_export, monkeypatch) as runtime:
         compute(runtime)
         lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
-        # Plain torch, as the twin has it, is slow.
         picked = chance.sample(sorted(lines), 25 if kind in ("helping", "threads") else 8)
         chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
         came = interrupt(runtime, chosen, kind != "hybrid")
@@ -188,6 +190,32 @@ def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):
         assert seen.count("handled") == 1
         around = seen[seen.index("signal") - 1 :][:4]
         assert around in ([1, "signal", "handled", 2], [1, "signal", 2, "handled"])
+
+
+@pytest.mark.parametrize("path", ["warm", "reference"])
+def test_ctrl_c_ends_what_has_no_layers_of_slots(sample_export, path):
+    """Filling slots, and the reference path."""
+    options = {"quantize": False} if path == "reference" else {}
+    model = SAMPLE if path == "reference" else sample_export
+    with Runtime.open(model, context=64, **options) as runtime:
+        calls = []
+
+        def press(*_):
+            calls.append(0)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        if path == "warm":
+            with pytest.raises(KeyboardInterrupt):
+                runtime.warm(press)
+            whole(runtime)
+        else:
+            backend = runtime.model.backend
+            original = backend.experts
+            backend.experts = lambda *given: (press(), original(*given))[1]
+            with pytest.raises(KeyboardInterrupt):
+                runtime.logits(IDS)
+        assert len(calls) <= 4
 
 
 def test_an_ignored_ctrl_c_is_ignored(sample_export):
@@ -318,11 +346,15 @@ def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
             lambda: runtime.sequences[0].append_rows(IDS),
             lambda: runtime.generate(IDS, 5),
         ):
-            pieces = begin()
-            next(pieces)
-            in_thread(lambda: runtime.logits(IDS[:5]))()
-            with pytest.raises(ConfigError, match="superseded"):
-                list(pieces)
+            for change in (
+                lambda: runtime.logits(IDS[:5]),
+                lambda: runtime.sequences[0].append([5]),
+            ):
+                pieces = begin()
+                next(pieces)
+                in_thread(change)()
+                with pytest.raises(ConfigError, match="superseded"):
+                    list(pieces)
 
 
 def many_threads(export, threads, rounds):

@@ -4,6 +4,7 @@ raising."""
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 from slotmoe.offload import runtime
 
@@ -11,14 +12,9 @@ from slotmoe.offload import runtime
 _PACKAGE = runtime.__file__.rpartition("/offload/")[0]
 
 
-def ours(filename):
-    """Whether a file belongs to what computes."""
-    return filename.startswith(_PACKAGE)
-
-
 @contextmanager
-def _tracing(on_line):
-    """Call ``on_line(file, line)`` before each line of ours that this thread runs."""
+def _tracing(on_line, wanted):
+    """Call ``on_line(file, line)`` before each line that this thread runs in ``wanted`` code."""
 
     def local(frame, event, _):
         if event == "line":
@@ -26,7 +22,7 @@ def _tracing(on_line):
         return local
 
     def trace(frame, event, _):
-        return local if ours(frame.f_code.co_filename) else None
+        return local if wanted(frame.f_code) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -43,16 +39,19 @@ def lines_of(action):
     def count(*line):
         times[line] += 1
 
-    with _tracing(count):
+    with _tracing(count, lambda code: code.co_filename.startswith(_PACKAGE)):
         action()
     return times
 
 
-class Interrupted(BaseException):
-    """What ``interrupted_at`` raises: nothing catches it by name."""
+@cache
+def _has(code, line):
+    """Whether ``line`` is one of ``code``'s."""
+    file, number = line
+    return code.co_filename == file and number in {at for *_, at in code.co_lines()}
 
 
-def interrupted_at(line, moment, action, kind=Interrupted):
+def interrupted_at(line, moment, action, kind):
     """Run ``action`` and raise ``kind`` before it runs ``line`` for the ``moment``-th time (from
     1 on); whether that came to pass."""
     left = moment
@@ -65,7 +64,7 @@ def interrupted_at(line, moment, action, kind=Interrupted):
                 raise kind
 
     try:
-        with _tracing(count):
+        with _tracing(count, lambda code: _has(code, line)):
             action()
     except kind:
         return True
