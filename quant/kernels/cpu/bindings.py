@@ -298,7 +298,7 @@ class Kernels:
 @cache
 def load() -> Kernels | None:
     """The kernels, or None where their binary is missing or does not load."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+    for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):  # of any version of Python first
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
