@@ -39,9 +39,9 @@ def command(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **op
 
     MODEL is v2 (236B), v2-lite (16B), sample, an export, a checkpoint folder, a GGUF file,
     the path of a config.json, or a hub id, of which the config alone is fetched.  Speeds come from
-    bandwidths: those given here, those that slotmoe bench --calibrate has measured on this machine, or
-    assumptions; the report says which.  If the model does not fit, it names the shortfall and the
-    cheapest ways out.
+    bandwidths: those given here, those that slotmoe bench --calibrate has measured on this machine,
+    or assumptions; the report says which.  If the model does not fit, it names the shortfall and
+    the cheapest ways out.
 
     \b
     Examples:

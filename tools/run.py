@@ -27,8 +27,8 @@ from slotmoe.tools.options import (
 def command(model: str, prompt: str, trace: Path | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a GGUF file, a hub id
-    like deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last four are quantized once into a cache
+    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a GGUF file, a hub
+    id like deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last four are quantized once into a cache
     folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe). PROMPT '-' reads the prompt from stdin.
 
     \b
