@@ -6,7 +6,8 @@ The top-level folders install inside one package, `slotmoe`: `model/` as `slotmo
 
 `optional=True`: where the kernels do not compile, the package installs without them and runs on
 torch. One binary serves every CPU of its architecture: each isa_*.cpp asks for its own instruction
-set, chosen at run time.
+set, chosen at run time. It is loaded through ctypes and knows nothing of Python, so one wheel
+serves every version from 3.10 on (`py_limited_api`).
 """
 
 import os
@@ -16,7 +17,7 @@ from setuptools import Extension, find_packages, setup
 
 FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
-FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread".split()
+FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread -g0".split()
 FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
@@ -32,6 +33,8 @@ setup(
             extra_compile_args=[] if os.name == "nt" else FLAGS,
             extra_link_args=[] if os.name == "nt" else ["-pthread"],
             optional=True,
+            py_limited_api=True,
         )
     ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -42,8 +42,8 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a hub id or 'sample')
-    into the export DST.
+    """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a GGUF file, a hub id
+    or 'sample') into the export DST.
 
     Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small
     however large the model. Interrupted or killed, the same command resumes where it stopped; DST
@@ -61,6 +61,7 @@ def command(
     \b
     Examples:
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
+      slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
       slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt

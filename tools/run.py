@@ -39,10 +39,10 @@ def command(
 ) -> None:
     """Continue PROMPT with MODEL and stream the text to stdout; statistics go to stderr.
 
-    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a hub id like
-    deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last three are quantized once into a cache folder
-    ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt from
-    stdin. On a terminal a continuation begins with its prompt, dimmed.
+    MODEL is an export (see slotmoe quantize), a Hugging Face checkpoint folder, a GGUF file, a hub
+    id like deepseek-ai/DeepSeek-V2-Lite, or 'sample'; the last four are quantized once into a cache
+    folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt
+    from stdin. On a terminal a continuation begins with its prompt, dimmed.
 
     \b
     Examples:

@@ -82,4 +82,4 @@ def _advice(name: str, export: Path, manifest: dict[str, Any]) -> str:
         advice = f"make them again with slotmoe synth GEOMETRY {export} --overwrite"
         return f"these are random weights: {advice}"
     advice = f"slotmoe quantize SRC {export} makes it again, and no other file"
-    return f"{advice}; SRC is {str(source.get('name'))[:80]}, its folder or hub id"
+    return f"{advice}; SRC is {str(source.get('name'))[:80]}, its folder, file or hub id"

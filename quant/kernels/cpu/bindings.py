@@ -298,7 +298,8 @@ class Kernels:
 @cache
 def load() -> Kernels | None:
     """The kernels, or None where their binary is missing or does not load."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+    # What serves every version of Python comes before what an older build has left.
+    for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:

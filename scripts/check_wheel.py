@@ -1,0 +1,45 @@
+"""Checks what a built wheel holds: everything that runs, no sources of the kernels, one binary, and
+a name that says where it runs."""
+
+import re
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+SOURCES = (".cpp", ".cc", ".c", ".h", ".hpp", ".o")
+NEEDED = (
+    "slotmoe/py.typed",
+    "slotmoe/model/geometries/v2.json",
+    "slotmoe/model/sample/tokenizer.json",
+    "slotmoe/tools/profile/report.html",
+    "slotmoe/tools/serve/page.html",
+)
+
+
+def problems(wheel: Path) -> list[str]:
+    """What is wrong with the wheel, in words."""
+    names = ZipFile(wheel).namelist()
+    wrong = [f"holds {name}" for name in names if name.endswith(SOURCES)]
+    wrong += [f"lacks {name}" for name in NEEDED if name not in names]
+    binaries = [name for name in names if name.endswith(".so")]
+    if [name.rpartition("/")[2] for name in binaries] != ["_native.abi3.so"]:
+        wrong.append(f"has the binaries {binaries}, expected one _native.abi3.so")
+    if not any(name.endswith("/licenses/LICENSE") for name in names):
+        wrong.append("lacks its licence")
+    if not re.fullmatch(r"slotmoe-[\w.]+-cp310-abi3-manylinux[\w.]+\.whl", wheel.name):
+        wrong.append(
+            "is not named ...-cp310-abi3-manylinux...: not every Python and Linux takes it"
+        )
+    return wrong
+
+
+def main() -> None:
+    """Exit with 1 and say why, if a wheel is wrong."""
+    wrong = [f"{path}: {problem}" for path in sys.argv[1:] for problem in problems(Path(path))]
+    if wrong:
+        sys.exit("\n".join(wrong))
+    for path in map(Path, sys.argv[1:]):
+        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, as it should be")
+
+
+main()
