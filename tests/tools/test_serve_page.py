@@ -443,9 +443,7 @@ def test_waiting_is_never_blank(page):
     page.evaluate("at('prompt').focus()")
     page.type("x")
     page.press("Enter", "\r")
-    page.wait("/^reading the prompt, 1 s$/.test(document.querySelector('.waiting')?.textContent)")
-    page.evaluate("now = {...now, running: 1, prompt_tokens: now.prompt_tokens + 128}")
-    page.wait("/^reading the prompt/.test(document.querySelector('.waiting').textContent)")
+    page.wait("/^reading the prompt, [1-9]/.test(document.querySelector('.waiting')?.textContent)")
     page.press("Escape")
     page.wait("!stopper")
 
