@@ -55,9 +55,7 @@ class Conversation:
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
-        self._reading_since: float | None = (
-            None  # on ``time.monotonic()``; None from its first token
-        )
+        self._reading_since: float | None = None  # time.monotonic(), until the first token
         self._ids(system, [], "Hello")
 
     def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
@@ -145,10 +143,10 @@ class Conversation:
         """One line about the latest answer, memory and context."""
         stats, before, facts = self.runtime.stats(), self._before, list[str]()
         position = self.runtime.sequences[0].length if before is not None else 0
-        if self._reading_since is not None:
-            total, seconds = self._prompt_tokens, time.monotonic() - self._reading_since
+        if (since := self._reading_since) is not None:
+            total = self._prompt_tokens
             prompt = f"{min(position, total):,} of {total:,} tokens" if total else "the message"
-            facts.append(f"reading {prompt}, {seconds:.0f} s")
+            facts.append(f"reading {prompt}, {time.monotonic() - since:.0f} s")
         if before is not None:
             tokens, seconds, hits, misses = (
                 stats[group][name] - before[group][name] for group, name in _COUNTS
