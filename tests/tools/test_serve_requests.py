@@ -106,6 +106,7 @@ LARGE = {
     "messages": filled(HEAD + '"messages":[', "{}", "]}", HALF),
     "good messages": filled(HEAD + '"messages":[', '{"role":"user","content":""}', "]}", 32_000),
     "prompts": filled(HEAD + '"prompt":[', "[]", "]}", HALF),
+    "no ids": filled(HEAD + '"prompt":[', "1.5", "]}", MAX_VALUES - 50),
     "system": filled(HEAD + '"messages":[],"system":[', "{}", "]}", HALF),
     "tools": filled(HEAD + '"messages":[],"tools":[', "{}", "]}", HALF),
     "stop": filled(HEAD + '"messages":[],"stop":[', '""', "]}", HALF),
@@ -139,7 +140,9 @@ def test_largest_requests_cost_little(roomy, shape, path):
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("shape", ["parts", "parts within the bound", "unknown fields", "prompt"])
+@pytest.mark.parametrize(
+    "shape", ["parts", "parts within the bound", "no ids", "unknown fields", "prompt"]
+)
 def test_largest_requests_take_little_memory(roomy, shape):
     tracemalloc.start()
     for path in (CHAT, TEXT, ANTHROPIC):
