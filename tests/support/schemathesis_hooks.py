@@ -122,6 +122,7 @@ ANSWERS = {
     "/v1/messages/count_tokens": anthropic.types.MessageTokensCount,
     "/v1/responses": openai.types.responses.Response,
     "/v1/responses/{id}": openai.types.responses.Response,
+    "/v1/responses/input_tokens": openai.types.responses.InputTokenCountResponse,
 }
 # What a route may answer with; a GET has no body to refuse.
 STATUSES = {"GET": {200, 401, 403, 404}, "POST": {200, 400, 401, 403, 404, 408, 413, 415, 429}}

@@ -35,6 +35,9 @@ _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_to
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 
 
+_Unused = Annotated[list[Json], Field(max_length=_MAX_BLOCKS)]  # parts that the model never sees
+
+
 class CacheControl(requests.Model):
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -46,7 +49,7 @@ class Cacheable(requests.Model):
 
 
 class TextBlock(Cacheable, requests.TextPart):
-    citations: list[Json] | None = None
+    citations: _Unused | None = None
 
 
 Text: TypeAlias = requests.Text | Annotated[list[TextBlock], Field(max_length=_MAX_BLOCKS)]
@@ -125,8 +128,8 @@ class Tool(Cacheable):
     strict: bool | None = None
     eager_input_streaming: bool | None = None
     defer_loading: bool | None = None
-    input_examples: list[Json] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    input_examples: _Unused | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
 
     def tool(self) -> requests.FunctionTool:
         about: Json = {"name": self.name, "description": self.description, "strict": self.strict}

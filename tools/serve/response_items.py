@@ -19,11 +19,14 @@ _MAX_PARTS = 4096  # of one message
 _SYSTEM = ("system", "developer")
 
 
+_Unused = Annotated[list[Json], Field(max_length=_MAX_PARTS)]  # parts that the model never sees
+
+
 class Part(requests.Model):
     type: Literal["input_text", "output_text"]
     text: requests.Text
-    annotations: list[Json] | None = None
-    logprobs: list[Json] | None = None
+    annotations: _Unused | None = None
+    logprobs: _Unused | None = None
 
 
 Parts: TypeAlias = requests.Text | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
@@ -69,8 +72,8 @@ class Reasoning(requests.Model):
 
     type: Literal["reasoning"]
     id: Label | None = None
-    summary: list[Json] | None = None
-    content: list[Json] | None = None
+    summary: _Unused | None = None
+    content: _Unused | None = None
     encrypted_content: requests.Text | None = None
     status: Label | None = None
 
@@ -102,7 +105,7 @@ Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAG
 class FunctionTool(requests.Function):
     type: Literal["function"]
     defer_loading: bool | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
     output_schema: Json | None = None
 
 
@@ -192,7 +195,7 @@ class ResponsesRequest(requests.GenerationRequest):
     # These change nothing here.
     background: Literal[False] | None = None
     client_metadata: Json | None = None
-    include: list[Included] | None = None
+    include: Annotated[list[Included], Field(max_length=16)] | None = None
     max_tool_calls: requests.Count | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
