@@ -137,6 +137,21 @@ def random_source(seed: int | None) -> torch.Generator:
     return generator.manual_seed(generator.seed() if seed is None else seed)
 
 
+@dataclass(frozen=True)
+class Stops:
+    """Strings that end an answer.  They count in text alone: not in tool calls, which begin with
+    ``calls`` (where it is not empty) and go on to the answer's end."""
+
+    strings: tuple[str, ...] = ()
+    calls: str = ""
+
+    def text_before_calls(self, text: str, whole: bool) -> str:
+        """The part of ``text`` that no tool call can hold; ``whole``: nothing follows ``text``."""
+        before, found, _ = text.partition(self.calls) if self.calls else (text, "", "")
+        begun = 0 if found or whole else overlap(text, self.calls)
+        return before[: len(before) - begun]
+
+
 class Grammar(Protocol):
     """What an answer has to look like, token by token."""
 
@@ -160,14 +175,14 @@ class Answer:
         eos_token_ids: tuple[int, ...],
         sampling: Sampling,
         max_new_tokens: int,
-        stop: tuple[str, ...] = (),
+        stops: Stops | None = None,
         logprobs: int | None = None,
         grammar: Grammar | None = None,
         shown: Mapping[int, str] | None = None,
     ):
         self._prompt, self._tokenizer, self._eos = frozenset(prompt), tokenizer, eos_token_ids
         self._sampling, self._random = sampling, random_source(sampling.seed)
-        self._left, self._stop, self._logprobs = max_new_tokens, stop, logprobs
+        self._left, self._stops, self._logprobs = max_new_tokens, stops or Stops(), logprobs
         self._grammar, self._counts = grammar, Counter[int]()
         self.stream, self._prompt_stream = TextStream(tokenizer, shown), TextStream(tokenizer)
         self._held: list[Token] = []  # tokens whose text may turn out to begin a stop string
@@ -184,8 +199,9 @@ class Answer:
             self.read.append(self._token(token_id, text, logits_V[: self._tokenizer.size]))
 
     def take(self, logits_V: Tensor) -> Delta:
-        """Choose a token from float32 CPU logits of at least the tokenizer's size.  Raises
-        ``CheckpointError`` if they, or those that scored the prompt, are not finite."""
+        """Choose a token from float32 CPU logits; of a tokenizer and a model of different sizes,
+        only ids that both have.  Raises ``CheckpointError`` if the logits, or those that scored the
+        prompt, are not finite."""
         if not self.ids and not all(math.isfinite(token.logprob or 0.0) for token in self.read):
             raise CheckpointError(_BROKEN)
         if self._left == 0:
@@ -193,7 +209,8 @@ class Answer:
         logits_V = logits_V[: self._tokenizer.size]
         adjusted_V = penalize(logits_V, self._sampling, self._prompt, self._counts)
         if self._grammar is not None:
-            adjusted_V = adjusted_V.masked_fill(~self._grammar.allowed(), -math.inf)
+            allowed_V = self._grammar.allowed()[: len(logits_V)]
+            adjusted_V = adjusted_V.masked_fill(~allowed_V, -math.inf)
         chosen = sample(adjusted_V, self._sampling, self._random)
         if not math.isfinite(float(adjusted_V[chosen])):
             raise CheckpointError(_BROKEN)
@@ -212,6 +229,8 @@ class Answer:
 
     def end(self, finish: str, error: str = "") -> Delta:
         """All that was held back, and why the answer ends here."""
+        if finish in ("stop", "length") and (stopped := self._stopped(_text(self._held), True)):
+            return stopped
         tokens, self._held = tuple(self._held), []
         return Delta(_text(tokens) + self.stream.flush(), tokens, finish, error=error)
 
@@ -225,16 +244,35 @@ class Answer:
 
     def _release(self) -> Delta:
         """Tokens that no stop string can reach any more, or all before a complete one."""
-        text, ends = _text(self._held), list(accumulate(len(token.text) for token in self._held))
-        stops = [(text.find(stop), stop) for stop in self._stop if stop in text]
-        if stops:
-            position, stop = min(stops)
-            count = bisect_left([0, *ends[:-1]], position)
-            return Delta(text[:position], tuple(self._held[:count]), "stop", stop)
-        certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
-        count = bisect_right(ends, certain)
+        text = _text(self._held)
+        if stopped := self._stopped(text, False):
+            return stopped
+        before = len(self._stops.text_before_calls(text, False))
+        if self._stops.calls and self._stops.calls in text:
+            certain, self._stops = len(text), Stops()
+        else:
+            reached = max((overlap(text, stop) for stop in self._stops.strings), default=0)
+            certain = min(before, len(text) - reached)
+        count = bisect_right(_ends(self._held), certain)
         released, self._held = tuple(self._held[:count]), self._held[count:]
         return Delta(_text(released), released)
+
+    def _stopped(self, text: str, whole: bool) -> Delta | None:
+        """The last delta, if ``text``, which is held back, has a stop string."""
+        if not self._stops.strings:
+            return None
+        before = self._stops.text_before_calls(text, whole)
+        stops = [(before.find(stop), stop) for stop in self._stops.strings if stop in before]
+        if not stops:
+            return None
+        position, stop = min(stops)
+        count = bisect_left([0, *_ends(self._held)[:-1]], position)
+        return Delta(text[:position], tuple(self._held[:count]), "stop", stop)
+
+
+def _ends(tokens: Sequence[Token]) -> list[int]:
+    """Characters up to the end of each token."""
+    return list(accumulate(len(token.text) for token in tokens))
 
 
 def _text(tokens: Sequence[Token]) -> str:

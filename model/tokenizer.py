@@ -5,6 +5,7 @@ bounds neither time nor memory; the child has limits on both and on its output.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,12 @@ MAX_TOKENIZER_VALUES = 350_000
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
+# others in order as the characters from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
+_BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 
@@ -54,6 +61,8 @@ class Tokenizer:
         self.eos_token = _spelling(settings, "eos_token")
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
+        # Characters of the longest token: no token of byte-level BPE has more of a text.
+        self.longest = max(map(len, vocabulary), default=0)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of ``text``, after one beginning-of-sentence token if the model wants it."""
@@ -85,6 +94,19 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of the token that is spelled like this, if there is one."""
         return self._backend.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; none for a special one.  Bytes of part of a character, which have
+        no text, are those of byte-level BPE or of a byte token like ``<0xE2>``."""
+        text = self.decode([token_id])
+        if REPLACEMENT not in text:
+            return text.encode()
+        spelled: str = self._backend.id_to_token(token_id)  # type: ignore[assignment]
+        if _BYTE_TOKEN.fullmatch(spelled):
+            return bytes.fromhex(spelled[3:5])
+        if all(character in _BYTE_LEVEL for character in spelled):
+            return bytes(_BYTE_LEVEL[character] for character in spelled)
+        return text.encode()
 
     def to_json(self) -> str:
         """The whole tokenizer, as in ``tokenizer.json``."""

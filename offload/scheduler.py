@@ -8,6 +8,7 @@ same tokens.
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Sequenced
@@ -21,6 +22,7 @@ from slotmoe.offload.runtime import Runtime, Sequence, shared_prefix
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64
+_DEFECT = "the answer failed; the server's log says how"
 
 
 class QueueFullError(Exception):
@@ -199,22 +201,27 @@ class Scheduler:
         piece = job.prompt[sequence.length : sequence.length + count]
         logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
         self.totals.prompt_tokens += len(piece)
+        if logits_V is None:
+            return
         if sequence.length == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
             self._take(job, logits_V)
 
-    def _score(self, job: Job, ids: list[int]) -> Tensor:
+    def _score(self, job: Job, ids: list[int]) -> Tensor | None:
         """Append a piece of the prompt; each row of logits scores the prompt's next token.  Returns
-        the last row."""
+        the last row, or None if the answer failed."""
         sequence = self._running[job]
-        position = sequence.length
-        if position == 0:
-            job.answer.score(job.prompt[0], None)
+        scores: list[Tensor | None] = [None] if sequence.length == 0 else []
+        following = job.prompt[sequence.length + 1 - len(scores) :]
         for rows_RV in sequence.append_rows(ids):
-            for logits_V in rows_RV.cpu():
-                position += 1
-                if position < len(job.prompt):
-                    job.answer.score(job.prompt[position], logits_V)
+            scores += rows_RV.cpu()
+            try:
+                for token_id, logits_V in zip(following, scores, strict=False):
+                    job.answer.score(token_id, logits_V)
+                following, scores = following[len(scores) :], []
+            except Exception:
+                self._fail(job)
+                return None
         return rows_RV[-1]
 
     def _decode(self, jobs: list[Job]) -> None:
@@ -231,6 +238,8 @@ class Scheduler:
         except SlotmoeError as problem:
             finish = "refused" if isinstance(problem, ConfigError) else "error"
             piece = job.answer.end(finish, str(problem))
+        except Exception:
+            return self._fail(job)
         self.totals.answer_tokens += len(job.answer.ids) - before
         if piece.finish is None and self._running[job].length == self._runtime.context:
             rest = job.answer.end("length")
@@ -239,6 +248,11 @@ class Scheduler:
             self._emit(job, piece)
         else:
             self._finish(job, piece)
+
+    def _fail(self, job: Job) -> None:
+        """End an answer in which an exception came up that nobody foresaw; the others go on."""
+        traceback.print_exc()
+        self._finish(job, Delta("", (), "error", error=_DEFECT))
 
     def _finish(self, job: Job, piece: Delta) -> None:
         self._free.append(self._running.pop(job))

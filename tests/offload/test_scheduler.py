@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slotmoe.errors import PlanError
-from slotmoe.model.generate import Answer, Sampling
+from slotmoe.model.generate import Answer, Sampling, Stops
 from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
 
@@ -189,13 +189,13 @@ def text_of(runtime, ids, **options):
 
 def test_stop_string_over_several_tokens_is_cut_out_and_never_shown(runtime):
     ids = runtime.tokenizer.encode("One two. Three four. Five", add_bos=False)
-    pieces = text_of(runtime, ids, stop=(" Three four", "never"))
+    pieces = text_of(runtime, ids, stops=Stops((" Three four", "never")))
     assert ("".join(one.text for one in pieces), pieces[-1].finish, pieces[-1].stopped_by) == (
         "One two.",
         "stop",
         " Three four",
     )
-    whole = text_of(runtime, ids, stop=("Five!",))
+    whole = text_of(runtime, ids, stops=Stops(("Five!",)))
     assert ("".join(one.text for one in whole), whole[-1].finish) == (
         "One two. Three four. Five",
         "length",
@@ -240,3 +240,19 @@ def test_rows_that_others_overwrote_are_not_taken_for_the_prompt(sample_export):
         first.take(first, 2)
         runtime.append_each([first, second], [77, 78])
         assert [token.id for token in runtime.generate(prompt, 8)] == wanted
+
+
+def test_stop_strings_count_outside_of_tool_calls(runtime):
+    def told(text, *strings, calls="<call>"):
+        ids = runtime.tokenizer.encode(text, add_bos=False)
+        pieces = text_of(runtime, ids, stops=Stops(strings, calls))
+        return "".join(piece.text for piece in pieces), pieces[-1].finish, pieces[-1].stopped_by
+
+    assert told("a b <call>b c", "b c") == ("a b <call>b c", "length", None)
+    assert told("a b <call>b c", "b c", calls="") == ("a b <call>", "stop", "b c")
+    assert told("a b <call>b c", "b") == ("a ", "stop", "b")
+    for stop in ("<", "<call>", "call", " <c"):  # in what begins the calls
+        assert told("a b <call>b c", stop) == ("a b <call>b c", "length", None), stop
+    assert told("a b <calm>", "<") == ("a b ", "stop", "<")  # that was no call
+    assert told("a b <cal", "<") == ("a b ", "stop", "<")  # nor could it become one
+    assert told("a b <cal", "x") == ("a b <cal", "length", None)

@@ -44,6 +44,8 @@ RULES = {
         STREAMED,
         {"if": given("top_logprobs"), "then": equal("logprobs", True)},
         {"not": {"allOf": [given("max_tokens"), given("max_completion_tokens")]}},
+        {"not": equal("max_tokens", 0)},
+        {"not": equal("max_completion_tokens", 0)},
     ],
     "CompletionRequest": [
         STREAMED,
@@ -71,7 +73,7 @@ def before_load_schema(context, raw_schema):
         fields["seed"]["anyOf"][0] |= {"minimum": -(1 << 63), "exclusiveMaximum": 1 << 63}
     fields = schemas["CompletionRequest"]["properties"]
     fields["suffix"] = {"type": "null"}  # the sample has no tokens for a gap
-    _, prompt, _, prompts = fields["prompt"]["anyOf"]
+    _, prompt, _, prompts = fields["prompt"]["oneOf"]
     for ids in (prompt, prompts["items"]):
         ids["items"]["exclusiveMaximum"] = VOCABULARY
         ids["maxItems"] = CONTEXT - 1
@@ -92,6 +94,7 @@ ONLY_THE_SERVER_CAN_TELL = (
     b"not stored here",
     b"holds no message",
     b"either prompt or messages",
+    b"min_tokens is more",
 )
 
 

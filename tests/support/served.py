@@ -46,12 +46,21 @@ def until(condition, seconds=5.0):
 class Served:
     """A server in a thread of this process, and the least of clients."""
 
-    def __init__(self, runtime, keys=(), waiting=4, max_body=1 << 16, *, sequences=8, origins=()):
+    def __init__(
+        self,
+        runtime,
+        keys=(),
+        waiting=4,
+        max_body=1 << 16,
+        is_logged=False,
+        *,
+        sequences=8,
+        origins=(),
+    ):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.server, self.batch = make_server(
-            runtime, "sample", sequences, waiting, keys, ("box.local",), max_body, origins
-        )
+        edge = keys, ("box.local",), max_body, is_logged, origins
+        self.server, self.batch = make_server(runtime, "sample", sequences, waiting, *edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self):

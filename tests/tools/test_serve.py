@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
+from llguidance import LLTokenizer
 
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.offload.runtime import Sequence
@@ -132,6 +133,47 @@ def test_log_probabilities(served, runtime):
     )
 
 
+def test_the_chosen_token_is_always_among_the_likeliest(served):
+    for count in (0, 2):
+        options = {"logprobs": count, "max_tokens": 12, "temperature": 2, "seed": 1}
+        told = served.complete("Call me", **options)["choices"][0]["logprobs"]
+        rows = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
+        for token, score, top in rows:
+            assert top[token] == score and len(top) in (max(count, 1), count + 1)
+        assert max(len(top) for top in told["top_logprobs"]) == count + 1
+    (only,) = served.complete("Call me", logprobs=0, max_tokens=1)["choices"]
+    assert len(only["logprobs"]["top_logprobs"][0]) == 1
+
+
+def test_parts_of_characters_are_told_as_bytes(served, runtime):
+    text = "\U0001f600"
+    ids = runtime.tokenizer.encode(text, add_bos=False)
+    parts = [runtime.tokenizer.token_bytes(id_) for id_ in ids]
+    assert len(ids) > 1 and b"".join(parts) == text.encode()
+    for id_, part in zip(ids, parts, strict=True):
+        options = {"logit_bias": {str(id_): 100}, "max_tokens": 1}
+        spelled = "".join(f"\\x{byte:02x}" for byte in part)
+        status, answer, _ = served.chat(**options, logprobs=True, top_logprobs=1)
+        (token,) = answer["choices"][0]["logprobs"]["content"]
+        assert (status, token["token"], token["bytes"]) == (200, spelled, [*part])
+        told = served.complete("Call me", **options, logprobs=0)["choices"][0]["logprobs"]
+        assert told["tokens"] == [f"bytes:{spelled}"] == [*told["top_logprobs"][0]]
+
+
+def test_bytes_of_every_token_are_those_of_its_text(runtime):
+    tokenizer = runtime.tokenizer
+    for id_ in range(tokenizer.size):
+        text = tokenizer.decode([id_])
+        assert tokenizer.token_bytes(id_).decode(errors="replace") == text
+    source = LLTokenizer(tokenizer.to_json())
+    special = {id_ for id_ in range(tokenizer.size) if source.is_special_token(id_)}
+    assert all(
+        tokenizer.token_bytes(id_) == source.decode_bytes([id_])
+        for id_ in range(tokenizer.size)
+        if id_ not in special
+    )
+
+
 def runtime_tokens(served, runtime):
     served.idle()
     return list(runtime.generate("Call me", 4))
@@ -196,7 +238,7 @@ REFUSED = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "0"}, "temperature"),
     ({"top_p": 0}, "top_p"),
-    ({"top_k": -1}, "top_k"),
+    ({"top_k": -2}, "top_k"),
     ({"min_p": 2}, "min_p"),
     ({"n": 0}, "n"),
     ({"n": 17}, "n"),
@@ -433,7 +475,7 @@ def test_openai_client(served):
             == "length"
         )
         with pytest.raises(openai.BadRequestError, match="supported"):
-            client.chat.completions.create(**options, verbosity="low")
+            client.chat.completions.create(**options, functions=[{"name": "x"}])
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**{**options, "model": "other"})
 
@@ -548,7 +590,8 @@ def test_ctrl_c_ends_running_answers_with_a_reason(sample_export):
     assert child.wait(10) == 130
     assert '"finish_reason":"length"' in rest and rest.endswith("data: [DONE]\n\n")
     assert rest.count("data: ") < 450  # it was cut off, and has not come to its own end
-    assert child.stderr.read().strip() == "slotmoe: interrupted"
+    log, last = child.stderr.read().splitlines()
+    assert "POST /v1/completions 200 in " in log and last == "slotmoe: interrupted"
     child.stderr.close()
 
 

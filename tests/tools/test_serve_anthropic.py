@@ -125,7 +125,7 @@ def test_harmless_parts_of_a_history_change_nothing(served):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"cache_control": {"type": "forever"}},
+        {"cache_control": "forever"},
         {"thinking": {"type": "hard"}},
         {"service_tier": "gold"},
         {"output_config": {"format": {"type": "yaml"}}},

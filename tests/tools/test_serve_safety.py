@@ -593,7 +593,7 @@ def test_soak(sample_export):
 
     A minute; ``SLOTMOE_SOAK_SECONDS`` is another duration.
     """
-    child, port = start(sample_export, "--max-sequences", "8", "--max-queue", "4")
+    child, port = start(sample_export, "--max-sequences", "8", "--max-queue", "4", "--no-log")
     process, soak, log = psutil.Process(child.pid), Soak(port), Counter()
     reader = threading.Thread(target=lambda: log.update(line.strip() for line in child.stderr))
     reader.start()

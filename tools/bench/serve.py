@@ -83,7 +83,8 @@ class _Clients:
 
     def prompt(self, length: int, seed: int) -> list[int]:
         source = random.Random(seed)
-        return [source.randrange(10, self.runtime.tokenizer.size) for _ in range(length)]
+        size = min(self.runtime.tokenizer.size, self.runtime.config.vocab_size)
+        return [source.randrange(10, size) for _ in range(length)]
 
     def moments(
         self, prompts: list[list[int]], tokens: int, may_end: bool = False

@@ -13,7 +13,7 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import parse_size
-from slotmoe.tools.options import open_runtime, option, require_extra, runtime_options
+from slotmoe.tools.options import flag, open_runtime, option, require_extra, runtime_options
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
@@ -46,6 +46,7 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
 @option("--name", "NAME", _NAME_HELP)
+@flag("--no-log", "Write no line about each request.")
 @runtime_options
 def command(model: str, host: str, port: int, name: str | None, **options: Any) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models
@@ -75,8 +76,9 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        doors = (keys, hosts, max_body, origins)
-        server, batch = make_server(runtime, name, sequences, queue, *doors)
+        is_logged = not options["no_log"]
+        edge: Any = keys, hosts, max_body, is_logged, origins
+        server, batch = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
@@ -98,14 +100,18 @@ def make_server(
     keys: Iterable[str] = (),
     hosts: Iterable[str] = (),
     max_body: int = 4 << 20,
+    is_logged: bool = False,
     origins: Iterable[str] = (),
 ) -> tuple[Any, Any]:
-    """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes."""
+    """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes.
+    If it ``is_logged``, each request is a line on stderr."""
     import uvicorn
 
     from slotmoe.offload.scheduler import Scheduler
     from slotmoe.tools.serve.app import make_app
+    from slotmoe.tools.serve.bodies import Bodies
     from slotmoe.tools.serve.guard import Connection, Guard
+    from slotmoe.tools.serve.log import Log
     from slotmoe.tools.serve.service import Service
 
     class Server(uvicorn.Server):
@@ -121,8 +127,9 @@ def make_server(
         server.should_exit = True
 
     batch = Scheduler(runtime, sequences, queue, ended)
+    app = make_app(Service(runtime, batch, name), bool(keys))
     settings = uvicorn.Config(
-        Guard(make_app(Service(runtime, batch, name), bool(keys)), keys, hosts, max_body, origins),
+        Log(Guard(Bodies(app), keys, hosts, max_body, origins), is_logged),
         http=Connection,
         ws="none",
         lifespan="off",

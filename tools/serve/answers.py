@@ -10,16 +10,17 @@ from typing import Any, ClassVar
 from fastapi import Request
 from starlette.responses import StreamingResponse
 
-from slotmoe.model.generate import Answer, Delta, Token
+from slotmoe.model.generate import Answer, Delta, Grammar, Stops, Token
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
 from slotmoe.tools.serve.function_calling import ContentDelta, Reader
-from slotmoe.tools.serve.grammar import Mask
+from slotmoe.tools.serve.grammar import Compiled, Longer
 from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
 PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
+_SHORTEN = "Shorten it, or start the server with --context"
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
@@ -49,11 +50,11 @@ class Update:
 class Answers:
     """The answers to ``prompts``, in the batch until they end or ``cancel`` is called.
 
-    ``grammar`` makes the mask of an answer, ``reader`` the parser of its text, in which the special
-    tokens of ``shown`` appear.  ``echoes`` are texts that go before the answers, with the
-    log-probabilities of the prompts' own tokens where log-probabilities are wanted.  Made inside
-    the event loop.  Raises ``RefusedError``: 400 where a prompt does not fit, 429 where the queue
-    is full.
+    They follow ``grammar``; ``reader`` makes the parser of an answer's text, in which the special
+    tokens of ``shown`` appear and tool calls begin with ``calls``.  ``echoes`` are texts that go
+    before the answers, with the log-probabilities of the prompts' own tokens where
+    log-probabilities are wanted.  Made inside the event loop.  Raises ``RefusedError``: 400 where a
+    prompt does not fit, 429 where the queue is full.
     """
 
     def __init__(
@@ -62,34 +63,44 @@ class Answers:
         prompts: list[list[int]],
         options: AnswerOptions,
         *,
-        grammar: Callable[[], Mask] | None = None,
+        grammar: Compiled | None = None,
         reader: Callable[[], Reader] = lambda: Reader(None),
         shown: Mapping[int, str] | None = None,
+        calls: str = "",
         echoes: Sequence[str] = (),
     ):
         service: Service = request.app.state.service
-        self.request, self.options, self.decode = request, options, service.tokenizer.decode
+        self.request, self.options = request, options
+        self.token_bytes = service.tokenizer.token_bytes
         self._observe, self._loop = service.observe, asyncio.get_running_loop()
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
+        self.finishes: list[str] = []  # of the answers that have ended
         self._prompt_tokens = sum(map(len, prompts))
         sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
         scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
         if scored and scores > MAX_SCORES:
             problem = f"{scores} log-probabilities, more than {MAX_SCORES} in one request"
             raise RefusedError(f"echo with logprobs would give {problem}", "logprobs")
+        ends = () if options.goes_on else service.runtime.eos_token_ids
         for prompt in prompts:
             limit = _limit(service, prompt, options.limit, scored)
             for choice in range(options.choices):
                 seed = None if sampling.seed is None else (sampling.seed + choice) % (1 << 63)
-                mask = grammar() if grammar is not None else None
-                model = prompt, service.tokenizer, service.runtime.eos_token_ids
-                ends = replace(sampling, seed=seed), limit, options.stop
-                answer = Answer(*model, *ends, options.logprobs, mask, shown)
+                mask: Grammar | None = grammar.mask() if grammar is not None else None
+                if options.least:
+                    mask = Longer(mask, options.least, ends, service.tokenizer.size)
+                model = prompt, service.tokenizer, ends
+                how = replace(sampling, seed=seed), limit, Stops(options.stop, calls)
+                answer = Answer(*model, *how, options.logprobs, mask, shown)
                 emit = partial(self._emit, len(self.jobs))
                 self.jobs.append(Job(prompt, answer, emit, request.state.owner, scored))
         self._readers = [reader() for _ in self.jobs]
+        self._submit(service)
+        request.state.answers = self  # for the log
+
+    def _submit(self, service: Service) -> None:
         try:
             service.batch.submit(self.jobs)
         except QueueFullError:
@@ -129,6 +140,7 @@ class Answers:
             content = reader.feed(delta.text)
             if finish is not None:
                 running -= 1
+                self.finishes.append(finish)
                 content += reader.end()
             if finish == "stop" and reader.calls:
                 finish = "tool_calls"
@@ -165,29 +177,55 @@ class Answers:
 def chat_prompt(service: Service, body: ChatRequest) -> list[int]:
     """Token ids of a conversation.  Runs the template in a child process, so the event loop leaves
     it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
+    check_length(service, sum(len(message.text) for message in body.messages))
     text = service.dialect.prompt(body.messages, body.tool_policy(), body.continues)
-    return service.tokenizer.encode(text)
+    return encode(service, text)
 
 
 async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     """The answers to a conversation.  Raises ``RefusedError`` and ``ConfigError``."""
     service: Service = request.app.state.service
     service.check_model(body.model)
-    options, policy = body.options(service.tokenizer.size), body.tool_policy()
+    options, policy = body.options(vocabulary(service)), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
 
-    def prepare() -> tuple[Callable[[], Mask] | None, list[int]]:
+    def prepare() -> tuple[Compiled | None, list[int]]:
         return service.grammars.compile(schema, policy), chat_prompt(service, body)
 
     grammar, prompt = await asyncio.to_thread(prepare)
+    request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
+    form = dialect.format if policy else None
+    is_either, is_required = schema is not None, policy is not None and policy.required
     return Answers(
         request,
         [prompt],
         options,
         grammar=grammar,
-        reader=lambda: Reader(dialect.format if policy else None, either=schema is not None),
+        reader=lambda: Reader(form, is_either, is_required),
         shown=dialect.shown if policy else None,
+        calls=form.opening if form else "",
     )
+
+
+def encode(service: Service, text: str) -> list[int]:
+    """Token ids of a prompt.  Raises ``RefusedError`` before it reads one that can't fit."""
+    check_length(service, len(text))
+    return service.tokenizer.encode(text)
+
+
+def check_length(service: Service, characters: int) -> None:
+    """Raises ``RefusedError`` where no context can hold a text of so many ``characters``; to find
+    out how many tokens a long text has takes seconds and memory."""
+    context, longest = service.runtime.context, service.tokenizer.longest
+    if characters > context * longest:
+        held = f"the context holds {context} tokens of at most {longest} characters"
+        problem = f"{held}, the prompt has {characters} characters"
+        raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
+
+
+def vocabulary(service: Service) -> int:
+    """How many ids are text as well as rows of the model: either may have more than the other."""
+    return min(service.tokenizer.size, service.runtime.config.vocab_size)
 
 
 class EventStream(StreamingResponse):
@@ -245,18 +283,17 @@ async def _with_pings(events: AsyncIterator[str], ping: str) -> AsyncIterator[st
 
 def _limit(service: Service, prompt: list[int], limit: int | None, scored: bool) -> int:
     """The most tokens of an answer to ``prompt``."""
-    context, vocabulary = service.runtime.context, service.runtime.config.vocab_size
+    context, size = service.runtime.context, service.runtime.config.vocab_size
     known = "the model's vocabulary"
     if scored:
-        vocabulary, known = service.tokenizer.size, "those that are text"
+        size, known = vocabulary(service), "those that are text"
     if not prompt:
         raise RefusedError("the prompt is empty", "prompt")
-    if max(prompt) >= vocabulary:
-        problem = f"outside 0 to {vocabulary - 1}, {known}"
+    if max(prompt) >= size:
+        problem = f"outside 0 to {size - 1}, {known}"
         raise RefusedError(f"a token id of the prompt is {problem}", "prompt")
     room = context - len(prompt)
     if room < (0 if limit == 0 else 1):
         problem = f"the context holds {context} tokens, the prompt has {len(prompt)}"
-        advice = "Shorten it, or start the server with --context"
-        raise RefusedError(f"{problem}. {advice}", code="context_length_exceeded")
+        raise RefusedError(f"{problem}. {_SHORTEN}", code="context_length_exceeded")
     return room if limit is None else min(limit, room)

@@ -51,6 +51,20 @@ def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
     return {"error": {"message": problem.message, "type": kind, **about}}
 
 
+# What pydantic says of the sizes of Python's objects, in words about fields.
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is not supported by this server",
+    "too_long": "has more than {max_length} items",
+    "too_short": "has fewer than {min_length} items",
+    "string_too_long": "has more than {max_length} characters",
+    "string_too_short": "is empty",
+    "union_tag_invalid": "has the unknown {discriminator} '{tag}', expected {expected_tags}",
+    "union_tag_not_found": "has no {discriminator}",
+}
+_MAX_PLACE = 300  # characters of a field's place that are repeated
+
+
 async def error_response(request: Request, problem: Exception) -> JSONResponse:
     """The answer to a request that ended in ``problem``."""
     if isinstance(problem, RefusedError):
@@ -74,14 +88,39 @@ EXCEPTION_HANDLERS: dict[Any, Any] = dict.fromkeys(
 
 def _invalid(problem: RequestValidationError) -> RefusedError:
     """What is wrong with a request's fields, in words, without repeating its content."""
-    errors, reasons = problem.errors(), []
-    for error in errors[:3]:
-        where = ".".join(str(step) for step in error["loc"][1:])[:80]
-        if error["type"] == "extra_forbidden":
-            reasons.append(f"{where!r} is not supported by this server")
-        else:
-            reason = str(error["msg"]).removeprefix("Value error, ")
-            reasons.append(f"{where}: {reason}" if where else reason)
-    path = errors[0]["loc"]
-    is_field = len(path) > 1 and isinstance(path[1], str)
-    return RefusedError("; ".join(reasons), str(path[1])[:80] if is_field else None)
+    errors = problem.errors()[:3]
+    places = [_place(error, problem.body) for error in errors]
+    reasons = [_reason(error, place) for error, place in zip(errors, places, strict=True)]
+    param = str(places[0][0])[:_MAX_PLACE] if places[0] else None
+    return RefusedError("; ".join(reasons), param)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """The way through ``body`` to what is wrong.  pydantic's way also names members of unions."""
+    place, value = list[str | int](), body
+    *steps, last = error["loc"]
+    for step in steps[1:]:
+        if isinstance(value, dict | list) and _holds(value, step):
+            place.append(step)
+            value = value[step]
+    is_absent = error["type"] == "missing"
+    if steps and (is_absent or (isinstance(value, dict | list) and _holds(value, last))):
+        place.append(last)
+    return place
+
+
+def _holds(value: Any, step: str | int) -> bool:
+    return step in value if isinstance(value, dict) else step in range(len(value))
+
+
+def _reason(error: Mapping[str, Any], place: list[str | int]) -> str:
+    where = ".".join(map(str, place))
+    if len(where) > _MAX_PLACE:
+        where = f"{where[:_MAX_PLACE]}\u2026"
+    context = {name: str(value)[:_MAX_PLACE] for name, value in error.get("ctx", {}).items()}
+    words = _WORDS.get(error["type"])
+    if words is not None:
+        return f"{where or 'the body'} {words.format_map(context)}"
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    glue = " " if reason.startswith(("is ", "has ")) else ": "
+    return f"{where}{glue}{reason}" if where else reason

@@ -203,11 +203,14 @@ class ContentDelta:
 
 class Reader:
     """Parses an answer as it arrives: text, then tool calls in ``call_format``.  Without a format
-    all is text; where ``either``, it is tool calls from its first character on, or text."""
+    all is text; where ``either``, it is tool calls from its first character on, or text; where
+    calls are ``required``, a beginning of their format is never text."""
 
-    def __init__(self, call_format: CallFormat | None, either: bool = False):
+    def __init__(
+        self, call_format: CallFormat | None, either: bool = False, required: bool = False
+    ):
         self._format, self._either = call_format, either
-        self._unread, self._in_text = "", True
+        self._unread, self._in_text = "", not required
         self._deltas = self._parse()
         self.calls = 0  # that are complete
 

@@ -11,10 +11,20 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from slotmoe.model.generate import Token
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import (
+    Answers,
+    EventStream,
+    Update,
+    chat_answers,
+    check_length,
+    encode,
+    event,
+    vocabulary,
+)
+from slotmoe.tools.serve.completions import CompletionRequest
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import ContentDelta, joined
-from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, CompletionRequest, OpenAIRequest
+from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, OpenAIRequest, StreamOptions
 from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
@@ -42,17 +52,18 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 async def completions(body: CompletionRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
-    options, given = body.options(service.tokenizer.size), body.prompts()
+    options, given = body.options(vocabulary(service)), body.prompts()
     if len(given) * options.choices > MAX_ANSWERS:
         problem = f"prompts times n is more than {MAX_ANSWERS} answers in one request"
         raise RefusedError(problem, "n")
     tokenizer, prompts, echoes = service.tokenizer, list[list[int]](), list[str]()
-    encode: Any = tokenizer.encode
+    encoded: Any = partial(encode, service)
     if body.suffix is not None:
-        encode = partial(tokenizer.encode_gap, after=body.suffix)
+        check_length(service, len(given[0]) + len(body.suffix))
+        encoded = partial(tokenizer.encode_gap, after=body.suffix)
     for prompt in given:
         is_text = isinstance(prompt, str)
-        prompts.append(await asyncio.to_thread(encode, prompt) if is_text else prompt)
+        prompts.append(await asyncio.to_thread(encoded, prompt) if is_text else prompt)
         if body.echo:
             echoes += [prompt if is_text else tokenizer.decode(prompt)] * options.choices
     answers = Answers(request, prompts, options, echoes=echoes)
@@ -65,14 +76,22 @@ async def _respond(
     about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
     about["created"] = int(time.time())
 
+    options = body.stream_options or StreamOptions()
+
     async def events() -> AsyncIterator[str]:
-        chunk = {**about, "object": choices.chunk_kind}
+        chunk: Json = {**about, "object": choices.chunk_kind}
+
+        def chunk_of(choice: Json) -> str:
+            if options.include_usage:
+                chunk["usage"] = answers.usage() if options.continuous_usage_stats else None
+            return event({**chunk, "choices": [choice]})
+
         for choice in choices.first:
-            yield event({**chunk, "choices": [choice]})
+            yield chunk_of(choice)
         async for update in answers.updates():
             for choice in choices.chunks(update):
-                yield event({**chunk, "choices": [choice]})
-        if body.stream_options is not None and body.stream_options.include_usage:
+                yield chunk_of(choice)
+        if options.include_usage:
             yield event({**chunk, "choices": [], "usage": answers.usage()})
         yield "data: [DONE]\n\n"
 
@@ -124,10 +143,8 @@ class ChatChoices:
         return {"content": content, "refusal": None}
 
     def _logprob(self, id_: int, logprob: float | None) -> Json:
-        text = self._answers.decode([id_])
-        # Part of a character is no text, and its bytes are not known here.
-        content = list(text.encode()) if "\ufffd" not in text else None
-        return {"token": text, "logprob": logprob, "bytes": content}
+        content = self._answers.token_bytes(id_)
+        return {"token": _spelled(content), "logprob": logprob, "bytes": list(content)}
 
 
 class TextChoices:
@@ -147,19 +164,34 @@ class TextChoices:
         return _choice(update.index, "text", update.text, logprobs, update.finish)
 
     def _logprobs(self, update: Update) -> Json:
-        decode = self._answers.decode
         offsets, likeliest = list[int](), list[dict[str, float] | None]()
         for token in update.tokens:
             offsets.append(self._offsets[update.index])
             self._offsets[update.index] += len(token.text)
-            top = {decode([id_]): logprob for id_, logprob in token.likeliest}
-            likeliest.append(None if token.logprob is None else top)
+            # That of the token itself is always there.
+            top = [*token.likeliest, (token.id, token.logprob)]
+            scores = {self._name(id_): logprob for id_, logprob in top if logprob is not None}
+            likeliest.append(None if token.logprob is None else scores)
         return {
-            "tokens": [decode([token.id]) for token in update.tokens],
+            "tokens": [self._name(token.id) for token in update.tokens],
             "token_logprobs": [token.logprob for token in update.tokens],
             "top_logprobs": likeliest,
             "text_offset": offsets,
         }
+
+    def _name(self, id_: int) -> str:
+        """A token as this route writes it."""
+        content = self._answers.token_bytes(id_)
+        text = _spelled(content)
+        return text if text.encode() == content else f"bytes:{text}"
+
+
+def _spelled(content: bytes) -> str:
+    """A token's bytes as text; where they are part of a character, as OpenAI writes them."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _choice(

@@ -1,19 +1,30 @@
 """Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
 
-A field is honoured or the request is refused.  Only ``user``, a label, is ignored.
+A field is honoured, or it is harmless and marked as ``Ignored``, or the request is refused.  The
+table of all of them is docs/api-fields.md.
 """
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.fields import Ignored, at_most, bound_lists, by_kind, refused, text_or_list
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
 MAX_MESSAGES = 4096
+MAX_IDS = 1 << 18  # of a prompt; DeepSeek-V2's longest context has 163,840
 _SAMPLING_FIELDS = {field.name for field in fields(Sampling)} - {"logit_bias"}
 
 
@@ -26,9 +37,12 @@ Whole = BeforeValidator(_integer)
 Count = Annotated[int, Field(ge=1), Whole]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), Whole]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), Whole]
-Ids = Annotated[list[Id], Field(min_length=1)]
+TopK = Annotated[Id | None, BeforeValidator(lambda k: None if k == -1 else k)]  # -1 is off
+Limit = Annotated[int, Field(ge=-1), Whole]  # of tokens; -1 is as many as the context holds
+Ids = Annotated[list[Id], Field(min_length=1, max_length=MAX_IDS)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), Whole, AfterValidator(lambda s: s % 2**63)]
-Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+_Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[_Bias, Field(max_length=1024), at_most(1024, "token ids")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, Field(max_length=1 << 22)]
 Label = Annotated[str, Field(max_length=512)]
@@ -37,44 +51,92 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # of a function
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+AnyObject: TypeAlias = dict[str, Any]
+Labels = Annotated[dict[str, Label], Field(max_length=16), at_most(16, "labels")]
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
     """How each of ``choices`` answers to a prompt is made: at most ``limit`` tokens (None for as
     many as the context holds), ended by a string of ``stop``, with the log-probabilities of so many
-    of the likeliest ids beside each token's (``logprobs``, None for none at all)."""
+    of the likeliest ids beside each token's (``logprobs``, None for none at all).  It has ``least``
+    tokens before an end-of-sentence token may end it; if it ``goes_on``, none does."""
 
     sampling: Sampling
     limit: int | None
     stop: tuple[str, ...]
     choices: int
     logprobs: int | None
+    least: int = 0
+    goes_on: bool = False
 
 
 class Model(BaseModel):
-    """Base of all requests and their parts: no unknown fields, no silent conversion, no NaN."""
+    """Base of all requests and their parts: no unknown fields, no silent conversion, no NaN.
+
+    What an error costs is bounded: every list has a bound and is checked to its first error, and no
+    object reports more than one unknown field.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        bound_lists(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in data if name not in known), None)
+        if unknown is None:
+            return data
+        return {name: value for name, value in data.items() if name in known or name == unknown}
+
+
+_CACHE = Ignored("every prefix is cached")
+_REPLAYED = Ignored("clients send back what another server or library added")
 
 
 class TextPart(Model):
     type: Literal["text"]
     text: Text
+    cache_control: Annotated[AnyObject | None, _CACHE] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"a part of type {kind[:40]!r} can't be read: the model reads text")
+        return part
 
 
-Content: TypeAlias = Text | list[TextPart]
+Content: TypeAlias = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("list")],
+    by_kind(text_or_list, "text nor a list of parts"),
+]
 
 
 class CalledFunction(Model):
     name: Name
     arguments: Text  # JSON
+    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
 
 class ToolCall(Model):
     id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: Annotated[int | None, Ignored("the order says it")] = None
+    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
+
+
+_NAMED = Ignored("no template of these models has a place for it")
 
 
 class Message(Model):
@@ -96,17 +158,21 @@ class PlainMessage(Message):
         Literal["system", "developer", "user"],
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
+    name: Annotated[Label | None, _NAMED] = None
 
 
 class AssistantMessage(Message):
-    """OpenAI's client sends the fields of null back."""
+    """Clients send back what they got, and what they added to it."""
 
     role: Literal["assistant"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
+    name: Annotated[Label | None, _NAMED] = None
+    refusal: Annotated[None, refused("the server makes none")] = None
+    annotations: Annotated[list[AnyObject] | None, _REPLAYED] = None
+    audio: Annotated[None, refused("the model reads text")] = None
+    function_call: Annotated[None, refused("use tool_calls")] = None
+    reasoning_content: Annotated[Text | None, Ignored("earlier thoughts are left out")] = None
+    provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -144,7 +210,7 @@ class Function(Model):
     name: Name
     description: Description | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # the arguments follow the schema in any case
+    strict: bool | None = None  # no keyword of the schema may be relaxed
 
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
@@ -171,6 +237,31 @@ class FunctionChoice(Model):
     function: FunctionName
 
 
+class AllowedTools(Model):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(Model):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "word"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if kind in ("function", "allowed_tools") else None
+
+
+Choice: TypeAlias = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[FunctionChoice, Tag("function")]
+    | Annotated[AllowedChoice, Tag("allowed_tools")],
+    by_kind(_choice_kind, "a word, a 'function' nor 'allowed_tools'"),
+]
+
+
 class TextFormat(Model):
     type: Literal["text", "json_object"]
 
@@ -193,19 +284,30 @@ class GenerationRequest(Model):
     model: Label
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Id | None = None
+    top_k: TopK = None
     stream: bool | None = None
 
 
 class StreamOptions(Model):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # usage in every chunk
+    include_obfuscation: Annotated[bool | None, Ignored("nothing is padded")] = None
+
+
+_LABEL = Ignored("a label")
 
 
 class OpenAIRequest(GenerationRequest):
     needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: Stop | Stops | None = None
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
+            by_kind(text_or_list, "text nor a list of texts"),
+        ]
+        | None
+    ) = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Whole] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -213,22 +315,39 @@ class OpenAIRequest(GenerationRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: Bias | None = None
     stream_options: StreamOptions | None = None
-    user: Label | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
+    user: Annotated[Label | None, _LABEL] = None
+    metadata: Annotated[Labels | None, _LABEL] = None
+    safety_identifier: Annotated[Label | None, _LABEL] = None
+    service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
+    store: Annotated[bool | None, Ignored("nothing is stored")] = None
+    prompt_cache_key: Annotated[Label | None, _CACHE] = None
+    prompt_cache_options: Annotated[AnyObject | None, _CACHE] = None
+    prompt_cache_retention: Annotated[Label | None, _CACHE] = None
 
-    def _options(self, vocabulary: int, limit: int | None, logprobs: int | None) -> AnswerOptions:
+    def options_with(
+        self, vocabulary: int, limit: int | None, logprobs: int | None
+    ) -> AnswerOptions:
+        """For a model of ``vocabulary`` ids; a ``limit`` of -1 is None.  Raises
+        ``RefusedError``."""
+        limit = None if limit == -1 else limit
+        if limit is not None and limit < (self.min_tokens or 0):
+            raise RefusedError("min_tokens is more than the limit of tokens", "min_tokens")
         for name, needed in self.needs.items():
             if getattr(self, name) is not None and not getattr(self, needed):
                 raise RefusedError(f"{name} needs {needed}: true", name)
         bias = []
         for key, value in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
-                problem = f"{key!r:.40} is not a token id from 0 to {vocabulary - 1}"
+                problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
                 raise RefusedError(f"logit_bias: {problem}", "logit_bias")
             bias.append((int(key), value))
         given: dict[str, Any] = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
         sampling = Sampling(**{"temperature": 1.0, **given}, logit_bias=tuple(bias))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs)
+        ends = self.min_tokens or 0, bool(self.ignore_eos)
+        return AnswerOptions(sampling, limit, stop, self.n or 1, logprobs, *ends)
 
 
 _ByRole = Annotated[ChatMessage, Field(discriminator="role")]
@@ -253,29 +372,44 @@ class ChatRequest(OpenAIRequest):
     continues: ClassVar[bool] = False
     needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[Label | None, Ignored("the model answers at once")] = None
+    verbosity: Annotated[Label | None, Ignored("the model knows no such wish")] = None
+    modalities: Annotated[list[Literal["text"]] | None, Ignored("answers are text")] = None
+    prediction: Annotated[AnyObject | None, Ignored("it would only change the speed")] = None
+    audio: Annotated[None, refused("answers are text")] = None
+    functions: Annotated[None, refused("use tools")] = None
+    function_call: Annotated[None, refused("use tool_choice")] = None
+    moderation: Annotated[None, refused("nothing here moderates")] = None
+    web_search_options: Annotated[None, refused("nothing here searches")] = None
 
     def options(self, vocabulary: int) -> AnswerOptions:
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RefusedError("give max_tokens or max_completion_tokens, not both", "max_tokens")
+        limit, name = self.max_tokens, "max_tokens"
+        if limit is None:
+            limit, name = self.max_completion_tokens, "max_completion_tokens"
+        if limit == 0:
+            raise RefusedError(f"{name} is 0, expected a positive count or -1", name)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._options(vocabulary, self.max_tokens or self.max_completion_tokens, logprobs)
+        return self.options_with(vocabulary, limit, logprobs)
 
     @property
-    def schema_wanted(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer has to follow; None for plain text."""
+    def schema_wanted(self) -> Schema | None:
+        """What the answer has to follow; None for plain text."""
         if isinstance(self.response_format, SchemaFormat):
-            return self.response_format.json_schema.definition
+            return self.response_format.json_schema
         wants_object = self.response_format and self.response_format.type == "json_object"
-        return {"type": "object"} if wants_object else None
+        any_object: Any = {"name": "object", "definition": {"type": "object"}}
+        return Schema.model_construct(**any_object) if wants_object else None
 
     def tool_policy(self) -> ToolPolicy | None:
         """Which functions the model may call; None for none.  Raises ``RefusedError``."""
@@ -286,55 +420,26 @@ class ChatRequest(OpenAIRequest):
                     raise RefusedError(f"{name} can only be given with tools", name)
         if not self.tools or choice == "none":
             return None
-        if self.stop is not None:
-            problem = "stop strings can't be given with tools: they could end a call in its middle"
-            raise RefusedError(problem, "stop")
         functions = [tool.function for tool in self.tools]
         names = [function.name for function in functions]
         for name in names:
             if names.count(name) > 1:
                 raise RefusedError(f"tool {name!r} is there twice", "tools")
-        if not isinstance(choice, FunctionChoice):
-            single = self.parallel_tool_calls is False
-            return ToolPolicy(functions, functions, choice == "required", single)
-        allowed = [f for f in functions if f.name == choice.function.name]
-        if not allowed:
-            problem = f"tool_choice: {choice.function.name!r} is none of the tools"
-            raise RefusedError(problem, "tool_choice")
-        return ToolPolicy(functions, allowed, required=True, single=True)
+        chosen = self._chosen()
+        for name in chosen:
+            if name not in names:
+                problem = f"tool_choice: {name!r} is none of the tools"
+                raise RefusedError(problem, "tool_choice")
+        allowed = [function for function in functions if not chosen or function.name in chosen]
+        is_named = isinstance(choice, FunctionChoice)
+        if isinstance(choice, AllowedChoice):
+            choice = choice.allowed_tools.mode
+        single = is_named or self.parallel_tool_calls is False
+        return ToolPolicy(functions, allowed, is_named or choice == "required", single)
 
-
-_SOME_PROMPTS = Field(min_length=1, max_length=MAX_ANSWERS)
-
-
-class ContinuedChatRequest(ChatRequest):
-    """A conversation that only Anthropic's API can ask to go on in the middle of a message."""
-
-    continues: ClassVar[bool] = True
-
-
-class CompletionRequest(OpenAIRequest):
-    """``/v1/completions``."""
-
-    prompt: Text | Ids | Annotated[list[Text], _SOME_PROMPTS] | Annotated[list[Ids], _SOME_PROMPTS]
-    max_tokens: Annotated[int, Field(ge=0), Whole] | None = None
-    logprobs: TopLogprobs | None = None
-    echo: bool | None = None
-    suffix: Text | None = None
-    best_of: Annotated[Literal[1], Whole] | None = None
-
-    def options(self, vocabulary: int) -> AnswerOptions:
-        """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""
-        if self.max_tokens == 0 and not self.echo:
-            raise RefusedError("max_tokens: 0 needs echo: true", "max_tokens")
-        if self.suffix is not None and not isinstance(self.prompt, str):
-            raise RefusedError("suffix can only be given with one prompt, as text", "suffix")
-        if self.suffix is not None and self.echo:
-            raise RefusedError("suffix and echo can't be given together", "echo")
-        limit = 16 if self.max_tokens is None else self.max_tokens
-        return self._options(vocabulary, limit, self.logprobs)
-
-    def prompts(self) -> list[Any]:
-        """The prompts, as texts or as lists of token ids."""
-        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_single else [*self.prompt]
+    def _chosen(self) -> list[str]:
+        """The names in ``tool_choice``."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedChoice):
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+        return [choice.function.name] if isinstance(choice, FunctionChoice) else []

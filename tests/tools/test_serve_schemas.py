@@ -1,0 +1,138 @@
+"""``slotmoe serve``: JSON schemas with keywords that no mask can hold an answer to."""
+
+import json
+
+import pytest
+
+from slotmoe.tools.serve.schemas import relaxed
+
+ARRAY = {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}
+OBJECT = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+TEXT = {"type": "string", "maxLength": 4}
+OPEN = {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}}}
+OPEN["additionalProperties"] = False
+UNHELD = [
+    ({**ARRAY, "uniqueItems": True}, ["uniqueItems"]),
+    ({**ARRAY, "contains": {"const": 1}}, ["contains"]),
+    ({**ARRAY, "contains": {"const": 1}, "maxContains": 1}, ["contains", "maxContains"]),
+    ({**ARRAY, "unevaluatedItems": False, "allOf": [{}]}, None),
+    ({**OBJECT, "propertyNames": {"maxLength": 1}}, ["propertyNames"]),
+    ({**OBJECT, "not": {"properties": {"a": {"const": 1}}}}, ["not"]),
+    ({**OBJECT, "if": {"required": ["b"]}, "then": {"required": ["a"]}}, ["if", "then"]),
+    ({**OBJECT, "dependentRequired": {"b": ["a"]}}, ["dependentRequired"]),
+    ({**OBJECT, "dependentSchemas": {"b": {"required": ["a"]}}}, ["dependentSchemas"]),
+    ({**OBJECT, "unevaluatedProperties": {"type": "string"}}, ["unevaluatedProperties"]),
+    ({**OPEN, "minProperties": 1}, ["minProperties"]),
+    ({**OPEN, "maxProperties": 1}, ["maxProperties"]),
+    ({**TEXT, "pattern": "^(?=a)b"}, ["pattern"]),
+    ({"type": "string", "maxLength": 4, "format": "regex"}, ["format"]),
+    ({"type": "string", "pattern": r"^(a)\1$", "maxLength": 4}, ["pattern"]),
+    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, ["oneOf"]),
+    ({**OBJECT, "properties": {"a": {**ARRAY, "uniqueItems": True}}}, ["properties.a.uniqueItems"]),
+]
+SILENT = [
+    {**ARRAY, "uniqueItems": False},
+    {**ARRAY, "contains": {"const": 1}, "minContains": 0},
+    {**ARRAY, "minContains": 1},
+    {**ARRAY, "unevaluatedItems": False},
+    {**OBJECT, "propertyNames": {"type": "string"}},
+    {**OBJECT, "propertyNames": True},
+    {**OBJECT, "then": {"required": ["b"]}},
+    {**OBJECT, "if": {"required": ["b"]}},
+    {**OBJECT, "dependentRequired": {}},
+    {**OBJECT, "not": False},
+    {**OBJECT, "unevaluatedProperties": {}},
+    {**TEXT, "format": "binary"},
+    {"type": "integer", "minimum": 0, "maximum": 9, "format": "int32"},
+]
+REWRITTEN = [
+    ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"const": 1}}, {"a", "b"}),
+    ({"propertyNames": {"const": "a"}, "additionalProperties": {"const": 1}}, {"a"}),
+    ({"properties": {"a": {"const": 1}}, "unevaluatedProperties": False}, {"a"}),
+]
+
+
+@pytest.fixture(scope="module")
+def ask(served):
+    def ask(schema, as_tool, **about):
+        options = {"temperature": 1, "seed": 5, "max_tokens": 120}
+        if not as_tool:
+            about |= {"name": "x", "schema": schema}
+            form = {"type": "json_schema", "json_schema": about}
+            return served.chat(**options, response_format=form)
+        function = {"name": "odd", "parameters": schema, **about}
+        tool = {"type": "function", "function": function}
+        choice = {"type": "function", "function": {"name": "odd"}}
+        return served.chat(**options, tools=[tool], tool_choice=choice)
+
+    return ask
+
+
+def written(answer):
+    message = answer["choices"][0]["message"]
+    calls = message.get("tool_calls")
+    return json.loads(calls[0]["function"]["arguments"] if calls else message["content"])
+
+
+@pytest.mark.parametrize(("schema", "keywords"), UNHELD, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_held_is_left_out_and_named(ask, schema, keywords):
+    is_object = schema.get("type") == "object"
+    for as_tool in (False, True) if is_object else (False,):
+        where = "tool 'odd'" if as_tool else "response_format"
+        status, answer, headers = ask(schema, as_tool)
+        assert status == 200, answer
+        if keywords is None:
+            assert "x-slotmoe-relaxed" not in headers
+            continue
+        names = [f"{where}: {keyword}" for keyword in keywords]
+        assert headers["x-slotmoe-relaxed"] == "; ".join(names)
+        written(answer)
+        status, answer, headers = ask(schema, as_tool, strict=True)
+        assert status == 400 and "x-slotmoe-relaxed" not in headers
+        message = answer["error"]["message"]
+        assert message.startswith(f"{where}: ") and repr(keywords[0]) in message
+        assert "strict" in message
+
+
+@pytest.mark.parametrize("schema", SILENT, ids=lambda value: str(value)[-60:])
+def test_what_says_nothing_is_dropped_even_if_strict(ask, schema):
+    status, answer, headers = ask(schema, False, strict=True)
+    assert (status, headers["x-slotmoe-relaxed"]) == (200, None), answer
+    written(answer)
+
+
+@pytest.mark.parametrize(("schema", "names"), REWRITTEN, ids=lambda value: str(value)[:60])
+def test_what_other_keywords_can_say_is_held(ask, schema, names):
+    for as_tool in (False, True):
+        status, answer, headers = ask({"type": "object", **schema}, as_tool, strict=True)
+        assert (status, headers["x-slotmoe-relaxed"]) == (200, None), answer
+        assert set(written(answer)) <= names and set(written(answer).values()) <= {1}
+
+
+def test_names_of_properties_are_no_keywords():
+    names = ["not", "if", "uniqueItems", "format", "pattern"]
+    odd = {name: {"type": "string"} for name in names}
+    schema = {"type": "object", "properties": odd, "required": [*odd]}
+    assert relaxed(schema) == (schema, [])
+    assert relaxed({"enum": [{"not": 1}], "default": {"uniqueItems": True}})[1] == []
+
+
+def test_header_holds_whatever_a_property_is_called(served, ask):
+    name = "a\r\nset-cookie: x\x1b[31m\u2028é"
+    schema = {"type": "object", "properties": {name: {"uniqueItems": True, "const": []}}}
+    status, _, headers = ask(schema | {"additionalProperties": False}, False)
+    assert (status, headers["set-cookie"]) == (200, None)
+    assert r"a\r\nset-cookie: x\x1b[31m\u2028\xe9.uniqueItems" in headers["x-slotmoe-relaxed"]
+    many = {f"{'n' * 40}{i}": {"uniqueItems": True, "const": []} for i in range(200)}
+    schema = {"type": "object", "properties": many, "additionalProperties": False}
+    status, _, headers = ask(schema, False)
+    assert status == 200 and len(headers["x-slotmoe-relaxed"]) == 1000
+    body = {"model": "sample", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60}
+    tool = {"name": "odd", "input_schema": {**OBJECT, "not": {"const": 1}}}
+    headers = served.ask("POST", "/v1/messages", {**body, "tools": [tool]})[2]
+    assert headers["x-slotmoe-relaxed"] == "tool 'odd': not"

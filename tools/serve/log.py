@@ -1,0 +1,78 @@
+"""What every response of the server has, whatever route it is of: an id, headers about the answer,
+a line in the log."""
+
+import contextlib
+import re
+import sys
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_CLIENTS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_POLLED = ("/health", "/metrics", "/stats")  # asked for every few seconds, mostly by programs
+_MAX_HEADER = 1000  # characters
+
+
+class Log:
+    """ASGI middleware around all others.
+
+    Each response has ``x-request-id`` (the request's own, if that has a usable one) and, where
+    keywords of schemas were left out, ``x-slotmoe-relaxed``.  HEAD is answered wherever GET is.  If
+    ``is_written``, each request is a line on stderr; nothing of its content or its key is in it.
+    """
+
+    def __init__(self, app: ASGIApp, is_written: bool):
+        self._app, self._is_written = app, is_written
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began, status = time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        given = Headers(scope=scope).get("x-request-id", "")
+        id_ = given if _CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = id_
+                if state.get("relaxed"):
+                    headers["x-slotmoe-relaxed"] = _header(state["relaxed"])
+            await send(message)
+
+        # The server itself drops the body of an answer to HEAD.
+        is_head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if is_head else scope
+        try:
+            await self._app(inner, receive, send_with_headers)
+        finally:
+            if self._is_written and not (scope["path"] in _POLLED and status == 200):
+                line = _line(scope, status, time.monotonic() - began, state.get("answers"))
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                    print(f"{line}, {id_}", file=sys.stderr, flush=True)
+
+
+def _header(relaxed: list[str]) -> str:
+    """Visible ASCII, since names of fields may hold anything."""
+    text = ascii("; ".join(relaxed))[1:-1]
+    return text if len(text) <= _MAX_HEADER else f"{text[: _MAX_HEADER - 3]}..."
+
+
+def _line(scope: Scope, status: int, seconds: float, answers: Any) -> str:
+    """Like ``2026-01-31 12:00:00 POST /v1/completions 200 in 3.2 s, 12 + 37 tokens, first after 0.8
+    s, stop``."""
+    path = ascii(scope["path"][:100])[1:-1]
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method']} {path} {status or 'no answer'}"
+    line += f" in {seconds:.1f} s"
+    if answers is None:
+        return line
+    usage = answers.usage()
+    line += f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+    first = [job.first - job.submitted for job in answers.jobs if job.first]
+    line += f", first after {min(first):.2f} s" if first else ", none before it ended"
+    return f"{line}, {' '.join(answers.finishes) or 'client left'}"

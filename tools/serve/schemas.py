@@ -1,0 +1,121 @@
+"""JSON schemas of strangers, without what llguidance can't hold an answer to.
+
+Libraries write keywords that say nothing, and keywords that no mask of tokens can hold: whether an
+array has equal items is known at its end.  The former are dropped; of the latter ``relaxed`` says
+where they stood, so that the caller can refuse them or go on without.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Schema = dict[str, Any]
+# Each keyword that llguidance lacks, and whether a value of it in a schema says nothing.
+_UNHELD: Mapping[str, Callable[[Any, Schema], bool]] = {
+    "contains": lambda value, schema: value is True or schema.get("minContains") == 0,
+    "minContains": lambda value, schema: "contains" not in schema or value == 0,
+    "maxContains": lambda _, schema: "contains" not in schema,
+    "uniqueItems": lambda value, _: value is False,
+    "unevaluatedItems": lambda value, schema: value is True or "items" in schema,
+    "propertyNames": lambda value, _: value is True or _only(value, type="string"),
+    "dependentRequired": lambda value, _: not any(value.values()),
+    "dependentSchemas": lambda value, _: not any(v is not True and v for v in value.values()),
+    "dependencies": lambda value, _: not any(v is not True and v for v in value.values()),
+    "if": lambda _, schema: "then" not in schema and "else" not in schema,
+    "then": lambda value, schema: "if" not in schema or value is True or value == {},
+    "else": lambda value, schema: "if" not in schema or value is True or value == {},
+    "not": lambda value, _: value is False,
+    "unevaluatedProperties": lambda value, schema: value is True or value == {},
+    "$dynamicRef": lambda *_: False,
+    "$recursiveRef": lambda *_: False,
+}
+_KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()
+# Those of OpenAPI that tell how a program keeps a value.
+_SILENT_FORMATS = "binary byte password int32 int64 float double".split()
+# What regular languages don't have: look-around, word boundaries, references to groups.
+_IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NOTES = ("title", "description", "$comment", "default", "examples", "deprecated")
+
+
+def relaxed(schema: Schema, place: str = "") -> tuple[Schema, list[str]]:
+    """``schema`` without the keywords that can't be held, and where each of those stood that said
+    something, as ``properties.tags.uniqueItems``.  Raises ``RecursionError``."""
+    kept, dropped = dict[str, Any](), list[str]()
+    schema = _rewritten(schema)
+    for name, value in schema.items():
+        here = f"{place}.{name}" if place else name
+        if (says_nothing := _fate(name, value, schema)) is not None:
+            dropped += [] if says_nothing else [here]
+        elif name in _OF_NAMES and isinstance(value, dict):
+            kept[name] = {}
+            for key, child in value.items():
+                if name == "patternProperties" and _IRREGULAR.search(key):
+                    dropped.append(f"{here}.{key}")
+                else:
+                    kept[name][key] = _child(child, f"{here}.{key}", dropped)
+        elif name in _LISTS and isinstance(value, list):
+            kept[name] = [_child(child, f"{here}.{i}", dropped) for i, child in enumerate(value)]
+        elif name in ("items", "additionalItems", "additionalProperties"):
+            kept[name] = _child(value, here, dropped)
+        else:
+            kept[name] = value
+    return kept, dropped
+
+
+def _child(schema: Any, place: str, dropped: list[str]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    kept, more = relaxed(schema, place)
+    dropped += more
+    return kept
+
+
+def _fate(name: str, value: Any, schema: Schema) -> bool | None:
+    """None for a keyword that can be held; else whether it says nothing."""
+    if name in _UNHELD:
+        try:
+            return _UNHELD[name](value, schema)
+        except AttributeError:  # not the object that it has to be
+            return False
+    if name == "format" and isinstance(value, str):
+        return None if value in _KNOWN_FORMATS else value in _SILENT_FORMATS
+    if name == "pattern" and isinstance(value, str) and _IRREGULAR.search(value):
+        return False
+    if name in ("minProperties", "maxProperties"):
+        required = schema.get("required", [])
+        listed = schema.get("properties", {})
+        if isinstance(listed, dict) and isinstance(required, list):
+            is_held = all(key in required for key in listed)
+            return None if is_held else (name == "minProperties" and value == 0)
+    return None
+
+
+def _rewritten(schema: Schema) -> Schema:
+    """The same in keywords that can be held, where nothing else in ``schema`` speaks of the
+    properties that these are about."""
+    schema, rest = dict(schema), schema.get("additionalProperties", {})
+    if schema.get("unevaluatedProperties") is False and not _COMBINED & set(schema):
+        del schema["unevaluatedProperties"]
+        schema.setdefault("additionalProperties", False)
+    names = schema.get("propertyNames")
+    if not isinstance(names, dict) or {"properties", *_COMBINED} & set(schema):
+        return schema
+    keys = [names["const"]] if "const" in names else names.get("enum")
+    if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
+        form: Schema = {"properties": dict.fromkeys(keys, rest)}
+    elif _only({name: v for name, v in names.items() if name != "pattern"}, type="string"):
+        form = {"patternProperties": {names["pattern"]: rest}} if "pattern" in names else {}
+    else:
+        return schema
+    del schema["propertyNames"]
+    return {**schema, **form, "additionalProperties": False} if form else schema
+
+
+def _only(schema: Any, **keywords: Any) -> bool:
+    """Whether ``schema`` has no other keywords, beside notes."""
+    if not isinstance(schema, dict):
+        return False
+    return {k: v for k, v in schema.items() if k not in _NOTES}.items() <= keywords.items()
