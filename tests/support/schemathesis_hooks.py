@@ -89,12 +89,12 @@ ONLY_THE_SERVER_CAN_TELL = (
     b"with tools",
     b"is there twice",
     b"the schema",  # a schema within the request
-    b"min_tokens is more",
     b"follow a schema",
     b"keeps no threads",
     b"not stored here",
     b"holds no message",
     b"either prompt or messages",
+    b"min_tokens is more",
 )
 
 
@@ -125,6 +125,7 @@ ANSWERS = {
     "/v1/messages/count_tokens": anthropic.types.MessageTokensCount,
     "/v1/responses": openai.types.responses.Response,
     "/v1/responses/{id}": openai.types.responses.Response,
+    "/v1/responses/input_tokens": openai.types.responses.InputTokenCountResponse,
 }
 # What a route may answer with; a GET has no body to refuse.
 STATUSES = {"GET": {200, 401, 403, 404}, "POST": {200, 400, 401, 403, 404, 408, 413, 415, 429}}

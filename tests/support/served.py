@@ -52,15 +52,15 @@ class Served:
         keys=(),
         waiting=4,
         max_body=1 << 16,
+        is_logged=False,
         *,
         sequences=8,
         origins=(),
-        is_logged=False,
     ):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        doors = keys, ("box.local",), max_body, origins, is_logged
-        self.server, self.batch = make_server(runtime, "sample", sequences, waiting, *doors)
+        edge = keys, ("box.local",), max_body, is_logged, origins
+        self.server, self.batch = make_server(runtime, "sample", sequences, waiting, *edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self):

@@ -2,6 +2,7 @@
 ``count_tokens``, and answers that their request has begun."""
 
 import json
+import time
 from typing import Literal
 
 import anthropic
@@ -10,6 +11,7 @@ import pydantic
 import pytest
 
 from slotmoe.tools.serve import answers as serve_answers
+from slotmoe.tools.serve.anthropic import MessagesRequest
 from tests.support.served import USER, Served, until
 from tests.tools.test_serve_tools import ANTHROPIC_TOOLS, is_weather
 
@@ -123,7 +125,7 @@ def test_harmless_parts_of_a_history_change_nothing(served):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"cache_control": {"type": "forever"}},
+        {"cache_control": "forever"},
         {"thinking": {"type": "hard"}},
         {"service_tier": "gold"},
         {"output_config": {"format": {"type": "yaml"}}},
@@ -141,6 +143,24 @@ def test_what_is_not_honoured_is_refused(served, fields):
     assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
 
 
+FLOODS = [
+    {"messages": [{}] * 100_000},
+    {"messages": [{"role": "user", "content": [{}] * 100_000}]},
+    {"system": [{}] * 100_000},
+    {"tools": [{}] * 100_000},
+    {"tools": [{**ANTHROPIC_TOOLS[0], "allowed_callers": [{}] * 100_000}]},
+    {"tools": [{**ANTHROPIC_TOOLS[0], "input_examples": [0] * 100_000}]},
+]
+
+
+@pytest.mark.parametrize("fields", FLOODS, ids=lambda value: str(value)[:30])
+def test_lists_are_bounded(fields):
+    """The first element too many ends the check, so few errors are made of many elements."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        MessagesRequest.model_validate({**ASK, **fields})
+    assert caught.value.error_count() < 5000
+
+
 def test_thread_is_refused_so_that_clients_go_on_without(served, client):
     status, answer = post(served, thread={"type": "create"})
     details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -148,9 +168,9 @@ def test_thread_is_refused_so_that_clients_go_on_without(served, client):
     calls = []
 
     @anthropic.beta_tool
-    def weather(city: str, days: int) -> str:
+    def weather(city: Literal["Rome", "Paris"]) -> str:
         """The weather of a city."""
-        calls.append((city, days))
+        calls.append(city)
         return "It rains."
 
     runner = client.beta.messages.tool_runner(
@@ -282,7 +302,14 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, path, ping):
 
 
 def test_clients_skip_pings(runtime, monkeypatch):
-    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.0001)
+    append_each = runtime.append_each
+
+    def slow(*arguments):
+        time.sleep(0.03)
+        return append_each(*arguments)
+
+    monkeypatch.setattr(runtime, "append_each", slow)
+    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.005)
     with (
         Served(runtime) as served,
         anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="x") as client,

@@ -16,6 +16,7 @@ PATH = "/v1/responses"
 ASK = {"model": "sample", "input": "Tell me of the king.", "temperature": 0}
 TOOL = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
 NAMED = {"type": "function", "name": "weather"}
+N_PARTS = 100_000
 EVENT = pydantic.TypeAdapter(ResponseStreamEvent)
 
 
@@ -172,6 +173,10 @@ def test_conversation_goes_on_from_a_stored_response(served, client):
         again.output_text,
         again.usage.input_tokens,
     )
+    counted = client.responses.input_tokens.count(
+        model="sample", input=more["input"], previous_response_id=first.id
+    )
+    assert counted.input_tokens == second.usage.input_tokens
     third = client.responses.create(**more, previous_response_id=second.id)
     assert third.usage.input_tokens > second.usage.input_tokens
     referred = [whole[0], {"type": "item_reference", "id": first.output[0].id}, whole[2]]
@@ -196,6 +201,24 @@ def test_stored_responses_are_there_for_their_key_until_deleted(served, client):
     assert caught.value.code == "previous_response_not_found"
     unstored = client.responses.create(**ASK, max_output_tokens=3, store=False)
     assert served.ask("GET", f"{PATH}/{unstored.id}", x_api_key="first")[0] == 404
+
+
+FLOODS = [
+    {"input": [{}] * N_PARTS},
+    {"input": [{"role": "user", "content": [{}] * N_PARTS}]},
+    {"include": [{}] * N_PARTS},
+    {"tools": [{}] * N_PARTS},
+    {"tools": [{**TOOL, "allowed_callers": [{}] * N_PARTS}]},
+    {"input": [{"type": "reasoning", "summary": [0] * N_PARTS}]},
+]
+
+
+@pytest.mark.parametrize("fields", FLOODS, ids=lambda value: str(value)[:30])
+def test_lists_are_bounded(fields):
+    """The first element too many ends the check, so few errors are made of many elements."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        ResponsesRequest.model_validate({**ASK, **fields})
+    assert caught.value.error_count() < 5000
 
 
 def test_store_is_bounded():

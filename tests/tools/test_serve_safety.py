@@ -239,7 +239,7 @@ def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
         for path, methods in paths.items()
         for method in methods
     }
-    assert len(operations) == 13
+    assert len(operations) == 14
     for method, path in operations:
         body = {**GREEDY, "prompt": "Call me"} if method == "POST" else None
         assert keyed.ask(method, path, body)[0] == (200 if path == "/health" else 401), path

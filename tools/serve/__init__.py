@@ -76,8 +76,9 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
         open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
-        doors: Any = keys, hosts, max_body, origins, not options["no_log"]
-        server, batch = make_server(runtime, name, sequences, queue, *doors)
+        is_logged = not options["no_log"]
+        edge: Any = keys, hosts, max_body, is_logged, origins
+        server, batch = make_server(runtime, name, sequences, queue, *edge)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         click.echo(f"slotmoe: {name} is ready at {url}, {_READY}", err=True)
@@ -99,8 +100,8 @@ def make_server(
     keys: Iterable[str] = (),
     hosts: Iterable[str] = (),
     max_body: int = 4 << 20,
-    origins: Iterable[str] = (),
     is_logged: bool = False,
+    origins: Iterable[str] = (),
 ) -> tuple[Any, Any]:
     """A uvicorn server, to ``run`` on a socket, and its ``Scheduler``; ``max_body`` is in bytes.
     If it ``is_logged``, each request is a line on stderr."""

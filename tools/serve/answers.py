@@ -19,8 +19,8 @@ from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
 MAX_SCORES = 100_000  # log-probabilities of prompts' tokens and their alternatives in one request
-_SHORTEN = "Shorten it, or start the server with --context"
 PING_SECONDS = 3.0  # after which a stream on which nothing moves says that it is alive
+_SHORTEN = "Shorten it, or start the server with --context"
 # Finishes of a job that end the whole request.  Nobody reads a 499.
 _FAILURES = {"error": 500, "refused": 400, "cancelled": 499}
 
@@ -178,9 +178,8 @@ def chat_prompt(service: Service, body: ChatRequest) -> list[int]:
     """Token ids of a conversation.  Runs the template in a child process, so the event loop leaves
     it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
     check_length(service, sum(len(message.text) for message in body.messages))
-    return encode(
-        service, service.dialect.prompt(body.messages, body.tool_policy(), body.continues)
-    )
+    text = service.dialect.prompt(body.messages, body.tool_policy(), body.continues)
+    return encode(service, text)
 
 
 async def chat_answers(request: Request, body: ChatRequest) -> Answers:

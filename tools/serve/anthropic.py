@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, Tag
 from starlette.responses import JSONResponse
 
 from slotmoe.tools.serve import requests
@@ -25,31 +25,34 @@ from slotmoe.tools.serve.answers import (
     event,
 )
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
+from slotmoe.tools.serve.fields import Ignored, by_kind, text_or_list
 from slotmoe.tools.serve.function_calling import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
 Json = dict[str, Any]
-_MAX_BLOCKS = 4096  # of one message
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 
 
-class CacheControl(requests.Model):
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-    scope: requests.Label | None = None
+_CACHED = Ignored("every prefix is cached")
+_THINKING = Ignored("the model answers at once")
+_TOOLS = Ignored("a tool is described at once, by its schema")
+_REPLAYED = Ignored("it says nothing to the model")
 
 
 class Cacheable(requests.Model):
-    cache_control: CacheControl | None = None
+    cache_control: Annotated[requests.AnyObject | None, _CACHED] = None
 
 
 class TextBlock(requests.TextPart):
-    citations: list[Json] | None = None
+    citations: Annotated[list[Json] | None, _REPLAYED] = None
 
 
-Text: TypeAlias = requests.Text | Annotated[list[TextBlock], Field(max_length=_MAX_BLOCKS)]
+Text: TypeAlias = Annotated[
+    Annotated[requests.Text, Tag("text")] | Annotated[list[TextBlock], Tag("list")],
+    by_kind(text_or_list, "text nor a list of blocks"),
+]
 
 
 class ContinuedChatRequest(requests.ChatRequest):
@@ -63,8 +66,8 @@ class ToolUse(Cacheable):
     id: requests.CallId
     name: requests.Name
     input: Json
-    caller: Json | None = None
-    toolset_name: None = None
+    caller: Annotated[Json | None, _REPLAYED] = None
+    toolset_name: Annotated[None, _REPLAYED] = None
 
     def call(self) -> requests.ToolCall:
         try:
@@ -80,7 +83,7 @@ class ToolResult(Cacheable):
     tool_use_id: requests.CallId
     content: Text | None = None
     is_error: bool | None = None
-    toolset_name: None = None
+    toolset_name: Annotated[None, _REPLAYED] = None
 
     def message(self) -> requests.ToolMessage:
         kind = requests.FailedToolMessage if self.is_error else requests.ToolMessage
@@ -106,7 +109,10 @@ Block: TypeAlias = Annotated[
 
 class AnthropicMessage(requests.Model):
     role: Literal["user", "assistant"]
-    content: requests.Text | Annotated[list[Block], Field(max_length=_MAX_BLOCKS)]
+    content: Annotated[
+        Annotated[requests.Text, Tag("text")] | Annotated[list[Block], Tag("list")],
+        by_kind(text_or_list, "text nor a list of blocks"),
+    ]
 
     def messages(self) -> list[requests.ChatMessage]:
         """Each result of a call, then the text and the calls.  Raises ``RefusedError``."""
@@ -129,10 +135,10 @@ class Tool(Cacheable):
     description: requests.Description | None = None
     input_schema: Json
     strict: bool | None = None
-    eager_input_streaming: bool | None = None
-    defer_loading: bool | None = None
-    input_examples: list[Json] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    eager_input_streaming: Annotated[bool | None, _TOOLS] = None
+    defer_loading: Annotated[bool | None, _TOOLS] = None
+    input_examples: Annotated[list[Json] | None, _TOOLS] = None
+    allowed_callers: Annotated[list[Literal["direct"]] | None, _TOOLS] = None
 
     def tool(self) -> requests.FunctionTool:
         about: Json = {"name": self.name, "description": self.description, "strict": self.strict}
@@ -176,9 +182,15 @@ class OutputFormat(requests.Model):
 
 
 class OutputConfig(requests.Model):
-    effort: requests.Label | None = None
+    effort: Annotated[requests.Label | None, _THINKING] = None
     format: OutputFormat | None = None
-    task_budget: Json | None = None
+    task_budget: Annotated[Json | None, _THINKING] = None
+
+
+class ContinuedRequest(requests.ChatRequest):
+    """A conversation whose answer goes on with the last message."""
+
+    continues: ClassVar[bool] = True
 
 
 class Conversation(Cacheable):
@@ -191,9 +203,9 @@ class Conversation(Cacheable):
     system: Text | None = None
     tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: ThinkingConfig | None = None
+    thinking: Annotated[ThinkingConfig | None, _THINKING] = None
     output_config: OutputConfig | None = None
-    context_management: Json | None = None
+    context_management: Annotated[Json | None, Ignored("nothing is edited")] = None
 
     def chat(self, **options: Any) -> requests.ChatRequest:
         """The same in OpenAI's form, with these fields of it.  A last message of the assistant's is
@@ -209,7 +221,7 @@ class Conversation(Cacheable):
         if continues and form is not None:
             problem = "the answer can't follow a schema where a last message of the assistant's"
             raise RefusedError(f"messages: {problem} has begun it", "messages")
-        kind = ContinuedChatRequest if continues else requests.ChatRequest
+        kind = ContinuedRequest if continues else requests.ChatRequest
         return kind.model_construct(
             model=self.model,
             messages=messages,
@@ -227,8 +239,10 @@ class MessagesRequest(Conversation, requests.GenerationRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: requests.Count
     stop_sequences: requests.Stops | None = None
-    metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
+    metadata: Annotated[Metadata | None, Ignored("a label")] = None
+    service_tier: Annotated[
+        Literal["auto", "standard_only"] | None, Ignored("there is one tier")
+    ] = None
     thread: Any = None
 
     def options(self) -> Json:

@@ -12,21 +12,29 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.fields import Ignored, by_kind, text_or_list
 
 Json = dict[str, Any]
 Label: TypeAlias = requests.Label
-_MAX_PARTS = 4096  # of one message
 _SYSTEM = ("system", "developer")
+
+
+_REPLAYED = Ignored("it says nothing to the model")
+_LABEL = Ignored("a label")
+_CACHED = Ignored("every prefix is cached")
 
 
 class Part(requests.Model):
     type: Literal["input_text", "output_text"]
     text: requests.Text
-    annotations: list[Json] | None = None
-    logprobs: list[Json] | None = None
+    annotations: Annotated[list[Json] | None, _REPLAYED] = None
+    logprobs: Annotated[list[Json] | None, _REPLAYED] = None
 
 
-Parts: TypeAlias = requests.Text | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
+Parts: TypeAlias = Annotated[
+    Annotated[requests.Text, Tag("text")] | Annotated[list[Part], Tag("list")],
+    by_kind(text_or_list, "text nor a list of parts"),
+]
 
 
 def _text(content: Parts) -> str:
@@ -38,8 +46,8 @@ class InputMessage(requests.Model):
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
     id: Label | None = None
-    status: Label | None = None
-    phase: Label | None = None
+    status: Annotated[Label | None, _REPLAYED] = None
+    phase: Annotated[Label | None, _REPLAYED] = None
 
 
 class FunctionCall(requests.Model):
@@ -48,8 +56,8 @@ class FunctionCall(requests.Model):
     name: requests.Name
     arguments: requests.Text
     id: Label | None = None
-    status: Label | None = None
-    caller: Json | None = None
+    status: Annotated[Label | None, _REPLAYED] = None
+    caller: Annotated[Json | None, _REPLAYED] = None
     namespace: None = None
 
 
@@ -58,9 +66,9 @@ class FunctionOutput(requests.Model):
     call_id: requests.CallId
     output: Parts
     id: Label | None = None
-    status: Label | None = None
+    status: Annotated[Label | None, _REPLAYED] = None
     name: requests.Name | None = None
-    caller: Json | None = None
+    caller: Annotated[Json | None, _REPLAYED] = None
     namespace: None = None
 
 
@@ -69,10 +77,10 @@ class Reasoning(requests.Model):
 
     type: Literal["reasoning"]
     id: Label | None = None
-    summary: list[Json] | None = None
-    content: list[Json] | None = None
-    encrypted_content: requests.Text | None = None
-    status: Label | None = None
+    summary: Annotated[list[Json] | None, _REPLAYED] = None
+    content: Annotated[list[Json] | None, _REPLAYED] = None
+    encrypted_content: Annotated[requests.Text | None, _REPLAYED] = None
+    status: Annotated[Label | None, _REPLAYED] = None
 
 
 class ItemReference(requests.Model):
@@ -99,11 +107,14 @@ Item: TypeAlias = Annotated[
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
 
+_TOOLS = Ignored("a tool is described at once, by its schema")
+
+
 class FunctionTool(requests.Function):
     type: Literal["function"]
-    defer_loading: bool | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
-    output_schema: Json | None = None
+    defer_loading: Annotated[bool | None, _TOOLS] = None
+    allowed_callers: Annotated[list[Literal["direct"]] | None, _TOOLS] = None
+    output_schema: Annotated[Json | None, _TOOLS] = None
 
 
 class OtherTool(BaseModel):
@@ -137,6 +148,22 @@ Tool: TypeAlias = Annotated[FunctionTool | OtherTool, Field(discriminator="type"
 class FunctionChoice(requests.FunctionName):
     type: Literal["function"]
 
+    def choice(self) -> requests.FunctionChoice:
+        """The same in the chat's words."""
+        return requests.FunctionChoice(type="function", function=self)
+
+
+class AllowedChoice(requests.Model):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=requests.MAX_TOOLS)]
+
+    def choice(self) -> requests.AllowedChoice:
+        """The same in the chat's words."""
+        tools = [tool.choice() for tool in self.tools]
+        allowed = requests.AllowedTools(mode=self.mode, tools=tools)
+        return requests.AllowedChoice(type="allowed_tools", allowed_tools=allowed)
+
 
 class SchemaFormat(requests.Schema):
     type: Literal["json_schema"]
@@ -144,7 +171,7 @@ class SchemaFormat(requests.Schema):
 
 class TextConfig(requests.Model):
     format: Annotated[requests.TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Label | None = None
+    verbosity: Annotated[Label | None, Ignored("the model knows no such wish")] = None
 
     def response_format(self) -> requests.TextFormat | requests.SchemaFormat | None:
         if not isinstance(self.format, SchemaFormat):
@@ -161,10 +188,9 @@ class ReasoningConfig(requests.Model):
 
 
 class StreamOptions(requests.Model):
-    include_obfuscation: bool | None = None
+    include_obfuscation: Annotated[bool | None, Ignored("nothing is padded")] = None
 
 
-Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
 Included = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -179,29 +205,37 @@ Included = Literal[
 class ResponsesRequest(requests.GenerationRequest):
     """``/v1/responses``."""
 
-    input: requests.Text | Items
+    input: Annotated[
+        Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
+        by_kind(text_or_list, "text nor a list of items"),
+    ]
     instructions: requests.Text | None = None
     max_output_tokens: requests.Count | None = None
     previous_response_id: Label | None = None
     store: bool | None = None
     tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    metadata: Metadata | None = None
-    # These change nothing here.
+    metadata: Annotated[requests.Labels | None, _LABEL] = None
     background: Literal[False] | None = None
-    client_metadata: Json | None = None
-    include: list[Included] | None = None
-    max_tool_calls: requests.Count | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Label | None = None
-    reasoning: ReasoningConfig | None = None
-    safety_identifier: Label | None = None
-    service_tier: Label | None = None
+    client_metadata: Annotated[Json | None, _LABEL] = None
+    include: Annotated[list[Included] | None, Ignored("there is nothing to include")] = None
+    max_tool_calls: Annotated[
+        requests.Count | None, Ignored("it bounds tools that OpenAI runs")
+    ] = None
+    prompt_cache_key: Annotated[Label | None, _CACHED] = None
+    prompt_cache_retention: Annotated[Label | None, _CACHED] = None
+    reasoning: Annotated[ReasoningConfig | None, Ignored("the model answers at once")] = None
+    safety_identifier: Annotated[Label | None, _LABEL] = None
+    service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    user: Label | None = None
+    user: Annotated[Label | None, _LABEL] = None
 
     def functions(self) -> list[FunctionTool]:
         """The tools that the model may use."""
@@ -215,18 +249,16 @@ class ResponsesRequest(requests.GenerationRequest):
     def chat(self, items: Sequence[Item]) -> requests.ChatRequest:
         """The conversation of ``items`` as a request of OpenAI's chat.  Raises
         ``RefusedError``."""
-        tools = self.functions()
-        choice: requests.FunctionChoice | Literal["none", "auto", "required"] | None = None
-        if isinstance(self.tool_choice, FunctionChoice):
-            choice = requests.FunctionChoice(type="function", function=self.tool_choice)
-        elif tools or self.tool_choice == "required":  # clients give the others in any case
-            choice = self.tool_choice
+        tools, choice = self.functions(), self.tool_choice
+        chosen = choice.choice() if isinstance(choice, FunctionChoice | AllowedChoice) else choice
+        if not tools and choice in ("none", "auto"):
+            chosen = None  # clients give it in any case
         return requests.ChatRequest.model_construct(
             **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
             messages=_with_instructions(self.instructions, messages_of(items)),
             max_tokens=self.max_output_tokens,
             tools=[requests.FunctionTool.model_construct(function=tool) for tool in tools],
-            tool_choice=choice,
+            tool_choice=chosen,
             parallel_tool_calls=self.parallel_tool_calls if tools else None,
             response_format=None if self.text is None else self.text.response_format(),
         )

@@ -1,5 +1,6 @@
 """OpenAI's responses: ``/v1/responses``.  Its events tell what an answer's updates add to items."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -9,7 +10,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
 from starlette.responses import JSONResponse
 
-from slotmoe.tools.serve.answers import Answers, EventStream, Update, chat_answers, event
+from slotmoe.tools.serve.answers import (
+    Answers,
+    EventStream,
+    Update,
+    chat_answers,
+    chat_prompt,
+    event,
+)
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.function_calling import ContentDelta
 from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
@@ -72,6 +80,15 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
         pass
     store(draft.response)
     return JSONResponse(draft.response)
+
+
+@router.post(f"{PATH}/input_tokens")
+async def count_tokens(body: ResponsesRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    items = _conversation(service, request.state.owner, body)
+    prompt = await asyncio.to_thread(chat_prompt, service, body.chat(items))
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt)})
 
 
 @router.get(PATH + "/{id}")

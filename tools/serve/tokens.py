@@ -8,7 +8,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse
 
 from slotmoe.tools.serve import requests
-from slotmoe.tools.serve.answers import chat_prompt
+from slotmoe.tools.serve.answers import chat_prompt, check_length
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.service import Service
 
@@ -31,7 +31,9 @@ class TokenizeRequest(requests.Model):
         if self.messages is not None:
             conversation = requests.ChatRequest.model_construct
             return chat_prompt(service, conversation(messages=self.messages, tools=self.tools))
-        return service.tokenizer.encode(self.prompt or "", self.add_special_tokens is not False)
+        text = self.prompt or ""
+        check_length(service, len(text))
+        return service.tokenizer.encode(text, self.add_special_tokens is not False)
 
 
 @router.post("/tokenize")
