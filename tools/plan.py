@@ -67,8 +67,8 @@ def command(
     needed.
 
     MODEL is v2, v2.5 or coder-v2 (236B), v2-lite or coder-v2-lite (16B), sample, an export, a
-    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config alone
-    is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate
+    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
+    alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate
     has measured on this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the

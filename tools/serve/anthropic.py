@@ -55,12 +55,6 @@ Text: TypeAlias = Annotated[
 ]
 
 
-class ContinuedChatRequest(requests.ChatRequest):
-    """A conversation whose answer goes on with the assistant's last message."""
-
-    continues: ClassVar[bool] = True
-
-
 class ToolUse(Cacheable):
     type: Literal["tool_use"]
     id: requests.CallId
