@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -398,14 +398,6 @@ class Runtime:
         self.model.opened.close()
         self._generation += 1
         del self.model, self.sequences
-
-    if not TYPE_CHECKING:  # a type checker would take every misspelt name for this
-
-        def __getattr__(self, name: str) -> Any:
-            """Of what ``close`` has deleted.  Raises ``ConfigError``."""
-            if name in ("model", "sequences"):
-                raise ConfigError("this Runtime is closed: open the model again")
-            raise AttributeError(f"Runtime has no attribute {name!r}")
 
     def __enter__(self) -> "Runtime":
         return self

@@ -110,8 +110,8 @@ def _model(name: str, revision: str | None) -> Model:
     try:
         try:  # hf_hub_download alone would ask a network that is not there for half a minute
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
-        except (errors.HTTPError, OSError) as problem:  # type: ignore[attr-defined]
-            if isinstance(problem, errors.HfHubHTTPError):
+        except (errors.HTTPError, OSError) as failure:  # type: ignore[attr-defined]
+            if isinstance(failure, errors.HfHubHTTPError):
                 raise
             offline = True
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)

@@ -362,12 +362,13 @@ def cached_export(
     ``reading(done, total)`` in bytes, when the folder is new here or has changed.  ``notify`` is
     told where the export will be.
     """
-    note = model_cache.note_of(source, FORMAT_VERSION, cache)
+    files = model_cache.contents(source)
+    note = model_cache.note_of(source, files, FORMAT_VERSION, cache)
     known = model_cache.read_note(note)
     if known is not None and model_cache.is_export(cache / known):
         model_cache.mark_used(cache / known)
         return cache / known
-    key = model_cache.content_key(source, FORMAT_VERSION, reading)
+    key = model_cache.content_key(files, FORMAT_VERSION, reading)
     destination = model_cache.with_key(cache, key)
     if destination is None:
         destination = cache / f"{source.resolve().name}-{key}"

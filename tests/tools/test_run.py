@@ -120,17 +120,6 @@ def test_what_is_no_prompt(runtime, prompt, problem):
         runtime.generate(prompt)
 
 
-def test_a_closed_runtime_says_so(export):
-    runtime = Runtime.open(export)
-    runtime.close()
-    runtime.close()
-    for use in (lambda: runtime.generate("Hi"), runtime.stats, lambda: runtime.logits([5])):
-        with pytest.raises(ConfigError, match="this Runtime is closed"):
-            use()
-    with pytest.raises(AttributeError, match="no attribute 'modle'"):
-        _ = runtime.modle
-
-
 def on_terminal(*arguments, **environment):
     """What a command prints on a terminal."""
     pid, handle = pty.fork()

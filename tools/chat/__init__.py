@@ -9,7 +9,9 @@ import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.tools.options import (
+    MODEL,
     SAMPLING,
+    Command,
     chat_options,
     open_runtime,
     require_extra,
@@ -74,8 +76,8 @@ class Pipe:
 Frontend: TypeAlias = "Pipe | Terminal"
 
 
-@click.command(name="chat")
-@click.argument("model", metavar="MODEL")
+@click.command(name="chat", cls=Command)
+@MODEL
 @click.option("--system", metavar="TEXT", help="How the model should behave.")
 @chat_options
 @runtime_options
