@@ -26,12 +26,14 @@ from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import read_config
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, copy_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
+from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
@@ -373,7 +375,10 @@ def cached_export(
     if destination is None:
         destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
-        notify(f"{source} is quantized once, into {destination} (slotmoe list, slotmoe rm)")
+        config = read_config(source / "config.json")
+        size = format_size(export_bytes(config, sizes_of(config, resident_mode("auto"))))
+        free = format_size(shutil.disk_usage(cache).free)
+        notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
     model_cache.write_note(note, destination.name, source)
     model_cache.mark_used(destination)

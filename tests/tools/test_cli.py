@@ -153,6 +153,17 @@ def test_shortfall_is_told(slotmoe):
         assert part in err
 
 
+def test_more_memory_than_there_is(slotmoe, monkeypatch):
+    code, _, err = slotmoe("run", "EXPORT", "x", "-n", "1", "--ram", "800TiB")
+    assert (code, err.count("\n")) == (0, 2)
+    assert "--ram 800TiB is more than this machine has" in err
+    assert "more than" not in slotmoe("run", "EXPORT", "x", "-n", "1", "--ram", "4GiB")[2]
+    monkeypatch.setattr("slotmoe.offload.loading.total_memory", lambda: 1 << 20)
+    code, _, err = slotmoe("run", "EXPORT", "x", "-n", "1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "of RAM and this machine has 1.0 MiB: give a smaller --ram" in err
+
+
 def test_damaged_export_is_exit_code_2(model, tmp_path, slotmoe):
     shutil.copytree(model / "export", tmp_path / "export")
     path = tmp_path / "export" / "resident.safetensors"
@@ -276,7 +287,7 @@ assert not heavy & set(sys.modules), sorted(sys.modules)
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert time.perf_counter() - start < 2
-    for part in ("slotmoe run sample", "--max-new-tokens", "--resident", "Examples:"):
+    for part in ("slotmoe run sample", "--max-new-tokens", "--resident", "Examples:", "\nText:\n"):
         assert part in child.stdout
 
 
