@@ -235,6 +235,7 @@ class Runtime:
             messages = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
         check_ids(prompt)
+        prompt = [*prompt]
         # The last token is computed in any case: its logits are needed.
         kept = shared_prefix(sequence.tokens, prompt[:-1])
         generation = self._begin(prompt, len(prompt) + 1, kept)
@@ -407,12 +408,12 @@ class Runtime:
 
 
 def check_ids(prompt: Any) -> None:
-    """Raise ``ConfigError`` unless ``prompt`` is a list of integers."""
-    if not isinstance(prompt, list):
+    """Raise ``ConfigError`` unless ``prompt`` is a sequence of integers."""
+    if not isinstance(prompt, Sequenced):
         raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
     strange = next((item for item in prompt if not isinstance(item, int)), None)
     if strange is not None:
-        problem = f"the prompt is a list that holds a {type(strange).__name__}"
+        problem = f"the prompt holds a {type(strange).__name__}"
         problem += ", expected text or token ids, which are integers"
         if isinstance(strange, dict):
             problem += "; of messages make text with tokenizer.chat(messages)"

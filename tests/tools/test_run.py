@@ -68,7 +68,7 @@ def finishes(runtime, *arguments, **options):
 
 
 def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
-    assert finishes(runtime, [5, 6], 4) == [None] * 3 + ["length"]
+    assert finishes(runtime, (5, 6), 4) == [None] * 3 + ["length"]
     assert finishes(runtime, [5] * 60, 9) == [None] * 3 + ["context"]
     assert finishes(runtime, [5] * 60, 4) == [None] * 3 + ["length"]
     assert finishes(runtime, [5] * 60, None) == [None] * 3 + ["context"]
@@ -111,7 +111,8 @@ def test_the_prompt_of_a_file(export, slotmoe, tmp_path):
     [
         ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
         (["Hi"], "holds a str, expected text or token ids"),
-        ((1, 2), "is a tuple, expected text or token ids"),
+        ({"role": "user"}, "is a dict, expected text or token ids"),
+        (None, "is a NoneType, expected text or token ids"),
         ([], "the prompt is empty"),
     ],
 )
