@@ -229,7 +229,9 @@ class Runtime:
         not computed again.  Raises ``PlanError`` if the prompt does not fit.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+            raise ConfigError(
+                f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
+            )
         sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]

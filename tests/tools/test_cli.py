@@ -93,7 +93,10 @@ BAD_USE = {
     "top-k-negative": (["run", "EXPORT", "x", "--top-k", "-3"], "top_k is -3"),
     "seed-negative": (["run", "EXPORT", "x", "--seed", "-1"], "seed is -1"),
     "seed-huge": (["run", "EXPORT", "x", "--seed", str(1 << 80)], "seed is"),
-    "no-new-tokens": (["run", "EXPORT", "x", "-n", "0"], "'-n' / '--max-new-tokens'"),
+    "no-new-tokens": (
+        ["run", "EXPORT", "x", "-n", "0"],
+        "max_new_tokens is 0, expected at least 1 (option -n)",
+    ),
     "threads-zero": (["run", "EXPORT", "x", "--threads", "0"], "threads is 0"),
     "threads-too-many": (["run", "EXPORT", "x", "--threads", "300"], "expected 1 to 256"),
     "size-of-bytes": (["run", "EXPORT", "x", "--ram", "3"], "'3' is 3 bytes; write the unit"),

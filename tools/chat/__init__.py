@@ -108,7 +108,7 @@ def command(
 
     sampling = Sampling(**{name: options[name] for name in SAMPLING})
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
     with open_runtime(model, options) as runtime:
         conversation = Conversation(runtime, max_new_tokens, sampling, system)
         if trace is not None:
