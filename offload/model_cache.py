@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -54,9 +54,9 @@ def contents(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def content_key(source: Path, version: int, progress: Progress) -> str:
-    """Digest of the names and all bytes of ``contents(source)`` and of the export's format."""
-    files, lock, done = contents(source), threading.Lock(), 0
+def content_key(files: Sequence[Path], version: int, progress: Progress) -> str:
+    """Digest of the names and all bytes of ``files`` and of the export's format."""
+    lock, done = threading.Lock(), 0
     total = sum(path.stat().st_size for path in files)
 
     def digest(path: Path) -> str:
@@ -77,10 +77,10 @@ def content_key(source: Path, version: int, progress: Progress) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:12]
 
 
-def note_of(source: Path, version: int, cache: Path) -> Path:
-    """Where the cache notes which export is of the folder ``source`` as it is now."""
+def note_of(source: Path, files: Sequence[Path], version: int, cache: Path) -> Path:
+    """Where the cache notes which export is of ``source``, with its ``files`` as they are now."""
     parts = [str(version), os.fspath(source.resolve())]
-    for path in contents(source):
+    for path in files:
         status = path.stat()
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
         parts.append(f"{path.name} {status.st_size} {times}")

@@ -157,11 +157,15 @@ class Runtime:
         not computed again.  Raises ``PlanError`` if the prompt does not fit.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+            raise ConfigError(
+                f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)"
+            )
         sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
             prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
+        check_ids(prompt)
+        prompt = [*prompt]
         held = self._begin(prompt, len(prompt) + 1, reuse=True)
         kept = len(held)
 
@@ -286,12 +290,12 @@ class Runtime:
 
 
 def check_ids(prompt: Any) -> None:
-    """Raise ``ConfigError`` unless ``prompt`` is a list of integers."""
-    if not isinstance(prompt, list):
+    """Raise ``ConfigError`` unless ``prompt`` is a sequence of integers."""
+    if not isinstance(prompt, Sequenced):
         raise ConfigError(f"the prompt is a {type(prompt).__name__}, expected text or token ids")
     strange = next((item for item in prompt if not isinstance(item, int)), None)
     if strange is not None:
-        problem = f"the prompt is a list that holds a {type(strange).__name__}"
+        problem = f"the prompt holds a {type(strange).__name__}"
         problem += ", expected text or token ids, which are integers"
         if isinstance(strange, dict):
             problem += "; of messages make text with tokenizer.chat(messages)"

@@ -103,7 +103,7 @@ _NEW_HELP = f"{_STOP_HELP} [default: {_NEW_TOKENS}; with --chat the answer's end
 
 
 def _length(default: int | None, help: str = _STOP_HELP) -> Decorator:
-    return count("-n --max-new-tokens", default, help)
+    return integer("-n --max-new-tokens", help, default)
 
 
 def _sampling(length: Decorator, temperature: float, top_p: float) -> list[Decorator]:

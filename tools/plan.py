@@ -68,8 +68,8 @@ def command(
 
     MODEL is v2, v2.5 or coder-v2 (236B), v2-lite or coder-v2-lite (16B), sample, an export, a
     checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
-    alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench --calibrate
-    has measured on this machine, or assumptions; the report says which.
+    alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench
+    --calibrate has measured on this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free
@@ -110,8 +110,8 @@ def _model(name: str, revision: str | None) -> Model:
     try:
         try:  # hf_hub_download alone would ask a network that is not there for half a minute
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
-        except (errors.HTTPError, OSError) as problem:  # type: ignore[attr-defined]
-            if isinstance(problem, errors.HfHubHTTPError):
+        except (errors.HTTPError, OSError) as failure:  # type: ignore[attr-defined]
+            if isinstance(failure, errors.HfHubHTTPError):
                 raise
             offline = True
         path = hf_hub_download(name, "config.json", revision=revision, local_files_only=offline)

@@ -33,6 +33,7 @@ from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
+from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
@@ -361,24 +362,29 @@ def cached_export(
     reading: Progress = ignore,
     notify: Notify = ignore,
 ) -> Path:
-    """Export of the folder ``source`` in the folder ``cache``, quantized now if it is not there
+    """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
     yet.
 
     It is named after the source's content (``slotmoe.offload.model_cache``), which is read,
-    ``reading(done, total)`` in bytes, when the folder is new here or has changed.  ``notify`` is
+    ``reading(done, total)`` in bytes, when it is new here or has changed.  ``notify`` is
     told where the export will be.
     """
-    note = model_cache.note_of(source, FORMAT_VERSION, cache)
+    files = model_cache.contents(source)
+    note = model_cache.note_of(source, files, FORMAT_VERSION, cache)
     known = model_cache.read_note(note)
     if known is not None and model_cache.is_export(cache / known):
         model_cache.mark_used(cache / known)
         return cache / known
-    key = model_cache.content_key(source, FORMAT_VERSION, reading)
+    key = model_cache.content_key(files, FORMAT_VERSION, reading)
     destination = model_cache.with_key(cache, key)
     if destination is None:
         destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
-        notify(f"{source} is quantized once, into {destination} (slotmoe list, slotmoe rm)")
+        with open_checkpoint(source) as checkpoint:
+            config = checkpoint.config
+        size = format_size(export_bytes(config, sizes_of(config, resident_mode("auto"))))
+        free = format_size(shutil.disk_usage(cache).free)
+        notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
     model_cache.write_note(note, destination.name, source)
     model_cache.mark_used(destination)

@@ -203,8 +203,7 @@ class Scenario:
         experts = len(config.moe_layers) * config.n_routed_experts
         resident = sum(map(math.prod, resident_shapes(config).values()))
         weights = resident + experts * 3 * config.hidden_size * config.moe_intermediate_size
-        export = experts * sizes.record_bytes + sum(sizes.resident.values())
-        export = export if self.model.resident is None else 0
+        export = memory.export_bytes(config, sizes) if self.model.resident is None else 0
         needed = {"download": 0 if self.model.is_here else 2 * weights, "export": export}
         free = self.machine.free_disk
         return {**needed, "free": free, "fits": export <= free}

@@ -94,6 +94,12 @@ def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
     return Sizes(dict(components), touched, record)
 
 
+def export_bytes(config: Config, sizes: Sizes) -> int:
+    """Bytes of the export on disk."""
+    experts = len(config.moe_layers) * config.n_routed_experts
+    return experts * sizes.record_bytes + sum(sizes.resident.values())
+
+
 def kv_bytes(config: Config, positions: int, kernels: str = "native", value_bytes: int = 2) -> int:
     """Bytes of the latent KV cache for so many positions: ``kv_lora_rank + qk_rope_head_dim``
     values a layer each, which ``native`` kernels keep in 8 bits, with 16 bytes of scales and sums a

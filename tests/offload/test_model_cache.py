@@ -4,6 +4,7 @@ finds no other's; what is there is listed and removed."""
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import quantize as ingest
 from slotmoe.offload.ingest.quantize import cached_export
+from slotmoe.offload.plan.memory import parse_size
 from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
 
@@ -45,7 +47,10 @@ def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(source, made,
         source, tmp_path / "cache", None, lambda *done: read.append(done), told.append
     )
     assert export.name.startswith("model-")
-    assert len(told) == 1 and str(export) in told[0]
+    (line,) = told
+    told_of = re.fullmatch(rf"{source} is quantized once, into {export}: (.*) of .* are free", line)
+    taken = sum(path.stat().st_size for path in export.rglob("*.safetensors"))
+    assert parse_size(told_of[1].replace(" ", "")) == pytest.approx(taken, rel=0.2)
     size = sum(path.stat().st_size for path in model_cache.contents(source))
     assert max(read) == (size, size)
     (source / "README.md").write_text("more")

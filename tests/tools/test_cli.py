@@ -93,7 +93,10 @@ BAD_USE = {
     "top-k-negative": (["run", "EXPORT", "x", "--top-k", "-3"], "top_k is -3"),
     "seed-negative": (["run", "EXPORT", "x", "--seed", "-1"], "seed is -1"),
     "seed-huge": (["run", "EXPORT", "x", "--seed", str(1 << 80)], "seed is"),
-    "no-new-tokens": (["run", "EXPORT", "x", "-n", "0"], "'-n' / '--max-new-tokens'"),
+    "no-new-tokens": (
+        ["run", "EXPORT", "x", "-n", "0"],
+        "max_new_tokens is 0, expected at least 1 (option -n)",
+    ),
     "threads-zero": (["run", "EXPORT", "x", "--threads", "0"], "threads is 0"),
     "threads-too-many": (["run", "EXPORT", "x", "--threads", "300"], "expected 1 to 256"),
     "size-of-bytes": (["run", "EXPORT", "x", "--ram", "3"], "'3' is 3 bytes; write the unit"),
@@ -151,6 +154,17 @@ def test_shortfall_is_told(slotmoe):
     assert code == 2
     for part in ("needs at least", "the budget is 1.0 MiB", "short", "--ram", "--context"):
         assert part in err
+
+
+def test_more_memory_than_there_is(slotmoe, monkeypatch):
+    code, _, err = slotmoe("run", "EXPORT", "x", "-n", "1", "--ram", "800TiB")
+    assert (code, err.count("\n")) == (0, 2)
+    assert "--ram 800TiB is more than this machine has" in err
+    assert "more than" not in slotmoe("run", "EXPORT", "x", "-n", "1", "--ram", "4GiB")[2]
+    monkeypatch.setattr("slotmoe.offload.loading.total_memory", lambda: 1 << 20)
+    code, _, err = slotmoe("run", "EXPORT", "x", "-n", "1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "of RAM and this machine has 1.0 MiB: give a smaller --ram" in err
 
 
 def test_damaged_export_is_exit_code_2(model, tmp_path, slotmoe):
@@ -276,7 +290,7 @@ assert not heavy & set(sys.modules), sorted(sys.modules)
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert time.perf_counter() - start < 2
-    for part in ("slotmoe run sample", "--max-new-tokens", "--resident", "Examples:"):
+    for part in ("slotmoe run sample", "--max-new-tokens", "--resident", "Examples:", "\nText:\n"):
         assert part in child.stdout
 
 

@@ -142,3 +142,10 @@ def test_yarn_needs_a_logarithm(tmp_path, capsys):
     code, err = failed(capsys, "plan", str(tmp_path / "model"))
     assert (code, err.count("\n")) == (2, 1)
     assert "rope.rope_theta is 1" in err
+
+
+def test_a_key_file_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "keys").write_bytes(b"caf\xe9\n")
+    code, err = failed(capsys, "serve", "sample", "--api-key-file", str(tmp_path / "keys"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "keys: is not UTF-8 text" in err

@@ -68,7 +68,7 @@ def finishes(runtime, *arguments, **options):
 
 
 def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
-    assert finishes(runtime, [5, 6], 4) == [None] * 3 + ["length"]
+    assert finishes(runtime, (5, 6), 4) == [None] * 3 + ["length"]
     assert finishes(runtime, [5] * 60, 9) == [None] * 3 + ["context"]
     assert finishes(runtime, [5] * 60, 4) == [None] * 3 + ["length"]
     assert finishes(runtime, [5] * 60, None) == [None] * 3 + ["context"]
@@ -111,24 +111,14 @@ def test_the_prompt_of_a_file(export, slotmoe, tmp_path):
     [
         ([{"role": "user", "content": "Hi"}], r"holds a dict.*tokenizer\.chat\(messages\)"),
         (["Hi"], "holds a str, expected text or token ids"),
-        ((1, 2), "is a tuple, expected text or token ids"),
+        ({"role": "user"}, "is a dict, expected text or token ids"),
+        (None, "is a NoneType, expected text or token ids"),
         ([], "the prompt is empty"),
     ],
 )
 def test_what_is_no_prompt(runtime, prompt, problem):
     with pytest.raises(ConfigError, match=problem):
         runtime.generate(prompt)
-
-
-def test_a_closed_runtime_says_so(export):
-    runtime = Runtime.open(export)
-    runtime.close()
-    runtime.close()
-    for use in (lambda: runtime.generate("Hi"), runtime.stats, lambda: runtime.logits([5])):
-        with pytest.raises(ConfigError, match="this Runtime is closed"):
-            use()
-    with pytest.raises(AttributeError, match="no attribute 'modle'"):
-        _ = runtime.modle
 
 
 def on_terminal(*arguments, **environment):

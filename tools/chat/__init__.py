@@ -9,7 +9,9 @@ import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.tools.options import (
+    MODEL,
     SAMPLING,
+    Command,
     chat_options,
     open_runtime,
     require_extra,
@@ -74,8 +76,8 @@ class Pipe:
 Frontend: TypeAlias = "Pipe | Terminal"
 
 
-@click.command(name="chat")
-@click.argument("model", metavar="MODEL")
+@click.command(name="chat", cls=Command)
+@MODEL
 @click.option("--system", metavar="TEXT", help="How the model should behave.")
 @chat_options
 @runtime_options
@@ -108,7 +110,7 @@ def command(
 
     sampling = Sampling(**{name: options[name] for name in SAMPLING})
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
     with open_runtime(model, options) as runtime:
         conversation = Conversation(runtime, max_new_tokens, sampling, system)
         if trace is not None:

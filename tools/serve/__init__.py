@@ -13,7 +13,15 @@ import click
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import parse_size
-from slotmoe.tools.options import flag, open_runtime, option, require_extra, runtime_options
+from slotmoe.tools.options import (
+    MODEL,
+    Command,
+    flag,
+    open_runtime,
+    option,
+    require_extra,
+    runtime_options,
+)
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
 _GRACE_SECONDS = 3  # for answers to be delivered once the server has to end
@@ -34,8 +42,8 @@ _CORS_HELP = (
 _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 
 
-@click.command(name="serve")
-@click.argument("model", metavar="MODEL")
+@click.command(name="serve", cls=Command)
+@MODEL
 @option("--host", None, _HOST_HELP, default="127.0.0.1")
 @option("--port", None, "Port; 0 takes a free one.", type=click.IntRange(0, 65535), default=8000)
 @option("--api-key api_keys", "KEY", _KEYS_HELP, multiple=True)
@@ -148,7 +156,10 @@ def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     """All API keys: of the options, the file and the environment.  Raises ``ConfigError``."""
     keys = [*given]
     if file is not None:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{file}: is not UTF-8 text, expected API keys, one a line") from None
         keys += [line.strip() for line in lines if line.strip()]
         if len(keys) == len(given):
             raise ConfigError(f"{file}: holds no API key, expected one a line")
