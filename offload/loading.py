@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slotmoe import model
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config, config_among
@@ -23,7 +22,6 @@ from slotmoe.model.network import DeepseekV2
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts, HostCompute
-from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.plan.memory import (
@@ -99,8 +97,7 @@ class Options:
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``experts``, ``sizes`` and ``store``
-    are None on the reference path."""
+    computes with it.  ``experts``, ``sizes`` and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -137,40 +134,6 @@ class LoadedModel:
                 f"the reference path has no expert cache to {purpose}; open the model quantized"
             )
         return self.experts
-
-
-def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
-    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``; or the path of a
-    GGUF file.
-
-    A hub id that is no folder here becomes an export in the cache folder first;
-    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
-    ``ConfigError``, and what that raises.
-    """
-    folder = Path(path)
-    if is_hub_id(str(path)) and not folder.exists():
-        from slotmoe.offload.ingest.hub import hub_export
-
-        return hub_export(str(path), revision, cache_folder(), **reporting)
-    if revision is not None:
-        raise ConfigError(
-            f"{folder}: a revision is of a model on the hub, but this is a folder here; "
-            "leave the revision out"
-        )
-    if str(path) == "sample" and not folder.is_dir():
-        return Path(model.__file__).parent / "sample"
-    if folder.is_file():
-        return folder
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: no such folder or file; MODEL is an export, a Hugging Face checkpoint "
-            "folder, a GGUF file, a hub id or 'sample'"
-        )
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)"
-        )
-    return folder
 
 
 def open_model(folder: Path, options: Options, device: Device, reason: str) -> LoadedModel:

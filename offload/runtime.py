@@ -17,11 +17,12 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling, Token, generate
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Progress, cached_export
-from slotmoe.offload.loading import LoadedModel, Options, open_model, resolve_model
+from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
+from slotmoe.offload.source import resolve_model
 from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
 

@@ -1,13 +1,18 @@
 """A model as it lies on disk: an export, a checkpoint folder, or a GGUF file."""
 
 from pathlib import Path
+from typing import Any
 
+from slotmoe import model
+from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.ingest.hub_id import is_hub_id
+from slotmoe.offload.machine import cache_folder
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 
@@ -32,3 +37,37 @@ def eos_token_ids(config: Config, read: ReadFile, path: Path) -> tuple[int, ...]
     value = None if data is None else parse_json(data, path).get("eos_token_id")
     extra = value if isinstance(value, list) else [value]
     return tuple({*config.eos_token_ids, *(id for id in extra if isinstance(id, int))})
+
+
+def resolve_model(path: str | Path, revision: str | None = None, **reporting: Any) -> Path:
+    """Folder of a ``MODEL``: an export, a Hugging Face checkpoint, or ``sample``; or the path of a
+    GGUF file.
+
+    A hub id that is no folder here becomes an export in the cache folder first;
+    ``slotmoe.offload.ingest.hub.hub_export`` gets ``revision`` and ``reporting``.  Raises
+    ``ConfigError``, and what that raises.
+    """
+    folder = Path(path)
+    if is_hub_id(str(path)) and not folder.exists():
+        from slotmoe.offload.ingest.hub import hub_export
+
+        return hub_export(str(path), revision, cache_folder(), **reporting)
+    if revision is not None:
+        raise ConfigError(
+            f"{folder}: a revision is of a model on the hub, but this is a folder here; "
+            "leave the revision out"
+        )
+    if str(path) == "sample" and not folder.is_dir():
+        return Path(model.__file__).parent / "sample"
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder or file; MODEL is an export, a Hugging Face checkpoint "
+            "folder, a GGUF file, a hub id or 'sample'"
+        )
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: holds neither {MANIFEST} (an export) nor config.json (a checkpoint)"
+        )
+    return folder

@@ -90,7 +90,7 @@ def command(
       slotmoe eval lite-nf4 --text a.txt --text b.txt --reference lite-bf16 --ram 12GiB --json
       slotmoe eval lite-export --text wiki.test.raw --method llama.cpp --window 512
     """
-    from slotmoe.offload.loading import resolve_model
+    from slotmoe.offload.source import resolve_model
     from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 
     method, stride = options["method"], options["stride"]
@@ -131,8 +131,9 @@ def _window(folder: Path, window: int | None, context: int | None) -> int:
 
 def _open_reference(reference: str, options: dict[str, Any]) -> Runtime:
     """The reference: a checkpoint as it is, or an export in at most half of the budget."""
-    from slotmoe.offload.loading import FREE_SHARE, resolve_model
+    from slotmoe.offload.loading import FREE_SHARE
     from slotmoe.offload.runtime import Runtime
+    from slotmoe.offload.source import resolve_model
     from slotmoe.offload.study.evaluate import LOGITS_ROWS
     from slotmoe.offload.tiers.cuda import choose_device
     from slotmoe.quant.export.layout import MANIFEST

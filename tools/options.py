@@ -248,10 +248,10 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
         from slotmoe.offload.ingest.quantize import cached_export  # takes a second: torch
-        from slotmoe.offload.loading import resolve_model
         from slotmoe.offload.machine import cache_folder
         from slotmoe.offload.model_cache import is_export
         from slotmoe.offload.runtime import Runtime
+        from slotmoe.offload.source import resolve_model
 
         arriving, reading, progress = bars
         reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}

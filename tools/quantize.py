@@ -103,7 +103,7 @@ def _quantize(
     """The manifest of the export."""
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
-    from slotmoe.offload.loading import resolve_model
+    from slotmoe.offload.source import resolve_model
 
     revision, keep_source = options.pop("revision"), options.pop("keep_source")
     on_hub = is_on_hub(source, revision)

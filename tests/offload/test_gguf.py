@@ -11,9 +11,8 @@ import torch
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.loading import resolve_model
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.source import read_model
+from slotmoe.offload.source import read_model, resolve_model
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.cli import main
