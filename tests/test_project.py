@@ -281,6 +281,8 @@ def test_wheel_installs_one_name(wheel):
         "slotmoe",
         f"slotmoe-{slotmoe.__version__}.dist-info",
     }
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+    assert "-cp310-abi3-" in wheel.name  # one for every Python
     sources = {module_name(path): path for path in FILES}
     modules = {name for name in names if name.endswith(".py")}
     assert len(modules) == len(sources)

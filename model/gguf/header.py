@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
 from slotmoe.errors import CheckpointError
 
 MAX_HEADER_BYTES = 32 << 20  # DeepSeek-V2's has 5 MB, most of it the tokenizer
@@ -140,8 +138,7 @@ class _Reader:
         if kind not in _SCALARS:
             raise ValueError(f"{key} has type {kind}, which GGUF does not have")
         value = self.number(_SCALARS[kind], key)
-        # The shortest number that reads as this float32: 1e-06, not 9.999999974752427e-07.
-        return float(str(np.float32(value))) if kind == _FLOAT32 else value
+        return _shortest(value) if kind == _FLOAT32 else value
 
     def _array(self, key: str) -> list[Any]:
         kind, count = self.number("I", key), self.number("Q", key)
@@ -154,6 +151,13 @@ class _Reader:
             raise ValueError(f"{key} is an array of type {kind}, which is not supported")
         form = f"<{count}{_SCALARS[kind]}"
         return list(struct.unpack(form, self.take(struct.calcsize(form), key)))
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is this float32: 1e-06, not 9.999999974752427e-07."""
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    same = (float(text) for text in texts if abs(value) < 1e38)  # and is a number
+    return next((one for one in same if struct.pack("<f", one) == struct.pack("<f", value)), value)
 
 
 def is_gguf(path: Path) -> bool:

@@ -110,9 +110,8 @@ def write_files(contents: Mapping[str, bytes], folder: Path) -> dict[str, Any]:
     """Write files that the export holds as they are; returns their manifest entries, by name."""
     entries = {}
     for name, data in contents.items():
-        with open(folder / name, "wb") as file:
-            file.write(data)
-            file.flush()
+        (folder / name).write_bytes(data)
+        with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
         entries[name] = {"bytes": len(data), "checksum": checksum(data)}
     return entries

@@ -316,6 +316,7 @@ METADATA = {
     "text for a number": (put("deepseek2.expert_count", "8", Kind.STRING), "expert_count", "'8'"),
     "a list": (put("deepseek2.block_count", 1.5, Kind.FLOAT32), "block_count", "1.5"),
     "not a number": (put("deepseek2.rope.freq_base", float("nan"), Kind.FLOAT32), "freq_base"),
+    "largest number": (put("deepseek2.rope.freq_base", 3.4028234e38, Kind.FLOAT32), "freq_base"),
     "far too many experts": (put("deepseek2.expert_count", 1 << 30, Kind.UINT32), "n_routed"),
     "more experts": (put("deepseek2.expert_count", 12, Kind.UINT32), "gate_inp.weight", "[12,"),
     "more layers": (put("deepseek2.block_count", 4, Kind.UINT32), "blk.3.", "missing"),

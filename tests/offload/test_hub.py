@@ -711,5 +711,5 @@ def test_kept_half_is_no_checkpoint(served, tmp_path):
     with pytest.raises(Stop):
         make(tmp_path / "export", progress=stop_at(0.6), keep_source=True)
     assert list((tmp_path / "export.source").iterdir()) != []
-    with pytest.raises(ConfigError, match=r"config.json: can't be read"):
+    with pytest.raises(ConfigError, match=r"config.json: is missing"):
         Checkpoint.open(tmp_path / "export.source")

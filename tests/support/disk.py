@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,7 @@ def die_at_change(number):
     for name in ("fsync", "rename", "unlink", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
     shutil.copyfile = counted(shutil.copyfile)
+    Path.write_bytes = counted(Path.write_bytes)
 
 
 def forked(action, after=None):
