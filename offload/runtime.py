@@ -146,7 +146,7 @@ class Runtime:
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
         computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
-        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are those of
+        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are as in
         ``cached_export``.  ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
