@@ -16,7 +16,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling, Token, generate
 from slotmoe.offload.ingest.hub_id import is_hub_id
-from slotmoe.offload.ingest.quantize import Progress, cached_export
+from slotmoe.offload.ingest.quantize import Notify, Progress, cached_export, ignore
 from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
@@ -59,6 +59,8 @@ class Runtime:
         quantize: bool = True,
         *,
         progress: Progress | None = None,
+        reading: Progress = ignore,
+        notify: Notify = ignore,
         revision: str | None = None,
         **others: Any,
     ) -> "Runtime":
@@ -70,7 +72,8 @@ class Runtime:
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
         computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
-        of a hub id is a branch, tag or commit.  ``others`` are:
+        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are as in
+        ``cached_export``.  ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
@@ -96,7 +99,7 @@ class Runtime:
         chosen, reason = choose_device(device)
         is_export = (folder / MANIFEST).is_file()
         if quantize and not is_export:
-            folder = cached_export(folder, cache_folder(), progress)
+            folder = cached_export(folder, cache_folder(), progress, reading, notify)
         elif not quantize and is_export:
             raise ConfigError(
                 f"{folder}: is an export, already quantized; quantize=False needs the original "

@@ -247,19 +247,16 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
     _warn_of_budget(options["ram"], notify)
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
-        from slotmoe.offload.ingest.quantize import cached_export  # takes a second: torch
-        from slotmoe.offload.machine import cache_folder
-        from slotmoe.offload.model_cache import is_export
-        from slotmoe.offload.runtime import Runtime
+        from slotmoe.offload.runtime import Runtime  # takes a second: torch
         from slotmoe.offload.source import resolve_model
 
         arriving, reading, progress = bars
-        reporting = {"progress": progress, "arriving": arriving, "notify": notify} if on_hub else {}
+        told = {"progress": progress, "notify": notify}
+        reporting = {**told, "arriving": arriving} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        if not is_export(folder):
-            folder = cached_export(folder, cache_folder(), progress, reading, notify)
-        budgets = {name: options[name] for name in ("ram", "vram", "slots")}
-        runtime = Runtime.open(folder, **budgets, **runtime_arguments(options), **settings)
+        settings |= {name: options[name] for name in ("ram", "vram", "slots")}
+        settings |= {**told, "reading": reading, **runtime_arguments(options)}
+        runtime = Runtime.open(folder, **settings)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
     if slow and options.get("kernels") != "torch":
         problem = "the native kernels were not built at install (is there a C++ compiler?)"

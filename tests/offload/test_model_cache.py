@@ -105,6 +105,14 @@ def test_a_cache_that_cannot_be_written_serves(source, tmp_path, monkeypatch):
     assert cached_export(source, cache) == export
 
 
+def test_bad_options_are_refused_before_anything_is_quantized(source, made, slotmoe, monkeypatch):
+    monkeypatch.setenv("SLOTMOE_CACHE", str(source.parent / "cache"))
+    for option in (["--threads", "300"], ["--ram", "3"], ["--misses", "cpu", "--device", "cuda"]):
+        assert slotmoe("run", source, "x", *option)[0] == 2
+    assert made == []
+    assert not (source.parent / "cache").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"export": 3}', '{"export": "../../etc"}'])
 def test_a_damaged_note_is_no_note(text, tmp_path):
     (tmp_path / "note").write_text(text)
