@@ -14,8 +14,6 @@ from rich.console import Console, RenderableType
 from rich.text import Text as Cell
 
 from slotmoe.errors import PlanError
-from slotmoe.model.config import config_among
-from slotmoe.model.gguf import files_of
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.tools.options import (
@@ -117,7 +115,9 @@ def command(
 
 def _window(folder: Path, window: int | None, context: int | None) -> int:
     """Positions of a window, within --context and the model's limit."""
-    limit = config_among(files_of(folder), folder).max_position_embeddings
+    from slotmoe.offload.source import read_model
+
+    limit = read_model(folder)[0].max_position_embeddings
     if window is None:
         return min(4096, limit) if context is None else context
     if window > limit:

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 import torch
 
-from slotmoe.model.config import Config, read_config
+from slotmoe.model.config import Config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.source import read_model
 from slotmoe.offload.study import calibrate
 from slotmoe.offload.study.calibrate import Samples, read_text, split
 from slotmoe.quant.backends.base import TorchBackend
@@ -54,7 +55,7 @@ def _recall(gate: NextGate, samples: Samples, guesses: list[int]) -> list[float]
 def recall(folder: Path, texts: tuple[Path, ...], threads: int | None) -> None:
     """Print, for each TEXT and number of guesses a layer, the share of the used experts that were
     named and the share of guesses that were wasted."""
-    config = read_config(folder / "config.json")
+    config, _ = read_model(folder)
     predictor, untrained = _predictors(folder, config)
     K, context = config.num_experts_per_tok, min(1024, config.max_position_embeddings)
     guesses = [min(config.n_routed_experts, math.ceil(K * share)) for share in (1, 1.5, 2)]
