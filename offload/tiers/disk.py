@@ -146,12 +146,17 @@ class DiskReader:
         self._abandoning = True
         unlock(self._lock)
         with self._lock:
-            self._queue.clear()
+            self._forget_queue()
         while any(self._reading):
             self._check_open()
             self._arrived.get()
         with self._lock:
             self._busy, self._abandoning = 0, False
+
+    def _forget_queue(self) -> None:
+        for *_, read in self._queue:
+            read.after = None  # it may keep the read
+        self._queue.clear()
 
     def read_each(
         self, expert_ids: Iterable[int], at_once: int, begin: Callable[[int], Read]
@@ -187,7 +192,7 @@ class DiskReader:
             for *_, read in self._queue:
                 if not read.done:
                     read.error, read.done = ConfigError(CLOSED), True
-            self._queue.clear()
+            self._forget_queue()
             self._work.notify_all()
         self._tell()
 

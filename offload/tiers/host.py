@@ -77,7 +77,8 @@ class HostTier(DiskReader):
                     else:
                         self._put_back(use, arrived=False)
 
-        read = Read(expert_id, self._buffer(use), urgency, arrived)
+        # What stays in a read must not keep it: ``arrived`` does, until it has been called.
+        read = Read(expert_id, self._buffer(use), urgency, None if use.cached else arrived)
         if use.cached:
             arrived(True)
             read.done = True
