@@ -111,7 +111,7 @@ class Model:
         ``ConfigError`` or ``CheckpointError``."""
         folder = Path(name)
         if folder.suffix == ".gguf":
-            return cls(name, config_among(files_of(folder), folder))
+            return cls(name, config_among(files_of(folder), folder), True)
         if not folder.is_dir():
             return cls(name, read_config(geometry_path(name)))
         config, path = read_config(folder / "config.json"), folder / "slotmoe.json"

@@ -150,11 +150,15 @@ def test_commands(files, tmp_path, slotmoe, monkeypatch):
     model = files["BF16"]
     code, text, _ = slotmoe("run", model, PROMPT, "-n", "8", "--ram", "1GiB")
     assert (code, text) == slotmoe("run", "sample", PROMPT, "-n", "8", "--ram", "1GiB")[:2]
-    (cached,) = (tmp_path / "cache").glob("BF16.gguf-*")
-    before = cached.stat().st_mtime_ns
+
+    def exports():
+        return [path.parent for path in (tmp_path / "cache").glob("BF16.gguf-*/slotmoe.json")]
+
+    (cached,) = exports()
+    before = (cached / "slotmoe.json").stat().st_mtime_ns
     assert slotmoe("run", model, "--chat", "hi", "-n", "2", "--ram", "1GiB")[0] == 0
-    assert [*(tmp_path / "cache").glob("BF16.gguf-*")] == [cached]
-    assert cached.stat().st_mtime_ns == before
+    assert exports() == [cached]
+    assert (cached / "slotmoe.json").stat().st_mtime_ns == before
     code, text, _ = slotmoe("plan", model, "--json")
     assert code == 0
     assert json.loads(text)["fits"]

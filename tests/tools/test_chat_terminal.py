@@ -313,8 +313,7 @@ class Pty:
 def test_interrupt_on_a_real_terminal(sample_export):
     terminal = Pty(sample_export, "--temperature", "0", "-n", "1000", "--context", "1024")
     try:
-        loading = terminal.until(f"loading {sample_export} ...")
-        assert loading == b"slotmoe: "  # before anything else
+        terminal.until("loading ")
         terminal.until("context 0 of 1,024")
         terminal.send(
             "Tell me of the kings of England, and of their wars with France, at length.\r"

@@ -103,8 +103,6 @@ def command(
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         require_extra("chat", "prompt_toolkit")
-    if sys.stderr.isatty():
-        say(f"loading {model} ...")
     from slotmoe.model.generate import Sampling
     from slotmoe.tools.chat.conversation import Conversation
 
