@@ -270,6 +270,18 @@ def test_models_are_listed_for_its_client(served, client, runtime):
     assert found.max_input_tokens == runtime.context and found.created_at.year >= 2024
 
 
+@pytest.fixture
+def slow(runtime, monkeypatch):
+    """Every token takes 30 ms and more."""
+    append_each = runtime.append_each
+
+    def later(*arguments):
+        time.sleep(0.03)
+        return append_each(*arguments)
+
+    monkeypatch.setattr(runtime, "append_each", later)
+
+
 @pytest.mark.parametrize(
     ("path", "ping"),
     [
@@ -278,7 +290,7 @@ def test_models_are_listed_for_its_client(served, client, runtime):
         (PATH, 'event: ping\ndata: {"type":"ping"}\n\n'),
     ],
 )
-def test_silent_streams_are_pinged(runtime, monkeypatch, path, ping):
+def test_silent_streams_are_pinged(runtime, monkeypatch, slow, path, ping):
     """Until a place is free, and again while an answer shows nothing."""
     monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.05)
     body = {"model": "sample", "stream": True, "messages": USER, "max_tokens": 3}
@@ -289,8 +301,8 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, path, ping):
         until(lambda: served.batch.running)
         connection, response = served.open("POST", path, body)
         data = b""
-        while data.count(ping.encode()) < 3:
-            data += response.read1(4096)
+        while data.count(ping.encode()) < 3 and (more := response.read1(4096)):
+            data += more
         long.close()
         data += response.read()
         connection.close()
@@ -301,14 +313,7 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, path, ping):
         served.idle()
 
 
-def test_clients_skip_pings(runtime, monkeypatch):
-    append_each = runtime.append_each
-
-    def slow(*arguments):
-        time.sleep(0.03)
-        return append_each(*arguments)
-
-    monkeypatch.setattr(runtime, "append_each", slow)
+def test_clients_skip_pings(runtime, monkeypatch, slow):
     monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.005)
     with (
         Served(runtime) as served,
