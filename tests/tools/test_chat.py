@@ -361,7 +361,7 @@ def test_status_while_the_message_is_read(talking, monkeypatch):
         monkeypatch.setattr(owner, name, call)
 
     watched(type(chat.runtime.tokenizer), "chat")
-    watched(type(chat.runtime.sequences[0]), "append")
+    watched(type(chat.runtime.sequences[0]), "extend")
     answer = chat.answer("Tell me of the king.")
     next(answer)
     total = len(chat.sent[0])

@@ -318,7 +318,6 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.send(
             "Tell me of the kings of England, and of their wars with France, at length.\r"
         )
-        terminal.until("reading ")
         terminal.until("tokens/s")
         terminal.send("typed meanwhile")
         shown = terminal.until("tokens/s")
