@@ -205,7 +205,7 @@ class Experts:
         indices = chosen.get().tolist()
         uses = self._uses(row, indices)
         missing = [id for id in uses if id not in self._cache]
-        self._look_up(row, x_TD, indices, uses, missing)
+        self._note_choice(row, x_TD, indices, uses, missing)
         computed = self._choose_for_cpu(len(indices), uses, missing)
         fetched = [id for id in missing if id not in computed]
         if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
@@ -220,6 +220,7 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
+        self._cache.use_chunk(row, indices)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -288,7 +289,7 @@ class Experts:
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
 
-    def _look_up(
+    def _note_choice(
         self,
         row: int,
         x_TD: Tensor,
@@ -296,13 +297,12 @@ class Experts:
         uses: Mapping[int, int],
         missing: Sequence[int],
     ) -> None:
-        """Count a gate's choice, and tell the lookahead and the listeners."""
+        """Tell the lookahead and the listeners of a gate's choice."""
         coming = sum(id in self.slots for id in missing)
         self._met += coming
         if self._listeners:
             hits = len(uses) - len(missing)
             self._tell(Route(row, indices, hits, len(missing), coming, x_TD))
-        self._cache.use_chunk(row, indices)
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))
 

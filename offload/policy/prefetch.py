@@ -151,6 +151,8 @@ class Prefetcher:
         ahead = sum(len(guesses.reading) for guesses in self._rows) * self._record_bytes
         window = self._idle.value * self._bandwidth()
         for distance, guesses in enumerate(self._rows[row + 1 :], 1):
+            if not guesses.absent:
+                continue
             allowed = window / max(1 - self._right[guesses.horizon].value, 0.02)
             for expert_id in guesses.absent:
                 if ahead >= allowed:

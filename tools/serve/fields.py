@@ -1,11 +1,11 @@
-"""Kinds of fields that a request may have beside those that are honoured: accepted without effect,
-or refused with a reason; and the bounds of all lists."""
+"""The base of all requests, with bounds on what a wrong one costs; and kinds of fields beside those
+that are honoured: accepted without effect, or refused with a reason."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BeforeValidator, Discriminator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
 
 MAX_ITEMS = 4096  # of a list that has no other bound
 
@@ -49,14 +49,41 @@ def text_or_list(value: Any) -> str | None:
     return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
 
 
-def bound_lists(schema: Any) -> None:
+def _bound_lists(schema: Any) -> None:
     """Have every list in pydantic's ``schema`` end at its first error and at a bound."""
     if isinstance(schema, dict):
         if schema.get("type") == "list":
             schema["fail_fast"] = True
             schema.setdefault("max_length", MAX_ITEMS)
         for value in schema.values():
-            bound_lists(value)
+            _bound_lists(value)
     elif isinstance(schema, list | tuple):
         for value in schema:
-            bound_lists(value)
+            _bound_lists(value)
+
+
+class Model(BaseModel):
+    """Base of all requests and their parts: no unknown fields, no silent conversion, no NaN.
+
+    What an error costs is bounded: every list has a bound and is checked to its first error, and no
+    object reports more than one unknown field.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        _bound_lists(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in data if name not in known), None)
+        if unknown is None:
+            return data
+        return {name: value for name, value in data.items() if name in known or name == unknown}

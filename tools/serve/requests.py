@@ -7,19 +7,12 @@ table of all of them is docs/api-fields.md.
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Ignored, at_most, bound_lists, by_kind, refused, text_or_list
+from slotmoe.tools.serve.fields import Ignored, at_most, by_kind, refused, text_or_list
+from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
@@ -69,33 +62,6 @@ class AnswerOptions:
     logprobs: int | None
     least: int = 0
     goes_on: bool = False
-
-
-class Model(BaseModel):
-    """Base of all requests and their parts: no unknown fields, no silent conversion, no NaN.
-
-    What an error costs is bounded: every list has a bound and is checked to its first error, and no
-    object reports more than one unknown field.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        schema = handler(source)
-        bound_lists(schema)
-        return schema
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown_field(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = next((name for name in data if name not in known), None)
-        if unknown is None:
-            return data
-        return {name: value for name, value in data.items() if name in known or name == unknown}
 
 
 _CACHE = Ignored("every prefix is cached")

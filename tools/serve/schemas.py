@@ -12,7 +12,7 @@ from typing import Any
 Schema = dict[str, Any]
 # Each keyword that llguidance lacks, and whether a value of it in a schema says nothing.
 _UNHELD: Mapping[str, Callable[[Any, Schema], bool]] = {
-    "contains": lambda value, schema: value is True or schema.get("minContains") == 0,
+    "contains": lambda _, schema: schema.get("minContains") == 0,
     "minContains": lambda value, schema: "contains" not in schema or value == 0,
     "maxContains": lambda _, schema: "contains" not in schema,
     "uniqueItems": lambda value, _: value is False,
@@ -25,7 +25,9 @@ _UNHELD: Mapping[str, Callable[[Any, Schema], bool]] = {
     "then": lambda value, schema: "if" not in schema or value is True or value == {},
     "else": lambda value, schema: "if" not in schema or value is True or value == {},
     "not": lambda value, _: value is False,
-    "unevaluatedProperties": lambda value, schema: value is True or value == {},
+    "unevaluatedProperties": lambda value, schema: (
+        value is True or value == {} or "additionalProperties" in schema
+    ),
     "$dynamicRef": lambda *_: False,
     "$recursiveRef": lambda *_: False,
 }
@@ -97,21 +99,29 @@ def _rewritten(schema: Schema) -> Schema:
     """The same in keywords that can be held, where nothing else in ``schema`` speaks of the
     properties that these are about."""
     schema, rest = dict(schema), schema.get("additionalProperties", {})
+    patterns, names = schema.get("patternProperties"), schema.get("propertyNames")
+    if isinstance(patterns, dict) and any(map(_IRREGULAR.search, patterns)):
+        schema.pop("additionalProperties", None)  # so that names of that pattern stay possible
     if schema.get("unevaluatedProperties") is False and not _COMBINED & set(schema):
         del schema["unevaluatedProperties"]
         schema.setdefault("additionalProperties", False)
-    names = schema.get("propertyNames")
     if not isinstance(names, dict) or {"properties", *_COMBINED} & set(schema):
         return schema
-    keys = [names["const"]] if "const" in names else names.get("enum")
+    keys, pattern = (
+        [names["const"]] if "const" in names else names.get("enum"),
+        names.get("pattern"),
+    )
     if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
         form: Schema = {"properties": dict.fromkeys(keys, rest)}
-    elif _only({name: v for name, v in names.items() if name != "pattern"}, type="string"):
-        form = {"patternProperties": {names["pattern"]: rest}} if "pattern" in names else {}
+    elif isinstance(pattern, str) and not _IRREGULAR.search(pattern):
+        form = {"patternProperties": {pattern: rest}}
     else:
         return schema
+    word = "const" if "const" in names else "enum" if "enum" in names else "pattern"
+    if not _only({name: value for name, value in names.items() if name != word}, type="string"):
+        return schema
     del schema["propertyNames"]
-    return {**schema, **form, "additionalProperties": False} if form else schema
+    return {**schema, **form, "additionalProperties": False}
 
 
 def _only(schema: Any, **keywords: Any) -> bool:
