@@ -141,7 +141,12 @@ class Draft:
     """A response while it is written."""
 
     def __init__(self, body: ResponsesRequest, answers: Answers):
-        given = body.model_dump(by_alias=True, exclude_none=True, include=set(_ECHOED))
+        # What changes nothing is not echoed: it may be no value that clients know.
+        unused: Any = {"reasoning": True, "text": {"verbosity"}}
+        shape: Any = {"by_alias": True, "exclude_none": True, "include": set(_ECHOED)}
+        given = body.model_dump(**shape, exclude=unused)
+        if not given.get("text"):
+            given.pop("text", None)
         self._answers, self._number = answers, 0
         self._texts: list[str] = []  # of the item that is open
         self.response: Json = {
