@@ -68,8 +68,8 @@ def test_exact_encodings_give_the_same_weights(kind, exports, sample_export):
 
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
 def test_exact_encodings_give_the_same_logits(kind, exports, sample_export):
-    with Runtime.open(exports / kind, ram="1GiB") as made, Runtime.open(
-        sample_export, ram="1GiB"
+    with Runtime.open(exports / kind, ram="4GiB") as made, Runtime.open(
+        sample_export, ram="4GiB"
     ) as ours:  # fmt: skip
         ids = ours.tokenizer.encode(PROMPT)
         assert made.tokenizer.encode(PROMPT) == ids
@@ -148,15 +148,15 @@ def test_commands(files, tmp_path, slotmoe, monkeypatch):
     """Every command that takes a MODEL takes the file; it is quantized once."""
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     model = files["BF16"]
-    code, text, _ = slotmoe("run", model, PROMPT, "-n", "8", "--ram", "1GiB")
-    assert (code, text) == slotmoe("run", "sample", PROMPT, "-n", "8", "--ram", "1GiB")[:2]
+    code, text, _ = slotmoe("run", model, PROMPT, "-n", "8", "--ram", "4GiB")
+    assert (code, text) == slotmoe("run", "sample", PROMPT, "-n", "8", "--ram", "4GiB")[:2]
 
     def exports():
         return [path.parent for path in (tmp_path / "cache").glob("BF16.gguf-*/slotmoe.json")]
 
     (cached,) = exports()
     before = (cached / "slotmoe.json").stat().st_mtime_ns
-    assert slotmoe("run", model, "--chat", "hi", "-n", "2", "--ram", "1GiB")[0] == 0
+    assert slotmoe("run", model, "--chat", "hi", "-n", "2", "--ram", "4GiB")[0] == 0
     assert exports() == [cached]
     assert (cached / "slotmoe.json").stat().st_mtime_ns == before
     code, text, _ = slotmoe("plan", model, "--json")
@@ -164,7 +164,7 @@ def test_commands(files, tmp_path, slotmoe, monkeypatch):
     assert json.loads(text)["fits"]
     (tmp_path / "text").write_text(PROMPT * 4)
     code, text, _ = slotmoe(
-        "eval", model, "--text", tmp_path / "text", "--reference", model, "--json", "--ram", "2GiB"
+        "eval", model, "--text", tmp_path / "text", "--reference", model, "--json", "--ram", "4GiB"
     )
     assert code == 0
     assert 0 < json.loads(text)["kl_divergence"] < 0.05

@@ -554,7 +554,7 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
         re.escape(start) + r"It would make without --slots about [\d.]+ tokens/s\.", capped["text"]
     )
     assert re.fullmatch(
-        re.escape(start) + r"It would make (with --ram \d+MiB about [\d.]+(, )?)+ tokens/s\.",
+        re.escape(start) + r"It would make (with --ram [\d.]+[MG]iB about [\d.]+(, )?)+ tokens/s\.",
         small["text"],
     )
     *_, most = small["budgets"]
