@@ -384,6 +384,8 @@ def test_closing_gives_up_what_is_queued(one_reader):
     _started(reader, reads[0])
     closing = threading.Thread(target=reader.close)
     closing.start()
+    while not reads[3].done:  # else the reader may begin the next one first
+        time.sleep(0.001)
     gate.open()
     closing.join(5)
     assert not closing.is_alive()
