@@ -137,7 +137,7 @@ def test_largest_requests_cost_little(roomy, shape, path):
         began = time.process_time()
         assert roomy.ask("POST", path, LARGE[shape])[0] in (400, 413)
         seconds.append(time.process_time() - began)
-    assert min(seconds) < 1.0  # 19 without the bounds
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(
