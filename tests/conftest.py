@@ -44,6 +44,20 @@ def sample_export(tmp_path_factory):
 
 
 @pytest.fixture
+def slotmoe(capsys):
+    """Run a command line: its exit code, stdout and stderr."""
+    from slotmoe.tools.cli import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The hub on loopback, empty, and an empty cache of huggingface_hub's."""
     from huggingface_hub import constants

@@ -15,7 +15,6 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.source import read_model, resolve_model
 from slotmoe.quant.export.layout import layer_file
 from slotmoe.quant.export.reader import Export
-from slotmoe.tools.cli import main
 from tests.support.disk import tree
 from tests.support.gguf import write_gguf
 from tests.support.tiny import SAMPLE, write_checkpoint
@@ -37,17 +36,6 @@ def exports(files, tmp_path_factory):
     for kind, path in files.items():
         quantize(path, folder / kind)
     return folder
-
-
-@pytest.fixture
-def slotmoe(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
 
 
 def dense(weight):

@@ -26,7 +26,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT
-from slotmoe.tools.cli import main
 from tests.support.disk import Stop, small_disk, stop_at, tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, reshard, weight_requests
 from tests.support.tiny import SAMPLE, write_checkpoint
@@ -535,17 +534,6 @@ def test_header_that_claims_a_terabyte(hub, tmp_path):
     hub.add(NAME, Repo(tmp_path / "tiny"))
     with pytest.raises(CheckpointError, match="header of 1099511627784 bytes"):
         make(tmp_path / "export")
-
-
-@pytest.fixture
-def slotmoe(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
 
 
 def test_run_from_the_hub_is_made_once_and_then_needs_no_network(

@@ -18,7 +18,6 @@ from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import quantize as ingest
 from slotmoe.offload.ingest.quantize import cached_export
 from slotmoe.offload.plan.memory import parse_size
-from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
 
 
@@ -136,17 +135,6 @@ def cache(source, tmp_path, monkeypatch):
     for age, path in enumerate([hub, export, cache / "model-000000000000.partial"]):
         os.utime(path, (time.time() - 90000 * age - 5,) * 2)
     return cache
-
-
-@pytest.fixture
-def slotmoe(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
 
 
 def test_what_is_listed(cache, source, slotmoe):

@@ -23,7 +23,6 @@ from slotmoe.quant.export.layout import (
 from slotmoe.quant.export.validate import read_manifest
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, write_predictor
-from slotmoe.tools.cli import main
 from tests.support.disk import tree
 from tests.support.tiny import write_checkpoint
 
@@ -40,17 +39,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def export(good, tmp_path):
     return shutil.copytree(good / "export", tmp_path / "export")
-
-
-@pytest.fixture
-def slotmoe(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
 
 
 def flip(path, offset):
