@@ -157,7 +157,7 @@ def _libraries() -> Iterator[Check]:
     extras: dict[str, list[str]] = {}
     for requirement in metadata.requires("slotmoe") or []:
         match = re.match(r"([\w.-]+)[^;]*; extra == ['\"](\w+)['\"]$", requirement)
-        if match and match[2] in ("chat", "serve", "plots"):
+        if match and match[2] in ("chat", "serve", "plots", "gguf"):
             extras.setdefault(match[2], []).append(match[1])
     for extra, libraries in extras.items():
         missing = [name for name in libraries if not _is_installed(name)]

@@ -51,7 +51,7 @@ class Reading:
         layers = len(self._runtime.config.moe_layers)
         share: int = len(route.indices) * (route.row + 1) // layers
         earlier: int = self._runtime.sequences[0].length
-        return min(earlier + int(share), self._total)
+        return min(earlier + share, self._total)
 
     def _on_route(self, route: Any) -> None:
         now = time.perf_counter()

@@ -312,11 +312,7 @@ class Slots:
 
     def _begin(self, expert_id: int, urgency: int, pinned: Collection[int]) -> Read:
         slot = self._acquire(pinned)
-        try:
-            read = self._source.read(expert_id, self.slab[slot], urgency)
-        except BaseException:
-            self.table.free.append(slot)
-            raise
+        read = self._source.read(expert_id, self.slab[slot], urgency)
         self.table.slot_of[expert_id] = slot
         self.coming[expert_id] = read
         return read

@@ -32,7 +32,7 @@ def report(capsys):
 def test_this_machine(report):
     code, checks = report()
     assert list(checks) == (
-        "system processor kernels compiler GPU RAM pages serve chat plots cache disk".split()
+        "system processor kernels compiler GPU RAM pages serve chat plots gguf cache disk".split()
     )
     assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
     assert metadata.version("torch") in checks["GPU"]["found"]
