@@ -191,7 +191,8 @@ class DiskReader:
             self._closing = True
             for *_, read in self._queue:
                 if not read.done:
-                    read.error, read.done = ConfigError(CLOSED), True
+                    read.error, read.cancelled = ConfigError(CLOSED), True
+                    read.done = read.outstanding == 0  # else its reader says so
             self._forget_queue()
             self._work.notify_all()
         self._tell()
