@@ -222,9 +222,10 @@ def _check_name(model: str) -> None:
         raise ConfigError(f"{model}: is a geometry, without weights; {weights}")
     folder = Path(model).parent
     with suppress(OSError):
-        names = [str(folder / path.name) for path in folder.iterdir() if _is_model(path)]
-        if near := get_close_matches(model, ["sample", *names], 1):
-            raise ConfigError(f"{model}: no such folder; did you mean {near[0]}?")
+        there = {path.name: str(folder / path.name) for path in folder.iterdir() if _is_model(path)}
+        there |= {"sample": "sample"} if model == Path(model).name else {}
+        if near := get_close_matches(Path(model).name, there, 1):  # the folder alone is no likeness
+            raise ConfigError(f"{model}: no such folder; did you mean {there[near[0]]}?")
 
 
 def _is_model(folder: Path) -> bool:

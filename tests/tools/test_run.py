@@ -197,3 +197,16 @@ def test_how_much_is_read(runtime, capsys, monkeypatch):
     assert len(counts) == layers  # it listens no more
     Reading(runtime, quiet=True).begin(41)
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):
+    """Its name alone is compared with what stands beside it."""
+    from slotmoe.tools.cli import main
+
+    (tmp_path / "lite-export").symlink_to(sample_export)
+    for name, hint in {"lite-exprt": "did you mean", "absent": "no such folder or file"}.items():
+        with pytest.raises(SystemExit) as caught:
+            main(["run", str(tmp_path / name), "x"])
+        told = capsys.readouterr().err
+        assert caught.value.code == 2 and hint in told
+        assert ("lite-export" in told) == (name == "lite-exprt")
