@@ -37,7 +37,7 @@ def test_kernels_lose_less_than_bf16_does(name, export_of):
     measure.  A token whose experts change by rounding is far off in both, so the median counts."""
     export, errors = export_of(name), []
     rows, shapes = rebuild(export), dict(tensor_shapes(read_config(export / "config.json")))
-    weights = {name: rows[name][*map(slice, shape)] for name, shape in shapes.items()}
+    weights = {name: rows[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
     with quietly():
         right = oracle_network(export, weights)(torch.tensor([IDS])).logits[0]
         low = oracle_network(export, weights).bfloat16()(torch.tensor([IDS])).logits[0].float()
