@@ -19,7 +19,14 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import GPUS, geometry_path
-from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
+from slotmoe.offload.plan.memory import (
+    _prefill_chunk,
+    format_size,
+    kv_bytes,
+    make_plan,
+    scratch_bytes,
+    sizes_of,
+)
 from slotmoe.offload.plan.speed import (
     TEXT_HITS,
     Bandwidths,
@@ -539,6 +546,47 @@ def test_the_pages_sizes_are_what_plan_says(plan):
             for number, size in zip(numbers, sizes, strict=True):
                 digits = len(number.partition(".")[2])
                 assert float(number) == pytest.approx(size, abs=0.6 * 10**-digits), name
+
+
+MODELS = {  # geometry -> parameters, as its publisher rounds them
+    "v2-lite": "16B",
+    "moonlight": "16B",
+    "glm-4.7-flash": "30B",
+    "mistral-small-4": "119B",
+    "v2": "236B",
+    "v3": "671B",
+    "v3.2": "671B",
+    "glm-5": "744B",
+    "kimi-k2": "1T",
+}
+
+
+def model_row(plan, model):
+    """What docs/models.md says of a geometry."""
+    whole, *reports = (
+        json.loads(plan(model, *options, "--json")[1])
+        for options in (["--ram", "64GiB", "--resident", "int8"], *THREE.values())
+    )
+    config = geometry(model)
+    resident = [sum(sizes_of(config, mode).resident.values()) for mode in ("int8", "nf4")]
+    experts = len(config.moe_layers) * config.num_experts_per_tok
+    cells = [
+        f"{whole['disk']['export'] / 1e9:.0f} GB",
+        " / ".join(f"{size / 1e9:.1f}" for size in resident) + " GB",
+        f"{experts * sizes_of(config, 'int8').record_bytes / 1e9:.2f} GB",
+    ]
+    for report in reports:
+        missing = " and ".join(map(format_size, report["shortfall_by_tier"].values()))
+        speed = report.get("decode_tokens_per_second")
+        cells.append(f"no: {missing} short" if missing else figure(speed, 2))
+    return f"| `{model}` | {MODELS[model]} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_table_of_models_is_what_plan_says(plan, model):
+    """After a change that is meant, paste the row that this prints."""
+    row = model_row(plan, model)
+    assert row in (ROOT / "docs" / "models.md").read_text(), row
 
 
 LITE_AND_V2 = ("v2-lite", "v2")
