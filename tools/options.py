@@ -17,6 +17,7 @@ from slotmoe.offload.machine import total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -69,10 +70,10 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 _RESIDENT = (
-    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
-    "nf4 is the smallest."
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; mixed "
+    "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
 )
-RESIDENT = choice("--resident", ["auto", "bf16", "int8", "nf4"], "auto", _RESIDENT)
+RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
     "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
