@@ -133,14 +133,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Budgets in bytes, ``vram`` None without a GPU; and ``free_disk`` bytes where an export would
-    go."""
+    """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go;
+    and the GPU's name where it is known."""
 
     ram: int
     vram: int | None
     threads: int
     bandwidths: Bandwidths
     free_disk: int
+    gpu: str | None = None
 
 
 def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
@@ -252,6 +253,7 @@ class Scenario:
             "fits": self.fits,
             "components": components,
             "total": by_tier(components),
+            "gpu": machine.gpu,
             "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
             "disk": self.disk(),
             "shortfall": sum(plan.shortfall.values()),
