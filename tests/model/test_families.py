@@ -61,7 +61,7 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op_and_one_prefill(name):
     for sizes, in_table in ((steps, ()), (steps, range(1, 8)), ([20], ())):
         network.experts.in_table, actual = in_table, native_cache(network)
         assert torch.equal(feed(network, actual, IDS, sizes), expected)
-        assert torch.equal(actual.layers, cache.layers)
+        assert torch.equal(actual.layers[:, :20], cache.layers[:, :20])
 
 
 WRONG = {  # family, what is wrong, words of the message
@@ -189,6 +189,23 @@ PUBLISHED = {
     "glm-5": (744, 40),
     "mistral-small-4": (119, 6.5),
 }
+
+
+# What a default of transformers does not say of the model: its context and its rotations.
+OF_THE_FILE = {"max_position_embeddings", "rope_parameters", "bos_token_id", "eos_token_id"}
+OF_THE_FILE |= {"pad_token_id", "architectures", "head_dim", "mlp_layer_types", "dtype"}
+
+
+@pytest.mark.parametrize("name", ["v3", "v3.2", "glm-4.7-flash", "glm-5", "mistral-small-4"])
+def test_geometries_have_the_defaults_that_transformers_gives_the_family(name):
+    from transformers import CONFIG_MAPPING
+
+    raw = json.loads(geometry_path(name).read_text())
+    raw = raw.get("text_config", raw)
+    defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict()
+    shared = (raw.keys() & defaults.keys()) - OF_THE_FILE
+    assert len(shared) > 20
+    assert {key: raw[key] for key in shared} == {key: defaults[key] for key in shared}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

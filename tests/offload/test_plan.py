@@ -43,6 +43,7 @@ from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import RESIDENT_MODES, resident_bytes, resident_quantization
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
+from tests.support.engine import RUN
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -182,24 +183,10 @@ def test_prefill_passes_grow_with_the_room():
     assert _prefill_chunk(config, 1 << 20, 1 << 50) == 4096
 
 
-_RUN = """
-import json, sys
-from slotmoe.offload.machine import peak_rss
-from slotmoe.offload.plan.memory import by_tier, predicted_components
-from slotmoe.offload.runtime import Runtime
-slots, prompt = int(sys.argv[1]), int(sys.argv[2])
-with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
-    for repetition in range(3):
-        list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
-    predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
-    print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
-"""
-
-
 @pytest.mark.parametrize(("slots", "prompt"), [(22, 30), (112, 300), (224, 900)])
 def test_peak_memory_is_within_three_percent_of_the_prediction(sample_export, slots, prompt):
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(slots), str(prompt), sample_export],
+        [sys.executable, "-c", RUN, str(slots), str(prompt), sample_export],
         capture_output=True,
         text=True,
         check=True,
