@@ -22,6 +22,7 @@ from slotmoe.jsonfile import (
     parse_json,
     read_json,
 )
+from slotmoe.model.encoding import Encoding, parse_encoding
 from slotmoe.model.files import ReadFile
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -102,6 +103,7 @@ class Config:
     tie_word_embeddings: Annotated[bool, FLAG]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    encoding: Encoding | None = None  # of a checkpoint's quantized weights
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
@@ -174,6 +176,7 @@ def _parse(given: dict[str, Any]) -> Config:
         rope=_rope(values),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
+        encoding=parse_encoding(given.get("quantization_config")),
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )
     _check_consistency(config)
@@ -181,9 +184,6 @@ def _parse(given: dict[str, Any]) -> Config:
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:
-    if values.get("quantization_config"):
-        problem = "quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
-        raise ValueError(problem)
     heads = values.get("num_attention_heads"), None  # MLA has one key a head
     supported = {"model_type": ("deepseek_v2",), **_SUPPORTED, "num_key_value_heads": heads}
     for key, allowed in supported.items():
