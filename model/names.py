@@ -1,8 +1,9 @@
 """Names, shapes and roles of a model's tensors as DeepSeek's checkpoints have them, without torch.
 
 This is the one place that spells those names.  A tensor's role is how the network uses it, which
-limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router),
-``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else ``matrix``.
+limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router, and its
+bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else
+``matrix``.
 """
 
 import re
@@ -11,6 +12,7 @@ from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
+GATE_BIAS = "mlp.gate.e_score_correction_bias"
 LAYER_PARTS = {
     "input_layernorm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -50,7 +52,7 @@ def fused_experts(layer: int, tensor: str) -> str:
 
 def layer_tensor(layer: int, part: str) -> str:
     """Checkpoint name of the tensor ``part`` of a layer."""
-    return f"model.layers.{layer}.{part}.weight"
+    return f"model.layers.{layer}.{part}" + ("" if part == GATE_BIAS else ".weight")
 
 
 def mlp_parts(moe: bool) -> tuple[str, str, str]:
@@ -82,7 +84,8 @@ def role_of(name: str) -> str:
     _, part = split_name(name)
     if part.endswith("norm"):
         return "norm"
-    roles = {EMBEDDING: "embedding", GATE: "gate", LAYER_PARTS["kv_b_proj"]: "absorbed"}
+    roles = {EMBEDDING: "embedding", GATE: "gate", GATE_BIAS: "gate"}
+    roles[LAYER_PARTS["kv_b_proj"]] = "absorbed"
     return roles.get(name, roles.get(part, "matrix"))
 
 
@@ -91,7 +94,7 @@ def component_of(name: str) -> str:
     _, part = split_name(name)
     if name in (EMBEDDING, HEAD):
         return "embeddings"
-    if part == GATE:
+    if part in (GATE, GATE_BIAS):
         return "router"
     if part in mlp_parts(moe=True):
         return "shared experts"
@@ -117,6 +120,8 @@ def _layer_shapes(c: Config, layer: int) -> dict[str, tuple[int, ...]]:
     moe, width = c.is_moe(layer), c.intermediate_size
     if moe:
         shapes[GATE] = (c.n_routed_experts, D)
+        if c.family.correction_bias:
+            shapes[GATE_BIAS] = (c.n_routed_experts,)
         width = c.n_shared_experts * c.moe_intermediate_size
     if width:
         shapes |= zip(mlp_parts(moe), [(width, D), (width, D), (D, width)], strict=True)

@@ -77,11 +77,6 @@ class Weights:
         dtype = decoded_dtype(encoded.encoding, encoded.scales.dtype)
         self.infos[name] = replace(encoded.codes, shape=shape, dtype=dtype)
 
-    @property
-    def left_out(self) -> set[str]:
-        """Names of tensors that no weight is in."""
-        return self.stored.keys() - self.used.keys()
-
     def _encoded(
         self, codes: str, scales: str, shape: tuple[int, ...], encoding: Encoding
     ) -> Encoded:

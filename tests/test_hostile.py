@@ -414,7 +414,17 @@ BAD_GROUP_VALUES = {
 
 
 BAD_CONFIG_VALUES = {
-    "model_type": ["deepseek_v3", "llama", None, 2, ["deepseek_v2"], REMOVE],
+    "model_type": [
+        "deepseek_v4",
+        "glm4_moe",
+        "kimi_linear",
+        "longcat_flash",
+        "llama",
+        None,
+        2,
+        ["deepseek_v2"],
+        REMOVE,
+    ],
     "architectures": [
         ["LlamaForCausalLM"],
         "DeepseekV2ForCausalLM",
