@@ -55,6 +55,7 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_fp8_agrees_with_transformers(tmp_path):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 

@@ -112,16 +112,12 @@ def decoded_fp8(codes, scales, block=128):
     small = mantissa / 8 * 2.0**-6
     values = np.where(exponent == 0, small, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
     values = np.where(sign == 1, -values, values).astype(np.float32)
-    for i, j in np.ndindex(*values.shape):
-        values[i, j] *= scales[i // block, j // block].item()
-    return torch.from_numpy(values)
+    row, column = (np.arange(size) // block for size in values.shape)
+    return torch.from_numpy(values * scales.numpy()[row[:, None], column])
 
 
 def decoded_int4(words, scales):
     """float32 weights: weight ``c`` of a row is in bits 4 (c % 8) on of word ``c // 8``."""
-    rows, columns = len(words), 8 * words.shape[1]
-    values = torch.empty(rows, columns)
-    for i, j in np.ndindex(rows, columns):
-        code = (words[i, j // 8].item() >> 4 * (j % 8)) & 15
-        values[i, j] = (code - 8) * scales[i, j // 32].item()
-    return values
+    column = np.arange(8 * words.shape[1])
+    codes = words.numpy()[:, column // 8] >> 4 * (column % 8) & 15
+    return torch.from_numpy((codes - 8) * scales.float().numpy()[:, column // 32])
