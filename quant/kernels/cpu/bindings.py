@@ -27,7 +27,7 @@ from torch import Tensor
 
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
-from slotmoe.quant.kernels.cpu.arguments import address
+from slotmoe.quant.kernels.cpu.arguments import address, optional_address
 from slotmoe.quant.kernels.cpu.signatures import (
     INT8,
     SIGNATURES,
@@ -220,10 +220,11 @@ class Kernels:
         """One token of each of T sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
 
-        `table` complex64 [T, P / 2] is the positions' rotations, and `query_scale`, float32 [T],
-        what multiplies their queries; a token's latent rows are written at its position of its
-        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all. `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes],
-        coded by `levels`, float32 [16]) an expert's record is in, negative if none.
+        `table` complex64 [T, P / 2] rotates the positions, and `query_scale`, float32 [T],
+        multiplies their queries; a token's latent rows are written at its position of its
+        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all. `slots` int32
+        [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes], coded by `levels`,
+        float32 [16]) an expert's record is in, negative if none.
 
         With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
         residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
@@ -233,16 +234,12 @@ class Kernels:
         t, layers, hidden = len(caches), len(decoder.routed), decoder.hidden
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
-
-        def optional(name: str, tensor: Tensor | None, *columns: int) -> int | None:
-            return tensor if tensor is None else address(name, tensor, torch.float32, (t, *columns))
-
         asked = decoder.routers_from(first, x is not None)
         layer_stride, row_stride, capacity = arguments.layer_rows(caches, layers, decoder.row_bytes)
         inputs = (
             address("h", h, torch.float32, (t, hidden)),
             address("table", table, torch.complex64, (t, decoder.pairs)),
-            optional("query_scale", query_scale),
+            optional_address("query_scale", query_scale, torch.float32, (t,)),
             arguments.addresses(caches),
             layer_stride,
             row_stride,
@@ -250,11 +247,10 @@ class Kernels:
             address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
             *arguments.slab_of(slab, decoder.record_bytes),
             address("levels", levels, torch.float32, (16,)),
-            optional("x", x, hidden),
-            optional("experts", experts, hidden),
+            optional_address("x", x, torch.float32, (t, hidden)),
+            optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, norm = torch.empty(t, hidden), torch.empty(t, hidden)
-        weights = torch.empty(t, decoder.top_k)
+        y, norm, weights = (torch.empty(t, n) for n in (hidden, hidden, decoder.top_k))
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
