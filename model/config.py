@@ -24,6 +24,7 @@ from slotmoe.jsonfile import (
     parse_json,
     read_json,
 )
+from slotmoe.model.encoding import Encoding, parse_encoding
 from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
 
@@ -109,6 +110,7 @@ class Config:
     tie_word_embeddings: Annotated[bool, FLAG]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    encoding: Encoding | None = None  # of a checkpoint's quantized weights
     text_only: bool = False
     unknown_keys: tuple[str, ...] = ()
 
@@ -216,6 +218,7 @@ def _parse(outer: dict[str, Any]) -> Config:
         rope=_rope(values, family),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
+        encoding=parse_encoding(given.get("quantization_config")),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )
@@ -243,9 +246,6 @@ def _family(values: dict[str, Any]) -> Family:
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
-    if values.get("quantization_config"):
-        problem = "quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
-        raise ValueError(problem)
     supported = {
         "architectures": ([family.architecture], [], None),
         "scoring_func": (family.scoring,),

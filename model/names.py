@@ -28,6 +28,28 @@ LAYER_PARTS = {
 }
 """Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
 
+FUSED = {
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+}
+"""All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
+how many equal parts of the rows of each expert's matrix a projection is."""
+ENCODED = {"fp8": ("", "_scale_inv"), "int4": ("_packed", "_scale")}
+"""What follows the name of a weight where its codes are, and where their scales are."""
+ZERO_POINT = "_zero_point"
+
+
+def text_name(name: str) -> str:
+    """Name without what checkpoints with images put before the tensors of their text part:
+    ``language_model.model.norm.weight`` or ``model.language_model.norm.weight``."""
+    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
+
+
+def fused_experts(layer: int, tensor: str) -> str:
+    """Checkpoint name of a layer's fused experts, see ``FUSED``."""
+    return f"model.layers.{layer}.mlp.experts.{tensor}"
+
 
 _ROLES = {
     EMBEDDING: "embedding",
@@ -55,6 +77,12 @@ def mlp_parts(moe: bool) -> tuple[str, str, str]:
 def expert_name(layer: int, expert: int, projection: str) -> str:
     """Checkpoint name of one routed expert's ``gate_proj``, ``up_proj`` or ``down_proj``."""
     return layer_tensor(layer, f"mlp.experts.{expert}.{projection}")
+
+
+def split_expert(name: str) -> tuple[int, int, str] | None:
+    """Layer, expert and projection of a routed expert's tensor; None for another one."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+_proj)\.weight", name)
+    return None if match is None else (int(match[1]), int(match[2]), match[3])
 
 
 def split_name(name: str) -> tuple[int | None, str]:
