@@ -63,6 +63,7 @@ class Command(click.Command):
 
 _GROUPS = {  # title -> the parameters' names
     "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
         "device ram vram context threads slots cache_policy misses no_prefetch kernels"
     ),
@@ -157,6 +158,19 @@ workload_options = _adding([*_sampling(_length(_NEW_TOKENS), 0.0, 1.0), *_KIND])
 """Adds the same for a measurement, whose length does not depend on the model."""
 chat_options = _adding([*_sampling(_length(1024), temperature=0.3, top_p=0.95), _TRACE])
 """Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+
+
+_SESSION_HELP = (
+    "Keep this text or conversation on disk under a name, and go on with what is there; its "
+    "messages and what the model computed of them can be read by this user."
+)
+SESSION = option("--session", "NAME", _SESSION_HELP)
+_DIR_HELP = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
+SESSION_DIR = option("--session-dir", "DIR", _DIR_HELP, type=Path)
+_LIMIT_HELP = "Most bytes of latents there; what was unused for longest goes first."
+SESSION_LIMIT = option("--session-limit", "SIZE", _LIMIT_HELP, default="8GiB")
+session_options = _adding([SESSION, SESSION_DIR, SESSION_LIMIT])
+"""Adds the options that ``slotmoe.tools.sessions`` reads."""
 
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
