@@ -85,9 +85,8 @@ class Continuation:
     def run(self) -> None:
         """Generate until it ends or is interrupted."""
         on_terminal = not self._quiet and is_terminal(sys.stdout)
-        tokenizer, chat = self._runtime.tokenizer, self._arguments.pop("chat")
-        messages = [{"role": "user", "content": self._prompt}]
-        ids = tokenizer.encode(tokenizer.chat(messages) if chat else self._prompt)
+        chat = self._arguments.pop("chat")
+        ids = self._runtime.encode(self._prompt, chat)
         reading, started = Reading(self._runtime, self._quiet), time.perf_counter()
         reading.begin(len(ids))
         try:

@@ -9,8 +9,10 @@ import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.tools.options import (
+    MAX_PROMPT_BYTES,
     MODEL,
     SAMPLING,
+    TOO_LONG,
     Command,
     chat_options,
     open_runtime,
@@ -48,8 +50,10 @@ class Pipe:
 
     def read(self) -> str | None:
         """The next message or command; None at the end."""
-        for line in sys.stdin.buffer:
+        while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             self._lines += 1
+            if len(line) > MAX_PROMPT_BYTES:
+                raise ConfigError(f"stdin: line {self._lines} {TOO_LONG}")
             try:
                 text = line.decode().strip()
             except UnicodeDecodeError:
