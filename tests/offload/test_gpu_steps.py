@@ -19,7 +19,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.backends.graphs import Captured, CudaGraph
+from slotmoe.quant.backends.graphs import Captured, CudaGraphs
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
@@ -164,7 +164,7 @@ def decode(network, ids, cache):
 
 def triton_ops(graph=None):
     backend = pick_backend(DEVICE, "triton")
-    backend.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
+    backend.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
 
