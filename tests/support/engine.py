@@ -21,8 +21,8 @@ with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
     predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
     print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
 """
-"""A process with so many slots generates from prompts of so many tokens, and prints its peak memory,
-the prediction, and the kernels."""
+"""A process with so many slots generates from prompts of so many tokens, and prints its peak
+memory, the prediction, and the kernels."""
 
 
 def start(runtime, depth=0):
