@@ -35,14 +35,23 @@ _MAGIC = b"slotmoe block 1\n"
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})")
 _LEAST_TOKENS = 16  # of a conversation: reading fewer again costs less than a file
 _MOST_SIBLINGS = 4096  # blocks of one parent that are looked at for the one most like a prompt
-_LOCK_SECONDS = 2.0  # for another process to finish its save
+_LOCK_SECONDS = 0.5  # for another process to finish its save; what is left out comes with the next
 Notify = Callable[[str], None]
 
 
 def address(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Of the block that holds ``tokens`` behind ``parent``."""
-    data = parent + struct.pack(f"<{len(tokens)}I", *tokens)
-    return hashlib.sha256(data).digest()[:ADDRESS_BYTES]
+    return hashlib.sha256(parent + packed(tokens)).digest()[:ADDRESS_BYTES]
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids in 32 bits each, little-endian."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)
+
+
+def unpacked(data: bytes) -> list[int]:
+    """The same back; a last one that is cut off is left out."""
+    return list(struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4]))
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Block:
         """How its file begins."""
         count = len(self.tokens)
         head = _HEAD.pack(_MAGIC, self.parent, self.address, self.start, count, token_bytes)
-        return head + struct.pack(f"<{count}I", *self.tokens)
+        return head + packed(self.tokens)
 
 
 def chain(root: bytes, tokens: list[int]) -> Iterator[Block]:
@@ -370,8 +379,7 @@ def _entry(path: Path) -> Entry | None:
 def _tokens(entry: Entry) -> list[int]:
     """The block's tokens, unchecked; none if the file can't be read."""
     with suppress(OSError), open(entry.path, "rb", buffering=0, opener=_no_link) as file:
-        data = os.pread(file.fileno(), 4 * entry.count, _HEAD.size)
-        return list(struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4]))
+        return unpacked(os.pread(file.fileno(), 4 * entry.count, _HEAD.size))
     return []
 
 
