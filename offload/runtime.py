@@ -144,6 +144,22 @@ class Runtime:
                     yield logits_RV
             position += len(hidden_TD)
 
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
+        template.  Raises as ``check_length`` does."""
+        self.check_length(len(text))
+        message = {"role": "user", "content": text}
+        return self.tokenizer.encode(self.tokenizer.chat([message]) if chat else text)
+
+    def check_length(self, characters: int) -> None:
+        """Raise ``PlanError`` where no context can hold a text of so many ``characters``; to find
+        out how many tokens a long text has takes seconds and memory."""
+        context, longest = self.context, self.tokenizer.longest
+        if characters > context * longest:
+            held = f"the context holds {context} tokens of at most {longest} characters"
+            advice = or_more_context("shorten the prompt", self.config, context)
+            raise PlanError(f"the prompt has {characters} characters, and {held}; {advice}")
+
     def generate(
         self,
         prompt: str | list[int],
@@ -169,8 +185,7 @@ class Runtime:
             )
         sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
         if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
+            prompt = self.encode(prompt, chat)
         check_ids(prompt)
         prompt = [*prompt]
         held = self._begin(prompt, len(prompt) + 1, reuse=True)

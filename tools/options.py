@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,8 @@ from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
+TOO_LONG = f"has more than {MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
 
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
@@ -195,11 +197,14 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
     ``ConfigError``."""
     if file is None and prompt != "-":
         return prompt or ""
+    place = "stdin" if file is None else file
     try:
-        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+            data = source.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{place}: the prompt {TOO_LONG}")
         return data.decode()
     except UnicodeDecodeError:
-        place = "stdin" if file is None else file
         raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
 
 

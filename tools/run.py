@@ -140,6 +140,7 @@ class Continuation:
     def _ids(self) -> list[int]:
         """The prompt's tokens, behind those of the session; another model has other tokens."""
         tokenizer, saved, ids = self._runtime.tokenizer, self._saved, list[int]()
+        self._runtime.check_length(len(self._prompt))
         if self._chat:
             ids += tokenizer.encode(tokenizer.chat(self._messages))
         elif saved is not None and saved.root == self._runtime.sessions.root():

@@ -10,8 +10,10 @@ import click
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
+    MAX_PROMPT_BYTES,
     MODEL,
     SAMPLING,
+    TOO_LONG,
     Command,
     chat_options,
     flag,
@@ -53,8 +55,10 @@ class Pipe:
 
     def read(self) -> str | None:
         """The next message or command; None at the end."""
-        for line in sys.stdin.buffer:
+        while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             self._lines += 1
+            if len(line) > MAX_PROMPT_BYTES:
+                raise ConfigError(f"stdin: line {self._lines} {TOO_LONG}")
             try:
                 text = line.decode().strip()
             except UnicodeDecodeError:

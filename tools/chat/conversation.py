@@ -222,6 +222,7 @@ class Conversation:
 
     def _ids(self, system: str | None, exchanges: list[Exchange], message: str) -> list[int]:
         tokenizer = self.runtime.tokenizer
+        self.runtime.check_length(len(system or "") + len(message))
         messages = [*_messages(system, exchanges), {"role": "user", "content": message}]
         return tokenizer.encode(tokenizer.chat(messages))
 
