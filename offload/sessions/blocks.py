@@ -203,6 +203,8 @@ class BlockFolder:
         try:
             with self._locked() as lock:
                 for block in missing:
+                    if self._path(block).exists():  # another process has just kept it
+                        continue
                     size = _size(block, token_bytes)
                     if not self._reserve(lock, size, kept):
                         room = f"{format_size(self.limit)} have room for {block.start:,} tokens"
