@@ -158,8 +158,10 @@ class TextStream:
             return self.flush() + self._shown[token_id]
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
-        # A trailing replacement mark may be the start of a character that the next tokens complete.
-        certain = text[:-1] if text.endswith(REPLACEMENT) else text
+        # A new replacement mark at the end may be the start of a character that the next tokens
+        # complete.  An old one is the end of a finished character, whose first bytes are gone.
+        is_begun = text.endswith(REPLACEMENT) and len(text) > len(self._printed)
+        certain = text[:-1] if is_begun else text
         fresh = certain[len(self._printed) :]
         self._printed = certain
         if certain == text:
