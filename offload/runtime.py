@@ -178,7 +178,7 @@ class Runtime:
             with self.passes.using():
                 if sequence.tokens is not held:
                     raise ConfigError(SUPERSEDED)
-                logits_1V = sequence.extend(ids)
+                logits_1V = self.model.device.download(sequence.extend(ids)).get()
                 held = sequence.tokens
                 return logits_1V
 
