@@ -237,10 +237,9 @@ def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
         torch.rand(600, device=DEVICE),
         torch.randn(2, 1, 55, device=DEVICE),
     )
-    out, normed = torch.full((1, 56), -7.0, device=DEVICE), torch.empty(1, 600, device=DEVICE)
-    triton_ops.row(x, first, out, second, (gain, 1e-3), normed, add=(add[0], add[1]))
+    out = torch.full((1, 56), -7.0, device=DEVICE)
+    triton_ops.row(x, first, out, second, (gain, 1e-3), add=(add[0], add[1]))
     expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
-    assert error(normed, expected) < 1e-6
     y = torch.cat(
         [expected @ dequantize(weight).double().T for weight in (first, second)], dim=1
     ) + add.double().sum(0)
@@ -345,6 +344,23 @@ def test_gate(triton_ops, method, renormalise):
     chosen = triton_ops.route(logits_TE, router)
     assert chosen[1].dtype == torch.int64 and torch.equal(chosen[1], indices_TK)
     assert error(chosen[0], weights_TK) < 1e-6
+
+
+@pytest.mark.parametrize("E", [20, 64])
+def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
+    """Whichever program finishes last chooses; the count of them is as it was."""
+    x, gain = torch.randn(1, 600, device=DEVICE), torch.rand(600, device=DEVICE)
+    weight, router = torch.randn(E, 600, device=DEVICE), Router(4, 2, 3, 2.0)
+    normed, logits = torch.empty_like(x), torch.empty(1, E, device=DEVICE)
+    finished = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        choice = triton_ops.gate(x, (gain, 1e-3), normed, weight, router, logits, finished)
+        expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
+        assert error(normed, expected) < 1e-6
+        assert error(logits, expected @ weight.double().T) < 1e-6
+        assert all(map(torch.equal, choice, triton_ops.route(logits, router)))
+        assert finished.item() == 0
+        x *= -1
 
 
 def test_gate_takes_the_first_of_equals(triton_ops):

@@ -70,12 +70,12 @@ def _nf4_rows(
 @triton.jit
 def _plain_rows(
     x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K,
-    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr = 16,
 ):  # fmt: skip
-    """The same of a row-major matrix."""
-    n = tile * 16 + tl.arange(0, 16)
+    """The same of ROWS rows of a row-major matrix."""
+    n = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    total = tl.full([16, COLUMNS], 0, tl.float32)
+    total = tl.full([ROWS, COLUMNS], 0, tl.float32)
     squares = tl.full([COLUMNS], 0, tl.float32)
     for first in range(0, K, COLUMNS):
         k = first + column
@@ -108,13 +108,12 @@ def _rows(
 
 @triton.jit
 def linear(
-    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
+    x_ptr, g_ptr, eps, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
     r_ptr, r2_ptr, y_ptr, K,
-    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
-    RESIDUALS: tl.constexpr,
+    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUALS: tl.constexpr,
 ):  # fmt: skip
     """y [N + N2] = both weights times x [K], plus r or r + (r2 + .) by RESIDUALS.  With NORM x is
-    normed with g first; with STORE the normed row is also written."""
+    normed with g first."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
@@ -131,12 +130,6 @@ def linear(
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
-        if STORE:  # noqa: SIM102  (decided at compile time, unlike the tile)
-            if tile == 0:
-                for first in range(0, K, 512):
-                    k = first + tl.arange(0, 512)
-                    x = tl.load(x_ptr + k, mask=k < K) * factor * tl.load(g_ptr + k, mask=k < K)
-                    tl.store(normed_ptr + k, x, mask=k < K)
     if RESIDUALS == 2:
         y = tl.load(r2_ptr + n, mask=valid) + y
     if RESIDUALS >= 1:
@@ -214,8 +207,8 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def route(
-    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+def _route(
+    t, logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of
@@ -223,9 +216,9 @@ def route(
 
     GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
     """
-    t = tl.program_id(0)
     e = tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"))
+    # Past the first-level cache: other programs of the same launch may have written them.
+    logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     scores = tl.exp(logits - tl.max(logits, 0))
     scores = scores / tl.sum(scores, 0)
     size = E // GROUPS
@@ -253,3 +246,43 @@ def route(
     weights = weights / (tl.sum(weights, 0) + 1e-20) if RENORM else weights * factor
     tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
     tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)
+
+
+@triton.jit
+def route(
+    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``_route`` of each row."""
+    _route(
+        tl.program_id(0), logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+        RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate(
+    x_ptr, g_ptr, eps, normed_ptr, w_ptr, logits_ptr, finished_ptr, K, weights_ptr, indices_ptr,
+    E, TOP_K, GROUPS, KEPT, factor,
+    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One row x [K], normed with g into ``normed``, to logits [E] = w x; the program that finishes
+    last makes the choice of them.  ``finished`` is 0 before and after."""
+    tile = tl.program_id(0)
+    y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, w_ptr, tile, E, K, DENSE, True, 512, ROWS)
+    factor_of_x = 1 / tl.sqrt(squares / K + eps)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    tl.store(logits_ptr + n, y * factor_of_x, mask=n < E)
+    if tile == 0:
+        for first in range(0, K, 512):
+            k = first + tl.arange(0, 512)
+            x = tl.load(x_ptr + k, mask=k < K) * factor_of_x * tl.load(g_ptr + k, mask=k < K)
+            tl.store(normed_ptr + k, x, mask=k < K)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(finished_ptr, 0)
+        _route(
+            0, logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+            RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
+        )  # fmt: skip
