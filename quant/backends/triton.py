@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraphs
-from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
+from slotmoe.quant.backends.triton_decoder import DENSE, INT8, NF4, TritonDecoder, operand, power
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.shapes import TILE
@@ -30,6 +30,9 @@ from slotmoe.quant.weights import Weight
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
+# Warps of a program of one token's product.  With two for NF4 a thread has registers enough for the
+# codes and scales of the step after its own.
+WARPS = {INT8: 4, NF4: 2, DENSE: 8}
 # Rows of the router's weight that a program takes: few, since it is small and many may read it.
 _GATE_ROWS = 4
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
@@ -225,11 +228,11 @@ class TritonBackend(TorchBackend):
         h_KI = torch.empty(K, width, device=x_1D.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
             x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
-            layout.record_bytes, *_offsets(layout, _GATE_UP),
+            layout.record_bytes, *_offsets(layout, _GATE_UP), num_warps=_warps(NF4),
         )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), K)](
             h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN),
+            layout.record_bytes, *_offsets(layout, _DOWN), num_warps=_warps(NF4),
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -295,4 +298,4 @@ def _router(router: Any, E: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _warps(kind: int) -> int:
     """Warps of a program that makes rows of one token's product."""
-    return 8 if kind == DENSE else 4
+    return WARPS[kind]

@@ -38,6 +38,7 @@ def token_seconds(on_twin, monkeypatch):
             step = start(runtime)
             step(IDS[:1])
             began, twin.gaps, twin.idle = twin.now, [], 0.0
+            twin.seams = twin.syncs = twin.launches = 0
             for one in IDS[1:5]:
                 step([one])
             return (twin.now - began) / 4, twin
@@ -65,6 +66,17 @@ def test_the_first_copy_is_queued_soon_after_the_gates_choice(token_seconds):
     _, twin = token_seconds("fetch")
     assert len(twin.gaps) > 20
     assert max(twin.gaps) <= 60e-6
+
+
+def test_a_layer_with_misses_has_few_calls_and_one_wait(token_seconds):
+    """Of 4 tokens in 7 layers: the choice comes to the host, the changed slot table and the table
+    of what is late go to the GPU; hits and what is late are a launch each.  A token's id too goes
+    there."""
+    _, twin = token_seconds("fetch")
+    layers = 4 * 7
+    assert twin.syncs == layers
+    assert twin.seams <= 3 * layers + 4
+    assert twin.launches <= 2 * layers
 
 
 def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_twin):

@@ -15,6 +15,7 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
+from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
@@ -73,17 +74,18 @@ class Recorded(TorchDispatchMode):
     host, or uses one, fails as on a GPU.
     """
 
-    made = 0
+    made, latest = 0, None
 
     def __init__(self, function):
         super().__init__()
-        Recorded.made += 1
-        self._work, self._inside = [], False
+        Recorded.made, Recorded.latest = Recorded.made + 1, self
+        self._work, self._inside, self.kernels = [], False, 0  # those that a GPU would launch
         call, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
         recorder = self
 
         def launch(executor, *args, **kwargs):
             recorder._work.append(lambda: call(executor, *args, **kwargs))
+            recorder.kernels += 1
             recorder._inside = True  # what the interpreter does with torch is not ours
             call(executor, *args, **kwargs)
             recorder._inside = False
@@ -108,6 +110,13 @@ class Recorded(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         if not self._inside:
             self._work.append(lambda: self._repeat(operation, args, kwargs or {}, result))
+            views = any(returned.alias_info for returned in operation._schema.returns)
+            changes = any(
+                taken.alias_info and taken.alias_info.is_write
+                for taken in operation._schema.arguments
+            )
+            makes_memory = operation._schema.name.startswith("aten::empty")
+            self.kernels += not makes_memory and (changes or not views)
         return result
 
     @staticmethod
@@ -233,6 +242,23 @@ def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_seque
     if DEVICE.type == "cpu":
         # For each size of cache one graph of whole steps; or one to the choice and one behind it.
         assert Recorded.made == (2 if complete else 2 * 2)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
+@pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
+def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(q_lora_rank, most):
+    """All of them with its experts, in the graph of a whole step; where experts may be missing, a
+    graph goes from one choice to the next."""
+    kernels = {}
+    for layers, complete in ((2, True), (3, True), (2, False)):
+        options = {"num_hidden_layers": layers, "q_lora_rank": q_lora_rank}
+        network = make_network(triton_ops(Recorded), complete=complete, **options)
+        Recorded.made = 0
+        decode(network, [3], cache_of(network, 2))
+        kernels[layers, complete] = Recorded.latest.kernels
+        assert Recorded.made == (1 if complete else 2)
+    assert kernels[3, True] - kernels[2, True] == most
+    assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
 
 
 class Marks:

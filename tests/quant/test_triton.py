@@ -442,25 +442,37 @@ assert not [name for name in kernels if name in sys.modules]
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# Kernels of 4-bit experts: a turn of a loop is 8 blocks of 64 columns by 16 rows, by 64 threads.
+DECODE_NF4, WEIGHTS_A_THREAD = ("experts_gate_up", "experts_down"), 8 * 64 * 16 // 64
+
+
 @pytest.mark.parametrize(
     "target",
     [
         ["sm_86"],
         *(
-            pytest.param([f"sm_{capability}", "all"], marks=pytest.mark.slow)
+            pytest.param([f"sm_{capability}", *shapes, "all"], marks=pytest.mark.slow)
             for capability in (80, 86, 89, 90, 100, 120)
+            for shapes in ([], ["v2"])
         ),
     ],
     ids=" ".join,
 )
 def test_kernels_compile_for_gpus_that_are_not_here(target):
-    """With V2-Lite's shapes; they fit the least shared memory of these GPUs (99 KiB) and leave
-    registers enough."""
+    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
+    spill nothing to speak of.  In the machine code of one token's experts the loads of the next
+    codes and scales come long before their use, and a weight costs few instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_gpu", *target]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == (34 if "all" in target else 12)
+    assert len(kernels) >= (33 if "all" in target else 11)
     for kernel in kernels:
         assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+    decode = [kernel for kernel in kernels if kernel["kernel"].endswith(DECODE_NF4)]
+    decode = [kernel for kernel in decode if ".rows." in kernel["kernel"]]
+    assert len(decode) == 2
+    for kernel in decode:
+        assert kernel["ahead"] >= 256, kernel
+        assert kernel["loop"] <= 7.6 * WEIGHTS_A_THREAD, kernel

@@ -16,6 +16,7 @@ import triton.language as tl
 INT8 = tl.constexpr(0)  # row-major, a float32 scale a row
 NF4 = tl.constexpr(1)
 DENSE = tl.constexpr(2)  # row-major float32 or bfloat16
+BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of NF4
 
 
 @triton.jit
@@ -33,6 +34,17 @@ def nf4_shift(j):
 
 
 @triton.jit
+def _nf4_step(words_ptr, absmax_ptr, tile, at, lane, blocks):
+    """Words ``at`` of a tile's rows ``lane``, and their scales."""
+    valid = (at < blocks * 8)[:, None]
+    words = tl.load(
+        words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :], mask=valid, other=0
+    )
+    scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
+    return words, tl.load(scale_ptr, mask=valid, other=0.0)
+
+
+@triton.jit
 def _nf4_rows(
     x_ptr, g_ptr, codes_ptr, absmax_ptr, levels_ptr, tile, K,
     NORM: tl.constexpr, BLOCKS: tl.constexpr,
@@ -44,16 +56,11 @@ def _nf4_rows(
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
+    words, scale = _nf4_step(words_ptr, absmax_ptr, tile, group, lane, blocks)
     for first in range(0, blocks, BLOCKS):
         at = first * 8 + group
-        valid = at < blocks * 8
-        words = tl.load(
-            words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :],
-            mask=valid[:, None],
-            other=0,
-        )
-        scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
-        scale = tl.load(scale_ptr, mask=valid[:, None], other=0.0).to(tl.float32)
+        # What the next step needs is on its way while this one computes.
+        ahead = _nf4_step(words_ptr, absmax_ptr, tile, at + BLOCKS * 8, lane, blocks)
         part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
         for j in tl.static_range(8):
             column = at * 8 + j
@@ -63,8 +70,16 @@ def _nf4_rows(
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
             codes = (words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15
             part += tl.load(levels_ptr + codes) * x[:, None]
-        total += part * scale
+        total += part * scale.to(tl.float32)
+        words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def _plain_step(w_ptr, n, k, N, K):
+    """Columns k of rows n."""
+    valid = (n < N)[:, None] & (k < K)[None, :]
+    return tl.load(w_ptr + n[:, None] * K + k[None, :], mask=valid, other=0)
 
 
 @triton.jit
@@ -77,16 +92,16 @@ def _plain_rows(
     column = tl.arange(0, COLUMNS)
     total = tl.full([ROWS, COLUMNS], 0, tl.float32)
     squares = tl.full([COLUMNS], 0, tl.float32)
+    w = _plain_step(w_ptr, n, column, N, K)
     for first in range(0, K, COLUMNS):
         k = first + column
-        w = tl.load(
-            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
-        )
+        ahead = _plain_step(w_ptr, n, k + COLUMNS, N, K)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0)
         if NORM:
             squares += x * x
             x *= tl.load(g_ptr + k, mask=k < K, other=0.0)
         total += w.to(tl.float32) * x[None, :]
+        w = ahead
     y = tl.sum(total, 1)
     if KIND == INT8:
         y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)
@@ -98,11 +113,9 @@ def _rows(
     x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND: tl.constexpr, NORM: tl.constexpr
 ):
     if KIND == NF4:
-        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, 8)
-    elif KIND == INT8:
-        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
+        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, BLOCKS)
     else:
-        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 1024)
+        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
     return y, squares
 
 
@@ -164,10 +177,10 @@ def experts_gate_up(
         gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
         up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
         gate, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8
+            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, BLOCKS
         )
         up, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8
+            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, BLOCKS
         )
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * N + n, silu(gate) * up, mask=n < N)
@@ -186,7 +199,7 @@ def experts_down(
         absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
         x_ptr += rank * K
         y, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, 8
+            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, BLOCKS
         )
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * D + n, y, mask=n < D)
