@@ -178,6 +178,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(table)
     lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:

@@ -62,7 +62,7 @@ def command(
     Examples:
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident mixed --workers 8
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
@@ -90,6 +90,8 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
+    for note in config.notes:
+        say(f"{folder}: {note}")
     if texts:
         from slotmoe.model.tokenizer import Tokenizer
         from slotmoe.offload.study.calibrate import read_tokens

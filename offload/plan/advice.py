@@ -21,6 +21,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
+from slotmoe.quant.shapes import RESIDENT_MODES
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,21 @@ def gpu_named(name: str) -> Gpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
 
 
-GEOMETRIES = {  # name -> config file; V2.5 and Coder-V2 are V2 trained further
+GEOMETRIES = {  # name -> config file; some models are others trained further
     "v2": "geometries/v2.json",
     "v2.5": "geometries/v2.json",
     "coder-v2": "geometries/v2.json",
     "v2-lite": "geometries/v2-lite.json",
     "coder-v2-lite": "geometries/v2-lite.json",
+    "v3": "geometries/v3.json",
+    "r1": "geometries/v3.json",
+    "v3.1": "geometries/v3.json",
+    "v3.2": "geometries/v3.2.json",
+    "moonlight": "geometries/moonlight.json",
+    "kimi-k2": "geometries/kimi-k2.json",
+    "glm-4.7-flash": "geometries/glm-4.7-flash.json",
+    "glm-5": "geometries/glm-5.json",
+    "mistral-small-4": "geometries/mistral-small-4.json",
     "sample": "sample/config.json",
 }
 
@@ -121,7 +131,7 @@ class Model:
         try:
             resident, files = manifest["quantization"]["resident"], manifest["files"]
             sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
-            if resident not in ("bf16", "int8", "nf4"):
+            if resident not in RESIDENT_MODES:
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
             return cls(name, config, True, resident, sum(sizes), random_weights)
@@ -158,12 +168,12 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
     share = f"int8 takes {format_size(size)} of {format_size(budget)}"
     if 2 * size <= budget:
         return "int8", f"{share} and is closest to the source"
-    return "nf4", f"{share}, more than half, and leaves too little to the experts"
+    return "mixed", f"{share}, more than half, and leaves too little to the experts"
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A model on a machine: ``resident`` is ``bf16``, ``int8`` or ``nf4``, ``context`` counts
+    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``context`` counts
     positions, and ``slots`` caps the expert slots.  ``misses`` is as in ``slotmoe run``."""
 
     model: Model
@@ -211,7 +221,7 @@ class Scenario:
 
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
-        contexts = range(1, self.model.config.max_position_embeddings + 1)
+        contexts = range(1, self.model.config.max_context[0] + 1)
         return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
 
     def ways_out(self) -> list[str]:
@@ -219,19 +229,19 @@ class Scenario:
         if self.fits:
             return []
         again = "" if self.model.resident is None else "quantize again with "
-        largest, nf4 = self.largest_context(), replace(self, resident="nf4")
+        largest, mixed = self.largest_context(), replace(self, resident="mixed")
         on_cpu = replace(self, machine=replace(self.machine, vram=None))
         ways = ["drop --slots"] if replace(self, slots=None).fits else []
         if largest:
             ways.append(f"--context {largest}")
-        if nf4.fits:
-            ways.append(f"{again}--resident nf4")
-        elif not largest and (shorter := nf4.largest_context()):
-            ways.append(f"{again}--resident nf4 and --context {shorter}")
+        if mixed.fits:
+            ways.append(f"{again}--resident mixed")
+        elif not largest and (shorter := mixed.largest_context()):
+            ways.append(f"{again}--resident mixed and --context {shorter}")
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
-        context = min(self.context, lite.config.max_position_embeddings)
+        context = min(self.context, lite.config.max_context[0])
         smaller = Scenario(lite, self.machine, "int8", context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
@@ -249,6 +259,7 @@ class Scenario:
         tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
         report: dict[str, Any] = {
             "model": self.model.name,
+            "notes": config.notes,
             "fits": self.fits,
             "components": components,
             "total": by_tier(components),

@@ -54,17 +54,17 @@ def format_size(count: float) -> str:
 def choose_context(config: Config, wanted: int | None) -> int:
     """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
     ``PlanError``."""
-    limit = config.max_position_embeddings
+    limit, key = config.max_context
     context = min(4096, limit) if wanted is None else wanted
     if not 1 <= context <= limit:
-        allowed = f"1 to {limit}, the model's max_position_embeddings"
+        allowed = f"1 to {limit}, the model's {key}"
         raise PlanError(f"context {context} is outside {allowed}")
     return context
 
 
 def or_more_context(advice: str, config: Config, context: int) -> str:
     """``advice``, and to raise --context where the model has more positions than ``context``."""
-    limit = config.max_position_embeddings
+    limit, _ = config.max_context
     if context < limit:
         return f"{advice}, or raise --context (now {context}, the model has {limit})"
     return f"{advice}; {limit} positions are all that the model has"
@@ -81,7 +81,7 @@ class Sizes:
 
 
 def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
-    """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4``."""
+    """Sizes of an export whose resident weights are of a mode of ``RESIDENT_MODES``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
@@ -227,7 +227,7 @@ class Plan:
         for tier, missing in self.shortfall.items():
             budget, components = self.tiers[tier]
             fast = tier == self.tier
-            advice = ", lower --context, or quantize with --resident nf4" if fast else ""
+            advice = ", lower --context, or quantize with --resident mixed" if fast else ""
             parts = [f"{name} {format_size(size)}" for name, size in components.items() if size]
             raise PlanError(
                 f"needs at least {format_size(budget + missing)} of {tier} ({', '.join(parts)}), "

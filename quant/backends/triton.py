@@ -185,11 +185,11 @@ class TritonBackend(TorchBackend):
 
     # Routed experts.
 
-    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         T, E = logits_TE.shape
         choice = _choice(T, router.top_k, logits_TE.device)
-        sizes, constants = _router(router, E)
-        rows.route[(T,)](logits_TE.contiguous(), *choice, *sizes, **constants)
+        sizes, constants = _router(router, E, bias_E)
+        rows.route[(T,)](logits_TE.contiguous(), bias_E, *choice, *sizes, **constants)
         return choice
 
     def gate(
@@ -199,6 +199,7 @@ class TritonBackend(TorchBackend):
         normed_1D: Tensor,
         weight_ED: Tensor,
         router: Any,
+        bias_E: Tensor | None,
         logits_1E: Tensor,
         finished_1: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -206,9 +207,9 @@ class TritonBackend(TorchBackend):
         and after."""
         E, D = weight_ED.shape
         choice = _choice(1, router.top_k, x_1D.device)
-        sizes, constants = _router(router, E)
+        sizes, constants = _router(router, E, bias_E)
         rows.gate[(triton.cdiv(E, _GATE_ROWS),)](
-            x_1D, *norm, normed_1D, weight_ED, logits_1E, finished_1, D, *choice, *sizes,
+            x_1D, *norm, normed_1D, weight_ED, D, finished_1, logits_1E, bias_E, *choice, *sizes,
             ROWS=_GATE_ROWS, **constants,
         )  # fmt: skip
         return choice
@@ -288,12 +289,12 @@ def _choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty(T, K, device=device), torch.empty(T, K, dtype=torch.int64, device=device)
 
 
-def _router(router: Any, E: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _router(router: Any, E: int, bias_E: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the router's kernels take behind their tensors."""
-    groups, kept, top_k, factor = router
-    sizes = E, top_k, groups, kept, 0.0 if factor is None else factor
+    groups, kept, top_k, factor, normalized, group_best, sigmoid = router
+    kind = {"SIGMOID": sigmoid, "BIASED": bias_E is not None, "GROUP_BEST": group_best}
     blocks = {"BLOCK": power(E), "GROUP_BLOCK": power(groups), "K_BLOCK": power(top_k)}
-    return sizes, {"RENORM": factor is None, **blocks}
+    return (E, top_k, groups, kept, factor), {**kind, "RENORM": normalized, **blocks}
 
 
 def _warps(kind: int) -> int:

@@ -76,6 +76,7 @@ class Workspace:
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
         self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
+        self.query_scale_1 = torch.ones(1, device=device)
         self.q_HW = self.empty(H, R + P)
         splits = mla.SPLITS.value
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
@@ -93,9 +94,11 @@ class Workspace:
             self._scratch[name, width] = self.empty(1, width)
         return self._scratch[name, width]
 
-    def begin(self, rope_1C: Tensor, cache: Any) -> None:
+    def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Any) -> None:
         """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
         copies from the host."""
+        if query_scale_1 is not None:
+            self.query_scale_1.copy_(query_scale_1)
         layers_LSW = cache.layers
         assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
         self.rope_1C.copy_(rope_1C)
@@ -133,7 +136,7 @@ class TritonDecoder:
         given_1D, table = step.routed_TD, None
         if first == 0:
             given_1D = step.h_TD
-            self._workspace.begin(step.rope_TC, cache)
+            self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
             cache.extend(0, 1)
             shown = experts.slot_table()
             table = shown if shown.complete else None
@@ -221,7 +224,7 @@ class _Layer:
         logits_1E = workspace.scratch("logits", len(layer.gate))
         router, finished = self._geometry.router, workspace.finished
         choice: tuple[Tensor, Tensor] = self._backend.gate(
-            place.h_1D, norm, place.x_1D, layer.gate, router, logits_1E, finished
+            place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias, logits_1E, finished
         )
         return choice
 
@@ -244,10 +247,11 @@ class _Layer:
         _, kv_b, scale, _ = operand(layer.kv_b_proj)
         BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
         mla.queries[(triton.cdiv(R, BR), H + 1)](
-            q, latent, torch.view_as_real(workspace.rope_1C), layer.kv_a_layernorm,
-            self._geometry.latent_eps, kv_b, scale, location, layer_at, workspace.q_HW,
-            H, N, P, R, N + V,
-            SCALED=scaled, WIDTH=power(N), BR=BR, LATENT=power(R), PAIRS=power(P // 2),
+            q, latent, torch.view_as_real(workspace.rope_1C), workspace.query_scale_1,
+            layer.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, location, layer_at,
+            workspace.q_HW, H, N, P, R, N + V,
+            SCALED=scaled, HALVES=self._geometry.halves, WIDTH=power(N), BR=BR, LATENT=power(R),
+            PAIRS=power(P // 2),
         )  # fmt: skip
         mla.attend[(splits, triton.cdiv(H, 16), 1)](
             workspace.q_HW, None, location, layer_at, 0, self._geometry.softmax_scale, *sums,

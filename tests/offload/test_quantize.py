@@ -29,7 +29,7 @@ from slotmoe.quant import nf4
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.shapes import ALIGNMENT, resident_quantization
+from slotmoe.quant.shapes import ALIGNMENT, RESIDENT_MODES, resident_quantization
 from tests.support.disk import Stop, killed, small_disk, stop_at, tree
 from tests.support.oracle import rebuild
 from tests.support.tiny import SAMPLE, random_weights, write_checkpoint
@@ -470,7 +470,7 @@ def test_workers_and_shards_do_not_show(source, wanted, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("resident", ["auto", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("resident", ["auto", *RESIDENT_MODES])
 def test_every_resident_mode_round_trips(dtype, resident, tmp_path):
     config = write_checkpoint(tmp_path / "source", dtype=dtype, **ODD)
     quantize(tmp_path / "source", tmp_path / "export", resident=resident)
@@ -502,6 +502,7 @@ def test_every_resident_mode_round_trips(dtype, resident, tmp_path):
             "auto": {"none", "int8"},
             "bf16": {"none"},
             "int8": {"none", "int8"},
+            "mixed": {"none", "int8", "nf4"},
             "nf4": {"none", "int8", "nf4"},
         }[resident]
     )
@@ -591,7 +592,7 @@ def test_export_can_be_rebuilt_from_the_documented_bytes(tmp_path):
                         assert torch.equal(values[projection], documented_values(source))
 
 
-@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("resident", RESIDENT_MODES)
 def test_report_says_what_quantization_cost(resident, tmp_path):
     """Against weights rebuilt from the documented bytes, layer by layer."""
     weights = random_weights(write_checkpoint(tmp_path / "source", **ODD))
