@@ -114,6 +114,7 @@ class CudaDevice(Device):
 
     def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
+        torch.cuda.set_device(index)  # before anything is made: page-locked RAM belongs to one GPU
         self._copies = torch.cuda.Stream(self.device)
         self._mailbox = Mailbox()
         if torch.cuda.memory_allocated(self.device) == 0:
@@ -181,7 +182,9 @@ class CudaDevice(Device):
     def mapped(self, size: int) -> Mapped:
         """Page-locked RAM that kernels address."""
         host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return Mapped(host, torch.as_tensor(_Interface(host), device=self.device))
+        kernels = torch.as_tensor(_Interface(host), device=self.device)
+        assert kernels.data_ptr() == host.data_ptr(), "page-locked RAM was copied, not mapped"
+        return Mapped(host, kernels)
 
     def download(self, tensor: Tensor) -> Download:
         return self._mailbox.read(self, tensor)

@@ -64,6 +64,7 @@ CONFIGS = {
             "model_type": "mistral4",
             "architectures": None,
             "topk_method": None,
+            "qk_nope_head_dim": 16,
             "rope_parameters": {**LONG, "original_max_position_embeddings": 3},
         },
     ),
