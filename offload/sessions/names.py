@@ -4,6 +4,7 @@ What the model has computed of them is in the blocks, like everybody's.  The fil
 because that is how their blocks are found again: those of a session that is removed go with it.
 """
 
+import base64
 import fcntl
 import json
 import os
@@ -16,7 +17,14 @@ from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import TEXT, Kind, ListOf, check, integer, one_of, read_json
-from slotmoe.offload.sessions.blocks import BlockFolder, chain, make_private, write_private
+from slotmoe.offload.sessions.blocks import (
+    BlockFolder,
+    chain,
+    make_private,
+    packed,
+    unpacked,
+    write_private,
+)
 from slotmoe.quant.export.layout import checksum
 
 _VERSION = 1
@@ -27,7 +35,7 @@ _SAVED = {
     "version": integer(_VERSION, _VERSION),
     "checksum": TEXT,
     "root": _ROOT,
-    "tokens": ListOf(integer(0, (1 << 32) - 1), 0, 1 << 24),
+    "tokens": TEXT,
     "kind": one_of("chat", "text"),
     "messages": ListOf({"role": TEXT, "content": TEXT}, 1, 1 << 20),
     "forgotten": integer(0, 1 << 20),
@@ -79,6 +87,8 @@ class NamedSession:
     def save(self, saved: Saved) -> None:
         """Replace the file, whole or not at all.  Raises ``ConfigError``."""
         values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex()}
+        # In one value: a reader of JSON bounds how many there may be.
+        values["tokens"] = base64.b64encode(packed(saved.tokens)).decode()
         text = json.dumps({"checksum": _checksum(values), **values})
         try:
             write_private(self.path, [text.encode()])
@@ -148,11 +158,12 @@ def _load(path: Path) -> Saved:
         check(values, _SAVED)
         if values["checksum"] != _checksum(values):
             raise ValueError("its checksum is wrong")
+        tokens = unpacked(base64.b64decode(values["tokens"]))
     except ValueError as problem:
         advice = f"slotmoe rm --sessions {path.stem} removes it"
         raise _DamagedError(f"{path}: is damaged ({problem}); {advice}") from None
-    saved = {key: values[key] for key in ("tokens", "kind", "messages", "forgotten")}
-    return Saved(bytes.fromhex(values["root"]), **saved)
+    rest = {key: values[key] for key in ("kind", "messages", "forgotten")}
+    return Saved(bytes.fromhex(values["root"]), tokens, **rest)
 
 
 def _checksum(values: dict[str, Any]) -> str:

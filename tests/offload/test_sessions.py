@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.sequence import shared_prefix
+from slotmoe.offload.scheduler import Job, Scheduler
+from slotmoe.offload.sequence import Sequence, shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
@@ -152,6 +154,13 @@ def test_the_same_beginning_is_kept_once(sample_export, copy):
     assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == total
 
 
+def test_bytes_are_those_of_the_files(tmp_path):
+    folder, tokens = BlockFolder(tmp_path / "blocks", 1 << 20, print), texts(1, 200)[0]
+    for length in (20, 50, 64, 70, 130, 200):
+        fill(folder, tokens[:length])
+        assert folder.nbytes == sum(p.stat().st_size for p in (tmp_path / "blocks").rglob("*-*"))
+
+
 def test_a_text_that_grows_leaves_no_short_block(sample_export, copy):
     kept(sample_export, copy, [*TEXT, 9])
     assert [path.name.split("-")[1:3] for path in files(copy)] == [
@@ -196,6 +205,40 @@ def test_an_interrupted_prefill_is_kept(sample_export, tmp_path, monkeypatch):
         assert count == done
         runtime.sequences[0].rewind(0)
         assert torch.equal(logits, runtime.sequences[0].append(ids))
+
+
+def test_a_server_stopped_in_the_middle_of_a_prompt_keeps_what_it_read(
+    sample_export, tmp_path, monkeypatch
+):
+    ids, ended = [*TEXT, *TEXT, *TEXT], threading.Event()
+    runtime, _ = opened(sample_export, tmp_path)
+    with runtime:
+        batch = Scheduler(runtime, 1, 1)
+        original = Sequence.append
+
+        def append(sequence, piece):
+            batch.stop()
+            return original(sequence, piece)
+
+        monkeypatch.setattr(Sequence, "append", append)
+        parts = runtime.tokenizer, runtime.eos_token_ids, Sampling(), 4
+        batch.submit([Job(ids, Answer(ids, *parts), lambda delta: ended.set(), "a key")])
+        assert ended.wait(30)
+        batch.close()
+        done = runtime.sequences[0].length
+        assert 0 < done < len(ids)
+    monkeypatch.undo()
+    runtime, _ = opened(sample_export, tmp_path)
+    with runtime:
+        assert runtime.sessions.restore(runtime.sequences[0], ids, "a key") == done
+
+
+def test_long_conversations_with_many_values_come_back(tmp_path):
+    tokens = [*range(163_840)]
+    with NamedSession(tmp_path, "long") as session:
+        session.save(saved(tokens, "a, b, " * 20_000))
+    with NamedSession(tmp_path, "long") as session:
+        assert session.saved.tokens == tokens
 
 
 def test_long_answers_are_kept_as_they_grow(sample_export, tmp_path):
@@ -378,7 +421,8 @@ def test_a_limit_below_one_conversation_keeps_its_beginning(tmp_path):
     for end in (200, 400, 640):
         fill(folder, tokens[:end])
     assert held(folder, tokens) == 192
-    assert said == [f"{tmp_path / 'blocks'}: 5.9 KiB hold 192 of its tokens"]
+    room = "5.9 KiB have room for 192 tokens of this text; --session-limit sets it"
+    assert said == [f"{tmp_path / 'blocks'}: {room}"]
     assert folder.nbytes <= 6000
     assert sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("*-*")) <= 6000
 
@@ -415,7 +459,8 @@ def test_what_cannot_be_written_is_said_once_and_tried_again(tmp_path, monkeypat
     assert held(folder, tokens) == 200
 
 
-def test_two_processes_keep_in_one_folder(tmp_path):
+def test_two_processes_keep_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks_module, "_LOCK_SECONDS", 30)
     said, conversations = [], texts(8, 300)
     folders = [BlockFolder(tmp_path / "blocks", 60_000, said.append) for _ in range(4)]
 
@@ -529,8 +574,8 @@ def test_names_are_no_paths(tmp_path, name):
     [
         (b"Call", b"Cbll"),
         (b'"version": 1', b'"version": 2'),
-        (b'"tokens": [1', b'"tokens": [9'),
-        (b'"tokens": [1', b'"tokens": [-1'),
+        (b'"tokens": "AQ', b'"tokens": "BQ'),
+        (b'"tokens": "AQ', b'"tokens": "!'),
         (b"{", b"["),
         (b'"text"', b'"x"'),
     ],

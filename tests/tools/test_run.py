@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pty
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -144,18 +143,16 @@ def on_terminal(*arguments, **environment):
     return printed.decode()
 
 
-def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export):
+def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export, slotmoe):
     arguments = ["run", sample_export, "It is a truth", "-n", 5]
     shown = on_terminal(*arguments)
     assert f"loading {sample_export}…"[:60] in shown
     text = shown.rpartition("\x1b[?25h")[2]
-    piped = subprocess.run(
-        [sys.executable, "-m", "slotmoe", *map(str, arguments)], capture_output=True, text=True
-    )
-    assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{piped.stdout}")
-    assert "\x1b" not in piped.stdout + piped.stderr
-    assert "loading" not in piped.stderr
-    assert "truth" not in piped.stdout
+    out, err = slotmoe(*arguments)
+    assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{out}")
+    assert "\x1b" not in out + err
+    assert "loading" not in err
+    assert "truth" not in out
     plain = on_terminal(*arguments, NO_COLOR="1", TERM="dumb")
     assert "\x1b" not in plain
 
