@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.files import ReadFile, files_in
+from slotmoe.model.reasoning import reasoning_of
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
@@ -63,6 +64,7 @@ class Tokenizer:
         self.template = _decoded(found, path) if found else _template_of(settings)
         wants_bos = settings.get("add_bos_token", bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
+        self.reasoning = reasoning_of(self.template, self.token_id)
         self.eos_token = _spelling(settings, "eos_token")
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
@@ -123,13 +125,15 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         begun: bool = False,
+        thinking: bool | None = None,
     ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of
         which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
-        them.  Raises ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
+        them; ``thinking`` switches reasoning on or off where the template can.  Raises
+        ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
@@ -137,16 +141,20 @@ class Tokenizer:
         bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
         variables = {"messages": messages, "add_generation_prompt": not begun}
         variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
+        if thinking is not None:  # the words of DeepSeek and Kimi, GLM, Mistral
+            variables |= {"thinking": thinking, "enable_thinking": thinking}
+            variables["reasoning_effort"] = "high" if thinking else "none"
         text = _render(self.template, variables)
         return text.removesuffix(eos) if begun else text
 
 
 class TextStream:
     """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens
-    have no text, unless ``shown`` says what."""
+    have no text, unless they are marks of reasoning or ``shown`` says what."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
-        self._tokenizer, self._shown = tokenizer, shown or {}
+        marks = {} if tokenizer.reasoning is None else tokenizer.reasoning.shown
+        self._tokenizer, self._shown = tokenizer, {**marks, **(shown or {})}
         self._ids: list[int] = []  # the last finished token, for context, and those still held
         self._printed = ""  # what of their text is already out
 
