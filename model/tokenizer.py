@@ -16,7 +16,7 @@ from typing import Any
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.files import ReadFile, files_in
-from slotmoe.model.reasoning import reasoning_of
+from slotmoe.model.reasoning import Splitter, reasoning_of
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
@@ -97,6 +97,14 @@ class Tokenizer:
         token.  Of a character that several tokens make up, the first of them counts it."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
+
+    def splitter(self, prompt: Sequence[int]) -> Splitter:
+        """What takes the reasoning off the text of an answer to ``prompt``."""
+        if self.reasoning is None:
+            return Splitter(None, False)
+        stream = TextStream(self)
+        end = "".join(stream.push(id_) for id_ in prompt[-16:])  # the mark may be several tokens
+        return Splitter(self.reasoning, self.reasoning.is_begun(end))
 
     def token_id(self, token: str) -> int | None:
         """The id of the token that is spelled like this, if there is one."""

@@ -127,7 +127,7 @@ class Grammars:
         marks = self._source.reasoning
         if marks is None:
             return "answer"
-        anything, end = "(?s:.*)", re.escape(marks.end)
+        anything, end = "(?s:.*)", re.escape(marks.end).replace("/", "\\/")
         rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{anything}{end}/"]
         if marks.end in marks.shown.values():
             text = f"THOUGHT: /{anything}/ & ~/{anything}{end}{anything}/"
@@ -167,6 +167,9 @@ class Grammars:
                 name += f" /[0-9]{{1,4}}/ {literal(after)}"
             rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
         anything, mark = "(?s:.*)", re.escape(marks.opening)
+        if marks.tagged is not None:
+            end = re.escape(marks.tagged[2]).replace("/", "\\/")
+            rules.append(f"VALUE: /{anything}/ & ~/{anything}{end}{anything}/")
         if policy.required:
             start = [f"answer: {opening} {calls}"]
         elif content is not None:
@@ -198,9 +201,7 @@ class Grammars:
                 value = "(" + " | ".join(self._literal(text) for text in values) + ")"
             else:
                 unheld += [f"{where}: {key}: {k}" for k in sorted(inner.keys() - _TEXT_KEYS)]
-                anything = "(?s:.*)"
-                end = re.escape(tags[2]).replace("/", "\\/")
-                value = f"(/{anything}/ & ~/{anything}{end}{anything}/)"
+                value = "VALUE"
             before, after = self._literal(tags[0] + key + tags[1]), self._literal(tags[2])
             parts.append(f"({before} {value} {after}){'' if key in required else '?'}")
         if unheld and strict:

@@ -17,10 +17,10 @@ class ContentDelta:
     is ``complete``."""
 
     text: str = ""
-    reasoning: bool = False
     call: int | None = None
     name: str | None = None
     complete: bool = False
+    reasoning: bool = False
 
 
 class Reader:
