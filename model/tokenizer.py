@@ -20,11 +20,12 @@ from slotmoe.model.reasoning import Splitter, reasoning_of
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
-MAX_TOKENIZER_VALUES = 800_000
+MAX_TOKENIZER_VALUES = 1_000_000
 # CPU time, memory and characters of one rendering
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
+_WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
@@ -32,6 +33,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
 _BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
+BYTE_CHARACTERS = {byte: character for character, byte in _BYTE_LEVEL.items()}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 
@@ -62,7 +64,8 @@ class Tokenizer:
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         self.template = _decoded(found, path) if found else _template_of(settings)
-        wants_bos = settings.get("add_bos_token", bos_token_id is not None)
+        adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
+        wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
         self.reasoning = reasoning_of(self.template, self.token_id)
         self.eos_token = _spelling(settings, "eos_token")
