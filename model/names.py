@@ -2,7 +2,8 @@
 
 This is the one place that spells those names.  A tensor's role is how the network uses it, which
 limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router, and its
-bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else
+bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too),
+``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else
 ``matrix``.
 """
 
@@ -50,6 +51,18 @@ def fused_experts(layer: int, tensor: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{tensor}"
 
 
+_ROLES = {
+    EMBEDDING: "embedding",
+    GATE: "gate",
+    GATE_BIAS: "gate",
+    LAYER_PARTS["kv_b_proj"]: "absorbed",
+    **dict.fromkeys(
+        (HEAD, LAYER_PARTS["kv_a_proj"], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        "sensitive",
+    ),
+}
+
+
 def layer_tensor(layer: int, part: str) -> str:
     """Checkpoint name of the tensor ``part`` of a layer."""
     return f"model.layers.{layer}.{part}" + ("" if part == GATE_BIAS else ".weight")
@@ -84,9 +97,7 @@ def role_of(name: str) -> str:
     _, part = split_name(name)
     if part.endswith("norm"):
         return "norm"
-    roles = {EMBEDDING: "embedding", GATE: "gate", GATE_BIAS: "gate"}
-    roles[LAYER_PARTS["kv_b_proj"]] = "absorbed"
-    return roles.get(name, roles.get(part, "matrix"))
+    return _ROLES.get(name, _ROLES.get(part, "matrix"))
 
 
 def component_of(name: str) -> str:

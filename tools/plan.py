@@ -66,10 +66,11 @@ def command(
     """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
     needed.
 
-    MODEL is v2, v2.5 or coder-v2 (236B), v2-lite or coder-v2-lite (16B), sample, an export, a
-    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
-    alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench
-    --calibrate has measured on this machine, or assumptions; the report says which.
+    MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
+    v2.5, coder-v2, v3, r1, v3.1, v3.2, glm-5, kimi-k2, sample), an export, a checkpoint folder, a
+    GGUF file, the path of a config.json, or a hub id, of which the config alone is fetched. Speeds
+    come from bandwidths: those given here, those that slotmoe bench --calibrate has measured on
+    this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free
@@ -131,9 +132,9 @@ def _machine(options: dict[str, Any]) -> Machine:
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
     vram = None if options["vram"] is None else parse_size(options["vram"])
     if (name := options["gpu"]) is not None:
-        gpu = gpu_named(name)
-        rates = {"gpu": gpu.bandwidth, "pcie": gpu.pcie, "pcie_busy": gpu.pcie}
-        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or gpu.budget
+        known = gpu_named(name)
+        rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
+        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
     asked = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
     given = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
     if "pcie" in given:
@@ -142,11 +143,12 @@ def _machine(options: dict[str, Any]) -> Machine:
     if options["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if options["device"] != "cpu" and vram is None:
-        free = machine.free_gpu_memory()
-        vram = free and int(free * 0.9)
-        if vram is None and options["device"] == "cuda":
-            advice = "give --gpu NAME or --vram SIZE"
-            raise PlanError(f"--device cuda: no GPU is found on this machine; {advice}")
+        gpu = machine.find_gpu(machine.device_index(options["device"]))
+        if gpu is not None:
+            vram, name = int(gpu.free * 0.9), gpu.name
+        elif options["device"] != "auto":
+            problem = f"--device {options['device']}: no such GPU is found on this machine"
+            raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")
     if vram is None and options["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
@@ -156,7 +158,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
     ram, free_disk = parse_size(options["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
-    return Machine(ram, vram, threads, bandwidths, free_disk)
+    return Machine(ram, vram, threads, bandwidths, free_disk, name)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -175,7 +177,9 @@ def _print(report: dict[str, Any]) -> None:
         if any(sizes.values()):
             table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
-    lines = [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
+    lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:

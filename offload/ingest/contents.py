@@ -29,7 +29,7 @@ class Stored:
 
 
 class Contents:
-    """The files of one export whose resident weights are ``mode`` (``bf16``, ``int8`` or ``nf4``);
+    """The files of one export whose resident weights are ``mode`` (of ``RESIDENT_MODES``);
     ``dtypes`` are the source's, by tensor.  ``tensors`` are the source's, file by file of the
     export."""
 

@@ -19,12 +19,13 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.backends.graphs import Captured, CudaGraph
+from slotmoe.quant.backends.graphs import Captured, CudaGraphs
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start
+from tests.support.families import LONG
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin
@@ -45,6 +46,26 @@ CONFIGS = {
         {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 0},
     ),
     "bf16": ("bf16", {}),
+    "int8, sigmoid gate with a bias, pairs in halves": (
+        "int8",
+        {
+            "model_type": "deepseek_v3",
+            "architectures": None,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "rope_interleave": False,
+        },
+    ),
+    "int8, queries scaled by position": (
+        "int8",
+        {
+            "model_type": "mistral4",
+            "architectures": None,
+            "topk_method": None,
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 3},
+        },
+    ),
 }
 
 
@@ -164,7 +185,7 @@ def decode(network, ids, cache):
 
 def triton_ops(graph=None):
     backend = pick_backend(DEVICE, "triton")
-    backend.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
+    backend.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
 
