@@ -164,7 +164,8 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
 
     def printed(on_terminal):
         made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
-        made.encode = lambda text, chat: [1]
+        made.tokenizer = SimpleNamespace(encode=lambda text: [1])
+        made.check_length = lambda count: None
         monkeypatch.setattr(run, "is_terminal", lambda stream: on_terminal)
         monkeypatch.setattr(run, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
         run.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
