@@ -177,6 +177,9 @@ class TextStream:
             return self.flush() + self._shown[token_id]
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
+        if text == self._printed:  # a special token, which completes nothing
+            self._ids.pop()
+            return ""
         # A trailing replacement mark may be the start of a character that the next tokens complete.
         certain = text[:-1] if text.endswith(REPLACEMENT) else text
         fresh = certain[len(self._printed) :]
