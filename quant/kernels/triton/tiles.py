@@ -68,7 +68,7 @@ def _product(
     x_ptr += row.to(tl.int64)[:, None] * K
     # Loads ahead would go through shared memory, single levels too: for codes the other programs of
     # a processor hide the wait.
-    STAGES: tl.constexpr = 3 if KIND == INT8 or KIND == DENSE else 1
+    STAGES: tl.constexpr = 1 if (KIND != INT8) & (KIND != DENSE) else 3
     for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
@@ -141,8 +141,8 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["G"])
 def experts_gate_up(
     x_ptr, order_ptr, TOP_K, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
-    record_bytes, up_at, gate_scales_at, up_scales_at,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr,
+    GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y bfloat16 [T * TOP_K, N] = silu(gate x) * (up x), in groups of uses of one expert.
 
@@ -167,8 +167,8 @@ def experts_gate_up(
 @triton.jit(do_not_specialize=["G"])
 def experts_down(
     x_ptr, order_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
-    record_bytes, down_at, down_scales_at,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
+    record_bytes, down_at, down_scales_at, KIND: tl.constexpr,
+    GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y [T * TOP_K, N] = down x, in the same groups: row i of x gives row ``order[i]`` of y."""
     group, first, stop = _group_of(starts_ptr, tl.program_id(1), G, GROUPS, BM)
