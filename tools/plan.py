@@ -106,6 +106,7 @@ def command(
     scenario = Scenario(planned, target, resident, codecs, context, *rest)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
+    report["by_codec"] = scenario.by_codec(prompt_tokens, max_new_tokens)
     print(json.dumps(report)) if as_json else _print(report)
     is_this = all(options[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
@@ -188,6 +189,13 @@ def _print(report: dict[str, Any]) -> None:
         if any(sizes.values()):
             table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
+    choices = Table("experts by", "export", "in memory", "tokens/s")
+    for row in report["by_codec"]:
+        speed = row["decode_tokens_per_second"]
+        share = f"{min(1, row['slots'] / report['experts']):.0%}"
+        name = f"--codec {row['codec']} --bits {row['bits']}"
+        choices.add_row(name, format_size(row["export"]), share, figure(speed, 2) if speed else "-")
+    console.print(choices)
     lines = [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]

@@ -21,7 +21,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
-from slotmoe.quant.codec import DEFAULT_CODECS, ExpertCodecs
+from slotmoe.quant.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.export.codecs import expert_codecs, to_version_2
 
 
@@ -278,6 +278,8 @@ class Scenario:
             "slots": plan.slots,
             "host_slots": plan.host_slots,
             "experts": experts,
+            "expert_codecs": self.codecs.names(),
+            "record_bytes": plan.record_bytes,
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
                 tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
@@ -295,10 +297,33 @@ class Scenario:
         }
         if not self.fits:
             return report
-        sizes, is_random = self.sizes, self.model.random_weights
-        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
-        setting = Setting(config, sizes, plan, rates, machine.threads, is_random, misses)
-        return report | asdict(setting.predict(prompt_tokens, new_tokens))
+        return report | asdict(self._setting().predict(prompt_tokens, new_tokens))
+
+    def _setting(self) -> Setting:
+        config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
+        is_random, size = self.model.random_weights, sizes.record_bytes
+        misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
+        return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
+
+    def by_codec(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+        """What each ``--codec`` and ``--bits`` would give: bytes of the ``export``, expert slots,
+        and the speed of decode, None where it does not fit."""
+        rows = []
+        for (codec, bits), codecs in EXPERT_CODECS.items():
+            other, speed = replace(self, codecs=codecs), None
+            if other.fits:
+                predicted = other._setting().predict(prompt_tokens, new_tokens)
+                speed = predicted.decode_tokens_per_second
+            rows.append(
+                {
+                    "codec": codec,
+                    "bits": bits,
+                    "export": memory.export_bytes(self.model.config, other.sizes),
+                    "slots": other.plan.slots,
+                    "decode_tokens_per_second": speed,
+                }
+            )
+        return rows
 
 
 def _rounded_up(size: int) -> str:
