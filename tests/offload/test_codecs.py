@@ -16,7 +16,7 @@ from slotmoe.offload.plan.memory import sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.coded import CodedWeight
-from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
+from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksum, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from tests.support.codes import SUFFIXES, values
@@ -168,7 +168,7 @@ def test_version_1_still_opens(exports, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
+def test_impossible_scales_are_refused_by_name(exports, tmp_path, slotmoe, value):
     """With a right checksum: only an encoder's fault, or bad intentions, make them."""
     shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
     with Export.open(tmp_path / "bad") as export:
@@ -182,8 +182,6 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
     path.write_bytes(data)
 
     def bless(manifest):
-        from slotmoe.quant.export.layout import checksum
-
         entry = manifest["files"][layer_file(layer)]
         entry["records"][4] = checksum(bytes(data[start : start + size]))
         entry["checksum"] = checksum(bytes(data))
@@ -193,6 +191,8 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
         export.expert(layer, 3)
         with pytest.raises(ExportError, match=rf"layer {layer} expert 4 up_proj has scales"):
             export.expert(layer, 4)
+    code, out, err = slotmoe("verify", tmp_path / "bad")
+    assert (code, "up_proj of expert 4" in out + err) == (1, True)
 
 
 def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path):
