@@ -2,7 +2,8 @@
 
 This is the one place that spells those names.  A tensor's role is how the network uses it, which
 limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router),
-``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), else ``matrix``.
+``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), ``sensitive``
+(``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else ``matrix``.
 """
 
 import re
@@ -24,6 +25,17 @@ LAYER_PARTS = {
     "post_attention_layernorm": POST_NORM,
 }
 """Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
+
+
+_ROLES = {
+    EMBEDDING: "embedding",
+    GATE: "gate",
+    LAYER_PARTS["kv_b_proj"]: "absorbed",
+    **dict.fromkeys(
+        (HEAD, LAYER_PARTS["kv_a_proj"], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        "sensitive",
+    ),
+}
 
 
 def layer_tensor(layer: int, part: str) -> str:
@@ -54,8 +66,7 @@ def role_of(name: str) -> str:
     _, part = split_name(name)
     if part.endswith("norm"):
         return "norm"
-    roles = {EMBEDDING: "embedding", GATE: "gate", LAYER_PARTS["kv_b_proj"]: "absorbed"}
-    return roles.get(name, roles.get(part, "matrix"))
+    return _ROLES.get(name, _ROLES.get(part, "matrix"))
 
 
 def component_of(name: str) -> str:

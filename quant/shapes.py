@@ -7,6 +7,8 @@ from slotmoe.quant.codec import NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
+RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
+IN_4_BITS = {"mixed": ("matrix",), "nf4": ("matrix", "sensitive")}  # roles, by mode
 
 
 def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
@@ -23,15 +25,15 @@ def padded_record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: Ex
 
 def resident_quantization(role: str, mode: str) -> str | Codec:
     """How a resident weight of this role is stored under ``--resident mode``: ``none`` (as in the
-    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed`` and
-    ``matrix``.
+    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed``,
+    ``sensitive`` and ``matrix``.
 
     Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
     an absorbed matrix is used by column, which tiles of codes don't serve: both are at least int8.
     """
     if mode == "bf16" or role in WIDENED:
         return "none"
-    return NF4 if mode == "nf4" and role == "matrix" else "int8"
+    return NF4 if role in IN_4_BITS.get(mode, ()) else "int8"
 
 
 def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:

@@ -13,11 +13,12 @@ from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
-from slotmoe.offload.machine import total_memory
+from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -70,10 +71,10 @@ _GROUPS = {  # title -> the parameters' names
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
 _RESIDENT = (
-    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; "
-    "nf4 is the smallest."
+    "Precision of everything but the routed experts. auto is int8; bf16 keeps the source's; mixed "
+    "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
 )
-RESIDENT = choice("--resident", ["auto", "bf16", "int8", "nf4"], "auto", _RESIDENT)
+RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
 _CODEC = (
     "Codes of routed experts: lut has learned levels and a scale for each 32 weights of a row, nf4 "
     f"is bitsandbytes' with one for each 64. [default: {DEFAULT_CODEC}]"
@@ -92,9 +93,29 @@ _MISSES = (
 )
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
+_DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
+
+
+class DeviceName(click.ParamType[str]):
+    """A device as ``Runtime.open`` takes it."""
+
+    name = "device"
+
+    def convert(self, value: str, param: Any, ctx: click.Context | None) -> str:
+        try:
+            device_index(value)
+        except ConfigError as problem:
+            self.fail(str(problem), param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
+        names = ("auto", "cpu", "cuda")
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 _RUNTIME: list[Decorator] = [
     REVISION,
-    choice("--device", ["auto", "cpu", "cuda"], "auto", "auto takes the GPU when there is one."),
+    option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, type=DeviceName(), default="auto"),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),

@@ -74,7 +74,7 @@ def command(
     Examples:
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
-      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident nf4 --workers 8
+      slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident mixed --workers 8
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """

@@ -43,12 +43,12 @@ from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.quant.weights import quantize_coded, quantize_int8, squared_error
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 Notify = Callable[[str], None]
-_MODES = {"auto": "int8", "bf16": "bf16", "int8": "int8", "nf4": "nf4"}
 _CHUNK = 8 << 20  # weights quantized at once
 
 
@@ -73,10 +73,12 @@ def ignore(*_arguments: Any) -> None:
 
 def resident_mode(resident: str) -> str:
     """The precision that ``--resident`` stands for.  Raises ``ConfigError``."""
-    if resident not in _MODES:
-        known = ", ".join(_MODES)
+    if resident == "auto":
+        return "int8"
+    if resident not in RESIDENT_MODES:
+        known = ", ".join(("auto", *RESIDENT_MODES))
         raise ConfigError(f"resident {resident!r:.40} is unknown, expected one of: {known}")
-    return _MODES[resident]
+    return resident
 
 
 def quantize(

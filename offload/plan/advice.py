@@ -23,6 +23,7 @@ from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
 from slotmoe.quant.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.export.codecs import expert_codecs, to_version_2
+from slotmoe.quant.shapes import RESIDENT_MODES
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Model:
                 to_version_2(manifest)
             resident, files = manifest["quantization"]["resident"], manifest["files"]
             sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
-            if resident not in ("bf16", "int8", "nf4"):
+            if resident not in RESIDENT_MODES:
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
             codecs = expert_codecs(manifest)
@@ -139,14 +140,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Budgets in bytes, ``vram`` None without a GPU; and ``free_disk`` bytes where an export would
-    go."""
+    """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go;
+    and the GPU's name where it is known."""
 
     ram: int
     vram: int | None
     threads: int
     bandwidths: Bandwidths
     free_disk: int
+    gpu: str | None = None
 
 
 def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
@@ -164,7 +166,7 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
     share = f"int8 takes {format_size(size)} of {format_size(budget)}"
     if 2 * size <= budget:
         return "int8", f"{share} and is closest to the source"
-    return "nf4", f"{share}, more than half, and leaves too little to the experts"
+    return "mixed", f"{share}, more than half, and leaves too little to the experts"
 
 
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
@@ -180,9 +182,9 @@ def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A model on a machine: ``resident`` is ``bf16``, ``int8`` or ``nf4``, ``codecs`` are the
-    experts', ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as
-    in ``slotmoe run``."""
+    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
+    ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
+    ``slotmoe run``."""
 
     model: Model
     machine: Machine
@@ -238,15 +240,15 @@ class Scenario:
         if self.fits:
             return []
         again = "" if self.model.resident is None else "quantize again with "
-        largest, nf4 = self.largest_context(), replace(self, resident="nf4")
+        largest, mixed = self.largest_context(), replace(self, resident="mixed")
         on_cpu = replace(self, machine=replace(self.machine, vram=None))
         ways = ["drop --slots"] if replace(self, slots=None).fits else []
         if largest:
             ways.append(f"--context {largest}")
-        if nf4.fits:
-            ways.append(f"{again}--resident nf4")
-        elif not largest and (shorter := nf4.largest_context()):
-            ways.append(f"{again}--resident nf4 and --context {shorter}")
+        if mixed.fits:
+            ways.append(f"{again}--resident mixed")
+        elif not largest and (shorter := mixed.largest_context()):
+            ways.append(f"{again}--resident mixed and --context {shorter}")
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
@@ -271,6 +273,7 @@ class Scenario:
             "fits": self.fits,
             "components": components,
             "total": by_tier(components),
+            "gpu": machine.gpu,
             "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
             "disk": self.disk(),
             "shortfall": sum(plan.shortfall.values()),

@@ -84,7 +84,7 @@ class Sizes:
 def sizes_of(
     config: Config, resident: str, codecs: ExpertCodecs, predictor_bytes: int = 0
 ) -> Sizes:
-    """Sizes of an export whose resident weights are ``bf16``, ``int8`` or ``nf4`` and whose experts
+    """Sizes of an export whose resident weights are of ``RESIDENT_MODES`` and whose experts
     are coded by ``codecs``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
@@ -231,7 +231,7 @@ class Plan:
         for tier, missing in self.shortfall.items():
             budget, components = self.tiers[tier]
             fast = tier == self.tier
-            advice = ", lower --context, or quantize with --resident nf4" if fast else ""
+            advice = ", lower --context, or quantize with --resident mixed" if fast else ""
             parts = [f"{name} {format_size(size)}" for name, size in components.items() if size]
             raise PlanError(
                 f"needs at least {format_size(budget + missing)} of {tier} ({', '.join(parts)}), "

@@ -305,7 +305,7 @@ def calibrate(
     def reading(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
-    ram = None if device == "cuda" else _ram_left(config, [*groups, held_back])
+    ram = None if device.startswith("cuda") else _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:

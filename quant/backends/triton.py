@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.backends.graphs import CudaGraph
+from slotmoe.quant.backends.graphs import CudaGraphs
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
 from slotmoe.quant.codec import TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
@@ -43,7 +43,7 @@ class TritonBackend(TorchBackend):
         super().__init__(torch.bfloat16)
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
-        self.graph: Any = CudaGraph if device.type == "cuda" else None
+        self.graph: Any = CudaGraphs() if device.type == "cuda" else None
 
     # One token.
 

@@ -153,7 +153,7 @@ SMALL_GATE = {
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
-@pytest.mark.parametrize("resident", ["int8", "nf4"])
+@pytest.mark.parametrize("resident", ["int8", "mixed", "nf4"])
 @pytest.mark.parametrize(
     "overrides",
     [*GEOMETRIES.values(), {"n_shared_experts": None}, {"norm_topk_prob": True}],

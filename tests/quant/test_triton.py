@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,12 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "no C compiler" in pick_backend(cuda).name
+    monkeypatch.setenv("CC", "a compiler")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
+    assert pick_backend(cuda).name.endswith("/nowhere/posix_prefix/Python.h is not there")
+    with pytest.raises(ConfigError, match=r"needs Python's headers .* or use kernels torch"):
+        pick_backend(cuda, "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "below 8.0" in pick_backend(cuda).name
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
