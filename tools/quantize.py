@@ -103,6 +103,8 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
+    for note in config.notes:
+        say(f"{folder}: {note}")
     if texts:
         from slotmoe.model.tokenizer import Tokenizer
         from slotmoe.offload.study.calibrate import read_tokens

@@ -73,12 +73,21 @@ def gpu_named(name: str) -> Gpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
 
 
-GEOMETRIES = {  # name -> config file; V2.5 and Coder-V2 are V2 trained further
+GEOMETRIES = {  # name -> config file; some models are others trained further
     "v2": "geometries/v2.json",
     "v2.5": "geometries/v2.json",
     "coder-v2": "geometries/v2.json",
     "v2-lite": "geometries/v2-lite.json",
     "coder-v2-lite": "geometries/v2-lite.json",
+    "v3": "geometries/v3.json",
+    "r1": "geometries/v3.json",
+    "v3.1": "geometries/v3.json",
+    "v3.2": "geometries/v3.2.json",
+    "moonlight": "geometries/moonlight.json",
+    "kimi-k2": "geometries/kimi-k2.json",
+    "glm-4.7-flash": "geometries/glm-4.7-flash.json",
+    "glm-5": "geometries/glm-5.json",
+    "mistral-small-4": "geometries/mistral-small-4.json",
     "sample": "sample/config.json",
 }
 
@@ -232,7 +241,7 @@ class Scenario:
 
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
-        contexts = range(1, self.model.config.max_position_embeddings + 1)
+        contexts = range(1, self.model.config.max_context[0] + 1)
         return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
 
     def ways_out(self) -> list[str]:
@@ -252,7 +261,7 @@ class Scenario:
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
-        context = min(self.context, lite.config.max_position_embeddings)
+        context = min(self.context, lite.config.max_context[0])
         smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))

@@ -58,14 +58,15 @@ int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const fl
                          int64_t, int64_t, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const Matrix*, const float*, int64_t, const float*, const float*, float*);
-int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*,
-                      int64_t, const int64_t*, float*, float*, float*);
+int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, const float*,
+                      uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
-int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, uint8_t* const*,
-                   int64_t, int64_t, const int64_t*, const int32_t*, const uint8_t*, int64_t,
+int slotmoe_route(const Router*, const float*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, const float*,
+                   uint8_t* const*, int64_t, int64_t, const int64_t*, const int32_t*,
+                   const uint8_t*, int64_t,
                    int64_t, const Record*, const float*, const float*, float*, float*, float*,
                    int64_t*, int64_t*, double*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
@@ -193,11 +194,12 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
     const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
     const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
-    const Router router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5};
+    const int64_t odd = experts % 2;
+    const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
     const Model model{2, hidden, experts, layers, router};
     const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
                   layer = rows * stride;
-    Floats latents(rows * (a.r + a.p));
+    Floats latents(rows * (a.r + a.p)), scales(3);
     Array<int32_t> slots(2 * experts);
     for (int64_t t : {1, 3}) {
         std::vector<Array<uint8_t>*> held;
@@ -221,7 +223,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             for (int64_t at = 0; at < 2 * experts; at++)
                 slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
             int64_t reached = -1;
-            check(slotmoe_decode(&model, first, t, h, table, caches.data(), layer, stride,
+            check(slotmoe_decode(&model, first, t, h, table, t > 1 ? scales.p : nullptr,
+                                 caches.data(), layer, stride,
                                  positions.data(), slots, slab, count, apart, &record,
                                  first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
                                  indices, &reached, seconds));
@@ -231,7 +234,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     }
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
-    check(slotmoe_route(&router, logits, 3, experts, several, chosen));
+    for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
+        check(slotmoe_route(&router, logits, bias, 3, experts, several, chosen));
 }
 
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
@@ -244,13 +248,14 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
         gate(kF32, experts ? experts : 1, hidden);
     Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
         scale(heads * (n + v));
-    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts);
+    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts), bias(experts), scales(3);
     Array<int8_t> kv_b(heads * (n + v) * r);
     Attention a{heads,
                 n,
                 p,
                 r,
                 v,
+                q_rank > 0,
                 1e-6f,
                 1e-6f,
                 0.01f,
@@ -264,6 +269,7 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                 latent.matrix,
                 out.matrix,
                 experts ? gate.matrix : Matrix{},
+                bias,
                 kv_b,
                 scale};
     const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
@@ -275,9 +281,11 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
     uint8_t* const caches[] = {cache, short_cache, third};
     const int64_t positions[] = {rows - 1, 0, rows / 2};
     for (int64_t tokens : {1, 3})
-        check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
+        check(slotmoe_attention(&a, tokens, h, table, scales, caches, stride, positions, y, x,
+                                logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
-    check(slotmoe_rotate(many, tables, 3, heads, p, turned));
+    for (int64_t in_halves : {0, 1})
+        check(slotmoe_rotate(many, tables, in_halves, 3, heads, p, turned));
     if (experts) decode(a, hidden, experts, h, table);
 }
 
