@@ -133,7 +133,7 @@ class TorchBackend:
             return weight.q[ids_T].float() * weight.scale[ids_T, None]
         if isinstance(weight, Tensor):
             return weight[ids_T].float()
-        raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
+        raise TypeError("an embedding table is gathered row by row, so it is never coded or tiled")
 
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
         """Pairs (x0, x1), (x2, x3), ..., or of the two ``halves``, times the complex table
