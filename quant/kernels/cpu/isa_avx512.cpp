@@ -35,7 +35,7 @@ struct Lanes {
     using F = __m512;
     using I = __m512i;
     using W = __m512i;      // 16 lanes x 4 weights
-    using Table = __m512i;  // 16 levels
+    struct Table { __m512i low, high; };  // 16 or 8 levels by the low bits of a byte, 8 levels by the next 3 bits
     static constexpr int kWeightOffset = 128;
     static constexpr int kTilesAtOnce = 2, kTokensAtOnce = 4;  // what the registers hold for many tokens
 
@@ -85,18 +85,19 @@ struct Lanes {
     }
     static W weights(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     static Table table(const int8_t* q) {
-        const __m128i t = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)), _mm_set1_epi8(-128));
-        return _mm512_broadcast_i32x4(t);
+        alignas(64) uint8_t low[64], high[64];
+        for (int i = 0; i < 64; i++) low[i] = uint8_t(q[i % 16]) ^ 128, high[i] = uint8_t(q[i / 8]) ^ 128;
+        return {_mm512_load_si512(low), _mm512_load_si512(high)};
     }
     // Levels of the codes in the low bits of each byte; what is above them does not count.
-    static W at(Table table, __m512i codes) {
+    static W at(const Table& table, __m512i codes) {
 #ifdef SLOTMOE_VBMI
-        return _mm512_permutexvar_epi8(codes, table);  // looks at 6 bits: the table stands there four times
+        return _mm512_permutexvar_epi8(codes, table.low);  // looks at 6 bits: the table stands there four times
 #else
-        return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+        return _mm512_shuffle_epi8(table.low, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
 #endif
     }
-    static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
+    static void lookup(const uint8_t* codes, const Table& table, W& high, W& low) {
         __m512i c = _mm512_loadu_si512(codes);
         asm("" : "+v"(c));  // one load: compilers fold it into both uses, and loads are what binds one row
         high = at(table, _mm512_srli_epi16(c, 4));
@@ -104,7 +105,7 @@ struct Lanes {
     }
     // 3-bit codes of 8 columns, the `t`-th of four such, which three vectors hold: the last pairs are in the others'
     // two highest bits.
-    static void lookup3(const uint8_t* codes, int t, Table table, W& first, W& second) {
+    static void lookup3(const uint8_t* codes, int t, const Table& table, W& first, W& second) {
         __m512i c;
         if (t < 3) {
             c = _mm512_loadu_si512(codes + 64 * t);
@@ -117,7 +118,11 @@ struct Lanes {
         }
         asm("" : "+v"(c));  // as above
         first = at(table, c);
+#ifdef SLOTMOE_VBMI
+        second = _mm512_permutexvar_epi8(c, table.high);
+#else
         second = at(table, _mm512_srli_epi16(c, 3));
+#endif
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -22,7 +22,9 @@ struct HalfScales {
 };
 struct ByteScales {
     static constexpr int kParts = 2;
-    static F load(const uint8_t* p, int part) { return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part); }
+    static F load(const uint8_t* p, int part) {
+        return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part);
+    }
     static constexpr int kRows = 64;
 };
 
