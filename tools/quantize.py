@@ -12,7 +12,18 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option, say
+from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.tools.options import (
+    JSON,
+    RESIDENT,
+    REVISION,
+    codec_options,
+    expert_codecs,
+    flag,
+    is_on_hub,
+    option,
+    say,
+)
 from slotmoe.tools.progress import byte_bars, byte_progress
 from slotmoe.tools.tables import table
 
@@ -27,6 +38,7 @@ _CALIBRATE_HELP = (
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
+@codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
 @REVISION
@@ -45,10 +57,10 @@ def command(
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a GGUF file, a hub id
     or 'sample') into the export DST.
 
-    Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small
-    however large the model. Interrupted or killed, the same command resumes where it stopped; DST
-    appears only when it is complete.  Where DST is this export already, its checksums are compared,
-    and what is damaged is made again.
+    Routed experts become codes of 4 bits, or with --bits of fewer.  The source is streamed: memory
+    stays small however large the model. Interrupted or killed, the same command resumes where it
+    stopped; DST appears only when it is complete.  Where DST is this export already, its checksums
+    are compared, and what is damaged is made again.
 
     A hub id (owner/model) is downloaded one weight file at a time, each removed when it is
     quantized: beyond the export that takes the disk of two of them.  Token, endpoint and cache are
@@ -63,10 +75,12 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
       slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident mixed --workers 8
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --bits 3
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
+    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
     manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json and verbose:

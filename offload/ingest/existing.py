@@ -10,12 +10,15 @@ from typing import Any
 from slotmoe.errors import ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.shards import INDEX_NAME, MAX_INDEX_BYTES
+from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 
-def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
+def export_of(
+    checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path
+) -> dict[str, Any] | None:
     """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
     if folder.is_symlink():
         return None
@@ -25,7 +28,9 @@ def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any]
         return None
     source = manifest.get("source")
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
-    return manifest if same and manifest["quantization"]["resident"] == mode else None
+    quantization = manifest["quantization"]
+    same = same and quantization["resident"] == mode
+    return manifest if same and quantization["experts"] == codecs.names() else None
 
 
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

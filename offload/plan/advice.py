@@ -21,6 +21,8 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
+from slotmoe.quant.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
+from slotmoe.quant.export.codecs import expert_codecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 
@@ -112,6 +114,7 @@ class Model:
     config: Config
     is_here: bool = False
     resident: str | None = None
+    codecs: ExpertCodecs | None = None
     predictor_bytes: int = 0
     random_weights: bool = False
 
@@ -129,12 +132,16 @@ class Model:
             return cls(name, config, True)
         manifest = read_json(path, 8 << 20)
         try:
+            if manifest["format_version"] == 1:
+                to_version_2(manifest)
             resident, files = manifest["quantization"]["resident"], manifest["files"]
             sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
             if resident not in RESIDENT_MODES:
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
-            return cls(name, config, True, resident, sum(sizes), random_weights)
+            codecs = expert_codecs(manifest)
+            sizes_of(config, resident, codecs)  # what is unknown raises here
+            return cls(name, config, True, resident, codecs, sum(sizes), random_weights)
         except (KeyError, TypeError, ValueError):
             problem = "is not a complete export's manifest; quantize again"
             raise ConfigError(f"{path}: {problem}") from None
@@ -164,28 +171,41 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
     if wanted != "auto":
         return wanted, "as asked"
     budget = machine.vram or machine.ram
-    size = sum(sizes_of(model.config, "int8").resident.values())
+    size = sum(sizes_of(model.config, "int8", DEFAULT_CODECS).resident.values())
     share = f"int8 takes {format_size(size)} of {format_size(budget)}"
     if 2 * size <= budget:
         return "int8", f"{share} and is closest to the source"
     return "mixed", f"{share}, more than half, and leaves too little to the experts"
 
 
+def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
+    """How experts are coded.  Raises ``PlanError``."""
+    codecs = model.codecs or wanted or DEFAULT_CODECS
+    if wanted not in (None, codecs):
+        names = " and ".join(dict.fromkeys(codecs.names().values()))
+        raise PlanError(
+            f"{model.name}: its experts are {names}; quantize again for another --codec or --bits"
+        )
+    return codecs
+
+
 @dataclass(frozen=True)
 class Scenario:
-    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``context`` counts
-    positions, and ``slots`` caps the expert slots.  ``misses`` is as in ``slotmoe run``."""
+    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
+    ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
+    ``slotmoe run``."""
 
     model: Model
     machine: Machine
     resident: str
+    codecs: ExpertCodecs
     context: int
     slots: int | None = None
     misses: str = "auto"
 
     @cached_property
     def sizes(self) -> Sizes:
-        return sizes_of(self.model.config, self.resident, self.model.predictor_bytes)
+        return sizes_of(self.model.config, self.resident, self.codecs, self.model.predictor_bytes)
 
     @cached_property
     def plan(self) -> Plan:
@@ -242,7 +262,7 @@ class Scenario:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
         context = min(self.context, lite.config.max_context[0])
-        smaller = Scenario(lite, self.machine, "int8", context)
+        smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
             ways.append(f"a smaller model: v2-lite, {size} of resident weights")
@@ -272,6 +292,8 @@ class Scenario:
             "slots": plan.slots,
             "host_slots": plan.host_slots,
             "experts": experts,
+            "expert_codecs": self.codecs.names(),
+            "record_bytes": plan.record_bytes,
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
                 tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
@@ -289,10 +311,33 @@ class Scenario:
         }
         if not self.fits:
             return report
-        sizes, is_random = self.sizes, self.model.random_weights
-        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
-        setting = Setting(config, sizes, plan, rates, machine.threads, is_random, misses)
-        return report | asdict(setting.predict(prompt_tokens, new_tokens))
+        return report | asdict(self._setting().predict(prompt_tokens, new_tokens))
+
+    def _setting(self) -> Setting:
+        config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
+        is_random, size = self.model.random_weights, sizes.record_bytes
+        misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
+        return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
+
+    def by_codec(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+        """What each ``--codec`` and ``--bits`` would give: bytes of the ``export``, expert slots,
+        and the speed of decode, None where it does not fit."""
+        rows = []
+        for (codec, bits), codecs in EXPERT_CODECS.items():
+            other, speed = replace(self, codecs=codecs), None
+            if other.fits:
+                predicted = other._setting().predict(prompt_tokens, new_tokens)
+                speed = predicted.decode_tokens_per_second
+            rows.append(
+                {
+                    "codec": codec,
+                    "bits": bits,
+                    "export": memory.export_bytes(self.model.config, other.sizes),
+                    "slots": other.plan.slots,
+                    "decode_tokens_per_second": speed,
+                }
+            )
+        return rows
 
 
 def _rounded_up(size: int) -> str:

@@ -20,26 +20,22 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraphs
-from slotmoe.quant.backends.triton_decoder import DENSE, INT8, NF4, TritonDecoder, operand, power
-from slotmoe.quant.export.layout import RecordLayout
+from slotmoe.quant.backends.triton_decoder import DENSE, INT8, TritonDecoder, operand, power
+from slotmoe.quant.codec import KINDS, TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
-from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
-# Warps of a program of one token's product.  With two for NF4 a thread has registers enough for the
-# codes and scales of the step after its own.
-WARPS = {INT8: 4, NF4: 2, DENSE: 8}
+# Warps of a program of one token's product.  With two for codes a thread has registers enough for
+# the codes and scales of the step after its own.
+WARPS = {INT8: 4, DENSE: 8, **dict.fromkeys(KINDS.values(), 2)}
 # Rows of the router's weight that a program takes: few, since it is small and many may read it.
 _GATE_ROWS = 4
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
-# What the kernels of experts are told of a record; the gate's codes begin at 0.
-_GATE_UP = "up_proj.weight", "gate_proj.weight.absmax", "up_proj.weight.absmax"
-_DOWN = "down_proj.weight", "down_proj.weight.absmax"
 
 
 class TritonBackend(TorchBackend):
@@ -78,8 +74,7 @@ class TritonBackend(TorchBackend):
         N2 = 0 if second is None else second.shape[0]
         gain, eps = (None, 0.0) if norm is None else norm
         rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-            x_1K, gain, eps, data, scale, N, data2, scale2, N2,
-            levels2 if levels is None else levels,
+            x_1K, gain, eps, data, scale, levels, N, data2, scale2, levels2, N2,
             add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
             KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUALS=len(add),
             num_warps=_warps(kind),
@@ -224,16 +219,18 @@ class TritonBackend(TorchBackend):
         self, x_1D: Tensor, records: Records, slots_E: Tensor, indices_1K: Tensor, y_1KD: Tensor
     ) -> None:
         """Each use reads its expert's record, in float32."""
-        layout, K, levels = records.layout, indices_1K.shape[1], records.levels
+        layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
         D, width = layout.hidden_size, layout.moe_intermediate_size
         h_KI = torch.empty(K, width, device=x_1D.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
-            x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
-            layout.record_bytes, *_offsets(layout, _GATE_UP), num_warps=_warps(NF4),
+            x_1D, records.slab, slots_E, indices_1K, in_levels, h_KI, D, width,
+            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
+            num_warps=_warps(layout.codecs.gate_up.kind),
         )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), K)](
-            h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN), num_warps=_warps(NF4),
+            h_KI, records.slab, slots_E, indices_1K, out_levels, y_1KD, D, width,
+            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind,
+            num_warps=_warps(layout.codecs.down.kind),
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -243,7 +240,7 @@ class TritonBackend(TorchBackend):
         sorted too, so an output doesn't depend on which experts a call computes."""
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
-        E, levels = len(slots_E), records.levels
+        E, (in_levels, out_levels) = len(slots_E), records.levels
         sorted_uses, order = indices_TK.flatten().sort(stable=True)
         experts = torch.arange(E + 1, device=x_TD.device)
         starts = torch.searchsorted(sorted_uses, experts, out_int32=True)
@@ -252,12 +249,13 @@ class TritonBackend(TorchBackend):
         programs = uses // _BM + min(uses, E)
         sizes = {"GROUPS": power(E), **self._tile(_BM)}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
-            x_TD, order, K, starts, slots_E, E, records.slab, levels, h, width, D,
-            layout.record_bytes, *_offsets(layout, _GATE_UP), **sizes,
+            x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
+            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
+            **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
-            h, order, starts, slots_E, E, records.slab, levels, y_TKD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN), **sizes,
+            h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,
+            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
     def sum_1D(self, D: int, device: torch.device) -> Tensor:
@@ -277,11 +275,6 @@ class TritonBackend(TorchBackend):
             BLOCK=block, enable_fp_fusion=False,
         )  # fmt: skip
         return out_TD
-
-
-def _offsets(layout: RecordLayout, parts: Sequence[str]) -> list[int]:
-    """Where parts of a record begin, in bytes."""
-    return [layout.parts[name].offset for name in parts]
 
 
 def _choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from slotmoe.tools.bench.speed import calibration, measure
 from slotmoe.tools.cli import cli
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.pages import CALLS, ROOT
+from tests.support.slab import NF4S
 from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
@@ -364,7 +365,9 @@ def test_commands_of_the_pages_fit_a_gpu_of_24_gb(arguments):
     budget, free = parse_size(options["--vram"].replace("${v}", LARGEST)), TOTAL - TAKEN
     assert budget <= free
     geometry = "v2-lite" if "lite" in arguments[1] else "v2"
-    sizes = sizes_of(read_config(geometry_path(geometry)), "int8" if "lite" in geometry else "nf4")
+    sizes = sizes_of(
+        read_config(geometry_path(geometry)), "int8" if "lite" in geometry else "nf4", NF4S
+    )
     plan = make_plan(
         read_config(geometry_path(geometry)), sizes, tier="vram", budget=budget, context=4096,
         runtime_bytes=1 << 30, host_budget=64 << 30, kernels="triton",

@@ -9,9 +9,10 @@ from slotmoe.model.network import DeepseekV2
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.codec import NF4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, REMOVE, random_weights
@@ -39,8 +40,8 @@ def network_of(raw, resident, ops):
         quantization = resident_quantization(role_of(name), resident)
         if quantization == "int8":
             weight = Int8Weight(*int8.quantize(weight))
-        elif quantization == "nf4":
-            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif quantization is NF4:
+            weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         elif weight.dim() == 1:
             weight = weight.float()
         return ops.prepare(role_of(name), weight)

@@ -1,14 +1,28 @@
 // AVX-512 with VNNI: one register holds 16 lanes. Weights enter vpdpbusd as unsigned bytes (signed + 128).
+// isa_avx512vbmi.cpp compiles this again for CPUs that also look up bytes without a mask.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
+#ifdef SLOTMOE_VBMI
+#define SLOTMOE_ISA isa_avx512vbmi
+#define SLOTMOE_ISA_NAME "avx512vbmi"
+#else
+#define SLOTMOE_ISA isa_avx512vnni
+#define SLOTMOE_ISA_NAME "avx512vnni"
+#endif
+#if defined(__clang__) && defined(SLOTMOE_VBMI)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi"))), apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#ifdef SLOTMOE_VBMI
+#pragma GCC target("avx512vbmi")
+#endif
 #endif
 #include <immintrin.h>
 
@@ -21,7 +35,7 @@ struct Lanes {
     using F = __m512;
     using I = __m512i;
     using W = __m512i;      // 16 lanes x 4 weights
-    using Table = __m512i;  // 16 levels
+    struct Table { __m512i low, high; };  // 16 or 8 levels by the low bits of a byte, 8 levels by the next 3 bits
     static constexpr int kWeightOffset = 128;
     static constexpr int kTilesAtOnce = 2, kTokensAtOnce = 4;  // what the registers hold for many tokens
 
@@ -71,15 +85,44 @@ struct Lanes {
     }
     static W weights(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     static Table table(const int8_t* q) {
-        const __m128i t = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)), _mm_set1_epi8(-128));
-        return _mm512_broadcast_i32x4(t);
+        alignas(64) uint8_t low[64], high[64];
+        for (int i = 0; i < 64; i++) low[i] = uint8_t(q[i % 16]) ^ 128, high[i] = uint8_t(q[i / 8]) ^ 128;
+        return {_mm512_load_si512(low), _mm512_load_si512(high)};
     }
-    static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
-        const __m512i nibble = _mm512_set1_epi8(15);
+    // Levels of the codes in the low bits of each byte; what is above them does not count.
+    static W at(const Table& table, __m512i codes) {
+#ifdef SLOTMOE_VBMI
+        return _mm512_permutexvar_epi8(codes, table.low);  // looks at 6 bits: the table stands there four times
+#else
+        return _mm512_shuffle_epi8(table.low, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+#endif
+    }
+    static void lookup(const uint8_t* codes, const Table& table, W& high, W& low) {
         __m512i c = _mm512_loadu_si512(codes);
         asm("" : "+v"(c));  // one load: compilers fold it into both uses, and loads are what binds one row
-        high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble));
-        low = _mm512_shuffle_epi8(table, _mm512_and_si512(c, nibble));
+        high = at(table, _mm512_srli_epi16(c, 4));
+        low = at(table, c);
+    }
+    // 3-bit codes of 8 columns, the `t`-th of four such, which three vectors hold: the last pairs are in the others'
+    // two highest bits.
+    static void lookup3(const uint8_t* codes, int t, const Table& table, W& first, W& second) {
+        __m512i c;
+        if (t < 3) {
+            c = _mm512_loadu_si512(codes + 64 * t);
+        } else {  // bits of the first operand choose between the two others
+            const __m512i a = _mm512_srli_epi16(_mm512_loadu_si512(codes), 6);
+            const __m512i b = _mm512_srli_epi16(_mm512_loadu_si512(codes + 64), 4);
+            c = _mm512_srli_epi16(_mm512_loadu_si512(codes + 128), 2);
+            c = _mm512_ternarylogic_epi32(_mm512_set1_epi8(12), b, c, 0xca);
+            c = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), a, c, 0xca);
+        }
+        asm("" : "+v"(c));  // as above
+        first = at(table, c);
+#ifdef SLOTMOE_VBMI
+        second = _mm512_permutexvar_epi8(c, table.high);
+#else
+        second = at(table, _mm512_srli_epi16(c, 3));
+#endif
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
@@ -142,8 +185,6 @@ struct Lanes {
 }  // namespace
 }  // namespace slotmoe
 
-#define SLOTMOE_ISA isa_avx512vnni
-#define SLOTMOE_ISA_NAME "avx512vnni"
 #include "templates.h"
 #if defined(__clang__)
 #pragma clang attribute pop
