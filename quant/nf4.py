@@ -99,9 +99,15 @@ def _quantize_tiles(w: Tensor) -> tuple[Tensor, Tensor]:
     for midpoint in MIDPOINTS:  # numpy compares 8 times as fast as torch does
         np.greater(scaled, midpoint, out=below)
         np.add(codes, below.view(np.uint8), out=codes)
+    packed = pack(torch.from_numpy(codes).view(tiles * TILE, blocks * BLOCK))
+    return packed, absmax.half().transpose(1, 2)
+
+
+def pack(codes_NK: Tensor) -> Tensor:
+    """The code tensor of one code a byte, uint8; N a multiple of 16 and K of 64."""
+    tiles, blocks = len(codes_NK) // TILE, codes_NK.shape[1] // BLOCK
     # Four neighbouring columns move as one 32-bit word; codes are below 16, so no bit crosses a
     # byte when shifted.
-    words = torch.from_numpy(codes).view(torch.int32).view(tiles, TILE, blocks, 8, 2)
-    words = words.permute(4, 0, 2, 3, 1)
+    words = codes_NK.view(torch.int32).view(tiles, TILE, blocks, 8, 2).permute(4, 0, 2, 3, 1)
     packed = (words[0] << 4 | words[1]).contiguous().view(torch.uint8)  # tile, block, t, lane, i
-    return packed.view(tiles, blocks, TILE * BLOCK // 2), absmax.half().transpose(1, 2)
+    return packed.view(tiles, blocks, TILE * BLOCK // 2)

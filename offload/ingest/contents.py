@@ -1,7 +1,7 @@
 """An export's contents: tensors by file, their precision, and the manifest that describes them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
-from slotmoe.quant import nf4
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.validate import manifest_checksum
@@ -72,26 +71,31 @@ class Contents:
         self,
         source: dict[str, Any],
         files: dict[str, Any],
+        codec: str,
+        levels: Sequence[float],
+        text: str | None = None,
         linked_layers: dict[str, int] | None = None,
         report: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The manifest of the export, signed.  ``files`` are its entries by file; ``linked_layers``
+        """The manifest of the export, signed.  ``files`` are its entries by file.  Codes are by
+        ``codec``, of ``levels``, with Hessians of a ``text`` of this name or without; ``linked_layers``
         maps a layer to the one whose file it is a hard link to; ``report`` says what quantization
         cost, where weights were quantized (``slotmoe.offload.ingest.report``)."""
         config, tensors = self.config, self.tensors.items()
         in_nf4 = [(n, t.shape) for n, t in tensors if t.file == RESIDENT and t.kind == "nf4"]
         quantization = {
-            "experts": "nf4",
+            "experts": codec,
             "block": BLOCK,
             "layout": "tiles16",
-            "levels": list(nf4.LEVELS),
+            "levels": list(levels),
             "resident": self.mode,
             "resident_shapes": {name: list(shape) for name, shape in in_nf4},
         }
+        made = {"calibration": text, "report": report}
         manifest = {
             "format_version": layout.FORMAT_VERSION,
             "source": source,
-            "quantization": quantization | ({} if report is None else {"report": report}),
+            "quantization": quantization | {k: v for k, v in made.items() if v is not None},
             "experts": {
                 "layers": list(config.moe_layers),
                 "linked_layers": linked_layers or {},

@@ -14,8 +14,9 @@ from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, r
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 
-def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any] | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
+def export_of(checkpoint: Checkpoint, mode: str, codec: str, folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, its experts coded by
+    ``codec``."""
     if folder.is_symlink():
         return None
     try:
@@ -24,7 +25,9 @@ def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any]
         return None
     source = manifest.get("source")
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
-    return manifest if same and manifest["quantization"]["resident"] == mode else None
+    made = manifest["quantization"]
+    same = same and (made["resident"], made.get("experts")) == (mode, codec)
+    return manifest if same else None
 
 
 def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -22,34 +22,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
+from slotmoe.model.names import split_name
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
+from slotmoe.offload.ingest.coding import Coder, check_codec, learn_levels
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
-from slotmoe.quant import nf4
+from slotmoe.quant import lut, nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import RESIDENT_MODES, TILE
-from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 Notify = Callable[[str], None]
 _CHUNK = 8 << 20  # weights quantized at once
-_LEVELS = torch.tensor(nf4.LEVELS)
 
 
 class Stopped(Exception):
@@ -86,6 +84,8 @@ def quantize(
     destination: Path,
     *,
     resident: str = "auto",
+    codec: str = "lut",
+    calibration: Windows | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     wait_for_lock: bool = False,
@@ -100,29 +100,36 @@ def quantize(
     Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns
     what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
-    ``notify`` gets sentences for people.
+    ``notify`` gets sentences for people.  ``codec`` is of ``CODECS``; with windows of token ids as
+    ``calibration`` the codec ``lut`` is coded with the Hessians of that text.
 
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
     """
     mode, partial = resident_mode(resident), output_dir.beside(destination, "partial")
+    check_codec(codec)
     with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
-        existing = None if overwrite else export_of(checkpoint, mode, destination)
+        existing = None if overwrite else export_of(checkpoint, mode, codec, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)
         else:
             output_dir.check_ours(partial)
         workers = workers or min(os.cpu_count() or 1, 8)
-        job = _Job(checkpoint, partial, mode, workers, progress, shards)
+        levels = list(nf4.LEVELS) if codec == "nf4" else None
+        text = None if calibration is None or codec == "nf4" else chosen(calibration)
+        job = _Job(
+            checkpoint, partial, mode, codec, levels, text, workers, progress, notify, shards
+        )
         with output_dir.full_disk_explained(partial):
             if existing is not None:
                 refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
+                job.continue_from(destination, existing, damaged)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
-            manifest = export_of(checkpoint, mode, partial)
+            manifest = export_of(checkpoint, mode, codec, partial)
             if manifest is None or not has_sizes(partial, manifest):
                 job.load_state(overwrite)
                 manifest = job.run()
@@ -142,13 +149,18 @@ class _Job:
     checkpoint: Checkpoint
     partial: Path
     mode: str
+    codec: str
+    levels: list[float] | None
+    text: list[list[int]] | None
     workers: int
     progress: Progress
+    notify: Notify
     shards: Shards | None
 
     def __post_init__(self) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, dtypes)
+        self._coder = Coder(self.codec, torch.tensor(self.levels or lut.LEVELS))
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
@@ -159,11 +171,32 @@ class _Job:
     def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *self._small_files()])
-        report = quantization_report(self._contents, self._state["squares"])
+        report = quantization_report(
+            self._contents, self._state["squares"], self._state["weighted"]
+        )
         source = self._state["identity"]["source"]
-        manifest = self._contents.manifest(source, files, report=report)
+        made_with = {"codec": self.codec, "levels": self._state["levels"]}
+        made_with |= {"text": self._fingerprint(), "report": report}
+        manifest = self._contents.manifest(source, files, **made_with)
         write_json(self.partial / MANIFEST, manifest)
         return manifest
+
+    def continue_from(
+        self, destination: Path, manifest: dict[str, Any], damaged: Mapping[str, str]
+    ) -> None:
+        """Make files as those of an export were made.  Raises ``ExportError`` where that takes a
+        text that is not given."""
+        quantization = manifest["quantization"]
+        self.levels, wanted = quantization["levels"], quantization.get("calibration")
+        if wanted is None:
+            self.text = None
+        elif any(name not in COPIED for name in damaged) and wanted != self._fingerprint():
+            problem = f"{min(damaged)} is damaged, and was coded with a calibration text"
+            advice = "pass the same --calibrate files to make it again, or --overwrite"
+            raise ExportError(f"{destination}: {problem}; {advice}")
+
+    def _fingerprint(self) -> str | None:
+        return None if self.text is None else fingerprint(self.text)
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` in any case; returns their manifest entries."""
@@ -176,9 +209,12 @@ class _Job:
         identity = {
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
+            "codec": self.codec,
+            "text": self._fingerprint(),
             "source": {"name": name, "files": files},
         }
-        fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
+        fresh: dict[str, Any] = {"identity": identity, "files": {}, "written": {}, "squares": {}}
+        fresh |= {"weighted": {}, "levels": self.levels}
         try:
             state = json.loads((self.partial / "state.json").read_text())
         except (OSError, ValueError):
@@ -221,10 +257,13 @@ class _Job:
                 self._open_files[name] = closing_files.enter_context(closing(export_file))
                 if not self._left[name]:  # killed after its last tensor
                     self._finish(name)
-            if self.shards is None:
-                self._write_tensors(todo)
-            else:
+            if self.shards is not None:
                 self._write_arriving(todo, self.shards)
+            elif self.text is not None:
+                self._write_calibrated(todo, self.text)
+            else:
+                self._know_levels()
+                self._write_tensors(todo)
         small = {name: data for name, data in self._small_files().items() if name in names}
         entries = {name: self._state["files"][name] for name in weights}
         return entries | write_files(small, self.partial)
@@ -240,11 +279,47 @@ class _Job:
             by_shard.setdefault(self.checkpoint.infos[name].file, []).append(name)
         for file, path in shards.arrivals(sorted(by_shard)):
             with self.checkpoint.read_from(file, path):
+                self._know_levels()
                 self._write_tensors(by_shard[file])
-            for name, export_file in self._open_files.items():
-                export_file.sync()
-                self._state["written"][name] = dict(export_file.checksums)
+            self._save_written()
+
+    def _save_written(self) -> None:
+        """Make what unfinished files hold durable, and say so in the state."""
+        for name, export_file in self._open_files.items():
+            export_file.sync()
+            self._state["written"][name] = dict(export_file.checksums)
+        self._save_state()
+
+    def _know_levels(self) -> None:
+        """Learn levels, unless they are known."""
+        if self._state["levels"] is None:
+            coded = [name for name in self._contents.tensors if self._coded(name)]
+            self._state["levels"] = learn_levels(self.checkpoint, coded)
             self._save_state()
+        self._coder.levels = torch.tensor(self._state["levels"])
+
+    def _coded(self, name: str) -> bool:
+        return self._contents.tensors[name].kind == "nf4"
+
+    def _write_calibrated(self, names: list[str], text: list[list[int]]) -> None:
+        """Quantize ``names`` layer by layer, with the Hessians of a text."""
+        self._know_levels()
+        by_layer: dict[int | None, list[str]] = {}
+        for name in names:
+            by_layer.setdefault(split_name(name)[0], []).append(name)
+        self._write_tensors(by_layer.pop(None, []))
+        coded = set(filter(self._coded, self._contents.tensors))
+        layers = [layer for layer in by_layer if layer is not None]
+        calibration = Calibration(self.checkpoint, text, coded, layers, self.partial, self._advance)
+        with self._lock:
+            self._total += calibration.nbytes
+        self.notify(calibration.announcement())
+        for calibrated in calibration.layers():
+            self._coder.hessians = calibrated.hessians
+            self._write_tensors(by_layer.get(calibrated.layer, []))
+            self._save_written()
+        for sentence in calibration.remarks(self._coder.uncalibrated):
+            self.notify(sentence)
 
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
@@ -264,26 +339,27 @@ class _Job:
         info, file = checkpoint.infos[name], tensor.file
         export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
-        squares = [0.0, 0.0]
+        squares, weighted = [0.0, 0.0], [0.0, 0.0]
         for start in range(0, info.shape[0], step):
             piece = checkpoint.rows(name, start, min(start + step, info.shape[0]))
             if file == RESIDENT:
                 checkpoint.check_finite(name, piece)
             try:
-                outputs, weight = _quantized(piece, tensor.kind)
+                coded = self._coder.code(name, piece, tensor.kind)
             except nf4.NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
-            for part, output in zip(tensor.parts, outputs, strict=True):
+            for part, output in zip(tensor.parts, coded.outputs, strict=True):
                 export_file.write(part, output)
-            if weight is not None:
-                more = squared_error(piece, weight)
-                squares = [a + b for a, b in zip(squares, more, strict=True)]
+            squares = [a + b for a, b in zip(squares, coded.squares or (0.0, 0.0), strict=True)]
+            weighted = [a + b for a, b in zip(weighted, coded.weighted or (0.0, 0.0), strict=True)]
             self._advance(piece.nbytes)
         with self._lock:
             if tensor.kind != "none":
                 self._state["squares"][name] = squares
+            if weighted[1]:
+                self._state["weighted"][name] = weighted
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:
@@ -340,20 +416,6 @@ class _Job:
             files = sorted({self.checkpoint.infos[name].file for name in names})
             needed += self.shards.announce(files, needed, shutil.disk_usage(self.partial).free)
         check_space(self.partial, needed)
-
-
-def _quantized(
-    piece: Tensor, kind: str
-) -> tuple[tuple[Tensor, ...], Int8Weight | Nf4Weight | None]:
-    """What the export holds of some rows of a weight (the rows themselves, or codes and scales),
-    and the weight that readers will see, None if that is ``piece`` itself."""
-    if kind == "int8":
-        q, scale = quantize_int8(piece)
-        return (q, scale), Int8Weight(q, scale)
-    if kind == "nf4":
-        codes, absmax = quantize_nf4(piece)
-        return (codes, absmax), Nf4Weight(codes, absmax, _LEVELS, (len(piece), piece.shape[1]))
-    return (piece,), None
 
 
 def cached_export(

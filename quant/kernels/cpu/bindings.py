@@ -39,7 +39,7 @@ from slotmoe.quant.kernels.cpu.weights import Decoder, Matrix, Router
 from slotmoe.quant.nf4 import LEVELS, Nf4Weight
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
-ABI = 9
+ABI = 10
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -87,6 +87,10 @@ class Kernels:
         self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
         self.rms_norm, self.rotate = self._functions["rms_norm"], self._functions["rotate"]
         self.weighted_sum = self._functions["weighted_sum"]
+        # of slotmoe.quant.encode and slotmoe.quant.feedback
+        self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
+        self.fit_columns = self._functions["fit_columns"]
+        self.feed_back, self.descend = self._functions["feed_back"], self._functions["descend"]
         self.attention = self._functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()
