@@ -12,7 +12,18 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option, say
+from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.tools.options import (
+    JSON,
+    RESIDENT,
+    REVISION,
+    codec_options,
+    expert_codecs,
+    flag,
+    is_on_hub,
+    option,
+    say,
+)
 from slotmoe.tools.progress import byte_bars, byte_progress
 from slotmoe.tools.tables import table
 
@@ -27,6 +38,7 @@ _CALIBRATE_HELP = (
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
+@codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
 @REVISION
@@ -67,6 +79,7 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
+    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
     manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json and verbose:

@@ -35,22 +35,21 @@ from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
 from slotmoe.quant import nf4
+from slotmoe.quant.codec import DEFAULT_CODECS, TILE, Codec, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import TILE
-from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
+from slotmoe.quant.weights import quantize_coded, quantize_int8, squared_error
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
 Notify = Callable[[str], None]
 _MODES = {"auto": "int8", "bf16": "bf16", "int8": "int8", "nf4": "nf4"}
 _CHUNK = 8 << 20  # weights quantized at once
-_LEVELS = torch.tensor(nf4.LEVELS)
 
 
 class Stopped(Exception):
@@ -85,6 +84,7 @@ def quantize(
     destination: Path,
     *,
     resident: str = "auto",
+    codecs: ExpertCodecs = DEFAULT_CODECS,
     workers: int | None = None,
     overwrite: bool = False,
     wait_for_lock: bool = False,
@@ -108,20 +108,20 @@ def quantize(
     with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
-        existing = None if overwrite else export_of(checkpoint, mode, destination)
+        existing = None if overwrite else export_of(checkpoint, mode, codecs, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)
         else:
             output_dir.check_ours(partial)
         workers = workers or min(os.cpu_count() or 1, 8)
-        job = _Job(checkpoint, partial, mode, workers, progress, shards)
+        job = _Job(checkpoint, partial, mode, codecs, workers, progress, shards)
         with output_dir.full_disk_explained(partial):
             if existing is not None:
                 refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
-            manifest = export_of(checkpoint, mode, partial)
+            manifest = export_of(checkpoint, mode, codecs, partial)
             if manifest is None or not has_sizes(partial, manifest):
                 job.load_state(overwrite)
                 manifest = job.run()
@@ -141,13 +141,14 @@ class _Job:
     checkpoint: Checkpoint
     partial: Path
     mode: str
+    codecs: ExpertCodecs
     workers: int
     progress: Progress
     shards: Shards | None
 
     def __post_init__(self) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
-        self._contents = Contents(self.checkpoint.config, self.mode, dtypes)
+        self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
@@ -175,6 +176,7 @@ class _Job:
         identity = {
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
+            "experts": self.codecs.names(),
             "source": {"name": name, "files": files},
         }
         fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
@@ -342,16 +344,17 @@ class _Job:
 
 
 def _quantized(
-    piece: Tensor, kind: str
-) -> tuple[tuple[Tensor, ...], Int8Weight | Nf4Weight | None]:
+    piece: Tensor, kind: str | Codec
+) -> tuple[tuple[Tensor, ...], Int8Weight | CodedWeight | None]:
     """What the export holds of some rows of a weight (the rows themselves, or codes and scales),
     and the weight that readers will see, None if that is ``piece`` itself."""
     if kind == "int8":
         q, scale = quantize_int8(piece)
         return (q, scale), Int8Weight(q, scale)
-    if kind == "nf4":
-        codes, absmax = quantize_nf4(piece)
-        return (codes, absmax), Nf4Weight(codes, absmax, _LEVELS, (len(piece), piece.shape[1]))
+    if isinstance(kind, Codec):
+        codes, scales = quantize_coded(piece, kind)
+        shape = len(piece), piece.shape[1]
+        return (codes, scales), CodedWeight(codes, scales, levels_of(kind), shape)
     return (piece,), None
 
 
@@ -382,7 +385,9 @@ def cached_export(
         output_dir.make_cache(cache)
         with open_checkpoint(source) as checkpoint:
             config = checkpoint.config
-        size = format_size(export_bytes(config, sizes_of(config, resident_mode("auto"))))
+        size = format_size(
+            export_bytes(config, sizes_of(config, resident_mode("auto"), DEFAULT_CODECS))
+        )
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)

@@ -29,12 +29,13 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
 from tests.support.hub import NAME, Repo
+from tests.support.slab import NF4S
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def plan_of(config, budget, *, resident="int8", runtime_bytes=0, context=512, **
         "runtime_bytes": runtime_bytes,
         **options,
     }
-    return make_plan(config, sizes_of(config, resident), **options)
+    return make_plan(config, sizes_of(config, resident, NF4S), **options)
 
 
 DESIGN = [
@@ -68,7 +69,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
     """Section 2 of the design: parameters (M), one record (MB), all (GB), a token's (GB), other
     parameters (G), KV bytes."""
     config = geometry(name)
-    sizes, rows = sizes_of(config, "bf16"), len(config.moe_layers)
+    sizes, rows = sizes_of(config, "bf16", NF4S), len(config.moe_layers)
     found = (
         sum(math.prod(shape) for shape in expert_shapes(config).values()) / 1e6,
         sizes.record_bytes / 1e6,
@@ -80,7 +81,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
     assert found == pytest.approx(wanted, rel=0.02)
     assert (
         sizes.record_bytes
-        == RecordLayout(config.hidden_size, config.moe_intermediate_size).record_bytes
+        == RecordLayout(config.hidden_size, config.moe_intermediate_size, NF4S).record_bytes
     )
 
 
@@ -89,7 +90,7 @@ def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
     write_checkpoint(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "export", resident=resident)
     config = read_config(tmp_path / "export" / "config.json")
-    sizes = sizes_of(config, resident)
+    sizes = sizes_of(config, resident, NF4S)
     with Runtime.open(tmp_path / "export", context=64) as runtime:
         assert sum(runtime.plan.components[name] for name in sizes.resident) == sum(
             sizes.resident.values()
@@ -103,12 +104,12 @@ def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
                 weight.dim() == 1 or name.endswith("mlp.gate.weight")
             )
             held += (weight.float() if widened else weight).nbytes
-            held -= 64 * isinstance(weight, Nf4Weight)  # the levels: one table for all
+            held -= 64 * isinstance(weight, CodedWeight)  # the levels: one table for all
     assert sum(sizes.resident.values()) == held
 
 
 def test_slots_get_what_is_left():
-    config, size = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8").record_bytes
+    config, size = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8", NF4S).record_bytes
     plan = plan_of(config, 5 * GIB)
     assert 0 <= plan.budget - plan.total < size
     assert plan.components["expert slots"] == plan.slots * size
@@ -202,7 +203,7 @@ def test_peak_memory_is_within_three_percent_of_the_prediction(sample_export, sl
 
 
 def test_speed_is_bytes_over_bandwidth():
-    config, sizes = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8")
+    config, sizes = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8", NF4S)
     rates = Bandwidths(ram=30e9, disk=2e9)
 
     def predict(budget, bandwidths=rates, random_routing=True):
@@ -228,7 +229,7 @@ def test_speed_is_bytes_over_bandwidth():
 
 
 def test_a_gpu_waits_for_pcie_or_the_disk():
-    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4")
+    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4", NF4S)
     gpu = GPUS["rtx-4090"]
     rates = Bandwidths(gpu=gpu.bandwidth, pcie=gpu.pcie, disk=5e9)
 
@@ -251,7 +252,7 @@ def test_bytes_of_a_token():
     """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
     a position."""
     config = geometry("v2-lite")
-    sizes = sizes_of(config, "int8")
+    sizes = sizes_of(config, "int8", NF4S)
     experts = len(config.moe_layers) * config.num_experts_per_tok * sizes.record_bytes
     assert sizes.touched + experts == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
     assert kv_bytes(config, 1000, "triton") == 27 * 576 * 2 * 1000

@@ -26,6 +26,7 @@ from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import nf4
+from slotmoe.quant.codec import NF4
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
@@ -502,7 +503,7 @@ def test_every_resident_mode_round_trips(dtype, resident, tmp_path):
             "auto": {"none", "int8"},
             "bf16": {"none"},
             "int8": {"none", "int8"},
-            "nf4": {"none", "int8", "nf4"},
+            "nf4": {"none", "int8", NF4},
         }[resident]
     )
     with Runtime.open(tmp_path / "export", context=32) as runtime:
@@ -566,7 +567,7 @@ def test_export_can_be_rebuilt_from_the_documented_bytes(tmp_path):
     quantize(tmp_path / "source", tmp_path / "export")
     manifest = json.loads((tmp_path / "export" / MANIFEST).read_text())
     assert manifest["quantization"]["layout"] == "tiles16"
-    assert manifest["quantization"]["levels"] == list(nf4.LEVELS)
+    assert manifest["quantization"]["codecs"]["nf4"]["levels"] == list(nf4.LEVELS)
     with Export.open(tmp_path / "export") as export:
         for layer in manifest["experts"]["layers"]:
             with safe_open(tmp_path / "export" / layer_file(layer), "np") as file:
