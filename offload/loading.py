@@ -271,7 +271,7 @@ class _Loader:
             config = self._config
             self._check_geometry(export)
             resident = export.manifest["quantization"]["resident"]
-            sizes = sizes_of(config, resident, export.predictor_bytes)
+            sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
             plan = make_plan(
                 config,
                 sizes,
@@ -310,7 +310,8 @@ class _Loader:
 
     def _check_geometry(self, export: Export) -> None:
         config = self._config
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        codecs = export.layout.codecs
+        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         geometry = layout.shapes, config.n_routed_experts, config.moe_layers
         if (export.layout.shapes, export.experts, export.layers) != geometry:
             raise ConfigError(
@@ -372,7 +373,7 @@ class _Loader:
         if options.prefetch and popularity:
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]
-        hybrid, split, levels = None, Split(), export.levels
+        hybrid, split, levels = None, Split(), export.layout.levels()
         if isinstance(store, HostTier):
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, size, top_k)

@@ -65,11 +65,11 @@ def assign(weight_NK: Tensor, scales_NX: Tensor, levels_L: Tensor, block: int) -
 
 def learn_levels(samples: Sequence[Tensor], levels_L: Tensor, block: int) -> Tensor:
     """Levels of least squared error on finite matrices [N, K], by Lloyd's alternation from
-    ``levels``: multiples of 1/127 in ascending order, the largest magnitude 1.  Each matrix counts
+    ``levels``: whole numbers in ascending order, the largest magnitude 127.  Each matrix counts
     alike, however large its weights.  ``levels`` stay where nothing better comes out."""
     best, least, levels = levels_L, math.inf, levels_L
     for _ in range(_ROUNDS):
-        # Sums of ``s w`` and of ``s^2`` by level, s a weight's scale, over ``sum w^2`` of its matrix.
+        # Sums of s w and of s^2 by level, s a weight's scale, over the sum of w^2 of its matrix.
         wanted, weight = torch.zeros(2, len(levels), dtype=torch.float64)
         for sample_NK in samples:
             K = sample_NK.shape[1]
@@ -85,9 +85,9 @@ def learn_levels(samples: Sequence[Tensor], levels_L: Tensor, block: int) -> Ten
             break
         best, least = levels, error
         levels = torch.where(weight > 0, wanted / weight, levels.double()).sort().values
-        levels = (levels / levels.abs().max()).float()
-    best = (127 * best).round()
-    return best / 127 if bool((best.diff() > 0).all()) else levels_L
+        levels = (levels * (127 / levels.abs().max())).float()
+    best = best.round()
+    return best if bool((best.diff() > 0).all()) else levels_L
 
 
 def nearest(z: Tensor, levels_L: Tensor) -> Tensor:

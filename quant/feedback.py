@@ -2,34 +2,43 @@
 mean of ``x x^T`` over the inputs x that a matrix met on a text.
 
 First error feedback, as in GPTQ (arXiv 2210.17323): columns are rounded in order, and what a column
-loses is made up for by those behind it.  Then rounds of coordinate descent: each block's scale, then
-each of its codes takes its best value while all others stay.  Both only ever lower the error.  The
-rounding inside a block runs in the native kernels where there are any, all else is matrix products
-of torch, on any device.  Products sum up in an order that belongs to a machine, so codes may differ
-between machines; on one machine they are the same each time.
+loses is made up for by those behind it.  Then rounds of coordinate descent: each block's scale,
+then each of its codes takes its best value while all others stay.  That only ever lowers the error.
+The rounding inside a block runs in the native kernels where there are any, all else is matrix
+products of torch, on any device.  Products sum up in an order that belongs to a machine,
+so codes may differ between machines; on one machine they are the same each time.
 
 Shape legend: N rows out, K columns in, padded to blocks; L levels, B columns that share a scale, X
 blocks of a row.  Matrices stand on end, [K, N], so that a row's block is a column of 16 lanes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotmoe.quant.codec import BLOCK, TILE
 from slotmoe.quant.encode import fit_blocks, inverse_or_zero, nearest, starts_of
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.shapes import TILE
 
-Rounding = Callable[[Tensor], Tensor]
-"""Scales of one block of all rows, float32 [N], to those that can be stored."""
 ROUNDS = 3  # of coordinate descent
 _DAMPING = 0.01  # of H's mean diagonal, added to the diagonal
-_PAD = 64
+
+
+class ScaleCoding(Protocol):
+    """How a matrix's scales are stored; made from the best ones, [N, X]."""
+
+    def __init__(self, scales_NX: Tensor) -> None: ...
+
+    def round(self, scales: Tensor) -> Tensor:
+        """The nearest that can be stored: of one block [N], or of all, [N, X]."""
+
+    def stored(self, scales_NX: Tensor) -> Tensor:
+        """The scale tensor."""
 
 
 class NotPositiveError(ValueError):
@@ -49,43 +58,41 @@ class Hessian:
         diagonal = mean.diagonal().mean()
         if not bool(mean.isfinite().all()) or not bool(diagonal > 0):
             raise NotPositiveError
-        pad = -len(mean) % _PAD
+        pad = -len(mean) % BLOCK
         padded = F.pad(mean, (0, pad, 0, pad))
         extra = torch.full((len(padded),), _DAMPING, device=mean.device)
         extra[len(mean) :] = 1.0
-        return padded + torch.diag(extra * diagonal)
+        damped: Tensor = padded + torch.diag(extra * diagonal)
+        return damped
 
     @cached_property
     def factor(self) -> Tensor:
         """Upper triangular U with ``damped^-1 = U^T U``, float32."""
         lower = torch.linalg.cholesky(self.damped.double())
-        return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return upper.float()
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """``codes_NK`` uint8 (columns filled up to 64), ``scales_NX`` float32, and the sums of the
-    squares of the error and of the weights, both weighted by the Hessian."""
+    """``codes_NK`` uint8 on the CPU and ``scales_NX`` float32, filled up to tiles; how scales are
+    stored; and the sums of squares of the error and of the weights in the Hessian's measure."""
 
     codes_NK: Tensor
     scales_NX: Tensor
+    coding: ScaleCoding
     error: float
     square: float
 
 
 def encode(
-    weight_NK: Tensor,
-    hessian: Hessian,
-    levels_L: Tensor,
-    block: int,
-    rounding_of: Callable[[Tensor], Rounding],
+    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int, coding: type[ScaleCoding]
 ) -> Encoded:
-    """Encode a matrix on the device of ``hessian``.  ``rounding_of`` gets the best scales without
-    calibration, [N, X].  Raises ``NotPositiveError``."""
+    """Encode a matrix on the device of ``hessian``.  Raises ``NotPositiveError``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
-    state = _State(w_KN, hessian, levels_L.to(H_KK), block, rounding_of)
+    state = _State(w_KN, hessian, levels_L.to(H_KK), block, coding)
     state.feed_back()
     wanted_KN = H_KK @ w_KN
     gradient_KN = wanted_KN - H_KK @ state.q_KN
@@ -93,13 +100,12 @@ def encode(
         state.descend(gradient_KN)
     scales_XN = torch.stack(state.scales)
     codes = nearest(
-        state.q_KN.view(-1, block, len(w_KN[0])) * inverse_or_zero(scales_XN)[:, None],
-        state.levels_L,
+        state.q_KN.unflatten(0, (-1, block)) * inverse_or_zero(scales_XN)[:, None], state.levels_L
     )
-    codes_NK = codes.flatten(0, 1)[:, :N].t().to(torch.uint8).contiguous().cpu()
+    codes_NK = codes.flatten(0, 1).t().to(torch.uint8).contiguous().cpu()
     error = ((w_KN - state.q_KN) * gradient_KN).sum(dtype=torch.float64).item()
     square = (w_KN * wanted_KN).sum(dtype=torch.float64).item()
-    return Encoded(codes_NK, scales_XN[:, :N].t().contiguous().cpu(), error, square)
+    return Encoded(codes_NK, scales_XN.t().contiguous(), state.coding, error, square)
 
 
 class _State:
@@ -111,7 +117,7 @@ class _State:
         hessian: Hessian,
         levels_L: Tensor,
         block: int,
-        rounding_of: Callable[[Tensor], Rounding],
+        coding: type[ScaleCoding],
     ):
         self._native = bindings.load() if w_KN.is_cpu else None
         self._w_KN, self._hessian, self._block = w_KN, hessian, block
@@ -119,7 +125,7 @@ class _State:
         self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
         diagonal = hessian.damped.diagonal()
         first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
-        self._round = rounding_of(torch.stack(first, dim=-1))
+        self.coding = coding(torch.stack(first, dim=-1))
         self.q_KN = torch.empty_like(w_KN)
         self.scales: list[Tensor] = []
 
@@ -134,7 +140,7 @@ class _State:
         u_KK, w_KN = self._hessian.factor, self._w_KN.clone()
         for span in self._spans:
             u_BB = u_KK[span, span].contiguous()
-            scale_N = self._round(self._fit(w_KN[span], u_BB.diagonal() ** -2))
+            scale_N = self.coding.round(self._fit(w_KN[span], u_BB.diagonal() ** -2))
             values = w_KN[span], u_BB, scale_N, self.levels_L
             q_BN, error_BN = _feed_back(self._native, *values)
             self.q_KN[span] = q_BN
@@ -152,7 +158,7 @@ class _State:
             pull_BN = h_BB @ values_BN
             slope_N = (values_BN * gradient_BN).sum(0)
             curve_N = (values_BN * pull_BN).sum(0)
-            new_N = self._round(scale_N + slope_N * inverse_or_zero(curve_N))
+            new_N = self.coding.round(scale_N + slope_N * inverse_or_zero(curve_N))
             step_N = new_N - scale_N
             gains = (step_N * (step_N * curve_N - 2 * slope_N) < 0) & (new_N != 0)
             self.scales[index] = scale_N = torch.where(gains, new_N, scale_N)

@@ -3,58 +3,48 @@ is downloaded."""
 
 import math
 
-BLOCK = 64  # weights of a row that share a scale
-TILE = 16  # rows that are stored together (see ``slotmoe.quant.nf4``)
+from slotmoe.quant.codec import LUT4, NF4, Codec, ExpertCodecs
+
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
-IN_4_BITS = {"mixed": ("matrix",), "nf4": ("matrix", "sensitive")}  # roles, by mode
+_CODED = {  # codec by mode and role
+    "mixed": {"matrix": LUT4},
+    "nf4": {"matrix": NF4, "sensitive": NF4},
+}
 
 
-def codes_shape(N: int, K: int) -> tuple[int, int, int]:
-    """Shape of the code tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 512)``."""
-    return -(-N // TILE), -(-K // BLOCK), TILE * BLOCK // 2
-
-
-def absmax_shape(N: int, K: int) -> tuple[int, int, int]:
-    """Shape of the scale tensor of a [N, K] matrix: ``(n_tiles, n_blocks, 16)``."""
-    return -(-N // TILE), -(-K // BLOCK), TILE
-
-
-def nf4_bytes(N: int, K: int) -> int:
-    """Bytes of the codes and float16 scales of a [N, K] matrix."""
-    return math.prod(codes_shape(N, K)) + 2 * math.prod(absmax_shape(N, K))
-
-
-def record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
+def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
     """Bytes of one expert's codes and scales."""
-    gate_or_up = nf4_bytes(moe_intermediate_size, hidden_size)
-    return 2 * gate_or_up + nf4_bytes(hidden_size, moe_intermediate_size)
+    gate_or_up = codecs.gate_up.nbytes(moe_intermediate_size, hidden_size)
+    return 2 * gate_or_up + codecs.down.nbytes(hidden_size, moe_intermediate_size)
 
 
-def padded_record_bytes(hidden_size: int, moe_intermediate_size: int) -> int:
+def padded_record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
     """Bytes of one expert's record in the export."""
-    return -(-record_bytes(hidden_size, moe_intermediate_size) // ALIGNMENT) * ALIGNMENT
+    size = record_bytes(hidden_size, moe_intermediate_size, codecs)
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def resident_quantization(role: str, mode: str) -> str:
+def resident_quantization(role: str, mode: str) -> str | Codec:
     """How a resident weight of this role is stored under ``--resident mode``: ``none`` (as in the
-    source), int8 or nf4.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed``, ``sensitive``
-    and ``matrix``.
+    source), int8 or by a codec.  Roles are ``norm``, ``gate``, ``embedding``, ``absorbed``,
+    ``sensitive`` and ``matrix``.
 
     Norms and the router gate keep the source's precision.  The embedding is gathered by row, and
-    an absorbed matrix is used by column, which the NF4 tiles don't serve: both are at least int8.
+    an absorbed matrix is used by column, which tiles of codes don't serve: both are at least int8.
     """
     if mode == "bf16" or role in WIDENED:
         return "none"
-    return "nf4" if role in IN_4_BITS.get(mode, ()) else "int8"
+    return _CODED.get(mode, {}).get(role, "int8")
 
 
 def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:
     """Bytes of a resident weight in memory; unquantized in bf16, ``WIDENED`` in float32."""
     quantization = resident_quantization(role, mode)
-    if quantization == "nf4":
-        return nf4_bytes(*shape)
+    if isinstance(quantization, Codec):
+        N, K = shape
+        return quantization.nbytes(N, K)
     if quantization == "int8":
         return math.prod(shape) + 4 * shape[0]
     return math.prod(shape) * (4 if role in WIDENED else 2)

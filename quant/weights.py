@@ -1,6 +1,6 @@
 """Weights of every kind: quantize them, take rows of them, dequantize them exactly.
 
-A weight [N, K] is a float tensor, an ``Int8Weight`` or an ``Nf4Weight``; a backend may prepare a
+A weight [N, K] is a float tensor, an ``Int8Weight`` or an ``CodedWeight``; a backend may prepare a
 kind of its own from one.
 """
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from slotmoe.quant import int8, nf4
+from slotmoe.quant import int8, lut, nf4
+from slotmoe.quant.codec import NF4, TILE, Codec
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import TILE
 
-Weight = Tensor | Int8Weight | Nf4Weight
+Weight = Tensor | Int8Weight | CodedWeight
 _CACHED = 1 << 16  # weights whose temporaries stay in the processor's cache
 
 
@@ -40,13 +40,19 @@ def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         raise nf4.NotFiniteError from None
 
 
+def quantize_coded(weight_NK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a bf16, fp16 or fp32 matrix.  Raises ``nf4.NotFiniteError``."""
+    nf4_codes = codec.levels == NF4.levels
+    return quantize_nf4(weight_NK) if nf4_codes else lut.quantize(weight_NK, codec)[:2]
+
+
 def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """``int8.quantize``, by the native kernel where there is one; the same bytes."""
     native = bindings.load()
     return int8.quantize(weight_NK) if native is None else native.quantize_int8(weight_NK)
 
 
-def squared_error(source_NK: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
+def squared_error(source_NK: Tensor, weight: Int8Weight | CodedWeight) -> tuple[float, float]:
     """Sum of squared differences between a matrix and its quantized weight, and sum of the matrix's
     squares, in float64.  Native kernels and torch agree to its last digits."""
     if (native := bindings.load()) is not None:

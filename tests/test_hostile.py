@@ -23,6 +23,7 @@ from slotmoe.model.names import resident_shapes
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import (
     COPIED,
     MANIFEST,
@@ -34,7 +35,6 @@ from slotmoe.quant.export.layout import (
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.tools.cli import main
 from tests.support.tiny import REMOVE, write_checkpoint
 
@@ -684,7 +684,7 @@ def resign(folder, change):
 def read_everything(folder):
     """Every value that a reader can get: bytes by name."""
     with Export.open(folder) as export:
-        found = {"levels": export.levels.numpy().tobytes()}
+        found = {"levels": export.layout.levels().numpy().tobytes()}
         record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
         for layer in export.layers:
             for expert in range(export.experts):
@@ -695,8 +695,8 @@ def read_everything(folder):
             weight = export.resident(name)
             if isinstance(weight, Int8Weight):
                 parts = [weight.q, weight.scale]
-            elif isinstance(weight, Nf4Weight):
-                parts = [weight.codes, weight.absmax]
+            elif isinstance(weight, CodedWeight):
+                parts = [weight.codes, weight.scales]
             else:
                 parts = [weight]
             for part in parts:
@@ -752,8 +752,18 @@ def other_config(folder):
 
 
 HEADER, Q = ("files", layer_file(1)), "model.layers.0.self_attn.q_a_proj.weight"
+
+
+def codec_of(manifest):
+    return manifest["quantization"]["codecs"]["nf4"]
+
+
+def codec(**values):
+    return lambda folder: resign(folder, lambda manifest: codec_of(manifest).update(values))
+
+
 BAD_EXPORTS = {
-    "newer-version": (signed("format_version", value=2), "newer"),
+    "newer-version": (signed("format_version", value=3), "newer"),
     "newer-version-unsigned": (
         lambda folder: edit_json(folder / MANIFEST, lambda m: m.update(format_version=7)),
         "newer",
@@ -762,9 +772,7 @@ BAD_EXPORTS = {
     "version-true": (signed("format_version", value=True), "format_version"),
     "version-text": (signed("format_version", value="1"), "format_version"),
     "unsigned-level": (
-        lambda folder: edit_json(
-            folder / MANIFEST, lambda m: m["quantization"]["levels"].reverse()
-        ),
+        lambda folder: edit_json(folder / MANIFEST, lambda m: codec_of(m)["levels"].reverse()),
         "checksum",
     ),
     "unsigned-size": (
@@ -775,15 +783,24 @@ BAD_EXPORTS = {
         lambda folder: edit_json(folder / MANIFEST, lambda m: m.pop("checksum")),
         "checksum",
     ),
-    "sixteen-levels-are-seventeen": (signed("quantization", "levels", value=[0.0] * 17), "levels"),
-    "levels-of-text": (signed("quantization", "levels", value=["0"] * 16), "levels"),
+    "sixteen-levels-are-seventeen": (codec(levels=[*range(17)]), "levels"),
+    "sixteen-levels-are-eight": (codec(levels=[*range(8)]), "8 levels for 4 bits"),
+    "levels-of-text": (codec(levels=["0"] * 16), "levels"),
+    "levels-unordered": (codec(levels=[1, 0, *range(2, 16)]), "ascending"),
+    "levels-equal": (codec(levels=[0, *range(15)]), "ascending"),
+    # what JSON tells apart and float32 does not
+    "levels-equal-as-floats": (codec(levels=[*range(15), 14 + 1e-9]), "ascending"),
+    "codec-bits": (codec(bits=2), "bits is 2"),
+    "codec-bits-with-other-scales": (codec(bits=3, levels=[*range(8)]), "are unknown"),
+    "codec-scales": (codec(scales="f8"), "scales"),
+    "codec-block": (codec(block=32), "are unknown"),
+    "codec-missing": (signed("quantization", "codecs", value={}), "'nf4' is not in codecs"),
+    "codec-of-experts": (signed("quantization", "experts", "down", value="lut9"), "'lut9'"),
+    "codec-of-resident": (signed("quantization", "resident_codecs", Q, "codec", value="x"), "'x'"),
     "levels-infinite": (lambda folder: infinite_level(folder), "levels"),
-    "levels-an-object": (
-        signed("quantization", "levels", value={str(i): 0 for i in range(16)}),
-        "levels",
-    ),
+    "levels-an-object": (codec(levels={str(i): 0 for i in range(16)}), "levels"),
     "layout-unknown": (signed("quantization", "layout", value="tiles32"), "layout"),
-    "block-unknown": (signed("quantization", "block", value=128), "block"),
+    "block-unknown": (codec(block=128), "are unknown"),
     "record-of-other-size": (signed("experts", "record_bytes", value=4096), "record"),
     "record-with-other-offsets": (
         signed("experts", "record", "up_proj.weight", "offset", value=0),
@@ -847,9 +864,9 @@ BAD_EXPORTS = {
         signed("files", RESIDENT, "tensors", NORM, "shape", value=[1 << 31] * 3),
         "hold",
     ),
-    "nf4-shape-missing": (signed("quantization", "resident_shapes", value={}), Q),
-    "nf4-shape-of-other-tiles": (
-        signed("quantization", "resident_shapes", Q, value=[4096, 4096]),
+    "coded-shape-missing": (signed("quantization", "resident_codecs", value={}), Q),
+    "coded-shape-of-other-tiles": (
+        signed("quantization", "resident_codecs", Q, "shape", value=[4096, 4096]),
         Q,
     ),
     "manifest-missing": (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
@@ -904,7 +921,7 @@ BAD_EXPORTS = {
 
 def infinite_level(folder):
     """1e999 is valid JSON and reads as infinity; NaN can't be signed because it can't be read."""
-    resign(folder, lambda manifest: manifest["quantization"]["levels"].__setitem__(0, float("inf")))
+    resign(folder, lambda manifest: codec_of(manifest)["levels"].__setitem__(0, float("inf")))
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace("Infinity", "1e999"))
 
 

@@ -17,6 +17,7 @@ from slotmoe.offload.machine import total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
+from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.tools.progress import byte_bars
 
@@ -74,6 +75,18 @@ _RESIDENT = (
     "has 4 bits where they cost little, else int8; nf4 is a little smaller and far less exact."
 )
 RESIDENT = choice("--resident", ["auto", *RESIDENT_MODES], "auto", _RESIDENT)
+_CODEC = (
+    "Codes of routed experts: lut has learned levels and a scale for each 32 weights of a row, nf4 "
+    f"is bitsandbytes' with one for each 64. [default: {DEFAULT_CODEC}]"
+)
+_BITS = (
+    "Bits of a routed expert's codes, to which scales add a quarter: 4, 3, or 3.5, which is 3 for "
+    "gate and up and 4 for down; nf4 has 4 only. [default: 4]"
+)
+_CODECS: list[Decorator] = [
+    click.option("--codec", type=click.Choice(["lut", "nf4"]), help=_CODEC),
+    click.option("--bits", type=click.Choice(["4", "3.5", "3"]), help=_BITS),
+]
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
     "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
@@ -137,6 +150,20 @@ workload_options = _adding([*_sampling(_length(_NEW_TOKENS), 0.0, 1.0), *_KIND])
 """Adds the same for a measurement, whose length does not depend on the model."""
 chat_options = _adding([*_sampling(_length(1024), temperature=0.3, top_p=0.95), _TRACE])
 """Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
+codec_options = _adding(_CODECS)
+"""Adds the options that say how experts are coded."""
+
+
+def expert_codecs(options: dict[str, Any]) -> ExpertCodecs | None:
+    """What ``codec_options`` say, removed from ``options``; None if they say nothing.  Raises
+    ``ConfigError``."""
+    codec, bits = options.pop("codec"), options.pop("bits")
+    if codec is None and bits is None:
+        return None
+    codecs = EXPERT_CODECS.get((codec or "lut", bits or "4"))
+    if codecs is None:
+        raise ConfigError(f"--codec {codec} has no {bits} bits: give --codec lut, or --bits 4")
+    return codecs
 
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:

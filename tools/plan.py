@@ -16,7 +16,15 @@ from rich.text import Text
 from slotmoe.errors import DownloadError, PlanError
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
-from slotmoe.offload.plan.advice import GPUS, Machine, Model, Scenario, choose_precision, gpu_named
+from slotmoe.offload.plan.advice import (
+    GPUS,
+    Machine,
+    Model,
+    Scenario,
+    choose_codecs,
+    choose_precision,
+    gpu_named,
+)
 from slotmoe.offload.plan.memory import (
     IMPORT_BYTES,
     choose_context,
@@ -30,7 +38,9 @@ from slotmoe.tools.options import (
     MODEL,
     RESIDENT,
     Command,
+    codec_options,
     count,
+    expert_codecs,
     is_on_hub,
     option,
     runtime_options,
@@ -52,6 +62,7 @@ def _gpus(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
 @MODEL
 @option("--gpu", "NAME", "Plan for this GPU, like rtx-4090 or rtx-3060.", shell_complete=_gpus)
 @RESIDENT
+@codec_options
 @count("--prompt-tokens", None, _PROMPT_HELP)
 @count("-n --max-new-tokens", 128, "Tokens to generate.")
 @option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
@@ -81,6 +92,7 @@ def command(
       slotmoe plan v2-lite --ram 5GiB
       slotmoe plan lite-export --ram 8GiB --context 32768 --json
     """
+    wanted = expert_codecs(options)
     planned, target = _model(model, options["revision"]), _machine(options)
     context = choose_context(planned.config, options["context"])
     if prompt_tokens is None:
@@ -90,7 +102,8 @@ def command(
         advice = or_more_context("lower --prompt-tokens", planned.config, context)
         raise PlanError(f"{problem}: {advice}")
     resident, why = choose_precision(planned, target, options["resident"])
-    scenario = Scenario(planned, target, resident, context, options["slots"], options["misses"])
+    codecs, rest = choose_codecs(planned, wanted), (options["slots"], options["misses"])
+    scenario = Scenario(planned, target, resident, codecs, context, *rest)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     print(json.dumps(report)) if as_json else _print(report)

@@ -12,7 +12,18 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import JSON, RESIDENT, REVISION, flag, is_on_hub, option, say
+from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.tools.options import (
+    JSON,
+    RESIDENT,
+    REVISION,
+    codec_options,
+    expert_codecs,
+    flag,
+    is_on_hub,
+    option,
+    say,
+)
 from slotmoe.tools.progress import byte_bars, byte_progress
 from slotmoe.tools.tables import table
 
@@ -27,6 +38,7 @@ _CALIBRATE_HELP = (
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
+@codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
 @option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
 @REVISION
@@ -67,6 +79,7 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
+    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
     manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json and verbose:
@@ -81,8 +94,9 @@ def command(
         click.echo(f'Run it: slotmoe run {destination} "Your prompt"', err=True)
 
 
-def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
-    """Refuse a source or calibration texts that can't work before hours of work, not after."""
+def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | None:
+    """Refuse a source or calibration texts that can't work before hours of work, not after.
+    Returns the texts in windows of token ids."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     read = files_of(folder)
@@ -90,11 +104,15 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
-    if texts:
-        from slotmoe.model.tokenizer import Tokenizer
-        from slotmoe.offload.study.calibrate import read_tokens
+    if not texts:
+        return None
+    from slotmoe.model.tokenizer import Tokenizer
+    from slotmoe.offload.study.calibrate import WINDOW, read_tokens, split
 
-        read_tokens(texts, Tokenizer(folder, config.bos_token_id, read))
+    tokenizer = Tokenizer(folder, config.bos_token_id, read)
+    width = min(WINDOW, config.max_position_embeddings)
+    tokens = read_tokens(texts, tokenizer)
+    return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
 def _quantize(
@@ -109,7 +127,7 @@ def _quantize(
     on_hub = is_on_hub(source, revision)
     if not on_hub:
         folder = resolve_model(source, revision)
-        _check_source(folder, texts)
+        options["calibration"] = _check_source(folder, texts)
     bars = ("Downloading", "Quantizing", f"Checking {destination}")
     try:
         with byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):

@@ -10,7 +10,8 @@ import click
 
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.tools.options import JSON, RESIDENT, flag, option
+from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.tools.options import JSON, RESIDENT, codec_options, expert_codecs, flag, option
 from slotmoe.tools.progress import byte_progress
 
 _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
@@ -20,6 +21,7 @@ _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 @click.argument("geometry", metavar="GEOMETRY")
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
+@codec_options
 @option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
 @flag("--overwrite", "Replace an export at DST.")
 @JSON
@@ -37,6 +39,7 @@ def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> 
     """
     from slotmoe.offload.ingest.synth import synthesize
 
+    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
     started, source = time.perf_counter(), geometry_path(geometry)
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
         manifest = synthesize(source, destination, progress=progress, **options)

@@ -29,7 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
@@ -80,7 +79,8 @@ class Calibrated:
 
 class Calibration:
     """``windows`` of token ids through ``checkpoint``; ``wanted`` are the tensors whose Hessians
-    are kept, ``needed`` the layers that are to be written, in ``folder``.  ``advance`` gets bytes of experts read."""
+    are kept, ``needed`` the layers that are to be written, in ``folder``.  ``advance`` gets
+    bytes of experts read."""
 
     def __init__(
         self,
@@ -150,8 +150,9 @@ class Calibration:
         )
         minutes = [math.ceil(2 * work / rate / 60) for work in (read, coded)]
         return (
-            f"{tokens} tokens of text go through {len(self._layers)} layers, and experts are coded by "
-            f"what they see: about {minutes[0]} min for the text and {minutes[1]} min for the codes"
+            f"{tokens} tokens of text go through {len(self._layers)} layers, and experts are coded "
+            f"by what they see: about {minutes[0]} min for the text and {minutes[1]} min for the "
+            "codes"
         )
 
     def remarks(self, uncalibrated: Sequence[str]) -> list[str]:
@@ -248,7 +249,7 @@ class Calibration:
             sums.append(act_UI.t() @ act_UI)
             counts.append(len(token_U))
             self._advance(3 * gate_ID.numel() * self._itemsize(layer, expert))
-        hessians = {}
+        hessians: dict[str, Hessian] = {}
         for expert, back in enumerate(_shrunk(sums, counts)):
             gate, up, down = (
                 expert_name(layer, expert, name) for name in expert_shapes(self._config)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,34 @@ import torch
 
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
+from slotmoe.quant.codec import LAYOUT, Codec, ExpertCodecs
 from slotmoe.quant.export import layout
 from slotmoe.quant.export.layout import RESIDENT, Part, RecordLayout, checksum, layer_file
 from slotmoe.quant.export.validate import manifest_checksum
-from slotmoe.quant.shapes import BLOCK, resident_quantization
+from slotmoe.quant.shapes import resident_quantization
 
 
 @dataclass(frozen=True)
 class Stored:
     """How the export holds a tensor of the source: in ``file``, quantized as ``kind`` (``none``,
-    ``int8`` or ``nf4``), under the names ``parts``."""
+    ``int8`` or by a codec), under the names ``parts``."""
 
     file: str
-    kind: str
+    kind: str | Codec
     shape: tuple[int, ...]
     parts: tuple[str, ...]
 
 
 class Contents:
-    """The files of one export whose resident weights are ``mode`` (of ``RESIDENT_MODES``);
-    ``dtypes`` are the source's, by tensor.  ``tensors`` are the source's, file by file of the
-    export."""
+    """The files of one export whose resident weights are ``mode`` (of ``RESIDENT_MODES``)
+    and whose experts are coded by ``codecs``; ``dtypes`` are the source's, by tensor.  ``tensors``
+    are the source's, file by file of the export."""
 
-    def __init__(self, config: Config, mode: str, dtypes: Mapping[str, torch.dtype]):
+    def __init__(
+        self, config: Config, mode: str, codecs: ExpertCodecs, dtypes: Mapping[str, torch.dtype]
+    ):
         self.config, self.mode = config, mode
-        self.layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+        self.layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         self.tensors: dict[str, Stored] = {}
         resident: dict[str, Part] = {}
         for name, shape in resident_shapes(config).items():
@@ -49,7 +52,9 @@ class Contents:
             for expert in range(config.n_routed_experts):
                 for projection, shape in self.layout.shapes.items():
                     name = expert_name(layer, expert, projection)
-                    self.tensors[name] = Stored(file, "nf4", shape, (name, name + ".absmax"))
+                    codec = codecs.of(projection)
+                    names = tuple(layout.resident_parts(name, shape, codec, torch.uint8))
+                    self.tensors[name] = Stored(file, codec, shape, names)
 
     def parts(self, file: str) -> dict[str, Part]:
         """Tensors of ``file`` itself and their places."""
@@ -71,31 +76,38 @@ class Contents:
         self,
         source: dict[str, Any],
         files: dict[str, Any],
-        codec: str,
-        levels: Sequence[float],
-        text: str | None = None,
+        levels: Mapping[str, Sequence[float]],
         linked_layers: dict[str, int] | None = None,
-        report: dict[str, Any] | None = None,
+        **made: Any,
     ) -> dict[str, Any]:
-        """The manifest of the export, signed.  ``files`` are its entries by file.  Codes are by
-        ``codec``, of ``levels``, with Hessians of a ``text`` of this name or without; ``linked_layers``
-        maps a layer to the one whose file it is a hard link to; ``report`` says what quantization
-        cost, where weights were quantized (``slotmoe.offload.ingest.report``)."""
-        config, tensors = self.config, self.tensors.items()
-        in_nf4 = [(n, t.shape) for n, t in tensors if t.file == RESIDENT and t.kind == "nf4"]
-        quantization = {
-            "experts": codec,
-            "block": BLOCK,
-            "layout": "tiles16",
-            "levels": list(levels),
-            "resident": self.mode,
-            "resident_shapes": {name: list(shape) for name, shape in in_nf4},
+        """The manifest of the export, signed.  ``files`` are its entries by file; ``levels`` those
+        of codecs, by name, that are not the codec's own; ``linked_layers`` maps a layer to the one
+        whose file it is a hard link to; ``made`` says how weights were quantized and what that cost
+        (``report``, see ``slotmoe.offload.ingest.report``)."""
+        config, codecs = self.config, self.layout.codecs
+        coded = {
+            name: (tensor.kind, tensor.shape)
+            for name, tensor in self.tensors.items()
+            if tensor.file == RESIDENT and isinstance(tensor.kind, Codec)
         }
-        made = {"calibration": text, "report": report}
+        table = {
+            codec.name: replace(codec, levels=tuple(levels.get(codec.name, codec.levels)))
+            for codec in (*codecs, *(codec for codec, _ in coded.values()))
+        }
+        quantization = {
+            "layout": LAYOUT,
+            "codecs": {name: table[name].describe() for name in sorted(table)},
+            "experts": codecs.names(),
+            "resident": self.mode,
+            "resident_codecs": {
+                name: {"codec": codec.name, "shape": list(shape)}
+                for name, (codec, shape) in coded.items()
+            },
+        }
         manifest = {
             "format_version": layout.FORMAT_VERSION,
             "source": source,
-            "quantization": quantization | {k: v for k, v in made.items() if v is not None},
+            "quantization": quantization | made,
             "experts": {
                 "layers": list(config.moe_layers),
                 "linked_layers": linked_layers or {},

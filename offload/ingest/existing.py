@@ -9,14 +9,16 @@ from typing import Any
 
 from slotmoe.errors import ExportError
 from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint
+from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 
-def export_of(checkpoint: Checkpoint, mode: str, codec: str, folder: Path) -> dict[str, Any] | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision, its experts coded by
-    ``codec``."""
+def export_of(
+    checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path
+) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
     if folder.is_symlink():
         return None
     try:
@@ -25,9 +27,9 @@ def export_of(checkpoint: Checkpoint, mode: str, codec: str, folder: Path) -> di
         return None
     source = manifest.get("source")
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
-    made = manifest["quantization"]
-    same = same and (made["resident"], made.get("experts")) == (mode, codec)
-    return manifest if same else None
+    quantization = manifest["quantization"]
+    same = same and quantization["resident"] == mode
+    return manifest if same and quantization["experts"] == codecs.names() else None
 
 
 def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:

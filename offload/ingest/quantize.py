@@ -30,19 +30,20 @@ from slotmoe.model.names import split_name
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.coding import Coder, check_codec, learn_levels
+from slotmoe.offload.ingest.coding import Coder, learn_levels, learns
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
-from slotmoe.quant import lut, nf4
+from slotmoe.quant import nf4
+from slotmoe.quant.codec import DEFAULT_CODECS, TILE, ExpertCodecs
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.shapes import RESIDENT_MODES, TILE
+from slotmoe.quant.shapes import RESIDENT_MODES
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
@@ -84,7 +85,7 @@ def quantize(
     destination: Path,
     *,
     resident: str = "auto",
-    codec: str = "lut",
+    codecs: ExpertCodecs = DEFAULT_CODECS,
     calibration: Windows | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -100,28 +101,24 @@ def quantize(
     Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns
     what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
-    ``notify`` gets sentences for people.  ``codec`` is of ``CODECS``; with windows of token ids as
-    ``calibration`` the codec ``lut`` is coded with the Hessians of that text.
+    ``notify`` gets sentences for people.  With windows of token ids as ``calibration``, codes
+    with learned levels are made with the Hessians of that text.
 
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
     """
     mode, partial = resident_mode(resident), output_dir.beside(destination, "partial")
-    check_codec(codec)
     with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
-        existing = None if overwrite else export_of(checkpoint, mode, codec, destination)
+        existing = None if overwrite else export_of(checkpoint, mode, codecs, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)
         else:
             output_dir.check_ours(partial)
         workers = workers or min(os.cpu_count() or 1, 8)
-        levels = list(nf4.LEVELS) if codec == "nf4" else None
-        text = None if calibration is None or codec == "nf4" else chosen(calibration)
-        job = _Job(
-            checkpoint, partial, mode, codec, levels, text, workers, progress, notify, shards
-        )
+        job = _Job(checkpoint, partial, mode, codecs, workers, progress, notify, shards)
+        job.calibrate(calibration)
         with output_dir.full_disk_explained(partial):
             if existing is not None:
                 refuse_unlisted(destination, existing)
@@ -129,7 +126,7 @@ def quantize(
                 job.continue_from(destination, existing, damaged)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
-            manifest = export_of(checkpoint, mode, codec, partial)
+            manifest = export_of(checkpoint, mode, codecs, partial)
             if manifest is None or not has_sizes(partial, manifest):
                 job.load_state(overwrite)
                 manifest = job.run()
@@ -149,9 +146,7 @@ class _Job:
     checkpoint: Checkpoint
     partial: Path
     mode: str
-    codec: str
-    levels: list[float] | None
-    text: list[list[int]] | None
+    codecs: ExpertCodecs
     workers: int
     progress: Progress
     notify: Notify
@@ -159,8 +154,9 @@ class _Job:
 
     def __post_init__(self) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
-        self._contents = Contents(self.checkpoint.config, self.mode, dtypes)
-        self._coder = Coder(self.codec, torch.tensor(self.levels or lut.LEVELS))
+        self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
+        self._coder, self._levels = Coder(), dict[str, list[float]]()
+        self._text: list[list[int]] | None = None
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
@@ -175,9 +171,10 @@ class _Job:
             self._contents, self._state["squares"], self._state["weighted"]
         )
         source = self._state["identity"]["source"]
-        made_with = {"codec": self.codec, "levels": self._state["levels"]}
-        made_with |= {"text": self._fingerprint(), "report": report}
-        manifest = self._contents.manifest(source, files, **made_with)
+        made: dict[str, Any] = {"report": report}
+        if self._text is not None:
+            made["calibration"] = fingerprint(self._text)
+        manifest = self._contents.manifest(source, files, self._state["levels"], **made)
         write_json(self.partial / MANIFEST, manifest)
         return manifest
 
@@ -187,16 +184,23 @@ class _Job:
         """Make files as those of an export were made.  Raises ``ExportError`` where that takes a
         text that is not given."""
         quantization = manifest["quantization"]
-        self.levels, wanted = quantization["levels"], quantization.get("calibration")
+        self._levels = {name: item["levels"] for name, item in quantization["codecs"].items()}
+        wanted = quantization.get("calibration")
         if wanted is None:
-            self.text = None
+            self._text = None
         elif any(name not in COPIED for name in damaged) and wanted != self._fingerprint():
             problem = f"{min(damaged)} is damaged, and was coded with a calibration text"
             advice = "pass the same --calibrate files to make it again, or --overwrite"
             raise ExportError(f"{destination}: {problem}; {advice}")
 
+    def calibrate(self, windows: Windows | None) -> None:
+        """Make codes with the Hessians of a text, where any have learned levels."""
+        kinds = (tensor.kind for tensor in self._contents.tensors.values())
+        if windows is not None and any(map(learns, kinds)):
+            self._text = chosen(windows)
+
     def _fingerprint(self) -> str | None:
-        return None if self.text is None else fingerprint(self.text)
+        return None if self._text is None else fingerprint(self._text)
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` in any case; returns their manifest entries."""
@@ -209,12 +213,12 @@ class _Job:
         identity = {
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
-            "codec": self.codec,
+            "experts": self.codecs.names(),
             "text": self._fingerprint(),
             "source": {"name": name, "files": files},
         }
         fresh: dict[str, Any] = {"identity": identity, "files": {}, "written": {}, "squares": {}}
-        fresh |= {"weighted": {}, "levels": self.levels}
+        fresh |= {"weighted": {}, "levels": self._levels}
         try:
             state = json.loads((self.partial / "state.json").read_text())
         except (OSError, ValueError):
@@ -259,8 +263,8 @@ class _Job:
                     self._finish(name)
             if self.shards is not None:
                 self._write_arriving(todo, self.shards)
-            elif self.text is not None:
-                self._write_calibrated(todo, self.text)
+            elif self._text is not None:
+                self._write_calibrated(todo, self._text)
             else:
                 self._know_levels()
                 self._write_tensors(todo)
@@ -292,14 +296,11 @@ class _Job:
 
     def _know_levels(self) -> None:
         """Learn levels, unless they are known."""
-        if self._state["levels"] is None:
-            coded = [name for name in self._contents.tensors if self._coded(name)]
-            self._state["levels"] = learn_levels(self.checkpoint, coded)
+        if not self._state["levels"]:
+            kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
+            self._state["levels"] = learn_levels(self.checkpoint, kinds)
             self._save_state()
-        self._coder.levels = torch.tensor(self._state["levels"])
-
-    def _coded(self, name: str) -> bool:
-        return self._contents.tensors[name].kind == "nf4"
+        self._coder.levels = self._state["levels"]
 
     def _write_calibrated(self, names: list[str], text: list[list[int]]) -> None:
         """Quantize ``names`` layer by layer, with the Hessians of a text."""
@@ -308,7 +309,8 @@ class _Job:
         for name in names:
             by_layer.setdefault(split_name(name)[0], []).append(name)
         self._write_tensors(by_layer.pop(None, []))
-        coded = set(filter(self._coded, self._contents.tensors))
+        tensors = self._contents.tensors
+        coded = {name for name, tensor in tensors.items() if learns(tensor.kind)}
         layers = [layer for layer in by_layer if layer is not None]
         calibration = Calibration(self.checkpoint, text, coded, layers, self.partial, self._advance)
         with self._lock:
@@ -445,7 +447,8 @@ def cached_export(
         output_dir.make_cache(cache)
         with open_checkpoint(source) as checkpoint:
             config = checkpoint.config
-        size = format_size(export_bytes(config, sizes_of(config, resident_mode("auto"))))
+        sizes = sizes_of(config, resident_mode("auto"), DEFAULT_CODECS)
+        size = format_size(export_bytes(config, sizes))
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
         quantize(source, destination, wait_for_lock=True, progress=progress or ignore)

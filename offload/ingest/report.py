@@ -18,6 +18,7 @@ import torch
 
 from slotmoe.model.names import split_name
 from slotmoe.offload.ingest.contents import Contents
+from slotmoe.quant.codec import Codec
 
 Squares = Sequence[float]
 """Sum of squared errors and sum of squared weights."""
@@ -63,7 +64,9 @@ def quantization_report(
         layer, key = split_name(name)
         key = "norms" if key.endswith("norm") else re.sub(r"\.experts\.\d+\.", ".experts.", key)
         plain = tensor.kind == "none"
-        stored = _PLAIN[parts[name].dtype] if plain else tensor.kind
+        stored = tensor.kind.name if isinstance(tensor.kind, Codec) else tensor.kind
+        if plain:
+            stored = _PLAIN[parts[name].dtype]
         family = families.setdefault(key, _Family(stored))
         family.weights += math.prod(tensor.shape)
         family.bytes += sum(parts[part].nbytes for part in tensor.parts)

@@ -19,9 +19,9 @@ from slotmoe.model.names import EMBEDDING, resident_shapes
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
+from slotmoe.quant.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.shapes import BLOCK, TILE, absmax_shape, codes_shape
 from slotmoe.quant.weights import quantize_nf4
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
@@ -32,6 +32,7 @@ def synthesize(
     config_path: Path,
     destination: Path,
     resident: str,
+    codecs: ExpertCodecs,
     share_layers: int | None,
     overwrite: bool,
     progress: Progress,
@@ -43,7 +44,7 @@ def synthesize(
     config = read_config(config_path)
     check_destination(destination, overwrite)
     dtypes = dict.fromkeys(resident_shapes(config), torch.bfloat16)
-    contents = Contents(config, resident_mode(resident), dtypes)
+    contents = Contents(config, resident_mode(resident), codecs, dtypes)
     distinct = config.moe_layers[: share_layers or len(config.moe_layers)]
     partial = beside(destination, "partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +61,7 @@ def synthesize(
         small = {path.name: path.read_bytes() for path in copied}
         files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
-        manifest = contents.manifest(origin_of_weights, files, linked)
+        manifest = contents.manifest(origin_of_weights, files, {}, linked)
         write_json(partial / MANIFEST, manifest)
         publish(partial, destination)
         return manifest
@@ -114,11 +115,11 @@ class _Random:
     def resident(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of the resident file, in pieces of their rows."""
         for name, part in self._contents.parts(RESIDENT).items():
-            source = name.removesuffix(".scale").removesuffix(".absmax")
+            source = name if name in self._contents.tensors else name.rpartition(".")[0]
             tensor = self._contents.tensors[source]
             shape, kind = tensor.shape, tensor.kind
-            if name != source and kind == "nf4":
-                yield name, self._absmax(source, shape)
+            if name != source and isinstance(kind, Codec):
+                yield name, self._scales(kind, source, shape)
             elif name != source:
                 yield name, self._signed(part.shape, _deviation(source, shape) / 73.3)
             elif len(shape) == 1:
@@ -128,10 +129,10 @@ class _Random:
                     yield name, piece
 
     def _matrix(
-        self, part: Part, shape: tuple[int, ...], kind: str, deviation: float
+        self, part: Part, shape: tuple[int, ...], kind: str | Codec, deviation: float
     ) -> Iterator[Tensor]:
-        """Yield the values of a matrix, or its int8 or NF4 codes."""
-        row_bytes = part.nbytes // part.shape[0]  # of a tile, with NF4
+        """Yield the values of a matrix, or its int8 values or codes."""
+        row_bytes = part.nbytes // part.shape[0]  # of a tile of codes
         step = max(1, PIECE_BYTES // row_bytes)
         for start in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - start)
@@ -141,31 +142,39 @@ class _Random:
                 continue
             codes = self._bytes(count * row_bytes).view(part.dtype).view(count, *part.shape[1:])
             rows = min(count * TILE, shape[0] - start * TILE)
-            yield _pad(codes, rows, shape[1]) if kind == "nf4" else codes
+            yield _pad(kind, codes, rows, shape[1]) if isinstance(kind, Codec) else codes
 
     def experts(self, file: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of an expert file."""
         scales = self._expert_scales
         for name, tensor in self._contents.tensors.items():
             shape = tensor.shape
-            if tensor.file == file:
-                codes = codes_shape(shape[0], shape[1])
-                yield name, _pad(self._bytes(math.prod(codes)).view(codes), shape[0], shape[1])
-                yield name + ".absmax", scales[name.split(".")[-2]]
+            if tensor.file == file and isinstance(tensor.kind, Codec):
+                (N, K), (codes, of_scales) = shape, tensor.parts
+                coded = tensor.kind.codes_shape(N, K)
+                random = self._bytes(math.prod(coded)).view(coded)
+                yield codes, _pad(tensor.kind, random, N, K)
+                yield of_scales, scales[name.split(".")[-2]]
 
     @cached_property
     def _expert_scales(self) -> dict[str, Tensor]:
         """By projection, the same for all experts."""
-        shapes = self._contents.layout.shapes
-        return {projection: self._absmax("", shapes[projection]) for projection in shapes}
+        layout = self._contents.layout
+        return {
+            projection: self._scales(layout.codecs.of(projection), "", shape)
+            for projection, shape in layout.shapes.items()
+        }
 
-    def _absmax(self, source: str, shape: tuple[int, ...]) -> Tensor:
-        """Scales of NF4 codes; random signs, since the levels are no mirror images."""
-        scales = self._signed(
-            absmax_shape(shape[0], shape[1]), _deviation(source, shape) / 0.6
-        ).half()
-        real = torch.arange(scales.shape[0] * TILE).view(-1, 1, TILE) < shape[0]
-        return scales * real
+    def _scales(self, codec: Codec, source: str, shape: tuple[int, ...]) -> Tensor:
+        """Scales of random codes; random signs, since the levels are no mirror images."""
+        (N, K), size = shape, _deviation(source, shape) / (0.6 * max(map(abs, codec.levels)))
+        scales, real = codec.scales_shape(N, K), torch.arange(-(-N // TILE) * TILE) < N
+        if SCALES[codec.scales].dtype == "F16":
+            return self._signed(scales, size).half() * real.view(-1, 1, TILE)
+        of_rows = (real.float() * (size / 127)).view(torch.uint8).view(scales[0], -1, 2 * TILE)
+        blocks = scales[0], scales[1] - of_rows.shape[1], scales[2]
+        of_blocks = self._signed(blocks, 127).to(torch.int8).view(torch.uint8)
+        return torch.cat([of_rows, of_blocks], dim=1)
 
     def _signed(self, shape: tuple[int, ...], size: float) -> Tensor:
         """``size`` with random signs."""
@@ -179,9 +188,10 @@ def _deviation(name: str, shape: tuple[int, ...]) -> float:
     return 1.0 if name == EMBEDDING else 0.5 * shape[-1] ** -0.5
 
 
-def _pad(codes: Tensor, rows: int, K: int) -> Tensor:
-    """The code of zero in every padded row and column of the tiles of [rows, K]."""
-    if rows % TILE == 0 and K % BLOCK == 0:
+def _pad(codec: Codec, codes: Tensor, rows: int, K: int) -> Tensor:
+    """The code of zero, if a codec has one, in every padded row and column of the tiles of [rows,
+    K]."""
+    if 0 not in codec.levels or (rows % TILE == 0 and K % BLOCK == 0):
         return codes
     ones, _ = quantize_nf4(torch.ones(rows, K))  # code 15, and that of zero where they are padded
     high = torch.where(ones >> 4 == 15, codes >> 4, ones >> 4)

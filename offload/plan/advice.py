@@ -21,6 +21,8 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
+from slotmoe.quant.codec import DEFAULT_CODECS, ExpertCodecs
+from slotmoe.quant.export.codecs import expert_codecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
 
 
@@ -103,6 +105,7 @@ class Model:
     config: Config
     is_here: bool = False
     resident: str | None = None
+    codecs: ExpertCodecs | None = None
     predictor_bytes: int = 0
     random_weights: bool = False
 
@@ -120,12 +123,16 @@ class Model:
             return cls(name, config, True)
         manifest = read_json(path, 8 << 20)
         try:
+            if manifest["format_version"] == 1:
+                to_version_2(manifest)
             resident, files = manifest["quantization"]["resident"], manifest["files"]
             sizes = [files[file]["bytes"] for file in files if file.startswith("predictor-")]
             if resident not in RESIDENT_MODES:
                 raise ValueError
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
-            return cls(name, config, True, resident, sum(sizes), random_weights)
+            codecs = expert_codecs(manifest)
+            sizes_of(config, resident, codecs)  # what is unknown raises here
+            return cls(name, config, True, resident, codecs, sum(sizes), random_weights)
         except (KeyError, TypeError, ValueError):
             problem = "is not a complete export's manifest; quantize again"
             raise ConfigError(f"{path}: {problem}") from None
@@ -154,28 +161,41 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
     if wanted != "auto":
         return wanted, "as asked"
     budget = machine.vram or machine.ram
-    size = sum(sizes_of(model.config, "int8").resident.values())
+    size = sum(sizes_of(model.config, "int8", DEFAULT_CODECS).resident.values())
     share = f"int8 takes {format_size(size)} of {format_size(budget)}"
     if 2 * size <= budget:
         return "int8", f"{share} and is closest to the source"
     return "mixed", f"{share}, more than half, and leaves too little to the experts"
 
 
+def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
+    """How experts are coded.  Raises ``PlanError``."""
+    codecs = model.codecs or wanted or DEFAULT_CODECS
+    if wanted not in (None, codecs):
+        names = " and ".join(dict.fromkeys(codecs.names().values()))
+        raise PlanError(
+            f"{model.name}: its experts are {names}; quantize again for another --codec or --bits"
+        )
+    return codecs
+
+
 @dataclass(frozen=True)
 class Scenario:
-    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``context`` counts
-    positions, and ``slots`` caps the expert slots.  ``misses`` is as in ``slotmoe run``."""
+    """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
+    ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
+    ``slotmoe run``."""
 
     model: Model
     machine: Machine
     resident: str
+    codecs: ExpertCodecs
     context: int
     slots: int | None = None
     misses: str = "auto"
 
     @cached_property
     def sizes(self) -> Sizes:
-        return sizes_of(self.model.config, self.resident, self.model.predictor_bytes)
+        return sizes_of(self.model.config, self.resident, self.codecs, self.model.predictor_bytes)
 
     @cached_property
     def plan(self) -> Plan:
@@ -232,7 +252,7 @@ class Scenario:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
         context = min(self.context, lite.config.max_position_embeddings)
-        smaller = Scenario(lite, self.machine, "int8", context)
+        smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
             ways.append(f"a smaller model: v2-lite, {size} of resident weights")

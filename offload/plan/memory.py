@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
+from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
-LEVELS_BYTES = 64  # the 16 levels of the export's 4-bit codes
+LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
 # What importing the libraries takes, measured with torch 2.13 for CPUs; a running process knows its
 # own figure.
@@ -80,8 +81,11 @@ class Sizes:
     record_bytes: int
 
 
-def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
-    """Sizes of an export whose resident weights are of a mode of ``RESIDENT_MODES``."""
+def sizes_of(
+    config: Config, resident: str, codecs: ExpertCodecs, predictor_bytes: int = 0
+) -> Sizes:
+    """Sizes of an export whose resident weights are of ``RESIDENT_MODES`` and whose experts
+    are coded by ``codecs``."""
     components, touched = Counter[str](), 0
     for name, shape in resident_shapes(config).items():
         size = resident_bytes(role_of(name), shape, resident)
@@ -90,7 +94,7 @@ def sizes_of(config: Config, resident: str, predictor_bytes: int = 0) -> Sizes:
             touched += size
     if predictor_bytes:
         components["predictor"] = predictor_bytes
-    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size)
+    record = padded_record_bytes(config.hidden_size, config.moe_intermediate_size, codecs)
     return Sizes(dict(components), touched, record)
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotmoe.quant.codec import TILE
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -28,13 +28,13 @@ _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with
 
 
 class Records:
-    """Expert records side by side: ``slab`` uint8 [S, record_bytes], coded by ``levels`` (float32
-    [16]) and laid out by ``layout``, all on one device."""
+    """Expert records side by side: ``slab`` uint8 [S, record_bytes], laid out by ``layout`` and
+    coded by its ``levels`` (float32 [2, 16]), all on one device."""
 
     def __init__(self, slab: Tensor, layout: RecordLayout, levels: Tensor):
         self.slab, self.layout, self.levels = slab, layout, levels
 
-    def weights(self, slot: int) -> tuple[Nf4Weight, ...]:
+    def weights(self, slot: int) -> tuple[CodedWeight, ...]:
         """Gate, up and down projection of the expert in row ``slot``, as views."""
         record = self.slab[slot]
         return tuple(self.layout.weight(record, name, self.levels) for name in PROJECTIONS)

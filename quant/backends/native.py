@@ -5,18 +5,26 @@ kv_lora_rank, P qk_rope_head_dim.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from slotmoe.quant.backends.base import Empty, Records, TorchBackend, new
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Decoder, Matrix, Mlp, Router
-from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.kernels.cpu.weights import (
+    AttentionLayer,
+    Decoder,
+    ExpertRecord,
+    Matrix,
+    Mlp,
+    Router,
+)
 from slotmoe.quant.shapes import latent_bytes
 
 # Whose seconds a native decode call reports.
@@ -33,8 +41,15 @@ class NativeDecoder:
 
     sequences = 1 << 30
 
-    def __init__(self, native: Kernels, decoder: Decoder, layers: int):
+    def __init__(
+        self,
+        native: Kernels,
+        decoder: Decoder,
+        layers: int,
+        record: Callable[[Records], ExpertRecord],
+    ):
         self._native, self._decoder, self._layers = native, decoder, layers
+        self._record = record
 
     def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
         """See ``slotmoe.model.network.Runner``."""
@@ -47,7 +62,7 @@ class NativeDecoder:
         caches = [cache.layers for cache in step.caches]
         positions = [cache.length for cache in step.caches]
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
-        records = table.records.slab, table.slots_ME, table.records.levels
+        records = table.records.slab, table.slots_ME, self._record(table.records)
         done = self._native.decode(self._decoder, *stream, *records, step.x_TD, step.routed_TD)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
@@ -75,6 +90,7 @@ class NativeBackend(TorchBackend):
     def __init__(self, native: Kernels):
         super().__init__(torch.float32)
         self._native = native
+        self._bound = WeakKeyDictionary[Records, ExpertRecord]()
         self.name = f"native {native.isa}"
 
     @property
@@ -85,11 +101,11 @@ class NativeBackend(TorchBackend):
         return self._native.timing()
 
     def prepare(self, role: str, weight: Any, empty: Empty = new) -> Any:
-        """int8 and NF4 are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
+        """int8 and codes are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
         if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
             return self._native.tile_int8(weight, empty)
         copied = super().prepare(role, weight, empty)
-        return Matrix.nf4(copied) if isinstance(copied, Nf4Weight) else copied
+        return Matrix.of_codes(copied) if isinstance(copied, CodedWeight) else copied
 
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)
@@ -143,14 +159,20 @@ class NativeBackend(TorchBackend):
         attentions = [_attention(geometry, layer) for layer in layers]
         router = Router(*geometry.router)
         bound = list(zip(attentions, mlps, strict=True))
-        decoder = Decoder(bound, router, geometry.moe_intermediate_size)
-        return NativeDecoder(self._native, decoder, len(layers))
+        return NativeDecoder(self._native, Decoder(bound, router), len(layers), self._record)
+
+    def _record(self, records: Records) -> ExpertRecord:
+        """How the records are coded, bound for native calls."""
+        if records not in self._bound:
+            layout = records.layout
+            sizes = layout.hidden_size, layout.moe_intermediate_size
+            self._bound[records] = ExpertRecord(*sizes, layout.codecs, records.levels)
+        return self._bound[records]
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        width = records.layout.moe_intermediate_size
-        values = records.slab, slots_E, width, records.levels, y_TKD
+        values = records.slab, slots_E, self._record(records), y_TKD
         self._native.experts_by_slot(x_TD.contiguous(), indices_TK.contiguous(), *values)
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -158,17 +180,18 @@ class NativeBackend(TorchBackend):
 
 
 def _matrix(weight: Any) -> Matrix:
-    """A tensor, NF4 or prepared weight bound for native calls."""
-    if isinstance(weight, Nf4Weight):
-        return Matrix.nf4(weight)
+    """A tensor, coded or prepared weight bound for native calls."""
+    if isinstance(weight, CodedWeight):
+        return Matrix.of_codes(weight)
     return weight if isinstance(weight, Matrix) else Matrix.dense(weight)
 
 
 def _mlp(*weights: Any) -> Mlp | None:
-    """Gate, up and down bound for native calls; None unless all are tiled int8 or all NF4."""
+    """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
+    codec."""
     matrices = [_matrix(weight) for weight in weights if not isinstance(weight, Int8Weight)]
-    kinds = [matrix.kind for matrix in matrices if matrix.coded]
-    return Mlp(*matrices) if len(kinds) == 3 and len(set(kinds)) == 1 else None
+    alike = len(matrices) == 3 and all(matrix.like(matrices[0]) for matrix in matrices)
+    return Mlp(*matrices) if alike and matrices[0].coded else None
 
 
 def _attention(geometry: Any, layer: Any) -> AttentionLayer:

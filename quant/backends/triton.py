@@ -21,9 +21,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraph
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
+from slotmoe.quant.codec import TILE
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
-from slotmoe.quant.shapes import TILE
 from slotmoe.quant.weights import Weight
 
 # Triton 3.9 warns that its default will change; this is the present one.

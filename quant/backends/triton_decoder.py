@@ -21,9 +21,9 @@ from torch import Tensor
 
 from slotmoe.quant.backends.base import SlotTable
 from slotmoe.quant.backends.graphs import Captured
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.triton import mla, rows
-from slotmoe.quant.nf4 import Nf4Weight
 
 INT8, NF4, DENSE = rows.INT8.value, rows.NF4.value, rows.DENSE.value
 
@@ -41,8 +41,8 @@ def operand(weight: Any) -> Operand:
     """Raises ``TypeError`` for a weight that was prepared for another backend."""
     if isinstance(weight, Int8Weight):
         return Operand(INT8, weight.q, weight.scale, None)
-    if isinstance(weight, Nf4Weight):
-        return Operand(NF4, weight.codes, weight.absmax, weight.levels)
+    if isinstance(weight, CodedWeight):
+        return Operand(NF4, weight.codes, weight.scales, weight.levels)
     if isinstance(weight, Tensor):
         return Operand(DENSE, weight, None, None)
     raise TypeError("a tiled matrix is for the native kernels alone")

@@ -15,16 +15,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import (
-    ALIGNMENT,
-    absmax_shape,
-    codes_shape,
-    padded_record_bytes,
-    record_bytes,
-)
+from slotmoe.quant.codec import Codec, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes, record_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = (
     "config.json",
@@ -81,17 +76,24 @@ class Part:
 class RecordLayout:
     """Where the parts of an expert's record are, for hidden size H and width I."""
 
-    def __init__(self, hidden_size: int, moe_intermediate_size: int):
+    def __init__(self, hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs):
         self.hidden_size, self.moe_intermediate_size = hidden_size, moe_intermediate_size
+        self.codecs = codecs
         into, back = (moe_intermediate_size, hidden_size), (hidden_size, moe_intermediate_size)
         self.shapes = dict(zip(PROJECTIONS, (into, into, back), strict=True))
-        parts, absmax = {}, {}
-        for name, (N, K) in self.shapes.items():
-            parts[f"{name}.weight"] = Part(torch.uint8, codes_shape(N, K))
-            absmax[f"{name}.weight.absmax"] = Part(torch.float16, absmax_shape(N, K))
-        parts |= absmax
-        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size)
-        if pad := self.record_bytes - record_bytes(hidden_size, moe_intermediate_size):
+        weights = {
+            name: _coded_parts(codecs.of(name), f"{name}.weight", shape)
+            for name, shape in self.shapes.items()
+        }
+        self._names = {name: tuple(parts) for name, parts in weights.items()}
+        # All codes, then all scales.
+        parts = {
+            part: weights[name][part]
+            for names in zip(*self._names.values(), strict=True)
+            for name, part in zip(weights, names, strict=True)
+        }
+        self.record_bytes = padded_record_bytes(hidden_size, moe_intermediate_size, codecs)
+        if pad := self.record_bytes - record_bytes(hidden_size, moe_intermediate_size, codecs):
             parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)
 
@@ -107,25 +109,33 @@ class RecordLayout:
         part = self.parts[name]
         return record[slice(*part.span())].view(part.dtype).view(part.shape)
 
-    def weight(self, record: Tensor, projection: str, levels: Tensor) -> Nf4Weight:
-        """One projection of the expert in ``record``, as a view."""
-        codes = self.part(record, f"{projection}.weight")
-        absmax = self.part(record, f"{projection}.weight.absmax")
-        return Nf4Weight(codes, absmax, levels, self.shapes[projection])
+    def levels(self) -> Tensor:
+        """The levels of gate and up, then of down, float32 [2, 16]: see ``CodedWeight``."""
+        return torch.stack([levels_of(codec) for codec in self.codecs])
+
+    def weight(self, record: Tensor, projection: str, levels: Tensor) -> CodedWeight:
+        """One projection of the expert in ``record``, as a view; ``levels`` as above."""
+        codes, scales = (self.part(record, name) for name in self._names[projection])
+        row = PROJECTIONS.index(projection) // 2
+        return CodedWeight(codes, scales, levels[row], self.shapes[projection])
 
 
 def resident_parts(
-    name: str, shape: tuple[int, ...], quantization: str, dtype: torch.dtype
+    name: str, shape: tuple[int, ...], quantization: str | Codec, dtype: torch.dtype
 ) -> dict[str, Part]:
     """Tensors of the resident file that hold weight ``name``, stored as ``none`` (in ``dtype``),
-    ``int8`` or ``nf4``; the last two need a matrix."""
+    ``int8`` or by a codec; the last two need a matrix."""
+    if isinstance(quantization, Codec):
+        return _coded_parts(quantization, name, shape)
     if quantization == "int8":
         return {name: Part(torch.int8, shape), f"{name}.scale": Part(torch.float32, shape[:1])}
-    if quantization == "nf4":
-        N, K = shape
-        absmax = Part(torch.float16, absmax_shape(N, K))
-        return {name: Part(torch.uint8, codes_shape(N, K)), f"{name}.absmax": absmax}
     return {name: Part(dtype, shape)}
+
+
+def _coded_parts(codec: Codec, name: str, shape: tuple[int, ...]) -> dict[str, Part]:
+    N, K = shape
+    tensors = codec.tensors(name, N, K).items()
+    return {part: Part(DTYPES[dtype], shape) for part, (dtype, shape) in tensors}
 
 
 def predictor_parts(D: int, L: int, E: int, R: int, Q: int) -> dict[str, Part]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ExportError, reading
+from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.export.codecs import manifest_codecs
 from slotmoe.quant.export.layout import (
     COPIED,
     PROJECTIONS,
@@ -33,7 +35,6 @@ from slotmoe.quant.export.validate import (
     regular_file,
 )
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import ALIGNMENT
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -52,7 +53,8 @@ class Export:
         self.folder, self.manifest, self.layout = folder, manifest, layout
         self.experts: int = manifest["experts"]["n_routed_experts"]
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
-        self.levels = torch.tensor(manifest["quantization"]["levels"], dtype=torch.float32)
+        self._codecs = manifest_codecs(manifest)
+        self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
         self._handles: dict[str, int] = {}
         self._predictor = next(filter(is_predictor, manifest["files"]), None)
         self._parts = {
@@ -197,22 +199,25 @@ class Export:
         record = _empty((self.layout.record_bytes,), torch.uint8)
         self.read_range(layer, expert, 0, record.numpy().data)
         self.verify_record(layer, expert, record.numpy().data)
-        weights = {name: self.layout.weight(record, name, self.levels) for name in PROJECTIONS}
+        levels = self.layout.levels()
+        weights = {name: self.layout.weight(record, name, levels) for name in PROJECTIONS}
         return {name: weight.dequantize() for name, weight in weights.items()}
 
-    def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | Nf4Weight:
+    def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | CodedWeight:
         """The verified weight ``name``, in memory from ``empty``.  Raises ``ExportError``."""
         parts = self._parts[RESIDENT]
         if name not in parts:
             what = f"has no tensor {name}; the export does not fit its config.json"
             raise self._error(RESIDENT, what)
         weight = self._tensor(RESIDENT, name, empty)
+        coded = self.manifest["quantization"]["resident_codecs"].get(name)
+        if coded is not None:
+            codec, (N, K) = self._codecs[coded["codec"]], coded["shape"]
+            _, scales_name = codec.tensors(name, N, K)
+            scales = self._tensor(RESIDENT, scales_name, empty)
+            return CodedWeight(weight, scales, self._levels[codec.name], (N, K))
         if name + ".scale" in parts:
             return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
-        if name + ".absmax" in parts:
-            absmax = self._tensor(RESIDENT, name + ".absmax", empty)
-            N, K = self.manifest["quantization"]["resident_shapes"][name]
-            return Nf4Weight(weight, absmax, self.levels, (N, K))
         return weight
 
     def _tensor(self, file: str, name: str, empty: Empty) -> Tensor:

@@ -2,8 +2,11 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import (
@@ -17,6 +20,8 @@ from slotmoe.jsonfile import (
     or_null,
     read_json,
 )
+from slotmoe.quant.codec import BLOCK, KINDS, LAYOUT, SCALES
+from slotmoe.quant.export.codecs import expert_codecs, manifest_codecs, to_version_2
 from slotmoe.quant.export.layout import (
     COPIED,
     DTYPES,
@@ -33,7 +38,7 @@ from slotmoe.quant.export.layout import (
     predictor_parts,
     resident_parts,
 )
-from slotmoe.quant.shapes import ALIGNMENT, BLOCK
+from slotmoe.quant.shapes import ALIGNMENT
 
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
@@ -41,14 +46,25 @@ UNLISTED = "is not in the manifest, so nothing vouches for it"
 _SIZE = integer(1, 1 << 31)
 _LAYER = integer(0, 99999)
 _ERROR = number(0, 1000)
-_STORED = ("nf4", "int8", "bf16", "fp16", "fp32")
+_PLAIN = ("int8", "bf16", "fp16", "fp32")
+_SHAPE = ListOf(_SIZE, 2, 2)
+_LEVELS = ListOf(number(-1e30, 1e30), 8, 16)
+_CODEC = {
+    "bits": one_of(*sorted({bits for bits, _ in KINDS})),
+    "block": integer(1, 1 << 20),
+    "scales": one_of(*SCALES),
+    "levels": _LEVELS,
+}
+_VERSION_1 = {
+    "quantization": {"block": one_of(BLOCK), "levels": _LEVELS, "resident_shapes": ObjectOf(_SHAPE)}
+}
 _MANIFEST = {
     "source": {"files": {}},
     "quantization": {
-        "layout": one_of("tiles16"),
-        "block": one_of(BLOCK),
-        "levels": ListOf(number(-1e30, 1e30), 16, 16),
-        "resident_shapes": ObjectOf(ListOf(_SIZE, 2, 2)),
+        "layout": one_of(LAYOUT),
+        "codecs": ObjectOf(_CODEC),
+        "experts": {"gate_up": TEXT, "down": TEXT},
+        "resident_codecs": ObjectOf({"codec": TEXT, "shape": _SHAPE}),
     },
     "experts": {
         "hidden_size": integer(1, 1 << 20),
@@ -102,8 +118,8 @@ def regular_file(folder: Path, name: str) -> Path:
 
 def manifest_layout(manifest: dict[str, Any]) -> RecordLayout:
     """Layout of the records that ``manifest`` describes."""
-    experts = manifest["experts"]
-    return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"])
+    experts, codecs = manifest["experts"], expert_codecs(manifest)
+    return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
 
 
 def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
@@ -148,6 +164,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "its checksum is wrong; the manifest was changed or damaged, quantize again"
         raise ExportError(f"{path}: {what}")
     try:
+        if version == 1:
+            check(manifest, _VERSION_1)
+            to_version_2(manifest)
         _check_manifest(manifest)
     except (LookupError, TypeError, AttributeError, ValueError) as problem:
         lacks = "something is missing: " if isinstance(problem, LookupError) else ""
@@ -161,13 +180,31 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
+def _check_codecs(quantization: dict[str, Any]) -> None:
+    """Every codec must be one that readers know, and every name of a codec one of these."""
+    for name, item in quantization["codecs"].items():
+        bits, block, scales, levels = (item[key] for key in _CODEC)
+        known, what = (
+            (bits, scales) in KINDS and block == SCALES[scales].block,
+            f"codec {name!r:.40}",
+        )
+        _require(known, f"{what}: {bits} bits with {scales} scales for {block} columns are unknown")
+        _require(len(levels) == 1 << bits, f"{what} has {len(levels)} levels for {bits} bits")
+        ordered = all(low < high for low, high in pairwise(map(np.float32, levels)))
+        _require(ordered, f"the levels of {what} are not in ascending order, each once")
+    named = [item["codec"] for item in quantization["resident_codecs"].values()]
+    for name in [*quantization["experts"].values(), *named]:
+        _require(name in quantization["codecs"], f"codec {name!r:.40} is not in codecs")
+
+
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise unless the manifest has the structure that readers rely on."""
     check(manifest, _MANIFEST)
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
+    _check_codecs(quantization)
     if "report" in quantization:
-        _check_report(quantization["report"])
-    _check_experts(experts)
+        _check_report(quantization["report"], {*_PLAIN, *quantization["codecs"]})
+    _check_experts(manifest)
     layout, E = manifest_layout(manifest), experts["n_routed_experts"]
     layer_files = list(map(layer_file, experts["layers"]))
     predictors = list(filter(is_predictor, files))
@@ -179,7 +216,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     check(files, dict.fromkeys([RESIDENT, *predictors], _TENSORS), "files")
     check(files, {name: _COPIED for name in files if name in COPIED}, "files")
     sizes = dict.fromkeys(layer_files, E * layout.record_bytes)
-    sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], quantization["resident_shapes"])
+    sizes[RESIDENT] = _check_resident(files[RESIDENT]["tensors"], manifest)
     for name in predictors:
         sizes[name] = check_predictor(files[name]["tensors"], experts)
     for name, size in sizes.items():
@@ -188,8 +225,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         _require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
-def _check_experts(experts: dict[str, Any]) -> None:
-    layout, layers = manifest_layout({"experts": experts}), experts["layers"]
+def _check_experts(manifest: dict[str, Any]) -> None:
+    experts, layout = manifest["experts"], manifest_layout(manifest)
+    layers = experts["layers"]
     described = experts["record_bytes"], experts["record"]
     _require(described == (layout.record_bytes, layout.describe()), "the record layout is unknown")
     _require(layers == sorted(set(layers)), "layers are not in order")
@@ -197,15 +235,16 @@ def _check_experts(experts: dict[str, Any]) -> None:
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
 
 
-def _check_report(report: dict[str, Any]) -> None:
-    """What quantization cost must have the documented keys and possible figures."""
+def _check_report(report: dict[str, Any], known: set[str]) -> None:
+    """What quantization cost must have the documented keys and possible figures; ``known`` are the
+    ways to store a tensor."""
     check(report, _REPORT, "quantization.report")
     same_keys = report.keys() == _REPORT.keys()
     _require(same_keys, "the report has other keys than its format")
     for row in report["families"]:
         keys = row.keys() - {"relative_output_error"}  # of calibrated weights alone
         _require(keys == _FAMILY.keys(), "a family of the report has other keys")
-        _require(row["stored"] in _STORED, f"unknown storage {row['stored']!r:.40} in the report")
+        _require(row["stored"] in known, f"unknown storage {row['stored']!r:.40} in the report")
         worst, by_layer = row["worst_layer"], row["by_layer"]
         _require(all(map(str.isdecimal, by_layer)), "by_layer has what is no layer")
         is_worst = not by_layer if worst is None else str(worst) in by_layer
@@ -232,17 +271,19 @@ def _check_tensors(of: str, tensors: dict[str, Any], expected: dict[str, Part]) 
     return sum(part.nbytes for part in expected.values())
 
 
-def _check_resident(tensors: dict[str, Any], nf4_shapes: dict[str, Any]) -> int:
+def _check_resident(tensors: dict[str, Any], manifest: dict[str, Any]) -> int:
     """Every weight must have the tensors, dtypes and shapes that its quantization prescribes:
     kernels trust them.  Returns their bytes."""
     expected: dict[str, Part] = {}
+    codecs, coded = manifest_codecs(manifest), manifest["quantization"]["resident_codecs"]
     for name, item in tensors.items():
         part = part_of(item)
-        if name + ".scale" in tensors:
+        if name in coded:
+            shape, codec = tuple(coded[name]["shape"]), codecs[coded[name]["codec"]]
+            expected |= resident_parts(name, shape, codec, part.dtype)
+        elif name + ".scale" in tensors:
             _require(len(part.shape) == 2, f"{name:.80} is no matrix")
             expected |= resident_parts(name, part.shape, "int8", part.dtype)
-        elif name + ".absmax" in tensors:
-            expected |= resident_parts(name, tuple(nf4_shapes[name]), "nf4", part.dtype)
         elif name not in expected:
             _require(part.dtype.is_floating_point, f"{name:.80} has dtype {part.dtype}")
             expected |= resident_parts(name, part.shape, "none", part.dtype)

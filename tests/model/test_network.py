@@ -17,9 +17,10 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.codec import NF4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from tests.support import plain
 from tests.support.oracle import relative_error, transformers_logits
@@ -236,8 +237,8 @@ def native_network(overrides, resident, kind=NativeBackend):
         quantization = resident_quantization(role_of(name), resident)
         if quantization == "int8":
             weight = Int8Weight(*int8.quantize(weight))
-        elif quantization == "nf4":
-            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif quantization is NF4:
+            weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         elif weight.dim() == 1:
             weight = weight.float()
         return ops.prepare(role_of(name), weight)

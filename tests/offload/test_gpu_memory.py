@@ -17,10 +17,12 @@ from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, SlotTable
+from slotmoe.quant.codec import Codec
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import absmax_shape, codes_shape, resident_quantization
+from slotmoe.quant.shapes import resident_quantization
+from tests.support.slab import NF4S
 
 META = torch.device("meta")
 
@@ -65,7 +67,7 @@ class Experts:
     def __init__(self, backend, layout):
         self._backend = backend
         self._records = Records(
-            empty(160, layout.record_bytes, dtype=torch.uint8), layout, empty(16)
+            empty(160, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16)
         )
 
     def __call__(self, layer, x_TD, weights_TK, indices_TK):
@@ -82,10 +84,10 @@ def resident(name, shape, mode):
     kind = resident_quantization(role_of(name), mode)
     if kind == "int8":
         return Int8Weight(empty(*shape, dtype=torch.int8), empty(shape[0]))
-    if kind == "nf4":
-        codes = empty(*codes_shape(*shape), dtype=torch.uint8)
-        absmax = empty(*absmax_shape(*shape), dtype=torch.float16)
-        return Nf4Weight(codes, absmax, empty(16), shape)
+    if isinstance(kind, Codec):
+        codes = empty(*kind.codes_shape(*shape), dtype=torch.uint8)
+        absmax = empty(*kind.scales_shape(*shape), dtype=torch.float16)
+        return CodedWeight(codes, absmax, empty(16), shape)
     return empty(*shape)
 
 
@@ -101,7 +103,8 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
     config = read_config(geometry_path(geometry))
     three = replace(config, num_hidden_layers=3)  # a dense one and two with experts
     weights = {name: resident(name, shape, mode) for name, shape in resident_shapes(three).items()}
-    layout, peaks = RecordLayout(config.hidden_size, config.moe_intermediate_size), {}
+    layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, NF4S)
+    peaks = {}
     backend = pick_backend(META, "triton")
     row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
     for tokens in (1, 16, 128, 170, PREFILL_CHUNK):

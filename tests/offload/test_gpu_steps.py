@@ -20,8 +20,9 @@ from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.graphs import Captured, CudaGraph
+from slotmoe.quant.codec import NF4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start
@@ -140,8 +141,8 @@ def make_network(backend, resident="int8", complete=False, **overrides):
             weight = weight.float()
         elif kind == "int8":
             weight = Int8Weight(*int8.quantize(weight))
-        elif kind == "nf4":
-            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif kind is NF4:
+            weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))
     experts = SlabExperts(backend, config, weights, DEVICE, complete)
     return DeepseekV2(config, placed, backend, experts)

@@ -16,7 +16,7 @@ import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
-from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_name
+from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
@@ -29,13 +29,13 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import RESIDENT_MODES, resident_bytes, resident_quantization
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
 from tests.support.hub import NAME, Repo
+from tests.support.slab import NF4S
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def plan_of(config, budget, *, resident="int8", runtime_bytes=0, context=512, **
         "runtime_bytes": runtime_bytes,
         **options,
     }
-    return make_plan(config, sizes_of(config, resident), **options)
+    return make_plan(config, sizes_of(config, resident, NF4S), **options)
 
 
 DESIGN = [
@@ -69,7 +69,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
     """Section 2 of the design: parameters (M), one record (MB), all (GB), a token's (GB), other
     parameters (G), KV bytes."""
     config = geometry(name)
-    sizes, rows = sizes_of(config, "bf16"), len(config.moe_layers)
+    sizes, rows = sizes_of(config, "bf16", NF4S), len(config.moe_layers)
     found = (
         sum(math.prod(shape) for shape in expert_shapes(config).values()) / 1e6,
         sizes.record_bytes / 1e6,
@@ -81,16 +81,16 @@ def test_arithmetic_of_the_real_models(name, wanted):
     assert found == pytest.approx(wanted, rel=0.02)
     assert (
         sizes.record_bytes
-        == RecordLayout(config.hidden_size, config.moe_intermediate_size).record_bytes
+        == RecordLayout(config.hidden_size, config.moe_intermediate_size, NF4S).record_bytes
     )
 
 
-@pytest.mark.parametrize("resident", RESIDENT_MODES)
+@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
 def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
     write_checkpoint(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "export", resident=resident)
     config = read_config(tmp_path / "export" / "config.json")
-    sizes = sizes_of(config, resident)
+    sizes = sizes_of(config, resident, NF4S)
     with Runtime.open(tmp_path / "export", context=64) as runtime:
         assert sum(runtime.plan.components[name] for name in sizes.resident) == sum(
             sizes.resident.values()
@@ -104,12 +104,12 @@ def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
                 weight.dim() == 1 or name.endswith("mlp.gate.weight")
             )
             held += (weight.float() if widened else weight).nbytes
-            held -= 64 * isinstance(weight, Nf4Weight)  # the levels: one table for all
+            held -= 64 * isinstance(weight, CodedWeight)  # the levels: one table for all
     assert sum(sizes.resident.values()) == held
 
 
 def test_slots_get_what_is_left():
-    config, size = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8").record_bytes
+    config, size = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8", NF4S).record_bytes
     plan = plan_of(config, 5 * GIB)
     assert 0 <= plan.budget - plan.total < size
     assert plan.components["expert slots"] == plan.slots * size
@@ -203,7 +203,7 @@ def test_peak_memory_is_within_three_percent_of_the_prediction(sample_export, sl
 
 
 def test_speed_is_bytes_over_bandwidth():
-    config, sizes = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8")
+    config, sizes = geometry("v2-lite"), sizes_of(geometry("v2-lite"), "int8", NF4S)
     rates = Bandwidths(ram=30e9, disk=2e9)
 
     def predict(budget, bandwidths=rates, random_routing=True):
@@ -229,7 +229,7 @@ def test_speed_is_bytes_over_bandwidth():
 
 
 def test_a_gpu_waits_for_pcie_or_the_disk():
-    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4")
+    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4", NF4S)
     gpu = GPUS["rtx-4090"]
     rates = Bandwidths(gpu=gpu.bandwidth, pcie=gpu.pcie, disk=5e9)
 
@@ -252,7 +252,7 @@ def test_bytes_of_a_token():
     """V2-Lite: 1.1 GB of resident weights without the embedding, 0.72 GB of experts, 31 KB of cache
     a position."""
     config = geometry("v2-lite")
-    sizes = sizes_of(config, "int8")
+    sizes = sizes_of(config, "int8", NF4S)
     experts = len(config.moe_layers) * config.num_experts_per_tok * sizes.record_bytes
     assert sizes.touched + experts == pytest.approx(1.1e9 + 0.72e9, rel=0.03)
     assert kv_bytes(config, 1000, "triton") == 27 * 576 * 2 * 1000
@@ -296,7 +296,7 @@ def test_the_full_model_fits_a_24_gb_gpu(plan, ram):
     code, out, _ = plan("v2", "--gpu", "rtx-4090", "--ram", f"{ram}GiB", "--json")
     report = json.loads(out)
     assert (code, report["fits"], report["shortfall"]) == (0, True, 0)
-    assert report["resident"]["precision"] == "mixed"
+    assert report["resident"]["precision"] == "nf4"
     for tier, total in report["total"].items():
         assert total == sum(parts.get(tier, 0) for parts in report["components"].values())
         assert tier == "disk" or total <= report["budget"][tier]
@@ -476,7 +476,7 @@ def machine_column(report):
     fast = "vram" if "vram" in report["budget"] else "ram"
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
     resident = sum(parts[name].get(fast, 0) for name in names)
-    precision = report["resident"]["precision"]
+    precision = {"int8": "int8", "nf4": "NF4"}[report["resident"]["precision"]]
     others = "prefill scratch", "read buffers", "runtime", "logits", "slot table"
     rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
     below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
@@ -516,9 +516,9 @@ def test_the_pages_tables_are_what_plan_says(plan, model):
 
 
 def test_the_pages_sizes_are_what_plan_says(plan):
-    int8, mixed = (
+    int8, nf4 = (
         [json.loads(plan(m, "--ram", "64GiB", "--resident", r, "--json")[1]) for m in LITE_AND_V2]
-        for r in ("int8", "mixed")
+        for r in ("int8", "nf4")
     )
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
 
@@ -528,8 +528,8 @@ def test_the_pages_sizes_are_what_plan_says(plan):
     wanted = {
         "original checkpoint, bf16": [(r["disk"]["download"] / 1e9,) for r in int8],
         "export": [(r["disk"]["export"] / 1e9,) for r in int8],
-        "resident weights, int8 / mixed": [
-            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, mixed, strict=True)
+        "resident weights, int8 / NF4": [
+            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, nf4, strict=True)
         ],
         "all routed experts": [(r["components"]["all experts"]["disk"] / 1e9,) for r in int8],
     }
@@ -636,20 +636,3 @@ def test_without_a_network_a_hub_id_is_one_line(tmp_path):
     assert time.perf_counter() - started < 10
     problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
     assert (done.returncode, done.stderr) == (1, f"slotmoe: {NAME}: {problem}\n")
-
-
-def test_mixed_residents_keep_what_4_bits_hurt_in_int8():
-    """A token of V2-Lite's reads 5.5 bits a weight; its MLPs are of one kind."""
-    config = geometry("v2-lite")
-    kinds, bits, weights = {}, 0, 0
-    for name, shape in resident_shapes(config).items():
-        kinds.setdefault(split_name(name)[1], set()).add(
-            resident_quantization(role_of(name), "mixed")
-        )
-        if len(shape) == 2 and role_of(name) not in ("gate", "embedding"):
-            bits += 8 * resident_bytes(role_of(name), shape, "mixed")
-            weights += math.prod(shape)
-    in_4_bits = {name for name in kinds if kinds[name] == {"nf4"}}
-    shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
-    assert in_4_bits == {"self_attn.q_proj", "self_attn.o_proj", *shared}
-    assert bits / weights < 5.6

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import record_bytes
 from tests.support.kernels import (
     alone,
+    expert_record,
     int8_matrix,
     latent_cache,
     levels_tensor,
@@ -109,15 +109,16 @@ def test_bad_arguments_are_refused():
     _, codes, absmax = random_nf4(rng, 32, 128)
     x = torch.randn(2, 128)
     _, record = random_expert(rng, 64, 32)
-    size = record_bytes(64, 32)
+    size = expert_record(64, 32).record_bytes
     ones = torch.ones(32, 128, dtype=torch.int8)
     tiles, int8 = torch.ones(2, 2, 1024).char(), int8_matrix(native, ones, torch.ones(32))
     x64, slots = torch.randn(2, 64), torch.zeros(1, dtype=torch.int32)
     chosen = torch.zeros(2, 1, dtype=torch.int64)
-    uses = slots, 32, levels_tensor, torch.empty(2, 1, 64)
+    coded = expert_record(64, 32)
+    uses = slots, coded, torch.empty(2, 1, 64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
     nf4, short = (
-        Nf4Weight(codes, absmax, levels, (32, 128))
+        CodedWeight(codes, absmax, levels, (32, 128))
         for levels in (levels_tensor, levels_tensor[:15])
     )
     kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
@@ -140,23 +141,25 @@ def test_bad_arguments_are_refused():
         lambda: native.experts_by_slot(x64, chosen.int(), record[None], *uses),
         lambda: native.experts_by_slot(x64, chosen, record[None, : size - 1], *uses),
         lambda: native.experts_by_slot(x64, chosen, record[None, 1:], *uses),
-        lambda: native.experts_by_slot(x64, chosen, record[None], slots, 33, *uses[2:]),
+        lambda: native.experts_by_slot(
+            x64, chosen, record[None], slots, expert_record(64, 33), *uses[2:]
+        ),
         lambda: native.experts_by_slot(torch.ones(2, 0), chosen, record[None], *uses),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         lambda: native.experts_by_slot(
-            torch.ones(64), chosen, record[None], slots, 32, levels_tensor, torch.empty(2, 1, 64)
+            torch.ones(64), chosen, record[None], slots, coded, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, chosen, record[None], slots, 32, levels_tensor, torch.empty(2, 2, 64)
+            x64, chosen, record[None], slots, coded, torch.empty(2, 2, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, chosen, record[None], slots + 1, 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None], slots + 1, coded, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, chosen, record[None, :-64], slots, 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None, :-64], slots, coded, torch.empty(2, 1, 64)
         ),
         lambda: native.experts_by_slot(
-            x64, chosen, record[None], slots.long(), 32, levels_tensor, torch.empty(2, 1, 64)
+            x64, chosen, record[None], slots.long(), coded, torch.empty(2, 1, 64)
         ),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 11, 64, 1.0),
         lambda: native.mla(torch.ones(2, 72)[None], cache, 0, 64, 1.0),

@@ -13,7 +13,7 @@ from tests.support.kernels import (
     RandomLayer,
     alone,
     attention_layer,
-    levels_tensor,
+    expert_record,
     needs_native,
     quick,
     random_expert,
@@ -102,7 +102,8 @@ class RandomModel:
         self.slots = torch.from_numpy(rng.permutation(3 * experts).astype(np.int32)).view(
             3, experts
         )
-        self.decoder = Decoder(self.layers, self.router, width)
+        self.decoder = Decoder(self.layers, self.router)
+        self.record = expert_record(hidden, width)
 
     def start(self, rng, positions):
         """The tokens' residual streams and rotations, and caches with `positions` rows, each in a
@@ -127,7 +128,7 @@ class RandomModel:
     def experts(self, moe_layer, x, weights, indices):
         slots = self.slots[moe_layer]
         outputs = torch.empty(*indices.shape, x.shape[1])
-        values = self.slab, slots, self.width, levels_tensor, outputs
+        values = self.slab, slots, self.record, outputs
         self.kernels.experts_by_slot(x, indices, *values)
         y = self.kernels.weighted_sum(outputs, weights)
         for token, row in enumerate(slots[indices].tolist()):
@@ -179,7 +180,7 @@ def test_decode_is_bitwise_its_parts(
             positions,
             model.slab,
             slots,
-            levels_tensor,
+            model.record,
             *resumed,
         )
         asked += len(got.indices)
@@ -215,8 +216,8 @@ def test_decode_refuses(kernels):
     model = RandomModel(kernels, rng, 64, 32, 6, 2)
     moe, dense = model.decoder.routed.index(True), model.decoder.routed.index(False)
     h, table, caches = model.start(rng, [3, 0])
-    names = "decoder first h table caches positions slab slots levels x experts".split()
-    good = [model.decoder, moe, h, table, caches, [3, 0], model.slab, model.slots, levels_tensor]
+    names = "decoder first h table caches positions slab slots record x experts".split()
+    good = [model.decoder, moe, h, table, caches, [3, 0], model.slab, model.slots, model.record]
     good = dict(zip(names, [*good, h, h], strict=True))
     kernels.decode(**good)
     kernels.decode(**good | {"x": None, "experts": None})
@@ -243,7 +244,10 @@ def test_decode_refuses(kernels):
         "positions": [[3], [3, 0, 0], [3, -1], [90, 0]],
         "slab": [model.slab[:, :64].contiguous(), odd, wide, model.slab.float()],
         "slots": [model.slots[1:], model.slots.long(), model.slots + 18],
-        "levels": [levels_tensor[1:], levels_tensor * float("nan")],
+        "record": [
+            expert_record(65, 32),
+            expert_record(64, 32, levels=torch.full((2, 16), float("nan"))),
+        ],
         "x": [None, h[:1], h.double()],
         "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
     }
@@ -255,6 +259,6 @@ def test_decode_refuses(kernels):
     smaller = RandomLayer(kernels, rng, ["int8"], 32, 3, 8, 4, 20, 6, 0, 6).prepared()
     for layers in ([], [(layer, mlp), (smaller, None)], [(smaller, mlp)]):
         with pytest.raises(ValueError, match=r"no layers|different"):
-            Decoder(layers, model.router, 32)
+            Decoder(layers, model.router)
     with pytest.raises(ValueError, match="don't fit"):
-        Decoder([(layer, mlp)], Router(1, 1, 7, 1.0), 32)
+        Decoder([(layer, mlp)], Router(1, 1, 7, 1.0))

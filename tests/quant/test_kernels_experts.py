@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.kernels import (
     alone,
-    levels_tensor,
+    expert_record,
     needs_native,
     quick,
     random_expert,
@@ -51,7 +51,7 @@ def test_experts(kernels, i, h, k, seed):
     slots = torch.from_numpy(rng.integers(-1, k, 7, dtype=np.int32))
     indices = torch.from_numpy(rng.integers(0, 7, (3, 4)))
     y = torch.full((3, 4, h), 7.0)
-    kernels.experts_by_slot(x, indices, slab, slots, i, levels_tensor, y)
+    kernels.experts_by_slot(x, indices, slab, slots, expert_record(h, i), y)
     for row, entry in np.ndindex(3, 4):
         slot = int(slots[indices[row, entry]])
         want = (
@@ -77,7 +77,7 @@ def test_more_uses_than_one_pass_takes(kernels):
     x, indices = torch_of(rng.standard_normal((400, 64))), rng.integers(0, 3, (400, 3))
     y = torch.full((400, 3, 64), torch.nan)
     slots = torch.tensor([2, 0, 1], dtype=torch.int32)
-    kernels.experts_by_slot(x, torch.from_numpy(indices), slab, slots, 32, levels_tensor, y)
+    kernels.experts_by_slot(x, torch.from_numpy(indices), slab, slots, expert_record(64, 32), y)
     for row, uses in enumerate(slots.numpy()[indices].tolist()):
         assert torch.equal(y[row], alone(kernels, x[row], [slab[slot] for slot in uses], 32))
 
@@ -91,6 +91,6 @@ def test_experts_with_extreme_activations(kernels):
         assert scale or (y == 0).all()
     nothing = torch.empty(1, 0, 128)
     no_choice, slots = nothing[..., 0].long(), torch.zeros(1, dtype=torch.int32)
-    values = slab_of([record]), slots, 64, levels_tensor, nothing
+    values = slab_of([record]), slots, expert_record(128, 64), nothing
     kernels.experts_by_slot(torch.ones(1, 128), no_choice, *values)
     assert not kernels.weighted_sum(torch.empty(1, 0, 128), torch.empty(1, 0)).any()

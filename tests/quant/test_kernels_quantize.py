@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from tests.support.kernels import (
     LEVELS,
     levels_tensor,
@@ -134,7 +134,7 @@ def test_errors_of_quantized_weights(kernels, n, k, seed, dtype):
     x = source.double().numpy()
     int8 = Int8Weight(torch.from_numpy(q.astype(np.int8)), torch.from_numpy(scale))
     for weight, made in (
-        (Nf4Weight(codes, absmax, levels_tensor, (n, k)), w.astype(np.float32)),
+        (CodedWeight(codes, absmax, levels_tensor, (n, k)), w.astype(np.float32)),
         (int8, q.astype(np.float32) * scale[:, None]),
     ):
         errors = kernels.squared_error(source, weight)
@@ -144,7 +144,7 @@ def test_errors_of_quantized_weights(kernels, n, k, seed, dtype):
 def test_errors_are_the_same_bits_for_every_instruction_set_and_number_of_threads():
     torch.manual_seed(0)
     source = torch.randn(150, 333)
-    nf4 = Nf4Weight(*native.quantize_nf4(source), levels_tensor, (150, 333))
+    nf4 = CodedWeight(*native.quantize_nf4(source), levels_tensor, (150, 333))
     int8 = Int8Weight(*native.quantize_int8(source))
     before, results = (native.isa, native.threads), set()
     try:

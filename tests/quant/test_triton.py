@@ -21,11 +21,11 @@ from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.weights import dequantize
-from tests.support.slab import LEVELS, write_record
+from tests.support.slab import LEVELS, NF4S, write_record
 from tests.support.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def make_records(S, D, width, seed=0):
     """Random records with scales of both signs, zeros, tiny and large ones; padding bytes are
     poison."""
-    layout, generator = RecordLayout(D, width), torch.Generator().manual_seed(seed)
+    layout, generator = RecordLayout(D, width, NF4S), torch.Generator().manual_seed(seed)
     slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)  # NaN, read as scales
     for record in slab:
         for name in PROJECTIONS:
@@ -46,7 +46,7 @@ def make_records(S, D, width, seed=0):
                 torch.randint(5, absmax.shape, generator=generator)
             ]
             write_record(record, layout, name, codes, absmax)
-    return Records(slab.to(DEVICE), layout, LEVELS.to(DEVICE))
+    return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
 def expert_of(records, slot, x_TD):
@@ -179,7 +179,7 @@ def make_weight(kind, N, K, seed=0, wild=True):
         absmax[-1, :, N % nf4.TILE or nf4.TILE :] = (
             torch.nan
         )  # rows of the last tile that are not there
-        return Nf4Weight(
+        return CodedWeight(
             codes.to(DEVICE), absmax.to(DEVICE), (LEVELS * 1.5 + 0.1).to(DEVICE), (N, K)
         )
     return w_NK.to(kind).to(DEVICE)

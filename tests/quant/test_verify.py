@@ -11,6 +11,7 @@ import torch
 from slotmoe.errors import ExportError
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.synth import synthesize
+from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import (
     MANIFEST,
     RESIDENT,
@@ -238,6 +239,7 @@ def test_random_weights_are_made_by_another_command(tmp_path, good, slotmoe):
         good / "checkpoint" / "config.json",
         tmp_path / "random",
         "auto",
+        DEFAULT_CODECS,
         1,
         False,
         lambda done, total: None,

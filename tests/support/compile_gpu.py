@@ -24,10 +24,10 @@ from slotmoe.model.layers import Geometry, Layer, Mlp, Step, Timer
 from slotmoe.model.routing import Router
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonBackend
+from slotmoe.quant.codec import NF4, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import absmax_shape, codes_shape
 
 D, WIDTH, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
 TYPES = {
@@ -102,17 +102,17 @@ def int8(n, k):
 
 
 def nf4(n, k):
-    return Nf4Weight(
-        empty(*codes_shape(n, k), dtype=torch.uint8),
-        empty(*absmax_shape(n, k), dtype=torch.float16),
+    return CodedWeight(
+        empty(*NF4.codes_shape(n, k), dtype=torch.uint8),
+        empty(*NF4.scales_shape(n, k), dtype=torch.float16),
         empty(16),
         (n, k),
     )
 
 
 def records():
-    layout = RecordLayout(D, WIDTH)
-    return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(16))
+    layout = RecordLayout(D, WIDTH, ExpertCodecs(NF4, NF4))
+    return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16))
 
 
 class CompleteExperts:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import new
+from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk
-from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix
-from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
 
 native = qk.load()
@@ -134,6 +135,12 @@ def latent_cache(kernels, rows, r, extra=0):
     return cache
 
 
+def expert_record(h, i, codecs=EXPERT_CODECS["nf4", "4"], levels=None):
+    """How records are coded, as the native calls take it."""
+    table = torch.stack([levels_of(codec) for codec in codecs]) if levels is None else levels
+    return ExpertRecord(h, i, codecs, table)
+
+
 def through_expert(kernels, x, record, intermediate):
     """All of x through one expert, [T, H]."""
     y = torch.empty(len(x), 1, x.shape[1])
@@ -142,8 +149,7 @@ def through_expert(kernels, x, record, intermediate):
         torch.zeros(len(x), 1, dtype=torch.int64),
         slab_of([record]),
         torch.zeros(1, dtype=torch.int32),
-        intermediate,
-        levels_tensor,
+        expert_record(x.shape[1], intermediate),
         y,
     )
     return y[:, 0]
@@ -161,7 +167,7 @@ def attention_layer(kernels, layer, h, table, caches, positions):
 
 
 def nf4_matrix(codes, absmax, levels, n, k):
-    return Matrix.nf4(Nf4Weight(codes, absmax, levels, (n, k)))
+    return Matrix.of_codes(CodedWeight(codes, absmax, levels, (n, k)))
 
 
 def linear_nf4(kernels, x, codes, absmax, levels, n):

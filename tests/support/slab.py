@@ -5,14 +5,19 @@ import torch
 from slotmoe.model.names import expert_name
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import Records, SlotTable
+from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
+from slotmoe.quant.weights import quantize_coded
 
 LEVELS = torch.tensor(nf4.LEVELS)
+NF4S = EXPERT_CODECS["nf4", "4"]
 
 
-def write_record(record, layout, name, codes, absmax):
-    layout.part(record, f"{name}.weight").copy_(codes)
-    layout.part(record, f"{name}.weight.absmax").copy_(absmax)
+def write_record(record, layout, name, codes, scales):
+    """Codes and scales of one projection to their places."""
+    weight = layout.weight(record, name, layout.levels())
+    weight.codes.copy_(codes)
+    weight.scales.copy_(scales)
 
 
 class SlabExperts:
@@ -23,8 +28,8 @@ class SlabExperts:
     [T][K] of every layer that was computed anywhere, by layer.
     """
 
-    def __init__(self, backend, config, weights, device, complete=False, in_table=()):
-        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size)
+    def __init__(self, backend, config, weights, device, complete=False, in_table=(), codecs=NF4S):
+        layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         self.complete, self.in_table, self._backend = complete, in_table, backend
         self._layers, self._experts = config.moe_layers, config.n_routed_experts
         count = len(self._layers) * self._experts
@@ -34,8 +39,9 @@ class SlabExperts:
             row, expert = divmod(expert_id, self._experts)
             for name in PROJECTIONS:
                 weight = weights[expert_name(self._layers[row], expert, name)]
-                write_record(slab[slot], layout, name, *nf4.quantize(weight))
-        self._records = Records(slab.to(device), layout, LEVELS.to(device))
+                coded = quantize_coded(weight, codecs.of(name))
+                write_record(slab[slot], layout, name, *coded)
+        self._records = Records(slab.to(device), layout, layout.levels().to(device))
         self._slots_ME = order.int().view(len(self._layers), -1).to(device)
         self.calls, self.chosen = [], []
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.weights import dequantize
 from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
@@ -378,10 +378,10 @@ def test_synth_and_bench(slotmoe, tmp_path):
         record = torch.empty(export.layout.record_bytes, dtype=torch.uint8)
         export.read_range(4, 7, 0, record.numpy().data)
         for name in PROJECTIONS:  # padding is zero weights, as the format says
-            weight = export.layout.weight(record, name, export.levels)
+            weight = export.layout.weight(record, name, export.layout.levels())
             tiles, blocks, _ = weight.codes.shape
             padded = dequantize(
-                Nf4Weight(weight.codes, weight.absmax, weight.levels, (16 * tiles, 64 * blocks))
+                CodedWeight(weight.codes, weight.scales, weight.levels, (16 * tiles, 64 * blocks))
             )
             rows, columns = weight.shape
             assert padded[rows:].abs().sum() == 0

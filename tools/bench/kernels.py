@@ -11,6 +11,7 @@ graph, so that no launch is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,17 +30,18 @@ from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.memory import in_large_pages
 from slotmoe.offload.tiers.slots import Slots
-from slotmoe.quant import nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records
+from slotmoe.quant.codec import DEFAULT_CODECS, LUT3, LUT4, NF4, Codec, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.weights import Matrix
-from slotmoe.quant.shapes import absmax_shape, codes_shape, record_bytes
+from slotmoe.quant.shapes import record_bytes
 from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
-from slotmoe.tools.options import count
+from slotmoe.tools.options import codec_options, count, expert_codecs
 
 Actions = Sequence[Callable[[], Any]]
 MANY = 512  # tokens of a prefill pass
@@ -54,7 +56,6 @@ class _Bench:
         self.ops, self._rounds = pick_backend(torch.device(device), threads=threads), rounds
         self.on_cpu, self._device = device == "cpu", device
         self.rows, self.working_set = list[turns.Row](), int(gibibytes * 2**30)
-        self.levels = torch.tensor(nf4.LEVELS, device=device)
         if not self.on_cpu:
             source = torch.ones(1 << 30, dtype=torch.uint8, device=device)
             self._copy = partial(torch.empty_like(source).copy_, source)
@@ -117,24 +118,30 @@ class _Bench:
         self.rows.append(row)
 
 
-def _experts(bench: _Bench) -> None:
+def _fill_scales(weight: CodedWeight, deviation: float) -> None:
+    """Scales with which random codes have about this deviation."""
+    largest = float(weight.levels.abs().max())
+    if weight.scales.dtype == torch.float16:
+        weight.scales.fill_(2 * deviation / largest)
+    else:
+        weight.scales[:, 2:] = 127
+        weight.scales[:, :2].view(torch.float32).fill_(2 * deviation / largest / 127)
+
+
+def _experts(bench: _Bench, codecs: ExpertCodecs) -> None:
     """One token through K experts a layer, layer after layer; and experts with many tokens."""
-    c, ops, levels = bench.config, bench.ops, bench.levels
+    c, ops = bench.config, bench.ops
     D, K = c.hidden_size, c.num_experts_per_tok
-    layout = RecordLayout(D, c.moe_intermediate_size)
+    layout = RecordLayout(D, c.moe_intermediate_size, codecs)
     S = bench.working_set // layout.record_bytes // K * K
     slab = bench.empty((S, layout.record_bytes))
     slab[0].random_(0, 256)
+    levels = layout.levels().to(slab.device)
     for name, (_, columns) in layout.shapes.items():
-        part = layout.parts[f"{name}.weight.absmax"]
-        scales = slab[0, part.offset : part.offset + part.nbytes]
-        scales.view(torch.float16).fill_(1.8 * columns**-0.5)
+        _fill_scales(layout.weight(slab[0], name, levels), 0.9 * columns**-0.5)
     slab[1:] = slab[0]
-    x_1D, macs, size = (
-        bench.randn(1, D),
-        3 * D * c.moe_intermediate_size,
-        record_bytes(D, c.moe_intermediate_size),
-    )
+    x_1D, macs = bench.randn(1, D), 3 * D * c.moe_intermediate_size
+    size = record_bytes(D, c.moe_intermediate_size, codecs)
     records, slots_E = Records(slab, layout, levels), bench.empty((S,), torch.int32)
     torch.arange(S, out=slots_E)
     choices, y_1KD = slots_E.long().view(-1, 1, K), bench.empty((1, K, D), torch.float32)
@@ -158,21 +165,29 @@ def _linears(bench: _Bench) -> None:
     D, linear = bench.config.hidden_size, bench.ops.linear
     memory = bench.empty((max(2, bench.working_set // (N * D)), N * D)).random_(0, 256)
     scale_N = bench.empty((N,), torch.float32).fill_(D**-0.5 / 73)
-    halves, scales = memory.view(-1, N * D // 2), absmax_shape(N, D)
-    absmax = bench.empty((len(halves), *scales), torch.float16).fill_(1.8 * D**-0.5)
 
     def int8(block: Tensor) -> Matrix | Int8Weight:
         if not bench.on_cpu:
             return Int8Weight(block.view(N, D), scale_N)
         return Matrix.int8(block.view(N // 16, D // 64, 1024), scale_N, (N, D))
 
-    coded = [
-        nf4.Nf4Weight(codes.view(codes_shape(N, D)), scales, bench.levels, (N, D))
-        for codes, scales in zip(halves, absmax, strict=True)
-    ]
+    def coded(codec: Codec) -> Sequence[CodedWeight]:
+        shapes = codec.codes_shape(N, D), codec.scales_shape(N, D)
+        dtype = torch.float16 if codec.scales == "f16" else torch.uint8
+        size, levels = math.prod(shapes[0]), levels_of(codec).to(memory.device)
+        whole = memory.view(-1)[: memory.numel() // size * size].view(-1, *shapes[0])
+        scales = bench.empty((len(whole), *shapes[1]), dtype)
+        weights = [
+            CodedWeight(codes, of_codes, levels, (N, D))
+            for codes, of_codes in zip(whole, scales, strict=True)
+        ]
+        for weight in weights:
+            _fill_scales(weight, 0.9 * D**-0.5)
+        return weights
+
     kinds: dict[str, tuple[int, Sequence[Any]]] = {
         "int8": (N * D, [int8(block) for block in memory.view(torch.int8)]),
-        "nf4": (N * D // 2 + absmax[0].nbytes, coded),
+        **{codec.name: (codec.nbytes(N, D), coded(codec)) for codec in (NF4, LUT4, LUT3)},
     }
     x_1D, x_TD = bench.randn(1, D), bench.randn(MANY, D)
     for kind, (size, weights) in kinds.items():
@@ -202,7 +217,10 @@ def _attention(bench: _Bench) -> None:
 @click.option("--isa", help="Instruction set. [default: the best here]")
 @turns.repetitions(7)
 @turns.WORKING_SET
-def kernels(threads: int | None, isa: str | None, repetitions: int, working_set: float) -> None:
+@codec_options
+def kernels(
+    threads: int | None, isa: str | None, repetitions: int, working_set: float, **codec: Any
+) -> None:
     """Each native kernel beside what bounds it."""
     native = bindings.load()
     if native is None:
@@ -212,8 +230,9 @@ def kernels(threads: int | None, isa: str | None, repetitions: int, working_set:
     if isa:
         native.set_isa(isa)
     bench = _Bench("cpu", repetitions, working_set, threads)
-    for measure in (_experts, _linears, _attention):
-        measure(bench)
+    _experts(bench, expert_codecs(codec) or DEFAULT_CODECS)
+    _linears(bench)
+    _attention(bench)
     source = torch.randn(N, bench.config.hidden_size).bfloat16()
     for quantizer in (quantize_nf4, quantize_int8):
         actions = [partial(quantizer, source)]
@@ -258,7 +277,10 @@ def _step(export: str, way: str, steps: int, depth: int, ceiling: float) -> turn
 @turns.repetitions(7)
 @count("--steps", 50, "Decode steps of each kind; medians are reported.")
 @count("--depth", 128, "Tokens cached before them.")
-def gpu(export: str | None, working_set: float, repetitions: int, steps: int, depth: int) -> None:
+@codec_options
+def gpu(
+    export: str | None, working_set: float, repetitions: int, steps: int, depth: int, **codec: Any
+) -> None:
     """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
     --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
     if not torch.cuda.is_available():
@@ -268,8 +290,9 @@ def gpu(export: str | None, working_set: float, repetitions: int, steps: int, de
         )
     with torch.inference_mode():
         bench = _Bench("cuda", repetitions, working_set)
-        for measure in (_experts, _linears, _attention):
-            measure(bench)
+        _experts(bench, expert_codecs(codec) or DEFAULT_CODECS)
+        _linears(bench)
+        _attention(bench)
     rows, ceiling = bench.rows, bench.rows[0]["plain_bytes_per_second"]
     if export is not None:
         for way in ("kernel by kernel", "two graphs a layer", "one graph"):

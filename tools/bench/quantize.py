@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from slotmoe.quant import nf4
+from slotmoe.quant.codec import BLOCK
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.kernels.cpu import bindings
-from slotmoe.quant.shapes import BLOCK
 from slotmoe.quant.weights import dequantize, quantize_nf4, squared_error
 from slotmoe.tools.bench import turns
 
@@ -36,7 +37,7 @@ def quantize(repetitions: int) -> None:
         ours[f"native {native.isa}"] = native.quantize_nf4
 
     def with_error(weight: Tensor) -> object:
-        return squared_error(weight, nf4.Nf4Weight(*quantize_nf4(weight), levels, SHAPE))
+        return squared_error(weight, CodedWeight(*quantize_nf4(weight), levels, SHAPE))
 
     def speed(quantizer: Callable[[Tensor], object]) -> float:
         quantizer(weight)  # until the threads of the way before have gone to sleep
@@ -51,6 +52,6 @@ def quantize(repetitions: int) -> None:
     wanted = (levels[codes.int()] * state.absmax.half().float()[:, None]).view(SHAPE)
     for row in rows:
         if (quantizer := ours.get(row["way"])) is not None:
-            made = dequantize(nf4.Nf4Weight(*quantizer(weight), levels, SHAPE))
+            made = dequantize(CodedWeight(*quantizer(weight), levels, SHAPE))
             row["different_weights"] = int((made != wanted).sum())
     turns.finish(rows)

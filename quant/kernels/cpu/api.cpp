@@ -26,16 +26,17 @@ bool supported(const Isa* isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == &isa_avx2) return avx2;
-    if (isa == &isa_avx512vnni)
-        return avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    const bool avx512 = avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (isa == &isa_avx512vnni) return avx512;
+    if (isa == &isa_avx512vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
 #endif
     return isa == &isa_portable;
 }
 
 #if defined(__x86_64__)
-const Isa* const kIsas[] = {&isa_avx512vnni, &isa_avx2, &isa_portable};  // best first
+const Isa* const kIsas[] = {&isa_avx512vbmi, &isa_avx512vnni, &isa_avx2, &isa_portable};  // best first
 #else
 const Isa* const kIsas[] = {&isa_portable};
 #endif
@@ -121,18 +122,19 @@ bool slotmoe::finite(const float* levels) {
 namespace {
 
 struct Expert {
-    Nf4Matrix gate, up, down;
+    CodedMatrix gate, up, down;
 };
 
-// One record: gate, up and down codes, then their absmax.
-Expert expert_at(const uint8_t* record, int64_t h, int64_t i) {
-    const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), out_tiles = up_to(h, kTile),
-                  out_blocks = up_to(i, kBlock);
-    const int64_t in = in_tiles * in_blocks, out = out_tiles * out_blocks;
-    const uint16_t* absmax = reinterpret_cast<const uint16_t*>(record + (2 * in + out) * 512);
-    return {{record, absmax, i, in_blocks},
-            {record + in * 512, absmax + in * kTile, i, in_blocks},
-            {record + 2 * in * 512, absmax + 2 * in * kTile, h, out_blocks}};
+// All codes, then all scales: gate's, up's and down's.
+Expert expert_at(const uint8_t* data, const Record& r) {
+    const int64_t in_blocks = up_to(r.hidden, kBlock), in_tiles = up_to(r.intermediate, kTile);
+    const int64_t out_blocks = up_to(r.intermediate, kBlock), out_tiles = up_to(r.hidden, kTile);
+    const int64_t in = in_tiles * code_bytes(r.gate_up, in_blocks), out = out_tiles * code_bytes(r.down, out_blocks);
+    const int64_t scales = in_tiles * scale_bytes(r.gate_up, in_blocks);
+    const uint8_t* first = data + 2 * in + out;
+    return {{r.gate_up, data, first, r.intermediate, in_blocks},
+            {r.gate_up, data + in, first + scales, r.intermediate, in_blocks},
+            {r.down, data + 2 * in, first + 2 * scales, r.hidden, out_blocks}};
 }
 
 void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, float offset, ActBlock* blocks,
@@ -146,7 +148,7 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 
 // --- settings
 
-EXPORT int slotmoe_abi() { return 10; }
+EXPORT int slotmoe_abi() { return 11; }
 EXPORT const char* slotmoe_isa() { return best_isa().name; }
 EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
 EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
@@ -279,16 +281,16 @@ void mlp_rows(Job& job, const Isa& isa, const float* x, int64_t t, int64_t h, in
 
 }  // namespace
 
-// Gate [i, h], up [i, h], down [h, i], all int8 or all NF4 with the same levels.
+// Gate [i, h], up [i, h], down [h, i], all int8 or all of one codec.
 void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
                   const float* others, float* y) {
     const int64_t h = w[0].k, i = w[0].n;
-    if (w[0].kind == Matrix::nf4) {
-        const Nf4Matrix coded[3] = {w[0].as_nf4(), w[1].as_nf4(), w[2].as_nf4()};
+    if (w[0].kind != kInt8) {
+        const CodedMatrix coded[3] = {w[0].as_coded(), w[1].as_coded(), w[2].as_coded()};
         const Levels& fitted = levels_for(w[0].levels);
         const auto tiles = [&](int which, const ActBlock* b, const double* f, int64_t rows, int64_t begin, int64_t end,
                                float* o,
-                               int64_t ld) { isa.nf4_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
+                               int64_t ld) { isa.coded_tiles(coded[which], fitted, b, f, rows, begin, end, o, ld); };
         return mlp_rows(job, isa, x, t, h, i, fitted.offset, {residual, others}, y, tiles);
     }
     const Int8Matrix tiled[3] = {w[0].as_int8(), w[1].as_int8(), w[2].as_int8()};
@@ -300,7 +302,7 @@ void slotmoe::mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Mat
 // residual and others may be null, but others need a residual: see `Added`.
 EXPORT int slotmoe_mlp(const Matrix* w, const float* x, int64_t t, const float* residual, const float* others,
                        float* y) {
-    if (t < 0 || !w[0].valid() || w[0].kind > Matrix::nf4 || (others && !residual)) return kBadArgument;
+    if (t < 0 || !w[0].valid() || w[0].kind >= kF32 || (others && !residual)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         mlp(job, isa, x, t, w, residual, others, y);
         return kOk;
@@ -309,15 +311,19 @@ EXPORT int slotmoe_mlp(const Matrix* w, const float* x, int64_t t, const float* 
 
 // --- experts
 
-EXPORT int64_t slotmoe_record_bytes(int64_t h, int64_t i) {
-    return (2 * up_to(i, kTile) * up_to(h, kBlock) + up_to(h, kTile) * up_to(i, kBlock)) * (512 + 2 * kTile);
+EXPORT int64_t slotmoe_record_bytes(const Record* r) {
+    const int64_t in = up_to(r->hidden, kBlock), out = up_to(r->intermediate, kBlock);
+    return 2 * up_to(r->intermediate, kTile) * (code_bytes(r->gate_up, in) + scale_bytes(r->gate_up, in)) +
+           up_to(r->hidden, kTile) * (code_bytes(r->down, out) + scale_bytes(r->down, out));
 }
 
 namespace {
 
 // One token through k experts: the output of expert e becomes row rows[e] of y [.., h].
 void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* const* records, const int64_t* rows,
-                      int64_t k, int64_t h, int64_t i, const Levels& levels, float* y) {
+                      int64_t k, const Record& record, float* y) {
+    const int64_t h = record.hidden, i = record.intermediate;
+    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock);
     const int64_t out_tiles = up_to(h, kTile), act_blocks = up_to(i, kBlock);
     ActBlock* x_blocks = job.scratch<ActBlock>(kX, in_blocks);
@@ -326,14 +332,14 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
     float* up = job.scratch<float>(kUp, k * i);
     ActBlock* act = job.scratch<ActBlock>(kAct, job.threads() * act_blocks);
 
-    isa.quantize_rows(x, h, 0, 1, 1, levels.offset, x_blocks, x_factor);
+    isa.quantize_rows(x, h, 0, 1, 1, in_levels.offset, x_blocks, x_factor);
     job.parallel(k * in_tiles, [&](int, int64_t begin, int64_t end) {
         for (int64_t e = begin / in_tiles; e * in_tiles < end; e++) {
             const int64_t first = begin > e * in_tiles ? begin - e * in_tiles : 0;
             const int64_t last = end < (e + 1) * in_tiles ? end - e * in_tiles : in_tiles;
-            const Expert expert = expert_at(records[e], h, i);
-            isa.nf4_tiles(expert.gate, levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
-            isa.nf4_tiles(expert.up, levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
+            const Expert expert = expert_at(records[e], record);
+            isa.coded_tiles(expert.gate, in_levels, x_blocks, x_factor, 1, first, last, gate + e * i, i);
+            isa.coded_tiles(expert.up, in_levels, x_blocks, x_factor, 1, first, last, up + e * i, i);
             const int64_t row = first * kTile, count = (last * kTile < i ? last * kTile : i) - row;
             isa.silu_mul(gate + e * i + row, up + e * i + row, gate + e * i + row, count);
         }
@@ -349,10 +355,11 @@ void experts_of_token(Job& job, const Isa& isa, const float* x, const uint8_t* c
             const int64_t last = end < (e + 1) * out_tiles ? end - e * out_tiles : out_tiles;
             ActBlock* blocks = act + thread * act_blocks;
             double* factor = &held[thread].factor;
-            if (held[thread].expert != e) isa.quantize_rows(gate + e * i, i, 0, 1, 1, levels.offset, blocks, factor);
+            if (held[thread].expert != e)
+                isa.quantize_rows(gate + e * i, i, 0, 1, 1, out_levels.offset, blocks, factor);
             held[thread].expert = e;
             float* out = y + rows[e] * h;
-            isa.nf4_tiles(expert_at(records[e], h, i).down, levels, blocks, factor, 1, first, last, out, h);
+            isa.coded_tiles(expert_at(records[e], record).down, out_levels, blocks, factor, 1, first, last, out, h);
         }
     });
 }
@@ -398,7 +405,9 @@ struct Part {
 // A few experts, each weight decoded once for all its tokens. `uses` come expert by expert, `part_of` says whose each
 // is.
 void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, const int32_t* part_of, int64_t rows,
-                  const Part* parts, int64_t count, int64_t h, int64_t i, const Levels& levels, float* y) {
+                  const Part* parts, int64_t count, const Record& record, float* y) {
+    const int64_t h = record.hidden, i = record.intermediate;
+    const Levels &in_levels = levels_for(record.gate_up_levels), &out_levels = levels_for(record.down_levels);
     const int64_t in_tiles = up_to(i, kTile), in_blocks = up_to(h, kBlock), act_blocks = up_to(i, kBlock);
     ActBlock* x_blocks = job.scratch<ActBlock>(kX, rows * in_blocks);  // part by part, [B, rows] each
     double* x_factor = job.scratch<double>(kXFactor, rows);
@@ -407,13 +416,15 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
     ActBlock* act = job.scratch<ActBlock>(kAct, rows * act_blocks);
     double* act_factor = job.scratch<double>(kActFactor, rows);
     float* outs = job.scratch<float>(kOuts, rows * h);
-    const auto quantize = [&](const float* in, int64_t k, int64_t row, ActBlock* blocks, double* factor) {
+    const auto quantize = [&](const float* in, int64_t k, int64_t row, float offset, ActBlock* blocks,
+                              double* factor) {
         const Part& part = parts[part_of[row]];
-        isa.quantize_rows(in, k, 0, 1, part.rows, levels.offset,
+        isa.quantize_rows(in, k, 0, 1, part.rows, offset,
                           blocks + part.first * up_to(k, kBlock) + row - part.first, factor + row);
     };
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) quantize(x + uses[row].token * h, h, row, x_blocks, x_factor);
+        for (int64_t row = begin; row < end; row++)
+            quantize(x + uses[row].token * h, h, row, in_levels.offset, x_blocks, x_factor);
     });
     job.parallel(count * in_tiles, [&](int, int64_t begin, int64_t end) {
         for (int64_t p = begin / in_tiles; p * in_tiles < end; p++) {
@@ -422,20 +433,21 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
             const int64_t last = end < (p + 1) * in_tiles ? end - p * in_tiles : in_tiles;
             const ActBlock* blocks = x_blocks + part.first * in_blocks;
             float *g = gate + part.first * i, *u = up + part.first * i;
-            isa.nf4_tiles(part.expert.gate, levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
-            isa.nf4_tiles(part.expert.up, levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
+            isa.coded_tiles(part.expert.gate, in_levels, blocks, x_factor + part.first, part.rows, first, last, g, i);
+            isa.coded_tiles(part.expert.up, in_levels, blocks, x_factor + part.first, part.rows, first, last, u, i);
             const int64_t column = first * kTile, columns = (last * kTile < i ? last * kTile : i) - column;
             for (int64_t at = column; at < part.rows * i; at += i) isa.silu_mul(g + at, u + at, g + at, columns);
         }
     });
     job.parallel(rows, [&](int, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++) quantize(gate + row * i, i, row, act, act_factor);
+        for (int64_t row = begin; row < end; row++)
+            quantize(gate + row * i, i, row, out_levels.offset, act, act_factor);
     });
     job.parallel(up_to(h, kTile), [&](int, int64_t begin, int64_t end) {
         for (int64_t p = 0; p < count; p++) {
             const Part& part = parts[p];
-            isa.nf4_tiles(part.expert.down, levels, act + part.first * act_blocks, act_factor + part.first, part.rows,
-                          begin, end, outs + part.first * h, h);
+            isa.coded_tiles(part.expert.down, out_levels, act + part.first * act_blocks, act_factor + part.first,
+                            part.rows, begin, end, outs + part.first * h, h);
         }
         const int64_t column = begin * kTile, columns = (end * kTile < h ? end * kTile : h) - column;
         for (int64_t row = 0; row < rows; row++)
@@ -446,9 +458,8 @@ void pass_experts(Job& job, const Isa& isa, const float* x, const Use* uses, con
 }  // namespace
 
 void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
-                              const int32_t* slots, const uint8_t* slab, int64_t stride, int64_t h, int64_t i,
-                              const float* levels, float* y) {
-    const Levels& fitted = levels_for(levels);
+                              const int32_t* slots, const uint8_t* slab, int64_t stride, const Record& record,
+                              float* y) {
     int64_t count = 0;
     if (t == 1) {
         const uint8_t** records = job.scratch<const uint8_t*>(kRecords, k);
@@ -458,7 +469,7 @@ void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t 
                 records[count] = slab + slot * stride;
                 rows[count++] = at;
             }
-        return experts_of_token(job, isa, x, records, rows, count, h, i, fitted, y);
+        return experts_of_token(job, isa, x, records, rows, count, record, y);
     }
     Use* uses = job.scratch<Use>(kUses, t * k);
     for (int64_t at = 0; at < t * k; at++)
@@ -473,23 +484,23 @@ void slotmoe::experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t 
         for (int64_t row = 0; row < rows; row++) {
             const int64_t slot = uses[first + row].slot;
             if (row == 0 || slot != uses[first + row - 1].slot)
-                parts[experts++] = {expert_at(slab + slot * stride, h, i), row, 0};
+                parts[experts++] = {expert_at(slab + slot * stride, record), row, 0};
             parts[experts - 1].rows++;
             part_of[row] = int32_t(experts - 1);
         }
-        pass_experts(job, isa, x, uses + first, part_of, rows, parts, experts, h, i, fitted, y);
+        pass_experts(job, isa, x, uses + first, part_of, rows, parts, experts, record, y);
     }
 }
 
 // The slab has `size` records, `stride` bytes apart.
-EXPORT int slotmoe_experts_by_slot(const float* x, int64_t t, int64_t k, const int64_t* indices, const int32_t* slots,
-                                   int64_t e, const uint8_t* slab, int64_t size, int64_t stride, int64_t h, int64_t i,
-                                   const float* levels, float* y) {
-    if (t < 0 || k < 0 || h < 1 || i < 1 || !finite(levels)) return kBadArgument;
+EXPORT int slotmoe_experts_by_slot(const Record* record, const float* x, int64_t t, int64_t k, const int64_t* indices,
+                                   const int32_t* slots, int64_t e, const uint8_t* slab, int64_t size, int64_t stride,
+                                   float* y) {
+    if (t < 0 || k < 0 || !record->valid()) return kBadArgument;
     for (int64_t at = 0; at < t * k; at++)
         if (indices[at] < 0 || indices[at] >= e || slots[indices[at]] >= size) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        experts_by_slot(job, isa, x, t, k, indices, slots, slab, stride, h, i, levels, y);
+        experts_by_slot(job, isa, x, t, k, indices, slots, slab, stride, *record, y);
         return kOk;
     });
 }
@@ -524,12 +535,11 @@ EXPORT int slotmoe_quantize_int8(const void* src, int type, int64_t n, int64_t k
     });
 }
 
-EXPORT int slotmoe_nf4_error(const void* src, int type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
-                             const uint16_t* absmax, double* sums) {
-    if (type < 0 || type > 2 || n < 1 || k < 1) return kBadArgument;
+EXPORT int slotmoe_coded_error(const void* src, int type, const Matrix* w, double* sums) {
+    if (type < 0 || type > 2 || !w->valid() || !is_coded(w->kind)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) {
-            isa.nf4_error(src, Source(type), n, k, levels, codes, absmax, begin, end, sums);
+        job.parallel(w->tiles(), [&](int, int64_t begin, int64_t end) {
+            isa.coded_error(src, Source(type), w->k, w->levels, w->as_coded(), begin, end, sums);
         });
         return kOk;
     });

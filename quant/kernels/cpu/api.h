@@ -39,19 +39,31 @@ int guarded(Body body) {
 
 // A matrix [n, k] of any kind; Python holds the memory (quant/kernels/cpu/weights.py has the same structure).
 struct Matrix {
-    enum Kind : int64_t { int8 = 0, nf4 = 1, f32 = 2, f16 = 3, bf16 = 4 };
     int64_t kind, n, k;
     const void* data;     // tiles of 16 rows (isa.h), or row-major if nothing is quantized
-    const void* scale;    // int8: float [n]; nf4: fp16 absmax
-    const float* levels;  // nf4: [16]
+    const void* scale;    // int8: float [n]; coded: those of tiles
+    const float* levels;  // coded: [16]
 
-    bool valid() const { return n >= 1 && k >= 1 && kind >= int8 && kind <= bf16 && (kind != nf4 || finite(levels)); }
+    bool valid() const {
+        return n >= 1 && k >= 1 && kind >= kInt8 && kind <= kBf16 && (!is_coded(kind) || finite(levels));
+    }
     int64_t tiles() const { return up_to(n, kTile); }
     Int8Matrix as_int8() const {
         return {static_cast<const int8_t*>(data), static_cast<const float*>(scale), n, up_to(k, kBlock)};
     }
-    Nf4Matrix as_nf4() const {
-        return {static_cast<const uint8_t*>(data), static_cast<const uint16_t*>(scale), n, up_to(k, kBlock)};
+    CodedMatrix as_coded() const {
+        return {kind, static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(scale), n, up_to(k, kBlock)};
+    }
+};
+
+// How the record of an expert is coded: gate and up [intermediate, hidden] alike, and down [hidden, intermediate].
+struct Record {
+    int64_t hidden, intermediate, gate_up, down;    // kinds of matrices
+    const float *gate_up_levels, *down_levels;      // [16]
+
+    bool valid() const {
+        return hidden >= 1 && intermediate >= 1 && is_coded(gate_up) && is_coded(down) && finite(gate_up_levels) &&
+               finite(down_levels);
     }
 };
 
@@ -85,7 +97,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t layers, hidden, experts, intermediate;  // the last two are of the routed experts
+    int64_t layers, hidden, experts;
     const Layer* layer;
     Router router;
 };
@@ -99,8 +111,7 @@ void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, c
 // says where by expert; where it is negative the row of y [t, k, h] is left as it is. A row's arithmetic does not depend
 // on the other rows.
 void experts_by_slot(Job& job, const Isa& isa, const float* x, int64_t t, int64_t k, const int64_t* indices,
-                     const int32_t* slots, const uint8_t* slab, int64_t stride, int64_t h, int64_t i,
-                     const float* levels, float* y);
+                     const int32_t* slots, const uint8_t* slab, int64_t stride, const Record& record, float* y);
 // outs [t, k, h], weights [t, k] -> y [t, h]: the products are added one by one in order, from zero.
 void weighted_sum(Job& job, const Isa& isa, const float* outs, const float* weights, int64_t t, int64_t k, int64_t h,
                   float* y);
@@ -111,8 +122,8 @@ public:
     Product(Job& job, const Isa& isa, const Matrix& w, const float* x, int64_t t, float* y, Slot blocks = kX,
             Slot factor = kXFactor)
         : isa_(isa), w_(w), x_(x), t_(t), y_(y) {
-        if (w.kind > Matrix::nf4) return;
-        if (w.kind == Matrix::nf4) levels_ = levels_for(w.levels);
+        if (w.kind >= kF32) return;
+        if (is_coded(w.kind)) levels_ = levels_for(w.levels);
         blocks_ = job.scratch<ActBlock>(blocks, t * up_to(w.k, kBlock));
         factor_ = job.scratch<double>(factor, t);
         job.parallel(t, [&](int, int64_t begin, int64_t end) {
@@ -124,12 +135,12 @@ public:
 
     void run(int64_t begin, int64_t end) const {  // tiles begin..end
         const int64_t last = end * kTile < w_.n ? end * kTile : w_.n;
-        if (w_.kind == Matrix::int8)
+        if (w_.kind == kInt8)
             isa_.int8_tiles(w_.as_int8(), blocks_, factor_, t_, begin, end, y_, w_.n);
-        else if (w_.kind == Matrix::nf4)
-            isa_.nf4_tiles(w_.as_nf4(), levels_, blocks_, factor_, t_, begin, end, y_, w_.n);
+        else if (is_coded(w_.kind))
+            isa_.coded_tiles(w_.as_coded(), levels_, blocks_, factor_, t_, begin, end, y_, w_.n);
         else
-            isa_.linear_dense(x_, t_, w_.k, w_.data, Source(w_.kind - Matrix::f32), begin * kTile, last, y_, w_.n);
+            isa_.linear_dense(x_, t_, w_.k, w_.data, Source(w_.kind - kF32), begin * kTile, last, y_, w_.n);
     }
 
 private:

@@ -9,8 +9,8 @@ Shapes: T tokens; W [N, K]; H hidden size; I expert's intermediate size; k exper
 experts of a layer; A heads; R and P columns of a latent, without and with rotation.  Results do not
 depend on the number of threads, and a row's result does not depend on the rows computed with it.
 
-The NF4 layout `tiles16` is that of `slotmoe.quant.nf4`.  An expert record is gate, up and down
-codes, then gate, up and down absmax, 64-byte-aligned, then any padding.
+The layout `tiles16` of codes is that of `slotmoe.quant.codec`.  An expert record is gate, up and
+down codes, then gate, up and down scales, 64-byte-aligned, then any padding.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu.arguments import address
@@ -35,11 +36,11 @@ from slotmoe.quant.kernels.cpu.signatures import (
     source_type,
     tensor_spec,
 )
-from slotmoe.quant.kernels.cpu.weights import Decoder, Matrix, Router
-from slotmoe.quant.nf4 import LEVELS, Nf4Weight
-from slotmoe.quant.shapes import latent_bytes, record_bytes
+from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, Router
+from slotmoe.quant.nf4 import LEVELS
+from slotmoe.quant.shapes import latent_bytes
 
-ABI = 10
+ABI = 11
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
@@ -97,8 +98,8 @@ class Kernels:
             for i in range(self._lib.slotmoe_isa_count())
             if self._lib.slotmoe_isa_supported(i)
         )
-        """Instruction sets that this machine can run, best first: among avx512vnni, avx2,
-        portable."""
+        """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
+        avx2, portable."""
 
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
@@ -154,16 +155,14 @@ class Kernels:
         indices: Tensor,
         slab: Tensor,
         slots: Tensor,
-        intermediate: int,
-        levels: Tensor,
+        record: ExpertRecord,
         y: Tensor,
     ) -> None:
         """x float32 [T, H] through those of each token's experts, indices int64 [T, k], that are in
         the slab (uint8 [S, >= record_bytes]), unweighted, into y float32 [T, k, H]: slots int32 [E]
         says in which row by expert; where it is negative, y is left as it is."""
-        records = arguments.slab_of(slab, record_bytes(arguments.columns(x), intermediate))
-        values = x, indices, slots, *records, levels, y
-        self._functions["experts_by_slot"].results(*values, I=intermediate)
+        records = arguments.slab_of(slab, record.record_bytes)
+        self._functions["experts_by_slot"].results(record, x, indices, slots, *records, y)
 
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
@@ -209,7 +208,7 @@ class Kernels:
         positions: Sequence[int],
         slab: Tensor,
         slots: Tensor,
-        levels: Tensor,
+        record: ExpertRecord,
         x: Tensor | None = None,
         experts: Tensor | None = None,
     ) -> Decoded:
@@ -218,8 +217,8 @@ class Kernels:
 
         `table` complex64 [T, P / 2] is the positions' rotations; a token's latent rows are written
         at its position of its sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike
-        in all. `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes],
-        coded by `levels`, float32 [16]) an expert's record is in, negative if none.
+        in all. `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes])
+        an expert's `record` is in, negative if none.
 
         With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
         residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
@@ -239,8 +238,8 @@ class Kernels:
             row_stride,
             arguments.position_array(positions, t, capacity),
             address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
-            *arguments.slab_of(slab, decoder.record_bytes),
-            address("levels", levels, torch.float32, (16,)),
+            *arguments.slab_of(slab, record.record_bytes),
+            record.address,
             None if x is None else address("x", x, torch.float32, (t, hidden)),
             None if experts is None else address("experts", experts, torch.float32, (t, hidden)),
         )
@@ -286,15 +285,16 @@ class Kernels:
         q, scale = self._functions["quantize_int8"].results(*values)
         return q, scale
 
-    def squared_error(self, source: Tensor, weight: Int8Weight | Nf4Weight) -> tuple[float, float]:
+    def squared_error(
+        self, source: Tensor, weight: Int8Weight | CodedWeight
+    ) -> tuple[float, float]:
         """Sum of the squared differences between `source`, [N, K] in any of its dtypes, and its
         weight, and sum of the source's squares; float64 throughout."""
         kind = source_type(source)
         if isinstance(weight, Int8Weight):
             sums = self._functions["int8_error"](source, kind, weight.q, weight.scale)
         else:
-            coded = weight.levels, weight.codes, weight.absmax
-            sums = self._functions["nf4_error"](source, kind, *coded)
+            sums = self._functions["coded_error"](source, kind, Matrix.of_codes(weight))
         errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
         return math.fsum(errors), math.fsum(squares)
 

@@ -87,18 +87,18 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, i
 // feed-forward: h is the stream behind its attention and x_in [t, hidden] the norm of that.
 //
 // caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer
-// before. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart, coded by `levels`)
-// an expert is, negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made,
-// y before its feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are
-// done. indices [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from
-// `first` on. seconds [4] is added to: attention, routers, experts, and MLPs.
+// before. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
+// negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its
+// feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are done. indices
+// [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from `first` on.
+// seconds [4] is added to: attention, routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
                           uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
-                          const float* levels, const float* x_in, const float* experts, float* y, float* x,
+                          const Record* record, const float* x_in, const float* experts, float* y, float* x,
                           float* weights, int64_t* indices, int64_t* reached, double* seconds) {
     const int64_t hidden = m->hidden, e = m->experts, top_k = m->router.top_k;
-    if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || m->intermediate < 1 || !finite(levels))
+    if (first < 0 || first >= m->layers || t < 1 || !m->router.valid(e) || record->hidden != hidden || !record->valid())
         return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (positions[token] < 0) return kBadArgument;
@@ -147,8 +147,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                     *reached = l;
                     return kOk;
                 }
-                experts_by_slot(job, isa, x, t, top_k, indices, layer_slots, slab, record_stride, hidden,
-                                m->intermediate, levels, outs);
+                experts_by_slot(job, isa, x, t, top_k, indices, layer_slots, slab, record_stride, *record, outs);
                 weighted_sum(job, isa, outs, weights, t, top_k, hidden, routed);
                 mark(2);
                 moe_layer++;

@@ -16,7 +16,7 @@
 namespace slotmoe {
 
 constexpr int kTile = 16;      // rows of W that are computed together, one 32-bit lane a row
-constexpr int kBlock = 64;     // columns that share an NF4 scale
+constexpr int kBlock = 64;     // columns that are stored together
 constexpr int kXBlock = 16;    // columns that share an activation scale
 constexpr int kXScales = kBlock / kXBlock;
 constexpr int kChunkRows = 64; // MLA: cache rows that are scored together
@@ -29,17 +29,28 @@ struct ActBlock {
     int32_t bias[kXScales];
 };
 
-// The 16 NF4 levels as integers: level = (q + offset) * step.
+// What a matrix is made of. A coded one is one of quant/codec.py; the digit is the bits of a code.
+enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kF32 = 4, kF16 = 5, kBf16 = 6 };
+constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kLut3; }
+
+// Bytes of a tile of a coded matrix of so many blocks.
+constexpr int64_t code_bytes(int64_t kind, int64_t blocks) { return blocks * (kind == kLut3 ? 384 : 512); }
+constexpr int64_t scale_bytes(int64_t kind, int64_t blocks) { return blocks * 32 + (kind == kNf4 ? 0 : 64); }
+
+// 16 levels of codes as integers: level = (q + offset) * step. Eight stand twice.
 struct Levels {
     int8_t q[16];
     float offset;
     double step;
 };
 
-struct Nf4Matrix {
-    const uint8_t* codes;    // [tiles, B, 512]: byte 64t + 4 lane + i: column 8t + i (high nibble), 8t + 4 + i (low)
-    const uint16_t* absmax;  // fp16 [tiles, B, 16]
+struct CodedMatrix {
+    int64_t kind;
+    const uint8_t *codes, *scales;  // of each tile code_bytes and scale_bytes; quant/codec.py has the layout
     int64_t n, blocks;
+
+    const uint8_t* tile_codes(int64_t i) const { return codes + i * code_bytes(kind, blocks); }
+    const uint8_t* tile_scales(int64_t i) const { return scales + i * scale_bytes(kind, blocks); }
 };
 
 struct Int8Matrix {
@@ -96,8 +107,8 @@ struct Isa {
     void (*quantize_rows)(const float* x, int64_t k, int64_t begin, int64_t end, int64_t t, float offset,
                           ActBlock* blocks, double* factor);
     // y [T, ldy] for the rows of tiles begin..end.
-    void (*nf4_tiles)(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
-                      int64_t begin, int64_t end, float* y, int64_t ldy);
+    void (*coded_tiles)(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+                        int64_t begin, int64_t end, float* y, int64_t ldy);
     void (*int8_tiles)(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin,
                        int64_t end, float* y, int64_t ldy);
     // y [T, ldy], rows begin..end of W [N, K].
@@ -128,8 +139,8 @@ struct Isa {
     int (*quantize_int8)(const void* src, Source type, int64_t k, int64_t begin, int64_t end, int8_t* q, float* scale);
 
     // sums [tiles or rows, 2]: of (src - dequantized)^2 and of src^2, for tiles or rows begin..end of src [N, K].
-    void (*nf4_error)(const void* src, Source type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
-                      const uint16_t* absmax, int64_t begin, int64_t end, double* sums);
+    void (*coded_error)(const void* src, Source type, int64_t k, const float* levels, const CodedMatrix& w,
+                        int64_t begin, int64_t end, double* sums);
     void (*int8_error)(const void* src, Source type, int64_t k, const int8_t* q, const float* scale, int64_t begin,
                        int64_t end, double* sums);
 
@@ -140,7 +151,7 @@ struct Isa {
 
 extern const Isa isa_portable;
 #if defined(__x86_64__)
-extern const Isa isa_avx2, isa_avx512vnni;
+extern const Isa isa_avx2, isa_avx512vnni, isa_avx512vbmi;
 #endif
 
 }  // namespace slotmoe

@@ -107,6 +107,21 @@ struct Lanes {
         low = {_mm256_shuffle_epi8(table, _mm256_and_si256(a, nibble)),
                _mm256_shuffle_epi8(table, _mm256_and_si256(b, nibble))};
     }
+    static __m256i low_bits(__m256i v, char mask) { return _mm256_and_si256(v, _mm256_set1_epi8(mask)); }
+    // 3-bit codes of 8 columns, the `t`-th of four such, which three vectors hold: the last pairs are in the others'
+    // two highest bits.
+    static void lookup3(const uint8_t* codes, int t, Table table, W& first, W& second) {
+        const auto part = [&](const uint8_t* p) {
+            if (t < 3) return bytes(p + 64 * t);
+            const __m256i a = low_bits(_mm256_srli_epi16(bytes(p), 6), 3);
+            const __m256i b = low_bits(_mm256_srli_epi16(bytes(p + 64), 4), 12);
+            return _mm256_or_si256(_mm256_or_si256(a, b), low_bits(_mm256_srli_epi16(bytes(p + 128), 2), 48));
+        };
+        const auto level = [&](__m256i v) { return _mm256_shuffle_epi8(table, low_bits(v, 7)); };
+        const __m256i a = part(codes), b = part(codes + 32);
+        first = {level(a), level(b)};
+        second = {level(_mm256_srli_epi16(a, 3)), level(_mm256_srli_epi16(b, 3))};
+    }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }

@@ -1,14 +1,28 @@
 // AVX-512 with VNNI: one register holds 16 lanes. Weights enter vpdpbusd as unsigned bytes (signed + 128).
+// isa_avx512vbmi.cpp compiles this again for CPUs that also look up bytes without a mask.
 #if defined(__x86_64__)
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
+#ifdef SLOTMOE_VBMI
+#define SLOTMOE_ISA isa_avx512vbmi
+#define SLOTMOE_ISA_NAME "avx512vbmi"
+#else
+#define SLOTMOE_ISA isa_avx512vnni
+#define SLOTMOE_ISA_NAME "avx512vnni"
+#endif
+#if defined(__clang__) && defined(SLOTMOE_VBMI)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi"))), apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#ifdef SLOTMOE_VBMI
+#pragma GCC target("avx512vbmi")
+#endif
 #endif
 #include <immintrin.h>
 
@@ -74,12 +88,36 @@ struct Lanes {
         const __m128i t = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)), _mm_set1_epi8(-128));
         return _mm512_broadcast_i32x4(t);
     }
+    // Levels of the codes in the low bits of each byte; what is above them does not count.
+    static W at(Table table, __m512i codes) {
+#ifdef SLOTMOE_VBMI
+        return _mm512_permutexvar_epi8(codes, table);  // looks at 6 bits: the table stands there four times
+#else
+        return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+#endif
+    }
     static void lookup(const uint8_t* codes, Table table, W& high, W& low) {
-        const __m512i nibble = _mm512_set1_epi8(15);
         __m512i c = _mm512_loadu_si512(codes);
         asm("" : "+v"(c));  // one load: compilers fold it into both uses, and loads are what binds one row
-        high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble));
-        low = _mm512_shuffle_epi8(table, _mm512_and_si512(c, nibble));
+        high = at(table, _mm512_srli_epi16(c, 4));
+        low = at(table, c);
+    }
+    // 3-bit codes of 8 columns, the `t`-th of four such, which three vectors hold: the last pairs are in the others'
+    // two highest bits.
+    static void lookup3(const uint8_t* codes, int t, Table table, W& first, W& second) {
+        __m512i c;
+        if (t < 3) {
+            c = _mm512_loadu_si512(codes + 64 * t);
+        } else {  // bits of the first operand choose between the two others
+            const __m512i a = _mm512_srli_epi16(_mm512_loadu_si512(codes), 6);
+            const __m512i b = _mm512_srli_epi16(_mm512_loadu_si512(codes + 64), 4);
+            c = _mm512_srli_epi16(_mm512_loadu_si512(codes + 128), 2);
+            c = _mm512_ternarylogic_epi32(_mm512_set1_epi8(12), b, c, 0xca);
+            c = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), a, c, 0xca);
+        }
+        asm("" : "+v"(c));  // as above
+        first = at(table, c);
+        second = at(table, _mm512_srli_epi16(c, 3));
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
@@ -142,8 +180,6 @@ struct Lanes {
 }  // namespace
 }  // namespace slotmoe
 
-#define SLOTMOE_ISA isa_avx512vnni
-#define SLOTMOE_ISA_NAME "avx512vnni"
 #include "templates.h"
 #if defined(__clang__)
 #pragma clang attribute pop

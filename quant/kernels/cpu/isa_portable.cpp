@@ -109,6 +109,15 @@ struct Lanes {
     static void lookup(const uint8_t* codes, const Table& table, W& high, W& low) {
         for (int i = 0; i < 64; i++) high.v[i] = table.v[codes[i] >> 4], low.v[i] = table.v[codes[i] & 15];
     }
+    // 3-bit codes of 8 columns, the `t`-th of four such, which three vectors hold: the last pairs are in the others'
+    // two highest bits.
+    static void lookup3(const uint8_t* codes, int t, const Table& table, W& first, W& second) {
+        for (int i = 0; i < 64; i++) {
+            const uint8_t *p = codes + i, last = uint8_t(p[0] >> 6 | p[64] >> 6 << 2 | p[128] >> 6 << 4);
+            const uint8_t c = t < 3 ? p[64 * t] : last;
+            first.v[i] = table.v[c & 7], second.v[i] = table.v[c >> 3 & 7];
+        }
+    }
     static void prefetch(const void*) {}
     static void prefetch_to_l2(const void*) {}
     static void prefetch_write(const void*) {}

@@ -1,6 +1,7 @@
 // Quantized matrix times rows of activations. The integers are exact; the floats follow one order for one row and for
 // many:
-//   sum over blocks of 64 of absmax * (((d0 s0 + d1 s1) + d2 s2) + d3 s3), d = int32 dot of 16 columns, s = x's scale.
+//   sum over blocks of scale * (((d0 s0 + d1 s1) + d2 s2) + d3 s3), d = int32 dot of 16 columns, s = x's scale,
+// where a block has 64 columns, or 32 with two terms.
 //
 // Shapes: W tiles of 16 rows; x blocks [B, T]; y [T, ldy].
 namespace slotmoe {
@@ -13,31 +14,48 @@ constexpr int kTokens = 128;
 constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
 constexpr int kPrefetch = 6144;    // bytes ahead
 
-struct Nf4Tile {
-    static constexpr int kBytes = 512;
-    const uint8_t* codes;
-    const uint16_t* absmax;
+// Scales of 64 columns in fp16, or of 32 in 8 bits.
+struct HalfScales {
+    static constexpr int kParts = 1;
+    static F load(const uint8_t* p, int) { return Lanes::load_half(reinterpret_cast<const uint16_t*>(p)); }
+    static constexpr int kRows = 0;  // bytes of factors of rows that come first
+};
+struct ByteScales {
+    static constexpr int kParts = 2;
+    static F load(const uint8_t* p, int part) { return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part); }
+    static constexpr int kRows = 64;
+};
+
+template <int Bits, class Scales>
+struct CodedTile {
+    static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts;
+    const uint8_t *codes, *scales;
     Lanes::Table table;
 
-    void pair(int t, W& first, W& second) const { Lanes::lookup(codes + 64 * t, table, first, second); }
-    F block_scale() const { return Lanes::load_half(absmax); }
+    void pair(int t, W& first, W& second) const {
+        if constexpr (Bits == 4)
+            Lanes::lookup(codes + 64 * t, table, first, second);
+        else
+            Lanes::lookup3(codes + 192 * (t / 4), t % 4, table, first, second);
+    }
+    F scale(int part) const { return Scales::load(scales, part); }
     static F accumulate(F total, F sum, F scale) { return Lanes::fma(sum, scale, total); }
     void prefetch() const {
 #pragma GCC unroll 8
         for (int line = 0; line < kBytes; line += 64) Lanes::prefetch(codes + kPrefetch + line);
-        Lanes::prefetch(absmax + kPrefetch / kBytes * kTile);
+        Lanes::prefetch(scales + kPrefetch / kBytes * 2 * kTile);
     }
-    void next() { codes += kBytes, absmax += kTile; }
+    void next() { codes += kBytes, scales += 2 * kTile; }
 };
 
 struct Int8Tile {
-    static constexpr int kBytes = 1024;
+    static constexpr int kBytes = 1024, kParts = 1;
     const int8_t* packed;
 
     void pair(int t, W& first, W& second) const {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
     }
-    F block_scale() const { return Lanes::zero(); }  // its scale is per row, applied at the end
+    F scale(int) const { return Lanes::zero(); }  // its scale is per row, applied at the end
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
     void prefetch() const {
 #pragma GCC unroll 16
@@ -46,12 +64,9 @@ struct Int8Tile {
     void next() { packed += kBytes; }
 };
 
-inline F scaled(const Lanes::I* dots, const ActBlock& x) {
-    F sum = Lanes::mul(Lanes::to_float(dots[0]), Lanes::broadcast(x.scale[0]));
-    sum = Lanes::fma(Lanes::to_float(dots[1]), Lanes::broadcast(x.scale[1]), sum);
-    sum = Lanes::fma(Lanes::to_float(dots[2]), Lanes::broadcast(x.scale[2]), sum);
-    return Lanes::fma(Lanes::to_float(dots[3]), Lanes::broadcast(x.scale[3]), sum);
-}
+// The parts of kXBlock columns that share a weight's scale.
+template <class Tile>
+constexpr int kShare = kXScales / Tile::kParts;
 
 template <class Tile>
 inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
@@ -71,7 +86,15 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
             dots[j] = d;
         }
         tile.prefetch();
-        total = Tile::accumulate(total, scaled(dots, x[b]), tile.block_scale());
+#pragma GCC unroll 2
+        for (int part = 0; part < Tile::kParts; part++) {
+            constexpr int share = kShare<Tile>;
+            F sum = Lanes::mul(Lanes::to_float(dots[part * share]), Lanes::broadcast(x[b].scale[part * share]));
+#pragma GCC unroll 4
+            for (int j = part * share + 1; j < (part + 1) * share; j++)
+                sum = Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(x[b].scale[j]), sum);
+            total = Tile::accumulate(total, sum, tile.scale(part));
+        }
     }
     return total;
 }
@@ -79,7 +102,7 @@ inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
 // One block of `Tiles` tiles, decoded, for `Tokens` tokens: each weight that is loaded serves all tokens, each
 // activation all tiles.
 template <class Tile, int Tiles, int Tokens>
-inline void add_block(const W (*w)[16], const F* scale, const ActBlock* x, float* totals) {
+inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const ActBlock* x, float* totals) {
     F sums[Tiles][Tokens];
 #pragma GCC unroll 4
     for (int j = 0; j < kXScales; j++) {
@@ -100,17 +123,19 @@ inline void add_block(const W (*w)[16], const F* scale, const ActBlock* x, float
 #pragma GCC unroll 2
             for (int a = 0; a < Tiles; a++) {
                 const F d = Lanes::to_float(dots[a][i]);
-                sums[a][i] = j == 0 ? Lanes::mul(d, s) : Lanes::fma(d, s, sums[a][i]);
+                sums[a][i] = j % kShare<Tile> == 0 ? Lanes::mul(d, s) : Lanes::fma(d, s, sums[a][i]);
             }
         }
-    }
+        if ((j + 1) % kShare<Tile> != 0) continue;
 #pragma GCC unroll 2
-    for (int a = 0; a < Tiles; a++)
+        for (int a = 0; a < Tiles; a++)
 #pragma GCC unroll 4
-        for (int i = 0; i < Tokens; i++) {
-            float* total = totals + (a * kTokens + i) * kTile;
-            Lanes::store(total, Tile::accumulate(Lanes::load(total), sums[a][i], scale[a]));
-        }
+            for (int i = 0; i < Tokens; i++) {
+                float* total = totals + (a * kTokens + i) * kTile;
+                const F of_part = scale[a][j / kShare<Tile>];
+                Lanes::store(total, Tile::accumulate(Lanes::load(total), sums[a][i], of_part));
+            }
+    }
 }
 
 // `Tiles` neighbouring tiles from the one at index i for n <= kTokens tokens of t: totals [Tiles, kTokens, 16].
@@ -122,13 +147,14 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
     Tile first = at(i), second = at(i + Tiles - 1);
     for (int64_t b = 0; b < blocks; b++, first.next(), second.next(), x += t) {
         alignas(64) W w[Tiles][16];
-        F scale[Tiles];
+        F scale[Tiles][Tile::kParts];
 #pragma GCC unroll 2
         for (int a = 0; a < Tiles; a++) {
             const Tile& tile = a == 0 ? first : second;
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) tile.pair(c, w[a][2 * c], w[a][2 * c + 1]);
-            scale[a] = tile.block_scale();
+#pragma GCC unroll 2
+            for (int part = 0; part < Tile::kParts; part++) scale[a][part] = tile.scale(part);
             tile.prefetch();
         }
         int64_t token = 0;
@@ -172,17 +198,31 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
 inline void write(const float* totals, int64_t lanes, double factor, float* y) {
     for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * factor);
 }
+inline void write(const float* totals, const float* rows, int64_t lanes, double factor, float* y) {
+    for (int64_t lane = 0; lane < lanes; lane++) y[lane] = float(double(totals[lane]) * (double(rows[lane]) * factor));
+}
 
-void nf4_tiles(const Nf4Matrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
-               int64_t begin, int64_t end, float* y, int64_t ldy) {
+template <int Bits, class Scales>
+inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor,
+                           int64_t t, int64_t begin, int64_t end, float* y, int64_t ldy) {
+    using Tile = CodedTile<Bits, Scales>;
     const Lanes::Table table = Lanes::table(levels.q);
-    const auto at = [&](int64_t i) {
-        return Nf4Tile{w.codes + i * w.blocks * Nf4Tile::kBytes, w.absmax + i * w.blocks * kTile, table};
-    };
-    multiply<Nf4Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
-        const int64_t left = w.n - i * kTile;
-        write(totals, left < kTile ? left : kTile, factor[token] * levels.step, y + token * ldy + i * kTile);
+    const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table}; };
+    multiply<Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
+        const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
+        float* out = y + token * ldy + i * kTile;
+        if constexpr (Scales::kRows)
+            write(totals, reinterpret_cast<const float*>(w.tile_scales(i)), lanes, factor[token] * levels.step, out);
+        else
+            write(totals, lanes, factor[token] * levels.step, out);
     });
+}
+
+void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
+                 int64_t begin, int64_t end, float* y, int64_t ldy) {
+    if (w.kind == kNf4) return coded_tiles_of<4, HalfScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kLut4) return coded_tiles_of<4, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }
 
 void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
@@ -190,9 +230,7 @@ void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, in
     const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
-        for (int64_t lane = 0; lane < lanes; lane++)
-            y[token * ldy + i * kTile + lane] =
-                float(double(totals[lane]) * (double(w.scale[i * kTile + lane]) * factor[token]));
+        write(totals, w.scale + i * kTile, lanes, factor[token], y + token * ldy + i * kTile);
     });
 }
 

@@ -118,35 +118,67 @@ struct Squares {
     }
 };
 
-void nf4_error(const void* src, Source type, int64_t n, int64_t k, const float* levels, const uint8_t* codes,
-               const uint16_t* absmax, int64_t begin, int64_t end, double* sums) {
-    const int64_t blocks = (k + kBlock - 1) / kBlock;
+// The codes of one row's 64 columns of a block, for all rows: what was just stored in pieces is slow to load whole.
+inline void unpack_codes(int64_t kind, const uint8_t* in, uint8_t (*codes)[kBlock]) {
+    const auto word = [&](int at, int lane) {  // of four columns
+        uint32_t w;
+        memcpy(&w, in + 64 * at + 4 * lane, 4);
+        return w;
+    };
+    const bool three = kind == kLut3;
+    const uint32_t mask = three ? 0x07070707 : 0x0f0f0f0f;
+    for (int t = 0; t < 8; t++)
+        for (int lane = 0; lane < kTile; lane++) {
+            const int group = t / 4 * 3;
+            uint32_t both;
+            if (!three)
+                both = word(t, lane);
+            else if (t % 4 < 3)
+                both = word(group + t % 4, lane);
+            else
+                both = (word(group, lane) >> 6 & 0x03030303) | (word(group + 1, lane) >> 4 & 0x0c0c0c0c) |
+                       (word(group + 2, lane) >> 2 & 0x30303030);
+            const uint32_t first = (three ? both : both >> 4) & mask, second = (three ? both >> 3 : both) & mask;
+            memcpy(codes[lane] + 8 * t, &first, 4);
+            memcpy(codes[lane] + 8 * t + 4, &second, 4);
+        }
+}
+
+// The scales of 64 columns of a tile's rows, those of its first and its last 32.
+inline void load_scales(const CodedMatrix& w, int64_t tile, int64_t b, float (*scales)[kTile]) {
+    const uint8_t* p = w.tile_scales(tile);
+    if (w.kind == kNf4) {
+        const typename Lanes::F both = Lanes::load_half(reinterpret_cast<const uint16_t*>(p + 32 * b));
+        Lanes::store(scales[0], both), Lanes::store(scales[1], both);
+        return;
+    }
+    const typename Lanes::F rows = Lanes::load(reinterpret_cast<const float*>(p));
+    for (int half = 0; half < 2; half++)
+        Lanes::store(scales[half], Lanes::mul(rows, Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 64 +
+                                                                     32 * b + 16 * half)));
+}
+
+void coded_error(const void* src, Source type, int64_t k, const float* levels, const CodedMatrix& w, int64_t begin,
+                 int64_t end, double* sums) {
     for (int64_t tile = begin; tile < end; tile++) {
         Squares squares;
-        for (int64_t b = 0; b < blocks; b++) {
-            const uint8_t* in = codes + (tile * blocks + b) * 512;
+        for (int64_t b = 0; b < w.blocks; b++) {
             const int64_t columns = k - b * kBlock < kBlock ? k - b * kBlock : kBlock;
-            alignas(64) float scales[kTile];
-            // all rows first: what was just stored in pieces is slow to load whole
-            alignas(64) uint8_t byte[kTile][kBlock];
-            Lanes::store(scales, Lanes::load_half(absmax + (tile * blocks + b) * kTile));
-            for (int t = 0; t < 8; t++)
-                for (int lane = 0; lane < kTile; lane++) {
-                    uint32_t both;
-                    memcpy(&both, in + 64 * t + 4 * lane, 4);
-                    const uint32_t high = both >> 4 & 0x0f0f0f0f, low = both & 0x0f0f0f0f;
-                    memcpy(byte[lane] + 8 * t, &high, 4);
-                    memcpy(byte[lane] + 8 * t + 4, &low, 4);
-                }
-            for (int64_t lane = 0; lane < kTile && tile * kTile + lane < n; lane++) {
-                alignas(64) float v[kBlock], w[kBlock];
+            alignas(64) float scales[2][kTile];
+            alignas(64) uint8_t codes[kTile][kBlock];
+            load_scales(w, tile, b, scales);
+            unpack_codes(w.kind, w.tile_codes(tile) + code_bytes(w.kind, b), codes);
+            for (int64_t lane = 0; lane < kTile && tile * kTile + lane < w.n; lane++) {
+                alignas(64) float v[kBlock], out[kBlock];
                 alignas(64) int32_t code[kBlock];
                 load_source(src, type, (tile * kTile + lane) * k + b * kBlock, columns, v);
-                for (int i = 0; i < kBlock; i++) code[i] = byte[lane][i];
-                const typename Lanes::F scale = Lanes::broadcast(scales[lane]);
-                for (int i = 0; i < kBlock; i += 16)
-                    Lanes::store(w + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
-                squares.add(v, w);
+                for (int i = 0; i < kBlock; i++) code[i] = codes[lane][i];
+                for (int i = 0; i < kBlock; i += 16) {
+                    const typename Lanes::F scale = Lanes::broadcast(scales[i / 32][lane]);
+                    Lanes::store(out + i, Lanes::mul(Lanes::pick(levels, code + i), scale));
+                }
+                for (int64_t i = columns; i < kBlock; i++) out[i] = 0;  // codes of the padding mean nothing
+                squares.add(v, out);
             }
         }
         squares.store(sums + 2 * tile);

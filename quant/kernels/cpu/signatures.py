@@ -10,7 +10,7 @@ A row of `SIGNATURES` is a function's C arguments in order:
     eps:float     a value that is passed on as it is
 
 A size is a number or a letter: T tokens, W [N, K], H hidden, A heads; the first tensor that has the
-letter sets it, unless the caller does.  N/16 is N / 16 rounded up.
+letter sets it, unless the caller does.  N/16 is N / 16 rounded up, K/64+2 two more.
 """
 
 import ctypes
@@ -28,6 +28,7 @@ DTYPES = {
 }
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
 CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
+CODES_3, SCALES = "u8[N/16,K/64,384]", "u8[N/16,K/64+2,32]"
 _C_TYPES = {
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
     **{"size": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float},
@@ -46,8 +47,8 @@ SIGNATURES = {
     "rms_norm": "x:f32[T,K] weight:f32[K] T K eps:float >y:f32[T,K]",
     # y = residual + (others + down(silu(gate x) * up x)), one rounding a sum, as torch adds
     "mlp": "w:bound x:f32[T,H] T residual?:f32[T,H] others?:f32[T,H] >y:f32[T,H]",
-    "experts_by_slot": f"x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E {_RECORDS} H I"
-    " levels:f32[16] y:f32[T,K,H]",
+    "experts_by_slot": "record:bound x:f32[T,H] T K indices:i64[T,K] slots:i32[E] E"
+    f" {_RECORDS} y:f32[T,K,H]",
     # the products are added one by one in order, from zero
     "weighted_sum": "outputs:f32[T,K,H] weights:f32[T,K] T K H >y:f32[T,H]",
     "store_latents": "latent:f32[T,W] T R P cache:pointer stride:size",
@@ -61,11 +62,11 @@ SIGNATURES = {
     "route": "router:pointer logits:f32[T,E] T E >weights:f32[T,K] >indices:i64[T,K]",
     "decode": "decoder:pointer first:size T:size h:pointer table:pointer caches:pointer"
     " layer_stride:size row_stride:size positions:pointer slots:pointer slab:pointer S:size"
-    " stride:size levels:pointer x:pointer experts:pointer y:pointer norm:pointer weights:pointer"
+    " stride:size record:pointer x:pointer experts:pointer y:pointer norm:pointer weights:pointer"
     " indices:pointer reached:pointer seconds:pointer",  # checked by hand: it runs once a layer
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
-    "nf4_error": f"{_SOURCE} levels:f32[16] codes:{CODES} absmax:{ABSMAX} >sums:f64[N/16,2]",
+    "coded_error": "source:source[N,K] kind:int w:bound >sums:f64[N/16,2]",
     # of encode.h; B columns share a scale
     "fit_rows": f"{_SOURCE} weights:f32[K] {_LEVELS} starts:f32[C] C B >scales:f32[N,X]",
     "code_rows": f"{_SOURCE} scales:f32[N,X] {_LEVELS} B >codes:u8[N,Y]",
@@ -90,14 +91,19 @@ class TensorSpec:
         dtype, _, sizes = self._text.removesuffix("]").partition("[")
         self.optional, self.name = name.endswith("?"), name.strip(">?")
         self.dtypes = tuple(SOURCE_TYPES) if dtype == "source" else (DTYPES[dtype],)
-        self._sizes: list[tuple[str, int]] = []  # a letter and what divides it, or "" and a number
+        # A letter, what divides it and what is added, or "" and a number.
+        self._sizes: list[tuple[str, int, int]] = []
         for size in sizes.split(","):
-            letter, _, divisor = size.partition("/")
-            self._sizes.append(("", int(size)) if size.isdigit() else (letter, int(divisor or 1)))
+            letter, _, rest = size.partition("/")
+            divisor, _, more = rest.partition("+")
+            of_letter = letter, int(divisor or 1), int(more or 0)
+            self._sizes.append(("", 1, int(size)) if size.isdigit() else of_letter)
 
     def shape(self, sizes: dict[str, int]) -> list[int]:
         """The shape with these sizes."""
-        return [-(-sizes[letter] // by) if letter else by for letter, by in self._sizes]
+        return [
+            -(-sizes[letter] // by) + more if letter else more for letter, by, more in self._sizes
+        ]
 
     def check(self, tensor: Tensor | None, sizes: dict[str, int]) -> int | None:
         """The tensor's address; `sizes` gets the letters that it lacks. Raises `ValueError`."""
@@ -111,8 +117,8 @@ class TensorSpec:
         shape = tensor.shape
         if len(shape) != len(self._sizes):
             raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {self._text}")
-        for (letter, by), actual in zip(self._sizes, shape, strict=True):
-            if actual != (-(-sizes.setdefault(letter, actual) // by) if letter else by):
+        for (letter, by, more), actual in zip(self._sizes, shape, strict=True):
+            if actual != (-(-sizes.setdefault(letter, actual) // by) if letter else 0) + more:
                 wanted = tuple(self.shape(sizes))
                 raise ValueError(f"{self.name} has shape {tuple(shape)}, expected {wanted}")
         if not tensor.is_contiguous() or tensor.is_conj():

@@ -9,26 +9,34 @@ latent's, V a value head's.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
+from slotmoe.quant.codec import KINDS, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.signatures import (
     ABSMAX,
     CODES,
+    CODES_3,
     INT8,
+    SCALES,
     Bound,
     source_type,
     tensor_spec,
 )
-from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
-_INT8, _NF4, _DENSE = 0, 1, 2  # kinds of a native matrix; a dense one is 2 + its source type
+# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 4 + its source type.
+_INT8, _DENSE = 0, 4
+_LEVELS = "levels:f32[16]"
 _MEMORY = {  # what a kind of matrix consists of
     _INT8: [f"w:{INT8}", "scale:f32[N]"],
-    _NF4: [f"codes:{CODES}", f"absmax:{ABSMAX}", "levels:f32[16]"],
+    KINDS[4, "f16"]: [f"codes:{CODES}", f"absmax:{ABSMAX}", _LEVELS],
+    KINDS[4, "i8"]: [f"codes:{CODES}", f"scales:{SCALES}", _LEVELS],
+    KINDS[3, "i8"]: [f"codes:{CODES_3}", f"scales:{SCALES}", _LEVELS],
     **{_DENSE + source: ["w:source[N,K]"] for source in range(3)},
 }
 
@@ -79,9 +87,16 @@ class Router(ctypes.Structure):
             raise ValueError(f"{asked} don't fit {experts} experts")
 
 
+class _Record(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "hidden intermediate gate_up down"),
+        *_fields(ctypes.c_void_p, "gate_up_levels down_levels"),
+    ]
+
+
 class _Model(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "layers hidden experts intermediate"),
+        *_fields(ctypes.c_int64, "layers hidden experts"),
         ("layer", ctypes.c_void_p),
         ("router", Router),
     ]
@@ -105,8 +120,8 @@ class Matrix(Bound):
         self.address = ctypes.addressof(self.native)
 
     @classmethod
-    def nf4(cls, weight: Nf4Weight) -> "Matrix":
-        return cls(_NF4, *weight.shape, weight.codes, weight.absmax, weight.levels)
+    def of_codes(cls, weight: CodedWeight) -> "Matrix":
+        return cls(weight.kind, *weight.shape, weight.codes, weight.scales, weight.levels)
 
     @classmethod
     def int8(cls, tiles: Tensor, scale: Tensor, shape: tuple[int, int]) -> "Matrix":
@@ -122,7 +137,7 @@ class Matrix(Bound):
 
     @property
     def coded(self) -> bool:
-        """Whether it is int8 or NF4."""
+        """Whether it is int8 or coded."""
         return self.kind < _DENSE
 
     @property
@@ -138,18 +153,19 @@ class Matrix(Bound):
         """Whether both are of one kind, and of one table of levels."""
         if self.kind != other.kind:
             return False
-        return self.kind != _NF4 or torch.equal(self._memory[2], other._memory[2])
+        levels = self._memory[2:], other._memory[2:]
+        return all(starmap(torch.equal, zip(*levels, strict=True)))
 
 
 class Mlp(Bound):
     """The matrices of down(silu(gate x) * up x), gate and up [I, H], down [H, I]: all int8, or all
-    NF4 with one table of levels."""
+    of one codec."""
 
     def __init__(self, gate: Matrix, up: Matrix, down: Matrix) -> None:
         up.check("up", *gate.shape)
         down.check("down", *gate.shape[::-1])
         if not gate.coded or not gate.like(up) or not gate.like(down):
-            raise ValueError("the matrices of an MLP must be all int8, or all NF4 of one levels")
+            raise ValueError("the matrices of an MLP must be all int8, or all of one codec")
         self.sizes = {"H": gate.shape[1]}
         self._memory = gate, up, down, (_Matrix * 3)(gate.native, up.native, down.native)
         self.address = ctypes.addressof(self._memory[3])
@@ -212,15 +228,27 @@ class AttentionLayer(Bound):
         self.sizes = {"H": hidden, "C": p // 2, "E": self.gate.shape[0] if self.gate else 0}
 
 
+class ExpertRecord(Bound):
+    """How the records of experts are coded, [I, H] by I and H = `hidden`, with levels float32 [2,
+    16]: those of gate and up, and of down.  Raises `ValueError`."""
+
+    def __init__(self, hidden: int, intermediate: int, codecs: ExpertCodecs, levels: Tensor):
+        if not 1 <= hidden < 2**31 or not 1 <= intermediate < 2**31:
+            raise ValueError(f"experts are {intermediate} by {hidden}, expected at least 1")
+        tensor_spec("levels:f32[2,16]").check(levels, {})
+        kinds, starts = [codec.kind for codec in codecs], [row.data_ptr() for row in levels]
+        native = _Record(hidden, intermediate, *kinds, *starts)
+        self.record_bytes = record_bytes(hidden, intermediate, codecs)
+        self.sizes = {"H": hidden}
+        self._memory, self.address = (native, levels), ctypes.addressof(native)
+
+
 class Decoder:
     """All layers of a model for one token of each sequence: an `AttentionLayer` each, and an `Mlp`
-    (shared experts or a dense one) or None.  Layers that have a router, at least one, send x
-    through experts of size `intermediate`.  Raises `ValueError` where the layers do not fit
-    together or the router does not fit their experts."""
+    (shared experts or a dense one) or None; at least one layer has a router.  Raises `ValueError`
+    where the layers do not fit together or the router does not fit their experts."""
 
-    def __init__(
-        self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router, intermediate: int
-    ) -> None:
+    def __init__(self, layers: Sequence[tuple[AttentionLayer, Mlp | None]], router: Router) -> None:
         if not layers:
             raise ValueError("there are no layers")
         sizes, self.row_bytes = layers[0][0].sizes, layers[0][0].row_bytes
@@ -233,16 +261,14 @@ class Decoder:
             if mlp is not None and mlp.sizes["H"] != self.hidden:
                 raise ValueError(f"an MLP's size is different from the layers' {self.hidden}")
         router.check(self.experts)
-        if not 1 <= intermediate < 2**31:
-            raise ValueError(f"intermediate is {intermediate}, expected at least 1")
-        self.record_bytes, self.top_k = record_bytes(self.hidden, intermediate), router.top_k
+        self.top_k = router.top_k
         routed = [layer.sizes["E"] > 0 for layer, _ in layers]
         self.routed, self.moe_layers = routed, sum(routed)
         self.moe_layers_before = [sum(routed[:index]) for index in range(len(layers))]
         natives = (_Layer * len(layers))()
         for native, (layer, mlp) in zip(natives, layers, strict=True):
             native.attention, native.mlp = layer.address, mlp and mlp.address
-        start, counts = ctypes.addressof(natives), (self.hidden, self.experts, intermediate)
+        start, counts = ctypes.addressof(natives), (self.hidden, self.experts)
         native_model = _Model(len(layers), *counts, start, router)
         self._memory = list(layers), natives, native_model
         self.address = ctypes.addressof(native_model)

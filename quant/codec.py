@@ -1,0 +1,138 @@
+"""Codecs, without torch: how a matrix is coded, as the export's manifest describes it.
+
+A weight is ``levels[code] * scale``.  A codec says how many bits a code has, what the levels are,
+and how scales are stored.  Codes stand in the layout ``tiles16``, which lets a kernel form 16 rows'
+dot products before it converts or scales anything:
+
+    W [N, K], zero-padded to N = 16 * n_tiles rows and K = 64 * n_blocks columns
+    codes  U8 [n_tiles, n_blocks, 128 * bits]; byte p = 4 * lane + i (lane < 16, i < 4) of each 64
+           belongs to row 16 * tile + lane
+        4 bits: the high nibble of byte 64 * t + p (t < 8) is the code of column
+            64 * block + 8 * t + i, its low nibble that of the column 4 further
+        3 bits: bits 0 to 2 of byte 192 * g + 64 * a + p (g < 2, a < 3) are the code of column
+            64 * block + 32 * g + 8 * a + i, bits 3 to 5 that of the column 4 further; bits 6 and 7
+            are bits 2 a and 2 a + 1 of such a pair of codes for a = 3
+    scales as ``SCALES`` says; of any sign
+
+docs/export-format.md has every byte.  Shape legend: N rows out, K columns in.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+LAYOUT = "tiles16"
+TILE = 16  # rows that are stored together
+BLOCK = 64  # columns that are stored together
+
+
+class Scales(NamedTuple):
+    """A coding of scales: ``block`` columns of a row share one; they are the tensor ``NAME`` +
+    ``suffix``, [n_tiles, n_blocks + ``extra``, ``width``]."""
+
+    block: int
+    suffix: str
+    dtype: str
+    extra: int
+    width: int
+
+
+SCALES = {
+    # One number a block: [n_tiles, n_blocks, 16].
+    "f16": Scales(64, ".absmax", "F16", 0, TILE),
+    # Bytes [n_tiles, n_blocks + 2, 32]: of each tile first the rows' F32 factors, 16 of them, then
+    # of each 64 columns an I8 for the first 32 of each row and one for the last 32; a block's scale
+    # is the product, in float32.
+    "i8": Scales(32, ".scales", "U8", 2, 2 * TILE),
+}
+# Which pairs of bits and scales there are, and what the native kernels call them.
+KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """``bits`` a code, 2^bits ``levels`` in ascending order, and the coding of ``scales``."""
+
+    name: str
+    bits: int
+    scales: str
+    levels: tuple[float, ...]
+
+    @property
+    def kind(self) -> int:
+        """What the native kernels call it."""
+        return KINDS[self.bits, self.scales]
+
+    def codes_shape(self, N: int, K: int) -> tuple[int, int, int]:
+        """Shape of the code tensor of a [N, K] matrix."""
+        return -(-N // TILE), -(-K // BLOCK), 2 * BLOCK * self.bits
+
+    def scales_shape(self, N: int, K: int) -> tuple[int, int, int]:
+        """Shape of the scale tensor of a [N, K] matrix."""
+        coding = SCALES[self.scales]
+        return -(-N // TILE), -(-K // BLOCK) + coding.extra, coding.width
+
+    def tensors(self, name: str, N: int, K: int) -> dict[str, tuple[str, tuple[int, int, int]]]:
+        """Dtype and shape of the tensors that hold the [N, K] matrix ``name``, by their names."""
+        coding = SCALES[self.scales]
+        scales = coding.dtype, self.scales_shape(N, K)
+        return {name: ("U8", self.codes_shape(N, K)), name + coding.suffix: scales}
+
+    def nbytes(self, N: int, K: int) -> int:
+        """Bytes of a [N, K] matrix."""
+        size = 2 if SCALES[self.scales].dtype == "F16" else 1
+        return math.prod(self.codes_shape(N, K)) + size * math.prod(self.scales_shape(N, K))
+
+    def table(self) -> list[float]:
+        """The levels as kernels take them, 16 floats: fewer stand several times."""
+        return [*self.levels] * (16 >> self.bits)
+
+    def describe(self) -> dict[str, Any]:
+        """The codec as the manifest holds it, under its name."""
+        block = SCALES[self.scales].block
+        return {
+            "bits": self.bits,
+            "block": block,
+            "scales": self.scales,
+            "levels": list(self.levels),
+        }
+
+
+# QLoRA's (arXiv 2305.14314), as bitsandbytes has it.
+NF4 = Codec("nf4", 4, "f16", (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+))  # fmt: skip
+# Levels of least squared error on a model's weights, each block with the scale, of either sign,
+# that serves it best.  Integers of 8 bits, so that kernels lose nothing.
+LUT4 = Codec(
+    "lut4", 4, "i8", (-118, -90, -70, -54, -39, -27, -15, -3, 9, 20, 32, 45, 60, 76, 96, 127)
+)
+LUT3 = Codec("lut3", 3, "i8", (-127, -80, -48, -22, 3, 28, 58, 97))
+
+
+class ExpertCodecs(NamedTuple):
+    """How an expert's projections are coded: gate and up alike, and down."""
+
+    gate_up: Codec
+    down: Codec
+
+    def of(self, projection: str) -> Codec:
+        return self.down if projection == "down_proj" else self.gate_up
+
+    def names(self) -> dict[str, str]:
+        """As the manifest holds them."""
+        return {"gate_up": self.gate_up.name, "down": self.down.name}
+
+
+# By ``--codec`` and ``--bits``.
+EXPERT_CODECS = {
+    ("lut", "4"): ExpertCodecs(LUT4, LUT4),
+    ("lut", "3.5"): ExpertCodecs(LUT3, LUT4),
+    ("lut", "3"): ExpertCodecs(LUT3, LUT3),
+    ("nf4", "4"): ExpertCodecs(NF4, NF4),
+}
+DEFAULT_CODEC = "nf4"
+DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]

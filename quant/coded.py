@@ -1,0 +1,96 @@
+"""``CodedWeight``: a matrix of codes and scales (``slotmoe.quant.codec``), in torch.
+
+Shape legend: N rows out, K columns in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slotmoe.quant.codec import BLOCK, KINDS, TILE, Codec
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """A [N, K] matrix in ``tiles16``: codes uint8, scales float16 or uint8, levels float32 [16] (8
+    levels stand twice).  Their shapes and dtypes say which codec it is."""
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def bits(self) -> int:
+        return self.codes.shape[2] // (2 * BLOCK)
+
+    @property
+    def kind(self) -> int:
+        """What the kernels call its codec."""
+        return KINDS[self.bits, "f16" if self.scales.dtype == torch.float16 else "i8"]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.levels.nbytes
+
+    def rows(self, start: int, stop: int) -> "CodedWeight":
+        """Rows ``start`` (a multiple of 16) to ``stop``, as a view."""
+        tiles = slice(start // TILE, -(-stop // TILE))
+        shape = stop - start, self.shape[1]
+        return CodedWeight(self.codes[tiles], self.scales[tiles], self.levels, shape)
+
+    def dequantize(self) -> Tensor:
+        """The exact matrix, float32 [N, K], on the weight's device."""
+        N, K = self.shape
+        codes = unpack(self.codes)
+        tiles, _, columns = codes.shape
+        scales = block_scales(self.scales)
+        values = self.levels[codes.int()].view(tiles, TILE, scales.shape[2], -1) * scales[..., None]
+        return values.view(tiles * TILE, columns)[:N, :K]
+
+
+def levels_of(codec: Codec) -> Tensor:
+    """A codec's levels as a ``CodedWeight`` has them."""
+    return torch.tensor(codec.table(), dtype=torch.float32)
+
+
+def block_scales(scales: Tensor) -> Tensor:
+    """A weight's scales as numbers, float32 [tiles, 16, blocks]."""
+    if scales.dtype == torch.float16:
+        return scales.float().transpose(1, 2)
+    rows = scales[:, :2].view(torch.float32).reshape(-1, TILE, 1)
+    blocks = scales[:, 2:].view(torch.int8).reshape(len(scales), -1, TILE)
+    return blocks.float().transpose(1, 2) * rows
+
+
+def unpack(codes: Tensor) -> Tensor:
+    """uint8 [tiles, 16, columns], one code each, of the code tensor of a weight."""
+    tiles, blocks, size = codes.shape
+    if size == 4 * 2 * BLOCK:
+        words = codes.view(tiles, blocks, 8, TILE, 4)  # tile, block, t, lane, i
+        pairs = torch.stack([words >> 4, words & 15], dim=3)  # tile, block, t, half, lane, i
+    else:
+        words = codes.view(tiles, 2 * blocks, 3, TILE, 4)  # tile, group, a, lane, i
+        top = words >> 6
+        last = top[:, :, :1] | top[:, :, 1:2] << 2 | top[:, :, 2:] << 4
+        words = torch.cat([words, last], dim=2)
+        pairs = torch.stack([words & 7, words >> 3 & 7], dim=3)  # tile, group, a, half, lane, i
+    return pairs.permute(0, 4, 1, 2, 3, 5).reshape(tiles, TILE, blocks * BLOCK)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """The code tensor of uint8 [tiles, 16, columns], one code each; columns a multiple of 64."""
+    tiles, _, columns = codes.shape
+    # Four neighbouring columns move as one 32-bit word; no bit crosses a byte when shifted.
+    words = codes.contiguous().view(torch.int32).view(tiles, TILE, columns // 32, 4, 2)
+    first, second = words.permute(4, 0, 2, 3, 1)  # tile, group of 32 columns, a, lane
+    if bits == 4:
+        packed = first << 4 | second
+    else:
+        pairs = first | second << 3
+        last = pairs[:, :, 3]
+        top = torch.stack([last, last >> 2, last >> 4], dim=2) & 0x03030303
+        packed = pairs[:, :, :3] | top << 6
+    bytes_: Tensor = packed.contiguous().view(torch.uint8)
+    return bytes_.view(tiles, columns // BLOCK, 2 * BLOCK * bits)
