@@ -59,9 +59,23 @@ def block_scales(scales: Tensor) -> Tensor:
     """A weight's scales as numbers, float32 [tiles, 16, blocks]."""
     if scales.dtype == torch.float16:
         return scales.float().transpose(1, 2)
-    rows = scales[:, :2].view(torch.float32).reshape(-1, TILE, 1)
-    blocks = scales[:, 2:].view(torch.int8).reshape(len(scales), -1, TILE)
-    return blocks.float().transpose(1, 2) * rows
+    rows, blocks = _factors(scales)
+    return blocks.float().transpose(1, 2) * rows[..., None]
+
+
+def possible_scales(scales: Tensor) -> bool:
+    """Whether an encoder can have made a weight's scales: they are finite, and only a row without
+    scales has the factor 0."""
+    if scales.dtype == torch.float16:
+        return bool(scales.isfinite().all())
+    rows, blocks = _factors(scales)
+    return bool((rows.isfinite() & ((rows != 0) | (blocks == 0).all(1))).all())
+
+
+def _factors(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Of 8-bit scales the rows' factors, float32 [tiles, 16], and int8 [tiles, blocks, 16]."""
+    rows = scales[:, :2].view(torch.float32).reshape(-1, TILE)
+    return rows, scales[:, 2:].view(torch.int8).reshape(len(scales), -1, TILE)
 
 
 def unpack(codes: Tensor) -> Tensor:

@@ -172,9 +172,9 @@ class _Random:
         if SCALES[codec.scales].dtype == "F16":
             return self._signed(scales, size).half() * real.view(-1, 1, TILE)
         of_rows = (real.float() * (size / 127)).view(torch.uint8).view(scales[0], -1, 2 * TILE)
-        blocks = scales[0], scales[1] - of_rows.shape[1], scales[2]
-        of_blocks = self._signed(blocks, 127).to(torch.int8).view(torch.uint8)
-        return torch.cat([of_rows, of_blocks], dim=1)
+        blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), 127)
+        of_blocks = (blocks * real.view(-1, 1, TILE)).to(torch.int8).view(torch.uint8)
+        return torch.cat([of_rows, of_blocks.view(scales[0], -1, 2 * TILE)], dim=1)
 
     def _signed(self, shape: tuple[int, ...], size: float) -> Tensor:
         """``size`` with random signs."""

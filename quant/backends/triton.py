@@ -22,7 +22,6 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraph
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
 from slotmoe.quant.codec import TILE
-from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.weights import Weight
 
@@ -32,9 +31,6 @@ environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 _BM, _BN = 64, 64
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
-# What the kernels of experts are told of a record; the gate's codes begin at 0.
-_GATE_UP = "up_proj.weight", "gate_proj.weight.absmax", "up_proj.weight.absmax"
-_DOWN = "down_proj.weight", "down_proj.weight.absmax"
 
 
 class TritonBackend(TorchBackend):
@@ -74,8 +70,7 @@ class TritonBackend(TorchBackend):
         N2 = 0 if second is None else second.shape[0]
         gain, eps = (None, 0.0) if norm is None else norm
         rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-            x_1K, gain, eps, normed, data, scale, N, data2, scale2, N2,
-            levels2 if levels is None else levels,
+            x_1K, gain, eps, normed, data, scale, levels, N, data2, scale2, levels2, N2,
             add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
             KIND=kind, KIND2=kind2, NORM=norm is not None, STORE=normed is not None,
             RESIDUALS=len(add), num_warps=_warps(kind),
@@ -203,16 +198,16 @@ class TritonBackend(TorchBackend):
         self, x_1D: Tensor, records: Records, slots_E: Tensor, indices_1K: Tensor, y_1KD: Tensor
     ) -> None:
         """Each use reads its expert's record, in float32."""
-        layout, K, levels = records.layout, indices_1K.shape[1], records.levels
+        layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
         D, width = layout.hidden_size, layout.moe_intermediate_size
         h_KI = torch.empty(K, width, device=x_1D.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
-            x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
-            layout.record_bytes, *_offsets(layout, _GATE_UP),
+            x_1D, records.slab, slots_E, indices_1K, in_levels, h_KI, D, width,
+            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
         )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), K)](
-            h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN),
+            h_KI, records.slab, slots_E, indices_1K, out_levels, y_1KD, D, width,
+            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind,
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -222,7 +217,7 @@ class TritonBackend(TorchBackend):
         sorted too, so an output doesn't depend on which experts a call computes."""
         layout, uses, K = records.layout, indices_TK.numel(), indices_TK.shape[1]
         D, width = layout.hidden_size, layout.moe_intermediate_size
-        E, levels = len(slots_E), records.levels
+        E, (in_levels, out_levels) = len(slots_E), records.levels
         sorted_uses, order = indices_TK.flatten().sort(stable=True)
         experts = torch.arange(E + 1, device=x_TD.device)
         starts = torch.searchsorted(sorted_uses, experts, out_int32=True)
@@ -231,12 +226,13 @@ class TritonBackend(TorchBackend):
         programs = uses // _BM + min(uses, E)
         sizes = {"GROUPS": power(E), **self._tile(_BM)}
         tiles.experts_gate_up[(triton.cdiv(width, _BN), programs)](
-            x_TD, order, K, starts, slots_E, E, records.slab, levels, h, width, D,
-            layout.record_bytes, *_offsets(layout, _GATE_UP), **sizes,
+            x_TD, order, K, starts, slots_E, E, records.slab, in_levels, h, width, D,
+            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
+            **sizes,
         )  # fmt: skip
         tiles.experts_down[(triton.cdiv(D, _BN), programs)](
-            h, order, starts, slots_E, E, records.slab, levels, y_TKD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN), **sizes,
+            h, order, starts, slots_E, E, records.slab, out_levels, y_TKD, D, width,
+            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind, **sizes,
         )  # fmt: skip
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -248,11 +244,6 @@ class TritonBackend(TorchBackend):
             BLOCK=block, enable_fp_fusion=False,
         )  # fmt: skip
         return out_TD
-
-
-def _offsets(layout: RecordLayout, parts: Sequence[str]) -> list[int]:
-    """Where parts of a record begin, in bytes."""
-    return [layout.parts[name].offset for name in parts]
 
 
 def _warps(kind: int) -> int:

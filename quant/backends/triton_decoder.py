@@ -25,7 +25,7 @@ from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.triton import mla, rows
 
-INT8, NF4, DENSE = rows.INT8.value, rows.NF4.value, rows.DENSE.value
+INT8, DENSE = rows.INT8.value, rows.DENSE.value
 
 
 class Operand(NamedTuple):
@@ -42,7 +42,7 @@ def operand(weight: Any) -> Operand:
     if isinstance(weight, Int8Weight):
         return Operand(INT8, weight.q, weight.scale, None)
     if isinstance(weight, CodedWeight):
-        return Operand(NF4, weight.codes, weight.scales, weight.levels)
+        return Operand(weight.kind, weight.codes, weight.scales, weight.levels)
     if isinstance(weight, Tensor):
         return Operand(DENSE, weight, None, None)
     raise TypeError("a tiled matrix is for the native kernels alone")

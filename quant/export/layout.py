@@ -104,6 +104,15 @@ class RecordLayout:
             for name, part in self.parts.items()
         }
 
+    def gate_up_places(self) -> list[int]:
+        """Where up's codes and the scales of gate and of up begin; gate's codes begin at 0."""
+        (_, gate), (up, up_scales) = self._names["gate_proj"], self._names["up_proj"]
+        return [self.parts[name].offset for name in (up, gate, up_scales)]
+
+    def down_places(self) -> list[int]:
+        """Where down's codes and scales begin."""
+        return [self.parts[name].offset for name in self._names["down_proj"]]
+
     def part(self, record: Tensor, name: str) -> Tensor:
         """View of part ``name`` in a record (uint8 [record_bytes], on any device)."""
         part = self.parts[name]

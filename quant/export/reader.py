@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ExportError, reading
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.coded import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export.codecs import manifest_codecs
 from slotmoe.quant.export.layout import (
     COPIED,
@@ -201,6 +201,8 @@ class Export:
         self.verify_record(layer, expert, record.numpy().data)
         levels = self.layout.levels()
         weights = {name: self.layout.weight(record, name, levels) for name in PROJECTIONS}
+        for name, weight in weights.items():
+            self._check_scales(layer_file(layer), f"layer {layer} expert {expert} {name}", weight)
         return {name: weight.dequantize() for name, weight in weights.items()}
 
     def resident(self, name: str, empty: Empty = _empty) -> Tensor | Int8Weight | CodedWeight:
@@ -215,10 +217,17 @@ class Export:
             codec, (N, K) = self._codecs[coded["codec"]], coded["shape"]
             _, scales_name = codec.tensors(name, N, K)
             scales = self._tensor(RESIDENT, scales_name, empty)
-            return CodedWeight(weight, scales, self._levels[codec.name], (N, K))
+            coded_weight = CodedWeight(weight, scales, self._levels[codec.name], (N, K))
+            self._check_scales(RESIDENT, name, coded_weight)
+            return coded_weight
         if name + ".scale" in parts:
             return Int8Weight(weight, self._tensor(RESIDENT, name + ".scale", empty))
         return weight
+
+    def _check_scales(self, file: str, what: str, weight: CodedWeight) -> None:
+        if not possible_scales(weight.scales):
+            problem = "has scales that are not finite, or zero where they can't be"
+            raise self._error(file, f"{what} {problem}; quantize again")
 
     def _tensor(self, file: str, name: str, empty: Empty) -> Tensor:
         part, entry = self._parts[file][name], self.manifest["files"][file]

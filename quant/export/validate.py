@@ -192,8 +192,11 @@ def _check_codecs(quantization: dict[str, Any]) -> None:
         _require(len(levels) == 1 << bits, f"{what} has {len(levels)} levels for {bits} bits")
         ordered = all(low < high for low, high in pairwise(map(np.float32, levels)))
         _require(ordered, f"the levels of {what} are not in ascending order, each once")
-    named = [item["codec"] for item in quantization["resident_codecs"].values()]
-    for name in [*quantization["experts"].values(), *named]:
+    coded = {name: item["codec"] for name, item in quantization["resident_codecs"].items()}
+    for name, codec in coded.items():  # kernels compute both in one go
+        same = coded.get(name.replace("gate_proj", "up_proj"), codec) == codec
+        _require(same, f"{name:.80} and the up_proj beside it have different codecs")
+    for name in [*quantization["experts"].values(), *coded.values()]:
         _require(name in quantization["codecs"], f"codec {name!r:.40} is not in codecs")
 
 

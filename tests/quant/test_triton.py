@@ -18,14 +18,15 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import parse_config
 from slotmoe.model.routing import Router, route
-from slotmoe.quant import int8, nf4
+from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codec import EXPERT_CODECS, LUT3, LUT4, NF4, TILE
+from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import dequantize
-from tests.support.slab import LEVELS, NF4S, write_record
+from slotmoe.quant.weights import dequantize, map_tensors, quantize_coded
+from tests.support.slab import NF4S, write_record
 from tests.support.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
@@ -33,19 +34,29 @@ ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_records(S, D, width, seed=0):
+def disturb(weight, generator, factors=(1.0, -1.0, 0.0, 1e-4, 8.0)):
+    """Multiply scales by random ``factors``; those of rows that are not there become poison."""
+    rows, numbers = weight.shape[0] % TILE or TILE, weight.scales  # of the last tile
+    if numbers.dtype != torch.float16:
+        blocks = numbers[:, 2:].view(torch.int8)
+        blocks[torch.rand(blocks.shape, generator=generator) < 0.2] *= -1
+        numbers = numbers[:, :2].view(torch.float32).view(-1, 1, TILE)
+    chosen = torch.randint(len(factors), numbers.shape, generator=generator)
+    numbers *= torch.tensor(factors, dtype=numbers.dtype)[chosen]
+    numbers[-1, :, rows:] = torch.nan
+
+
+def make_records(S, D, width, codecs=NF4S, seed=0):
     """Random records with scales of both signs, zeros, tiny and large ones; padding bytes are
     poison."""
-    layout, generator = RecordLayout(D, width, NF4S), torch.Generator().manual_seed(seed)
+    layout, generator = RecordLayout(D, width, codecs), torch.Generator().manual_seed(seed)
     slab = torch.full((S, layout.record_bytes), 0xFF, dtype=torch.uint8)  # NaN, read as scales
     for record in slab:
         for name in PROJECTIONS:
             N, K = layout.shapes[name]
-            codes, absmax = nf4.quantize(torch.randn(N, K, generator=generator) * K**-0.5)
-            absmax *= torch.tensor([1.0, -1.0, 0.0, 1e-4, 8.0]).half()[
-                torch.randint(5, absmax.shape, generator=generator)
-            ]
-            write_record(record, layout, name, codes, absmax)
+            w_NK = torch.randn(N, K, generator=generator) * K**-0.5
+            write_record(record, layout, name, *quantize_coded(w_NK, codecs.of(name)))
+            disturb(layout.weight(record, name, layout.levels()), generator)
     return Records(slab.to(DEVICE), layout, layout.levels().to(DEVICE))
 
 
@@ -93,9 +104,10 @@ def outputs(ops, x_TD, records, slots_E, indices_TK):
     return y_TKD
 
 
+@pytest.mark.parametrize("coding", EXPERT_CODECS, ids="-".join)
 @pytest.mark.parametrize("T", TOKENS)
-def test_experts_are_those_experts_and_leave_the_others(ops, T):
-    records, indices_TK = make_records(4, 128, 48), choice(T)
+def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
+    records, indices_TK = make_records(4, 128, 48, EXPERT_CODECS[coding]), choice(T)
     x_TD = torch.randn(T, 128, device=DEVICE)
     y_TKD = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     plain_TKD = outputs(TorchBackend(torch.bfloat16), x_TD, records, slots_of(*SLOTS), indices_TK)
@@ -159,8 +171,11 @@ def test_weighted_sum_goes_in_the_gates_order(ops):
     assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), gate_order_sum(y_TKD, weights_TK))
 
 
+CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3)}
+
+
 def make_weight(kind, N, K, seed=0, wild=True):
-    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (NF4) negative
+    """A [N, K] matrix of a kind, with rows or blocks of zeros, tiny, large and (of codes) negative
     scales if ``wild``."""
     generator = torch.Generator().manual_seed(seed)
     w_NK = torch.randn(N, K, generator=generator) * K**-0.5
@@ -170,22 +185,15 @@ def make_weight(kind, N, K, seed=0, wild=True):
             torch.randint(4, (N,), generator=generator)
         ]
         return Int8Weight(q.to(DEVICE), scale.to(DEVICE))
-    if kind == "nf4":
-        codes, absmax = nf4.quantize(w_NK)
-        factors = torch.tensor(
-            [1.0, -1.0, 0.0, 1e-4, 8.0] if wild else [1.0, -1.0, 1.0, -1.0, 1.0]
-        ).half()
-        absmax *= factors[torch.randint(5, absmax.shape, generator=generator)]
-        absmax[-1, :, N % nf4.TILE or nf4.TILE :] = (
-            torch.nan
-        )  # rows of the last tile that are not there
-        return CodedWeight(
-            codes.to(DEVICE), absmax.to(DEVICE), (LEVELS * 1.5 + 0.1).to(DEVICE), (N, K)
-        )
+    if kind in CODECS:
+        levels = levels_of(CODECS[kind]) * 1.5 + 0.1
+        weight = CodedWeight(*quantize_coded(w_NK, CODECS[kind]), levels, (N, K))
+        disturb(weight, generator, *[] if wild else [(1.0, -1.0)])
+        return map_tensors(weight, lambda tensor: tensor.to(DEVICE))
     return w_NK.to(kind).to(DEVICE)
 
 
-KINDS = ["int8", "nf4", torch.bfloat16, torch.float32]
+KINDS = ["int8", *CODECS, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +237,9 @@ def test_mlp(triton_ops, kind, T):
     )
 
 
-def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
-    first, second = make_weight("int8", 20, 600), make_weight("nf4", 35, 600)
+@pytest.mark.parametrize(("first", "second"), [("int8", "nf4"), ("nf4", "lut3"), ("lut4", "int8")])
+def test_two_weights_norm_and_sums_in_one_launch(triton_ops, first, second):
+    first, second = make_weight(first, 20, 600), make_weight(second, 35, 600)
     x, gain, add = (
         torch.randn(1, 600, device=DEVICE),
         torch.rand(600, device=DEVICE),

@@ -24,7 +24,7 @@ from slotmoe.model.layers import Geometry, Layer, Mlp, Step, Timer
 from slotmoe.model.routing import Router
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codec import NF4, ExpertCodecs
+from slotmoe.quant.codec import LUT3, NF4, ExpertCodecs
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -111,7 +111,7 @@ def nf4(n, k):
 
 
 def records():
-    layout = RecordLayout(D, WIDTH, ExpertCodecs(NF4, NF4))
+    layout = RecordLayout(D, WIDTH, ExpertCodecs(LUT3, NF4))
     return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16))
 
 

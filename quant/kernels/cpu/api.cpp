@@ -535,7 +535,7 @@ EXPORT int slotmoe_quantize_int8(const void* src, int type, int64_t n, int64_t k
     });
 }
 
-EXPORT int slotmoe_coded_error(const void* src, int type, const Matrix* w, double* sums) {
+EXPORT int slotmoe_coded_error(const Matrix* w, const void* src, int type, double* sums) {
     if (type < 0 || type > 2 || !w->valid() || !is_coded(w->kind)) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
         job.parallel(w->tiles(), [&](int, int64_t begin, int64_t end) {

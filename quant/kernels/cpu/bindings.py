@@ -294,7 +294,7 @@ class Kernels:
         if isinstance(weight, Int8Weight):
             sums = self._functions["int8_error"](source, kind, weight.q, weight.scale)
         else:
-            sums = self._functions["coded_error"](source, kind, Matrix.of_codes(weight))
+            sums = self._functions["coded_error"](Matrix.of_codes(weight), source, kind)
         errors, squares = sums.T.tolist()  # rounded once, so that they depend on no order
         return math.fsum(errors), math.fsum(squares)
 

@@ -66,7 +66,7 @@ SIGNATURES = {
     " indices:pointer reached:pointer seconds:pointer",  # checked by hand: it runs once a layer
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
-    "coded_error": "source:source[N,K] kind:int w:bound >sums:f64[N/16,2]",
+    "coded_error": "w:bound source:source[N,K] kind:int >sums:f64[N/16,2]",
     # of encode.h; B columns share a scale
     "fit_rows": f"{_SOURCE} weights:f32[K] {_LEVELS} starts:f32[C] C B >scales:f32[N,X]",
     "code_rows": f"{_SOURCE} scales:f32[N,X] {_LEVELS} B >codes:u8[N,Y]",
@@ -101,9 +101,8 @@ class TensorSpec:
 
     def shape(self, sizes: dict[str, int]) -> list[int]:
         """The shape with these sizes."""
-        return [
-            -(-sizes[letter] // by) + more if letter else more for letter, by, more in self._sizes
-        ]
+        divided = ((sizes[letter] if letter else 0, by, more) for letter, by, more in self._sizes)
+        return [-(-size // by) + more for size, by, more in divided]
 
     def check(self, tensor: Tensor | None, sizes: dict[str, int]) -> int | None:
         """The tensor's address; `sizes` gets the letters that it lacks. Raises `ValueError`."""

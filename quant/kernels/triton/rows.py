@@ -3,8 +3,8 @@ of the weights.
 
 A program makes 16 rows of a product, in float32 throughout.  Weights are read once, as they are
 stored; a code becomes a number in a register.  ``slotmoe.quant.backends.triton`` launches these and
-knows what the arguments mean.  NF4 is ``tiles16`` of ``slotmoe.quant.nf4``: read as 32-bit words,
-word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
+knows what the arguments mean.  Codes are ``tiles16`` of ``slotmoe.quant.codec``, read as 32-bit
+words: of 4 bits, word 16 t + lane of a block holds columns 8 t to 8 t + 7 of row ``lane``.
 
 Shapes: K columns, N rows of a weight; T tokens, D hidden_size; E experts, of which a token uses
 TOP_K.
@@ -13,9 +13,12 @@ TOP_K.
 import triton
 import triton.language as tl
 
+# Kinds of weights, as ``slotmoe.quant.codec`` numbers coded ones.
 INT8 = tl.constexpr(0)  # row-major, a float32 scale a row
 NF4 = tl.constexpr(1)
-DENSE = tl.constexpr(2)  # row-major float32 or bfloat16
+LUT4 = tl.constexpr(2)
+LUT3 = tl.constexpr(3)
+DENSE = tl.constexpr(4)  # row-major float32 or bfloat16
 
 
 @triton.jit
@@ -26,34 +29,60 @@ def silu(x):
 
 
 @triton.jit
-def nf4_shift(j):
-    """By how many bits column 8 t + j stands above the bottom of its word: high nibbles are columns
-    0 to 3, low ones 4 to 7."""
-    return tl.where(j < 4, 8 * j + 4, 8 * j - 32)
+def code_words(codes_ptr, at, lane, valid, KIND: tl.constexpr):
+    """32-bit words with the codes of eight neighbouring columns of a row: ``at`` counts these
+    eights over blocks and tiles.  ``code_shift`` and ``code_mask`` say where a code is."""
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + lane
+    if KIND == LUT3:  # four eights are in three words, the last in the two highest bits of bytes
+        words_ptr += at // 4 * 48
+        split = valid & (at % 4 == 3)
+        words = tl.load(words_ptr + at % 4 * 16, mask=valid & (at % 4 != 3), other=0)
+        words |= (tl.load(words_ptr, mask=split, other=0) >> 6) & 0x03030303
+        words |= (tl.load(words_ptr + 16, mask=split, other=0) >> 4) & 0x0C0C0C0C
+        words |= (tl.load(words_ptr + 32, mask=split, other=0) >> 2) & 0x30303030
+    else:
+        words = tl.load(words_ptr + at * 16, mask=valid, other=0)
+    return words
 
 
 @triton.jit
-def _nf4_rows(
-    x_ptr, g_ptr, codes_ptr, absmax_ptr, levels_ptr, tile, K,
-    NORM: tl.constexpr, BLOCKS: tl.constexpr,
+def code_shift(j, KIND: tl.constexpr):
+    """By how many bits the j-th of the eight codes stands above the bottom of its word."""
+    return 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
+
+
+@triton.jit
+def code_scales(scales_ptr, tile, block, half, blocks, lane, valid, KIND: tl.constexpr):
+    """float32 scales of the first (``half`` 0) or last 32 columns of blocks of tiles."""
+    if KIND == NF4:
+        absmax_ptr = scales_ptr.to(tl.pointer_type(tl.float16)) + (tile * blocks + block) * 16
+        scales = tl.load(absmax_ptr + lane, mask=valid, other=0.0).to(tl.float32)
+    else:
+        tile_ptr = scales_ptr.to(tl.pointer_type(tl.int8)) + tile * (blocks + 2) * 32
+        rows = tl.load(tile_ptr.to(tl.pointer_type(tl.float32)) + lane)
+        scales_ptr = tile_ptr + 64 + block * 32 + half * 16 + lane
+        scales = tl.load(scales_ptr, mask=valid, other=0).to(tl.float32) * rows
+    return scales
+
+
+@triton.jit
+def _coded_rows(
+    x_ptr, g_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K,
+    KIND: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
-    words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+    MASK: tl.constexpr = 7 if KIND == LUT3 else 15
     blocks = (K + 63) // 64
-    lane = tl.arange(0, 16)
+    lane = tl.arange(0, 16)[None, :]
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
     for first in range(0, blocks, BLOCKS):
         at = first * 8 + group
-        valid = at < blocks * 8
-        words = tl.load(
-            words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :],
-            mask=valid[:, None],
-            other=0,
-        )
-        scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
-        scale = tl.load(scale_ptr, mask=valid[:, None], other=0.0).to(tl.float32)
+        valid = (at < blocks * 8)[:, None]
+        words = code_words(codes_ptr, (tile * blocks * 8 + at)[:, None], lane, valid, KIND)
+        block, half = (at // 8)[:, None], (at // 4 % 2)[:, None]
+        scale = code_scales(scales_ptr, tile, block, half, blocks, lane, valid, KIND)
         part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
         for j in tl.static_range(8):
             column = at * 8 + j
@@ -61,7 +90,7 @@ def _nf4_rows(
             if NORM:
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
-            codes = (words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15
+            codes = (words >> code_shift(j, KIND)) & MASK
             part += tl.load(levels_ptr + codes) * x[:, None]
         total += part * scale
     return tl.sum(total, 0), tl.sum(squares, 0)
@@ -97,19 +126,19 @@ def _plain_rows(
 def _rows(
     x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND: tl.constexpr, NORM: tl.constexpr
 ):
-    if KIND == NF4:
-        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, 8)
-    elif KIND == INT8:
+    if KIND == INT8:
         y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
-    else:
+    elif KIND == DENSE:
         y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 1024)
+    else:
+        y, squares = _coded_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM, 8)
     return y, squares
 
 
 @triton.jit
 def linear(
-    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
-    r_ptr, r2_ptr, y_ptr, K,
+    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, levels_ptr, N, w2_ptr, scale2_ptr,
+    levels2_ptr, N2, r_ptr, r2_ptr, y_ptr, K,
     KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
     RESIDUALS: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +152,7 @@ def linear(
         valid = n < N
     else:
         y, squares = _rows(
-            x_ptr, g_ptr, w2_ptr, scale2_ptr, levels_ptr, tile - tiles, N2, K, KIND2, NORM
+            x_ptr, g_ptr, w2_ptr, scale2_ptr, levels2_ptr, tile - tiles, N2, K, KIND2, NORM
         )
         n = (tile - tiles) * 16 + tl.arange(0, 16)
         valid = n < N2
@@ -160,7 +189,7 @@ def gate_up(
 @triton.jit
 def experts_gate_up(
     x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, N,
-    record_bytes, up_at, gate_absmax_at, up_absmax_at,
+    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr,
 ):  # fmt: skip
     """One token's experts that have a slot: y [TOP_K, N] = silu(gate x) * (up x).
     ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records."""
@@ -168,13 +197,12 @@ def experts_gate_up(
     slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
-        up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
-        gate, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8
+        gate_scales_ptr, up_scales_ptr = record_ptr + gate_scales_at, record_ptr + up_scales_at
+        gate, _ = _coded_rows(
+            x_ptr, x_ptr, record_ptr, gate_scales_ptr, levels_ptr, tile, D, KIND, False, 8
         )
-        up, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8
+        up, _ = _coded_rows(
+            x_ptr, x_ptr, record_ptr + up_at, up_scales_ptr, levels_ptr, tile, D, KIND, False, 8
         )
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * N + n, silu(gate) * up, mask=n < N)
@@ -183,18 +211,16 @@ def experts_gate_up(
 @triton.jit
 def experts_down(
     x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, K,
-    record_bytes, down_at, down_absmax_at,
+    record_bytes, down_at, down_scales_at, KIND: tl.constexpr,
 ):  # fmt: skip
     """The same experts: y [TOP_K, D] = down x, x being [TOP_K, K]."""
     tile, rank = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
         x_ptr += rank * K
-        y, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, 8
-        )
+        codes_ptr, scales_ptr = record_ptr + down_at, record_ptr + down_scales_at
+        y, _ = _coded_rows(x_ptr, x_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K, KIND, False, 8)
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * D + n, y, mask=n < D)
 

@@ -10,7 +10,15 @@ cuts off what should be rounded.
 import triton
 import triton.language as tl
 
-from slotmoe.quant.kernels.triton.rows import INT8, NF4, nf4_shift, silu
+from slotmoe.quant.kernels.triton.rows import (
+    DENSE,
+    INT8,
+    LUT3,
+    code_scales,
+    code_shift,
+    code_words,
+    silu,
+)
 
 
 @triton.jit
@@ -27,22 +35,19 @@ def _rounded(x, WIDEN: tl.constexpr):
 @triton.jit
 def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, BN: tl.constexpr):
     """Columns ``start`` to ``start + 63`` of rows n, float32 [BN, 64]; int8 without its scale."""
-    if KIND == NF4:
-        blocks = (K + 63) // 64
-        tile = n // 16 * blocks + start // 64
-        valid = n < (N + 15) // 16 * 16
-        word_ptr = (
-            w_ptr.to(tl.pointer_type(tl.int32))
-            + (tile * 128 + n % 16)[:, None]
-            + 16 * tl.arange(0, 8)[None, :]
-        )
-        words = tl.load(word_ptr, mask=valid[:, None], other=0)
-        codes = tl.reshape(
-            (words[:, :, None] >> nf4_shift(tl.arange(0, 8))[None, None, :]) & 15, [BN, 64]
-        )
-        absmax_ptr = scale_ptr.to(tl.pointer_type(tl.float16))
-        scale = tl.load(absmax_ptr + tile * 16 + n % 16, mask=valid, other=0.0).to(tl.float32)
-        w = tl.load(levels_ptr + codes) * scale[:, None]
+    if (KIND != INT8) & (KIND != DENSE):
+        blocks, block = (K + 63) // 64, start // 64
+        n = tl.minimum(n, (N + 15) // 16 * 16 - 1)[:, None]  # past the tiles any weights will do
+        tile, lane, eight = n // 16, n % 16, tl.arange(0, 8)
+        valid = n >= 0
+        at = (tile * blocks + block) * 8 + eight[None, :]
+        words = code_words(w_ptr, at, lane, valid, KIND)
+        MASK: tl.constexpr = 7 if KIND == LUT3 else 15
+        codes = (words[:, :, None] >> code_shift(eight, KIND)[None, None, :]) & MASK
+        half = tl.arange(0, 2)[None, :]
+        scales = code_scales(scale_ptr, tile, block, half, blocks, lane, valid, KIND)
+        w = tl.reshape(tl.load(levels_ptr + codes), [BN, 2, 32]) * scales[:, :, None]
+        w = tl.reshape(w, [BN, 64])
     else:
         k = start + tl.arange(0, 64)
         w = tl.load(
@@ -61,9 +66,9 @@ def _product(
     BN: tl.constexpr = n.shape[0]
     total = tl.full([BM, BN], 0, tl.float32)
     x_ptr += row.to(tl.int64)[:, None] * K
-    # Loads ahead would go through shared memory, single levels too: for NF4 the other programs of a
-    # processor hide the wait.
-    STAGES: tl.constexpr = 1 if KIND == NF4 else 3
+    # Loads ahead would go through shared memory, single levels too: for codes the other programs of
+    # a processor hide the wait.
+    STAGES: tl.constexpr = 1 if (KIND != INT8) & (KIND != DENSE) else 3
     for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
@@ -136,7 +141,7 @@ def _group_of(starts_ptr, tile, G, GROUPS: tl.constexpr, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["G"])
 def experts_gate_up(
     x_ptr, order_ptr, TOP_K, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
-    record_bytes, up_at, gate_absmax_at, up_absmax_at,
+    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y bfloat16 [T * TOP_K, N] = silu(gate x) * (up x), in groups of uses of one expert.
@@ -153,8 +158,8 @@ def experts_gate_up(
         valid = row < stop
         token = tl.load(order_ptr + row, mask=valid, other=0) // TOP_K
         y = _gate_up(
-            x_ptr, token, valid, gate_ptr, gate_ptr + gate_absmax_at, gate_ptr + up_at,
-            gate_ptr + up_absmax_at, levels_ptr, n, N, K, NF4, WIDEN,
+            x_ptr, token, valid, gate_ptr, gate_ptr + gate_scales_at, gate_ptr + up_at,
+            gate_ptr + up_scales_at, levels_ptr, n, N, K, KIND, WIDEN,
         )  # fmt: skip
         _store(y_ptr, row, valid, n, N, y)
 
@@ -162,7 +167,7 @@ def experts_gate_up(
 @triton.jit(do_not_specialize=["G"])
 def experts_down(
     x_ptr, order_ptr, starts_ptr, slots_ptr, G, slab_ptr, levels_ptr, y_ptr, N, K,
-    record_bytes, down_at, down_absmax_at,
+    record_bytes, down_at, down_scales_at, KIND: tl.constexpr,
     GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y [T * TOP_K, N] = down x, in the same groups: row i of x gives row ``order[i]`` of y."""
@@ -170,9 +175,9 @@ def experts_down(
     slot = tl.load(slots_ptr + group, mask=group < G, other=-1)
     if slot >= 0:
         record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        codes_ptr, absmax_ptr = record_ptr + down_at, record_ptr + down_absmax_at
+        codes_ptr, scales_ptr = record_ptr + down_at, record_ptr + down_scales_at
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = first + tl.arange(0, BM)
         valid = row < stop
-        y = _product(x_ptr, row, valid, codes_ptr, absmax_ptr, levels_ptr, n, N, K, NF4, WIDEN)
+        y = _product(x_ptr, row, valid, codes_ptr, scales_ptr, levels_ptr, n, N, K, KIND, WIDEN)
         _store(y_ptr, tl.load(order_ptr + row, mask=valid, other=0), valid, n, N, y)

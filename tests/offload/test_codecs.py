@@ -1,0 +1,195 @@
+"""Exports by codec: rebuilt with numpy alone, the same bits for every budget, and version 1."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from slotmoe.errors import ExportError
+from slotmoe.model.config import read_config
+from slotmoe.model.names import expert_name, resident_shapes
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.memory import sizes_of
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from tests.support.codes import SUFFIXES, values
+from tests.support.kernels import relative
+from tests.support.tiny import random_weights, write_checkpoint
+
+ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}
+IDS = [(7 * i) % 4096 for i in range(1, 41)]
+# Relative RMS of Gaussian weights, with the few rows and columns of these.
+ERRORS = {"nf4": 0.1, "lut4": 0.08, "lut3": 0.17}
+by_choice = pytest.mark.parametrize("choice", EXPERT_CODECS, ids="-".join)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """An export by choice, made when it is first asked for, and the source's weights."""
+    folder, made = tmp_path_factory.mktemp("codecs"), {}
+    weights = random_weights(write_checkpoint(folder / "source", **ODD))
+
+    def export(choice):
+        path = folder / "-".join(choice)
+        if path not in made:
+            codecs = EXPERT_CODECS[choice]
+            made[path] = quantize(folder / "source", path, resident="nf4", codecs=codecs)
+        return path
+
+    export.weights, export.source = weights, folder / "source"
+    return export
+
+
+def rewrite_manifest(folder, change):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@by_choice
+def test_an_export_is_rebuilt_from_the_documented_bytes(exports, choice):
+    """With json, safetensors and numpy; sizes that fill neither tiles nor blocks."""
+    path = exports(choice)
+    manifest = json.loads((path / MANIFEST).read_text())
+    quantization, experts = manifest["quantization"], manifest["experts"]
+    codecs, names = quantization["codecs"], quantization["experts"]
+    assert manifest["format_version"] == 2 and quantization["layout"] == "tiles16"
+    shapes = {"gate_proj": (37, 72), "up_proj": (37, 72), "down_proj": (72, 37)}
+    with Export.open(path) as export:
+        for layer in experts["layers"]:
+            with safe_open(path / layer_file(layer), "np") as file:
+                for expert in (0, 5):
+                    found = export.expert(layer, expert)
+                    for projection in PROJECTIONS:
+                        name = expert_name(layer, expert, projection)
+                        codec = codecs[names["down" if projection == "down_proj" else "gate_up"]]
+                        tensors = name, f"{name}.{SUFFIXES[codec['scales']]}"
+                        parts = map(file.get_tensor, tensors)
+                        made = values(codec, *parts, *shapes[projection])
+                        assert np.array_equal(found[projection].numpy(), made)
+                        bound = ERRORS[names["down" if projection == "down_proj" else "gate_up"]]
+                        assert relative(made, exports.weights[name].float()) < bound
+        with safe_open(path / RESIDENT, "np") as file:
+            for name, coded in quantization["resident_codecs"].items():
+                made = values(
+                    codecs[coded["codec"]],
+                    file.get_tensor(name),
+                    file.get_tensor(f"{name}.absmax"),
+                    *coded["shape"],
+                )
+                assert np.array_equal(export.resident(name).dequantize().numpy(), made)
+    record, kinds = experts["record"], {"weight": 0, "absmax": 1, "scales": 1, "pad": 2}
+    order = [kinds[name.rpartition(".")[2]] for name in record]
+    assert order == sorted(order)  # all codes, then all scales, then the padding
+    ends = [part["offset"] + part["bytes"] for part in record.values()]
+    assert [0, *ends] == [*[part["offset"] for part in record.values()], experts["record_bytes"]]
+
+
+@by_choice
+def test_sizes_are_planned(exports, choice):
+    path = exports(choice)
+    config, codecs = read_config(path / "config.json"), EXPERT_CODECS[choice]
+    with Export.open(path) as export:
+        planned = sizes_of(config, "nf4", codecs)
+        assert planned.record_bytes == export.layout.record_bytes
+        held = sum(
+            weight.codes.nbytes + weight.scales.nbytes
+            for weight in map(export.resident, resident_shapes(config))
+            if isinstance(weight, CodedWeight)
+        )
+        assert held == sum(
+            codec.nbytes(*coded["shape"])
+            for coded in export.manifest["quantization"]["resident_codecs"].values()
+            for codec in [EXPERT_CODECS["nf4", "4"].down]
+        )
+
+
+@by_choice
+def test_the_same_bits_for_every_budget_and_number_of_tokens(exports, choice):
+    path = exports(choice)
+    with Runtime.open(path, context=64) as runtime:
+        whole = runtime.logits(IDS)
+        greedy = [token.id for token in runtime.generate("a b c", 12)]
+    with Runtime.open(path, context=64, slots=6) as runtime:
+        assert torch.equal(runtime.logits(IDS), whole)
+        assert [token.id for token in runtime.generate("a b c", 12)] == greedy
+        assert runtime.stats()["cache"]["misses"] > 0
+    with Runtime.open(path, context=64, kernels="torch") as runtime:
+        assert relative(runtime.logits(IDS), whole) < 0.1
+
+
+@by_choice
+def test_a_run_again_finds_the_export_and_another_codec_is_refused(exports, choice, tmp_path):
+    path = exports(choice)
+    before = (path / MANIFEST).read_bytes()
+    quantize(exports.source, path, resident="nf4", codecs=EXPERT_CODECS[choice])
+    assert (path / MANIFEST).read_bytes() == before
+    other = next(codecs for key, codecs in EXPERT_CODECS.items() if key != choice)
+    with pytest.raises(ExportError, match="--overwrite"):
+        quantize(exports.source, path, resident="nf4", codecs=other)
+
+
+def to_version_1(manifest):
+    """What version 1 said of NF4."""
+    new = manifest["quantization"]
+    codec = new.pop("codecs")["nf4"]
+    coded = new.pop("resident_codecs")
+    manifest["format_version"] = 1
+    new |= {"experts": "nf4", "block": 64, "levels": codec["levels"]}
+    new["resident_shapes"] = {name: item["shape"] for name, item in coded.items()}
+
+
+def test_version_1_still_opens(exports, tmp_path):
+    """With the same weights; a predictor that it gets makes it version 2."""
+    path = exports(("nf4", "4"))
+    old = tmp_path / "old"
+    shutil.copytree(path, old)
+    rewrite_manifest(old, to_version_1)
+    keys = "experts layout block levels resident resident_shapes report".split()
+    assert sorted(json.loads((old / MANIFEST).read_text())["quantization"]) == sorted(keys)
+    with Export.open(path) as new, Export.open(old) as export:
+        assert export.manifest["quantization"] == new.manifest["quantization"]
+        for name, weight in new.expert(2, 3).items():
+            assert torch.equal(export.expert(2, 3)[name], weight)
+    with Runtime.open(path, context=64) as new, Runtime.open(old, context=64) as runtime:
+        assert torch.equal(runtime.logits(IDS), new.logits(IDS))
+    quantize(exports.source, old, resident="nf4", codecs=EXPERT_CODECS["nf4", "4"])
+    rewrite_manifest(old, lambda manifest: manifest["quantization"].pop("levels"))
+    with pytest.raises(ExportError, match=r"levels is missing"):
+        Export.open(old)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
+    """With a right checksum: only an encoder's fault, or bad intentions, make them."""
+    shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
+    with Export.open(tmp_path / "bad") as export:
+        layout, layer = export.layout, export.layers[1]
+        size, entry = layout.record_bytes, export.manifest["files"][layer_file(layer)]
+    path, start = tmp_path / "bad" / layer_file(layer), entry["header_bytes"] + 4 * size
+    data = bytearray(path.read_bytes())
+    record = torch.frombuffer(data, dtype=torch.uint8)[start : start + size]
+    scales = layout.part(record, "up_proj.weight.scales")
+    scales[1, :2].view(torch.float32)[0, 3] = value
+    path.write_bytes(data)
+
+    def bless(manifest):
+        from slotmoe.quant.export.layout import checksum
+
+        entry = manifest["files"][layer_file(layer)]
+        entry["records"][4] = checksum(bytes(data[start : start + size]))
+        entry["checksum"] = checksum(bytes(data))
+
+    rewrite_manifest(tmp_path / "bad", bless)
+    with Export.open(tmp_path / "bad") as export:
+        export.expert(layer, 3)
+        with pytest.raises(ExportError, match=rf"layer {layer} expert 4 up_proj has scales"):
+            export.expert(layer, 4)

@@ -1,0 +1,49 @@
+"""Coded matrices rebuilt from docs/export-format.md with numpy alone, one weight at a time, and
+random ones."""
+
+import numpy as np
+import torch
+
+from slotmoe.quant.coded import CodedWeight, levels_of
+
+SUFFIXES = {"f16": "absmax", "i8": "scales"}  # of the tensor beside the codes
+
+
+def values(codec, codes, scales, n, k):
+    """float32 [n, k] of a codec as the manifest holds it and the two tensors of a weight."""
+    row, column = np.indices((n, k))
+    tile, lane = row // 16, row % 16
+    block, c = column // 64, column % 64
+    if codec["bits"] == 4:
+        byte = codes[tile, block, c // 8 * 64 + 4 * lane + c % 4]
+        code = np.where(c % 8 < 4, byte >> 4, byte & 15)
+    else:
+        first = c // 32 * 192 + 4 * lane + c % 4
+        a = c % 32 // 8
+        highest = [codes[tile, block, first + 64 * which] >> 6 for which in range(3)]
+        last = highest[0] | highest[1] << 2 | highest[2] << 4
+        pair = np.where(a < 3, codes[tile, block, first + 64 * np.minimum(a, 2)], last)
+        code = np.where(c % 8 < 4, pair, pair >> 3) & 7
+    if codec["scales"] == "f16":
+        scale = scales.view(np.float16)[tile, block, lane].astype(np.float32)
+    else:
+        rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)
+        blocks = scales[:, 2:].view(np.int8)
+        scale = blocks[tile, block, c // 32 * 16 + lane].astype(np.float32) * rows[tile, lane]
+    return np.array(codec["levels"], np.float32)[code] * scale
+
+
+def random_codes(rng, codec, n, k, size=1.0):
+    """A ``CodedWeight`` of random bytes, whose levels times scales are at most about ``size``, and
+    its values as float64 [n, k]."""
+    codes = rng.integers(0, 256, codec.codes_shape(n, k), dtype=np.uint8)
+    shape, largest = codec.scales_shape(n, k), size / max(map(abs, codec.levels))
+    if codec.scales == "f16":
+        scales = (rng.uniform(-largest, largest, shape)).astype(np.float16)
+    else:
+        scales = rng.integers(-127, 128, shape, dtype=np.int8).view(np.uint8)
+        rows = rng.uniform(0.5, 1, (shape[0], 2, 8)) * largest / 127
+        scales[:, :2] = rows.astype(np.float32).view(np.uint8)
+    parts = torch.from_numpy(codes), torch.from_numpy(scales)
+    exact = values(codec.describe(), codes, scales, n, k).astype(np.float64)
+    return CodedWeight(*parts, levels_of(codec), (n, k)), exact
