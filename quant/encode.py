@@ -52,6 +52,7 @@ def fit_scales(weight_NK: Tensor, importance_K: Tensor, levels_L: Tensor, block:
 def assign(weight_NK: Tensor, scales_NX: Tensor, levels_L: Tensor, block: int) -> Tensor:
     """The code of each weight's nearest level, uint8 [N, X * block]; columns past K are zeros'."""
     N, K = weight_NK.shape
+    assert scales_NX.shape == (N, -(-K // block))
     if (native := bindings.load()) is not None:
         kind, columns = source_type(weight_NK), scales_NX.shape[1] * block
         return native.code_rows(weight_NK, kind, scales_NX, levels_L, B=block, Y=columns)
@@ -92,7 +93,7 @@ def learn_levels(samples: Sequence[Tensor], levels_L: Tensor, block: int) -> Ten
 
 def nearest(z: Tensor, levels_L: Tensor) -> Tensor:
     """Index of the level nearest to each number, the lower one of two."""
-    return torch.bucketize(z, (levels_L[1:] + levels_L[:-1]) / 2)
+    return torch.bucketize(z.contiguous(), (levels_L[1:] + levels_L[:-1]) / 2)
 
 
 def inverse_or_zero(scale: Tensor) -> Tensor:

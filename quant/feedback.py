@@ -61,7 +61,7 @@ class Hessian:
         pad = -len(mean) % BLOCK
         padded = F.pad(mean, (0, pad, 0, pad))
         extra = torch.full((len(padded),), _DAMPING, device=mean.device)
-        extra[len(mean) :] = 1.0
+        extra[len(mean) :] = 1e-6  # what is filled up has no say
         damped: Tensor = padded + torch.diag(extra * diagonal)
         return damped
 

@@ -68,13 +68,14 @@ def quantize(
     if hessian is None:
         N, K = weight_NK.shape
         scales_NX = encode.fit_scales(weight_NK, torch.ones(K), levels_L, block)
-        scales_NX = F.pad(scales_NX, (0, -scales_NX.shape[1] % (BLOCK // block), 0, -N % TILE))
         if not bool(scales_NX.isfinite().all()):
             raise NotFiniteError
+        rows, X = (0, -N % TILE), scales_NX.shape[1]
+        scales_NX = F.pad(scales_NX, (0, -X % (BLOCK // block), *rows))
         coding = _CODINGS[codec.scales](scales_NX)
         scales_NX = coding.round(scales_NX)
-        codes_NK = encode.assign(weight_NK, scales_NX[:N].contiguous(), levels_L, block)
-        codes_NK = F.pad(codes_NK, (0, 0, 0, -N % TILE))
+        codes_NK = encode.assign(weight_NK, scales_NX[:N, :X].contiguous(), levels_L, block)
+        codes_NK = F.pad(codes_NK, (0, -X * block % BLOCK, *rows))
     else:
         made = feedback.encode(weight_NK, hessian, levels_L, block, _CODINGS[codec.scales])
         codes_NK, scales_NX, coding = made.codes_NK, made.scales_NX, made.coding

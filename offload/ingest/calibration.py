@@ -33,12 +33,12 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import inverse_frequencies
+from slotmoe.offload.ingest.output_dir import HIDDEN
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.feedback import Hessian
 
 MAX_TOKENS = 1 << 16  # more text moves the Hessians little
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
-_FILE = "hidden.safetensors"
 Windows = Sequence[Sequence[int]]
 
 
@@ -80,7 +80,7 @@ class Calibrated:
 class Calibration:
     """``windows`` of token ids through ``checkpoint``; ``wanted`` are the tensors whose Hessians
     are kept, ``needed`` the layers that are to be written, in ``folder``.  ``advance`` gets
-    bytes of experts read."""
+    bytes of experts read.  ``hidden_TD`` is the residual stream behind the layers that are done."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Calibration:
         advance: Callable[[int], None],
     ):
         self._checkpoint, self._config, self._wanted = checkpoint, checkpoint.config, wanted
-        self._windows, self._path, self._advance = windows, folder / _FILE, advance
+        self._windows, self._path, self._advance = windows, folder / HIDDEN, advance
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         c, width = self._config, max(map(len, windows))
         row = c.latent_width, torch.float32
@@ -101,7 +101,7 @@ class Calibration:
         angles = torch.arange(width)[:, None] * inverse_frequencies(c.rope, c.qk_rope_head_dim)
         table_TC = torch.polar(torch.full_like(angles, c.rope.table_scale), angles)
         self._table_TC = table_TC.to(self._device)
-        self._first, self._h_TD = self._resume(min(needed, default=0))
+        self._first, self.hidden_TD = self._resume(min(needed, default=0))
         self._layers = range(self._first, max(needed, default=-1) + 1)
         self._tokens: dict[int, list[int]] = {}
 
@@ -113,8 +113,8 @@ class Calibration:
         one's weights are expected to be written."""
         for layer in self._layers:
             if layer > self._first:
-                self._save(layer, self._h_TD)
-            self._h_TD, hessians = self._layer(layer, self._h_TD)
+                self._save(layer, self.hidden_TD)
+            self.hidden_TD, hessians = self._layer(layer, self.hidden_TD)
             yield Calibrated(layer, hessians)
 
     @property
@@ -187,7 +187,7 @@ class Calibration:
         return 0, torch.cat(rows).float()[inverse_T].to(self._device)
 
     def _save(self, layer: int, h_TD: Tensor) -> None:
-        temporary = self._path.with_suffix(".tmp")
+        temporary = self._path.with_name(HIDDEN + ".tmp")
         save_file({"hidden": h_TD.cpu()}, temporary, {"layer": str(layer)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -19,6 +19,10 @@ from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.writer import sync_folder
 
+HIDDEN = (
+    "hidden.safetensors"  # where a calibration goes on (``slotmoe.offload.ingest.calibration``)
+)
+
 
 def beside(destination: Path, suffix: str) -> Path:
     """``DST.suffix`` beside ``destination``; ``ExportError`` if the destination has no name."""
@@ -54,7 +58,7 @@ def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, "experts", "state.json", *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, HIDDEN, "experts", "state.json", *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 
