@@ -1,4 +1,5 @@
-"""``config.json`` of a DeepSeek-V2-family model, read once and frozen.
+"""``config.json`` of a model of one of the families (``slotmoe.model.families``), read once and
+frozen.
 
 Every key that shapes the network is required, so that a misspelt one is an error instead of a
 default.  Values that this network does not compute are refused by name.
@@ -18,10 +19,13 @@ from slotmoe.jsonfile import (
     check,
     integer,
     number,
+    one_of,
     or_null,
     parse_json,
     read_json,
 )
+from slotmoe.model.encoding import Encoding, parse_encoding
+from slotmoe.model.families import FAMILIES, OTHERS, WRAPPERS, Family
 from slotmoe.model.files import ReadFile
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -29,19 +33,17 @@ MAX_INT = 1 << 31
 
 _POSITIVE, _NOT_NEGATIVE = number(1e-30, 1e30), number(0, 1e30)
 _TOKEN_IDS = ListOf(integer(0, MAX_INT - 1), 0, 64)
-_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that this network computes; absent is fine too
-    "architectures": (["DeepseekV2ForCausalLM"], [], None),
-    "scoring_func": ("softmax",),
-    "topk_method": ("greedy", "group_limited_greedy"),
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that every family has; absent is fine too
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "ep_size": (1, None),
-    "rope_interleave": (True, None),
 }
-_FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False}
-_DEFAULTS = {"moe_layer_freq": 1, "topk_method": "greedy", **_FLAGS}
+_FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
+_DEFAULTS = {"moe_layer_freq": 1, "index_topk": None, **_FLAGS}
 _NULLS = {"n_shared_experts": 0, **_FLAGS}  # what null stands for
+# What a model with more than text says outside its text_config.
+_OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Rope:
     beta_slow: Annotated[float, _POSITIVE] = 1.0
     mscale: Annotated[float, _NOT_NEGATIVE] = 1.0
     mscale_all_dim: Annotated[float, _NOT_NEGATIVE] = 0.0
+    llama_4_scaling_beta: Annotated[float, _NOT_NEGATIVE] = 0.0  # 0: queries are not scaled
 
     def _mscale(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
@@ -73,8 +76,12 @@ class Rope:
 @dataclass(frozen=True)
 class Config:
     """Geometry of one model.  Names are those of DeepSeek's ``config.json``; beside the type of a
-    value that is read from there as it is stands what it has to be."""
+    value that is read from there as it is stands what it has to be.
 
+    ``text_only``: the checkpoint also has parts that are not text, which are left out.
+    """
+
+    family: Family
     vocab_size: Annotated[int, integer(1, 1 << 24)]
     hidden_size: Annotated[int, integer(1, 1 << 20)]
     intermediate_size: Annotated[int, integer(1, 1 << 22)]
@@ -86,7 +93,6 @@ class Config:
     num_experts_per_tok: Annotated[int, integer(1, 256)]
     n_group: Annotated[int, integer(1, 4096)]
     topk_group: Annotated[int, integer(1, 4096)]
-    topk_method: str
     norm_topk_prob: Annotated[bool, FLAG]
     routed_scaling_factor: Annotated[float, _POSITIVE]
     first_k_dense_replace: Annotated[int, integer(0, MAX_INT)]
@@ -98,10 +104,14 @@ class Config:
     v_head_dim: Annotated[int, integer(1, 1 << 16)]
     rms_norm_eps: Annotated[float, _POSITIVE]
     rope: Rope
+    rope_interleave: Annotated[bool, FLAG]  # rotated pairs stand side by side
+    index_topk: Annotated[int | None, or_null(integer(1, MAX_INT))]
     max_position_embeddings: Annotated[int, integer(1, MAX_INT)]
     tie_word_embeddings: Annotated[bool, FLAG]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    encoding: Encoding | None = None  # of a checkpoint's quantized weights
+    text_only: bool = False
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
@@ -120,7 +130,30 @@ class Config:
     @property
     def softmax_scale(self) -> float:
         width = self.qk_nope_head_dim + self.qk_rope_head_dim
-        return 1.0 / math.sqrt(width) * self.rope.softmax_factor
+        factor = self.rope.softmax_factor if self.family.softmax_factor else 1.0
+        return 1.0 / math.sqrt(width) * factor
+
+    @property
+    def max_context(self) -> tuple[int, str]:
+        """Positions that a sequence may have, and the key that says so.  Up to ``index_topk`` an
+        indexed attention is to all positions, and beyond it this network does not compute it."""
+        limits = {"max_position_embeddings": self.max_position_embeddings}
+        if self.index_topk is not None:
+            limits["index_topk"] = self.index_topk
+        key = min(limits, key=limits.__getitem__)
+        return limits[key], key
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user has to know of how this model is run."""
+        notes = []
+        if self.text_only:
+            notes.append("only the text part of this model is used")
+        limit, key = self.max_context
+        if key == "index_topk":
+            all_of_them = f"the first {limit} positions, where its sparse attention is to all"
+            notes.append(f"this model runs on {all_of_them}")
+        return notes
 
 
 def _kinds(of: type) -> dict[str, Kind]:
@@ -136,7 +169,11 @@ _KNOWN_KEYS = {*_CONFIG, *_SUPPORTED} | set(
     """attention_dropout auto_map aux_loss_alpha bos_token_id dtype eos_token_id head_dim
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling rope_theta seq_aux
-    torch_dtype transformers_version use_cache _name_or_path""".split()
+    torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
+    mlp_layer_types layer_types partial_rotary_factor num_nextn_predict_layers num_mtp_layers
+    index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset
+    index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
+    sliding_window""".split()
 )
 
 
@@ -161,36 +198,81 @@ def config_among(read: ReadFile, where: Path) -> Config:
     return parse_config(parse_json(data, path), str(path))
 
 
-def _parse(given: dict[str, Any]) -> Config:
-    _refuse_unsupported(given)
+def _parse(outer: dict[str, Any]) -> Config:
+    given = _text_part(outer)
+    family = _family(given)
+    _refuse_unsupported(given, family)
     values = {**_DEFAULTS, **given}
     values |= {key: value for key, value in _NULLS.items() if values.get(key, value) is None}
-    if values["topk_method"] == "greedy":
+    if values.get("topk_method", family.topk_methods[0]) == "greedy":
         values |= {"n_group": 1, "topk_group": 1}
+    if values.get("mlp_layer_types") is not None:
+        values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
+    if family.indexed:
+        check(values, {"index_topk": integer(1, MAX_INT)})
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
-        **_floats({key: values[key] for key in (*_CONFIG, "topk_method")}),
-        rope=_rope(values),
+        family=family,
+        **_floats({key: values[key] for key in _CONFIG}),
+        rope=_rope(values, family),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
+        encoding=parse_encoding(given.get("quantization_config")),
+        text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )
     _check_consistency(config)
     return config
 
 
-def _refuse_unsupported(values: dict[str, Any]) -> None:
-    if values.get("quantization_config"):
-        problem = "quantization_config is set; give the original bf16, fp16 or fp32 checkpoint"
-        raise ValueError(problem)
-    heads = values.get("num_attention_heads"), None  # MLA has one key a head
-    supported = {"model_type": ("deepseek_v2",), **_SUPPORTED, "num_key_value_heads": heads}
+def _text_part(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model's text part, which is the whole of most."""
+    if values.get("model_type") not in WRAPPERS:
+        return values
+    check(values, {"text_config": {}})
+    inner: dict[str, Any] = values["text_config"]
+    return {key: values[key] for key in _OUTER if key in values} | inner
+
+
+def _family(values: dict[str, Any]) -> Family:
+    name = values.get("model_type")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    why = f" ({OTHERS[name]})" if isinstance(name, str) and name in OTHERS else ""
+    only = ", ".join(json.dumps(known) for known in FAMILIES)
+    raise ValueError(f"model_type {json.dumps(name)[:80]} is not supported{why}, only {only}")
+
+
+def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
+    supported = {
+        "architectures": ([family.architecture], [], None),
+        "scoring_func": (family.scoring,),
+        "topk_method": family.topk_methods,
+        **_SUPPORTED,
+        "num_key_value_heads": (values.get("num_attention_heads"), None),  # MLA has one key a head
+        "rope_interleave": (*family.rope_interleave, None),
+    }
+    if not family.indexed:
+        supported["index_topk"] = (None,)
     for key, allowed in supported.items():
-        if (key in values or key == "model_type") and values.get(key) not in allowed:
+        if key in values and values[key] not in allowed:
             only = " or ".join(json.dumps(value) for value in allowed)
             found = json.dumps(values.get(key))[:80]
             raise ValueError(f"{key} {found} is not supported, only {only}")
+
+
+def _dense_layers(values: dict[str, Any]) -> int:
+    """``first_k_dense_replace`` as ``mlp_layer_types`` spells it."""
+    check(values, {"mlp_layer_types": ListOf(one_of("dense", "sparse"), 1, 1000)})
+    types: list[str] = values["mlp_layer_types"]
+    dense = types.count("dense")
+    for key, wanted in {"num_hidden_layers": len(types), "first_k_dense_replace": dense}.items():
+        if values.get(key, wanted) != wanted:
+            raise ValueError(f"{key} is {values[key]!r:.80}, but mlp_layer_types says {wanted}")
+    if "dense" in types[dense:]:
+        raise ValueError("mlp_layer_types has a dense layer behind a sparse one, expected none")
+    return dense
 
 
 def _token_ids(values: dict[str, Any], key: str) -> tuple[int, ...]:
@@ -201,7 +283,7 @@ def _token_ids(values: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _rope(values: dict[str, Any]) -> Rope:
+def _rope(values: dict[str, Any], family: Family) -> Rope:
     """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
     for key in keys:
@@ -210,6 +292,10 @@ def _rope(values: dict[str, Any]) -> Rope:
     settings |= values[keys[0]] if keys else {}
     old_name = settings.pop("type", None)
     kind = settings.pop("rope_type", old_name)
+    settings.pop("max_position_embeddings", None)
+    _check_rotated_part(values, settings.pop("partial_rotary_factor", None))
+    if "llama_4_scaling_beta" in settings and not (family.query_scaling and kind == "yarn"):
+        raise ValueError("rope setting 'llama_4_scaling_beta' is not supported in this model")
     if kind not in ("default", "yarn", None):
         supported = "only 'yarn' and 'default'"
         raise ValueError(f"rope type {kind!r:.80} is not supported, {supported}")
@@ -226,6 +312,16 @@ def _rope(values: dict[str, Any]) -> Rope:
     return Rope(**_floats(settings))
 
 
+def _check_rotated_part(values: dict[str, Any], factor: Any) -> None:
+    """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
+    head, or which part of one with what is not rotated."""
+    part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])
+    for found in (factor, values.get("partial_rotary_factor")):
+        if found not in (None, 1.0, part):
+            problem = f"is {found!r:.80}, expected 1 or {part:g}, which is qk_rope_head_dim"
+            raise ValueError(f"partial_rotary_factor {problem}")
+
+
 def _floats(values: dict[str, Any]) -> dict[str, Any]:
     """The same with real numbers that JSON spells as integers turned into floats."""
     return {key: float(value) if key in _REALS else value for key, value in values.items()}
@@ -238,6 +334,9 @@ def _check_consistency(c: Config) -> None:
         raise ValueError(f"qk_rope_head_dim is {c.qk_rope_head_dim}, expected an even number")
     if experts % c.n_group:
         raise ValueError(f"n_routed_experts {experts} is not a multiple of n_group {c.n_group}")
+    if experts // c.n_group < c.family.group_best:
+        expected = f"expected at least {c.family.group_best} experts a group"
+        raise ValueError(f"n_group is {c.n_group} of {experts} experts, {expected}")
     if c.topk_group > c.n_group:
         raise ValueError(f"topk_group {c.topk_group} is more than n_group {c.n_group}")
     if top_k > reachable:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slotmoe.model.config import Config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import GATE, LAYER_PARTS, layer_tensor, mlp_parts
+from slotmoe.model.names import GATE, GATE_BIAS, LAYER_PARTS, layer_tensor, mlp_parts
 from slotmoe.model.routing import Router, route
 
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
@@ -41,8 +41,8 @@ class Mlp(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``mlp`` None where there is
-    no shared expert."""
+    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
+    family has none, ``mlp`` where there is no shared expert."""
 
     input_layernorm: Tensor
     q_proj: Any
@@ -55,6 +55,7 @@ class Layer:
     o_proj: Any
     post_attention_layernorm: Tensor
     gate: Tensor | None
+    gate_bias: Tensor | None
     mlp: Mlp | None
 
     @classmethod
@@ -69,13 +70,15 @@ class Layer:
         return cls(
             **{field: get(part) for field, part in LAYER_PARTS.items()},
             gate=get(GATE).float() if is_moe else None,
+            gate_bias=get(GATE_BIAS).float() if is_moe and config.family.correction_bias else None,
             mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
         )
 
 
 class Geometry(NamedTuple):
     """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
-    epsilons of the norms over D and over the latents, the factor of the attention scores."""
+    epsilons of the norms over D and over the latents, the factor of the attention scores, whether
+    rotated pairs stand in two ``halves`` instead of side by side."""
 
     H: int
     N: int
@@ -85,6 +88,7 @@ class Geometry(NamedTuple):
     eps: float
     latent_eps: float
     softmax_scale: float
+    halves: bool
     router: Router
     moe_intermediate_size: int
 
@@ -93,7 +97,9 @@ class Geometry(NamedTuple):
         c = config
         sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
         norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
-        return cls(*sizes, c.v_head_dim, *norms, Router.of(c), c.moe_intermediate_size)
+        router = Router.of(c)
+        width = c.moe_intermediate_size
+        return cls(*sizes, c.v_head_dim, *norms, not c.rope_interleave, router, width)
 
 
 class Pending(NamedTuple):
@@ -111,6 +117,7 @@ class Step:
     """A pass on its way through the layers: over T tokens of one sequence, or over one token of
     each of T sequences, each with a cache of its own.
 
+    ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
     ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
     set, that layer lacks only its feed-forward: ``x_TD`` is the input of that and ``routed_TD`` the
     weighted sum of its routed experts.
@@ -118,6 +125,7 @@ class Step:
 
     h_TD: Tensor
     rope_TC: Tensor
+    query_scale_T: Tensor | None
     caches: Sequence[LatentCache]
     timer: Timer
     layer: int = 0
@@ -144,7 +152,8 @@ class LayerByLayer:
             step.x_TD = x_TD = backend.rms_norm(step.h_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
                 logits_TE = backend.linear(x_TD, layer.gate)
-                choice = backend.route(logits_TE, router) or route(logits_TE, router)
+                inputs = logits_TE, router, layer.gate_bias
+                choice = backend.route(*inputs) or route(*inputs)
                 step.timer.mark("gate")
                 return Pending(step.layer, x_TD, *choice)
             self._feed_forward(step)
@@ -165,7 +174,7 @@ class LayerByLayer:
         """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values
         are absorbed into the query and output, or expanded block by block, whichever costs less
         (absorbed for decode, expanded for long prefill chunks)."""
-        H, N, P, R, V, _, latent_eps, scale, *_ = self._geometry
+        H, N, P, R, V, _, latent_eps, scale, halves, *_ = self._geometry
         backend, T = self._backend, len(x_TD)
         rms_norm = backend.rms_norm
         if layer.q_proj is not None:
@@ -173,10 +182,12 @@ class LayerByLayer:
         else:
             low = rms_norm(backend.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, latent_eps)
             q = backend.linear(low, layer.q_b_proj)
+        if step.query_scale_T is not None:
+            q = q * step.query_scale_T[:, None]
         q_THN, q_THP = q.view(T, H, N + P).split([N, P], dim=-1)
         c_TR, k_TP = backend.linear(x_TD, layer.kv_a_proj).split([R, P], dim=-1)
         # The key's rope part is rotated as one more head.
-        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC)
+        rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
         count = T // len(step.caches)

@@ -1,9 +1,10 @@
 """Names, shapes and roles of a model's tensors as DeepSeek's checkpoints have them, without torch.
 
 This is the one place that spells those names.  A tensor's role is how the network uses it, which
-limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router),
-``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too), ``sensitive``
-(``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else ``matrix``.
+limits how it can be stored (``slotmoe.quant.shapes``): ``norm``, ``gate`` (of the router, and its
+bias), ``embedding`` (gathered by row), ``absorbed`` (``kv_b_proj``, used by column too),
+``sensitive`` (``lm_head``, ``kv_a_proj``, dense MLPs: rounding to 4 bits costs much there), else
+``matrix``.
 """
 
 import re
@@ -12,6 +13,7 @@ from slotmoe.model.config import Config
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 GATE, POST_NORM = "mlp.gate", "post_attention_layernorm"
+GATE_BIAS = "mlp.gate.e_score_correction_bias"
 LAYER_PARTS = {
     "input_layernorm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -26,10 +28,33 @@ LAYER_PARTS = {
 }
 """Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
 
+FUSED = {
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+}
+"""All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
+how many equal parts of the rows of each expert's matrix a projection is."""
+ENCODED = {"fp8": ("", "_scale_inv"), "int4": ("_packed", "_scale")}
+"""What follows the name of a weight where its codes are, and where their scales are."""
+ZERO_POINT = "_zero_point"
+
+
+def text_name(name: str) -> str:
+    """Name without what checkpoints with images put before the tensors of their text part:
+    ``language_model.model.norm.weight`` or ``model.language_model.norm.weight``."""
+    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
+
+
+def fused_experts(layer: int, tensor: str) -> str:
+    """Checkpoint name of a layer's fused experts, see ``FUSED``."""
+    return f"model.layers.{layer}.mlp.experts.{tensor}"
+
 
 _ROLES = {
     EMBEDDING: "embedding",
     GATE: "gate",
+    GATE_BIAS: "gate",
     LAYER_PARTS["kv_b_proj"]: "absorbed",
     **dict.fromkeys(
         (HEAD, LAYER_PARTS["kv_a_proj"], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -40,7 +65,7 @@ _ROLES = {
 
 def layer_tensor(layer: int, part: str) -> str:
     """Checkpoint name of the tensor ``part`` of a layer."""
-    return f"model.layers.{layer}.{part}.weight"
+    return f"model.layers.{layer}.{part}" + ("" if part == GATE_BIAS else ".weight")
 
 
 def mlp_parts(moe: bool) -> tuple[str, str, str]:
@@ -52,6 +77,12 @@ def mlp_parts(moe: bool) -> tuple[str, str, str]:
 def expert_name(layer: int, expert: int, projection: str) -> str:
     """Checkpoint name of one routed expert's ``gate_proj``, ``up_proj`` or ``down_proj``."""
     return layer_tensor(layer, f"mlp.experts.{expert}.{projection}")
+
+
+def split_expert(name: str) -> tuple[int, int, str] | None:
+    """Layer, expert and projection of a routed expert's tensor; None for another one."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+_proj)\.weight", name)
+    return None if match is None else (int(match[1]), int(match[2]), match[3])
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -74,7 +105,7 @@ def component_of(name: str) -> str:
     _, part = split_name(name)
     if name in (EMBEDDING, HEAD):
         return "embeddings"
-    if part == GATE:
+    if part in (GATE, GATE_BIAS):
         return "router"
     if part in mlp_parts(moe=True):
         return "shared experts"
@@ -100,6 +131,8 @@ def _layer_shapes(c: Config, layer: int) -> dict[str, tuple[int, ...]]:
     moe, width = c.is_moe(layer), c.intermediate_size
     if moe:
         shapes[GATE] = (c.n_routed_experts, D)
+        if c.family.correction_bias:
+            shapes[GATE_BIAS] = (c.n_routed_experts,)
         width = c.n_shared_experts * c.moe_intermediate_size
     if width:
         shapes |= zip(mlp_parts(moe), [(width, D), (width, D), (D, width)], strict=True)

@@ -66,6 +66,19 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
+def position_tables(
+    rope: Rope, frequencies_C: Tensor, positions_T: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What a token's position makes of it: the rotation of its pairs, complex [T, C], and what
+    multiplies its queries, float32 [T]; None for 1."""
+    angles = positions_T[:, None] * frequencies_C
+    rope_TC = torch.polar(torch.full_like(angles, rope.table_scale), angles)
+    if not rope.llama_4_scaling_beta:
+        return rope_TC, None
+    lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
+    return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+
+
 class DeepseekV2:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors."""
@@ -95,7 +108,7 @@ class DeepseekV2:
         """
         count = len(ids_T) // len(caches)
         h_TD = self.backend.embed(ids_T, self.embed_tokens)
-        step = Step(h_TD, self._rope(ids_T, caches, count), caches, self.timer)
+        step = Step(h_TD, *self._positions(ids_T, caches, count), caches, self.timer)
         self.timer.mark("rest")
         runner: Runner = self._layer_by_layer
         if self._decoder is not None and count == 1 and len(caches) <= self._decoder.sequences:
@@ -120,13 +133,14 @@ class DeepseekV2:
         count = 1 if self.config.tie_word_embeddings else max(1, len(h_TD))
         return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(count)])
 
-    def _rope(self, ids_T: Tensor, caches: Sequence[LatentCache], count: int) -> Tensor:
-        """The rotation of each token's pairs, complex [T, C]."""
+    def _positions(
+        self, ids_T: Tensor, caches: Sequence[LatentCache], count: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """``position_tables`` of the tokens."""
         positions_T = torch.cat(
             [
                 torch.arange(cache.length, cache.length + count, device=ids_T.device)
                 for cache in caches
             ]
         ).float()
-        angles = positions_T[:, None] * self._frequencies
-        return torch.polar(torch.full_like(angles, self.config.rope.table_scale), angles)
+        return position_tables(self.config.rope, self._frequencies, positions_T)

@@ -3,6 +3,7 @@
 Shapes: T tokens, G groups, E routed experts, K experts a token.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,39 +13,56 @@ from slotmoe.model.config import Config
 
 
 class Router(NamedTuple):
-    """Group-limited greedy choice (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): of ``n_group``
-    groups of experts the ``topk_group`` best take part, and of their experts the ``top_k`` best.
-    Weights are probabilities times ``factor``, or add up to 1 if it is None."""
+    """What becomes of the gate's logits.
+
+    Scores are the softmax of a token's logits, or with ``sigmoid`` each logit's own.  Of
+    ``n_group`` groups of experts the ``topk_group`` best take part, a group counting by the sum of
+    its ``group_best`` best experts, and of their experts the ``top_k`` best (group-limited greedy,
+    DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Weights are scores, ``normalized`` to add up to 1, times ``factor``.
+    """
 
     n_group: int
     topk_group: int
     top_k: int
-    factor: float | None
+    factor: float = 1.0
+    normalized: bool = False
+    group_best: int = 1
+    sigmoid: bool = False
 
     @classmethod
     def of(cls, config: Config) -> "Router":
-        """The router that ``config`` describes.  ``norm_topk_prob`` replaces the scaling factor, as
-        in DeepSeek's code."""
-        grouped = config.topk_method == "group_limited_greedy"
-        groups = (config.n_group, config.topk_group) if grouped else (1, 1)
-        normalized = config.norm_topk_prob and config.num_experts_per_tok > 1
-        factor = None if normalized else config.routed_scaling_factor
-        return cls(*groups, config.num_experts_per_tok, factor)
+        """The router that ``config`` describes."""
+        c, family = config, config.family
+        normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
+        scaled = family.scales_normalized or not normalized
+        return cls(
+            c.n_group,
+            c.topk_group,
+            c.num_experts_per_tok,
+            c.routed_scaling_factor if scaled else 1.0,
+            normalized,
+            family.group_best,
+            family.scoring == "sigmoid",
+        )
 
 
-def route(logits_TE: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+def route(logits_TE: Tensor, router: Router, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights float32 [T, K] and expert indices int64 [T, K], best first, from the gate's logits,
-    float32 [T, E]: softmax over all experts, then groups, then top-k."""
-    scores_TE = logits_TE.softmax(dim=-1)
+    float32 [T, E].  ``bias``, float32 [E], is added to what is compared, never to a weight."""
+    scores_TE = logits_TE.sigmoid() if router.sigmoid else logits_TE.softmax(dim=-1)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if router.topk_group < router.n_group:
-        scores_TGE = scores_TE.unflatten(-1, (router.n_group, -1))
-        kept = scores_TGE.amax(dim=-1).topk(router.topk_group, dim=-1).indices
-        mask_TG = torch.zeros(scores_TGE.shape[:2], dtype=torch.bool, device=logits_TE.device)
+        choice_TGE = choice_TE.unflatten(-1, (router.n_group, -1))
+        best_TG = choice_TGE.topk(router.group_best, dim=-1).values.sum(dim=-1)
+        kept = best_TG.topk(router.topk_group, dim=-1).indices
+        mask_TG = torch.zeros(best_TG.shape, dtype=torch.bool, device=logits_TE.device)
         mask_TG.scatter_(1, kept, True)
-        scores_TE = scores_TGE.masked_fill(~mask_TG[..., None], 0.0).flatten(-2)
-    weights_TK, indices_TK = scores_TE.topk(router.top_k, dim=-1)
-    if router.factor is None:
-        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), indices_TK
+        choice_TE = choice_TGE.masked_fill(~mask_TG[..., None], -math.inf).flatten(-2)
+    indices_TK = choice_TE.topk(router.top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(1, indices_TK)
+    if router.normalized:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     if router.factor != 1.0:
         weights_TK = weights_TK * router.factor
     return weights_TK, indices_TK

@@ -17,9 +17,9 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.files import ReadFile, files_in
 
-MAX_TOKENIZER_BYTES = 16 << 20  # DeepSeek-V2's has 4.6 MB
-# DeepSeek-V2's 100,000 tokens and as many merges take 200,000 or, merges as pairs, 300,000
-MAX_TOKENIZER_VALUES = 350_000
+MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
+# Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
+MAX_TOKENIZER_VALUES = 800_000
 # CPU time, memory and characters of one rendering
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20

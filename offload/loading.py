@@ -378,7 +378,9 @@ class _Loader:
             bandwidths = stored_bandwidths(cache_folder() / "machine.json")
             mode = choose_mode(options.misses, bandwidths, size, top_k)
             split = Split(mode, Costs.of(bandwidths, size), max(top_k, LENT))
-            cpu = pick_backend(torch.device("cpu"), options.kernels, options.threads)
+            # Triton's kernels are the GPU's; beside it the CPU has its own.
+            kernels = "torch" if options.kernels == "torch" else "auto"
+            cpu = pick_backend(torch.device("cpu"), kernels, options.threads)
             records = Records(store.slab, export.layout, levels)
             hybrid = HostCompute(cpu, records, store, device)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)

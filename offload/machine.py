@@ -1,10 +1,14 @@
 """What this machine and this process have, without torch."""
 
+import ctypes
 import os
+import re
 import resource
 import subprocess
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 
@@ -60,11 +64,49 @@ def available_memory() -> int:
     return max(available, 0)
 
 
-def free_gpu_memory() -> int | None:
-    """Free bytes of the first NVIDIA GPU's memory; None if there is none."""
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+def device_index(device: str) -> int:
+    """Which GPU ``--device`` names, in CUDA's order: ``cuda:1`` is 1; ``auto``, ``cpu`` and
+    ``cuda`` are 0.  Raises ``ConfigError`` for anything else."""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,3}))?", device)
+    if match is None:
+        raise ConfigError(f"device {device!r:.40} is unknown, expected auto, cpu, cuda or cuda:N")
+    return int(match[1] or 0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of this machine and its ``free`` bytes."""
+
+    name: str
+    free: int
+
+
+def find_gpu(index: int) -> Gpu | None:
+    """GPU ``index`` as CUDA counts, which is neither nvidia-smi's order nor without
+    ``CUDA_VISIBLE_DEVICES``; None if there is none."""
+    identity = _cuda_uuid(index)
+    if identity is None:
+        return None
+    query = ["nvidia-smi", f"--id={identity}", "--query-gpu=name,memory.free"]
+    query += ["--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        return int(run.stdout.split()[0]) << 20
+        name, free = run.stdout.splitlines()[0].rsplit(", ", 1)
+        return Gpu(name, int(free) << 20)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _cuda_uuid(index: int) -> str | None:
+    """What CUDA's driver calls its GPU ``index`` (``GPU-...``), None without such a GPU."""
+    device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        steps = (
+            lambda: driver.cuInit(0),
+            lambda: driver.cuDeviceGet(ctypes.byref(device), index),
+            lambda: driver.cuDeviceGetUuid(ctypes.byref(raw), device),
+        )
+        return None if any(step() for step in steps) else f"GPU-{UUID(bytes=bytes(raw))}"
+    except (OSError, AttributeError):
         return None

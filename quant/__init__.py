@@ -1,2 +1,2 @@
-"""Quantization: the NF4 and int8 formats, the export artifact, and the one place that picks a
+"""Quantization: codecs and int8, the export artifact, and the one place that picks a
 matmul backend."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from slotmoe.errors import ConfigError, SlotmoeError, reading
 
-MAX_JSON_VALUES = 200_000  # DeepSeek-V2's index holds 30,000
+MAX_JSON_VALUES = 250_000  # the index of Kimi K2, with scales, holds 210,000
 MAX_JSON_DEPTH = 32
 _BEYOND = "far beyond what this file holds in a real model"
 

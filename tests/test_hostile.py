@@ -36,6 +36,7 @@ from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.tools.cli import main
+from tests.support.encoded import packed
 from tests.support.tiny import REMOVE, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -282,10 +283,10 @@ BAD_CHECKPOINTS = {
     ),
     "header-length-huge": (write(FIRST, b"\xff" * 8 + b"{}"), FIRST),
     "header-length-63-bits": (write(FIRST, struct.pack("<Q", (1 << 63) - 1) + b"{}"), FIRST),
-    "header-over-cap": (single(b'{"a":' + b" " * (9 << 20) + b"1}"), "header of"),
+    "header-over-cap": (single(b'{"a":' + b" " * (49 << 20) + b"1}"), "header of"),
     "header-too-many-tensors": (
-        single({f"t{i:x}": f32(0, 0, (0,)) for i in range(120_000)}),
-        "more than 100000 tensors",
+        single({f"t{i:x}": f32(0, 0, (0,)) for i in range(260_000)}),
+        "more than 250000 tensors",
     ),
     "header-not-json": (single(b"{'a': 1}"), "model.safetensors"),
     "header-not-utf8": (single(b'{"\xff\xfe": 1}'), "model.safetensors"),
@@ -293,7 +294,7 @@ BAD_CHECKPOINTS = {
     "header-deep": (single(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"), "model.safetensors"),
     "header-empty": (single(b"{}"), "is missing"),
     "names-with-escapes": (
-        single({"\x1b[2J\n\u202eevil": {**f32(0, 4), "dtype": "I32"}}, b"1234"),
+        single({"\x1b[2J\n\u202eevil": {**f32(0, 2), "dtype": "U16"}}, b"12"),
         "\\x1b[2J\\n\\u202eevil",
     ),
     "index-names-with-escapes": (remap("\x1b[2J\nslotmoe: all is well", FIRST), "\\x1b[2J\\n"),
@@ -342,7 +343,7 @@ BAD_CHECKPOINTS = {
         write(INDEX, b'{"weight_map": {' + b'"":1,' * 300_000 + b'"a":1}}'),
         "more than",
     ),
-    "index-over-cap": (write(INDEX, b'{"weight_map": "' + b"x" * (9 << 20) + b'"}'), "more than"),
+    "index-over-cap": (write(INDEX, b'{"weight_map": "' + b"x" * (33 << 20) + b'"}'), "more than"),
 }
 
 
@@ -402,8 +403,28 @@ def test_weights_that_are_no_numbers(name, value, resident, checkpoint):
         )
 
 
+BAD_GROUP_VALUES = {
+    "num_bits": 8,
+    "group_size": 128,
+    "symmetric": False,
+    "strategy": "channel",
+    "type": "float",
+    "actorder": "group",
+}
+
+
 BAD_CONFIG_VALUES = {
-    "model_type": ["deepseek_v3", "llama", None, 2, ["deepseek_v2"], REMOVE],
+    "model_type": [
+        "deepseek_v4",
+        "glm4_moe",
+        "kimi_linear",
+        "longcat_flash",
+        "llama",
+        None,
+        2,
+        ["deepseek_v2"],
+        REMOVE,
+    ],
     "architectures": [
         ["LlamaForCausalLM"],
         "DeepseekV2ForCausalLM",
@@ -411,7 +432,16 @@ BAD_CONFIG_VALUES = {
     ],
     "scoring_func": ["sigmoid", None, 1],
     "topk_method": ["noaux_tc", "gready", None, []],
-    "quantization_config": [{"quant_method": "fp8"}, "fp8", [1]],
+    "quantization_config": [
+        "fp8",
+        [1],
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
+        {"quant_method": "fp8", "fmt": "e5m2"},
+        {"quant_method": "fp8", "expert_dtype": "fp4"},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        *(packed(**{key: value}) for key, value in BAD_GROUP_VALUES.items()),
+    ],
     "hidden_act": ["gelu", None],
     "attention_bias": [True, "yes"],
     "mlp_bias": [True],

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.ingest.hub_id import is_hub_id
-from slotmoe.offload.machine import total_memory
+from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.hybrid import MODES
@@ -93,9 +93,29 @@ _MISSES = (
 )
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
+_DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
+
+
+class DeviceName(click.ParamType[str]):
+    """A device as ``Runtime.open`` takes it."""
+
+    name = "device"
+
+    def convert(self, value: str, param: Any, ctx: click.Context | None) -> str:
+        try:
+            device_index(value)
+        except ConfigError as problem:
+            self.fail(str(problem), param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: Any, incomplete: str) -> list[Any]:
+        names = ("auto", "cpu", "cuda")
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 _RUNTIME: list[Decorator] = [
     REVISION,
-    choice("--device", ["auto", "cpu", "cuda"], "auto", "auto takes the GPU when there is one."),
+    option("--device", "auto|cpu|cuda|cuda:N", _DEVICE, type=DeviceName(), default="auto"),
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),

@@ -106,6 +106,7 @@ def command(
     scenario = Scenario(planned, target, resident, codecs, context, *rest)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
+    report["by_codec"] = scenario.by_codec(prompt_tokens, max_new_tokens)
     print(json.dumps(report)) if as_json else _print(report)
     is_this = all(options[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
@@ -144,9 +145,9 @@ def _machine(options: dict[str, Any]) -> Machine:
     bandwidths = stored_bandwidths(machine.cache_folder() / "machine.json")
     vram = None if options["vram"] is None else parse_size(options["vram"])
     if (name := options["gpu"]) is not None:
-        gpu = gpu_named(name)
-        rates = {"gpu": gpu.bandwidth, "pcie": gpu.pcie, "pcie_busy": gpu.pcie}
-        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or gpu.budget
+        known = gpu_named(name)
+        rates = {"gpu": known.bandwidth, "pcie": known.pcie, "pcie_busy": known.pcie}
+        bandwidths, vram = bandwidths.updated(f"of {name}", **rates), vram or known.budget
     asked = {tier: options[f"{tier}_bandwidth"] for tier in ("ram", "disk", "pcie", "gpu")}
     given = {tier: float(parse_size(rate)) for tier, rate in asked.items() if rate is not None}
     if "pcie" in given:
@@ -155,11 +156,12 @@ def _machine(options: dict[str, Any]) -> Machine:
     if options["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if options["device"] != "cpu" and vram is None:
-        free = machine.free_gpu_memory()
-        vram = free and int(free * 0.9)
-        if vram is None and options["device"] == "cuda":
-            advice = "give --gpu NAME or --vram SIZE"
-            raise PlanError(f"--device cuda: no GPU is found on this machine; {advice}")
+        gpu = machine.find_gpu(machine.device_index(options["device"]))
+        if gpu is not None:
+            vram, name = int(gpu.free * 0.9), gpu.name
+        elif options["device"] != "auto":
+            problem = f"--device {options['device']}: no such GPU is found on this machine"
+            raise PlanError(f"{problem}; give --gpu NAME or --vram SIZE")
     if vram is None and options["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
@@ -169,7 +171,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     # What run would find free, once it has imported its libraries.
     free_ram = int(machine.available_memory() * 0.9) - machine.process_bytes() + IMPORT_BYTES
     ram, free_disk = parse_size(options["ram"] or free_ram), shutil.disk_usage(Path.cwd()).free
-    return Machine(ram, vram, threads, bandwidths, free_disk)
+    return Machine(ram, vram, threads, bandwidths, free_disk, name)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -188,7 +190,15 @@ def _print(report: dict[str, Any]) -> None:
         if any(sizes.values()):
             table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
-    lines = [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    choices = Table("experts by", "export", "in memory", "tokens/s")
+    for row in report["by_codec"]:
+        speed = row["decode_tokens_per_second"]
+        share = f"{min(1, row['slots'] / report['experts']):.0%}"
+        name = f"--codec {row['codec']} --bits {row['bits']}"
+        choices.add_row(name, format_size(row["export"]), share, figure(speed, 2) if speed else "-")
+    console.print(choices)
+    lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
+    lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:

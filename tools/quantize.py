@@ -57,10 +57,10 @@ def command(
     """Quantize SRC (a checkpoint folder in Hugging Face's DeepSeek-V2 format, a GGUF file, a hub id
     or 'sample') into the export DST.
 
-    Routed experts become NF4 (4.25 bits a weight).  The source is streamed: memory stays small
-    however large the model. Interrupted or killed, the same command resumes where it stopped; DST
-    appears only when it is complete.  Where DST is this export already, its checksums are compared,
-    and what is damaged is made again.
+    Routed experts become codes of 4 bits, or with --bits of fewer.  The source is streamed: memory
+    stays small however large the model. Interrupted or killed, the same command resumes where it
+    stopped; DST appears only when it is complete.  Where DST is this export already, its checksums
+    are compared, and what is damaged is made again.
 
     A hub id (owner/model) is downloaded one weight file at a time, each removed when it is
     quantized: beyond the export that takes the disk of two of them.  Token, endpoint and cache are
@@ -75,6 +75,7 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export
       slotmoe quantize DeepSeek-V2-Lite-Chat.Q8_0.gguf lite-export
       slotmoe quantize deepseek-ai/DeepSeek-V2-Chat v2-export --resident mixed --workers 8
+      slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --bits 3
       slotmoe quantize deepseek-ai/DeepSeek-V2-Lite lite-export --revision main --keep-source
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
@@ -104,13 +105,16 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | No
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
+    for note in config.notes:
+        say(f"{folder}: {note}")
     if not texts:
         return None
     from slotmoe.model.tokenizer import Tokenizer
-    from slotmoe.offload.study.calibrate import WINDOW, read_tokens, split
+    from slotmoe.offload.ingest.calibration import WINDOW
+    from slotmoe.offload.study.calibrate import read_tokens, split
 
     tokenizer = Tokenizer(folder, config.bos_token_id, read)
-    width = min(WINDOW, config.max_position_embeddings)
+    width = min(WINDOW, config.max_context[0])
     tokens = read_tokens(texts, tokenizer)
     return [window for ids in tokens for window in split(ids, tokenizer, width)]
 

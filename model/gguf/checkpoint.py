@@ -8,7 +8,6 @@ Shape legend: H heads, N and V width of a head's keys without position and of it
 kv_lora_rank.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from slotmoe.errors import CheckpointError, ConfigError
-from slotmoe.model.checkpoint import Checkpoint, TensorInfo, inside, tensor_shapes
+from slotmoe.model.checkpoint import Checkpoint, tensor_shapes
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.header import (
@@ -39,8 +38,10 @@ from slotmoe.model.names import (
     HEAD,
     LAYER_PARTS,
     mlp_parts,
+    split_expert,
     split_name,
 )
+from slotmoe.model.shards import TensorInfo, inside
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DECODED = torch.float16  # as fine as the scales of blocks, which are float16 themselves
@@ -63,7 +64,6 @@ _LAYER = {
 }
 """The network's tensors inside a layer -> llama.cpp's; ``attn_kv_b`` may be two, by head."""
 _KV_B, _HALVES = LAYER_PARTS["kv_b_proj"], ("attn_k_b.weight", "attn_v_b.weight")
-_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -186,11 +186,12 @@ def _parts_of(
     if layer is None:
         return (_tensor(f"{_TOP[name]}.weight", shape, stored),)
     prefix = f"blk.{layer}."
-    if (match := _EXPERT.fullmatch(inner)) is not None:
+    if (expert := split_expert(name)) is not None:
+        part = expert[2].removesuffix("_proj")
         every = _tensor(
-            f"{prefix}ffn_{match[2]}_exps.weight", (config.n_routed_experts, *shape), stored
+            f"{prefix}ffn_{part}_exps.weight", (config.n_routed_experts, *shape), stored
         )
-        offset = every.offset + int(match[1]) * (every.nbytes // config.n_routed_experts)
+        offset = every.offset + expert[1] * (every.nbytes // config.n_routed_experts)
         return (replace(every, shape=shape, offset=offset),)
     if inner == _KV_B and f"{prefix}attn_kv_b.weight" not in stored:
         H, R = config.num_attention_heads, config.kv_lora_rank

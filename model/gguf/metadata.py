@@ -144,7 +144,8 @@ def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
     # Files from before the end of 2025 do not say; those of DeepSeek's own models are known.
     for path in sorted((Path(model.__file__).parent / "geometries").glob("*.json")):
         geometry = read_json(path, 1 << 20)
-        if all(geometry[key] == values[key] for key in (*_GEOMETRY, "q_lora_rank")):
+        keys = ("model_type", *_GEOMETRY, "q_lora_rank")
+        if all(geometry.get(key) == values[key] for key in keys):
             return gate | {key: geometry[key] for key in _GROUPS}
     problem = "is missing, and this is no model whose groups of experts are known"
     advice = "convert it again with a llama.cpp of 2026"

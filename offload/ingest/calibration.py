@@ -32,12 +32,13 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
-from slotmoe.model.network import inverse_frequencies
+from slotmoe.model.network import inverse_frequencies, position_tables
 from slotmoe.offload.ingest.output_dir import HIDDEN
 from slotmoe.quant.backends.base import TorchBackend, new
 from slotmoe.quant.feedback import Hessian
 
 MAX_TOKENS = 1 << 16  # more text moves the Hessians little
+WINDOW = 512  # tokens that are read as one sequence; attention to more costs more than it says
 _PRIOR_TOKENS = 256  # what the layer's Hessian counts beside an expert's own
 Windows = Sequence[Sequence[int]]
 
@@ -98,9 +99,9 @@ class Calibration:
         row = c.latent_width, torch.float32
         one_layer = replace(c, num_hidden_layers=1)
         self._cache = LatentCache(one_layer, width, row, self._empty)
-        angles = torch.arange(width)[:, None] * inverse_frequencies(c.rope, c.qk_rope_head_dim)
-        table_TC = torch.polar(torch.full_like(angles, c.rope.table_scale), angles)
-        self._table_TC = table_TC.to(self._device)
+        frequencies_C = inverse_frequencies(c.rope, c.qk_rope_head_dim).to(self._device)
+        positions_T = torch.arange(width, device=self._device).float()
+        self._tables = position_tables(c.rope, frequencies_C, positions_T)
         self._first, self.hidden_TD = self._resume(min(needed, default=0))
         self._layers = range(self._first, max(needed, default=-1) + 1)
         self._tokens: dict[int, list[int]] = {}
@@ -207,7 +208,9 @@ class Calibration:
         runner = LayerByLayer(geometry, [Layer.of(weights, self._config, layer)], tap)
         steps, pendings = [], []
         for h_WD in h_TD.split(list(map(len, self._windows))):
-            step = Step(h_WD, self._table_TC[: len(h_WD)], [self._cache], Timer())
+            rope_TC, scale_T = self._tables
+            scale_W = None if scale_T is None else scale_T[: len(h_WD)]
+            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], Timer())
             pendings.append(runner.run_layers(step, None))
             steps.append(step)
         hessians = dict[str, Hessian]()

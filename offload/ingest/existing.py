@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ExportError
-from slotmoe.model.checkpoint import INDEX_NAME, Checkpoint
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.export.layout import COPIED, MANIFEST, is_predictor
-from slotmoe.quant.export.validate import MAX_COPIED_BYTES, manifest_checksum, read_manifest
+from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 
@@ -45,7 +46,7 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     for name, size, header in checkpoint.headers():
         files[name] = {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest()}
     for name in (INDEX_NAME, *COPIED):
-        if (data := checkpoint.small_file(name, MAX_COPIED_BYTES)) is not None:
+        if (data := checkpoint.small_file(name, MAX_INDEX_BYTES)) is not None:
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return dict(sorted(files.items()))
 

@@ -26,9 +26,10 @@ from urllib.parse import quote
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
-from slotmoe.model import checkpoint
-from slotmoe.model.checkpoint import INDEX_NAME, MAX_HEADER_BYTES
+from slotmoe.model import shards
+from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import read_config
+from slotmoe.model.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.download import CONNECTIONS, Range, checksum_of, fetch, receive
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize
@@ -79,8 +80,8 @@ class HubShards:
         read_config(self.folder / "config.json")
         for name in COPIED[1:]:
             await self._fetch_small(name, MAX_COPIED_BYTES)
-        await self._fetch_small(INDEX_NAME, checkpoint.MAX_INDEX_BYTES)
-        weight_map = checkpoint.weight_files(self.folder) or {"": checkpoint.SINGLE_NAME}
+        await self._fetch_small(INDEX_NAME, shards.MAX_INDEX_BYTES)
+        weight_map = shards.weight_files(self.folder) or {"": shards.SINGLE_NAME}
         names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if name not in files]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -91,6 +92,9 @@ class HubShards:
         free = asyncio.Semaphore(CONNECTIONS)
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
+            with Checkpoint.open(self.folder) as opened:
+                apart = opened.weights.apart if opened.weights is not None else set()
+            await asyncio.gather(*(self._fetch_tensor(client, free, info) for info in apart))
 
     async def _fetch_small(self, name: str, limit: int) -> None:
         path, expected = self.folder / name, self.snapshot.files.get(name)
@@ -138,6 +142,22 @@ class HubShards:
             problem = "the file system keeps no sparse files; choose a destination on another"
             raise ExportError(f"{path.parent}: {problem}")
         os.rename(temporary, path)
+
+    async def _fetch_tensor(self, client: Any, free: asyncio.Semaphore, info: TensorInfo) -> None:
+        """Put a tensor's data into the sparse file: scales that are needed with another file."""
+        end = info.offset + info.nbytes
+        data = bytearray()
+        if (cached := self.snapshot.cached(info.file)) is not None:
+            with open(cached, "rb") as file:
+                file.seek(info.offset)
+                data += file.read(info.nbytes)
+        else:
+            remote = self.snapshot.remote(info.file, self.patience)
+            async with free:
+                await receive(client, remote, Range(info.offset, end, info.offset), data.extend)
+        with open(self.folder / info.file, "r+b") as file:
+            file.seek(info.offset)
+            file.write(data)
 
     async def _checked_cache(self, name: str) -> Path | None:
         """The file in huggingface_hub's cache if its checksum is right."""

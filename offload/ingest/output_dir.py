@@ -19,9 +19,7 @@ from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.writer import sync_folder
 
-HIDDEN = (
-    "hidden.safetensors"  # where a calibration goes on (``slotmoe.offload.ingest.calibration``)
-)
+HIDDEN = "hidden.safetensors"  # where ``slotmoe.offload.ingest.calibration`` goes on
 
 
 def beside(destination: Path, suffix: str) -> Path:

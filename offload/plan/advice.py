@@ -21,7 +21,7 @@ from slotmoe.offload.plan import memory
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
-from slotmoe.quant.codec import DEFAULT_CODECS, ExpertCodecs
+from slotmoe.quant.codec import DEFAULT_CODECS, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.export.codecs import expert_codecs, to_version_2
 from slotmoe.quant.shapes import RESIDENT_MODES
 
@@ -73,12 +73,21 @@ def gpu_named(name: str) -> Gpu:
     raise ConfigError(f"GPU {name!r:.40} is unknown; {hint}{known}")
 
 
-GEOMETRIES = {  # name -> config file; V2.5 and Coder-V2 are V2 trained further
+GEOMETRIES = {  # name -> config file; some models are others trained further
     "v2": "geometries/v2.json",
     "v2.5": "geometries/v2.json",
     "coder-v2": "geometries/v2.json",
     "v2-lite": "geometries/v2-lite.json",
     "coder-v2-lite": "geometries/v2-lite.json",
+    "v3": "geometries/v3.json",
+    "r1": "geometries/v3.json",
+    "v3.1": "geometries/v3.json",
+    "v3.2": "geometries/v3.2.json",
+    "moonlight": "geometries/moonlight.json",
+    "kimi-k2": "geometries/kimi-k2.json",
+    "glm-4.7-flash": "geometries/glm-4.7-flash.json",
+    "glm-5": "geometries/glm-5.json",
+    "mistral-small-4": "geometries/mistral-small-4.json",
     "sample": "sample/config.json",
 }
 
@@ -140,14 +149,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Budgets in bytes, ``vram`` None without a GPU; and ``free_disk`` bytes where an export would
-    go."""
+    """Budgets in bytes, ``vram`` None without a GPU; ``free_disk`` bytes where an export would go;
+    and the GPU's name where it is known."""
 
     ram: int
     vram: int | None
     threads: int
     bandwidths: Bandwidths
     free_disk: int
+    gpu: str | None = None
 
 
 def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, str]:
@@ -231,7 +241,7 @@ class Scenario:
 
     def largest_context(self) -> int:
         """Positions that fit with the least number of slots; 0 if none do."""
-        contexts = range(1, self.model.config.max_position_embeddings + 1)
+        contexts = range(1, self.model.config.max_context[0] + 1)
         return bisect_left(contexts, True, key=lambda n: not replace(self, context=n).fits)
 
     def ways_out(self) -> list[str]:
@@ -251,7 +261,7 @@ class Scenario:
         if on_cpu.fits:
             ways.append("--device cpu: RAM alone is enough")
         lite = Model("v2-lite", read_config(geometry_path("v2-lite")))
-        context = min(self.context, lite.config.max_position_embeddings)
+        context = min(self.context, lite.config.max_context[0])
         smaller = Scenario(lite, self.machine, "int8", self.codecs, context)
         if smaller.fits and self.model.config.hidden_size > lite.config.hidden_size:
             size = format_size(sum(smaller.sizes.resident.values()))
@@ -272,6 +282,7 @@ class Scenario:
             "fits": self.fits,
             "components": components,
             "total": by_tier(components),
+            "gpu": machine.gpu,
             "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
             "disk": self.disk(),
             "shortfall": sum(plan.shortfall.values()),
@@ -279,6 +290,8 @@ class Scenario:
             "slots": plan.slots,
             "host_slots": plan.host_slots,
             "experts": experts,
+            "expert_codecs": self.codecs.names(),
+            "record_bytes": plan.record_bytes,
             "prefill_chunk": plan.prefill_chunk,
             "bandwidths": {
                 tier: {"bytes_per_second": getattr(rates, tier), "origin": rates.origin_of(tier)}
@@ -296,10 +309,33 @@ class Scenario:
         }
         if not self.fits:
             return report
-        sizes, is_random = self.sizes, self.model.random_weights
-        misses = choose_mode(self.misses, rates, sizes.record_bytes, config.num_experts_per_tok)
-        setting = Setting(config, sizes, plan, rates, machine.threads, is_random, misses)
-        return report | asdict(setting.predict(prompt_tokens, new_tokens))
+        return report | asdict(self._setting().predict(prompt_tokens, new_tokens))
+
+    def _setting(self) -> Setting:
+        config, sizes, rates = self.model.config, self.sizes, self.machine.bandwidths
+        is_random, size = self.model.random_weights, sizes.record_bytes
+        misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
+        return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
+
+    def by_codec(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+        """What each ``--codec`` and ``--bits`` would give: bytes of the ``export``, expert slots,
+        and the speed of decode, None where it does not fit."""
+        rows = []
+        for (codec, bits), codecs in EXPERT_CODECS.items():
+            other, speed = replace(self, codecs=codecs), None
+            if other.fits:
+                predicted = other._setting().predict(prompt_tokens, new_tokens)
+                speed = predicted.decode_tokens_per_second
+            rows.append(
+                {
+                    "codec": codec,
+                    "bits": bits,
+                    "export": memory.export_bytes(self.model.config, other.sizes),
+                    "slots": other.plan.slots,
+                    "decode_tokens_per_second": speed,
+                }
+            )
+        return rows
 
 
 def _rounded_up(size: int) -> str:

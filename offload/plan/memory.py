@@ -55,17 +55,17 @@ def format_size(count: float) -> str:
 def choose_context(config: Config, wanted: int | None) -> int:
     """Positions of the latent cache: as wanted, else as many as the model has, up to 4096.  Raises
     ``PlanError``."""
-    limit = config.max_position_embeddings
+    limit, key = config.max_context
     context = min(4096, limit) if wanted is None else wanted
     if not 1 <= context <= limit:
-        allowed = f"1 to {limit}, the model's max_position_embeddings"
+        allowed = f"1 to {limit}, the model's {key}"
         raise PlanError(f"context {context} is outside {allowed}")
     return context
 
 
 def or_more_context(advice: str, config: Config, context: int) -> str:
     """``advice``, and to raise --context where the model has more positions than ``context``."""
-    limit = config.max_position_embeddings
+    limit, _ = config.max_context
     if context < limit:
         return f"{advice}, or raise --context (now {context}, the model has {limit})"
     return f"{advice}; {limit} positions are all that the model has"

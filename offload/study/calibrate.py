@@ -43,7 +43,7 @@ from slotmoe.quant.export.layout import predictor_parts
 from slotmoe.quant.export.writer import write_predictor
 
 MIN_TOKENS = 5000
-WINDOW = 1024  # tokens read as one sequence
+_WINDOW = 1024  # tokens read as one sequence
 TOKEN_WIDTH, _LAYER_WIDTHS, _LAYER_BYTES = 1024, (256, 128, 64), 4 << 20
 _BATCH, EPOCHS, MIN_STEPS = 512, 6, 300
 _BYTES_A_PARAMETER = 20  # float32 weight, gradient, two moments, and a copy while it is quantized
@@ -305,7 +305,7 @@ def calibrate(
     def reading(count: int) -> None:
         advance(epochs * count)  # reading takes about as long as training
 
-    ram = None if device == "cuda" else _ram_left(config, [*groups, held_back])
+    ram = None if device.startswith("cuda") else _ram_left(config, [*groups, held_back])
     context = max(len(window) for window in [*training, *held_back])
     generator = torch.Generator().manual_seed(seed)
     with Runtime.open(folder, device=device, ram=ram, context=context, threads=threads) as runtime:
@@ -343,7 +343,7 @@ def _windows(
     config: Config, tokenizer: Tokenizer, texts: Sequence[Path], seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows to train on, in random order, and those of the last 5% of each text."""
-    width = min(WINDOW, config.max_position_embeddings)
+    width = min(_WINDOW, config.max_context[0])
     training: list[list[int]] = []
     held_back: list[list[int]] = []
     for ids in read_tokens(texts, tokenizer):

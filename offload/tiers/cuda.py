@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, DeviceError
+from slotmoe.offload.machine import device_index
 from slotmoe.offload.tiers.device import Device, DeviceMemory, Download, Event
 from slotmoe.quant.backends.base import Empty
 
@@ -47,7 +49,7 @@ class CudaDevice(Device):
 
     tier, queues = "vram", True
 
-    def __init__(self, index: int = 0):
+    def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
         self._copies = torch.cuda.Stream(self.device)
         if torch.cuda.memory_allocated(self.device) == 0:
@@ -73,7 +75,8 @@ class CudaDevice(Device):
         given back what it kept."""
 
         def once() -> Tensor:
-            result = step()
+            with self.current():
+                result = step()
             self.record().synchronize()  # what fails in a kernel fails here
             return result
 
@@ -95,6 +98,10 @@ class CudaDevice(Device):
                 raise
             told = str(problem).partition("\n")[0]
             raise DeviceError(f"{self.name} failed ({told}); start the program again") from None
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Kernels are launched on this device inside, whichever thread launches them."""
+        return torch.cuda.device(self.device)
 
     def record(self) -> Event:
         return _CudaEvent(torch.cuda.current_stream(self.device).record_event())
@@ -150,8 +157,8 @@ class CudaDevice(Device):
 @dataclass(frozen=True)
 class CudaFacts:
     """What torch says about CUDA here.  ``problem`` is the driver's complaint, if it has one;
-    ``capability`` and ``architectures`` (like ``sm_90``) are the first GPU's and those that this
-    torch has kernels for."""
+    ``rocm`` the version that torch was built for instead; ``capability`` and ``architectures``
+    (like ``sm_90``) are the GPU's and those that this torch has kernels for."""
 
     torch: str
     built: bool
@@ -159,20 +166,23 @@ class CudaFacts:
     name: str = ""
     capability: tuple[int, int] = (0, 0)
     architectures: tuple[str, ...] = ()
+    rocm: str = ""
 
 
-def cuda_facts() -> CudaFacts:
-    """Ask torch, and the driver through it."""
-    if not torch.backends.cuda.is_built():
-        return CudaFacts(torch.__version__, built=False)
+def cuda_facts(index: int = 0) -> CudaFacts:
+    """Ask torch, and the driver through it, about GPU ``index`` in CUDA's order."""
+    if torch.version.hip or not torch.backends.cuda.is_built():
+        return CudaFacts(torch.__version__, built=False, rocm=torch.version.hip or "")
     try:
         with warnings.catch_warnings():
             # torch warns of an old driver first; ``init`` then says the same as an error.
             warnings.simplefilter("ignore")
             torch.cuda.init()
-            if torch.cuda.device_count() == 0:
-                raise RuntimeError("the driver shows no GPU to this process")
-            name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+            if (count := torch.cuda.device_count()) <= index:
+                shown = f"only cuda:0 to cuda:{count - 1}" if count else "no GPU"
+                raise RuntimeError(f"the driver shows {shown} to this process")
+            name = torch.cuda.get_device_name(index)
+            capability = torch.cuda.get_device_capability(index)
     except (RuntimeError, AssertionError) as problem:
         return CudaFacts(torch.__version__, True, str(problem).strip().partition("\n")[0])
     known = tuple(torch.cuda.get_arch_list())
@@ -182,8 +192,9 @@ def cuda_facts() -> CudaFacts:
 def why_not(facts: CudaFacts) -> str:
     """Why no GPU can be used; empty if one can."""
     if not facts.built:
-        missing = "was built without CUDA; a CUDA build of torch is needed for a GPU"
-        return f"torch {facts.torch} here {missing}"
+        rocm = f"for ROCm {facts.rocm}, which slotmoe does not use"
+        kind = rocm if facts.rocm else "without CUDA"
+        return f"torch {facts.torch} here was built {kind}; a CUDA build is needed for a GPU"
     if facts.problem:
         return f"torch can't use CUDA: {facts.problem}"
     device = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
@@ -209,17 +220,17 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (kind == "compute" or built[0] == capability[0])
 
 
-def choose_device(wanted: str, make: Callable[[], Device] = CudaDevice) -> tuple[Device, str]:
-    """The device to compute on, and why, as one clause.  Raises ``ConfigError`` if ``cuda`` is
-    asked for in vain."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device {wanted!r:.40} is unknown, expected auto, cpu or cuda")
+def choose_device(wanted: str, make: Callable[[int], Device] = CudaDevice) -> tuple[Device, str]:
+    """The device to compute on, and why, as one clause: ``auto``, ``cpu``, ``cuda``, or ``cuda:N``
+    for the GPU of that number in CUDA's order.  Raises ``ConfigError`` if a GPU is asked for in
+    vain."""
+    index = device_index(wanted)
     if wanted == "cpu":
         return Device(), "as asked"
-    facts = cuda_facts()
+    facts = cuda_facts(index)
     reason = why_not(facts)
-    if reason and wanted == "cuda":
-        raise ConfigError(f"device cuda: {reason}; or use --device cpu")
+    if reason and wanted != "auto":
+        raise ConfigError(f"device {wanted}: {reason}; or use --device cpu")
     if reason:
         return Device(), reason
-    return make(), "as asked" if wanted == "cuda" else f"{facts.name} is here"
+    return make(index), "as asked" if wanted != "auto" else f"{facts.name} is here"

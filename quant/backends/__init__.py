@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import psutil
 import torch
@@ -38,6 +40,14 @@ def pick_backend(
     return NativeBackend(native)
 
 
+def _python_header() -> Path:
+    """What Triton's launchers include; a system's own Python has it in a package apart
+    (python3-dev)."""
+    # Debian's default scheme names a folder that has no headers: Triton takes the other one too.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    return Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+
+
 def _triton_ops(device: torch.device, required: bool) -> TorchBackend:
     """Triton comes with torch's CUDA builds for Linux.  Only this imports it."""
     reason, cuda = "", device.type == "cuda"
@@ -47,6 +57,8 @@ def _triton_ops(device: torch.device, required: bool) -> TorchBackend:
         reason = "the GPU's compute capability is below {}.{}".format(*_TRITON_CAPABILITY)
     elif cuda and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
         reason = "Triton finds no C compiler (CC, gcc or clang), with which it starts kernels"
+    elif cuda and not (header := _python_header()).is_file():
+        reason = f"Triton needs Python's headers to start kernels, and {header} is not there"
     else:
         from slotmoe.quant.backends.triton import TritonBackend
 

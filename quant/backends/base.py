@@ -133,10 +133,14 @@ class TorchBackend:
             return weight.q[ids_T].float() * weight.scale[ids_T, None]
         if isinstance(weight, Tensor):
             return weight[ids_T].float()
-        raise TypeError("an embedding table is gathered row by row, so it is never NF4 or tiled")
+        raise TypeError("an embedding table is gathered row by row, so it is never coded or tiled")
 
-    def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        """Pairs (x0, x1), (x2, x3), ... times the complex table [T, P / 2]: float32 [T, H, P]."""
+    def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
+        """Pairs (x0, x1), (x2, x3), ..., or of the two ``halves``, times the complex table
+        [T, P / 2]: float32 [T, H, P]."""
+        if halves:
+            pairs = torch.complex(*x_THP.chunk(2, dim=-1)) * table_TC[:, None]
+            return torch.cat([pairs.real, pairs.imag], dim=-1)
         pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
 
@@ -172,7 +176,9 @@ class TorchBackend:
         serves."""
         return None
 
-    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor] | None:
+    def route(
+        self, logits_TE: Tensor, router: Any, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
         return None
 

@@ -6,49 +6,94 @@ from the same buffers and leaves its outputs in the same buffers each time, and 
 from step to step (the position, the sequence's cache) must lie in one.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
 class CudaGraph:
-    """Work on a CUDA device that can be repeated, in the order of the current stream.
+    """Work on a CUDA device that can be repeated, in the order of the current stream.  ``outputs``
+    is what the captured function returned, and ``replay`` repeats the work into it."""
 
-    It is made from a function without arguments, which it runs at least once and which must not
-    make the host wait for the device.  What that returned is ``outputs``, and ``replay`` repeats
-    the work into it.
-    """
-
-    # One stream and one memory pool for all: graphs of a step never run at the same time.
-    _stream: torch.cuda.Stream | None = None
-    _pool: Any = None
-
-    def __init__(self, function: Callable[[], Any]):
-        cls = CudaGraph
-        if cls._stream is None:
-            cls._stream, cls._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        cls._stream.wait_stream(torch.cuda.current_stream())
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(cls._stream):
-            function()  # kernels compile and load, which a capture forbids
-            cls._stream.synchronize()
-            # Readers in other threads go on copying, which a capture of all threads would forbid.
-            self._graph.capture_begin(pool=cls._pool, capture_error_mode="thread_local")
-            try:
-                self.outputs = function()
-            finally:
-                self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(cls._stream)
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any):
+        self._graph, self.outputs = graph, outputs
 
     def replay(self) -> None:
         self._graph.replay()
 
 
+class CudaGraphs:
+    """Captures the graphs of one backend.  They share a memory pool, since they never run at the
+    same time.
+
+    A pool's handle dies with the last graph that was captured into it, so no two backends share
+    one, and a capture that fails is the last.
+    """
+
+    # Graphs whose capture CUDA has spoiled: torch's allocator of page-locked RAM keeps their
+    # address.
+    _spoiled: ClassVar[list[torch.cuda.CUDAGraph]] = []
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._failed = False
+
+    def __call__(self, function: Callable[[], Any]) -> CudaGraph | None:
+        """What ``function`` does, as a graph.  It runs at least once and must not make the host
+        wait for the device.  None where a capture has failed, which is said once: the work is then
+        launched kernel by kernel."""
+        if self._failed:
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()  # kernels compile and load, which a capture forbids
+            self._stream.synchronize()
+            try:
+                graph = self._capture(function)
+            except Exception as problem:
+                self._failed, graph = True, None
+                told = str(problem).partition("\n")[0]
+                logging.getLogger("slotmoe").warning(
+                    "a CUDA graph could not be captured (%s); steps go on without, slower", told
+                )
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
+
+    def _capture(self, function: Callable[[], Any]) -> CudaGraph:
+        graph = torch.cuda.CUDAGraph()
+        pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
+        try:
+            # Readers in other threads go on copying, which a capture of all threads would forbid.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                outputs = function()
+            finally:
+                graph.capture_end()
+        except BaseException:
+            self._stop_recording(graph, pool)
+            raise
+        self._pool = pool
+        return CudaGraph(graph, outputs)
+
+    @staticmethod
+    def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """A capture that CUDA has spoiled ends before torch's allocator has stopped recording for
+        it, and while it records nothing can be given back.  torch has no public way to stop it."""
+        with suppress(RuntimeError):  # it had stopped
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            CudaGraphs._spoiled.append(graph)
+
+
 class Captured:
     """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
-    that is None.
+    that is None or makes None.
 
     ``graph`` makes what has the interface of ``CudaGraph``.  ``buffers`` are the inputs that it
     reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
@@ -81,6 +126,8 @@ class Captured:
                 self._graph = self._make(lambda: function(*self._buffers))
             finally:
                 Captured.capturing = False
+        if self._graph is None:
+            return function(*self._buffers)
         self._graph.replay()
         return self._graph.outputs
 

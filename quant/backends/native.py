@@ -63,7 +63,8 @@ class NativeDecoder:
         positions = [cache.length for cache in step.caches]
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
         records = table.records.slab, table.slots_ME, self._record(table.records)
-        done = self._native.decode(self._decoder, *stream, *records, step.x_TD, step.routed_TD)
+        rest = step.x_TD, step.routed_TD, step.query_scale_T
+        done = self._native.decode(self._decoder, *stream, *records, *rest)
         for stage, seconds in zip(_STAGES, done.seconds, strict=True):
             now += seconds
             step.timer.mark(stage, now)
@@ -124,8 +125,8 @@ class NativeBackend(TorchBackend):
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
         return self._native.mlp(mlp, x_TD.contiguous())
 
-    def rotate(self, x_THP: Tensor, table_TC: Tensor) -> Tensor:
-        return self._native.rotate(x_THP.contiguous(), table_TC)
+    def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
+        return self._native.rotate(x_THP.contiguous(), table_TC, halves)
 
     def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
         if isinstance(kv_b, Int8Weight):
@@ -146,8 +147,8 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
-    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor]:
-        return self._native.route(logits_TE.contiguous(), Router(*router))
+    def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._native.route(logits_TE.contiguous(), Router(*router), bias_E)
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> NativeDecoder | None:
         """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where the native
@@ -207,5 +208,7 @@ def _attention(geometry: Any, layer: Any) -> AttentionLayer:
         _matrix(layer.o_proj),
         layer.post_attention_layernorm,
         None if layer.gate is None else Matrix.dense(layer.gate),
+        layer.gate_bias,
         (geometry.eps, geometry.latent_eps, geometry.softmax_scale),
+        geometry.halves,
     )

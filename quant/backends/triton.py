@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.backends.graphs import CudaGraph
+from slotmoe.quant.backends.graphs import CudaGraphs
 from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
 from slotmoe.quant.codec import TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
@@ -43,7 +43,7 @@ class TritonBackend(TorchBackend):
         super().__init__(torch.bfloat16)
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
-        self.graph: Any = CudaGraph if device.type == "cuda" else None
+        self.graph: Any = CudaGraphs() if device.type == "cuda" else None
 
     # One token.
 
@@ -176,15 +176,15 @@ class TritonBackend(TorchBackend):
 
     # Routed experts.
 
-    def route(self, logits_TE: Tensor, router: Any) -> tuple[Tensor, Tensor]:
+    def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         T, E = logits_TE.shape
-        groups, kept, top_k, factor = router
+        groups, kept, top_k, factor, normalized, group_best, sigmoid = router
         weights_TK = torch.empty(T, top_k, device=logits_TE.device)
         indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
         rows.route[(T,)](
-            logits_TE.contiguous(), weights_TK, indices_TK, E, top_k, groups, kept,
-            0.0 if factor is None else factor,
-            RENORM=factor is None, BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
+            logits_TE.contiguous(), bias_E, weights_TK, indices_TK, E, top_k, groups, kept, factor,
+            SIGMOID=sigmoid, BIASED=bias_E is not None, GROUP_BEST=group_best, RENORM=normalized,
+            BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
         )  # fmt: skip
         return weights_TK, indices_TK
 

@@ -67,6 +67,7 @@ class Workspace:
             self.empty(1, hidden) for _ in range(5)
         )
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
+        self.query_scale_1 = torch.ones(1, device=device)
         self.q_HW = self.empty(H, R + P)
         splits = mla.SPLITS.value
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
@@ -83,9 +84,11 @@ class Workspace:
             self._scratch[name, width] = self.empty(1, width)
         return self._scratch[name, width]
 
-    def begin(self, rope_1C: Tensor, cache: Any) -> None:
+    def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Any) -> None:
         """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
         copies from the host."""
+        if query_scale_1 is not None:
+            self.query_scale_1.copy_(query_scale_1)
         layers_LSW = cache.layers
         assert layers_LSW.dtype == torch.float16 and layers_LSW.is_contiguous()
         self.rope_1C.copy_(rope_1C)
@@ -111,7 +114,7 @@ class TritonDecoder:
         (cache,) = step.caches
         layer_bytes = cache.layers[0].nbytes
         if step.layer == 0 and step.x_TD is None:
-            self._workspace.begin(step.rope_TC, cache)
+            self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
             table = experts.slot_table()
             if table.complete:
                 cache.extend(0, 1)
@@ -125,7 +128,7 @@ class TritonDecoder:
             step.h_TD, step.x_TD, logits_1E = layer.begin(step.h_TD, step.layer * layer_bytes)
             step.timer.mark("attention")
             if logits_1E is not None:
-                choice = self._backend.route(logits_1E, self._router)
+                choice = self._backend.route(logits_1E, self._router, layer.gate_bias)
                 step.timer.mark("gate")
                 return step.layer, step.x_TD, *choice
             self._end(step)
@@ -158,7 +161,8 @@ class TritonDecoder:
             y_1D = None
             h_1D, x_1D, logits_1E = layer.begin(h_1D, index * layer_bytes)
             if logits_1E is not None:
-                weights_1K, indices_1K = self._backend.route(logits_1E, self._router)
+                choice = self._backend.route(logits_1E, self._router, layer.gate_bias)
+                weights_1K, indices_1K = choice
                 y_1KD = torch.empty(*indices_1K.shape, x_1D.shape[1], device=x_1D.device)
                 slots_E = table.slots_ME[len(chosen)]
                 self._backend.experts(x_1D, table.records, slots_E, indices_1K, y_1KD)
@@ -174,6 +178,7 @@ class _Layer:
     def __init__(self, backend: Any, workspace: Workspace, geometry: Any, layer: Any):
         self._backend, self._workspace, self._layer = backend, workspace, layer
         self._geometry, self._sizes = geometry, geometry[:5]
+        self.gate_bias = layer.gate_bias
         # By where the layer begins in its cache, which depends on the context's size.
         self._before: dict[int, Captured] = {}
         self._logits_1E = None if layer.gate is None else workspace.empty(1, len(layer.gate))
@@ -227,10 +232,11 @@ class _Layer:
         _, kv_b, scale, _ = operand(layer.kv_b_proj)
         BR, BV, splits, scaled = 64, 16, mla.SPLITS.value, scale is not None
         mla.queries[(triton.cdiv(R, BR), H + 1)](
-            q, latent, torch.view_as_real(workspace.rope_1C), layer.kv_a_layernorm,
-            self._geometry.latent_eps, kv_b, scale, location, layer_at, workspace.q_HW,
-            H, N, P, R, N + V,
-            SCALED=scaled, WIDTH=power(N), BR=BR, LATENT=power(R), PAIRS=power(P // 2),
+            q, latent, torch.view_as_real(workspace.rope_1C), workspace.query_scale_1,
+            layer.kv_a_layernorm, self._geometry.latent_eps, kv_b, scale, location, layer_at,
+            workspace.q_HW, H, N, P, R, N + V,
+            SCALED=scaled, HALVES=self._geometry.halves, WIDTH=power(N), BR=BR, LATENT=power(R),
+            PAIRS=power(P // 2),
         )  # fmt: skip
         mla.attend[(splits, triton.cdiv(H, 16), 1)](
             workspace.q_HW, None, location, layer_at, 0, self._geometry.softmax_scale, *sums,

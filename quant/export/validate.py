@@ -41,7 +41,7 @@ from slotmoe.quant.export.layout import (
 from slotmoe.quant.shapes import ALIGNMENT
 
 MAX_MANIFEST_BYTES = 8 << 20
-MAX_COPIED_BYTES = 16 << 20  # DeepSeek-V2's tokenizer.json has 4.6 MB
+MAX_COPIED_BYTES = 32 << 20  # the tokenizer.json of GLM-4.7 has 20 MB
 UNLISTED = "is not in the manifest, so nothing vouches for it"
 _SIZE = integer(1, 1 << 31)
 _LAYER = integer(0, 99999)

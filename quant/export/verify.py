@@ -1,13 +1,16 @@
 """Every checksum of an export: of each file, its header, its tensors and its expert records."""
 
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from slotmoe.errors import ExportError
-from slotmoe.quant.export.layout import COPIED, tensor_parts
+from slotmoe.quant.coded import possible_scales
+from slotmoe.quant.export.layout import COPIED, PROJECTIONS, RecordLayout, tensor_parts
 from slotmoe.quant.export.validate import manifest_layout, regular_file
 
 Span = tuple[int, int]
@@ -75,10 +78,27 @@ def _damage(
         return f"can't be read ({problem.strerror})"
     parts = zip(expected.items(), digests, strict=True)
     wrong = [what for (what, (_, checksum)), digest in parts if digest != checksum]
+    if not wrong and whole != entry["checksum"]:
+        return "is damaged"
     if not wrong:
-        return None if whole == entry["checksum"] else "is damaged"
+        return _impossible_scales(path, entry, manifest_layout(manifest))
     more = f" and {len(wrong) - 1} more of {len(expected)} parts" if len(wrong) > 1 else ""
     return f"is damaged in {wrong[0]}{more}"
+
+
+def _impossible_scales(path: Path, entry: dict[str, Any], layout: RecordLayout) -> str | None:
+    """Which expert of a layer's file has scales that no encoder makes, whatever their checksum."""
+    if "records" not in entry:
+        return None
+    levels = layout.levels()
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    records = torch.frombuffer(memory, dtype=torch.uint8, offset=entry["header_bytes"])
+    for expert, record in enumerate(records.view(-1, layout.record_bytes)):
+        for name in PROJECTIONS:
+            if not possible_scales(layout.weight(record, name, levels).scales):
+                return f"has scales in {name} of expert {expert} that no weights have"
+    return None
 
 
 def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span, str]]:

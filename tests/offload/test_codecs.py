@@ -16,7 +16,7 @@ from slotmoe.offload.plan.memory import sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.coded import CodedWeight
-from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
+from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksum, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
 from tests.support.codes import SUFFIXES, values
@@ -168,7 +168,7 @@ def test_version_1_still_opens(exports, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
+def test_impossible_scales_are_refused_by_name(exports, tmp_path, slotmoe, value):
     """With a right checksum: only an encoder's fault, or bad intentions, make them."""
     shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
     with Export.open(tmp_path / "bad") as export:
@@ -182,8 +182,6 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
     path.write_bytes(data)
 
     def bless(manifest):
-        from slotmoe.quant.export.layout import checksum
-
         entry = manifest["files"][layer_file(layer)]
         entry["records"][4] = checksum(bytes(data[start : start + size]))
         entry["checksum"] = checksum(bytes(data))
@@ -193,3 +191,44 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, value):
         export.expert(layer, 3)
         with pytest.raises(ExportError, match=rf"layer {layer} expert 4 up_proj has scales"):
             export.expert(layer, 4)
+    code, out, err = slotmoe("verify", tmp_path / "bad")
+    assert (code, "up_proj of expert 4" in out + err) == (1, True)
+
+
+def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path):
+    """quantize, synth and plan have the same options; bits per weight follow."""
+    config, sizes = exports.source / "config.json", {}
+    for number, options in enumerate(
+        (["--codec", "nf4"], ["--bits", "4"], ["--bits", "3.5"], ["--codec", "lut", "--bits", "3"])
+    ):
+        random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
+        code, out, _ = slotmoe("synth", config, random, *options, "--json")
+        assert code == 0
+        code, _, err = slotmoe("quantize", exports.source, made, *options, "--verbose")
+        assert code == 0
+        code, out, _ = slotmoe("plan", config, *options, "--ram", "1GiB", "--json")
+        assert code == 0
+        with Export.open(random) as export, Export.open(made) as same:
+            names = export.manifest["quantization"]["experts"]
+            assert same.manifest["quantization"]["experts"] == names
+            assert set(names.values()) <= set(err.split())  # in the table of what it cost
+            size = export.layout.record_bytes
+            assert json.loads(out)["record_bytes"] == size == same.layout.record_bytes
+            sizes[tuple(names.values())] = size
+            plan = json.loads(out)
+            assert plan["expert_codecs"] == names
+            chosen = next(
+                row for row in plan["by_codec"] if row["export"] == plan["disk"]["export"]
+            )
+            assert chosen["slots"] == plan["slots"]
+            found = export.expert(export.layers[0], 1).values()
+            assert all(0 < weight.square().mean() < 1 for weight in found)
+        code, _, err = slotmoe("plan", made, "--bits", "3" if number != 3 else "4")
+        assert (code, "its experts are" in err) == (2, True)
+        assert slotmoe("plan", made, *options, "--ram", "1GiB")[0] == 0
+        assert slotmoe("verify", random)[0] == slotmoe("verify", made)[0] == 0
+    assert list(sizes) == [("nf4", "nf4"), ("lut4", "lut4"), ("lut3", "lut4"), ("lut3", "lut3")]
+    code, _, err = slotmoe(
+        "quantize", exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
+    )
+    assert (code, "--codec nf4 has no 3 bits" in err) == (2, True)

@@ -2,16 +2,23 @@
 is needed."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from slotmoe.errors import ConfigError
+from slotmoe.model.config import read_config
 from slotmoe.model.network import DeepseekV2
 from slotmoe.offload import loading
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import make_plan, parse_size, sizes_of
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
@@ -19,9 +26,12 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.offload.tiers.disk import WARM
+from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.bench.speed import calibration, measure
 from slotmoe.tools.cli import cli
 from tests.support.engine import IDS, PROMPT, start, whole
+from tests.support.pages import CALLS, ROOT
+from tests.support.slab import NF4S
 from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
@@ -248,6 +258,7 @@ def test_ram_that_can_not_be_locked_is_said_once(on_twin, wanted, monkeypatch, c
 GOOD = CudaFacts("2.9", True, "", "NVIDIA L4", (8, 9), ("sm_80", "sm_90", "compute_90"))
 BAD = {
     "built without CUDA": CudaFacts("2.9+cpu", False),
+    "built for ROCm 6.4": CudaFacts("2.9+rocm", False, rocm="6.4"),
     "driver on your system is too old": CudaFacts(
         "2.9", True, "The NVIDIA driver on your system is too old (found version 11040)."
     ),
@@ -258,30 +269,115 @@ BAD = {
 
 @pytest.mark.parametrize("reason", BAD)
 def test_a_gpu_that_can_not_be_used_is_said(monkeypatch, reason):
-    monkeypatch.setattr(cuda, "cuda_facts", lambda: BAD[reason])
+    monkeypatch.setattr(cuda, "cuda_facts", lambda index: BAD[reason])
     card, why = choose_device("auto")
     assert card.tier == "ram"
     assert re.search(reason, why)
-    with pytest.raises(ConfigError, match=f"^device cuda: .*{reason}.*or use --device cpu$"):
-        choose_device("cuda")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match=f"^device {name}: .*{reason}.*or use --device cpu$"):
+            choose_device(name)
 
 
 def test_a_gpu_that_can_be_used_is_taken(monkeypatch):
-    monkeypatch.setattr(cuda, "cuda_facts", lambda: GOOD)
-    twin = Twin()
-    assert choose_device("auto", lambda: twin) == (twin, "NVIDIA L4 is here")
-    assert choose_device("cuda", lambda: twin) == (twin, "as asked")
-    chosen, why = choose_device("cpu", lambda: twin)
+    monkeypatch.setattr(cuda, "cuda_facts", lambda index: replace(GOOD, name=f"NVIDIA L{index}"))
+    twins = Twin(), Twin()
+    assert choose_device("auto", twins.__getitem__) == (twins[0], "NVIDIA L0 is here")
+    assert choose_device("cuda", twins.__getitem__) == (twins[0], "as asked")
+    assert choose_device("cuda:1", twins.__getitem__) == (twins[1], "as asked")
+    chosen, why = choose_device("cpu", twins.__getitem__)
     assert (chosen.tier, why) == ("ram", "as asked")
     newer = replace(GOOD, capability=(12, 0))  # runs what compute_90 is translated to
     assert cuda.why_not(newer) == ""
     assert cuda.why_not(replace(newer, architectures=("sm_90",))) != ""
+    for name in ("gpu", "cuda:", "cuda:-1", "cuda:x"):
+        with pytest.raises(ConfigError, match="is unknown, expected auto, cpu, cuda or cuda:N"):
+            choose_device(name)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "no GPU"), (2, "only cuda:0 to cuda:1")])
+def test_a_number_beyond_the_gpus_is_said(monkeypatch, count, shown):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ConfigError, match=f"device cuda:2: .*the driver shows {shown} to this"):
+        choose_device("cuda:2")
+
+
+def test_amds_builds_of_torch_are_called_by_their_name(monkeypatch):
+    """They say that CUDA is built, and name no architecture that a CUDA device has."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with pytest.raises(ConfigError, match=r"built for ROCm 6.4.1, which slotmoe does not use; a C"):
+        choose_device("cuda")
 
 
 def test_facts_of_this_machine():
     facts = cuda.cuda_facts()
     assert facts.built == torch.backends.cuda.is_built()
     assert bool(cuda.why_not(facts)) == (choose_device("auto")[0].tier == "ram")
+
+
+PAIRS = """
+import sys
+from slotmoe.errors import ConfigError
+from tests.support.twin import Twin, open_on
+from slotmoe.offload.runtime import Runtime
+for kernels in ("auto", "torch", "triton"):
+    with open_on(sys.argv[1], Twin(), kernels=kernels, misses="hybrid") as runtime:
+        list(runtime.generate("My", max_new_tokens=1))
+        print(kernels, "cuda", runtime.model.cpu.kind)
+    try:
+        with Runtime.open(sys.argv[1], "cpu", context=64, threads=1, kernels=kernels) as runtime:
+            print(kernels, "cpu", runtime.model.cpu.kind)
+    except ConfigError as problem:
+        print(kernels, "cpu", problem)
+"""
+
+
+def test_each_kind_of_kernels_opens_on_each_device(sample_export):
+    """In a process whose Triton does not interpret: it has nothing for a CPU, not even beside a
+    GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PAIRS, str(sample_export)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    fast = "torch" if bindings.load() is None else "native"
+    assert lines[:5] == [
+        f"auto cuda {fast}", f"auto cpu {fast}", "torch cuda torch", "torch cpu torch",
+        f"triton cuda {fast}",
+    ]  # fmt: skip
+    assert lines[5].startswith("triton cpu kernels triton: ")
+
+
+# A GPU of 24 GB as its owner knows it: what the driver shows, of which a desktop and the CUDA
+# context take some.
+TOTAL, TAKEN = 24564 << 20, 600 << 20
+LOOP = re.search(r"for v in ([\d ]+);", (ROOT / "docs" / "gpu.md").read_text())
+LARGEST = max(LOOP[1].split(), key=int)
+ON_A_GPU = [call.values[0] for call in CALLS if {"--vram", "cuda"}.intersection(call.values[0])]
+
+
+@pytest.mark.parametrize("arguments", ON_A_GPU, ids=" ".join)
+def test_commands_of_the_pages_fit_a_gpu_of_24_gb(arguments):
+    """Their budgets are free there, and the geometry that they name fits."""
+    options = dict(pairwise(arguments))
+    budget, free = parse_size(options["--vram"].replace("${v}", LARGEST)), TOTAL - TAKEN
+    assert budget <= free
+    geometry = "v2-lite" if "lite" in arguments[1] else "v2"
+    sizes = sizes_of(
+        read_config(geometry_path(geometry)), "int8" if "lite" in geometry else "nf4", NF4S
+    )
+    plan = make_plan(
+        read_config(geometry_path(geometry)), sizes, tier="vram", budget=budget, context=4096,
+        runtime_bytes=1 << 30, host_budget=64 << 30, kernels="triton",
+    )  # fmt: skip
+    assert not plan.shortfall
+    assert plan.total <= free
+
+
+def test_pages_have_commands_for_a_gpu():
+    assert len(ON_A_GPU) >= 3
 
 
 def test_misses_are_refused_where_there_is_no_gpu(sample_export):

@@ -19,7 +19,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.backends.graphs import Captured, CudaGraph
+from slotmoe.quant.backends.graphs import Captured, CudaGraphs
 from slotmoe.quant.codec import NF4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
@@ -165,7 +165,7 @@ def decode(network, ids, cache):
 
 def triton_ops(graph=None):
     backend = pick_backend(DEVICE, "triton")
-    backend.graph = CudaGraph if graph is not None and DEVICE.type == "cuda" else graph
+    backend.graph = CudaGraphs() if graph is not None and DEVICE.type == "cuda" else graph
     return backend
 
 

@@ -16,7 +16,8 @@ import torch
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
-from slotmoe.model.names import expert_shapes, resident_shapes
+from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_name
+from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
@@ -29,9 +30,11 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.codec import LUT4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.shapes import resident_bytes, resident_quantization
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
 from tests.support.hub import NAME, Repo
@@ -585,19 +588,56 @@ def test_damaged_manifests_are_named(plan, tmp_path):
         assert (code, "slotmoe.json" in err) == (2, True)
 
 
+class Driver:
+    """CUDA's driver with GPUs of these numbers, in its own order."""
+
+    def __init__(self, *numbers):
+        self._numbers = numbers
+
+    def cuInit(self, flags):
+        return 0 if self._numbers else 100
+
+    def cuDeviceGet(self, device, index):
+        if index >= len(self._numbers):
+            return 101
+        device._obj.value = self._numbers[index]
+        return 0
+
+    def cuDeviceGetUuid(self, uuid, device):
+        uuid._obj[:] = [device.value] * 16
+        return 0
+
+
+UUID = "GPU-01010101-0101-0101-0101-010101010101"
+
+
 def test_a_gpu_in_this_machine_is_found(plan, tmp_path, monkeypatch):
+    """The one that CUDA takes, which need not be the first of nvidia-smi's."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 24000\n")
+    program.write_text(
+        "#!/bin/sh\ncase $1 in\n"
+        f"--id={UUID}) echo NVIDIA GeForce RTX 3090, 24000;;\n"
+        "*) echo NVIDIA GeForce GT 1030, 1000;;\nesac\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert json.loads(plan("v2-lite", "--json")[1])["budget"]["vram"] == int(
-        24000 * (1 << 20) * 0.9
-    )
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver(1, 0))
+    report = json.loads(plan("v2-lite", "--json")[1])
+    assert report["budget"]["vram"] == int(24000 * (1 << 20) * 0.9)
+    assert report["gpu"] == "NVIDIA GeForce RTX 3090"
+    assert "GPU: NVIDIA GeForce RTX 3090." in plan("v2-lite")[1]
+    other = json.loads(plan("v2-lite", "--device", "cuda:1", "--json")[1])
+    assert (other["gpu"], other["fits"]) == ("NVIDIA GeForce GT 1030", False)
+    code, _, err = plan("v2-lite", "--device", "cuda:2")
+    assert (code, "--device cuda:2: no such GPU is found" in err) == (2, True)
     assert "vram" not in json.loads(plan("v2-lite", "--device", "cpu", "--json")[1])["budget"]
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())  # none is visible
+    assert "vram" not in json.loads(plan("v2-lite", "--json")[1])["budget"]
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver(1))
     program.write_text("#!/bin/sh\nexit 9\n")
     assert "vram" not in json.loads(plan("v2-lite", "--json")[1])["budget"]
     code, _, err = plan("v2-lite", "--device", "cuda")
-    assert (code, "no GPU is found" in err) == (2, True)
+    assert (code, "no such GPU is found" in err) == (2, True)
 
 
 def test_plan_needs_no_torch():
@@ -636,3 +676,20 @@ def test_without_a_network_a_hub_id_is_one_line(tmp_path):
     assert time.perf_counter() - started < 10
     problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
     assert (done.returncode, done.stderr) == (1, f"slotmoe: {NAME}: {problem}\n")
+
+
+def test_mixed_residents_keep_what_4_bits_hurt_in_int8():
+    """A token of V2-Lite's reads 5.5 bits a weight; its MLPs are of one kind."""
+    config = geometry("v2-lite")
+    kinds, bits, weights = {}, 0, 0
+    for name, shape in resident_shapes(config).items():
+        kinds.setdefault(split_name(name)[1], set()).add(
+            resident_quantization(role_of(name), "mixed")
+        )
+        if len(shape) == 2 and role_of(name) not in ("gate", "embedding"):
+            bits += 8 * resident_bytes(role_of(name), shape, "mixed")
+            weights += math.prod(shape)
+    in_4_bits = {name for name in kinds if kinds[name] == {LUT4}}
+    shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
+    assert in_4_bits == {"self_attn.q_proj", "self_attn.o_proj", *shared}
+    assert bits / weights < 5.6

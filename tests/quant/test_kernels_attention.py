@@ -230,20 +230,21 @@ def test_many_small_weights_beside_a_large_one(kernels):
 
 
 @quick
-@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 20), seeds)
-def test_rotate(kernels, t, heads, pairs, seed):
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 20), st.booleans(), seeds)
+def test_rotate(kernels, t, heads, pairs, halves, seed):
+    """Pairs side by side, and those of two halves, which are others in another order."""
     rng = np.random.default_rng(seed)
     x = torch_of(rng.standard_normal((t, heads, 2 * pairs)))
     table = torch.polar(torch.full((t, pairs), 0.8), torch_of(rng.uniform(-9, 9, (t, pairs))))
-    got = kernels.rotate(x, table)
-    want = torch.view_as_complex(x.double().view(t, heads, pairs, 2)) * table[:, None].to(
-        torch.complex128
-    )
-    torch.testing.assert_close(
-        got.double(), torch.view_as_real(want).flatten(-2), rtol=0, atol=1e-6
-    )
+    got = kernels.rotate(x, table, halves)
+    places = np.arange(2 * pairs).reshape((2, pairs) if halves else (pairs, 2))
+    first, second = places if halves else places.T
+    turned = torch.complex(x[..., first], x[..., second]) * table[:, None]
+    want = torch.zeros_like(x)
+    want[..., first], want[..., second] = turned.real, turned.imag
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     if t:
-        assert torch.equal(kernels.rotate(x[-1:], table[-1:]), got[-1:])
+        assert torch.equal(kernels.rotate(x[-1:], table[-1:], halves), got[-1:])
 
 
 @settings(
@@ -294,9 +295,12 @@ def test_attention_is_bitwise_its_parts(
     t = len(where)
     h = torch_of(rng.standard_normal((t, hidden)))
     table = torch.polar(torch.full((t, pairs), 0.9), torch_of(rng.uniform(-9, 9, (t, pairs))))
-    got = attention_layer(kernels, layer.prepared(), h, table, caches, positions)
+    query_scale = torch_of(rng.uniform(0.5, 2, t)) if rng.integers(2) else None
+    layer_of = kernels, layer.prepared()
+    got = attention_layer(*layer_of, h, table, caches, positions, query_scale)
     for i, position in enumerate(positions):
-        want = layer.one_by_one(h[i : i + 1], table[i : i + 1], others[i], position)
+        token = h[i : i + 1], table[i : i + 1], 1.0 if query_scale is None else query_scale[i]
+        want = layer.one_by_one(*token, others[i], position)
         assert same([None if part is None else part[i : i + 1] for part in got], want)
         assert torch.equal(caches[i][: position + 1], others[i][: position + 1])
         assert (caches[i][position + 1 :] == 0xFF).all()

@@ -1,5 +1,7 @@
 """The native router and the decode call, which goes through layers, against their parts."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,11 +32,14 @@ pytestmark = needs_native
 @given(
     st.integers(0, 5),
     st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 3), (8, 8)]),
-    st.integers(1, 20),
+    st.integers(2, 20),
     st.booleans(),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from([None, 0.0, 0.1, 30.0]),
     st.data(),
 )
-def test_route(kernels, t, groups, size, renormalize, data):
+def test_route(kernels, t, groups, size, renormalize, group_best, sigmoid, bias, data):
     """The network's own gate is the oracle where no scores are equal; among equals the lower index
     comes first."""
     (count, kept), rng = groups, np.random.default_rng(data.draw(seeds))
@@ -43,40 +48,47 @@ def test_route(kernels, t, groups, size, renormalize, data):
         np.round(rng.standard_normal((t, experts)) * data.draw(st.sampled_from([1, 4, 4000])))
     )
     logits *= data.draw(st.sampled_from([1, 1e-3]))
-    weights, indices = kernels.route(
-        logits, Router(count, kept, top_k, None if renormalize else 1.5)
-    )
-    scores = logits.double().softmax(-1).float()
-    best = scores.view(t, count, size).amax(-1).sort(descending=True, stable=True).indices[:, :kept]
+    if bias is not None:
+        bias = torch_of(np.round(rng.standard_normal(experts), 1) * bias)
+    router = Router(count, kept, top_k, 1.5, renormalize, group_best, sigmoid)
+    weights, indices = kernels.route(logits, router, bias)
+    wide = logits.double()
+    scores = (wide.sigmoid() if sigmoid else wide.softmax(-1)).float()
+    choice = scores if bias is None else scores + bias
+    in_groups = choice.view(t, count, size).topk(group_best, -1).values.sum(-1)
+    best = in_groups.sort(descending=True, stable=True).indices[:, :kept]
     mask = (
         torch.zeros(t, count, dtype=torch.bool).scatter_(1, best, True).repeat_interleave(size, 1)
     )
-    want, order = scores.masked_fill(~mask, 0).sort(descending=True, stable=True)
-    want, order = want[:, :top_k], order[:, :top_k]
-    torch.testing.assert_close(
-        weights,
-        (want / want.double().sum(-1, keepdim=True) if renormalize else want * 1.5).float(),
-        rtol=1e-6,
-        atol=1e-30,
-    )
+    order = choice.masked_fill(~mask, -math.inf).sort(descending=True, stable=True).indices
+    order = order[:, :top_k]
+    want = scores.gather(1, order).double()
+    want = want / (want.sum(-1, keepdim=True) + 1e-20) if renormalize else want
+    torch.testing.assert_close(weights, (want * 1.5).float(), rtol=1e-6, atol=1e-30)
     assert torch.equal(indices, order)
 
 
 def test_route_of_what_is_not_finite(kernels):
     logits = torch.randn(3, 12)
     logits[0, 7], logits[1, 0] = float("nan"), float("inf")
-    for router in (Router(1, 1, 5, 1.0), Router(4, 2, 5, None)):
+    routers = Router(1, 1, 5), Router(4, 2, 5, 1.0, True), Router(4, 2, 5, 1.0, True, 2, True)
+    bias = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38, 0.0] * 2)
+    for router in routers:
         weights, indices = kernels.route(logits, router)
-        assert weights[:2].isnan().all() and weights[2].isfinite().all()
-        assert all(
-            len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 for row in indices.tolist()
-        )
+        assert router.sigmoid or weights[:2].isnan().all()
+        assert weights[2].isfinite().all()
+        biased = kernels.route(logits, router, bias)[1]
+        for row in (*indices.tolist(), *biased.tolist()):
+            assert len(set(row)) == 5 and min(row) >= 0 and max(row) < 12
     for bad in (
         Router(5, 1, 2, 1.0),
         Router(4, 5, 2, 1.0),
         Router(4, 0, 2, 1.0),
         Router(1, 1, 13, 1.0),
         Router(1, 1, 0, 1.0),
+        Router(4, 1, 4),
+        Router(12, 3, 2, group_best=2),
+        Router(4, 2, 2, group_best=3),
     ):
         with pytest.raises(ValueError, match="don't fit"):
             kernels.route(logits, bad)
@@ -88,10 +100,13 @@ class RandomModel:
 
     def __init__(self, kernels, rng, hidden, width, experts, top_k):
         self.kernels, self.width = kernels, width
-        self.router, self.layers = Router(2, 1, top_k, 1.3), []
+        normalized, sigmoid = (bool(rng.integers(2)) for _ in range(2))
+        self.router = Router(2, 1, top_k, 1.3, normalized, int(rng.integers(1, 3)), sigmoid)
+        self.layers, halves = [], bool(rng.integers(2))
         kinds = [(0, True), (experts, True), (experts, False), (0, False), (experts, True)]
         for count, has_mlp in (kinds[index] for index in rng.permutation(5)):
             layer = RandomLayer(kernels, rng, ["int8", "nf4"], hidden, 3, 8, 4, 20, 6, 0, count)
+            layer.halves = halves
             kind = ["int8", "nf4"][int(rng.integers(2))]
             parts = [
                 AnyMatrix(kernels, rng, kind, *shape).fused
@@ -118,12 +133,12 @@ class RandomModel:
         table = torch.polar(torch.ones(t, 2), torch_of(rng.uniform(-9, 9, (t, 2))))
         return torch_of(rng.standard_normal((t, self.decoder.hidden))), table, caches
 
-    def before_experts(self, index, h, table, caches, positions):
-        rows = [cache[index] for cache in caches]
-        h, x, logits = attention_layer(
-            self.kernels, self.layers[index][0], h, table, rows, positions
-        )
-        return h, x, *((None, None) if logits is None else self.kernels.route(logits, self.router))
+    def before_experts(self, index, h, table, caches, positions, query_scale):
+        rows, layer = [cache[index] for cache in caches], self.layers[index][0]
+        h, x, logits = attention_layer(self.kernels, layer, h, table, rows, positions, query_scale)
+        if logits is None:
+            return h, x, None, None
+        return h, x, *self.kernels.route(logits, self.router, layer.gate_bias)
 
     def experts(self, moe_layer, x, weights, indices):
         slots = self.slots[moe_layer]
@@ -166,6 +181,7 @@ def test_decode_is_bitwise_its_parts(
     model = RandomModel(kernels, rng, hidden, width, 6, top_k)
     h, table, caches = model.start(rng, positions)
     others = list(caches[0]._base.clone()[..., : caches[0].shape[2]])
+    query_scale = torch_of(rng.uniform(0.5, 2, len(positions))) if rng.integers(2) else None
     want, routed = h, model.decoder.routed
     moe_layers = [sum(routed[:index]) for index in range(5)]
     slots = model.slots.masked_fill(torch.from_numpy(rng.random((3, 6)) >= present), -1)
@@ -181,12 +197,14 @@ def test_decode_is_bitwise_its_parts(
             model.slab,
             slots,
             model.record,
-            *resumed,
+            *(resumed or (None, None)),
+            query_scale,
         )
         asked += len(got.indices)
         choices = []
         for index in range(at + bool(resumed), 5):
-            want, x, weights, indices = model.before_experts(index, want, table, others, positions)
+            rest = others, positions, query_scale
+            want, x, weights, indices = model.before_experts(index, want, table, *rest)
             choices += [] if indices is None else [indices.tolist()]
             if index == got.layer:
                 break
@@ -250,6 +268,7 @@ def test_decode_refuses(kernels):
         ],
         "x": [None, h[:1], h.double()],
         "experts": [None, h[:, 1:].contiguous(), h.to("meta")],
+        "query_scale": [torch.ones(3), torch.ones(2, 1), torch.ones(2).double()],
     }
     for name, values in bad.items():
         for value in values:

@@ -31,7 +31,9 @@ using slotmoe::latent_bytes;
 using slotmoe::Layer;
 using slotmoe::Matrix;
 using slotmoe::Model;
+using slotmoe::Record;
 using slotmoe::Router;
+using namespace slotmoe;  // kinds of matrices
 
 extern "C" {
 int slotmoe_isa_count();
@@ -43,11 +45,10 @@ uint64_t slotmoe_read(const void*, int64_t);
 int slotmoe_linear(const Matrix*, const float*, int64_t, float*);
 int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
 int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
-int64_t slotmoe_record_bytes(int64_t, int64_t);
+int64_t slotmoe_record_bytes(const Record*);
 int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_experts_by_slot(const float*, int64_t, int64_t, const int64_t*, const int32_t*, int64_t,
-                            const uint8_t*, int64_t, int64_t, int64_t, int64_t, const float*,
-                            float*);
+int slotmoe_experts_by_slot(const Record*, const float*, int64_t, int64_t, const int64_t*,
+                            const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, float*);
 int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
 int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
                 float, float*);
@@ -57,18 +58,18 @@ int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const fl
                          int64_t, int64_t, float*);
 int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
 int slotmoe_mlp(const Matrix*, const float*, int64_t, const float*, const float*, float*);
-int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, float*);
-int slotmoe_attention(const Attention*, int64_t, const float*, const float*, uint8_t* const*,
-                      int64_t, const int64_t*, float*, float*, float*);
+int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, const float*,
+                      uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
 int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
 int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
-int slotmoe_route(const Router*, const float*, int64_t, int64_t, float*, int64_t*);
-int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, uint8_t* const*,
-                   int64_t, int64_t, const int64_t*, const int32_t*, const uint8_t*, int64_t,
-                   int64_t, const float*, const float*, const float*, float*, float*, float*,
+int slotmoe_route(const Router*, const float*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, const float*,
+                   uint8_t* const*, int64_t, int64_t, const int64_t*, const int32_t*,
+                   const uint8_t*, int64_t,
+                   int64_t, const Record*, const float*, const float*, float*, float*, float*,
                    int64_t*, int64_t*, double*);
-int slotmoe_nf4_error(const void*, int, int64_t, int64_t, const float*, const uint8_t*,
-                      const uint16_t*, double*);
+int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
 
@@ -110,30 +111,49 @@ static void check(int status) {
 static int64_t tiles(int64_t n) { return (n + 15) / 16; }
 static int64_t blocks(int64_t k) { return (k + 63) / 64; }
 
+// Random bytes become finite scales of so many tiles.
+static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks) {
+    const int64_t size = scale_bytes(kind, blocks);
+    if (kind == kNf4) return halves(reinterpret_cast<uint16_t*>(p), count * size / 2);
+    for (int64_t tile = 0; tile < count; tile++) {
+        const Floats rows(16);
+        memcpy(p + tile * size, rows.p, 64);
+    }
+}
+
+// The scales of a record's projections, likewise.
+static void fill_record(uint8_t* p, const Record& r) {
+    const int64_t in = blocks(r.hidden), out = blocks(r.intermediate);
+    const int64_t in_tiles = 2 * tiles(r.intermediate), out_tiles = tiles(r.hidden);
+    p += in_tiles * code_bytes(r.gate_up, in) + out_tiles * code_bytes(r.down, out);
+    fill_scales(p, r.gate_up, in_tiles, in);
+    fill_scales(p + in_tiles * scale_bytes(r.gate_up, in), r.down, out_tiles, out);
+}
+
 // A matrix of any kind with the memory that it points to.
 struct Weights {
     Array<uint8_t> data, scale;
     Floats levels;
     Matrix matrix;
     static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
-        if (kind == Matrix::int8) return slotmoe_int8_packed_bytes(n, k);
-        if (kind == Matrix::nf4) return tiles(n) * blocks(k) * 512;
-        return n * k * (kind == Matrix::f32 ? 4 : 2);
+        if (kind == kInt8) return slotmoe_int8_packed_bytes(n, k);
+        if (is_coded(kind)) return tiles(n) * code_bytes(kind, blocks(k));
+        return n * k * (kind == kF32 ? 4 : 2);
     }
     static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
-        return kind == Matrix::int8 ? n * 4 : kind == Matrix::nf4 ? tiles(n) * blocks(k) * 32 : 0;
+        if (is_coded(kind)) return tiles(n) * slotmoe::scale_bytes(kind, blocks(k));
+        return kind == kInt8 ? n * 4 : 0;
     }
     Weights(int64_t kind, int64_t n, int64_t k)
         : data(data_bytes(kind, n, k)),
           scale(scale_bytes(kind, n, k)),
           levels(16),
           matrix{kind, n, k, data.p, scale.p, levels.p} {
-        const Floats values(kind == Matrix::int8 ? n : kind == Matrix::f32 ? n * k : 0);
-        if (kind == Matrix::int8) memcpy(scale.p, values.p, size_t(n) * 4);
-        if (kind == Matrix::f32) memcpy(data.p, values.p, size_t(n * k) * 4);
-        if (kind == Matrix::nf4)
-            halves(reinterpret_cast<uint16_t*>(scale.p), scale_bytes(kind, n, k) / 2);
-        if (kind > Matrix::f32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
+        const Floats values(kind == kInt8 ? n : kind == kF32 ? n * k : 0);
+        if (kind == kInt8) memcpy(scale.p, values.p, size_t(n) * 4);
+        if (kind == kF32) memcpy(data.p, values.p, size_t(n * k) * 4);
+        if (is_coded(kind)) fill_scales(scale.p, kind, tiles(n), blocks(k));
+        if (kind > kF32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
     }
 };
 
@@ -141,7 +161,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
     Floats x(t * k, scale), y(t * n), weight(k), normed(t * k);
     Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
     check(slotmoe_pack_int8(w, n, k, packed));
-    for (int64_t kind = Matrix::int8; kind <= Matrix::bf16; kind++) {
+    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         const Weights weights(kind, n, k);
         check(slotmoe_linear(&weights.matrix, x, t, y));
         slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
@@ -151,7 +171,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
 
 static void mlp(int64_t t, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), residual(t * h), others(t * h);
-    for (int64_t kind : {Matrix::int8, Matrix::nf4}) {
+    for (int64_t kind = kInt8; kind <= kLut3; kind++) {
         Weights in(kind, i, h), out(kind, h, i);
         const Matrix w[] = {in.matrix, in.matrix, out.matrix};
         check(slotmoe_mlp(w, x, t, nullptr, nullptr, y));
@@ -165,21 +185,21 @@ static void mlp(int64_t t, int64_t h, int64_t i) {
 // the second layer's experts on.
 static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h,
                    const float* table) {
-    const int64_t i = 33, top_k = 2, count = 3, record = slotmoe_record_bytes(hidden, i);
-    const int64_t apart = (record + 63) / 64 * 64;
-    Array<uint8_t> slab((count - 1) * apart + record);
-    for (int64_t slot = 0; slot < count; slot++) {
-        uint8_t* absmax = slab + slot * apart + record / 544 * 512;
-        halves(reinterpret_cast<uint16_t*>(absmax), record / 544 * 16);
-    }
-    Weights in(Matrix::int8, i, hidden), down(Matrix::int8, hidden, i);
+    const int64_t i = 33, top_k = 2, count = 3;
+    const Floats levels(16);
+    const Record record{hidden, i, kNf4, kLut4, levels, levels};
+    const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
+    Array<uint8_t> slab((count - 1) * apart + bytes);
+    for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
+    Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
     const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
     const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
-    const Router router{experts % 3 ? 1 : 3, 1, top_k, experts % 2, 1.5};
-    const Model model{2, hidden, experts, i, layers, router};
+    const int64_t odd = experts % 2;
+    const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
+    const Model model{2, hidden, experts, layers, router};
     const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
                   layer = rows * stride;
-    Floats latents(rows * (a.r + a.p)), levels(16);
+    Floats latents(rows * (a.r + a.p)), scales(3);
     Array<int32_t> slots(2 * experts);
     for (int64_t t : {1, 3}) {
         std::vector<Array<uint8_t>*> held;
@@ -203,8 +223,9 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
             for (int64_t at = 0; at < 2 * experts; at++)
                 slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
             int64_t reached = -1;
-            check(slotmoe_decode(&model, first, t, h, table, caches.data(), layer, stride,
-                                 positions.data(), slots, slab, count, apart, levels,
+            check(slotmoe_decode(&model, first, t, h, table, t > 1 ? scales.p : nullptr,
+                                 caches.data(), layer, stride,
+                                 positions.data(), slots, slab, count, apart, &record,
                                  first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
                                  indices, &reached, seconds));
             if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
@@ -213,7 +234,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
     }
     Floats logits(3 * experts), several(3 * top_k);
     Array<int64_t> chosen(3 * top_k);
-    check(slotmoe_route(&router, logits, 3, experts, several, chosen));
+    for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
+        check(slotmoe_route(&router, logits, bias, 3, experts, several, chosen));
 }
 
 // A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
@@ -223,16 +245,17 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
     Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden),
         query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
     Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v),
-        gate(Matrix::f32, experts ? experts : 1, hidden);
+        gate(kF32, experts ? experts : 1, hidden);
     Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
         scale(heads * (n + v));
-    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts);
+    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts), bias(experts), scales(3);
     Array<int8_t> kv_b(heads * (n + v) * r);
     Attention a{heads,
                 n,
                 p,
                 r,
                 v,
+                q_rank > 0,
                 1e-6f,
                 1e-6f,
                 0.01f,
@@ -246,6 +269,7 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
                 latent.matrix,
                 out.matrix,
                 experts ? gate.matrix : Matrix{},
+                bias,
                 kv_b,
                 scale};
     const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
@@ -257,9 +281,11 @@ static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_
     uint8_t* const caches[] = {cache, short_cache, third};
     const int64_t positions[] = {rows - 1, 0, rows / 2};
     for (int64_t tokens : {1, 3})
-        check(slotmoe_attention(&a, tokens, h, table, caches, stride, positions, y, x, logits));
+        check(slotmoe_attention(&a, tokens, h, table, scales, caches, stride, positions, y, x,
+                                logits));
     Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
-    check(slotmoe_rotate(many, tables, 3, heads, p, turned));
+    for (int64_t in_halves : {0, 1})
+        check(slotmoe_rotate(many, tables, in_halves, 3, heads, p, turned));
     if (experts) decode(a, hidden, experts, h, table);
 }
 
@@ -284,25 +310,27 @@ static void quantize(int64_t n, int64_t k) {
         const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
         if (status != 3) check(status);  // random bf16 may well exceed fp16
         check(slotmoe_quantize_int8(src, type, n, k, q, scale));
-        check(slotmoe_nf4_error(src, type, n, k, levels, codes, absmax, tile_sums));
+        for (int64_t kind = kNf4; kind <= kLut3; kind++) {
+            const Weights weights(kind, n, k);
+            check(slotmoe_coded_error(&weights.matrix, src, type, tile_sums));
+        }
         check(slotmoe_int8_error(src, type, n, k, q, scale, row_sums));
     }
 }
 
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
-    const int64_t size = slotmoe_record_bytes(h, i), code_bytes = size / 544 * 512;
-    const int64_t apart = (size + 63) / 64 * 64;
-    Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
-    for (int64_t e = 0; e < k; e++)
-        halves(reinterpret_cast<uint16_t*>(slab + e * apart + code_bytes), (size - code_bytes) / 2);
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
+    const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kLut3, levels, levels};
+    const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
+    Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
+    for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);
     std::vector<int32_t> slots(k);
     for (int64_t e = 0; e < k; e++) slots[e] = int32_t(k - 1 - e);
     std::vector<int64_t> indices(t * k);
     for (int64_t use = 0; use < t * k; use++) indices[use] = use % k;
     for (int64_t tokens : {int64_t(1), t}) {
-        check(slotmoe_experts_by_slot(x, tokens, k, indices.data(), slots.data(), k, slab, k, apart,
-                                      h, i, levels, outs));
+        check(slotmoe_experts_by_slot(&record, x, tokens, k, indices.data(), slots.data(), k, slab,
+                                      k, apart, outs));
         check(slotmoe_weighted_sum(outs, weights, tokens, k, h, y));
     }
 }
@@ -342,7 +370,7 @@ static void all() {
         for (int64_t context : {1, 2, 15, 64, 65, 200})
             for (int64_t r : {1, 16, 64, 70})
                 for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
-    for (int64_t kind = Matrix::int8; kind <= Matrix::bf16; kind++) {
+    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
         layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
         layer(kind, 40, 1, 0, 2, 1, 1, 17, 0);
         layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
@@ -363,14 +391,14 @@ int main(int argc, char**) {
                 callers.emplace_back([] {
                     std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
                     std::vector<int8_t> w(256 * 256, 1);
-                    const Matrix m{Matrix::int8, 256, 256, w.data(), scale.data(), nullptr};
+                    const Matrix m{kInt8, 256, 256, w.data(), scale.data(), nullptr};
                     for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, y.data()));
                 });
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);
             experts(3, 2, 65, 40);
             attention(4, 200, 64, 16, 0);
-            layer(Matrix::int8, 65, 4, 7, 6, 70, 5, 17, 40);
+            layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
         } else {
             for (int threads = 1; threads <= 3; threads++) {
                 slotmoe_set_threads(threads);

@@ -10,13 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.config import parse_config
 from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
@@ -27,7 +27,6 @@ from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.weights import dequantize, map_tensors, quantize_coded
 from tests.support.slab import NF4S, write_record
-from tests.support.tiny import CONFIG
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 ROOT = Path(__file__).parents[2]
@@ -333,31 +332,24 @@ def test_other_attention_is_left_to_the_network(triton_ops):
     )
 
 
-@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_gate(triton_ops, method, renormalise):
-    config = parse_config(
-        {
-            **CONFIG,
-            "topk_method": method,
-            "norm_topk_prob": renormalise,
-            "n_routed_experts": 20,
-            "n_group": 5,
-        }
-    )
+@pytest.mark.parametrize("groups", [(1, 1), (5, 2)], ids=str)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("group_best", [1, 2])
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
+    router = Router(*groups, 3, 2.5, normalized, group_best, sigmoid)
     logits_TE = torch.randn(7, 20, device=DEVICE) * 4
-    router = Router.of(config)
-    assert router.n_group == (5 if "group" in method else 1)
-    assert (router.factor is None) == renormalise
-    weights_TK, indices_TK = route(logits_TE, router)
-    chosen = triton_ops.route(logits_TE, router)
+    bias_E = torch.randn(20, device=DEVICE) if biased else None
+    weights_TK, indices_TK = route(logits_TE, router, bias_E)
+    chosen = triton_ops.route(logits_TE, router, bias_E)
     assert chosen[1].dtype == torch.int64 and torch.equal(chosen[1], indices_TK)
     assert error(chosen[0], weights_TK) < 1e-6
 
 
 def test_gate_takes_the_first_of_equals(triton_ops):
     weights_TK, indices_TK = triton_ops.route(
-        torch.zeros(1, 20, device=DEVICE), Router(5, 2, 3, 1.0)
+        torch.zeros(1, 20, device=DEVICE), Router(5, 2, 3), None
     )
     assert indices_TK.tolist() == [[0, 1, 2]] and error(weights_TK, torch.full((1, 3), 0.05)) < 1e-6
 
@@ -365,7 +357,7 @@ def test_gate_takes_the_first_of_equals(triton_ops):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_gate_of_no_numbers_still_names_experts(triton_ops):
     logits_TE = torch.full((1, 20), torch.nan, device=DEVICE)
-    _, indices_TK = triton_ops.route(logits_TE, Router(1, 1, 3, 1.0))
+    _, indices_TK = triton_ops.route(logits_TE, Router(1, 1, 3), logits_TE[0])
     assert int(indices_TK.min()) >= 0 and int(indices_TK.max()) < 20
 
 
@@ -388,6 +380,12 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "no C compiler" in pick_backend(cuda).name
+    monkeypatch.setenv("CC", "a compiler")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
+    assert pick_backend(cuda).name.endswith("/nowhere/posix_prefix/Python.h is not there")
+    with pytest.raises(ConfigError, match=r"needs Python's headers .* or use kernels torch"):
+        pick_backend(cuda, "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "below 8.0" in pick_backend(cuda).name
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

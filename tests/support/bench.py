@@ -1,13 +1,27 @@
-"""Benchmarks are run as their users run them: ``python -m slotmoe.tools.bench NAME``."""
+"""Benchmarks, run as ``python -m slotmoe.tools.bench NAME`` runs them, but in this process: to
+import torch costs more than what most of them measure here."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
+
+import pytest
+
+from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.tools.bench.__main__ import bench
+from slotmoe.tools.cli import main
 
 
 def benchmark(*arguments):
     """The JSON object of a benchmark's last line."""
-    command = [sys.executable, "-m", "slotmoe.tools.bench", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    native = bindings.load()
+    before = native and native.threads
+    printed = io.StringIO()
+    try:
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(printed):
+            main([str(argument) for argument in arguments], group=bench)
+    finally:
+        if native:
+            native.set_threads(before)
+    assert not ended.value.code
+    return json.loads(printed.getvalue().splitlines()[-1])

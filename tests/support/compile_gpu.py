@@ -125,8 +125,8 @@ class CompleteExperts:
         assert indices_MTK.shape == (1, 1, K)
 
 
-def decode(backend, make):
-    """One token through one layer with experts."""
+def decode(backend, make, router, bias=None):
+    """One token through one layer with experts.  With a bias, rotated pairs stand in halves."""
     layer = Layer(
         input_layernorm=empty(D),
         q_proj=make(H * (N + P), D),
@@ -139,13 +139,14 @@ def decode(backend, make):
         o_proj=make(D, H * V),
         post_attention_layernorm=empty(D),
         gate=empty(E, D),
+        gate_bias=bias,
         mlp=Mlp(make(2 * WIDTH, D), make(2 * WIDTH, D), make(D, 2 * WIDTH)),
     )
-    geometry = Geometry(H, N, P, R, V, 1e-6, 1e-6, 0.1, Router(1, 1, K, 1.0), WIDTH)
+    geometry = Geometry(H, N, P, R, V, 1e-6, 1e-6, 0.1, bias is not None, router, WIDTH)
     cache = SimpleNamespace(
         length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
     )
-    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), [cache], Timer())
+    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), None, [cache], Timer())
     assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts()) is None
 
 
@@ -164,7 +165,8 @@ if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
     backend = TritonBackend(torch.device("cuda"))
     backend.graph = None
+    decode(backend, int8, Router(8, 4, K, 2.5, True, 2, True), empty(E))
     for make in (int8, nf4) if "all" in sys.argv else (int8,):
-        decode(backend, make)
+        decode(backend, make, Router(1, 1, K))
         if "all" in sys.argv:
             prefill(backend, make)

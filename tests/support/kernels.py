@@ -155,13 +155,13 @@ def through_expert(kernels, x, record, intermediate):
     return y[:, 0]
 
 
-def attention_layer(kernels, layer, h, table, caches, positions):
+def attention_layer(kernels, layer, h, table, caches, positions, query_scale=None):
     """One token of each of T sequences through a layer's attention, the oracle of ``decode``: h
     float32 [T, H] -> y = h + attention(rms_norm(h)), x = rms_norm(y) and, with a router, its
     logits.  A token's latent row is written to its sequence's cache at its position."""
     stride = arguments.row_stride(caches[0], layer.row_bytes)
     places = (ctypes.c_int64 * len(positions))(*positions)
-    values = layer, h, table, arguments.addresses(caches), stride, places
+    values = layer, h, table, query_scale, arguments.addresses(caches), stride, places
     y, x, logits = kernels.attention.results(*values, T=len(caches))
     return y, x, logits if layer.sizes["E"] else None
 
@@ -216,6 +216,8 @@ class RandomLayer:
         self.query_b = make(heads * (n + p), q_rank) if q_rank else None
         self.latent, self.out = make(r + p, hidden), make(hidden, heads * v)
         self.gate = AnyMatrix(kernels, rng, "float32", experts, hidden) if experts else None
+        self.gate_bias = torch_of(rng.standard_normal(experts)) if experts else None
+        self.halves = bool(rng.integers(2))
         self.input_norm, self.next_norm, self.latent_norm = norm(hidden), norm(hidden), norm(r)
         self.query_norm = norm(q_rank) if q_rank else None
         q = torch.from_numpy(rng.integers(-127, 128, (heads * (n + v), r), dtype=np.int8))
@@ -237,30 +239,31 @@ class RandomLayer:
             self.latent.fused,
             self.latent_norm,
         )
-        return [*first, self.kv_b, self.out.fused, self.next_norm, optional[1]]
+        return [*first, self.kv_b, self.out.fused, self.next_norm, optional[1], self.gate_bias]
 
     def prepared(self):
-        return AttentionLayer(*self.arguments(), (1e-5, 1e-6, self.scale))
+        return AttentionLayer(*self.arguments(), (1e-5, 1e-6, self.scale), self.halves)
 
-    def one_by_one(self, h, table, cache, position):
+    def one_by_one(self, h, table, query_scale, cache, position):
         heads, n, p, r, v = self.sizes
         k = self.kernels
         x = k.rms_norm(h, self.input_norm, 1e-5)
         q = self.query.times(x)
         if self.q_rank:
             q = self.query_b.times(k.rms_norm(q, self.query_norm, 1e-6))
-        q = q.view(1, heads, n + p)
+        q = q.view(1, heads, n + p) * query_scale
         latent = self.latent.times(x)
         row = torch.cat(
             [
                 k.rms_norm(latent[:, :r].contiguous(), self.latent_norm, 1e-6),
-                k.rotate(latent[:, None, r:].contiguous(), table)[0],
+                k.rotate(latent[:, None, r:].contiguous(), table, self.halves)[0],
             ],
             -1,
         )
         k.store_latents(row, r, cache[position : position + 1])
         absorbed = k.absorb_query(q[..., :n].contiguous(), self.kv_b)
-        full = torch.cat([absorbed, k.rotate(q[..., n:].contiguous(), table)], -1)
+        rotated = k.rotate(q[..., n:].contiguous(), table, self.halves)
+        full = torch.cat([absorbed, rotated], -1)
         out = k.mla(full, cache, position + 1, r, self.scale)
         h = h + self.out.times(k.absorb_value(out, self.kv_b, n).reshape(1, heads * v))
         x = k.rms_norm(h, self.next_norm, 1e-5)

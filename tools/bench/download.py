@@ -16,6 +16,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from socket import create_server, socket
+from urllib.request import Request, urlopen
 
 import click
 
@@ -26,7 +28,7 @@ from slotmoe.tools.bench import turns
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    file = Path()
+    file: Path
 
     def log_message(self, *_arguments: object) -> None:
         pass
@@ -44,6 +46,13 @@ class _Handler(BaseHTTPRequestHandler):
         with open(self.file, "rb") as file:
             while start < stop:
                 start += os.sendfile(out, file.fileno(), start, min(stop - start, 16 << 20))
+
+
+def _serve(file: Path, listener: socket) -> None:
+    _Handler.file = file
+    server = ThreadingHTTPServer(listener.getsockname(), _Handler, bind_and_activate=False)
+    server.socket = listener
+    server.serve_forever()
 
 
 def _curl(url: str, path: Path, checked: bool) -> float:
@@ -75,27 +84,31 @@ def _slotmoe(remote: Remote, path: Path, checked: bool) -> float:
 def download(gigabytes: float, repetitions: int, directory: str | None) -> None:
     """Print the seconds of each way, its MB a second, and its ratio to plain curl."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        _Handler.file, path = Path(folder, "source"), Path(folder, "copy")
+        source, path = Path(folder, "source"), Path(folder, "copy")
         digest, size = hashlib.sha256(), int(gigabytes * 1e9)
-        with open(_Handler.file, "wb") as file:
+        with open(source, "wb") as file:
             for start in range(0, size, 16 << 20):
                 block = os.urandom(min(size - start, 16 << 20))
                 digest.update(block)
                 file.write(block)
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        url, expected = f"http://127.0.0.1:{server.server_port}", Expected(size, digest.hexdigest())
+        with create_server(("127.0.0.1", 0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            child = get_context("spawn").Process(target=_serve, args=(source, listener))
+            child.start()
+        expected = Expected(size, digest.hexdigest())
         remote = Remote("loopback", "0" * 40, "file", expected, url, Patience())
-        child = get_context("fork").Process(target=server.serve_forever, daemon=True)
-        child.start()
         ways = {
             "curl": partial(_curl, url, path, False),
             "curl, checked and durable": partial(_curl, url, path, True),
             "slotmoe, arrived": partial(_slotmoe, remote, path, False),
             "slotmoe, checked and durable": partial(_slotmoe, remote, path, True),
         }
-        rows = turns.compare(ways, repetitions, "curl", "seconds")
-        child.terminate()
-        child.join()
+        try:
+            urlopen(Request(url, headers={"Range": "bytes=0-0"})).close()  # it serves from here on
+            rows = turns.compare(ways, repetitions, "curl", "seconds")
+        finally:
+            child.terminate()
+            child.join()
     for row in rows:
         row["megabytes_per_second"] = round(size / 1e6 / row["seconds"])
     turns.finish(rows)

@@ -18,7 +18,7 @@ constexpr int kOk = 0, kBadArgument = 1, kOutOfMemory = 4;
 // Scratch slots. A phase uses each for one thing.
 enum Slot { kX, kXFactor, kGate, kUp, kAct, kActFactor, kOuts, kMlaBuffers, kMlaThreads, kQuery, kQueryLatent,
             kQueryFull, kRow, kLatentOut, kValues, kUses, kParts, kPartOf,
-            kMlas, kScores, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kSlotCount };
+            kMlas, kScores, kChoices, kLogits, kStreams, kRecords, kTokenOuts, kCaches, kSlotCount };
 static_assert(kSlotCount <= kScratchSlots, "pool.h has a buffer for each");
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple; }
@@ -70,10 +70,12 @@ struct Record {
 // A layer's weights up to its router, as the Python side prepared them.
 struct Attention {
     int64_t heads, n, p, r, v;
+    int64_t halves;  // rotated are columns i and i + p / 2 of a head; else 2 i and 2 i + 1
     float eps, latent_eps, scale, unused;
     const float *input_norm, *query_norm, *latent_norm, *next_norm;  // query_norm is null without q-LoRA
     Matrix query, query_b, latent, out;  // without q-LoRA `query` makes the heads' queries and `query_b` is unused
     Matrix gate;                         // of the router; n is 0 in a layer without one
+    const float* gate_bias;              // [gate.n], null without one
     const int8_t* kv_b;
     const float* kv_b_scale;
 
@@ -83,11 +85,14 @@ struct Attention {
 // What becomes of the logits of a router.
 struct Router {
     int64_t groups, kept, top_k;  // of groups of experts, the best `kept` take part
-    int64_t renormalize;          // weights add up to 1; else each is a probability times `factor`
+    int64_t group_best;           // a group counts by the sum of so many best scores, 1 or 2
+    int64_t sigmoid;              // a score is that of its logit alone; else all of a token are a softmax
+    int64_t normalized;           // weights add up to 1, before each is multiplied by `factor`
     double factor;
 
     bool valid(int64_t e) const {
-        return groups >= 1 && e >= groups && e % groups == 0 && kept >= 1 && kept <= groups && top_k >= 1 && top_k <= e;
+        return groups >= 1 && e >= groups && e % groups == 0 && kept >= 1 && kept <= groups && top_k >= 1 &&
+               top_k <= kept * (e / groups) && group_best >= 1 && group_best <= 2 && group_best <= e / groups;
     }
 };
 
@@ -104,7 +109,7 @@ struct Model {
 
 // What entries of other files are made of. No argument is checked here.
 void attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
-               uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
+               const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x, float* logits);
 void mlp(Job& job, const Isa& isa, const float* x, int64_t t, const Matrix* w, const float* residual,
          const float* others, float* y);
 // T tokens through those of their K experts, indices [t, k], that are in the slab (records `stride` bytes apart): slots

@@ -81,6 +81,13 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
     return tensor.data_ptr()
 
 
+def optional_address(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
+) -> int | None:
+    """The same, and None of None."""
+    return None if tensor is None else address(name, tensor, dtype, shape)
+
+
 def slab_of(slab: Tensor, size: int) -> tuple[int, int, int]:
     """Address, number of records and stride of a slab, uint8 [S, >= size]."""
     if slab.dim() != 2:

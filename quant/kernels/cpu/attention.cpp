@@ -135,24 +135,28 @@ EXPORT int slotmoe_absorb_value(const float* latent, int64_t t, int64_t heads, c
 
 namespace {
 
-// Complex pairs times the table, each product and sum rounded once. out may be x.
-void rotate(const float* x, const float* table, int64_t pairs, float* out) {
-    for (int64_t i = 0; i < 2 * pairs; i += 2) {
-        const float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
-        out[i] = a * c - b * s;
-        out[i + 1] = a * s + b * c;
+// Complex pairs, which stand side by side or in two halves, times the table, each product and sum rounded once. out may
+// be x.
+void rotate(const float* x, const float* table, int64_t pairs, bool halves, float* out) {
+    const int64_t step = halves ? 1 : 2, apart = halves ? pairs : 1;
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t first = i * step, second = first + apart;
+        const float a = x[first], b = x[second], c = table[2 * i], s = table[2 * i + 1];
+        out[first] = a * c - b * s;
+        out[second] = a * s + b * c;
     }
 }
 
 }  // namespace
 
 // x [t, heads, p] by one table [p / 2] of complex numbers a token -> out, the same shape.
-EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t t, int64_t heads, int64_t p, float* out) {
+EXPORT int slotmoe_rotate(const float* x, const float* table, int64_t halves, int64_t t, int64_t heads, int64_t p,
+                          float* out) {
     if (t < 0 || heads < 0 || p < 0 || p % 2) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
         job.parallel(t, [&](int, int64_t begin, int64_t end) {
             for (int64_t row = begin * heads; row < end * heads; row++)
-                rotate(x + row * p, table + row / heads * p, p / 2, out + row * p);
+                rotate(x + row * p, table + row / heads * p, p / 2, halves, out + row * p);
         });
         return kOk;
     });
@@ -167,7 +171,7 @@ bool Attention::valid(int64_t stride) const {
 }
 
 void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t, const float* h, const float* table,
-                        uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x,
+                        const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions, float* y, float* x,
                         float* logits) {
     const int64_t heads = a.heads, n = a.n, p = a.p, r = a.r, v = a.v, width = r + p, hidden = a.latent.k;
     const auto norm = [&](const float* in, const float* weight, int64_t columns, float eps, float* out) {
@@ -212,15 +216,17 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
         for (int64_t token = begin; token < end; token++) {
             float* row = rows + token * width;
             isa.rms_norm(row, a.latent_norm, r, a.latent_eps, row);
-            rotate(row + r, table + token * p, p / 2, row + r);
+            rotate(row + r, table + token * p, p / 2, a.halves, row + r);
             isa.store_latent(row, r, p, caches[token] + positions[token] * stride);
         }
     });
     job.parallel(heads, [&](int, int64_t begin, int64_t end) {
+        for (int64_t token = 0; query_scale && token < t; token++)
+            for (int64_t i = begin * (n + p); i < end * (n + p); i++) q[token * q_columns + i] *= query_scale[token];
         isa.absorb_query(q, n + p, t, heads, a.kv_b, a.kv_b_scale, n, n + v, r, begin, end, q_full, width);
         for (int64_t token = 0; token < t; token++) {
             for (int64_t head = begin; head < end; head++)
-                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2,
+                rotate(q + token * q_columns + head * (n + p) + n, table + token * p, p / 2, a.halves,
                        q_full + (token * heads + head) * width + r);
             isa.mla_queries(mlas[token], begin, end);
         }
@@ -256,16 +262,17 @@ void slotmoe::attention(Job& job, const Isa& isa, const Attention& a, int64_t t,
 }
 
 // One token of each of t sequences: h [t, hidden] -> y = h + attention(rms_norm(h)). A token's latent row is written to
-// its sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex. Then what
-// the feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate
+// its sequence's cache at its position, then it attends to the rows up to its own. table [t, p / 2] complex; query_scale
+// [t], unless null, multiplies its queries. Then what the feed-forward starts with: x = next_norm(y), logits = x gate^T. Every element is computed as by the separate
 // entries, one after the other, and so as for a token alone. Only tests call it: the oracle of slotmoe_decode.
-EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table, uint8_t* const* caches,
-                             int64_t stride, const int64_t* positions, float* y, float* x, float* logits) {
+EXPORT int slotmoe_attention(const Attention* a, int64_t t, const float* h, const float* table,
+                             const float* query_scale, uint8_t* const* caches, int64_t stride, const int64_t* positions,
+                             float* y, float* x, float* logits) {
     if (t < 1 || !a->valid(stride)) return kBadArgument;
     for (int64_t token = 0; token < t; token++)
         if (positions[token] < 0) return kBadArgument;
     return guarded([&](Job& job, const Isa& isa) {
-        attention(job, isa, *a, t, h, table, caches, stride, positions, y, x, logits);
+        attention(job, isa, *a, t, h, table, query_scale, caches, stride, positions, y, x, logits);
         return kOk;
     });
 }

@@ -28,7 +28,7 @@ from torch import Tensor
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
-from slotmoe.quant.kernels.cpu.arguments import address
+from slotmoe.quant.kernels.cpu.arguments import address, optional_address
 from slotmoe.quant.kernels.cpu.signatures import (
     INT8,
     SIGNATURES,
@@ -86,7 +86,7 @@ class Kernels:
             raise OSError(f"{path} has ABI {self._lib.slotmoe_abi()}, expected {ABI}")
         self._functions = {name: Function(self._lib, name) for name in SIGNATURES}
         self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
-        self.rms_norm, self.rotate = self._functions["rms_norm"], self._functions["rotate"]
+        self.rms_norm = self._functions["rms_norm"]
         self.weighted_sum = self._functions["weighted_sum"]
         # of slotmoe.quant.encode and slotmoe.quant.feedback
         self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
@@ -164,6 +164,11 @@ class Kernels:
         records = arguments.slab_of(slab, record.record_bytes)
         self._functions["experts_by_slot"].results(record, x, indices, slots, *records, y)
 
+    def rotate(self, x: Tensor, table: Tensor, halves: bool = False) -> Tensor:
+        """x float32 [T, A, P] times `table`, complex64 [T, P / 2]: pairs stand side by side, or
+        `halves` of a row apart."""
+        return self._functions["rotate"](x, table, halves)
+
     def store_latents(self, latent: Tensor, r: int, cache: Tensor) -> None:
         """latent float32 [T, R + P], R = `r` -> T rows of a latent cache, uint8 [T, latent_bytes(R,
         P)], which may be strided.  Latent and rope columns are each rotated by an orthogonal matrix
@@ -190,12 +195,14 @@ class Kernels:
         values = q, cache.data_ptr(), stride, scale
         return self._functions["mla"](*values, C=context, R=latent, P=p)
 
-    def route(self, logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    def route(
+        self, logits: Tensor, router: Router, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """logits float32 [T, E] -> weights and int64 indices [T, top_k], best first; of equals the
-        lower index."""
+        lower index.  `bias`, float32 [E], takes part in the choice alone."""
         router.check(arguments.columns(logits))
         route = self._functions["route"]
-        weights, indices = route.results(ctypes.byref(router), logits, K=router.top_k)
+        weights, indices = route.results(ctypes.byref(router), logits, bias, K=router.top_k)
         return weights, indices
 
     def decode(
@@ -211,14 +218,16 @@ class Kernels:
         record: ExpertRecord,
         x: Tensor | None = None,
         experts: Tensor | None = None,
+        query_scale: Tensor | None = None,
     ) -> Decoded:
         """One token of each of T sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
 
-        `table` complex64 [T, P / 2] is the positions' rotations; a token's latent rows are written
-        at its position of its sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike
-        in all. `slots` int32 [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes])
-        an expert's `record` is in, negative if none.
+        `table` complex64 [T, P / 2] rotates the positions, and `query_scale`, float32 [T],
+        multiplies their queries; a token's latent rows are written at its position of its
+        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all. `slots` int32
+        [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes]) an expert's `record`
+        is in, negative if none.
 
         With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
         residual stream behind its attention, x the norm of that, `experts` the weighted sum of its
@@ -233,6 +242,7 @@ class Kernels:
         inputs = (
             address("h", h, torch.float32, (t, hidden)),
             address("table", table, torch.complex64, (t, decoder.pairs)),
+            optional_address("query_scale", query_scale, torch.float32, (t,)),
             arguments.addresses(caches),
             layer_stride,
             row_stride,
@@ -240,11 +250,10 @@ class Kernels:
             address("slots", slots, torch.int32, (decoder.moe_layers, decoder.experts)),
             *arguments.slab_of(slab, record.record_bytes),
             record.address,
-            None if x is None else address("x", x, torch.float32, (t, hidden)),
-            None if experts is None else address("experts", experts, torch.float32, (t, hidden)),
+            optional_address("x", x, torch.float32, (t, hidden)),
+            optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, norm = torch.empty(t, hidden), torch.empty(t, hidden)
-        weights = torch.empty(t, decoder.top_k)
+        y, norm, weights = (torch.empty(t, n) for n in (hidden, hidden, decoder.top_k))
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()

@@ -1,4 +1,5 @@
 // The router, and tokens through a model's layers in one job: between two jobs lie Python, cold caches and a wake-up.
+#include <cfloat>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -9,56 +10,68 @@ using namespace slotmoe;
 
 namespace {
 
-constexpr double kTaken = -1.0;  // a score that was chosen already; others are 0 to 1, or NaN
+constexpr float kTaken = -INFINITY;  // what is chosen already, or may not be; the others are finite
 
-int64_t best_of(const double* scores, int64_t n) {  // the first where several are, or where all are NaN
-    int64_t best = -1;
-    for (int64_t i = 0; i < n; i++)
-        if (scores[i] != kTaken && (best < 0 || scores[i] > scores[best])) best = i;
+int64_t best_of(const float* choice, int64_t n) {  // the first where several are
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        if (choice[i] > choice[best]) best = i;
     return best;
 }
 
-// One token: logits [e] -> weights and indices [top_k], best first. scores [e + groups] is working memory.
-// Group-limited greedy (DeepSeek-V2, section 2.2.2): softmax, then only the groups with the best experts, then the best
-// experts.
-void choose(const Router& router, const float* logits, int64_t e, double* scores, float* weights, int64_t* indices) {
+// One token: logits [e] -> weights and indices [top_k], best first. scores [e] and choice [e + groups] are working
+// memory. Scores plus bias [e], unless that is null, are compared; weights are made of scores alone. Group-limited greedy
+// (DeepSeek-V2, section 2.2.2; DeepSeek-V3, section 2.1.2): the groups with the best experts, of these the best experts.
+void choose(const Router& router, const float* logits, const float* bias, int64_t e, double* scores, float* choice,
+            float* weights, int64_t* indices) {
     double largest = logits[0], total = 0;
     for (int64_t i = 1; i < e; i++) largest = logits[i] > largest ? logits[i] : largest;
-    for (int64_t i = 0; i < e; i++) total += scores[i] = std::exp(logits[i] - largest);
-    for (int64_t i = 0; i < e; i++) scores[i] = float(scores[i] / total);
+    for (int64_t i = 0; i < e; i++)
+        total += scores[i] = std::exp(router.sigmoid ? -double(logits[i]) : logits[i] - largest);
+    for (int64_t i = 0; i < e; i++) {
+        scores[i] = float(router.sigmoid ? 1 / (1 + scores[i]) : scores[i] / total);
+        choice[i] = bias ? float(scores[i]) + bias[i] : float(scores[i]);
+        if (!(choice[i] >= -FLT_MAX)) choice[i] = -FLT_MAX;  // NaN too
+    }
 
     if (router.kept < router.groups) {
         const int64_t group_size = e / router.groups;
-        double* best = scores + e;
+        float* groups = choice + e;
         for (int64_t g = 0; g < router.groups; g++) {
-            best[g] = scores[g * group_size];
-            for (int64_t i = 1; i < group_size; i++)
-                best[g] = scores[g * group_size + i] > best[g] ? scores[g * group_size + i] : best[g];
+            const float* group = choice + g * group_size;
+            float first = group[0], second = kTaken;
+            for (int64_t i = 1; i < group_size; i++) {
+                second = group[i] > first ? first : group[i] > second ? group[i] : second;
+                first = group[i] > first ? group[i] : first;
+            }
+            groups[g] = router.group_best == 1 ? first : first + second;
         }
-        for (int64_t i = 0; i < router.kept; i++) best[best_of(best, router.groups)] = kTaken;
+        for (int64_t i = 0; i < router.kept; i++) groups[best_of(groups, router.groups)] = kTaken;
         for (int64_t i = 0; i < e; i++)
-            if (best[i / group_size] != kTaken) scores[i] = 0;
+            if (groups[i / group_size] != kTaken) choice[i] = kTaken;
     }
 
     double sum = 0;
     for (int64_t i = 0; i < router.top_k; i++) {
-        indices[i] = best_of(scores, e);
+        indices[i] = best_of(choice, e);
         weights[i] = float(scores[indices[i]]);
         sum += weights[i];
-        scores[indices[i]] = kTaken;
+        choice[indices[i]] = kTaken;
     }
     for (int64_t i = 0; i < router.top_k; i++)
-        weights[i] = float(router.renormalize ? weights[i] / (sum + 1e-20) : weights[i] * router.factor);
+        weights[i] = float(router.normalized ? weights[i] / (sum + 1e-20) * router.factor : weights[i] * router.factor);
 }
 
 // logits [t, e] -> weights, indices [t, top_k].
-void route(Job& job, const Router& router, const float* logits, int64_t t, int64_t e, float* weights,
+void route(Job& job, const Router& router, const float* logits, const float* bias, int64_t t, int64_t e, float* weights,
            int64_t* indices) {
     const int64_t size = e + router.groups, top_k = router.top_k;
-    double* scores = job.scratch<double>(kScores, job.threads() * size);
+    double* scores = job.scratch<double>(kScores, job.threads() * e);
+    float* choices = job.scratch<float>(kChoices, job.threads() * size);
     job.parallel(t, [&](int thread, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
-            choose(router, logits + i * e, e, scores + thread * size, weights + i * top_k, indices + i * top_k);
+            choose(router, logits + i * e, bias, e, scores + thread * e, choices + thread * size, weights + i * top_k,
+                   indices + i * top_k);
     });
 }
 
@@ -71,12 +84,12 @@ void finish(Job& job, const Isa& isa, const Layer& layer, const float* x, int64_
 
 }  // namespace
 
-// logits [t, e] -> weights, indices [t, top_k].
-EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, int64_t e, float* weights,
-                         int64_t* indices) {
+// logits [t, e], bias [e] or null -> weights, indices [t, top_k].
+EXPORT int slotmoe_route(const Router* router, const float* logits, const float* bias, int64_t t, int64_t e,
+                         float* weights, int64_t* indices) {
     if (t < 0 || !router->valid(e)) return kBadArgument;
     return guarded([&](Job& job, const Isa&) {
-        route(job, *router, logits, t, e, weights, indices);
+        route(job, *router, logits, bias, t, e, weights, indices);
         return kOk;
     });
 }
@@ -93,7 +106,7 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, int64_t t, i
 // [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from `first` on.
 // seconds [4] is added to: attention, routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
-                          uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
+                          const float* query_scale, uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
                           const int32_t* slots, const uint8_t* slab, int64_t size, int64_t record_stride,
                           const Record* record, const float* x_in, const float* experts, float* y, float* x,
                           float* weights, int64_t* indices, int64_t* reached, double* seconds) {
@@ -129,11 +142,11 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 continue;
             }
             for (int64_t token = 0; token < t; token++) layer_caches[token] = caches[token] + l * layer_stride;
-            attention(job, isa, *layer.attention, t, stream, table, layer_caches, stride, positions, attended, x,
+            attention(job, isa, *layer.attention, t, stream, table, query_scale, layer_caches, stride, positions, attended, x,
                       logits);
             mark(0);
             if (moe) {
-                route(job, m->router, logits, t, e, weights, indices);
+                route(job, m->router, logits, layer.attention->gate_bias, t, e, weights, indices);
                 const int32_t* layer_slots = slots + moe_layer * e;
                 bool present = true;
                 for (int64_t i = 0; i < t * top_k; i++) {

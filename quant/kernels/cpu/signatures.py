@@ -55,15 +55,16 @@ SIGNATURES = {
     "mla": "q:f32[T,A,W] T A cache:pointer C stride:size R P scale:float >y:f32[T,A,R]",
     "absorb_query": f"q:f32[T,A,N] T {_ABSORB} >y:f32[T,A,R]",
     "absorb_value": f"latent:f32[T,A,R] T {_ABSORB} >y:f32[T,A,V]",
-    # the pairs (x0, x1), (x2, x3), ... times the table
-    "rotate": "x:f32[T,A,P] table:c64[T,P/2] T A P >y:f32[T,A,P]",
-    "attention": "layer:bound T h:f32[T,H] table:c64[T,C] caches:pointer stride:size"
-    " positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
-    "route": "router:pointer logits:f32[T,E] T E >weights:f32[T,K] >indices:i64[T,K]",
-    "decode": "decoder:pointer first:size T:size h:pointer table:pointer caches:pointer"
-    " layer_stride:size row_stride:size positions:pointer slots:pointer slab:pointer S:size"
-    " stride:size record:pointer x:pointer experts:pointer y:pointer norm:pointer weights:pointer"
-    " indices:pointer reached:pointer seconds:pointer",  # checked by hand: it runs once a layer
+    # the pairs (x0, x1), (x2, x3), ..., or of two halves, times the table
+    "rotate": "x:f32[T,A,P] table:c64[T,P/2] halves:size T A P >y:f32[T,A,P]",
+    "attention": "layer:bound T h:f32[T,H] table:c64[T,C] query_scale?:f32[T] caches:pointer"
+    " stride:size positions:pointer >y:f32[T,H] >x:f32[T,H] >logits:f32[T,E]",
+    "route": "router:pointer logits:f32[T,E] bias?:f32[E] T E >weights:f32[T,K] >indices:i64[T,K]",
+    "decode": "decoder:pointer first:size T:size h:pointer table:pointer query_scale:pointer"
+    " caches:pointer layer_stride:size row_stride:size positions:pointer slots:pointer"
+    " slab:pointer S:size stride:size record:pointer x:pointer experts:pointer y:pointer"
+    " norm:pointer weights:pointer indices:pointer reached:pointer seconds:pointer",
+    # `decode` is checked by hand: it runs once a layer
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] kind:int >sums:f64[N/16,2]",

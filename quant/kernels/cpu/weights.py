@@ -51,11 +51,11 @@ class _Matrix(ctypes.Structure):
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "heads n p r v"),
+        *_fields(ctypes.c_int64, "heads n p r v halves"),
         *_fields(ctypes.c_float, "eps latent_eps scale unused"),
         *_fields(ctypes.c_void_p, "input_norm query_norm latent_norm next_norm"),
         *_fields(_Matrix, "query query_b latent out gate"),
-        *_fields(ctypes.c_void_p, "kv_b kv_b_scale"),
+        *_fields(ctypes.c_void_p, "gate_bias kv_b kv_b_scale"),
     ]
 
 
@@ -64,27 +64,39 @@ class _Layer(ctypes.Structure):
 
 
 class Router(ctypes.Structure):
-    """What becomes of a router's logits: of `groups` groups of experts the best `kept` take part,
-    and of their experts `top_k`; weights are probabilities times `factor`, or add up to 1 if that
-    is None (group-limited greedy, DeepSeek-V2, section 2.2.2)."""
+    """What becomes of a router's logits: scores, the softmax of a token's or with `sigmoid` each
+    one's own.  Of `groups` groups of experts the best `kept` take part, by the sum of their
+    `group_best` best scores (1 or 2), and of their experts `top_k`; weights are scores,
+    `normalized` to add up to 1, times `factor`."""
 
     _fields_ = [
-        *_fields(ctypes.c_int64, "groups kept top_k renormalize"),
+        *_fields(ctypes.c_int64, "groups kept top_k group_best sigmoid normalized"),
         ("factor", ctypes.c_double),
     ]
     groups: int
     kept: int
     top_k: int
+    group_best: int
 
-    def __init__(self, groups: int, kept: int, top_k: int, factor: float | None) -> None:
-        super().__init__(groups, kept, top_k, factor is None, factor or 0.0)
+    def __init__(
+        self,
+        groups: int,
+        kept: int,
+        top_k: int,
+        factor: float = 1.0,
+        normalized: bool = False,
+        group_best: int = 1,
+        sigmoid: bool = False,
+    ) -> None:
+        super().__init__(groups, kept, top_k, group_best, sigmoid, normalized, factor)
 
     def check(self, experts: int) -> None:
         """Raise `ValueError` unless it can choose among so many experts."""
         fits = self.groups >= 1 and experts % self.groups == 0 and 1 <= self.kept <= self.groups
-        if not fits or not 1 <= self.top_k <= experts:
-            asked = f"{self.kept} of {self.groups} groups and top {self.top_k}"
-            raise ValueError(f"{asked} don't fit {experts} experts")
+        size = experts // self.groups if fits else 0
+        if not 1 <= self.top_k <= self.kept * size or not 1 <= self.group_best <= min(2, size):
+            asked = f"{self.kept} of {self.groups} groups by {self.group_best} of their experts"
+            raise ValueError(f"{asked} and top {self.top_k} don't fit {experts} experts")
 
 
 class _Record(ctypes.Structure):
@@ -178,8 +190,9 @@ class AttentionLayer(Bound):
     `shape` is A, N, P, R and V.  Without q-LoRA `query` is [A (N + P), H]; with it `query` is
     [Q, H], `query_norm` [Q], `query_b` [A (N + P), Q].  `latent` is [R + P, H], `out` [H, A V],
     `kv_b` [A (N + V), R]; `next_norm` [H] and the router's `gate` [E, H], None in a dense layer,
-    stand before the feed-forward.  Norms are float32; `constants` are the epsilon of those over H,
-    that of the others, and what multiplies the scores.  Raises `ValueError` where they do not fit.
+    stand before the feed-forward, and `gate_bias` [E] takes part in the router's choice.  Norms
+    are float32; `constants` are the epsilon of those over H, that of the others, and what
+    multiplies the scores; `halves` is that of `rotate`.  Raises `ValueError` where they do not fit.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -193,7 +206,9 @@ class AttentionLayer(Bound):
     out: Matrix
     next_norm: Tensor
     gate: Matrix | None
+    gate_bias: Tensor | None
     constants: tuple[float, float, float]
+    halves: bool = False
 
     def __post_init__(self) -> None:
         heads, n, p, r, v = self.shape
@@ -209,10 +224,12 @@ class AttentionLayer(Bound):
         self.out.check("out", hidden, heads * v)
         if self.gate is not None:
             self.gate.check("gate", self.gate.shape[0], hidden)
-        sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v)}
+        experts = self.gate.shape[0] if self.gate else 0
+        sizes = {"H": hidden, "Q": queries, "R": r, "M": heads * (n + v), "E": experts}
         matrices = (self.query, self.query_b, self.latent, self.out, self.gate)
         native = _Attention(
             *self.shape,
+            self.halves,
             *self.constants,
             0.0,
             tensor_spec("input_norm:f32[H]").check(self.input_norm, sizes),
@@ -220,12 +237,13 @@ class AttentionLayer(Bound):
             tensor_spec("latent_norm:f32[R]").check(self.latent_norm, sizes),
             tensor_spec("next_norm:f32[H]").check(self.next_norm, sizes),
             *[_Matrix() if matrix is None else matrix.native for matrix in matrices],
+            tensor_spec("gate_bias?:f32[E]").check(self.gate_bias, sizes),
             tensor_spec("kv_b:i8[M,R]").check(self.kv_b.q, sizes),
             tensor_spec("kv_b_scale:f32[M]").check(self.kv_b.scale, sizes),
         )
         self._memory = native, *vars(self).values()  # `native` points into the others
         self.address, self.row_bytes = ctypes.addressof(native), latent_bytes(r, p)
-        self.sizes = {"H": hidden, "C": p // 2, "E": self.gate.shape[0] if self.gate else 0}
+        self.sizes = {"H": hidden, "C": p // 2, "E": experts}
 
 
 class ExpertRecord(Bound):

@@ -25,12 +25,22 @@ def _split(length):
 
 
 @triton.jit
-def _rotated(x_ptr, rope_ptr, P, PAIRS: tl.constexpr):
-    """Both halves of interleaved pairs times the complex table [P / 2]."""
+def _pairs(P, HALVES: tl.constexpr, PAIRS: tl.constexpr):
+    """Where the two values of each rotated pair stand: side by side, or in two halves."""
+    i = tl.arange(0, PAIRS)
+    if HALVES:
+        return i, i + P // 2
+    return 2 * i, 2 * i + 1
+
+
+@triton.jit
+def _rotated(x_ptr, factor, rope_ptr, P, HALVES: tl.constexpr, PAIRS: tl.constexpr):
+    """Both values of each pair of factor * x, times the complex table [P / 2]."""
     i = tl.arange(0, PAIRS)
     valid = i < P // 2
-    real = tl.load(x_ptr + 2 * i, mask=valid, other=0.0)
-    imaginary = tl.load(x_ptr + 2 * i + 1, mask=valid, other=0.0)
+    first, second = _pairs(P, HALVES, PAIRS)
+    real = tl.load(x_ptr + first, mask=valid, other=0.0) * factor
+    imaginary = tl.load(x_ptr + second, mask=valid, other=0.0) * factor
     c = tl.load(rope_ptr + 2 * i, mask=valid, other=0.0)
     s = tl.load(rope_ptr + 2 * i + 1, mask=valid, other=0.0)
     return real * c - imaginary * s, real * s + imaginary * c
@@ -43,10 +53,12 @@ def _saturated(x):
 
 
 @triton.jit
-def _absorbed(q_ptr, w_ptr, scale_ptr, first, r, N, R, SCALED: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns r of the sum over n of q[n] * kv_b[first + n]."""
+def _absorbed(
+    q_ptr, factor, w_ptr, scale_ptr, first, r, N, R, SCALED: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Columns r of the sum over n of factor * q[n] * kv_b[first + n]."""
     n = tl.arange(0, WIDTH)
-    q = tl.load(q_ptr + n, mask=n < N, other=0.0)
+    q = tl.load(q_ptr + n, mask=n < N, other=0.0) * factor
     if SCALED:
         q *= tl.load(scale_ptr + first + n, mask=n < N, other=0.0)
     w = tl.load(
@@ -65,42 +77,46 @@ def absorb_query(
     """y [T, H, R] = each head's q [T, H, N] times its first N rows of kv_b [H * X, R]."""
     head, t = tl.program_id(1), tl.program_id(2)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    y = _absorbed(q_ptr + (t * H + head) * N, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
+    q_ptr += (t * H + head) * N
+    y = _absorbed(q_ptr, 1.0, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
     tl.store(y_ptr + (t * H + head) * R + r, y, mask=r < R)
 
 
 @triton.jit
 def queries(
-    q_ptr, c_ptr, rope_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer_at, y_ptr,
-    H, N, P, R, X,
-    SCALED: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, LATENT: tl.constexpr,
-    PAIRS: tl.constexpr,
+    q_ptr, c_ptr, rope_ptr, factor_ptr, norm_ptr, eps, w_ptr, scale_ptr, location_ptr, layer_at,
+    y_ptr, H, N, P, R, X,
+    SCALED: tl.constexpr, HALVES: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
+    LATENT: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One token, from its projections q [H * (N + P)] and c [R + P]: each head's absorbed query and
-    rotated part into y [H, R + P]; the last head's program norms the latent, rotates the key and
-    writes both into the cache."""
+    """One token, from its projections q [H * (N + P)], times factor [1], and c [R + P]: each head's
+    absorbed query and rotated part into y [H, R + P]; the last head's program norms the latent,
+    rotates the key and writes both into the cache."""
     block, head = tl.program_id(0), tl.program_id(1)
     W = R + P
-    i = tl.arange(0, PAIRS)
+    pair = tl.arange(0, PAIRS) < P // 2
+    real, imaginary = _pairs(P, HALVES, PAIRS)
     if head < H:
+        factor = tl.load(factor_ptr)
         r = block * BR + tl.arange(0, BR)
         q_ptr += head * (N + P)
-        y = _absorbed(q_ptr, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
+        y = _absorbed(q_ptr, factor, w_ptr, scale_ptr, head * X, r, N, R, SCALED, WIDTH)
         tl.store(y_ptr + head * W + r, y, mask=r < R)
         if block == 0:
-            first, second = _rotated(q_ptr + N, rope_ptr, P, PAIRS)
-            tl.store(y_ptr + head * W + R + 2 * i, first, mask=i < P // 2)
-            tl.store(y_ptr + head * W + R + 2 * i + 1, second, mask=i < P // 2)
+            first, second = _rotated(q_ptr + N, factor, rope_ptr, P, HALVES, PAIRS)
+            y_ptr += head * W + R
+            tl.store(y_ptr + real, first, mask=pair)
+            tl.store(y_ptr + imaginary, second, mask=pair)
     elif block == 0:
         layer_ptr = (tl.load(location_ptr + 1) + layer_at).to(tl.pointer_type(tl.float16))
         row_ptr = layer_ptr + tl.load(location_ptr) * W
         r = tl.arange(0, LATENT)
         c = tl.load(c_ptr + r, mask=r < R, other=0.0)
         c = c / tl.sqrt(tl.sum(c * c, 0) / R + eps) * tl.load(norm_ptr + r, mask=r < R, other=0.0)
-        first, second = _rotated(c_ptr + R, rope_ptr, P, PAIRS)
+        first, second = _rotated(c_ptr + R, 1.0, rope_ptr, P, HALVES, PAIRS)
         tl.store(row_ptr + r, _saturated(c), mask=r < R)
-        tl.store(row_ptr + R + 2 * i, _saturated(first), mask=i < P // 2)
-        tl.store(row_ptr + R + 2 * i + 1, _saturated(second), mask=i < P // 2)
+        tl.store(row_ptr + R + real, _saturated(first), mask=pair)
+        tl.store(row_ptr + R + imaginary, _saturated(second), mask=pair)
 
 
 @triton.jit(do_not_specialize=["S", "T"])

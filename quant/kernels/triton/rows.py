@@ -241,41 +241,56 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def route(
-    logits_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
-    RENORM: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of logits [E] to weights and indices of the best TOP_K experts, the lowest index of
     equals first.
 
-    GROUPS > 1 zeroes all but the KEPT groups with the best single expert.
+    ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
+    with the best expert, or with the best sum of two (GROUP_BEST).
     """
     t = tl.program_id(0)
     e = tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"))
-    scores = tl.exp(logits - tl.max(logits, 0))
-    scores = scores / tl.sum(scores, 0)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = tl.exp(logits - tl.max(logits, 0))
+        scores = scores / tl.sum(scores, 0)
+    choice = scores
+    if BIASED:
+        choice += tl.load(bias_ptr + e, mask=e < E, other=0.0)
+    choice = tl.where(choice >= -3.0e38, choice, -3.0e38)  # NaN too
+    choice = tl.where(e < E, choice, float("-inf"))
     size = E // GROUPS
     if GROUPS > 1:
         group = tl.arange(0, GROUP_BLOCK)
         inside = (e // size)[None, :] == group[:, None]
-        best = tl.max(tl.where(inside & (e < E)[None, :], scores[None, :], -1.0), 1)
+        choices = tl.where(inside, choice[None, :], float("-inf"))
+        best = tl.max(choices, 1)
+        if GROUP_BEST == 2:
+            first_of = tl.min(tl.where(choices == best[:, None], e[None, :], BLOCK), 1)
+            rest = tl.where(e[None, :] == first_of[:, None], float("-inf"), choices)
+            best += tl.max(rest, 1)
         keep = tl.full([GROUP_BLOCK], 0, tl.int32)
         for _ in range(KEPT):
             first = tl.min(tl.where(best == tl.max(best, 0), group, GROUP_BLOCK), 0)
             keep = tl.where(group == first, 1, keep)
-            best = tl.where(group == first, -2.0, best)
-        scores = tl.where(tl.max(tl.where(inside, keep[:, None], 0), 0) > 0, scores, 0.0)
-    scores = tl.where(e < E, scores, -1.0)
+            best = tl.where(group == first, float("-inf"), best)
+        kept = tl.max(tl.where(inside, keep[:, None], 0), 0) > 0
+        choice = tl.where(kept, choice, float("-inf"))
     k = tl.arange(0, K_BLOCK)
     weights = tl.full([K_BLOCK], 0, tl.float32)
     indices = tl.full([K_BLOCK], 0, tl.int32)
     for rank in range(TOP_K):
-        best = tl.max(scores, 0)
-        # A logit that is NaN equals nothing.
-        first = tl.minimum(tl.min(tl.where(scores == best, e, BLOCK), 0), E - 1)
-        weights = tl.where(k == rank, best, weights)
+        first = tl.min(tl.where(choice == tl.max(choice, 0), e, BLOCK), 0)
+        weights = tl.where(k == rank, tl.sum(tl.where(e == first, scores, 0.0), 0), weights)
         indices = tl.where(k == rank, first, indices)
-        scores = tl.where(e == first, -2.0, scores)
-    weights = weights / (tl.sum(weights, 0) + 1e-20) if RENORM else weights * factor
+        choice = tl.where(e == first, float("-inf"), choice)
+    if RENORM:
+        weights = weights / (tl.sum(weights, 0) + 1e-20)
+    weights *= factor
     tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
     tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)

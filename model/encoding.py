@@ -1,0 +1,67 @@
+"""How the quantized weights of a checkpoint are encoded, as its ``quantization_config`` says.
+Without torch: ``slotmoe.model.decoding`` decodes them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from slotmoe.jsonfile import ListOf, ObjectOf, check, one_of
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Weights stored as codes of ``method``; every block of ``rows`` x ``columns`` weights has a
+    scale of its own, 0 standing for all rows or columns of a matrix."""
+
+    method: str  # as slotmoe.model.names has their tensors' names
+    rows: int
+    columns: int
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a matrix."""
+        return tuple(
+            -(-size // (block or size))
+            for size, block in zip(shape, (self.rows, self.columns), strict=True)
+        )
+
+
+_GROUP = {  # a config group of compressed-tensors: what is decoded here
+    "weights": {
+        "num_bits": one_of(4),
+        "type": one_of("int"),
+        "symmetric": one_of(True),
+        "strategy": one_of("group"),
+        "group_size": one_of(32),
+    }
+}
+_FP8, _INT4 = "fp8", "compressed-tensors"
+_KINDS: dict[str, dict[str, Any]] = {
+    _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8")},
+    _INT4: {"format": one_of("pack-quantized"), "config_groups": ObjectOf(_GROUP)},
+}
+_BLOCK = ListOf(one_of(128), 2, 2)
+
+
+def parse_encoding(settings: Any) -> Encoding | None:
+    """The encoding that ``quantization_config`` names; None where it is absent.  Raises
+    ``ValueError``, which names the key, for what is not decoded here."""
+    if not settings:
+        return None
+    place = "quantization_config"
+    check(settings, {}, place)
+    method = settings.get("quant_method")
+    if method not in _KINDS:
+        problem = f"{place}.quant_method {method!r:.40} is not supported, only {_FP8} or {_INT4}"
+        raise ValueError(f"{problem}; give the original checkpoint")
+    kinds = _KINDS[method]
+    required = kinds if method == _INT4 else kinds.keys() & settings.keys()
+    check(settings, {key: kinds[key] for key in sorted(required)}, place)
+    if method == _INT4:
+        for name, group in settings["config_groups"].items():
+            if group["weights"].get("actorder") is not None:
+                where = f"{place}.config_groups.{name:.40}.weights.actorder"
+                raise ValueError(f"{where} is set, expected null: columns in their own order")
+        return Encoding("int4", 1, 32)
+    if settings.get("weight_block_size", [128, 128]) is None:
+        return Encoding("fp8", 0, 0)
+    check(settings.get("weight_block_size", [128, 128]), _BLOCK, f"{place}.weight_block_size")
+    return Encoding("fp8", 128, 128)

@@ -1,0 +1,70 @@
+"""The model families that this network computes, and in what they differ.
+
+All have Multi-head Latent Attention and DeepSeek-style experts.  What differs is data: a row of
+``FAMILIES`` says how the gate scores and chooses, and which values of ``config.json`` fit it.
+"""
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """A row of ``FAMILIES``.
+
+    ``scoring`` makes scores of the gate's logits.  A group of experts counts by the sum of its
+    ``group_best`` best scores.  ``correction_bias``: each expert has a bias that takes part in the
+    choice and not in the weights.  ``scales_normalized``: weights that were made to add up to 1 are
+    scaled too.  ``softmax_factor``: YaRN also scales the attention scores.  ``query_scaling``:
+    queries grow with their position.  ``indexed``: attention is to the best ``index_topk``
+    positions.
+    """
+
+    architecture: str
+    topk_methods: tuple[str | None, ...] = ("noaux_tc", None)
+    scoring: str = "sigmoid"
+    group_best: int = 2
+    correction_bias: bool = True
+    scales_normalized: bool = True
+    softmax_factor: bool = True
+    query_scaling: bool = False
+    indexed: bool = False
+    rope_interleave: tuple[bool, ...] = (True, False)
+
+
+_V3 = Family("DeepseekV3ForCausalLM")
+FAMILIES = {
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        topk_methods=("greedy", "group_limited_greedy"),
+        scoring="softmax",
+        group_best=1,
+        correction_bias=False,
+        scales_normalized=False,
+        rope_interleave=(True,),
+    ),
+    "deepseek_v3": _V3,
+    "kimi_k2": _V3,
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM"),
+    "mistral4": Family(
+        "Mistral4ForCausalLM",
+        topk_methods=(None,),
+        scoring="softmax",
+        correction_bias=False,
+        softmax_factor=False,
+        query_scaling=True,
+    ),
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", indexed=True, rope_interleave=(True,)),
+    "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", indexed=True, rope_interleave=(True,)),
+}
+"""By ``model_type``."""
+
+WRAPPERS = ("kimi_k25", "mistral3")
+"""Values of ``model_type`` of models with more than text, whose ``text_config`` is of a family."""
+
+OTHERS = {
+    "deepseek": "its attention has keys and values for each head, no latent",
+    "deepseek_v4": "its attention compresses positions",
+    "glm4_moe": "its attention is grouped-query, no latent",
+    "kimi_linear": "most of its layers have linear attention",
+    "longcat_flash": "its layers have two attentions, and experts that compute nothing",
+}
+"""Why a ``model_type`` that is close is not one of them."""

@@ -1,0 +1,152 @@
+"""The safetensors files of a checkpoint: which tensor lies where, checked before any is read.
+
+Files come from strangers: names stay inside the folder, headers are validated by the safetensors
+library before anything is allocated, and pickles are refused.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from slotmoe.errors import CheckpointError
+from slotmoe.jsonfile import read_json
+from slotmoe.model.names import text_name
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 32 << 20  # Kimi K2's, with scales, has 22 MB
+MAX_HEADER_BYTES = 48 << 20  # of all shards together; Kimi K2's are about 32 MB
+MAX_TENSORS = 250_000  # Kimi K2 has 210,000 with scales and shapes
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Location of one tensor: ``file`` in the folder, ``offset`` from its start in bytes."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a regular file in ``folder``; links may lead only to the hub cache's own blobs."""
+    path = folder / name
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        problem = "is a link that leads out of the folder; copy the file itself here"
+    elif not path.is_file():
+        problem = "is missing or not a regular file; download the checkpoint again"
+    else:
+        return path
+    raise CheckpointError(f"{path}: {problem}")
+
+
+def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], int]:
+    """Tensors of one safetensors file by the name that the text part of a model has for them, and
+    its header's length, at most ``limit`` bytes.
+
+    Raises ``CheckpointError`` if the file is not a whole one.
+    """
+    try:
+        str(path).encode()  # raises for bytes that are no text
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if header_bytes > limit:
+                sizes = f"header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+                raise CheckpointError(f"{path}: {sizes} in the checkpoint; not a real one")
+            if file.read(header_bytes).count(b"{") > MAX_TENSORS:
+                problem = f"more than {MAX_TENSORS} tensors; not a real checkpoint"
+                raise CheckpointError(f"{path}: {problem}")
+        # The library checks bounds, overlaps, holes and the file's size against the header, so
+        # offsets follow from the order.
+        infos, offset = {}, 8 + header_bytes
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in DTYPES:
+                    problem = f"has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                    raise CheckpointError(f"{path}: {name:.120} {problem}")
+                info = TensorInfo(path.name, DTYPES[dtype], shape, offset)
+                infos[text_name(name)], offset = info, offset + info.nbytes
+        return infos, header_bytes
+    except CheckpointError:
+        raise
+    except OSError as problem:
+        raise CheckpointError(f"{path}: can't be read ({problem.strerror or problem})") from None
+    except UnicodeError:
+        reason = "the name is not UTF-8, and the safetensors library opens no other"
+        raise CheckpointError(f"{path}: {reason}; rename the folder") from None
+    except (SafetensorError, ValueError) as problem:
+        if "(os error " in str(problem):  # the library's way to say what the system said
+            raise CheckpointError(f"{path}: can't be read ({str(problem)[:160]})") from None
+        reason = f"damaged or truncated ({str(problem)[:160]})"
+        raise CheckpointError(f"{path}: {reason}; download this file again") from None
+
+
+def weight_files(folder: Path) -> dict[str, str] | None:
+    """File of each tensor by the folder's index, names checked, or None.  ``CheckpointError``."""
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    weight_map = read_json(index, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map object")
+    weight_map = {text_name(name): str(file) for name, file in weight_map.items()}
+    for file in dict.fromkeys(weight_map.values()):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", file):
+            problem = "is not a plain .safetensors file name inside the folder"
+            raise CheckpointError(f"{index}: {file!r:.80} {problem}")
+    return weight_map
+
+
+def tensors_in(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of the folder, from its index or from its single file."""
+    weight_map = weight_files(folder)
+    if weight_map is not None:
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        left = MAX_HEADER_BYTES
+        for file in dict.fromkeys(weight_map.values()):
+            headers[file], used = read_header(inside(folder, file), left)
+            left -= used
+        for name, file in weight_map.items():
+            if name not in headers[file]:
+                problem = f"says that {name:.120} is in {file:.120}, but it is not there"
+                raise CheckpointError(f"{folder / INDEX_NAME}: {problem}")
+        return {name: headers[file][name] for name, file in weight_map.items()}
+    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
+        return read_header(inside(folder, SINGLE_NAME))[0]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        problem = "holds pickled weights, which can run code and are never opened"
+        raise CheckpointError(f"{folder}: {problem}; convert them to safetensors")
+    raise CheckpointError(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")

@@ -1,0 +1,189 @@
+"""Checkpoints with quantized weights, fused experts or images: read as their references say."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slotmoe.errors import CheckpointError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.names import expert_name
+from tests.support.encoded import (
+    FP8,
+    FP8_WHOLE,
+    decoded_fp8,
+    decoded_int4,
+    encode,
+    fuse,
+    packed,
+    write_files,
+)
+from tests.support.tiny import write_checkpoint
+
+# Blocks are cut off at the end of rows and of columns; ranks are no multiple of a block.
+SIZES = {"hidden_size": 160, "moe_intermediate_size": 64, "intermediate_size": 300}
+SMALL = {**SIZES, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
+
+
+def written(folder, **changes):
+    write_checkpoint(folder, **{**SMALL, **changes})
+    return folder
+
+
+@pytest.mark.parametrize(("settings", "block"), [(FP8, 128), (FP8_WHOLE, 1 << 20)])
+def test_fp8_weights_are_code_times_scale(tmp_path, settings, block):
+    stored = encode(written(tmp_path), settings)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        encoded = [name for name in checkpoint.infos if name + "_scale_inv" in stored]
+        assert len(encoded) == 2 * 5 + 3 + 3 + 4 * 3  # attention, dense, shared, routed
+        for name in encoded:
+            wanted = decoded_fp8(stored[name], stored[name + "_scale_inv"], block)
+            assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16)), name
+            start, stop = len(wanted) // 2, len(wanted) - 1
+            part = wanted[start:stop].to(torch.bfloat16)
+            assert torch.equal(checkpoint.rows(name, start, stop), part)
+
+
+def test_int4_weights_are_code_times_scale(tmp_path):
+    stored = encode(written(tmp_path), packed())
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for expert in range(4):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                name = expert_name(1, expert, projection)
+                wanted = decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
+                assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_fp8_agrees_with_transformers(tmp_path):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    changes = {"hidden_size": 256, "moe_intermediate_size": 128}  # it divides into whole blocks
+    stored = encode(written(tmp_path, **changes), FP8)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for projection in ("gate_proj", "down_proj"):
+            name = expert_name(1, 3, projection)
+            values = {"weight": stored[name], "weight_scale_inv": stored[name + "_scale_inv"]}
+            wanted = Fp8Dequantize(None).convert(values)["weight"]
+            assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
+def test_fused_experts_are_those_of_one_tensor_each(tmp_path, prefix):
+    with Checkpoint.open(written(tmp_path / "single")) as single:
+        wanted = {name: single.tensor(name) for name in single.infos}
+    fuse(written(tmp_path / "fused"), prefix)
+    with Checkpoint.open(tmp_path / "fused") as fused:
+        assert fused.infos.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(fused.tensor(name), tensor), name
+
+
+def test_fused_experts_in_fp8(tmp_path):
+    """The up projection begins inside a block of the two that are one tensor."""
+    written(tmp_path, moe_intermediate_size=72)
+    fuse(tmp_path)
+    tensors = load_file(tmp_path / "model-1.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    codes = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
+    scales = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(1))
+    tensors |= {name: codes, name + "_scale_inv": scales}
+    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for expert in range(4):
+            both = decoded_fp8(codes[expert], scales[expert]).to(torch.bfloat16)
+            for projection, rows in (("gate_proj", slice(72)), ("up_proj", slice(72, None))):
+                found = checkpoint.tensor(expert_name(1, expert, projection))
+                assert torch.equal(found, both[rows])
+
+
+GATE = expert_name(1, 0, "gate_proj")
+
+
+def _without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _change(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+BAD = {
+    "fp8 scales of another grid": (
+        FP8,
+        _change(GATE + "_scale_inv", lambda scale: scale[:, :1].clone()),
+        [GATE + "_scale_inv", "[1, 1]", "[1, 2]", "128 x 128"],
+    ),
+    "fp8 scales of a dtype that holds none": (
+        FP8,
+        _change(GATE + "_scale_inv", lambda scale: scale.to(torch.int32)),
+        [GATE + "_scale_inv", "I32", "F32"],
+    ),
+    "fp8 codes without scales": (
+        FP8,
+        _without(GATE + "_scale_inv"),
+        [GATE, "F8_E4M3", "BF16", "scales"],
+    ),
+    "fp8 codes that are numbers": (
+        FP8,
+        _change(GATE, lambda codes: codes.to(torch.bfloat16)),
+        [GATE, "BF16", "F8_E4M3"],
+    ),
+    "int4 with zero points": (
+        packed(),
+        lambda tensors: tensors.update({GATE + "_zero_point": torch.zeros(64, 1)}),
+        [GATE + "_zero_point", "symmetric"],
+    ),
+    "int4 in other groups": (
+        packed(),
+        _change(GATE + "_scale", lambda scale: scale[:, :2].clone()),
+        [GATE + "_scale", "[64, 2]", "[64, 5]", "1 x 32"],
+    ),
+    "int4 codes of other rows": (
+        packed(),
+        _change(GATE + "_packed", lambda codes: codes[:, :3].clone()),
+        [GATE + "_packed", "[64, 3]", "[64, 20]"],
+    ),
+    "int4 without codes": (packed(), _without(GATE + "_packed"), [GATE + "_packed", "missing"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_encodings_are_refused_by_name(tmp_path, case):
+    settings, damage, words = BAD[case]
+    tensors = encode(written(tmp_path), settings)
+    damage(tensors)
+    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=settings)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+    tensors = encode(written(tmp_path), FP8)
+    tensors[GATE + "_scale_inv"][0, 1] = bad
+    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
+    expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
+    with Checkpoint.open(tmp_path) as checkpoint, expected:
+        checkpoint.tensor(GATE)
+
+
+def test_codes_need_a_quantization_config(tmp_path):
+    encode(written(tmp_path), FP8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"F8_E4M3.* quantization_config"):
+        Checkpoint.open(tmp_path)
+
+
+def test_scalar_tensors_are_passed_over(tmp_path):
+    """Static fp8 has scales of activations, which nothing here uses."""
+    written(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.activation_scale"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert not any(name.endswith("activation_scale") for name in checkpoint.infos)

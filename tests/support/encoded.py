@@ -1,0 +1,123 @@
+"""Checkpoints whose weights are quantized, made of plain ones; and plain references that read
+their weights, one block and one byte at a time."""
+
+import json
+import re
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+FP8_WHOLE = {**FP8, "weight_block_size": None, "activation_scheme": "static"}
+_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+
+def packed(**changes):
+    """``quantization_config`` of compressed-tensors' int4; ``changes`` are to how weights are."""
+    weights = {**_WEIGHTS, "actorder": None, **changes}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    about = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return {**about, "config_groups": groups, "ignore": ["lm_head", "re:.*self_attn.*"]}
+
+
+def _fp8(name, weight, block):
+    """Codes and scales of ``weight``, blocks of ``block`` x ``block``."""
+    rows, columns = weight.shape
+    scales = torch.empty(-(-rows // block), -(-columns // block))
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
+            scales[i, j] = weight[at].abs().max().clamp(min=1e-12) / 448
+            codes[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
+    return {name: codes, name + "_scale_inv": scales}
+
+
+def _int4(name, weight):
+    """Codes, scales and shape of ``weight``, groups of 32 along a row."""
+    rows, columns = weight.shape
+    groups = weight.view(rows, columns // 32, 32)
+    scales = (groups.abs().amax(2) / 7.5).to(torch.bfloat16)
+    codes = (groups / scales.float()[:, :, None]).round().clamp(-8, 7).to(torch.int64) + 8
+    words = (codes.view(rows, columns // 8, 8) << torch.arange(0, 32, 4)).sum(2)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    shape = torch.tensor([rows, columns])
+    return {name + "_packed": words, name + "_scale": scales, name + "_shape": shape}
+
+
+def encode(folder, settings, block=128, scales_apart=False):
+    """Quantize the checkpoint in ``folder``, one file, as ``settings`` say: with int4 the experts
+    alone, as Kimi K2 has them, else all but embeddings, norms and gates.  With ``scales_apart``
+    they are in another file than their codes.  Returns the tensors."""
+    is_int4 = settings["quant_method"] == "compressed-tensors"
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        plain = re.search(r"norm|embed|lm_head|mlp\.gate\.", name)
+        if plain or (is_int4 and ".experts." not in name):
+            stored[name] = tensor
+        elif is_int4:
+            stored |= _int4(name, tensor.float())
+        else:
+            size = block if settings["weight_block_size"] else max(tensor.shape)
+            stored |= _fp8(name, tensor.float(), size)
+    (folder / "model.safetensors").unlink()
+    files = {"model-1.safetensors": stored}
+    if scales_apart:
+        scales = {name: t for name, t in stored.items() if "_scale" in name}
+        rest = {name: tensor for name, tensor in stored.items() if name not in scales}
+        files = {"model-1.safetensors": rest, "model-2.safetensors": scales}
+    write_files(folder, files, quantization_config=settings)
+    return stored
+
+
+def fuse(folder, prefix="model."):
+    """Rewrite the checkpoint in ``folder``, one file, as transformers 5 saves experts, under names
+    that begin with ``prefix`` and beside tensors that read images."""
+    tensors = load_file(folder / "model.safetensors")
+    fused = {}
+    for name in [name for name in tensors if name.endswith("experts.0.gate_proj.weight")]:
+        base = name.removesuffix("0.gate_proj.weight")
+        count = sum(n.startswith(base) and n.endswith("gate_proj.weight") for n in tensors)
+        gate, up, down = (
+            [tensors.pop(f"{base}{e}.{part}_proj.weight") for e in range(count)]
+            for part in ("gate", "up", "down")
+        )
+        fused[base + "gate_up_proj"] = torch.cat((torch.stack(gate), torch.stack(up)), 1)
+        fused[base + "down_proj"] = torch.stack(down)
+    both = {
+        re.sub(r"^model\.", prefix, name): t.contiguous() for name, t in (tensors | fused).items()
+    }
+    (folder / "model.safetensors").unlink()
+    images = {"model.vision_tower.patch.weight": torch.zeros(3, 3, dtype=torch.uint8)}
+    write_files(folder, {"model-1.safetensors": both | images})
+
+
+def write_files(folder, files, **config_changes):
+    """Weight files with an index, and a config with ``config_changes``."""
+    weight_map = {}
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
+
+
+def decoded_fp8(codes, scales, block=128):
+    """float32 weights by the format's words: sign, four bits of exponent, three of mantissa, and
+    the scale of the block.  numpy alone."""
+    raw = codes.view(torch.uint8).numpy().astype(int)
+    sign, exponent, mantissa = raw >> 7, raw >> 3 & 15, raw & 7
+    small = mantissa / 8 * 2.0**-6
+    values = np.where(exponent == 0, small, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    values = np.where(sign == 1, -values, values).astype(np.float32)
+    row, column = (np.arange(size) // block for size in values.shape)
+    return torch.from_numpy(values * scales.numpy()[row[:, None], column])
+
+
+def decoded_int4(words, scales):
+    """float32 weights: weight ``c`` of a row is in bits 4 (c % 8) on of word ``c // 8``."""
+    column = np.arange(8 * words.shape[1])
+    codes = words.numpy()[:, column // 8] >> 4 * (column % 8) & 15
+    return torch.from_numpy((codes - 8) * scales.float().numpy()[:, column // 32])
