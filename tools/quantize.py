@@ -29,8 +29,8 @@ from slotmoe.tools.tables import table
 
 _WORKERS_HELP = "Threads that quantize. [default: all cores]"
 _CALIBRATE_HELP = (
-    "Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
-    "already, that alone."
+    "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
+    "experts on it; with DST finished already, that alone."
 )
 
 
@@ -66,9 +66,14 @@ def command(
     quantized: beyond the export that takes the disk of two of them.  Token, endpoint and cache are
     huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 
-    --calibrate reads text like what the model will read and write, and learns which experts a token
-    will use before it starts.  Where experts don't fit in memory, they are then read earlier.
-    100,000 tokens (half a megabyte) do well.
+    Codes of --codec lut have levels that are learned from the model's own weights.
+
+    --calibrate reads text like what the model will read and write, for two things.  Codes of --codec
+    lut are made so that outputs on that text lose least: the text goes through the checkpoint layer
+    by layer, which takes minutes to hours, said beforehand, and a killed run resumes at its layer.
+    Then the predictor learns which experts a token will use before it starts: where experts don't
+    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub,
+    only the predictor is calibrated: --keep-source, and quantize DST.source.
 
     \b
     Examples:
@@ -141,6 +146,8 @@ def _quantize(
                 return quantize(folder, destination, **options)
             options |= {"keep_source": keep_source, "arriving": arriving}
             options["ready"] = lambda folder: _check_source(folder, texts)
+            if texts:
+                say("codes of a download are not calibrated: quantize DST.source of --keep-source")
             return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
         click.echo(err=True)
