@@ -134,5 +134,5 @@ EXPERT_CODECS = {
     ("lut", "3"): ExpertCodecs(LUT3, LUT3),
     ("nf4", "4"): ExpertCodecs(NF4, NF4),
 }
-DEFAULT_CODEC = "lut"
+DEFAULT_CODEC = "nf4"
 DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]

@@ -68,9 +68,10 @@ def command(
 
     Codes of --codec lut have levels that are learned from the model's own weights.
 
-    --calibrate reads text like what the model will read and write, for two things.  Codes of --codec
-    lut are made so that outputs on that text lose least: the text goes through the checkpoint layer
-    by layer, which takes minutes to hours, said beforehand, and a killed run resumes at its layer.
+    --calibrate reads text like what the model will read and write, for two things.  Codes of
+    --codec lut are made so that outputs on that text lose least: the text goes through the
+    checkpoint layer by layer, which takes minutes to hours, said beforehand, and a killed run
+    resumes at its layer.
     Then the predictor learns which experts a token will use before it starts: where experts don't
     fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub,
     only the predictor is calibrated: --keep-source, and quantize DST.source.
