@@ -33,12 +33,6 @@ def export_of(
     return manifest if same and quantization["experts"] == codecs.names() else None
 
 
-def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every file of the export is there with its size."""
-    paths = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
     GB would double the time.  Raises ``CheckpointError``."""

@@ -364,7 +364,7 @@ print(json.dumps(report))
 """
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills, hub, sample, tmp_path):
     source = sample
     if kills < 100:

@@ -155,3 +155,34 @@ def test_header_holds_whatever_a_property_is_called(served, ask):
     tool = {"name": "odd", "input_schema": {**OBJECT, "not": {"const": 1}}}
     headers = served.ask("POST", "/v1/messages", {**body, "tools": [tool]})[2]
     assert headers["x-slotmoe-relaxed"] == "tool 'odd': not"
+
+
+LISTED = {"type": "object", "properties": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_closed"),
+    [
+        (LISTED, True),
+        ({"anyOf": [LISTED, {"type": "null"}]}, True),
+        ({**LISTED, "additionalProperties": True}, False),
+        ({**LISTED, "required": ["b"]}, False),
+        ({**LISTED, "patternProperties": {"^b": {}}}, False),
+        ({**LISTED, "unevaluatedProperties": True}, False),
+        ({**LISTED, "anyOf": [{"properties": {"b": {}}}]}, False),
+        ({"allOf": [LISTED, {"properties": {"b": {}}}]}, False),
+        ({"type": "object"}, False),
+    ],
+)
+def test_an_object_has_the_properties_that_it_lists(schema, is_closed):
+    """Unless the schema speaks of others, or several schemas list those of one object."""
+    assert ('"additionalProperties": false' in json.dumps(relaxed(schema)[0])) == is_closed
+    outer = {"type": "object", "properties": {"properties": schema}}
+    kept = relaxed(outer)[0]["properties"]["properties"]
+    assert ('"additionalProperties": false' in json.dumps(kept)) == is_closed
+
+
+def test_an_answer_has_no_properties_but_those_listed(ask):
+    for as_tool in (False, True):
+        status, answer, _ = ask({**LISTED, "properties": {"a": {"const": 1}}}, as_tool)
+        assert status == 200 and set(written(answer)) <= {"a"}

@@ -91,6 +91,7 @@ Content: TypeAlias = Annotated[
 class CalledFunction(Model):
     name: Name
     arguments: Text  # JSON
+    parsed_arguments: Annotated[Any, _REPLAYED] = None
     provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
 
@@ -137,6 +138,7 @@ class AssistantMessage(Message):
     annotations: Annotated[list[AnyObject] | None, _REPLAYED] = None
     audio: Annotated[None, refused("the model reads text")] = None
     function_call: Annotated[None, refused("use tool_calls")] = None
+    parsed: Annotated[Any, _REPLAYED] = None
     reasoning_content: Annotated[Text | None, Ignored("earlier thoughts are left out")] = None
     provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 

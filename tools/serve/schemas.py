@@ -3,6 +3,10 @@
 Libraries write keywords that say nothing, and keywords that no mask of tokens can hold: whether an
 array has equal items is known at its end.  The former are dropped; of the latter ``relaxed`` says
 where they stood, so that the caller can refuse them or go on without.
+
+An object that lists its properties gets no others unless the schema speaks of them.  A model that
+may invent names goes on inventing, and programs rarely take them; other servers' masks hold objects
+to their lists as well.
 """
 
 import re
@@ -36,42 +40,68 @@ _KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri
 _SILENT_FORMATS = "binary byte password int32 int64 float double".split()
 # What regular languages don't have: look-around, word boundaries, references to groups.
 _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
+# Schemas of one object that may stand in several places.
+_SHARED = {"allOf", "if", "dependentSchemas", "dependencies"}
+_OF_OTHERS = {"patternProperties", "propertyNames", "unevaluatedProperties"}
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NOTES = ("title", "description", "$comment", "default", "examples", "deprecated")
 
 
-def relaxed(schema: Schema, place: str = "") -> tuple[Schema, list[str]]:
+def relaxed(schema: Schema) -> tuple[Schema, list[str]]:
     """``schema`` without the keywords that can't be held, and where each of those stood that said
     something, as ``properties.tags.uniqueItems``.  Raises ``RecursionError``."""
-    kept, dropped = dict[str, Any](), list[str]()
+    dropped = list[str]()
+    return _held(schema, "", dropped, closes=not _shares(schema)), dropped
+
+
+def _shares(value: Any) -> bool:
+    """Whether several schemas may list an object's properties."""
+    if isinstance(value, list):
+        return any(map(_shares, value))
+    if not isinstance(value, dict):
+        return False
+    others = _SHARED | ({"$ref", "anyOf", "oneOf"} if "properties" in value else set())
+    return bool(others & set(value)) or any(map(_shares, value.values()))
+
+
+def _lists_all(schema: Schema) -> bool:
+    """Whether its properties may be all that an object has."""
+    listed, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(listed, dict) or not isinstance(required, list):
+        return False
+    return not _OF_OTHERS & set(schema) and all(key in listed for key in required)
+
+
+def _held(schema: Schema, place: str, dropped: list[str], closes: bool) -> Schema:
+    """What ``relaxed`` keeps; adds to ``dropped``.  If it ``closes``, objects have the properties
+    that they list."""
+    kept = dict[str, Any]()
     schema = _rewritten(schema)
+    if closes and _lists_all(schema):
+        schema.setdefault("additionalProperties", False)
+
+    def child(value: Any, place: str) -> Any:
+        return _held(value, place, dropped, closes) if isinstance(value, dict) else value
+
     for name, value in schema.items():
         here = f"{place}.{name}" if place else name
         if (says_nothing := _fate(name, value, schema)) is not None:
             dropped += [] if says_nothing else [here]
         elif name in _OF_NAMES and isinstance(value, dict):
             kept[name] = {}
-            for key, child in value.items():
+            for key, schema_of_key in value.items():
                 if name == "patternProperties" and _IRREGULAR.search(key):
                     dropped.append(f"{here}.{key}")
                 else:
-                    kept[name][key] = _child(child, f"{here}.{key}", dropped)
+                    kept[name][key] = child(schema_of_key, f"{here}.{key}")
         elif name in _LISTS and isinstance(value, list):
-            kept[name] = [_child(child, f"{here}.{i}", dropped) for i, child in enumerate(value)]
+            kept[name] = [child(item, f"{here}.{i}") for i, item in enumerate(value)]
         elif name in ("items", "additionalItems", "additionalProperties"):
-            kept[name] = _child(value, here, dropped)
+            kept[name] = child(value, here)
         else:
             kept[name] = value
-    return kept, dropped
-
-
-def _child(schema: Any, place: str, dropped: list[str]) -> Any:
-    if not isinstance(schema, dict):
-        return schema
-    kept, more = relaxed(schema, place)
-    dropped += more
     return kept
 
 
