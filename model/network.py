@@ -67,6 +67,19 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
+def position_tables(
+    rope: Rope, frequencies_C: Tensor, positions_T: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What a token's position makes of it: the rotation of its pairs, complex [T, C], and what
+    multiplies its queries, float32 [T]; None for 1."""
+    angles = positions_T[:, None] * frequencies_C
+    rope_TC = torch.polar(torch.full_like(angles, rope.table_scale), angles)
+    if not rope.llama_4_scaling_beta:
+        return rope_TC, None
+    lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
+    return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+
+
 class DeepseekV2:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors."""
@@ -124,18 +137,11 @@ class DeepseekV2:
     def _positions(
         self, ids_T: Tensor, caches: Sequence[LatentCache], count: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What each token's position makes of it: the rotation of its pairs, complex [T, C], and
-        what multiplies its queries, float32 [T]; None for 1."""
-        rope = self.config.rope
+        """``position_tables`` of the tokens."""
         positions_T = torch.cat(
             [
                 torch.arange(cache.length, cache.length + count, device=ids_T.device)
                 for cache in caches
             ]
         ).float()
-        angles = positions_T[:, None] * self._frequencies
-        rope_TC = torch.polar(torch.full_like(angles, rope.table_scale), angles)
-        if not rope.llama_4_scaling_beta:
-            return rope_TC, None
-        lengths_T = torch.floor(positions_T / rope.original_max_position_embeddings)
-        return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
+        return position_tables(self.config.rope, self._frequencies, positions_T)

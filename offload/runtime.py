@@ -15,8 +15,9 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling, Token, generate
+from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.hub_id import is_hub_id
-from slotmoe.offload.ingest.quantize import Notify, Progress, cached_export, ignore
+from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter

@@ -1,67 +1,86 @@
-"""Weights coded by a table of levels with 8-bit scales (``LUT4`` and ``LUT3`` of
-``slotmoe.quant.codec``): each block takes, of a few scales of either sign, the one of least squared
-error.
+"""Weights coded by a table of levels (``LUT4`` and ``LUT3`` of ``slotmoe.quant.codec``): the best
+codes and scales, of either sign, with a Hessian of the matrix's inputs or without.
 
-Shape legend: N rows out, K columns in.
+Shape legend: N rows out and K columns in, both filled up to tiles; X blocks of a row.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from slotmoe.quant import encode, feedback
 from slotmoe.quant.codec import BLOCK, SCALES, TILE, Codec
-from slotmoe.quant.coded import levels_of, pack
+from slotmoe.quant.coded import pack
+from slotmoe.quant.feedback import Hessian, ScaleCoding
 from slotmoe.quant.nf4 import NotFiniteError
 
-_CHUNK = 1 << 19  # weights coded at once
-_FACTORS = torch.linspace(0.75, 1.2, 10)  # of the scale with which no weight is beyond the levels
+
+class Halves:
+    """Scales in float16."""
+
+    def __init__(self, scales_NX: Tensor):
+        """``scales`` are the best ones, whatever can be stored."""
+
+    def round(self, scales: Tensor) -> Tensor:
+        """The nearest that can be stored: of one block [N], or of all, [N, X]."""
+        return scales.half().float()
+
+    def stored(self, scales_NX: Tensor) -> Tensor:
+        """The scale tensor."""
+        return scales_NX.half().view(-1, TILE, scales_NX.shape[1]).transpose(1, 2).contiguous()
 
 
-def quantize(weight_NK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a bf16, fp16 or fp32 matrix.  Raises ``NotFiniteError``."""
-    N, K = weight_NK.shape
-    codes = torch.zeros(codec.codes_shape(N, K), dtype=torch.uint8)
-    scales = torch.zeros(codec.scales_shape(N, K), dtype=torch.uint8)
-    columns = codes.shape[1] * BLOCK
-    step = max(1, _CHUNK // (columns * TILE))
-    for start in range(0, len(codes), step):
-        rows = weight_NK[start * TILE : (start + step) * TILE]
-        padded = torch.zeros(-(-len(rows) // TILE) * TILE, columns)
-        padded[: len(rows), :K] = rows
-        tiles = slice(start, start + len(padded) // TILE)
-        codes[tiles], scales[tiles] = _quantize_rows(padded, codec)
-    return codes, scales
+class Bytes:
+    """Scales as signed bytes under a float32 factor of the row."""
+
+    def __init__(self, scales_NX: Tensor):
+        """The largest of ``scales`` gets the largest byte."""
+        self._factor_N = scales_NX.abs().amax(-1) / 127
+        self._divisor_N = torch.where(self._factor_N > 0, self._factor_N, 1.0)
+
+    def _whole(self, scales: Tensor) -> Tensor:
+        divisor = self._divisor_N if scales.dim() == 1 else self._divisor_N[:, None]
+        return (scales / divisor).round().clamp(-127, 127)
+
+    def round(self, scales: Tensor) -> Tensor:
+        """As ``Halves.round``."""
+        factor = self._factor_N if scales.dim() == 1 else self._factor_N[:, None]
+        return self._whole(scales) * factor
+
+    def stored(self, scales_NX: Tensor) -> Tensor:
+        """As ``Halves.stored``."""
+        whole = self._whole(scales_NX).to(torch.int8)
+        blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
+        parts = self._factor_N.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
+        return torch.cat([part.view(len(blocks), -1, 2 * TILE) for part in parts], dim=1)
 
 
-def _quantize_rows(w: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Codes and scales of float32 [16 tiles, columns]."""
-    rows, columns = w.shape
-    if not bool(w.isfinite().all()):
+_CODINGS: dict[str, type[ScaleCoding]] = {"f16": Halves, "i8": Bytes}
+
+
+def quantize(
+    weight_NK: Tensor, codec: Codec, hessian: Hessian | None = None
+) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
+    """Codes, scales, and with a Hessian the sums of squares of the error and of the weights in its
+    measure, of a bf16, fp16 or fp32 matrix.  Raises ``NotFiniteError``."""
+    block, levels_L = SCALES[codec.scales].block, torch.tensor(codec.levels, dtype=torch.float32)
+    squares = None
+    if hessian is None:
+        N, K = weight_NK.shape
+        scales_NX = encode.fit_scales(weight_NK, torch.ones(K), levels_L, block)
+        if not bool(scales_NX.isfinite().all()):
+            raise NotFiniteError
+        rows, X = (0, -N % TILE), scales_NX.shape[1]
+        scales_NX = F.pad(scales_NX, (0, -X % (BLOCK // block), *rows))
+        coding = _CODINGS[codec.scales](scales_NX)
+        scales_NX = coding.round(scales_NX)
+        codes_NK = encode.assign(weight_NK, scales_NX[:N, :X].contiguous(), levels_L, block)
+        codes_NK = F.pad(codes_NK, (0, -X * block % BLOCK, *rows))
+    else:
+        made = feedback.encode(weight_NK, hessian, levels_L, block, _CODINGS[codec.scales])
+        codes_NK, scales_NX, coding = made.codes_NK, made.scales_NX, made.coding
+        squares = made.error, made.square
+    if not bool(scales_NX.isfinite().all()):
         raise NotFiniteError
-    levels = levels_of(codec)[: len(codec.levels)]
-    blocks = w.view(rows, -1, SCALES[codec.scales].block)
-    largest = blocks.abs().amax(-1)
-    scale, least = torch.zeros_like(largest), blocks.square().sum(-1)
-    for end in (levels[0], levels[-1]):
-        for factor in _FACTORS:
-            for sign in (1, -1):
-                tried = sign * factor * largest / end.abs()
-                values = levels[_nearest(blocks, tried, levels)]
-                refit = (blocks * values).sum(-1) / values.square().sum(-1)
-                error = (blocks - refit[..., None] * values).square().sum(-1)
-                better = error < least
-                scale, least = torch.where(better, refit, scale), torch.where(better, error, least)
-    factor_R1 = scale.abs().amax(-1, keepdim=True) / 127
-    divisor = torch.where(factor_R1 > 0, factor_R1, 1.0)
-    q = torch.round(scale / divisor).clamp(-127, 127)
-    codes = _nearest(blocks, q * factor_R1, levels).to(torch.uint8).view(-1, TILE, columns)
-    of_blocks = q.to(torch.int8).view(len(codes), TILE, -1).transpose(1, 2).contiguous()
-    of_rows = factor_R1.view(len(codes), TILE)
-    parts = of_rows.view(torch.uint8), of_blocks.view(torch.uint8)
-    scales = torch.cat([part.view(len(codes), -1, 2 * TILE) for part in parts], dim=1)
-    return pack(codes, codec.bits), scales
-
-
-def _nearest(blocks: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """The levels next to the weights of each block; of a block without a scale the first."""
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return torch.bucketize(blocks * inverse[..., None], (levels[1:] + levels[:-1]) / 2)
+    codes = pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits)
+    return codes, coding.stored(scales_NX).cpu(), squares

@@ -3,12 +3,15 @@ is downloaded."""
 
 import math
 
-from slotmoe.quant.codec import NF4, Codec, ExpertCodecs
+from slotmoe.quant.codec import LUT4, NF4, Codec, ExpertCodecs
 
 ALIGNMENT = 4096
 WIDENED = ("norm", "gate")  # roles of weights that are small and used in float32
 RESIDENT_MODES = ("bf16", "int8", "mixed", "nf4")
-IN_4_BITS = {"mixed": ("matrix",), "nf4": ("matrix", "sensitive")}  # roles, by mode
+_CODED = {  # codec by mode and role
+    "mixed": {"matrix": LUT4},
+    "nf4": {"matrix": NF4, "sensitive": NF4},
+}
 
 
 def record_bytes(hidden_size: int, moe_intermediate_size: int, codecs: ExpertCodecs) -> int:
@@ -33,7 +36,7 @@ def resident_quantization(role: str, mode: str) -> str | Codec:
     """
     if mode == "bf16" or role in WIDENED:
         return "none"
-    return NF4 if role in IN_4_BITS.get(mode, ()) else "int8"
+    return _CODED.get(mode, {}).get(role, "int8")
 
 
 def resident_bytes(role: str, shape: tuple[int, ...], mode: str) -> int:

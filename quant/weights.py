@@ -42,7 +42,7 @@ def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_coded(weight_NK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """Codes and scales of a bf16, fp16 or fp32 matrix.  Raises ``nf4.NotFiniteError``."""
-    return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)
+    return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)[:2]
 
 
 def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

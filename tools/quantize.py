@@ -29,8 +29,8 @@ from slotmoe.tools.tables import table
 
 _WORKERS_HELP = "Threads that quantize. [default: all cores]"
 _CALIBRATE_HELP = (
-    "Train the predictor of experts on this UTF-8 text file, repeatable; with DST finished "
-    "already, that alone."
+    "Make codes that lose least on this UTF-8 text file, repeatable, and train the predictor of "
+    "experts on it; with DST finished already, that alone."
 )
 
 
@@ -66,9 +66,15 @@ def command(
     quantized: beyond the export that takes the disk of two of them.  Token, endpoint and cache are
     huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 
-    --calibrate reads text like what the model will read and write, and learns which experts a token
-    will use before it starts.  Where experts don't fit in memory, they are then read earlier.
-    100,000 tokens (half a megabyte) do well.
+    Codes of --codec lut have levels that are learned from the model's own weights.
+
+    --calibrate reads text like what the model will read and write, for two things.  Codes of
+    --codec lut are made so that outputs on that text lose least: the text goes through the
+    checkpoint layer by layer, which takes minutes to hours, said beforehand, and a killed run
+    resumes at its layer.
+    Then the predictor learns which experts a token will use before it starts: where experts don't
+    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub,
+    only the predictor is calibrated: --keep-source, and quantize DST.source.
 
     \b
     Examples:
@@ -95,8 +101,9 @@ def command(
         click.echo(f'Run it: slotmoe run {destination} "Your prompt"', err=True)
 
 
-def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
-    """Refuse a source or calibration texts that can't work before hours of work, not after."""
+def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | None:
+    """Refuse a source or calibration texts that can't work before hours of work, not after.
+    Returns the texts in windows of token ids."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
     read = files_of(folder)
@@ -106,11 +113,16 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> None:
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
     for note in config.notes:
         say(f"{folder}: {note}")
-    if texts:
-        from slotmoe.model.tokenizer import Tokenizer
-        from slotmoe.offload.study.calibrate import read_tokens
+    if not texts:
+        return None
+    from slotmoe.model.tokenizer import Tokenizer
+    from slotmoe.offload.ingest.calibration import WINDOW
+    from slotmoe.offload.study.calibrate import read_tokens, split
 
-        read_tokens(texts, Tokenizer(folder, config.bos_token_id, read))
+    tokenizer = Tokenizer(folder, config.bos_token_id, read)
+    width = min(WINDOW, config.max_context[0])
+    tokens = read_tokens(texts, tokenizer)
+    return [window for ids in tokens for window in split(ids, tokenizer, width)]
 
 
 def _quantize(
@@ -125,7 +137,7 @@ def _quantize(
     on_hub = is_on_hub(source, revision)
     if not on_hub:
         folder = resolve_model(source, revision)
-        _check_source(folder, texts)
+        options["calibration"] = _check_source(folder, texts)
     bars = ("Downloading", "Quantizing", f"Checking {destination}")
     try:
         with byte_bars(*bars, quiet=quiet) as (arriving, progress, checking):
@@ -135,6 +147,8 @@ def _quantize(
                 return quantize(folder, destination, **options)
             options |= {"keep_source": keep_source, "arriving": arriving}
             options["ready"] = lambda folder: _check_source(folder, texts)
+            if texts:
+                say("codes of a download are not calibrated: quantize DST.source of --keep-source")
             return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
         click.echo(err=True)

@@ -1,8 +1,8 @@
 """An export's contents: tensors by file, their precision, and the manifest that describes them."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +76,24 @@ class Contents:
         self,
         source: dict[str, Any],
         files: dict[str, Any],
+        levels: Mapping[str, Sequence[float]],
         linked_layers: dict[str, int] | None = None,
-        report: dict[str, Any] | None = None,
+        **made: Any,
     ) -> dict[str, Any]:
-        """The manifest of the export, signed.  ``files`` are its entries by file; ``linked_layers``
-        maps a layer to the one whose file it is a hard link to; ``report`` says what quantization
-        cost, where weights were quantized (``slotmoe.offload.ingest.report``)."""
+        """The manifest of the export, signed.  ``files`` are its entries by file; ``levels`` those
+        of codecs, by name, that are not the codec's own; ``linked_layers`` maps a layer to the one
+        whose file it is a hard link to; ``made`` says how weights were quantized and what that cost
+        (``report``, see ``slotmoe.offload.ingest.report``)."""
         config, codecs = self.config, self.layout.codecs
         coded = {
             name: (tensor.kind, tensor.shape)
             for name, tensor in self.tensors.items()
             if tensor.file == RESIDENT and isinstance(tensor.kind, Codec)
         }
-        table = {codec.name: codec for codec in (*codecs, *(codec for codec, _ in coded.values()))}
+        table = {
+            codec.name: replace(codec, levels=tuple(levels.get(codec.name, codec.levels)))
+            for codec in (*codecs, *(codec for codec, _ in coded.values()))
+        }
         quantization = {
             "layout": LAYOUT,
             "codecs": {name: table[name].describe() for name in sorted(table)},
@@ -102,7 +107,7 @@ class Contents:
         manifest = {
             "format_version": layout.FORMAT_VERSION,
             "source": source,
-            "quantization": quantization | ({} if report is None else {"report": report}),
+            "quantization": quantization | made,
             "experts": {
                 "layers": list(config.moe_layers),
                 "linked_layers": linked_layers or {},

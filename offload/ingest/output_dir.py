@@ -21,6 +21,7 @@ from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 _STATE = "state.json"
+HIDDEN = "hidden.safetensors"  # where ``slotmoe.offload.ingest.calibration`` goes on
 
 
 def beside(destination: Path, suffix: str) -> Path:
@@ -71,7 +72,7 @@ def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, "experts", _STATE, *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, HIDDEN, "experts", _STATE, *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 

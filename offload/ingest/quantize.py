@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,30 +21,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.offload import model_cache
+from slotmoe.model.names import split_name
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
+from slotmoe.offload.ingest.coding import Coder, learn_levels, learns
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
-from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
 from slotmoe.quant import nf4
-from slotmoe.quant.codec import DEFAULT_CODECS, TILE, Codec, ExpertCodecs
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codec import DEFAULT_CODECS, TILE, ExpertCodecs
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.shapes import RESIDENT_MODES
-from slotmoe.quant.weights import quantize_coded, quantize_int8, squared_error
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes of the source, called from worker threads."""
@@ -87,6 +84,7 @@ def quantize(
     *,
     resident: str = "auto",
     codecs: ExpertCodecs = DEFAULT_CODECS,
+    calibration: Windows | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     wait_for_lock: bool = False,
@@ -101,7 +99,8 @@ def quantize(
     Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns
     what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
-    ``notify`` gets sentences for people.
+    ``notify`` gets sentences for people.  With windows of token ids as ``calibration``, codes
+    with learned levels are made with the Hessians of that text.
 
     Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
     destination can't take the export.
@@ -116,11 +115,13 @@ def quantize(
         else:
             output_dir.check_ours(partial)
         workers = workers or min(os.cpu_count() or 1, 8)
-        job = _Job(checkpoint, partial, mode, codecs, workers, progress, shards)
+        job = _Job(checkpoint, partial, mode, codecs, workers, progress, notify, shards)
+        job.calibrate(calibration)
         with output_dir.full_disk_explained(partial):
             if existing is not None:
                 refuse_unlisted(destination, existing)
                 damaged = damaged_files(destination, existing, checking)
+                job.continue_from(destination, existing, damaged)
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
             manifest = export_of(checkpoint, mode, codecs, partial)
@@ -148,11 +149,14 @@ class _Job:
     codecs: ExpertCodecs
     workers: int
     progress: Progress
+    notify: Notify
     shards: Shards | None
 
     def __post_init__(self) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
+        self._coder, self._levels = Coder(), dict[str, list[float]]()
+        self._text: list[list[int]] | None = None
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
         self._state: dict[str, Any] = {}
@@ -163,11 +167,40 @@ class _Job:
     def run(self) -> dict[str, Any]:
         """Write every missing file, then the manifest; returns it."""
         files = self.write([*self._contents.files, *self._small_files()])
-        report = quantization_report(self._contents, self._state["squares"])
+        report = quantization_report(
+            self._contents, self._state["squares"], self._state["weighted"]
+        )
         source = self._state["identity"]["source"]
-        manifest = self._contents.manifest(source, files, report=report)
+        made: dict[str, Any] = {"report": report}
+        if self._text is not None:
+            made["calibration"] = fingerprint(self._text)
+        manifest = self._contents.manifest(source, files, self._state["levels"], **made)
         write_json(self.partial / MANIFEST, manifest)
         return manifest
+
+    def continue_from(
+        self, destination: Path, manifest: dict[str, Any], damaged: Mapping[str, str]
+    ) -> None:
+        """Make files as those of an export were made.  Raises ``ExportError`` where that takes a
+        text that is not given."""
+        quantization = manifest["quantization"]
+        self._levels = {name: item["levels"] for name, item in quantization["codecs"].items()}
+        wanted = quantization.get("calibration")
+        if wanted is None:
+            self._text = None
+        elif any(name not in COPIED for name in damaged) and wanted != self._fingerprint():
+            problem = f"{min(damaged)} is damaged, and was coded with a calibration text"
+            advice = "pass the same --calibrate files to make it again, or --overwrite"
+            raise ExportError(f"{destination}: {problem}; {advice}")
+
+    def calibrate(self, windows: Windows | None) -> None:
+        """Make codes with the Hessians of a text, where any have learned levels."""
+        kinds = (tensor.kind for tensor in self._contents.tensors.values())
+        if windows is not None and any(map(learns, kinds)):
+            self._text = chosen(windows)
+
+    def _fingerprint(self) -> str | None:
+        return None if self._text is None else fingerprint(self._text)
 
     def rebuild(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` in any case; returns their manifest entries."""
@@ -181,9 +214,11 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
             "experts": self.codecs.names(),
+            "text": self._fingerprint(),
             "source": {"name": name, "files": files},
         }
-        fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
+        fresh: dict[str, Any] = {"identity": identity, "files": {}, "written": {}, "squares": {}}
+        fresh |= {"weighted": {}, "levels": self._levels}
         state = output_dir.read_state(self.partial)
         if state is not None and state["identity"] == identity and state.keys() == fresh.keys():
             self._state = state
@@ -219,10 +254,13 @@ class _Job:
                 self._open_files[name] = closing_files.enter_context(closing(export_file))
                 if not self._left[name]:  # killed after its last tensor
                     self._finish(name)
-            if self.shards is None:
-                self._write_tensors(todo)
-            else:
+            if self.shards is not None:
                 self._write_arriving(todo, self.shards)
+            elif self._text is not None:
+                self._write_calibrated(todo, self._text)
+            else:
+                self._know_levels()
+                self._write_tensors(todo)
         small = {name: data for name, data in self._small_files().items() if name in names}
         entries = {name: self._state["files"][name] for name in weights}
         return entries | write_files(small, self.partial)
@@ -238,11 +276,45 @@ class _Job:
             by_shard.setdefault(self.checkpoint.infos[name].file, []).append(name)
         for file, path in shards.arrivals(sorted(by_shard)):
             with self.checkpoint.read_from(file, path):
+                self._know_levels()
                 self._write_tensors(by_shard[file])
-            for name, export_file in self._open_files.items():
-                export_file.sync()
-                self._state["written"][name] = dict(export_file.checksums)
+            self._save_written()
+
+    def _save_written(self) -> None:
+        """Make what unfinished files hold durable, and say so in the state."""
+        for name, export_file in self._open_files.items():
+            export_file.sync()
+            self._state["written"][name] = dict(export_file.checksums)
+        self._save_state()
+
+    def _know_levels(self) -> None:
+        """Learn levels, unless they are known."""
+        if not self._state["levels"]:
+            kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
+            self._state["levels"] = learn_levels(self.checkpoint, kinds)
             self._save_state()
+        self._coder.levels = self._state["levels"]
+
+    def _write_calibrated(self, names: list[str], text: list[list[int]]) -> None:
+        """Quantize ``names`` layer by layer, with the Hessians of a text."""
+        self._know_levels()
+        by_layer: dict[int | None, list[str]] = {}
+        for name in names:
+            by_layer.setdefault(split_name(name)[0], []).append(name)
+        self._write_tensors(by_layer.pop(None, []))
+        tensors = self._contents.tensors
+        coded = {name for name, tensor in tensors.items() if learns(tensor.kind)}
+        layers = [layer for layer in by_layer if layer is not None]
+        calibration = Calibration(self.checkpoint, text, coded, layers, self.partial, self._advance)
+        with self._lock:
+            self._total += calibration.nbytes
+        self.notify(calibration.announcement())
+        for calibrated in calibration.layers():
+            self._coder.hessians = calibrated.hessians
+            self._write_tensors(by_layer.get(calibrated.layer, []))
+            self._save_written()
+        for sentence in calibration.remarks(self._coder.uncalibrated):
+            self.notify(sentence)
 
     def _write_tensors(self, names: list[str]) -> None:
         """Quantize the tensors ``names`` to their places, in parallel."""
@@ -262,26 +334,27 @@ class _Job:
         info, file = checkpoint.infos[name], tensor.file
         export_file = self._open_files[file]
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
-        squares = [0.0, 0.0]
+        squares, weighted = [0.0, 0.0], [0.0, 0.0]
         for start in range(0, info.shape[0], step):
             piece = checkpoint.rows(name, start, min(start + step, info.shape[0]))
             if file == RESIDENT:
                 checkpoint.check_finite(name, piece)
             try:
-                outputs, weight = _quantized(piece, tensor.kind)
+                coded = self._coder.code(name, piece, tensor.kind)
             except nf4.NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
                 raise CheckpointError(f"{source}: {problem}; the file is damaged") from None
-            for part, output in zip(tensor.parts, outputs, strict=True):
+            for part, output in zip(tensor.parts, coded.outputs, strict=True):
                 export_file.write(part, output)
-            if weight is not None:
-                more = squared_error(piece, weight)
-                squares = [a + b for a, b in zip(squares, more, strict=True)]
+            squares = [a + b for a, b in zip(squares, coded.squares or (0.0, 0.0), strict=True)]
+            weighted = [a + b for a, b in zip(weighted, coded.weighted or (0.0, 0.0), strict=True)]
             self._advance(piece.nbytes)
         with self._lock:
             if tensor.kind != "none":
                 self._state["squares"][name] = squares
+            if weighted[1]:
+                self._state["weighted"][name] = weighted
             self._left[file].remove(name)
             whole = not self._left[file]
         if whole:
@@ -339,56 +412,3 @@ class _Job:
             files = sorted({self.checkpoint.infos[name].file for name in names})
             needed += self.shards.announce(files, needed, shutil.disk_usage(self.partial).free)
         check_space(self.partial, needed)
-
-
-def _quantized(
-    piece: Tensor, kind: str | Codec
-) -> tuple[tuple[Tensor, ...], Int8Weight | CodedWeight | None]:
-    """What the export holds of some rows of a weight (the rows themselves, or codes and scales),
-    and the weight that readers will see, None if that is ``piece`` itself."""
-    if kind == "int8":
-        q, scale = quantize_int8(piece)
-        return (q, scale), Int8Weight(q, scale)
-    if isinstance(kind, Codec):
-        codes, scales = quantize_coded(piece, kind)
-        shape = len(piece), piece.shape[1]
-        return (codes, scales), CodedWeight(codes, scales, levels_of(kind), shape)
-    return (piece,), None
-
-
-def cached_export(
-    source: Path,
-    cache: Path,
-    progress: Progress | None = None,
-    reading: Progress = ignore,
-    notify: Notify = ignore,
-) -> Path:
-    """Export of the checkpoint ``source`` in the folder ``cache``, quantized now if it is not there
-    yet.
-
-    It is named after the source's content (``slotmoe.offload.model_cache``), which is read,
-    ``reading(done, total)`` in bytes, when it is new here or has changed.  ``notify`` is
-    told where the export will be.
-    """
-    files = model_cache.contents(source)
-    note = model_cache.note_of(source, files, FORMAT_VERSION, cache)
-    known = model_cache.read_note(note)
-    if known is not None and model_cache.is_export(cache / known):
-        model_cache.mark_used(cache / known)
-        return cache / known
-    key = model_cache.content_key(files, FORMAT_VERSION, reading)
-    destination = model_cache.with_key(cache, key)
-    if destination is None:
-        destination = cache / f"{source.resolve().name}-{key}"
-        output_dir.make_cache(cache)
-        with open_checkpoint(source) as checkpoint:
-            config = checkpoint.config
-        size = format_size(
-            export_bytes(config, sizes_of(config, resident_mode("auto"), DEFAULT_CODECS))
-        )
-        free = format_size(shutil.disk_usage(cache).free)
-        notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")
-        quantize(source, destination, wait_for_lock=True, progress=progress or ignore)
-    model_cache.write_note(note, destination.name, source)
-    model_cache.mark_used(destination)
-    return destination

@@ -33,10 +33,12 @@ class _Family:
     weights: int = 0
     bytes: int = 0
     errors: dict[int | None, list[Squares]] = field(default_factory=lambda: defaultdict(list))
+    weighted: list[Squares] = field(default_factory=list)
 
     def row(self, name: str) -> dict[str, Any]:
         sums = {layer: _summed(self.errors[layer]) for layer in self.errors}
         by_layer = {layer: _relative(sums[layer]) for layer in sums if layer is not None}
+        calibrated = {"relative_output_error": _relative(_summed(self.weighted))}
         return {
             "family": name,
             "stored": self.stored,
@@ -45,12 +47,16 @@ class _Family:
             "relative_rms_error": _relative(_summed(sums.values())),
             "worst_layer": max(by_layer, key=by_layer.__getitem__, default=None),
             "by_layer": {str(layer): error for layer, error in sorted(by_layer.items())},
+            **(calibrated if self.weighted else {}),
         }
 
 
-def quantization_report(contents: Contents, errors: Mapping[str, Squares]) -> dict[str, Any]:
+def quantization_report(
+    contents: Contents, errors: Mapping[str, Squares], weighted: Mapping[str, Squares]
+) -> dict[str, Any]:
     """The report for an export.  ``errors`` maps the names of quantized weights to their
-    ``squared_error``; others are exact."""
+    ``squared_error``; others are exact.  ``weighted`` are those of calibrated weights in the
+    measure of their Hessians."""
     families: dict[str, _Family] = {}
     files = map(contents.parts, contents.files)
     parts = {name: part for file in files for name, part in file.items()}
@@ -66,6 +72,8 @@ def quantization_report(contents: Contents, errors: Mapping[str, Squares]) -> di
         family.bytes += sum(parts[part].nbytes for part in tensor.parts)
         if not plain:
             family.errors[layer].append(errors[name])
+        if name in weighted:
+            family.weighted.append(weighted[name])
     weights = sum(family.weights for family in families.values())
     size = sum(part.nbytes for part in parts.values())  # with padding
     ordered = sorted(families.items(), key=lambda item: (-item[1].bytes, item[0]))

@@ -61,7 +61,7 @@ def synthesize(
         small = {path.name: path.read_bytes() for path in copied}
         files |= write_files({**small, "config.json": config_path.read_bytes()}, partial)
         origin_of_weights = {"name": f"random weights of {config_path.name}", "files": {}}
-        manifest = contents.manifest(origin_of_weights, files, linked)
+        manifest = contents.manifest(origin_of_weights, files, {}, linked)
         write_json(partial / MANIFEST, manifest)
         publish(partial, destination)
         return manifest

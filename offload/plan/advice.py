@@ -181,7 +181,7 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
     """How experts are coded.  Raises ``PlanError``."""
     codecs = model.codecs or wanted or DEFAULT_CODECS
-    if wanted not in (None, codecs):
+    if wanted is not None and wanted.names() != codecs.names():  # levels are the model's own
         names = " and ".join(dict.fromkeys(codecs.names().values()))
         raise PlanError(
             f"{model.name}: its experts are {names}; quantize again for another --codec or --bits"

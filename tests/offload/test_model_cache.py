@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import quantize as ingest
-from slotmoe.offload.ingest.quantize import cached_export
+from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.plan.memory import parse_size
 from tests.support.tiny import write_checkpoint
 

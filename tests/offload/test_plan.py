@@ -37,11 +37,11 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import NF4
+from slotmoe.quant.codec import LUT4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.shapes import RESIDENT_MODES, resident_bytes, resident_quantization
+from slotmoe.quant.shapes import resident_bytes, resident_quantization
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
 from tests.support.engine import RUN
@@ -96,7 +96,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
     )
 
 
-@pytest.mark.parametrize("resident", RESIDENT_MODES)
+@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
 def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
     write_checkpoint(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "export", resident=resident)
@@ -293,7 +293,7 @@ def test_the_full_model_fits_a_24_gb_gpu(plan, ram):
     code, out, _ = plan("v2", "--gpu", "rtx-4090", "--ram", f"{ram}GiB", "--json")
     report = json.loads(out)
     assert (code, report["fits"], report["shortfall"]) == (0, True, 0)
-    assert report["resident"]["precision"] == "mixed"
+    assert report["resident"]["precision"] == "nf4"
     for tier, total in report["total"].items():
         assert total == sum(parts.get(tier, 0) for parts in report["components"].values())
         assert tier == "disk" or total <= report["budget"][tier]
@@ -475,7 +475,7 @@ def machine_column(report):
     fast = "vram" if "vram" in report["budget"] else "ram"
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
     resident = sum(parts[name].get(fast, 0) for name in names)
-    precision = report["resident"]["precision"]
+    precision = {"int8": "int8", "nf4": "NF4"}[report["resident"]["precision"]]
     others = "prefill scratch", "read buffers", "runtime", "logits", "slot table"
     rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
     below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
@@ -516,9 +516,9 @@ def test_the_pages_tables_are_what_plan_says(plan, model):
 
 
 def test_the_pages_sizes_are_what_plan_says(plan):
-    int8, mixed = (
+    int8, nf4 = (
         [json.loads(plan(m, "--ram", "64GiB", "--resident", r, "--json")[1]) for m in LITE_AND_V2]
-        for r in ("int8", "mixed")
+        for r in ("int8", "nf4")
     )
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
 
@@ -528,8 +528,8 @@ def test_the_pages_sizes_are_what_plan_says(plan):
     wanted = {
         "original checkpoint, bf16": [(r["disk"]["download"] / 1e9,) for r in int8],
         "export": [(r["disk"]["export"] / 1e9,) for r in int8],
-        "resident weights, int8 / mixed": [
-            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, mixed, strict=True)
+        "resident weights, int8 / NF4": [
+            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, nf4, strict=True)
         ],
         "all routed experts": [(r["components"]["all experts"]["disk"] / 1e9,) for r in int8],
     }
@@ -727,7 +727,7 @@ def test_mixed_residents_keep_what_4_bits_hurt_in_int8():
         if len(shape) == 2 and role_of(name) not in ("gate", "embedding"):
             bits += 8 * resident_bytes(role_of(name), shape, "mixed")
             weights += math.prod(shape)
-    in_4_bits = {name for name in kinds if kinds[name] == {NF4}}
+    in_4_bits = {name for name in kinds if kinds[name] == {LUT4}}
     shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
     assert in_4_bits == {"self_attn.q_proj", "self_attn.o_proj", *shared}
     assert bits / weights < 5.6

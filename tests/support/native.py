@@ -6,15 +6,16 @@ from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
-from slotmoe.quant import int8, nf4
+from slotmoe.quant import int8
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.codec import NF4
-from slotmoe.quant.coded import CodedWeight
+from slotmoe.quant.codec import Codec
+from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.shapes import resident_quantization
-from tests.support.slab import LEVELS, SlabExperts
+from slotmoe.quant.weights import quantize_coded
+from tests.support.slab import SlabExperts
 from tests.support.tiny import CONFIG, REMOVE, random_weights
 
 
@@ -40,8 +41,9 @@ def network_of(raw, resident, ops):
         quantization = resident_quantization(role_of(name), resident)
         if quantization == "int8":
             weight = Int8Weight(*int8.quantize(weight))
-        elif quantization is NF4:
-            weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif isinstance(quantization, Codec):
+            coded = quantize_coded(weight, quantization)
+            weight = CodedWeight(*coded, levels_of(quantization), tuple(weight.shape))
         elif weight.dim() == 1:
             weight = weight.float()
         return ops.prepare(role_of(name), weight)

@@ -88,6 +88,10 @@ class Kernels:
         self.linear, self.mlp = self._functions["linear"], self._functions["mlp"]
         self.rms_norm = self._functions["rms_norm"]
         self.weighted_sum = self._functions["weighted_sum"]
+        # of slotmoe.quant.encode and slotmoe.quant.feedback
+        self.fit_rows, self.code_rows = self._functions["fit_rows"], self._functions["code_rows"]
+        self.fit_columns = self._functions["fit_columns"]
+        self.feed_back, self.descend = self._functions["feed_back"], self._functions["descend"]
         self.attention = self._functions["attention"]  # tests hold `decode` against it
         self.isas = tuple(
             self._lib.slotmoe_isa_name(i).decode()

@@ -86,6 +86,20 @@ constexpr int64_t latent_bytes(int64_t r, int64_t p) {  // of a cache row
 
 enum class Source : int { f32 = 0, f16 = 1, bf16 = 2 };
 
+// Choosing scales and codes among levels; see encode.h.
+struct Encoder {
+    void (*fit_rows)(const void* src, Source type, int64_t n, int64_t k, const float* weights, const float* levels,
+                     const float* starts, int64_t count, int64_t block, int64_t begin, int64_t end, float* scales);
+    void (*code_rows)(const void* src, Source type, int64_t n, int64_t k, const float* scales, const float* levels,
+                      int64_t block, int64_t begin, int64_t end, uint8_t* codes);
+    void (*fit_columns)(const float* x, int64_t n, const float* weights, const float* levels, const float* starts,
+                        int64_t count, int64_t block, int64_t begin, int64_t end, float* scales);
+    void (*feed_back)(const float* x, int64_t n, const float* u, const float* scales, const float* levels,
+                      int64_t block, int64_t begin, int64_t end, float* q, float* errors);
+    void (*descend)(const float* gradient, int64_t n, const float* h, const float* scales, const float* levels,
+                    int64_t block, int64_t begin, int64_t end, float* q);
+};
+
 struct Isa {
     const char* name;
 
@@ -131,6 +145,8 @@ struct Isa {
                        int64_t end, double* sums);
 
     uint64_t (*read)(const void* memory, int64_t bytes);  // reads every byte; the sum only keeps the compiler honest
+
+    Encoder eight, sixteen;  // levels
 };
 
 extern const Isa isa_portable;

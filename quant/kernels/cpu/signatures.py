@@ -37,6 +37,7 @@ _RECORDS = "slab:pointer S:size stride:size"
 _ROWS = "cache:pointer S:size stride:size R P"
 _ABSORB = "A kv_b:i8[M,R] kv_b_scale:f32[M] N per_head:size R"
 _SOURCE = "source:source[N,K] kind:int N K"
+_LEVELS = "levels:f32[L] L"
 
 SIGNATURES = {
     # y = x W^T
@@ -67,6 +68,12 @@ SIGNATURES = {
     "quantize_nf4": f"{_SOURCE} levels:f32[16] >codes:{CODES} >absmax:{ABSMAX}",
     "quantize_int8": f"{_SOURCE} >w:i8[N,K] >scale:f32[N]",
     "coded_error": "w:bound source:source[N,K] kind:int >sums:f64[N/16,2]",
+    # of encode.h; B columns share a scale
+    "fit_rows": f"{_SOURCE} weights:f32[K] {_LEVELS} starts:f32[C] C B >scales:f32[N,X]",
+    "code_rows": f"{_SOURCE} scales:f32[N,X] {_LEVELS} B >codes:u8[N,Y]",
+    "fit_columns": f"x:f32[B,N] B N weights:f32[B] {_LEVELS} starts:f32[C] C >scales:f32[N]",
+    "feed_back": f"x:f32[B,N] B N u:f32[B,B] scales:f32[N] {_LEVELS} >q:f32[B,N] >errors:f32[B,N]",
+    "descend": f"gradient:f32[B,N] B N h:f32[B,B] scales:f32[N] {_LEVELS} q:f32[B,N]",
     "int8_error": f"{_SOURCE} w:i8[N,K] scale:f32[N] >sums:f64[N,2]",
 }
 _REFUSED = {

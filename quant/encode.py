@@ -1,0 +1,135 @@
+"""Encoding without calibration: the scale of each block and the code of each weight that give the
+least squared error among the levels of a table, ``weight = level * scale``.
+
+Lloyd's alternation from several starts: with codes given, the best scale is ``sum w l / sum l^2``;
+with a scale given, the best code is the nearest level.  Starts are scales of both signs with which
+the largest weight lies a little inside or beyond the levels; levels that are not symmetric make
+the sign worth a bit.  Native kernels and torch take sums in the same order, so they give the same
+bytes.
+
+Shape legend: N rows out, K columns in, L levels, B columns that share a scale, X blocks of a row.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.quant.kernels.cpu.signatures import source_type
+
+# Where the largest weight of a block comes to lie, in units of the largest level.
+_FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
+_REFITS = 4  # as in encode.h
+_ROUNDS, _LEAST_GAIN = 30, 2e-4  # of learning levels
+_CHUNK = 1 << 17  # weights that torch encodes at once
+
+
+def starts_of(levels_L: Tensor) -> Tensor:
+    """Factors that bring a block, its largest magnitude 1, to the levels: float32."""
+    ends = levels_L.double().abs().amax() / _FACTORS
+    return torch.cat([ends, -ends]).float()
+
+
+def fit_scales(weight_NK: Tensor, importance_K: Tensor, levels_L: Tensor, block: int) -> Tensor:
+    """The best scale of each block, float32 [N, X]; not finite where the block is not.  A weight's
+    squared error counts ``importance`` times (float32)."""
+    N, K = weight_NK.shape
+    starts = starts_of(levels_L)
+    if (native := bindings.load()) is not None:
+        sizes = {"B": block, "X": -(-K // block)}
+        kind = source_type(weight_NK)
+        return native.fit_rows(weight_NK, kind, importance_K, levels_L, starts, **sizes)
+    step = max(1, _CHUNK // K)
+    importance_1XB = _blocks(importance_K[None], block)
+    pieces = [weight_NK[start : start + step] for start in range(0, N, step)]
+    return torch.cat(
+        [fit_blocks(_blocks(piece, block), importance_1XB, levels_L, starts) for piece in pieces]
+    )
+
+
+def assign(weight_NK: Tensor, scales_NX: Tensor, levels_L: Tensor, block: int) -> Tensor:
+    """The code of each weight's nearest level, uint8 [N, X * block]; columns past K are zeros'."""
+    N, K = weight_NK.shape
+    assert scales_NX.shape == (N, -(-K // block))
+    if (native := bindings.load()) is not None:
+        kind, columns = source_type(weight_NK), scales_NX.shape[1] * block
+        return native.code_rows(weight_NK, kind, scales_NX, levels_L, B=block, Y=columns)
+    codes, step = [], max(1, _CHUNK // K)
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        blocks = _blocks(weight_NK[rows], block) * inverse_or_zero(scales_NX[rows])[..., None]
+        codes.append(nearest(blocks, levels_L).to(torch.uint8).flatten(1))
+    return torch.cat(codes)
+
+
+def learn_levels(samples: Sequence[Tensor], levels_L: Tensor, block: int) -> Tensor:
+    """Levels of least squared error on finite matrices [N, K], by Lloyd's alternation from
+    ``levels``: whole numbers in ascending order, the largest magnitude 127.  Each matrix counts
+    alike, however large its weights.  ``levels`` stay where nothing better comes out."""
+    best, least, levels = levels_L, math.inf, levels_L
+    for _ in range(_ROUNDS):
+        # Sums of s w and of s^2 by level, s a weight's scale, over the sum of w^2 of its matrix.
+        wanted, weight = torch.zeros(2, len(levels), dtype=torch.float64)
+        for sample_NK in samples:
+            K = sample_NK.shape[1]
+            scales_NX = fit_scales(sample_NK, torch.ones(K), levels, block)
+            codes = assign(sample_NK, scales_NX, levels, block)[:, :K].flatten().int()
+            scales = scales_NX.repeat_interleave(block, 1)[:, :K].flatten().double()
+            w = sample_NK.flatten().double()
+            size = w.square().sum().clamp(min=1e-300)
+            wanted += torch.bincount(codes, scales * w / size, len(levels))
+            weight += torch.bincount(codes, scales.square() / size, len(levels))
+        error = len(samples) + (levels * (levels * weight - 2 * wanted)).sum().item()
+        if error > least * (1 - _LEAST_GAIN):
+            break
+        best, least = levels, error
+        levels = torch.where(weight > 0, wanted / weight, levels.double()).sort().values
+        levels = (levels * (127 / levels.abs().max())).float()
+    best = best.round()
+    return best if bool((best.diff() > 0).all()) else levels_L
+
+
+def nearest(z: Tensor, levels_L: Tensor) -> Tensor:
+    """Index of the level nearest to each number, the lower one of two."""
+    return torch.bucketize(z.contiguous(), (levels_L[1:] + levels_L[:-1]) / 2)
+
+
+def inverse_or_zero(scale: Tensor) -> Tensor:
+    """1 / scale, 0 where that is 0."""
+    return torch.where(scale == 0, 0.0, 1.0 / scale)
+
+
+def fit_blocks(blocks: Tensor, importance: Tensor, levels_L: Tensor, starts: Tensor) -> Tensor:
+    """``fit_scales`` of float32 blocks [..., B], by torch."""
+    top = blocks.abs().amax(-1)
+    top = torch.where(top > 1e-30, top, 0.0)
+    v = blocks * inverse_or_zero(top)[..., None]
+    gain, best = torch.zeros_like(top), torch.zeros_like(top)
+    for start in [*starts.tolist(), *[None] * _REFITS]:
+        factor = inverse_or_zero(best)[..., None] if start is None else start
+        level = levels_L[nearest(v * factor, levels_L)]
+        weighted = level * importance
+        xl, ll = _sum(v * weighted), _sum(level * weighted)
+        scale = xl / ll
+        found = xl * scale
+        best = torch.where(found > gain, scale, best)
+        gain = torch.where(found > gain, found, gain)
+    return best * top + (blocks * 0.0).sum(-1)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """Sum over the last dimension, one after the other as the native kernels add."""
+    total = torch.zeros_like(terms[..., 0])
+    for j in range(terms.shape[-1]):
+        total = total + terms[..., j]
+    return total
+
+
+def _blocks(rows_NK: Tensor, block: int) -> Tensor:
+    """float32 [N, X, B], the last block filled up with zeros."""
+    N, K = rows_NK.shape
+    padded = torch.zeros(N, -(-K // block) * block)
+    padded[:, :K] = rows_NK
+    return padded.view(N, -1, block)

@@ -1,0 +1,61 @@
+// The C ABI of the encoder; see encode.h.
+#include "api.h"
+
+using namespace slotmoe;
+
+namespace {
+
+// Runs `body(encoder, begin, end)` over `tiles` of 16 rows.
+template <class Body>
+int encoding(int64_t l, int64_t block, int64_t n, int64_t k, const float* levels, Body body) {
+    bool valid = (l == 8 || l == 16) && (block == 32 || block == 64) && n >= 1 && k >= 1;
+    for (int64_t i = 0; valid && i < l; i++) valid = levels[i] - levels[i] == 0.0f;
+    if (!valid) return kBadArgument;
+    return guarded([&](Job& job, const Isa& isa) {
+        const Encoder& encoder = l == 8 ? isa.eight : isa.sixteen;
+        job.parallel(up_to(n, kTile), [&](int, int64_t begin, int64_t end) { body(encoder, begin, end); });
+        return kOk;
+    });
+}
+
+}  // namespace
+
+EXPORT int slotmoe_fit_rows(const void* src, int type, int64_t n, int64_t k, const float* weights, const float* levels,
+                            int64_t l, const float* starts, int64_t count, int64_t block, float* scales) {
+    if (type < 0 || type > 2) return kBadArgument;
+    return encoding(l, block, n, k, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.fit_rows(src, Source(type), n, k, weights, levels, starts, count, block, begin, end, scales);
+    });
+}
+
+EXPORT int slotmoe_code_rows(const void* src, int type, int64_t n, int64_t k, const float* scales, const float* levels,
+                             int64_t l, int64_t block, uint8_t* codes) {
+    if (type < 0 || type > 2) return kBadArgument;
+    return encoding(l, block, n, k, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.code_rows(src, Source(type), n, k, scales, levels, block, begin, end, codes);
+    });
+}
+
+EXPORT int slotmoe_fit_columns(const float* x, int64_t block, int64_t n, const float* weights, const float* levels,
+                               int64_t l, const float* starts, int64_t count, float* scales) {
+    if (n % kTile) return kBadArgument;
+    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.fit_columns(x, n, weights, levels, starts, count, block, begin, end, scales);
+    });
+}
+
+EXPORT int slotmoe_feed_back(const float* x, int64_t block, int64_t n, const float* u, const float* scales,
+                             const float* levels, int64_t l, float* q, float* errors) {
+    if (n % kTile) return kBadArgument;
+    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.feed_back(x, n, u, scales, levels, block, begin, end, q, errors);
+    });
+}
+
+EXPORT int slotmoe_descend(const float* gradient, int64_t block, int64_t n, const float* h, const float* scales,
+                           const float* levels, int64_t l, float* q) {
+    if (n % kTile) return kBadArgument;
+    return encoding(l, block, n, block, levels, [&](const Encoder& e, int64_t begin, int64_t end) {
+        e.descend(gradient, n, h, scales, levels, block, begin, end, q);
+    });
+}

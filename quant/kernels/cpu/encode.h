@@ -1,0 +1,184 @@
+// Choosing scales and codes of a table of levels: weight = level * scale. 16 rows are 16 lanes, so that each row's sums
+// are taken in the order of its columns, without fused multiply-adds where bytes must not depend on the instruction set.
+//
+// Shapes: a panel [block, 16] holds `block` columns of 16 rows; N rows, K columns; L levels, ascending, 8 or 16 of them.
+namespace slotmoe {
+namespace {
+
+constexpr int kRefits = 4;  // of a scale to its codes
+
+template <int L>
+struct Grid {
+    float level[L], middle[L - 1];
+    explicit Grid(const float* levels) {
+        for (int i = 0; i < L; i++) level[i] = levels[i];
+        for (int i = 0; i + 1 < L; i++) middle[i] = (levels[i] + levels[i + 1]) / 2.0f;
+    }
+    F nearest(F z) const {
+        F v = Lanes::broadcast(level[0]);
+#pragma GCC unroll 16
+        for (int i = 0; i + 1 < L; i++)
+            v = Lanes::where_greater(z, Lanes::broadcast(middle[i]), Lanes::broadcast(level[i + 1]), v);
+        return v;
+    }
+    F code(F z) const {
+        F v = Lanes::zero();
+#pragma GCC unroll 16
+        for (int i = 0; i + 1 < L; i++)
+            v = Lanes::where_greater(z, Lanes::broadcast(middle[i]), Lanes::broadcast(float(i + 1)), v);
+        return v;
+    }
+};
+
+inline F inverse_or_zero(F scale) {
+    const F zero = Lanes::zero(), size = Lanes::max(scale, Lanes::mul(scale, Lanes::broadcast(-1.0f)));
+    return Lanes::where_greater(size, zero, Lanes::div(Lanes::broadcast(1.0f), scale), zero);
+}
+
+// Columns begin..begin + block of the rows of a tile; what is beyond n rows or k columns is zero.
+inline void load_panel(const void* src, Source type, int64_t n, int64_t k, int64_t row, int64_t begin, int64_t block,
+                       float* panel) {
+    alignas(64) float v[kBlock];
+    const int64_t columns = k - begin < block ? k - begin : block;
+    for (int64_t lane = 0; lane < kTile; lane++) {
+        if (row + lane < n)
+            load_source(src, type, (row + lane) * k + begin, columns, v);
+        else
+            memset(v, 0, sizeof v);
+        for (int64_t j = 0; j < block; j++) panel[j * kTile + lane] = v[j];
+    }
+}
+
+// The scale of least squared error of each lane's block: of the starts, each a factor that brings the block, its largest
+// magnitude 1, to the levels, the one whose codes have the best scale; then codes and scale in turn. NaN for a block with
+// NaN or infinity.
+template <int L>
+inline F fit(const float* panel, const float* weights, int64_t block, const Grid<L>& grid, const float* starts,
+             int64_t count) {
+    alignas(64) float v[kBlock * kTile];
+    const F zero = Lanes::zero();
+    F top = zero, bad = zero;
+    for (int64_t j = 0; j < block; j++) {
+        const F x = Lanes::load(panel + j * kTile);
+        top = Lanes::max(top, Lanes::max(x, Lanes::mul(x, Lanes::broadcast(-1.0f))));
+        bad = Lanes::add(bad, Lanes::mul(x, zero));
+    }
+    const F most = Lanes::where_greater(top, Lanes::broadcast(1e-30f), top, zero), inverse = inverse_or_zero(most);
+    for (int64_t j = 0; j < block; j++)
+        Lanes::store(v + j * kTile, Lanes::mul(Lanes::load(panel + j * kTile), inverse));
+    F gain = zero, best = zero;
+    for (int64_t c = 0; c < count + kRefits; c++) {
+        const F factor = c < count ? Lanes::broadcast(starts[c]) : inverse_or_zero(best);
+        F xl = zero, ll = zero;
+        for (int64_t j = 0; j < block; j++) {
+            const F x = Lanes::load(v + j * kTile), level = grid.nearest(Lanes::mul(x, factor));
+            const F weighted = Lanes::mul(level, Lanes::broadcast(weights[j]));
+            xl = Lanes::add(xl, Lanes::mul(x, weighted));
+            ll = Lanes::add(ll, Lanes::mul(level, weighted));
+        }
+        const F scale = Lanes::div(xl, ll), found = Lanes::mul(xl, scale);
+        best = Lanes::where_greater(found, gain, scale, best);
+        gain = Lanes::where_greater(found, gain, found, gain);
+    }
+    return Lanes::add(Lanes::mul(best, most), bad);
+}
+
+template <int L>
+void fit_rows(const void* src, Source type, int64_t n, int64_t k, const float* weights, const float* levels,
+              const float* starts, int64_t count, int64_t block, int64_t begin, int64_t end, float* scales) {
+    const Grid<L> grid(levels);
+    const int64_t blocks = (k + block - 1) / block;
+    alignas(64) float panel[kBlock * kTile], found[kTile], padded[kBlock];
+    for (int64_t row = begin * kTile; row < end * kTile && row < n; row += kTile)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t columns = k - b * block < block ? k - b * block : block;
+            for (int64_t j = 0; j < block; j++) padded[j] = j < columns ? weights[b * block + j] : 0.0f;
+            load_panel(src, type, n, k, row, b * block, block, panel);
+            Lanes::store(found, fit(panel, padded, block, grid, starts, count));
+            for (int64_t lane = 0; lane < kTile && row + lane < n; lane++)
+                scales[(row + lane) * blocks + b] = found[lane];
+        }
+}
+
+template <int L>
+void code_rows(const void* src, Source type, int64_t n, int64_t k, const float* scales, const float* levels,
+               int64_t block, int64_t begin, int64_t end, uint8_t* codes) {
+    const Grid<L> grid(levels);
+    const int64_t blocks = (k + block - 1) / block;
+    alignas(64) float panel[kBlock * kTile], scale[kTile];
+    for (int64_t row = begin * kTile; row < end * kTile && row < n; row += kTile)
+        for (int64_t b = 0; b < blocks; b++) {
+            load_panel(src, type, n, k, row, b * block, block, panel);
+            for (int64_t lane = 0; lane < kTile; lane++)
+                scale[lane] = row + lane < n ? scales[(row + lane) * blocks + b] : 0.0f;
+            const F inverse = inverse_or_zero(Lanes::load(scale));
+            for (int64_t j = 0; j < block; j++)
+                Lanes::store(panel + j * kTile, grid.code(Lanes::mul(Lanes::load(panel + j * kTile), inverse)));
+            for (int64_t lane = 0; lane < kTile && row + lane < n; lane++)
+                for (int64_t j = 0; j < block; j++)
+                    codes[((row + lane) * blocks + b) * block + j] = uint8_t(panel[j * kTile + lane]);
+        }
+}
+
+// Below, columns are rows: x [block, N], tiles begin..end of its 16 columns; N is a multiple of 16.
+
+template <int L>
+void fit_columns(const float* x, int64_t n, const float* weights, const float* levels, const float* starts,
+                 int64_t count, int64_t block, int64_t begin, int64_t end, float* scales) {
+    const Grid<L> grid(levels);
+    alignas(64) float panel[kBlock * kTile];
+    for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
+        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(x + j * n + i));
+        Lanes::store(scales + i, fit(panel, weights, block, grid, starts, count));
+    }
+}
+
+// Round column after column of x, each one's error moved to those behind it: u is upper triangular, the inverse
+// Hessian's factor. q gets what the codes stand for, errors what `x - q` is in units of u's diagonal.
+template <int L>
+void feed_back(const float* x, int64_t n, const float* u, const float* scales, const float* levels, int64_t block,
+               int64_t begin, int64_t end, float* q, float* errors) {
+    const Grid<L> grid(levels);
+    alignas(64) float panel[kBlock * kTile];
+    for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
+        const F scale = Lanes::load(scales + i), inverse = inverse_or_zero(scale);
+        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(x + j * n + i));
+        for (int64_t j = 0; j < block; j++) {
+            const F v = Lanes::load(panel + j * kTile);
+            const F made = Lanes::mul(grid.nearest(Lanes::mul(v, inverse)), scale);
+            const F error = Lanes::div(Lanes::fma(made, Lanes::broadcast(-1.0f), v), Lanes::broadcast(u[j * block + j]));
+            Lanes::store(q + j * n + i, made);
+            Lanes::store(errors + j * n + i, error);
+            for (int64_t l = j + 1; l < block; l++) {
+                float* behind = panel + l * kTile;
+                Lanes::store(behind, Lanes::fma(error, Lanes::broadcast(-u[j * block + l]), Lanes::load(behind)));
+            }
+        }
+    }
+}
+
+// One pass over the columns of q: each gets the code of least error for its gradient, which is (W - Q) H.
+template <int L>
+void descend(const float* gradient, int64_t n, const float* h, const float* scales, const float* levels, int64_t block,
+             int64_t begin, int64_t end, float* q) {
+    const Grid<L> grid(levels);
+    alignas(64) float panel[kBlock * kTile];
+    for (int64_t i = begin * kTile; i < end * kTile; i += kTile) {
+        const F scale = Lanes::load(scales + i), inverse = inverse_or_zero(scale);
+        for (int64_t j = 0; j < block; j++) Lanes::store(panel + j * kTile, Lanes::load(gradient + j * n + i));
+        for (int64_t j = 0; j < block; j++) {
+            const F before = Lanes::load(q + j * n + i);
+            const F wanted = Lanes::fma(Lanes::load(panel + j * kTile), Lanes::broadcast(1.0f / h[j * block + j]), before);
+            const F made = Lanes::mul(grid.nearest(Lanes::mul(wanted, inverse)), scale);
+            const F change = Lanes::fma(before, Lanes::broadcast(-1.0f), made);
+            Lanes::store(q + j * n + i, made);
+            for (int64_t l = j + 1; l < block; l++) {
+                float* behind = panel + l * kTile;
+                Lanes::store(behind, Lanes::fma(change, Lanes::broadcast(-h[j * block + l]), Lanes::load(behind)));
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace slotmoe

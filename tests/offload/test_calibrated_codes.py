@@ -1,0 +1,170 @@
+"""Codes made with the Hessians of a text: layer by layer, resumed, repaired, and where a text says
+nothing."""
+
+import json
+
+import pytest
+import torch
+
+from slotmoe.errors import ExportError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.names import expert_name
+from slotmoe.offload.ingest import calibration as ingest
+from slotmoe.offload.ingest.calibration import Calibration, chosen
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.export.layout import MANIFEST, layer_file
+from tests.support.tiny import write_checkpoint
+
+LUT = EXPERT_CODECS["lut", "4"]
+
+
+class Stop(Exception):
+    pass
+
+
+def windows(count=12, width=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 4096, (count, width), generator=generator).tolist()
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_checkpoint(tmp_path / "source", num_hidden_layers=4)
+    return tmp_path / "source"
+
+
+def made(source, destination, **options):
+    quantize(source, destination, codecs=LUT, calibration=windows(), **options)
+    return {path.name: path.read_bytes() for path in destination.rglob("*") if path.is_file()}
+
+
+def families(destination):
+    report = json.loads((destination / MANIFEST).read_text())["quantization"]["report"]
+    return {row["family"]: row for row in report["families"]}
+
+
+def test_calibrated_codes_cost_less_where_it_counts(source, tmp_path):
+    """The report has the error in the Hessians' measure; the whole error is larger for that."""
+    said = []
+    made(source, tmp_path / "export", resident="mixed", notify=said.append)
+    quantize(source, tmp_path / "plain", codecs=LUT, resident="mixed")
+    calibrated, plain = families(tmp_path / "export"), families(tmp_path / "plain")
+    names = "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.shared_experts.up_proj"
+    for name in (*names, "self_attn.o_proj", "self_attn.q_b_proj"):
+        output = calibrated[name]["relative_output_error"]
+        assert 0 < output < plain[name]["relative_rms_error"], name
+        assert calibrated[name]["relative_rms_error"] > plain[name]["relative_rms_error"], name
+    assert "relative_output_error" not in plain[names[0]]
+    assert "relative_output_error" not in calibrated["embed_tokens"]
+    assert "768 tokens" in said[0]
+    assert "min for the text" in said[0]
+    assert any("of the calibration text experts got" in text for text in said)
+    with Runtime.open(tmp_path / "export", context=32) as runtime:
+        assert torch.isfinite(runtime.logits([0, 7, 300])).all()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+def test_stopped_it_resumes_to_the_same_bytes(share, source, tmp_path):
+    wanted = made(source, tmp_path / "whole", resident="mixed")
+
+    def progress(done, total):
+        if done > share * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        made(source, tmp_path / "export", resident="mixed", workers=1, progress=progress)
+    assert (tmp_path / "export.partial" / "state.json").is_file()
+    seen = []
+    found = made(
+        source,
+        tmp_path / "export",
+        resident="mixed",
+        progress=lambda done, total: seen.append(done / total),
+    )
+    assert found == wanted
+    assert max(seen) <= 1
+
+
+def test_another_text_is_another_run(source, tmp_path):
+    def progress(done, total):
+        if done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        made(source, tmp_path / "export", workers=1, progress=progress)
+    with pytest.raises(ExportError, match="--overwrite"):
+        quantize(source, tmp_path / "export", codecs=LUT, calibration=windows(seed=1))
+
+
+def test_repairing_takes_the_same_text(source, tmp_path):
+    wanted = made(source, tmp_path / "export")
+    path = tmp_path / "export" / layer_file(2)
+    damaged = bytearray(path.read_bytes())
+    damaged[-5000] ^= 255
+    path.write_bytes(damaged)
+    for options in ({}, {"calibration": windows(seed=1)}):
+        with pytest.raises(ExportError, match=r"layer-00002.*pass the same --calibrate"):
+            quantize(source, tmp_path / "export", codecs=LUT, **options)
+    assert made(source, tmp_path / "export") == wanted
+
+
+def test_a_plain_export_is_repaired_without_its_new_text(source, tmp_path):
+    quantize(source, tmp_path / "export", codecs=LUT)
+    path = tmp_path / "export" / layer_file(2)
+    wanted = path.read_bytes()
+    path.write_bytes(wanted[:-5000] + bytes(5000))
+    made(source, tmp_path / "export")
+    assert path.read_bytes() == wanted
+
+
+def test_nf4_codes_are_what_they_are(source, tmp_path):
+    codecs = EXPERT_CODECS["nf4", "4"]
+    quantize(source, tmp_path / "plain", codecs=codecs)
+    quantize(source, tmp_path / "export", codecs=codecs, calibration=windows())
+    name = layer_file(1)
+    assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert "calibration" not in json.loads((tmp_path / "export" / MANIFEST).read_text())
+
+
+def test_experts_that_no_token_reached_take_the_layers_hessian(source, tmp_path):
+    text, said = windows(1, 3), []
+    quantize(source, tmp_path / "export", codecs=LUT, calibration=text, notify=said.append)
+    (none,) = [line for line in said if "got none" in line]
+    assert int(none.split()[0]) > 0
+    assert families(tmp_path / "export")["mlp.experts.down_proj"]["relative_output_error"] > 0
+
+
+def test_hessians_that_are_not_finite_are_named(source, tmp_path, monkeypatch):
+    def broken(sums, counts):
+        return (total * float("nan") for total in sums)
+
+    monkeypatch.setattr(ingest, "_shrunk", broken)
+    said = []
+    quantize(source, tmp_path / "export", codecs=LUT, calibration=windows(), notify=said.append)
+    (line,) = [line for line in said if "no finite Hessian" in line]
+    assert "down_proj" in line
+    assert families(tmp_path / "export")["mlp.experts.down_proj"]["relative_rms_error"] < 0.1
+
+
+def test_the_stream_is_the_networks(source, tmp_path):
+    """After all layers it is what the reference path has."""
+    text = windows(2, 40)
+    with Checkpoint.open(source) as checkpoint:
+        layers = range(checkpoint.config.num_hidden_layers)
+        calibration = Calibration(checkpoint, text, set(), layers, tmp_path, lambda count: None)
+        found = list(calibration.layers())
+    assert [layer.layer for layer in found] == [0, 1, 2, 3]
+    with Runtime.open(source, quantize=False, context=64) as runtime:
+        (wanted,) = runtime.sequences[0].run(text[0])
+    assert torch.allclose(calibration.hidden_TD[:40], wanted, rtol=1e-3, atol=1e-4)
+    H = found[1].hessians[expert_name(1, 2, "down_proj")].mean_KK
+    assert torch.allclose(H, H.t(), rtol=1e-4, atol=1e-9)
+
+
+def test_as_many_windows_as_count(monkeypatch):
+    monkeypatch.setattr(ingest, "MAX_TOKENS", 100)
+    kept = chosen(windows(12, 64))
+    assert 0 < sum(map(len, kept)) <= 128
+    assert chosen(windows(1, 64)) == windows(1, 64)

@@ -1,0 +1,174 @@
+"""The encoder: scales, codes and levels of least squared error, and of least error in a Hessian's
+measure."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slotmoe.quant import encode, feedback, lut
+from slotmoe.quant.codec import LUT3, LUT4, SCALES
+from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.feedback import Hessian, NotPositiveError
+from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.quant.nf4 import NotFiniteError
+from tests.support.kernels import native, needs_native, quick, seeds
+
+CODECS = (LUT4, LUT3)
+
+
+def levels_tensor(codec):
+    return torch.tensor(codec.levels, dtype=torch.float32)
+
+
+def values(weight, codec, hessian=None):
+    codes, scales, _ = lut.quantize(weight, codec, hessian)
+    return CodedWeight(codes, scales, levels_of(codec), tuple(weight.shape)).dequantize()
+
+
+def relative_rms(weight, made):
+    return ((weight - made).square().sum() / weight.square().sum()).sqrt().item()
+
+
+@needs_native
+@quick
+@given(
+    st.integers(1, 40),
+    st.integers(1, 150),
+    seeds,
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([32, 64]),
+    st.sampled_from(CODECS),
+    st.sampled_from([1e-35, 1e-3, 300.0]),
+)
+def test_every_instruction_set_and_torch_give_the_same_bytes(N, K, seed, dtype, block, codec, size):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(N, K, generator=generator) * size).to(dtype)
+    weight[0] = 0
+    importance, levels = torch.rand(K, generator=generator), levels_tensor(codec)
+
+    def made():
+        scales = encode.fit_scales(weight, importance, levels, block)
+        return scales, encode.assign(weight, scales, levels, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bindings, "load", lambda: None)
+        wanted = made()
+    before = native.isa
+    try:
+        for isa in native.isas:
+            native.set_isa(isa)
+            assert all(map(torch.equal, made(), wanted)), isa
+    finally:
+        native.set_isa(before)
+
+
+def synthetic(name, seed, rows=160, columns=2048):
+    rng = np.random.default_rng(seed)
+    shape = rows, columns
+    drawn = rng.standard_normal(shape) if name == "normal" else rng.standard_t(5, shape)
+    return torch.from_numpy(drawn.astype(np.float32))
+
+
+@needs_native
+@pytest.mark.parametrize(("name", "bound"), [("normal", 0.073), ("t5", 0.081)])
+def test_learned_levels_serve_the_weights_they_are_learned_from(name, bound):
+    """Relative RMS error on other weights of the same distribution.  (On 512 rows those with
+    Student's t are below 0.080.)"""
+    start = levels_tensor(LUT4)
+    learned = encode.learn_levels([synthetic(name, 0)], start, SCALES[LUT4.scales].block)
+    assert (learned == learned.round()).all()
+    assert learned.abs().max() == 127
+    codec = LUT4.__class__(LUT4.name, 4, "i8", tuple(map(int, learned.tolist())))
+    weight = synthetic(name, 1)
+    assert relative_rms(weight, values(weight, codec)) < bound
+    assert relative_rms(weight, values(weight, codec)) <= relative_rms(weight, values(weight, LUT4))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(16, 64), torch.ones(16, 64), torch.eye(16, 64)])
+def test_levels_stay_where_weights_teach_none(weight):
+    start = levels_tensor(LUT4)
+    learned = encode.learn_levels([weight], start, 32)
+    assert (learned.diff() > 0).all()
+    assert torch.equal(encode.learn_levels([], start, 32), start)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 24), (17, 33), (16, 64), (40, 100)], ids=str)
+def test_codes_stand_for_the_nearest_weights(codec, shape):
+    """No code of another level, with the scale that is stored, would be nearer."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, scales, squares = lut.quantize(weight, codec)
+    coded = CodedWeight(codes, scales, levels_of(codec), shape)
+    error = (weight - coded.dequantize()).abs()
+    assert squares is None
+    for code in range(len(codec.levels)):
+        both = code if codec.bits == 4 else code * 9
+        filled = torch.full_like(codes, both * 17 if codec.bits == 4 else both)
+        if codec.bits == 3:  # the last codes of a group stand in the top bits
+            for a in range(3):
+                part = filled.view(len(filled), -1, 3, 64)
+                part[:, :, a] = both | ((both >> 2 * a & 3) << 6)
+        other = CodedWeight(filled, scales, levels_of(codec), shape).dequantize()
+        assert (error <= (weight - other).abs() * (1 + 1e-5) + 1e-6).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(bad):
+    weight = torch.ones(17, 70)
+    weight[16, 69] = bad
+    with pytest.raises(NotFiniteError):
+        lut.quantize(weight, LUT4)
+
+
+def correlated(N, K, seed=0):
+    """A weight and the Hessian of inputs that hang together."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=generator) * 0.3 + torch.eye(K)
+    x = torch.randn(4 * K, K, generator=generator) @ mix
+    weight = torch.randn(N, K, generator=generator) * 0.02
+    return weight, Hessian(x.t() @ x / len(x))
+
+
+def output_error(weight, made, hessian):
+    rest, H = weight - made, hessian.damped[: weight.shape[1], : weight.shape[1]]
+    return ((rest @ H) * rest).sum().item(), ((weight @ H) * weight).sum().item()
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_feedback_and_descent_lower_the_error_of_outputs(codec, monkeypatch):
+    weight, hessian = correlated(40, 200)
+    plain = output_error(weight, values(weight, codec), hessian)[0]
+    found = []
+    for rounds in (0, 1, 3):
+        monkeypatch.setattr(feedback, "ROUNDS", rounds)
+        codes, scales, squares = lut.quantize(weight, codec, hessian)
+        made = CodedWeight(codes, scales, levels_of(codec), (40, 200)).dequantize()
+        assert squares == pytest.approx(output_error(weight, made, hessian), rel=1e-3)
+        found.append(squares[0])
+    assert found[0] < 0.7 * plain
+    assert found[2] < found[1] < found[0]
+
+
+@needs_native
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+def test_torch_feeds_back_as_the_kernels_do(codec):
+    weight, hessian = correlated(33, 130)
+    with_kernels = lut.quantize(weight, codec, hessian)[2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bindings, "load", lambda: None)
+        by_torch = lut.quantize(weight, codec, hessian)[2]
+    assert with_kernels[0] == pytest.approx(by_torch[0], rel=0.01)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_hessian_that_is_none_is_refused(value):
+    with pytest.raises(NotPositiveError):
+        lut.quantize(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
+
+
+def test_a_weight_of_zeros_stays_zeros():
+    weight, hessian = torch.zeros(16, 70), correlated(16, 70)[1]
+    assert not values(weight, LUT4).any()
+    assert not values(weight, LUT4, hessian).any()
