@@ -135,13 +135,13 @@ class Config:
 
     @property
     def max_context(self) -> tuple[int, str]:
-        """Positions that a sequence may have, and the key that says so.  Up to ``index_topk`` an
-        indexed attention is to all positions, and beyond it this network does not compute it."""
-        limits = {"max_position_embeddings": self.max_position_embeddings}
-        if self.index_topk is not None:
-            limits["index_topk"] = self.index_topk
-        key = min(limits, key=limits.__getitem__)
-        return limits[key], key
+        """Positions that a sequence may have, and what says so.  Up to ``index_topk`` an indexed
+        attention is to all positions, and beyond it this network does not compute it."""
+        limit = self.max_position_embeddings, "max_position_embeddings"
+        if self.index_topk is None or self.index_topk >= limit[0]:
+            return limit
+        reason = "index_topk; its sparse attention beyond that is not supported, lower --context"
+        return self.index_topk, reason
 
     @property
     def notes(self) -> list[str]:
@@ -149,10 +149,10 @@ class Config:
         notes = []
         if self.text_only:
             notes.append("only the text part of this model is used")
-        limit, key = self.max_context
-        if key == "index_topk":
-            all_of_them = f"the first {limit} positions, where its sparse attention is to all"
-            notes.append(f"this model runs on {all_of_them}")
+        limit, _ = self.max_context
+        if limit < self.max_position_embeddings:
+            why = "up to index_topk its sparse attention is to all positions"
+            notes.append(f"a context has at most {limit} positions: {why}, and exact")
         return notes
 
 
@@ -210,7 +210,7 @@ def _parse(outer: dict[str, Any]) -> Config:
         values["first_k_dense_replace"] = _dense_layers(values)
     check(values, _CONFIG)
     if family.indexed:
-        check(values, {"index_topk": integer(1, MAX_INT)})
+        check(given, {"index_topk": integer(1, MAX_INT)})
     bos, eos = (_token_ids(values, key) for key in ("bos_token_id", "eos_token_id"))
     config = Config(
         family=family,
@@ -241,7 +241,8 @@ def _family(values: dict[str, Any]) -> Family:
         return FAMILIES[name]
     why = f" ({OTHERS[name]})" if isinstance(name, str) and name in OTHERS else ""
     only = ", ".join(json.dumps(known) for known in FAMILIES)
-    raise ValueError(f"model_type {json.dumps(name)[:80]} is not supported{why}, only {only}")
+    problem = f"model_type {json.dumps(name)[:80]} is not supported{why}"
+    raise ValueError(f"{problem}, only {only}; use a model of these families")
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:

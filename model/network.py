@@ -1,4 +1,5 @@
-"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE.
+"""The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, as all
+families of ``slotmoe.model.families`` have them.
 
 A pass is over tokens of one sequence, or over one token of each of several sequences.  Activations
 are float32.  Only the backend knows what a weight is made of (fp32, int8, NF4) and where it lies:

@@ -1,27 +1,27 @@
 """Text to token ids and back, and the chat template.  Tokenizer and template come from strangers.
 
-The template runs in jinja2's immutable sandbox inside a child process, because the sandbox alone
-bounds neither time nor memory; the child has limits on both and on its output.
+The template runs in jinja2's immutable sandbox inside a child process.  A tokenizer that is new
+here is parsed by a child first, because the library aborts the process on some.
 """
 
+import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
+from slotmoe.model.child import Child
 from slotmoe.model.files import ReadFile, files_in
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
 MAX_TOKENIZER_VALUES = 800_000
-# CPU time, memory and characters of one rendering
-TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT = 0.5, 64 << 20, 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
 REPLACEMENT = "\ufffd"
@@ -37,9 +37,16 @@ FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>") 
 
 class Tokenizer:
     """``tokenizer.json``; ``size`` is the number of ids it can decode (the model may have more).
-    ``read`` gives the model's files where they are not simply those of ``folder``."""
+    ``read`` gives the model's files where they are not simply those of ``folder``, and ``verdicts``
+    is where it is noted which tokenizers have been parsed before."""
 
-    def __init__(self, folder: Path, bos_token_id: int | None, read: ReadFile | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        bos_token_id: int | None,
+        read: ReadFile | None = None,
+        verdicts: Path | None = None,
+    ):
         from tokenizers import Tokenizer as Backend
 
         read, path = read or files_in(folder), folder / "tokenizer.json"
@@ -48,13 +55,8 @@ class Tokenizer:
         if data.count(b",") > MAX_TOKENIZER_VALUES:
             problem = f"more than {MAX_TOKENIZER_VALUES} values; not a real tokenizer"
             raise ConfigError(f"{path}: {problem}")
-        try:
-            self._backend = Backend.from_buffer(data)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as problem:  # the library raises bare Exception and, worse, panics
-            reason = f"not a tokenizer that the tokenizers library reads ({str(problem)[:120]})"
-            raise ConfigError(f"{path}: {reason}") from None
+        _check_parses(data, path, verdicts)
+        self._backend = Backend.from_buffer(data)
         path = folder / "tokenizer_config.json"
         found = read(path.name, MAX_SETTINGS_BYTES)
         self.settings = settings = {} if found is None else parse_json(found, path)
@@ -200,30 +202,43 @@ def _spelling(settings: dict[str, Any], name: str) -> str:
 
 
 def _render(template: str, variables: dict[str, Any]) -> str:
-    # What Python would search, without the working directory.
-    paths = [path for path in sys.path if path]
-    request = json.dumps({"paths": paths, "template": template, "variables": variables})
-    limits = map(str, (TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_OUTPUT))
-    command, data = [sys.executable, "-I", "-c", _CHILD, *limits], request.encode()
-    timeout = 60 * TEMPLATE_SECONDS  # for a machine that stands still: the child bounds CPU time
-    try:  # the environment may hold keys: a template that breaks out of the sandbox finds it empty
-        child = subprocess.run(command, input=data, capture_output=True, timeout=timeout, env={})
-    except subprocess.TimeoutExpired:
-        causes = "the machine is overloaded, or the template is hostile"
-        raise ConfigError(f"chat_template: did not finish; {causes}") from None
-    if child.returncode < 0:
-        problem = f"did not finish in {TEMPLATE_SECONDS} seconds"
-        raise ConfigError(f"chat_template: {problem}; the template is broken or hostile")
-    if child.returncode:
-        lines = child.stderr.decode(errors="replace").strip().splitlines() or ["out of memory"]
-        raise ConfigError(f"chat_template: failed ({lines[-1][:160]})")
-    return child.stdout.decode()
+    request = json.dumps({"template": template, "variables": variables})
+    return _TEMPLATE.run(request.encode()).decode()
 
 
-_CHILD = """
-import datetime, json, resource, signal, sys
-request = json.load(sys.stdin)
-sys.path[:] = request["paths"]
+def _check_parses(data: bytes, path: Path, verdicts: Path | None) -> None:
+    """Raise ``ConfigError`` unless a child process lives through parsing the tokenizer ``data``;
+    the library may abort.  One that did is noted in the folder ``verdicts``."""
+    from tokenizers import __version__
+
+    key = hashlib.sha256(__version__.encode() + b" " + data).hexdigest()
+    if verdicts is not None and (verdicts / key).is_file():
+        return
+    replace(_PARSER, what=f"{path}: the tokenizers library").run(data)
+    if verdicts is not None:
+        with suppress(OSError):  # only a child's time is lost
+            verdicts.mkdir(parents=True, exist_ok=True)
+            (verdicts / key).touch()
+
+
+_PARSER = Child(
+    "tokenizer.json",
+    """
+from tokenizers import Tokenizer
+data = sys.stdin.buffer.read()
+limit()
+tokenizer = Tokenizer.from_buffer(data)
+text = "Hello, w\\u00f6rld 12 \\u4f60\\u597d\\n"
+ids = tokenizer.encode(text, add_special_tokens=False).ids
+tokenizer.decode(ids), tokenizer.get_vocab(), tokenizer.to_str()
+""",
+    seconds=20,
+    memory=2 << 30,
+)
+_TEMPLATE = Child(
+    "chat_template",
+    """
+import datetime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 def raise_exception(message):
     raise ValueError(message)
@@ -235,15 +250,16 @@ loops = ["jinja2.ext.loopcontrols"]
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
 environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
 environment.filters["tojson"] = tojson
-seconds, memory, limit = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills
-memory += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+request, most = json.load(sys.stdin), 4 << 20
+limit()
 parts, size = [], 0
 for part in environment.from_string(request["template"]).generate(**request["variables"]):
     size += len(part)
-    if size > limit:
-        raise ValueError(f"more than {limit} characters of output")
+    if size > most:
+        raise ValueError(f"more than {most} characters of output")
     parts.append(part)
 sys.stdout.buffer.write("".join(parts).encode())
-"""
+""",
+    seconds=0.5,
+    memory=64 << 20,
+)

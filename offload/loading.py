@@ -45,7 +45,7 @@ from slotmoe.offload.policy.cache import Cache, make_cache
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
-from slotmoe.offload.source import eos_token_ids
+from slotmoe.offload.source import eos_token_ids, open_tokenizer
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
@@ -182,7 +182,7 @@ class _Loader:
         self._config = config_among(read, self._folder)
         self._context = choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
-        return Tokenizer(self._folder, self._config.bos_token_id, read)
+        return open_tokenizer(self._config, read, self._folder)
 
     def _budgets(self) -> tuple[int, int | None]:
         """Bytes of the device tier that may be used, and of RAM below a GPU: as asked, or nine

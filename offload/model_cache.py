@@ -164,8 +164,12 @@ def remove(cache: Path, wanted: str) -> list[Cached]:
 
 def facts(cached: Cached) -> dict[str, Any]:
     """The same for JSON."""
-    used = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(cached.used))
-    return asdict(cached) | {"used": used}
+    return asdict(cached) | {"used": timestamp(cached.used)}
+
+
+def timestamp(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601 writes them."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _json(path: Path) -> dict[str, Any]:

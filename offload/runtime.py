@@ -22,6 +22,7 @@ from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
+from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.source import resolve_model
 from slotmoe.offload.tiers.cuda import choose_device
 from slotmoe.quant.export.layout import MANIFEST
@@ -30,7 +31,8 @@ _ROWS_OF_TEXT = 128  # rows of logits made at once; a prefill pass takes a multi
 
 
 class Runtime:
-    """An open model.  ``generate`` and ``logits`` use the first of its ``sequences``.
+    """An open model.  ``generate`` and ``logits`` use the first of its ``sequences``; ``sessions``
+    is None until ``keep_in``.
 
     It computes for one thread at a time: another one gets a ``ConfigError`` meanwhile, as does
     every use after ``close``, and in a child that was forked.  Ctrl-C in the main thread ends a
@@ -43,6 +45,7 @@ class Runtime:
         self.config, self.tokenizer, self.plan = model.config, model.tokenizer, model.plan
         self.eos_token_ids, self.device = model.eos_token_ids, model.device.device
         self._sequences = [Sequence(self.passes, cache) for cache in model.caches]
+        self.sessions: Sessions | None = None
         self._trace: TraceWriter | None = None
 
     @classmethod
@@ -141,6 +144,22 @@ class Runtime:
                     yield logits_RV
             position += len(hidden_TD)
 
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt or, with ``chat``, of a user's message in the model's chat
+        template.  Raises as ``check_length`` does."""
+        self.check_length(len(text))
+        message = {"role": "user", "content": text}
+        return self.tokenizer.encode(self.tokenizer.chat([message]) if chat else text)
+
+    def check_length(self, characters: int) -> None:
+        """Raise ``PlanError`` where no context can hold a text of so many ``characters``; to find
+        out how many tokens a long text has takes seconds and memory."""
+        context, longest = self.context, self.tokenizer.longest
+        if characters > context * longest:
+            held = f"the context holds {context} tokens of at most {longest} characters"
+            advice = or_more_context("shorten the prompt", self.config, context)
+            raise PlanError(f"the prompt has {characters} characters, and {held}; {advice}")
+
     def generate(
         self,
         prompt: str | list[int],
@@ -166,8 +185,7 @@ class Runtime:
             )
         sampling, sequence = Sampling(temperature, top_p, top_k, seed), self.sequences[0]
         if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.encode(self.tokenizer.chat(messages) if chat else prompt)
+            prompt = self.encode(prompt, chat)
         check_ids(prompt)
         prompt = [*prompt]
         held = self._begin(prompt, len(prompt) + 1, reuse=True)
@@ -180,7 +198,9 @@ class Runtime:
                     raise ConfigError(SUPERSEDED)
                 logits_1V = sequence.extend(ids)
                 held = sequence.tokens
-                return logits_1V
+            if self.sessions is not None:
+                self.sessions.keep(sequence, added=len(ids))
+            return logits_1V
 
         room, eos = sequence.context - len(prompt), self.eos_token_ids
         count = room if max_new_tokens is None else min(max_new_tokens, room)
@@ -216,7 +236,23 @@ class Runtime:
             # The last token is computed in any case: its logits are needed.
             kept = shared_prefix(sequence.tokens, ids[:-1]) if reuse else 0
             sequence.cut(kept)
-            return sequence.tokens
+        if reuse and self.sessions is not None:
+            self.sessions.restore(sequence, ids[:-1])
+        return sequence.tokens
+
+    def keep_in(
+        self, folder: str | Path, limit: int | str = DEFAULT_LIMIT, notify: Notify = ignore
+    ) -> None:
+        """Keep the latents of texts in ``folder`` from now on, at most ``limit`` bytes of them, and
+        compute nothing again that is there of a prompt.  ``notify`` gets a line where a file is
+        damaged or can't be written.  Raises ``ConfigError`` or ``PlanError``."""
+        self.sessions = Sessions(self.model, Path(folder), limit, notify)
+
+    def keep(self) -> None:
+        """Keep the text that ``generate`` made last, which may have been interrupted, to its last
+        token; the blocks of 64 tokens that it has filled are there already."""
+        if self.sessions is not None:
+            self.sessions.keep(self.sequences[0])
 
     @property
     def model(self) -> LoadedModel:
@@ -256,7 +292,8 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, and ``device``: which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, and ``device``:
+        which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -274,6 +311,8 @@ class Runtime:
             stats |= model.experts.stats()
         if model.store is not None:
             stats["io"] = model.store.stats()
+        if self.sessions is not None:
+            stats["sessions"] = self.sessions.stats()
         return stats
 
     def close(self) -> None:

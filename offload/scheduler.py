@@ -3,7 +3,7 @@
 One step decodes a token of every running request in one pass, so an expert that is brought for one
 serves all, then takes a piece of one waiting prompt, so that none starves.  The latents that a
 finished request leaves behind are reused by a later prompt of the same owner that begins with the
-same tokens.
+same tokens; where the runtime has sessions, also those that are on disk.
 """
 
 import threading
@@ -155,9 +155,12 @@ class Scheduler:
         if decoding:
             self._decode(decoding)
         with self._work:  # so that ``submit`` counts a request as waiting or as running
-            if self._filling is None and self._waiting and self._free:
+            starts = self._filling is None and bool(self._waiting and self._free)
+            if starts:
                 self._start(self._waiting.popleft())
         if self._filling is not None:
+            if starts:
+                self._restore(self._filling)
             self._fill(self._filling, shared=bool(decoding))
         self.totals.steps += 1
 
@@ -193,7 +196,19 @@ class Scheduler:
         self._free.remove(taken)
         self._owners[taken], self._running[job] = job.owner, taken
         job.reused, job.started, self._filling = length, time.monotonic(), job
-        self.totals.reused_tokens += length
+
+    def _restore(self, job: Job) -> None:
+        """Add what is on disk of the prompt, behind what is in memory."""
+        if self._runtime.sessions is not None and not job.scored:
+            sequence, wanted = self._running[job], job.prompt[:-1]
+            job.reused += self._runtime.sessions.restore(sequence, wanted, job.owner)
+        self.totals.reused_tokens += job.reused
+
+    def _keep(self, job: Job, sequence: Sequence, added: int | None = None) -> None:
+        """Keep what the request's sequence holds on disk, or the blocks that so many tokens have
+        filled."""
+        if self._runtime.sessions is not None:
+            self._runtime.sessions.keep(sequence, job.owner, added)
 
     def _fill(self, job: Job, shared: bool) -> None:
         """Append a piece of the prompt; after the last one comes the first token."""
@@ -204,6 +219,7 @@ class Scheduler:
         self.totals.prompt_tokens += len(piece)
         if logits_V is None:
             return
+        self._keep(job, sequence, added=len(piece))
         if sequence.length == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
             self._take(job, logits_V)
@@ -228,8 +244,9 @@ class Scheduler:
     def _decode(self, jobs: list[Job]) -> None:
         sequences = [self._running[job] for job in jobs]
         logits_TV = self._runtime.append_each(sequences, [job.answer.ids[-1] for job in jobs])
-        for job, logits_V in zip(jobs, logits_TV.cpu(), strict=True):
+        for job, sequence, logits_V in zip(jobs, sequences, logits_TV.cpu(), strict=True):
             self._take(job, logits_V)
+            self._keep(job, sequence, added=1)
 
     def _take(self, job: Job, logits_V: Tensor) -> None:
         """Choose the request's next token."""
@@ -256,11 +273,13 @@ class Scheduler:
         self._finish(job, Delta("", (), "error", error=_DEFECT))
 
     def _finish(self, job: Job, piece: Delta) -> None:
-        self._free.append(self._running.pop(job))
+        sequence = self._running.pop(job)
+        self._free.append(sequence)
         if self._filling is job:
             self._filling = None
         self._seconds += 0.2 * (time.monotonic() - job.started - self._seconds)
         self._emit(job, piece)
+        self._keep(job, sequence)
 
     def _emit(self, job: Job, piece: Delta) -> None:
         if piece.finish is not None:
@@ -278,3 +297,6 @@ class Scheduler:
             self._waiting.clear()
         for job in jobs:
             self._emit(job, job.answer.end(finish, error))
+        if self.problem is None:
+            for job, sequence in self._running.items():
+                self._keep(job, sequence)

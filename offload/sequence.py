@@ -182,6 +182,20 @@ class Sequence:
                 self.cache.copy(source.cache, length)
             self.tokens = tokens
 
+    def latents(self, start: int, end: int) -> Tensor:
+        """Bytes of the latents of those positions, uint8 [L, end - start, B] in RAM."""
+        with self._passes.using():
+            return self.cache.layers[:, start:end].cpu().contiguous().view(torch.uint8)
+
+    def append_latents(self, ids: list[int], rows_LTB: Tensor) -> None:
+        """Append ``ids`` whose latents were computed before: what ``latents`` gave of them."""
+        with self._passes.using():
+            tokens = self.tokens + ids
+            self._passes.changes += 1
+            self.cache.layers[:, self.length : len(tokens)].view(torch.uint8).copy_(rows_LTB)
+            self.cache.written = max(self.cache.written, len(tokens))
+            self.tokens = tokens
+
     def fill(self, depth: int) -> None:
         """Become ``depth`` unknown tokens with random latents: for measurements."""
         model, generator = self._passes.model, torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """A model as it lies on disk: an export, a checkpoint folder, or a GGUF file."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ def read_model(path: Path) -> tuple[Config, Tokenizer]:
     """Config and tokenizer of the model at ``path``.  Raises as ``open_source`` does."""
     with open_source(path) as source:
         config = config_among(source.small_file, path)
-        return config, Tokenizer(path, config.bos_token_id, source.small_file)
+        return config, open_tokenizer(config, source.small_file, path)
+
+
+def open_tokenizer(config: Config, read: ReadFile, path: Path) -> Tokenizer:
+    """The tokenizer of the model at ``path``.  Raises ``ConfigError``."""
+    verdicts = None
+    with suppress(ConfigError):  # without a cache folder each is parsed anew
+        verdicts = cache_folder() / "tokenizers"
+    return Tokenizer(path, config.bos_token_id, read, verdicts)
 
 
 def eos_token_ids(config: Config, read: ReadFile, path: Path) -> tuple[int, ...]:

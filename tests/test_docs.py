@@ -42,9 +42,9 @@ def check_usage(arguments):
         raise click.UsageError(f"too many arguments: {rest}")
     for parameter in command.params:
         value = values.get(parameter.name)
-        if not isinstance(parameter.type, click.Path) and "$" not in str(value):
-            parameter.type_cast_value(inner, value)
         missing = value is None or parameter.value_is_missing(value)
+        if not (missing or isinstance(parameter.type, click.Path) or "$" in str(value)):
+            parameter.type_cast_value(inner, value)
         if parameter.required and missing and UNKNOWN not in arguments:
             raise click.MissingParameter(ctx=inner, param=parameter)
 

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import slotmoe.model.tokenizer as tokenizer_module
 from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.child import Child
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import resident_shapes
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
@@ -638,7 +641,8 @@ def test_a_template_that_breaks_out_finds_no_keys(checkpoint, monkeypatch, tmp_p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     tokenizer, messages = Tokenizer(checkpoint, 0), [{"role": "user", "content": "hi"}]
     assert tokenizer.chat(messages).endswith("User: hi\n\nAssistant:")
-    monkeypatch.setattr("slotmoe.model.tokenizer._CHILD", "import os; print(os.environ)")
+    printing = replace(tokenizer_module._TEMPLATE, program="import os; print(os.environ)")
+    monkeypatch.setattr(tokenizer_module, "_TEMPLATE", printing)
     printed = tokenizer.chat(messages)
     assert "environ" in printed
     assert "hf_secret" not in printed
@@ -671,7 +675,15 @@ def charsmap(folder):
     )
 
 
+def aborts(folder):
+    """The library cuts a merged token inside a character, panics, and once more on its way out."""
+    vocab = {"a": 0, "é": 1, "aé": 2}
+    model = {"type": "BPE", "continuing_subword_prefix": "x", "vocab": vocab, "merges": ["a é"]}
+    edit_json(folder / "tokenizer.json", lambda values: values.update(model=model))
+
+
 TOKENIZERS = {
+    "library-aborts": aborts,
     "missing": lambda folder: (folder / "tokenizer.json").unlink(),
     "empty": write("tokenizer.json", b""),
     "not-json": write("tokenizer.json", b"{"),
@@ -699,6 +711,20 @@ TOKENIZERS = {
 def test_broken_tokenizer(name, checkpoint):
     TOKENIZERS[name](checkpoint)
     refused(lambda: Tokenizer(checkpoint, 0), "tokenizer", kind=ConfigError)
+
+
+def test_a_tokenizer_is_parsed_by_a_child_once(checkpoint, tmp_path, monkeypatch):
+    started, run = [], Child.run
+    monkeypatch.setattr(Child, "run", lambda *given: started.append(given) or run(*given))
+    verdicts = tmp_path / "new" / "verdicts"
+    for _ in range(2):
+        Tokenizer(checkpoint, 0, verdicts=verdicts)
+    assert len(started) == len(list(verdicts.iterdir())) == 1
+    aborts(checkpoint)
+    refused(lambda: Tokenizer(checkpoint, 0, verdicts=verdicts), "crashed", kind=ConfigError)
+    (tmp_path / "file").touch()  # where no verdict can be kept
+    refused(lambda: Tokenizer(checkpoint, 0, verdicts=tmp_path / "file" / "x"), kind=ConfigError)
+    assert len(started) == 3
 
 
 def resign(folder, change):

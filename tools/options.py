@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,8 @@ from slotmoe.quant.shapes import RESIDENT_MODES
 from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
+TOO_LONG = f"has more than {MAX_PROMPT_BYTES >> 20} MiB; no context holds that, shorten it"
 
 
 def option(names: str, metavar: str | None, help: str, **rest: Any) -> Decorator:
@@ -63,6 +65,7 @@ class Command(click.Command):
 
 _GROUPS = {  # title -> the parameters' names
     "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
+    "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
         "device ram vram context threads slots cache_policy misses no_prefetch kernels"
     ),
@@ -159,6 +162,19 @@ chat_options = _adding([*_sampling(_length(1024), temperature=0.3, top_p=0.95), 
 """Adds the options of a chat's answers, with the defaults that DeepSeek gives its chat models."""
 
 
+_SESSION_HELP = (
+    "Keep this text or conversation on disk under a name, and go on with what is there; its "
+    "messages and what the model computed of them can be read by this user."
+)
+SESSION = option("--session", "NAME", _SESSION_HELP)
+_DIR_HELP = "Folder of the sessions. [default: $SLOTMOE_CACHE/sessions]"
+SESSION_DIR = option("--session-dir", "DIR", _DIR_HELP, type=Path)
+_LIMIT_HELP = "Most bytes of latents there; what was unused for longest goes first."
+SESSION_LIMIT = option("--session-limit", "SIZE", _LIMIT_HELP, default="8GiB")
+session_options = _adding([SESSION, SESSION_DIR, SESSION_LIMIT])
+"""Adds the options that ``slotmoe.tools.sessions`` reads."""
+
+
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.generate`` takes of ``generation_options``, removed from ``options``."""
     arguments = {name: options.pop(name) for name in ("max_new_tokens", *SAMPLING, "chat")}
@@ -181,11 +197,14 @@ def prompt_text(prompt: str | None, file: Path | None = None) -> str:
     ``ConfigError``."""
     if file is None and prompt != "-":
         return prompt or ""
+    place = "stdin" if file is None else file
     try:
-        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        with nullcontext(sys.stdin.buffer) if file is None else open(file, "rb") as source:
+            data = source.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{place}: the prompt {TOO_LONG}")
         return data.decode()
     except UnicodeDecodeError:
-        place = "stdin" if file is None else file
         raise ConfigError(f"{place}: the prompt is not valid UTF-8 text") from None
 
 

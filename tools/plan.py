@@ -66,10 +66,11 @@ def command(
     """Say whether MODEL fits, what goes to which tier, and how fast it will be.  No weights are
     needed.
 
-    MODEL is v2, v2.5 or coder-v2 (236B), v2-lite or coder-v2-lite (16B), sample, an export, a
-    checkpoint folder, a GGUF file, the path of a config.json, or a hub id, of which the config
-    alone is fetched.  Speeds come from bandwidths: those given here, those that slotmoe bench
-    --calibrate has measured on this machine, or assumptions; the report says which.
+    MODEL is a geometry (v2-lite, coder-v2-lite, moonlight, glm-4.7-flash, mistral-small-4, v2,
+    v2.5, coder-v2, v3, r1, v3.1, v3.2, glm-5, kimi-k2, sample), an export, a checkpoint folder, a
+    GGUF file, the path of a config.json, or a hub id, of which the config alone is fetched. Speeds
+    come from bandwidths: those given here, those that slotmoe bench --calibrate has measured on
+    this machine, or assumptions; the report says which.
 
     If the model does not fit, the exit code is 1, and the report names the shortfall and the
     cheapest ways out.  Without options for another machine (--gpu, budgets, bandwidths) the free
@@ -178,6 +179,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(table)
     lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]
     lines += _outlook(report) if report["fits"] else ["Ways out, the cheapest first:"]
     lines += [f"  {number}. {way}" for number, way in enumerate(report["ways_out"], 1)]
     for line in lines:

@@ -3,8 +3,9 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +23,14 @@ from slotmoe.tools.options import (
     option,
     prompt_text,
     runtime_options,
+    say,
+    session_options,
 )
 from slotmoe.tools.screen import Reading, echo_of, is_terminal, visible
+from slotmoe.tools.sessions import go_on, open_session
+
+if TYPE_CHECKING:
+    from slotmoe.offload.sessions.names import NamedSession
 
 
 @click.command(name="run", cls=Command)
@@ -31,6 +38,7 @@ from slotmoe.tools.screen import Reading, echo_of, is_terminal, visible
 @click.argument("prompt", cls=Prompt)
 @option("--file", "FILE", "Take the prompt from a UTF-8 file.", type=EXISTING, is_eager=True)
 @generation_options
+@session_options
 @runtime_options
 @VERBOSE
 @JSON
@@ -44,19 +52,29 @@ def command(
     folder ($SLOTMOE_CACHE, default ~/.cache/slotmoe; see slotmoe list). PROMPT '-' reads the prompt
     from stdin. On a terminal a continuation begins with its prompt, dimmed.
 
+    With --session the text, or with --chat the conversation, is kept on disk: the next PROMPT goes
+    on where it ended, and nothing of it is computed again. See docs/sessions.md.
+
     \b
     Examples:
       slotmoe run sample "It is a truth universally acknowledged, that"
       slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
       slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
       slotmoe run v2-export --ram 16GiB --file prompt.txt --json
+      slotmoe run v2-export --ram 16GiB --session novel --file chapter-1.txt
     """
     as_json, verbose = options.pop("as_json"), options.pop("verbose")
     text, arguments = prompt_text(prompt, file), generation_arguments(options)
-    with open_runtime(model, options, quiet=as_json) as runtime:
+    notify: Callable[[str], None] = (lambda text: None) if as_json else say
+    with (
+        open_session(options, "chat" if arguments["chat"] else "text") as session,
+        open_runtime(model, options, quiet=as_json) as runtime,
+    ):
+        go_on(session, runtime, options, notify)
         if trace is not None:
             runtime.trace(trace)
-        continuation, stopped = Continuation(runtime, text, arguments, quiet=as_json), None
+        continuation = Continuation(runtime, text, arguments, as_json, session)
+        stopped = None
         try:
             continuation.run()
         except KeyboardInterrupt as stop:
@@ -74,20 +92,34 @@ def command(
 
 class Continuation:
     """What ``slotmoe run`` does with an open model: its ``tokens`` so far are printed as they
-    come, unless ``quiet``.  ``arguments`` are those of ``Runtime.generate``."""
+    come, unless ``quiet``.  ``arguments`` are those of ``Runtime.generate``.  What is generated
+    goes on with ``session``, and is kept in it."""
 
-    def __init__(self, runtime: Any, prompt: str, arguments: dict[str, Any], quiet: bool):
+    def __init__(
+        self,
+        runtime: Any,
+        prompt: str,
+        arguments: dict[str, Any],
+        quiet: bool,
+        session: "NamedSession | None" = None,
+    ):
         self._runtime, self._prompt, self._quiet = runtime, prompt, quiet
         self._arguments, self.tokens = arguments, list[Any]()
         self._first_seconds: float | None = None
         self._ended = False
+        self._session, self._chat = session, arguments.pop("chat")
+        self._saved = saved = None if session is None else session.saved
+        earlier = [] if saved is None else saved.messages
+        if self._chat:
+            self._messages = [*earlier, _message("user", prompt)]
+        else:
+            before = earlier[0]["content"] if earlier else ""
+            self._messages = [_message("text", before + prompt)]
 
     def run(self) -> None:
         """Generate until it ends or is interrupted."""
         on_terminal = not self._quiet and is_terminal(sys.stdout)
-        tokenizer, chat = self._runtime.tokenizer, self._arguments.pop("chat")
-        messages = [{"role": "user", "content": self._prompt}]
-        ids = tokenizer.encode(tokenizer.chat(messages) if chat else self._prompt)
+        ids = self._ids()
         reading, started = Reading(self._runtime, self._quiet), time.perf_counter()
         reading.begin(len(ids))
         try:
@@ -95,7 +127,7 @@ class Continuation:
                 if not self.tokens:
                     self._first_seconds = time.perf_counter() - started
                     reading.end()
-                    if on_terminal and not chat:
+                    if on_terminal and not self._chat:
                         print(echo_of(self._prompt), end="")
                 self.tokens.append(token)
                 if not self._quiet:
@@ -103,6 +135,35 @@ class Continuation:
             self._ended = True
         finally:
             reading.end()
+            self._keep(ids)
+
+    def _ids(self) -> list[int]:
+        """The prompt's tokens, behind those of the session; another model has other tokens."""
+        tokenizer, saved, ids = self._runtime.tokenizer, self._saved, list[int]()
+        self._runtime.check_length(len(self._prompt))
+        if self._chat:
+            ids += tokenizer.encode(tokenizer.chat(self._messages))
+        elif saved is not None and saved.root == self._runtime.sessions.root():
+            ids += [*saved.tokens, *tokenizer.encode(self._prompt, add_bos=False)]
+        else:
+            ids += tokenizer.encode(self._messages[0]["content"])
+        return ids
+
+    def _keep(self, ids: list[int]) -> None:
+        """Keep what was computed, and the text if some of it is new."""
+        if self._session is None:
+            return
+        self._runtime.keep()
+        if self.tokens:
+            from slotmoe.offload.sessions.names import Saved
+
+            text = "".join(token.text for token in self.tokens)
+            if self._chat:
+                kind, messages = "chat", [*self._messages, _message("assistant", text.strip())]
+            else:
+                kind, messages = "text", [_message("text", self._messages[0]["content"] + text)]
+            tokens = [*ids, *(token.id for token in self.tokens)]
+            self._session.save(Saved(self._runtime.sessions.root(), tokens, kind, messages))
 
     def report(self) -> dict[str, Any]:
         """One JSON-able object.  ``finish_reason`` is ``stop`` (the model ended the text),
@@ -137,6 +198,10 @@ class Continuation:
         return " · ".join([*facts, of_budget(report["memory"])])
 
 
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def of_budget(memory: dict[str, Any]) -> str:
     """Peak and budget of the device's memory, as in ``4.1 of 5.0 GiB``."""
     peak = format_size(memory["peak_vram" if memory["tier"] == "vram" else "peak_rss"])
@@ -159,6 +224,8 @@ def summary(stats: dict[str, Any]) -> str:
         if speed is not None:
             count, seconds = stats["tokens"][f"{kind}_tokens"], stats["tokens"][f"{kind}_seconds"]
             facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
+    if "sessions" in stats:
+        facts.append(f"{stats['sessions']['restored_tokens']} tokens from disk")
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"

@@ -27,7 +27,8 @@ def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> 
     """Write an export of GEOMETRY with random weights to DST: its speed and memory are a real
     model's, its text is noise.
 
-    GEOMETRY is v2 (236B), v2-lite (16B), sample, or the path of a config.json.
+    GEOMETRY is a name that slotmoe plan knows, like v2-lite (16B), glm-4.7-flash (30B), v2 (236B)
+    or v3 (671B), or the path of a config.json.
 
     \b
     Examples:

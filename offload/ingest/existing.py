@@ -28,12 +28,6 @@ def export_of(checkpoint: Checkpoint, mode: str, folder: Path) -> dict[str, Any]
     return manifest if same and manifest["quantization"]["resident"] == mode else None
 
 
-def has_sizes(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every file of the export is there with its size."""
-    paths = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-
 def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
     GB would double the time.  Raises ``CheckpointError``."""

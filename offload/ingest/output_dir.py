@@ -17,7 +17,10 @@ from typing import Any
 from slotmoe.errors import ExportError
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
-from slotmoe.quant.export.writer import sync_folder
+from slotmoe.quant.export.validate import manifest_checksum, read_manifest
+from slotmoe.quant.export.writer import sync_folder, write_json
+
+_STATE = "state.json"
 
 
 def beside(destination: Path, suffix: str) -> Path:
@@ -29,9 +32,23 @@ def beside(destination: Path, suffix: str) -> Path:
 
 
 def finished_manifest(destination: Path) -> dict[str, Any] | None:
-    """The manifest of an export that another process has just made, unchecked, or None."""
-    path = destination / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
+    """The manifest of an export that another process has just made, or None."""
+    return read_manifest(destination) if (destination / MANIFEST).is_file() else None
+
+
+def read_state(partial: Path) -> dict[str, Any] | None:
+    """What ``write_state`` wrote; None if nothing is there, or if it is not as it was written."""
+    try:
+        state = json.loads((partial / _STATE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(state, dict) and state.pop("checksum", None) == manifest_checksum(state)
+    return state if whole else None
+
+
+def write_state(partial: Path, state: dict[str, Any]) -> None:
+    """Replace what is noted of unfinished work, durably and never half."""
+    write_json(partial / _STATE, {"checksum": manifest_checksum(state), **state})
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -54,7 +71,7 @@ def check_ours(folder: Path) -> None:
     """Raise ``ExportError`` if ``folder``, soon to be emptied, holds what no export has."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     predictors = [name for name in names if is_predictor(name.removesuffix(".tmp"))]
-    ours = [*COPIED, MANIFEST, RESIDENT, "experts", "state.json", *predictors]
+    ours = [*COPIED, MANIFEST, RESIDENT, "experts", _STATE, *predictors]
     refuse_foreign(folder, ours, "which no export has, so it is never emptied")
 
 

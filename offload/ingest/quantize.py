@@ -9,7 +9,6 @@ are durable, so a killed run resumes to the same bytes.  The last act is to rena
 ``DST``.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -30,15 +29,16 @@ from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.contents import Contents, write_files
-from slotmoe.offload.ingest.existing import export_of, has_sizes, repair, source_files
+from slotmoe.offload.ingest.existing import export_of, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
 from slotmoe.quant import nf4
 from slotmoe.quant.export import writer
 from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
+from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
-from slotmoe.quant.export.verify import damaged_files
+from slotmoe.quant.export.verify import damaged_files, span_checksums
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
@@ -123,7 +123,7 @@ def quantize(
                 return repair(destination, existing, damaged, partial, job.rebuild, notify)
             # A run that was killed before the last rename has left a whole export.
             manifest = export_of(checkpoint, mode, partial)
-            if manifest is None or not has_sizes(partial, manifest):
+            if manifest is None or damaged_files(partial, manifest, checking):
                 job.load_state(overwrite)
                 manifest = job.run()
             wanted = {partial / name for name in (MANIFEST, *manifest["files"])}
@@ -131,6 +131,8 @@ def quantize(
                 if path.is_file() and path not in wanted:
                     path.unlink()
             writer.sync_folder(partial)
+            with Export.open(partial):  # before it replaces anything
+                pass
             output_dir.publish(partial, destination)
         return manifest
 
@@ -179,18 +181,11 @@ class _Job:
             "source": {"name": name, "files": files},
         }
         fresh = {"identity": identity, "files": {}, "written": {}, "squares": {}}
-        try:
-            state = json.loads((self.partial / "state.json").read_text())
-        except (OSError, ValueError):
-            state = None
-        if (
-            isinstance(state, dict)
-            and state.get("identity") == identity
-            and state.keys() == fresh.keys()
-        ):
+        state = output_dir.read_state(self.partial)
+        if state is not None and state["identity"] == identity and state.keys() == fresh.keys():
             self._state = state
             return
-        if state and not overwrite:
+        if state is not None and not overwrite:
             problem = "was begun from another source or with other options"
             advice = "pass --overwrite to start anew, or remove it"
             raise ExportError(f"{self.partial}: {problem}; {advice}")
@@ -198,7 +193,7 @@ class _Job:
         self._state = fresh
 
     def _save_state(self) -> None:
-        write_json(self.partial / "state.json", self._state)
+        output_dir.write_state(self.partial, self._state)
 
     def write(self, names: list[str]) -> dict[str, Any]:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
@@ -310,7 +305,8 @@ class _Job:
             return False
         if not path.exists():
             publish_file(path)
-        if path.is_file() and path.stat().st_size == entry["bytes"]:
+        intact = path.is_file() and path.stat().st_size == entry["bytes"]
+        if intact and span_checksums(path, ())[0] == entry["checksum"]:
             return True
         # Its successor will have the right size long before it is whole: forget the entry first.
         del self._state["files"][file]

@@ -259,6 +259,7 @@ class Scenario:
         tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
         report: dict[str, Any] = {
             "model": self.model.name,
+            "notes": config.notes,
             "fits": self.fits,
             "components": components,
             "total": by_tier(components),

@@ -8,23 +8,18 @@ import torch
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.names import role_of
 from slotmoe.model.network import DeepseekV2
 from slotmoe.model.routing import Router, route
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant import int8, nf4
-from slotmoe.quant.backends.base import TorchBackend, new
+from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
-from slotmoe.quant.nf4 import Nf4Weight
-from slotmoe.quant.shapes import resident_quantization
 from tests.support import plain
+from tests.support.native import LayerByLayerOps, feed, native_cache, native_network
 from tests.support.oracle import relative_error, transformers_logits
-from tests.support.slab import LEVELS, SlabExperts
-from tests.support.tiny import CONFIG, REMOVE, random_weights, write_checkpoint
+from tests.support.tiny import write_checkpoint
 
 YARN = {
     "type": "yarn",
@@ -220,40 +215,6 @@ def test_bf16_weights_go_op_by_op():
     assert network.experts.calls == [*network.config.moe_layers] * 2
 
 
-class LayerByLayerOps(NativeBackend):
-    """The native kernels, one operation after the other."""
-
-    def decoder(self, geometry, layers):
-        return None
-
-
-def native_network(overrides, resident, kind=NativeBackend):
-    raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
-    raw["num_key_value_heads"] = raw["num_attention_heads"]
-    config, ops, weights = parse_config(raw), kind(kernels.load()), random_weights(raw)
-
-    def stored(name, weight):
-        quantization = resident_quantization(role_of(name), resident)
-        if quantization == "int8":
-            weight = Int8Weight(*int8.quantize(weight))
-        elif quantization == "nf4":
-            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
-        elif weight.dim() == 1:
-            weight = weight.float()
-        return ops.prepare(role_of(name), weight)
-
-    prepared = {
-        name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name
-    }
-    experts = SlabExperts(ops, config, weights, torch.device("cpu"))
-    return DeepseekV2(config, prepared, ops, experts)
-
-
-def native_cache(network, context=40):
-    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
-    return LatentCache(network.config, context, row, new)
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A network of the reference path with every feature on, and a function that makes an empty
@@ -276,12 +237,6 @@ def reference(tmp_path_factory):
             return LatentCache(config, context, (config.latent_width, dtype), unwritten)
 
         yield network, cache
-
-
-def feed(network, cache, ids, sizes):
-    """Logits of the first ``ids``, in passes of ``sizes`` tokens."""
-    passes = torch.tensor(ids[: sum(sizes)]).split(sizes)
-    return torch.cat([network.head(network.forward(ids_T, [cache])) for ids_T in passes])
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [39, 1], [7, 20, 13], [1, 38, 1]], ids=str)

@@ -25,6 +25,7 @@ from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import resident_quantization
 from slotmoe.quant.weights import map_tensors
 from tests.support.engine import start
+from tests.support.families import LONG
 from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin
@@ -45,6 +46,26 @@ CONFIGS = {
         {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 0},
     ),
     "bf16": ("bf16", {}),
+    "int8, sigmoid gate with a bias, pairs in halves": (
+        "int8",
+        {
+            "model_type": "deepseek_v3",
+            "architectures": None,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "rope_interleave": False,
+        },
+    ),
+    "int8, queries scaled by position": (
+        "int8",
+        {
+            "model_type": "mistral4",
+            "architectures": None,
+            "topk_method": None,
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 3},
+        },
+    ),
 }
 
 

@@ -20,7 +20,14 @@ from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_n
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import GPUS, geometry_path
-from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, scratch_bytes, sizes_of
+from slotmoe.offload.plan.memory import (
+    _prefill_chunk,
+    format_size,
+    kv_bytes,
+    make_plan,
+    scratch_bytes,
+    sizes_of,
+)
 from slotmoe.offload.plan.speed import (
     TEXT_HITS,
     Bandwidths,
@@ -36,6 +43,7 @@ from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import RESIDENT_MODES, resident_bytes, resident_quantization
 from slotmoe.tools.cli import main
 from slotmoe.tools.plan import figure
+from tests.support.engine import RUN
 from tests.support.hub import NAME, Repo
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -175,24 +183,10 @@ def test_prefill_passes_grow_with_the_room():
     assert _prefill_chunk(config, 1 << 20, 1 << 50) == 4096
 
 
-_RUN = """
-import json, sys
-from slotmoe.offload.machine import peak_rss
-from slotmoe.offload.plan.memory import by_tier, predicted_components
-from slotmoe.offload.runtime import Runtime
-slots, prompt = int(sys.argv[1]), int(sys.argv[2])
-with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
-    for repetition in range(3):
-        list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
-    predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
-    print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
-"""
-
-
 @pytest.mark.parametrize(("slots", "prompt"), [(22, 30), (112, 300), (224, 900)])
 def test_peak_memory_is_within_three_percent_of_the_prediction(sample_export, slots, prompt):
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(slots), str(prompt), sample_export],
+        [sys.executable, "-c", RUN, str(slots), str(prompt), sample_export],
         capture_output=True,
         text=True,
         check=True,
@@ -541,6 +535,47 @@ def test_the_pages_sizes_are_what_plan_says(plan):
             for number, size in zip(numbers, sizes, strict=True):
                 digits = len(number.partition(".")[2])
                 assert float(number) == pytest.approx(size, abs=0.6 * 10**-digits), name
+
+
+MODELS = {  # geometry -> parameters, as its publisher rounds them
+    "v2-lite": "16B",
+    "moonlight": "16B",
+    "glm-4.7-flash": "30B",
+    "mistral-small-4": "119B",
+    "v2": "236B",
+    "v3": "671B",
+    "v3.2": "671B",
+    "glm-5": "744B",
+    "kimi-k2": "1T",
+}
+
+
+def model_row(plan, model):
+    """What docs/models.md says of a geometry."""
+    whole, *reports = (
+        json.loads(plan(model, *options, "--json")[1])
+        for options in (["--ram", "64GiB", "--resident", "int8"], *THREE.values())
+    )
+    config = geometry(model)
+    resident = [sum(sizes_of(config, mode).resident.values()) for mode in ("int8", "nf4")]
+    experts = len(config.moe_layers) * config.num_experts_per_tok
+    cells = [
+        f"{whole['disk']['export'] / 1e9:.0f} GB",
+        " / ".join(f"{size / 1e9:.1f}" for size in resident) + " GB",
+        f"{experts * sizes_of(config, 'int8').record_bytes / 1e9:.2f} GB",
+    ]
+    for report in reports:
+        missing = " and ".join(map(format_size, report["shortfall_by_tier"].values()))
+        speed = report.get("decode_tokens_per_second")
+        cells.append(f"no: {missing} short" if missing else figure(speed, 2))
+    return f"| `{model}` | {MODELS[model]} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_table_of_models_is_what_plan_says(plan, model):
+    """After a change that is meant, paste the row that this prints."""
+    row = model_row(plan, model)
+    assert row in (ROOT / "docs" / "models.md").read_text(), row
 
 
 LITE_AND_V2 = ("v2-lite", "v2")

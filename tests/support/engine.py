@@ -9,6 +9,21 @@ from slotmoe.offload.tiers.host import HostTier
 PROMPT = "My fellow citizens of the Senate and House of Representatives,"
 IDS = torch.randint(2, 4000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 
+RUN = """
+import json, sys
+from slotmoe.offload.machine import peak_rss
+from slotmoe.offload.plan.memory import by_tier, predicted_components
+from slotmoe.offload.runtime import Runtime
+slots, prompt = int(sys.argv[1]), int(sys.argv[2])
+with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
+    for repetition in range(3):
+        list(runtime.generate([5 + (7 * n + repetition) % 4000 for n in range(prompt)], 40))
+    predicted = by_tier(predicted_components(runtime.plan, prompt, 40))["ram"]
+    print(json.dumps([peak_rss(), predicted, runtime.stats()["kernels"]]))
+"""
+"""A process with so many slots generates from prompts of so many tokens, and prints its peak
+memory, the prediction, and the kernels."""
+
 
 def start(runtime, depth=0):
     """Begin a new sequence, with ``depth`` unknown tokens, and return its ``step(ids)``."""

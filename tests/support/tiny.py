@@ -76,7 +76,7 @@ def random_weights(
     config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Every tensor that ``config`` asks for.  Gates are spread out, so that routing does not hang
-    on rounding."""
+    on rounding; less where a score is a sigmoid, which saturates."""
     parsed, generator = parse_config(config), torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = dict(resident_shapes(parsed))
     for layer in parsed.moe_layers:
@@ -85,10 +85,14 @@ def random_weights(
                 expert_name(layer, expert, name): shape
                 for name, shape in expert_shapes(parsed).items()
             }
-    weights = {}
+    weights, sigmoid = {}, parsed.family.scoring == "sigmoid"
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
+        if name.endswith("e_score_correction_bias"):
+            values *= 0.2
+        elif name.endswith("mlp.gate.weight") and sigmoid:
+            values *= 1.5 * shape[1] ** -0.5
+        elif len(shape) == 1:
             values = 1 + 0.1 * values
         elif not name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
             values *= shape[1] ** -0.5
@@ -112,10 +116,18 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in TOKENIZER_FILES:
         shutil.copyfile(SAMPLE / name, folder / name)
+    write_weights(folder, config, dtype, seed, shards)
+    return config
+
+
+def write_weights(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, seed: int = 0, shards: int = 1
+) -> None:
+    """Random weights as one file or as ``shards`` with an index."""
     weights = random_weights(config, dtype, seed)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return config
+        return
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -127,4 +139,3 @@ def write_checkpoint(
         "weight_map": dict(sorted(weight_map.items())),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    return config

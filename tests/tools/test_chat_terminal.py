@@ -103,7 +103,7 @@ def test_refused_message_can_be_edited(terminal, chat):
     long = "word " * 300
     terminal.keys.send_text(f"{long}\r")
     terminal.keys.send_text("\x15short\r/nonsense\r\x03/exit\r")
-    talk(chat, terminal)
+    talk(chat, terminal, Path())
     assert [exchange.user for exchange in chat.exchanges] == ["short"]
     assert "--context" in terminal.printed.getvalue()
     assert "/nonsense: no such command" in terminal.printed.getvalue()
@@ -111,7 +111,7 @@ def test_refused_message_can_be_edited(terminal, chat):
 
 def test_what_ended_an_answer_is_said_below_it(terminal, chat):
     terminal.keys.send_text("Hello\r\x04")
-    talk(chat, terminal)
+    talk(chat, terminal, Path())
     lines = [line.strip() for line in terminal.printed.getvalue().splitlines() if line.strip()]
     assert lines[-1] == "the answer was stopped after 24 tokens (--max-new-tokens)"
     assert lines[0] in chat.exchanges[0].assistant
@@ -139,7 +139,7 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     monkeypatch.setattr(Runtime, "generate", generate)
     before = signal.getsignal(signal.SIGINT)
     terminal.keys.send_text("Hello\rGo on\r\x04")
-    talk(chat, terminal)
+    talk(chat, terminal, Path())
     assert [exchange.user for exchange in chat.exchanges] == ["Hello", "Go on"]
     assert 0 < len(chat.exchanges[0].assistant) < len(chat.exchanges[1].assistant)
     assert terminal.printed.getvalue().count("stopped\n") == 1
@@ -163,7 +163,7 @@ def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkey
 
     monkeypatch.setattr(type(chat.runtime.model.experts), "begin", begin)
     terminal.keys.send_text("Hello\r, friend\r\x04")
-    talk(chat, terminal)
+    talk(chat, terminal, Path())
     assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]
 
 

@@ -1,6 +1,7 @@
 """``slotmoe run`` and ``Runtime.generate``: why a text ends, what a terminal shows and a pipe does
 not get, and where the prompt comes from."""
 
+import io
 import json
 import os
 import pty
@@ -9,10 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from slotmoe.errors import ConfigError
+from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer
+from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run
+from slotmoe.tools.cli import main
+from slotmoe.tools.options import MAX_PROMPT_BYTES
 from slotmoe.tools.screen import Reading, echo_of, visible
 from tests.support.tiny import write_checkpoint
 
@@ -41,7 +45,6 @@ def runtime(export):
 @pytest.fixture
 def slotmoe(capsys):
     """Run a command line that succeeds: stdout and stderr."""
-    from slotmoe.tools.cli import main
 
     def call(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -159,7 +162,7 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
 
     def printed(on_terminal):
         made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
-        made.tokenizer = SimpleNamespace(encode=lambda text: [1])
+        made.encode = lambda text, chat: [1]
         monkeypatch.setattr(run, "is_terminal", lambda stream: on_terminal)
         monkeypatch.setattr(run, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
         run.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
@@ -198,8 +201,6 @@ def test_how_much_is_read(runtime, capsys, monkeypatch):
 
 def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):
     """Its name alone is compared with what stands beside it."""
-    from slotmoe.tools.cli import main
-
     (tmp_path / "lite-export").symlink_to(sample_export)
     for name, hint in {"lite-exprt": "did you mean", "absent": "no such folder or file"}.items():
         with pytest.raises(SystemExit) as caught:
@@ -207,3 +208,47 @@ def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):
         told = capsys.readouterr().err
         assert caught.value.code == 2 and hint in told
         assert ("lite-export" in told) == (name == "lite-exprt")
+
+
+class TestLongPrompts:
+    """What no context can hold is refused before it is tokenized, and before all of it is read."""
+
+    @pytest.fixture
+    def encoded(self, monkeypatch):
+        """The texts that the tokenizer was given."""
+        texts, encode = [], Tokenizer.encode
+        monkeypatch.setattr(
+            Tokenizer, "encode", lambda *given: texts.append(given[1]) or encode(*given)
+        )
+        return texts
+
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_refused_by_its_length(self, runtime, encoded, chat):
+        most = runtime.context * runtime.tokenizer.longest
+        with pytest.raises(PlanError, match=f"{most + 1} characters, and the context holds 64"):
+            next(runtime.generate("a" * (most + 1), chat=chat))
+        assert not encoded
+        with pytest.raises(PlanError, match="tokens"):
+            next(runtime.generate("a" * most, chat=chat))
+        assert encoded
+
+    @pytest.mark.parametrize("command", [["run", "EXPORT", "-"], ["chat", "EXPORT"]])
+    @pytest.mark.parametrize("size", [20_000, MAX_PROMPT_BYTES + 9])
+    def test_from_stdin(self, export, command, size, encoded, monkeypatch, capsys):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as caught:
+            main([argument.replace("EXPORT", str(export)) for argument in command])
+        wanted = "20000 characters" if size == 20_000 else "more than 32 MiB"
+        assert caught.value.code == 2
+        assert wanted in capsys.readouterr().err
+        assert max(map(len, encoded), default=0) < 100  # chat tries the template
+        assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
+
+    def test_from_a_file(self, export, tmp_path, capsys):
+        (tmp_path / "long").touch()
+        os.truncate(tmp_path / "long", 1 << 40)
+        with pytest.raises(SystemExit) as caught:
+            main(["run", str(export), "--file", str(tmp_path / "long")])
+        assert caught.value.code == 2
+        assert "long: the prompt has more than 32 MiB" in capsys.readouterr().err

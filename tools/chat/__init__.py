@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from slotmoe.errors import ConfigError, SlotmoeError
+from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
+    MAX_PROMPT_BYTES,
     MODEL,
     SAMPLING,
+    TOO_LONG,
     Command,
     chat_options,
+    flag,
     open_runtime,
     require_extra,
     runtime_options,
     say,
+    session_options,
 )
+from slotmoe.tools.sessions import described, go_on, open_session, session_folder
 
 if TYPE_CHECKING:
     from slotmoe.tools.chat.conversation import Conversation
@@ -29,6 +35,7 @@ COMMANDS = {
     "/save [FILE]": "write it as JSON; without FILE to where it was saved or loaded last",
     "/load FILE": "go on with a saved conversation",
     "/regenerate": "another answer to your last message (needs a temperature above 0 to differ)",
+    "/sessions [delete NAME]": "list the sessions on disk, or delete one",
     "/stats": "speed, expert cache, disk, memory and context",
     "/help": "this list",
     "/exit": "leave, as does Ctrl-D",
@@ -48,8 +55,10 @@ class Pipe:
 
     def read(self) -> str | None:
         """The next message or command; None at the end."""
-        for line in sys.stdin.buffer:
+        while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 1):
             self._lines += 1
+            if len(line) > MAX_PROMPT_BYTES:
+                raise ConfigError(f"stdin: line {self._lines} {TOO_LONG}")
             try:
                 text = line.decode().strip()
             except UnicodeDecodeError:
@@ -80,6 +89,8 @@ Frontend: TypeAlias = "Pipe | Terminal"
 @MODEL
 @click.option("--system", metavar="TEXT", help="How the model should behave.")
 @chat_options
+@session_options
+@flag("--resume", "Go on with the conversation that was kept last.")
 @runtime_options
 def command(
     model: str, system: str | None, max_new_tokens: int, trace: Path | None, **options: Any
@@ -89,7 +100,8 @@ def command(
     /help lists the commands.  Ctrl-C stops an answer and keeps the conversation, Ctrl-D leaves.
     When the context is full, the oldest exchanges are no longer seen by the model; the system
     message stays.  What was typed is kept in $SLOTMOE_CACHE/chat_history (default
-    ~/.cache/slotmoe).
+    ~/.cache/slotmoe).  With --session the conversation is kept on disk too, and goes on where it
+    ended without being read again; see docs/sessions.md.
 
     Without a terminal each line of stdin is one message or command; answers go to stdout,
     everything else to stderr, and a line that fails ends it.
@@ -98,6 +110,8 @@ def command(
     Examples:
       slotmoe chat sample
       slotmoe chat lite-export --ram 6GiB --context 16384 --system "Answer in one sentence."
+      slotmoe chat lite-export --session plans
+      slotmoe chat lite-export --resume
       printf '%s\\n' "Why is the sky blue?" /stats | slotmoe chat lite-export --seed 1
     """
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -109,12 +123,18 @@ def command(
     sampling = Sampling(**{name: options[name] for name in SAMPLING})
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1 (option -n)")
-    with open_runtime(model, options) as runtime:
-        conversation = Conversation(runtime, max_new_tokens, sampling, system)
+    folder = session_folder(options)
+    with open_session(options, "chat") as session, open_runtime(model, options) as runtime:
+        conversation = Conversation(runtime, max_new_tokens, sampling, system, session)
         if trace is not None:
             runtime.trace(trace)
+
+        def begin(frontend: Frontend) -> None:
+            go_on(session, runtime, options, frontend.say)
+            talk(conversation, frontend, folder)
+
         if not on_terminal:
-            talk(conversation, Pipe())
+            begin(Pipe())
             return
         from slotmoe.offload.machine import cache_folder
         from slotmoe.tools.chat.terminal import Terminal
@@ -123,11 +143,12 @@ def command(
         terminal = Terminal(cache_folder() / "chat_history", names, conversation.status)
         context = f"{runtime.context:,} tokens of context"
         terminal.say(f"{model}, {context}. /help lists the commands, Ctrl-D leaves.")
-        talk(conversation, terminal)
+        begin(terminal)
 
 
-def talk(conversation: "Conversation", frontend: Frontend) -> None:
-    """Answer messages and do commands until there are no more, or one says to leave."""
+def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
+    """Answer messages and do commands until there are no more, or one says to leave.  Sessions lie
+    in the folder ``sessions``."""
     conversation.notify = frontend.say
     while (line := frontend.read()) is not None:
         try:
@@ -136,13 +157,17 @@ def talk(conversation: "Conversation", frontend: Frontend) -> None:
             elif line.split()[0] in ("/exit", "/quit"):
                 return
             else:
-                _perform(conversation, frontend, *line.split(maxsplit=1))
+                _perform(conversation, frontend, sessions, *line.split(maxsplit=1))
         except (SlotmoeError, OSError, KeyboardInterrupt) as problem:
             frontend.fail(problem)
 
 
 def _perform(
-    conversation: "Conversation", frontend: Frontend, command: str, argument: str = ""
+    conversation: "Conversation",
+    frontend: Frontend,
+    sessions: Path,
+    command: str,
+    argument: str = "",
 ) -> None:
     """Do a command.  Raises ``ConfigError``."""
     argument = argument.strip()
@@ -167,6 +192,8 @@ def _perform(
         frontend.say(f"{len(conversation.exchanges)} exchanges from {conversation.file}")
     elif command == "/regenerate":
         frontend.show(conversation.regenerate())
+    elif command == "/sessions":
+        frontend.say(_sessions(sessions, *argument.split()))
     elif command == "/stats":
         from slotmoe.tools.run import summary
 
@@ -180,3 +207,14 @@ def _perform(
     else:
         advice = "/help lists them, and a message that starts with a slash is sent with //"
         raise ConfigError(f"{command}: no such command; {advice}")
+
+
+def _sessions(folder: Path, action: str = "", name: str = "", *rest: str) -> str:
+    """What ``/sessions`` says, and does.  Raises ``ConfigError``."""
+    if not action:
+        return described(folder)
+    if action != "delete" or not name or rest:
+        raise ConfigError("/sessions: takes nothing, or delete NAME")
+    from slotmoe.offload.sessions.names import remove
+
+    return f"{name}: deleted, {format_size(remove(folder, [name]))} are free again"

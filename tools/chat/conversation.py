@@ -22,6 +22,7 @@ from slotmoe.offload.plan.memory import format_size
 if TYPE_CHECKING:
     from slotmoe.model.generate import Sampling
     from slotmoe.offload.runtime import Runtime
+    from slotmoe.offload.sessions.names import NamedSession
 
 _MAX_FILE_BYTES = 64 << 20
 # Of the statistics, those that an answer's status counts: (group, name).
@@ -40,12 +41,18 @@ class Conversation:
     """Messages so far, and how to answer the next one.
 
     The first answer is sampled with the seed of ``sampling``, the next one with the seed after it,
-    so that another attempt differs.  ``notify`` gets remarks for the user.  Raises ``ConfigError``
-    if the model has no chat template, or one that fails with this ``system`` message.
+    so that another attempt differs.  ``notify`` gets remarks for the user.  It goes on with
+    ``session``, a chat's, and each answer is kept there.  Raises ``ConfigError`` if the model has
+    no chat template, or one that fails with this ``system`` message.
     """
 
     def __init__(
-        self, runtime: Runtime, max_new_tokens: int, sampling: Sampling, system: str | None = None
+        self,
+        runtime: Runtime,
+        max_new_tokens: int,
+        sampling: Sampling,
+        system: str | None = None,
+        session: NamedSession | None = None,
     ):
         self.runtime, self.system = runtime, system
         self.exchanges: list[Exchange] = []
@@ -56,7 +63,12 @@ class Conversation:
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
         self._reading_since: float | None = None  # time.monotonic(), until the first token
-        self._ids(system, [], "Hello")
+        self._session = session
+        if session is not None and (saved := session.saved) is not None:
+            kept, self.exchanges = _parse(session.path, {"messages": saved.messages})
+            self.system = kept if system is None else system
+            self.forgotten = min(saved.forgotten, len(self.exchanges))
+        self._ids(self.system, [], "Hello")
 
     def answer(self, message: str, again: bool = False) -> Generator[str, None, None]:
         """The answer to ``message`` piece by piece, without whitespace at its ends; ``again``
@@ -72,6 +84,22 @@ class Conversation:
             yield from self._answer(message, self.exchanges[:-1] if again else self.exchanges)
         finally:
             self._reading_since = None
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keep the conversation in its session, and what was computed of it."""
+        if self._session is None or not self.exchanges:
+            return
+        from slotmoe.offload.sessions.names import Saved
+
+        self.runtime.keep()
+        sessions, tokens = self.runtime.sessions, self.runtime.sequences[0].tokens
+        assert sessions is not None
+        messages = _messages(self.system, self.exchanges)
+        try:
+            self._session.save(Saved(sessions.root(), tokens, "chat", messages, self.forgotten))
+        except ConfigError as problem:  # a full disk must not end the chat
+            self.notify(str(problem))
 
     def _answer(self, message: str, earlier: list[Exchange]) -> Generator[str, None, None]:
         prompt = self._fit(earlier, message)
@@ -194,6 +222,7 @@ class Conversation:
 
     def _ids(self, system: str | None, exchanges: list[Exchange], message: str) -> list[int]:
         tokenizer = self.runtime.tokenizer
+        self.runtime.check_length(len(system or "") + len(message))
         messages = [*_messages(system, exchanges), {"role": "user", "content": message}]
         return tokenizer.encode(tokenizer.chat(messages))
 

@@ -15,12 +15,14 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.tools.options import (
     MODEL,
+    SESSION_LIMIT,
     Command,
     flag,
     open_runtime,
     option,
     require_extra,
     runtime_options,
+    say,
 )
 
 _LIBRARIES = ("fastapi", "pydantic", "uvicorn", "prometheus_client", "llguidance")
@@ -39,6 +41,10 @@ _CORS_HELP = (
     "Let web pages of this origin use the API, like http://localhost:3000; may be repeated. '*' is "
     "any page, and needs a key."
 )
+_SESSIONS_HELP = (
+    "Keep what was computed of finished conversations in this folder, also for a next start; this "
+    "user can read them there."
+)
 _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 
 
@@ -54,6 +60,8 @@ _KEYS_HELP = "Ask for this key; may be repeated. Seen by others in ps."
 @option("--max-queue", None, "Answers that may wait; then 429.", type=_QUEUE, default=32)
 @option("--max-body", "SIZE", "Largest request body.", default="4MiB")
 @option("--name", "NAME", _NAME_HELP)
+@option("--session-dir", "DIR", _SESSIONS_HELP)
+@SESSION_LIMIT
 @flag("--no-log", "Write no line about each request.")
 @runtime_options
 def command(model: str, host: str, port: int, name: str | None, **options: Any) -> int:
@@ -62,7 +70,8 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
     to chat with it.
 
     Answers decode together, so an expert that is read for one serves all. Each has a latent cache
-    of --context positions; all --max-sequences of them count against --ram.
+    of --context positions; all --max-sequences of them count against --ram. With --session-dir a
+    conversation that goes on after a restart is not computed again (docs/sessions.md).
 
     \b
     Examples:
@@ -70,6 +79,7 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
            -d '{"model": "sample", "prompt": "Call me", "temperature": 0}'
       slotmoe serve lite-export --ram 8GiB --context 8192 --max-sequences 8
+      slotmoe serve lite-export --session-dir sessions --session-limit 20GiB
       SLOTMOE_API_KEY=secret slotmoe serve lite-export --host 0.0.0.0 --allow-host box.local
     """
     require_extra("serve", *_LIBRARIES)
@@ -78,11 +88,14 @@ def command(model: str, host: str, port: int, name: str | None, **options: Any) 
     origins = _origins(options["origins"], bool(keys))
     max_body, hosts = parse_size(options["max_body"]), (host, *options["hosts"])
     allow_descriptors(sequences + queue + 2 * _SPARE_CONNECTIONS)
+    folder, limit = options["session_dir"], parse_size(options["session_limit"])
     rows = max(sequences, 16)  # of logits: one of each answer, or of a prompt's scored tokens
     with (
         _listen(host, port, bool(keys)) as listener,
         open_runtime(model, options, logits_rows=rows, sequences=sequences) as runtime,
     ):
+        if folder is not None:
+            runtime.keep_in(folder, limit, say)
         name = name or (Path(model).resolve().name if Path(model).exists() else model)
         is_logged = not options["no_log"]
         edge: Any = keys, hosts, max_body, is_logged, origins

@@ -7,6 +7,7 @@ https://fetch.spec.whatwg.org/#http-cors-protocol.
 import asyncio
 import base64
 import contextlib
+import hashlib
 import hmac
 import ipaddress
 from collections.abc import Iterable, MutableMapping
@@ -35,8 +36,8 @@ class Guard:
     origins than ``origins`` (``*`` is any), every path but ``/health`` without one of ``keys`` (if
     there are any), bodies that are not JSON, too large or too slow.
 
-    The index of the key becomes ``scope["state"]["owner"]``: requests with one key never reuse what
-    those with another left in the cache.
+    A digest of the key becomes ``scope["state"]["owner"]``: requests with one key never reuse what
+    those with another left in the cache, or on disk.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Guard:
     ):
         self._app, self._max_body, self._origins = app, max_body, frozenset(origins)
         self._keys = [key.encode() for key in keys]
+        self._owners = [hashlib.sha256(key).hexdigest() for key in self._keys]
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +111,7 @@ class Guard:
             return False
 
     def _owner(self, headers: Headers) -> str | None:
-        """The index of the client's key; empty where none is needed, None where it is wrong."""
+        """The digest of the client's key; empty where none is needed, None where it is wrong."""
         if not self._keys:
             return ""
         kind, _, rest = headers.get("authorization", "").partition(" ")
@@ -123,7 +125,7 @@ class Guard:
                 return None
         # All are compared, whichever is right, so that the time says nothing.
         same = [hmac.compare_digest(given, key) for key in self._keys]
-        return str(same.index(True)) if any(same) else None
+        return self._owners[same.index(True)] if any(same) else None
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body.  Raises ``RefusedError`` if it is not JSON, too large or too slow."""

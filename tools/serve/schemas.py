@@ -69,8 +69,9 @@ def _shares(value: Any) -> bool:
 def _lists_all(schema: Schema) -> bool:
     """Whether its properties may be all that an object has."""
     listed, required = schema.get("properties"), schema.get("required", [])
-    is_valid = isinstance(listed, dict) and isinstance(required, list)
-    return is_valid and not _OF_OTHERS & set(schema) and all(key in listed for key in required)
+    if not isinstance(listed, dict) or not isinstance(required, list):
+        return False
+    return not _OF_OTHERS & set(schema) and all(key in listed for key in required)
 
 
 def _held(schema: Schema, place: str, dropped: list[str], closes: bool) -> Schema:

@@ -74,6 +74,7 @@ class Service:
             **{name: getattr(self.batch, name) for name in ("running", "queued")},
             **{name: getattr(totals, name) for name in _TOKENS},
             **{name: stats[name] for name in ("cache", "io", "kernels")},
+            **{name: stats[name] for name in ("sessions",) if name in stats},
         }
 
     def collect(self) -> Iterable[Metric]:
@@ -83,6 +84,8 @@ class Service:
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
         used = {tier: values["used"] for tier, values in stats["memory"].items()}
+        sessions = stats.get("sessions", {})
+        moved = {name: sessions[f"{name}_bytes"] for name in ("read", "written") if sessions}
         hit_rate, budget = stats["cache"]["hit_rate"] or 0.0, self.runtime.plan.budget
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
         for kind, name, text, label, values in (
@@ -92,6 +95,16 @@ class Service:
             (counter, "steps", "Steps of the batch", None, totals.steps),
             (counter, "expert_lookups", "Experts asked for", "result", lookups),
             (counter, "read_bytes", "Bytes read from each slower tier", "tier", reads),
+            (
+                counter,
+                "session_tokens",
+                "Tokens of prompts from disk",
+                None,
+                sessions.get("restored_tokens", 0),
+            ),
+            (counter, "session_io_bytes", "Bytes of sessions read and written", "kind", moved),
+            (counter, "session_damaged", "Damaged blocks", None, sessions.get("damaged", 0)),
+            (gauge, "session_bytes", "Bytes of sessions on disk", None, sessions.get("bytes", 0)),
             (gauge, "running", "Answers under way", None, stats["running"]),
             (gauge, "queued", "Answers that wait", None, stats["queued"]),
             (gauge, "expert_hit_rate", "Share of experts that were in a slot", None, hit_rate),

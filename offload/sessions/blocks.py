@@ -1,0 +1,387 @@
+"""Blocks: the latents of up to 64 tokens in one file, addressed by a chain of hashes.
+
+A block's address is the hash of its parent's address and of its tokens, so it stands for all tokens
+up to its end; the first parent, a root, stands for the model and the owner.  Conversations with the
+same beginning share its blocks.  The latents of a token depend on earlier tokens alone, so the
+first rows of a block serve a prompt that differs further on.
+
+A file is written beside its place, made durable and renamed, by one process at a time.  Files that
+are not what they claim to be are as good as none.  The format: docs/sessions.md.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import xxhash
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.offload.sequence import shared_prefix
+from slotmoe.quant.export.writer import publish_file, temporary_name
+
+BLOCK_TOKENS = 64
+ADDRESS_BYTES = 16
+_HEAD = struct.Struct("<16s16s16sIIQ")  # magic, parent, address, start, tokens, bytes a token
+_MAGIC = b"slotmoe block 1\n"
+_NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})")
+_LEAST_TOKENS = 16  # of a conversation: reading fewer again costs less than a file
+_MOST_SIBLINGS = 4096  # blocks of one parent that are looked at for the one most like a prompt
+_LOCK_SECONDS = 0.5  # for another process to finish its save; what is left out comes with the next
+Notify = Callable[[str], None]
+
+
+def address(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Of the block that holds ``tokens`` behind ``parent``."""
+    return hashlib.sha256(parent + packed(tokens)).digest()[:ADDRESS_BYTES]
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids in 32 bits each, little-endian."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)
+
+
+def unpacked(data: bytes) -> list[int]:
+    """The same back; a last one that is cut off is left out."""
+    return list(struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4]))
+
+
+@dataclass(frozen=True)
+class Block:
+    """``tokens`` from position ``start`` on."""
+
+    parent: bytes
+    start: int
+    tokens: list[int]
+    address: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", address(self.parent, self.tokens))
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def head(self, token_bytes: int) -> bytes:
+        """How its file begins."""
+        count = len(self.tokens)
+        head = _HEAD.pack(_MAGIC, self.parent, self.address, self.start, count, token_bytes)
+        return head + packed(self.tokens)
+
+
+def chain(root: bytes, tokens: list[int]) -> Iterator[Block]:
+    """The blocks of ``tokens``; the last one may be short."""
+    parent = root
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = Block(parent, start, tokens[start : start + BLOCK_TOKENS])
+        yield block
+        parent = block.address
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block's file as the folder shows it; its tokens are inside."""
+
+    path: Path
+    parent: bytes
+    start: int
+    count: int
+    address: bytes
+
+
+class BlockFolder:
+    """The blocks in ``folder``, of all models and owners, of at most ``limit`` bytes together; what
+    was unused for longest goes first.
+
+    ``notify`` gets a line where a file is damaged or something can't be kept.  Raises
+    ``ConfigError`` if there is no such folder and none can be made.
+    """
+
+    def __init__(self, folder: Path, limit: int, notify: Notify):
+        self.folder, self.limit, self._notify = folder, limit, notify
+        self.damaged = 0
+        self._remark = ""  # the latest one: what goes on and on is said once
+        make_private(folder)
+        with suppress(OSError), self._locked() as lock:
+            self._set_total(lock, self._tidy(frozenset(), limit))
+
+    # Reading
+
+    def read(
+        self, parent: bytes, start: int, tokens: list[int], token_bytes: int
+    ) -> tuple[Block, memoryview] | None:
+        """The block behind ``parent`` that has most of ``tokens`` at its beginning, whole, and its
+        latents; None where no block has the first of them, or what has is damaged."""
+        exact = Block(parent, start, tokens)
+        path = self._path(exact)
+        block, path = (exact, path) if path.exists() else self._likest(parent, start, tokens)
+        try:
+            return (block, self._latents(path, block, token_bytes)) if block.tokens else None
+        except FileNotFoundError:  # another process has just evicted it
+            return None
+        except OSError as problem:
+            self._say(f"{path}: can't be read ({problem.strerror}); its tokens are computed anew")
+        except ValueError as problem:
+            self.damaged += 1
+            self._say(f"{path}: {problem}; it is dropped, and its tokens are computed anew")
+            self._unlink(path)
+        return None
+
+    def _likest(self, parent: bytes, start: int, tokens: list[int]) -> tuple[Block, Path]:
+        """The block behind ``parent`` that begins with most of ``tokens``; an empty one if none
+        begins with the first of them."""
+        best, most = (Block(parent, start, []), self.folder), 0
+        for entry in islice(self._children(parent), _MOST_SIBLINGS):
+            held = _tokens(entry)
+            if (common := shared_prefix(held, tokens)) > most:
+                best, most = (Block(parent, start, held), entry.path), common
+        return best
+
+    def touch(self, block: Block) -> None:
+        """The chain up to ``block`` was used now."""
+        with suppress(OSError):  # evicted meanwhile, or a folder that can only be read
+            os.utime(self._path(block))
+
+    def _latents(self, path: Path, block: Block, token_bytes: int) -> memoryview:
+        """Raises ``ValueError`` unless the file is that block, and undamaged."""
+        head = block.head(token_bytes)
+        size = len(head) + len(block.tokens) * token_bytes + ADDRESS_BYTES
+        with open(path, "rb", buffering=0, opener=_no_link) as file:
+            if (there := os.fstat(file.fileno()).st_size) != size:
+                raise ValueError(f"has {there} bytes, expected {size}")
+            data = memoryview(bytearray(size))
+            read = 0
+            while read < size and (count := file.readinto(data[read:])):
+                read += count
+        content = data[:-ADDRESS_BYTES]
+        if xxhash.xxh3_128_digest(content) != data[-ADDRESS_BYTES:]:
+            raise ValueError("its checksum is wrong")
+        if content[: len(head)] != head:
+            raise ValueError("is another block than its name says")
+        return content[len(head) :]
+
+    def _shard(self, parent: bytes) -> Path:
+        return self.folder / f"{parent[0]:02x}"
+
+    def _path(self, block: Block) -> Path:
+        parts = block.parent.hex(), f"{block.start:08}", f"{len(block.tokens):02}"
+        return self._shard(block.parent) / "-".join((*parts, block.address.hex()))
+
+    def _children(self, parent: bytes) -> Iterator[Entry]:
+        with suppress(OSError):
+            shard = self._shard(parent)
+            for name in os.listdir(shard):
+                if name.startswith(parent.hex()) and (entry := _entry(shard / name)):
+                    yield entry
+
+    # Writing
+
+    def add(
+        self, blocks: list[Block], token_bytes: int, latents: Callable[[Block], memoryview]
+    ) -> int:
+        """Keep the ``blocks`` of one chain, from its root on; ``latents`` are asked for those that
+        are not there.  Returns the bytes written.
+
+        What can't be written, and what the limit has no room for, is not kept, nor is what comes
+        behind it.
+        """
+        missing = [block for block in blocks if not self._path(block).exists()]
+        if missing and len(missing[-1].tokens) < BLOCK_TOKENS and self._is_covered(missing[-1]):
+            missing.pop()
+        if not missing or blocks[-1].end < _LEAST_TOKENS:
+            self.touch(blocks[-1])
+            return 0
+        written, kept = 0, frozenset(block.address for block in blocks)
+        try:
+            with self._locked() as lock:
+                for block in missing:
+                    size = len(block.head(token_bytes)) + len(block.tokens) * token_bytes
+                    size += ADDRESS_BYTES
+                    if not self._reserve(lock, size, kept):
+                        limit = format_size(self.limit)
+                        self._say(f"{self.folder}: {limit} hold {block.start:,} of its tokens")
+                        break
+                    self._write(block, block.head(token_bytes), latents(block))
+                    written += size
+        except OSError as problem:
+            reason = problem.strerror or str(problem)
+            self._say(f"{self.folder}: can't be written ({reason}), so it is kept in part only")
+        return written
+
+    def _is_covered(self, block: Block) -> bool:
+        """Whether a longer block begins with its tokens."""
+        longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
+        return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
+
+    def _write(self, block: Block, head: bytes, latents: memoryview) -> None:
+        digest = xxhash.xxh3_128(head)
+        digest.update(latents)
+        write_private(self._path(block), [head, latents, digest.digest()])
+        for entry in list(self._children(block.parent)):  # what it has grown out of
+            tokens = block.tokens[: entry.count]
+            if entry.count < len(block.tokens) and entry.address == address(block.parent, tokens):
+                self._unlink(entry.path)
+
+    def sweep(self, wanted: Iterable[Block]) -> int:
+        """Remove all blocks but the ``wanted`` ones.  Returns the bytes that are free again."""
+        addresses, before = {block.address for block in wanted}, 0
+        with self._locked() as lock:
+            before = self._tidy(frozenset(), 1 << 62)
+            for entry, _ in list(self._entries()):
+                if entry.address not in addresses:
+                    self._unlink(entry.path)
+            total = self._tidy(frozenset(), self.limit)
+            self._set_total(lock, total)
+        return before - total
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """No other process changes the folder meanwhile.  Raises ``OSError``."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        handle, until = os.open(self.folder / "lock", flags, 0o600), time.monotonic()
+        until += _LOCK_SECONDS
+        try:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise OSError("another process has been saving for long") from None
+                    time.sleep(0.005)
+            yield handle
+        finally:
+            os.close(handle)
+
+    # The limit.  The lock's file holds the bytes of all blocks, so that not every save has to count
+    # them.  Bytes are added before a file is written: a kill leaves a count that is too large, and
+    # counting again corrects it.
+
+    def _reserve(self, lock: int, size: int, kept: frozenset[bytes]) -> bool:
+        """Count ``size`` more bytes, evicting others than ``kept`` where they have no room."""
+        count = os.pread(lock, 20, 0)
+        total = int(count) if count.isdigit() else self.limit
+        if total + size > self.limit:
+            total = self._tidy(kept, self.limit - size)
+        has_room = total + size <= self.limit
+        self._set_total(lock, total + size * has_room)
+        return has_room
+
+    def _set_total(self, lock: int, total: int) -> None:
+        os.pwrite(lock, b"%020d" % total, 0)
+
+    def _tidy(self, kept: frozenset[bytes], limit: int) -> int:
+        """Remove what killed writers left, then the blocks used longest ago but ``kept``, down to
+        ``limit`` bytes.  Returns the bytes that are left.
+
+        A block was used when its latest descendant was, and one whose parent is gone never: nothing
+        leads there.
+        """
+        entries = sorted(self._entries(), key=lambda pair: -pair[0].start)
+        used = dict[bytes, float]()
+        for entry, status in entries:
+            latest = max(status.st_mtime, used.get(entry.address, 0.0))
+            used[entry.address] = latest
+            used[entry.parent] = max(latest, used.get(entry.parent, 0.0))
+        reached = set[bytes]()
+        for entry, _ in reversed(entries):
+            if entry.start == 0 or entry.parent in reached:
+                reached.add(entry.address)
+        total = sum(status.st_size for _, status in entries)
+
+        def order(pair: tuple[Entry, os.stat_result]) -> tuple[float, int]:
+            entry = pair[0]
+            return used[entry.address] if entry.address in reached else 0.0, -entry.start
+
+        for entry, status in sorted(entries, key=order):
+            if total <= limit:
+                break
+            if entry.address not in kept and self._unlink(entry.path):
+                total -= status.st_size
+        return total
+
+    def _entries(self) -> Iterator[tuple[Entry, os.stat_result]]:
+        """All blocks.  Files that were never finished are removed on the way, so the caller has the
+        lock."""
+        for shard in self.folder.glob("[0-9a-f][0-9a-f]"):
+            for path in list(shard.iterdir()):
+                if path.name.endswith(".tmp"):
+                    self._unlink(path)
+                elif (entry := _entry(path)) is not None:
+                    with suppress(OSError):
+                        yield entry, path.lstat()
+
+    def _unlink(self, path: Path) -> bool:
+        with suppress(OSError):  # who reads a damaged one removes it without the lock
+            path.unlink()
+            return True
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, as counted last."""
+        with suppress(OSError, ValueError):
+            return int((self.folder / "lock").read_bytes()[:20])
+        return 0
+
+    def _say(self, remark: str) -> None:
+        if remark != self._remark:
+            self._remark = remark
+            self._notify(remark)
+
+
+def make_private(folder: Path) -> None:
+    """Make ``folder`` for this user alone.  Raises ``ConfigError``."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise ConfigError(f"{folder}: can't keep sessions there ({reason})") from None
+
+
+def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Replace ``path`` by the ``parts`` after each other, durably and never half, for this user
+    alone; only one process may write it at a time.  Raises ``OSError``."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    fresh = temporary_name(path)
+    fresh.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(os.open(fresh, flags, 0o600), "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        publish_file(path)
+    except BaseException:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+
+
+def _entry(path: Path) -> Entry | None:
+    """What the file's name says; None if it is no block's."""
+    if not (match := _NAME.fullmatch(path.name)):
+        return None
+    parent, start, count, own = match.groups()
+    return Entry(path, bytes.fromhex(parent), int(start), int(count), bytes.fromhex(own))
+
+
+def _tokens(entry: Entry) -> list[int]:
+    """The block's tokens, unchecked; none if the file can't be read."""
+    with suppress(OSError), open(entry.path, "rb", buffering=0, opener=_no_link) as file:
+        return unpacked(os.pread(file.fileno(), 4 * entry.count, _HEAD.size))
+    return []
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)

@@ -1,0 +1,191 @@
+"""Sessions that a user has named: a conversation's messages, or a text's tokens, in one small file.
+
+What the model has computed of them is in the blocks, like everybody's.  The file lists the tokens
+because that is how their blocks are found again: those of a session that is removed go with it.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import TEXT, Kind, ListOf, check, integer, one_of, read_json
+from slotmoe.offload.sessions.blocks import (
+    BlockFolder,
+    chain,
+    make_private,
+    packed,
+    unpacked,
+    write_private,
+)
+from slotmoe.quant.export.layout import checksum
+
+_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_BYTES = 64 << 20
+_ROOT = Kind("32 hexadecimal digits", lambda value: bool(re.fullmatch("[0-9a-f]{32}", str(value))))
+_SAVED = {
+    "version": integer(_VERSION, _VERSION),
+    "checksum": TEXT,
+    "root": _ROOT,
+    "tokens": TEXT,
+    "kind": one_of("chat", "text"),
+    "messages": ListOf({"role": TEXT, "content": TEXT}, 1, 1 << 20),
+    "forgotten": integer(0, 1 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a session's file holds: the ``tokens`` that were computed, behind the ``root`` of the
+    model that did; of a ``chat`` its ``messages``, of which the oldest ``forgotten`` exchanges are
+    no longer sent, of a ``text`` one message of the role ``text``."""
+
+    root: bytes
+    tokens: list[int]
+    kind: str
+    messages: list[dict[str, str]]
+    forgotten: int = 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A session as a list shows it; ``used`` is in seconds since 1970, ``saved`` None where the
+    file is damaged."""
+
+    name: str
+    used: float
+    saved: Saved | None
+
+
+class NamedSession:
+    """The session ``name`` of ``folder``, this process's alone until it is closed.  ``saved`` is
+    None for a new one.  Raises ``ConfigError`` where it can't be had, or its file is damaged."""
+
+    def __init__(self, folder: Path, name: str):
+        if not _NAME.fullmatch(name):
+            expected = "expected up to 64 letters, digits and '.', '_' or '-'"
+            raise ConfigError(f"session {name!r:.80}: is no name of a session, {expected}")
+        self.folder, self.name = folder, name
+        self.path = folder / "names" / f"{name}.json"
+        make_private(folder)
+        make_private(self.path.parent)
+        self._lock = _lock(self.path.with_suffix(".lock"))
+        try:
+            self.saved = _load(self.path) if self.path.exists() else None
+        except BaseException:
+            self.close()
+            raise
+
+    def save(self, saved: Saved) -> None:
+        """Replace the file, whole or not at all.  Raises ``ConfigError``."""
+        values = {"version": _VERSION, **asdict(saved), "root": saved.root.hex()}
+        # In one value: a reader of JSON bounds how many there may be.
+        values["tokens"] = base64.b64encode(packed(saved.tokens)).decode()
+        text = json.dumps({"checksum": _checksum(values), **values})
+        try:
+            write_private(self.path, [text.encode()])
+        except OSError as problem:
+            raise ConfigError(f"{self.path}: can't be written ({problem.strerror})") from None
+        self.saved = saved
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def __enter__(self) -> "NamedSession":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def listing(folder: Path) -> list[Listed]:
+    """The named sessions of ``folder``, the one that was used last first."""
+    listed = []
+    for path in (folder / "names").glob("*.json"):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            used, saved = path.stat().st_mtime, None
+            with suppress(ConfigError):
+                saved = _load(path)
+            listed.append(Listed(path.stem, used, saved))
+    return sorted(listed, key=lambda session: -session.used)
+
+
+def remove(folder: Path, names: Sequence[str]) -> int:
+    """Remove those sessions, and every block that no other named session lists: the blocks of
+    unnamed texts, which are computed again where they are needed, go too.  Returns the bytes that
+    are free again.  Raises ``ConfigError``, and removes nothing where one of them is not there or
+    in use."""
+    sessions, there = list[NamedSession](), {session.name for session in listing(folder)}
+    try:
+        for name in names:
+            if name not in there:
+                advice = "slotmoe list --sessions shows what there is"
+                raise ConfigError(f"{folder}: holds no session {name!r:.80}; {advice}")
+            with suppress(_DamagedError):
+                sessions.append(NamedSession(folder, name))
+        for name in names:
+            path = folder / "names" / f"{name}.json"
+            path.unlink()
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        if not (folder / "blocks").is_dir():
+            return 0
+        left = [session.saved for session in listing(folder) if session.saved is not None]
+        wanted = [block for saved in left for block in chain(saved.root, saved.tokens)]
+        return BlockFolder(folder / "blocks", 1 << 62, lambda remark: None).sweep(wanted)
+    except OSError as problem:
+        raise ConfigError(f"{folder}: can't be written ({problem.strerror})") from None
+    finally:
+        for session in sessions:
+            session.close()
+
+
+class _DamagedError(ConfigError):
+    """A session's file that is not what was written."""
+
+
+def _load(path: Path) -> Saved:
+    """Raises ``_DamagedError``."""
+    values = read_json(path, _MAX_BYTES, _DamagedError)
+    try:
+        check(values, _SAVED)
+        if values["checksum"] != _checksum(values):
+            raise ValueError("its checksum is wrong")
+        tokens = unpacked(base64.b64decode(values["tokens"]))
+    except ValueError as problem:
+        advice = f"slotmoe rm --sessions {path.stem} removes it"
+        raise _DamagedError(f"{path}: is damaged ({problem}); {advice}") from None
+    rest = {key: values[key] for key in ("kind", "messages", "forgotten")}
+    return Saved(bytes.fromhex(values["root"]), tokens, **rest)
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    return checksum(json.dumps(rest, sort_keys=True).encode())
+
+
+def _lock(path: Path) -> int:
+    """A handle that holds the lock.  Raises ``ConfigError``."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as problem:
+            raise ConfigError(f"{path}: can't be written ({problem.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            reason = "is in use by another process; wait for that, or take another name"
+            raise ConfigError(f"session {path.stem}: {reason}") from None
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # its file was removed in between

@@ -1,0 +1,222 @@
+"""Every family: the reference path beside transformers, the kernels beside each other, and what is
+refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slotmoe.errors import CheckpointError, ConfigError, PlanError
+from slotmoe.model.config import parse_config, read_config
+from slotmoe.model.families import FAMILIES, OTHERS
+from slotmoe.model.names import expert_shapes, resident_shapes
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import choose_context
+from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.kernels.cpu import bindings as kernels
+from tests.support.families import (
+    CASES,
+    DSA,
+    GLM,
+    INDEXED,
+    LONG,
+    MISTRAL,
+    REMOVE,
+    SOFTMAX,
+    V3,
+    V32,
+    config_of,
+    oracle_logits,
+    write_family,
+)
+from tests.support.native import LayerByLayerOps, feed, native_cache, network_of
+from tests.support.oracle import relative_error
+
+IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
+native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_path_equals_transformers(name, tmp_path):
+    family, overrides = CASES[name]
+    write_family(tmp_path, family, **overrides)
+    with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
+        assert relative_error(runtime.logits(IDS), oracle_logits(tmp_path, IDS)) <= 1e-5
+
+
+@native
+@pytest.mark.parametrize("name", CASES)
+def test_one_token_in_few_calls_is_bitwise_op_by_op_and_one_prefill(name):
+    """Wherever experts are."""
+    family, overrides = CASES[name]
+    config = config_of(family, **overrides)
+    network = network_of(config, "int8", NativeBackend(kernels.load()))
+    plainly = network_of(config, "int8", LayerByLayerOps(kernels.load()))
+    cache, steps = native_cache(plainly), [1] * 20  # past YaRN's original context
+    expected = feed(plainly, cache, IDS, steps)
+    for sizes, in_table in ((steps, ()), (steps, range(1, 8)), ([20], ())):
+        network.experts.in_table, actual = in_table, native_cache(network)
+        assert torch.equal(feed(network, actual, IDS, sizes), expected)
+        assert torch.equal(actual.layers[:, :20], cache.layers[:, :20])
+
+
+WRONG = {  # family, what is wrong, words of the message
+    "softmax": (V3, {"scoring_func": "softmax"}, 'scoring_func "softmax" only "sigmoid"'),
+    "greedy": (V3, {"topk_method": "greedy"}, 'topk_method "greedy" only "noaux_tc"'),
+    "other-class": (GLM, {"architectures": ["DeepseekV3ForCausalLM"]}, "architectures only Glm4"),
+    "sigmoid": (MISTRAL, {**SOFTMAX, "scoring_func": "sigmoid"}, 'only "softmax"'),
+    "grouped-keys": (GLM, {"num_key_value_heads": 2}, "num_key_value_heads 2 only 4"),
+    "halves": (V32, {**INDEXED, "rope_interleave": False}, "rope_interleave false only true"),
+    "no-index": (V32, {}, "index_topk is missing"),
+    "zero-index": (DSA, {**INDEXED, "index_topk": 0}, "index_topk is 0 integer"),
+    "index-of-another": (V3, {"index_topk": 64}, "index_topk 64 only null"),
+    "small-groups": (V3, {"n_group": 8, "topk_group": 4}, "n_group is 8 at least 2 experts"),
+    "dense-behind": (
+        GLM,
+        {"mlp_layer_types": ["sparse", "dense", "sparse"], "first_k_dense_replace": REMOVE},
+        "mlp_layer_types dense layer behind",
+    ),
+    "types-too-few": (GLM, {"mlp_layer_types": ["dense", "sparse"]}, "num_hidden_layers is 3 2"),
+    "types-disagree": (
+        GLM,
+        {"mlp_layer_types": ["dense", "dense", "sparse"]},
+        "first_k_dense_replace is 1 mlp_layer_types says 2",
+    ),
+    "types-of-what": (GLM, {"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types[1] 'moe'"),
+    "part": (GLM, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 expected 1 or"),
+    "part-of-rope": (
+        MISTRAL,
+        {**SOFTMAX, "rope_parameters": {**LONG, "partial_rotary_factor": 0.25}},
+        "partial_rotary_factor is 0.25",
+    ),
+    "scaled-queries": (V3, {"rope_parameters": LONG}, "llama_4_scaling_beta is not supported"),
+    "scaled-without-yarn": (
+        MISTRAL,
+        {**SOFTMAX, "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_that_the_family_has_not_is_named(name):
+    family, overrides, words = WRONG[name]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(config_of(family, **overrides))
+    message = str(caught.value)
+    assert all(word in message for word in words.split()), message
+    assert message.startswith("config.json: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_family_that_is_close_says_why_it_is_not_supported(name):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**config_of(V3), "model_type": name})
+    message = str(caught.value)
+    assert f'model_type "{name}" is not supported ({OTHERS[name]}), only' in message
+    assert all(json.dumps(family) in message for family in FAMILIES)
+
+
+def test_the_text_part_of_a_model_with_images_is_read():
+    inner = {**config_of(V3), "model_type": "kimi_k2"}
+    outer = {"model_type": "kimi_k25", "architectures": ["X"], "vision_config": {"model_type": "x"}}
+    config = parse_config({**outer, "eos_token_id": 7, "text_config": inner})
+    assert config.text_only and config.hidden_size == 64 and config.eos_token_ids == (1,)
+    assert config.notes == ["only the text part of this model is used"]
+    del inner["eos_token_id"]
+    assert parse_config({**outer, "eos_token_id": 7, "text_config": inner}).eos_token_ids == (7,)
+    for text, words in ((None, "text_config is missing"), ([], "text_config is [], which is not")):
+        values = {**outer, **({} if text is None else {"text_config": text})}
+        with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+            parse_config(values)
+    with pytest.raises(ConfigError, match='model_type "mistral" is not supported'):
+        parse_config({"model_type": "mistral3", "text_config": {"model_type": "mistral"}})
+
+
+def test_a_context_ends_where_attention_is_to_picked_positions(tmp_path):
+    config = parse_config(config_of(V32, **INDEXED))
+    assert choose_context(config, None) == 64
+    with pytest.raises(PlanError, match=r"context 65 is outside 1 to 64, .* index_topk; .*lower"):
+        choose_context(config, 65)
+    assert config.notes and "64" in config.notes[0]
+    short = parse_config(config_of(V32, **{**INDEXED, "index_topk": 4096}))
+    assert choose_context(short, None) == short.max_position_embeddings and not short.notes
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("what", ["missing", "too short", "not finite"])
+def test_a_wrong_bias_is_refused_by_name(what, tmp_path):
+    write_family(tmp_path / "source", V3, torch.bfloat16)
+    file = tmp_path / "source" / "model.safetensors"
+    weights = load_file(file)
+    bias = weights.pop(BIAS).float()
+    if what == "too short":
+        weights[BIAS] = bias[:7]
+    elif what == "not finite":
+        weights[BIAS] = bias.index_fill(0, torch.tensor(3), torch.nan)
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=BIAS) as caught:
+        quantize(tmp_path / "source", tmp_path / "export")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "export").exists()
+
+
+def test_layers_behind_the_last_are_not_exported(tmp_path):
+    """The head that predicts a second token stands there."""
+    write_family(tmp_path / "source", V3, torch.bfloat16, num_hidden_layers=4)
+    config = config_of(V3, num_nextn_predict_layers=1)
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    quantize(tmp_path / "source", tmp_path / "export")
+    files = {path.name for path in (tmp_path / "export" / "experts").iterdir()}
+    assert files == {"layer-00001.safetensors", "layer-00002.safetensors"}
+    names = load_file(tmp_path / "export" / "resident.safetensors")
+    assert not [name for name in names if name.startswith("model.layers.3.")]
+
+
+# What the models are said to have, in billions: all parameters, those of one token.
+PUBLISHED = {
+    "v3": (671, 37),
+    "v3.2": (671, 37),
+    "moonlight": (16, 3),
+    "kimi-k2": (1000, 32),
+    "glm-4.7-flash": (30, 3),
+    "glm-5": (744, 40),
+    "mistral-small-4": (119, 6.5),
+}
+
+
+# What a default of transformers does not say of the model: its context and its rotations.
+OF_THE_FILE = {"max_position_embeddings", "rope_parameters", "bos_token_id", "eos_token_id"}
+OF_THE_FILE |= {"pad_token_id", "architectures", "head_dim", "mlp_layer_types", "dtype"}
+
+
+@pytest.mark.parametrize("name", ["v3", "v3.2", "glm-4.7-flash", "glm-5", "mistral-small-4"])
+def test_geometries_have_the_defaults_that_transformers_gives_the_family(name):
+    from transformers import CONFIG_MAPPING
+
+    raw = json.loads(geometry_path(name).read_text())
+    raw = raw.get("text_config", raw)
+    defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict()
+    shared = (raw.keys() & defaults.keys()) - OF_THE_FILE
+    assert len(shared) > 20
+    assert {key: raw[key] for key in shared} == {key: defaults[key] for key in shared}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_geometries_have_the_published_sizes(name):
+    config = read_config(geometry_path(name))
+    assert not config.unknown_keys
+    resident = sum(map(math.prod, resident_shapes(config).values()))
+    expert = sum(map(math.prod, expert_shapes(config).values())) * len(config.moe_layers)
+    counts = config.n_routed_experts, config.num_experts_per_tok
+    parameters, used = (resident + expert * count for count in counts)
+    # A token's are counted with both embeddings, with one, or with none.
+    table, (total, active) = config.vocab_size * config.hidden_size, PUBLISHED[name]
+    assert parameters == pytest.approx(total * 1e9, rel=0.03)
+    assert used - 2 * table < active * 1.1e9 and used > active * 0.95e9

@@ -1,0 +1,147 @@
+"""Tiny checkpoints of every family, and transformers' network of the same weights: the oracle."""
+
+import json
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.support.tiny import CONFIG, REMOVE, SAMPLE, TOKENIZER_FILES, write_weights
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+}
+LONG = {**YARN, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+LONG |= {"max_position_embeddings": 256, "partial_rotary_factor": 1 / 3}
+ODD = {
+    "hidden_size": 72,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 41,
+    "moe_intermediate_size": 37,
+    "kv_lora_rank": 22,
+    "q_lora_rank": 23,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 6,
+    "n_routed_experts": 12,
+}
+HALVES = {"rope_interleave": False}
+SHARED = {
+    **{key: value for key, value in CONFIG.items() if key not in ("rope_scaling", "rope_theta")},
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+WITHOUT_METHOD = {"scoring_func": REMOVE, "topk_method": REMOVE}
+INDEXED = {"index_topk": 64, "index_head_dim": 16, "index_n_heads": 2}
+TWO_DENSE = {"first_k_dense_replace": 2, "num_hidden_layers": 4}
+TYPES = {"num_hidden_layers": 4, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}
+TYPES |= {"first_k_dense_replace": REMOVE}
+V3, GLM, MISTRAL = "deepseek_v3", "glm4_moe_lite", "mistral4"
+V32, DSA = "deepseek_v32", "glm_moe_dsa"
+CLASSES = {V3: "DeepseekV3", GLM: "Glm4MoeLite", MISTRAL: "Mistral4"}
+CLASSES |= {V32: "DeepseekV32", DSA: "GlmMoeDsa"}
+SOFTMAX = {**WITHOUT_METHOD, "first_k_dense_replace": 0, "rope_parameters": LONG}
+
+# Between them, for each family what it has: groups on and off, q-LoRA on and off, YaRN and plain
+# RoPE, pairs side by side and in halves, odd sizes, two dense layers in both spellings.
+CASES = {
+    "v3-groups-yarn": (V3, {"rope_parameters": YARN}),
+    "v3-no-groups-no-qlora": (V3, {"n_group": 1, "topk_group": 1, "q_lora_rank": None}),
+    "v3-odd-halves": (V3, {**ODD, **HALVES}),
+    "v3-two-dense-not-normalized": (V3, {**TWO_DENSE, "norm_topk_prob": False}),
+    "glm-groups": (GLM, {"rms_norm_eps": 1e-3, "partial_rotary_factor": 1.0}),
+    "glm-v-unlike-nope": (GLM, {"v_head_dim": 20, "qk_nope_head_dim": 12, **HALVES}),
+    "glm-two-dense": (GLM, {**TYPES, "n_group": 1, "topk_group": 1}),
+    "mistral-groups": (MISTRAL, SOFTMAX),
+    "mistral-no-groups": (MISTRAL, {**SOFTMAX, "n_group": 1, "topk_group": 1}),
+    "mistral-odd-halves": (
+        MISTRAL,
+        {**SOFTMAX, **ODD, **HALVES, "rope_parameters": {**LONG, "partial_rotary_factor": 0.3}},
+    ),
+    "v3.2": (V32, {**INDEXED, **TYPES}),
+    "v3.2-odd-yarn": (V32, {**INDEXED, **ODD, "rope_parameters": YARN}),
+    "glm-5": (DSA, {**INDEXED, "rms_norm_eps": 1e-5}),
+}
+
+
+def config_of(family: str, **overrides):
+    """``config.json`` of a tiny model."""
+    config = {**SHARED, "model_type": family, "architectures": [f"{CLASSES[family]}ForCausalLM"]}
+    config["num_key_value_heads"] = overrides.get("num_attention_heads", 4)
+    config |= overrides
+    return {key: value for key, value in config.items() if value is not REMOVE}
+
+
+def write_family(folder: Path, family: str, dtype=torch.float32, **overrides):
+    """Write a checkpoint of random weights, one tensor an expert; returns its config."""
+    config = config_of(family, **overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(SAMPLE / name, folder / name)
+    write_weights(folder, config, dtype)
+    return config
+
+
+@contextmanager
+def quietly():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def oracle_logits(folder: Path, ids):
+    """transformers' logits in float32, eager, float32 [T, vocab_size]."""
+    with quietly():
+        network = oracle_network(folder, load_file(folder / "model.safetensors"))
+        return network(torch.tensor([ids])).logits[0]
+
+
+def oracle_network(folder: Path, weights):
+    """transformers' network of the folder's config on ``weights``, in float32 and eager."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = getattr(transformers, f"{CLASSES[config.model_type]}ForCausalLM")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    network = model_class._from_config(config, dtype=torch.float32, **eager)
+    missing, unexpected = network.load_state_dict(fused(dict(weights), config), strict=False)
+    assert not unexpected and all(".indexer." in name for name in missing)
+    if config.model_type == MISTRAL:
+        # transformers 5.24 multiplies the scores by YaRN's factor too.  Mistral's own parameters
+        # say ``apply_scale: false``, and the releases before 5.24 did not.
+        for layer in network.model.layers:
+            layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
+    return network
+
+
+def fused(weights, config):
+    """The same with a layer's experts in one tensor, as transformers holds them."""
+    prefixes = {name.partition("experts.0.")[0] for name in weights if "experts.0." in name}
+    for prefix in sorted(prefixes):
+        gate, up, down = (
+            torch.stack(
+                [
+                    weights.pop(f"{prefix}experts.{expert}.{part}_proj.weight")
+                    for expert in range(config.n_routed_experts)
+                ]
+            )
+            for part in ("gate", "up", "down")
+        )
+        weights[f"{prefix}experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        weights[f"{prefix}experts.down_proj"] = down
+    return weights

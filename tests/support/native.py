@@ -1,0 +1,63 @@
+"""Networks on the native kernels, with random weights."""
+
+import torch
+
+from slotmoe.model.config import parse_config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import role_of
+from slotmoe.model.network import DeepseekV2
+from slotmoe.quant import int8, nf4
+from slotmoe.quant.backends.base import new
+from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu import bindings as kernels
+from slotmoe.quant.nf4 import Nf4Weight
+from slotmoe.quant.shapes import resident_quantization
+from tests.support.slab import LEVELS, SlabExperts
+from tests.support.tiny import CONFIG, REMOVE, random_weights
+
+
+class LayerByLayerOps(NativeBackend):
+    """The native kernels, one operation after the other."""
+
+    def decoder(self, geometry, layers):
+        return None
+
+
+def native_network(overrides, resident, kind=NativeBackend):
+    """The native kernels on random weights of DeepSeek-V2's family."""
+    raw = {key: value for key, value in {**CONFIG, **overrides}.items() if value is not REMOVE}
+    raw["num_key_value_heads"] = raw["num_attention_heads"]
+    return network_of(raw, resident, kind(kernels.load()))
+
+
+def network_of(raw, resident, ops):
+    """A network with the backend ``ops`` on random weights for the config ``raw``."""
+    config, weights = parse_config(raw), random_weights(raw)
+
+    def stored(name, weight):
+        quantization = resident_quantization(role_of(name), resident)
+        if quantization == "int8":
+            weight = Int8Weight(*int8.quantize(weight))
+        elif quantization == "nf4":
+            weight = Nf4Weight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
+        elif weight.dim() == 1:
+            weight = weight.float()
+        return ops.prepare(role_of(name), weight)
+
+    prepared = {
+        name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name
+    }
+    experts = SlabExperts(ops, config, weights, torch.device("cpu"))
+    return DeepseekV2(config, prepared, ops, experts)
+
+
+def native_cache(network, context=40):
+    row = network.backend.latent_row(network.config.kv_lora_rank, network.config.qk_rope_head_dim)
+    return LatentCache(network.config, context, row, new)
+
+
+def feed(network, cache, ids, sizes):
+    """Logits of the first ``ids``, in passes of ``sizes`` tokens."""
+    passes = torch.tensor(ids[: sum(sizes)]).split(sizes)
+    return torch.cat([network.head(network.forward(ids_T, [cache])) for ids_T in passes])

@@ -1,0 +1,119 @@
+"""What commands do with sessions on disk: open the one that the options name, list them, remove
+some."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.model_cache import timestamp
+from slotmoe.offload.plan.memory import parse_size
+
+if TYPE_CHECKING:
+    from slotmoe.offload.sessions.names import Listed, NamedSession
+
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
+
+
+def session_folder(options: dict[str, Any]) -> Path:
+    """Where the options say that sessions lie."""
+    return options["session_dir"] or cache_folder() / "sessions"
+
+
+@contextmanager
+def open_session(options: dict[str, Any], kind: str) -> "Iterator[NamedSession | None]":
+    """The session that ``session_options`` name, new or of the ``kind``, this process's alone
+    meanwhile; None where they name none.  Raises ``ConfigError`` or ``PlanError``."""
+    folder, name = session_folder(options), options["session"]
+    parse_size(options["session_limit"])  # before a model is loaded
+    if options.get("resume"):
+        name = _latest_chat(folder, name)
+    if name is None:
+        yield None
+        return
+    from slotmoe.offload.sessions.names import NamedSession
+
+    with NamedSession(folder, name) as session:
+        if session.saved is not None and session.saved.kind != kind:
+            advice = "slotmoe run goes on with texts, with --chat and in slotmoe chat with chats"
+            raise ConfigError(f"session {name}: is a {session.saved.kind}; {advice}")
+        yield session
+
+
+def go_on(
+    session: "NamedSession | None",
+    runtime: Any,
+    options: dict[str, Any],
+    notify: Callable[[str], None],
+) -> None:
+    """Let the runtime keep its texts where the session is, if there is one, and say which it is."""
+    if session is None:
+        return
+    runtime.keep_in(session.folder, options["session_limit"], notify)
+    if session.saved is None:
+        remark = f"new, kept in {session.folder}"
+    else:
+        remark = f"{len(session.saved.tokens):,} tokens"
+        if session.saved.root != runtime.sessions.root():
+            remark += " of another model or version, so its text is read anew"
+    notify(f"session {session.name}: {remark}")
+
+
+def _latest_chat(folder: Path, name: str | None) -> str:
+    if name is not None:
+        raise ConfigError("--resume takes the latest session; leave it out to take --session")
+    for session in sessions_in(folder):
+        if _kind(session) == "chat":
+            return session.name
+    raise ConfigError(f"{folder}: holds no conversation to resume; --session NAME begins one")
+
+
+def sessions_in(folder: Path) -> "list[Listed]":
+    """The named sessions there, the one that was used last first."""
+    from slotmoe.offload.sessions.names import listing
+
+    return listing(folder)
+
+
+def described(folder: Path) -> str:
+    """The named sessions there as a table."""
+    sessions = sessions_in(folder)
+    if not sessions:
+        return f"{folder}: holds no named sessions"
+    width = max(len(session.name) for session in sessions)
+    rows = list[str]()
+    for session in sessions:
+        tokens = "" if session.saved is None else f", {len(session.saved.tokens):,} tokens"
+        rows.append(f"{session.name:{width}}  {_kind(session)}{tokens}, {ago(session.used)}")
+    return "\n".join([*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."])
+
+
+def session_facts(folder: Path) -> dict[str, Any]:
+    """The same for JSON."""
+    shown = [
+        {
+            "name": session.name,
+            "kind": _kind(session),
+            "tokens": None if session.saved is None else len(session.saved.tokens),
+            "used": timestamp(session.used),
+        }
+        for session in sessions_in(folder)
+    ]
+    return {"folder": str(folder), "sessions": shown}
+
+
+def _kind(session: "Listed") -> str:
+    return "damaged" if session.saved is None else session.saved.kind
+
+
+def ago(used: float) -> str:
+    """How long ago, in the largest unit that fits."""
+    seconds = max(0.0, time.time() - used)
+    for size, unit in _UNITS:
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' * (count != 1)} ago"
+    return "just now"
