@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 
-from slotmoe.errors import CheckpointError, reading
-from slotmoe.jsonfile import read_file
+from slotmoe.errors import CheckpointError, ConfigError, reading
+from slotmoe.jsonfile import parse_json, read_file
+from slotmoe.model import tiktoken
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.decoding import decode
 from slotmoe.model.files import files_in
 from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
 from slotmoe.model.shards import TensorInfo, inside, read_header, tensors_in
 from slotmoe.model.stored import Weights
+from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
 class Checkpoint:
@@ -39,6 +41,7 @@ class Checkpoint:
         self.name = folder.resolve().name
         self._stored = infos if weights is None else weights.used
         self._files: dict[str, int] = {}
+        self._converted: bytes | None = None  # the tokenizer, where it is not there as JSON
         try:
             for name in {info.file for info in self._stored.values()}:
                 with reading(folder / name, CheckpointError):
@@ -80,11 +83,22 @@ class Checkpoint:
         return sum(info.nbytes for info in self.infos.values())
 
     def small_file(self, name: str, limit: int) -> bytes | None:
-        """``config.json`` or another small file, see ``slotmoe.model.files``.  Raises
-        ``CheckpointError`` or ``ConfigError``."""
-        if not (self.folder / name).is_file():
+        """``config.json`` or another small file, see ``slotmoe.model.files``.  ``tokenizer.json``
+        may be made of a ``tiktoken.model``.  Raises ``CheckpointError`` or ``ConfigError``."""
+        if (self.folder / name).is_file():
+            return read_file(inside(self.folder, name), limit, CheckpointError)
+        if name != "tokenizer.json" or not (self.folder / tiktoken.FILE_NAME).is_file():
             return None
-        return read_file(inside(self.folder, name), limit, CheckpointError)
+        if self._converted is None:
+            path = inside(self.folder, tiktoken.FILE_NAME)
+            model = read_file(path, tiktoken.MAX_BYTES, CheckpointError)
+            settings = self.small_file("tokenizer_config.json", MAX_SETTINGS_BYTES) or b"{}"
+            parsed = parse_json(settings, self.folder / "tokenizer_config.json")
+            try:
+                self._converted = tiktoken.tokenizer_json(model, parsed)
+            except ValueError as problem:
+                raise ConfigError(f"{path}: {problem}") from None
+        return self._converted
 
     def headers(self) -> Iterator[tuple[str, int, bytes]]:
         """Each weight file, its size, and what it holds before the data."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.reasoning import overlap
 from slotmoe.model.tokenizer import TextStream, Tokenizer
 
 _FIRST = 64  # likeliest ids looked at first: to sort 100,000 takes longer than some models' step
@@ -314,12 +315,6 @@ def _ends(tokens: Sequence[Token]) -> list[int]:
 
 def _text(tokens: Sequence[Token]) -> str:
     return "".join(token.text for token in tokens)
-
-
-def overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` that are the beginning of ``stop``."""
-    lengths = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
 def generate(

@@ -7,7 +7,7 @@ here is parsed by a child first, because the library aborts the process on some.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
@@ -18,12 +18,14 @@ from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.child import Child
 from slotmoe.model.files import ReadFile, files_in
+from slotmoe.model.reasoning import Splitter, reasoning_of
 
 MAX_TOKENIZER_BYTES = 32 << 20  # that of GLM-4.7 has 20 MB
 # Mistral Small 4 has 131,000 tokens and 270,000 merges, which may be written as pairs.
-MAX_TOKENIZER_VALUES = 800_000
+MAX_TOKENIZER_VALUES = 1_000_000
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 1 << 22
+_WITHOUT_BOS = ("TikTokenTokenizer",)  # of Moonlight and Kimi: their text begins with no token
 REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Byte-level BPE spells a byte as itself where that is a visible character of Latin-1, and the
@@ -31,6 +33,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
 _BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
+BYTE_CHARACTERS = {byte: character for character, byte in _BYTE_LEVEL.items()}
 # As the Coder models spell them.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 
@@ -63,8 +66,10 @@ class Tokenizer:
         path = folder / "chat_template.jinja"
         found = read(path.name, MAX_TEMPLATE_BYTES)
         self.template = _decoded(found, path) if found else _template_of(settings)
-        wants_bos = settings.get("add_bos_token", bos_token_id is not None)
+        adds_bos = settings.get("tokenizer_class") not in _WITHOUT_BOS
+        wants_bos = settings.get("add_bos_token", adds_bos and bos_token_id is not None)
         self.bos_token_id = bos_token_id if wants_bos else None
+        self.reasoning = reasoning_of(self.template, self.token_id)
         self.eos_token = _spelling(settings, "eos_token")
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
@@ -98,6 +103,14 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, list(accumulate((end for _, end in encoding.offsets), max))
 
+    def splitter(self, prompt: Sequence[int]) -> Splitter:
+        """What takes the reasoning off the text of an answer to ``prompt``."""
+        if self.reasoning is None:
+            return Splitter(None, False)
+        stream = TextStream(self)
+        end = "".join(stream.push(id_) for id_ in prompt[-16:])  # the mark may be several tokens
+        return Splitter(self.reasoning, self.reasoning.is_begun(end))
+
     def token_id(self, token: str) -> int | None:
         """The id of the token that is spelled like this, if there is one."""
         return self._backend.token_to_id(token)
@@ -125,13 +138,15 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: list[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         begun: bool = False,
+        thinking: bool | None = None,
     ) -> str:
         """``messages`` through the model's chat template, ready for the assistant's answer, of
         which the last message is the beginning if it is ``begun``; ``tools`` as templates expect
-        them.  Raises ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
+        them; ``thinking`` switches reasoning on or off where the template can.  Raises
+        ``ConfigError`` if there is no template, if it fails or exceeds its limits."""
         if self.template is None:
             problem = "tokenizer_config.json: has no chat_template, so this is not a chat model"
             other = "or continue text with 'slotmoe run MODEL PROMPT', without --chat"
@@ -139,16 +154,20 @@ class Tokenizer:
         bos, eos = _spelling(self.settings, "bos_token"), self.eos_token
         variables = {"messages": messages, "add_generation_prompt": not begun}
         variables |= {"bos_token": bos, "eos_token": eos} | ({"tools": tools} if tools else {})
+        if thinking is not None:  # the words of DeepSeek and Kimi, GLM, Mistral
+            variables |= {"thinking": thinking, "enable_thinking": thinking}
+            variables["reasoning_effort"] = "high" if thinking else "none"
         text = _render(self.template, variables)
         return text.removesuffix(eos) if begun else text
 
 
 class TextStream:
     """Turns a stream of ids into text that never ends inside a UTF-8 character.  Special tokens
-    have no text, unless ``shown`` says what."""
+    have no text, unless they are marks of reasoning or ``shown`` says what."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str] | None = None):
-        self._tokenizer, self._shown = tokenizer, shown or {}
+        marks = {} if tokenizer.reasoning is None else tokenizer.reasoning.shown
+        self._tokenizer, self._shown = tokenizer, {**marks, **(shown or {})}
         self._ids: list[int] = []  # the last finished token, for context, and those still held
         self._printed = ""  # what of their text is already out
 
@@ -158,6 +177,9 @@ class TextStream:
             return self.flush() + self._shown[token_id]
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
+        if text == self._printed:  # a special token, which completes nothing
+            self._ids.pop()
+            return ""
         # A trailing replacement mark may be the start of a character that the next tokens complete.
         certain = text[:-1] if text.endswith(REPLACEMENT) else text
         fresh = certain[len(self._printed) :]

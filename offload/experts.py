@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -281,8 +282,10 @@ class Experts:
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
-        slots = {id - row * experts: self.slots.slot(id) for id in expert_ids}
-        return self._device.layer_slots(experts, slots)
+        slots_E = np.full(experts, -1, np.int32)
+        for expert_id in expert_ids:
+            slots_E[expert_id - row * experts] = self.slots.slot(expert_id)
+        return self._device.upload(torch.from_numpy(slots_E))
 
     def _uses(self, row: int, indices: list[list[int]]) -> dict[int, int]:
         """Distinct expert ids of a layer in gate order, and how many tokens use each."""

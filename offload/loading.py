@@ -368,7 +368,8 @@ class _Loader:
         missing = plan.slots < layers * experts and plan.staging > top_k
         lookahead, warm = None, list[int]()
         if options.prefetch and missing and size > HELP_BYTES:
-            lookahead = Lookahead(predictor, layers, experts, size, slots, store.bandwidth)
+            source = slots, store.bandwidth, device.download
+            lookahead = Lookahead(predictor, layers, experts, size, *source)
         if options.prefetch and popularity:
             ids = range(layers * experts)
             warm = sorted(ids, key=popularity.__getitem__, reverse=True)[: plan.slots]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slotmoe.offload.policy.prefetch import Prefetcher, Target
 from slotmoe.offload.predictor import NextGate, Predictor
+from slotmoe.offload.tiers.device import Download
 
 
 class Lookahead(Prefetcher):
@@ -29,9 +30,11 @@ class Lookahead(Prefetcher):
         record_bytes: int,
         target: Target,
         bandwidth: Callable[[], float],
+        download: Callable[[Tensor], Download],
     ):
+        """``download`` is the device's; the rest is as in ``Prefetcher``."""
         super().__init__(rows, experts, record_bytes, target, bandwidth)
-        self._predictor = predictor
+        self._predictor, self._download = predictor, download
         self._token_scores_ME: Tensor | None = None
         self.active = False
 
@@ -46,7 +49,7 @@ class Lookahead(Prefetcher):
         before it, float32 [D] each, and start to read."""
         started = time.perf_counter()
         self._token_scores_ME = self._predictor.token_scores(embedding_D, hidden_D)
-        likely = self._predictor.likely(self._token_scores_ME)
+        likely = self._likely(self._token_scores_ME)
         for row, experts in enumerate(likely):
             self._guess(row, experts, "token")
         self._cost.add((time.perf_counter() - started) / len(likely))
@@ -62,15 +65,18 @@ class Lookahead(Prefetcher):
     def _next(self, row: int, x_TD: Tensor) -> list[int]:
         if len(x_TD) > 1:  # what any token is likely to use, most tokens first
             scores_TE = self._predictor.layer_scores(row, x_TD)
-            uses = Counter(chain.from_iterable(self._predictor.likely(scores_TE)))
+            uses = Counter(chain.from_iterable(self._likely(scores_TE)))
             return [expert for expert, _ in uses.most_common()]
         started = time.perf_counter()
         scores_ME, known = self._token_scores_ME, None
         if scores_ME is not None and row + 1 < len(scores_ME):
             known = scores_ME[row + 1]
-        (experts,) = self._predictor.likely(self._predictor.layer_scores(row, x_TD[0], known)[None])
+        (experts,) = self._likely(self._predictor.layer_scores(row, x_TD[0], known)[None])
         self._cost.add(time.perf_counter() - started)
         return experts
+
+    def _likely(self, scores_RE: Tensor) -> list[list[int]]:
+        return self._predictor.likely(self._download(scores_RE).get())
 
     def _guess(self, row: int, experts: list[int], horizon: str) -> None:
         self.guess(row, [row * self._experts + expert for expert in experts], horizon)

@@ -29,7 +29,7 @@ from slotmoe.model.gguf.header import shard_paths
 
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
-_READ = {".json", ".jinja", ".safetensors"}  # what an export is made of
+_READ = {".json", ".jinja", ".model", ".safetensors"}  # what an export is made of
 _BLOCK, _READERS = 8 << 20, 4
 Progress = Callable[[int, int], None]
 

@@ -196,7 +196,7 @@ class Runtime:
             with self.passes.using():
                 if sequence.tokens is not held:
                     raise ConfigError(SUPERSEDED)
-                logits_1V = sequence.extend(ids)
+                logits_1V = self.model.device.download(sequence.extend(ids)).get()
                 held = sequence.tokens
             if self.sessions is not None:
                 self.sessions.keep(sequence, added=len(ids))

@@ -71,7 +71,7 @@ class Passes:
         what its latent cache holds, and ``Experts.begin`` puts the experts right.
         """
         model = self.model
-        ids_T = torch.tensor(ids, device=model.device.device)
+        ids_T = model.device.upload(torch.tensor(ids))
         caches = [sequence.cache for sequence in sequences]
         self.changes += 1
 

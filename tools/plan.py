@@ -192,7 +192,8 @@ def _verdict(report: dict[str, Any]) -> list[str]:
     if report["fits"]:
         speed, hits = figure(report["decode_tokens_per_second"], 2), report["hit_rate"]
         share = "all experts" if hits == 1 else f"{hits:.0%} of a token's experts found"
-        lines = [f"{name} fits: about {speed} tokens/s, with {share} in memory."]
+        about = "an estimated" if report["estimated"] else "about"
+        lines = [f"{name} fits: {about} {speed} tokens/s, with {share} in memory."]
     else:
         short = [
             f"{format_size(size)} of {_NAMES[tier]}"
@@ -228,7 +229,7 @@ def _outlook(report: dict[str, Any]) -> list[str]:
     slowest = sorted(report["decode_seconds"].items(), key=lambda item: -item[1])
     spent = [f"{name} {1000 * seconds:.0f} ms" for name, seconds in slowest if seconds >= 5e-4]
     bound = _BOUNDS.get(report["bottleneck"], report["bottleneck"])
-    gpu = " GPU speeds are what bytes over bandwidth allow; they are not measured."
+    gpu = " (estimated: bytes over bandwidth, kernels and waits as counted; no GPU has measured it)"
     return [
         f"{report['slots']} of {report['experts']} experts in fast slots{host}; "
         f"a context of up to {report['largest_context']} fits.",
@@ -236,8 +237,8 @@ def _outlook(report: dict[str, Any]) -> list[str]:
         f"peak {', '.join(peak)};",
         ("  " if prefill is None else f"  prefill {figure(prefill)} tokens/s, ")
         + f"decode {figure(report['decode_tokens_per_second'])} tokens/s at "
-        f"{report['hit_rate']:.0%} hits, bound by {bound}."
-        f"{gpu if 'vram' in report['budget'] else ''}",
+        f"{report['hit_rate']:.0%} hits, bound by {bound}"
+        f"{gpu if report['estimated'] else ''}.",
         f"One token: {', '.join(spent)}.",
         f"Bandwidths: {', '.join(rates)}.",
     ]

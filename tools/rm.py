@@ -42,11 +42,12 @@ def command(
     """
     if bool(names) == all_sessions or (all_sessions and not sessions):
         raise click.UsageError("needs NAME, or --sessions --all")
+    names = tuple(dict.fromkeys(names))
     folder = session_folder(options) if sessions else cache_folder()
     if sessions:
         from slotmoe.offload.sessions.names import remove as remove_sessions
 
-        removed = [s.name for s in sessions_in(folder)] if all_sessions else [*names]
+        removed = [s.name for s in sessions_in(folder)] if all_sessions else names
         freed = remove_sessions(folder, removed)
     else:
         gone = [cached for name in names for cached in remove(folder, name)]

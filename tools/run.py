@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slotmoe.model.reasoning import Splitter
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
     EXISTING,
@@ -26,7 +27,7 @@ from slotmoe.tools.options import (
     say,
     session_options,
 )
-from slotmoe.tools.screen import Reading, echo_of, is_terminal, visible
+from slotmoe.tools.screen import Reading, dimmed, echo_of, is_terminal, visible
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Continuation:
         self._runtime, self._prompt, self._quiet = runtime, prompt, quiet
         self._arguments, self.tokens = arguments, list[Any]()
         self._first_seconds: float | None = None
+        self._thoughts, self._texts = list[str](), list[str]()  # of the answer
         self._ended = False
         self._session, self._chat = session, arguments.pop("chat")
         self._saved = saved = None if session is None else session.saved
@@ -119,7 +121,8 @@ class Continuation:
     def run(self) -> None:
         """Generate until it ends or is interrupted."""
         on_terminal = not self._quiet and is_terminal(sys.stdout)
-        ids = self._ids()
+        ids, tokenizer = self._ids(), self._runtime.tokenizer
+        splitter = tokenizer.splitter(ids) if self._chat else Splitter(None, False)
         reading, started = Reading(self._runtime, self._quiet), time.perf_counter()
         reading.begin(len(ids))
         try:
@@ -130,8 +133,8 @@ class Continuation:
                     if on_terminal and not self._chat:
                         print(echo_of(self._prompt), end="")
                 self.tokens.append(token)
-                if not self._quiet:
-                    print(visible(token.text) if on_terminal else token.text, end="", flush=True)
+                self._show(on_terminal, *splitter.feed(token.text))
+            self._show(on_terminal, *splitter.feed("", is_last=True))
             self._ended = True
         finally:
             reading.end()
@@ -159,11 +162,24 @@ class Continuation:
 
             text = "".join(token.text for token in self.tokens)
             if self._chat:
-                kind, messages = "chat", [*self._messages, _message("assistant", text.strip())]
+                answer = "".join(self._texts).strip()
+                kind, messages = "chat", [*self._messages, _message("assistant", answer)]
             else:
                 kind, messages = "text", [_message("text", self._messages[0]["content"] + text)]
             tokens = [*ids, *(token.id for token in self.tokens)]
             self._session.save(Saved(self._runtime.sessions.root(), tokens, kind, messages))
+
+    def _show(self, on_terminal: bool, thought: str, text: str) -> None:
+        """Print what has come: reasoning dimmed, or on stderr where stdout is no terminal."""
+        if thought and not self._quiet:
+            file = sys.stdout if on_terminal else sys.stderr
+            print(dimmed(thought) if on_terminal else thought, end="", flush=True, file=file)
+        if text and not self._quiet:
+            if self._thoughts and not self._texts:
+                print("\n", file=sys.stdout if on_terminal else sys.stderr)
+            print(visible(text) if on_terminal else text, end="", flush=True)
+        self._thoughts += [thought] if thought else []
+        self._texts += [text] if text else []
 
     def report(self) -> dict[str, Any]:
         """One JSON-able object.  ``finish_reason`` is ``stop`` (the model ended the text),
@@ -171,7 +187,8 @@ class Continuation:
         stats = self._runtime.stats()
         limit = self.tokens[-1].finish if self.tokens else None
         return {
-            "text": "".join(token.text for token in self.tokens),
+            "text": "".join(self._texts),
+            **({"reasoning": "".join(self._thoughts)} if self._thoughts else {}),
             "ids": [token.id for token in self.tokens],
             "logprobs": [token.logprob for token in self.tokens],
             "finish_reason": (limit or "stop") if self._ended else "interrupted",

@@ -22,11 +22,14 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def dimmed(text: str) -> str:
+    """``text`` for a terminal, dimmed unless NO_COLOR asks for no colors (https://no-color.org)."""
+    return visible(text) if os.environ.get("NO_COLOR") else f"\x1b[2m{visible(text)}\x1b[22m"
+
+
 def echo_of(prompt: str) -> str:
-    """The prompt, or the end of a long one, as it is shown before its continuation: dimmed, unless
-    NO_COLOR asks for no colors (https://no-color.org)."""
-    shown = prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}"
-    return visible(shown) if os.environ.get("NO_COLOR") else f"\x1b[2m{visible(shown)}\x1b[22m"
+    """The prompt, or the end of a long one, as it is shown before its continuation."""
+    return dimmed(prompt if len(prompt) <= _MOST_ECHOED else f"…{prompt[-_MOST_ECHOED:]}")
 
 
 class Reading:

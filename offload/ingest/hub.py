@@ -26,7 +26,7 @@ from urllib.parse import quote
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
-from slotmoe.model import shards
+from slotmoe.model import shards, tiktoken
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import read_config
 from slotmoe.model.shards import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo
@@ -80,6 +80,8 @@ class HubShards:
         read_config(self.folder / "config.json")
         for name in COPIED[1:]:
             await self._fetch_small(name, MAX_COPIED_BYTES)
+        if "tokenizer.json" not in files:
+            await self._fetch_small(tiktoken.FILE_NAME, tiktoken.MAX_BYTES)
         await self._fetch_small(INDEX_NAME, shards.MAX_INDEX_BYTES)
         weight_map = shards.weight_files(self.folder) or {"": shards.SINGLE_NAME}
         names = list(dict.fromkeys(weight_map.values()))
@@ -292,7 +294,7 @@ def quantize_from_hub(
                 _clear(download)
             raise
         if kept is not None:  # with the small files it is a checkpoint
-            for name in (*COPIED, INDEX_NAME):
+            for name in (*COPIED, INDEX_NAME, tiktoken.FILE_NAME):
                 if (shards.folder / name).is_file():
                     _copy(shards.folder / name, kept / name)
         _clear(download)

@@ -68,11 +68,13 @@ def copy_bandwidth(
     busy: Callable[[], bool] = lambda: False,
     seconds: float = 0.3,
 ) -> float:
-    """Bytes a second of copies from page-locked RAM into ``rows``, uint8 [record_bytes] each, of
-    the GPU: for so many seconds, and as long as ``busy()`` says."""
+    """Bytes a second of copies from page-locked RAM into ``rows`` of the GPU, uint8 [record_bytes]
+    each: for so many seconds, and as long as ``busy()`` says.  What is copied is what the rows
+    hold, so nothing changes and no memory is needed there."""
     size = rows[0].nbytes
-    memory = page_aligned(len(rows) * size)
-    memory.fill_(1)
+    memory = page_aligned(len(rows) * size, forks=False)
+    for source, row in zip(memory.split(size), rows, strict=True):
+        source.copy_(row)
     pinned = device.pin(memory)
     try:
         copied, spent, until = 0, 0.0, time.perf_counter() + seconds
@@ -116,7 +118,7 @@ def link_bandwidths(model: LoadedModel) -> dict[str, float]:
     through meanwhile.  Empty without a GPU."""
     if model.experts is None or model.experts.hybrid is None:
         return {}
-    device, rows = model.device, model.experts.slots.spare(8)
+    device, rows = model.device, list(model.experts.slots.slab[:8])
     alone, layout = copy_bandwidth(device, rows), model.experts.records.layout
     with ThreadPoolExecutor(1) as pool:
         rate = pool.submit(expert_bandwidth, model.cpu, layout, seconds=0.6)

@@ -264,6 +264,7 @@ class Scenario:
             "components": components,
             "total": by_tier(components),
             "gpu": machine.gpu,
+            "estimated": gpu,
             "budget": {"ram": machine.ram} | ({"vram": machine.vram} if gpu else {}),
             "disk": self.disk(),
             "shortfall": sum(plan.shortfall.values()),

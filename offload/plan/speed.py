@@ -20,6 +20,11 @@ from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
+GPU_LAUNCHES = 11  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
+GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
+# From the end of a layer's last copy to the next layer's first: its experts and the next layer's
+# kernels, then the host, which wakes and queues.  By the clocks of the tests' twin.
+GPU_MISS_SECONDS = 1.2e-4
 TOKEN_SECONDS = 5e-4  # Python and torch of a token: 0.4 ms with the sample, 1.2 with V2-Lite
 LAYER_SECONDS = 2e-4  # the same of a layer with a call of its own
 MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert read by the decoder
@@ -134,7 +139,12 @@ class Setting:
         missing = used * (1 - self.hits(max(self.plan.slots, self.plan.host_slots)))
         read_seconds = rates.latency + MISS_SECONDS if small else record / rates.disk
         between = c.num_hidden_layers * LAYER_SECONDS
-        if on_cpu and (missing == 0 or small):
+        if not on_cpu:
+            # All resident layers are one graph; a layer with a miss waits for the host.
+            launches = GPU_LAUNCHES + (c.q_lora_rank is not None)
+            between = c.num_hidden_layers * launches * GPU_LAUNCH_SECONDS
+            between += len(c.moe_layers) * (1 - self.hits(self.plan.slots) ** K) * GPU_MISS_SECONDS
+        elif missing == 0 or small:
             # Nothing is read ahead, so only a miss comes between two layers.
             alone = len(c.moe_layers) * (1 - (1 - missing / used) ** K)
             between = TOKEN_SECONDS + alone * LAYER_SECONDS

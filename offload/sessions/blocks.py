@@ -29,7 +29,7 @@ from slotmoe.offload.sequence import shared_prefix
 from slotmoe.quant.export.writer import publish_file, temporary_name
 
 BLOCK_TOKENS = 64
-ADDRESS_BYTES = 16
+ADDRESS_BYTES, _CHECKSUM_BYTES = 16, 16
 _HEAD = struct.Struct("<16s16s16sIIQ")  # magic, parent, address, start, tokens, bytes a token
 _MAGIC = b"slotmoe block 1\n"
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9]{8})-([0-9]{2})-([0-9a-f]{32})")
@@ -122,7 +122,7 @@ class BlockFolder:
         latents; None where no block has the first of them, or what has is damaged."""
         exact = Block(parent, start, tokens)
         path = self._path(exact)
-        block, path = (exact, path) if path.exists() else self._likest(parent, start, tokens)
+        block, path = (exact, path) if path.exists() else self._closest(parent, start, tokens)
         try:
             return (block, self._latents(path, block, token_bytes)) if block.tokens else None
         except FileNotFoundError:  # another process has just evicted it
@@ -135,7 +135,7 @@ class BlockFolder:
             self._unlink(path)
         return None
 
-    def _likest(self, parent: bytes, start: int, tokens: list[int]) -> tuple[Block, Path]:
+    def _closest(self, parent: bytes, start: int, tokens: list[int]) -> tuple[Block, Path]:
         """The block behind ``parent`` that begins with most of ``tokens``; an empty one if none
         begins with the first of them."""
         best, most = (Block(parent, start, []), self.folder), 0
@@ -153,7 +153,7 @@ class BlockFolder:
     def _latents(self, path: Path, block: Block, token_bytes: int) -> memoryview:
         """Raises ``ValueError`` unless the file is that block, and undamaged."""
         head = block.head(token_bytes)
-        size = len(head) + len(block.tokens) * token_bytes + ADDRESS_BYTES
+        size = _size(block, token_bytes)
         with open(path, "rb", buffering=0, opener=_no_link) as file:
             if (there := os.fstat(file.fileno()).st_size) != size:
                 raise ValueError(f"has {there} bytes, expected {size}")
@@ -161,8 +161,8 @@ class BlockFolder:
             read = 0
             while read < size and (count := file.readinto(data[read:])):
                 read += count
-        content = data[:-ADDRESS_BYTES]
-        if xxhash.xxh3_128_digest(content) != data[-ADDRESS_BYTES:]:
+        content = data[:-_CHECKSUM_BYTES]
+        if xxhash.xxh3_128_digest(content) != data[-_CHECKSUM_BYTES:]:
             raise ValueError("its checksum is wrong")
         if content[: len(head)] != head:
             raise ValueError("is another block than its name says")
@@ -203,13 +203,15 @@ class BlockFolder:
         try:
             with self._locked() as lock:
                 for block in missing:
-                    size = len(block.head(token_bytes)) + len(block.tokens) * token_bytes
-                    size += ADDRESS_BYTES
+                    if self._path(block).exists():  # another process has just kept it
+                        continue
+                    size = _size(block, token_bytes)
                     if not self._reserve(lock, size, kept):
-                        limit = format_size(self.limit)
-                        self._say(f"{self.folder}: {limit} hold {block.start:,} of its tokens")
+                        room = f"{format_size(self.limit)} have room for {block.start:,} tokens"
+                        self._say(f"{self.folder}: {room} of this text; --session-limit sets it")
                         break
-                    self._write(block, block.head(token_bytes), latents(block))
+                    freed = self._write(block, block.head(token_bytes), latents(block))
+                    self._set_total(lock, self._total(lock) - freed)
                     written += size
         except OSError as problem:
             reason = problem.strerror or str(problem)
@@ -221,14 +223,17 @@ class BlockFolder:
         longer = (one for one in self._children(block.parent) if one.count > len(block.tokens))
         return any(_tokens(one)[: len(block.tokens)] == block.tokens for one in longer)
 
-    def _write(self, block: Block, head: bytes, latents: memoryview) -> None:
+    def _write(self, block: Block, head: bytes, latents: memoryview) -> int:
+        """Write a block, and remove what it has grown out of.  Returns the bytes that frees."""
         digest = xxhash.xxh3_128(head)
         digest.update(latents)
         write_private(self._path(block), [head, latents, digest.digest()])
-        for entry in list(self._children(block.parent)):  # what it has grown out of
-            tokens = block.tokens[: entry.count]
-            if entry.count < len(block.tokens) and entry.address == address(block.parent, tokens):
-                self._unlink(entry.path)
+        freed, token_bytes = 0, len(latents) // len(block.tokens)
+        for entry in list(self._children(block.parent)):
+            short = Block(block.parent, block.start, block.tokens[: entry.count])
+            if entry.count < len(block.tokens) and entry.address == short.address:
+                freed += _size(short, token_bytes) * self._unlink(entry.path)
+        return freed
 
     def sweep(self, wanted: Iterable[Block]) -> int:
         """Remove all blocks but the ``wanted`` ones.  Returns the bytes that are free again."""
@@ -267,13 +272,17 @@ class BlockFolder:
 
     def _reserve(self, lock: int, size: int, kept: frozenset[bytes]) -> bool:
         """Count ``size`` more bytes, evicting others than ``kept`` where they have no room."""
-        count = os.pread(lock, 20, 0)
-        total = int(count) if count.isdigit() else self.limit
+        total = self._total(lock)
         if total + size > self.limit:
             total = self._tidy(kept, self.limit - size)
         has_room = total + size <= self.limit
         self._set_total(lock, total + size * has_room)
         return has_room
+
+    def _total(self, lock: int) -> int:
+        """As noted; as much as there may be, so that it is counted, where nothing is."""
+        noted = os.pread(lock, 20, 0)
+        return int(noted) if noted.isdigit() else self.limit
 
     def _set_total(self, lock: int, total: int) -> None:
         os.pwrite(lock, b"%020d" % total, 0)
@@ -366,6 +375,11 @@ def write_private(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise
+
+
+def _size(block: Block, token_bytes: int) -> int:
+    """Bytes of its file."""
+    return len(block.head(token_bytes)) + len(block.tokens) * token_bytes + _CHECKSUM_BYTES
 
 
 def _entry(path: Path) -> Entry | None:

@@ -1,10 +1,11 @@
 """CUDA devices: whether there is one that can be used, and the engine's view of it."""
 
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,16 +33,78 @@ class _CudaEvent(Event):
         self.event.synchronize()
 
 
-class _CudaDownload(Download):
-    def __init__(self, tensor: Tensor):
-        # torch keeps pinned memory until the stream has used it, here and in ``upload``.
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        super().__init__(host.copy_(tensor, non_blocking=True))
-        self._event = torch.cuda.current_stream(tensor.device).record_event()
+class Mapped(NamedTuple):
+    """Page-locked RAM, uint8: as the ``host`` addresses it, and as kernels do."""
+
+    host: Tensor
+    kernels: Tensor
+
+
+class _Interface:
+    """RAM as a GPU's array, which torch takes as it is: nothing is copied."""
+
+    def __init__(self, host: Tensor):
+        self._host = host
+        kind = {"shape": tuple(host.shape), "typestr": "|u1", "version": 2}
+        self.__cuda_array_interface__ = {**kind, "data": (host.data_ptr(), False)}
+
+
+class MappedDownload(Download):
+    """Values that a kernel writes into page-locked RAM."""
+
+    def __init__(self, host: Tensor, event: Event):
+        super().__init__(host)
+        self._event = event
 
     def get(self) -> Tensor:
         self._event.synchronize()
-        return self._host
+        return self._host.clone()  # the page-locked memory serves the next one
+
+
+class Mailbox:
+    """Small tensors between host and device, through page-locked RAM that kernels read and write:
+    no copy engine is asked, which may have records before them.  ``device`` makes such RAM
+    (``mapped``) and events of the compute stream."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Mapped]] = {}
+        # In the order of the stream: until the event kernels use the memory, and a download's
+        # reader as long as the download lives.
+        self._used: list[tuple[Event, Mapped, Callable[[], Any]]] = []
+
+    def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
+        """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
+        memory, (host, kernels) = self._take(device, source)
+        host.copy_(source)
+        torch.mul(kernels, 1, out=target)  # an operation that torch makes no copy of
+        self._used.append((device.record(), memory, lambda: None))
+
+    def read(self, device: "CudaDevice", source: Tensor) -> Download:
+        """A kernel that is launched now brings ``source`` to RAM."""
+        memory, (host, kernels) = self._take(device, source)
+        torch.mul(source, 1, out=kernels)
+        event = device.record()
+        download = MappedDownload(host, event)
+        self._used.append((event, memory, weakref.ref(download)))
+        return download
+
+    def _take(self, device: "CudaDevice", like: Tensor) -> tuple[Mapped, Iterator[Tensor]]:
+        """Memory for such a tensor, and both its views."""
+        self._collect()
+        size = max(4096, 1 << max(0, like.nbytes - 1).bit_length())
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else device.mapped(size)
+        return memory, (view[: like.nbytes].view(like.dtype).view(like.shape) for view in memory)
+
+    def _collect(self) -> None:
+        passed = 0
+        while passed < len(self._used) and self._used[passed][0].done():
+            passed += 1
+        read = [entry for entry in self._used[:passed] if entry[2]() is not None]
+        for _, memory, reader in self._used[:passed]:
+            if reader() is None:
+                self._free[len(memory.host)].append(memory)
+        self._used[:passed] = read
 
 
 class CudaDevice(Device):
@@ -51,7 +114,9 @@ class CudaDevice(Device):
 
     def __init__(self, index: int):
         self.device, self.name = torch.device("cuda", index), torch.cuda.get_device_name(index)
+        torch.cuda.set_device(index)  # before anything is made: page-locked RAM belongs to one GPU
         self._copies = torch.cuda.Stream(self.device)
+        self._mailbox = Mailbox()
         if torch.cuda.memory_allocated(self.device) == 0:
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -60,15 +125,6 @@ class CudaDevice(Device):
 
     def weights(self) -> Empty:
         return self.empty
-
-    def set_slot(self, slots_ME: Tensor, expert_id: int, slot: int) -> None:
-        slots_ME.view(-1)[expert_id].fill_(slot)
-
-    def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
-        table_E = self.empty((experts,), torch.int32).fill_(-1)
-        for expert, slot in slots.items():
-            table_E[expert].fill_(slot)
-        return table_E
 
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
         """Where the device had no memory left, ``step`` runs once more, when the allocator has
@@ -123,11 +179,23 @@ class CudaDevice(Device):
     def drain(self) -> None:
         self._copies.synchronize()
 
+    def mapped(self, size: int) -> Mapped:
+        """Page-locked RAM that kernels address."""
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        kernels = torch.as_tensor(_Interface(host), device=self.device)
+        assert kernels.data_ptr() == host.data_ptr(), "page-locked RAM was copied, not mapped"
+        return Mapped(host, kernels)
+
     def download(self, tensor: Tensor) -> Download:
-        return _CudaDownload(tensor)
+        return self._mailbox.read(self, tensor)
 
     def upload(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        self._mailbox.write(self, tensor, result)
+        return result
+
+    def write(self, source: Tensor, target: Tensor) -> None:
+        self._mailbox.write(self, source, target)
 
     def pin(self, memory: Tensor) -> bool:
         # Registered in place: pinning memory that exists costs no second copy of it.

@@ -2,9 +2,11 @@
 
 The engine orders its work by two streams and never asks which library they come from:
 
-    compute   kernels, in the order in which they are launched, and small transfers between two
-    copies    records from RAM into slots, one after the other, and nothing else, since small copies
-              between large ones slow both
+    compute   kernels, in the order in which they are launched
+    copies    records from RAM into slots, one after the other, and nothing else
+
+Small things never go through a copy engine, where they would wait for the records that are in
+flight: kernels read and write page-locked RAM.
 
 ``copy`` starts after an event of the compute stream (the slot's last reader has been launched
 before it) and returns an event that ``wait`` makes the compute stream wait for.  The host waits
@@ -12,10 +14,9 @@ only where it has to decide: ``Download.get``.  ``tests/support/twin.py`` is a d
 copies take as long, or fail as often, as a test wants.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,18 +91,6 @@ class Device:
         """An allocator for many weights that stay."""
         return Arena().empty
 
-    def set_slot(self, slots_ME: Tensor, expert_id: int, slot: int) -> None:
-        """Change an entry of a slot table on the device: by a kernel that carries its value, never
-        by a copy, which would wait for records' copies."""
-        slots_ME.numpy().flat[expert_id] = slot
-
-    def layer_slots(self, experts: int, slots: Mapping[int, int]) -> Tensor:
-        """int32 [experts] on the device: ``slots`` by expert, -1 elsewhere."""
-        table = np.full(experts, -1, np.int32)
-        for expert, slot in slots.items():
-            table[expert] = slot
-        return torch.from_numpy(table)
-
     def run(self, step: Callable[[], Tensor], ways_out: str) -> Tensor:
         """What ``step`` gives, computed.  Raises ``DeviceError`` if the device fails; ``ways_out``
         is what could be asked for instead."""
@@ -131,6 +120,10 @@ class Device:
     def upload(self, tensor: Tensor) -> Tensor:
         """A small tensor from the host, before the kernels launched from now on."""
         return tensor
+
+    def write(self, source: Tensor, target: Tensor) -> None:
+        """The same into ``target``, which is on the device already."""
+        target.copy_(source)
 
     def pin(self, memory: Tensor) -> bool:
         """Page-lock RAM so that copies from it need no host; False if the system refuses."""

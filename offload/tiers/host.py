@@ -45,7 +45,7 @@ class HostTier(DiskReader):
 
     def __init__(self, export: Export, direct: bool, cache: Cache, staging: int, device: Device):
         size, count = export.layout.record_bytes, cache.slots + staging
-        self.slab = page_aligned(count * size).view(-1, size)
+        self.slab = page_aligned(count * size, forks=False).view(-1, size)
         self.table, self.cache, self._device = Table(cache, self.slab), cache, device
         self._table_lock = threading.RLock()
         self._in_use = Counter[int]()  # uses of cached experts
@@ -69,7 +69,8 @@ class HostTier(DiskReader):
             try:
                 if ok:
                     self._pinned.written(use.slot)
-                    self._copy(read, self.slab[use.slot], target, after)
+                    with self._table_lock:  # so that the time of a copy holds no part of another
+                        self._copy(read, self.slab[use.slot], target, after)
             finally:
                 with self._table_lock:
                     if read.copy is not None:

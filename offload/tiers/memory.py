@@ -13,12 +13,16 @@ from torch import Tensor
 TOUCHED_AT_ONCE = 16 << 20  # bytes between two looks at whether to stop
 
 
-def page_aligned(count: int) -> Tensor:
-    """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written."""
+def page_aligned(count: int, forks: bool = True) -> Tensor:
+    """``count`` bytes of page-aligned zeros, uint8; pages cost nothing until written.  Without
+    ``forks`` a child process has no such memory: a write after a fork would move a page away from
+    under the device that copies from it."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory would get small pages
     region = mmap.mmap(-1, count, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE") and count >= 4 << 20:
         region.madvise(mmap.MADV_HUGEPAGE)
+    if not forks and hasattr(mmap, "MADV_DONTFORK"):
+        region.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(region, dtype=torch.uint8)
 
 

@@ -86,8 +86,11 @@ class Slots:
         self.slab = device.empty((total, record_bytes), torch.uint8)
         self._source, self._device = source, device
         self.table, self.cache = Table(cache, self.slab), cache
-        # The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others.
-        self.slots_ME = device.empty((cache.layers, cache.experts), torch.int32).fill_(-1)
+        # The slot of each cached expert, -1 of the others: what the host knows, and what the device
+        # was told last.
+        shape = cache.layers, cache.experts
+        self._known_ME = torch.full(shape, -1, dtype=torch.int32)
+        self._told_ME, self._changed = device.empty(shape, torch.int32).fill_(-1), False
         self.staging, self._reserve = staging, reserve
         self.coming: OrderedDict[int, Read] = OrderedDict()  # in staging slots, oldest first
         # Given up, but a piece of the record is still arriving in the slot.
@@ -101,6 +104,19 @@ class Slots:
         if first < total and device.tier == "ram":
             self._touching = Touching(self.slab.view(-1), first * record_bytes)
             self.table.free, cache.slots = self.table.free[-first:], first - staging
+
+    @property
+    def slots_ME(self) -> Tensor:
+        """The slot of each cached expert, int32 [MoE layers, E] on the device; -1 of the others.
+        All changes since the last look go there at once."""
+        if self._changed:
+            self._device.write(self._known_ME, self._told_ME)
+            self._changed = False
+        return self._told_ME
+
+    def _set_slot(self, expert_id: int, slot: int) -> None:
+        self._changed = True  # first, whatever interrupts
+        self._known_ME.view(-1).numpy()[expert_id] = slot
 
     @property
     def complete(self) -> bool:
@@ -120,13 +136,6 @@ class Slots:
         with self.changing():
             self._finish_growing()
         return self.slab.view(-1)
-
-    def spare(self, count: int) -> list[Tensor]:
-        """``count`` records' memory on the device, free slots as far as there are: to measure
-        copies with."""
-        free = [self.slab[slot] for slot in self.table.free[:count]]
-        missing = count - len(free), self.slab.shape[1]
-        return free + list(self._device.empty(missing, torch.uint8))
 
     def _finish_growing(self) -> None:
         if self._touching is not None:
@@ -218,8 +227,8 @@ class Slots:
         if evicted == expert_id:
             return
         if evicted is not None:
-            self._device.set_slot(self.slots_ME, evicted, -1)
-        self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
+            self._set_slot(evicted, -1)
+        self._set_slot(expert_id, self.table.slot_of[expert_id])
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -241,9 +250,8 @@ class Slots:
             self._set_ready(ready)
         self.coming.clear()
         self.abandoned.clear()
-        for expert_id in range(self.slots_ME.numel()):
-            slot = self.table.slot_of.get(expert_id, -1)
-            self._device.set_slot(self.slots_ME, expert_id, slot)
+        for expert_id in range(self._known_ME.numel()):
+            self._set_slot(expert_id, self.table.slot_of.get(expert_id, -1))
         self.consistent = True
 
     def drop(self, expert_id: int) -> None:
@@ -292,7 +300,7 @@ class Slots:
         """Admit an arrived expert into free room."""
         del self.coming[expert_id]
         self.cache.add(expert_id)
-        self._device.set_slot(self.slots_ME, expert_id, self.table.slot_of[expert_id])
+        self._set_slot(expert_id, self.table.slot_of[expert_id])
 
     def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
         """Read experts that are not cached into the cache's free room, several at a time, and wait;

@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraphs
-from slotmoe.quant.backends.triton_decoder import DENSE, TritonDecoder, operand, power
+from slotmoe.quant.backends.triton_decoder import DENSE, INT8, NF4, TritonDecoder, operand, power
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.shapes import TILE
@@ -30,6 +30,11 @@ from slotmoe.quant.weights import Weight
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # A tile of many tokens.  Experts always use it: its size changes a row's last bits.
 _BM, _BN = 64, 64
+# Warps of a program of one token's product.  With two for NF4 a thread has registers enough for the
+# codes and scales of the step after its own.
+WARPS = {INT8: 4, NF4: 2, DENSE: 8}
+# Rows of the router's weight that a program takes: few, since it is small and many may read it.
+_GATE_ROWS = 4
 # So many tokens attend one by one over the latent cache; more use blockwise attention.
 _FEW = 16
 # What the kernels of experts are told of a record; the gate's codes begin at 0.
@@ -47,6 +52,7 @@ class TritonBackend(TorchBackend):
         super().__init__(torch.bfloat16)
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
+        self._sums: dict[int, Tensor] = {}
         self.graph: Any = CudaGraphs() if device.type == "cuda" else None
 
     # One token.
@@ -58,15 +64,13 @@ class TritonBackend(TorchBackend):
         out: Tensor,
         second: Weight | None = None,
         norm: tuple[Tensor, float] | None = None,
-        normed: Tensor | None = None,
         add: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """One row through one weight or two in one launch: ``out`` is float32 of N or N + N2
         values.
 
-        ``norm`` is a weight and an epsilon: the row is normed first, and written to ``normed`` too
-        if that is given.  ``add`` is one tensor or two: ``add[0] + y`` or ``add[0] + (add[1] +
-        y)``.
+        ``norm`` is a weight and an epsilon: the row is normed first.  ``add`` is one tensor or two:
+        ``add[0] + y`` or ``add[0] + (add[1] + y)``.
         """
         kind, data, scale, levels = operand(weight)
         kind2, data2, scale2, levels2 = operand(weight if second is None else second)
@@ -74,11 +78,11 @@ class TritonBackend(TorchBackend):
         N2 = 0 if second is None else second.shape[0]
         gain, eps = (None, 0.0) if norm is None else norm
         rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
-            x_1K, gain, eps, normed, data, scale, N, data2, scale2, N2,
+            x_1K, gain, eps, data, scale, N, data2, scale2, N2,
             levels2 if levels is None else levels,
             add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
-            KIND=kind, KIND2=kind2, NORM=norm is not None, STORE=normed is not None,
-            RESIDUALS=len(add), num_warps=_warps(kind),
+            KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUALS=len(add),
+            num_warps=_warps(kind),
         )  # fmt: skip
         return out
 
@@ -183,15 +187,32 @@ class TritonBackend(TorchBackend):
 
     def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         T, E = logits_TE.shape
-        groups, kept, top_k, factor, normalized, group_best, sigmoid = router
-        weights_TK = torch.empty(T, top_k, device=logits_TE.device)
-        indices_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
-        rows.route[(T,)](
-            logits_TE.contiguous(), bias_E, weights_TK, indices_TK, E, top_k, groups, kept, factor,
-            SIGMOID=sigmoid, BIASED=bias_E is not None, GROUP_BEST=group_best, RENORM=normalized,
-            BLOCK=power(E), GROUP_BLOCK=power(groups), K_BLOCK=power(top_k),
+        choice = _choice(T, router.top_k, logits_TE.device)
+        sizes, constants = _router(router, E, bias_E)
+        rows.route[(T,)](logits_TE.contiguous(), bias_E, *choice, *sizes, **constants)
+        return choice
+
+    def gate(
+        self,
+        x_1D: Tensor,
+        norm: tuple[Tensor, float],
+        normed_1D: Tensor,
+        weight_ED: Tensor,
+        router: Any,
+        bias_E: Tensor | None,
+        logits_1E: Tensor,
+        finished_1: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, logits and ``route`` of one row in one launch; ``finished_1``, int32, is 0 before
+        and after."""
+        E, D = weight_ED.shape
+        choice = _choice(1, router.top_k, x_1D.device)
+        sizes, constants = _router(router, E, bias_E)
+        rows.gate[(triton.cdiv(E, _GATE_ROWS),)](
+            x_1D, *norm, normed_1D, weight_ED, D, finished_1, logits_1E, bias_E, *choice, *sizes,
+            ROWS=_GATE_ROWS, **constants,
         )  # fmt: skip
-        return weights_TK, indices_TK
+        return choice
 
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
@@ -208,11 +229,11 @@ class TritonBackend(TorchBackend):
         h_KI = torch.empty(K, width, device=x_1D.device)
         rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
             x_1D, records.slab, slots_E, indices_1K, levels, h_KI, D, width,
-            layout.record_bytes, *_offsets(layout, _GATE_UP),
+            layout.record_bytes, *_offsets(layout, _GATE_UP), num_warps=_warps(NF4),
         )  # fmt: skip
         rows.experts_down[(triton.cdiv(D, TILE), K)](
             h_KI, records.slab, slots_E, indices_1K, levels, y_1KD, D, width,
-            layout.record_bytes, *_offsets(layout, _DOWN),
+            layout.record_bytes, *_offsets(layout, _DOWN), num_warps=_warps(NF4),
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -239,9 +260,17 @@ class TritonBackend(TorchBackend):
             layout.record_bytes, *_offsets(layout, _DOWN), **sizes,
         )  # fmt: skip
 
+    def sum_1D(self, D: int, device: torch.device) -> Tensor:
+        """Where ``weighted_sum`` leaves the sum of one token, so that graphs find it there; it
+        lasts until the next."""
+        if D not in self._sums:
+            self._sums[D] = torch.empty(1, D, device=device)
+        return self._sums[D]
+
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         T, K, D = y_TKD.shape
-        out_TD, block = torch.empty(T, D, device=y_TKD.device), 256
+        one, block = T == 1, 256
+        out_TD = self.sum_1D(D, y_TKD.device) if one else torch.empty(T, D, device=y_TKD.device)
         # Multiplied and added apart, as torch does, so that both give the same bits.
         rows.weighted_sum[(triton.cdiv(D, block), T)](
             y_TKD.contiguous(), weights_TK.contiguous(), out_TD, K, D,
@@ -255,6 +284,19 @@ def _offsets(layout: RecordLayout, parts: Sequence[str]) -> list[int]:
     return [layout.parts[name].offset for name in parts]
 
 
+def _choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where a router's kernel leaves weights and indices."""
+    return torch.empty(T, K, device=device), torch.empty(T, K, dtype=torch.int64, device=device)
+
+
+def _router(router: Any, E: int, bias_E: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the router's kernels take behind their tensors."""
+    groups, kept, top_k, factor, normalized, group_best, sigmoid = router
+    kind = {"SIGMOID": sigmoid, "BIASED": bias_E is not None, "GROUP_BEST": group_best}
+    blocks = {"BLOCK": power(E), "GROUP_BLOCK": power(groups), "K_BLOCK": power(top_k)}
+    return (E, top_k, groups, kept, factor), {**kind, "RENORM": normalized, **blocks}
+
+
 def _warps(kind: int) -> int:
     """Warps of a program that makes rows of one token's product."""
-    return 8 if kind == DENSE else 4
+    return WARPS[kind]

@@ -1,12 +1,13 @@
 """One token through the layers in few launches, as CUDA graphs on a CUDA device.
 
 Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  Else a
-layer is two graphs, before and after the host knows the choice of experts:
+graph goes from one choice of experts to the next, so the host starts one for each layer that has
+experts:
 
+    end     gate and up of the shared experts | down + routed experts' sum + residual
     begin   norm + query and latent projections | (query's second projection) | absorbed query,
             rotation, latent row into the cache | attention over splits of the context | their sum +
-            value projection | output + residual | norm + router
-    end     gate and up of the shared experts | down + routed experts' sum + residual
+            value projection | output + residual | norm + router + choice
 
 Shapes as in ``slotmoe.model.network``.
 """
@@ -53,19 +54,27 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+class Place(NamedTuple):
+    """What is between a layer's attention and its feed-forward: ``h + attention(norm(h))``, and the
+    norm of that."""
+
+    h_1D: Tensor
+    x_1D: Tensor
+
+
 class Workspace:
     """The buffers of one token's step, which all layers share.
 
     ``location`` is the position and the address of the sequence's latent cache.  The kernels read
-    it, so one graph serves every position and every sequence.
+    it, so one graph serves every position and every sequence.  ``places`` are taken in turn: a
+    graph that begins behind one of them ends in the other.
     """
 
     def __init__(self, device: torch.device, hidden: int, geometry: Any):
         H, _, P, R, V, *_ = geometry
         self._device = device
-        self.embedded_1D, self.h_1D, self.middle_1D, self.x_1D, self.y_1D = (
-            self.empty(1, hidden) for _ in range(5)
-        )
+        self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
+        self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
         self.rope_1C = torch.empty(1, P // 2, dtype=torch.complex64, device=device)
         self.query_scale_1 = torch.ones(1, device=device)
         self.q_HW = self.empty(H, R + P)
@@ -73,6 +82,7 @@ class Workspace:
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
         self.location = torch.zeros(2, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
@@ -96,6 +106,15 @@ class Workspace:
         self.location[1].fill_(layers_LSW.data_ptr())
 
 
+class Choice(NamedTuple):
+    """A layer that waits for its routed experts, as ``slotmoe.model.layers.Pending``."""
+
+    layer: int
+    x_1D: Tensor
+    weights_1K: Tensor
+    indices_1K: Tensor
+
+
 class TritonDecoder:
     """Runs layers for one token of one sequence; the interface is that of
     ``slotmoe.model.network.Runner``.  Results last until the next call."""
@@ -106,70 +125,69 @@ class TritonDecoder:
         norm = layers[0].input_layernorm
         self._workspace = Workspace(norm.device, len(norm), geometry)
         self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
-        self._backend, self._router = backend, geometry.router
-        self._whole: dict[int, Captured] = {}  # by the bytes of a layer in the latent cache
+        self._backend, self._sum_1D = backend, backend.sum_1D(len(norm), norm.device)
+        # By the first layer, whether all are in it, and the bytes of a layer in the latent cache.
+        self._graphs: dict[tuple[int, bool, int], Captured] = {}
 
-    def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
+    def run_layers(self, step: Any, experts: Any) -> Choice | None:
         """See ``slotmoe.model.network.Runner``."""
         (cache,) = step.caches
-        layer_bytes = cache.layers[0].nbytes
-        if step.layer == 0 and step.x_TD is None:
+        first, layer_bytes = step.layer + (step.x_TD is not None), cache.layers[0].nbytes
+        given_1D, table = step.routed_TD, None
+        if first == 0:
+            given_1D = step.h_TD
             self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
-            table = experts.slot_table()
-            if table.complete:
-                cache.extend(0, 1)
-                self._run_all(step, layer_bytes, table, experts)
-                return None
-        if step.x_TD is not None:
-            self._end(step)
-        while step.layer < len(self._layers):
-            cache.extend(step.layer, 1)
-            layer = self._layers[step.layer]
-            step.h_TD, step.x_TD, logits_1E = layer.begin(step.h_TD, step.layer * layer_bytes)
-            step.timer.mark("attention")
-            if logits_1E is not None:
-                choice = self._backend.route(logits_1E, self._router, layer.gate_bias)
-                step.timer.mark("gate")
-                return step.layer, step.x_TD, *choice
-            self._end(step)
+            cache.extend(0, 1)
+            shown = experts.slot_table()
+            table = shown if shown.complete else None
+        function = partial(self._go, first, layer_bytes, table)
+        where = first, table is not None, layer_bytes
+        choice, h_1D, indices = self._graph(*where)(function, given_1D)
+        step.timer.mark("captured layers")
+        step.routed_TD = None
+        if choice is not None:
+            step.layer, step.x_TD = choice.layer, choice.x_1D
+            return choice  # type: ignore[no-any-return]
+        step.layer, step.x_TD, step.h_TD = len(self._layers), None, h_1D
+        if indices is not None:
+            experts.passed(0, indices)
         return None
 
-    def _end(self, step: Any) -> None:
-        step.h_TD = self._layers[step.layer].end(step.h_TD, step.x_TD, step.routed_TD)
-        step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
-        step.timer.mark("shared experts and dense layers")
+    def _graph(self, first: int, whole: bool, layer_bytes: int) -> Captured:
+        """It serves all caches whose layers have ``layer_bytes`` each and keeps the addresses of
+        all that it has touched, the slot table's too."""
+        where = first, whole, layer_bytes
+        if where not in self._graphs:
+            # What a graph begins with it must not write.
+            given_1D = self._sum_1D if first else self._workspace.embedded_1D
+            self._graphs[where] = Captured((given_1D,), self._backend.graph)
+        return self._graphs[where]
 
-    def _run_all(self, step: Any, layer_bytes: int, table: SlotTable, experts: Any) -> None:
-        """All layers as one graph.  It serves all caches whose layers have ``layer_bytes`` each and
-        keeps the addresses of all that it has touched, the slot table's too."""
-        if layer_bytes not in self._whole:
-            # Layers write ``h_1D``, so the first one reads another buffer.
-            buffers = (self._workspace.embedded_1D,)
-            self._whole[layer_bytes] = Captured(buffers, self._backend.graph)
-        function = partial(self._all_layers, table, layer_bytes)
-        step.h_TD, indices_M1K = self._whole[layer_bytes](function, step.h_TD)
-        step.layer = len(self._layers)
-        experts.passed(0, indices_M1K)
-        step.timer.mark("captured layers")
-
-    def _all_layers(
-        self, table: SlotTable, layer_bytes: int, h_1D: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream after the last layer, [1, D], and the chosen experts, [M, 1, K]."""
+    def _go(
+        self, first: int, layer_bytes: int, table: SlotTable | None, given_1D: Tensor
+    ) -> tuple[Choice | None, Tensor, Tensor | None]:
+        """From layer ``first`` on to the next choice of experts, or with a complete ``table`` to
+        the end: the choice if it stops there, the residual stream, and all choices [M, 1, K] if it
+        went by the table.  ``given`` is the residual stream before the first layer, else the sum of
+        the routed experts of the layer before it."""
+        row = sum(layer.is_moe for layer in self._layers[:first])
+        before, after = self._workspace.places[row % 2 - 1], self._workspace.places[row % 2]
+        h_1D = self._layers[first - 1].end(before, given_1D) if first else given_1D
         chosen: list[Tensor] = []
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[first:], first):
+            choice = layer.begin(h_1D, after, index * layer_bytes)
             y_1D = None
-            h_1D, x_1D, logits_1E = layer.begin(h_1D, index * layer_bytes)
-            if logits_1E is not None:
-                choice = self._backend.route(logits_1E, self._router, layer.gate_bias)
+            if choice is not None and table is None:
+                return Choice(index, after.x_1D, *choice), h_1D, None
+            if choice is not None and table is not None:
                 weights_1K, indices_1K = choice
-                y_1KD = torch.empty(*indices_1K.shape, x_1D.shape[1], device=x_1D.device)
+                y_1KD = torch.empty(*indices_1K.shape, h_1D.shape[1], device=h_1D.device)
                 slots_E = table.slots_ME[len(chosen)]
-                self._backend.experts(x_1D, table.records, slots_E, indices_1K, y_1KD)
+                self._backend.experts(after.x_1D, table.records, slots_E, indices_1K, y_1KD)
                 y_1D = self._backend.weighted_sum(y_1KD, weights_1K)
                 chosen.append(indices_1K)
-            h_1D = layer.end(h_1D, x_1D, y_1D)
-        return h_1D, torch.stack(chosen)
+            h_1D = layer.end(after, y_1D)
+        return None, h_1D, torch.stack(chosen) if table is not None else None
 
 
 class _Layer:
@@ -178,30 +196,11 @@ class _Layer:
     def __init__(self, backend: Any, workspace: Workspace, geometry: Any, layer: Any):
         self._backend, self._workspace, self._layer = backend, workspace, layer
         self._geometry, self._sizes = geometry, geometry[:5]
-        self.gate_bias = layer.gate_bias
-        # By where the layer begins in its cache, which depends on the context's size.
-        self._before: dict[int, Captured] = {}
-        self._logits_1E = None if layer.gate is None else workspace.empty(1, len(layer.gate))
-        routed = () if layer.gate is None else (workspace.y_1D,)
-        buffers = workspace.middle_1D, workspace.x_1D, *routed
-        self._after = Captured(buffers, backend.graph)
+        self.is_moe = layer.gate is not None
 
-    def begin(self, h_1D: Tensor, layer_at: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``h + attention(norm(h))``, the norm of that, and the router's logits [1, E], None in a
+    def begin(self, h_1D: Tensor, place: Place, layer_at: int) -> tuple[Tensor, Tensor] | None:
+        """Attention and norm into ``place``; weights and indices of the chosen experts, None in a
         dense layer.  The layer's rows begin ``layer_at`` bytes into the latent cache."""
-        workspace = self._workspace
-        if layer_at not in self._before:
-            self._before[layer_at] = Captured((workspace.h_1D,), self._backend.graph)
-        self._before[layer_at](partial(self._attention, layer_at=layer_at), h_1D)
-        return workspace.middle_1D, workspace.x_1D, self._logits_1E
-
-    def end(self, h_1D: Tensor, x_1D: Tensor, y_1D: Tensor | None) -> Tensor:
-        """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
-        inputs = (h_1D, x_1D) if y_1D is None else (h_1D, x_1D, y_1D)
-        self._after(self._feed_forward, *inputs)
-        return self._workspace.h_1D
-
-    def _attention(self, h_1D: Tensor, layer_at: int) -> None:
         workspace, layer, row = self._workspace, self._layer, self._backend.row
         H, N, P, R, _ = self._sizes
         width, latent_width = H * (N + P), R + P
@@ -217,13 +216,29 @@ class _Layer:
             q, latent = workspace.scratch("q", width), low[:, Q:]
             row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
         self._attend(q, latent, layer_at)
-        row(workspace.o_1X, layer.o_proj, workspace.middle_1D, add=(h_1D,))
+        row(workspace.o_1X, layer.o_proj, place.h_1D, add=(h_1D,))
         norm = layer.post_attention_layernorm, self._geometry.eps
-        if layer.gate is not None:
-            logits_1E = self._logits_1E
-            row(workspace.middle_1D, layer.gate, logits_1E, norm=norm, normed=workspace.x_1D)
-        else:
-            workspace.x_1D.copy_(self._backend.rms_norm(workspace.middle_1D, *norm))
+        if layer.gate is None:
+            place.x_1D.copy_(self._backend.rms_norm(place.h_1D, *norm))
+            return None
+        logits_1E = workspace.scratch("logits", len(layer.gate))
+        router, finished = self._geometry.router, workspace.finished
+        choice: tuple[Tensor, Tensor] = self._backend.gate(
+            place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias, logits_1E, finished
+        )
+        return choice
+
+    def end(self, place: Place, y_1D: Tensor | None) -> Tensor:
+        """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
+        workspace, mlp, sums = self._workspace, self._layer.mlp, () if y_1D is None else (y_1D,)
+        if mlp is None:
+            return torch.add(place.h_1D, *sums, out=workspace.h_1D)
+        act = workspace.scratch("act", mlp.gate_proj.shape[0])
+        self._backend.row_gate_up(place.x_1D, mlp.gate_proj, mlp.up_proj, act)
+        h_1D: Tensor = self._backend.row(
+            act, mlp.down_proj, workspace.h_1D, add=(place.h_1D, *sums)
+        )
+        return h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
         """From the projections to each head's value, through the cache."""
@@ -247,12 +262,3 @@ class _Layer:
             *sums, location, kv_b, scale, workspace.o_1X, H, N, V, R,
             PARTS=True, SCALED=scaled, LATENT=power(R), BV=BV,
         )  # fmt: skip
-
-    def _feed_forward(self, h_1D: Tensor, x_1D: Tensor, *y_1D: Tensor) -> None:
-        workspace, mlp = self._workspace, self._layer.mlp
-        if mlp is None:
-            torch.add(h_1D, y_1D[0], out=workspace.h_1D)
-            return
-        act = workspace.scratch("act", mlp.gate_proj.shape[0])
-        self._backend.row_gate_up(x_1D, mlp.gate_proj, mlp.up_proj, act)
-        self._backend.row(act, mlp.down_proj, workspace.h_1D, add=(h_1D, *y_1D))

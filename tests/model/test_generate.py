@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slotmoe.errors import CheckpointError, ConfigError
@@ -110,6 +110,7 @@ def test_stream_gives_back_the_text_and_never_half_a_character(text):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.size - 1), max_size=40))
+@example([150, 107, 1, 1904])  # a character of two tokens, then a special token
 def test_stream_of_any_ids_adds_up_to_their_text(ids):
     stream = TextStream(TOKENIZER)
     assert "".join([stream.push(one) for one in ids]) + stream.flush() == TOKENIZER.decode(ids)

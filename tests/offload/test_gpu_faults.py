@@ -206,16 +206,16 @@ def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode,
 def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, moment):
     """The table on the GPU is a copy of what the host knows: a step that changed one of them only
     is no step's truth."""
-    original, calls = Twin.set_slot, 0
+    original, calls = Twin.write, 0
 
-    def set_slot(self, slots_ME, expert_id, slot):
+    def write(self, source, target):
         nonlocal calls
         calls += 1
         if calls == moment:
             raise KeyboardInterrupt
-        original(self, slots_ME, expert_id, slot)
+        original(self, source, target)
 
-    monkeypatch.setattr(Twin, "set_slot", set_slot)
+    monkeypatch.setattr(Twin, "write", write)
     with on_twin(Twin(), misses="fetch", slots=22) as runtime:
         with pytest.raises(KeyboardInterrupt):
             runtime.logits(IDS)

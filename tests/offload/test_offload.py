@@ -11,7 +11,7 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.slots import Slots
 from tests.support.engine import IDS, PROMPT, start
 from tests.support.tiny import SAMPLE
 
@@ -243,7 +243,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
             step = start(runtime)
             return torch.cat([step([token]) for token in range(50, 250)])
 
-        want, original, calls = logits(), Device.set_slot, 0
+        want, original, calls = logits(), Slots._set_slot, 0
 
         def interrupted(*arguments):
             nonlocal calls
@@ -252,7 +252,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
                 raise KeyboardInterrupt
             original(*arguments)
 
-        monkeypatch.setattr(Device, "set_slot", interrupted)
+        monkeypatch.setattr(Slots, "_set_slot", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits()
         assert torch.equal(logits(), want)

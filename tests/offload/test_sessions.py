@@ -154,6 +154,13 @@ def test_the_same_beginning_is_kept_once(sample_export, copy):
     assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == total
 
 
+def test_bytes_are_those_of_the_files(tmp_path):
+    folder, tokens = BlockFolder(tmp_path / "blocks", 1 << 20, print), texts(1, 200)[0]
+    for length in (20, 50, 64, 70, 130, 200):
+        fill(folder, tokens[:length])
+        assert folder.nbytes == sum(p.stat().st_size for p in (tmp_path / "blocks").rglob("*-*"))
+
+
 def test_a_text_that_grows_leaves_no_short_block(sample_export, copy):
     kept(sample_export, copy, [*TEXT, 9])
     assert [path.name.split("-")[1:3] for path in files(copy)] == [
@@ -414,7 +421,8 @@ def test_a_limit_below_one_conversation_keeps_its_beginning(tmp_path):
     for end in (200, 400, 640):
         fill(folder, tokens[:end])
     assert held(folder, tokens) == 192
-    assert said == [f"{tmp_path / 'blocks'}: 5.9 KiB hold 192 of its tokens"]
+    room = "5.9 KiB have room for 192 tokens of this text; --session-limit sets it"
+    assert said == [f"{tmp_path / 'blocks'}: {room}"]
     assert folder.nbytes <= 6000
     assert sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("*-*")) <= 6000
 

@@ -235,10 +235,9 @@ def test_two_weights_norm_and_sums_in_one_launch(triton_ops):
         torch.rand(600, device=DEVICE),
         torch.randn(2, 1, 55, device=DEVICE),
     )
-    out, normed = torch.full((1, 56), -7.0, device=DEVICE), torch.empty(1, 600, device=DEVICE)
-    triton_ops.row(x, first, out, second, (gain, 1e-3), normed, add=(add[0], add[1]))
+    out = torch.full((1, 56), -7.0, device=DEVICE)
+    triton_ops.row(x, first, out, second, (gain, 1e-3), add=(add[0], add[1]))
     expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
-    assert error(normed, expected) < 1e-6
     y = torch.cat(
         [expected @ dequantize(weight).double().T for weight in (first, second)], dim=1
     ) + add.double().sum(0)
@@ -338,6 +337,24 @@ def test_gate(triton_ops, groups, normalized, group_best, sigmoid, biased):
     assert error(chosen[0], weights_TK) < 1e-6
 
 
+@pytest.mark.parametrize("E", [20, 64])
+def test_norm_logits_and_choice_in_one_launch(triton_ops, E):
+    """Whichever program finishes last chooses; the count of them is as it was."""
+    x, gain = torch.randn(1, 600, device=DEVICE), torch.rand(600, device=DEVICE)
+    weight, bias = torch.randn(E, 600, device=DEVICE), torch.randn(E, device=DEVICE)
+    router = Router(4, 2, 3, 2.0, normalized=True, group_best=2, sigmoid=True)
+    normed, logits = torch.empty_like(x), torch.empty(1, E, device=DEVICE)
+    finished = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        choice = triton_ops.gate(x, (gain, 1e-3), normed, weight, router, bias, logits, finished)
+        expected = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
+        assert error(normed, expected) < 1e-6
+        assert error(logits, expected @ weight.double().T) < 1e-6
+        assert all(map(torch.equal, choice, triton_ops.route(logits, router, bias)))
+        assert finished.item() == 0
+        x *= -1
+
+
 def test_gate_takes_the_first_of_equals(triton_ops):
     weights_TK, indices_TK = triton_ops.route(
         torch.zeros(1, 20, device=DEVICE), Router(5, 2, 3), None
@@ -417,25 +434,37 @@ assert not [name for name in kernels if name in sys.modules]
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# Kernels of 4-bit experts: a turn of a loop is 8 blocks of 64 columns by 16 rows, by 64 threads.
+DECODE_NF4, WEIGHTS_A_THREAD = ("experts_gate_up", "experts_down"), 8 * 64 * 16 // 64
+
+
 @pytest.mark.parametrize(
     "target",
     [
         ["sm_86"],
         *(
-            pytest.param([f"sm_{capability}", "all"], marks=pytest.mark.slow)
+            pytest.param([f"sm_{capability}", *shapes, "all"], marks=pytest.mark.slow)
             for capability in (80, 86, 89, 90, 100, 120)
+            for shapes in ([], ["v2"])
         ),
     ],
     ids=" ".join,
 )
 def test_kernels_compile_for_gpus_that_are_not_here(target):
-    """With V2-Lite's shapes; they fit the least shared memory of these GPUs (99 KiB) and leave
-    registers enough."""
+    """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
+    spill nothing to speak of.  In the machine code of one token's experts the loads of the next
+    codes and scales come long before their use, and a weight costs few instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_gpu", *target]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == (34 if "all" in target else 12)
+    assert len(kernels) >= (33 if "all" in target else 11)
     for kernel in kernels:
         assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
+    decode = [kernel for kernel in kernels if kernel["kernel"].endswith(DECODE_NF4)]
+    decode = [kernel for kernel in decode if ".rows." in kernel["kernel"]]
+    assert len(decode) == 2
+    for kernel in decode:
+        assert kernel["ahead"] >= 256, kernel
+        assert kernel["loop"] <= 7.6 * WEIGHTS_A_THREAD, kernel

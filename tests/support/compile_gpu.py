@@ -1,9 +1,12 @@
-"""Compiles what the Triton backend launches for V2-Lite's shapes, for a GPU that need not be here:
-``python -m tests.support.compile_gpu sm_86 [all]``.  ``all`` adds prefill and NF4 resident weights.
+"""Compiles what the Triton backend launches for V2-Lite or V2, for a GPU that need not be
+here: ``python -m tests.support.compile_gpu sm_86 [v2] [all]``.  ``all`` adds prefill and NF4
+resident weights.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
-object: kernel, the bytes of shared memory that a program takes, its registers, and the bytes that
-it spills into memory.
+object: kernel, the bytes of shared memory that a program takes, its registers, the bytes that it
+spills into memory; and of its machine code ``ahead``, how many instructions lie between the 128-bit
+loads of its loops (codes and scales) and their first use, at least, and ``loop``, the instructions
+of a loop's turn.
 """
 
 import json
@@ -29,7 +32,11 @@ from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.nf4 import Nf4Weight
 from slotmoe.quant.shapes import absmax_shape, codes_shape
 
+V2 = "v2" in sys.argv
 D, WIDTH, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
+Q, GROUPS, KEPT = None, 1, 1
+if V2:
+    D, WIDTH, H, E, Q, GROUPS, KEPT = 5120, 1536, 128, 160, 1536, 8, 3
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -62,14 +69,55 @@ def described(kernel, arguments):
 
 
 def resources(compiled):
-    """Registers and spilled bytes of a compiled kernel."""
+    """Registers and spilled bytes of a compiled kernel, and what its machine code tells."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"registers": counts["REG"], "spilled": counts["STACK"]}
+    found = list(loops(code))
+    ahead = [distance for body in found for distance in ahead_of_use(body)]
+    told = {"registers": counts["REG"], "spilled": counts["STACK"]}
+    return told | {"ahead": min(ahead, default=0), "loop": max(map(len, found), default=0)}
+
+
+def loops(code):
+    """The bodies of a kernel's loops, as lists of instructions."""
+    lines = re.findall(r"(?m)^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    for address, text in instructions:
+        target = re.search(r"\bBRA(?:\.U)? (?:\S+, )?`?\(?(?:\.L_x_\d+\))?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            begin = int(target[1], 16)
+            body = [held for at, held in instructions if begin <= at <= address]
+            if len(body) > 1:
+                yield body
+
+
+def registers(text):
+    """Numbers of the registers that an operand list names; an address takes two."""
+    for number, wide in re.findall(r"\bR(\d+)(\.64)?", text):
+        yield int(number)
+        if wide:
+            yield int(number) + 1
+
+
+def ahead_of_use(body):
+    """Of each 128-bit load of a loop, the instructions until one reads what it loads, the next turn
+    included."""
+    for index, text in enumerate(body):
+        load = re.search(r"LDG\.E\.128(?:\.\w+)* R(\d+), ", text)
+        if load is None:
+            continue
+        loaded = set(range(int(load[1]), int(load[1]) + 4))
+        for distance in range(1, len(body) + 1):
+            operands = body[(index + distance) % len(body)].partition(",")[2]
+            if loaded.intersection(registers(operands)):
+                yield distance
+                break
 
 
 def compile_instead(capability):
@@ -129,10 +177,10 @@ def decode(backend, make, router, bias=None):
     """One token through one layer with experts.  With a bias, rotated pairs stand in halves."""
     layer = Layer(
         input_layernorm=empty(D),
-        q_proj=make(H * (N + P), D),
-        q_a_proj=None,
-        q_a_layernorm=None,
-        q_b_proj=None,
+        q_proj=None if Q else make(H * (N + P), D),
+        q_a_proj=make(Q, D) if Q else None,
+        q_a_layernorm=empty(Q) if Q else None,
+        q_b_proj=make(H * (N + P), Q) if Q else None,
         kv_a_proj=make(R + P, D),
         kv_a_layernorm=empty(R),
         kv_b_proj=int8(H * (N + V), R),
@@ -167,6 +215,6 @@ if __name__ == "__main__":
     backend.graph = None
     decode(backend, int8, Router(8, 4, K, 2.5, True, 2, True), empty(E))
     for make in (int8, nf4) if "all" in sys.argv else (int8,):
-        decode(backend, make, Router(1, 1, K))
+        decode(backend, make, Router(GROUPS, KEPT, K))
         if "all" in sys.argv:
             prefill(backend, make)

@@ -59,14 +59,24 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 16,
     "vocab_size": 4096,
 }
-# What makes it smaller still, for kernels that are interpreted.
+# What makes it smaller still, for kernels that are interpreted: as few programs of 16 rows as a
+# layer can have.
 SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "kv_lora_rank": 16,
     "moe_intermediate_size": 16,
-    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
     "num_attention_heads": 2,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
     "num_key_value_heads": 2,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "topk_group": 1,
+    "v_head_dim": 8,
 }
 REMOVE = object()
 """Pass ``key=REMOVE`` to leave a key out of the config."""

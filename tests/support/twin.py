@@ -7,21 +7,24 @@ the moment its copy is queued until it has landed, and a copy reads its source l
 slips through is a wrong result.
 """
 
+import os
 import threading
 import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from mmap import mmap
 from queue import Queue
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotmoe.offload import loading
 from slotmoe.offload.plan.memory import make_plan
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.cuda import CudaDevice
+from slotmoe.offload.tiers.cuda import CudaDevice, Mailbox, Mapped
 from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchBackend
 
@@ -66,12 +69,42 @@ class TwinCopy:
 
 
 class TwinDownload:
-    def __init__(self, twin, tensor):
-        self._twin, self._host = twin, tensor.clone()
+    """Counts the host's waits."""
+
+    def __init__(self, twin, download):
+        self._twin, self._download = twin, download
 
     def get(self):
         self._twin.syncs += 1
-        return self._host
+        return self._download.get()
+
+
+def mapped(size):
+    """Memory with two addresses, as page-locked RAM has one for the host and one for kernels."""
+    handle = os.memfd_create("mapped")
+    os.ftruncate(handle, size)
+    views = [torch.frombuffer(mmap(handle, size), dtype=torch.uint8) for _ in range(2)]
+    os.close(handle)
+    return Mapped(*views)
+
+
+class NoEngine(TorchDispatchMode):
+    """The GPU's one copy engine has records before it: nothing small may be given to it, which is
+    what torch does when a tensor is copied as it is between the host and the GPU."""
+
+    COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}  # noqa: RUF012
+    COPIES |= {torch.ops.aten.clone.default}
+
+    def __init__(self, twin):
+        super().__init__()
+        self._twin = twin
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in self.COPIES:
+            sides = {self._twin.side(tensor) for tensor in args if isinstance(tensor, torch.Tensor)}
+            assert sides == {"host"}, f"{operation} of small memory by the copy engine"
+        self._twin.operations += 1
+        return operation(*args, **(kwargs or {}))
 
 
 class Told:
@@ -102,6 +135,8 @@ class Twin:
         self.fail = self.spoil = self.on_launch = lambda number: None
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
         self.syncs = self.launches = self.copies = self.released = self.pins_allowed = 0
+        self.seams = self.operations = 0
+        self._mailbox, self._host_side, self._given = Mailbox(), [], set()
         self.pins_allowed = 1 << 30
         self.pinned = {}  # address -> bytes
         self.unpinned_copies = 0
@@ -153,8 +188,6 @@ class Twin:
         return torch.frombuffer(block, dtype=torch.uint8)[:size].view(dtype).view(shape)
 
     weights = CudaDevice.weights
-    set_slot = CudaDevice.set_slot
-    layer_slots = CudaDevice.layer_slots
     run = CudaDevice.run
 
     def current(self):
@@ -195,11 +228,35 @@ class Twin:
         if self._latest is not None:
             self._latest.synchronize()
 
+    def mapped(self, size):
+        memory = mapped(size)
+        self._host_side.append(memory.host)
+        return memory
+
+    def side(self, tensor):
+        """Whether memory is the host's or the GPU's: kernels' view of page-locked RAM is theirs."""
+        address = tensor.data_ptr()
+        if any(0 <= address - own.data_ptr() < len(own) for own in self._host_side):
+            return "host"
+        return "host" if address in self._given else "GPU"
+
     def download(self, tensor):
-        return TwinDownload(self, tensor)
+        self.seams += 1
+        with NoEngine(self):
+            download = self._mailbox.read(self, tensor)
+        return TwinDownload(self, download)
 
     def upload(self, tensor):
-        return tensor.clone()
+        result = torch.empty_like(tensor)
+        self.write(tensor, result)
+        return result
+
+    def write(self, source, target):
+        self.seams += 1
+        self._given = {source.data_ptr()}
+        with NoEngine(self):
+            self._mailbox.write(self, source, target)
+        self._given = set()
 
     def pin(self, memory):
         assert memory.data_ptr() % 4096 == 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
+from slotmoe.model.reasoning import Reasoning
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
 from slotmoe.tools.cli import main
@@ -508,3 +509,27 @@ def test_trace_covers_all_answers(chat, tmp_path):
 
     assert chat("Hello\nMore\n", "--trace", tmp_path / "trace")[0] == 0
     assert len(read_trace(tmp_path / "trace")[1]) == 16
+
+
+@pytest.fixture
+def thinking(runtime):
+    """The sample's answers are reasoning up to the first comma."""
+    runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
+    yield
+    runtime.tokenizer.reasoning = None
+
+
+def test_reasoning_is_apart_from_the_answer_and_not_kept(talking, thinking):
+    conversation, thoughts = talking(60), []
+    conversation.think = thoughts.append
+    answer = said(conversation.answer("It is a truth"))
+    whole = conversation.runtime.tokenizer.decode(conversation.generated[-1])
+    thought, _, rest = whole.partition(",")
+    assert ("".join(thoughts), answer) == (thought.strip(), rest.strip()) and answer
+    assert conversation.exchanges == [Exchange("It is a truth", answer)]
+
+
+def test_an_answer_cut_off_in_its_reasoning_is_not_called_empty(talking, thinking):
+    conversation = talking(2)
+    assert said(conversation.answer("It is a truth")) == ""
+    assert conversation.told == ["the answer was stopped after 2 tokens (--max-new-tokens)"]

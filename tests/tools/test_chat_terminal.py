@@ -332,3 +332,14 @@ def test_interrupt_on_a_real_terminal(sample_export):
     finally:
         terminal.child.kill()
         terminal.child.wait()
+
+
+def test_reasoning_is_dimmed_above_the_answer(terminal):
+    def answer():
+        terminal.think("First,\nsec")
+        terminal.think("ond.\x1b[2J")
+        yield "The *answer*.\n"
+
+    terminal.show(answer())
+    assert terminal.printed.getvalue().splitlines()[:2] == ["First,", "second.\\x1b[2J"]
+    assert "answer" in terminal.printed.getvalue()

@@ -12,7 +12,8 @@ import pytest
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer
-from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.model.reasoning import Reasoning, Splitter
+from slotmoe.model.tokenizer import TextStream, Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run
 from slotmoe.tools.cli import main
@@ -20,6 +21,7 @@ from slotmoe.tools.options import MAX_PROMPT_BYTES
 from slotmoe.tools.screen import Reading, echo_of, visible
 from tests.support.tiny import write_checkpoint
 
+THINKS = Reasoning("<think>", "</think>", {})
 CHAT = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
 
 
@@ -162,7 +164,8 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
 
     def printed(on_terminal):
         made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
-        made.encode = lambda text, chat: [1]
+        made.tokenizer = SimpleNamespace(encode=lambda text: [1])
+        made.check_length = lambda count: None
         monkeypatch.setattr(run, "is_terminal", lambda stream: on_terminal)
         monkeypatch.setattr(run, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
         run.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
@@ -208,6 +211,18 @@ def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):
         told = capsys.readouterr().err
         assert caught.value.code == 2 and hint in told
         assert ("lite-export" in told) == (name == "lite-exprt")
+
+
+def test_reasoning_is_apart(export, slotmoe, monkeypatch):
+    """On a pipe it goes to stderr, with --json under a key of its own."""
+    monkeypatch.setattr(Tokenizer, "splitter", lambda self, ids: Splitter(THINKS, False))
+    texts = iter(["<think>Hm", ".", "</think>", "\n", "Yes"] * 2)
+    monkeypatch.setattr(TextStream, "push", lambda self, id_: next(texts))
+    options = ("--chat", "-n", 5, "--context", 64)
+    printed = slotmoe("run", export, "Hi", *options)
+    assert printed.out == "Yes\n" and printed.err.startswith("Hm.\n\n")
+    report = json.loads(slotmoe("run", export, "Hi", *options, "--json").out)
+    assert (report["reasoning"], report["text"]) == ("Hm.", "Yes")
 
 
 class TestLongPrompts:

@@ -16,16 +16,10 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.function_calling import (
-    NATIVE,
-    PLAIN,
-    ContentDelta,
-    Dialect,
-    Reader,
-    joined,
-    parse_arguments,
-)
+from slotmoe.tools.serve.formats import NATIVE, PLAIN
+from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.grammar import MAX_CALLS, Grammars
+from slotmoe.tools.serve.reader import ContentDelta, Reader, joined, parse_arguments
 from slotmoe.tools.serve.requests import (
     AssistantMessage,
     CalledFunction,

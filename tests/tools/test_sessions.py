@@ -141,7 +141,7 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     listed = json.loads(slotmoe("list", "--sessions", "--session-dir", folder, "--json")[1])
     assert [session["name"] for session in listed["sessions"]] == ["novel"]
     remove = ("rm", "--sessions", "--session-dir", folder)
-    assert "did" not in slotmoe(*remove, "novel")[2]
+    assert slotmoe(*remove, "novel", "novel")[0] == 0
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
     code, out, err = slotmoe(*remove, "novel")
     assert code == 2 and "holds no session 'novel'" in err

@@ -39,11 +39,14 @@ from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.shapes import absmax_shape, codes_shape, record_bytes
 from slotmoe.quant.weights import quantize_int8, quantize_nf4
 from slotmoe.tools.bench import turns
-from slotmoe.tools.options import count
+from slotmoe.tools.options import choice, count
 
 Actions = Sequence[Callable[[], Any]]
 MANY = 512  # tokens of a prefill pass
 N = 8192  # rows of a resident matrix
+# How one token's 4-bit kernels may be compiled, the first as they are: blocks of 64 columns that a
+# program takes at a time, and its warps.
+VARIANTS = ("8x2", "8x4", "16x4")
 
 
 class _Bench:
@@ -252,13 +255,32 @@ def _step(export: str, way: str, steps: int, depth: int, ceiling: float) -> turn
     return row | {"gaps": max(0.0, 1 - busy / len(ids) / spent), "ratio": bound / spent}
 
 
+@contextmanager
+def _compiled(variant: str) -> Iterator[None]:
+    """Kernels that are first used inside are compiled as this one of ``VARIANTS``."""
+    from triton import language
+
+    from slotmoe.quant.backends import triton, triton_decoder
+    from slotmoe.quant.kernels.triton import rows
+
+    blocks, warps = map(int, variant.split("x"))
+    with (
+        patch.object(rows, "BLOCKS", language.constexpr(blocks)),
+        patch.dict(triton.WARPS, {triton_decoder.NF4: warps}),
+    ):
+        yield
+
+
 @click.command()
 @click.argument("export", metavar="[EXPORT]", required=False)
 @turns.WORKING_SET
 @turns.repetitions(7)
 @count("--steps", 50, "Decode steps of each kind; medians are reported.")
 @count("--depth", 128, "Tokens cached before them.")
-def gpu(export: str | None, working_set: float, repetitions: int, steps: int, depth: int) -> None:
+@choice("--variant", VARIANTS, VARIANTS[0], "Blocks x warps of one token's 4-bit products.")
+def gpu(
+    export: str | None, working_set: float, repetitions: int, steps: int, depth: int, variant: str
+) -> None:
     """Each Triton kernel beside the GPU's bandwidth, and with EXPORT (slotmoe synth v2-lite EXPORT
     --share-layers 2) a decode step: kernel by kernel, as two graphs a layer, and as one graph."""
     if not torch.cuda.is_available():
@@ -266,7 +288,7 @@ def gpu(export: str | None, working_set: float, repetitions: int, steps: int, de
             "gpu needs a CUDA device, and torch finds none here; "
             "python -m slotmoe.tools.bench kernels measures the CPU"
         )
-    with torch.inference_mode():
+    with _compiled(variant), torch.inference_mode():
         bench = _Bench("cuda", repetitions, working_set)
         for measure in (_experts, _linears, _attention):
             measure(bench)
@@ -274,4 +296,5 @@ def gpu(export: str | None, working_set: float, repetitions: int, steps: int, de
     if export is not None:
         for way in ("kernel by kernel", "two graphs a layer", "one graph"):
             rows.append(_step(export, way, steps, depth, ceiling))
-    turns.finish(rows, device=torch.cuda.get_device_name(), ops=bench.ops.name, bandwidth=ceiling)
+    told = {"device": torch.cuda.get_device_name(), "ops": bench.ops.name, "variant": variant}
+    turns.finish(rows, **told, bandwidth=ceiling)

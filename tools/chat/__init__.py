@@ -73,6 +73,10 @@ class Pipe:
             print(piece, end="", flush=True)
         print(flush=True)
 
+    def think(self, text: str) -> None:
+        """Print reasoning."""
+        print(text, end="", flush=True, file=sys.stderr)
+
     def say(self, text: str) -> None:
         """Print a remark of the program."""
         say(text)
@@ -98,6 +102,7 @@ def command(
     """Talk to MODEL, which is what it is for slotmoe run; its tokenizer must have a chat template.
 
     /help lists the commands.  Ctrl-C stops an answer and keeps the conversation, Ctrl-D leaves.
+    A model's reasoning is shown dimmed, on stderr without a terminal, and is not kept.
     When the context is full, the oldest exchanges are no longer seen by the model; the system
     message stays.  What was typed is kept in $SLOTMOE_CACHE/chat_history (default
     ~/.cache/slotmoe).  With --session the conversation is kept on disk too, and goes on where it
@@ -149,7 +154,7 @@ def command(
 def talk(conversation: "Conversation", frontend: Frontend, sessions: Path) -> None:
     """Answer messages and do commands until there are no more, or one says to leave.  Sessions lie
     in the folder ``sessions``."""
-    conversation.notify = frontend.say
+    conversation.notify, conversation.think = frontend.say, frontend.think
     while (line := frontend.read()) is not None:
         try:
             if not line.startswith("/") or line.startswith("//"):

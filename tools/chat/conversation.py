@@ -41,9 +41,10 @@ class Conversation:
     """Messages so far, and how to answer the next one.
 
     The first answer is sampled with the seed of ``sampling``, the next one with the seed after it,
-    so that another attempt differs.  ``notify`` gets remarks for the user.  It goes on with
-    ``session``, a chat's, and each answer is kept there.  Raises ``ConfigError`` if the model has
-    no chat template, or one that fails with this ``system`` message.
+    so that another attempt differs.  ``notify`` gets remarks for the user, ``think`` the reasoning
+    before an answer, which is not kept.  The conversation goes on with ``session``, a chat's, and
+    each answer is kept there.  Raises ``ConfigError`` if the model has no chat template, or one
+    that fails with this ``system`` message.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Conversation:
         self.forgotten = 0  # exchanges, the oldest ones, that are no longer sent
         self.file: Path | None = None  # where this conversation was saved or loaded last
         self.notify: Callable[[str], None] = lambda text: None
+        self.think: Callable[[str], None] = lambda text: None
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._before: dict[str, Any] | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
@@ -105,17 +107,28 @@ class Conversation:
         prompt = self._fit(earlier, message)
         self._prompt_tokens = len(prompt)
         limit = min(self._max_new_tokens, self.runtime.context - len(prompt))
-        chosen, count, text = self._sampling, 0, ""
+        chosen, count, text, thoughts = self._sampling, 0, "", 0
         if chosen.seed is not None:
             self._sampling = replace(chosen, seed=(chosen.seed + 1) % (1 << 63))
         sampling = chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed
 
+        splitter = self.runtime.tokenizer.splitter(prompt)
+
         def texts() -> Iterator[str]:
-            nonlocal count
+            nonlocal count, thoughts
             for token in self.runtime.generate(prompt, limit, *sampling):
                 count += 1
                 self._reading_since = None
-                yield token.text
+                thought, said = splitter.feed(token.text)
+                if thought:
+                    thoughts += len(thought)
+                    self.think(thought)
+                yield said
+            thought, said = splitter.feed("", is_last=True)
+            if thought:
+                thoughts += len(thought)
+                self.think(thought)
+            yield said
 
         for piece in trimmed(texts()):
             text += piece
@@ -123,6 +136,7 @@ class Conversation:
             yield piece
         if not text:
             self.exchanges = [*earlier, Exchange(message, text)]
+        if not text and not thoughts:
             self.notify("the model gave an empty answer")
         elif count == self._max_new_tokens:
             self.notify(f"the answer was stopped after {count} tokens (--max-new-tokens)")

@@ -64,6 +64,11 @@ class Terminal:
                     self._unanswered = ""
                     self._view.add(piece)
 
+    def think(self, text: str) -> None:
+        """Reasoning, above the answer."""
+        if self._view is not None:
+            self._view.think(text)
+
     def say(self, text: str) -> None:
         """A remark, below what was answered so far."""
         if self._view is not None:
@@ -103,13 +108,26 @@ class View:
 
     def __init__(self, console: Console, status: Status, clock: Any = time.perf_counter):
         self._console, self._status, self._clock = console, status, clock
-        self._block, self._printed = "", False
+        self._block, self._thought, self._printed = "", "", False
         self._drawn: list[list[Segment]] = []
         self._next_drawing = 0.0
         drawing: Any = {"refresh_per_second": 4, "transient": True, "redirect_stdout": False}
         self.live = Live(console=console, get_renderable=self.render, **drawing)
 
+    def think(self, text: str) -> None:
+        """Print each line of the reasoning when it has ended."""
+        *lines, self._thought = (self._thought + visible(text)).split("\n")
+        for line in lines:
+            self._print_thought(line)
+
+    def _print_thought(self, line: str) -> None:
+        self._console.print(Text(line, style="dim"))
+        self._printed = True
+
     def add(self, text: str) -> None:
+        if self._thought:
+            self._print_thought(self._thought)
+            self._thought = ""
         self._block += visible(text)
         if "\n" in text:
             end = finished(self._block)
@@ -117,7 +135,10 @@ class View:
             self._print(done)
 
     def close(self) -> None:
-        """Print the unfinished block as if it were finished."""
+        """Print what is unfinished as if it were finished."""
+        if self._thought:
+            self._print_thought(self._thought)
+            self._thought = ""
         rest, self._block = self._block, ""
         self._print(rest)
 

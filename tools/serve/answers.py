@@ -11,10 +11,12 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 
 from slotmoe.model.generate import Answer, Delta, Grammar, Stops, Token
+from slotmoe.model.reasoning import Splitter
 from slotmoe.offload.scheduler import Job, QueueFullError
 from slotmoe.tools.serve.errors import RefusedError, error_body
-from slotmoe.tools.serve.function_calling import ContentDelta, Reader
+from slotmoe.tools.serve.formats import text_arguments
 from slotmoe.tools.serve.grammar import Compiled, Longer
+from slotmoe.tools.serve.reader import ContentDelta, Reader
 from slotmoe.tools.serve.requests import AnswerOptions, ChatRequest
 from slotmoe.tools.serve.service import Service
 
@@ -38,8 +40,8 @@ class Update:
 
     @property
     def text(self) -> str:
-        """Without tool calls."""
-        return "".join(delta.text for delta in self.content if delta.call is None)
+        """Without reasoning and tool calls."""
+        return "".join(d.text for d in self.content if d.call is None and not d.reasoning)
 
     def add(self, later: "Update") -> None:
         self.content += later.content
@@ -78,6 +80,7 @@ class Answers:
         self.jobs: list[Job] = []
         self.finishes: list[str] = []  # of the answers that have ended
         self._prompt_tokens = sum(map(len, prompts))
+        self.reasoning_tokens = None if service.tokenizer.reasoning is None else 0
         sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
         scores = self._prompt_tokens * options.choices * (1 + (options.logprobs or 0))
         if scored and scores > MAX_SCORES:
@@ -138,6 +141,8 @@ class Answers:
                 echo = ContentDelta(self._echoes.pop(index))
                 yield Update(index, [echo], [*self.jobs[index].answer.read])
             content = reader.feed(delta.text)
+            if reader.is_thinking and self.reasoning_tokens is not None:
+                self.reasoning_tokens += len(delta.tokens)
             if finish is not None:
                 running -= 1
                 self.finishes.append(finish)
@@ -169,17 +174,24 @@ class Answers:
         """Counts of tokens in OpenAI's form."""
         answer_tokens = sum(len(job.answer.ids) for job in self.jobs)
         cached = min(sum(job.reused for job in self.jobs), self._prompt_tokens)
-        usage = {"prompt_tokens": self._prompt_tokens, "completion_tokens": answer_tokens}
+        usage: dict[str, Any] = {"prompt_tokens": self._prompt_tokens}
+        usage["completion_tokens"] = answer_tokens
         usage["total_tokens"] = self._prompt_tokens + answer_tokens
+        if self.reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def chat_prompt(service: Service, body: ChatRequest) -> list[int]:
     """Token ids of a conversation.  Runs the template in a child process, so the event loop leaves
     it to a thread.  Raises ``RefusedError`` and ``ConfigError``."""
+    return encode(service, _chat_text(service, body))
+
+
+def _chat_text(service: Service, body: ChatRequest) -> str:
     check_length(service, sum(len(message.text) for message in body.messages))
-    text = service.dialect.prompt(body.messages, body.tool_policy(), body.continues)
-    return encode(service, text)
+    about = body.messages, body.tool_policy(), body.continues, body.thinking
+    return service.dialect.prompt(*about)
 
 
 async def chat_answers(request: Request, body: ChatRequest) -> Answers:
@@ -189,19 +201,25 @@ async def chat_answers(request: Request, body: ChatRequest) -> Answers:
     options, policy = body.options(vocabulary(service)), body.tool_policy()
     schema, dialect = body.schema_wanted, service.dialect
 
-    def prepare() -> tuple[Compiled | None, list[int]]:
-        return service.grammars.compile(schema, policy), chat_prompt(service, body)
+    def prepare() -> tuple[Compiled | None, list[int], bool]:
+        text, reasoning = _chat_text(service, body), service.tokenizer.reasoning
+        is_thinking = reasoning is not None and reasoning.is_begun(text)
+        compiled = service.grammars.compile(schema, policy, is_thinking)
+        return compiled, encode(service, text), is_thinking
 
-    grammar, prompt = await asyncio.to_thread(prepare)
+    grammar, prompt, is_thinking = await asyncio.to_thread(prepare)
     request.state.relaxed = grammar.relaxed if grammar is not None else []  # for a header
     form = dialect.format if policy else None
+    texts = {f.name: text_arguments(f) for f in policy.functions} if policy else None
     is_either, is_required = schema is not None, policy is not None and policy.required
     return Answers(
         request,
         [prompt],
         options,
         grammar=grammar,
-        reader=lambda: Reader(form, is_either, is_required),
+        reader=lambda: Reader(
+            form, is_either, is_required, Splitter(service.tokenizer.reasoning, is_thinking), texts
+        ),
         shown=dialect.shown if policy else None,
         calls=form.opening if form else "",
     )

@@ -1,14 +1,13 @@
 """Anthropic's messages.  A request becomes one of OpenAI's chat, which decides the rest.
 
 Some fields mean nothing to this server and are accepted: a prompt is cached whether or not
-``cache_control`` asks for it, the model has no thinking to configure, and a history's thinking says
-nothing to it.
+``cache_control`` asks for it, and a budget of thinking bounds nothing.
 """
 
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import APIRouter, Request, Response
@@ -26,17 +25,19 @@ from slotmoe.tools.serve.answers import (
 )
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
 from slotmoe.tools.serve.fields import Ignored, by_kind, text_or_list
-from slotmoe.tools.serve.function_calling import ContentDelta, joined, parse_arguments
+from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
 Json = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+_EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None}  # in OpenAI's words
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
 
 
 _CACHED = Ignored("every prefix is cached")
-_THINKING = Ignored("the model answers at once")
+_THINKING = Ignored("a template can switch thinking on and off, no more")
+_SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
 _TOOLS = Ignored("a tool is described at once, by its schema")
 _REPLAYED = Ignored("it says nothing to the model")
 
@@ -113,6 +114,7 @@ class AnthropicMessage(requests.Model):
         blocks: list[Any] = [requests.TextPart.model_construct(text=self.content)]
         if isinstance(self.content, list):
             blocks = self.content
+        thoughts = [block.thinking for block in blocks if isinstance(block, Thinking)]
         texts = [block for block in blocks if isinstance(block, requests.TextPart)]
         calls = [block.call() for block in blocks if isinstance(block, ToolUse)]
         results = [block.message() for block in blocks if isinstance(block, ToolResult)]
@@ -120,6 +122,8 @@ class AnthropicMessage(requests.Model):
             raise RefusedError(f"a message of the {self.role} can't hold such a block", "messages")
         kind = requests.AssistantMessage if self.role == "assistant" else requests.PlainMessage
         message = kind.model_construct(role=self.role, content=texts, tool_calls=calls)
+        if isinstance(message, requests.AssistantMessage) and thoughts:
+            message.reasoning_content = "".join(thoughts)
         return [*results, message] if message.text or calls or not results else [*results]
 
 
@@ -162,8 +166,8 @@ class Metadata(requests.Model):
 
 class ThinkingConfig(requests.Model):
     type: Literal["disabled", "enabled", "adaptive"]
-    budget_tokens: requests.Count | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    budget_tokens: Annotated[requests.Count | None, _THINKING] = None
+    display: Annotated[Literal["summarized", "omitted"] | None, _THINKING] = None
 
 
 class OutputFormat(requests.Model):
@@ -197,7 +201,7 @@ class Conversation(Cacheable):
     system: Text | None = None
     tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: Annotated[ThinkingConfig | None, _THINKING] = None
+    thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     context_management: Annotated[Json | None, Ignored("nothing is edited")] = None
 
@@ -223,6 +227,7 @@ class Conversation(Cacheable):
             tool_choice=choice,
             parallel_tool_calls=False if single else None,
             response_format=None if form is None else form.response_format(),
+            reasoning_effort=_EFFORTS[self.thinking.type] if self.thinking else None,
             **options,
         )
 
@@ -291,7 +296,9 @@ def _blocks(deltas: list[ContentDelta]) -> list[Json]:
     """Of a whole answer, without tool calls that were cut off."""
     blocks = list[Json]()
     for part in joined(deltas):
-        if part.name is None:
+        if part.reasoning:
+            blocks.append({"type": "thinking", "thinking": part.text, "signature": _SIGNATURE})
+        elif part.name is None:
             blocks.append({"type": "text", "text": part.text})
         elif part.complete and (given := parse_arguments(part.text)) is not None:
             blocks.append(_tool_use(part.name, given))
@@ -305,27 +312,40 @@ def _tool_use(name: str, given: Json) -> Json:
 async def _events(about: Json, answers: Answers) -> AsyncIterator[str]:
     begun: Json = {"content": [], "stop_reason": None, "stop_sequence": None}
     yield _event("message_start", message={**about, **begun, "usage": _usage(answers)})
-    index = -1  # of the content block
+    index, is_thinking = -1, False  # of the content block that is open
     async for update in answers.updates():
         if update.finish is not None and index < 0 and not update.content:
             update.content = [ContentDelta()]  # an empty answer has an empty block
         for delta in update.content:
-            if delta.name is not None or index < 0:
+            if delta.name is not None or index < 0 or delta.reasoning != is_thinking:
                 if index >= 0:
-                    yield _event("content_block_stop", index=index)
-                index += 1
+                    for text in _block_end(index, is_thinking):
+                        yield text
+                index, is_thinking = index + 1, delta.reasoning
                 block: Json = {"type": "text", "text": ""}
                 if delta.name is not None:
                     block = _tool_use(delta.name, {})
+                elif is_thinking:
+                    block = {"type": "thinking", "thinking": "", "signature": ""}
                 yield _event("content_block_start", index=index, content_block=block)
             if delta.text:
                 added: Json = {"type": "text_delta", "text": delta.text}
                 if delta.call is not None:
                     added = {"type": "input_json_delta", "partial_json": delta.text}
+                elif is_thinking:
+                    added = {"type": "thinking_delta", "thinking": delta.text}
                 yield _event("content_block_delta", index=index, delta=added)
-    yield _event("content_block_stop", index=index)
+    for text in _block_end(index, is_thinking):
+        yield text
     yield _event("message_delta", delta=_stop(update), usage=_usage(answers))
     yield _event("message_stop")
+
+
+def _block_end(index: int, is_thinking: bool) -> Iterator[str]:
+    if is_thinking:
+        delta = {"type": "signature_delta", "signature": _SIGNATURE}
+        yield _event("content_block_delta", index=index, delta=delta)
+    yield _event("content_block_stop", index=index)
 
 
 def _event(kind: str, **content: Any) -> str:

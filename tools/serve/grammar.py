@@ -16,6 +16,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.generate import Grammar
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
+from slotmoe.tools.serve.formats import INDEX, is_text
 from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import Schema, ToolPolicy
 from slotmoe.tools.serve.schemas import relaxed
@@ -25,6 +26,10 @@ _MAX_SCHEMA = 1 << 16  # characters
 _MAX_SCHEMAS = 1 << 18  # characters of all of a request's functions together
 # Without free whitespace a model can't go on with blanks for ever; one after each sign is what most
 # models were taught.
+_NOTES = {"description", "title", "default", "examples", "$schema", "$comment"}
+_TEXT_KEYS = {"type", *_NOTES}
+_TAGGED_KEYS = {"properties", "required", "additionalProperties", "$defs", "definitions"}
+_TAGGED_KEYS |= _TEXT_KEYS
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}
 
 
@@ -95,23 +100,42 @@ class Grammars:
         size = self._source.size
         return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
-    def compile(self, schema: Schema | None, policy: ToolPolicy | None) -> Compiled | None:
-        """What an answer has to follow that follows ``schema``, or calls functions; None where the
-        answer is free.  Raises ``RefusedError``."""
+    def compile(
+        self, schema: Schema | None, policy: ToolPolicy | None, is_thinking: bool = False
+    ) -> Compiled | None:
+        """What an answer has to follow that follows ``schema``, or calls functions, after its
+        reasoning; None where the answer is free.  ``is_thinking`` where the prompt has begun the
+        reasoning.  Raises ``RefusedError``."""
         if schema is None and policy is None:
             return None
         content, dropped, where = None, list[str](), "response_format"
         if schema is not None:
             strict = bool(schema.strict)
             content = self._json(schema.definition, strict, where, where, dropped)
-        grammar = f"start: {content}"
+        grammar = f"answer: {content}"
         if policy is not None:
             grammar = self._calls(policy, content, self._arguments(policy, dropped))
+        grammar = f"start: {self._reasoning(is_thinking)}\n{grammar}"
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error()[:200]
             raise RefusedError(f"the schemas can't be followed together ({reason})")
         return Compiled(matcher, self._source.size, dropped)
+
+    def _reasoning(self, is_thinking: bool) -> str:
+        """The rule of the whole answer, and those of the reasoning before the answer proper."""
+        marks = self._source.reasoning
+        if marks is None:
+            return "answer"
+        anything, end = "(?s:.*)", re.escape(marks.end).replace("/", "\\/")
+        rules = ["SPACE: /[ \\n]{0,2}/", f"thought[lazy]: /{anything}{end}/"]
+        if marks.end in marks.shown.values():
+            text = f"THOUGHT: /{anything}/ & ~/{anything}{end}{anything}/"
+            rules[1:] = [f"thought: THOUGHT {self._literal(marks.end)}", text]
+        thought = "thought SPACE"
+        if not is_thinking:
+            thought = f"({self._literal(marks.begin)} {thought})?"
+        return "\n".join([f"{thought} answer", *rules])
 
     def _arguments(self, policy: ToolPolicy, dropped: list[str]) -> dict[str, str]:
         """The grammar of each function's arguments; adds to ``dropped``."""
@@ -119,7 +143,10 @@ class Grammars:
         for function in policy.functions:
             where, schema = f"tool {function.name!r}", function.schema_of_arguments
             strict = bool(function.strict)
-            arguments[function.name] = self._json(schema, strict, where, "tools", dropped)
+            if self._dialect.format.tagged is not None:
+                arguments[function.name] = self._tagged(schema, strict, where, dropped)
+            else:
+                arguments[function.name] = self._json(schema, strict, where, "tools", dropped)
             if sum(map(len, arguments.values())) > _MAX_SCHEMAS:
                 problem = f"have more than {_MAX_SCHEMAS} characters together"
                 raise RefusedError(f"the schemas of the tools {problem}", "tools", 413)
@@ -134,24 +161,60 @@ class Grammars:
         names = " | ".join(f"f{index}" for index in range(len(policy.allowed)))
         rules = [f"call: {literal(marks.head)} ({names})"]
         for index, function in enumerate(policy.allowed):
-            name = literal(function.name + marks.middle)
+            before, number, after = marks.middle.partition(INDEX)
+            name = literal(function.name + before)
+            if number:
+                name += f" /[0-9]{{1,4}}/ {literal(after)}"
             rules.append(f"f{index}: {name} {arguments[function.name]} {literal(marks.tail)}")
         anything, mark = "(?s:.*)", re.escape(marks.opening)
+        if marks.tagged is not None:
+            end = re.escape(marks.tagged[2]).replace("/", "\\/")
+            rules.append(f"VALUE: /{anything}/ & ~/{anything}{end}{anything}/")
         if policy.required:
-            start = [f"start: {opening} {calls}"]
+            start = [f"answer: {opening} {calls}"]
         elif content is not None:
-            start = [f"start: content | {opening} {calls}", f"content: {content}"]
+            start = [f"answer: content | {opening} {calls}", f"content: {content}"]
         else:
             rules.append(f"TEXT: /{anything}/ & ~/{anything}{mark}{anything}/")
             if self._dialect.is_native:
-                start = [f"start: TEXT ({opening} {calls})?"]
+                start = [f"answer: TEXT ({opening} {calls})?"]
             else:
-                start = [f"start: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
+                start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
         return "\n".join(start + rules)
 
+    def _tagged(self, schema: dict[str, Any], strict: bool, where: str, dropped: list[str]) -> str:
+        """The grammar of arguments that are tagged, in the order of their properties: text as it
+        is, other values as JSON.  Raises ``RefusedError``."""
+        tags = self._dialect.format.tagged
+        assert tags is not None
+        unheld = [f"{where}: {key}" for key in sorted(schema.keys() - _TAGGED_KEYS)]
+        parts, required = list[str](), schema.get("required", [])
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        properties = schema.get("properties", {})
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise RefusedError(f"{where}: properties or required are malformed", "tools")
+        for key, inner in properties.items():
+            if not is_text(inner):
+                given = {**definitions, **inner} if isinstance(inner, dict) else {}
+                value = self._json(given, strict, f"{where}: {key}", "tools", dropped)
+            elif values := [inner["const"]] if "const" in inner else inner.get("enum"):
+                value = "(" + " | ".join(self._literal(text) for text in values) + ")"
+            else:
+                unheld += [f"{where}: {key}: {k}" for k in sorted(inner.keys() - _TEXT_KEYS)]
+                value = "VALUE"
+            before, after = self._literal(tags[0] + key + tags[1]), self._literal(tags[2])
+            parts.append(f"({before} {value} {after}){'' if key in required else '?'}")
+        if unheld and strict:
+            problem = f"no answer can be held to {unheld[0][:200]!r}, and the schema is strict"
+            raise RefusedError(f"{problem}; leave out one or the other", "tools")
+        dropped += unheld
+        return " ".join(parts) or '""'
+
     def _literal(self, text: str) -> str:
-        """``text`` in a grammar; the dialect's tokens are tokens, which no text can spell."""
-        ids = {token: id_ for id_, token in self._dialect.shown.items()}
+        """``text`` in a grammar; marks that are tokens are tokens, which no text can spell."""
+        reasoning = self._source.reasoning
+        marks = {**self._dialect.shown, **(reasoning.shown if reasoning is not None else {})}
+        ids = {token: id_ for id_, token in marks.items()}
         texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 

@@ -23,7 +23,7 @@ from slotmoe.tools.serve.answers import (
 )
 from slotmoe.tools.serve.completions import CompletionRequest
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta, joined
+from slotmoe.tools.serve.reader import ContentDelta, joined
 from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, OpenAIRequest, StreamOptions
 from slotmoe.tools.serve.service import Service
 
@@ -128,6 +128,9 @@ class ChatChoices:
         calls = [_call(part.name, part.text) for part in parts if part.name is not None]
         content = update.text if update.text or not calls else None
         message: Json = {"role": "assistant", "content": content, "refusal": None}
+        thoughts = [part.text for part in parts if part.reasoning]
+        if thoughts:
+            message["reasoning_content"] = "".join(thoughts)
         if calls:
             message["tool_calls"] = calls
         logprobs = self._logprobs(update.tokens)
@@ -202,6 +205,8 @@ def _choice(
 
 def _delta(delta: ContentDelta) -> Json:
     """What ``delta`` adds to OpenAI's message."""
+    if delta.reasoning:
+        return {"reasoning_content": delta.text}
     if delta.call is None:
         return {"content": delta.text}
     arguments: Json = {"function": {"arguments": delta.text}}

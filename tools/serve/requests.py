@@ -118,6 +118,10 @@ class Message(Model):
     def calls(self) -> list[ToolCall]:
         return []
 
+    @property
+    def reasoning(self) -> str:
+        return ""
+
 
 class PlainMessage(Message):
     content: Content
@@ -139,12 +143,16 @@ class AssistantMessage(Message):
     audio: Annotated[None, refused("the model reads text")] = None
     function_call: Annotated[None, refused("use tool_calls")] = None
     parsed: Annotated[Any, _REPLAYED] = None
-    reasoning_content: Annotated[Text | None, Ignored("earlier thoughts are left out")] = None
+    reasoning_content: Text | None = None
     provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
     @property
     def calls(self) -> list[ToolCall]:
         return self.tool_calls or []
+
+    @property
+    def reasoning(self) -> str:
+        return self.reasoning_content or ""
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> "AssistantMessage":
@@ -348,7 +356,7 @@ class ChatRequest(OpenAIRequest):
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Annotated[Label | None, Ignored("the model answers at once")] = None
+    reasoning_effort: Label | None = None
     verbosity: Annotated[Label | None, Ignored("the model knows no such wish")] = None
     modalities: Annotated[list[Literal["text"]] | None, Ignored("answers are text")] = None
     prediction: Annotated[AnyObject | None, Ignored("it would only change the speed")] = None
@@ -378,6 +386,12 @@ class ChatRequest(OpenAIRequest):
         wants_object = self.response_format and self.response_format.type == "json_object"
         any_object: Any = {"name": "object", "definition": {"type": "object"}}
         return Schema.model_construct(**any_object) if wants_object else None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think, where its template can switch that; None for its own
+        way."""
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
     def tool_policy(self) -> ToolPolicy | None:
         """Which functions the model may call; None for none.  Raises ``RefusedError``."""

@@ -72,13 +72,18 @@ class FunctionOutput(requests.Model):
     namespace: None = None
 
 
+class ReasoningPart(requests.Model):
+    type: Literal["reasoning_text"]
+    text: requests.Text
+
+
 class Reasoning(requests.Model):
-    """What a model thought, which says nothing to another one."""
+    """What a model thought before the message that follows."""
 
     type: Literal["reasoning"]
     id: Label | None = None
     summary: Annotated[list[Json] | None, _REPLAYED] = None
-    content: Annotated[list[Json] | None, _REPLAYED] = None
+    content: list[ReasoningPart] | None = None
     encrypted_content: Annotated[requests.Text | None, _REPLAYED] = None
     status: Annotated[Label | None, _REPLAYED] = None
 
@@ -230,7 +235,7 @@ class ResponsesRequest(requests.GenerationRequest):
     ] = None
     prompt_cache_key: Annotated[Label | None, _CACHED] = None
     prompt_cache_retention: Annotated[Label | None, _CACHED] = None
-    reasoning: Annotated[ReasoningConfig | None, Ignored("the model answers at once")] = None
+    reasoning: ReasoningConfig | None = None
     safety_identifier: Annotated[Label | None, _LABEL] = None
     service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
     stream_options: StreamOptions | None = None
@@ -261,19 +266,23 @@ class ResponsesRequest(requests.GenerationRequest):
             tool_choice=chosen,
             parallel_tool_calls=self.parallel_tool_calls if tools else None,
             response_format=None if self.text is None else self.text.response_format(),
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
         )
 
 
 def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
     """A call belongs to the message of the assistant's before it.  Raises ``RefusedError`` where
     there is none left to answer."""
-    messages: list[Any] = []
+    messages, thoughts = list[Any](), ""
     assistant, plain, result = (
         requests.AssistantMessage.model_construct,
         requests.PlainMessage.model_construct,
         requests.ToolMessage.model_construct,
     )
     for item in items:
+        if isinstance(item, Reasoning):
+            thoughts = "".join(part.text for part in item.content or ())
+            continue
         if isinstance(item, FunctionCall):
             if not (messages and messages[-1].role == "assistant"):
                 messages.append(assistant(role="assistant", tool_calls=[]))
@@ -289,6 +298,8 @@ def messages_of(items: Iterable[Item]) -> list[requests.ChatMessage]:
         elif isinstance(item, InputMessage):
             role = "system" if item.role in _SYSTEM else item.role
             messages.append(plain(role=role, content=_text(item.content)))
+        if thoughts and messages and messages[-1].role == "assistant":
+            messages[-1].reasoning_content, thoughts = thoughts, ""
     if not messages:
         raise RefusedError("input: holds no message", "input")
     return messages

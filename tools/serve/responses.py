@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,7 +19,7 @@ from slotmoe.tools.serve.answers import (
     event,
 )
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.function_calling import ContentDelta
+from slotmoe.tools.serve.reader import ContentDelta
 from slotmoe.tools.serve.response_items import Item, ItemReference, ResponsesRequest
 from slotmoe.tools.serve.service import Service
 
@@ -178,9 +178,10 @@ class Draft:
         if update.finish is not None and not self._output and not update.content:
             update.content = [ContentDelta()]  # an empty answer has an empty message
         for delta in update.content:
-            if delta.name is not None or not self._is_open:
+            kind = _KINDS[(delta.call is not None, delta.reasoning)]
+            if delta.name is not None or not self._is_open or self._output[-1]["type"] != kind:
                 yield from self._close("completed")
-                yield from self._open(delta)
+                yield from self._open(kind, delta.name)
             if delta.text:
                 yield from self._write(delta.text)
             if delta.complete:
@@ -208,40 +209,43 @@ class Draft:
             where if self._output[-1]["type"] == "function_call" else {**where, "content_index": 0}
         )
 
-    def _open(self, delta: ContentDelta) -> Iterator[str]:
+    def _open(self, kind: str, name: str | None) -> Iterator[str]:
         number = uuid.uuid4().hex
-        item: Json = {"id": f"msg_{number}", "type": "message", "status": "in_progress"}
-        item |= {"role": "assistant", "content": []}
-        if delta.name is not None:
-            item = {"id": f"fc_{number}", "type": "function_call", "status": "in_progress"}
-            item |= {"call_id": f"call_{number}", "name": delta.name, "arguments": ""}
+        item: Json = {"id": f"{_PREFIXES[kind]}_{number}", "type": kind, "status": "in_progress"}
+        if kind == "message":
+            item |= {"role": "assistant", "content": []}
+        elif kind == "reasoning":
+            item |= {"summary": [], "content": []}
+        else:
+            item |= {"call_id": f"call_{number}", "name": name, "arguments": ""}
         self._output.append(item)
         self._texts = []
         index = len(self._output) - 1
         yield self.event("response.output_item.added", output_index=index, item=item)
-        if delta.name is None:
-            yield self.event("response.content_part.added", **self._where, part=_part(""))
+        if kind in _PARTS:
+            yield self.event("response.content_part.added", **self._where, part=_PARTS[kind](""))
 
     def _write(self, text: str) -> Iterator[str]:
         self._texts.append(text)
-        if self._output[-1]["type"] == "function_call":
-            yield self.event("response.function_call_arguments.delta", **self._where, delta=text)
-        else:
-            where: Json = {**self._where, "logprobs": []}
-            yield self.event("response.output_text.delta", **where, delta=text)
+        kind, where = self._output[-1]["type"], self._where
+        if kind == "message":
+            where["logprobs"] = []
+        yield self.event(f"response.{_TEXTS[kind]}.delta", **where, delta=text)
 
     def _close(self, status: str) -> Iterator[str]:
         if not self._is_open:
             return
         item, text, where = self._output[-1], "".join(self._texts), self._where
-        if item["type"] == "function_call":
+        kind = item["type"]
+        if kind == "function_call":
             item["arguments"] = text
             about: Json = {"name": item["name"], "arguments": text}
-            yield self.event("response.function_call_arguments.done", **where, **about)
         else:
-            item["content"] = [_part(text)]
-            yield self.event("response.output_text.done", **where, logprobs=[], text=text)
-            yield self.event("response.content_part.done", **where, part=_part(text))
+            item["content"] = [_PARTS[kind](text)]
+            about = {"text": text} | ({"logprobs": []} if kind == "message" else {})
+        yield self.event(f"response.{_TEXTS[kind]}.done", **where, **about)
+        if kind in _PARTS:
+            yield self.event("response.content_part.done", **where, part=_PARTS[kind](text))
         item["status"] = status
         index = where["output_index"]
         yield self.event("response.output_item.done", output_index=index, item=item)
@@ -249,6 +253,21 @@ class Draft:
 
 def _part(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _thought(text: str) -> Json:
+    return {"type": "reasoning_text", "text": text}
+
+
+# By the type of an item: of a delta that is of a call or of reasoning, or of neither.
+_KINDS = {(False, False): "message", (False, True): "reasoning", (True, False): "function_call"}
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_PARTS: dict[str, Callable[[str], Json]] = {"message": _part, "reasoning": _thought}
+_TEXTS = {
+    "message": "output_text",
+    "reasoning": "reasoning_text",
+    "function_call": "function_call_arguments",
+}
 
 
 def _tool(tool: Any) -> Json:
@@ -263,6 +282,6 @@ def _usage(answers: Answers) -> Json:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens or 0},
         "total_tokens": usage["total_tokens"],
     }

@@ -16,6 +16,7 @@ import triton.language as tl
 INT8 = tl.constexpr(0)  # row-major, a float32 scale a row
 NF4 = tl.constexpr(1)
 DENSE = tl.constexpr(2)  # row-major float32 or bfloat16
+BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of NF4
 
 
 @triton.jit
@@ -33,6 +34,17 @@ def nf4_shift(j):
 
 
 @triton.jit
+def _nf4_step(words_ptr, absmax_ptr, tile, at, lane, blocks):
+    """Words ``at`` of a tile's rows ``lane``, and their scales."""
+    valid = (at < blocks * 8)[:, None]
+    words = tl.load(
+        words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :], mask=valid, other=0
+    )
+    scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
+    return words, tl.load(scale_ptr, mask=valid, other=0.0)
+
+
+@triton.jit
 def _nf4_rows(
     x_ptr, g_ptr, codes_ptr, absmax_ptr, levels_ptr, tile, K,
     NORM: tl.constexpr, BLOCKS: tl.constexpr,
@@ -44,16 +56,11 @@ def _nf4_rows(
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
+    words, scale = _nf4_step(words_ptr, absmax_ptr, tile, group, lane, blocks)
     for first in range(0, blocks, BLOCKS):
         at = first * 8 + group
-        valid = at < blocks * 8
-        words = tl.load(
-            words_ptr + (tile * blocks * 8 + at)[:, None] * 16 + lane[None, :],
-            mask=valid[:, None],
-            other=0,
-        )
-        scale_ptr = absmax_ptr + (tile * blocks + at // 8)[:, None] * 16 + lane[None, :]
-        scale = tl.load(scale_ptr, mask=valid[:, None], other=0.0).to(tl.float32)
+        # What the next step needs is on its way while this one computes.
+        ahead = _nf4_step(words_ptr, absmax_ptr, tile, at + BLOCKS * 8, lane, blocks)
         part = tl.full([BLOCKS * 8, 16], 0, tl.float32)
         for j in tl.static_range(8):
             column = at * 8 + j
@@ -63,30 +70,38 @@ def _nf4_rows(
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
             codes = (words >> (8 * j + 4 if j < 4 else 8 * j - 32)) & 15
             part += tl.load(levels_ptr + codes) * x[:, None]
-        total += part * scale
+        total += part * scale.to(tl.float32)
+        words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def _plain_step(w_ptr, n, k, N, K):
+    """Columns k of rows n."""
+    valid = (n < N)[:, None] & (k < K)[None, :]
+    return tl.load(w_ptr + n[:, None] * K + k[None, :], mask=valid, other=0)
 
 
 @triton.jit
 def _plain_rows(
     x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K,
-    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr = 16,
 ):  # fmt: skip
-    """The same of a row-major matrix."""
-    n = tile * 16 + tl.arange(0, 16)
+    """The same of ROWS rows of a row-major matrix."""
+    n = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    total = tl.full([16, COLUMNS], 0, tl.float32)
+    total = tl.full([ROWS, COLUMNS], 0, tl.float32)
     squares = tl.full([COLUMNS], 0, tl.float32)
+    w = _plain_step(w_ptr, n, column, N, K)
     for first in range(0, K, COLUMNS):
         k = first + column
-        w = tl.load(
-            w_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
-        )
+        ahead = _plain_step(w_ptr, n, k + COLUMNS, N, K)
         x = tl.load(x_ptr + k, mask=k < K, other=0.0)
         if NORM:
             squares += x * x
             x *= tl.load(g_ptr + k, mask=k < K, other=0.0)
         total += w.to(tl.float32) * x[None, :]
+        w = ahead
     y = tl.sum(total, 1)
     if KIND == INT8:
         y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)
@@ -98,23 +113,20 @@ def _rows(
     x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND: tl.constexpr, NORM: tl.constexpr
 ):
     if KIND == NF4:
-        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, 8)
-    elif KIND == INT8:
-        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
+        y, squares = _nf4_rows(x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, NORM, BLOCKS)
     else:
-        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 1024)
+        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
     return y, squares
 
 
 @triton.jit
 def linear(
-    x_ptr, g_ptr, eps, normed_ptr, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
+    x_ptr, g_ptr, eps, w_ptr, scale_ptr, N, w2_ptr, scale2_ptr, N2, levels_ptr,
     r_ptr, r2_ptr, y_ptr, K,
-    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
-    RESIDUALS: tl.constexpr,
+    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUALS: tl.constexpr,
 ):  # fmt: skip
     """y [N + N2] = both weights times x [K], plus r or r + (r2 + .) by RESIDUALS.  With NORM x is
-    normed with g first; with STORE the normed row is also written."""
+    normed with g first."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
@@ -131,12 +143,6 @@ def linear(
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
-        if STORE:  # noqa: SIM102  (decided at compile time, unlike the tile)
-            if tile == 0:
-                for first in range(0, K, 512):
-                    k = first + tl.arange(0, 512)
-                    x = tl.load(x_ptr + k, mask=k < K) * factor * tl.load(g_ptr + k, mask=k < K)
-                    tl.store(normed_ptr + k, x, mask=k < K)
     if RESIDUALS == 2:
         y = tl.load(r2_ptr + n, mask=valid) + y
     if RESIDUALS >= 1:
@@ -171,10 +177,10 @@ def experts_gate_up(
         gate_absmax_ptr = (record_ptr + gate_absmax_at).to(tl.pointer_type(tl.float16))
         up_absmax_ptr = (record_ptr + up_absmax_at).to(tl.pointer_type(tl.float16))
         gate, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, 8
+            x_ptr, x_ptr, record_ptr, gate_absmax_ptr, levels_ptr, tile, D, False, BLOCKS
         )
         up, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, 8
+            x_ptr, x_ptr, record_ptr + up_at, up_absmax_ptr, levels_ptr, tile, D, False, BLOCKS
         )
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * N + n, silu(gate) * up, mask=n < N)
@@ -193,7 +199,7 @@ def experts_down(
         absmax_ptr = (record_ptr + down_absmax_at).to(tl.pointer_type(tl.float16))
         x_ptr += rank * K
         y, _ = _nf4_rows(
-            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, 8
+            x_ptr, x_ptr, record_ptr + down_at, absmax_ptr, levels_ptr, tile, K, False, BLOCKS
         )
         n = tile * 16 + tl.arange(0, 16)
         tl.store(y_ptr + rank * D + n, y, mask=n < D)
@@ -214,8 +220,8 @@ def weighted_sum(y_ptr, weights_ptr, out_ptr, TOP_K, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def route(
-    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+def _route(
+    t, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
     BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -225,9 +231,9 @@ def route(
     ``bias`` [E] is added to what is compared alone.  GROUPS > 1 leaves out all but the KEPT groups
     with the best expert, or with the best sum of two (GROUP_BEST).
     """
-    t = tl.program_id(0)
     e = tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"))
+    # Past the first-level cache: other programs of the same launch may have written them.
+    logits = tl.load(logits_ptr + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -268,3 +274,45 @@ def route(
     weights *= factor
     tl.store(weights_ptr + t * TOP_K + k, weights, mask=k < TOP_K)
     tl.store(indices_ptr + t * TOP_K + k, indices.to(tl.int64), mask=k < TOP_K)
+
+
+@triton.jit
+def route(
+    logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``_route`` of each row."""
+    _route(
+        tl.program_id(0), logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT,
+        factor, SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate(
+    x_ptr, g_ptr, eps, normed_ptr, w_ptr, K, finished_ptr, logits_ptr, bias_ptr, weights_ptr,
+    indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+    SIGMOID: tl.constexpr, BIASED: tl.constexpr, GROUP_BEST: tl.constexpr, RENORM: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One row x [K], normed with g into ``normed``, to logits [E] = w x; the program that finishes
+    last makes the choice of them.  ``finished`` is 0 before and after."""
+    tile = tl.program_id(0)
+    y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, w_ptr, tile, E, K, DENSE, True, 512, ROWS)
+    factor_of_x = 1 / tl.sqrt(squares / K + eps)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    tl.store(logits_ptr + n, y * factor_of_x, mask=n < E)
+    if tile == 0:
+        for first in range(0, K, 512):
+            k = first + tl.arange(0, 512)
+            x = tl.load(x_ptr + k, mask=k < K) * factor_of_x * tl.load(g_ptr + k, mask=k < K)
+            tl.store(normed_ptr + k, x, mask=k < K)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(finished_ptr, 0)
+        _route(
+            0, logits_ptr, bias_ptr, weights_ptr, indices_ptr, E, TOP_K, GROUPS, KEPT, factor,
+            SIGMOID, BIASED, GROUP_BEST, RENORM, BLOCK, GROUP_BLOCK, K_BLOCK,
+        )  # fmt: skip

@@ -1,0 +1,122 @@
+"""``tiktoken.model``, the vocabulary file of Moonlight and Kimi, as a ``tokenizer.json``.
+
+The file has a token and its rank a line.  How text is cut into words, and which ids are special,
+stands in code that comes with those models; it is not run.  The pattern stands here, and the
+special tokens are those of ``tokenizer_config.json``.  Other tokenizers are refused by name.
+"""
+
+import base64
+import binascii
+import json
+from typing import Any
+
+from slotmoe.model.tokenizer import BYTE_CHARACTERS
+
+FILE_NAME, MAX_BYTES = "tiktoken.model", 16 << 20  # Kimi K2's has 2.8 MB
+_MAX_TOKENS, _MAX_TOKEN_BYTES = 300_000, 512
+_CLASS = "TikTokenTokenizer"
+_RESERVED = 256  # ids behind the vocabulary; those without a name of their own are reserved
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_WORDS = "|".join(
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+def tokenizer_json(model: bytes, settings: dict[str, Any]) -> bytes:
+    """The ``tokenizer.json`` of a ``tiktoken.model`` with these ``settings``, the content of
+    ``tokenizer_config.json``.  Raises ``ValueError`` for others than Moonlight's and Kimi's."""
+    if settings.get("tokenizer_class") != _CLASS:
+        problem = f"tokenizer_class is {settings.get('tokenizer_class')!r:.60}, expected {_CLASS!r}"
+        raise ValueError(f"{problem}; make a tokenizer.json of it and put it beside the checkpoint")
+    ranks = _ranks(model)
+    spelled = {token: "".join(BYTE_CHARACTERS[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in ranks:
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [f"{spelled[left]} {spelled[right]}" for left, right in pairs]
+    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    byte_level["use_regex"] = False
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(settings, len(ranks)),
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
+    return json.dumps(tokenizer, ensure_ascii=False).encode()
+
+
+def _ranks(model: bytes) -> dict[bytes, int]:
+    """Tokens and their ranks, in order.  Raises ``ValueError``."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(model.splitlines(), 1):
+        parts = line.split()
+        if not parts:
+            continue
+        try:
+            token, rank = base64.b64decode(parts[0], validate=True), int(parts[1])
+        except (binascii.Error, ValueError, IndexError):
+            raise ValueError(f"line {number} is not a token in base64 and its rank") from None
+        if rank != len(ranks) or token in ranks or not 0 < len(token) <= _MAX_TOKEN_BYTES:
+            expected = f"expected a new token of rank {len(ranks)}"
+            raise ValueError(f"line {number} has {len(token)} bytes and rank {rank}, {expected}")
+        ranks[token] = rank
+        if len(ranks) > _MAX_TOKENS:
+            raise ValueError(f"more than {_MAX_TOKENS} tokens; not a real vocabulary")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"has no token for the byte {missing[0]}, so it can't spell every text")
+    return ranks
+
+
+def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
+    """The special tokens from id ``first`` on.  Raises ``ValueError``."""
+    given = settings.get("added_tokens_decoder", {})
+    if not isinstance(given, dict):
+        raise ValueError(f"added_tokens_decoder is {given!r:.60}, expected an object")
+    named: dict[int, dict[str, Any]] = {}
+    for key, about in given.items():
+        content = about.get("content") if isinstance(about, dict) else None
+        last = first + _RESERVED - 1
+        fits = key.isascii() and key.isdigit() and len(key) < 10 and first <= int(key) <= last
+        if not fits or not isinstance(content, str) or not content:
+            expected = f"expected a text under an id from {first} to {last}"
+            raise ValueError(f"added_tokens_decoder has {key!r:.40}: {about!r:.60}, {expected}")
+        named[int(key)] = {"content": content, "special": about.get("special", True) is True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": id_, **plain, **named.get(id_, _reserved(id_))}
+        for id_ in range(first, first + _RESERVED)
+    ]
+
+
+def _reserved(id_: int) -> dict[str, Any]:
+    return {"content": f"<|reserved_token_{id_}|>", "special": True}

@@ -1,0 +1,163 @@
+"""``tiktoken.model``: the same ids as a plain reference gives, and hostile files."""
+
+import base64
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import regex
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.tiktoken import tokenizer_json
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
+from tests.support.tiny import SAMPLE, write_checkpoint
+
+TEXT = (
+    "It's a truth universally acknowledged: 12345 THEY'LL know; don't they?\n\n\r\n  \t x\n"
+    "naïve ÉCOLE Straße mañana 中文字符和mixed中英文 ２０２６年 éé aaaaaaa bananananas "
+    "\u200d👩\u200d💻 "
+    "def f(x):\n    return x ** 2  # tail   \n <|im_end|>kimi <|reserved"
+) * 2  # fmt: skip
+# The pattern as Kimi's own code spells it, in the syntax of the regex package.
+HAN = "[\\p{Han}]+"
+UPPER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]"
+LOWER = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]"
+END = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+START = "[^\\r\\n\\p{L}\\p{N}]?"
+REST = "\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+PATTERN = f"(?V1){HAN}|{START}{UPPER}*{LOWER}+{END}|{START}{UPPER}+{LOWER}*{END}|{REST}"
+SPECIAL = {"[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<think>": 40}
+
+
+def vocabulary():
+    """Every byte, and frequent pieces of the text: short ones first."""
+    data = TEXT.encode()
+    counts = Counter(
+        data[start : start + size] for size in range(2, 7) for start in range(len(data) - size)
+    )
+    pieces = [piece for piece, count in counts.items() if count > 3]
+    pieces.sort(key=lambda piece: (len(piece), -counts[piece], piece))
+    return [bytes([byte]) for byte in range(256)] + pieces
+
+
+def model_file(tokens):
+    lines = (base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens))
+    return b"\n".join(lines) + b"\n"
+
+
+def settings(count):
+    added = {str(count + id_): {"content": token} for token, id_ in SPECIAL.items()}
+    added[str(count + SPECIAL["<think>"])]["special"] = False
+    about = {"tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    return {**about, "added_tokens_decoder": added}
+
+
+def merged(piece, ranks):
+    """Ids of one word: neighbours are joined, those of least rank first, the leftmost of equals."""
+    if piece in ranks:
+        return [ranks[piece]]
+    parts = [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(pairwise(parts))]
+        rank, index = min(pairs, default=(1 << 30, 0))
+        if rank == 1 << 30:
+            return [ranks[part] for part in parts]
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+
+
+def reference(text, tokens):
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    ids = []
+    for part in regex.split("(" + "|".join(map(regex.escape, SPECIAL)) + ")", text):
+        if part in SPECIAL:
+            ids.append(len(tokens) + SPECIAL[part])
+            continue
+        for word in regex.findall(PATTERN, part):
+            ids += merged(word.encode(), ranks)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return vocabulary()
+
+
+@pytest.fixture(scope="module")
+def source(tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiktoken") / "source"
+    write_checkpoint(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tiktoken.model").write_bytes(model_file(tokens))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
+    return folder
+
+
+def test_ids_are_those_of_a_plain_reference(source, tokens):
+    with Checkpoint.open(source) as checkpoint:
+        tokenizer = Tokenizer(source, 0, checkpoint.small_file)
+    assert tokenizer.size == len(tokens) + 256
+    heldout = SAMPLE.parents[1] / "tests" / "data" / "heldout"
+    texts = [TEXT, *(path.read_text()[:4000] for path in sorted(heldout.glob("*.txt")))]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids == reference(text, tokens)
+        if "<|im_end|>" not in text:
+            assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([len(tokens) + 2, len(tokens) + 40]) == "<think>"
+    reserved = len(tokens) + 3
+    assert tokenizer.token_id(f"<|reserved_token_{reserved}|>") == reserved
+
+
+def test_export_has_a_tokenizer_json(source, tokens, tmp_path):
+    quantize(source, tmp_path / "export")
+    assert not (tmp_path / "export" / "tiktoken.model").exists()
+    with Runtime.open(tmp_path / "export", context=64) as runtime:
+        assert runtime.tokenizer.encode("bananas") == reference("bananas", tokens)
+    quantize(source, tmp_path / "export")  # is this export already
+
+
+BAD = {
+    "no base64": (lambda lines: [*lines[:5], b"?? 5", *lines[6:]], "line 6"),
+    "no rank": (lambda lines: [*lines[:5], b"QQ==", *lines[6:]], "line 6"),
+    "a rank is missing": (lambda lines: lines[:300] + lines[301:], "rank 300"),
+    "a token twice": (lambda lines: [*lines[:300], b"QQ== 300"], "line 301"),
+    "a byte is missing": (lambda lines: lines[:255], "byte 255"),
+    "long token": (
+        lambda lines: [*lines[:300], base64.b64encode(b"x" * 600) + b" 300"],
+        "600 bytes",
+    ),
+    "long rank": (lambda lines: [b"QQ== " + b"9" * 5000], "line 1"),
+    "empty": (lambda lines: [], "byte 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_by_name(case, source, tokens, tmp_path):
+    change, words = BAD[case]
+    with Checkpoint.open(source) as checkpoint:
+        checkpoint.folder = tmp_path
+        lines = change(model_file(tokens).splitlines())
+        (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings(len(tokens))))
+        with pytest.raises(ConfigError, match=words) as caught:
+            checkpoint.small_file("tokenizer.json", 1 << 20)
+    assert "tiktoken.model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer_class": "QwenTokenizer"}, "'QwenTokenizer'.*put it beside"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder"),
+        ({"added_tokens_decoder": {"3": {"content": "x"}}}, "'3'"),
+        ({"added_tokens_decoder": {"x" * 9: {"content": "x"}}}, "xxx"),
+        ({"added_tokens_decoder": {"9" * 99: {"content": "x"}}}, "999"),
+    ],
+)
+def test_other_settings_are_refused_by_name(changes, words, tokens):
+    with pytest.raises(ValueError, match=words):
+        tokenizer_json(model_file(tokens), {**settings(len(tokens)), **changes})

@@ -1,0 +1,94 @@
+"""What only a CUDA device can say: page-locked RAM under kernels, the same bits for every budget
+with real streams, memory after closing, graphs of one model after another.  ``pytest -m gpu``."""
+
+import gc
+
+import pytest
+import torch
+
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers.cuda import CudaDevice
+from slotmoe.offload.tiers.memory import page_aligned
+from tests.support.engine import IDS, PROMPT, start, whole
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+]
+
+
+def opened(export, **options):
+    return Runtime.open(export, device="cuda", vram="1GiB", context=256, threads=1, **options)
+
+
+def test_small_tensors_go_both_ways_while_records_are_copied():
+    device = CudaDevice(0)
+    memory = page_aligned(64 << 20, forks=False)
+    assert device.pin(memory)
+    target = device.empty((64 << 20,), torch.uint8)
+    last = device.record()
+    for _ in range(8):
+        last = device.copy(memory, target, last)
+    for number in range(64):
+        for dtype in (torch.int32, torch.int64, torch.float32):
+            values = torch.arange(number, 3 * number + 1).to(dtype)
+            there = device.upload(values)
+            assert torch.equal(device.download(there * 2).get(), values * 2)
+    assert not last.done(), "they waited for the records"
+    last.synchronize()
+    device.unpin(memory)
+    assert last.seconds > 0
+
+
+def test_uploads_in_a_row_are_each_their_own():
+    """The page-locked memory of one is not written again before its kernel has read it."""
+    device = CudaDevice(0)
+    torch.cuda._sleep(50_000_000)
+    sent = [device.upload(torch.full((1000,), number)) for number in range(200)]
+    assert [tensor[0].item() for tensor in sent] == list(range(200))
+
+
+@pytest.fixture(scope="module")
+def complete(sample_export):
+    with opened(sample_export, misses="fetch") as runtime:
+        runtime.warm()
+        step = start(runtime)
+        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)], [
+            step([id]).cpu() for id in IDS[:6]
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("slots", [6, 22, 56, 112])
+def test_the_same_bits_for_every_budget(sample_export, complete, slots, prefetch):
+    with opened(sample_export, misses="fetch", slots=slots, prefetch=prefetch) as runtime:
+        step = start(runtime)
+        assert all(map(torch.equal, [step([id]).cpu() for id in IDS[:6]], complete[2]))
+        assert torch.equal(runtime.logits(IDS), complete[0])
+        assert [token.id for token in runtime.generate(PROMPT, 8)] == complete[1]
+        assert runtime.stats()["io"]["host"]["pinned"]
+        whole(runtime)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "hybrid"])
+def test_what_the_cpu_computes_agrees_within_rounding(sample_export, complete, mode):
+    with opened(sample_export, misses=mode, slots=40) as runtime:
+        found = runtime.logits(IDS)
+    assert ((found - complete[0]).norm() / complete[0].norm()).item() < 0.03
+
+
+def test_models_are_opened_and_closed_and_leave_nothing(sample_export):
+    """Graphs of the second model are captured after those of the first are gone."""
+    gc.collect()
+    before, texts = torch.cuda.memory_allocated(), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            with opened(sample_export) as runtime:
+                runtime.warm()
+                texts.append([token.id for token in runtime.generate(PROMPT, 8)])
+            del runtime
+            assert torch.cuda.memory_allocated() - before < 1 << 20
+    finally:
+        gc.enable()
+    assert texts[0] == texts[1] == texts[2]

@@ -1,0 +1,129 @@
+"""``slotmoe serve``: reasoning reaches the clients of each API as they expect it, and comes back.
+
+The sample does not think.  Its marks are taken to be the end of its prompt and a comma, which it
+writes soon: what comes before the first comma is then its reasoning."""
+
+import json
+
+import anthropic
+import openai
+import pytest
+
+from slotmoe.model.reasoning import Reasoning
+from slotmoe.tools.serve.function_calling import Dialect
+from slotmoe.tools.serve.requests import AssistantMessage, PlainMessage
+from tests.support.served import Served
+
+ASK = {"model": "sample", "messages": [{"role": "user", "content": "It is a truth"}]}
+SHORT = {**ASK, "temperature": 0, "max_tokens": 60}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+SCHEMA["additionalProperties"] = False
+
+
+@pytest.fixture(scope="module")
+def context():
+    return 512
+
+
+@pytest.fixture(scope="module")
+def served(runtime):
+    plain = runtime.tokenizer.reasoning
+    runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
+    with Served(runtime, waiting=16, max_body=1 << 20) as served:
+        yield served
+    runtime.tokenizer.reasoning = plain
+
+
+@pytest.fixture(scope="module")
+def answer(served, runtime):
+    """Reasoning and text of a greedy answer, by the model itself."""
+    prompt = Dialect(runtime.tokenizer).prompt(
+        [PlainMessage(role="user", content="It is a truth")], None
+    )
+    text = "".join(token.text for token in runtime.generate(prompt, 60))
+    before, comma, after = text.partition(",")
+    assert comma and before.strip() and after.strip()
+    return before.strip(), after.lstrip()
+
+
+def test_openai(served, answer):
+    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
+    message = client.chat.completions.create(**SHORT)
+    assert (message.choices[0].message.reasoning_content, message.choices[0].message.content) == (
+        answer
+    )
+    details = message.usage.completion_tokens_details
+    assert 0 < details.reasoning_tokens < message.usage.completion_tokens
+    thoughts, texts = [], []
+    for chunk in client.chat.completions.create(**SHORT, stream=True):
+        delta = chunk.choices[0].delta
+        thoughts.append(getattr(delta, "reasoning_content", None) or "")
+        texts.append(delta.content or "")
+        assert not (thoughts[-1] and texts[-1])
+    assert ("".join(thoughts), "".join(texts)) == answer
+
+
+def test_anthropic(served, answer):
+    client = anthropic.Anthropic(api_key="x", base_url=f"http://127.0.0.1:{served.port}")
+    short = {**ASK, "max_tokens": 60, "extra_body": {"temperature": 0}}
+    message = client.messages.create(**short)
+    thinking, text = message.content
+    assert (thinking.type, text.type) == ("thinking", "text")
+    assert (thinking.thinking, text.text) == answer and thinking.signature
+    with client.messages.stream(**short) as stream:
+        final = stream.get_final_message()
+    assert (final.content[0].thinking, final.content[1].text) == answer
+    history = [*ASK["messages"], {"role": "assistant", "content": message.content}]
+    history.append({"role": "user", "content": "Go on"})
+    again = client.messages.create(model="sample", max_tokens=1, messages=history)
+    assert again.usage.output_tokens == 1
+
+
+def test_responses(served, answer):
+    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
+    asked = {"model": "sample", "input": "It is a truth", "temperature": 0}
+    asked["max_output_tokens"] = 60
+    response = client.responses.create(**asked)
+    reasoning, message = response.output
+    assert (reasoning.type, message.type) == ("reasoning", "message")
+    assert (reasoning.content[0].text, response.output_text) == answer
+    assert response.usage.output_tokens_details.reasoning_tokens > 0
+    events = list(client.responses.create(**asked, stream=True))
+    thoughts = [e.delta for e in events if e.type == "response.reasoning_text.delta"]
+    texts = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert ("".join(thoughts), "".join(texts)) == answer
+    final = events[-1].response
+    assert [item.type for item in final.output] == ["reasoning", "message"]
+    history = [{"role": "user", "content": "Hi"}, *(item.model_dump() for item in final.output)]
+    history.append({"role": "user", "content": "?"})
+    again = client.responses.create(**{**asked, "input": history})
+    assert again.output
+
+
+def test_a_schema_holds_the_answer_and_not_the_reasoning(served, answer):
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
+    reply = client.chat.completions.create(**SHORT, response_format=wanted)
+    message = reply.choices[0].message
+    assert message.reasoning_content == answer[0]
+    assert json.loads(message.content)["a"] in (1, 2)
+
+
+def test_template_sees_reasoning_and_its_switch(runtime):
+    tokenizer, before = runtime.tokenizer, runtime.tokenizer.template
+    tokenizer.template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+        "{% if thinking is defined %}{{ thinking }}{{ enable_thinking }}{{ reasoning_effort }}"
+        "{% endif %}"
+    )
+    try:
+        history = [
+            PlainMessage(role="user", content="Hi"),
+            AssistantMessage(role="assistant", content="Yes", reasoning_content="Hm"),
+        ]
+        dialect = Dialect(tokenizer)
+        assert dialect.prompt(history, None) == "[user]|Hi[assistant]Hm|Yes"
+        assert dialect.prompt(history, None, thinking=False).endswith("YesFalseFalsenone")
+        assert dialect.prompt(history, None, thinking=True).endswith("YesTrueTruehigh")
+    finally:
+        tokenizer.template = before
