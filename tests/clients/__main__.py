@@ -67,8 +67,7 @@ def install_node(folder, packages):
     if not programs.exists():
         folder.mkdir(parents=True, exist_ok=True)
         options = ["--no-audit", "--no-fund", "--loglevel=error", f"--before={DATE}T23:59:59Z"]
-        # OpenCode's installer links its program.
-        run("npm", "install", *options, "--allow-scripts=opencode-ai", *packages, cwd=folder)
+        run("npm", "install", *options, *packages, cwd=folder)
     for script in HERE.glob("*.mjs"):
         shutil.copy(script, folder)
     return programs
@@ -100,13 +99,11 @@ def clients(names, folder):
         for name, packages in table.items():
             if names and name not in names:
                 continue
-            label = (
-                re.split(r"[=\[]|(?<=.)@", packages[0])[0] if packages else "a coding agent's form"
-            )
-            found = [re.split(r"==|(?<=.)@", package)[-1] for package in packages[:1]]
+            client = packages[0] if packages else f"a coding agent's requests=={DATE}"
+            label, version = re.split(r"==|(?<=.)@", re.sub(r"\[.*\]", "", client))
             suffix = "py" if kind == "Python" else "mjs"
             home = folder / f"{kind.lower()}-{name}"
-            yield f"{label} ({kind})", "".join(found), home, packages, f"use_{name}.{suffix}"
+            yield f"{label} ({kind})", version, home, packages, f"use_{name}.{suffix}"
 
 
 def main():
