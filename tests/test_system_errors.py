@@ -40,10 +40,9 @@ def failing(function, number, name, folder):
         ("tokenizer.json", ["os.open"]),
         ("tokenizer.json", ["os.preadv"]),
         (RESIDENT, ["os.open"]),
-        (RESIDENT, ["os.pread"]),
         (RESIDENT, ["os.preadv"]),
         (layer_file(2), ["os.open"]),
-        (layer_file(2), ["os.pread"]),
+        (layer_file(2), ["os.preadv"]),
     ],
     ids=str,
 )

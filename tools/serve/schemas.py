@@ -5,8 +5,10 @@ array has equal items is known at its end.  The former are dropped; of the latte
 where they stood, so that the caller can refuse them or go on without.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 Schema = dict[str, Any]
@@ -36,6 +38,9 @@ _KNOWN_FORMATS = "date-time time date duration email hostname ipv4 ipv6 uuid uri
 _SILENT_FORMATS = "binary byte password int32 int64 float double".split()
 # What regular languages don't have: look-around, word boundaries, references to groups.
 _IRREGULAR = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB1-9]")
+# llguidance counts remainders, of multiples that are combined those of their least common multiple:
+# 1,048,578 take 15 seconds and 630 MB.  Of divisors of this that is never more than this.
+_MULTIPLES = 9000
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -86,6 +91,10 @@ def _fate(name: str, value: Any, schema: Schema) -> bool | None:
         return None if value in _KNOWN_FORMATS else value in _SILENT_FORMATS
     if name == "pattern" and isinstance(value, str) and _IRREGULAR.search(value):
         return False
+    if name == "multipleOf" and type(value) in (int, float) and 0 < value < math.inf:
+        digits = int("".join(map(str, Decimal(str(value)).normalize().as_tuple().digits)))
+        is_small = type(value) is float or value <= _MULTIPLES
+        return None if is_small and _MULTIPLES % digits == 0 else False
     if name in ("minProperties", "maxProperties"):
         required = schema.get("required", [])
         listed = schema.get("properties", {})
