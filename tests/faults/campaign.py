@@ -143,6 +143,7 @@ class Campaign:
             if found[path] != wanted.get(path):
                 return f"wrong bytes in {path}"
         if command.made and code:
+            (work / "talk.json").unlink(missing_ok=True)  # it is right, and never overwritten
             again = self.attempt(command)
             if again or command.files(work) != wanted:
                 return f"does not resume: {again} {self.error.strip().splitlines()[-1:]}"

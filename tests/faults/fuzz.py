@@ -42,7 +42,7 @@ def changed_value(value: Any, generator: random.Random) -> Any:
             case 0 if inside is not value:
                 del inside[key]
             case 1 if isinstance(inside, dict) and inside is not value:
-                name = generator.choice(("", "x" * 300, "é", key + "_", other_key))
+                name = generator.choice(("", "x" * 300, "é", f"{key}_", f"{other_key}"))
                 inside[name] = copy.deepcopy(inside[key])
             case 2:
                 inside[key] = copy.deepcopy(other[other_key])
@@ -313,7 +313,7 @@ def _bodies(folder: Path) -> Iterator[Parser]:
         for kind in (ChatRequest, ContinuedRequest):
             try:
                 check(data)
-                kind.model_validate(json.loads(data.decode("utf-8-sig")))
+                kind.model_validate(json.loads(data.decode("utf-8-sig") or "{}"))
                 accepted += 1
             except (RefusedError, ValidationError):
                 pass

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from slotmoe.errors import ConfigError
 from tests.faults import fuzz
 from tests.faults.campaign import ROOT
 
@@ -41,19 +40,11 @@ def fail(data):
     raise KeyError(data)
 
 
-def refuse_badly(data):
-    def action():
-        raise ConfigError("x" * 2000)
-
-    return fuzz.lawful(action)
-
-
 PLANTED = {
     "crash": (crash, "ended with -6"),
     "hang": (hang, "ended with -14"),
     "memory": (hoard, "MemoryError"),
     "exception": (fail, "KeyError"),
-    "message": (refuse_badly, "not one line"),
 }
 
 
