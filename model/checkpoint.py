@@ -103,8 +103,11 @@ class Checkpoint:
     def headers(self) -> Iterator[tuple[str, int, bytes]]:
         """Each weight file, its size, and what it holds before the data."""
         for name, handle in sorted(self._files.items()):
-            length = int.from_bytes(os.pread(handle, 8, 0), "little")
-            yield name, os.fstat(handle).st_size, os.pread(handle, 8 + length, 0)
+            start = bytearray(8)
+            self._fill(memoryview(start), name, 0, "its header")
+            header = bytearray(8 + int.from_bytes(start, "little"))  # checked when it was opened
+            self._fill(memoryview(header), name, 0, "its header")
+            yield name, os.fstat(handle).st_size, bytes(header)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of tensor ``name``, in its dtype of ``infos``.

@@ -9,11 +9,12 @@ class SlotmoeError(ValueError):
     """Base of every error that bad input, a bad file or an impossible request can cause.
 
     Messages quote names from files of strangers, so control characters are escaped: they neither
-    break the line nor reach the terminal.
+    break the line nor reach the terminal, and what is very long loses its middle.
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
+        plain = "".join(one if one.isprintable() else repr(one)[1:-1] for one in message)
+        super().__init__(plain if len(plain) < 1000 else f"{plain[:600]} … {plain[-300:]}")
 
 
 class ConfigError(SlotmoeError):

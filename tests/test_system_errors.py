@@ -3,6 +3,8 @@ open files."""
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -40,10 +42,9 @@ def failing(function, number, name, folder):
         ("tokenizer.json", ["os.open"]),
         ("tokenizer.json", ["os.preadv"]),
         (RESIDENT, ["os.open"]),
-        (RESIDENT, ["os.pread"]),
         (RESIDENT, ["os.preadv"]),
         (layer_file(2), ["os.open"]),
-        (layer_file(2), ["os.pread"]),
+        (layer_file(2), ["os.preadv"]),
     ],
     ids=str,
 )
@@ -104,3 +105,27 @@ def test_a_json_file_in_a_bad_place(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", failing(open, errno.EIO, "config.json", tmp_path))
     with pytest.raises(ConfigError, match=r"config.json: can't be read \(Input/output error\)"):
         read_json(path, 100)
+
+
+def test_short_reads_are_no_damage(sample_export, monkeypatch):
+    """A header in two parts was called damage, and that of a checkpoint got another hash."""
+    with Checkpoint.open(SAMPLE) as checkpoint:
+        wanted = list(checkpoint.headers())
+    preadv = os.preadv
+
+    def short(handle, buffers, offset):
+        return preadv(handle, [buffers[0][: max(len(buffers[0]) // 2, 1)]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    Export.open(sample_export).close()
+    with Checkpoint.open(SAMPLE) as checkpoint:
+        assert list(checkpoint.headers()) == wanted
+
+
+def test_stdout_on_a_full_disk():
+    """It ended with code 120, and with Python's own remarks."""
+    command = [sys.executable, "-m", "slotmoe.tools.cli", "verify", str(SAMPLE), "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "slotmoe: input or output: No space left on device\n"

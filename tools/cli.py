@@ -1,5 +1,6 @@
 """Entry point of ``slotmoe``.  Commands are imported when they are called, so help is instant."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     state = dict[str, Any]()
     try:
         code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
+        sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)
     except SlotmoeError as problem:
         click.echo(f"slotmoe: {problem}", err=True)
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
         sys.exit(130)
     except OSError as problem:
         path = problem.filename or "input or output"
+        _drop_output()
         click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
         sys.exit(1)
     except MemoryError:
@@ -142,6 +145,12 @@ def _open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere: Python would fail once more to write it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _described(problem: Exception) -> str:

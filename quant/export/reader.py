@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slotmoe.errors import ExportError, reading
+from slotmoe.errors import ExportError
 from slotmoe.quant.coded import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export.codecs import manifest_codecs
 from slotmoe.quant.export.layout import (
@@ -119,10 +119,10 @@ class Export:
     def _verify_header(self, name: str, parts: dict[str, Part]) -> None:
         """The header must be, byte for byte, what the format prescribes for this geometry."""
         header = safetensors_header(parts.items())
-        size = self.manifest["files"][name]["header_bytes"]
-        with reading(self.folder / name, ExportError):
-            start = os.pread(self._handles[name], len(header), 0)
-        if size != len(header) or start != header:
+        entry = self.manifest["files"][name]
+        start = bytearray(min(len(header), entry["bytes"]))
+        self._read(name, 0, memoryview(start), "its header")
+        if entry["header_bytes"] != len(header) or start != header:
             what = "its header is not the one that the manifest describes; quantize again"
             raise self._error(name, what)
 

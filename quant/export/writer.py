@@ -130,11 +130,15 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace ``path`` by the JSON of ``values``, durably and never half."""
-    with open(temporary_name(path), "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    publish_file(path)
+    try:
+        with open(temporary_name(path), "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        publish_file(path)
+    except OSError:
+        temporary_name(path).unlink(missing_ok=True)
+        raise
 
 
 def write_predictor(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

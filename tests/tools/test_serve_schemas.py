@@ -42,6 +42,8 @@ UNHELD = [
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, ["oneOf"]),
     ({**OBJECT, "properties": {"a": {**ARRAY, "uniqueItems": True}}}, ["properties.a.uniqueItems"]),
 ]
+COSTLY = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 1048578}}}
+UNHELD.append(({**COSTLY, "required": ["a"]}, ["properties.a.multipleOf"]))
 SILENT = [
     {**ARRAY, "uniqueItems": False},
     {**ARRAY, "contains": {"const": 1}, "minContains": 0},

@@ -1,0 +1,74 @@
+"""Every parser gets a few mutated inputs; longer by ``python -m tests.faults.fuzz``."""
+
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from tests.faults import fuzz
+from tests.faults.campaign import ROOT
+
+
+def test_every_parser(tmp_path):
+    """In a process without threads, since each parser gets a fork of it."""
+    arguments = ["--seconds", "60", "--cases", "60", "--slow-cases", "3"]
+    command = [sys.executable, "-m", "tests.faults.fuzz", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == len(fuzz.PARSERS)
+
+
+def crash(data):
+    import os
+
+    os.abort()
+
+
+def hang(data):
+    total = 0
+    while data:
+        total += 1
+
+
+def hoard(data):
+    return len([bytes(1 << 20) for _ in range(1000)]) > 0
+
+
+def fail(data):
+    raise KeyError(data)
+
+
+PLANTED = {
+    "crash": (crash, "ended with -6"),
+    "hang": (hang, "ended with -14"),
+    "memory": (hoard, "MemoryError"),
+    "exception": (fail, "KeyError"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_planted_defects_are_found(name, tmp_path, monkeypatch):
+    broken, wanted = PLANTED[name]
+    seen = []
+
+    @contextmanager
+    def parser(folder):
+        yield [{"a": 1}], lambda data: not seen.append(data) if not seen else broken(data)
+
+    monkeypatch.setitem(fuzz.PARSERS, "planted", parser)
+    monkeypatch.setattr(fuzz, "HANGS", 1)
+    found = fuzz.run("planted", tmp_path, 5, 0)
+    assert wanted in found["problem"]
+    assert (tmp_path / "case").exists()
+
+
+def test_mutations_differ_and_repeat():
+    def cases():
+        generator = random.Random(5)
+        return [fuzz.mutated({"a": [1, {"b": "c"}]}, generator) for _ in range(200)]
+
+    assert cases() == cases()
+    assert len({*cases()}) > 100
