@@ -1064,7 +1064,7 @@ def test_every_manifest_value_may_be_hostile(value, export):
             assert str(export) in str(problem)  # noqa: PT017
         else:
             opened += path[:2] != ("quantization", "report")  # whose figures are for people
-            if path[:2] != ("quantization", "levels"):
+            if "levels" not in path:
                 assert found == wanted, path
         (export / MANIFEST).write_text(text)
     assert opened < 60, "most of the manifest must matter"
@@ -1243,7 +1243,7 @@ def test_refusals_take_little_memory(good, tmp_path):
         ("checkpoint", "header-at-cap"): single(json.dumps(many).encode().replace(b" ", b"")),
         ("checkpoint", "header-of-spaces"): single(b"{}" + b" " * ((8 << 20) - 2)),
         ("checkpoint", "header-over-cap"): single(
-            {f"t{i:x}": f32(0, 0, (0,)) for i in range(150_000)}
+            {f"t{i:x}": f32(0, 0, (0,)) for i in range(260_000)}
         ),
         ("checkpoint", "index-at-cap"): write(
             INDEX, b'{"weight_map": {"a": "' + b"x" * ((8 << 20) - 40) + b'\xf0\x9f\x90\x8d"}}'

@@ -94,7 +94,7 @@ def test_the_library_of_safetensors_is_understood(monkeypatch):
     def refuse(*_, **__):
         raise SafetensorError("Error while opening: Too many open files (os error 24)")
 
-    monkeypatch.setattr("slotmoe.model.checkpoint.safe_open", refuse)
+    monkeypatch.setattr("slotmoe.model.shards.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
         Checkpoint.open(SAMPLE)
 

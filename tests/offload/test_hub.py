@@ -25,7 +25,7 @@ from slotmoe.offload.ingest.hub import hub_export, quantize_from_hub
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import MANIFEST, RESIDENT
+from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
 from tests.support.disk import Stop, small_disk, stop_at, tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, reshard, weight_requests
 from tests.support.tiny import SAMPLE, write_checkpoint
@@ -550,7 +550,7 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     with Runtime.open(NAME, context=64) as runtime:
         assert runtime.config.num_hidden_layers == 8
     assert served.requests == []
-    assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-1" / MANIFEST).is_file()
+    assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}" / MANIFEST).is_file()
     with pytest.raises(ConfigError, match="quantize=False"):
         Runtime.open(NAME, quantize=False)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload import model_cache
-from slotmoe.offload.ingest import quantize as ingest
+from slotmoe.offload.ingest import cached
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.plan.memory import parse_size
 from tests.support.tiny import write_checkpoint
@@ -24,13 +24,13 @@ from tests.support.tiny import write_checkpoint
 @pytest.fixture
 def made(monkeypatch):
     """The folders that were quantized."""
-    folders, original = [], ingest.quantize
+    folders, original = [], cached.quantize
 
     def quantize(source, *arguments, **options):
         folders.append(source)
         return original(source, *arguments, **options)
 
-    monkeypatch.setattr(ingest, "quantize", quantize)
+    monkeypatch.setattr(cached, "quantize", quantize)
     return folders
 
 

@@ -293,7 +293,7 @@ def test_the_full_model_fits_a_24_gb_gpu(plan, ram):
     code, out, _ = plan("v2", "--gpu", "rtx-4090", "--ram", f"{ram}GiB", "--json")
     report = json.loads(out)
     assert (code, report["fits"], report["shortfall"]) == (0, True, 0)
-    assert report["resident"]["precision"] == "nf4"
+    assert report["resident"]["precision"] == "mixed"
     for tier, total in report["total"].items():
         assert total == sum(parts.get(tier, 0) for parts in report["components"].values())
         assert tier == "disk" or total <= report["budget"][tier]
@@ -475,7 +475,7 @@ def machine_column(report):
     fast = "vram" if "vram" in report["budget"] else "ram"
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
     resident = sum(parts[name].get(fast, 0) for name in names)
-    precision = {"int8": "int8", "nf4": "NF4"}[report["resident"]["precision"]]
+    precision = report["resident"]["precision"]
     others = "prefill scratch", "read buffers", "runtime", "logits", "slot table"
     rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
     below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
@@ -516,9 +516,9 @@ def test_the_pages_tables_are_what_plan_says(plan, model):
 
 
 def test_the_pages_sizes_are_what_plan_says(plan):
-    int8, nf4 = (
+    int8, mixed = (
         [json.loads(plan(m, "--ram", "64GiB", "--resident", r, "--json")[1]) for m in LITE_AND_V2]
-        for r in ("int8", "nf4")
+        for r in ("int8", "mixed")
     )
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
 
@@ -528,8 +528,8 @@ def test_the_pages_sizes_are_what_plan_says(plan):
     wanted = {
         "original checkpoint, bf16": [(r["disk"]["download"] / 1e9,) for r in int8],
         "export": [(r["disk"]["export"] / 1e9,) for r in int8],
-        "resident weights, int8 / NF4": [
-            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, nf4, strict=True)
+        "resident weights, int8 / mixed": [
+            (resident(a) / 1e9, resident(b) / 1e9) for a, b in zip(int8, mixed, strict=True)
         ],
         "all routed experts": [(r["components"]["all experts"]["disk"] / 1e9,) for r in int8],
     }
@@ -562,12 +562,12 @@ def model_row(plan, model):
         for options in (["--ram", "64GiB", "--resident", "int8"], *THREE.values())
     )
     config = geometry(model)
-    resident = [sum(sizes_of(config, mode).resident.values()) for mode in ("int8", "nf4")]
+    sizes = [sizes_of(config, mode, NF4S) for mode in ("int8", "mixed")]
     experts = len(config.moe_layers) * config.num_experts_per_tok
     cells = [
         f"{whole['disk']['export'] / 1e9:.0f} GB",
-        " / ".join(f"{size / 1e9:.1f}" for size in resident) + " GB",
-        f"{experts * sizes_of(config, 'int8').record_bytes / 1e9:.2f} GB",
+        " / ".join(f"{sum(each.resident.values()) / 1e9:.1f}" for each in sizes) + " GB",
+        f"{experts * sizes[0].record_bytes / 1e9:.2f} GB",
     ]
     for report in reports:
         missing = " and ".join(map(format_size, report["shortfall_by_tier"].values()))

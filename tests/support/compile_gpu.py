@@ -159,7 +159,7 @@ def nf4(n, k):
 
 
 def records():
-    layout = RecordLayout(D, WIDTH, ExpertCodecs(LUT3, NF4))
+    layout = RecordLayout(D, WIDTH, ExpertCodecs(NF4, LUT3))
     return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16))
 
 

@@ -185,7 +185,7 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(slotmoe):
     assert err.count("\n") == 1
     assert re.fullmatch(
         r"stopped at 5 tokens \(-n\) · [\d.]+ tokens/s · first token \d+\.\d s"
-        r" · \d+\.\d MiB of \d+\.\d GiB\n",
+        r" · \d+\.\d( MiB)? of \d+\.\d GiB\n",
         err,
     )
     verbose = slotmoe("run", "EXPORT", "Hello", "-n", "5", "--verbose")[2]

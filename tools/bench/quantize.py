@@ -26,7 +26,7 @@ SHAPE = (1408, 2048)
 def quantize(repetitions: int) -> None:
     """Print GB/s of bf16 input and each one's ratio to bitsandbytes.  What slotmoe quantize does
     with every weight is 'with its error': quantize it and sum up its error for the report."""
-    logging.disable(logging.WARNING)  # bitsandbytes announces an optional package
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces an optional package
     from bitsandbytes.functional import quantize_4bit
 
     levels, generator = torch.tensor(nf4.LEVELS), torch.Generator().manual_seed(0)

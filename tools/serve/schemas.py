@@ -76,7 +76,9 @@ def _lists_all(schema: Schema) -> bool:
     listed, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(listed, dict) or not isinstance(required, list):
         return False
-    return not _OF_OTHERS & set(schema) and all(key in listed for key in required)
+    if not all(isinstance(key, str) for key in required):
+        return False
+    return not _OF_OTHERS & set(schema) and set(required) <= set(listed)
 
 
 def _held(schema: Schema, place: str, dropped: list[str], closes: bool) -> Schema:
