@@ -16,6 +16,11 @@ class Encoding:
     rows: int
     columns: int
 
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a weight's code."""
+        return {"fp8": 1.0, "int4": 0.5}[self.method]
+
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a matrix."""
         return tuple(

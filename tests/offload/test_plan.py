@@ -435,6 +435,7 @@ def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypat
     assert (code, found["fits"], found["free"]) == (0, False, 38 * GIB)
     assert found["download"] == pytest.approx(472e9, rel=0.01)
     assert found["export"] == pytest.approx(131.5e9, rel=0.01)
+    assert disk("v3", "--ram", "32GiB")[1]["download"] == pytest.approx(671e9, rel=0.01)  # fp8
     monkeypatch.setattr("slotmoe.offload.machine.available_memory", lambda: 32 * GIB)
     assert disk("v2")[0] == 1
     assert "It does not fit this disk: the export takes" in plan("v2")[1]
