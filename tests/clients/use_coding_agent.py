@@ -47,7 +47,7 @@ BODY = {
     "system": [
         {"type": "text", "text": "You are an agent for a command line."},
         {"type": "text", "text": "Follow the project's rules. " * 100, **KEPT},
-        {"type": "text", "text": "The folder is /home/ann/project.", **KEPT},
+        {"type": "text", "text": "The folder is /project.", **KEPT},
     ],
     "tools": TOOLS,
     "metadata": {"user_id": "user_0_account__session_1"},

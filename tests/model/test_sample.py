@@ -75,7 +75,7 @@ def compare(reference, exported, name, count=None):
 def test_quantization_costs_little_at_the_beginning_of_a_heldout_text(reference, sample_export):
     with Runtime.open(sample_export, context=1024) as exported:
         before, after, divergence, tokens = compare(reference, exported, "sotu.txt", 3)
-    assert after <= 1.01 * before
+    assert after <= 1.005 * before
     assert divergence / tokens <= 0.005
 
 

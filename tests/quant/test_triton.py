@@ -71,6 +71,11 @@ def error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def error_of_rows(actual, expected):
+    """The mean of the rows' relative differences."""
+    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -123,8 +128,8 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
             rounding = 1e-6 if T == 1 else 6 * 2**-9
             assert error(y_TKD[uses], exact_TKD[uses]) <= rounding
     assert len(computed) == min(T + 1, 4)
-    if T == 80:  # enough rows to compare two roundings
-        assert error(y_TKD, exact_TKD) <= 1.2 * error(plain_TKD, exact_TKD)
+    if T == 80:  # enough rows to compare two roundings; each counts alike, however large it is
+        assert error_of_rows(y_TKD, exact_TKD) <= error_of_rows(plain_TKD, exact_TKD)
 
 
 @pytest.mark.parametrize("T", TOKENS)
@@ -444,7 +449,8 @@ assert not [name for name in kernels if name in sys.modules]
 
 
 # Kernels of 4-bit experts: a turn of a loop is 8 blocks of 64 columns by 16 rows, by 64 threads.
-DECODE_NF4, WEIGHTS_A_THREAD = ".rows.experts_gate_up", 8 * 64 * 16 // 64
+DECODE = ".rows.experts_gate_up", ".rows.experts_down"
+WEIGHTS_A_THREAD = 8 * 64 * 16 // 64
 
 
 @pytest.mark.parametrize(
@@ -468,8 +474,12 @@ def test_kernels_compile_for_gpus_that_are_not_here(target):
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) >= (33 if "all" in target else 11)
+    assert len(kernels) == (39 if "all" in target else 15)
     for kernel in kernels:
         assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
-    (nf4,) = (kernel for kernel in kernels if kernel["kernel"].endswith(DECODE_NF4))
-    assert nf4["ahead"] >= 256 and nf4["loop"] <= 7.6 * WEIGHTS_A_THREAD, nf4
+    decode = [kernel for kernel in kernels if kernel["kernel"].endswith(DECODE)]
+    decode = [kernel for kernel in decode if kernel["kind"] == NF4.kind]
+    assert len(decode) == 2
+    for kernel in decode:
+        assert kernel["ahead"] >= 256, kernel
+        assert kernel["loop"] <= 7.6 * WEIGHTS_A_THREAD, kernel

@@ -3,10 +3,10 @@ here: ``python -m tests.support.compile_gpu sm_86 [v2] [all]``.  ``all`` adds pr
 resident weights.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
-object: kernel, the bytes of shared memory that a program takes, its registers, the bytes that it
-spills into memory; and of its machine code ``ahead``, how many instructions lie between the 128-bit
-loads of its loops (codes and scales) and their first use, at least, and ``loop``, the instructions
-of a loop's turn.
+object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
+takes, its registers, the bytes that it spills into memory; and of its machine code ``ahead``, how
+many instructions lie between the 128-bit loads of its loops (codes and scales) and their first use,
+at least, and ``loop``, the instructions of a loop's turn.
 """
 
 import json
@@ -27,7 +27,7 @@ from slotmoe.model.layers import Geometry, Layer, Mlp, Step, Timer
 from slotmoe.model.routing import Router
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codec import LUT3, NF4, ExpertCodecs
+from slotmoe.quant.codec import LUT3, LUT4, NF4, ExpertCodecs
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -45,6 +45,7 @@ TYPES = {
     torch.uint8: "u8",
 }
 TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+NF4S, LUTS = ExpertCodecs(NF4, NF4), ExpertCodecs(LUT3, LUT4)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -136,7 +137,8 @@ def compile_instead(capability):
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
         shared = compiled.metadata.shared
-        print(json.dumps({"kernel": name, "shared": shared, **resources(compiled)}))
+        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": shared}
+        print(json.dumps(told | resources(compiled)))
 
     return run
 
@@ -158,22 +160,25 @@ def nf4(n, k):
     )
 
 
-def records():
-    layout = RecordLayout(D, WIDTH, ExpertCodecs(NF4, LUT3))
+def records(codecs):
+    layout = RecordLayout(D, WIDTH, codecs)
     return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16))
 
 
 class CompleteExperts:
     """The network's experts where all have slots."""
 
+    def __init__(self, codecs):
+        self._codecs = codecs
+
     def slot_table(self):
-        return SlotTable(records(), empty(1, E, dtype=torch.int32), complete=True)
+        return SlotTable(records(self._codecs), empty(1, E, dtype=torch.int32), complete=True)
 
     def passed(self, layer, indices_MTK):
         assert indices_MTK.shape == (1, 1, K)
 
 
-def decode(backend, make, router, bias=None):
+def decode(backend, make, router, bias=None, codecs=NF4S):
     """One token through one layer with experts.  With a bias, rotated pairs stand in halves."""
     layer = Layer(
         input_layernorm=empty(D),
@@ -195,10 +200,10 @@ def decode(backend, make, router, bias=None):
         length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
     )
     step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), None, [cache], Timer())
-    assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts()) is None
+    assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts(codecs)) is None
 
 
-def prefill(backend, make):
+def prefill(backend, make, codecs=NF4S):
     for T in (4, 512):
         backend.linear(empty(T, D), make(3072, D))
         backend.mlp(empty(T, D), make(2 * WIDTH, D), make(2 * WIDTH, D), make(D, 2 * WIDTH))
@@ -206,15 +211,16 @@ def prefill(backend, make):
     backend.absorb_query(empty(4, H, N), int8(H * (N + V), R))
     backend.absorb_value(empty(4, H, R), int8(H * (N + V), R), N)
     slots_E, indices_TK = empty(E, dtype=torch.int32), empty(512, K, dtype=torch.int64)
-    backend.experts(empty(512, D), records(), slots_E, indices_TK, empty(512, K, D))
+    backend.experts(empty(512, D), records(codecs), slots_E, indices_TK, empty(512, K, D))
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
     backend = TritonBackend(torch.device("cuda"))
     backend.graph = None
-    decode(backend, int8, Router(8, 4, K, 2.5, True, 2, True), empty(E))
+    decode(backend, int8, Router(8, 4, K, 2.5, True, 2, True), empty(E), LUTS)
     for make in (int8, nf4) if "all" in sys.argv else (int8,):
         decode(backend, make, Router(GROUPS, KEPT, K))
         if "all" in sys.argv:
             prefill(backend, make)
+            prefill(backend, make, LUTS)
