@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slotmoe.quant.codec import TILE
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.signatures import source_type
 
@@ -24,6 +25,31 @@ _FACTORS = torch.linspace(0.62, 1.15, 12, dtype=torch.float64)
 _REFITS = 4  # as in encode.h
 _ROUNDS, _LEAST_GAIN = 30, 2e-4  # of learning levels
 _CHUNK = 1 << 17  # weights that torch encodes at once
+
+
+class ByteScales:
+    """Scales as the codecs store them, signed bytes under a float32 factor of the row; the largest
+    of ``scales`` [N, X] gets the largest byte."""
+
+    def __init__(self, scales_NX: Tensor):
+        self._factor_N = scales_NX.abs().amax(-1) / 127
+        self._divisor_N = torch.where(self._factor_N > 0, self._factor_N, 1.0)
+
+    def _whole(self, scales: Tensor) -> Tensor:
+        divisor = self._divisor_N if scales.dim() == 1 else self._divisor_N[:, None]
+        return (scales / divisor).round().clamp(-127, 127)
+
+    def round(self, scales: Tensor) -> Tensor:
+        """The nearest that can be stored: of one block [N], or of all, [N, X]."""
+        factor = self._factor_N if scales.dim() == 1 else self._factor_N[:, None]
+        return self._whole(scales) * factor
+
+    def stored(self, scales_NX: Tensor) -> Tensor:
+        """The scale tensor, uint8, as ``slotmoe.quant.codec`` has it."""
+        whole = self._whole(scales_NX).to(torch.int8)
+        blocks = whole.view(-1, TILE, whole.shape[1]).transpose(1, 2).contiguous()
+        parts = self._factor_N.view(-1, TILE).view(torch.uint8), blocks.view(torch.uint8)
+        return torch.cat([part.view(len(blocks), -1, 2 * TILE) for part in parts], dim=1)
 
 
 def starts_of(levels_L: Tensor) -> Tensor:

@@ -14,32 +14,19 @@ blocks of a row.  Matrices stand on end, [K, N], so that a row's block is a colu
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.quant.codec import BLOCK, TILE
-from slotmoe.quant.encode import fit_blocks, inverse_or_zero, nearest, starts_of
+from slotmoe.quant.encode import ByteScales, fit_blocks, inverse_or_zero, nearest, starts_of
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.quant.kernels.cpu.bindings import Kernels
 
 ROUNDS = 3  # of coordinate descent
 _ROOM = 1.25  # feedback makes scales larger than the best ones without it
 _DAMPING = 0.01  # of H's mean diagonal, added to the diagonal
-
-
-class ScaleCoding(Protocol):
-    """How a matrix's scales are stored; made from the best ones, [N, X]."""
-
-    def __init__(self, scales_NX: Tensor) -> None: ...
-
-    def round(self, scales: Tensor) -> Tensor:
-        """The nearest that can be stored: of one block [N], or of all, [N, X]."""
-
-    def stored(self, scales_NX: Tensor) -> Tensor:
-        """The scale tensor."""
 
 
 class NotPositiveError(ValueError):
@@ -81,19 +68,17 @@ class Encoded:
 
     codes_NK: Tensor
     scales_NX: Tensor
-    coding: ScaleCoding
+    coding: ByteScales
     error: float
     square: float
 
 
-def encode(
-    weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int, coding: type[ScaleCoding]
-) -> Encoded:
+def encode(weight_NK: Tensor, hessian: Hessian, levels_L: Tensor, block: int) -> Encoded:
     """Encode a matrix on the device of ``hessian``.  Raises ``NotPositiveError``."""
     N, K = weight_NK.shape
     H_KK = hessian.damped
     w_KN = F.pad(weight_NK.to(H_KK).t(), (0, -N % TILE, 0, len(H_KK) - K)).contiguous()
-    state = _State(w_KN, hessian, levels_L.to(H_KK), block, coding)
+    state = _State(w_KN, hessian, levels_L.to(H_KK), block)
     state.feed_back()
     wanted_KN = H_KK @ w_KN
     gradient_KN = wanted_KN - H_KK @ state.q_KN
@@ -112,21 +97,14 @@ def encode(
 class _State:
     """A matrix on its way: what its codes stand for, ``q``, and its scales by block."""
 
-    def __init__(
-        self,
-        w_KN: Tensor,
-        hessian: Hessian,
-        levels_L: Tensor,
-        block: int,
-        coding: type[ScaleCoding],
-    ):
+    def __init__(self, w_KN: Tensor, hessian: Hessian, levels_L: Tensor, block: int):
         self._native = bindings.load() if w_KN.is_cpu else None
         self._w_KN, self._hessian, self._block = w_KN, hessian, block
         self.levels_L, self._starts = levels_L, starts_of(levels_L).to(levels_L)
         self._spans = [slice(at, at + block) for at in range(0, len(w_KN), block)]
         diagonal = hessian.damped.diagonal()
         first = [self._fit(w_KN[span], diagonal[span]) for span in self._spans]
-        self.coding = coding(_ROOM * torch.stack(first, dim=-1))
+        self.coding = ByteScales(_ROOM * torch.stack(first, dim=-1))
         self.q_KN = torch.empty_like(w_KN)
         self.scales: list[Tensor] = []
 

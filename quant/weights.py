@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slotmoe.quant import int8, lut, nf4
-from slotmoe.quant.codec import NF4, TILE, Codec
+from slotmoe.quant import int8, nf4
+from slotmoe.quant.codec import TILE
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings
@@ -38,11 +38,6 @@ def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         return native.quantize_nf4(weight_NK)
     except ValueError:
         raise nf4.NotFiniteError from None
-
-
-def quantize_coded(weight_NK: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a bf16, fp16 or fp32 matrix.  Raises ``nf4.NotFiniteError``."""
-    return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)[:2]
 
 
 def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

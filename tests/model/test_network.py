@@ -19,7 +19,7 @@ from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.native import LayerByLayerOps, feed, native_cache, native_network
 from tests.support.oracle import relative_error, transformers_logits
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import ODD_SIZES, write_checkpoint
 
 YARN = {
     "type": "yarn",
@@ -42,18 +42,7 @@ GEOMETRIES = {
         "q_lora_rank": None,
         "rope_scaling": None,
     },
-    "odd-sizes": {
-        "hidden_size": 72,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "intermediate_size": 41,
-        "moe_intermediate_size": 37,
-        "kv_lora_rank": 22,
-        "q_lora_rank": 23,
-        "qk_nope_head_dim": 14,
-        "qk_rope_head_dim": 6,
-        "rope_scaling": {**YARN, "mscale": 0.707},
-    },
+    "odd-sizes": {**ODD_SIZES, "rope_scaling": {**YARN, "mscale": 0.707}},
     "v-unlike-nope": {
         "v_head_dim": 20,
         "qk_nope_head_dim": 12,

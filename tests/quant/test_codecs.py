@@ -12,8 +12,8 @@ from slotmoe.quant.codec import EXPERT_CODECS, LUT3, LUT4, NF4
 from slotmoe.quant.coded import CodedWeight, levels_of, pack, unpack
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from slotmoe.quant.nf4 import NotFiniteError
-from slotmoe.quant.weights import quantize_coded, squared_error
-from tests.support.codes import random_codes, values
+from slotmoe.quant.weights import squared_error
+from tests.support.codes import quantize_coded, random_codes, values
 from tests.support.kernels import (
     aligned,
     expert_record,

@@ -25,7 +25,8 @@ from slotmoe.quant.codec import EXPERT_CODECS, LUT3, LUT4, NF4, TILE
 from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
-from slotmoe.quant.weights import dequantize, map_tensors, quantize_coded
+from slotmoe.quant.weights import dequantize, map_tensors
+from tests.support.codes import quantize_coded
 from tests.support.slab import NF4S, write_record
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")

@@ -4,7 +4,10 @@ random ones."""
 import numpy as np
 import torch
 
+from slotmoe.quant import lut
+from slotmoe.quant.codec import NF4
 from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.weights import quantize_nf4
 
 SUFFIXES = {"f16": "absmax", "i8": "scales"}  # of the tensor beside the codes
 
@@ -47,3 +50,8 @@ def random_codes(rng, codec, n, k, size=1.0):
     parts = torch.from_numpy(codes), torch.from_numpy(scales)
     exact = values(codec.describe(), codes, scales, n, k).astype(np.float64)
     return CodedWeight(*parts, levels_of(codec), (n, k)), exact
+
+
+def quantize_coded(weight_NK, codec):
+    """Codes and scales of a bf16, fp16 or fp32 matrix."""
+    return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)[:2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.tiny import CONFIG, REMOVE, SAMPLE, TOKENIZER_FILES, write_weights
+from tests.support.tiny import CONFIG, ODD_SIZES, REMOVE, SAMPLE, TOKENIZER_FILES, write_weights
 
 YARN = {
     "rope_type": "yarn",
@@ -23,18 +23,7 @@ YARN = {
 }
 LONG = {**YARN, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 LONG |= {"max_position_embeddings": 256, "partial_rotary_factor": 1 / 3}
-ODD = {
-    "hidden_size": 72,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "intermediate_size": 41,
-    "moe_intermediate_size": 37,
-    "kv_lora_rank": 22,
-    "q_lora_rank": 23,
-    "qk_nope_head_dim": 14,
-    "qk_rope_head_dim": 6,
-    "n_routed_experts": 12,
-}
+ODD = {**ODD_SIZES, "n_routed_experts": 12}
 HALVES = {"rope_interleave": False}
 SHARED = {
     **{key: value for key, value in CONFIG.items() if key not in ("rope_scaling", "rope_theta")},

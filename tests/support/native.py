@@ -14,7 +14,7 @@ from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from slotmoe.quant.shapes import resident_quantization
-from slotmoe.quant.weights import quantize_coded
+from tests.support.codes import quantize_coded
 from tests.support.slab import SlabExperts
 from tests.support.tiny import CONFIG, REMOVE, random_weights
 

@@ -7,7 +7,7 @@ from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
-from slotmoe.quant.weights import quantize_coded
+from tests.support.codes import quantize_coded
 
 LEVELS = torch.tensor(nf4.LEVELS)
 NF4S = EXPERT_CODECS["nf4", "4"]

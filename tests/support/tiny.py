@@ -59,6 +59,18 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 16,
     "vocab_size": 4096,
 }
+# Sizes that fill no tile and no block.
+ODD_SIZES = {
+    "hidden_size": 72,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 41,
+    "moe_intermediate_size": 37,
+    "kv_lora_rank": 22,
+    "q_lora_rank": 23,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 6,
+}
 # What makes it smaller still, for kernels that are interpreted: as few programs of 16 rows as a
 # layer can have.
 SMALL = {

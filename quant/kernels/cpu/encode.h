@@ -133,6 +133,14 @@ void fit_columns(const float* x, int64_t n, const float* weights, const float* l
     }
 }
 
+// Take a column's change, times what its row of a matrix says, from each column behind it.
+inline void spread(float* panel, F change, const float* row, int64_t column, int64_t block) {
+    for (int64_t l = column + 1; l < block; l++) {
+        float* behind = panel + l * kTile;
+        Lanes::store(behind, Lanes::fma(change, Lanes::broadcast(-row[l]), Lanes::load(behind)));
+    }
+}
+
 // Round column after column of x, each one's error moved to those behind it: u is upper triangular, the inverse
 // Hessian's factor. q gets what the codes stand for, errors what `x - q` is in units of u's diagonal.
 template <int L>
@@ -149,10 +157,7 @@ void feed_back(const float* x, int64_t n, const float* u, const float* scales, c
             const F error = Lanes::div(Lanes::fma(made, Lanes::broadcast(-1.0f), v), Lanes::broadcast(u[j * block + j]));
             Lanes::store(q + j * n + i, made);
             Lanes::store(errors + j * n + i, error);
-            for (int64_t l = j + 1; l < block; l++) {
-                float* behind = panel + l * kTile;
-                Lanes::store(behind, Lanes::fma(error, Lanes::broadcast(-u[j * block + l]), Lanes::load(behind)));
-            }
+            spread(panel, error, u + j * block, j, block);
         }
     }
 }
@@ -172,10 +177,7 @@ void descend(const float* gradient, int64_t n, const float* h, const float* scal
             const F made = Lanes::mul(grid.nearest(Lanes::mul(wanted, inverse)), scale);
             const F change = Lanes::fma(before, Lanes::broadcast(-1.0f), made);
             Lanes::store(q + j * n + i, made);
-            for (int64_t l = j + 1; l < block; l++) {
-                float* behind = panel + l * kTile;
-                Lanes::store(behind, Lanes::fma(change, Lanes::broadcast(-h[j * block + l]), Lanes::load(behind)));
-            }
+            spread(panel, change, h + j * block, j, block);
         }
     }
 }
