@@ -80,7 +80,7 @@ def position_tables(
     return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
 
 
-class DeepseekV2:
+class Network:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors."""
 

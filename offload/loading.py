@@ -18,7 +18,7 @@ from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts, HostCompute
@@ -101,7 +101,7 @@ class LoadedModel:
 
     config: Config
     tokenizer: Tokenizer
-    network: DeepseekV2
+    network: Network
     caches: list[LatentCache]
     plan: Plan
     eos_token_ids: tuple[int, ...]
@@ -224,7 +224,7 @@ class _Loader:
             experts = ResidentExperts(
                 weights, config.moe_layers, config.n_routed_experts, backend, self._using
             )
-            network = DeepseekV2(config, weights, backend, experts)
+            network = Network(config, weights, backend, experts)
             row = config.latent_width, torch.float32
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
@@ -297,7 +297,7 @@ class _Loader:
             guesses = predictor or NextGate(config, weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
-            network = DeepseekV2(config, weights, backend, experts)
+            network = Network(config, weights, backend, experts)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)

@@ -8,7 +8,7 @@ import torch
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.model.routing import Router, route
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.reference import ResidentExperts
@@ -217,7 +217,7 @@ def reference(tmp_path_factory):
         experts = ResidentExperts(
             weights, config.moe_layers, config.n_routed_experts, ops, Exclusive()
         )
-        network = DeepseekV2(config, weights, ops, experts)
+        network = Network(config, weights, ops, experts)
 
         def unwritten(shape, dtype):  # rows that are not written yet must never be read
             return torch.full(shape, torch.nan, dtype=dtype)

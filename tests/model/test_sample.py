@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.offload.runtime import Runtime
 from tests.support.oracle import rebuild, relative_error, transformers_logits
 from tests.support.tiny import SAMPLE
@@ -111,7 +111,7 @@ def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export
     weights, ops = rebuild(sample_export), TorchBackend()
     c = reference.config
     experts = ResidentExperts(weights, c.moe_layers, c.n_routed_experts, ops, Exclusive())
-    network, row = DeepseekV2(c, weights, ops, experts), (c.latent_width, torch.float32)
+    network, row = Network(c, weights, ops, experts), (c.latent_width, torch.float32)
     cache = LatentCache(c, 64, row, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     wanted = network.head(network.forward(torch.tensor(ids), [cache]))
     with Runtime.open(sample_export, context=64, kernels="torch") as exported:

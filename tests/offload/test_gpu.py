@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.offload import loading
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import make_plan, parse_size, sizes_of
@@ -106,7 +106,7 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
 def test_triton_kernels_give_the_same_bits_for_every_budget(small_export, monkeypatch):
     """Interpreted, on a tiny model; the head, most of an interpreter's time, is left out."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
+    monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
     found = []
     for options in ({}, {"slots": 2}):
         twin = Twin(slow, triton=True)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from slotmoe.model.config import read_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import resident_shapes, role_of
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import CUBLAS_BYTES, PREFILL_CHUNK, scratch_bytes
 from slotmoe.quant.backends import pick_backend
@@ -109,7 +109,7 @@ def test_the_plans_scratch_holds_what_a_step_allocates(monkeypatch, geometry, mo
     row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
     for tokens in (1, 16, 128, 170, PREFILL_CHUNK):
         for context in (512, 4096):
-            network = DeepseekV2(three, weights, backend, Experts(backend, layout))
+            network = Network(three, weights, backend, Experts(backend, layout))
             cache = LatentCache(
                 three, context, row, lambda shape, dtype: empty(*shape, dtype=dtype)
             )

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.offload.plan.speed import GPU_LAUNCHES
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import int8, nf4
@@ -176,7 +176,7 @@ def make_network(backend, resident="int8", complete=False, **overrides):
             weight = CodedWeight(*nf4.quantize(weight), LEVELS, tuple(weight.shape))
         placed[name] = map_tensors(weight, lambda tensor: tensor.to(DEVICE))
     experts = SlabExperts(backend, config, weights, DEVICE, complete)
-    return DeepseekV2(config, placed, backend, experts)
+    return Network(config, placed, backend, experts)
 
 
 def cache_of(network, context=40):
@@ -415,7 +415,7 @@ def test_a_value_that_python_computed_is_frozen_in_a_graph():
 def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(small_export, monkeypatch):
     """On the engine's twin of a GPU, watched and not: the same graph, the same bits, and a watcher
     hears of every choice.  The head, most of an interpreter's time, is left out."""
-    monkeypatch.setattr(DeepseekV2, "head", lambda self, h_TD: h_TD.clone())
+    monkeypatch.setattr(Network, "head", lambda self, h_TD: h_TD.clone())
     outputs, routes = [], []
     for graph in (None, Recorded):
         twin = Twin()
@@ -447,7 +447,7 @@ def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export, monk
     def head(self, h_TD):
         return plain.linear(plain.rms_norm(h_TD, self.norm, 1e-6), self.lm_head)
 
-    monkeypatch.setattr(DeepseekV2, "head", head)
+    monkeypatch.setattr(Network, "head", head)
     logits, texts, names = {}, {}, {}
     for kernels in ("torch", "triton"):
         with open_with(small_export, kernels, 32) as runtime:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.offload.observe.memory import LONGEST, MemorySampler
 from slotmoe.offload.observe.profiler import STAGES, Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
@@ -363,7 +363,7 @@ def test_predicted_beside_measured_by_tier():
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
 @pytest.mark.parametrize("after", [0, 3])
 def test_stopped_run_writes_what_it_has_and_says_so(stop, after, profile, monkeypatch, tmp_path):
-    original, calls = DeepseekV2.forward, []
+    original, calls = Network.forward, []
 
     def forward(self, *arguments, **options):
         calls.append(1)
@@ -371,7 +371,7 @@ def test_stopped_run_writes_what_it_has_and_says_so(stop, after, profile, monkey
             raise stop
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(DeepseekV2, "forward", forward)
+    monkeypatch.setattr(Network, "forward", forward)
     code, out, err = profile(TEXT, "-n", "20", "--json")
     assert (code, out) == (130 if stop is KeyboardInterrupt else 143, "")
     assert f"stopped after {after} of 20 tokens" in err

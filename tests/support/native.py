@@ -5,7 +5,7 @@ import torch
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import role_of
-from slotmoe.model.network import DeepseekV2
+from slotmoe.model.network import Network
 from slotmoe.quant import int8
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.backends.native import NativeBackend
@@ -52,7 +52,7 @@ def network_of(raw, resident, ops):
         name: stored(name, weight) for name, weight in weights.items() if ".experts." not in name
     }
     experts = SlabExperts(ops, config, weights, torch.device("cpu"))
-    return DeepseekV2(config, prepared, ops, experts)
+    return Network(config, prepared, ops, experts)
 
 
 def native_cache(network, context=40):

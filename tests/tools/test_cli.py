@@ -234,9 +234,9 @@ def test_quantize_reports(model, slotmoe, tmp_path):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_interrupted_generation(as_json, slotmoe, monkeypatch):
     """Ctrl-C after three tokens, in the middle of the fourth."""
-    from slotmoe.model.network import DeepseekV2
+    from slotmoe.model.network import Network
 
-    original, calls = DeepseekV2.forward, []
+    original, calls = Network.forward, []
 
     def forward(self, *arguments, **options):
         calls.append(1)
@@ -244,7 +244,7 @@ def test_interrupted_generation(as_json, slotmoe, monkeypatch):
             raise KeyboardInterrupt
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(DeepseekV2, "forward", forward)
+    monkeypatch.setattr(Network, "forward", forward)
     code, out, err = slotmoe("run", "EXPORT", "Hello", *(["--json"] if as_json else []))
     assert code == 130
     assert "interrupted" in err
@@ -254,15 +254,15 @@ def test_interrupted_generation(as_json, slotmoe, monkeypatch):
 
 
 def test_every_token_is_printed_at_once(model, tmp_path, monkeypatch):
-    from slotmoe.model.network import DeepseekV2
+    from slotmoe.model.network import Network
 
-    original, sizes = DeepseekV2.forward, []
+    original, sizes = Network.forward, []
 
     def forward(self, *arguments, **options):
         sizes.append((tmp_path / "out").stat().st_size)
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(DeepseekV2, "forward", forward)
+    monkeypatch.setattr(Network, "forward", forward)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with (tmp_path / "out").open("w") as out, monkeypatch.context() as patch:
