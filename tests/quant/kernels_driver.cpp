@@ -82,7 +82,8 @@ struct Array {
     }
     ~Array() {
         const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
-        for (size_t i = 0; i < size_t(count) * sizeof(T); i++) digest = (digest ^ bytes[i]) * 1099511628211u;
+        for (size_t i = 0; i < size_t(count) * sizeof(T); i++)
+            digest = (digest ^ bytes[i]) * 1099511628211u;
         free(p);
     }
     operator T*() const { return p; }
@@ -421,8 +422,9 @@ static void all() {
     for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
 }
 
-// Without arguments: all shapes, for sanitizers. "threads": only what concerns threads. "bits": few shapes, on which all
-// instruction sets give the bits of plain C++ with any number of threads; "threads only": each gives its own.
+// Without arguments: all shapes, for sanitizers. "threads": only what concerns threads. "bits": few
+// shapes, on which all instruction sets give the bits of plain C++ with any number of threads; "own":
+// each gives its own bits with any number.
 int main(int argc, char** argv) {
     const bool threads_only = argc > 1 && !strcmp(argv[1], "threads");
     for (int isa = slotmoe_isa_count() - 1; isa >= 0; isa--) {

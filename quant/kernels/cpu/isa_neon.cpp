@@ -192,7 +192,8 @@ inline void join_columns(Lanes::W& first, Lanes::W& second) {
     int8x16_t pairs[8];
     for (int i = 0; i < 4; i++) {
         const int32x4_t a = vreinterpretq_s32_s8(first.v[i]), b = vreinterpretq_s32_s8(second.v[i]);
-        pairs[2 * i] = vreinterpretq_s8_s32(vzip1q_s32(a, b)), pairs[2 * i + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+        pairs[2 * i] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+        pairs[2 * i + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
     }
     for (int i = 0; i < 4; i++) first.v[i] = pairs[i], second.v[i] = pairs[4 + i];
 }
