@@ -102,6 +102,9 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # else nohup ignores it
+        signal.signal(hangup, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, Any]()
     try:
