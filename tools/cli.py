@@ -128,6 +128,11 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     except MemoryError:
         click.echo("slotmoe: out of memory; end other programs, or lower --ram", err=True)
         sys.exit(1)
+    except ImportError as problem:  # of a library that the system can't map, say
+        text = SlotmoeError(str(problem)[:400])
+        advice = "memory is short, or the installation incomplete"
+        click.echo(f"slotmoe: can't load what it needs ({text}): {advice}", err=True)
+        sys.exit(1)
     except Exception as problem:  # a fault of the program's: nobody else wants its traceback
         if state.get("traceback"):
             traceback.print_exc()
