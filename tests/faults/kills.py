@@ -89,6 +89,7 @@ def attacked(
     stride: int = 1,
     power: bool = False,
     change: int = 1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """So many kills, first at each ``stride``-th ``change`` of the disk, or as many power cuts as
     there are changes; what came of them."""
@@ -110,7 +111,7 @@ def attacked(
     started = time.perf_counter()
     assert child() == 0
     duration, wanted = time.perf_counter() - started, work.check()
-    generator = random.Random(5)
+    generator = random.Random(seed)
     while killed < count and (stride or not power):
         clean()
         what = f"change {change}" if stride else "random moment"
@@ -149,13 +150,14 @@ def main() -> None:
     parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; all by default")
     parser.add_argument("--count", type=int, default=2000, help="kills, for each work")
     parser.add_argument("--stride", type=int, default=1, help="changes of the disk between two")
+    parser.add_argument("--seed", type=int, default=0)
     given, failed = parser.parse_args(), False
     with tempfile.TemporaryDirectory(dir=memory()) as name:
         source = Path(name) / "source"
         assert forked(partial(write_checkpoint, source, shards=2, **SMALL)) == 0
         for work, power in product(given.works or WORKS, (False, True)):
-            place = Path(name) / "work"
-            found = attacked(work, source, place, given.count, given.stride, power)
+            options = {"stride": given.stride, "power": power, "seed": given.seed}
+            found = attacked(work, source, Path(name) / "work", given.count, **options)
             failed = failed or bool(found["wrong"])
             print(json.dumps(found), flush=True)
     raise SystemExit(failed)
