@@ -374,7 +374,8 @@ static void few() {
     quantize(17, 130);
     for (int64_t l : {8, 16}) encode(17, 130, l, 4 * l);
     absorb(3, 3, 7, 20, 300);
-    for (int64_t kind = kInt8; kind <= kBf16; kind++) layer(kind, 65, 3, 7, 6, 70, 5, kind % 2 * 17, 9);
+    for (int64_t kind = kInt8; kind <= kBf16; kind++)
+        layer(kind, 65, 3, 7, 6, 70, 5, kind % 2 * 17, 9);
     attention(17, 200, 70, 10, 5);
     attention(20, 130, 70, 10, 0, 1e38f);
 }
