@@ -424,8 +424,8 @@ static void all() {
 }
 
 // Without arguments: all shapes, for sanitizers. "threads": only what concerns threads. "bits": few
-// shapes, on which all instruction sets give the bits of plain C++ with any number of threads; "own":
-// each gives its own bits with any number.
+// shapes, on which all instruction sets give the bits of plain C++ with any number of threads. "own":
+// the same, but each may have bits of its own.
 int main(int argc, char** argv) {
     const bool threads_only = argc > 1 && !strcmp(argv[1], "threads");
     for (int isa = slotmoe_isa_count() - 1; isa >= 0; isa--) {
