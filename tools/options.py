@@ -122,7 +122,7 @@ _RUNTIME: list[Decorator] = [
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: physical cores]"),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
     integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
     choice("--misses", MODES, "auto", _MISSES),

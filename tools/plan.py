@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +32,7 @@ from slotmoe.offload.plan.memory import (
     parse_size,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.system import cores
 from slotmoe.tools.options import (
     JSON,
     MODEL,
@@ -166,7 +166,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     if vram is None and options["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
-    threads = options["threads"] or psutil.cpu_count(logical=False) or 1
+    threads = options["threads"] or cores()
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
     # What run would find free, once it has imported its libraries.

@@ -1,6 +1,5 @@
 """``Export``: an open export, whose tensors and records are verified whenever they are read."""
 
-import fcntl
 import math
 import mmap
 import os
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slotmoe import system
 from slotmoe.errors import ExportError
 from slotmoe.quant.coded import CodedWeight, levels_of, possible_scales
 from slotmoe.quant.export.codecs import manifest_codecs
@@ -164,18 +164,13 @@ class Export:
         return bytes(data)
 
     def bypass_page_cache(self) -> bool:
-        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned
-        memory; False if that is refused.  The page cache would take memory from the slots."""
+        """Read records and resident tensors past the page cache from now on, into aligned memory;
+        False if that is refused.  The cache would take memory from the slots."""
         handles = [self._handles[name] for name in (RESIDENT, *map(layer_file, self.layers))]
-        flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
-        try:
+        self._direct = all(system.bypass_page_cache(handle, ALIGNMENT) for handle in handles)
+        if not self._direct:
             for handle in handles:
-                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) | flag)
-                os.preadv(handle, [probe], 0)
-            self._direct = flag != 0
-        except OSError:
-            for handle in handles:
-                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~flag)
+                system.use_page_cache(handle)
         return self._direct
 
     def read_range(self, layer: int, expert: int, start: int, out: memoryview) -> None:

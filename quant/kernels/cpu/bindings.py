@@ -99,7 +99,7 @@ class Kernels:
             if self._lib.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
-        avx2, portable."""
+        avx2, neon_i8mm, neon_dot, neon, portable."""
 
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:

@@ -152,6 +152,8 @@ struct Isa {
 extern const Isa isa_portable;
 #if defined(__x86_64__)
 extern const Isa isa_avx2, isa_avx512vnni, isa_avx512vbmi;
+#elif defined(__aarch64__)
+extern const Isa isa_neon, isa_neon_dot, isa_neon_i8mm;
 #endif
 
 }  // namespace slotmoe

@@ -109,6 +109,9 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
 #pragma GCC unroll 4
     for (int j = 0; j < kXScales; j++) {
         Lanes::I dots[Tiles][Tokens];
+#ifdef SLOTMOE_TWO_TOKENS  // isa_neon.cpp: an instruction multiplies two tokens
+        dot_tokens<Tiles, Tokens>(w, x, j, dots);
+#else
 #pragma GCC unroll 4
         for (int i = 0; i < Tokens; i++)
 #pragma GCC unroll 2
@@ -119,6 +122,7 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
             for (int i = 0; i < Tokens; i++)
 #pragma GCC unroll 2
                 for (int a = 0; a < Tiles; a++) dots[a][i] = Lanes::dot(dots[a][i], w[a][c], x[i].q + 4 * c);
+#endif
 #pragma GCC unroll 4
         for (int i = 0; i < Tokens; i++) {
             const F s = Lanes::broadcast(x[i].scale[j]);
@@ -155,6 +159,9 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
             const Tile& tile = a == 0 ? first : second;
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) tile.pair(c, w[a][2 * c], w[a][2 * c + 1]);
+#ifdef SLOTMOE_TWO_TOKENS
+            for (int c = 0; c < 8; c++) join_columns(w[a][2 * c], w[a][2 * c + 1]);
+#endif
 #pragma GCC unroll 2
             for (int part = 0; part < Tile::kParts; part++) scale[a][part] = tile.scale(part);
             tile.prefetch();
