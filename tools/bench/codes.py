@@ -17,11 +17,10 @@ from typing import Any
 import click
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor
 
 from slotmoe import model
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import Config, read_config
+from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
@@ -91,36 +90,28 @@ def _measure(
     row: dict[str, Any], texts: tuple[Path, ...], calibrate: tuple[Path, ...], folder: Path
 ) -> dict[str, Any]:
     """The figures of a row."""
-    experts = "codec" in row
-    codecs = EXPERT_CODECS[row["codec"], row["bits"]] if experts else NF4
+    codecs = EXPERT_CODECS[row["codec"], row["bits"]] if "codec" in row else NF4
     windows = calibration_windows(SAMPLE, calibrate) if row["calibrated"] else None
-    settings: dict[str, Any] = {"resident": row.get("resident", "bf16"), "codecs": codecs}
-    quantize(SAMPLE, folder / "export", calibration=windows, **settings)
-    error = _replace(folder, experts)
-    config = read_config(SAMPLE / "config.json")
-    lite = read_config(geometry_path("v2-lite"))
-    sizes = [
-        _expert_bytes(c, codecs) if experts else _resident_bytes(c, row["resident"])
-        for c in (config, lite)
-    ]
-    bytes_, weights = sizes[1]
+    mode = row.get("resident", "bf16")
+    quantize(SAMPLE, folder / "export", resident=mode, codecs=codecs, calibration=windows)
+    error = _replace(folder, "codec" in row)
+    size, weights = _per_token(codecs if "codec" in row else None, mode)
     return {
-        "bits_per_weight": round(8 * bytes_ / weights, 3),
+        "bits_per_weight": round(8 * size / weights, 3),
         "relative_rms_error": float(f"{error:.4g}"),
         "kl_divergence": float(f"{_divergence(folder / 'weights', texts):.4g}"),
-        "gigabytes_per_token": round(bytes_ / 1e9, 4),
+        "gigabytes_per_token": round(size / 1e9, 4),
     }
 
 
-def _expert_bytes(config: Config, codecs: ExpertCodecs) -> tuple[int, int]:
-    """Of the experts of one token, and their weights."""
-    hidden, width = config.hidden_size, config.moe_intermediate_size
-    uses = len(config.moe_layers) * config.num_experts_per_tok
-    return uses * record_bytes(hidden, width, codecs), uses * 3 * hidden * width
-
-
-def _resident_bytes(config: Config, mode: str) -> tuple[int, int]:
-    """Of the resident weights that one token reads, and how many these are."""
+def _per_token(codecs: ExpertCodecs | None, mode: str) -> tuple[int, int]:
+    """Bytes that a token of V2-Lite reads, and of how many weights: of experts, or without
+    ``codecs`` of resident weights."""
+    config = read_config(geometry_path("v2-lite"))
+    if codecs is not None:
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        uses = len(config.moe_layers) * config.num_experts_per_tok
+        return uses * record_bytes(hidden, width, codecs), uses * 3 * hidden * width
     shapes = {name: shape for name, shape in resident_shapes(config).items() if name != EMBEDDING}
     size = sum(resident_bytes(role_of(name), shape, mode) for name, shape in shapes.items())
     return size, sum(map(math.prod, shapes.values()))
@@ -128,30 +119,29 @@ def _resident_bytes(config: Config, mode: str) -> tuple[int, int]:
 
 def _replace(folder: Path, experts: bool) -> float:
     """Write the sample with the export's experts, or its resident weights, into ``weights``;
-    returns their relative RMS error."""
+    returns the relative RMS error of those that differ."""
     error = square = 0.0
     with Checkpoint.open(SAMPLE) as checkpoint, Export.open(folder / "export") as export:
-        config = checkpoint.config
-        tensors: dict[str, Tensor] = {name: checkpoint.tensor(name) for name in checkpoint.infos}
-        made: dict[str, Tensor] = {}
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.infos}
+        made = {
+            name: dequantize(export.resident(name)) for name in resident_shapes(checkpoint.config)
+        }
         if experts:
-            for layer in export.layers:
-                for expert in range(export.experts):
-                    for projection, weight in export.expert(layer, expert).items():
-                        made[expert_name(layer, expert, projection)] = weight
-        else:
-            names = resident_shapes(config)
-            made = {name: dequantize(export.resident(name)) for name in names}
-        for name, weight in made.items():
-            difference = weight.double() - tensors[name].double()
-            error += difference.square().sum().item()
-            square += tensors[name].double().square().sum().item() * bool(difference.any())
+            made = {
+                expert_name(layer, expert, projection): weight
+                for layer in export.layers
+                for expert in range(export.experts)
+                for projection, weight in export.expert(layer, expert).items()
+            }
+    for name, weight in made.items():
+        difference = (weight.double() - tensors[name].double()).square().sum().item()
+        error += difference
+        square += tensors[name].double().square().sum().item() * bool(difference)
     (folder / "weights").mkdir()
     contiguous = {name: weight.contiguous() for name, weight in (tensors | made).items()}
     save_file(contiguous, folder / "weights" / "model.safetensors")
-    for path in SAMPLE.glob("*.json"):
-        if "index" not in path.name:
-            (folder / "weights" / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "weights" / name).write_bytes((SAMPLE / name).read_bytes())
     return math.sqrt(error / square) if square else 0.0
 
 
@@ -195,7 +185,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     """KL divergence of experts' codes over what a token of V2-Lite reads of them."""
     from matplotlib.figure import Figure
 
-    weights = _expert_bytes(read_config(geometry_path("v2-lite")), NF4)[1]
+    weights = _per_token(NF4, "bf16")[1]
     others = [
         {**row, "gigabytes_per_token": row["bits_per_weight"] * weights / 8e9}
         for row in measured()["llama.cpp"]
