@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
-from slotmoe.quant.codec import ExpertCodecs
+from slotmoe.quant.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
@@ -79,6 +79,12 @@ class Sizes:
     resident: dict[str, int]
     touched: int
     record_bytes: int
+
+
+def default_codecs(config: Config) -> ExpertCodecs:
+    """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
+    encoding = config.encoding
+    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.method, DEFAULT_CODECS)
 
 
 def sizes_of(

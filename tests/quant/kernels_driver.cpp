@@ -61,6 +61,16 @@ int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*
 int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
                     int64_t, float*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
+int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                     const float*, int64_t, int64_t, float*);
+int slotmoe_code_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                      int64_t, uint8_t*);
+int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const float*, int64_t,
+                        const float*, int64_t, float*);
+int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                      int64_t, float*, float*);
+int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                    int64_t, float*);
 int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
 }
 
@@ -112,7 +122,8 @@ static int64_t blocks(int64_t k) { return (k + 63) / 64; }
 // Random bytes become finite scales of so many tiles.
 static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks) {
     const int64_t size = scale_bytes(kind, blocks);
-    if (kind == kNf4) return halves(reinterpret_cast<uint16_t*>(p), count * size / 2);
+    if (kind == kNf4 || kind == kInt4)
+        return halves(reinterpret_cast<uint16_t*>(p), count * size / 2);
     for (int64_t tile = 0; tile < count; tile++) {
         const Floats rows(16);
         memcpy(p + tile * size, rows.p, 64);
@@ -169,7 +180,7 @@ static void linear(int64_t t, int64_t n, int64_t k, float scale) {
 
 static void mlp(int64_t t, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), residual(t * h), others(t * h);
-    for (int64_t kind = kInt8; kind <= kLut3; kind++) {
+    for (int64_t kind = kInt8; kind <= kInt4; kind++) {
         Weights in(kind, i, h), out(kind, h, i);
         const Matrix w[] = {in.matrix, in.matrix, out.matrix};
         check(slotmoe_mlp(w, x, t, nullptr, nullptr, y));
@@ -308,7 +319,7 @@ static void quantize(int64_t n, int64_t k) {
         const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
         if (status != 3) check(status);  // random bf16 may well exceed fp16
         check(slotmoe_quantize_int8(src, type, n, k, q, scale));
-        for (int64_t kind = kNf4; kind <= kLut3; kind++) {
+        for (int64_t kind = kNf4; kind <= kInt4; kind++) {
             const Weights weights(kind, n, k);
             check(slotmoe_coded_error(&weights.matrix, src, type, tile_sums));
         }
@@ -316,9 +327,34 @@ static void quantize(int64_t n, int64_t k) {
     }
 }
 
+// Scales and codes of rows, and of one block of columns for n rows filled up to tiles.
+static void encode(int64_t n, int64_t k) {
+    const int64_t block = 32, groups = (k + block - 1) / block, rows = 16 * tiles(n), count = 24;
+    Array<uint16_t> source(n * k);
+    Array<uint8_t> codes(n * groups * block);
+    Floats wide(n * k), of_column(k), starts(count), scales(n * groups);
+    Floats x(block * rows), of_block(block), square(block * block), row_scales(rows);
+    Floats q(block * rows), errors(block * rows);
+    halves(source, n * k);
+    for (int i = 0; i < block; i++) square[i * block + i] = 2;
+    for (int64_t l : {8, 16}) {
+        Floats levels(l);
+        for (int64_t i = 0; i < l; i++) levels[i] = 254.0f * float(i) / float(l - 1) - 127.0f;
+        for (int type = 0; type < 3; type++) {
+            const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
+            check(slotmoe_fit_rows(src, type, n, k, of_column, levels, l, starts, count, block,
+                                   scales));
+            check(slotmoe_code_rows(src, type, n, k, scales, levels, l, block, codes));
+        }
+        check(slotmoe_fit_columns(x, block, rows, of_block, levels, l, starts, count, row_scales));
+        check(slotmoe_feed_back(x, block, rows, square, row_scales, levels, l, q, errors));
+        check(slotmoe_descend(x, block, rows, square, row_scales, levels, l, q));
+    }
+}
+
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
-    const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kLut3, levels, levels};
+    const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kInt4, levels, levels};
     const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
     Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
     for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);
@@ -396,6 +432,7 @@ static void all() {
             linear(1, n, k, 1);
             linear(3, n, k, 1e30f);
             quantize(n, k);
+            encode(n, k);
         }
     linear(600, 20, 70, 1e-42f);
     linear(0, 20, 70, 1);
@@ -452,6 +489,7 @@ int main(int argc, char** argv) {
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);
             experts(3, 2, 65, 40);
+            encode(65, 130);
             attention(4, 200, 64, 16, 0);
             layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
         } else {
