@@ -21,7 +21,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.source import resolve_model
@@ -87,6 +87,7 @@ class Runtime:
                          it is copied there; ``cpu``; ``hybrid``, both, split by measured
                          bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
                          measured
+        ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -121,10 +122,11 @@ class Runtime:
         self._begin(token_ids, len(token_ids))
         logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
         for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
-            end = start + len(hidden_TD)
-            with self.passes.using(changes):
-                logits[start:end] = self.passes.logits(hidden_TD)
-            start = end
+            for rows_TD in hidden_TD.split(PREFILL_CHUNK):
+                end = start + len(rows_TD)
+                with self.passes.using(changes):
+                    logits[start:end] = self.passes.logits(rows_TD)
+                start = end
         return logits
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
