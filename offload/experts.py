@@ -34,7 +34,8 @@ _USES_AT_ONCE = 128
 class Route:
     """A gate's choice: ``indices`` [T][K] of MoE layer ``row``, and how many of its distinct
     experts were cached, were missing, and of these were on their way.  ``x_TD`` is the experts'
-    input, None where the backend went through several layers at once."""
+    input, None where the backend went through several layers at once.  ``behind`` tokens of the
+    same pass came before."""
 
     row: int
     indices: list[list[int]]
@@ -42,6 +43,7 @@ class Route:
     misses: int
     coming: int
     x_TD: Tensor | None
+    behind: int = 0
 
 
 OnRoute = Callable[[Route], None]
@@ -348,7 +350,8 @@ class Experts:
         self._met += coming
         if self._listeners:
             hits = len(uses) - len(missing)
-            self._tell(Route(row, indices, hits, len(missing), coming, x_TD))
+            behind = self._pass.seen - len(indices)
+            self._tell(Route(row, indices, hits, len(missing), coming, x_TD, behind))
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))
 

@@ -91,9 +91,8 @@ class Runtime:
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(
-            vram, ram, context, threads, cache_policy, prefetch, quantize, **others
-        )  # fmt: skip
+        budgets = vram, ram, context, threads
+        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
@@ -291,7 +290,9 @@ class Runtime:
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
-        experts.on_route(lambda route: trace.add(c.moe_layers[route.row], route.indices))
+        experts.on_route(
+            lambda route: trace.add(c.moe_layers[route.row], route.indices, route.behind)
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by

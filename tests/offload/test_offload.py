@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,7 +305,7 @@ def test_peak_memory_stays_inside_the_budget(sample_export, least_ram, spare):
     assert memory["evictions"] > 0
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("small", [True, False], ids=["as needed", "read ahead"])
 def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
     sample_export, monkeypatch, kernels, small
@@ -359,3 +360,18 @@ def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch):
             if last % 2:
                 assert torch.equal(runtime.logits(IDS), wanted)
         assert torch.equal(runtime.logits(IDS), wanted)
+
+
+def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, monkeypatch):
+    traces = []
+    for size in (512, 16):
+        monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", size)
+        with Runtime.open(sample_export, context=64, slots=100) as runtime:
+            runtime.trace(tmp_path / "trace")
+            with pytest.raises(PlanError):
+                runtime.logits(IDS * 2)
+            runtime.logits(IDS)
+            runtime.sequences[0].append([7])
+        traces.append(read_trace(tmp_path / "trace")[1])
+    assert [len(step) for step in traces[1]] == [len(IDS), 1]
+    assert all(map(np.array_equal, *traces))

@@ -268,8 +268,10 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(sample_export, monkeypatch, e
 
         def third(route):
             gates.append(route)
-            if len(gates) == 3:
-                setattr(caller.job, end, True) if end == "cancelled" else batch.stop()
+            if len(gates) == 3 and end == "cancelled":
+                batch._filling.cancelled = True
+            elif len(gates) == 3:
+                batch.stop()
 
         runtime.model.experts.on_route(third)
         caller = Caller(batch, runtime, ids).wait()
