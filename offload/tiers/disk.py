@@ -26,6 +26,7 @@ DEMAND, WARM = 0, 1 << 30
 STUCK_SECONDS = 5.0  # how long ``close`` waits for a disk that does not answer
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
+_AGAIN_SECONDS = 0.02
 _Problem = TypeVar("_Problem", bound=BaseException)
 
 
@@ -231,7 +232,8 @@ class DiskReader:
                 while (piece := self._take(drive)) is None:
                     if self._closing:
                         return
-                    self._work[drive.number].wait()
+                    # What a slow drive has left to others is looked at again, if they leave it too.
+                    self._work[drive.number].wait(_AGAIN_SECONDS if self._queue else None)
                 self._reading[number] = piece[0]
             with suppress(BaseException):  # it is the read's, and this thread must go on
                 self._read(drive, *piece)
@@ -255,7 +257,7 @@ class DiskReader:
             if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
-            if not self.drives.takes(drive, self._waiting()):
+            if not self.drives.takes(drive, self._waiting):
                 return None
             start, read.taken = read.taken, min(read.taken + self._piece, total)
             read.outstanding += 1

@@ -7,7 +7,7 @@ piece leaves that to them.  A drive that fails is left out as long as another is
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class Drives:
         self.all = [Drive(number, folder) for number, folder in enumerate(folders)]
         self.alive = list(self.all)
 
-    def takes(self, drive: Drive, waiting: int) -> bool:
-        """Whether ``drive`` should read the next of so many ``waiting`` pieces."""
+    def takes(self, drive: Drive, waiting: Callable[[], int]) -> bool:
+        """Whether ``drive`` should read the next of the pieces, ``waiting()`` in number."""
         if len(self.alive) == 1:
             return not drive.failed
         now = time.perf_counter()
@@ -81,7 +81,7 @@ class Drives:
         faster = [other.pace(now) for other in self.alive if other.pace(now) < pace]
         if drive.failed or not faster or not min(faster):
             return not drive.failed
-        return pace <= min(faster) + waiting / sum(THREADS / other for other in faster)
+        return pace <= min(faster) + waiting() / sum(THREADS / other for other in faster)
 
     def fastest(self) -> Drive:
         """The one that should read a piece that is wanted at once."""

@@ -236,13 +236,13 @@ def test_a_slow_drive_is_tried_again(monkeypatch):
     drives = Drives([Path("a"), Path("b")])
     fast, slow = drives.all
     fast.note(99.999, 1), slow.note(99.0, 1)
-    assert drives.takes(fast, 1) and drives.fastest() is fast
-    assert not drives.takes(slow, 1)
-    assert drives.takes(slow, 8000)  # so many wait that it is through with its own before
+    assert drives.takes(fast, lambda: 1) and drives.fastest() is fast
+    assert not drives.takes(slow, lambda: 1)
+    assert drives.takes(slow, lambda: 8000)  # so many wait that it is through with its own before
     for _ in range(60):
         now[0] += 1
         fast.note(now[0] - 0.001, 1)
-    assert drives.takes(slow, 1)
+    assert drives.takes(slow, lambda: 1)
 
 
 def run(*command):
