@@ -118,7 +118,7 @@ class Network:
         The caches grow only when the whole pass is done, so a pass that raises can be repeated.
         """
         count = len(ids_T) // len(caches)
-        h_TD = self.backend.embed(ids_T, self.embed_tokens)
+        h_TD: Tensor = self.backend.embed(ids_T, self.embed_tokens)
         rope_TC, scale_T = self._positions(ids_T, caches, count)
         self.timer.mark("rest")
         size = self._step_tokens if len(caches) == 1 else len(ids_T)

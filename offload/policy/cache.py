@@ -82,8 +82,10 @@ class Cache(ABC):
         worth_N = self._worth_now()
         limit = worth_N[expert_id] if self.bypass and not must else np.inf
         worth_N = worth_N + self._absent_N
-        many = isinstance(pinned, range)
-        worth_N[slice(pinned.start, pinned.stop) if many else list(pinned)] = np.inf
+        if isinstance(pinned, range):  # it may be long
+            worth_N[pinned.start : pinned.stop] = np.inf
+        else:
+            worth_N[list(pinned)] = np.inf
         victim = int(worth_N.argmin())
         if worth_N[victim] >= limit:
             self.bypassed += 1

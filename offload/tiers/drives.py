@@ -6,6 +6,7 @@ piece leaves that to them.  A drive that fails is left out as long as another is
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ class Drive:
 
     def pace(self, now: float) -> float:
         """Seconds that it takes for a piece, as far as is known."""
-        return self._pace * 0.5 ** ((now - self._used) / _FORGET_SECONDS)
+        return self._pace * math.pow(0.5, (now - self._used) / _FORGET_SECONDS)
 
     def stats(self) -> dict[str, Any]:
         counts = {"bytes": self.meter.bytes, "seconds": self.meter.seconds}
