@@ -82,9 +82,19 @@ def position_tables(
 
 class Network:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
-    ``backend`` understands; norms and gates are float tensors."""
+    ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
+    in steps of ``step_tokens``: a layer's experts then serve all its tokens, while only one step
+    needs temporaries."""
 
-    def __init__(self, config: Config, weights: Mapping[str, Any], backend: Any, experts: Experts):
+    def __init__(
+        self,
+        config: Config,
+        weights: Mapping[str, Any],
+        backend: Any,
+        experts: Experts,
+        step_tokens: int = 1 << 30,
+    ):
+        self._step_tokens = step_tokens
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
@@ -108,17 +118,46 @@ class Network:
         The caches grow only when the whole pass is done, so a pass that raises can be repeated.
         """
         count = len(ids_T) // len(caches)
-        h_TD = self.backend.embed(ids_T, self.embed_tokens)
-        step = Step(h_TD, *self._positions(ids_T, caches, count), caches, self.timer)
+        h_TD: Tensor = self.backend.embed(ids_T, self.embed_tokens)
+        rope_TC, scale_T = self._positions(ids_T, caches, count)
         self.timer.mark("rest")
+        size = self._step_tokens if len(caches) == 1 else len(ids_T)
+        if size >= len(ids_T):
+            step = Step(h_TD, rope_TC, scale_T, caches, self.timer)
+            self._run(step, count)
+            h_TD = step.h_TD
+        else:
+            spans = [slice(start, start + size) for start in range(0, len(ids_T), size)]
+            scales = [None if scale_T is None else scale_T[span] for span in spans]
+            self._run_in_steps(
+                [
+                    Step(h_TD[span], rope_TC[span], scale, caches, self.timer, behind=span.start)
+                    for span, scale in zip(spans, scales, strict=True)
+                ]
+            )
+        for cache in caches:
+            cache.length += count
+        return h_TD
+
+    def _run(self, step: Step, count: int) -> None:
+        """Take a pass through all layers."""
         runner: Runner = self._layer_by_layer
-        if self._decoder is not None and count == 1 and len(caches) <= self._decoder.sequences:
+        if self._decoder is not None and count == 1 and len(step.caches) <= self._decoder.sequences:
             runner = self._decoder
         while (pending := runner.run_layers(step, self.experts)) is not None:
             step.routed_TD = self.experts(*pending)
-        for cache in caches:
-            cache.length += count
-        return step.h_TD
+
+    def _run_in_steps(self, steps: list[Step]) -> None:
+        """Take all steps through a layer's experts before the next layer's.  What waits is only the
+        residual stream."""
+        while steps:
+            waiting = []
+            for step in steps:
+                if (pending := self._layer_by_layer.run_layers(step, self.experts)) is not None:
+                    step.routed_TD = self.experts(*pending)
+                    self._layer_by_layer.feed_forward(step)
+                    waiting.append(step)
+            steps = waiting
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class Options:
     logits_rows: int = 1
     sequences: int = 1
     misses: str = "auto"
+    experts_dirs: tuple[str | Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cache_policy not in (None, *POLICIES):
@@ -209,6 +210,10 @@ class _Loader:
                 "the reference path (quantize=False) keeps every expert resident; "
                 "slots can't be given"
             )
+        if options.experts_dirs:
+            raise ConfigError(
+                "the reference path (quantize=False) reads no export; experts_dirs can't be given"
+            )
         if options.sequences > 1:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
@@ -266,7 +271,8 @@ class _Loader:
         """An export, its experts behind slots."""
         options, device, backend = self._options, self._device, self._backend
         with ExitStack() as opened:
-            export = opened.enter_context(Export.open(self._folder))
+            copies = [Path(folder) for folder in options.experts_dirs]
+            export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
             config = self._config
             self._check_geometry(export)
@@ -297,7 +303,7 @@ class _Loader:
             guesses = predictor or NextGate(config, weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
-            network = Network(config, weights, backend, experts)
+            network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)

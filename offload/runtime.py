@@ -21,7 +21,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.source import resolve_model
@@ -87,12 +87,12 @@ class Runtime:
                          it is copied there; ``cpu``; ``hybrid``, both, split by measured
                          bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
                          measured
+        ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(
-            vram, ram, context, threads, cache_policy, prefetch, quantize, **others
-        )  # fmt: skip
+        budgets = vram, ram, context, threads
+        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
@@ -121,10 +121,11 @@ class Runtime:
         self._begin(token_ids, len(token_ids))
         logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
         for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
-            end = start + len(hidden_TD)
-            with self.passes.using(changes):
-                logits[start:end] = self.passes.logits(hidden_TD)
-            start = end
+            for rows_TD in hidden_TD.split(PREFILL_CHUNK):
+                end = start + len(rows_TD)
+                with self.passes.using(changes):
+                    logits[start:end] = self.passes.logits(rows_TD)
+                start = end
         return logits
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
@@ -289,7 +290,9 @@ class Runtime:
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
-        experts.on_route(lambda route: trace.add(c.moe_layers[route.row], route.indices))
+        experts.on_route(
+            lambda route: trace.add(c.moe_layers[route.row], route.indices, route.behind)
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by

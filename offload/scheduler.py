@@ -10,20 +10,26 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.model.generate import Answer, Delta
+from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sequence import Sequence, shared_prefix
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64
 _DEFECT = "the answer failed; the server's log says how"
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for the pass under way."""
 
 
 class QueueFullError(Exception):
@@ -215,7 +221,11 @@ class Scheduler:
         sequence = self._running[job]
         count = _SHARED_PIECE if shared else self._runtime.plan.prefill_chunk
         piece = job.prompt[sequence.length : sequence.length + count]
-        logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
+        try:
+            with self._wanted(job, len(piece)):
+                logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
+        except _UnwantedError:
+            return
         self.totals.prompt_tokens += len(piece)
         if logits_V is None:
             return
@@ -223,6 +233,24 @@ class Scheduler:
         if sequence.length == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
             self._take(job, logits_V)
+
+    @contextmanager
+    def _wanted(self, job: Job, tokens: int) -> Iterator[None]:
+        """End a pass of several steps at the next gate, by ``_UnwantedError``, when the request is
+        cancelled or the scheduler closed."""
+
+        def look(route: object) -> None:
+            if job.cancelled or self._closing:
+                raise _UnwantedError
+
+        if tokens <= PREFILL_CHUNK:
+            yield
+            return
+        stop = self._runtime.model.quantized("serve").on_route(look)
+        try:
+            yield
+        finally:
+            stop()
 
     def _score(self, job: Job, ids: list[int]) -> Tensor | None:
         """Append a piece of the prompt; each row of logits scores the prompt's next token.  Returns

@@ -28,10 +28,11 @@ from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.quant.shapes import ALIGNMENT
-from slotmoe.tools.options import JSON, flag
+from slotmoe.tools.options import JSON, flag, option
 from slotmoe.tools.screen import visible
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
+_EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
 _CPUINFO = Path("/proc/cpuinfo")
 _SETS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}  # by their flags there
@@ -52,8 +53,9 @@ class Check:
 
 @click.command(name="doctor")
 @flag("--measure", _MEASURE_HELP)
+@option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True)
 @JSON
-def command(measure: bool, as_json: bool) -> int:
+def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -64,7 +66,7 @@ def command(measure: bool, as_json: bool) -> int:
       slotmoe doctor --measure --json
     """
     checks = [check for find in _CHECKS for check in find()]
-    checks += [_cache(), _disk(measure)]
+    checks += [_cache(), _disk(measure), *(_drive(Path(path), measure) for path in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
@@ -219,7 +221,8 @@ def _disk(measure: bool) -> Check:
             file.flush()
             is_direct = _opens_direct(file.name)
             if measure:
-                speed = f", {_read_speed(Path(file.name)) / 1e9:.1f} GB/s measured now"
+                _fill(Path(file.name))
+                speed = _read_speed(Path(file.name))
             else:
                 speed = _stored("disk") or "; --measure measures its speed"
     except OSError as problem:
@@ -229,6 +232,19 @@ def _disk(measure: bool) -> Check:
         return Check("disk", "ok", f"{found}; direct reads{speed}")
     advice = "reads go through the page cache; keep exports on a local disk (ext4, xfs)"
     return Check("disk", "note", f"{found}; no direct reads{speed}", advice)
+
+
+def _drive(folder: Path, measure: bool) -> Check:
+    """A folder for --experts-dir."""
+    files = sorted(folder.glob("layer-*.safetensors"))
+    if not files:
+        advice = "copy the files of an export's experts folder there"
+        return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
+    is_direct = _opens_direct(str(files[0]))
+    found = f"{len(files)} layers in {folder} on {_file_system(folder)}"
+    found += f"; {'direct' if is_direct else 'no direct'} reads"
+    speed = _read_speed(files[0]) if measure else ""
+    return Check("drive", "ok" if is_direct else "note", found + speed)
 
 
 def _file_system(folder: Path) -> str:
@@ -250,8 +266,7 @@ def _opens_direct(path: str) -> bool:
         os.close(handle)
 
 
-def _read_speed(path: Path) -> float:
-    """Bytes a second of a few threads that read the file, filled now, past the page cache."""
+def _fill(path: Path) -> None:
     block = os.urandom(_READ_BYTES)
     with open(path, "r+b") as file:
         for _ in range(_MEASURED_BYTES // _READ_BYTES):
@@ -259,11 +274,16 @@ def _read_speed(path: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
 
+
+def _read_speed(path: Path) -> str:
+    """Bytes a second of a few threads that read the file past the page cache."""
+    size = min(_MEASURED_BYTES, path.stat().st_size)
+
     def read(start: int) -> None:
         handle, memory = os.open(path, os.O_RDONLY), mmap(-1, _READ_BYTES)
         try:
             system.bypass_page_cache(handle, ALIGNMENT)
-            for position in range(start, _MEASURED_BYTES, _READERS * _READ_BYTES):
+            for position in range(start, size, _READERS * _READ_BYTES):
                 os.preadv(handle, [memory], position)
         finally:
             os.close(handle)
@@ -271,4 +291,4 @@ def _read_speed(path: Path) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
-    return _MEASURED_BYTES / (time.perf_counter() - started)
+    return f", {size / (time.perf_counter() - started) / 1e9:.1f} GB/s measured now"

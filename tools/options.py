@@ -68,7 +68,7 @@ _GROUPS = {  # title -> the parameters' names
     "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
-        "device ram vram context threads slots cache_policy misses no_prefetch kernels"
+        "device ram vram context threads slots cache_policy misses no_prefetch kernels experts_dirs"
     ),
 }
 JSON = flag("--json as_json", "Print one JSON object.")
@@ -99,6 +99,12 @@ REVISION = option("--revision", "REV", _REVISION)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
 
 
+_EXPERTS_HELP = (
+    "A copy of the export's experts folder on another drive, from which reads come too; may be "
+    "repeated."
+)
+
+
 class DeviceName(click.ParamType[str]):
     """A device as ``Runtime.open`` takes it."""
 
@@ -126,6 +132,7 @@ _RUNTIME: list[Decorator] = [
     integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
     choice("--misses", MODES, "auto", _MISSES),
+    option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -340,7 +347,7 @@ def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.open`` takes of ``runtime_options``, without budgets."""
-    names = ("device", "context", "threads", "cache_policy", "misses")
+    names = ("device", "context", "threads", "cache_policy", "misses", "experts_dirs")
     shared = {name: options[name] for name in names}
     prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
     return {**shared, "prefetch": prefetch, "kernels": kernels}

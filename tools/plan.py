@@ -71,7 +71,7 @@ def _gpus(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
 @count("--prompt-tokens", None, _PROMPT_HELP)
 @count("-n --max-new-tokens", 128, "Tokens to generate.")
 @option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
-@option("--disk-bandwidth", "SIZE", "Bytes a second of the disk, like 3.5GB.")
+@option("--disk-bandwidth", "SIZE", "Bytes a second of a drive, like 3.5GB.")
 @option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
 @option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
 @runtime_options
@@ -159,6 +159,9 @@ def _machine(options: dict[str, Any]) -> Machine:
     if "pcie" in given:
         given["pcie_busy"] = given["pcie"]
     bandwidths = bandwidths.updated("given", **given)
+    if (drives := 1 + len(options["experts_dirs"])) > 1:
+        origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
+        bandwidths = bandwidths.updated(origin, disk=drives * bandwidths.disk)
     if options["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if options["device"] != "cpu" and vram is None:

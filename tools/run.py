@@ -27,7 +27,7 @@ from slotmoe.tools.options import (
     say,
     session_options,
 )
-from slotmoe.tools.screen import Reading, dimmed, echo_of, is_terminal, visible
+from slotmoe.tools.screen import Reading, by_drive, dimmed, echo_of, is_terminal, visible
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -249,6 +249,8 @@ def summary(stats: dict[str, Any]) -> str:
         if cache["misses"] and "prefetch" in stats:
             ahead = cache["already_coming"] / cache["misses"]
             read += f", {ahead:.0%} of the missing ones ahead of the gate"
+        if len(disk["drives"]) > 1:
+            read += f" ({by_drive(disk['drives'])})"
         facts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = f"{memory['tier']} peak {of_budget(memory)}"
     if "beside_vram" in memory:

@@ -14,7 +14,9 @@ from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_o
 from slotmoe.quant.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
-PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
+# Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
+# on it.
+PREFILL_CHUNK = 512
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
@@ -130,7 +132,7 @@ def runtime_growth(config: Config, resident: int) -> int:
 def scratch_bytes(
     config: Config, tokens: int, kernels: str = "native", value_bytes: int = 4
 ) -> int:
-    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at
+    """Peak in bytes of the temporaries of a prefill step over ``tokens`` tokens; an upper bound, at
     most a quarter too large at real geometries.
 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
@@ -185,12 +187,17 @@ def _gpu_scratch(c: Config, T: int) -> int:
     return max(parts) + splits + CUBLAS_BYTES
 
 
+def waiting_bytes(config: Config, tokens: int) -> int:
+    """What a prefill pass holds of its steps that are not at work: the residual stream and the
+    rotations, float32."""
+    return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
+
+
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
-    """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass
-    brings every expert that it needs once, so a longer one reads less; its scratch may take a
-    twentieth of the ``room`` that experts would get."""
-    base, best = scratch_bytes(config, PREFILL_CHUNK), PREFILL_CHUNK
-    while 2 * best <= min(context, 4096) and scratch_bytes(config, 2 * best) - base <= room // 20:
+    """Tokens of a prefill pass.  Each pass brings every expert that it needs once, so a longer one
+    reads less; what it holds may take a twentieth of the ``room`` that experts would get."""
+    best = PREFILL_CHUNK
+    while best < min(context, 4096) and waiting_bytes(config, 2 * best) <= room // 20:
         best *= 2
     return best
 
@@ -200,7 +207,8 @@ class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
     ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
     a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
-    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens."""
+    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens, in steps of
+    ``PREFILL_CHUNK``."""
 
     components: dict[str, int]
     slots: int
@@ -264,9 +272,8 @@ def make_plan(
     slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
     likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
     rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
-    positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one
-    length.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't
-    serve one token."""
+    positions.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that
+    can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
@@ -279,19 +286,20 @@ def make_plan(
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
-    chunk, fixed = PREFILL_CHUNK, sum(components.values())
-    scratch = scratch_bytes(config, chunk, kernels, 4 if on_cpu else 6)
-    room = budget - fixed - scratch
-    if kernels == "native" and (slots is not None or room < everything * record):
+    scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
+    chunk, room = PREFILL_CHUNK, budget - sum(components.values()) - scratch
+    # A pass in steps keeps a layer's experts, and reads the next one's.
+    if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
-        scratch = scratch_bytes(config, chunk)
-    room = (budget - fixed - scratch) // record
+    waiting = waiting_bytes(config, chunk)
+    room = (room - waiting) // record
     count, staging = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
     if count < least:
         count, staging = least, top_k
     components |= {
         "prefill scratch": scratch,
+        "waiting tokens": waiting,
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
@@ -326,10 +334,13 @@ def predicted_components(
     and what shorter prefill passes need less."""
     components = by_name(plan)
     reached = min(prompt_tokens + new_tokens, plan.context)
-    chunk = min(prompt_tokens, plan.prefill_chunk)
-    cache, scratch = components["latent KV cache"], components["prefill scratch"]
-    cache[plan.tier] = cache[plan.tier] * reached // plan.context
-    scratch[plan.tier] = scratch[plan.tier] * chunk // plan.prefill_chunk
+    step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
+    for name, part, whole in (
+        ("latent KV cache", reached, plan.context),
+        ("prefill scratch", step, PREFILL_CHUNK),
+        ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
+    ):
+        components[name][plan.tier] = components[name][plan.tier] * part // whole
     return components
 
 

@@ -22,6 +22,7 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
         if report["disk"] is not None
         else observed.disk_bandwidth(runtime.model.export)
     )
+    disk /= len(runtime.model.export.folders)
     bandwidths = {"disk": disk, "latency": observed.disk_latency(runtime.model.export)}
     fast = report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is None:
@@ -114,14 +115,20 @@ def _moved(runtime: Runtime) -> dict[str, Any]:
     return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
 
 
-def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, float] | None:
-    """What decoding read from disk, beside what the disk gives alone; None if it read nothing."""
+def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
+    """What decoding read from disk, beside what the disk gives alone, and all reads by drive; None
+    if it read nothing."""
     if not moved["disk"]:
         return None
-    alone, rate = observed.disk_bandwidth(runtime.model.export), moved["disk"] / moved["seconds"]
+    each = observed.drive_bandwidths(runtime.model.export)
+    alone, rate = sum(each), moved["disk"] / moved["seconds"]
     per_token = moved["disk"] / moved["tokens"]
     rates = {"bytes_per_second": rate, "bandwidth": alone, "fraction": rate / alone}
-    return {"bytes_per_token": per_token, **rates}
+    drives = [
+        {**drive, "bandwidth": bandwidth}
+        for drive, bandwidth in zip(runtime.stats()["io"]["disk"]["drives"], each, strict=True)
+    ]
+    return {"bytes_per_token": per_token, **rates, "drives": drives}
 
 
 def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:

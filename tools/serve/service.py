@@ -83,6 +83,10 @@ class Service:
         tokens = {name.removesuffix("_tokens"): stats[name] for name in _TOKENS}
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
+        drives = {
+            name: {str(n): drive[name] for n, drive in enumerate(stats["io"]["disk"]["drives"])}
+            for name in ("bytes", "seconds", "failed")
+        }
         used = {tier: values["used"] for tier, values in stats["memory"].items()}
         sessions = stats.get("sessions", {})
         moved = {name: sessions[f"{name}_bytes"] for name in ("read", "written") if sessions}
@@ -95,6 +99,9 @@ class Service:
             (counter, "steps", "Steps of the batch", None, totals.steps),
             (counter, "expert_lookups", "Experts asked for", "result", lookups),
             (counter, "read_bytes", "Bytes read from each slower tier", "tier", reads),
+            (counter, "drive_read_bytes", "Bytes read by drive", "drive", drives["bytes"]),
+            (counter, "drive_read_seconds", "Seconds with reads", "drive", drives["seconds"]),
+            (gauge, "drive_failed", "Whether it is left out", "drive", drives["failed"]),
             (
                 counter,
                 "session_tokens",
