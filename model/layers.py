@@ -114,8 +114,8 @@ class Pending(NamedTuple):
 
 @dataclass
 class Step:
-    """A pass on its way through the layers: over T tokens of one sequence, or over one token of
-    each of T sequences, each with a cache of its own.
+    """A pass on its way through the layers, over T tokens: ``counts`` of each sequence, which has a
+    cache of its own.
 
     ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
     ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
@@ -127,6 +127,7 @@ class Step:
     rope_TC: Tensor
     query_scale_T: Tensor | None
     caches: Sequence[LatentCache]
+    counts: Sequence[int]
     timer: Timer
     layer: int = 0
     x_TD: Tensor | None = None
@@ -190,17 +191,18 @@ class LayerByLayer:
         rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        count = T // len(step.caches)
-        rows = [cache.extend(step.layer, count) for cache in step.caches]
-        for rows_SX, new_TW in zip(rows, latent_TW.split(count), strict=True):
-            backend.store_latents(new_TW, R, rows_SX[-count:])
+        counts = [*step.counts]
+        rows = [c.extend(step.layer, count) for c, count in zip(step.caches, counts, strict=True)]
+        for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
+            backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
 
         S = len(rows[0])
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if backend.absorbs or count == 1 or absorbed_cost <= expanded_cost:
+        several = len(rows) > 1
+        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([backend.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            parts = zip(q_THW.split(count), rows, strict=True)
+            parts = zip(q_THW.split(counts), rows, strict=True)
             outputs = [self._over_latents(part, rows_SX) for part, rows_SX in parts]
             o_THR = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             o_THV = backend.absorb_value(o_THR, layer.kv_b_proj, N)

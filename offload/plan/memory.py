@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
+from slotmoe.offload.policy.drafts import MOST_DRAFTED
 from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
+_SPANS = 16  # native kernels: parts that a token's attention is summed in
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -129,6 +131,7 @@ def scratch_bytes(
 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
+    And what attention sums in spans of the context for each row of a pass that drafts.
     With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
     of weights.  For ``triton`` see ``_gpu_scratch``.
     """
@@ -136,7 +139,8 @@ def scratch_bytes(
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
-        return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
+        spans = MOST_DRAFTED * 4 * _SPANS * H * c.kv_lora_rank
+        return (2 << 20) + spans + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
         return _gpu_scratch(config, tokens)
     query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
