@@ -1,6 +1,7 @@
 """Drafts: the text, its logits and its log-probabilities are bitwise those without, wherever a
 draft is cut off."""
 
+import json
 import random
 from contextlib import suppress
 from statistics import fmean
@@ -14,6 +15,7 @@ from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Scheduler
 from slotmoe.quant.kernels.cpu.bindings import load
+from slotmoe.tools.run import summary
 from tests.offload.test_scheduler import Caller
 from tests.support.engine import whole
 from tests.support.interrupts import interrupted_at, lines_of
@@ -250,6 +252,22 @@ def test_rows_are_computed_as_long_as_they_pay(cost, likely):
     assert fmean(speeds) > 0.985 and fmean(speeds[30:]) > 0.95 * best
     assert drafting.lengths([[0.02] * 15]) == [0]
     assert drafting.lengths([[], [0.99] * 9, []])[::2] == [0, 0]
+
+
+@needs_kernels
+def test_a_run_says_what_was_drafted(slotmoe, sample_export, eager):
+    reports = {}
+    for kind in ("off", "ngram"):
+        code, out, _ = slotmoe("run", sample_export, TEXT, "-n", "40", "--draft", kind, "--json")
+        assert code == 0
+        reports[kind] = json.loads(out)
+    for key in ("text", "ids", "logprobs"):
+        assert reports["off"][key] == reports["ngram"][key]
+    assert reports["off"]["drafts"] == {"kind": "off", "why": "asked for"}
+    drafts = reports["ngram"]["drafts"]
+    assert drafts["accepted"] > 0 and drafts["passes"] + drafts["accepted"] == 39
+    told = ["rows a pass" in summary(reports[kind]) for kind in ("off", "ngram")]
+    assert told == [False, True]
 
 
 def test_drafts_are_off_where_rows_change_bits(sample_export):
