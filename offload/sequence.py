@@ -32,7 +32,7 @@ class Passes:
     def __init__(self, model: LoadedModel):
         self._model: LoadedModel | None = model
         self.watcher: Any = None
-        self.drafting = Drafting() if model.draft[0] == "ngram" else None
+        self.drafting = Drafting(model.plan.drafted) if model.draft[0] == "ngram" else None
         self.changes = 0
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
-from slotmoe.offload.policy.drafts import MOST_DRAFTED
+from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
 from slotmoe.quant.codec import ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
@@ -131,7 +131,6 @@ def scratch_bytes(
 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
     the outputs of every expert that a token uses; freed blocks of one kind rarely serve the other.
-    And what attention sums in spans of the context for each row of a pass that drafts.
     With ``torch``: one block of scores with its expanded keys and values, and a dequantized slice
     of weights.  For ``triton`` see ``_gpu_scratch``.
     """
@@ -139,8 +138,7 @@ def scratch_bytes(
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
         attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
-        spans = MOST_DRAFTED * 4 * _SPANS * H * c.kv_lora_rank
-        return (2 << 20) + spans + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
+        return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
         return _gpu_scratch(config, tokens)
     query = T * H * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
@@ -198,7 +196,8 @@ class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
     ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
     a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
-    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens."""
+    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens, and one of
+    decode at most ``drafted`` beside those that are certain."""
 
     components: dict[str, int]
     slots: int
@@ -208,6 +207,7 @@ class Plan:
     tier: str
     context: int
     prefill_chunk: int = PREFILL_CHUNK
+    drafted: int = 0
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
     host_staging: int = 0
@@ -277,12 +277,15 @@ def make_plan(
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
-    chunk, fixed = PREFILL_CHUNK, sum(components.values())
+    chunk, fixed, drafted = PREFILL_CHUNK, sum(components.values()), 0
     scratch = scratch_bytes(config, chunk, kernels, 4 if on_cpu else 6)
     room = budget - fixed - scratch
-    if kernels == "native" and (slots is not None or room < everything * record):
-        chunk = _prefill_chunk(config, context, room)
-        scratch = scratch_bytes(config, chunk)
+    if kernels == "native":
+        drafted = MOST_DRAFTED
+        if slots is not None or room < everything * record:
+            chunk, drafted = _prefill_chunk(config, context, room), FEW_DRAFTED
+        sums = 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank  # of a row's attention
+        scratch = scratch_bytes(config, chunk) + drafted * sums
     room = (budget - fixed - scratch) // record
     count, staging = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
@@ -293,7 +296,7 @@ def make_plan(
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    plan = Plan(components, count, staging, record, budget, tier, context, chunk)
+    plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
     if host_budget is None:
         return plan
     lent = staging + max(top_k, LENT)

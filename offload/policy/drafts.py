@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 DRAFTS = ("auto", "off", "ngram")
 MOST_DRAFTED = 15  # tokens of all drafts of a pass
+FEW_DRAFTED = (
+    3  # the same where experts come from disk: a row costs most of a pass, and memory slots
+)
 _PAIR = 2  # the least tokens that must be alike; also what the index is by
 _LONG = 32  # alike tokens beyond which no better place is looked for
 _TRIES = 32  # places that are compared
@@ -115,7 +118,9 @@ class Drafting:
     row more is arithmetic, from a disk it is the experts that it misses.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MOST_DRAFTED) -> None:
+        """At most ``limit`` tokens are drafted in a pass."""
+        self._limit = limit
         self.passes = self.rows = self.drafted = self.accepted = 0
         self._one = self._more = 0.0  # seconds of a pass of one row, and of each row more
         self._drafting = 0  # passes with drafts
@@ -145,7 +150,7 @@ class Drafting:
         more, predicted, rate = rows - 1, self._seconds(rows), _RATE
         if drafted:
             self._drafting += 1
-            self._most = min(MOST_DRAFTED, max(self._most, 2 * drafted + 1))
+            self._most = min(self._limit, max(self._most, 2 * drafted + 1))
             rate = max(rate, 1 / self._drafting)
         # Least mean squares; a pass that was held up changes little.
         error = rate * min(seconds - predicted, predicted) / (_KNOWN + more * more)

@@ -69,7 +69,7 @@ def drafts(
 
         ways: dict[str, Callable[[], float]] = {
             "without drafts": lambda: speed("without drafts", None),
-            "with drafts": lambda: speed("with drafts", Drafting()),
+            "with drafts": lambda: speed("with drafts", Drafting(runtime.plan.drafted)),
         }
         rows = turns.compare(ways, repetitions, "without drafts", "tokens_per_second")
     turns.finish([row | used[row["way"]] for row in rows], tokens=len(following), prompt=len(ids))
