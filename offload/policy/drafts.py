@@ -159,6 +159,8 @@ class Drafting:
         if not more:
             self._more += _FORGET * (_PRIOR * self._one - self._more)
         self._more = max(self._more, _LEAST * self._one)
+        if self._more >= self._one:  # nothing pays; what is forgotten is tried again by one row
+            self._most = 1
 
     def _seconds(self, rows: int) -> float:
         return self._one + (rows - 1) * self._more

@@ -4,6 +4,7 @@ draft is cut off."""
 import json
 import random
 from contextlib import suppress
+from itertools import takewhile
 from statistics import fmean
 
 import pytest
@@ -268,6 +269,33 @@ def test_a_run_says_what_was_drafted(slotmoe, sample_export, eager):
     assert drafts["accepted"] > 0 and drafts["passes"] + drafts["accepted"] == 39
     told = ["rows a pass" in summary(reports[kind]) for kind in ("off", "ngram")]
     assert told == [False, True]
+
+
+def speed_of(prompt, answer, cost):
+    """Tokens for each time of a pass of one row, where a row more costs ``cost``."""
+    grams, drafting, text, spent = NGrams(), Drafting(), list(prompt), 0.0
+    while (start := len(text)) < len(prompt) + len(answer):
+        left = answer[start - len(prompt) :]
+        grams.read([*text, left[0]])
+        drafted, chances = grams.draft(MOST_DRAFTED)
+        (length,) = drafting.lengths([chances])
+        pairs = zip(drafted[:length], left[1:], strict=False)
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        drafting.measured(1 + length, length, 1 + cost * length)
+        text, spent = text + left[: 1 + right], spent + 1 + cost * length
+    return len(answer) / spent
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.35, 0.8, 1.2])
+@pytest.mark.parametrize("copied", [0.0, 0.5, 0.7, 0.9, 0.99])
+def test_a_text_that_goes_on_by_chance_loses_nothing(cost, copied):
+    chance = random.Random(1)
+    prompt = [chance.randrange(4000) for _ in range(500)]
+    answer = [id if chance.random() < copied else chance.randrange(4000) for id in prompt]
+    speed = speed_of(prompt, answer, cost)
+    assert speed > 0.985
+    if copied == 0.99 and cost < 0.5:
+        assert speed > 1.6
 
 
 def test_drafts_are_off_where_rows_change_bits(sample_export):
