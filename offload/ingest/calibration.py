@@ -232,7 +232,7 @@ class Calibration:
         for h_WD in h_TD.split(list(map(len, self._windows))):
             rope_TC, scale_T = self._tables
             scale_W = None if scale_T is None else scale_T[: len(h_WD)]
-            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], Timer())
+            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], [len(h_WD)], Timer())
             pendings.append(runner.run_layers(step, None))
             steps.append(step)
         hessians = dict[str, Hessian]()

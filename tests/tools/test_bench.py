@@ -54,6 +54,19 @@ def test_profile(sample_export):
 
 
 @pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
+def test_drafts(sample_export, tmp_path):
+    text = tmp_path / "code.py"
+    text.write_text("".join(f"def area_{n}(width):\n    return {n} * width\n" for n in range(5)))
+    options = ["--replace", "area", "size", "--prompt-tokens", 400, "--repetitions", 1]
+    report = benchmark("drafts", sample_export, text, *options, "--decode-tokens", 60)
+    rows, drafted = by("way", report), by("way", report)["with drafts"]
+    assert_compared(rows, "without drafts", "tokens_per_second")
+    assert (report["tokens"], rows["without drafts"]["disk_bytes_per_token"]) == (60, 0)
+    assert drafted["passes"] + drafted["accepted"] == 60
+    assert drafted["rows"] == drafted["passes"] + drafted["drafted"]
+
+
+@pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
 def test_kernels():
     report = benchmark("kernels", "--working-set", 0.05, "--repetitions", 1, "--threads", 1)
     rows = by("kernel", report)
