@@ -159,8 +159,8 @@ def _divergence(folder: Path, paths: tuple[Path, ...]) -> float:
 
 
 def _name(row: dict[str, Any]) -> str:
-    what = f"--codec {row['codec']} --bits {row['bits']}" if "codec" in row else None
-    return (what or f"--resident {row['resident']}") + " --calibrate" * row["calibrated"]
+    what = [f"--{key} {row[key]}" for key in ("codec", "bits", "resident") if key in row]
+    return " ".join([*what, *["--calibrate"] * row["calibrated"]])
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
