@@ -305,8 +305,14 @@ def test_peak_memory_stays_inside_the_budget(sample_export, least_ram, spare):
     assert memory["evictions"] > 0
 
 
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("small", [True, False], ids=["as needed", "read ahead"])
+@pytest.mark.parametrize(
+    ("kernels", "small"),
+    [
+        ("auto", False),
+        pytest.param("auto", True, marks=pytest.mark.slow),
+        pytest.param("torch", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
     sample_export, monkeypatch, kernels, small
 ):
