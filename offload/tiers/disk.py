@@ -208,7 +208,8 @@ class DiskReader:
                     read.error, read.cancelled = ConfigError(CLOSED), True
                     read.done = read.outstanding == 0  # else its reader says so
             self._forget_queue()
-            self._wake()
+            for work in self._work:
+                work.notify_all()
         self._tell()
 
     def close(self) -> None:
@@ -221,10 +222,6 @@ class DiskReader:
         if any(thread.is_alive() for thread in self._threads):
             stuck = "%s: the disk does not answer; a read of it is left behind"
             logging.getLogger("slotmoe").warning(stuck, self._export.folder)
-
-    def _wake(self) -> None:
-        for work in self._work:
-            work.notify_all()
 
     def _run(self, number: int, drive: Drive) -> None:
         while True:
@@ -304,9 +301,7 @@ class DiskReader:
 
     def _leave_out(self, drive: Drive, problem: ExportError) -> Drive:
         with self._lock:
-            other = self.drives.leave_out(drive, problem)
-            self._wake()  # it may have left pieces to this one
-            return other
+            return self.drives.leave_out(drive, problem)
 
     def _count(self, read: Read, size: int, problem: Exception | None) -> bool:
         """Note that a piece has been read; whether it was the last one."""

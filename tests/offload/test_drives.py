@@ -95,8 +95,8 @@ def test_commands_know_drives(copies, capsys):
     [
         ("export/experts", "pulled", 0),
         ("a", "flipped", 0),
-        ("export/experts", "flipped", 0),
-        ("a", "pulled", 128 << 10),  # the waiting thread reads
+        pytest.param("export/experts", "flipped", 0, marks=pytest.mark.slow),
+        pytest.param("a", "pulled", 128 << 10, marks=pytest.mark.slow),  # the waiting thread reads
     ],
 )
 def test_a_drive_that_fails_while_running_is_left_out(
@@ -198,6 +198,7 @@ def read_seconds(export, folders, count=120):
             reader.close()
 
 
+@pytest.mark.slow
 def test_each_drive_gets_what_its_speed_allows(copies, monkeypatch):
     export, (a, b) = copies
     whole = 120 * 28672
@@ -211,6 +212,7 @@ def test_each_drive_gets_what_its_speed_allows(copies, monkeypatch):
     assert 2.5 < shares[0] / shares[1] < 6
 
 
+@pytest.mark.slow
 def test_a_drive_that_is_too_slow_is_left_alone(copies, monkeypatch):
     export, (a, _) = copies
     limit(monkeypatch, {export: 20e6, a: 20e4})

@@ -305,8 +305,14 @@ def test_peak_memory_stays_inside_the_budget(sample_export, least_ram, spare):
     assert memory["evictions"] > 0
 
 
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("small", [True, False], ids=["as needed", "read ahead"])
+@pytest.mark.parametrize(
+    ("kernels", "small"),
+    [
+        ("auto", False),
+        pytest.param("auto", True, marks=pytest.mark.slow),
+        pytest.param("torch", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
     sample_export, monkeypatch, kernels, small
 ):
@@ -375,3 +381,19 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
         traces.append(read_trace(tmp_path / "trace")[1])
     assert [len(step) for step in traces[1]] == [len(IDS), 1]
     assert all(map(np.array_equal, *traces))
+
+
+def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_export):
+    with Runtime.open(sample_export, context=64, slots=40) as runtime:
+        runtime.warm()
+        slots = runtime.model.experts.slots
+        with slots.changing():
+            for expert_id in (100, 101):
+                slots.prefetch(expert_id, urgency=1)
+                slots.wait([slots.coming[expert_id]])
+            (demand,) = slots.demand([102], pinned=[102])
+            slots.wait([demand])
+            slots.admit_guesses(range(2, 102))
+        assert slots.cache.cached == {*range(2, 40), 100, 101}
+        slots.drop(102)
+        whole(runtime)
