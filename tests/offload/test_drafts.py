@@ -140,7 +140,7 @@ def test_a_text_that_fills_the_context(pair, eager):
 
 @needs_kernels
 def test_what_is_drafted_does_not_outlast_a_change(pair, eager):
-    """Another token, a rewind, or another text behind a draft."""
+    """A rewind, or another token."""
     plain = pair[0]
     ids = plain.tokenizer.encode(TEXT)
     both = []
@@ -151,12 +151,34 @@ def test_what_is_drafted_does_not_outlast_a_change(pair, eager):
             sequence.append(ids[:40])
             rows.append(sequence.append([ids[40]]))
             assert (sequence.ahead is None) == (runtime is plain)
-            rows += [sequence.append([new]), sequence.append([ids[41]])]
-            sequence.rewind(41)
-            assert sequence.follow(ids[41]) is None
-            rows.append(sequence.append([ids[41]]))
+            drafted = sequence.ahead.draft[0] if sequence.ahead else new
+            sequence.rewind(30)
+            assert sequence.follow(drafted) is None and sequence.length == 30
+            rows += [sequence.append([id]) for id in (ids[30], new, ids[41])]
         both.append(torch.cat(rows))
     assert torch.equal(*both)
+
+
+@needs_kernels
+def test_a_pass_that_is_interrupted_has_overwritten_the_draft(pair, eager, monkeypatch):
+    ids, rows = pair[0].tokenizer.encode(TEXT), []
+    for runtime in pair:
+        sequence, network = runtime.sequences[0], runtime.model.network
+        sequence.rewind(0)
+        sequence.append(ids[:40])
+        sequence.append([ids[40]])
+
+        def forward(*arguments, network=network):
+            type(network).forward(network, *arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(network, "forward", forward)
+        with pytest.raises(KeyboardInterrupt):
+            sequence.append([7])
+        monkeypatch.delattr(network, "forward")
+        assert sequence.tokens == ids[:41]
+        rows.append(torch.cat([sequence.append([id]).clone() for id in ids[41:60]]))
+    assert torch.equal(*rows)
 
 
 @needs_kernels
