@@ -84,9 +84,8 @@ class Runtime:
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
-                         it is copied there; ``cpu``; ``hybrid``, both, split by measured
-                         bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
-                         measured
+                         it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
+                         ``auto`` takes what measured ones advise, or ``fetch``
         ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
         ``draft``        one of ``slotmoe.offload.policy.drafts.DRAFTS`` (docs/drafts.md)
 

@@ -195,6 +195,14 @@ def waiting_bytes(config: Config, tokens: int) -> int:
     return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
 
 
+def _drafts(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
+    """How many drafted tokens a pass computes at most, and bytes of the sums of their attention."""
+    if kernels != "native":
+        return 0, 0
+    count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
+    return count, count * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+
+
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
     """Tokens of a prefill pass.  Each pass brings every expert that it needs once, so a longer one
     reads less; what it holds may take a twentieth of the ``room`` that experts would get."""
@@ -290,12 +298,10 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    fixed, drafted = sum(components.values()), 0
-    if kernels == "native":
-        is_scarce = slots is not None or budget - fixed - scratch < everything * record
-        drafted = FEW_DRAFTED if is_scarce else MOST_DRAFTED
-        # The sums of a row's attention.
-        scratch += drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+    fixed = sum(components.values())
+    is_scarce = slots is not None or budget - fixed - scratch < everything * record
+    drafted, sums = _drafts(config, kernels, is_scarce)
+    scratch += sums
     chunk, room = PREFILL_CHUNK, budget - fixed - scratch
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:

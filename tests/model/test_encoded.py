@@ -196,7 +196,7 @@ def _noted(change):
         (_without(GATE + ".nested_absmax"), ["nested_absmax", "missing"]),
         (
             _change(GATE + ".absmax", lambda absmax: absmax[1:].clone()),
-            ["127 scales for [64, 128]"],
+            [GATE + ".absmax", "[127]", "[64, 2]"],
         ),
         (_change(GATE, lambda codes: codes[1:].clone()), [GATE, "[4095, 1]"]),
         (_noted({"dtype": "float16"}), [GATE, "dtype", "bfloat16"]),

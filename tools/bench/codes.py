@@ -159,7 +159,7 @@ def _divergence(folder: Path, paths: tuple[Path, ...]) -> float:
 
 
 def _name(row: dict[str, Any]) -> str:
-    what = [f"--{key} {row[key]}" for key in ("codec", "bits", "resident") if key in row]
+    what: list[str] = [f"--{key} {row[key]}" for key in ("codec", "bits", "resident") if key in row]
     return " ".join([*what, *["--calibrate"] * row["calibrated"]])
 
 
