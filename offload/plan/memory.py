@@ -301,8 +301,7 @@ def make_plan(
     fixed = sum(components.values())
     is_scarce = slots is not None or budget - fixed - scratch < everything * record
     drafted, sums = _drafts(config, kernels, is_scarce)
-    scratch += sums
-    chunk, room = PREFILL_CHUNK, budget - fixed - scratch
+    chunk, room = PREFILL_CHUNK, budget - fixed - scratch - sums
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
@@ -313,7 +312,7 @@ def make_plan(
     if count < least:
         count, staging = least, top_k
     components |= {
-        "prefill scratch": scratch,
+        "prefill scratch": scratch + sums,
         "waiting tokens": waiting,
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
