@@ -49,8 +49,8 @@ from slotmoe.tools.options import (
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
 _LOSS = (
-    "KL is the divergence from the source in nats a token, by quantize alone and with --calibrate, "
-    "as measured on the bundled sample; other models lose more or less."
+    "KL is the divergence from the source in nats a token, by quantize alone and with a text for "
+    "--calibrate, as measured on the bundled sample; other models lose more or less."
 )
 _BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
 # What describes a machine: with one of them it may be another than this.
@@ -200,7 +200,7 @@ def _print(report: dict[str, Any]) -> None:
             table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
     settings = "codec", "bits", "resident", "export", "in memory", "tokens/s"
-    choices = Table(*settings, "KL", "calibrated")
+    choices = Table(*settings, "KL", "with text")
     for row in report["choices"]:
         speed, share = row["decode_tokens_per_second"], min(1, row["slots"] / report["experts"])
         keys = ("kl_divergence", "kl_divergence_calibrated")

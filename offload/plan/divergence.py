@@ -18,13 +18,14 @@ def measured() -> dict[str, Any]:
 def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | None:
     """Of experts and resident weights together: the sum of what each does alone.  None where a
     part of it was not measured; codes that are kept, and bf16, cost nothing."""
+    parts: list[dict[str, Any]] = [{"codec": codec, "bits": bits}, {"resident": resident}]
     total = 0.0
-    for wanted in ({"codec": codec, "bits": bits}, {"resident": resident}):
-        if wanted in ({"resident": "bf16"}, {"codec": "int4", "bits": "4"}):
+    for part in parts:
+        if part in ({"resident": "bf16"}, {"codec": "int4", "bits": "4"}):
             continue
-        rows = [row for row in measured()["rows"] if wanted.items() <= row.items()]
-        # What learns nothing is the same with a calibration text.
-        rows.sort(key=lambda row: row["calibrated"] != calibrated)
+        learned = part.get("codec") == "lut" or part.get("resident") == "mixed"
+        part["calibrated"] = calibrated and learned
+        rows = [row for row in measured()["rows"] if part.items() <= row.items()]
         if not rows:
             return None
         total += rows[0]["kl_divergence"]

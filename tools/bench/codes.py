@@ -83,7 +83,10 @@ def codes(
     print(json.dumps(found))
 
 
-_FIGURES = ("bits_per_weight", "relative_rms_error", "kl_divergence", "gigabytes_per_token")
+_FIGURES = {
+    *("bits_per_weight", "relative_rms_error", "kl_divergence", "gigabytes_per_token"),
+    "origin",  # where this command has not made a row
+}
 
 
 def _measure(
@@ -170,7 +173,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             (
                 _name(row),
                 f"{row['bits_per_weight']:.2f}",
-                f"{row['relative_rms_error']:.4f}",
+                f"{row['relative_rms_error'] or math.nan:.4f}",
                 f"{row['kl_divergence']:.5f}",
                 f"{row['gigabytes_per_token']:.3f}",
             )
