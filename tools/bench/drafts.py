@@ -71,7 +71,8 @@ def drafts(
             "without drafts": lambda: speed("without drafts", None),
             "with drafts": lambda: speed("with drafts", Drafting(runtime.plan.drafted)),
         }
-        rows = turns.compare(ways, repetitions, "without drafts", "tokens_per_second")
+        of = ways, repetitions, "without drafts", "tokens_per_second"
+        rows = turns.compare(*of, warm_up=False)  # the prompt has warmed all
     turns.finish([row | used[row["way"]] for row in rows], tokens=len(following), prompt=len(ids))
 
 
