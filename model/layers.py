@@ -114,9 +114,8 @@ class Pending(NamedTuple):
 
 @dataclass
 class Step:
-    """A pass, or some of its tokens, on their way through the layers: T tokens of one sequence, or
-    one token of each of T sequences, each with a cache of its own.  The pass has ``behind`` tokens
-    before them.
+    """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
+    each sequence, which has a cache of its own.  The pass has ``behind`` tokens before them.
 
     ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
     ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
@@ -128,6 +127,7 @@ class Step:
     rope_TC: Tensor
     query_scale_T: Tensor | None
     caches: Sequence[LatentCache]
+    counts: Sequence[int]
     timer: Timer
     behind: int = 0
     layer: int = 0
@@ -192,17 +192,19 @@ class LayerByLayer:
         rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        count = T // len(step.caches)
-        rows = [cache.extend(step.layer, step.behind + count) for cache in step.caches]
-        for rows_SX, new_TW in zip(rows, latent_TW.split(count), strict=True):
-            backend.store_latents(new_TW, R, rows_SX[-count:])
+        counts = [*step.counts]
+        ends = [step.behind + count for count in counts]
+        rows = [cache.extend(step.layer, end) for cache, end in zip(step.caches, ends, strict=True)]
+        for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
+            backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
 
         S = len(rows[0])
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if backend.absorbs or count == 1 or absorbed_cost <= expanded_cost:
+        several = len(rows) > 1
+        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([backend.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            parts = zip(q_THW.split(count), rows, strict=True)
+            parts = zip(q_THW.split(counts), rows, strict=True)
             outputs = [self._over_latents(part, rows_SX) for part, rows_SX in parts]
             o_THR = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             o_THV = backend.absorb_value(o_THR, layer.kv_b_proj, N)

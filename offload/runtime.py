@@ -75,19 +75,19 @@ class Runtime:
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
-        computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
-        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are as in
-        ``cached_export``.  ``others`` are:
+        computes a checkpoint as it is, all of it resident.  ``revision`` of a hub id is a branch,
+        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``.
+        ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
-                         it is copied there; ``cpu``; ``hybrid``, both, split by measured
-                         bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
-                         measured
+                         it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
+                         ``auto`` takes what measured ones advise, or ``fetch``
         ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
+        ``draft``        one of ``slotmoe.offload.policy.drafts.DRAFTS`` (docs/drafts.md)
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
@@ -213,8 +213,8 @@ class Runtime:
         """Append one id to each of several sequences in one pass, so that an expert brought for one
         serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
         bitwise what ``Sequence.append`` alone gives."""
-        with self.passes.using(), self.passes.counted("decode", len(ids)):
-            return self.passes.logits(self.passes.forward(sequences, ids), each=True)
+        with self.passes.using():
+            return self.passes.decode(sequences, ids)
 
     def _begin(self, ids: list[int], needed: int, reuse: bool = False) -> list[int]:
         """Begin a text on the first sequence, with ``reuse`` from what that holds of it: the
@@ -296,8 +296,8 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, and ``device``:
-        which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``, and
+        ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -311,6 +311,9 @@ class Runtime:
         stats: dict[str, Any] = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
+        drafting = self.passes.drafting
+        stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
+        stats["drafts"] |= {} if drafting is None else drafting.stats()
         if model.experts is not None:
             stats |= model.experts.stats()
         if model.store is not None:

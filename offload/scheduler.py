@@ -273,8 +273,13 @@ class Scheduler:
         sequences = [self._running[job] for job in jobs]
         logits_TV = self._runtime.append_each(sequences, [job.answer.ids[-1] for job in jobs])
         for job, sequence, logits_V in zip(jobs, sequences, logits_TV.cpu(), strict=True):
+            before = sequence.length - 1
             self._take(job, logits_V)
-            self._keep(job, sequence, added=1)
+            while job in self._running and not job.cancelled:
+                if (followed_1V := sequence.follow(job.answer.ids[-1])) is None:
+                    break
+                self._take(job, followed_1V[0])
+            self._keep(job, sequence, added=sequence.length - before)
 
     def _take(self, job: Job, logits_V: Tensor) -> None:
         """Choose the request's next token."""

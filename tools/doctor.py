@@ -21,18 +21,22 @@ from pathlib import Path
 import click
 import psutil
 
-from slotmoe import __version__, quant
+from slotmoe import __version__, quant, system
 from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.quant.shapes import ALIGNMENT
 from slotmoe.tools.options import JSON, flag, option
 from slotmoe.tools.screen import visible
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
 _EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
+_CPUINFO = Path("/proc/cpuinfo")
+_SETS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}  # by their flags there
+_SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
 _MARKS = {"ok": "ok", "note": "--", "bad": "!!"}
 
 
@@ -77,25 +81,28 @@ def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
 
 
 def _system() -> Iterator[Check]:
-    system, python = platform.system(), platform.python_version()
-    found = f"{system} {platform.release()}, {platform.machine()}; Python {python}"
-    if system == "Linux":
+    name, python = platform.system(), platform.python_version()
+    found = f"{name} {platform.release()}, {platform.machine()}; Python {python}"
+    if name == "Linux":
         yield Check("system", "ok", f"slotmoe {__version__}; {found}")
     else:
-        yield Check("system", "bad", found, "slotmoe is tested on Linux alone; see docs/install.md")
+        state = "note" if name == "Darwin" else "bad"
+        yield Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
 
 
 def _processor() -> Iterator[Check]:
-    facts = {}
+    facts = {"model name": platform.machine()}
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = _CPUINFO.read_text(errors="replace").splitlines()
         pairs = (line.partition(":") for line in reversed(lines))
-        facts = {key.strip(): value.strip() for key, _, value in pairs}
-    flags, name = facts.get("flags", "").split(), facts.get("model name", platform.machine())
-    sets = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}
-    best = next((text for flag, text in sets.items() if flag in flags), "neither AVX-512 nor AVX2")
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    yield Check("processor", "ok", f"{name}, {cores} cores, {best}")
+        facts |= {key.strip(): value.strip() for key, _, value in pairs}
+    if platform.system() == "Darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            facts["model name"] = subprocess.check_output(query, text=True, timeout=5).strip()
+    flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()
+    best = "".join(f", {text}" for flag, text in _SETS.items() if flag in flags)
+    yield Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
 
 
 def _kernels() -> Iterator[Check]:
@@ -251,15 +258,10 @@ def _file_system(folder: Path) -> str:
 
 
 def _opens_direct(path: str) -> bool:
-    """Whether 4096 aligned bytes can be read past the page cache."""
+    """Whether aligned bytes can be read past the page cache."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        return False
-    try:
-        return os.preadv(handle, [mmap(-1, 4096)], 0) == 4096
-    except OSError:
-        return False
+        return system.bypass_page_cache(handle, ALIGNMENT)
     finally:
         os.close(handle)
 
@@ -275,12 +277,12 @@ def _fill(path: Path) -> None:
 
 def _read_speed(path: Path) -> str:
     """Bytes a second of a few threads that read the file past the page cache."""
-    direct = os.O_DIRECT if _opens_direct(str(path)) else 0
     size = min(_MEASURED_BYTES, path.stat().st_size)
 
     def read(start: int) -> None:
-        handle, memory = os.open(path, os.O_RDONLY | direct), mmap(-1, _READ_BYTES)
+        handle, memory = os.open(path, os.O_RDONLY), mmap(-1, _READ_BYTES)
         try:
+            system.bypass_page_cache(handle, ALIGNMENT)
             for position in range(start, size, _READERS * _READ_BYTES):
                 os.preadv(handle, [memory], position)
         finally:

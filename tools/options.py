@@ -16,6 +16,7 @@ from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -68,7 +69,8 @@ _GROUPS = {  # title -> the parameters' names
     "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
-        "device ram vram context threads slots cache_policy misses no_prefetch kernels experts_dirs"
+        "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
+        "experts_dirs"
     ),
 }
 JSON = flag("--json as_json", "Print one JSON object.")
@@ -93,6 +95,10 @@ _CODECS: list[Decorator] = [
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
     "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
+)
+_DRAFT = (
+    "Tokens that may come next are computed with those that do, as many as pay; the text is the "
+    "same to the bit. ngram drafts what followed earlier in the text; auto is ngram, off on a GPU."
 )
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
@@ -128,12 +134,13 @@ _RUNTIME: list[Decorator] = [
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: physical cores]"),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
     integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
     choice("--misses", MODES, "auto", _MISSES),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
+    choice("--draft", DRAFTS, "auto", _DRAFT),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -329,7 +336,7 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
         told = {"progress": progress, "notify": notify}
         reporting = {**told, "arriving": arriving} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        settings |= {name: options[name] for name in ("ram", "vram", "slots")}
+        settings |= {name: options[name] for name in ("ram", "vram", "slots", "draft")}
         settings |= {**told, "reading": reading, **runtime_arguments(options)}
         runtime = Runtime.open(folder, **settings)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"

@@ -234,6 +234,14 @@ def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     return speeds
 
 
+def drafted(drafts: dict[str, Any]) -> list[str]:
+    """What ``Runtime.stats`` says of drafts, where there were any."""
+    if not drafts.get("drafted"):
+        return []
+    rows = f"{drafts['rows'] / drafts['passes']:.1f} rows a pass"
+    return [f"{drafts['accepted']} of {drafts['drafted']} drafted tokens accepted, {rows}"]
+
+
 def summary(stats: dict[str, Any]) -> str:
     """All for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
@@ -243,6 +251,7 @@ def summary(stats: dict[str, Any]) -> str:
             facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
     if "sessions" in stats:
         facts.append(f"{stats['sessions']['restored_tokens']} tokens from disk")
+    facts += drafted(stats["drafts"])
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"

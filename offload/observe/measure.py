@@ -22,6 +22,8 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.layout import RecordLayout, layer_file
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.system import bypass_page_cache
 
 _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behind
 
@@ -29,11 +31,9 @@ _MEASURED_BYTES = 256 << 20  # enough to leave every cache of the processor behi
 def _random_reads(path: Path, size: int, count: int, random: Random) -> list[float]:
     """Seconds of each of ``count`` direct reads of ``size`` bytes at random multiples of it."""
     memory, seconds = page_aligned(size).numpy().data, []  # in large pages, like the slots
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        handle = os.open(path, os.O_RDONLY)
-    try:
+        bypass_page_cache(handle, ALIGNMENT)
         blocks = max(1, os.fstat(handle).st_size // size)
         for _ in range(count):
             started = time.perf_counter()
@@ -50,7 +50,7 @@ def drive_bandwidths(export: Export, total: int = 1 << 30) -> list[float]:
 
     def measure(folder: Folder) -> float:
         paths, random = [folder.path_of(layer_file(layer)) for layer in export.layers], Random(0)
-        size = min(4 << 20, paths[0].stat().st_size // 4096 * 4096)
+        size = min(4 << 20, paths[0].stat().st_size // ALIGNMENT * ALIGNMENT)
         rounds = max(1, total // len(export.folders) // size // 8)
         started = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:

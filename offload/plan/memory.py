@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
-from slotmoe.quant.codec import ExpertCodecs
+from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
+from slotmoe.quant.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
 # Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
@@ -19,6 +20,7 @@ from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_byt
 PREFILL_CHUNK = 512
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
+_SPANS = 16  # native kernels: parts that a token's attention is summed in
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -81,6 +83,12 @@ class Sizes:
     resident: dict[str, int]
     touched: int
     record_bytes: int
+
+
+def default_codecs(config: Config) -> ExpertCodecs:
+    """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
+    encoding = config.encoding
+    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.method, DEFAULT_CODECS)
 
 
 def sizes_of(
@@ -187,6 +195,14 @@ def waiting_bytes(config: Config, tokens: int) -> int:
     return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
 
 
+def _drafts(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
+    """How many drafted tokens a pass computes at most, and bytes of the sums of their attention."""
+    if kernels != "native":
+        return 0, 0
+    count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
+    return count, count * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+
+
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
     """Tokens of a prefill pass.  Each pass brings every expert that it needs once, so a longer one
     reads less; what it holds may take a twentieth of the ``room`` that experts would get."""
@@ -202,7 +218,7 @@ class Plan:
     ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
     a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
     are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens, in steps of
-    ``PREFILL_CHUNK``."""
+    ``PREFILL_CHUNK``, and one of decode at most ``drafted`` beside those that are certain."""
 
     components: dict[str, int]
     slots: int
@@ -212,6 +228,7 @@ class Plan:
     tier: str
     context: int
     prefill_chunk: int = PREFILL_CHUNK
+    drafted: int = 0
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
     host_staging: int = 0
@@ -281,7 +298,10 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    chunk, room = PREFILL_CHUNK, budget - sum(components.values()) - scratch
+    fixed = sum(components.values())
+    is_scarce = slots is not None or budget - fixed - scratch < everything * record
+    drafted, sums = _drafts(config, kernels, is_scarce)
+    chunk, room = PREFILL_CHUNK, budget - fixed - scratch - sums
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
@@ -292,12 +312,12 @@ def make_plan(
     if count < least:
         count, staging = least, top_k
     components |= {
-        "prefill scratch": scratch,
+        "prefill scratch": scratch + sums,
         "waiting tokens": waiting,
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    plan = Plan(components, count, staging, record, budget, tier, context, chunk)
+    plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
     if host_budget is None:
         return plan
     lent = staging + max(top_k, LENT)

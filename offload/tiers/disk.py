@@ -70,7 +70,7 @@ class DiskReader:
         self._export, self.record_bytes = export, export.layout.record_bytes
         self.direct = direct and export.bypass_page_cache()
         if direct and not self.direct:
-            refused = "%s: this file system refuses O_DIRECT; reads go through the page cache"
+            refused = "%s: this file system refuses direct reads; reads go through the page cache"
             logging.getLogger("slotmoe").warning(refused, export.folder)
         self._lock = threading.RLock()
         self.drives = Drives([folder.path for folder in export.folders])

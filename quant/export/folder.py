@@ -1,12 +1,11 @@
 """``Folder``: the files of an export in one folder, open, with their sizes checked."""
 
-import fcntl
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slotmoe import system
 from slotmoe.errors import ExportError
 from slotmoe.quant.export.layout import Part, safetensors_header
 from slotmoe.quant.export.validate import regular_file
@@ -74,17 +73,12 @@ class Folder:
             done += count
 
     def bypass_page_cache(self, names: Iterable[str]) -> bool:
-        """Read these files with ``O_DIRECT`` from now on; False if that is refused."""
+        """Read these files past the page cache from now on; False if that is refused."""
         handles = [self._handles[name] for name in names if name in self._handles]
-        flag, probe = getattr(os, "O_DIRECT", 0), mmap.mmap(-1, ALIGNMENT)
-        try:
+        self._direct = all(system.bypass_page_cache(handle, ALIGNMENT) for handle in handles)
+        if not self._direct:
             for handle in handles:
-                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) | flag)
-                os.preadv(handle, [probe], 0)
-            self._direct = flag != 0
-        except OSError:
-            for handle in handles:
-                fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~flag)
+                system.use_page_cache(handle)
         return self._direct
 
     def close(self) -> None:

@@ -128,8 +128,8 @@ class Export:
         return bytes(data)
 
     def bypass_page_cache(self) -> bool:
-        """Read records and resident tensors with ``O_DIRECT`` from now on, into page-aligned
-        memory; False if a folder refuses that.  The page cache would take memory from the slots."""
+        """Read records and resident tensors past the page cache from now on, into aligned memory;
+        False if a folder refuses that.  The cache would take memory from the slots."""
         names = (RESIDENT, *map(layer_file, self.layers))
         refused = [folder for folder in self.folders if not folder.bypass_page_cache(names)]
         return not refused

@@ -114,10 +114,13 @@ def test_a_drive_that_fails_while_running_is_left_out(
                 harmed = np.fromfile(path, np.uint8)
                 harmed[4096 * 8 :: 5000] ^= 255  # in every record, behind the header
                 harmed.tofile(path)  # into the open file
-        for _ in range(4):
+        failed = []
+        for _ in range(40):  # a drive that was slow is seldom read
             assert torch.equal(runtime.logits(IDS), wanted)
+            failed = [drive["folder"] for drive in drives_of(runtime) if drive["failed"]]
+            if failed:
+                break
         whole(runtime)
-        failed = [drive["folder"] for drive in drives_of(runtime) if drive["failed"]]
     if help_bytes and not failed:
         return  # nothing was read there
     assert failed == [str(folder.parent if "experts" in place else folder)]

@@ -13,6 +13,8 @@ from slotmoe.offload.observe import measure as observed
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench.turns import start, take_turns, token_seconds
 
+_COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
+
 
 def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
@@ -89,7 +91,7 @@ def measure(
         "settings": settings | ({"misses": stats["misses"]["mode"]} if "misses" in stats else {}),
         "disk": _disk(runtime, moved),
         "link": _link(runtime, moved, speed),
-        **{key: stats[key] for key in ("cache", "prefetch", "misses", "memory") if key in stats},
+        **{key: stats[key] for key in _COUNTERS if key in stats},
     }
 
 
