@@ -10,6 +10,10 @@
 #include <limits>
 #include <mutex>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "api.h"
 
 using namespace slotmoe;
@@ -54,6 +58,16 @@ const Isa& slotmoe::best_isa() {
             break;
         }
     return *chosen.load();
+}
+
+bool slotmoe::in_halves() {
+#if defined(__x86_64__)
+    unsigned a = 0, b, c, d;
+    static const unsigned family = __get_cpuid(1, &a, &b, &c, &d) ? (a >> 8 & 15) + (a >> 20 & 255) : 0;
+    return family == 0x19 && chosen.load() == &isa_avx512vbmi;  // AMD's Zen 3 and 4; other makers' are 6 and 7
+#else
+    return false;
+#endif
 }
 
 // --- levels
