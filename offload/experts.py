@@ -34,7 +34,8 @@ _USES_AT_ONCE = 128
 class Route:
     """A gate's choice: ``indices`` [T][K] of MoE layer ``row``, and how many of its distinct
     experts were cached, were missing, and of these were on their way.  ``x_TD`` is the experts'
-    input, None where the backend went through several layers at once."""
+    input, None where the backend went through several layers at once.  ``behind`` tokens of the
+    same pass came before."""
 
     row: int
     indices: list[list[int]]
@@ -42,9 +43,30 @@ class Route:
     misses: int
     coming: int
     x_TD: Tensor | None
+    behind: int = 0
 
 
 OnRoute = Callable[[Route], None]
+
+
+@dataclass
+class _Pass:
+    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
+    through layer ``row``."""
+
+    tokens: int = 0
+    row: int = -1
+    seen: int = 0
+
+    def reach(self, row: int, tokens: int) -> None:
+        """A step's tokens are at a layer."""
+        self.seen = (self.seen if row == self.row else 0) + tokens
+        self.row = row
+
+    @property
+    def later(self) -> int:
+        """Tokens that this step's layer has still to see."""
+        return self.tokens - self.seen
 
 
 class HostCompute:
@@ -84,12 +106,14 @@ class HostCompute:
 @dataclass
 class _Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
-    token's experts; lists of expert ids that are ``cached``, to be read ``later``, ``used`` in
-    staging, or to be ``computed`` by the CPU; and reads on their way."""
+    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
+    of expert ids that are ``cached``, to be read ``later``, ``used`` in staging, or to be
+    ``computed`` by the CPU; and reads on their way."""
 
     row: int
     uses: Mapping[int, int]
     newest: set[int]
+    kept: range
     cached: list[int] = field(default_factory=list)
     later: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
@@ -131,6 +155,7 @@ class Experts:
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split, self._using = hybrid, split, using
+        self._pass = _Pass()
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
@@ -158,6 +183,7 @@ class Experts:
         self.slots.recover()
         self.slots.consistent = False  # until the last layer's end
         self.slots.advance(tokens)
+        self._pass = _Pass(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
@@ -166,6 +192,7 @@ class Experts:
     def passed(self, layer: int, indices_MTK: Tensor) -> None:
         """See ``slotmoe.model.network.Experts``."""
         first = sum(moe_layer < layer for moe_layer in self._rows)
+        self._pass.reach(first + len(indices_MTK) - 1, indices_MTK.shape[1])
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
             self._cache.hits += indices_MTK.numel()
         else:
@@ -179,6 +206,7 @@ class Experts:
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
+        self._pass.reach(row, len(x_TD))
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
             self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
@@ -212,7 +240,8 @@ class Experts:
         fetched = [id for id in missing if id not in computed]
         if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
             fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
-        work = _Work(row, uses, {row * self._cache.experts + expert for expert in indices[-1]})
+        newest = {row * self._cache.experts + expert for expert in indices[-1]}
+        work = _Work(row, uses, newest, self._kept(row, len(indices)))
         work.cached = [] if device.queues else [id for id in uses if id in self._cache]
         work.later = fetched[slots.staging :]
         work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
@@ -222,7 +251,7 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        self._cache.use_chunk(row, indices)  # the disk is at work by now
+        self._cache.use_chunk(row, indices, self._pass.later)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -271,14 +300,27 @@ class Experts:
         if len(work.uses) == len(work.newest):
             work.used += used
             return
+        pinned = work.kept or work.newest.union(work.cached)
         for expert_id in used:
-            self.slots.admit(expert_id, pinned=work.newest.union(work.cached))
+            self.slots.admit(expert_id, pinned, must=expert_id in work.kept)
+        if work.kept:
+            self.slots.admit_guesses(pinned)
         if work.later:
             now, work.later = work.later[: len(used)], work.later[len(used) :]
             coming = {read.expert_id for read in work.reads}
             work.reads += self.slots.demand(now, pinned=coming.union(now))
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
+
+    def _kept(self, row: int, tokens: int) -> range:
+        """Of a pass in several steps this layer's experts stay until its last step, where there is
+        room for two layers, and what later layers will use stays too: new experts replace those of
+        layers that are done.  The first two layers' replace what the cache likes least of all but
+        theirs."""
+        experts, end = self._cache.experts, len(self._rows) if row >= 2 else row + 2
+        if tokens == self._pass.tokens or 2 * experts > self._cache.slots:
+            return range(0)
+        return range(row * experts, min(end, len(self._rows)) * experts)
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
@@ -308,7 +350,8 @@ class Experts:
         self._met += coming
         if self._listeners:
             hits = len(uses) - len(missing)
-            self._tell(Route(row, indices, hits, len(missing), coming, x_TD))
+            behind = self._pass.seen - len(indices)
+            self._tell(Route(row, indices, hits, len(missing), coming, x_TD, behind))
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))
 
@@ -341,7 +384,7 @@ class Experts:
             listener(route)
 
     def _end_of_layer(self, row: int) -> None:
-        if row == len(self._rows) - 1:
+        if row == len(self._rows) - 1 and self._pass.later == 0:
             self.slots.consistent = True
         if self._using.stopping:
             self._using.stop()

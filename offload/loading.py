@@ -42,6 +42,7 @@ from slotmoe.offload.plan.memory import (
 from slotmoe.offload.plan.speed import stored_bandwidths
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.policy.cache import Cache, make_cache
+from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
@@ -77,6 +78,8 @@ class Options:
     logits_rows: int = 1
     sequences: int = 1
     misses: str = "auto"
+    experts_dirs: tuple[str | Path, ...] = ()
+    draft: str = "auto"
 
     def __post_init__(self) -> None:
         if self.cache_policy not in (None, *POLICIES):
@@ -88,16 +91,17 @@ class Options:
             raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
-        if self.misses not in MODES:
-            raise ConfigError(
-                f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
-            )
+        for name, values in (("misses", MODES), ("draft", DRAFTS)):
+            if (given := getattr(self, name)) not in values:
+                expected = f"expected one of: {', '.join(values)}"
+                raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``experts``, ``sizes`` and ``store`` are None on the reference path."""
+    computes with it.  ``draft`` is what drafts come from, ``ngram`` or ``off``, and why.
+    ``experts``, ``sizes`` and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -111,6 +115,7 @@ class LoadedModel:
     backend: TorchBackend
     opened: ExitStack
     using: Exclusive
+    draft: tuple[str, str]
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
@@ -209,6 +214,10 @@ class _Loader:
                 "the reference path (quantize=False) keeps every expert resident; "
                 "slots can't be given"
             )
+        if options.experts_dirs:
+            raise ConfigError(
+                "the reference path (quantize=False) reads no export; experts_dirs can't be given"
+            )
         if options.sequences > 1:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
@@ -230,7 +239,20 @@ class _Loader:
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
                 self._device, self._reason, backend, opened.pop_all(), self._using,
+                self._draft(network),
             )  # fmt: skip
+
+    def _draft(self, network: Network) -> tuple[str, str]:
+        """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
+        asked, backend = self._options.draft, self._backend
+        if asked == "off":
+            return "off", "asked for"
+        if network.rows > 1:
+            return "ngram", "rows of a pass are bitwise as alone"
+        problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
+        if asked != "auto":
+            raise ConfigError(f"draft {asked}: {problem}; leave it out")
+        return "off", problem
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
         """Everything resident, in the checkpoint's own precision; the cache in float32."""
@@ -266,7 +288,8 @@ class _Loader:
         """An export, its experts behind slots."""
         options, device, backend = self._options, self._device, self._backend
         with ExitStack() as opened:
-            export = opened.enter_context(Export.open(self._folder))
+            copies = [Path(folder) for folder in options.experts_dirs]
+            export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
             config = self._config
             self._check_geometry(export)
@@ -297,7 +320,7 @@ class _Loader:
             guesses = predictor or NextGate(config, weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
-            network = Network(config, weights, backend, experts)
+            network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
@@ -305,7 +328,8 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), self._using, experts, sizes, store,
+                device, self._reason, backend, opened.pop_all(), self._using, self._draft(network),
+                experts, sizes, store,
             )  # fmt: skip
 
     def _check_geometry(self, export: Export) -> None:

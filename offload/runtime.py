@@ -21,7 +21,7 @@ from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
 from slotmoe.offload.loading import LoadedModel, Options, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.source import resolve_model
@@ -75,24 +75,24 @@ class Runtime:
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
-        computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
-        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are as in
-        ``cached_export``.  ``others`` are:
+        computes a checkpoint as it is, all of it resident.  ``revision`` of a hub id is a branch,
+        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``.
+        ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
-                         it is copied there; ``cpu``; ``hybrid``, both, split by measured
-                         bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
-                         measured
+                         it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
+                         ``auto`` takes what measured ones advise, or ``fetch``
+        ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
+        ``draft``        one of ``slotmoe.offload.policy.drafts.DRAFTS`` (docs/drafts.md)
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(
-            vram, ram, context, threads, cache_policy, prefetch, quantize, **others
-        )  # fmt: skip
+        budgets = vram, ram, context, threads
+        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
@@ -121,10 +121,11 @@ class Runtime:
         self._begin(token_ids, len(token_ids))
         logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
         for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
-            end = start + len(hidden_TD)
-            with self.passes.using(changes):
-                logits[start:end] = self.passes.logits(hidden_TD)
-            start = end
+            for rows_TD in hidden_TD.split(PREFILL_CHUNK):
+                end = start + len(rows_TD)
+                with self.passes.using(changes):
+                    logits[start:end] = self.passes.logits(rows_TD)
+                start = end
         return logits
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
@@ -212,8 +213,8 @@ class Runtime:
         """Append one id to each of several sequences in one pass, so that an expert brought for one
         serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
         bitwise what ``Sequence.append`` alone gives."""
-        with self.passes.using(), self.passes.counted("decode", len(ids)):
-            return self.passes.logits(self.passes.forward(sequences, ids), each=True)
+        with self.passes.using():
+            return self.passes.decode(sequences, ids)
 
     def _begin(self, ids: list[int], needed: int, reuse: bool = False) -> list[int]:
         """Begin a text on the first sequence, with ``reuse`` from what that holds of it: the
@@ -289,12 +290,14 @@ class Runtime:
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
-        experts.on_route(lambda route: trace.add(c.moe_layers[route.row], route.indices))
+        experts.on_route(
+            lambda route: trace.add(c.moe_layers[route.row], route.indices, route.behind)
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, and ``device``:
-        which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``, and
+        ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -308,6 +311,9 @@ class Runtime:
         stats: dict[str, Any] = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
+        drafting = self.passes.drafting
+        stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
+        stats["drafts"] |= {} if drafting is None else drafting.stats()
         if model.experts is not None:
             stats |= model.experts.stats()
         if model.store is not None:

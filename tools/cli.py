@@ -73,6 +73,12 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+_NO_MEMORY = "out of memory; end other programs, or lower --ram"
+# What Python and torch say where the system gives no more.
+_SHORTAGES = {
+    "can't start new thread": "out of threads; lower --threads, or raise the limit (ulimit -u)",
+    "can't allocate memory": _NO_MEMORY,
+}
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -102,6 +108,9 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # else nohup ignores it
+        signal.signal(hangup, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, Any]()
     try:
@@ -123,12 +132,18 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
         click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
         sys.exit(1)
     except MemoryError:
-        click.echo("slotmoe: out of memory; end other programs, or lower --ram", err=True)
+        click.echo(f"slotmoe: {_NO_MEMORY}", err=True)
+        sys.exit(1)
+    except ImportError as problem:  # of a library that the system can't map, say
+        text = SlotmoeError(str(problem)[:400])
+        advice = "memory is short, or the installation incomplete"
+        click.echo(f"slotmoe: can't load what it needs ({text}): {advice}", err=True)
         sys.exit(1)
     except Exception as problem:  # a fault of the program's: nobody else wants its traceback
         if state.get("traceback"):
             traceback.print_exc()
-        click.echo(f"slotmoe: {_described(problem)}", err=True)
+        short = (text for sign, text in _SHORTAGES.items() if sign in str(problem))
+        click.echo(f"slotmoe: {next(short, None) or _described(problem)}", err=True)
         sys.exit(1)
 
 

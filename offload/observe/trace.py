@@ -36,12 +36,17 @@ class TraceWriter:
         self._layers = layers
         self._step: dict[int, np.ndarray] = {}
 
-    def add(self, layer: int, indices: list[list[int]]) -> None:
-        """Indices [T, K] of one layer of the present step; a layer met again starts a new step."""
-        if layer in self._step:
+    def add(self, layer: int, indices: list[list[int]], behind: int = 0) -> None:
+        """Indices [T, K] of one layer of the present step, of which ``behind`` tokens of that layer
+        came before; a layer met again starts a new step."""
+        rows = np.array(indices, "<u2")
+        if behind and layer in self._step:
+            rows = np.concatenate([self._step[layer], rows])
+        elif layer in self._step:
             self._step.clear()
-        self._step[layer] = np.array(indices, "<u2")
-        if len(self._step) == len(self._layers):
+        self._step[layer] = rows
+        whole = len(self._step) == len(self._layers)
+        if whole and len(rows) == len(self._step[self._layers[0]]):
             block = np.stack([self._step[layer] for layer in self._layers], axis=1)
             self._file.write(np.uint32(len(block)).astype("<u4").tobytes() + block.tobytes())
             self._file.flush()  # a child that is forked would write what is kept once more

@@ -2,7 +2,7 @@
 
 import click
 
-from slotmoe.tools.bench import decode, download, kernels, quantize, recall, serve
+from slotmoe.tools.bench import codes, decode, download, drafts, kernels, quantize, recall, serve
 from slotmoe.tools.cli import main
 
 
@@ -13,7 +13,7 @@ def bench() -> None:
 
 for command in (
     *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
-    *(quantize.quantize, download.download, serve.serve, recall.recall),
+    *(codes.codes, quantize.quantize, download.download, drafts.drafts, serve.serve, recall.recall),
 ):
     bench.add_command(command)
 
