@@ -132,7 +132,7 @@ _RUNTIME: list[Decorator] = [
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
     choice("--misses", MODES, "auto", _MISSES),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "auto", _DRAFT),
+    choice("--draft", DRAFTS, "off", _DRAFT),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)

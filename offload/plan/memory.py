@@ -257,14 +257,15 @@ def make_plan(
     kernels: str = "native",
     logits_rows: int = 1,
     sequences: int = 1,
+    drafts: bool = False,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert
     slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
     likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
     rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
-    positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one
-    length.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't
-    serve one token."""
+    positions; with ``drafts``, also more rows of a pass of decode.  With other ``kernels`` than
+    native ones (``scratch_bytes``) a prefill pass keeps one length.  A plan that doesn't fit has a
+    ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
@@ -281,15 +282,14 @@ def make_plan(
     scratch = scratch_bytes(config, chunk, kernels, 4 if on_cpu else 6)
     room = budget - fixed - scratch
     if kernels == "native":
-        drafted = MOST_DRAFTED
+        drafted = MOST_DRAFTED if drafts else 0
         if slots is not None or room < everything * record:
-            chunk, drafted = _prefill_chunk(config, context, room), FEW_DRAFTED
+            chunk, drafted = _prefill_chunk(config, context, room), min(drafted, FEW_DRAFTED)
         sums = 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank  # of a row's attention
         scratch = scratch_bytes(config, chunk) + drafted * sums
     room = (budget - fixed - scratch) // record
     count, staging = _divide(room, slots, everything, top_k)
-    least = min(slots or top_k, everything)
-    if count < least:
+    if count < (least := min(slots or top_k, everything)):
         count, staging = least, top_k
     components |= {
         "prefill scratch": scratch,

@@ -193,7 +193,7 @@ def test_several_answers_in_one_pass(sample_export, eager):
     prompts = [TEXT, "Call me", TEXT[30:], "import os\nimport os\nimport os\n"]
     with (
         Runtime.open(sample_export, draft="off", **OPTIONS) as plain,
-        Runtime.open(sample_export, sequences=4, **OPTIONS) as drafting,
+        Runtime.open(sample_export, sequences=4, draft="auto", **OPTIONS) as drafting,
     ):
         ids = [plain.tokenizer.encode(prompt) for prompt in prompts]
         batch = Scheduler(drafting, 4, 0)
@@ -294,7 +294,7 @@ def test_a_run_says_what_was_drafted(slotmoe, sample_export, eager):
         reports[kind] = json.loads(out)
     for key in ("text", "ids", "logprobs"):
         assert reports["off"][key] == reports["ngram"][key]
-    assert reports["off"]["drafts"] == {"kind": "off", "why": "asked for"}
+    assert reports["off"]["drafts"] == {"kind": "off", "why": "not asked for"}
     drafts = reports["ngram"]["drafts"]
     assert drafts["accepted"] > 0 and drafts["passes"] + drafts["accepted"] == 39
     told = ["rows a pass" in summary(reports[kind]) for kind in ("off", "ngram")]
@@ -329,7 +329,7 @@ def test_a_text_that_goes_on_by_chance_loses_nothing(cost, copied):
 
 
 def test_drafts_are_off_where_rows_change_bits(sample_export):
-    with Runtime.open(sample_export, kernels="torch", context=64) as runtime:
+    with Runtime.open(sample_export, kernels="torch", context=64, draft="auto") as runtime:
         assert runtime.stats()["drafts"]["kind"] == "off"
         assert "not bitwise" in runtime.stats()["drafts"]["why"]
     with pytest.raises(ConfigError, match=r"draft ngram: torch .* leave it out"):
