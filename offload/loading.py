@@ -79,7 +79,7 @@ class Options:
     sequences: int = 1
     misses: str = "auto"
     experts_dirs: tuple[str | Path, ...] = ()
-    draft: str = "auto"
+    draft: str = "off"
 
     def __post_init__(self) -> None:
         if self.cache_policy not in (None, *POLICIES):
@@ -246,7 +246,7 @@ class _Loader:
         """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
         asked, backend = self._options.draft, self._backend
         if asked == "off":
-            return "off", "asked for"
+            return "off", "not asked for"
         if network.rows > 1:
             return "ngram", "rows of a pass are bitwise as alone"
         problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
@@ -307,6 +307,7 @@ class _Loader:
                 kernels=backend.kind,
                 logits_rows=options.logits_rows,
                 sequences=options.sequences,
+                drafts=options.draft != "off",
             )
             self._check(plan)
             place = self._placer()

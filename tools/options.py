@@ -140,7 +140,7 @@ _RUNTIME: list[Decorator] = [
     choice("--misses", MODES, "auto", _MISSES),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "auto", _DRAFT),
+    choice("--draft", DRAFTS, "off", _DRAFT),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
