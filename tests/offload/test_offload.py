@@ -83,9 +83,9 @@ def test_budget_too_small_says_by_how_much(sample_export):
     text = str(refused.value)
     needed = parse_size(text.split("at least ")[1].split(" of ")[0])
     short = parse_size(text.split("100.0 MiB, ")[1].split(" short")[0])
-    assert (
-        abs(needed - (100 << 20) - short) < 0.06 * needed
-    )  # sizes have one decimal, and this process may need 1.0 GiB
+    # Both have one decimal, of GiB in a process that has grown: half of it may be lost twice.
+    lost = 0.1 * (1 << 30) if needed >= 1 << 30 else 0.06 * needed
+    assert abs(needed - (100 << 20) - short) <= lost
 
 
 @pytest.mark.parametrize(
