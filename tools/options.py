@@ -103,8 +103,6 @@ _DRAFT = (
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
-
-
 _EXPERTS_HELP = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
@@ -336,7 +334,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
         told = {"progress": progress, "notify": notify}
         reporting = {**told, "arriving": arriving} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        settings |= {name: options[name] for name in ("ram", "vram", "slots", "draft")}
+        of_model = ("ram", "vram", "slots", "draft", "experts_dirs")
+        settings |= {name: options[name] for name in of_model}
         settings |= {**told, "reading": reading, **runtime_arguments(options)}
         runtime = Runtime.open(folder, **settings)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
@@ -353,8 +352,8 @@ def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
 
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """What ``Runtime.open`` takes of ``runtime_options``, without budgets."""
-    names = ("device", "context", "threads", "cache_policy", "misses", "experts_dirs")
+    """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
+    names = ("device", "context", "threads", "cache_policy", "misses")
     shared = {name: options[name] for name in names}
     prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
     return {**shared, "prefetch": prefetch, "kernels": kernels}

@@ -109,7 +109,8 @@ def command(
         raise PlanError(f"{problem}: {advice}")
     resident, why = choose_precision(planned, target, options["resident"])
     codecs, rest = choose_codecs(planned, wanted), (options["slots"], options["misses"])
-    scenario = Scenario(planned, target, resident, codecs, context, *rest)
+    drafts = options["draft"] != "off"
+    scenario = Scenario(planned, target, resident, codecs, context, *rest, drafts)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)

@@ -26,6 +26,7 @@ from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.reader import Export
 from slotmoe.tools.cli import main
 from tests.support.engine import IDS, whole
+from tests.support.tiny import SAMPLE
 
 NAME = "layer-00002.safetensors"
 
@@ -86,6 +87,11 @@ def test_commands_know_drives(copies, capsys):
     assert call(["bench", str(export), *sizes, *few, "--json"]) == 0
     drives = json.loads(capsys.readouterr().out)["disk"]["drives"]
     assert len(drives) == 3 and all(drive["bandwidth"] > 0 for drive in drives)
+    text = export.parent / "text"
+    text.write_text("The people of the United States have a government.")
+    reference = ["--reference", str(SAMPLE)]  # which has no copies
+    assert call(["eval", str(export), "--text", str(text), *reference, *few, "--json"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["kl_divergence"] < 0.1
     alone = ["plan", "v2-lite", "--ram", "5GiB", "--disk-bandwidth", "1GB", "--json"]
     rates = []
     for more in ([], given):
@@ -174,9 +180,8 @@ def test_what_is_no_copy_is_refused(copies, harm, message):
 
 
 def test_the_reference_path_takes_no_copies(copies):
-    sample = Path(__file__).parents[2] / "model" / "sample"
     with pytest.raises(ConfigError, match="experts_dirs"):
-        Runtime.open(sample, quantize=False, experts_dirs=copies[1])
+        Runtime.open(SAMPLE, quantize=False, experts_dirs=copies[1])
 
 
 def limit(monkeypatch, rates):

@@ -176,6 +176,25 @@ def test_host_memory_below_a_gpu():
         short.check()
 
 
+def test_drafts_have_room(plan):
+    config, row = geometry("v2-lite"), 4 * 16 * 16 * 512  # sums of a row's attention
+    for budget, options, count in (
+        (64 * GIB, {}, 15),
+        (5 * GIB, {}, 3),
+        (64 * GIB, {"slots": 64}, 3),
+        (64 * GIB, {"kernels": "torch"}, 0),
+    ):
+        plain, drafting = (plan_of(config, budget, drafts=d, **options) for d in (False, True))
+        more = {name: size - plain.components[name] for name, size in drafting.components.items()}
+        assert (plain.drafted, drafting.drafted) == (0, count)
+        assert more["prefill scratch"] == count * row and drafting.total <= budget
+    shown = []
+    for draft in ("off", "auto"):
+        _, out, _ = plan("v2-lite", "--ram", "5GiB", "--draft", draft, "--json")
+        shown.append(json.loads(out)["components"]["prefill scratch"]["ram"])
+    assert shown[1] - shown[0] == 3 * row
+
+
 def test_prefill_passes_grow_with_the_room():
     config = read_config(SAMPLE / "config.json")
     spare = 20 * waiting_bytes(config, 1024)
