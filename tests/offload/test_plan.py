@@ -20,6 +20,7 @@ from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_n
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import GPUS, geometry_path
+from slotmoe.offload.plan import divergence
 from slotmoe.offload.plan.memory import (
     _prefill_chunk,
     format_size,
@@ -406,6 +407,16 @@ def test_a_readable_table(plan):
         "ram 40 GB/s (assumed)",
     ):
         assert words in " ".join(out.split())
+
+
+def test_divergence_says_who_measured_it(plan, monkeypatch):
+    origins = json.loads(plan("v2-lite", "--ram", "8GiB", "--json")[1])["divergence_origins"]
+    shown = " ".join(plan("v2-lite", "--ram", "8GiB")[1].split())
+    assert origins and f"Measured by {' and by '.join(origins)}." in shown
+    rows = [{**row} for row in divergence.measured()["rows"]]
+    assert all(row.pop("origin") in origins for row in rows)
+    monkeypatch.setattr(divergence, "measured", lambda: {"rows": rows})
+    assert "Measured by" not in plan("v2-lite", "--ram", "8GiB")[1]
 
 
 def test_the_verdict_comes_first(plan):
