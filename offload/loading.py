@@ -21,7 +21,8 @@ from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.experts import Experts, HostCompute
+from slotmoe.offload.experts import Experts
+from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.plan.memory import (

@@ -291,10 +291,9 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    room, drafted = budget - sum(components.values()) - scratch, 0
-    if drafts and kernels == "native":
-        is_scarce = min(room // record, slots or everything) < everything
-        drafted = FEW_DRAFTED if is_scarce else MOST_DRAFTED
+    room = budget - sum(components.values()) - scratch
+    is_scarce = min(room // record, slots or everything) < everything
+    drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
     sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
     room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.

@@ -19,8 +19,8 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_name
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan import divergence
+from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import (
     _prefill_chunk,
     format_size,
