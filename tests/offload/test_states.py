@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -294,7 +294,7 @@ class Engine(RuleBasedStateMachine):
         assert (slots.slots_ME.numpy().ravel() == known).all()
 
 
-def run(examples, steps):
+def run(examples, steps, phases=tuple(Phase)):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         Engine,
@@ -304,6 +304,7 @@ def run(examples, steps):
             deadline=None,
             suppress_health_check=checks,
             derandomize=examples < 100,
+            phases=phases,
         ),
     )
 
@@ -357,3 +358,11 @@ def test_planted_defects_are_found(name, monkeypatch):
     follow(steps[:-1])
     with pytest.raises(AssertionError):
         follow(steps)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_machine_comes_upon_planted_defects(name, monkeypatch):
+    """By itself, in the orders that it makes up."""
+    monkeypatch.setattr(Slots, *PLANTED[name][0])
+    with pytest.raises(BaseException, match=r"(?s)."):
+        run(40, 60, [Phase.generate])
