@@ -21,10 +21,10 @@ class Child:
 
     def run(self, data: bytes) -> bytes:
         """What the program writes when it reads ``data``.  Raises ``ConfigError``."""
-        # What Python would search, without the working directory.
+        # What Python would search, without the working directory; so it need not look for it (-S).
         paths = json.dumps([path for path in sys.path if path])
         limits = map(str, (self.seconds, self.memory))
-        command = [sys.executable, "-I", "-c", _LIMITS + self.program, paths, *limits]
+        command = [sys.executable, "-I", "-S", "-c", _LIMITS + self.program, paths, *limits]
         timeout = 60 * self.seconds  # for a machine that stands still: the child bounds CPU time
         try:  # the environment may hold keys: who breaks out finds it empty
             child = subprocess.run(

@@ -2,6 +2,7 @@
 on loopback."""
 
 import os
+from importlib.util import find_spec
 
 # OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
 # from the other test process: with two processes on two cores a run took ten times as long.
@@ -12,6 +13,7 @@ import torch
 
 from slotmoe.offload.ingest.quantize import quantize
 from tests.support.hub import HOME, HUB, TOKEN
+from tests.support.interpreter import quicken
 from tests.support.tiny import SAMPLE
 
 # huggingface_hub reads these when it is imported, which any test may be the first to do.
@@ -33,6 +35,22 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFO
 def private_cache(tmp_path_factory):
     """Nothing a test does may depend on, or leave anything in, the user's own cache folder."""
     os.environ["SLOTMOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """No machine loses its power here, and a busy disk takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Where Triton interprets kernels: a third of its time is nothing but looking up names."""
+    if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
+        quicken()
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +81,6 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    for name in (
-        "fsync",
-        "fdatasync",
-    ):  # no machine loses its power here, and a busy disk takes its time
-        monkeypatch.setattr(os, name, lambda handle: None)
     HUB.reset()
     yield HUB
     HUB.reset()

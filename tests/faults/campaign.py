@@ -162,8 +162,11 @@ class Campaign:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def attacked(folder: Path, names: list[str], most: int, seed: int) -> Campaign:
-    """A campaign at ``most`` points of each fault of each command, or at all for 0."""
+def attacked(
+    folder: Path, names: list[str], most: int, part: tuple[int, int], seed: int
+) -> Campaign:
+    """A campaign at ``most`` points of each fault of each command, or at all for 0; of those the
+    ``part``: (3, 10) is every tenth from the third on."""
     import torch  # noqa: F401, once and not in every child
 
     import slotmoe.offload.ingest.quantize
@@ -193,8 +196,8 @@ def attacked(folder: Path, names: list[str], most: int, seed: int) -> Campaign:
     campaign, generator = Campaign(folder, disk), random.Random(seed)
 
     def points(count: int) -> list[int]:
-        every = range(1, count + 1)
-        return sorted(generator.sample(every, most)) if 0 < most < count else list(every)
+        every = range(part[0], count + 1, part[1])
+        return sorted(generator.sample(every, most)) if 0 < most < len(every) else list(every)
 
     for name in names:
         campaign.attack(name, points)
@@ -221,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commands", nargs="*", help=f"of {', '.join(COMMANDS)}; all by default")
     parser.add_argument("--points", type=int, default=0, help="so many of each fault, 0 is all")
+    parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="3 10: each tenth from 3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -230,7 +234,7 @@ def main() -> None:
         sys.stdout.buffer.write(done.stdout)
         sys.exit(done.returncode)
     names = given.commands or list(COMMANDS)
-    campaign = attacked(given.folder, names, given.points, given.seed)
+    campaign = attacked(given.folder, names, given.points, tuple(given.part), given.seed)
     print(json.dumps({"points": campaign.report, "wrong": campaign.wrong}, indent=1))
     sys.exit(bool(campaign.wrong))
 

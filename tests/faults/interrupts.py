@@ -10,6 +10,7 @@ import faulthandler
 import json
 import random
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ HANGS = 120  # seconds for so many
 
 
 def attacked(
-    export: Path, kind: str, count: int, signals: int, chance: random.Random
+    export: Path, kind: str, count: int, signals: int, chance: random.Random, seconds: float = 1e9
 ) -> dict[str, Any]:
-    """``count`` exceptions and ``signals``; how many of them came while a computation ran.  Raises
-    ``AssertionError`` where one did harm; a hang ends the process."""
-    exact = kind != "hybrid"
+    """``count`` exceptions and ``signals``, or fewer where ``seconds`` are over; how many of them
+    came while a computation ran.  Raises ``AssertionError`` where one did harm; a hang ends the
+    process."""
+    exact, end = kind != "hybrid", time.monotonic() + seconds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Prefetcher, "pays", lambda self: True)  # records this small never do
         patch.setattr(loading, "HELP_BYTES", 0)
@@ -40,15 +42,16 @@ def attacked(
             while len(chosen) < count:
                 line = chance.choice(lines)
                 chosen.append((line, chance.randint(1, times[line])))
-            came, found = 0, 0
-            for start in range(0, count, AT_ONCE):
+            came = found = done = 0
+            while done < count and time.monotonic() < end:
                 faulthandler.dump_traceback_later(HANGS, exit=True)
-                came += interrupt(runtime, chosen[start : start + AT_ONCE], exact)
+                part = chosen[done : done + AT_ONCE]
+                came, done = came + interrupt(runtime, part, exact), done + len(part)
             for start in range(0, signals, AT_ONCE):
                 faulthandler.dump_traceback_later(HANGS, exit=True)
                 found += random_ctrl_c(runtime, min(AT_ONCE, signals - start), exact, chance)
             faulthandler.cancel_dump_traceback_later()
-    return {"kind": kind, "lines": len(lines), "injected": count, "came": came, "signals": found}
+    return {"kind": kind, "lines": len(lines), "injected": done, "came": came, "signals": found}
 
 
 def main() -> None:
@@ -59,13 +62,15 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
     parser.add_argument("--count", type=int, default=2500, help="for each kind")
     parser.add_argument("--signals", type=int, default=250, help="for each kind")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for each kind's exceptions")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         quantize(SAMPLE, Path(folder) / "export")
         for kind in given.kinds or KINDS:
             chance = random.Random(f"{kind} {given.seed}")
-            found = attacked(Path(folder) / "export", kind, given.count, given.signals, chance)
+            limits = given.count, given.signals, chance, given.seconds
+            found = attacked(Path(folder) / "export", kind, *limits)
             print(json.dumps(found), flush=True)
 
 

@@ -89,10 +89,11 @@ def attacked(
     stride: int = 1,
     power: bool = False,
     change: int = 1,
+    seconds: float = 1e9,
     seed: int = 0,
 ) -> dict[str, Any]:
     """So many kills, first at each ``stride``-th ``change`` of the disk, or as many power cuts as
-    there are changes; what came of them."""
+    there are changes, or fewer where ``seconds`` are over; what came of them."""
     work, wrong, killed, resumed = WORKS[name](source, folder), list[str](), 0, 0
 
     def child(die_at: int = 0, after: float | None = None) -> int:
@@ -111,8 +112,8 @@ def attacked(
     started = time.perf_counter()
     assert child() == 0
     duration, wanted = time.perf_counter() - started, work.check()
-    generator = random.Random(seed)
-    while killed < count and (stride or not power):
+    generator, end = random.Random(seed), time.monotonic() + seconds
+    while killed < count and (stride or not power) and time.monotonic() < end:
         clean()
         what = f"change {change}" if stride else "random moment"
         for again in range(1 if power else generator.choice((1, 1, 3))):
@@ -150,13 +151,15 @@ def main() -> None:
     parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; all by default")
     parser.add_argument("--count", type=int, default=2000, help="kills, for each work")
     parser.add_argument("--stride", type=int, default=1, help="changes of the disk between two")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for each work")
     parser.add_argument("--seed", type=int, default=0)
     given, failed = parser.parse_args(), False
     with tempfile.TemporaryDirectory(dir=memory()) as name:
         source = Path(name) / "source"
         assert forked(partial(write_checkpoint, source, shards=2, **SMALL)) == 0
         for work, power in product(given.works or WORKS, (False, True)):
-            options = {"stride": given.stride, "power": power, "seed": given.seed}
+            options = {"stride": given.stride, "power": power}
+            options |= {"seconds": given.seconds, "seed": given.seed}
             found = attacked(work, source, Path(name) / "work", given.count, **options)
             failed = failed or bool(found["wrong"])
             print(json.dumps(found), flush=True)

@@ -1,0 +1,29 @@
+"""Triton's interpreter without what it does over and over: it looks through all names of the
+language before each call of a function, and makes a table of types for each type it looks up."""
+
+import inspect
+from functools import cache
+from types import SimpleNamespace
+
+
+def quicken() -> None:
+    """Let this process's interpreter remember both.  What it computes stays the same."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    @cache
+    def builtins_of(package):  # asked for the first time before any of them is replaced
+        return [name for name, value in inspect.getmembers(package) if is_builtin(value)]
+
+    def members(package):
+        return [(name, getattr(package, name)) for name in builtins_of(package)]
+
+    def type_of(kind):
+        if isinstance(kind, language.pointer_type):
+            return pointer
+        return scalar(kind.element_ty if isinstance(kind, language.block_type) else kind)
+
+    is_builtin, plain = language.core.is_builtin, interpreter._get_np_dtype
+    scalar, pointer = cache(plain), plain(language.pointer_type(language.int8))
+    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": members})
+    interpreter._get_np_dtype = type_of
