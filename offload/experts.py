@@ -18,7 +18,10 @@ from torch import Tensor
 from slotmoe.model.layers import Timer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.policy.forecast import FOLLOWED, Array
 from slotmoe.offload.policy.hybrid import Split
+from slotmoe.offload.policy.substitutes import RouteBudget
+from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.host import HostTier
@@ -131,6 +134,8 @@ class Experts:
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split, self._using = hybrid, split, using
+        self.substitution: Substitution | None = None
+        self._apart = False  # whether the pass's tokens are of several sequences
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
@@ -153,8 +158,11 @@ class Experts:
         complete = self.slots.complete and not stops
         return SlotTable(self.records, self._none_ME if stops else self.slots.slots_ME, complete)
 
-    def begin(self, tokens: int) -> bool:
+    def begin(self, tokens: int, sequences: int = 1) -> bool:
         """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
+        self._apart = sequences > 1
+        if self.substitution is not None:
+            self.substitution.chooser.advance(tokens if tokens == sequences else 0)
         self.slots.recover()
         self.slots.consistent = False  # until the last layer's end
         self.slots.advance(tokens)
@@ -163,7 +171,7 @@ class Experts:
         self.lookahead.begin()
         return self.lookahead.active and tokens == 1
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
         first = sum(moe_layer < layer for moe_layer in self._rows)
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
@@ -172,13 +180,20 @@ class Experts:
             for row, indices in enumerate(self._device.download(indices_MTK).get().tolist(), first):
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
-                self._cache.use_chunk(row, indices)
+                x_TD = None if x_MTD is None else x_MTD[row - first]
+                self._cache.use_chunk(row, indices, self._inputs(x_TD))
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
+        if self.substitution is not None and self.substitution.chooser.active:
+            choice, first = (x_TD, weights_TK, indices_TK), row * self._cache.experts
+            at_hand = self.slots.at_hand
+            weights_TK, indices_TK = self.substitution(
+                row, *choice, lambda expert: at_hand(first + expert)
+            )
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
             self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
@@ -202,6 +217,7 @@ class Experts:
             return
         chosen = device.download(indices_TK)
         inputs = device.download(x_TD) if self.split.computes else None
+        learned = self._inputs(x_TD)
         if device.queues:  # by the slot table, before the host knows the choice
             yield slots.slots_ME[row]
         indices = chosen.get().tolist()
@@ -222,7 +238,7 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        self._cache.use_chunk(row, indices)  # the disk is at work by now
+        self._cache.use_chunk(row, indices, learned)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -279,6 +295,12 @@ class Experts:
             work.reads += self.slots.demand(now, pinned=coming.union(now))
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
+
+    def _inputs(self, x_TD: Tensor | None) -> Array | None:
+        """What the cache policy learns from, if it does."""
+        if x_TD is None or self._apart or not self._cache.learns:
+            return None
+        return self._device.download(x_TD[-FOLLOWED:]).get().numpy()
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
@@ -384,7 +406,8 @@ class Experts:
         counts: dict[str, Any] = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
-        counts |= {"bypassed": cache.bypassed, "slots": slots.planned}
+        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed}
+        counts |= {"slots": slots.planned}
         stats: dict[str, Any] = {"cache": counts, "wait_seconds": slots.wait_seconds}
         if self.lookahead is not None:
             stats["prefetch"] = self.lookahead.stats()
@@ -392,6 +415,15 @@ class Experts:
             misses = {"mode": self.split.mode, "fetched": self._fetched}
             stats["misses"] = misses | {"computed": self._computed, "seconds": self.hybrid.seconds}
         return stats
+
+    def swaps(self) -> dict[str, Any]:
+        """Of a route budget, if there is one: ``swaps``, their estimated cost in nats a token, how
+        many tokens were decoded."""
+        budget = self.substitution.chooser if self.substitution is not None else None
+        if not isinstance(budget, RouteBudget):
+            return {}
+        spent = budget.spent / max(budget.tokens, 1)
+        return {"swaps": budget.swaps, "estimated_kl": spent, "tokens": budget.tokens}
 
     def close(self) -> None:
         """Stop what goes on in other threads."""

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.experts import Experts, HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
+from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     LENT,
@@ -40,12 +41,14 @@ from slotmoe.offload.plan.memory import (
     sizes_of,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
+from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
+from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.source import eos_token_ids, open_tokenizer
+from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
@@ -56,42 +59,8 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
-MAX_THREADS = 256  # as many as the native kernels start
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``Runtime.open`` is asked for; it documents them."""
-
-    vram: int | str | None = None
-    ram: int | str | None = None
-    context: int | None = None
-    threads: int | None = None
-    cache_policy: str | None = None
-    prefetch: bool = True
-    quantize: bool = True
-    slots: int | None = None
-    kernels: str = "auto"
-    logits_rows: int = 1
-    sequences: int = 1
-    misses: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.cache_policy not in (None, *POLICIES):
-            raise ConfigError(
-                f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "
-                + ", ".join(POLICIES)
-            )
-        if not 1 <= self.sequences <= 256:
-            raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
-        if self.misses not in MODES:
-            raise ConfigError(
-                f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -111,6 +80,7 @@ class LoadedModel:
     backend: TorchBackend
     opened: ExitStack
     using: Exclusive
+    options: Options
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
@@ -179,7 +149,11 @@ class _Loader:
     def _configure(self, source: Export | Checkpoint) -> Tokenizer:
         """Take the config from ``source``, which has verified it; returns the tokenizer."""
         read = source.small_file
-        self._config = config_among(read, self._folder)
+        config, fewer = config_among(read, self._folder), self._options.experts_per_token
+        if fewer is not None and not 1 <= fewer <= config.num_experts_per_tok:
+            most = f"expected 1 to {config.num_experts_per_tok}, as many as the model was made for"
+            raise ConfigError(f"experts_per_token is {fewer}, {most}")
+        self._config = replace(config, num_experts_per_tok=fewer or config.num_experts_per_tok)
         self._context = choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
@@ -209,6 +183,11 @@ class _Loader:
                 "the reference path (quantize=False) keeps every expert resident; "
                 "slots can't be given"
             )
+        if options.route_budget:
+            raise ConfigError(
+                "the reference path (quantize=False) keeps every expert resident, so none is "
+                "missing; route_budget can't be given"
+            )
         if options.sequences > 1:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
@@ -229,7 +208,7 @@ class _Loader:
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(), self._using,
+                self._device, self._reason, backend, opened.pop_all(), self._using, options,
             )  # fmt: skip
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
@@ -298,6 +277,7 @@ class _Loader:
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
             network = Network(config, weights, backend, experts)
+            experts.substitution = self._substitution(network, predictor, plan)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
@@ -305,8 +285,27 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), self._using, experts, sizes, store,
+                device, self._reason, backend, opened.pop_all(), self._using, options,
+                experts, sizes, store,
             )  # fmt: skip
+
+    def _substitution(
+        self, network: Network, predictor: Predictor | None, plan: Plan
+    ) -> Substitution | None:
+        """What spends the route budget, if one is given; where all experts get slots they are soon
+        there, and nothing is to be saved."""
+        config, budget = self._config, self._options.route_budget
+        if not budget:
+            return None
+        if predictor is None or not predictor.swap_prices:
+            raise ConfigError(
+                f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
+                "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
+            )
+        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
+            return None
+        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
+        return Substitution(network, self._device, chooser)
 
     def _check_geometry(self, export: Export) -> None:
         config = self._config

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling, Token, generate
+from slotmoe.offload.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
-from slotmoe.offload.loading import LoadedModel, Options, open_model
+from slotmoe.offload.loading import LoadedModel, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
+from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
@@ -83,6 +85,8 @@ class Runtime:
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
+        ``route_budget`` nats of KL divergence a token that swaps of experts may cost
+        ``experts_per_token``  fewer experts a token than the model was made for
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
                          it is copied there; ``cpu``; ``hybrid``, both, split by measured
                          bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
@@ -289,12 +293,17 @@ class Runtime:
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
-        experts.on_route(lambda route: trace.add(c.moe_layers[route.row], route.indices))
+
+        def on_route(route: Route) -> None:
+            assert route.x_TD is not None
+            trace.add(c.moe_layers[route.row], route.indices, route.x_TD.cpu().numpy())
+
+        experts.on_route(on_route, inputs=True)
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, and ``device``:
-        which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``routing``
+        where options change the text, and ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -314,6 +323,8 @@ class Runtime:
             stats["io"] = model.store.stats()
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
+        if model.options.altered is not None:
+            stats["routing"] = {"altered": model.options.altered, **model.experts.swaps()}
         return stats
 
     def close(self) -> None:

@@ -184,10 +184,10 @@ class HostTier(DiskReader):
                 self._in_use[expert_id] += 1
                 return _Use(expert_id, self.table.slot_of[expert_id], cached=True)
             # All that is on its way has been queued: the oldest copy makes room.
-            while not self.table.free:
+            while not (self.table.free or self.table.left):
                 self._copying[0][0].synchronize()
                 self._collect()
-            return _Use(expert_id, self.table.free.pop(), cached=False)
+            return _Use(expert_id, self.table.acquire(expert_id)[0], cached=False)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:

@@ -2,7 +2,7 @@
 
 import click
 
-from slotmoe.tools.bench import decode, download, kernels, quantize, recall, serve
+from slotmoe.tools.bench import decode, download, kernels, quantize, recall, routing, serve
 from slotmoe.tools.cli import main
 
 
@@ -14,6 +14,7 @@ def bench() -> None:
 for command in (
     *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
     *(quantize.quantize, download.download, serve.serve, recall.recall),
+    routing.routing,
 ):
     bench.add_command(command)
 

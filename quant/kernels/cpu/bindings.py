@@ -49,10 +49,10 @@ class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
     number of layers, all up to its experts, of which some have no slot.
 
-    `h` float32 [T, H] is the residual stream there. `x` float32 [T, H] and `weights` float32 [T, k]
-    are those experts' input and weights, and mean nothing where all layers are done.  `indices`
-    int64 [n, T, k] are the choices of the routers that were asked, this layer's the last; `seconds`
-    are what attention, routers, experts and MLPs took."""
+    `h` float32 [T, H] is the residual stream there.  `indices` int64 [n, T, k] are the choices of
+    the routers that were asked, this layer's the last, and `x` float32 [n, T, H] their inputs;
+    `weights` float32 [T, k] are this layer's, and mean nothing where all are done.  `seconds` are
+    what attention, routers, experts and MLPs took."""
 
     layer: int
     h: Tensor
@@ -253,7 +253,8 @@ class Kernels:
             optional_address("x", x, torch.float32, (t, hidden)),
             optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, norm, weights = (torch.empty(t, n) for n in (hidden, hidden, decoder.top_k))
+        y, weights = (torch.empty(t, n) for n in (hidden, decoder.top_k))
+        norm = torch.empty(asked + 1, t, hidden)
         indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
@@ -264,7 +265,7 @@ class Kernels:
             indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
         for part, duration in zip(_PARTS, spent, strict=True):
             self._functions[part].seconds += duration
-        return Decoded(layer, y, norm, weights, indices, spent)
+        return Decoded(layer, y, norm[: len(indices)], weights, indices, spent)
 
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times
