@@ -12,7 +12,7 @@ from torch import Tensor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import read_text, split
 from slotmoe.tools.bench import turns
-from slotmoe.tools.options import count, option
+from slotmoe.tools.options import NEW_FILE, count, option
 
 _BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04)
 _GRAM = 4  # tokens
@@ -55,6 +55,7 @@ class _Way:
 @count("--tokens", 1000, "Tokens of each text, decoded one by one.")
 @count("--generate", 0, "Tokens to generate after the first 32 of each text.", least=0)
 @option("--budget budgets", "NATS", "Route budget, repeatable.", type=float, multiple=True)
+@option("-o --output", "CHART.png", "Draw bytes against KL divergence.", type=NEW_FILE)
 @turns.THREADS
 def routing(
     export: str,
@@ -63,6 +64,7 @@ def routing(
     tokens: int,
     generate: int,
     budgets: tuple[float, ...],
+    output: Path | None,
     threads: int | None,
 ) -> None:
     """For each TEXT and route budget, bytes read a token and the KL divergence from the text
@@ -80,7 +82,28 @@ def routing(
         figures = [name for name in chosen[0] if name not in ("text", "budget")]
         means = {name: sum(row[name] for row in chosen) / len(chosen) for name in figures}
         rows.append({"text": "mean", "budget": budget, **means})
+    if output is not None:
+        _draw(rows, output)
     turns.finish(rows, export=export, slots=slots)
+
+
+def _draw(rows: list[turns.Row], output: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for text in dict.fromkeys(row["text"] for row in rows):
+        points = [row for row in rows if row["text"] == text]
+        whole = points[0]["bytes_per_token"]
+        saved = [100 * (1 - point["bytes_per_token"] / whole) for point in points]
+        style = {"linewidth": 2.5, "color": "black"} if text == "mean" else {"linewidth": 1.2}
+        axes.plot([point["kl"] for point in points], saved, marker="o", label=text, **style)
+    axes.set(xlabel="KL divergence, nats a token", ylabel="fewer bytes read (%)")
+    axes.set(xlim=0, ylim=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(output)
 
 
 def _open(export: str, slots: int, threads: int | None, budget: float) -> Runtime:
