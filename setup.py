@@ -19,6 +19,7 @@ FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
 FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread -g0".split()
 FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same bytes wherever it is built
 PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
 setup(

@@ -3,25 +3,17 @@
 Shapes: T tokens, D hidden_size, E routed experts, K experts a token, R experts that are looked at.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from slotmoe.model.network import Network
 from slotmoe.model.routing import Router, route
+from slotmoe.offload.policy.substitutes import RandomSwaps, RouteBudget
 from slotmoe.offload.tiers.device import Device
 
-
-class Chooser(Protocol):
-    """Chooses by rank: ``slotmoe.offload.policy.substitutes``."""
-
-    @property
-    def active(self) -> bool: ...
-
-    def advance(self, tokens: int) -> None: ...
-
-    def choose(self, row: int, weights: Sequence[float], present: Sequence[bool]) -> list[int]: ...
+Chooser = RouteBudget | RandomSwaps
 
 
 class Substitution:

@@ -5,6 +5,7 @@ import functools
 import graphlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -307,3 +308,16 @@ def test_wheel_works_beside_a_users_modules(wheel, tmp_path):
             [sys.executable, *command], capture_output=True, text=True, cwd=user, env=environment
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_dependencies_are_locked_and_listed_with_their_licences():
+    """``scripts/lock.py`` and ``scripts/notices.py`` make the lists."""
+
+    def names(pattern, text):
+        return {name.replace("_", "-").lower() for name in re.findall(pattern, text, re.MULTILINE)}
+
+    project = (ROOT / "pyproject.toml").read_text()
+    locked = names(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text())
+    assert names(r'^  "([\w.-]+)>=', project) - locked == {"torch", "triton"}
+    listed = names(r"^\| ([\w.-]+) \| .+ \|$", (ROOT / "THIRD_PARTY.md").read_text())
+    assert names(r'^  "([\w.-]+)>=', project.partition("dev = [")[0]) <= listed

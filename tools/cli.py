@@ -102,6 +102,9 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # else nohup ignores it
+        signal.signal(hangup, lambda *_: sys.exit(129))
     _open_streams()
     state = dict[str, Any]()
     try:
@@ -124,6 +127,11 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
         sys.exit(1)
     except MemoryError:
         click.echo("slotmoe: out of memory; end other programs, or lower --ram", err=True)
+        sys.exit(1)
+    except ImportError as problem:  # of a library that the system can't map, say
+        text = SlotmoeError(str(problem)[:400])
+        advice = "memory is short, or the installation incomplete"
+        click.echo(f"slotmoe: can't load what it needs ({text}): {advice}", err=True)
         sys.exit(1)
     except Exception as problem:  # a fault of the program's: nobody else wants its traceback
         if state.get("traceback"):

@@ -237,15 +237,20 @@ class _Job:
         """Write the files ``names`` unless they are finished; returns their manifest entries."""
         infos, tensors = self.checkpoint.infos, self._contents.tensors
         weights = [name for name in names if name not in COPIED]
-        written = {name: self._written(name) for name in weights if not self._finished(name)}
+        sizes = dict.fromkeys(weights, 0)  # of what each file is made of
+        for name, tensor in tensors.items():
+            if tensor.file in sizes:
+                sizes[tensor.file] += infos[name].nbytes
+        self._done, self._total = 0, sum(sizes.values())
+        unfinished = [name for name in weights if not self._finished(name, sizes[name])]
+        written = {name: self._written(name) for name in unfinished}
         self._left = {name: set() for name in written}
         for name, tensor in tensors.items():
             if tensor.file in written and not written[tensor.file].keys() >= set(tensor.parts):
                 self._left[tensor.file].add(name)
         todo = [name for name in tensors if name in self._left.get(tensors[name].file, ())]
-        self._total = sum(infos[name].nbytes for name in tensors if tensors[name].file in weights)
         self._check_space(todo)
-        self._advance(self._total - sum(infos[name].nbytes for name in todo))
+        self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
             for name in written:
                 export_file = ExportFile(
@@ -374,15 +379,21 @@ class _Job:
                 self._save_state()
         publish_file(self.partial / file)
 
-    def _finished(self, file: str) -> bool:
-        """Whether ``file`` is whole; a kill before the rename leaves its temporary name."""
+    def _finished(self, file: str, size: int) -> bool:
+        """Whether ``file``, made of ``size`` bytes of the source, is whole; a kill before the
+        rename leaves its temporary name."""
         entry, path = self._state["files"].get(file), self.partial / file
         if entry is None:
             return False
         if not path.exists():
             publish_file(path)
+        before = self._done
+
+        def advance(position: int) -> None:
+            self._advance(before + size * position // entry["bytes"] - self._done)
+
         intact = path.is_file() and path.stat().st_size == entry["bytes"]
-        if intact and span_checksums(path, ())[0] == entry["checksum"]:
+        if intact and span_checksums(path, (), advance)[0] == entry["checksum"]:
             return True
         # Its successor will have the right size long before it is whole: forget the entry first.
         del self._state["files"][file]

@@ -2,12 +2,8 @@
 
 POLICIES = (
     "lru",
-    "lfu",
-    "lfu+bypass",
     "lrfu",
     "lrfu+bypass",
-    "least-stale",
-    "least-stale+bypass",
     "layer-aware",
     "layer-aware+bypass",
     "learned",

@@ -147,19 +147,6 @@ class Lru(Cache):
         self._uses += ids_TK.size
 
 
-class Lfu(Cache):
-    """The least frequently used expert is evicted.  ``popularity`` counts as if it had been seen
-    for ``PRIOR`` tokens."""
-
-    PRIOR = 100
-
-    def _start(self) -> None:
-        self._worth_N = self.PRIOR * self._popularity_N
-
-    def _touch(self, row: int, ids_TK: Array) -> None:
-        np.add.at(self._worth_N, ids_TK, 1)
-
-
 class Lrfu(Cache):
     """Frequency and recency in one: a use counts 1 and then ``DECAY`` times less with every token.
 
@@ -177,22 +164,6 @@ class Lrfu(Cache):
     def _touch(self, row: int, ids_TK: Array) -> None:
         tokens_T = np.arange(self._now - len(ids_TK), self._now) + 1
         np.logaddexp.at(self._worth_N, ids_TK, -np.log(self.DECAY) * tokens_T[:, None])
-
-
-class LeastStale(Cache):
-    """Stale experts, unused by the present pass, leave first, and of them those whose layer comes
-    first (SpecMD, arXiv 2602.03921); with bypass, what the present pass has used never leaves for a
-    newcomer."""
-
-    def _start(self) -> None:
-        self._worth_N = np.repeat(np.arange(self.layers, dtype=float), self.experts)
-
-    def advance(self, tokens: int = 1) -> None:
-        super().advance(tokens)
-        self._start()
-
-    def _touch(self, row: int, ids_TK: Array) -> None:
-        self._worth_N[ids_TK] = self.layers
 
 
 class LayerAware(Cache):
@@ -303,9 +274,7 @@ class Learned(LayerAware):
 
 _CLASSES: dict[str, type[Cache]] = {
     "lru": Lru,
-    "lfu": Lfu,
     "lrfu": Lrfu,
-    "least-stale": LeastStale,
     "layer-aware": LayerAware,
     "learned": Learned,
 }

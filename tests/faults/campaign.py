@@ -31,11 +31,13 @@ ROOT = Path(__file__).parents[2]
 @dataclass(frozen=True)
 class Command:
     """A command line with ``{source}``, ``{export}`` and ``{work}`` in it, and ``stdin``.  ``made``
-    names what it leaves in its work, where that has the same bytes each time."""
+    names what it leaves in its work, where that has the same bytes each time; it is never
+    ``finished`` twice."""
 
     line: str
     stdin: str = ""
     made: tuple[str, ...] = ()
+    finished: str = ""
 
     def files(self, work: Path) -> dict[str, str]:
         whole = {name: sums for name, sums in digests(work).items() if not name.endswith(".tmp")}
@@ -51,6 +53,12 @@ COMMANDS = {
         "chat {export} -n 3 --temperature 0 --context 256",
         "Hi\n/save {work}/talk.json\n",
         made=("stdout", "talk.json"),
+        finished="talk.json",
+    ),
+    "session": Command(
+        "run {export} Hello -n 30 --context 64 --session plans --session-dir {work}/kept",
+        made=("stdout",),
+        finished="kept/names/plans.json",
     ),
     "profile": Command("profile {export} Hello -n 3 --context 64 -o {work}/report"),
 }
@@ -143,7 +151,8 @@ class Campaign:
             if found[path] != wanted.get(path):
                 return f"wrong bytes in {path}"
         if command.made and code:
-            (work / "talk.json").unlink(missing_ok=True)  # it is right, and never overwritten
+            if command.finished:  # it is right, and would be gone on with
+                (work / command.finished).unlink(missing_ok=True)
             again = self.attempt(command)
             if again or command.files(work) != wanted:
                 return f"does not resume: {again} {self.error.strip().splitlines()[-1:]}"

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
+from tests.faults import environments, fuzz, kills
 from tests.faults.campaign import COMMANDS, run_preloaded
+from tests.support.interrupts import KINDS
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
 def attacked(folder, *arguments):
@@ -18,11 +20,20 @@ def attacked(folder, *arguments):
     return report["points"]
 
 
+def test_no_campaign_shrinks():
+    """What was attacked once is attacked for good."""
+    assert len(COMMANDS) >= 7 and len(fuzz.PARSERS) >= 21 and len(KINDS) >= 4
+    assert len(kills.WORKS) >= 2 and len(environments.WORLDS) >= 26
+    assert len(environments.COMMANDS) >= 8
+
+
+@needs_compiler
 def test_a_few_faults(tmp_path):
     points = attacked(tmp_path, "quantize", "chat", "--points", 1)
     assert len(points) == 2 * 8 and set(points.values()) == {1}
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_system_call(command, tmp_path):

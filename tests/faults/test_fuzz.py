@@ -13,7 +13,7 @@ from tests.faults.campaign import ROOT
 
 def test_every_parser(tmp_path):
     """In a process without threads, since each parser gets a fork of it."""
-    arguments = ["--seconds", "60", "--cases", "60", "--slow-cases", "3"]
+    arguments = ["--seconds", "60", "--cases", "30", "--slow-cases", "3"]
     command = [sys.executable, "-m", "tests.faults.fuzz", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

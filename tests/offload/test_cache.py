@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slotmoe.errors import ConfigError
 from slotmoe.offload.observe.trace import TraceWriter, read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
-from slotmoe.offload.policy.cache import LayerAware, Lfu, Lrfu, make_cache
+from slotmoe.offload.policy.cache import LayerAware, Lrfu, make_cache
 from slotmoe.offload.policy.forecast import FEATURES, Forecast, fold
 from slotmoe.offload.study.replay import gate_choices, optimum, replay
 from slotmoe.tools.cli import main
@@ -50,13 +50,9 @@ class Reference:
             return max(
                 (place for place, (_, used) in enumerate(self.uses) if used == key), default=-1
             )
-        if self.policy == "lfu":
-            return Lfu.PRIOR * self.popularity[key] + len(tokens)
         if self.policy == "lrfu":
             prior = self.popularity[key] / (1 - Lrfu.DECAY) * Lrfu.DECAY**self.now
             return prior + sum(Lrfu.DECAY ** (self.now - token) for token in tokens)
-        if self.policy == "least-stale":
-            return ROWS if self.now in tokens else key // EXPERTS
         then = self.judged[key]
         short = sum((1 - LayerAware.SHORT) * LayerAware.SHORT ** (then - token) for token in tokens)
         long = sum((1 - LayerAware.LONG) * LayerAware.LONG ** (then - token) for token in tokens)
@@ -137,14 +133,11 @@ def test_everything_kept_means_bypass(policy):
     assert (0 in cache, 1 in cache, 2 in cache) == (True, True, False)
 
 
-@pytest.mark.parametrize(
-    "policy", [name for name in POLICIES if not name.startswith("least-stale")]
-)
+@pytest.mark.parametrize("policy", POLICIES)
 @quickly
 @given(st.data())
 def test_chunk_equals_token_by_token(policy, data):
-    """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer.  (To
-    least-stale a chunk is one pass.)"""
+    """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer."""
     rows = 1 if policy == "lru" else ROWS
     tokens = data.draw(st.lists(st.tuples(*[GATES] * rows), min_size=1, max_size=12))
     inside = data.draw(st.sets(st.sampled_from(range(rows * EXPERTS)), min_size=1))
@@ -172,16 +165,6 @@ def test_chunk_equals_token_by_token(policy, data):
     assert (whole.hits, whole.misses) == (len(used & inside), len(used - inside))
     offers = sorted(used - inside)
     assert [whole.offer(key) for key in offers] == [single.offer(key) for key in offers]
-
-
-def test_least_stale_takes_a_chunk_for_one_pass():
-    cache = make_cache("least-stale", 3, ROWS, EXPERTS)
-    for key in (0, 1, 4):
-        cache.add(key)
-    cache.advance(3)
-    cache.use_chunk(0, [[0], [2], [3]])
-    assert [cache.offer(2), cache.offer(3)] == [1, 4]
-    assert 0 in cache  # the chunk's first token used it
 
 
 def test_averages_survive_their_rescaling(monkeypatch):
@@ -241,12 +224,9 @@ def test_optimum_equals_brute_force(tokens, slots):
 
 
 def test_replay_by_hand():
-    assert (
-        replay([[[0], [4]], [[0], [5]], [[0], [5]]], blind(3, 2), "least-stale", 2, EXPERTS) == 3
-    )  # 4 is stale when 5 comes
-    assert (
-        replay([[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]], blind(4, 1), "lfu", 2, EXPERTS) == 4
-    )  # 3 doesn't push out 2, of the same token
+    tokens = [[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]]
+    # 3 doesn't push out 2, of the same token.
+    assert replay(tokens, blind(4, 1), "lrfu", 2, EXPERTS) == 4
 
 
 @quickly

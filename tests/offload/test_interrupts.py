@@ -8,24 +8,33 @@ import signal
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.offload import loading, sequence
+from slotmoe.offload import sequence
+from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
+from slotmoe.offload.tiers.slots import Table
 from slotmoe.quant.export.reader import Export
+from tests.faults.interrupts import attacked
+from tests.faults.soak import soaked
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole
-from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.interrupts import (
+    KINDS,
+    check,
+    compute,
+    ctrl_c_after,
+    interrupt,
+    lines_of,
+    on_threads,
+    random_ctrl_c,
+)
 from tests.support.tiny import SAMPLE
-from tests.support.twin import Twin, measured, open_on, slow
-
-PASSES = [IDS[:12], [7], [8]]
-SHORT = [IDS[:4], [7]]  # plain torch, as the twin of a GPU has it, is slow
+from tests.support.twin import Twin, open_on
 
 
 @pytest.fixture(autouse=True)
@@ -34,57 +43,6 @@ def always_guessing(always_guessing):
     faulthandler.dump_traceback_later(300, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
-
-
-def compute(runtime):
-    """Prefill and decode: all logits."""
-    passes = PASSES if runtime.model.device.tier == "ram" else SHORT
-    first = runtime.sequences[0]
-    first.rewind(0)
-    return torch.cat([first.append(ids).clone() for ids in passes])
-
-
-def on_threads(export, monkeypatch):
-    """Every record is read by the threads, in several pieces."""
-    monkeypatch.setattr(disk, "HELP_BYTES", 0)
-    monkeypatch.setattr(disk, "PIECE_BYTES", 8192)
-    return Runtime.open(export, context=256, slots=22)
-
-
-def on_gpu(export, monkeypatch, mode):
-    figures = measured(pcie_busy=1e9, experts=1e9)
-    monkeypatch.setattr(loading, "stored_bandwidths", lambda path: figures)
-    return open_on(export, Twin(slow), 40, misses=mode, slots=40, kernels="torch")
-
-
-KINDS = {
-    "helping": lambda export, monkeypatch: Runtime.open(export, context=256, slots=22),
-    "threads": on_threads,
-    "gpu": lambda export, monkeypatch: on_gpu(export, monkeypatch, "fetch"),
-    "hybrid": lambda export, monkeypatch: on_gpu(export, monkeypatch, "hybrid"),
-}
-
-
-def check(runtime, want, exact=True):
-    """The next pass is right and no slot is lost."""
-    whole(runtime)
-    found = compute(runtime)
-    assert torch.equal(found, want) if exact else torch.allclose(found, want, rtol=1e-2, atol=1e-2)
-    whole(runtime)
-
-
-def interrupt(runtime, chosen, exact):
-    """Interrupt a computation at each (line, moment) of ``chosen``."""
-    want, came = compute(runtime), 0
-    for number, (line, moment) in enumerate(chosen):
-        kind = (KeyboardInterrupt, RuntimeError)[number % 8 == 7]
-        with suppress(Exception):  # another error that this one has led to
-            came += interrupted_at(line, moment, lambda: compute(runtime), kind)
-        try:
-            check(runtime, want, exact)
-        except Exception as problem:
-            raise AssertionError(f"after {kind.__name__} at {line}, time {moment}") from problem
-    return came
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,69 +56,52 @@ def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
         assert came > len(chosen) // 2  # timing skips some lines
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_at_every_line(sample_export, monkeypatch, kind):
-    """Each line that a computation runs, the first time and at two others."""
-    with KINDS[kind](sample_export, monkeypatch) as runtime:
-        compute(runtime)
-        lines, chance = lines_of(lambda: compute(runtime)), random.Random(6)
-        moments = {
-            line: {1, *(chance.randint(1, times) for _ in "ab")} for line, times in lines.items()
-        }
-        chosen = [(line, moment) for line in sorted(lines) for moment in sorted(moments[line])]
-        came = 0
-        for start in range(0, len(chosen), 100):
-            faulthandler.dump_traceback_later(300, exit=True)
-            came += interrupt(runtime, chosen[start : start + 100], kind != "hybrid")
-        print(f"{kind}: {came} of {len(chosen)} interrupts at {len(lines)} lines")
-        assert came > 0.7 * len(chosen)
-
-
 # Ctrl-C
-
-
-@contextmanager
-def ctrl_c_after(*seconds):
-    """Real signals to this process."""
-    timers = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in seconds]
-    for timer in timers:
-        timer.start()
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-            timer.join()
-
-
-def random_ctrl_c(export, monkeypatch, kind, times):
-    with KINDS[kind](export, monkeypatch) as runtime:
-        compute(runtime)
-        started = time.perf_counter()
-        want = compute(runtime)
-        seconds, chance, came = time.perf_counter() - started, random.Random(7), 0
-        for _ in range(times):
-            try:
-                with ctrl_c_after(chance.uniform(0, seconds)):
-                    compute(runtime)
-                    time.sleep(0.05)
-            except KeyboardInterrupt:
-                came += 1
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            check(runtime, want, kind != "hybrid")
-        return came
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_at_random_moments(sample_export, monkeypatch, kind):
-    assert random_ctrl_c(sample_export, monkeypatch, kind, 4) >= 1
+    with KINDS[kind](sample_export, monkeypatch) as runtime:
+        assert random_ctrl_c(runtime, 4, kind != "hybrid") >= 1
+
+
+@pytest.mark.slow
+def test_a_soak(sample_export, tmp_path):
+    """A tenth of ``python -m tests.faults.soak``."""
+    found = soaked(sample_export, tmp_path / "kept", 2000, 600, 1)
+    assert found["KeyboardInterrupt"] and found["InjectedError"] and found["bad reads"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ctrl_c_at_many_random_moments(sample_export, monkeypatch, kind):
-    assert random_ctrl_c(sample_export, monkeypatch, kind, 400) >= 200
+def test_interrupted_at_every_line(sample_export, kind):
+    """And by real signals; a part of ``python -m tests.faults.interrupts``."""
+    found = attacked(sample_export, kind, 500, 100, random.Random(6))
+    assert found["came"] > 300 and found["signals"] > 50
+
+
+def half_restored(monkeypatch):
+    """The free slots are not derived anew."""
+    restore = Table.restore
+
+    def broken(table, *arguments, **options):
+        free = table.free
+        restore(table, *arguments, **options)
+        table.free = free
+
+    monkeypatch.setattr(Table, "restore", broken)
+
+
+def not_told(monkeypatch):
+    """Nor is the map of the cache's."""
+    monkeypatch.setattr(Cache, "restore", lambda cache, ids: None)
+
+
+@pytest.mark.parametrize("planted", [half_restored, not_told])
+def test_planted_defects_are_found(sample_export, monkeypatch, planted):
+    planted(monkeypatch)
+    with pytest.raises(AssertionError):
+        attacked(sample_export, "helping", 200, 0, random.Random(6))
 
 
 def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):

@@ -28,6 +28,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import nf4
 from slotmoe.quant.codec import EXPERT_CODECS, LUT4, NF4
+from slotmoe.quant.export import verify
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import manifest_checksum
@@ -56,90 +57,14 @@ def wanted(source, tmp_path_factory):
     return tree(destination)
 
 
-# Runs in a process of its own: imports once, then forks a child for every attempt and lets it die.
-KILLER = """
-import json, os, random, shutil, sys, time
-from pathlib import Path
-import slotmoe.offload.ingest.quantize, torch
-from tests.support.disk import die_at_change, digests, forked
-source, work = map(Path, sys.argv[1:3])
-stride, random_kills = map(int, sys.argv[3:])
-destination = work / "export"
-
-def attempt(die_at=None, after=None):
-    '''Quantize in a child; it kills itself at its ``die_at``-th change of the disk, or is killed
-    ``after`` seconds.'''
-    def run():
-        die_at_change(die_at)
-        slotmoe.offload.ingest.quantize.quantize(source, destination, workers=2)
-    return forked(run, after)
-
-def clean():
-    shutil.rmtree(work)
-    work.mkdir()
-
-work.mkdir()
-start = time.perf_counter()
-assert attempt() == 0
-duration = time.perf_counter() - start
-wanted = digests(work)
-report = {"points": 0, "wrong": [], "killed": 0, "resumed_more_than_once": 0}
-def finish(what):
-    '''Whatever is there must be the whole export, or become it.'''
-    if (not destination.exists() and attempt() != 0) or digests(work) != wanted:
-        report["wrong"].append(what)
-    clean()
-clean()
-while stride:  # at changes of the disk
-    status = attempt(die_at=1 + stride * report["points"])
-    if status == 0:
-        clean()
-        break
-    report["points"] += 1
-    finish(f"point {report['points']}")
-generator = random.Random(5)
-for kill in range(random_kills):
-    kills = 0
-    for _ in range(generator.choice((1, 1, 3))):
-        status = attempt(after=generator.random() * duration)
-        report["killed"] += os.WIFSIGNALED(status)
-        kills += 1
-        if not os.WIFSIGNALED(status):
-            break
-    report["resumed_more_than_once"] += kills > 1
-    finish(f"random kill {kill}")
-print(json.dumps(report))
-"""
-
-
-def killed_often(source, work, stride, random_kills):
-    command = [sys.executable, "-c", KILLER, str(source), str(work), str(stride), str(random_kills)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert child.returncode == 0, child.stderr.decode()
-    report = json.loads(child.stdout)
-    assert report["wrong"] == []
-    return report
-
-
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_changes_of_the_disk_and_at_random(stride, source, tmp_path):
-    report = killed_often(source, tmp_path / "work", stride, random_kills=12 // stride)
-    assert report["points"] > 40 // stride
-    assert report["killed"] >= 5 // stride
-
-
-@pytest.mark.slow
-def test_killed_many_times(source, tmp_path):
-    report = killed_often(SAMPLE, tmp_path / "work", stride=0, random_kills=40)
-    assert report["resumed_more_than_once"] >= 5
-
-
 def command_line(*arguments):
     return [sys.executable, "-m", "slotmoe", "quantize", *map(str, arguments)]
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+    "number",
+    [signal.SIGINT, signal.SIGHUP]
+    + [pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGKILL)],
 )
 def test_interrupted_command_resumes(number, sample_export, tmp_path):
     destination = tmp_path / "export"
@@ -150,7 +75,7 @@ def test_interrupted_command_resumes(number, sample_export, tmp_path):
         time.sleep(0.001)
     child.send_signal(number)
     message = child.communicate()[1].decode()
-    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert child.returncode == {1: 129, 2: 130, 15: 143, 9: -9}[number]
     assert "Traceback" not in message
     if number == signal.SIGINT:
         assert "run the same command again to resume" in message
@@ -178,6 +103,17 @@ def test_resuming_keeps_finished_files(source, wanted, tmp_path):
     assert tree(destination) == wanted
     assert seen[-1] == 1
     assert 0 < seen[0] < 1, "what is finished counts from the start"
+
+
+def test_progress_moves_while_finished_files_are_read_again(source, tmp_path, monkeypatch):
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "export", workers=1, progress=stop_at(0.8))
+    monkeypatch.setattr(verify, "_PIECE", 4096)
+    seen = []
+    quantize(source, tmp_path / "export", workers=1, progress=lambda *now: seen.append(now))
+    done, (total,) = [now for now, _ in seen], {total for _, total in seen}
+    assert done == sorted(done) and done[-1] == total
+    assert done[0] < total / 20
 
 
 def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path):

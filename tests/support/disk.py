@@ -5,10 +5,12 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,22 +67,48 @@ def small_disk(folder, size):
         subprocess.run(["umount", disk], check=True)
 
 
-def die_at_change(number):
-    """Let this process kill itself at its ``number``-th change of the disk."""
-    calls = 0
+def die_at_change(number, cut=None):
+    """Let this process kill itself at its ``number``-th change of the disk.  With a folder ``cut``
+    that is a power cut: what is there now, and what ``fsync`` is called for, is kept under its new
+    names; other files are empty."""
+    calls, synced = 0, dict[int, bytes]()
+    originals = {name: getattr(os, name) for name in ("fsync", "rename", "unlink", "mkdir")}
+
+    def keep(path):
+        synced[os.stat(path).st_ino] = Path(path).read_bytes()
+
+    def change(name, *arguments, **options):
+        with suppress(OSError):  # an inode that is free may be another file's next
+            if name in ("rename", "unlink"):
+                synced.pop(os.stat(arguments[-1], dir_fd=options.get("dir_fd")).st_ino, None)
+        originals[name](*arguments, **options)
+        if cut is not None and name == "fsync" and stat.S_ISREG(os.fstat(arguments[0]).st_mode):
+            keep(f"/proc/self/fd/{arguments[0]}")
+
+    def die():
+        for path in files():
+            with open(path, "r+b") as file:
+                file.write(synced.get(path.stat().st_ino, b""))
+                file.truncate()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def files():
+        return [path for path in (cut.rglob("*") if cut is not None else ()) if path.is_file()]
 
     def counted(function):
         def call(*arguments, **options):
             nonlocal calls
             calls += 1
             if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return function(*arguments, **options)
 
         return call
 
-    for name in ("fsync", "rename", "unlink", "mkdir"):
-        setattr(os, name, counted(getattr(os, name)))
+    for path in files():
+        keep(path)
+    for name in originals:
+        setattr(os, name, counted(partial(change, name)))
     shutil.copyfile = counted(shutil.copyfile)
     Path.write_bytes = counted(Path.write_bytes)
 

@@ -1,13 +1,26 @@
 """Exceptions at any line of a call: which lines it runs, and the same call with one of them
-raising."""
+raising.  Signals at random moments.  What must hold after either."""
 
+import os
+import random
+import signal
 import sys
+import threading
+import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
-from slotmoe.offload import runtime
+import torch
 
+from slotmoe.offload import loading, runtime
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import disk
+from tests.support.engine import IDS, whole
+from tests.support.twin import Twin, measured, open_on, slow
+
+PASSES = [IDS[:12], [7], [8]]
+SHORT = [IDS[:4], [7]]  # plain torch, as the twin of a GPU has it, is slow
 # Files of the package whose lines count; its top-level folders are links.
 _PACKAGE = runtime.__file__.rpartition("/offload/")[0]
 
@@ -69,3 +82,87 @@ def interrupted_at(line, moment, action, kind):
     except kind:
         return True
     return left <= 0  # swallowed on the way
+
+
+def compute(runtime):
+    """Prefill and decode: all logits."""
+    passes = PASSES if runtime.model.device.tier == "ram" else SHORT
+    first = runtime.sequences[0]
+    first.rewind(0)
+    return torch.cat([first.append(ids).clone() for ids in passes])
+
+
+def on_threads(export, monkeypatch):
+    """Every record is read by the threads, in several pieces."""
+    monkeypatch.setattr(disk, "HELP_BYTES", 0)
+    monkeypatch.setattr(disk, "PIECE_BYTES", 8192)
+    return Runtime.open(export, context=256, slots=22)
+
+
+def on_gpu(export, monkeypatch, mode):
+    figures = measured(pcie_busy=1e9, experts=1e9)
+    monkeypatch.setattr(loading, "stored_bandwidths", lambda path: figures)
+    return open_on(export, Twin(slow), 40, misses=mode, slots=40, kernels="torch")
+
+
+KINDS = {
+    "helping": lambda export, monkeypatch: Runtime.open(export, context=256, slots=22),
+    "threads": on_threads,
+    "gpu": lambda export, monkeypatch: on_gpu(export, monkeypatch, "fetch"),
+    "hybrid": lambda export, monkeypatch: on_gpu(export, monkeypatch, "hybrid"),
+}
+
+
+def check(runtime, want, exact=True):
+    """The next pass is right and no slot is lost."""
+    whole(runtime)
+    found = compute(runtime)
+    assert torch.equal(found, want) if exact else torch.allclose(found, want, rtol=1e-2, atol=1e-2)
+    whole(runtime)
+
+
+def interrupt(runtime, chosen, exact):
+    """Interrupt a computation at each (line, moment) of ``chosen``."""
+    want, came = compute(runtime), 0
+    for number, (line, moment) in enumerate(chosen):
+        kind = (KeyboardInterrupt, RuntimeError)[number % 8 == 7]
+        with suppress(Exception):  # another error that this one has led to
+            came += interrupted_at(line, moment, lambda: compute(runtime), kind)
+        try:
+            check(runtime, want, exact)
+        except Exception as problem:
+            raise AssertionError(f"after {kind.__name__} at {line}, time {moment}") from problem
+    return came
+
+
+@contextmanager
+def ctrl_c_after(*seconds):
+    """Real signals to this process."""
+    timers = [threading.Timer(s, os.kill, (os.getpid(), signal.SIGINT)) for s in seconds]
+    for timer in timers:
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
+
+
+def random_ctrl_c(runtime, times, exact, chance=None):
+    """Real signals at random moments of computations; how many came while one ran."""
+    chance, came = chance or random.Random(7), 0
+    compute(runtime)
+    started = time.perf_counter()
+    want = compute(runtime)
+    seconds = time.perf_counter() - started
+    for _ in range(times):
+        try:
+            with ctrl_c_after(chance.uniform(0, seconds)):
+                compute(runtime)
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            came += 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        check(runtime, want, exact)
+    return came

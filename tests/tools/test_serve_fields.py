@@ -9,24 +9,29 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
+from openai.types.responses import response_create_params
 
 from slotmoe.tools.serve.completions import CompletionRequest
 from slotmoe.tools.serve.fields import Ignored
 from slotmoe.tools.serve.requests import ChatRequest, Model
+from slotmoe.tools.serve.response_items import ResponsesRequest
 from tests.support.served import GREEDY
 
 PAGE = Path(__file__).parents[2] / "docs/api-fields.md"
 ROUTES = {
     "chat": ("/v1/chat/completions", ChatRequest),
     "text": ("/v1/completions", CompletionRequest),
+    "responses": ("/v1/responses", ResponsesRequest),
 }
 BASES = {
     "chat": {**GREEDY, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6},
     "text": {**GREEDY, "prompt": "Hi", "max_tokens": 6},
+    "responses": {"model": "sample", "temperature": 0, "input": "Hi", "max_output_tokens": 6},
 }
 OFFICIAL = {
     "chat": chat_create_params.CompletionCreateParamsBase,
     "text": completion_create_params.CompletionCreateParamsBase,
+    "responses": response_create_params.ResponseCreateParamsBase,
 }
 
 
@@ -83,7 +88,9 @@ def text_of(served, route, body):
     status, answer, _ = served.ask("POST", ROUTES[route][0], body)
     assert status == 200, answer
     if isinstance(answer, str):  # a stream
-        return re.findall(r'"(?:content|text)":"(?:[^"\\]|\\.)*"', answer)
+        return re.findall(r'"(?:content|text|delta)":"(?:[^"\\]|\\.)*"', answer)
+    if route == "responses":
+        return [item.get("content") or item["arguments"] for item in answer["output"]]
     return [choice.get("text") or choice["message"] for choice in answer["choices"]]
 
 

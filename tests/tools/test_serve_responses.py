@@ -100,6 +100,22 @@ def test_streamed_events_add_up_to_the_whole(served):
     assert final["usage"]["output_tokens"] == whole["usage"]["output_tokens"] == 12
 
 
+def test_log_probabilities_are_those_of_the_chat(served, client):
+    asked = {**ASK, "max_output_tokens": 9, "top_logprobs": 2}
+    asked["include"] = ["message.output_text.logprobs"]
+    status, whole = post(served, **asked)
+    assert (status, whole["top_logprobs"]) == (200, 2)
+    scores = whole["output"][0]["content"][0]["logprobs"]
+    messages = [{"role": "user", "content": ASK["input"]}]
+    how = {"temperature": 0, "max_tokens": 9, "logprobs": True, "top_logprobs": 2}
+    chat = client.chat.completions.create(model="sample", messages=messages, **how)
+    assert scores == [score.to_dict() for score in chat.choices[0].logprobs.content] != []
+    events = events_of(served, **asked)
+    written = [e for e in events if e["type"] == "response.output_text.delta"]
+    done = next(e for e in events if e["type"] == "response.output_text.done")
+    assert [s for e in written for s in e["logprobs"]] == done["logprobs"] == scores
+
+
 def test_functions_are_called_whole_and_streamed(served, client):
     asked = {**ASK, "tools": [TOOL], "tool_choice": NAMED, "max_output_tokens": 200}
     answer = client.responses.create(**asked)
@@ -355,7 +371,8 @@ REFUSED = [
     ({"previous_response_id": "resp_x"}, "previous_response_id"),
     ({"background": True}, "background"),
     ({"truncation": "auto"}, "truncation"),
-    ({"include": ["message.output_text.logprobs"]}, "include"),
+    ({"include": ["message.output_text.other"]}, "include"),
+    ({"top_logprobs": 21}, "top_logprobs"),
     ({"tools": [{"type": "nonsense"}]}, "tools"),
     ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),

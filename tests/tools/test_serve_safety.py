@@ -303,6 +303,8 @@ def test_no_page_elsewhere_can_read_an_answer(served):
     here = f"http://127.0.0.1:{served.port}"
     for method, origin, expected in (
         ("OPTIONS", "http://evil.example", 403),
+        ("OPTIONS", here.replace("http", "ftp"), 403),
+        ("OPTIONS", here.removeprefix("http://"), 403),
         ("OPTIONS", here, 405),
         ("GET", here, 405),
     ):
@@ -310,6 +312,16 @@ def test_no_page_elsewhere_can_read_an_answer(served):
         status, _, found = served.ask(method, "/v1/chat/completions", **asked)
         assert status == expected
         assert not [name for name in found if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("name", ["Origin", "Content-Type", "X-API-Key", "Authorization"])
+def test_a_header_that_is_given_twice_is_refused(served, name):
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        twice = f"{name}: x\r\n" * 2
+        request = f"GET /health HTTP/1.1\r\nHost: localhost\r\n{twice}Connection: close\r\n\r\n"
+        connection.sendall(request.encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400") and b"more than once" in answer
 
 
 BEYOND = [

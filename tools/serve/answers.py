@@ -170,6 +170,22 @@ class Answers:
             watching.cancel()
         return wholes
 
+    def scores(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """Log-probabilities of ``tokens`` in OpenAI's form; none where they are not wanted."""
+        if self.options.logprobs is None:
+            return []
+        return [
+            {
+                **self._score(token.id, token.logprob),
+                "top_logprobs": [self._score(*alternative) for alternative in token.likeliest],
+            }
+            for token in tokens
+        ]
+
+    def _score(self, id_: int, logprob: float | None) -> dict[str, Any]:
+        content = self.token_bytes(id_)
+        return {"token": spelled(content), "logprob": logprob, "bytes": list(content)}
+
     def usage(self) -> dict[str, Any]:
         """Counts of tokens in OpenAI's form."""
         answer_tokens = sum(len(job.answer.ids) for job in self.jobs)
@@ -264,6 +280,14 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answers.cancel()
+
+
+def spelled(content: bytes) -> str:
+    """A token's bytes as text; where they are part of a character, as OpenAI writes them."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def event(data: Mapping[str, Any]) -> str:

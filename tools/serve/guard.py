@@ -27,6 +27,7 @@ _UNREAD = 16  # times the largest body are read and dropped of a body that is la
 SILENT_SECONDS = 1.0  # after which a connection that waits for its client is a silent one
 PEER_CONNECTIONS = 128  # of one address that may be silent
 _PREFLIGHT = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600"}
+_ONCE = ("host", "origin", "authorization", "x-api-key", "content-type")
 # A browser then asks its user.
 _ASK = {"www-authenticate": 'Basic realm="slotmoe: any name, the API key as password"'}
 
@@ -82,13 +83,17 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _check_names(self, headers: Headers, shares: bool) -> None:
-        """Raises ``RefusedError`` for a host that isn't known, and for an origin that is another
-        unless the server ``shares`` with it."""
+        """Raises ``RefusedError`` for a host that isn't known, for an origin that is another unless
+        the server ``shares`` with it, and for names that are given twice."""
+        for name in _ONCE:
+            if len(headers.getlist(name)) > 1:  # a proxy may have looked at the other one
+                raise RefusedError(f"the header {name} is given more than once")
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if not self._is_known(host.lower()):
             problem = f"the name {host[:80]!r} is not allowed here"
             raise RefusedError(f"{problem}; start with --allow-host to allow it", status=403)
-        if origin and not shares and origin.partition("://")[2].lower() != host.lower():
+        ours = (f"http://{host.lower()}", f"https://{host.lower()}")  # the latter by a proxy
+        if origin and not shares and origin.lower() not in ours:
             problem = f"requests from pages of the origin {origin[:80]!r} are refused"
             raise RefusedError(f"{problem}; start with --cors-origin to allow it", status=403)
 

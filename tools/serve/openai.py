@@ -19,6 +19,7 @@ from slotmoe.tools.serve.answers import (
     check_length,
     encode,
     event,
+    spelled,
     vocabulary,
 )
 from slotmoe.tools.serve.completions import CompletionRequest
@@ -139,15 +140,7 @@ class ChatChoices:
     def _logprobs(self, tokens: list[Token]) -> Json | None:
         if self._answers.options.logprobs is None:
             return None
-        content = []
-        for token in tokens:
-            top = [self._logprob(*alternative) for alternative in token.likeliest]
-            content.append({**self._logprob(token.id, token.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
-
-    def _logprob(self, id_: int, logprob: float | None) -> Json:
-        content = self._answers.token_bytes(id_)
-        return {"token": _spelled(content), "logprob": logprob, "bytes": list(content)}
+        return {"content": self._answers.scores(tokens), "refusal": None}
 
 
 class TextChoices:
@@ -185,16 +178,8 @@ class TextChoices:
     def _name(self, id_: int) -> str:
         """A token as this route writes it."""
         content = self._answers.token_bytes(id_)
-        text = _spelled(content)
+        text = spelled(content)
         return text if text.encode() == content else f"bytes:{text}"
-
-
-def _spelled(content: bytes) -> str:
-    """A token's bytes as text; where they are part of a character, as OpenAI writes them."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _choice(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Ignored, by_kind, text_or_list
+from slotmoe.tools.serve.fields import Ignored, by_kind, refused, text_or_list
 
 Json = dict[str, Any]
 Label: TypeAlias = requests.Label
@@ -22,6 +22,7 @@ _SYSTEM = ("system", "developer")
 _REPLAYED = Ignored("it says nothing to the model")
 _LABEL = Ignored("a label")
 _CACHED = Ignored("every prefix is cached")
+_NAMESPACE = refused("functions have no namespaces here")
 
 
 class Part(requests.Model):
@@ -58,7 +59,7 @@ class FunctionCall(requests.Model):
     id: Label | None = None
     status: Annotated[Label | None, _REPLAYED] = None
     caller: Annotated[Json | None, _REPLAYED] = None
-    namespace: None = None
+    namespace: Annotated[None, _NAMESPACE] = None
 
 
 class FunctionOutput(requests.Model):
@@ -69,7 +70,7 @@ class FunctionOutput(requests.Model):
     status: Annotated[Label | None, _REPLAYED] = None
     name: requests.Name | None = None
     caller: Annotated[Json | None, _REPLAYED] = None
-    namespace: None = None
+    namespace: Annotated[None, _NAMESPACE] = None
 
 
 class ReasoningPart(requests.Model):
@@ -184,12 +185,15 @@ class TextConfig(requests.Model):
         return requests.SchemaFormat.model_construct(json_schema=self.format)
 
 
+_SHOWN = Ignored("reasoning is shown whole")
+
+
 class ReasoningConfig(requests.Model):
     effort: Label | None = None
-    summary: Label | None = None
-    generate_summary: Label | None = None
-    context: Label | None = None
-    mode: Label | None = None
+    summary: Annotated[Label | None, _SHOWN] = None
+    generate_summary: Annotated[Label | None, _SHOWN] = None
+    context: Annotated[Label | None, _SHOWN] = None
+    mode: Annotated[Label | None, _SHOWN] = None
 
 
 class StreamOptions(requests.Model):
@@ -201,6 +205,7 @@ Included = Literal[
     "computer_call_output.output.image_url",
     "file_search_call.results",
     "message.input_image.image_url",
+    "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "web_search_call.action.sources",
     "web_search_call.results",
@@ -227,18 +232,27 @@ class ResponsesRequest(requests.GenerationRequest):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     metadata: Annotated[requests.Labels | None, _LABEL] = None
-    background: Literal[False] | None = None
+    background: Annotated[Literal[False] | None, Ignored("answers come at once")] = None
+    background_options: Annotated[None, refused("answers come at once")] = None
+    access_programs: Annotated[None, refused("nothing here has programs")] = None
     client_metadata: Annotated[Json | None, _LABEL] = None
-    include: Annotated[list[Included] | None, Ignored("there is nothing to include")] = None
+    context_management: Annotated[None, refused("a conversation is read whole")] = None
+    conversation: Annotated[None, refused("use previous_response_id")] = None
+    image: Annotated[None, refused("answers are text")] = None
+    include: list[Included] | None = None
     max_tool_calls: Annotated[
         requests.Count | None, Ignored("it bounds tools that OpenAI runs")
     ] = None
+    moderation: Annotated[None, refused("nothing here moderates")] = None
+    prompt: Annotated[None, refused("no prompts are stored here; send its text")] = None
     prompt_cache_key: Annotated[Label | None, _CACHED] = None
+    prompt_cache_options: Annotated[Json | None, _CACHED] = None
     prompt_cache_retention: Annotated[Label | None, _CACHED] = None
     reasoning: ReasoningConfig | None = None
     safety_identifier: Annotated[Label | None, _LABEL] = None
     service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
     stream_options: StreamOptions | None = None
+    top_logprobs: requests.TopLogprobs | None = None
     truncation: Literal["disabled"] | None = None
     user: Annotated[Label | None, _LABEL] = None
 
@@ -255,6 +269,7 @@ class ResponsesRequest(requests.GenerationRequest):
         """The conversation of ``items`` as a request of OpenAI's chat.  Raises
         ``RefusedError``."""
         tools, choice = self.functions(), self.tool_choice
+        is_scored = "message.output_text.logprobs" in (self.include or ())
         chosen = choice.choice() if isinstance(choice, FunctionChoice | AllowedChoice) else choice
         if not tools and choice in ("none", "auto"):
             chosen = None  # clients give it in any case
@@ -262,6 +277,8 @@ class ResponsesRequest(requests.GenerationRequest):
             **self.model_dump(include=set(requests.GenerationRequest.model_fields)),
             messages=_with_instructions(self.instructions, messages_of(items)),
             max_tokens=self.max_output_tokens,
+            logprobs=is_scored or self.top_logprobs is not None,
+            top_logprobs=self.top_logprobs,
             tools=[requests.FunctionTool.model_construct(function=tool) for tool in tools],
             tool_choice=chosen,
             parallel_tool_calls=self.parallel_tool_calls if tools else None,

@@ -42,6 +42,7 @@ _ECHOED: Json = {
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
+    "top_logprobs": 0,
     "top_p": 1.0,
     "truncation": "disabled",
     "user": None,
@@ -149,6 +150,8 @@ class Draft:
             given.pop("text", None)
         self._answers, self._number = answers, 0
         self._texts: list[str] = []  # of the item that is open
+        self._scores: list[Json] = []  # of its tokens
+        self._coming: list[Json] = []  # of tokens whose text is still to come
         self.response: Json = {
             **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": body.model},
             **{"created_at": int(time.time()), "completed_at": None, "status": "in_progress"},
@@ -177,6 +180,7 @@ class Draft:
         """Events of what ``update`` adds, up to the end of the last item."""
         if update.finish is not None and not self._output and not update.content:
             update.content = [ContentDelta()]  # an empty answer has an empty message
+        self._coming += self._answers.scores(update.tokens)
         for delta in update.content:
             kind = _KINDS[(delta.call is not None, delta.reasoning)]
             if delta.name is not None or not self._is_open or self._output[-1]["type"] != kind:
@@ -219,17 +223,21 @@ class Draft:
         else:
             item |= {"call_id": f"call_{number}", "name": name, "arguments": ""}
         self._output.append(item)
-        self._texts = []
+        self._texts, self._scores = [], []
         index = len(self._output) - 1
         yield self.event("response.output_item.added", output_index=index, item=item)
         if kind in _PARTS:
-            yield self.event("response.content_part.added", **self._where, part=_PARTS[kind](""))
+            yield self.event(
+                "response.content_part.added", **self._where, part=_PARTS[kind]("", [])
+            )
 
     def _write(self, text: str) -> Iterator[str]:
         self._texts.append(text)
         kind, where = self._output[-1]["type"], self._where
         if kind == "message":
-            where["logprobs"] = []
+            where["logprobs"] = self._coming
+            self._scores += self._coming
+        self._coming = []
         yield self.event(f"response.{_TEXTS[kind]}.delta", **where, delta=text)
 
     def _close(self, status: str) -> Iterator[str]:
@@ -241,28 +249,29 @@ class Draft:
             item["arguments"] = text
             about: Json = {"name": item["name"], "arguments": text}
         else:
-            item["content"] = [_PARTS[kind](text)]
-            about = {"text": text} | ({"logprobs": []} if kind == "message" else {})
+            scores = [*self._scores, *self._coming]
+            item["content"] = [_PARTS[kind](text, scores)]
+            about = {"text": text} | ({"logprobs": scores} if kind == "message" else {})
         yield self.event(f"response.{_TEXTS[kind]}.done", **where, **about)
         if kind in _PARTS:
-            yield self.event("response.content_part.done", **where, part=_PARTS[kind](text))
+            yield self.event("response.content_part.done", **where, part=item["content"][0])
         item["status"] = status
         index = where["output_index"]
         yield self.event("response.output_item.done", output_index=index, item=item)
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, scores: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": scores}
 
 
-def _thought(text: str) -> Json:
+def _thought(text: str, _: list[Json]) -> Json:
     return {"type": "reasoning_text", "text": text}
 
 
 # By the type of an item: of a delta that is of a call or of reasoning, or of neither.
 _KINDS = {(False, False): "message", (False, True): "reasoning", (True, False): "function_call"}
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-_PARTS: dict[str, Callable[[str], Json]] = {"message": _part, "reasoning": _thought}
+_PARTS: dict[str, Callable[[str, list[Json]], Json]] = {"message": _part, "reasoning": _thought}
 _TEXTS = {
     "message": "output_text",
     "reasoning": "reasoning_text",

@@ -1,0 +1,173 @@
+"""Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads: the same ids and
+the same bits each time.  ``python -m tests.faults.soak`` runs it.
+
+At its end the process has the descriptors and threads of its beginning, and 5% more memory at most.
+"""
+
+import argparse
+import faulthandler
+import gc
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slotmoe.errors import ExportError
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import disk
+from slotmoe.quant.export.reader import Export
+from tests.support.engine import whole
+from tests.support.interrupts import ctrl_c_after
+
+LENGTH, TEXTS, CONTEXT = 60, 12, 256
+BAD_READS = 0.01  # of all; one after another is an error
+WARMING = 10  # models that are opened before memory is measured
+
+
+class InjectedError(Exception):
+    """Out of a layer."""
+
+
+class Soak:
+    """``wanted`` are the texts that an undisturbed model makes: ids and log-probabilities."""
+
+    def __init__(self, export: Path, sessions: Path, seed: int):
+        self.export, self.sessions, self.chance = export, sessions, random.Random(seed)
+        self.prompts = [
+            [self.chance.randrange(2, 4000) for _ in range(self.chance.randint(1, 90))]
+            for _ in range(TEXTS)
+        ]
+        self.counts, self.process = Counter[str](), psutil.Process()
+        with Runtime.open(export, context=CONTEXT) as runtime:
+            self.wanted = [list(self._tokens(runtime, number)) for number in range(TEXTS)]
+
+    def _tokens(self, runtime: Runtime, number: int) -> Iterator[tuple[int, float]]:
+        """Every third text is sampled."""
+        how = {"temperature": 0.8, "seed": number} if number % 3 == 2 else {"temperature": 0.0}
+        for token in runtime.generate(self.prompts[number], LENGTH, **how):
+            yield token.id, token.logprob
+
+    def text(self, runtime: Runtime, number: int) -> None:
+        place = -1
+        for place, token in enumerate(self._tokens(runtime, number)):
+            self.counts["tokens"] += 1
+            assert token == self.wanted[number][place], f"token {place} of text {number} differs"
+        assert place == len(self.wanted[number]) - 1
+
+    def one_model(self) -> None:
+        """A few texts of a model that is opened with settings by chance."""
+        chance, policy = self.chance, self.chance.choice(POLICIES)
+        settings: dict[str, Any] = {"slots": chance.randint(14, 220), "cache_policy": policy}
+        settings |= {"prefetch": chance.random() < 0.7, "threads": chance.choice((1, 2))}
+        self.counts[policy] += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "HELP_BYTES", chance.choice((0, disk.HELP_BYTES)))
+            patch.setattr(Export, "read_range", self._reading(Export.read_range))
+            with Runtime.open(self.export, context=CONTEXT, **settings) as runtime:
+                if chance.random() < 0.5:
+                    runtime.keep_in(self.sessions, 2 << 20)
+                    self.counts["with sessions"] += 1
+                for _ in range(chance.randint(1, 8)):
+                    self.disturbed(runtime, chance.randrange(TEXTS))
+                    whole(runtime)
+
+    def disturbed(self, runtime: Runtime, number: int) -> None:
+        kind = self.chance.choice(("nothing", "nothing", "ctrl-c", "error"))
+        try:
+            with self._event(runtime, kind):
+                self.text(runtime, number)
+                self.counts["whole texts"] += 1
+        except (KeyboardInterrupt, InjectedError, ExportError) as problem:
+            self.counts[type(problem).__name__] += 1
+        if runtime.sessions is not None:
+            runtime.keep()
+
+    @contextmanager
+    def _event(self, runtime: Runtime, kind: str) -> Iterator[None]:
+        if kind == "ctrl-c":
+            with ctrl_c_after(self.chance.uniform(0, 0.2)):
+                yield
+                time.sleep(0.02)
+            return
+        left = self.chance.randint(1, 300) if kind == "error" else 0
+
+        def raise_at(route: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise InjectedError
+
+        stop = runtime.model.experts.on_route(raise_at)
+        try:
+            yield
+        finally:
+            stop()
+
+    def _reading(self, read_range: Any) -> Any:
+        """Now and then a read fails, or brings other bytes."""
+        chance = random.Random(self.chance.random())
+
+        def read(export: Export, layer: int, expert: int, start: int, out: memoryview) -> None:
+            read_range(export, layer, expert, start, out)
+            if chance.random() < BAD_READS:
+                self.counts["bad reads"] += 1
+                if chance.random() < 0.5:
+                    raise ExportError("a read that failed")
+                out[len(out) // 2] ^= 1
+
+        return read
+
+    def held(self) -> dict[str, int]:
+        gc.collect()
+        memory = self.process.memory_info().rss
+        figures = {"descriptors": self.process.num_fds(), "threads": self.process.num_threads()}
+        return {**figures, "bytes": memory}
+
+
+def soaked(export: Path, sessions: Path, tokens: int, seconds: float, seed: int) -> dict[str, Any]:
+    """What came of so many tokens, or of so much time."""
+    soak, end = Soak(export, sessions, seed), time.monotonic() + seconds
+    for _ in range(WARMING):
+        soak.one_model()
+    before = soak.held()
+    while soak.counts["tokens"] < tokens and time.monotonic() < end:
+        faulthandler.dump_traceback_later(120, exit=True)
+        soak.one_model()
+    faulthandler.cancel_dump_traceback_later()
+    after = soak.held()
+    for name in ("descriptors", "threads"):
+        assert after[name] <= before[name], (before, after)
+    assert after["bytes"] <= 1.05 * before["bytes"], (before, after)
+    return {**dict(sorted(soak.counts.items())), "before": before, "after": after}
+
+
+def main() -> None:
+    from slotmoe.offload.ingest.quantize import quantize
+    from tests.support.tiny import SAMPLE
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        quantize(SAMPLE, folder / "export")
+        with suppress(KeyboardInterrupt):
+            found = soaked(
+                folder / "export", folder / "kept", given.tokens, given.seconds, given.seed
+            )
+            print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

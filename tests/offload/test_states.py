@@ -1,0 +1,329 @@
+"""Cache, slots and prefetcher in any order of events, beside a model in plain Python: the same
+experts cached, the same counts, the right bytes in each slot."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from slotmoe.offload.policy.cache import make_cache
+from slotmoe.offload.policy.prefetch import HORIZONS, Prefetcher
+from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.disk import DEMAND, WARM, Read
+from slotmoe.offload.tiers.slots import Slots
+
+ROWS, EXPERTS, CHOSEN, BYTES = 3, 4, 2, 64
+IDS = st.integers(0, ROWS * EXPERTS - 1)
+ROW = st.integers(0, ROWS - 1)
+
+
+class Broken(Exception):
+    """What ends a pass."""
+
+
+class Disk:
+    """Reads that are done when the test says so; once ``begun`` a read can't be taken back."""
+
+    def __init__(self, chance):
+        self.chance, self.pending, self.begun = chance, [], []
+
+    def read(self, expert_id, target, urgency):
+        return Read(expert_id, target.numpy().data, urgency)
+
+    def submit(self, reads):
+        self.pending += reads
+
+    def promote(self, read):
+        read.urgency = DEMAND
+
+    def cancel(self, read):
+        read.cancelled = True
+        if read in self.begun:
+            return read.done
+        self.pending.remove(read)
+        read.done = True
+        return True
+
+    def begin(self):
+        if self.pending:
+            self.begun.append(self.pending.pop(self.chance.randrange(len(self.pending))))
+
+    def finish(self, read):
+        for reads in (self.pending, self.begun):
+            if read in reads:
+                reads.remove(read)
+        read.buffer[:] = bytes([read.expert_id + 1]) * BYTES
+        read.done = True
+
+    def wait(self, reads):
+        assert reads
+        if not any(read.done for read in reads):
+            self.finish(self.chance.choice(list(reads)))
+
+    def abandon(self):
+        self.pending.clear()
+        self.begun.clear()
+
+    def advance(self, tokens):
+        pass
+
+
+class Model:
+    """What should be, by expert ids alone: least recently used leaves."""
+
+    def __init__(self, slots, bypass):
+        self.slots, self.bypass = slots, bypass
+        self.cached, self.coming, self.used, self.now = set(), {}, {}, 0
+        self.counts = dict.fromkeys(("hits", "misses", "evictions", "bypassed"), 0)
+        self.guesses = {
+            name: dict.fromkeys(("used", "wasted", "cancelled"), 0) for name in HORIZONS
+        }
+        self.reading, self.horizon = [{} for _ in range(ROWS)], {}
+
+    def use(self, ids):
+        for expert_id in ids:
+            self.used[expert_id] = self.now
+            self.now += 1
+        hits = sum(id in self.cached for id in ids)
+        self.counts["hits"] += hits
+        self.counts["misses"] += len(ids) - hits
+
+    def offer(self, expert_id, pinned):
+        if len(self.cached) < self.slots:
+            self.cached.add(expert_id)
+            return
+        others = sorted(self.cached.difference(pinned), key=lambda id: (self.used.get(id, -1), id))
+        if not others or (
+            self.bypass and self.used.get(others[0], -1) >= self.used.get(expert_id, -1)
+        ):
+            self.counts["bypassed"] += 1
+            return
+        self.cached.remove(others[0])
+        self.cached.add(expert_id)
+        self.counts["evictions"] += 1
+
+
+class Engine(RuleBasedStateMachine):
+    @initialize(
+        slots=st.integers(CHOSEN, 8),
+        spare=st.integers(1, 3),
+        bypass=st.booleans(),
+        seed=st.integers(),
+    )
+    def start(self, slots, spare, bypass, seed):
+        self.disk = Disk(random.Random(seed))
+        cache = make_cache("lru+bypass" if bypass else "lru", slots, ROWS, EXPERTS)
+        self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
+        self.slots.slab.fill_(255)
+        self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
+        self.model, self.inside = Model(slots, bypass), False
+        self.begin()
+
+    # The target of the prefetcher's reads
+
+    def __contains__(self, expert_id):
+        return expert_id in self.slots
+
+    def prefetch(self, expert_id, urgency):
+        held = [read for read, _ in self.slots.abandoned if not read.done]
+        wanted = len(self.model.coming) + len(held) + CHOSEN < self.slots.staging
+        accepted = self.slots.prefetch(expert_id, urgency)
+        assert accepted == wanted
+        if accepted:
+            self.model.coming[expert_id] = urgency
+        return accepted
+
+    def drop(self, expert_id):
+        self.slots.drop(expert_id)
+        self.model.coming.pop(expert_id, None)
+
+    # Events
+
+    @rule()
+    def begin(self):
+        """A pass."""
+        model, was_consistent = self.model, self.slots.consistent
+        self.slots.recover()
+        self.slots.consistent = False
+        if not was_consistent:
+            model.coming.clear()
+        for expert_id, read in list(self.slots.coming.items()):
+            if read.urgency != WARM or read.done:
+                del model.coming[expert_id]
+                arrived = read.urgency == WARM and read.error is None
+                if arrived and len(model.cached) < model.slots:
+                    model.cached.add(expert_id)
+        self.slots.advance(1)
+        self.prefetcher.reset()
+        model.reading = [{} for _ in range(ROWS)]
+
+    @rule()
+    def end(self):
+        self.slots.consistent = True
+
+    @rule(
+        row=ROW,
+        experts=st.lists(st.integers(0, EXPERTS - 1), unique=True),
+        name=st.sampled_from(HORIZONS),
+    )
+    def guess(self, row, experts, name):
+        named, reading = [row * EXPERTS + expert for expert in experts], self.model.reading[row]
+        for expert_id in [id for id in reading if id not in named]:
+            self.model.guesses[reading.pop(expert_id)]["cancelled"] += 1
+        self.prefetcher.guess(row, named, name)
+        self.model.horizon[row] = name
+        before = set(self.model.coming)
+        self.prefetcher.more(-1)
+        for expert_id in set(self.model.coming) - before:
+            of = expert_id // EXPERTS
+            self.model.reading[of][expert_id] = self.model.horizon[of]
+
+    @rule(expert_id=IDS)
+    def warm(self, expert_id):
+        if expert_id not in self.slots:
+            self.prefetch(expert_id, WARM)
+
+    @rule()
+    def arrive(self):
+        """A read begins, and perhaps one ends."""
+        self.disk.begin()
+        if self.disk.begun and self.disk.chance.random() < 0.5:
+            self.disk.finish(self.disk.begun[0])
+
+    @rule()
+    def fail(self):
+        """A read that fails; a demand reads again."""
+        if self.disk.begun:
+            read = self.disk.begun.pop(0)
+            read.error, read.done = Broken("disk"), True
+
+    @rule(
+        row=ROW,
+        experts=st.lists(
+            st.integers(0, EXPERTS - 1), min_size=CHOSEN, max_size=CHOSEN, unique=True
+        ),
+        breaks=st.sampled_from([None, None, None, "demand", "take", "admit"]),
+    )
+    def layer(self, row, experts, breaks):
+        """A gate chooses; ``breaks`` is where an exception ends the pass."""
+        if self.slots.consistent:
+            self.begin()
+        try:
+            self.compute(row, [row * EXPERTS + expert for expert in experts], breaks)
+        except Broken:
+            self.begin()
+
+    def compute(self, row, chosen, breaks):
+        slots, model = self.slots, self.model
+        missing = [id for id in chosen if id not in model.cached]
+        assert missing == [id for id in chosen if id not in slots.cache]
+        for expert_id, name in model.reading[row].items():
+            model.guesses[name]["used" if expert_id in chosen else "wasted"] += 1
+        model.reading[row] = {}
+        self.prefetcher.chosen(row, chosen, len(missing))
+        reads = slots.demand(missing, pinned=missing)
+        if gone := model.coming.keys() - slots.coming.keys():  # prefetches, for want of room
+            assert not slots.table.free and not gone & {*missing}
+        model.coming = {id: read.urgency for id, read in slots.coming.items()}
+        assert {*missing} <= model.coming.keys()
+        if breaks == "demand":
+            raise Broken
+        slots.cache.use_chunk(row, [[id % EXPERTS for id in chosen]])
+        model.use(chosen)
+        for expert_id in set(chosen) - set(missing):
+            self.right(expert_id)
+        self.prefetcher.idle()
+        while reads:
+            slots.wait(reads)
+            done = [read for read in reads if read.done]
+            slots.take(done)
+            if breaks == "take":
+                raise Broken
+            for read in done:
+                self.right(read.expert_id)
+            reads = [read for read in reads if not read.done]
+        for expert_id in missing:
+            slots.admit(expert_id, pinned=chosen)
+            del model.coming[expert_id]
+            model.offer(expert_id, chosen)
+            if breaks == "admit":
+                raise Broken
+
+    def right(self, expert_id):
+        assert (self.slots.slab[self.slots.slot(expert_id)] == expert_id + 1).all()
+
+    # What always holds
+
+    @invariant()
+    def same(self):
+        if not hasattr(self, "model"):
+            return
+        slots, cache, model = self.slots, self.slots.cache, self.model
+        assert cache.cached == model.cached
+        assert {name: getattr(cache, name) for name in model.counts} == model.counts
+        assert slots.coming.keys() == model.coming.keys()
+        assert slots.table.slot_of.keys() == model.cached | model.coming.keys()
+        stats = self.prefetcher.stats()
+        for name, counts in model.guesses.items():
+            assert counts.items() <= stats[name].items()
+        held = [*slots.table.free, *slots.table.slot_of.values()]
+        held += [slot for _, slot in slots.abandoned]
+        assert sorted(held) == list(range(len(slots.slab)))
+        known = np.full(ROWS * EXPERTS, -1)
+        for expert_id in model.cached:
+            known[expert_id] = slots.slot(expert_id)
+            self.right(expert_id)
+        assert (slots.slots_ME.numpy().ravel() == known).all()
+
+
+def run(examples, steps, phases=tuple(Phase)):
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    run_state_machine_as_test(
+        Engine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=checks,
+            derandomize=examples < 100,
+            phases=phases,
+        ),
+    )
+
+
+def test_some_orders_of_events():
+    run(12, 60)
+
+
+@pytest.mark.slow
+def test_many_orders_of_events():
+    run(1000, 200)
+
+
+PLANTED = {
+    "a slot is lost": ("drop", lambda slots, id: slots.coming.pop(id, None)),
+    "recovery forgets staging": ("recover", lambda slots: None),
+    "abandoned slots are taken at once": (
+        "_collect",
+        lambda slots: (
+            slots.table.free.extend(slot for _, slot in slots.abandoned),
+            slots.abandoned.clear(),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defects_are_found(name, monkeypatch):
+    monkeypatch.setattr(Slots, *PLANTED[name])
+    with pytest.raises(BaseException, match=r"(?s)."):
+        run(40, 60, [Phase.generate])
