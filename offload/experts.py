@@ -22,7 +22,7 @@ from slotmoe.offload.policy.forecast import FOLLOWED, Array
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.device import Device, Download
 from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
@@ -181,7 +181,7 @@ class Experts:
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
                 x_TD = None if x_MTD is None else x_MTD[row - first]
-                self._cache.use_chunk(row, indices, self._inputs(x_TD))
+                self._cache.use_chunk(row, indices, _array(self._inputs(x_TD)))
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
@@ -238,7 +238,7 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        self._cache.use_chunk(row, indices, learned)  # the disk is at work by now
+        self._cache.use_chunk(row, indices, _array(learned))  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -296,11 +296,11 @@ class Experts:
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
 
-    def _inputs(self, x_TD: Tensor | None) -> Array | None:
+    def _inputs(self, x_TD: Tensor | None) -> Download | None:
         """What the cache policy learns from, if it does."""
         if x_TD is None or self._apart or not self._cache.learns:
             return None
-        return self._device.download(x_TD[-FOLLOWED:]).get().numpy()
+        return self._device.download(x_TD[-FOLLOWED:])
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
@@ -428,6 +428,10 @@ class Experts:
     def close(self) -> None:
         """Stop what goes on in other threads."""
         self.slots.close()
+
+
+def _array(download: Download | None) -> Array | None:
+    return None if download is None else download.get().numpy()
 
 
 def _first(expert_ids: list[int], uses: Mapping[int, int]) -> tuple[list[int], list[int]]:

@@ -53,6 +53,8 @@ class Table:
         Returns the expert id that lost its slot, if any."""
         evicted = self.cache.offer(expert_id, pinned)
         if evicted is not None:
+            if evicted in self.left:  # the host tier may read a record twice at once
+                self.free.append(self.left[evicted])
             self.left[evicted] = self.slot_of.pop(evicted)
         return evicted
 
