@@ -20,7 +20,6 @@ from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.forecast import FOLLOWED, Array
 from slotmoe.offload.policy.hybrid import Split
-from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device, Download
 from slotmoe.offload.tiers.disk import WARM, Read
@@ -415,15 +414,6 @@ class Experts:
             misses = {"mode": self.split.mode, "fetched": self._fetched}
             stats["misses"] = misses | {"computed": self._computed, "seconds": self.hybrid.seconds}
         return stats
-
-    def swaps(self) -> dict[str, Any]:
-        """Of a route budget, if there is one: ``swaps``, their estimated cost in nats a token, how
-        many tokens were decoded."""
-        budget = self.substitution.chooser if self.substitution is not None else None
-        if not isinstance(budget, RouteBudget):
-            return {}
-        spent = budget.spent / max(budget.tokens, 1)
-        return {"swaps": budget.swaps, "estimated_kl": spent, "tokens": budget.tokens}
 
     def close(self) -> None:
         """Stop what goes on in other threads."""

@@ -324,7 +324,9 @@ class Runtime:
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
         if model.options.altered is not None:
-            stats["routing"] = {"altered": model.options.altered, **model.experts.swaps()}
+            substitution = model.experts.substitution if model.experts is not None else None
+            counts = {} if substitution is None else substitution.chooser.stats()
+            stats["routing"] = {"altered": model.options.altered, **counts}
         return stats
 
     def close(self) -> None:

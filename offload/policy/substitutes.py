@@ -22,6 +22,12 @@ class RouteBudget:
         self._left, self.active = budget, False
         self.swaps, self.spent, self.tokens = 0, 0.0, 0
 
+    def stats(self) -> dict[str, float]:
+        """``swaps`` so far, what they are estimated to cost in nats a token, and how many tokens
+        were decoded."""
+        spent = self.spent / max(self.tokens, 1)
+        return {"swaps": self.swaps, "estimated_kl": spent, "tokens": self.tokens}
+
     def advance(self, tokens: int) -> None:
         """A pass begins, in which so many tokens are decoded."""
         self.active = tokens > 0
@@ -53,6 +59,10 @@ class RandomSwaps:
 
     def __init__(self, row: int, top_k: int, uniform: Callable[[], float]):
         self._row, self._top_k, self._uniform, self.squares = row, top_k, uniform, 0.0
+
+    def stats(self) -> dict[str, float]:
+        """What is counted."""
+        return {"squares": self.squares}
 
     def advance(self, tokens: int) -> None:
         """As ``RouteBudget.advance``."""
