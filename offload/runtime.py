@@ -85,8 +85,7 @@ class Runtime:
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
-        ``route_budget`` nats of KL divergence a token that swaps of experts may cost
-        ``experts_per_token``  fewer experts a token than the model was made for
+        ``route_budget``, ``experts_per_token``  see docs/routing.md
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
                          it is copied there; ``cpu``; ``hybrid``, both, split by measured
                          bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
@@ -94,9 +93,7 @@ class Runtime:
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(
-            vram, ram, context, threads, cache_policy, prefetch, quantize, **others
-        )  # fmt: skip
+        options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "

@@ -234,7 +234,7 @@ class Kernels:
         routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
         `mlp` give layer by layer, and what each token gives alone.
         """
-        t, layers, hidden = len(caches), len(decoder.routed), decoder.hidden
+        t, layers, hidden, top_k = len(caches), len(decoder.routed), decoder.hidden, decoder.top_k
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
@@ -253,9 +253,8 @@ class Kernels:
             optional_address("x", x, torch.float32, (t, hidden)),
             optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, weights = (torch.empty(t, n) for n in (hidden, decoder.top_k))
-        norm = torch.empty(asked + 1, t, hidden)
-        indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
+        y, weights, norm = (torch.empty(n) for n in ((t, hidden), (t, top_k), (asked + 1, t, hidden)))
+        indices = torch.empty(asked, t, top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
         values = *inputs, *outputs, ctypes.byref(reached), seconds
