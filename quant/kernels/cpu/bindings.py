@@ -253,8 +253,8 @@ class Kernels:
             optional_address("x", x, torch.float32, (t, hidden)),
             optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, weights, norm = (torch.empty(n) for n in ((t, hidden), (t, top_k), (asked + 1, t, hidden)))
-        indices = torch.empty(asked, t, top_k, dtype=torch.int64)
+        y, norm = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
+        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
         values = *inputs, *outputs, ctypes.byref(reached), seconds
