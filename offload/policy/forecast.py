@@ -30,7 +30,8 @@ def fold(x_TD: Array) -> Array:
     padded_TD[:, :columns] = x_TD
     with np.errstate(over="ignore", invalid="ignore"):
         x_TF: Array = (padded_TD.reshape(tokens, pieces, FEATURES) * _signs(pieces)).sum(1)
-        return x_TF / np.sqrt(np.square(x_TF).mean(1, keepdims=True) + 1e-12)
+        x_TF /= np.sqrt(np.square(x_TF).mean(1, keepdims=True) + 1e-12)
+    return x_TF
 
 
 @cache
