@@ -14,7 +14,6 @@ import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload import sequence
-from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
 from slotmoe.offload.tiers.slots import Table
@@ -80,26 +79,16 @@ def test_interrupted_at_every_line(sample_export, kind):
     assert found["came"] > 300 and found["signals"] > 50
 
 
-def half_restored(monkeypatch):
+def test_planted_defect_is_found(sample_export, monkeypatch):
     """The free slots are not derived anew."""
     restore = Table.restore
 
-    def broken(table, *arguments, **options):
+    def half(table, *arguments, **options):
         free = table.free
         restore(table, *arguments, **options)
         table.free = free
 
-    monkeypatch.setattr(Table, "restore", broken)
-
-
-def not_told(monkeypatch):
-    """Nor is the map of the cache's."""
-    monkeypatch.setattr(Cache, "restore", lambda cache, ids: None)
-
-
-@pytest.mark.parametrize("planted", [half_restored, not_told])
-def test_planted_defects_are_found(sample_export, monkeypatch, planted):
-    planted(monkeypatch)
+    monkeypatch.setattr(Table, "restore", half)
     with pytest.raises(AssertionError):
         attacked(sample_export, "helping", 200, 0, random.Random(6))
 

@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -19,6 +20,7 @@ from slotmoe.offload.sequence import Sequence, shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
+from tests.faults.kills import memory
 from tests.support.engine import IDS
 from tests.support.tiny import SAMPLE, write_checkpoint
 from tests.support.twin import Twin
@@ -532,9 +534,10 @@ print(moment)
 """
 
 
-def test_killed_at_any_moment_of_a_save(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", KILLED, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_killed_at_any_moment_of_a_save():
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
+        command = [sys.executable, "-W", "error", "-c", KILLED, folder]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
 

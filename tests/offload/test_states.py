@@ -34,10 +34,12 @@ class Disk:
     """Reads that are done when the test says so; once ``begun`` a read can't be taken back."""
 
     def __init__(self, chance):
-        self.chance, self.pending, self.begun = chance, [], []
+        self.chance, self.pending, self.begun, self.targets = chance, [], [], {}
 
     def read(self, expert_id, target, urgency):
-        return Read(expert_id, target.numpy().data, urgency)
+        read = Read(expert_id, target.numpy().data, urgency)
+        self.targets[read] = target.data_ptr()
+        return read
 
     def submit(self, reads):
         self.pending += reads
@@ -278,6 +280,10 @@ class Engine(RuleBasedStateMachine):
         held = [*slots.table.free, *slots.table.slot_of.values()]
         held += [slot for _, slot in slots.abandoned]
         assert sorted(held) == list(range(len(slots.slab)))
+        for read in self.disk.begun:  # nobody else may have the slot that it writes to
+            slot = (self.disk.targets[read] - slots.slab.data_ptr()) // BYTES
+            owned = slots.coming.get(read.expert_id) is read and slots.slot(read.expert_id) == slot
+            assert owned or slot not in {*slots.table.free, *slots.table.slot_of.values()}
         known = np.full(ROWS * EXPERTS, -1)
         for expert_id in model.cached:
             known[expert_id] = slots.slot(expert_id)
