@@ -234,7 +234,7 @@ class Engine(RuleBasedStateMachine):
         self.prefetcher.chosen(row, chosen, len(missing))
         reads = slots.demand(missing, pinned=missing)
         if gone := model.coming.keys() - slots.coming.keys():  # prefetches, for want of room
-            assert not slots.table.free and not gone & {*missing}
+            assert not (slots.table.free or slots.table.left) and not gone & {*missing}
         model.coming = {id: read.urgency for id, read in slots.coming.items()}
         assert {*missing} <= model.coming.keys()
         if breaks == "demand":
@@ -277,13 +277,16 @@ class Engine(RuleBasedStateMachine):
         stats = self.prefetcher.stats()
         for name, counts in model.guesses.items():
             assert counts.items() <= stats[name].items()
-        held = [*slots.table.free, *slots.table.slot_of.values()]
+        free = [*slots.table.free, *slots.table.left.values()]
+        held = [*free, *slots.table.slot_of.values()]
         held += [slot for _, slot in slots.abandoned]
         assert sorted(held) == list(range(len(slots.slab)))
         for read in self.disk.begun:  # nobody else may have the slot that it writes to
             slot = (self.disk.targets[read] - slots.slab.data_ptr()) // BYTES
             owned = slots.coming.get(read.expert_id) is read and slots.slot(read.expert_id) == slot
-            assert owned or slot not in {*slots.table.free, *slots.table.slot_of.values()}
+            assert owned or slot not in {*free, *slots.table.slot_of.values()}
+        for expert_id, slot in slots.table.left.items():
+            assert (slots.slab[slot] == expert_id + 1).all()
         known = np.full(ROWS * EXPERTS, -1)
         for expert_id in model.cached:
             known[expert_id] = slots.slot(expert_id)
