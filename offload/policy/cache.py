@@ -245,6 +245,7 @@ class Learned(LayerAware):
 
     learns = True
     _next_E: Array | None = None  # of the layer that is visited
+    _now_N: Array | None = None
 
     def _start(self) -> None:
         super()._start()
@@ -265,11 +266,13 @@ class Learned(LayerAware):
         later = self.LONG ** (self._now - self._epoch) * self._long_N[expert_ids]
         turns = (1 - self._worth_N[expert_ids]) / np.maximum(later, 1e-9)
         self._wait_N[expert_ids] = turns * self.layers
+        self._now_N = None
 
     def _worth_now(self) -> Array:
-        uses_N = 1 / (self._far_MN[self._row] + self._wait_N)
-        worth_N: Array = np.maximum(super()._worth_now(), uses_N)
-        return worth_N
+        if self._now_N is None:  # else nothing was estimated since, as between a layer's offers
+            uses_N = 1 / (self._far_MN[self._row] + self._wait_N)
+            self._now_N = np.maximum(super()._worth_now(), uses_N)
+        return self._now_N
 
 
 _CLASSES: dict[str, type[Cache]] = {

@@ -60,7 +60,7 @@ class Forecast:
         x_TF = np.concatenate([x_TF, np.full((count, 1), _CONSTANT, np.float32)], axis=1)
         before_TF = np.concatenate([self._last_MF[row, None], x_TF[:-1]])
         used_TE = np.zeros((count, weights_FE.shape[1]), np.float32)
-        np.put_along_axis(used_TE, np.asarray(indices)[-count:], 1.0, axis=1)
+        used_TE[np.arange(count)[:, None], indices[-count:]] = 1.0
         for start in range(0, count, _BLOCK):
             x_BF = before_TF[start : start + _BLOCK]
             error_BE = used_TE[start : start + _BLOCK] - x_BF @ weights_FE
