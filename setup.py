@@ -11,6 +11,7 @@ serves every version from 3.10 on (`py_limited_api`).
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -20,6 +21,8 @@ KERNELS = Path("quant/kernels/cpu")
 FLAGS = "-O3 -std=c++17 -fvisibility=hidden -pthread -g0".split()
 FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same bytes wherever it is built
+if sys.platform == "darwin":  # its headers refuse aligned memory where they aim at old systems
+    FLAGS += ["-faligned-allocation"]
 PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
 setup(

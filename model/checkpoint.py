@@ -17,11 +17,11 @@ from slotmoe.errors import CheckpointError, ConfigError, reading
 from slotmoe.jsonfile import parse_json, read_file
 from slotmoe.model import tiktoken
 from slotmoe.model.config import Config, config_among
-from slotmoe.model.decoding import decode
+from slotmoe.model.decoding import Codes, bitsandbytes_codes, decode_fp8, int4_codes
 from slotmoe.model.files import files_in
 from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
 from slotmoe.model.shards import TensorInfo, inside, read_header, tensors_in
-from slotmoe.model.stored import Weights
+from slotmoe.model.stored import Encoded, Weights
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
 
 
@@ -117,14 +117,42 @@ class Checkpoint:
         encoded = None if self.weights is None else self.weights.encoded.get(name)
         if encoded is None:
             return self._stored_rows(self.infos[name], start, stop, name)
+        if encoded.encoding.method != "fp8":
+            return self.codes(name, start, stop).values().to(self.infos[name].dtype)
         start, stop = encoded.first + start, encoded.first + stop
         rows = encoded.encoding.rows or stop
         scales = self._stored_rows(encoded.scales, start // rows, -(-stop // rows), name)
+        self._check_scales(name, encoded, scales)
+        codes = self._stored_rows(encoded.codes, start, stop, name)
+        return decode_fp8(codes, scales, encoded.encoding, start)
+
+    def codes(self, name: str, start: int, stop: int) -> Codes:
+        """Rows of a weight that is stored in 4 bits, as they are.  Raises like ``rows``."""
+        assert self.weights is not None
+        encoded = self.weights.encoded[name]
+        start, stop = encoded.first + start, encoded.first + stop
+        scales = self._stored_rows(encoded.scales, start, stop, name)
+        words = self._stored_rows(encoded.codes, start, stop, name)
+        if not encoded.encoding.flat:
+            codes = int4_codes(words, scales, encoded.encoding)
+        else:
+            beside = {
+                part: self._stored_rows(info, 0, info.shape[0], name)
+                for part, info in encoded.beside.items()
+            }
+            first = start * scales.shape[1]
+            try:
+                codes = bitsandbytes_codes(words, scales, encoded.encoding, first, beside)
+            except ValueError as problem:
+                where = f"{self.folder / encoded.beside['quant_state'].file}: {name}"
+                raise CheckpointError(f"{where}: {problem}") from None
+        self._check_scales(name, encoded, codes.scales)
+        return codes
+
+    def _check_scales(self, name: str, encoded: Encoded, scales: torch.Tensor) -> None:
         if not torch.isfinite(scales).all():
             where = f"{self.folder / encoded.scales.file}: the scales of {name}"
             raise CheckpointError(f"{where} are NaN or infinite; the file is damaged")
-        codes = self._stored_rows(encoded.codes, start, stop, name)
-        return decode(codes, scales, encoded.encoding, start)
 
     def _stored_rows(self, info: TensorInfo, start: int, stop: int, name: str) -> torch.Tensor:
         """Rows of a tensor as they are in the file."""

@@ -218,7 +218,9 @@ def _parse(outer: dict[str, Any]) -> Config:
         rope=_rope(values, family),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        encoding=parse_encoding(given.get("quantization_config")),
+        encoding=parse_encoding(
+            given.get("quantization_config"), given.get("dtype", given.get("torch_dtype"))
+        ),
         text_only=given is not outer,
         unknown_keys=tuple(sorted(str(key)[:80] for key in given.keys() - _KNOWN_KEYS)),
     )

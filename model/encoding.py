@@ -6,20 +6,29 @@ from typing import Any
 
 from slotmoe.jsonfile import ListOf, ObjectOf, check, one_of
 
+BITSANDBYTES = ("nf4", "fp4")
+
 
 @dataclass(frozen=True)
 class Encoding:
     """Weights stored as codes of ``method``; every block of ``rows`` x ``columns`` weights has a
-    scale of its own, 0 standing for all rows or columns of a matrix."""
+    scale of its own, 0 standing for all rows or columns of a matrix.  ``dtype`` is what they are
+    decoded to, where the scales don't say it."""
 
     method: str  # as slotmoe.model.names has their tensors' names
     rows: int
     columns: int
+    dtype: str = "bfloat16"
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of a weight's code."""
-        return {"fp8": 1.0, "int4": 0.5}[self.method]
+        return 1.0 if self.method == "fp8" else 0.5
+
+    @property
+    def flat(self) -> bool:
+        """Whether codes and scales are written without the dimensions of their matrix."""
+        return self.method in BITSANDBYTES
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a matrix."""
@@ -38,28 +47,38 @@ _GROUP = {  # a config group of compressed-tensors: what is decoded here
         "group_size": one_of(32),
     }
 }
-_FP8, _INT4 = "fp8", "compressed-tensors"
-_KINDS: dict[str, dict[str, Any]] = {
+_FP8, _INT4, _BITSANDBYTES = "fp8", "compressed-tensors", "bitsandbytes"
+_KINDS: dict[str, dict[str, Any]] = {  # what must be so
     _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8")},
     _INT4: {"format": one_of("pack-quantized"), "config_groups": ObjectOf(_GROUP)},
+    _BITSANDBYTES: {
+        "load_in_4bit": one_of(True),
+        "bnb_4bit_quant_type": one_of(*BITSANDBYTES),
+        "bnb_4bit_quant_storage": one_of("uint8"),
+    },
 }
+_OPTIONAL = {"fmt", "expert_dtype", "bnb_4bit_quant_storage"}  # but if they are there
 _BLOCK = ListOf(one_of(128), 2, 2)
 
 
-def parse_encoding(settings: Any) -> Encoding | None:
-    """The encoding that ``quantization_config`` names; None where it is absent.  Raises
-    ``ValueError``, which names the key, for what is not decoded here."""
+def parse_encoding(settings: Any, dtype: Any) -> Encoding | None:
+    """The encoding that ``quantization_config`` names; None where it is absent.  ``dtype`` is the
+    config's.  Raises ``ValueError``, which names the key, for what is not decoded here."""
     if not settings:
         return None
     place = "quantization_config"
     check(settings, {}, place)
     method = settings.get("quant_method")
     if method not in _KINDS:
-        problem = f"{place}.quant_method {method!r:.40} is not supported, only {_FP8} or {_INT4}"
+        known = f"only {_FP8}, {_INT4} or {_BITSANDBYTES}"
+        problem = f"{place}.quant_method {method!r:.40} is not supported, {known}"
         raise ValueError(f"{problem}; give the original checkpoint")
     kinds = _KINDS[method]
-    required = kinds if method == _INT4 else kinds.keys() & settings.keys()
+    required = kinds.keys() - _OPTIONAL | kinds.keys() & settings.keys()
     check(settings, {key: kinds[key] for key in sorted(required)}, place)
+    if method == _BITSANDBYTES:
+        check({"dtype": dtype}, {"dtype": one_of("bfloat16", "float16", "float32")})
+        return Encoding(settings["bnb_4bit_quant_type"], 1, 64, dtype)
     if method == _INT4:
         for name, group in settings["config_groups"].items():
             if group["weights"].get("actorder") is not None:

@@ -114,8 +114,8 @@ class Pending(NamedTuple):
 
 @dataclass
 class Step:
-    """A pass on its way through the layers: over T tokens of one sequence, or over one token of
-    each of T sequences, each with a cache of its own.
+    """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
+    each sequence, which has a cache of its own.  The pass has ``behind`` tokens before them.
 
     ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
     ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
@@ -127,7 +127,9 @@ class Step:
     rope_TC: Tensor
     query_scale_T: Tensor | None
     caches: Sequence[LatentCache]
+    counts: Sequence[int]
     timer: Timer
+    behind: int = 0
     layer: int = 0
     x_TD: Tensor | None = None
     routed_TD: Tensor | None = None
@@ -143,11 +145,11 @@ class LayerByLayer:
         """See ``slotmoe.model.network.Runner``."""
         backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
         if step.x_TD is not None:
-            self._feed_forward(step)
+            self.feed_forward(step)
         while step.layer < len(self._layers):
             layer = self._layers[step.layer]
             x_TD = backend.rms_norm(step.h_TD, layer.input_layernorm, eps)
-            step.h_TD = step.h_TD + self._attention(step, layer, x_TD)
+            step.h_TD += self._attention(step, layer, x_TD)
             step.timer.mark("attention")
             step.x_TD = x_TD = backend.rms_norm(step.h_TD, layer.post_attention_layernorm, eps)
             if layer.gate is not None:
@@ -156,17 +158,17 @@ class LayerByLayer:
                 choice = backend.route(*inputs) or route(*inputs)
                 step.timer.mark("gate")
                 return Pending(step.layer, x_TD, *choice)
-            self._feed_forward(step)
+            self.feed_forward(step)
         return None
 
-    def _feed_forward(self, step: Step) -> None:
+    def feed_forward(self, step: Step) -> None:
         """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
         mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
         if mlp is not None:
             shared_TD: Tensor = self._backend.mlp(step.x_TD, *mlp)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
         assert y_TD is not None
-        step.h_TD = step.h_TD + y_TD
+        step.h_TD += y_TD
         step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
         step.timer.mark("shared experts and dense layers")
 
@@ -190,17 +192,19 @@ class LayerByLayer:
         rotated = backend.rotate(torch.cat([q_THP, k_TP[:, None]], dim=1), step.rope_TC, halves)
         q_THP, k_TP = rotated[:, :H], rotated[:, H]
         latent_TW = torch.cat([rms_norm(c_TR, layer.kv_a_layernorm, latent_eps), k_TP], dim=-1)
-        count = T // len(step.caches)
-        rows = [cache.extend(step.layer, count) for cache in step.caches]
-        for rows_SX, new_TW in zip(rows, latent_TW.split(count), strict=True):
-            backend.store_latents(new_TW, R, rows_SX[-count:])
+        counts = [*step.counts]
+        ends = [step.behind + count for count in counts]
+        rows = [cache.extend(step.layer, end) for cache, end in zip(step.caches, ends, strict=True)]
+        for rows_SX, new_TW in zip(rows, latent_TW.split(counts), strict=True):
+            backend.store_latents(new_TW, R, rows_SX[-len(new_TW) :])
 
         S = len(rows[0])
         absorbed_cost = T * H * R * (N + V) + T * S * H * (2 * R + P)
         expanded_cost = S * H * R * (N + V) + T * S * H * (N + P + V)
-        if backend.absorbs or count == 1 or absorbed_cost <= expanded_cost:
+        several = len(rows) > 1
+        if backend.absorbs or several or T == 1 or absorbed_cost <= expanded_cost:
             q_THW = torch.cat([backend.absorb_query(q_THN, layer.kv_b_proj), q_THP], dim=-1)
-            parts = zip(q_THW.split(count), rows, strict=True)
+            parts = zip(q_THW.split(counts), rows, strict=True)
             outputs = [self._over_latents(part, rows_SX) for part, rows_SX in parts]
             o_THR = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             o_THV = backend.absorb_value(o_THR, layer.kv_b_proj, N)

@@ -35,8 +35,15 @@ FUSED = {
 }
 """All routed experts of a layer in one tensor, as transformers 5 saves them: its name, and which of
 how many equal parts of the rows of each expert's matrix a projection is."""
-ENCODED = {"fp8": ("", "_scale_inv"), "int4": ("_packed", "_scale")}
+ENCODED = {
+    "fp8": ("", "_scale_inv"),
+    "int4": ("_packed", "_scale"),
+    "nf4": ("", ".absmax"),
+    "fp4": ("", ".absmax"),
+}
 """What follows the name of a weight where its codes are, and where their scales are."""
+QUANT_STATE = ".quant_state.bitsandbytes__"
+"""What follows it where bitsandbytes notes how it is stored; then comes the method."""
 ZERO_POINT = "_zero_point"
 
 

@@ -1,8 +1,8 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, as all
 families of ``slotmoe.model.families`` have them.
 
-A pass is over tokens of one sequence, or over one token of each of several sequences.  Activations
-are float32.  Only the backend knows what a weight is made of (fp32, int8, NF4) and where it lies:
+A pass is over one or several sequences, with some tokens of each.  Activations are float32.  Only
+the backend knows what a weight is made of (fp32, int8, NF4) and where it lies:
 ``slotmoe.quant.backends.base.TorchBackend`` says what the network asks of one.  Only ``experts``
 knows where the routed experts are.
 
@@ -22,6 +22,8 @@ from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
+
+_FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's
 
 
 class Experts(Protocol):
@@ -83,9 +85,19 @@ def position_tables(
 
 class Network:
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
-    ``backend`` understands; norms and gates are float tensors."""
+    ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
+    in steps of ``step_tokens``: a layer's experts then serve all its tokens, while only one step
+    needs temporaries."""
 
-    def __init__(self, config: Config, weights: Mapping[str, Any], backend: Any, experts: Experts):
+    def __init__(
+        self,
+        config: Config,
+        weights: Mapping[str, Any],
+        backend: Any,
+        experts: Experts,
+        step_tokens: int = 1 << 30,
+    ):
+        self._step_tokens = step_tokens
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
@@ -96,30 +108,62 @@ class Network:
         geometry = Geometry.of(config)
         self._layer_by_layer = LayerByLayer(geometry, self.layers, backend)
         self._decoder = backend.decoder(geometry, self.layers)
+        # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
+        self.rows: int = 0 if self._decoder is None else self._decoder.rows
         frequencies = inverse_frequencies(config.rope, config.qk_rope_head_dim)
         self._frequencies = frequencies.to(self.norm.device)
         self.timer = Timer()
 
     @torch.inference_mode()
-    def forward(self, ids_T: Tensor, caches: Sequence[LatentCache]) -> Tensor:
-        """Append ``ids``, int64 [T], to the one sequence of ``caches``, or one id to each of T
-        sequences; returns the residual stream after the last layer, float32 [T, D], which lasts
-        until the next call.
+    def forward(
+        self, ids_T: Tensor, caches: Sequence[LatentCache], counts: Sequence[int] = ()
+    ) -> Tensor:
+        """Append ``ids``, int64 [T], to the sequences of ``caches``: ``counts`` of them to each, in
+        order, or equally many.  Returns the residual stream after the last layer, float32 [T, D],
+        which lasts until the next call.
 
         The caches grow only when the whole pass is done, so a pass that raises can be repeated.
         """
-        count = len(ids_T) // len(caches)
-        h_TD = self.backend.embed(ids_T, self.embed_tokens)
-        step = Step(h_TD, *self._positions(ids_T, caches, count), caches, self.timer)
+        counts = counts or [len(ids_T) // len(caches)] * len(caches)
+        h_TD: Tensor = self.backend.embed(ids_T, self.embed_tokens)
+        rope_TC, scale_T = self._positions(ids_T, caches, counts)
         self.timer.mark("rest")
+        size = self._step_tokens if len(caches) == 1 else len(ids_T)
+        if size >= len(ids_T):
+            step = Step(h_TD, rope_TC, scale_T, caches, counts, self.timer)
+            self._run(step)
+            h_TD = step.h_TD
+        else:
+            spans = [slice(start, start + size) for start in range(0, len(ids_T), size)]
+            scales = [None if scale_T is None else scale_T[span] for span in spans]
+            steps = []
+            for span, scale in zip(spans, scales, strict=True):
+                h, rope = h_TD[span], rope_TC[span]
+                steps.append(Step(h, rope, scale, caches, [len(h)], self.timer, span.start))
+            self._run_in_steps(steps)
+        for cache, count in zip(caches, counts, strict=True):
+            cache.length += count
+        return h_TD
+
+    def _run(self, step: Step) -> None:
+        """Take a pass through all layers."""
         runner: Runner = self._layer_by_layer
-        if self._decoder is not None and count == 1 and len(caches) <= self._decoder.sequences:
+        if len(step.h_TD) <= self.rows and max(step.counts) <= _FEW:
             runner = self._decoder
         while (pending := runner.run_layers(step, self.experts)) is not None:
             step.routed_TD = self.experts(*pending)
-        for cache in caches:
-            cache.length += count
-        return step.h_TD
+
+    def _run_in_steps(self, steps: list[Step]) -> None:
+        """Take all steps through a layer's experts before the next layer's.  What waits is only the
+        residual stream."""
+        while steps:
+            waiting = []
+            for step in steps:
+                if (pending := self._layer_by_layer.run_layers(step, self.experts)) is not None:
+                    step.routed_TD = self.experts(*pending)
+                    self._layer_by_layer.feed_forward(step)
+                    waiting.append(step)
+            steps = waiting
 
     @torch.inference_mode()
     def head(self, h_TD: Tensor) -> Tensor:
@@ -136,13 +180,13 @@ class Network:
         return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(count)])
 
     def _positions(
-        self, ids_T: Tensor, caches: Sequence[LatentCache], count: int
+        self, ids_T: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """``position_tables`` of the tokens."""
         positions_T = torch.cat(
             [
                 torch.arange(cache.length, cache.length + count, device=ids_T.device)
-                for cache in caches
+                for cache, count in zip(caches, counts, strict=True)
             ]
         ).float()
         return position_tables(self.config.rope, self._frequencies, positions_T)

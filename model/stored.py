@@ -9,31 +9,33 @@ from pathlib import Path
 import torch
 
 from slotmoe.errors import CheckpointError
-from slotmoe.model.decoding import CODES, PER_CODE, SCALES, decoded_dtype
+from slotmoe.model.decoding import CODES, NESTED, NESTED_BLOCK, PER_CODE, SCALES, decoded_dtype
 from slotmoe.model.encoding import Encoding
-from slotmoe.model.names import ENCODED, FUSED, ZERO_POINT, fused_experts, split_expert
+from slotmoe.model.names import ENCODED, FUSED, QUANT_STATE, ZERO_POINT, fused_experts, split_expert
 from slotmoe.model.shards import DTYPES, TensorInfo
 
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_STATE_BYTES = 4096  # bitsandbytes writes 200
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A matrix whose rows are those of ``codes`` from ``first`` on; ``scales`` belong to all rows
-    of ``codes``."""
+    of ``codes``.  ``beside`` are the other tensors of a weight of bitsandbytes', by name."""
 
     encoding: Encoding
     codes: TensorInfo
     scales: TensorInfo
     first: int
+    beside: Mapping[str, TensorInfo]
 
 
 class Weights:
     """The tensors that a folder's files hold, ``stored``, and the weights found in them: ``infos``
     says where the data of each begins and its dtype when read, ``encoded`` how it is decoded if it
-    is.  ``used`` are the tensors that they are in, ``apart`` the scales that are in another file
-    than their codes."""
+    is.  ``used`` are the tensors that they are in, ``apart`` those with scales that are in another
+    file than their codes."""
 
     def __init__(
         self,
@@ -62,7 +64,8 @@ class Weights:
         encoding, encoded = self._encoding, None
         if encoding is not None and len(shape) == 2:
             of_codes, of_scales = ENCODED[encoding.method]
-            if tensor + of_scales in self.stored:
+            separate = index is None or not encoding.flat  # such matrices are not fused
+            if separate and tensor + of_scales in self.stored:
                 encoded = self._encoded(tensor + of_codes, tensor + of_scales, whole, encoding)
         if encoded is None:
             info = self._tensor(tensor, whole, _PLAIN)
@@ -82,27 +85,48 @@ class Weights:
     ) -> Encoded:
         """Matrices of ``shape``.  Raises ``CheckpointError``."""
         info, per_code = self.stored[scales], PER_CODE[encoding.method]
+        where, count = f"{self._folder / info.file}: {scales}", math.prod(info.shape)
+        if encoding.flat:
+            encoding = replace(encoding, columns=math.prod(shape) // max(1, count))
+            if encoding.columns == 0 or shape[-1] % encoding.columns:
+                problem = f"has {count} scales for {list(shape)} weights"
+                raise CheckpointError(f"{where} {problem}, expected whole blocks in a row")
         grid = (*shape[:-2], *encoding.grid(shape[-2:]))
-        where = f"{self._folder / info.file}: {scales}"
-        if (zero_point := scales.replace("_scale", ZERO_POINT)) in self.stored:
+        if (zero_point := codes.removesuffix("_packed") + ZERO_POINT) in self.stored:
             problem = f"{zero_point} is there too, expected codes that are symmetric around 0"
             raise CheckpointError(f"{where}: {problem}; give the original checkpoint")
         if shape[-1] % per_code:
             problem = f"is of rows with {shape[-1]} weights, expected a multiple of {per_code}"
             raise CheckpointError(f"{where} {problem}")
-        if encoding.rows == 0 and math.prod(info.shape) == math.prod(grid):
+        if (encoding.rows == 0 or encoding.flat) and count == math.prod(grid):
             info = replace(info, shape=grid)  # of a whole matrix: written with any dimensions
         if info.shape != grid:
             block = f"{encoding.rows or shape[-2]} x {encoding.columns or shape[-1]}"
             expected = f"{list(grid)}, one for {block} of {list(shape)} weights"
             raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {expected}")
-        self._check_dtype(scales, info, SCALES)
+        beside = self._beside(codes, info, encoding) if encoding.flat else {}
+        self._check_dtype(scales, info, (NESTED,) if "nested_absmax" in beside else SCALES)
         self.used[scales] = self.stored[scales]
         stored_shape = (*shape[:-1], shape[-1] // per_code)
-        found = self._tensor(codes, stored_shape, (CODES[encoding.method],))
-        if info.file != found.file:
-            self.apart.add(self.stored[scales])
-        return Encoded(encoding, found, info, 0)
+        written = (math.prod(stored_shape), 1) if encoding.flat else stored_shape
+        found = self._tensor(codes, written, (CODES[encoding.method],))
+        for tensor in (self.stored[scales], *beside.values()):
+            if tensor.file != found.file:
+                self.apart.add(tensor)
+        return Encoded(encoding, replace(found, shape=stored_shape), info, 0, beside)
+
+    def _beside(self, name: str, scales: TensorInfo, encoding: Encoding) -> dict[str, TensorInfo]:
+        """The tensors that bitsandbytes writes beside a weight's codes and their ``scales``."""
+        state = name + QUANT_STATE + encoding.method
+        size = min(self.stored[state].nbytes, _MAX_STATE_BYTES) if state in self.stored else 0
+        beside = {"quant_state": self._tensor(state, (size,), (torch.uint8,))}
+        shapes = {"quant_map": 16}
+        if scales.dtype == NESTED:
+            count = -(-math.prod(scales.shape) // NESTED_BLOCK)
+            shapes |= {"nested_absmax": count, "nested_quant_map": 256}
+        for part, count in shapes.items():
+            beside[part] = self._tensor(f"{name}.{part}", (count,), (torch.float32,))
+        return beside
 
     def _tensor(
         self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]

@@ -4,7 +4,6 @@ bytes lie, and sum in gate order.
 Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a token.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from slotmoe.model.layers import Timer
 from slotmoe.offload.exclusive import Exclusive
+from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.policy.forecast import FOLLOWED, Array
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device, Download
 from slotmoe.offload.tiers.disk import WARM, Read
-from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout
@@ -36,7 +35,8 @@ _USES_AT_ONCE = 128
 class Route:
     """A gate's choice: ``indices`` [T][K] of MoE layer ``row``, and how many of its distinct
     experts were cached, were missing, and of these were on their way.  ``x_TD`` is the experts'
-    input, None where the backend went through several layers at once."""
+    input, None where the backend went through several layers at once.  ``behind`` tokens of the
+    same pass came before."""
 
     row: int
     indices: list[list[int]]
@@ -44,54 +44,43 @@ class Route:
     misses: int
     coming: int
     x_TD: Tensor | None
+    behind: int = 0
 
 
 OnRoute = Callable[[Route], None]
 
 
-class HostCompute:
-    """The CPU's part of a step on a GPU: it computes records of the host tier where they lie."""
+@dataclass
+class _Pass:
+    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
+    through layer ``row``."""
 
-    def __init__(self, backend: TorchBackend, records: Records, host: HostTier, device: Device):
-        self.backend, self.records, self.host, self._device = backend, records, host, device
-        self.seconds, self._x_TD = 0.0, torch.empty(0)
-        self._indices_TK = torch.empty(0, dtype=torch.int64)
+    tokens: int = 0
+    row: int = -1
+    seen: int = 0
 
-    def begin(self, x_TD: Tensor, indices_TK: Tensor) -> None:
-        """Keep a layer's input and choices, both in RAM."""
-        self._x_TD, self._indices_TK = x_TD, indices_TK
+    def reach(self, row: int, tokens: int) -> None:
+        """A step's tokens are at a layer."""
+        self.seen = (self.seen if row == self.row else 0) + tokens
+        self.row = row
 
-    def compute(self, ready: Sequence[Read], row: int, y_TKD: Tensor) -> None:
-        """The outputs of acquired records that have arrived, into ``y_TKD`` on the GPU."""
-        for read in ready:
-            if read.error is not None:
-                raise read.error
-        started, experts = time.perf_counter(), self.host.cache.experts
-        slots_E = torch.full((experts,), -1, dtype=torch.int32)
-        for read in ready:
-            slots_E[read.expert_id - row * experts] = self.host.slot(read)
-        uses = (slots_E[self._indices_TK] >= 0).flatten().nonzero()[:, 0]
-        tokens = uses // self._indices_TK.shape[1]
-        # Each use is a token of its own with one expert, so only what is computed has memory.
-        y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
-        indices_N1 = self._indices_TK.flatten()[uses][:, None]
-        self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
-        y_ND = self._device.upload(y_N1D[:, 0])
-        y_TKD.flatten(0, 1).index_copy_(0, self._device.upload(uses), y_ND)
-        self.seconds += time.perf_counter() - started
-        for read in ready:
-            self.host.release(read)
+    @property
+    def later(self) -> int:
+        """Tokens that this step's layer has still to see."""
+        return self.tokens - self.seen
 
 
 @dataclass
 class _Work:
     """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
-    token's experts; lists of expert ids that are ``cached``, to be read ``later``, ``used`` in
-    staging, or to be ``computed`` by the CPU; and reads on their way."""
+    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
+    of expert ids that are ``cached``, to be read ``later``, ``used`` in staging, or to be
+    ``computed`` by the CPU; and reads on their way."""
 
     row: int
     uses: Mapping[int, int]
     newest: set[int]
+    kept: range
     cached: list[int] = field(default_factory=list)
     later: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
@@ -135,6 +124,7 @@ class Experts:
         self.hybrid, self.split, self._using = hybrid, split, using
         self.substitution: Substitution | None = None
         self._apart = False  # whether the pass's tokens are of several sequences
+        self._pass = _Pass()
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
@@ -165,6 +155,7 @@ class Experts:
         self.slots.recover()
         self.slots.consistent = False  # until the last layer's end
         self.slots.advance(tokens)
+        self._pass = _Pass(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
@@ -173,6 +164,7 @@ class Experts:
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
         first = sum(moe_layer < layer for moe_layer in self._rows)
+        self._pass.reach(first + len(indices_MTK) - 1, indices_MTK.shape[1])
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
             self._cache.hits += indices_MTK.numel()
         else:
@@ -180,7 +172,7 @@ class Experts:
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
                 x_TD = None if x_MTD is None else x_MTD[row - first]
-                self._cache.use_chunk(row, indices, _array(self._inputs(x_TD)))
+                self._cache.use_chunk(row, indices, x_TD=_array(self._inputs(x_TD)))
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
@@ -193,6 +185,7 @@ class Experts:
             weights_TK, indices_TK = self.substitution(
                 row, *choice, lambda expert: at_hand(first + expert)
             )
+        self._pass.reach(row, len(x_TD))
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
             self._backend.experts(x_TD, self.records, slots_E, indices_TK, y_TKD)
@@ -227,7 +220,8 @@ class Experts:
         fetched = [id for id in missing if id not in computed]
         if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
             fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
-        work = _Work(row, uses, {row * self._cache.experts + expert for expert in indices[-1]})
+        newest = {row * self._cache.experts + expert for expert in indices[-1]}
+        work = _Work(row, uses, newest, self._kept(row, len(indices)))
         work.cached = [] if device.queues else [id for id in uses if id in self._cache]
         work.later = fetched[slots.staging :]
         work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
@@ -237,7 +231,8 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        self._cache.use_chunk(row, indices, _array(learned))  # the disk is at work by now
+        seen = self._pass.later, _array(learned)
+        self._cache.use_chunk(row, indices, *seen)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -286,8 +281,11 @@ class Experts:
         if len(work.uses) == len(work.newest):
             work.used += used
             return
+        pinned = work.kept or work.newest.union(work.cached)
         for expert_id in used:
-            self.slots.admit(expert_id, pinned=work.newest.union(work.cached))
+            self.slots.admit(expert_id, pinned, must=expert_id in work.kept)
+        if work.kept:
+            self.slots.admit_guesses(pinned)
         if work.later:
             now, work.later = work.later[: len(used)], work.later[len(used) :]
             coming = {read.expert_id for read in work.reads}
@@ -300,6 +298,16 @@ class Experts:
         if x_TD is None or self._apart or not self._cache.learns:
             return None
         return self._device.download(x_TD[-FOLLOWED:])
+
+    def _kept(self, row: int, tokens: int) -> range:
+        """Of a pass in several steps this layer's experts stay until its last step, where there is
+        room for two layers, and what later layers will use stays too: new experts replace those of
+        layers that are done.  The first two layers' replace what the cache likes least of all but
+        theirs."""
+        experts, end = self._cache.experts, len(self._rows) if row >= 2 else row + 2
+        if tokens == self._pass.tokens or 2 * experts > self._cache.slots:
+            return range(0)
+        return range(row * experts, min(end, len(self._rows)) * experts)
 
     def _group(self, row: int, expert_ids: Sequence[int]) -> Tensor:
         experts = self._cache.experts
@@ -329,7 +337,8 @@ class Experts:
         self._met += coming
         if self._listeners:
             hits = len(uses) - len(missing)
-            self._tell(Route(row, indices, hits, len(missing), coming, x_TD))
+            behind = self._pass.seen - len(indices)
+            self._tell(Route(row, indices, hits, len(missing), coming, x_TD, behind))
         if self.lookahead is not None:
             self.lookahead.chosen(row, uses, len(missing))
 
@@ -362,7 +371,7 @@ class Experts:
             listener(route)
 
     def _end_of_layer(self, row: int) -> None:
-        if row == len(self._rows) - 1:
+        if row == len(self._rows) - 1 and self._pass.later == 0:
             self.slots.consistent = True
         if self._using.stopping:
             self._using.stop()

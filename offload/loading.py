@@ -21,7 +21,8 @@ from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.experts import Experts, HostCompute
+from slotmoe.offload.experts import Experts
+from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
 from slotmoe.offload.options import Options
@@ -66,7 +67,8 @@ _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 we
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``experts``, ``sizes`` and ``store`` are None on the reference path."""
+    computes with it.  ``draft`` is what drafts come from, ``ngram`` or ``off``, and why.
+    ``experts``, ``sizes`` and ``store`` are None on the reference path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -81,6 +83,7 @@ class LoadedModel:
     opened: ExitStack
     using: Exclusive
     options: Options
+    draft: tuple[str, str]
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
@@ -183,6 +186,10 @@ class _Loader:
                 "the reference path (quantize=False) keeps every expert resident; "
                 "slots can't be given"
             )
+        if options.experts_dirs:
+            raise ConfigError(
+                "the reference path (quantize=False) reads no export; experts_dirs can't be given"
+            )
         if options.route_budget:
             raise ConfigError(
                 "the reference path (quantize=False) keeps every expert resident, so none is "
@@ -209,7 +216,23 @@ class _Loader:
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
                 self._device, self._reason, backend, opened.pop_all(), self._using, options,
+                self._draft(network),
             )  # fmt: skip
+
+    def _draft(self, network: Network) -> tuple[str, str]:
+        """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
+        asked, backend = self._options.draft, self._backend
+        if asked == "off":
+            return "off", "asked for"
+        if self._options.route_budget:
+            problem = "with a route budget the text depends on the cache, token by token"
+        elif network.rows > 1:
+            return "ngram", "rows of a pass are bitwise as alone"
+        else:
+            problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
+        if asked != "auto":
+            raise ConfigError(f"draft {asked}: {problem}; leave it out")
+        return "off", problem
 
     def _reference_plan(self, checkpoint: Checkpoint) -> Plan:
         """Everything resident, in the checkpoint's own precision; the cache in float32."""
@@ -245,7 +268,8 @@ class _Loader:
         """An export, its experts behind slots."""
         options, device, backend = self._options, self._device, self._backend
         with ExitStack() as opened:
-            export = opened.enter_context(Export.open(self._folder))
+            copies = [Path(folder) for folder in options.experts_dirs]
+            export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
             config = self._config
             self._check_geometry(export)
@@ -276,7 +300,7 @@ class _Loader:
             guesses = predictor or NextGate(config, weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
-            network = Network(config, weights, backend, experts)
+            network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             experts.substitution = self._substitution(network, predictor, plan)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
@@ -286,6 +310,7 @@ class _Loader:
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
                 device, self._reason, backend, opened.pop_all(), self._using, options,
+                self._draft(network),
                 experts, sizes, store,
             )  # fmt: skip
 

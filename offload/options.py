@@ -1,9 +1,11 @@
 """What ``Runtime.open`` is asked for."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
 
 MAX_THREADS = 256  # as many as the native kernels start
@@ -25,6 +27,8 @@ class Options:
     logits_rows: int = 1
     sequences: int = 1
     misses: str = "auto"
+    experts_dirs: tuple[str | Path, ...] = ()
+    draft: str = "auto"
     route_budget: float = 0.0
     experts_per_token: int | None = None
 
@@ -41,10 +45,10 @@ class Options:
             raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
-        if self.misses not in MODES:
-            raise ConfigError(
-                f"misses {self.misses!r:.40} is unknown, expected one of: {', '.join(MODES)}"
-            )
+        for name, values in (("misses", MODES), ("draft", DRAFTS)):
+            if (given := getattr(self, name)) not in values:
+                expected = f"expected one of: {', '.join(values)}"
+                raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
 
     @property
     def altered(self) -> str | None:

@@ -23,7 +23,7 @@ from slotmoe.offload.loading import LoadedModel, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
 from slotmoe.offload.options import Options
-from slotmoe.offload.plan.memory import or_more_context
+from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
 from slotmoe.offload.source import resolve_model
@@ -77,9 +77,9 @@ class Runtime:
         ``context`` is the number of positions of the latent cache, None min(4096, the model's
         limit).  ``cache_policy`` is one of ``slotmoe.offload.policy.POLICIES``.
         ``prefetch=False`` reads experts only when a gate has chosen them.  ``quantize=False``
-        computes a checkpoint as it is, with everything resident: the reference path.  ``revision``
-        of a hub id is a branch, tag or commit.  ``progress``, ``reading`` and ``notify`` are as in
-        ``cached_export``.  ``others`` are:
+        computes a checkpoint as it is, all of it resident.  ``revision`` of a hub id is a branch,
+        tag or commit.  ``progress``, ``reading`` and ``notify`` are as in ``cached_export``.
+        ``others`` are:
 
         ``slots``        the most experts in slots on the device; None takes all that fit
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
@@ -87,13 +87,15 @@ class Runtime:
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
         ``route_budget``, ``experts_per_token``  see docs/routing.md
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
-                         it is copied there; ``cpu``; ``hybrid``, both, split by measured
-                         bandwidths; ``auto`` takes what these advise, ``fetch`` where none were
-                         measured
+                         it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
+                         ``auto`` takes what measured ones advise, or ``fetch``
+        ``experts_dirs`` copies of the export's ``experts`` on other drives, which are read too
+        ``draft``        one of ``slotmoe.offload.policy.drafts.DRAFTS`` (docs/drafts.md)
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
+        budgets = vram, ram, context, threads
+        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
@@ -122,10 +124,11 @@ class Runtime:
         self._begin(token_ids, len(token_ids))
         logits, start = torch.empty(len(token_ids), self.config.vocab_size), 0
         for hidden_TD, changes in self.sequences[0].run_counted(token_ids):
-            end = start + len(hidden_TD)
-            with self.passes.using(changes):
-                logits[start:end] = self.passes.logits(hidden_TD)
-            start = end
+            for rows_TD in hidden_TD.split(PREFILL_CHUNK):
+                end = start + len(rows_TD)
+                with self.passes.using(changes):
+                    logits[start:end] = self.passes.logits(rows_TD)
+                start = end
         return logits
 
     def logits_from(self, token_ids: list[int], first: int = 0) -> Iterator[Tensor]:
@@ -213,8 +216,8 @@ class Runtime:
         """Append one id to each of several sequences in one pass, so that an expert brought for one
         serves all: logits, float32 [len(ids), vocab_size].  With the native kernels each row is
         bitwise what ``Sequence.append`` alone gives."""
-        with self.passes.using(), self.passes.counted("decode", len(ids)):
-            return self.passes.logits(self.passes.forward(sequences, ids), each=True)
+        with self.passes.using():
+            return self.passes.decode(sequences, ids)
 
     def _begin(self, ids: list[int], needed: int, reuse: bool = False) -> list[int]:
         """Begin a text on the first sequence, with ``reuse`` from what that holds of it: the
@@ -293,14 +296,15 @@ class Runtime:
 
         def on_route(route: Route) -> None:
             assert route.x_TD is not None
-            trace.add(c.moe_layers[route.row], route.indices, route.x_TD.cpu().numpy())
+            x_TD = route.x_TD.cpu().numpy()
+            trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
 
         experts.on_route(on_route, inputs=True)
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``routing``
-        where options change the text, and ``device``: which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``,
+        ``routing`` where options change the text, and ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -314,6 +318,9 @@ class Runtime:
         stats: dict[str, Any] = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
+        drafting = self.passes.drafting
+        stats["drafts"] = dict(zip(("kind", "why"), model.draft, strict=True))
+        stats["drafts"] |= {} if drafting is None else drafting.stats()
         if model.experts is not None:
             stats |= model.experts.stats()
         if model.store is not None:

@@ -10,20 +10,26 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, SlotmoeError
 from slotmoe.model.generate import Answer, Delta
+from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sequence import Sequence, shared_prefix
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64
 _DEFECT = "the answer failed; the server's log says how"
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for the pass under way."""
 
 
 class QueueFullError(Exception):
@@ -215,7 +221,11 @@ class Scheduler:
         sequence = self._running[job]
         count = _SHARED_PIECE if shared else self._runtime.plan.prefill_chunk
         piece = job.prompt[sequence.length : sequence.length + count]
-        logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
+        try:
+            with self._wanted(job, len(piece)):
+                logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
+        except _UnwantedError:
+            return
         self.totals.prompt_tokens += len(piece)
         if logits_V is None:
             return
@@ -223,6 +233,24 @@ class Scheduler:
         if sequence.length == len(job.prompt):
             self._filling, job.first = None, time.monotonic()
             self._take(job, logits_V)
+
+    @contextmanager
+    def _wanted(self, job: Job, tokens: int) -> Iterator[None]:
+        """End a pass of several steps at the next gate, by ``_UnwantedError``, when the request is
+        cancelled or the scheduler closed."""
+
+        def look(route: object) -> None:
+            if job.cancelled or self._closing:
+                raise _UnwantedError
+
+        if tokens <= PREFILL_CHUNK:
+            yield
+            return
+        stop = self._runtime.model.quantized("serve").on_route(look)
+        try:
+            yield
+        finally:
+            stop()
 
     def _score(self, job: Job, ids: list[int]) -> Tensor | None:
         """Append a piece of the prompt; each row of logits scores the prompt's next token.  Returns
@@ -245,8 +273,13 @@ class Scheduler:
         sequences = [self._running[job] for job in jobs]
         logits_TV = self._runtime.append_each(sequences, [job.answer.ids[-1] for job in jobs])
         for job, sequence, logits_V in zip(jobs, sequences, logits_TV.cpu(), strict=True):
+            before = sequence.length - 1
             self._take(job, logits_V)
-            self._keep(job, sequence, added=1)
+            while job in self._running and not job.cancelled:
+                if (followed_1V := sequence.follow(job.answer.ids[-1])) is None:
+                    break
+                self._take(job, followed_1V[0])
+            self._keep(job, sequence, added=sequence.length - before)
 
     def _take(self, job: Job, logits_V: Tensor) -> None:
         """Choose the request's next token."""

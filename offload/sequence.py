@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequenced
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from slotmoe.model.kv_cache import LatentCache
 from slotmoe.offload.exclusive import CLOSED
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import format_size
+from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.tiers.disk import STUCK_SECONDS
 
 ROWS_AT_ONCE = 16  # rows of logits that ``Sequence.append_rows`` makes at once
@@ -24,12 +25,14 @@ class Passes:
     """Runs passes of an open model, for one thread at a time, and counts them.
 
     ``watcher`` is a ``slotmoe.offload.observe.profiler.Profiler`` or None.  ``changes`` counts
-    passes and other changes of what a sequence holds.
+    passes and other changes of what a sequence holds.  ``drafting`` is None where nothing is
+    drafted.
     """
 
     def __init__(self, model: LoadedModel):
         self._model: LoadedModel | None = model
         self.watcher: Any = None
+        self.drafting = Drafting(model.plan.drafted) if model.draft[0] == "ngram" else None
         self.changes = 0
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -63,32 +66,66 @@ class Passes:
         if self.watcher is not None:
             self.watcher.end(kind, tokens, self._moved())
 
-    def forward(self, sequences: Sequenced["Sequence"], ids: list[int]) -> Tensor:
-        """One pass: ``ids`` for one sequence, or one id for each of several.  Returns the residual
-        stream after the last layer, float32 [T, D].
+    def decode(self, sequences: Sequenced["Sequence"], ids: list[int]) -> Tensor:
+        """Append one id to each of ``sequences`` in one pass: logits, float32 [len(ids),
+        vocab_size].  What is drafted behind them is computed too, for ``Sequence.follow``."""
+        drafts, started = self._drafts(sequences, ids), time.perf_counter()
+        rows = [[id, *draft] for id, draft in zip(ids, drafts, strict=True)]
+        count = sum(map(len, rows))
+        with self.counted("decode", len(ids)):
+            hidden_TD = self.forward(sequences, rows, drafts)
+            logits_TV = self.logits(hidden_TD, each=count > 1)
+        if self.drafting is not None:
+            self.drafting.measured(count, count - len(ids), time.perf_counter() - started)
+        if count == len(ids):
+            return logits_TV
+        parts = logits_TV.split([*map(len, rows)])
+        for sequence, draft, rows_RV in zip(sequences, drafts, parts, strict=True):
+            sequence.ahead = Ahead(sequence.tokens, draft, rows_RV[1:])
+        return torch.stack([rows_RV[0] for rows_RV in parts])
+
+    def _drafts(self, sequences: Sequenced["Sequence"], ids: list[int]) -> list[list[int]]:
+        """What to compute of each sequence behind its next id."""
+        if self.drafting is None:
+            return [[] for _ in sequences]
+        drafts = [sequence.draft(id) for sequence, id in zip(sequences, ids, strict=True)]
+        lengths = self.drafting.lengths([chances for _, chances in drafts])
+        return [tokens[:length] for (tokens, _), length in zip(drafts, lengths, strict=True)]
+
+    def forward(
+        self,
+        sequences: Sequenced["Sequence"],
+        ids: Sequenced[list[int]],
+        drafts: Sequenced[list[int]] = (),
+    ) -> Tensor:
+        """One pass over ``ids`` of each sequence, which end with its draft, if there are
+        ``drafts``.  Returns the residual stream after the last layer, float32 [T, D].
 
         A pass that raises can be repeated, whichever line it was in: a sequence's ``tokens`` say
-        what its latent cache holds, and ``Experts.begin`` puts the experts right.
+        what its latent cache holds, and ``Experts.begin`` puts the experts right.  What is drafted
+        does not belong to them.
         """
-        model = self.model
-        ids_T = model.device.upload(torch.tensor(ids))
+        model, counts = self.model, [*map(len, ids)]
+        ids_T = model.device.upload(torch.tensor([id for row in ids for id in row]))
         caches = [sequence.cache for sequence in sequences]
         self.changes += 1
+        for sequence in sequences:
+            sequence.ahead = None  # its latents are overwritten
 
         def step() -> Tensor:
             for sequence, cache in zip(sequences, caches, strict=True):
                 cache.length = len(sequence.tokens)
-            if model.experts is not None and model.experts.begin(len(ids), len(sequences)):
+            experts = model.experts
+            if experts is not None and experts.begin(len(ids_T), len(sequences)):
                 self._guess_token(sequences[0], ids_T)
-            return model.network.forward(ids_T, caches)
+            return model.network.forward(ids_T, caches, counts)
 
         hidden_TD = self._run(step)
-        count = len(ids) // len(sequences)
-        for index, sequence in enumerate(sequences):
-            new = ids[index * count : (index + 1) * count]
-            sequence.tokens = sequence.tokens + new
-            last_D = hidden_TD[(index + 1) * count - 1].clone()
-            sequence.hidden = len(sequence.tokens), last_D
+        drafted = [len(draft) for draft in drafts] or [0] * len(ids)
+        parts = zip(sequences, ids, drafted, hidden_TD.split(counts), strict=True)
+        for sequence, row, more, rows_RD in parts:
+            sequence.tokens = sequence.tokens + row[: len(row) - more]
+            sequence.hidden = len(sequence.tokens), rows_RD[-1 - more :].clone()
         return hidden_TD
 
     def logits(self, hidden_TD: Tensor, each: bool = False) -> Tensor:
@@ -107,12 +144,13 @@ class Passes:
     def _guess_token(self, sequence: "Sequence", ids_1: Tensor) -> None:
         """Let the lookahead guess a token's experts from its embedding and the last hidden state
         before it."""
-        model, hidden = self.model, sequence.hidden
-        if hidden is None or hidden[0] != len(sequence.tokens):
+        model, (first, hidden_RD) = self.model, sequence.hidden
+        behind = len(sequence.tokens) - first
+        if not 0 <= behind < len(hidden_RD):
             return
         assert model.experts is not None and model.experts.lookahead is not None
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
-        model.experts.lookahead.guess_token(embedding_1D[0], hidden[1])
+        model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[behind])
 
     def _moved(self) -> dict[str, int]:
         """Bytes that came from each slower tier so far."""
@@ -140,6 +178,15 @@ class Passes:
         self._model = None
 
 
+class Ahead(NamedTuple):
+    """Logits behind a draft's tokens, float32 [R, vocab_size].  They count, and so do the latents
+    behind those of the sequence's tokens, as long as these are ``behind`` itself."""
+
+    behind: list[int]
+    draft: list[int]
+    logits_RV: Tensor
+
+
 class Sequence:
     """One sequence: its latent cache and the tokens whose latents that holds.
 
@@ -150,8 +197,11 @@ class Sequence:
     def __init__(self, passes: "Passes", cache: LatentCache):
         self._passes, self.cache = passes, cache
         self.tokens: list[int] = []
-        # The residual stream after the last of so many tokens, float32 [D].
-        self.hidden: tuple[int, Tensor] | None = None
+        # The residual stream after the last of so many tokens, and after those that were drafted
+        # behind it, float32 [R, D].
+        self.hidden: tuple[int, Tensor] = 0, torch.empty(0, 0)
+        self.ahead: Ahead | None = None
+        self._ngrams = NGrams()
 
     @property
     def length(self) -> int:
@@ -217,10 +267,41 @@ class Sequence:
     def extend(self, ids: list[int]) -> Tensor:
         """``append`` for a caller that is inside ``Passes.using``."""
         passes = self._passes
-        with passes.counted(self._kind(ids), len(ids)):
+        if len(ids) == 1 and self.tokens:
+            followed = self.followed(ids[0])
+            return passes.decode([self], ids) if followed is None else followed
+        with passes.counted("prefill", len(ids)):
             for piece in self._pieces(ids):
-                last_1D = passes.forward([self], piece)[-1:]
+                last_1D = passes.forward([self], [piece])[-1:]
             return passes.logits(last_1D)
+
+    def follow(self, id: int) -> Tensor | None:
+        """``append`` without a pass, where ``id`` is what was drafted: logits, float32 [1,
+        vocab_size].  Else None, and nothing changes."""
+        with self._passes.using():
+            return self.followed(id)
+
+    def followed(self, id: int) -> Tensor | None:
+        """``follow`` for a caller that is inside ``Passes.using``."""
+        ahead, passes = self.ahead, self._passes
+        if ahead is None or ahead.behind is not self.tokens or ahead.draft[:1] != [id]:
+            return None
+        passes.changes += 1
+        passes.tokens["decode_tokens"] += 1
+        assert passes.drafting is not None
+        passes.drafting.accepted += 1
+        if passes.watcher is not None:
+            passes.watcher.followed()
+        tokens = [*self.tokens, id]
+        self.ahead = Ahead(tokens, ahead.draft[1:], ahead.logits_RV[1:])
+        self.tokens = tokens
+        return ahead.logits_RV[:1]
+
+    def draft(self, id: int) -> tuple[list[int], list[float]]:
+        """What may come behind ``id``, which is to be appended, as far as there is room, and how
+        likely each token is."""
+        self._ngrams.read([*self.tokens, id])
+        return self._ngrams.draft(min(MOST_DRAFTED, self.context - self.length - 1))
 
     def append_rows(self, ids: list[int]) -> Iterator[Tensor]:
         """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size]
@@ -243,7 +324,7 @@ class Sequence:
         passes, changes = self._passes, None
         for piece in self._pieces(ids):
             with passes.using(changes):
-                hidden_TD = passes.forward([self], piece)
+                hidden_TD = passes.forward([self], [piece])
                 changes = passes.changes
             yield hidden_TD, changes
 

@@ -40,13 +40,15 @@ class Scales(NamedTuple):
 SCALES = {
     # One number a block: [n_tiles, n_blocks, 16].
     "f16": Scales(64, ".absmax", "F16", 0, TILE),
+    # Of each 64 columns a number for the first 32 of each row and one for the last 32.
+    "f16x2": Scales(32, ".scales", "F16", 0, 2 * TILE),
     # Bytes [n_tiles, n_blocks + 2, 32]: of each tile first the rows' F32 factors, 16 of them, then
     # of each 64 columns an I8 for the first 32 of each row and one for the last 32; a block's scale
     # is the product, in float32.
     "i8": Scales(32, ".scales", "U8", 2, 2 * TILE),
 }
 # Which pairs of bits and scales there are, and what the native kernels call them.
-KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3}
+KINDS = {(4, "f16"): 1, (4, "i8"): 2, (3, "i8"): 3, (4, "f16x2"): 4}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ LUT4 = Codec(
     "lut4", 4, "i8", (-118, -90, -70, -54, -39, -27, -15, -3, 9, 20, 32, 45, 60, 76, 96, 127)
 )
 LUT3 = Codec("lut3", 3, "i8", (-127, -80, -48, -22, 3, 28, 58, 97))
+# What checkpoints hold that were trained in 4 bits, so that their codes are kept.
+INT4 = Codec("int4", 4, "f16x2", tuple(range(-8, 8)))
 
 
 class ExpertCodecs(NamedTuple):
@@ -136,3 +140,5 @@ EXPERT_CODECS = {
 }
 DEFAULT_CODEC = "nf4"
 DEFAULT_CODECS = EXPERT_CODECS[DEFAULT_CODEC, "4"]
+# By the encoding of a checkpoint's experts, which then need no rounding.
+KEPT_CODECS = {INT4.name: ExpertCodecs(INT4, INT4)}

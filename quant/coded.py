@@ -6,9 +6,10 @@ Shape legend: N rows out, K columns in.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from slotmoe.quant.codec import BLOCK, KINDS, TILE, Codec
+from slotmoe.quant.codec import BLOCK, KINDS, SCALES, TILE, Codec
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class CodedWeight:
     @property
     def kind(self) -> int:
         """What the kernels call its codec."""
-        return KINDS[self.bits, "f16" if self.scales.dtype == torch.float16 else "i8"]
+        if self.scales.dtype == torch.uint8:
+            return KINDS[self.bits, "i8"]
+        return KINDS[self.bits, "f16" if self.scales.shape[2] == TILE else "f16x2"]
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +61,7 @@ def levels_of(codec: Codec) -> Tensor:
 def block_scales(scales: Tensor) -> Tensor:
     """A weight's scales as numbers, float32 [tiles, 16, blocks]."""
     if scales.dtype == torch.float16:
-        return scales.float().transpose(1, 2)
+        return scales.float().reshape(len(scales), -1, TILE).transpose(1, 2)
     rows, blocks = _factors(scales)
     return blocks.float().transpose(1, 2) * rows[..., None]
 
@@ -76,6 +79,18 @@ def _factors(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Of 8-bit scales the rows' factors, float32 [tiles, 16], and int8 [tiles, blocks, 16]."""
     rows = scales[:, :2].view(torch.float32).reshape(-1, TILE)
     return rows, scales[:, 2:].view(torch.int8).reshape(len(scales), -1, TILE)
+
+
+def store(codes_NK: Tensor, scales_NX: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """The two tensors that hold uint8 codes and the scales of their blocks, of a codec whose
+    scales are float16 and whose levels have 0; K fills blocks.  Scales are rounded."""
+    N, K = codes_NK.shape
+    codes_NK = F.pad(codes_NK, (0, -K % BLOCK, 0, -N % TILE), value=codec.levels.index(0))
+    parts = BLOCK // SCALES[codec.scales].block
+    scales_NX = F.pad(scales_NX, (0, -scales_NX.shape[1] % parts, 0, -N % TILE)).half()
+    scales = scales_NX.view(-1, TILE, scales_NX.shape[1]).transpose(1, 2)
+    codes = pack(codes_NK.view(-1, TILE, codes_NK.shape[1]), codec.bits)
+    return codes, scales.reshape(len(codes), -1, parts * TILE).contiguous()
 
 
 def unpack(codes: Tensor) -> Tensor:

@@ -287,6 +287,7 @@ def test_wheel_installs_one_name(wheel):
     modules = {name for name in names if name.endswith(".py")}
     assert len(modules) == len(sources)
     wanted = ["py.typed", "tools/profile/report.html", "tools/serve/page.html"]
+    wanted += ["offload/plan/divergence.json"]
     for folder in ("sample", "geometries"):
         wanted += [f"model/{folder}/{path.name}" for path in (ROOT / "model" / folder).iterdir()]
     assert {f"slotmoe/{name}" for name in wanted} <= set(names)

@@ -73,6 +73,12 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+_NO_MEMORY = "out of memory; end other programs, or lower --ram"
+# What Python and torch say where the system gives no more.
+_SHORTAGES = {
+    "can't start new thread": "out of threads; lower --threads, or raise the limit (ulimit -u)",
+    "can't allocate memory": _NO_MEMORY,
+}
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -126,7 +132,7 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
         click.echo(f"slotmoe: {path}: {problem.strerror or problem}", err=True)
         sys.exit(1)
     except MemoryError:
-        click.echo("slotmoe: out of memory; end other programs, or lower --ram", err=True)
+        click.echo(f"slotmoe: {_NO_MEMORY}", err=True)
         sys.exit(1)
     except ImportError as problem:  # of a library that the system can't map, say
         text = SlotmoeError(str(problem)[:400])
@@ -136,7 +142,8 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     except Exception as problem:  # a fault of the program's: nobody else wants its traceback
         if state.get("traceback"):
             traceback.print_exc()
-        click.echo(f"slotmoe: {_described(problem)}", err=True)
+        short = (text for sign, text in _SHORTAGES.items() if sign in str(problem))
+        click.echo(f"slotmoe: {next(short, None) or _described(problem)}", err=True)
         sys.exit(1)
 
 

@@ -21,17 +21,22 @@ from pathlib import Path
 import click
 import psutil
 
-from slotmoe import __version__, quant
+from slotmoe import __version__, quant, system
 from slotmoe.errors import ConfigError
 from slotmoe.offload import machine
 from slotmoe.offload.model_cache import listing
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.tools.options import JSON, flag
+from slotmoe.quant.shapes import ALIGNMENT
+from slotmoe.tools.options import JSON, flag, option
 from slotmoe.tools.screen import visible
 
 _MEASURE_HELP = "Measure the disk's speed: write 256 MiB to the cache folder and read them back."
+_EXPERTS_HELP = "Look at the drive of this copy of an export's experts too; may be repeated."
 _MEASURED_BYTES, _READ_BYTES, _READERS = 256 << 20, 4 << 20, 4
+_CPUINFO = Path("/proc/cpuinfo")
+_SETS = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}  # by their flags there
+_SETS |= {"asimd": "NEON", "asimddp": "sdot", "i8mm": "i8mm"}
 _MARKS = {"ok": "ok", "note": "--", "bad": "!!"}
 
 
@@ -48,8 +53,9 @@ class Check:
 
 @click.command(name="doctor")
 @flag("--measure", _MEASURE_HELP)
+@option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True)
 @JSON
-def command(measure: bool, as_json: bool) -> int:
+def command(measure: bool, experts_dirs: tuple[str, ...], as_json: bool) -> int:
     """Show what this machine has for slotmoe: processor, kernels, GPU, memory, disk and libraries;
     and for what is missing (!!) or could be added (--) how to get it.  The exit code is 1 if
     anything is missing.
@@ -60,7 +66,7 @@ def command(measure: bool, as_json: bool) -> int:
       slotmoe doctor --measure --json
     """
     checks = [check for find in _CHECKS for check in find()]
-    checks += [_cache(), _disk(measure)]
+    checks += [_cache(), _disk(measure), *(_drive(Path(path), measure) for path in experts_dirs)]
     is_well = all(check.state != "bad" for check in checks)
     if as_json:
         report = {"version": __version__, "ok": is_well, "checks": list(map(asdict, checks))}
@@ -75,25 +81,28 @@ def command(measure: bool, as_json: bool) -> int:
 
 
 def _system() -> Iterator[Check]:
-    system, python = platform.system(), platform.python_version()
-    found = f"{system} {platform.release()}, {platform.machine()}; Python {python}"
-    if system == "Linux":
+    name, python = platform.system(), platform.python_version()
+    found = f"{name} {platform.release()}, {platform.machine()}; Python {python}"
+    if name == "Linux":
         yield Check("system", "ok", f"slotmoe {__version__}; {found}")
     else:
-        yield Check("system", "bad", found, "slotmoe is tested on Linux alone; see docs/install.md")
+        state = "note" if name == "Darwin" else "bad"
+        yield Check("system", state, found, "slotmoe is tested on Linux alone; see docs/install.md")
 
 
 def _processor() -> Iterator[Check]:
-    facts = {}
+    facts = {"model name": platform.machine()}
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = _CPUINFO.read_text(errors="replace").splitlines()
         pairs = (line.partition(":") for line in reversed(lines))
-        facts = {key.strip(): value.strip() for key, _, value in pairs}
-    flags, name = facts.get("flags", "").split(), facts.get("model name", platform.machine())
-    sets = {"avx512_vnni": "AVX-512 VNNI", "avx2": "AVX2"}
-    best = next((text for flag, text in sets.items() if flag in flags), "neither AVX-512 nor AVX2")
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    yield Check("processor", "ok", f"{name}, {cores} cores, {best}")
+        facts |= {key.strip(): value.strip() for key, _, value in pairs}
+    if platform.system() == "Darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            facts["model name"] = subprocess.check_output(query, text=True, timeout=5).strip()
+    flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()
+    best = "".join(f", {text}" for flag, text in _SETS.items() if flag in flags)
+    yield Check("processor", "ok", f"{facts['model name']}, {system.cores()} cores{best}")
 
 
 def _kernels() -> Iterator[Check]:
@@ -212,7 +221,8 @@ def _disk(measure: bool) -> Check:
             file.flush()
             is_direct = _opens_direct(file.name)
             if measure:
-                speed = f", {_read_speed(Path(file.name)) / 1e9:.1f} GB/s measured now"
+                _fill(Path(file.name))
+                speed = _read_speed(Path(file.name))
             else:
                 speed = _stored("disk") or "; --measure measures its speed"
     except OSError as problem:
@@ -222,6 +232,19 @@ def _disk(measure: bool) -> Check:
         return Check("disk", "ok", f"{found}; direct reads{speed}")
     advice = "reads go through the page cache; keep exports on a local disk (ext4, xfs)"
     return Check("disk", "note", f"{found}; no direct reads{speed}", advice)
+
+
+def _drive(folder: Path, measure: bool) -> Check:
+    """A folder for --experts-dir."""
+    files = sorted(folder.glob("layer-*.safetensors"))
+    if not files:
+        advice = "copy the files of an export's experts folder there"
+        return Check("drive", "bad", f"{folder} has no layer-*.safetensors", advice)
+    is_direct = _opens_direct(str(files[0]))
+    found = f"{len(files)} layers in {folder} on {_file_system(folder)}"
+    found += f"; {'direct' if is_direct else 'no direct'} reads"
+    speed = _read_speed(files[0]) if measure else ""
+    return Check("drive", "ok" if is_direct else "note", found + speed)
 
 
 def _file_system(folder: Path) -> str:
@@ -235,33 +258,32 @@ def _file_system(folder: Path) -> str:
 
 
 def _opens_direct(path: str) -> bool:
-    """Whether 4096 aligned bytes can be read past the page cache."""
+    """Whether aligned bytes can be read past the page cache."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        return False
-    try:
-        return os.preadv(handle, [mmap(-1, 4096)], 0) == 4096
-    except OSError:
-        return False
+        return system.bypass_page_cache(handle, ALIGNMENT)
     finally:
         os.close(handle)
 
 
-def _read_speed(path: Path) -> float:
-    """Bytes a second of a few threads that read the file, filled now, past the page cache."""
+def _fill(path: Path) -> None:
     block = os.urandom(_READ_BYTES)
     with open(path, "r+b") as file:
         for _ in range(_MEASURED_BYTES // _READ_BYTES):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    direct = os.O_DIRECT if _opens_direct(str(path)) else 0
+
+
+def _read_speed(path: Path) -> str:
+    """Bytes a second of a few threads that read the file past the page cache."""
+    size = min(_MEASURED_BYTES, path.stat().st_size)
 
     def read(start: int) -> None:
-        handle, memory = os.open(path, os.O_RDONLY | direct), mmap(-1, _READ_BYTES)
+        handle, memory = os.open(path, os.O_RDONLY), mmap(-1, _READ_BYTES)
         try:
-            for position in range(start, _MEASURED_BYTES, _READERS * _READ_BYTES):
+            system.bypass_page_cache(handle, ALIGNMENT)
+            for position in range(start, size, _READERS * _READ_BYTES):
                 os.preadv(handle, [memory], position)
         finally:
             os.close(handle)
@@ -269,4 +291,4 @@ def _read_speed(path: Path) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(read, range(0, _READERS * _READ_BYTES, _READ_BYTES)))
-    return _MEASURED_BYTES / (time.perf_counter() - started)
+    return f", {size / (time.perf_counter() - started) / 1e9:.1f} GB/s measured now"

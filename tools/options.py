@@ -16,6 +16,7 @@ from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import device_index, total_memory
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
@@ -68,7 +69,8 @@ _GROUPS = {  # title -> the parameters' names
     "Text": "file text max_new_tokens temperature top_p top_k seed chat system",
     "Sessions on disk": "session resume session_dir session_limit",
     "Where it runs, and in how much memory": (
-        "device ram vram context threads slots cache_policy misses no_prefetch kernels"
+        "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
+        "experts_dirs"
     ),
     "Fewer bytes for other text": "route_budget experts_per_token",
 }
@@ -102,9 +104,19 @@ _BUDGET = (
 _FEWER = (
     "Compute only N experts a token in each layer. [default: as many as the model was made for]"
 )
+_DRAFT = (
+    "Tokens that may come next are computed with those that do, as many as pay; the text is the "
+    "same to the bit. ngram drafts what followed earlier in the text; auto is ngram, off on a GPU."
+)
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
+
+
+_EXPERTS_HELP = (
+    "A copy of the export's experts folder on another drive, from which reads come too; may be "
+    "repeated."
+)
 
 
 class DeviceName(click.ParamType[str]):
@@ -130,11 +142,13 @@ _RUNTIME: list[Decorator] = [
     option("--ram", "SIZE", "RAM for the whole process, like 8GiB. [default: 90% of what is free]"),
     option("--vram", "SIZE", "GPU memory budget, like 20GiB. [default: 90% of what is free]"),
     integer("--context", "Positions of the KV cache. [default: 4096, or the model's limit]"),
-    integer("--threads", "CPU threads. [default: physical cores]"),
+    integer("--threads", "CPU threads. [default: the physical cores that it may use]"),
     integer("--slots", "Keep at most N experts in memory. [default: all that fit the budget]"),
     choice("--cache-policy", list(POLICIES), DEFAULT_POLICY, "Which experts stay in memory."),
     choice("--misses", MODES, "auto", _MISSES),
+    option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
+    choice("--draft", DRAFTS, "auto", _DRAFT),
     option("--route-budget", "N", _BUDGET, type=float),
     integer("--experts-per-token", _FEWER),
 ]
@@ -332,7 +346,7 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
         told = {"progress": progress, "notify": notify}
         reporting = {**told, "arriving": arriving} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        settings |= {name: options[name] for name in ("ram", "vram", "slots")}
+        settings |= {name: options[name] for name in ("ram", "vram", "slots", "draft")}
         settings |= {**told, "reading": reading, **runtime_arguments(options)}
         runtime = Runtime.open(folder, **settings)
     if (altered := runtime.model.options.altered) is not None:
@@ -352,7 +366,7 @@ def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.open`` takes of ``runtime_options``, without budgets."""
-    names = ("device", "context", "threads", "cache_policy", "misses")
+    names = ("device", "context", "threads", "cache_policy", "misses", "experts_dirs")
     shared = {name: options[name] for name in names}
     shared |= {"route_budget": options["route_budget"] or 0.0}
     shared |= {"experts_per_token": options["experts_per_token"]}

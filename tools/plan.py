@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +32,8 @@ from slotmoe.offload.plan.memory import (
     parse_size,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
+from slotmoe.quant.codec import KEPT_CODECS
+from slotmoe.system import cores
 from slotmoe.tools.options import (
     JSON,
     MODEL,
@@ -47,6 +48,10 @@ from slotmoe.tools.options import (
 )
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
+_LOSS = (
+    "KL is the divergence from the source in nats a token, by quantize alone and with a text for "
+    "--calibrate, as measured on the bundled sample; other models lose more or less."
+)
 _BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
 # What describes a machine: with one of them it may be another than this.
 _MACHINE = "gpu ram vram ram_bandwidth disk_bandwidth pcie_bandwidth gpu_bandwidth".split()
@@ -66,7 +71,7 @@ def _gpus(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
 @count("--prompt-tokens", None, _PROMPT_HELP)
 @count("-n --max-new-tokens", 128, "Tokens to generate.")
 @option("--ram-bandwidth", "SIZE", "Bytes a second of RAM, like 40GB.")
-@option("--disk-bandwidth", "SIZE", "Bytes a second of the disk, like 3.5GB.")
+@option("--disk-bandwidth", "SIZE", "Bytes a second of a drive, like 3.5GB.")
 @option("--pcie-bandwidth", "SIZE", "Bytes a second to the GPU, like 25GB.")
 @option("--gpu-bandwidth", "SIZE", "Bytes a second of GPU memory, like 1008GB.")
 @runtime_options
@@ -107,7 +112,7 @@ def command(
     scenario = Scenario(planned, target, resident, codecs, context, *rest)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
-    report["by_codec"] = scenario.by_codec(prompt_tokens, max_new_tokens)
+    report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
     print(json.dumps(report)) if as_json else _print(report)
     is_this = all(options[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
@@ -154,6 +159,9 @@ def _machine(options: dict[str, Any]) -> Machine:
     if "pcie" in given:
         given["pcie_busy"] = given["pcie"]
     bandwidths = bandwidths.updated("given", **given)
+    if (drives := 1 + len(options["experts_dirs"])) > 1:
+        origin = f"{bandwidths.origin_of('disk')}, times {drives} drives"
+        bandwidths = bandwidths.updated(origin, disk=drives * bandwidths.disk)
     if options["device"] == "cpu" and vram is not None:
         raise PlanError("--device cpu is given together with --gpu or --vram: drop one")
     if options["device"] != "cpu" and vram is None:
@@ -166,7 +174,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     if vram is None and options["misses"] != "auto":
         problem = "no GPU is planned for, without which the CPU computes everything"
         raise PlanError(f"--misses {options['misses']} is given and {problem}: drop it")
-    threads = options["threads"] or psutil.cpu_count(logical=False) or 1
+    threads = options["threads"] or cores()
     if threads < 1:
         raise PlanError(f"threads is {threads}, expected at least 1")
     # What run would find free, once it has imported its libraries.
@@ -191,13 +199,17 @@ def _print(report: dict[str, Any]) -> None:
         if any(sizes.values()):
             table.add_row(name, *(format_size(sizes[t]) if sizes.get(t) else "" for t in tiers))
     console.print(table)
-    choices = Table("experts by", "export", "in memory", "tokens/s")
-    for row in report["by_codec"]:
-        speed = row["decode_tokens_per_second"]
-        share = f"{min(1, row['slots'] / report['experts']):.0%}"
-        name = f"--codec {row['codec']} --bits {row['bits']}"
-        choices.add_row(name, format_size(row["export"]), share, figure(speed, 2) if speed else "-")
+    settings = "codec", "bits", "resident", "export", "in memory", "tokens/s"
+    choices = Table(*settings, "KL", "with text")
+    for row in report["choices"]:
+        speed, share = row["decode_tokens_per_second"], min(1, row["slots"] / report["experts"])
+        keys = ("kl_divergence", "kl_divergence_calibrated")
+        losses = ["" if row[key] is None else f"{row[key]:.4f}" for key in keys]
+        codec = f"none ({row['codec']})" if row["codec"] in KEPT_CODECS else row["codec"]
+        gains = format_size(row["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
+        choices.add_row(codec, row["bits"], row["resident"], *gains, *losses)
     console.print(choices)
+    console.print(Text(_LOSS))
     lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]

@@ -12,7 +12,6 @@ from slotmoe.errors import ConfigError
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
-from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.tools.options import (
     JSON,
     RESIDENT,
@@ -73,8 +72,8 @@ def command(
     checkpoint layer by layer, which takes minutes to hours, said beforehand, and a killed run
     resumes at its layer.
     Then the predictor learns which experts a token will use before it starts: where experts don't
-    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub,
-    only the predictor is calibrated: --keep-source, and quantize DST.source.
+    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub
+    weight files then come layer by layer, and stay until no layer needs them.
 
     \b
     Examples:
@@ -86,7 +85,7 @@ def command(
       slotmoe quantize DeepSeek-V2-Lite-Chat lite-export --calibrate a.txt --calibrate b.txt
     """
     started = time.perf_counter()
-    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
+    options["codecs"] = expert_codecs(options)
     manifest = _quantize(source, destination, texts, as_json, options)
     report = _report(manifest, destination, time.perf_counter() - started)
     if not as_json and verbose:
@@ -106,19 +105,23 @@ def _check_source(folder: Path, texts: tuple[Path, ...]) -> list[list[int]] | No
     Returns the texts in windows of token ids."""
     if (folder / "slotmoe.json").is_file():
         raise ConfigError(f"{folder}: is an export already; SRC must be the original checkpoint")
-    read = files_of(folder)
-    config = config_among(read, folder)
+    config = config_among(files_of(folder), folder)
     if config.unknown_keys:
         keys = ", ".join(config.unknown_keys)
         say(f"{folder / 'config.json'}: keys that are not known here are ignored: {keys}")
     for note in config.notes:
         say(f"{folder}: {note}")
-    if not texts:
-        return None
+    return calibration_windows(folder, texts) if texts else None
+
+
+def calibration_windows(folder: Path, texts: tuple[Path, ...]) -> list[list[int]]:
+    """The texts in windows of token ids of the checkpoint ``folder``."""
     from slotmoe.model.tokenizer import Tokenizer
     from slotmoe.offload.ingest.calibration import WINDOW
     from slotmoe.offload.study.calibrate import read_tokens, split
 
+    read = files_of(folder)
+    config = config_among(read, folder)
     tokenizer = Tokenizer(folder, config.bos_token_id, read)
     width = min(WINDOW, config.max_context[0])
     tokens = read_tokens(texts, tokenizer)
@@ -146,9 +149,7 @@ def _quantize(
             if not on_hub:
                 return quantize(folder, destination, **options)
             options |= {"keep_source": keep_source, "arriving": arriving}
-            options["ready"] = lambda folder: _check_source(folder, texts)
-            if texts:
-                say("codes of a download are not calibrated: quantize DST.source of --keep-source")
+            options["ready"] = lambda folder: {"calibration": _check_source(folder, texts)}
             return quantize_from_hub(source, revision or "main", destination, **options)
     except KeyboardInterrupt:
         click.echo(err=True)

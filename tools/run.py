@@ -27,7 +27,7 @@ from slotmoe.tools.options import (
     say,
     session_options,
 )
-from slotmoe.tools.screen import Reading, dimmed, echo_of, is_terminal, visible
+from slotmoe.tools.screen import Reading, by_drive, dimmed, echo_of, is_terminal, visible
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -234,6 +234,14 @@ def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     return speeds
 
 
+def drafted(drafts: dict[str, Any]) -> list[str]:
+    """What ``Runtime.stats`` says of drafts, where there were any."""
+    if not drafts.get("drafted"):
+        return []
+    rows = f"{drafts['rows'] / drafts['passes']:.1f} rows a pass"
+    return [f"{drafts['accepted']} of {drafts['drafted']} drafted tokens accepted, {rows}"]
+
+
 def summary(stats: dict[str, Any]) -> str:
     """All for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
@@ -243,12 +251,15 @@ def summary(stats: dict[str, Any]) -> str:
             facts.append(f"{kind} {count} tokens in {seconds:.2f} s ({speed:.1f} tokens/s)")
     if "sessions" in stats:
         facts.append(f"{stats['sessions']['restored_tokens']} tokens from disk")
+    facts += drafted(stats["drafts"])
     cache, disk, memory = stats["cache"], stats["io"]["disk"], stats["memory"]
     if cache["hit_rate"] is not None:
         read = f"{format_size(disk['bytes'])} read from disk"
         if cache["misses"] and "prefetch" in stats:
             ahead = cache["already_coming"] / cache["misses"]
             read += f", {ahead:.0%} of the missing ones ahead of the gate"
+        if len(disk["drives"]) > 1:
+            read += f" ({by_drive(disk['drives'])})"
         facts.append(f"experts {cache['hit_rate']:.1%} hits in {cache['slots']} slots, {read}")
     used = f"{memory['tier']} peak {of_budget(memory)}"
     if "beside_vram" in memory:

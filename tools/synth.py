@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import format_size
-from slotmoe.quant.codec import DEFAULT_CODECS
+from slotmoe.offload.plan.memory import default_codecs, format_size
 from slotmoe.tools.options import JSON, RESIDENT, codec_options, expert_codecs, flag, option
 from slotmoe.tools.progress import byte_progress
 
@@ -40,8 +40,8 @@ def command(geometry: str, destination: Path, as_json: bool, **options: Any) -> 
     """
     from slotmoe.offload.ingest.synth import synthesize
 
-    options["codecs"] = expert_codecs(options) or DEFAULT_CODECS
     started, source = time.perf_counter(), geometry_path(geometry)
+    options["codecs"] = expert_codecs(options) or default_codecs(read_config(source))
     with byte_progress(f"Writing {geometry}", quiet=as_json) as progress:
         manifest = synthesize(source, destination, progress=progress, **options)
     size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -6,9 +6,9 @@ from pathlib import Path
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.coding import codecs_for
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore, quantize, resident_mode
 from slotmoe.offload.plan.memory import export_bytes, format_size, sizes_of
-from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import FORMAT_VERSION
 
 
@@ -38,8 +38,8 @@ def cached_export(
         destination = cache / f"{source.resolve().name}-{key}"
         output_dir.make_cache(cache)
         with open_checkpoint(source) as checkpoint:
-            config = checkpoint.config
-        sizes = sizes_of(config, resident_mode("auto"), DEFAULT_CODECS)
+            config, codecs = checkpoint.config, codecs_for(checkpoint)
+        sizes = sizes_of(config, resident_mode("auto"), codecs)
         size = format_size(export_bytes(config, sizes))
         free = format_size(shutil.disk_usage(cache).free)
         notify(f"{source} is quantized once, into {destination}: {size} of {free} that are free")

@@ -81,7 +81,10 @@ class Calibrated:
 class Calibration:
     """``windows`` of token ids through ``checkpoint``; ``wanted`` are the tensors whose Hessians
     are kept, ``needed`` the layers that are to be written, in ``folder``.  ``advance`` gets
-    bytes of experts read.  ``hidden_TD`` is the residual stream behind the layers that are done."""
+    bytes of experts read.  ``remaining`` are the layers that the text goes through, and
+    ``hidden_TD`` is the residual stream behind those that are done."""
+
+    hidden_TD: Tensor
 
     def __init__(
         self,
@@ -102,17 +105,29 @@ class Calibration:
         frequencies_C = inverse_frequencies(c.rope, c.qk_rope_head_dim).to(self._device)
         positions_T = torch.arange(width, device=self._device).float()
         self._tables = position_tables(c.rope, frequencies_C, positions_T)
-        self._first, self.hidden_TD = self._resume(min(needed, default=0))
-        self._layers = range(self._first, max(needed, default=-1) + 1)
+        self._first = self._resumed(min(needed, default=0))
+        self.remaining = range(self._first, max(needed, default=-1) + 1)
         self._tokens: dict[int, list[int]] = {}
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return new(shape, dtype).to(self._device)
 
-    def layers(self) -> Iterator[Calibrated]:
+    @property
+    def embedding_files(self) -> list[str]:
+        """The weight file that the text begins with, unless an earlier run has begun."""
+        begins = self.remaining and not self._first
+        return [self._checkpoint.infos[EMBEDDING].file] if begins else []
+
+    def layers(self, reach: Callable[[int], None]) -> Iterator[Calibrated]:
         """Each layer that an earlier run has not finished.  When the next one is asked for, this
-        one's weights are expected to be written."""
-        for layer in self._layers:
+        one's weights are expected to be written.  ``reach`` makes readable what a step reads: 0
+        the beginning, 1 the first of the layers."""
+        if not self.remaining:
+            return
+        reach(0)
+        self.hidden_TD = self._stream()
+        for step, layer in enumerate(self.remaining, 1):
+            reach(step)
             if layer > self._first:
                 self._save(layer, self.hidden_TD)
             self.hidden_TD, hessians = self._layer(layer, self.hidden_TD)
@@ -122,7 +137,7 @@ class Calibration:
     def nbytes(self) -> int:
         """Bytes of experts that will be read."""
         c, infos = self._config, self._checkpoint.infos
-        layers = [layer for layer in self._layers if c.is_moe(layer)]
+        layers = [layer for layer in self.remaining if c.is_moe(layer)]
         experts = range(c.n_routed_experts)
         names = (expert_name(x, e, p) for x in layers for e in experts for p in expert_shapes(c))
         return sum(infos[name].nbytes for name in names)
@@ -139,7 +154,7 @@ class Calibration:
             rate = max(rate, 2 * size**3 / (time.perf_counter() - started))
         expert = 3 * c.hidden_size * c.moe_intermediate_size
         shared = c.num_experts_per_tok + c.n_shared_experts
-        moe = sum(map(c.is_moe, self._layers))
+        moe = sum(map(c.is_moe, self.remaining))
         read = 2.5 * tokens * moe * shared * expert  # with attention and the Hessians
         coded = (
             moe
@@ -151,9 +166,9 @@ class Calibration:
         )
         minutes = [math.ceil(2 * work / rate / 60) for work in (read, coded)]
         return (
-            f"{tokens} tokens of text go through {len(self._layers)} layers, and experts are coded "
-            f"by what they see: about {minutes[0]} min for the text and {minutes[1]} min for the "
-            "codes"
+            f"{tokens} tokens of text go through {len(self.remaining)} layers, and experts are "
+            f"coded by what they see: about {minutes[0]} min for the text and {minutes[1]} min for "
+            "the codes"
         )
 
     def remarks(self, uncalibrated: Sequence[str]) -> list[str]:
@@ -172,20 +187,27 @@ class Calibration:
             sentences.append(f"{what}, have no finite Hessian and are coded without calibration")
         return sentences
 
-    def _resume(self, needed: int) -> tuple[int, Tensor]:
-        """The first layer to compute, at most ``needed``, and the stream before it."""
+    def _resumed(self, needed: int) -> int:
+        """The first layer to compute, at most ``needed``."""
         tokens = sum(map(len, self._windows))
         try:
             with safe_open(self._path, framework="pt") as file:
-                layer, h_TD = int(file.metadata()["layer"]), file.get_tensor("hidden")
-            if layer <= needed and h_TD.shape == (tokens, self._config.hidden_size):
-                return layer, h_TD.to(self._device)
+                layer = int(file.metadata()["layer"])
+                shape = file.get_slice("hidden").get_shape()
+            return layer if layer <= needed and shape == [tokens, self._config.hidden_size] else 0
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            pass
+            return 0
+
+    def _stream(self) -> Tensor:
+        """The residual stream before that layer."""
+        if self._first:
+            with safe_open(self._path, framework="pt") as file:
+                h_TD: Tensor = file.get_tensor("hidden")
+            return h_TD.to(self._device)
         ids_T = torch.tensor([token for window in self._windows for token in window])
         unique, inverse_T = ids_T.unique(return_inverse=True)
         rows = [self._checkpoint.rows(EMBEDDING, i, i + 1) for i in unique.tolist()]
-        return 0, torch.cat(rows).float()[inverse_T].to(self._device)
+        return torch.cat(rows).float()[inverse_T].to(self._device)
 
     def _save(self, layer: int, h_TD: Tensor) -> None:
         temporary = self._path.with_name(HIDDEN + ".tmp")
@@ -210,7 +232,7 @@ class Calibration:
         for h_WD in h_TD.split(list(map(len, self._windows))):
             rope_TC, scale_T = self._tables
             scale_W = None if scale_T is None else scale_T[: len(h_WD)]
-            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], Timer())
+            step = Step(h_WD, rope_TC[: len(h_WD)], scale_W, [self._cache], [len(h_WD)], Timer())
             pendings.append(runner.run_layers(step, None))
             steps.append(step)
         hessians = dict[str, Hessian]()

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.decoding import Codes
+from slotmoe.model.names import expert_name, expert_shapes
+from slotmoe.offload.plan.memory import default_codecs
 from slotmoe.quant import encode, lut
-from slotmoe.quant.codec import NF4, SCALES, Codec
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codec import DEFAULT_CODECS, INT4, LUT3, LUT4, NF4, SCALES, Codec, ExpertCodecs
+from slotmoe.quant.coded import CodedWeight, levels_of, store
 from slotmoe.quant.feedback import Hessian, NotPositiveError
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.nf4 import NotFiniteError
 from slotmoe.quant.weights import quantize_int8, quantize_nf4, squared_error
 
 _SAMPLED = 1 << 19  # weights that levels are learned from
@@ -34,20 +38,31 @@ class Coded:
 
 @dataclass
 class Coder:
-    """Codes weights.  ``levels`` are learned ones, by codec; ``hessians`` those of the layer at
-    hand, by tensor; ``uncalibrated`` gets the names of those that turned out to be none."""
+    """Codes weights of a checkpoint.  ``levels`` are learned ones, by codec; ``hessians`` those of
+    the layer at hand, by tensor; ``uncalibrated`` gets the names of those that turned out to be
+    none."""
 
+    checkpoint: Checkpoint
     levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
     hessians: Mapping[str, Hessian] = field(default_factory=dict)
     uncalibrated: list[str] = field(default_factory=list)
 
-    def code(self, name: str, piece: Tensor, kind: str | Codec) -> Coded:
-        """Rows of tensor ``name``, stored as ``kind``.  Raises ``nf4.NotFiniteError``."""
-        if kind == "int8":
+    def code(self, name: str, start: int, stop: int, kind: str | Codec) -> Coded:
+        """Rows of tensor ``name``, stored as ``kind``: as the checkpoint has them where the codec
+        holds that.  Raises ``nf4.NotFiniteError``, and what reading raises."""
+        if kind in (NF4, INT4) and _in_4_bits(self.checkpoint, name):
+            assert isinstance(kind, Codec)
+            stored = self.checkpoint.codes(name, start, stop)
+            same_levels = torch.equal(stored.levels, levels_of(kind))
+            if same_levels and stored.block == SCALES[kind.scales].block:
+                return _kept(stored, kind)
+        piece = self.checkpoint.rows(name, start, stop)
+        if not isinstance(kind, Codec):
+            self.checkpoint.check_finite(name, piece)
+            if kind == "none":
+                return Coded((piece,))
             rounded = Int8Weight(*quantize_int8(piece))
             return Coded((rounded.q, rounded.scale), squared_error(piece, rounded))
-        if not isinstance(kind, Codec):
-            return Coded((piece,))
         if kind.name == NF4.name:
             codes, scales, weighted = *quantize_nf4(piece), None
         else:
@@ -65,20 +80,56 @@ class Coder:
         return lut.quantize(piece, codec)
 
 
+def _in_4_bits(checkpoint: Checkpoint, name: str) -> bool:
+    weights = checkpoint.weights
+    encoded = None if weights is None else weights.encoded.get(name)
+    return encoded is not None and encoded.encoding.method != "fp8"
+
+
+def _kept(codes: Codes, codec: Codec) -> Coded:
+    """The same codes; scales are float16, which holds those of trained weights in bfloat16."""
+    kept = store(codes.codes, codes.scales, codec)
+    if not bool(kept[1].isfinite().all()):
+        raise NotFiniteError
+    wanted = codes.values()
+    weight = CodedWeight(*kept, codes.levels, (len(wanted), wanted.shape[1]))
+    return Coded(kept, squared_error(wanted, weight))
+
+
+def codecs_for(checkpoint: Checkpoint) -> ExpertCodecs:
+    """How experts are coded where nobody says it: as the checkpoint has them, if it has all of them
+    in 4 bits that a codec holds."""
+    config = checkpoint.config
+    names = (
+        expert_name(layer, expert, projection)
+        for layer in config.moe_layers
+        for expert in range(config.n_routed_experts)
+        for projection in expert_shapes(config)
+    )
+    wanted = default_codecs(config)
+    kept = wanted == DEFAULT_CODECS or all(_in_4_bits(checkpoint, name) for name in names)
+    return wanted if kept else DEFAULT_CODECS
+
+
 def learns(kind: str | Codec) -> bool:
     """Whether a way to store weights has levels that are learned, and codes that are calibrated."""
-    return isinstance(kind, Codec) and kind.name != NF4.name
+    return isinstance(kind, Codec) and kind.name in (LUT4.name, LUT3.name)
 
 
-def learn_levels(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> dict[str, list[int]]:
-    """Levels for this checkpoint by the name of a codec; ``kinds`` say how tensors are stored.
+def levels_file(checkpoint: Checkpoint, kinds: Mapping[str, str | Codec]) -> str:
+    """The weight file that levels are learned from, the first in order of name that holds any
+    tensor for them: while a model is downloaded no other may be there.  Empty if none does."""
+    files = (checkpoint.infos[name].file for name, kind in kinds.items() if learns(kind))
+    return min(files, default="")
 
-    They are learned from tensors in one weight file, the first in order of name that holds any:
-    while a model is downloaded no other may be there.
-    """
+
+def learn_levels(
+    checkpoint: Checkpoint, kinds: Mapping[str, str | Codec], file: str
+) -> dict[str, list[int]]:
+    """Levels for this checkpoint by the name of a codec, learned from tensors in a weight file;
+    ``kinds`` say how tensors are stored."""
     learning = {name: kind for name, kind in kinds.items() if learns(kind)}
     infos, levels = checkpoint.infos, {}
-    file = min((infos[name].file for name in learning), default="")
     for codec in dict.fromkeys(learning.values()):
         assert isinstance(codec, Codec)
         names = [name for name, kind in learning.items() if kind == codec]

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,17 +180,22 @@ class HubShards:
                 return path
         return None
 
-    def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
+    def announce(
+        self, together: Sequence[Collection[str]], export_bytes: int, free_bytes: int
+    ) -> int:
+        files = {file for group in together for file in group}
         for path in self._weights.iterdir():
             plain = path.name.removesuffix(".tmp").removesuffix(".incomplete")
             if plain.removesuffix(".ranges") not in files:
                 self._retire(path)  # it was done when the last run was killed
         snapshot, size = self.snapshot, format_size
         coming = [name for name in files if not (self._arrived(name) or snapshot.cached(name))]
-        sizes = sorted((snapshot.files[name].size for name in coming), reverse=True)
-        self._total = sum(sizes)
+        sizes = {name: snapshot.files[name].size for name in coming}
+        self._total = sum(sizes.values())
         have = sum(path.stat().st_blocks * 512 for path in self._weights.glob("*.incomplete"))
-        peak = max(sum(sizes[: None if self.kept is not None else 2]) - have, 0)
+        at_once = [sum(sizes.get(name, 0) for name in group) for group in together]
+        most = max(at_once, default=0) if self.kept is None else self._total
+        peak = max(most - have, 0)
         if files:
             done = f", {size(have)} of it here" if have else ""
             kept = "" if self.kept is None else f" and the weight files in {self.kept}"
@@ -209,10 +214,12 @@ class HubShards:
             path = coming.pop().result()
             coming = [start(self._arrive, name) for name in files[index + 1 :][:1]]
             yield file, path
-            if path.parent == self._weights:
-                self._retire(path)
-            elif self.kept is not None and path.parent != self.kept:
-                _copy(path, self.kept / file)
+
+    def release(self, file: str, path: Path) -> None:
+        if path.parent == self._weights:
+            self._retire(path)
+        elif self.kept is not None and path.parent != self.kept:
+            _copy(path, self.kept / file)
 
     async def _arrive(self, name: str) -> Path:
         path = self._arrived(name) or await self._checked_cache(name)
@@ -254,7 +261,7 @@ def quantize_from_hub(
     wait_for_lock: bool = False,
     arriving: Progress = ignore,
     notify: Notify = ignore,
-    ready: Callable[[Path], None] = ignore,
+    ready: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     patience: Patience | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -262,8 +269,9 @@ def quantize_from_hub(
 
     Killed at any moment, the same call resumes at the byte, from the commit that the first call
     found.  ``keep_source`` leaves the checkpoint in ``DST.source``.  ``arriving(done, total)`` gets
-    bytes of the download, ``ready`` the folder of config, tokenizer and headers before any weight
-    is fetched.  Raises what ``quantize`` and ``resolve`` raise, and ``DownloadError``.
+    bytes of the download; ``ready`` gets the folder of config, tokenizer and headers before any
+    weight is fetched, and returns more options.  Raises what ``quantize`` and ``resolve`` raise,
+    and ``DownloadError``.
     """
     download = output_dir.beside(destination, "download")
     kept = output_dir.beside(destination, "source") if keep_source else None
@@ -281,7 +289,7 @@ def quantize_from_hub(
                 shards = HubShards(portal, snapshot, download, kept, arriving, notify, patience)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
-                    ready(shards.folder)
+                    options |= ready(shards.folder)
                     write_json(download / "plan.json", vars(snapshot))
                     if kept is not None:
                         kept.mkdir(exist_ok=True)

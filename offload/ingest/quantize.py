@@ -13,12 +13,12 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,16 +27,17 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.names import split_name
 from slotmoe.offload.ingest import output_dir
+from slotmoe.offload.ingest.arriving import Arriving, Shards
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
-from slotmoe.offload.ingest.coding import Coder, learn_levels, learns
+from slotmoe.offload.ingest.coding import Coder, codecs_for, learn_levels, learns, levels_file
 from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.existing import export_of, repair, source_files
 from slotmoe.offload.ingest.output_dir import check_space
 from slotmoe.offload.ingest.report import quantization_report
 from slotmoe.quant import nf4
-from slotmoe.quant.codec import DEFAULT_CODECS, TILE, ExpertCodecs
+from slotmoe.quant.codec import TILE, ExpertCodecs
 from slotmoe.quant.export import writer
-from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST, RESIDENT
+from slotmoe.quant.export.layout import COPIED, FORMAT_VERSION, MANIFEST
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.validate import MAX_COPIED_BYTES, refuse_unlisted
 from slotmoe.quant.export.verify import damaged_files, span_checksums
@@ -51,17 +52,6 @@ _CHUNK = 8 << 20  # weights quantized at once
 
 class Stopped(Exception):
     """The work was given up because another thread failed."""
-
-
-class Shards(Protocol):
-    """Weight files that are not all in the checkpoint's folder, but come one after the other."""
-
-    def announce(self, files: list[str], export_bytes: int, free_bytes: int) -> int:
-        """Say which ones will come; returns the disk, in bytes, that they take at their peak beyond
-        what is taken already."""
-
-    def arrivals(self, files: list[str]) -> Generator[tuple[str, Path], None, None]:
-        """Each file and its path, which may be gone when the next one is asked for."""
 
 
 def ignore(*_arguments: Any) -> None:
@@ -83,7 +73,7 @@ def quantize(
     destination: Path,
     *,
     resident: str = "auto",
-    codecs: ExpertCodecs = DEFAULT_CODECS,
+    codecs: ExpertCodecs | None = None,
     calibration: Windows | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -109,6 +99,7 @@ def quantize(
     with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
+        codecs = codecs or codecs_for(checkpoint)
         existing = None if overwrite else export_of(checkpoint, mode, codecs, destination)
         if existing is None:
             output_dir.check_destination(destination, overwrite)
@@ -155,7 +146,9 @@ class _Job:
     def __post_init__(self) -> None:
         dtypes = {name: info.dtype for name, info in self.checkpoint.infos.items()}
         self._contents = Contents(self.checkpoint.config, self.mode, self.codecs, dtypes)
-        self._coder, self._levels = Coder(), dict[str, list[float]]()
+        self._coder, self._levels = Coder(self.checkpoint), dict[str, list[float]]()
+        self._kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
+        self._levels_file = levels_file(self.checkpoint, self._kinds)
         self._text: list[list[int]] | None = None
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._done, self._total = 0, 0
@@ -195,8 +188,7 @@ class _Job:
 
     def calibrate(self, windows: Windows | None) -> None:
         """Make codes with the Hessians of a text, where any have learned levels."""
-        kinds = (tensor.kind for tensor in self._contents.tensors.values())
-        if windows is not None and any(map(learns, kinds)):
+        if windows is not None and any(map(learns, self._kinds.values())):
             self._text = chosen(windows)
 
     def _fingerprint(self) -> str | None:
@@ -249,7 +241,12 @@ class _Job:
             if tensor.file in written and not written[tensor.file].keys() >= set(tensor.parts):
                 self._left[tensor.file].add(name)
         todo = [name for name in tensors if name in self._left.get(tensors[name].file, ())]
-        self._check_space(todo)
+        calibration = self._calibration(todo)
+        arriving = None
+        if self.shards is not None:
+            needed = self._needed_files(todo, calibration)
+            arriving = Arriving(self.checkpoint, self.shards, needed, self._know_levels)
+        self._check_space(arriving)
         self._advance(self._total - sum(infos[name].nbytes for name in todo) - self._done)
         with ExitStack() as closing_files:
             for name in written:
@@ -259,12 +256,15 @@ class _Job:
                 self._open_files[name] = closing_files.enter_context(closing(export_file))
                 if not self._left[name]:  # killed after its last tensor
                     self._finish(name)
-            if self.shards is not None:
-                self._write_arriving(todo, self.shards)
-            elif self._text is not None:
-                self._write_calibrated(todo, self._text)
+            if arriving is None:
+                self._know_levels(self._levels_file)
             else:
-                self._know_levels()
+                closing_files.enter_context(arriving)
+            if calibration is not None:
+                self._write_calibrated(todo, calibration, arriving)
+            elif arriving is not None:
+                self._write_arriving(todo, arriving)
+            else:
                 self._write_tensors(todo)
         small = {name: data for name, data in self._small_files().items() if name in names}
         entries = {name: self._state["files"][name] for name in weights}
@@ -274,15 +274,27 @@ class _Job:
         found = {name: self.checkpoint.small_file(name, MAX_COPIED_BYTES) for name in COPIED}
         return {name: data for name, data in found.items() if data is not None}
 
-    def _write_arriving(self, names: list[str], shards: Shards) -> None:
+    def _needed_files(self, names: list[str], calibration: Calibration | None) -> list[set[str]]:
+        """Weight files by step of the work: file by file, or with a text layer by layer."""
+        infos = self.checkpoint.infos
+        if calibration is None:
+            return [{file} for file in sorted({infos[name].file for name in names})]
+        needed: dict[int | None, set[str]] = {layer: set() for layer in calibration.remaining}
+        for name in infos:
+            if (layer := split_name(name)[0]) in needed:
+                needed[layer].add(infos[name].file)
+        first = [*calibration.embedding_files, *[self._levels_file] * (not self._state["levels"])]
+        rest = {infos[name].file for name in names if split_name(name)[0] is None}
+        return [set(filter(None, first)), *needed.values(), rest]
+
+    def _write_arriving(self, names: list[str], arriving: Arriving) -> None:
         """Quantize ``names`` one weight file after the other, in the order in which they come."""
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.checkpoint.infos[name].file, []).append(name)
-        for file, path in shards.arrivals(sorted(by_shard)):
-            with self.checkpoint.read_from(file, path):
-                self._know_levels()
-                self._write_tensors(by_shard[file])
+        for step, file in enumerate(sorted(by_shard)):
+            arriving.reach(step)
+            self._write_tensors(by_shard[file])
             self._save_written()
 
     def _save_written(self) -> None:
@@ -292,32 +304,44 @@ class _Job:
             self._state["written"][name] = dict(export_file.checksums)
         self._save_state()
 
-    def _know_levels(self) -> None:
-        """Learn levels, unless they are known."""
-        if not self._state["levels"]:
-            kinds = {name: tensor.kind for name, tensor in self._contents.tensors.items()}
-            self._state["levels"] = learn_levels(self.checkpoint, kinds)
+    def _know_levels(self, file: str) -> None:
+        """Learn levels, unless they are known, when the file is there that they are learned
+        from."""
+        if not self._state["levels"] and file == self._levels_file:
+            self._state["levels"] = learn_levels(self.checkpoint, self._kinds, file)
             self._save_state()
         self._coder.levels = self._state["levels"]
 
-    def _write_calibrated(self, names: list[str], text: list[list[int]]) -> None:
+    def _calibration(self, names: list[str]) -> Calibration | None:
+        """The text's way through the layers that have tensors among ``names``."""
+        if self._text is None:
+            return None
+        coded = {name for name, kind in self._kinds.items() if learns(kind)}
+        layers = {split_name(name)[0] for name in names} - {None}
+        wanted = [layer for layer in layers if layer is not None]
+        return Calibration(self.checkpoint, self._text, coded, wanted, self.partial, self._advance)
+
+    def _write_calibrated(
+        self, names: list[str], calibration: Calibration, arriving: Arriving | None
+    ) -> None:
         """Quantize ``names`` layer by layer, with the Hessians of a text."""
-        self._know_levels()
         by_layer: dict[int | None, list[str]] = {}
         for name in names:
             by_layer.setdefault(split_name(name)[0], []).append(name)
-        self._write_tensors(by_layer.pop(None, []))
-        tensors = self._contents.tensors
-        coded = {name for name, tensor in tensors.items() if learns(tensor.kind)}
-        layers = [layer for layer in by_layer if layer is not None]
-        calibration = Calibration(self.checkpoint, text, coded, layers, self.partial, self._advance)
         with self._lock:
             self._total += calibration.nbytes
         self.notify(calibration.announcement())
-        for calibrated in calibration.layers():
+
+        def reach(step: int) -> None:
+            if arriving is not None:
+                arriving.reach(step)
+
+        for calibrated in calibration.layers(reach):
             self._coder.hessians = calibrated.hessians
             self._write_tensors(by_layer.get(calibrated.layer, []))
             self._save_written()
+        reach(len(calibration.remaining) + 1)
+        self._write_tensors(by_layer.get(None, []))
         for sentence in calibration.remarks(self._coder.uncalibrated):
             self.notify(sentence)
 
@@ -341,11 +365,9 @@ class _Job:
         step = max(TILE, _CHUNK // (info.row_bytes // info.dtype.itemsize) // TILE * TILE)
         squares, weighted = [0.0, 0.0], [0.0, 0.0]
         for start in range(0, info.shape[0], step):
-            piece = checkpoint.rows(name, start, min(start + step, info.shape[0]))
-            if file == RESIDENT:
-                checkpoint.check_finite(name, piece)
+            stop = min(start + step, info.shape[0])
             try:
-                coded = self._coder.code(name, piece, tensor.kind)
+                coded = self._coder.code(name, start, stop, tensor.kind)
             except nf4.NotFiniteError:
                 problem = f"{name} holds NaN, infinite or larger than fp16 weights"
                 source = checkpoint.folder / info.file
@@ -354,7 +376,7 @@ class _Job:
                 export_file.write(part, output)
             squares = [a + b for a, b in zip(squares, coded.squares or (0.0, 0.0), strict=True)]
             weighted = [a + b for a, b in zip(weighted, coded.weighted or (0.0, 0.0), strict=True)]
-            self._advance(piece.nbytes)
+            self._advance((stop - start) * info.row_bytes)
         with self._lock:
             if tensor.kind != "none":
                 self._state["squares"][name] = squares
@@ -415,11 +437,11 @@ class _Job:
             done = self._done
         self.progress(done, self._total)
 
-    def _check_space(self, names: list[str]) -> None:
+    def _check_space(self, arriving: Arriving | None) -> None:
         paths = [writer.temporary_name(self.partial / file) for file in self._left]
         taken = sum(path.stat().st_blocks * 512 for path in paths if path.is_file())
         needed = max(sum(map(self._contents.nbytes, self._left)) - taken, 0) + (16 << 20)
-        if self.shards is not None:
-            files = sorted({self.checkpoint.infos[name].file for name in names})
-            needed += self.shards.announce(files, needed, shutil.disk_usage(self.partial).free)
+        if self.shards is not None and arriving is not None:
+            free = shutil.disk_usage(self.partial).free
+            needed += self.shards.announce(arriving.together(), needed, free)
         check_space(self.partial, needed)

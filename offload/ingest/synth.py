@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import model
@@ -20,9 +21,9 @@ from slotmoe.offload.ingest.contents import Contents, write_files
 from slotmoe.offload.ingest.output_dir import beside, check_destination, check_space, publish
 from slotmoe.offload.ingest.quantize import Progress, resident_mode
 from slotmoe.quant.codec import BLOCK, SCALES, TILE, Codec, ExpertCodecs
+from slotmoe.quant.coded import pack
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, Part, layer_file
 from slotmoe.quant.export.writer import ExportFile, publish_file, write_json
-from slotmoe.quant.weights import quantize_nf4
 
 POOL_BYTES = 64 << 20  # random bytes that all weights are cut from, at random places
 PIECE_BYTES = 32 << 20  # written at once
@@ -170,7 +171,8 @@ class _Random:
         (N, K), size = shape, _deviation(source, shape) / (0.6 * max(map(abs, codec.levels)))
         scales, real = codec.scales_shape(N, K), torch.arange(-(-N // TILE) * TILE) < N
         if SCALES[codec.scales].dtype == "F16":
-            return self._signed(scales, size).half() * real.view(-1, 1, TILE)
+            rows = scales[0], scales[1] * scales[2] // TILE, TILE
+            return (self._signed(rows, size).half() * real.view(-1, 1, TILE)).view(scales)
         of_rows = (real.float() * (size / 127)).view(torch.uint8).view(scales[0], -1, 2 * TILE)
         blocks = self._signed((scales[0], 2 * (scales[1] - of_rows.shape[1]), TILE), 127)
         of_blocks = (blocks * real.view(-1, 1, TILE)).to(torch.int8).view(torch.uint8)
@@ -193,7 +195,7 @@ def _pad(codec: Codec, codes: Tensor, rows: int, K: int) -> Tensor:
     K]."""
     if 0 not in codec.levels or (rows % TILE == 0 and K % BLOCK == 0):
         return codes
-    ones, _ = quantize_nf4(torch.ones(rows, K))  # code 15, and that of zero where they are padded
-    high = torch.where(ones >> 4 == 15, codes >> 4, ones >> 4)
-    low = torch.where(ones & 15 == 15, codes & 15, ones & 15)
-    return high << 4 | low
+    real = torch.full((rows, K), 15, dtype=torch.uint8)
+    real = F.pad(real, (0, -K % BLOCK, 0, -rows % TILE))
+    kept = pack(real.view(-1, TILE, real.shape[1]), 4)
+    return codes & kept | ~kept & 17 * codec.levels.index(0)

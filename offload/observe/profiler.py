@@ -34,8 +34,8 @@ steps, ``rest`` the embedding and position tables."""
 
 @dataclass
 class StepRecord:
-    """One step over ``tokens`` tokens: when it began, in seconds since the profile's start, the
-    bytes that came from each slower tier meanwhile, and its seconds by stage."""
+    """One step that read or gave ``tokens`` tokens: when it began, in seconds since the profile's
+    start, the bytes that came from each slower tier meanwhile, and its seconds by stage."""
 
     kind: str
     tokens: int
@@ -86,6 +86,11 @@ class Profiler(Timer):
         came = {tier: size - self._moved[tier] for tier, size in moved.items()}
         began = self._began - self._origin
         self.passes.append(StepRecord(kind, tokens, began, came, self._seconds))
+
+    def followed(self) -> None:
+        """The last step gave one more token, which it had drafted."""
+        if self.passes:
+            self.passes[-1].tokens += 1
 
     def between_steps(self) -> None:
         """What has passed since the last step's end was its sampling; call it after the last step

@@ -38,15 +38,20 @@ class TraceWriter:
         self._layers = layers
         self._step: dict[int, tuple[Array, Array]] = {}
 
-    def add(self, layer: int, indices: list[list[int]], x_TD: Array) -> None:
-        """Indices [T, K] and inputs of one layer of the present step; a layer met again starts a
-        new step."""
-        if layer in self._step:
+    def add(self, layer: int, indices: list[list[int]], x_TD: Array, behind: int = 0) -> None:
+        """Indices [T, K] and inputs of one layer of the present step, of which ``behind`` tokens of
+        that layer came before; a layer met again starts a new step."""
+        new = np.array(indices, "<u2"), fold(x_TD).astype("<f2")
+        if behind and layer in self._step:
+            before = self._step[layer]
+            new = np.concatenate([before[0], new[0]]), np.concatenate([before[1], new[1]])
+        elif layer in self._step:
             self._step.clear()
-        self._step[layer] = np.array(indices, "<u2"), fold(x_TD).astype("<f2")
-        if len(self._step) == len(self._layers):
+        self._step[layer] = new
+        whole = len(self._step) == len(self._layers)
+        if whole and len(new[0]) == len(self._step[self._layers[0]][0]):
             layers = zip(*(self._step[layer] for layer in self._layers), strict=True)
-            parts = [np.uint32(len(indices)).astype("<u4"), *(np.stack(part, 1) for part in layers)]
+            parts = [np.uint32(len(new[0])).astype("<u4"), *(np.stack(part, 1) for part in layers)]
             self._file.write(b"".join(part.tobytes() for part in parts))
             self._file.flush()  # a child that is forked would write what is kept once more
             self._step.clear()

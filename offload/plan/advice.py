@@ -8,6 +8,7 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.gguf import files_of
 from slotmoe.model.names import resident_shapes
 from slotmoe.offload.plan import memory
+from slotmoe.offload.plan.divergence import expected
 from slotmoe.offload.plan.memory import Plan, Sizes, by_tier, format_size, sizes_of
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 from slotmoe.offload.policy.hybrid import choose_mode
@@ -180,7 +182,7 @@ def choose_precision(model: Model, machine: Machine, wanted: str) -> tuple[str, 
 
 def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
     """How experts are coded.  Raises ``PlanError``."""
-    codecs = model.codecs or wanted or DEFAULT_CODECS
+    codecs = model.codecs or wanted or memory.default_codecs(model.config)
     if wanted is not None and wanted.names() != codecs.names():  # levels are the model's own
         names = " and ".join(dict.fromkeys(codecs.names().values()))
         raise PlanError(
@@ -320,12 +322,17 @@ class Scenario:
         misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
         return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
 
-    def by_codec(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
-        """What each ``--codec`` and ``--bits`` would give: bytes of the ``export``, expert slots,
-        and the speed of decode, None where it does not fit."""
-        rows = []
-        for (codec, bits), codecs in EXPERT_CODECS.items():
-            other, speed = replace(self, codecs=codecs), None
+    def choices(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+        """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,
+        expert slots, the speed of decode, None where it does not fit, and the divergence that the
+        bundled sample has so, with and without a text for ``--calibrate``."""
+        rows, kept = [], memory.default_codecs(self.model.config)
+        coded = dict(EXPERT_CODECS)
+        if kept != DEFAULT_CODECS:
+            coded[kept.down.name, "4"] = kept
+        resident = dict.fromkeys([self.resident, "int8", "mixed"])
+        for ((codec, bits), codecs), mode in product(coded.items(), resident):
+            other, speed = replace(self, codecs=codecs, resident=mode), None
             if other.fits:
                 predicted = other._setting().predict(prompt_tokens, new_tokens)
                 speed = predicted.decode_tokens_per_second
@@ -333,9 +340,12 @@ class Scenario:
                 {
                     "codec": codec,
                     "bits": bits,
+                    "resident": mode,
                     "export": memory.export_bytes(self.model.config, other.sizes),
                     "slots": other.plan.slots,
                     "decode_tokens_per_second": speed,
+                    "kl_divergence": expected(codec, bits, mode, calibrated=False),
+                    "kl_divergence_calibrated": expected(codec, bits, mode, calibrated=True),
                 }
             )
         return rows

@@ -11,12 +11,16 @@ from dataclasses import dataclass, field, replace
 from slotmoe.errors import PlanError
 from slotmoe.model.config import Config
 from slotmoe.model.names import EMBEDDING, component_of, resident_shapes, role_of
-from slotmoe.quant.codec import ExpertCodecs
+from slotmoe.offload.policy.drafts import FEW_DRAFTED, MOST_DRAFTED
+from slotmoe.quant.codec import DEFAULT_CODECS, KEPT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_bytes
 
-PREFILL_CHUNK = 512  # tokens of a prefill pass; the same for every budget where logits depend on it
+# Tokens of a step of a prefill pass; the same for every budget, because some kernels' logits depend
+# on it.
+PREFILL_CHUNK = 512
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
+_SPANS = 16  # native kernels: parts that a token's attention is summed in
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -81,6 +85,12 @@ class Sizes:
     record_bytes: int
 
 
+def default_codecs(config: Config) -> ExpertCodecs:
+    """How experts are coded where nobody says it: as they were trained, if that was in 4 bits."""
+    encoding = config.encoding
+    return DEFAULT_CODECS if encoding is None else KEPT_CODECS.get(encoding.method, DEFAULT_CODECS)
+
+
 def sizes_of(
     config: Config, resident: str, codecs: ExpertCodecs, predictor_bytes: int = 0
 ) -> Sizes:
@@ -124,7 +134,7 @@ def runtime_growth(config: Config, resident: int) -> int:
 def scratch_bytes(
     config: Config, tokens: int, kernels: str = "native", value_bytes: int = 4
 ) -> int:
-    """Peak in bytes of the temporaries of a prefill pass over ``tokens`` tokens; an upper bound, at
+    """Peak in bytes of the temporaries of a prefill step over ``tokens`` tokens; an upper bound, at
     most a quarter too large at real geometries.
 
     With ``native`` kernels: queries before and after absorption and the attention's output, then
@@ -179,12 +189,25 @@ def _gpu_scratch(c: Config, T: int) -> int:
     return max(parts) + splits + CUBLAS_BYTES
 
 
+def waiting_bytes(config: Config, tokens: int) -> int:
+    """What a prefill pass holds of its steps that are not at work: the residual stream and the
+    rotations, float32."""
+    return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
+
+
+def _drafts(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
+    """How many drafted tokens a pass computes at most, and bytes of the sums of their attention."""
+    if kernels != "native":
+        return 0, 0
+    count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
+    return count, count * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+
+
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
-    """Tokens of a prefill pass where a row's result does not depend on the others.  Each pass
-    brings every expert that it needs once, so a longer one reads less; its scratch may take a
-    twentieth of the ``room`` that experts would get."""
-    base, best = scratch_bytes(config, PREFILL_CHUNK), PREFILL_CHUNK
-    while 2 * best <= min(context, 4096) and scratch_bytes(config, 2 * best) - base <= room // 20:
+    """Tokens of a prefill pass.  Each pass brings every expert that it needs once, so a longer one
+    reads less; what it holds may take a twentieth of the ``room`` that experts would get."""
+    best = PREFILL_CHUNK
+    while best < min(context, 4096) and waiting_bytes(config, 2 * best) <= room // 20:
         best *= 2
     return best
 
@@ -194,7 +217,8 @@ class Plan:
     """The memory of one run.  ``components`` maps name to bytes on the fast tier ``tier``:
     ``slots`` experts stay there and ``staging`` more are on their way in or being used once.  With
     a GPU, ``host`` is the same for RAM, where ``host_slots`` experts stay and ``host_staging`` more
-    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens."""
+    are on their way or lent to the CPU.  A prefill pass takes ``prefill_chunk`` tokens, in steps of
+    ``PREFILL_CHUNK``, and one of decode at most ``drafted`` beside those that are certain."""
 
     components: dict[str, int]
     slots: int
@@ -204,6 +228,7 @@ class Plan:
     tier: str
     context: int
     prefill_chunk: int = PREFILL_CHUNK
+    drafted: int = 0
     host: dict[str, int] = field(default_factory=dict)
     host_slots: int = 0
     host_staging: int = 0
@@ -258,9 +283,8 @@ def make_plan(
     slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
     likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
     rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
-    positions.  With other ``kernels`` than native ones (``scratch_bytes``) a prefill pass keeps one
-    length.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that can't
-    serve one token."""
+    positions.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that
+    can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
@@ -273,23 +297,27 @@ def make_plan(
         "logits": 4 * logits_rows * config.vocab_size,
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
-    chunk, fixed = PREFILL_CHUNK, sum(components.values())
-    scratch = scratch_bytes(config, chunk, kernels, 4 if on_cpu else 6)
-    room = budget - fixed - scratch
-    if kernels == "native" and (slots is not None or room < everything * record):
+    scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
+    fixed = sum(components.values())
+    is_scarce = slots is not None or budget - fixed - scratch < everything * record
+    drafted, sums = _drafts(config, kernels, is_scarce)
+    chunk, room = PREFILL_CHUNK, budget - fixed - scratch - sums
+    # A pass in steps keeps a layer's experts, and reads the next one's.
+    if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
-        scratch = scratch_bytes(config, chunk)
-    room = (budget - fixed - scratch) // record
+    waiting = waiting_bytes(config, chunk)
+    room = (room - waiting) // record
     count, staging = _divide(room, slots, everything, top_k)
     least = min(slots or top_k, everything)
     if count < least:
         count, staging = least, top_k
     components |= {
-        "prefill scratch": scratch,
+        "prefill scratch": scratch + sums,
+        "waiting tokens": waiting,
         "expert slots": count * record,
         "read buffers": min(staging, everything - count) * record,
     }
-    plan = Plan(components, count, staging, record, budget, tier, context, chunk)
+    plan = Plan(components, count, staging, record, budget, tier, context, chunk, drafted)
     if host_budget is None:
         return plan
     lent = staging + max(top_k, LENT)
@@ -320,10 +348,13 @@ def predicted_components(
     and what shorter prefill passes need less."""
     components = by_name(plan)
     reached = min(prompt_tokens + new_tokens, plan.context)
-    chunk = min(prompt_tokens, plan.prefill_chunk)
-    cache, scratch = components["latent KV cache"], components["prefill scratch"]
-    cache[plan.tier] = cache[plan.tier] * reached // plan.context
-    scratch[plan.tier] = scratch[plan.tier] * chunk // plan.prefill_chunk
+    step, chunk = min(prompt_tokens, PREFILL_CHUNK), min(prompt_tokens, plan.prefill_chunk)
+    for name, part, whole in (
+        ("latent KV cache", reached, plan.context),
+        ("prefill scratch", step, PREFILL_CHUNK),
+        ("waiting tokens", chunk - step, max(1, plan.prefill_chunk - PREFILL_CHUNK)),
+    ):
+        components[name][plan.tier] = components[name][plan.tier] * part // whole
     return components
 
 

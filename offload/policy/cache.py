@@ -58,32 +58,37 @@ class Cache(ABC):
         return expert_id in self.cached
 
     def use_chunk(
-        self, row: int, indices: Sequence[Sequence[int]], x_TD: Array | None = None
+        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
     ) -> None:
-        """The gate of layer ``row`` chose ``indices`` [T, K] for the pass's T tokens: as many uses,
-        but each distinct expert is one hit or one miss, since a chunk brings it once.  ``x_TD`` are
-        the newest tokens' inputs of the layer, None where they do not follow each other."""
+        """The gate of layer ``row`` chose ``indices`` [T, K] for T of the pass's tokens, with
+        ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
+        since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
+        where they do not follow each other."""
         ids_TK = np.array(indices) + row * self.experts
+        self._now -= later
         self._touch(row, ids_TK)
+        self._now += later
         distinct = set(ids_TK.ravel().tolist())
         hits = len(distinct & self.cached)
         self.hits += hits
         self.misses += len(distinct) - hits
 
-    def offer(self, expert_id: int, pinned: Collection[int] = ()) -> int | None:
+    def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
         """``expert_id`` was used, is not cached, and its bytes are in memory: what is evicted?
 
         None if there was room, a cached expert outside ``pinned`` that ``expert_id`` replaces, or
-        ``expert_id`` itself if it gets no slot.
+        ``expert_id`` itself if it gets no slot, which with ``must`` it gets unless all are pinned.
         """
         if len(self.cached) < self.slots:
             self.add(expert_id)
             return None
         worth_N = self._worth_now()
-        limit = worth_N[expert_id] if self.bypass else np.inf
+        limit = worth_N[expert_id] if self.bypass and not must else np.inf
         worth_N = worth_N + self._absent_N
-        for other in pinned:
-            worth_N[other] = np.inf
+        if isinstance(pinned, range):  # it may be long
+            worth_N[pinned.start : pinned.stop] = np.inf
+        else:
+            worth_N[list(pinned)] = np.inf
         victim = int(worth_N.argmin())
         if worth_N[victim] >= limit:
             self.bypassed += 1
@@ -201,9 +206,9 @@ class LayerAware(Cache):
             self._long_N *= self.LONG**passed
             self._epoch = self._now
 
-    def offer(self, expert_id: int, pinned: Collection[int] = ()) -> int | None:
+    def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
         self._refresh(expert_id)
-        return super().offer(expert_id, pinned)
+        return super().offer(expert_id, pinned, must)
 
     def add(self, expert_id: int) -> None:
         self._refresh(expert_id)
@@ -254,10 +259,10 @@ class Learned(LayerAware):
         self._wait_N = np.full_like(self._popularity_N, np.inf)  # layers, beyond the next turn
 
     def use_chunk(
-        self, row: int, indices: Sequence[Sequence[int]], x_TD: Array | None = None
+        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
     ) -> None:
         self._next_E = None if x_TD is None else self._forecast.learn(row, indices, x_TD)
-        super().use_chunk(row, indices)
+        super().use_chunk(row, indices, later)
 
     def _estimate(self, expert_ids: int | slice) -> None:
         super()._estimate(expert_ids)

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,6 +42,7 @@ from slotmoe.quant import int8
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import SWAP_PRICES, predictor_parts
 from slotmoe.quant.export.writer import write_predictor
+from slotmoe.system import cores
 
 MIN_TOKENS = 5000
 _PRICED, _PRICED_WINDOW = 1024, 256  # tokens that swaps of experts are priced with
@@ -400,7 +400,7 @@ def grouped(windows: list[list[int]], capacity: int) -> list[list[list[int]]]:
 def _torch_threads(threads: int | None) -> Iterator[None]:
     """Torch's threads for training; the runtime leaves it one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)
+    torch.set_num_threads(threads or cores())
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ def replay(choices: Choices, features: Array, policy: str, slots: int, experts: 
         for row, chosen in enumerate(token):
             missing = [expert_id for expert_id in chosen if expert_id not in cache]
             indices = [expert_id - row * experts for expert_id in chosen]
-            cache.use_chunk(row, [indices], seen[row, None])
+            cache.use_chunk(row, [indices], x_TD=seen[row, None])
             for expert_id in missing:
                 cache.offer(expert_id, chosen)
     return cache.hits

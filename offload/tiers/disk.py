@@ -18,14 +18,15 @@ from slotmoe.errors import ConfigError, ExportError, SlotmoeError
 from slotmoe.offload.exclusive import CLOSED
 from slotmoe.offload.plan.memory import HELP_BYTES
 from slotmoe.offload.tiers.device import Event
+from slotmoe.offload.tiers.drives import THREADS, Drive, Drives, Meter
 from slotmoe.quant.export.reader import Export
 
 # Urgencies; prefetches lie between them, the number of layers until their use.
 DEMAND, WARM = 0, 1 << 30
-READERS = 8
 STUCK_SECONDS = 5.0  # how long ``close`` waits for a disk that does not answer
 # Records are read in pieces, so that one missing expert too is worth several reads in flight.
 PIECE_BYTES = 1 << 20
+_AGAIN_SECONDS = 0.02
 _Problem = TypeVar("_Problem", bound=BaseException)
 
 
@@ -47,26 +48,33 @@ class Read:
     error: BaseException | None = None
     copy: Event | None = None
 
+    @property
+    def arrived(self) -> bool:
+        """Whether it is done, and so is its copy."""
+        return self.done and (self.copy is None or self.copy.done())
+
 
 class DiskReader:
-    """The disk tier: ``READERS`` threads that read records piece by piece, the most urgent record
-    first.
+    """The disk tier: ``threads`` for each drive that read records piece by piece, the most urgent
+    record first.
 
     Reads bypass the page cache where the file system allows (``direct``).  A record that fails to
-    arrive or has a wrong checksum is read once more; then its ``Read`` carries an ``ExportError``.
+    arrive or has a wrong checksum is read once more, from each drive, of which those that fail are
+    left out; from the only one, its ``Read`` then carries an ``ExportError``.
 
     One thread asks and waits; an exception may throw it out of any line of it.  ``abandon`` then
     trusts only what the reading threads note of themselves, where none comes from outside.
     """
 
-    def __init__(self, export: Export, direct: bool, threads: int = READERS):
+    def __init__(self, export: Export, direct: bool, threads: int = THREADS):
         self._export, self.record_bytes = export, export.layout.record_bytes
         self.direct = direct and export.bypass_page_cache()
         if direct and not self.direct:
-            refused = "%s: this file system refuses O_DIRECT; reads go through the page cache"
+            refused = "%s: this file system refuses direct reads; reads go through the page cache"
             logging.getLogger("slotmoe").warning(refused, export.folder)
         self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
+        self.drives = Drives([folder.path for folder in export.folders])
+        self._work = [threading.Condition(self._lock) for _ in self.drives.all]  # by drive
         # Something in it: look whether a read is done.  Unlike a condition, a wait for it can be
         # interrupted anywhere.
         self._arrived: SimpleQueue[None] = SimpleQueue()
@@ -75,12 +83,14 @@ class DiskReader:
         self._helps = self.record_bytes <= HELP_BYTES
         self._piece = min(PIECE_BYTES, -(-self.record_bytes // 4096) * 4096)
         self._closing = self._abandoning = False
-        self._reading: list[Read | None] = [None] * threads  # what each thread is at
-        self._busy, self._busy_since = 0, 0.0
-        self.bytes_read, self.busy_seconds, self.retries = 0, 0.0, 0
+        self._meter, self.retries = Meter(), 0
+        workers = [drive for drive in self.drives.all for _ in range(threads)]
+        self._reading: list[Read | None] = [None] * len(workers)  # what each thread is at
         self._threads = [
-            threading.Thread(target=self._run, args=(n,), name=f"slotmoe-read-{n}", daemon=True)
-            for n in range(threads)
+            threading.Thread(
+                target=self._run, args=work, name=f"slotmoe-read-{work[0]}", daemon=True
+            )
+            for work in enumerate(workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -97,7 +107,8 @@ class DiskReader:
             for read in reads:
                 heapq.heappush(self._queue, (read.urgency, next(self._order), read))
                 if not (self._helps and read.urgency == DEMAND):
-                    self._work.notify(max(1, self.record_bytes // self._piece))
+                    for work in self._work:
+                        work.notify(max(1, self.record_bytes // self._piece))
 
     def promote(self, read: Read) -> None:
         """A prefetch has become a demand."""
@@ -125,11 +136,12 @@ class DiskReader:
                 self._check_open()
                 if finished := [read for read in reads if read.done]:
                     return finished
-                piece = self._take() if self._helps else None
+                drive = self.drives.fastest()
+                piece = self._take(drive) if self._helps else None
             if piece is None:
                 self._arrived.get()
             else:
-                self._read(*piece)
+                self._read(drive, *piece)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -151,7 +163,9 @@ class DiskReader:
             self._check_open()
             self._arrived.get()
         with self._lock:
-            self._busy, self._abandoning = 0, False
+            self._abandoning = False
+            for meter in (self._meter, *(drive.meter for drive in self.drives.all)):
+                meter.reset()
 
     def _forget_queue(self) -> None:
         for *_, read in self._queue:
@@ -174,15 +188,15 @@ class DiskReader:
     def bandwidth(self) -> float:
         """Bytes a second while reads were in flight, so far; 1 GB/s until something was read."""
         with self._lock:
-            busy = self.busy_seconds
-            if self._busy:
-                busy += time.perf_counter() - self._busy_since
-            return self.bytes_read / busy if self.bytes_read and busy else 1e9
+            read, seconds = self._meter.bytes, self._meter.seconds
+            return read / seconds if read and seconds else 1e9
 
     def stats(self) -> dict[str, Any]:
-        """``disk``: bytes, seconds with reads in flight, records read twice, and whether direct."""
-        counts = {"bytes": self.bytes_read, "seconds": self.busy_seconds}
-        return {"disk": {**counts, "retries": self.retries, "direct": self.direct}}
+        """``disk``: bytes, seconds with reads in flight, records read twice, whether direct, and of
+        each of the ``drives`` bytes, seconds, and whether it failed."""
+        counts = {"bytes": self._meter.bytes, "seconds": self._meter.seconds}
+        counts |= {"retries": self.retries, "direct": self.direct}
+        return {"disk": {**counts, "drives": [drive.stats() for drive in self.drives.all]}}
 
     def stop(self) -> None:
         """Let what is queued fail and waits end, from now on; any thread may ask."""
@@ -194,7 +208,8 @@ class DiskReader:
                     read.error, read.cancelled = ConfigError(CLOSED), True
                     read.done = read.outstanding == 0  # else its reader says so
             self._forget_queue()
-            self._work.notify_all()
+            for work in self._work:
+                work.notify_all()
         self._tell()
 
     def close(self) -> None:
@@ -208,23 +223,30 @@ class DiskReader:
             stuck = "%s: the disk does not answer; a read of it is left behind"
             logging.getLogger("slotmoe").warning(stuck, self._export.folder)
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, drive: Drive) -> None:
         while True:
             with self._lock:
-                while (piece := self._take()) is None:
+                while (piece := self._take(drive)) is None:
                     if self._closing:
                         return
-                    self._work.wait()
+                    # What a slow drive has left to others is looked at again, if they leave it too.
+                    self._work[drive.number].wait(_AGAIN_SECONDS if self._queue else None)
                 self._reading[number] = piece[0]
             with suppress(BaseException):  # it is the read's, and this thread must go on
-                self._read(*piece)
+                self._read(drive, *piece)
             self._reading[number] = None
             if piece[0].done or self._abandoning:
                 self._tell()
             del piece  # it keeps memory
 
-    def _take(self) -> tuple[Read, int, int] | None:
-        """The next piece to read, (read, start, stop) in bytes of the record; the lock is held."""
+    def _waiting(self) -> int:
+        """Pieces that wait; the lock is held."""
+        left = [len(read.buffer) - read.taken for *_, read in self._queue if not read.cancelled]
+        return sum(left) // self._piece
+
+    def _take(self, drive: Drive) -> tuple[Read, int, int] | None:
+        """The next piece for a drive to read, (read, start, stop) in bytes of the record; the lock
+        is held."""
         while self._queue:
             urgency, _, read = self._queue[0]
             total = len(read.buffer)
@@ -232,22 +254,22 @@ class DiskReader:
             if given_up or read.taken == total:
                 heapq.heappop(self._queue)
                 continue
+            if not self.drives.takes(drive, self._waiting):
+                return None
             start, read.taken = read.taken, min(read.taken + self._piece, total)
             read.outstanding += 1
-            if self._busy == 0:
-                self._busy_since = time.perf_counter()
-            self._busy += 1
+            self._meter.begin()
+            drive.meter.begin()
             return read, start, read.taken
         return None
 
-    def _read(self, read: Read, start: int, stop: int) -> None:
+    def _read(self, drive: Drive, read: Read, start: int, stop: int) -> None:
         """Read a piece; the last one makes its read ``done``, whatever happens."""
         problem: Exception | None = None
         last = True
         try:
             try:
-                where = self._place(read.expert_id)
-                self._export.read_range(*where, start, read.buffer[start:stop])
+                self._read_piece(drive, read, start, stop)
             except Exception as raised:
                 problem = _without_frames(raised)
             last = self._count(read, stop - start, problem)
@@ -259,15 +281,32 @@ class DiskReader:
                 raise
         finally:
             with self._lock:
-                self._busy -= 1
-                if self._busy == 0:
-                    self.busy_seconds += time.perf_counter() - self._busy_since
+                self._meter.end()
+                drive.meter.end()
                 read.done = read.done or last
+
+    def _read_piece(self, drive: Drive, read: Read, start: int, stop: int) -> None:
+        """Read bytes of a record, where the drive fails from another."""
+        while True:
+            began = time.perf_counter()
+            try:
+                where = self._place(read.expert_id)
+                self._export.read_range(*where, start, read.buffer[start:stop], drive.number)
+            except ExportError as problem:
+                drive = self._leave_out(drive, problem)
+                continue
+            with self._lock:
+                drive.note(began, stop - start)
+            return
+
+    def _leave_out(self, drive: Drive, problem: ExportError) -> Drive:
+        with self._lock:
+            return self.drives.leave_out(drive, problem)
 
     def _count(self, read: Read, size: int, problem: Exception | None) -> bool:
         """Note that a piece has been read; whether it was the last one."""
         with self._lock:
-            self.bytes_read += size
+            self._meter.bytes += size
             read.outstanding -= 1
             read.error = read.error or problem
             if read.error is not None:
@@ -300,8 +339,18 @@ class DiskReader:
                 pass
         read.error = None
         self.retries += 1
-        self._export.read_range(*where, 0, read.buffer)
-        self._export.verify_record(*where, read.buffer)
+        right = False
+        for drive in list(self.drives.alive):  # which of them gave wrong bytes is not known
+            try:
+                self._export.read_range(*where, 0, read.buffer, drive.number)
+                self._export.verify_record(*where, read.buffer)
+                right = True
+            except ExportError as problem:
+                self._leave_out(drive, problem)
+                right = False
+        if not right:
+            self._export.read_range(*where, 0, read.buffer, self.drives.fastest().number)
+            self._export.verify_record(*where, read.buffer)
 
 
 def unlock(lock: "threading.RLock") -> None:

@@ -4,6 +4,7 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 import threading
 from contextlib import suppress
 
@@ -43,8 +44,10 @@ class Touching:
         self._thread.start()
 
     def _run(self) -> None:
-        with suppress(OSError):  # Linux has priorities of threads
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        # Elsewhere than on Linux priorities are of processes, one of which may have this id.
+        with suppress(OSError):
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while self.ready < len(self._memory) and not self._stop:
             piece = self._memory[self.ready : self.ready + TOUCHED_AT_ONCE]
             # Unlike a torch operation, never on several threads.

@@ -48,10 +48,10 @@ class Table:
         self.left: dict[int, int] = {}  # by expert id: slots that are free, too
         self.free = list(range(len(slab) - 1, -1, -1))
 
-    def admit(self, expert_id: int, pinned: Collection[int]) -> int | None:
+    def admit(self, expert_id: int, pinned: Collection[int], must: bool = False) -> int | None:
         """Let the cache admit an expert that was used, in place of another, or free its slot.
         Returns the expert id that lost its slot, if any."""
-        evicted = self.cache.offer(expert_id, pinned)
+        evicted = self.cache.offer(expert_id, pinned, must)
         if evicted is not None:
             if evicted in self.left:  # the host tier may read a record twice at once
                 self.free.append(self.left[evicted])
@@ -236,17 +236,25 @@ class Slots:
                 self.drop(read.expert_id)
                 raise read.error
 
-    def admit(self, expert_id: int, pinned: Collection[int]) -> None:
-        """An expert in staging has been used: the cache admits or rejects it.  What is ``pinned``
-        is not evicted for it."""
+    def admit(self, expert_id: int, pinned: Collection[int], must: bool = False) -> None:
+        """An expert in staging has been used: the cache admits or rejects it, or ``must`` admit it.
+        What is ``pinned`` is not evicted for it."""
         self._grow()
         del self.coming[expert_id]
-        evicted = self.table.admit(expert_id, pinned)
+        evicted = self.table.admit(expert_id, pinned, must)
         if evicted == expert_id:
             return
         if evicted is not None:
             self._set_slot(evicted, -1)
         self._set_slot(expert_id, self.table.slot_of[expert_id])
+
+    def admit_guesses(self, pinned: Collection[int]) -> None:
+        """Let the cache admit what was read ahead and has arrived, in place of what is not
+        ``pinned``."""
+        for expert_id, read in list(self.coming.items()):
+            if DEMAND < read.urgency < WARM and read.arrived and read.error is None:
+                self.take([read])
+                self.admit(expert_id, pinned, must=True)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -277,7 +285,7 @@ class Slots:
         if expert_id not in self.coming:
             return
         read, slot = self.coming.pop(expert_id), self.table.slot_of.pop(expert_id)
-        if read.done and read.error is None and (read.copy is None or read.copy.done()):
+        if read.arrived and read.error is None:
             self.table.left[expert_id] = slot
         elif read.done or self._source.cancel(read):
             self.table.free.append(slot)
@@ -308,8 +316,7 @@ class Slots:
         """Let the cache admit what was read to warm it and has arrived, as long as it has room."""
         self._grow()
         for expert_id, read in list(self.coming.items()):
-            arrived = read.done and (read.copy is None or read.copy.done())
-            if read.urgency != WARM or not arrived:
+            if read.urgency != WARM or not read.arrived:
                 continue
             if len(self.cache) < self.cache.slots and read.error is None:
                 self._add(expert_id)

@@ -6,13 +6,13 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-import psutil
 import torch
 
 from slotmoe.errors import ConfigError
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.system import cores
 
 # Older GPUs multiply no bfloat16, and their shared memory is too small for the attention.
 _TRITON_CAPABILITY = 8, 0
@@ -25,9 +25,10 @@ def pick_backend(
     else torch.
 
     ``choice`` is ``auto``, ``torch``, the plain reference, or ``triton``, which a CPU runs only
-    under Triton's interpreter. ``threads`` defaults to the physical cores.  Raises ``ConfigError``.
+    under Triton's interpreter. ``threads`` defaults to ``system.cores``.  Raises
+    ``ConfigError``.
     """
-    threads = threads or psutil.cpu_count(logical=False) or 1
+    threads = threads or cores()
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
         torch.set_num_threads(threads)
         return _triton_ops(device, required=choice == "triton")

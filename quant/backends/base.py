@@ -183,9 +183,9 @@ class TorchBackend:
         return None
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> Any:
-        """A runner (``slotmoe.model.network.Runner``) for passes over one token of each sequence,
-        up to ``sequences`` of them, bitwise what the operations give one by one; None where the
-        network shall run them so."""
+        """A runner (``slotmoe.model.network.Runner``) for passes over a few tokens of each
+        sequence, up to ``rows`` in all, each bitwise what the operations give for it alone; None
+        where the network shall run them so."""
         return None
 
     def experts(

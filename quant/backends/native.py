@@ -32,14 +32,14 @@ _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 
 class NativeDecoder:
-    """Runs layers for one token of each sequence, in one native call up to the first layer that
+    """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
     lacks an expert.  The interface is that of ``slotmoe.model.network.Runner``.
 
     Between two calls lie Python, cold caches and a wake-up of the threads, so fewer and larger
     calls are faster.  Each gives bitwise what the single operations give.
     """
 
-    sequences = 1 << 30
+    rows = 1 << 30
 
     def __init__(
         self,
@@ -54,13 +54,15 @@ class NativeDecoder:
     def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
         """See ``slotmoe.model.network.Runner``."""
         table = experts.slot_table()
-        for cache in step.caches:
-            cache.extend(step.layer, 1)
+        owners = [*zip(step.caches, step.counts, strict=True)]
+        for cache, count in owners:
+            cache.extend(step.layer, count)
         first = step.layer + (step.x_TD is not None)
         now = time.perf_counter()
         step.timer.mark("cache and prefetch", now)
-        caches = [cache.layers for cache in step.caches]
-        positions = [cache.length for cache in step.caches]
+        # A call stores all latents of a layer before any token attends to them.
+        caches = [cache.layers for cache, count in owners for _ in range(count)]
+        positions = [cache.length + index for cache, count in owners for index in range(count)]
         stream = step.layer, step.h_TD, step.rope_TC, caches, positions
         records = table.records.slab, table.slots_ME, self._record(table.records)
         rest = step.x_TD, step.routed_TD, step.query_scale_T

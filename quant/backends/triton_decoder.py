@@ -119,7 +119,7 @@ class TritonDecoder:
     """Runs layers for one token of one sequence; the interface is that of
     ``slotmoe.model.network.Runner``.  Results last until the next call."""
 
-    sequences = 1  # buffers are one token's
+    rows = 1  # buffers are one token's
 
     def __init__(self, backend: Any, geometry: Any, layers: Sequence[Any]):
         norm = layers[0].input_layernorm

@@ -20,6 +20,7 @@ from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes, record_bytes
 
 FORMAT_VERSION = 2
+EXPERTS = "experts"  # the folder of the experts' files
 MANIFEST, RESIDENT = "slotmoe.json", "resident.safetensors"
 COPIED = (
     "config.json",
@@ -43,7 +44,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def layer_file(layer: int) -> str:
     """Name inside the export of one layer's experts."""
-    return f"experts/layer-{layer:05d}.safetensors"
+    return f"{EXPERTS}/layer-{layer:05d}.safetensors"
 
 
 def checksum(data: Any) -> str:

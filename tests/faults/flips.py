@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from tests.faults.kills import memory
+
 KINDS = ("flip", "flip", "flip", "cut", "swap")
 
 
@@ -61,6 +63,7 @@ class Target:
             return "refused" if named else f"missed: {problem} does not name {self.path.name}"
         finally:
             if os.fstat(handle).st_nlink == 0:  # a block that was dropped
+                os.close(handle)
                 edits, handle = {0: b""}, os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
             for at, data in edits.items():
                 os.pwrite(handle, self.good[at : at + len(data)] if data else self.good[at:], at)
@@ -196,9 +199,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
         found = attacked(Targets(Path(folder)), given.cases, given.seconds, given.seed)
-    print(json.dumps(found))
+        print(json.dumps(found), flush=True)
     raise SystemExit(bool(found["problems"]))
 
 

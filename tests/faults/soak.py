@@ -116,8 +116,10 @@ class Soak:
         """Now and then a read fails, or brings other bytes."""
         chance = random.Random(self.chance.random())
 
-        def read(export: Export, layer: int, expert: int, start: int, out: memoryview) -> None:
-            read_range(export, layer, expert, start, out)
+        def read(
+            export: Export, layer: int, expert: int, start: int, out: memoryview, folder: int
+        ) -> None:
+            read_range(export, layer, expert, start, out, folder)
             if chance.random() < BAD_READS:
                 self.counts["bad reads"] += 1
                 if chance.random() < 0.5:

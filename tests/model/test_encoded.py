@@ -12,6 +12,8 @@ from slotmoe.model.names import expert_name
 from tests.support.encoded import (
     FP8,
     FP8_WHOLE,
+    WHOLE_BLOCKS,
+    bitsandbytes,
     decoded_fp8,
     decoded_int4,
     encode,
@@ -53,6 +55,20 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 name = expert_name(1, expert, projection)
                 wanted = decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(
+    ("quant_type", "dtype"),
+    [("nf4", torch.bfloat16), ("fp4", torch.bfloat16), ("nf4", torch.float16)],
+)
+def test_bitsandbytes_weights_are_what_it_makes_of_them(tmp_path, quant_type, nested, dtype):
+    _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert len(wanted) == 2 * 5 + 3 + 3 + 4 * 3
+        for name, weight in wanted.items():
+            assert torch.equal(checkpoint.tensor(name), weight), name
+            assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
 @pytest.mark.slow
@@ -157,6 +173,40 @@ def test_bad_encodings_are_refused_by_name(tmp_path, case):
     write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=settings)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(tmp_path)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+_STATE = GATE + ".quant_state.bitsandbytes__nf4"
+
+
+def _noted(change):
+    """What ``quant_state`` says, changed."""
+
+    def damage(tensors):
+        state = {**json.loads(tensors[_STATE].numpy().tobytes()), **change}
+        tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_without(_STATE), [_STATE, "missing"]),
+        (_without(GATE + ".nested_absmax"), ["nested_absmax", "missing"]),
+        (_change(GATE + ".absmax", lambda x: x[:100].clone()), ["100 scales for [64, 128]"]),
+        (_change(GATE, lambda codes: codes[1:].clone()), [GATE, "[4095, 1]"]),
+        (_noted({"dtype": "float16"}), [GATE, "dtype", "bfloat16"]),
+        (_noted({"nested_offset": None}), [GATE, "nested_offset"]),
+        (_noted({"blocksize": 128}), [GATE, "blocksize", "64"]),
+    ],
+)
+def test_bad_bitsandbytes_weights_are_refused_by_name(tmp_path, damage, words):
+    tensors, _ = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS))
+    damage(tensors)
+    write_files(tmp_path, {"model-1.safetensors": tensors})
+    with pytest.raises(CheckpointError) as caught, Checkpoint.open(tmp_path) as checkpoint:
+        checkpoint.tensor(GATE)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

@@ -196,6 +196,27 @@ def test_several_sequences_in_one_pass_are_bitwise_each_alone(overrides, ops):
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
+@pytest.mark.parametrize("ops", ["native", "layer by layer"])
+@pytest.mark.parametrize("overrides", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(overrides, ops):
+    """A pass that ends in the middle of its layers is no other."""
+    kind = NativeBackend if ops == "native" else LayerByLayerOps
+    network = native_network(overrides, "int8", kind)
+    network.experts.in_table = range(1, network.config.n_routed_experts)
+    lengths, counts, expected, caches = (3, 17, 0), (4, 1, 6), [], []
+    for length, count in zip(lengths, counts, strict=True):
+        cache, alone = native_cache(network), native_cache(network)
+        for each in (cache, alone):
+            feed(network, each, IDS, [1] * length) if length else None
+        caches.append(cache)
+        expected.append(feed(network, alone, IDS[length:], [1] * count))
+    ids = [id for n, count in zip(lengths, counts, strict=True) for id in IDS[n : n + count]]
+    logits = network.head_each(network.forward(torch.tensor(ids), caches, counts))
+    assert torch.equal(logits, torch.cat(expected))
+    assert [cache.length for cache in caches] == [7, 18, 6]
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 def test_bf16_weights_go_op_by_op():
     """No native call computes them, though every expert has a slot."""
     network = native_network({"n_shared_experts": None}, "bf16")

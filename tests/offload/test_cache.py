@@ -253,7 +253,8 @@ def test_forecast_learns_what_inputs_say():
             for row in range(2):
                 ids = [row * EXPERTS + int(coming[token])]
                 missing = [key for key in ids if key not in cache]
-                cache.use_chunk(row, [[int(coming[token])]], signs[coming[token + 1], None])
+                x_TD = signs[coming[token + 1], None]
+                cache.use_chunk(row, [[int(coming[token])]], x_TD=x_TD)
                 for key in missing:
                     cache.offer(key, ids)
             if token == 1000:
@@ -288,7 +289,7 @@ def test_inputs_that_are_no_numbers_teach_nothing(value):
     for token in range(3):
         for each in (cache, plain):
             each.advance()
-            each.use_chunk(0, [[token]], np.full((1, 7), value, np.float32))
+            each.use_chunk(0, [[token]], x_TD=np.full((1, 7), value, np.float32))
             each.offer(token)
     assert cache.cached == plain.cached
 
@@ -480,3 +481,30 @@ def test_a_chart_without_matplotlib_is_refused_before_the_work(slotmoe, tmp_path
     code, out, err = slotmoe("replay", write_trace(tmp_path / "good"), "-o", chart)
     assert (code, out, err.count("\n"), chart.exists()) == (2, "", 1, False)
     assert "matplotlib" in err and "pip install 'slotmoe[plots]'" in err
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pass_in_steps_is_worth_what_it_is_in_one(policy):
+    rng = np.random.default_rng(1)
+    chosen = [rng.integers(0, EXPERTS, (1200, TOP)).tolist() for _ in range(ROWS)]
+    worths = []
+    for size in (1200, 500):
+        cache = make_cache(policy, 5, ROWS, EXPERTS, POPULARITY)
+        cache.advance(1200)
+        for row, indices in enumerate(chosen):
+            for start in range(0, 1200, size):
+                cache.use_chunk(row, indices[start : start + size], max(0, 1200 - start - size))
+        worths.append(cache._worth_now())
+    np.testing.assert_allclose(*worths, rtol=1e-9)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_must_be_admitted_is_unless_all_are_pinned(policy):
+    cache = make_cache(policy, 3, ROWS, EXPERTS)
+    cache.advance()
+    for expert_id in (0, 1, 2):
+        cache.use(expert_id)
+        cache.offer(expert_id)
+    assert cache.offer(9, pinned=(0, 2, 9), must=True) == 1
+    assert cache.offer(8, pinned=range(12), must=True) == 8
+    assert cache.cached == {0, 2, 9}

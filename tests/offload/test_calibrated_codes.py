@@ -2,19 +2,26 @@
 nothing."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slotmoe.errors import ExportError
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.names import expert_name
+from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
+from slotmoe.offload.ingest.arriving import Arriving
 from slotmoe.offload.ingest.calibration import Calibration, chosen
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
+from tests.support.disk import tree
+from tests.support.encoded import write_files
+from tests.support.hub import NAME, Repo, make
 from tests.support.tiny import write_checkpoint
 
 LUT = EXPERT_CODECS["lut", "4"]
@@ -87,6 +94,60 @@ def test_stopped_it_resumes_to_the_same_bytes(share, source, tmp_path):
     assert max(seen) <= 1
 
 
+@pytest.mark.parametrize("stop", [None, 0.6])
+def test_a_download_is_calibrated_to_the_same_bytes(hub, source, tmp_path, stop):
+    """In files by layer, of which the second one has what levels are learned from, and again after
+    it was stopped."""
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    files = {f"model-{number}.safetensors": {} for number in range(4)}
+    for name, tensor in tensors.items():
+        layer = split_name(name)[0]
+        number = layer or (0 if layer == 0 or "embed" in name else 3)
+        files[f"model-{number}.safetensors"][name] = tensor
+    write_files(source, files)
+    wanted = made(source, tmp_path / "local", resident="int8")
+    del wanted[MANIFEST]  # which has the folder's name
+    hub.add(NAME, Repo(source))
+    options = {"codecs": LUT, "ready": lambda folder: {"calibration": windows()}}
+
+    def progress(done, total):
+        if stop is not None and done > stop * total:
+            raise Stop
+
+    if stop is not None:
+        with pytest.raises(Stop):
+            make(tmp_path / "export", resident="int8", progress=progress, **options)
+    make(tmp_path / "export", resident="int8", **options)
+    found = {Path(name).name: data for name, data in tree(tmp_path / "export").items()}
+    assert {name: found[name] for name in wanted} == wanted
+    assert not (tmp_path / "export.download").exists()
+
+
+def test_files_are_held_while_a_layer_needs_them(source):
+    events = []
+
+    class Shards:
+        def arrivals(self, files):
+            for file in files:
+                events.append(f"+{file}")
+                yield file, Path(file)
+
+        def release(self, file, path):
+            events.append(f"-{file}")
+
+    class Source:
+        def read_from(self, file, path):
+            return nullcontext()
+
+    needed = [{"a"}, {"a", "b"}, {"b"}, {"c", "a"}]
+    with Arriving(Source(), Shards(), needed, lambda file: None) as arriving:
+        assert arriving.together() == [["a", "b"], ["a", "b", "c"], ["a", "c"]]
+        for step in range(4):
+            arriving.reach(step)
+    assert events == ["+a", "+b", "-b", "+c", "-a", "-c"]
+
+
 def test_another_text_is_another_run(source, tmp_path):
     def progress(done, total):
         if done > total / 2:
@@ -154,7 +215,7 @@ def test_the_stream_is_the_networks(source, tmp_path):
     with Checkpoint.open(source) as checkpoint:
         layers = range(checkpoint.config.num_hidden_layers)
         calibration = Calibration(checkpoint, text, set(), layers, tmp_path, lambda count: None)
-        found = list(calibration.layers())
+        found = list(calibration.layers(lambda step: None))
     assert [layer.layer for layer in found] == [0, 1, 2, 3]
     with Runtime.open(source, quantize=False, context=64) as runtime:
         (wanted,) = runtime.sequences[0].run(text[0])

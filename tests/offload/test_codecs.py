@@ -217,9 +217,7 @@ def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path):
             sizes[tuple(names.values())] = size
             plan = json.loads(out)
             assert plan["expert_codecs"] == names
-            chosen = next(
-                row for row in plan["by_codec"] if row["export"] == plan["disk"]["export"]
-            )
+            chosen = next(row for row in plan["choices"] if row["export"] == plan["disk"]["export"])
             assert chosen["slots"] == plan["slots"]
             found = export.expert(export.layers[0], 1).values()
             assert all(0 < weight.square().mean() < 1 for weight in found)

@@ -10,12 +10,25 @@ from safetensors.torch import save_file
 
 from slotmoe.errors import CheckpointError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.names import expert_name
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.export.layout import MANIFEST
+from slotmoe.quant.codec import EXPERT_CODECS
+from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS
+from slotmoe.quant.export.reader import Export
 from tests.support.disk import tree
-from tests.support.encoded import FP8, encode, fuse, packed, write_files
+from tests.support.encoded import (
+    FP8,
+    WHOLE_BLOCKS,
+    bitsandbytes,
+    decoded_int4,
+    encode,
+    fuse,
+    packed,
+    write_files,
+)
 from tests.support.hub import NAME, Repo, make
+from tests.support.kernels import relative
 from tests.support.tiny import write_checkpoint
 
 V3 = {
@@ -60,7 +73,7 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path, slotm
     config.pop("quantization_config", None)
     (plain / "config.json").write_text(json.dumps(config))
     for folder in (source, plain):
-        options = ("--resident", resident, "--json")
+        options = ("--resident", resident, "--codec", "nf4", "--json")
         code, _out, problem = slotmoe("quantize", folder, tmp_path / f"{folder.name}-e", *options)
         assert code == 0, problem
     assert weights_of(tmp_path / "tiny-e") == weights_of(tmp_path / "plain-e")
@@ -83,6 +96,71 @@ def test_scales_may_be_in_another_file_than_their_codes(hub, settings, tmp_path)
     hub.add(NAME, Repo(folder))
     make(tmp_path / "export")
     assert weights_of(tmp_path / "export") == weights_of(tmp_path / "local")
+
+
+def values_of(stored, name):
+    return decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
+
+
+def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path, slotmoe):
+    """Exactly, unless other codes are asked for; not where an expert is in 16 bits."""
+    folder = tmp_path / "tiny"
+    write_checkpoint(folder, **V3)
+    stored = encode(folder, packed())
+    code, _out, problem = slotmoe("quantize", folder, tmp_path / "export", "--json")
+    assert code == 0, problem
+    with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
+        for layer in export.layers:
+            for projection, found in export.expert(layer, 5).items():
+                name = expert_name(layer, 5, projection)
+                assert torch.equal(found, values_of(stored, name))
+                assert torch.equal(found.bfloat16(), checkpoint.tensor(name))
+        families = export.manifest["quantization"]["report"]["families"]
+    routed = [family for family in families if ".experts." in family["family"]]
+    assert [(f["stored"], f["relative_rms_error"]) for f in routed] == [("int4", 0.0)] * 3
+    code, out, problem = slotmoe("plan", folder, "--ram", "1GiB", "--json")
+    assert json.loads(out)["expert_codecs"] == {"gate_up": "int4", "down": "int4"}, problem
+    with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
+        logits = runtime.logits(list(range(5, 15)))
+    with Runtime.open(folder, context=64, quantize=False) as runtime:
+        assert relative(logits, runtime.logits(list(range(5, 15)))) < 0.1
+    name = expert_name(export.layers[0], 0, "up_proj")
+    values = values_of(stored, name).bfloat16().contiguous()
+    stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
+    write_files(folder, {"model-1.safetensors": {**stored, name: values}})
+    assert quantize(folder, tmp_path / "mixed")["quantization"]["experts"]["down"] == "nf4"
+
+
+def test_small_scales_are_rounded_and_the_report_says_so(tmp_path):
+    """Of 2^-17 and less: float16 has fewer digits there."""
+    write_checkpoint(tmp_path / "tiny", **V3)
+    stored = encode(tmp_path / "tiny", packed())
+    name = expert_name(1, 0, "down_proj")
+    stored[name + "_scale"][0, 0] = 1.8671e-6
+    write_files(tmp_path / "tiny", {"model-1.safetensors": stored}, quantization_config=packed())
+    report = quantize(tmp_path / "tiny", tmp_path / "export")["quantization"]["report"]
+    errors = {row["family"]: row["relative_rms_error"] for row in report["families"]}
+    assert 0 < errors["mlp.experts.down_proj"] < 1e-6 and errors["mlp.experts.up_proj"] == 0
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested):
+    folder = tmp_path / "tiny"
+    write_checkpoint(folder, **{**V3, **WHOLE_BLOCKS})
+    _, wanted = bitsandbytes(folder, nested=nested)
+    quantize(folder, tmp_path / "export", resident="nf4")
+    with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
+        for projection in PROJECTIONS:
+            name = expert_name(1, 2, projection)
+            found, rows = export.expert(1, 2)[projection], len(wanted[name])
+            codes = checkpoint.codes(name, 0, rows)
+            scales = codes.scales.half().float().repeat_interleave(64, 1)
+            assert torch.equal(found, codes.levels[codes.codes.int()] * scales)
+            assert relative(found, wanted[name].float()) < 0.003
+    quantize(folder, tmp_path / "lut", codecs=EXPERT_CODECS["lut", "4"])
+    with Export.open(tmp_path / "lut") as export:
+        name = expert_name(1, 2, "up_proj")
+        assert relative(export.expert(1, 2)["up_proj"], wanted[name].float()) < 0.1
 
 
 def test_bad_scales_leave_no_export(tmp_path):

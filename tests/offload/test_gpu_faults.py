@@ -227,7 +227,7 @@ def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, 
 def test_a_disk_that_fails_under_what_the_cpu_computes(on_twin, wanted, monkeypatch):
     broken, original = False, Export.read_range
 
-    def read_range(self, layer, expert, start, out):
+    def read_range(self, layer, expert, start, out, folder=0):
         if broken:
             raise ExportError("the disk is gone")
         original(self, layer, expert, start, out)

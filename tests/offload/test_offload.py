@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers.slots import Slots
-from tests.support.engine import IDS, PROMPT, start
+from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.tiny import SAMPLE
 
 
@@ -304,21 +305,95 @@ def test_peak_memory_stays_inside_the_budget(sample_export, least_ram, spare):
     assert memory["evictions"] > 0
 
 
-def test_longer_prefill_passes_read_less_and_change_no_logit(sample_export, monkeypatch):
-    ids = torch.randint(2, 4000, (900,), generator=torch.Generator().manual_seed(3)).tolist()
-    found = []
+@pytest.mark.parametrize(
+    ("kernels", "small"),
+    [
+        ("auto", False),
+        pytest.param("auto", True, marks=pytest.mark.slow),
+        pytest.param("torch", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
+    sample_export, monkeypatch, kernels, small
+):
+    ids = torch.randint(2, 4000, (1000,), generator=torch.Generator().manual_seed(3)).tolist()
+    logits = []
+    if not small:  # as if records were worth reading ahead
+        monkeypatch.setattr("slotmoe.offload.loading.HELP_BYTES", 0)
+        monkeypatch.setattr("slotmoe.offload.tiers.disk.HELP_BYTES", 0)
     for chunk in (512, 1024):
         monkeypatch.setattr(
             "slotmoe.offload.plan.memory._prefill_chunk", lambda *_, chunk=chunk: chunk
         )
-        with Runtime.open(sample_export, context=1024, slots=30, prefetch=False) as runtime:
-            found.append(
-                (
-                    runtime.logits(ids),
-                    runtime.stats()["io"]["disk"]["bytes"],
-                    runtime.stats()["kernels"],
-                )
+        options = {"context": 1024, "slots": 100, "kernels": kernels}
+        with Runtime.open(sample_export, **options) as runtime:
+            logits.append(runtime.logits(ids))
+            read, everything = (
+                runtime.stats()["io"]["disk"]["bytes"],
+                224 * runtime.plan.record_bytes,
             )
-    if found[0][2] != "torch":
-        assert torch.equal(found[0][0], found[1][0])
-        assert found[1][1] < found[0][1]
+            again = runtime.logits(ids)
+            twice = runtime.stats()["io"]["disk"]["bytes"]
+            whole(runtime)
+        assert torch.equal(logits[-1], again)
+        if chunk == 1024:
+            assert read == everything and twice < 2 * everything
+        else:
+            assert read > 1.4 * everything
+    assert torch.equal(*logits)
+
+
+def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch):
+    """Also between a layer's steps; the next pass computes what it would have computed."""
+    monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", 16)
+    for module in ("loading", "tiers.disk"):  # as if records were worth reading ahead
+        monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", 0)
+    with Runtime.open(sample_export, context=64, slots=100) as runtime:
+        wanted, layers = runtime.logits(IDS), len(runtime.config.moe_layers)
+        for last in range(0, 4 * layers, 3):
+            gates = iter([None] * last)
+
+            def interrupt(route, gates=gates):
+                if next(gates, route) is route:
+                    raise KeyboardInterrupt
+
+            stop = runtime.model.experts.on_route(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                runtime.logits(IDS)
+            stop()
+            whole(runtime)
+            assert runtime.sequences[0].length == 0
+            if last % 2:
+                assert torch.equal(runtime.logits(IDS), wanted)
+        assert torch.equal(runtime.logits(IDS), wanted)
+
+
+def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, monkeypatch):
+    traces = []
+    for size in (512, 16):
+        monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", size)
+        with Runtime.open(sample_export, context=64, slots=100) as runtime:
+            runtime.trace(tmp_path / "trace")
+            with pytest.raises(PlanError):
+                runtime.logits(IDS * 2)
+            runtime.logits(IDS)
+            runtime.sequences[0].append([7])
+        traces.append(read_trace(tmp_path / "trace")[1])
+    assert [len(step) for step in traces[1]] == [len(IDS), 1]
+    assert all(map(np.array_equal, *traces))
+
+
+def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_export):
+    with Runtime.open(sample_export, context=64, slots=40) as runtime:
+        runtime.warm()
+        slots = runtime.model.experts.slots
+        with slots.changing():
+            for expert_id in (100, 101):
+                slots.prefetch(expert_id, urgency=1)
+                slots.wait([slots.coming[expert_id]])
+            (demand,) = slots.demand([102], pinned=[102])
+            slots.wait([demand])
+            slots.admit_guesses(range(2, 102))
+        assert slots.cache.cached == {*range(2, 40), 100, 101}
+        slots.drop(102)
+        whole(runtime)

@@ -25,8 +25,8 @@ from slotmoe.offload.plan.memory import (
     format_size,
     kv_bytes,
     make_plan,
-    scratch_bytes,
     sizes_of,
+    waiting_bytes,
 )
 from slotmoe.offload.plan.speed import (
     TEXT_HITS,
@@ -178,10 +178,11 @@ def test_host_memory_below_a_gpu():
 
 def test_prefill_passes_grow_with_the_room():
     config = read_config(SAMPLE / "config.json")
-    spare = 20 * (scratch_bytes(config, 1024) - scratch_bytes(config, 512))
+    spare = 20 * waiting_bytes(config, 1024)
     assert _prefill_chunk(config, 4096, spare - 20) == 512
     assert _prefill_chunk(config, 4096, spare) == 1024
-    assert _prefill_chunk(config, 1023, 1 << 50) == 512
+    assert _prefill_chunk(config, 512, 1 << 50) == 512
+    assert _prefill_chunk(config, 513, 1 << 50) == 1024
     assert _prefill_chunk(config, 1 << 20, 1 << 50) == 4096
 
 
@@ -477,7 +478,7 @@ def machine_column(report):
     names = "embeddings", "attention", "dense layers", "router", "shared experts"
     resident = sum(parts[name].get(fast, 0) for name in names)
     precision = report["resident"]["precision"]
-    others = "prefill scratch", "read buffers", "runtime", "logits", "slot table"
+    others = "prefill scratch", "waiting tokens", "read buffers", "runtime", "logits", "slot table"
     rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
     below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
     slots = parts["expert slots"]

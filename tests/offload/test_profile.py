@@ -69,6 +69,8 @@ def reported(sample_export, tmp_path_factory):
         "40",
         "--slots",
         "60",
+        "--draft",
+        "off",
         "-o",
         str(folder),
         "--trace",

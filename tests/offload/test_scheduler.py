@@ -256,3 +256,26 @@ def test_stop_strings_count_outside_of_tool_calls(runtime):
     assert told("a b <calm>", "<") == ("a b ", "stop", "<")  # that was no call
     assert told("a b <cal", "<") == ("a b ", "stop", "<")  # nor could it become one
     assert told("a b <cal", "x") == ("a b <cal", "length", None)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "shutdown"])
+def test_a_long_pass_ends_when_nobody_waits_for_it(sample_export, monkeypatch, end):
+    for module in ("loading", "scheduler"):
+        monkeypatch.setattr(f"slotmoe.offload.{module}.PREFILL_CHUNK", 16)
+    gates, ids = [], [5 + n for n in range(200)]
+    with Runtime.open(sample_export, context=256, slots=100) as runtime:
+        batch = Scheduler(runtime, 1, 4)
+
+        def third(route):
+            gates.append(route)
+            if len(gates) == 3 and end == "cancelled":
+                batch._filling.cancelled = True
+            elif len(gates) == 3:
+                batch.stop()
+
+        runtime.model.experts.on_route(third)
+        caller = Caller(batch, runtime, ids).wait()
+        batch.close()
+        assert (caller.last.finish, len(gates), batch.problem) == (end, 3, None)
+        assert runtime.sequences[0].length == 0
+        assert runtime.logits(ids).isfinite().all()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotmoe.quant.codec import EXPERT_CODECS, LUT3, LUT4, NF4
+from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, ExpertCodecs
 from slotmoe.quant.coded import CodedWeight, levels_of, pack, unpack
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
 from slotmoe.quant.nf4 import NotFiniteError
@@ -27,11 +27,10 @@ from tests.support.kernels import (
     torch_of,
 )
 
-CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3)}
+CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4)}
+CHOICES = {**EXPERT_CODECS, ("kept", "int4"): ExpertCodecs(INT4, INT4)}
 by_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-by_choice = pytest.mark.parametrize(
-    "codecs", EXPERT_CODECS.values(), ids=map("-".join, EXPERT_CODECS)
-)
+by_choice = pytest.mark.parametrize("codecs", CHOICES.values(), ids=map("-".join, CHOICES))
 
 
 @by_codec
@@ -45,7 +44,7 @@ def test_dequantized_is_what_the_documented_bytes_say(codec, n, k):
     assert weight.codes.nbytes + weight.scales.nbytes == codec.nbytes(n, k)
 
 
-@by_codec
+@pytest.mark.parametrize("codec", [NF4, LUT4, LUT3], ids=["nf4", "lut4", "lut3"])
 def test_an_encoder_finds_what_a_codec_holds_exactly(codec):
     weight, _ = random_codes(np.random.default_rng(3), codec, 50, 128)
     wanted = weight.dequantize()
@@ -94,7 +93,7 @@ def test_linear(kernels, codec, t, n, k, seed):
 
 
 @needs_native
-@pytest.mark.parametrize("codec", [LUT4, LUT3], ids=["lut4", "lut3"])
+@pytest.mark.parametrize("codec", [LUT4, LUT3, INT4], ids=["lut4", "lut3", "int4"])
 def test_integer_levels_lose_nothing(kernels, codec):
     """Activations that 8 bits hold give the exact product: 8-bit levels are kept as they are."""
     rng = np.random.default_rng(0)

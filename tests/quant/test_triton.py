@@ -21,7 +21,7 @@ from slotmoe.model.routing import Router, route
 from slotmoe.quant import int8
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend, gate_order_sum
-from slotmoe.quant.codec import EXPERT_CODECS, LUT3, LUT4, NF4, TILE
+from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4, TILE
 from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
@@ -37,7 +37,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def disturb(weight, generator, factors=(1.0, -1.0, 0.0, 1e-4, 8.0)):
     """Multiply scales by random ``factors``; those of rows that are not there become poison."""
     rows, numbers = weight.shape[0] % TILE or TILE, weight.scales  # of the last tile
-    if numbers.dtype != torch.float16:
+    if numbers.dtype == torch.float16:
+        numbers = numbers.view(len(numbers), -1, TILE)
+    else:
         blocks = numbers[:, 2:].view(torch.int8)
         blocks[torch.rand(blocks.shape, generator=generator) < 0.2] *= -1
         numbers = numbers[:, :2].view(torch.float32).view(-1, 1, TILE)
@@ -176,7 +178,7 @@ def test_weighted_sum_goes_in_the_gates_order(ops):
     assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), gate_order_sum(y_TKD, weights_TK))
 
 
-CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3)}
+CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4)}
 
 
 def make_weight(kind, N, K, seed=0, wild=True):

@@ -5,11 +5,11 @@ import numpy as np
 import torch
 
 from slotmoe.quant import lut
-from slotmoe.quant.codec import NF4
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.codec import INT4, NF4
+from slotmoe.quant.coded import CodedWeight, levels_of, store
 from slotmoe.quant.weights import quantize_nf4
 
-SUFFIXES = {"f16": "absmax", "i8": "scales"}  # of the tensor beside the codes
+SUFFIXES = {"f16": "absmax", "f16x2": "scales", "i8": "scales"}  # of the tensor beside the codes
 
 
 def values(codec, codes, scales, n, k):
@@ -29,6 +29,8 @@ def values(codec, codes, scales, n, k):
         code = np.where(c % 8 < 4, pair, pair >> 3) & 7
     if codec["scales"] == "f16":
         scale = scales.view(np.float16)[tile, block, lane].astype(np.float32)
+    elif codec["scales"] == "f16x2":
+        scale = scales.view(np.float16)[tile, block, c // 32 * 16 + lane].astype(np.float32)
     else:
         rows = np.ascontiguousarray(scales[:, :2]).view(np.float32).reshape(-1, 16)
         blocks = scales[:, 2:].view(np.int8)
@@ -41,7 +43,7 @@ def random_codes(rng, codec, n, k, size=1.0):
     its values as float64 [n, k]."""
     codes = rng.integers(0, 256, codec.codes_shape(n, k), dtype=np.uint8)
     shape, largest = codec.scales_shape(n, k), size / max(map(abs, codec.levels))
-    if codec.scales == "f16":
+    if codec.scales in ("f16", "f16x2"):
         scales = (rng.uniform(-largest, largest, shape)).astype(np.float16)
     else:
         scales = rng.integers(-127, 128, shape, dtype=np.int8).view(np.uint8)
@@ -54,4 +56,10 @@ def random_codes(rng, codec, n, k, size=1.0):
 
 def quantize_coded(weight_NK, codec):
     """Codes and scales of a bf16, fp16 or fp32 matrix."""
+    if codec == INT4:
+        weight_NK = torch.nn.functional.pad(weight_NK.float(), (0, -weight_NK.shape[1] % 32))
+        groups_NXB = weight_NK.unflatten(1, (-1, 32))
+        scales_NX = (groups_NXB.abs().amax(2) / 7.5).half().float()
+        codes_NXB = (groups_NXB / scales_NX.clamp(min=1e-9)[..., None]).round().clamp(-8, 7) + 8
+        return store(codes_NXB.flatten(1).to(torch.uint8), scales_NX, codec)
     return quantize_nf4(weight_NK) if codec == NF4 else lut.quantize(weight_NK, codec)[:2]

@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 FP8_WHOLE = {**FP8, "weight_block_size": None, "activation_scheme": "static"}
+WHOLE_BLOCKS = {  # rows of 64 weights
+    **{"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192},
+    **{"q_lora_rank": 64, "kv_lora_rank": 64},
+}
 _WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 
 
@@ -121,3 +125,26 @@ def decoded_int4(words, scales):
     column = np.arange(8 * words.shape[1])
     codes = words.numpy()[:, column // 8] >> 4 * (column % 8) & 15
     return torch.from_numpy((codes - 8) * scales.float().numpy()[:, column // 32])
+
+
+def bitsandbytes(folder, quant_type="nf4", nested=True, dtype=torch.bfloat16):
+    """Quantize all matrices but embeddings, head and gates of the checkpoint in ``folder``, one
+    file, as bitsandbytes saves them.  Returns what its ``dequantize_4bit`` makes of each."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    stored, wanted = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if re.search(r"norm|embed|lm_head|mlp\.gate\.", name):
+            stored[name] = tensor.to(dtype)
+            continue
+        options = {"quant_type": quant_type, "compress_statistics": nested, "blocksize": 64}
+        stored[name], state = quantize_4bit(tensor.to(dtype), **options)
+        stored |= {f"{name}.{part}": t for part, t in state.as_dict(packed=True).items()}
+        wanted[name] = dequantize_4bit(stored[name], state)
+    (folder / "model.safetensors").unlink()
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    about |= {"bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": quant_type}
+    name = str(dtype).removeprefix("torch.")
+    changes = {"quantization_config": about, "torch_dtype": name}
+    write_files(folder, {"model-1.safetensors": stored}, **changes)
+    return stored, wanted

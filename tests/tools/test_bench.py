@@ -1,13 +1,17 @@
 """The benchmarks of ``python -m slotmoe.tools.bench``: they run, and what they report adds up."""
 
+import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from slotmoe.offload.plan import divergence
 from slotmoe.quant.kernels.cpu import bindings
+from slotmoe.tools.bench import codes
 from tests.support.bench import benchmark
 
 
@@ -47,6 +51,19 @@ def test_profile(sample_export):
     assert list(rows) == ["lower quartile", "median"]
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["watched"] / row["plain"])
+
+
+@pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
+def test_drafts(sample_export, tmp_path):
+    text = tmp_path / "code.py"
+    text.write_text("".join(f"def area_{n}(width):\n    return {n} * width\n" for n in range(5)))
+    options = ["--replace", "area", "size", "--prompt-tokens", 400, "--repetitions", 1]
+    report = benchmark("drafts", sample_export, text, *options, "--decode-tokens", 60)
+    rows, drafted = by("way", report), by("way", report)["with drafts"]
+    assert_compared(rows, "without drafts", "tokens_per_second")
+    assert (report["tokens"], rows["without drafts"]["disk_bytes_per_token"]) == (60, 0)
+    assert drafted["passes"] + drafted["accepted"] == 60
+    assert drafted["rows"] == drafted["passes"] + drafted["drafted"]
 
 
 @pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
@@ -94,3 +111,42 @@ def test_serve(sample_export):
     assert together["clients"] == 2
     assert 20 <= together["counted"] <= 40
     assert first["cached"] < 0.5 * first["cold"]
+
+
+def test_codes_go_on_with_the_rows_that_are_missing(tmp_path, monkeypatch, capsys):
+    """And ``plan`` adds up what experts and resident weights lose."""
+    measured, text = [], tmp_path / "text"
+    text.write_text("words")
+    figures = {"bits_per_weight": 4.25, "relative_rms_error": 0.1, "gigabytes_per_token": 0.7}
+
+    def measure(row, *_):
+        measured.append(row)
+        return {**figures, "kl_divergence": 0.002 / len(measured)}
+
+    monkeypatch.setattr(codes, "_measure", measure)
+    results, chart = tmp_path / "results.json", tmp_path / "chart.svg"
+    options = ["--text", text, "--calibrate", text, "--results", results]
+    for more in (["--rows", 2], ["--chart", chart], []):
+        codes.codes.main([*map(str, [*options, *more])], standalone_mode=False)
+    assert len(measured) == 4 + 3 + 3 + 1
+    assert len({json.dumps(row) for row in measured}) == len(measured)
+    rows = json.loads(results.read_text())["rows"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
+    assert "IQ4_XS" in chart.read_text()
+    monkeypatch.setattr(divergence, "measured", lambda: {"rows": rows})
+    wanted = {"codec": "lut", "bits": "3", "calibrated": True}, {"resident": "int8"}
+    total = sum(
+        row["kl_divergence"] for row in rows if any(w.items() <= row.items() for w in wanted)
+    )
+    assert divergence.expected("lut", "3", "int8", calibrated=True) == pytest.approx(total)
+    assert divergence.expected("int4", "4", "bf16", calibrated=False) == 0
+    assert divergence.expected("lut", "7", "int8", calibrated=False) is None
+
+
+@pytest.mark.slow
+def test_codes(tmp_path):
+    texts = sorted((Path(__file__).parents[1] / "data" / "heldout").glob("*.txt"))[:1]
+    options = ["--text", texts[0], "--results", tmp_path / "results.json", "--rows", 1]
+    (row,) = benchmark("codes", *options)["rows"]
+    assert (row["codec"], row["bits_per_weight"]) == ("lut", 4.266)
+    assert 0.07 < row["relative_rms_error"] < 0.075 and 0.0005 < row["kl_divergence"] < 0.004

@@ -55,6 +55,20 @@ def test_it_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_other_processors(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n")
+    assert report()[1]["processor"]["found"].startswith("aarch64, ")
+    assert report()[1]["processor"]["found"].endswith(" cores, NEON, sdot, i8mm")
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: "Apple M4\n")
+    (tmp_path / "cpuinfo").unlink()
+    checks = report()[1]
+    assert checks["processor"]["found"].startswith("Apple M4, ")
+    assert checks["system"]["state"] == "note"
+
+
 def test_missing_kernels(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.quant, "__file__", str(tmp_path / "__init__.py"))
     code, checks = report()

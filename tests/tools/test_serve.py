@@ -435,7 +435,8 @@ def test_figures(served):
         for line in text.splitlines()
     )
     names = "tokens_total first_token_seconds_bucket queued expert_hit_rate read_bytes_total"
-    for name in [*names.split(), "memory_bytes", "memory_budget_bytes"]:
+    names += " decode_total drive_failed memory_bytes memory_budget_bytes"
+    for name in names.split():
         assert f"slotmoe_{name}" in text
     stats = served.ask("GET", "/stats")[1]
     ram = stats["memory"]["ram"]

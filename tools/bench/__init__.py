@@ -15,6 +15,7 @@ from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
 from slotmoe.tools.progress import byte_progress
+from slotmoe.tools.screen import by_drive
 from slotmoe.tools.tables import table
 
 
@@ -125,4 +126,6 @@ def _sentences(report: dict[str, Any]) -> list[str]:
             f"{disk['bytes_per_second'] / 1e9:.2f} of the {disk['bandwidth'] / 1e9:.2f} GB/s "
             f"that the disk gives ({disk['fraction']:.0%})."
         )
+        if len(disk["drives"]) > 1:
+            lines.append(f"All reads by drive: {by_drive(disk['drives'])}.")
     return lines

@@ -13,6 +13,8 @@ from slotmoe.offload.observe import measure as observed
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.bench.turns import start, take_turns, token_seconds
 
+_COUNTERS = ("cache", "prefetch", "drafts", "misses", "memory")
+
 
 def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
     """What ``slotmoe.offload.plan.speed.Bandwidths`` can know of this machine: what the report has,
@@ -22,6 +24,7 @@ def calibration(runtime: Runtime, report: dict[str, Any]) -> dict[str, float]:
         if report["disk"] is not None
         else observed.disk_bandwidth(runtime.model.export)
     )
+    disk /= len(runtime.model.export.folders)
     bandwidths = {"disk": disk, "latency": observed.disk_latency(runtime.model.export)}
     fast = report["ceiling"]["read_bandwidth"]
     if (link := report["link"]) is None:
@@ -88,7 +91,7 @@ def measure(
         "settings": settings | ({"misses": stats["misses"]["mode"]} if "misses" in stats else {}),
         "disk": _disk(runtime, moved),
         "link": _link(runtime, moved, speed),
-        **{key: stats[key] for key in ("cache", "prefetch", "misses", "memory") if key in stats},
+        **{key: stats[key] for key in _COUNTERS if key in stats},
     }
 
 
@@ -114,14 +117,20 @@ def _moved(runtime: Runtime) -> dict[str, Any]:
     return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
 
 
-def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, float] | None:
-    """What decoding read from disk, beside what the disk gives alone; None if it read nothing."""
+def _disk(runtime: Runtime, moved: Counter[str]) -> dict[str, Any] | None:
+    """What decoding read from disk, beside what the disk gives alone, and all reads by drive; None
+    if it read nothing."""
     if not moved["disk"]:
         return None
-    alone, rate = observed.disk_bandwidth(runtime.model.export), moved["disk"] / moved["seconds"]
+    each = observed.drive_bandwidths(runtime.model.export)
+    alone, rate = sum(each), moved["disk"] / moved["seconds"]
     per_token = moved["disk"] / moved["tokens"]
     rates = {"bytes_per_second": rate, "bandwidth": alone, "fraction": rate / alone}
-    return {"bytes_per_token": per_token, **rates}
+    drives = [
+        {**drive, "bandwidth": bandwidth}
+        for drive, bandwidth in zip(runtime.stats()["io"]["disk"]["drives"], each, strict=True)
+    ]
+    return {"bytes_per_token": per_token, **rates, "drives": drives}
 
 
 def _link(runtime: Runtime, moved: Counter[str], speed: float) -> dict[str, float] | None:

@@ -52,11 +52,15 @@ def take_turns(
 
 
 def compare(
-    ways: Mapping[str, Callable[[], float]], rounds: int, against: str, unit: str
+    ways: Mapping[str, Callable[[], float]],
+    rounds: int,
+    against: str,
+    unit: str,
+    warm_up: bool = True,
 ) -> list[Row]:
     """A row for each way: the median in ``unit``, its range, and the median and range of the ratios
     to the way ``against``, round by round."""
-    results, rows = take_turns(ways, rounds), []
+    results, rows = take_turns(ways, rounds, warm_up), []
     for name, values in results.items():
         ratios = [a / b for a, b in zip(values, results[against], strict=True)]
         row = {"way": name, unit: median(values), "range": [min(values), max(values)]}

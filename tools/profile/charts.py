@@ -72,7 +72,7 @@ def _charts(report: dict[str, Any], compared: list[dict[str, Any]]) -> Iterator[
     if steps:
         yield "bytes", "Bytes by tier: what a decoded token took, mean", _bytes, report, steps
     if len(steps) > 1:
-        yield "tokens", "Time of each decoded token by component", _tokens, steps
+        yield "tokens", "Time of each pass of decode by component", _tokens, steps
     if any(any(layer["uses"]) for layer in layers):
         yield "expert-use", "Expert use by layer: tokens that each expert computed", _uses, layers
         cache = report["cache"]
@@ -141,7 +141,7 @@ def _tokens(axes: Axes, steps: list[dict[str, Any]]) -> None:
     names = [name for name in _COLOURS if any(name in token for token in spent)]
     times = {name: [1000 * token.get(name, 0.0) for token in spent] for name in names}
     _stack(axes, range(1, len(spent) + 1), times)
-    axes.set(xlabel="decoded token", ylabel="time (ms)")
+    axes.set(xlabel="pass of decode", ylabel="time (ms)")
     _legend(axes)
 
 

@@ -155,7 +155,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
     for fate in ("used", "wasted", "cancelled"):
         counts = [guesses[fate] for guesses in stats.get("prefetch", {}).values()]
         report["cache"][f"prefetch_{fate}"] = sum(counts)
-    return report | {"io": stats["io"]}
+    return report | {"io": stats["io"], "drafts": stats["drafts"]}
 
 
 def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from slotmoe.errors import ConfigError
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import require_extra, say
+from slotmoe.tools.run import drafted
 from slotmoe.tools.tables import table
 
 CHARTS = (
@@ -132,6 +133,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     if cache["prefetch_used"]:
         ahead = cache["already_coming"] / cache["misses"]
         facts.append(f"{ahead:.0%} of the misses on their way when the gate asked")
+    facts += drafted(report["drafts"])
     for tier, moved in report["io"].items():
         facts.append(f"{format_size(moved['bytes'])} from {tier} in {moved['seconds']:.1f} s")
     return facts

@@ -73,7 +73,7 @@ class Service:
             **{"model": self.name, "context": self.runtime.context, "memory": memory},
             **{name: getattr(self.batch, name) for name in ("running", "queued")},
             **{name: getattr(totals, name) for name in _TOKENS},
-            **{name: stats[name] for name in ("cache", "io", "kernels")},
+            **{name: stats[name] for name in ("cache", "io", "kernels", "drafts")},
             **{name: stats[name] for name in ("sessions", "routing") if name in stats},
         }
 
@@ -83,8 +83,13 @@ class Service:
         tokens = {name.removesuffix("_tokens"): stats[name] for name in _TOKENS}
         lookups = {"hit": stats["cache"]["hits"], "miss": stats["cache"]["misses"]}
         reads = {tier: values["bytes"] for tier, values in stats["io"].items()}
+        drives = {
+            name: {str(n): drive[name] for n, drive in enumerate(stats["io"]["disk"]["drives"])}
+            for name in ("bytes", "seconds", "failed")
+        }
         used = {tier: values["used"] for tier, values in stats["memory"].items()}
-        sessions = stats.get("sessions", {})
+        sessions, drafts = stats.get("sessions", {}), stats["drafts"]
+        rows = {kind: count for kind, count in drafts.items() if isinstance(count, int)}
         moved = {name: sessions[f"{name}_bytes"] for name in ("read", "written") if sessions}
         hit_rate, budget = stats["cache"]["hit_rate"] or 0.0, self.runtime.plan.budget
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
@@ -93,8 +98,18 @@ class Service:
             (counter, "answers", "Answers by how they ended", "finish", totals.finished),
             (counter, "refused", "Requests refused: the queue was full", None, self.refused),
             (counter, "steps", "Steps of the batch", None, totals.steps),
+            (
+                counter,
+                "decode",
+                "Passes, their rows, and of these drafted and accepted",
+                "kind",
+                rows,
+            ),
             (counter, "expert_lookups", "Experts asked for", "result", lookups),
             (counter, "read_bytes", "Bytes read from each slower tier", "tier", reads),
+            (counter, "drive_read_bytes", "Bytes read by drive", "drive", drives["bytes"]),
+            (counter, "drive_read_seconds", "Seconds with reads", "drive", drives["seconds"]),
+            (gauge, "drive_failed", "Whether it is left out", "drive", drives["failed"]),
             (
                 counter,
                 "session_tokens",

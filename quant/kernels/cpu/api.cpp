@@ -1,14 +1,12 @@
-// The C ABI: chooses the instruction set, splits the work over threads, owns the scratch. The Python side has checked
-// every shape and size; what is checked here again is only what a wrong count would turn into a wild pointer.
+// The C ABI: splits the work over threads, owns the scratch. The Python side has checked every shape and size; what is
+// checked here again is only what a wrong count would turn into a wild pointer.
 //
 // Every int function returns 0, or: 1 bad argument, 2 NaN or infinity in the source, 3 scale beyond fp16, 4 out of
 // memory.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <mutex>
 
 #include "api.h"
 
@@ -19,42 +17,7 @@ namespace {
 constexpr int64_t kSumColumns = 256;   // of the experts' outputs, that a thread sums at least
 constexpr int64_t kPassTokens = 512;  // tokens whose activations are held at once
 
-// --- instruction sets
-
-bool supported(const Isa* isa) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == &isa_avx2) return avx2;
-    const bool avx512 = avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-    if (isa == &isa_avx512vnni) return avx512;
-    if (isa == &isa_avx512vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
-#endif
-    return isa == &isa_portable;
-}
-
-#if defined(__x86_64__)
-const Isa* const kIsas[] = {&isa_avx512vbmi, &isa_avx512vnni, &isa_avx2, &isa_portable};  // best first
-#else
-const Isa* const kIsas[] = {&isa_portable};
-#endif
-
-std::atomic<const Isa*> chosen{nullptr};
-
 }  // namespace
-
-// The best that this CPU has, unless set otherwise. A job asks once: formats differ in detail between sets.
-const Isa& slotmoe::best_isa() {
-    if (const Isa* i = chosen.load()) return *i;
-    for (const Isa* i : kIsas)
-        if (supported(i)) {
-            chosen.store(i);
-            break;
-        }
-    return *chosen.load();
-}
 
 // --- levels
 
@@ -149,18 +112,6 @@ void quantize_x(Job& job, const Isa& isa, const float* x, int64_t k, int64_t t, 
 // --- settings
 
 EXPORT int slotmoe_abi() { return 11; }
-EXPORT const char* slotmoe_isa() { return best_isa().name; }
-EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
-EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i]->name; }
-EXPORT int slotmoe_isa_supported(int i) { return supported(kIsas[i]); }
-EXPORT int slotmoe_set_isa(const char* name) {
-    for (const Isa* i : kIsas)
-        if (strcmp(i->name, name) == 0 && supported(i)) {
-            chosen.store(i);
-            return kOk;
-        }
-    return kBadArgument;
-}
 EXPORT void slotmoe_set_threads(int n) { set_threads(n); }
 EXPORT int slotmoe_threads() { return get_threads(); }
 

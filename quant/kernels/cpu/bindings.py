@@ -99,7 +99,7 @@ class Kernels:
             if self._lib.slotmoe_isa_supported(i)
         )
         """Instruction sets that this machine can run, best first: among avx512vbmi, avx512vnni,
-        avx2, portable."""
+        avx2, neon_i8mm, neon_dot, neon, portable."""
 
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
@@ -220,14 +220,14 @@ class Kernels:
         experts: Tensor | None = None,
         query_scale: Tensor | None = None,
     ) -> Decoded:
-        """One token of each of T sequences through the layers from `first` on, up to one whose
+        """T tokens of one or several sequences through the layers from `first` on, up to one whose
         experts are not all in the slab: h float32 [T, H].
 
         `table` complex64 [T, P / 2] rotates the positions, and `query_scale`, float32 [T],
         multiplies their queries; a token's latent rows are written at its position of its
-        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all. `slots` int32
-        [MoE layers, E] says which row of `slab` (uint8 [S, >= record_bytes]) an expert's `record`
-        is in, negative if none.
+        sequence's cache, uint8 [layers, capacity, latent_bytes(R, P)], alike in all; one may stand
+        for several tokens, a position after the other. `slots` int32 [MoE layers, E] says which row
+        of `slab` (uint8 [S, >= record_bytes]) an expert's `record` is in, negative if none.
 
         With `x` and `experts`, float32 [T, H], layer `first` only lacks its feed-forward: h is the
         residual stream behind its attention, x the norm of that, `experts` the weighted sum of its

@@ -30,12 +30,14 @@ struct ActBlock {
 };
 
 // What a matrix is made of. A coded one is one of quant/codec.py; the digit is the bits of a code.
-enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kF32 = 4, kF16 = 5, kBf16 = 6 };
-constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kLut3; }
+enum Kind : int64_t { kInt8 = 0, kNf4 = 1, kLut4 = 2, kLut3 = 3, kInt4 = 4, kF32 = 5, kF16 = 6, kBf16 = 7 };
+constexpr bool is_coded(int64_t kind) { return kind >= kNf4 && kind <= kInt4; }
 
 // Bytes of a tile of a coded matrix of so many blocks.
 constexpr int64_t code_bytes(int64_t kind, int64_t blocks) { return blocks * (kind == kLut3 ? 384 : 512); }
-constexpr int64_t scale_bytes(int64_t kind, int64_t blocks) { return blocks * 32 + (kind == kNf4 ? 0 : 64); }
+constexpr int64_t scale_bytes(int64_t kind, int64_t blocks) {
+    return kind == kInt4 ? blocks * 64 : blocks * 32 + (kind == kNf4 ? 0 : 64);
+}
 
 // 16 levels of codes as integers: level = (q + offset) * step. Eight stand twice.
 struct Levels {
@@ -152,6 +154,8 @@ struct Isa {
 extern const Isa isa_portable;
 #if defined(__x86_64__)
 extern const Isa isa_avx2, isa_avx512vnni, isa_avx512vbmi;
+#elif defined(__aarch64__)
+extern const Isa isa_neon, isa_neon_dot, isa_neon_i8mm;
 #endif
 
 }  // namespace slotmoe

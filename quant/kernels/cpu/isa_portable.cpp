@@ -23,7 +23,14 @@ struct Lanes {
     static F add(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
     static F mul(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
     static F div(F a, const F& b) { for (int i = 0; i < 16; i++) a.v[i] /= b.v[i]; return a; }
+#if defined(__aarch64__)  // every one rounds once, and so does NEON
+    static F fma(const F& a, const F& b, F c) {
+        for (int i = 0; i < 16; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+        return c;
+    }
+#else
     static F fma(const F& a, const F& b, F c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
+#endif
     static F max(const F& a, F b) {
         for (int i = 0; i < 16; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
         return b;
@@ -148,9 +155,10 @@ struct Lanes {
     }  // integers within 8 bits
     static void sum_lanes(const F* v, float* out) {
         for (int i = 0; i < 16; i++) {
-            float s = 0;
-            for (int lane = 0; lane < 16; lane++) s += v[i].v[lane];
-            out[i] = s;
+            const float* p = v[i].v;
+            float s[4];
+            for (int lane = 0; lane < 4; lane++) s[lane] = (p[lane] + p[lane + 8]) + (p[lane + 4] + p[lane + 12]);
+            out[i] = (s[0] + s[1]) + (s[2] + s[3]);
         }
     }
     static void max_lanes(const F* v, float* out) {

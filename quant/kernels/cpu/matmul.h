@@ -14,14 +14,17 @@ constexpr int kTokens = 128;
 constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
 constexpr int kPrefetch = 6144;    // bytes ahead
 
-// Scales of 64 columns in fp16, or of 32 in 8 bits.
+// Scales of 64 or 32 columns in fp16, or of 32 in 8 bits: kParts of a block's 64 columns.
+template <int Parts>
 struct HalfScales {
-    static constexpr int kParts = 1;
-    static F load(const uint8_t* p, int) { return Lanes::load_half(reinterpret_cast<const uint16_t*>(p)); }
+    static constexpr int kParts = Parts, kBytes = 2 * kTile * Parts;  // of a block
+    static F load(const uint8_t* p, int part) {
+        return Lanes::load_half(reinterpret_cast<const uint16_t*>(p) + kTile * part);
+    }
     static constexpr int kRows = 0;  // bytes of factors of rows that come first
 };
 struct ByteScales {
-    static constexpr int kParts = 2;
+    static constexpr int kParts = 2, kBytes = 2 * kTile;
     static F load(const uint8_t* p, int part) {
         return Lanes::load_int8(reinterpret_cast<const int8_t*>(p) + 16 * part);
     }
@@ -45,9 +48,9 @@ struct CodedTile {
     void prefetch() const {
 #pragma GCC unroll 8
         for (int line = 0; line < kBytes; line += 64) Lanes::prefetch(codes + kPrefetch + line);
-        Lanes::prefetch(scales + kPrefetch / kBytes * 2 * kTile);
+        Lanes::prefetch(scales + kPrefetch / kBytes * Scales::kBytes);
     }
-    void next() { codes += kBytes, scales += 2 * kTile; }
+    void next() { codes += kBytes, scales += Scales::kBytes; }
 };
 
 struct Int8Tile {
@@ -109,6 +112,9 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
 #pragma GCC unroll 4
     for (int j = 0; j < kXScales; j++) {
         Lanes::I dots[Tiles][Tokens];
+#ifdef SLOTMOE_TWO_TOKENS  // isa_neon.cpp: an instruction multiplies two tokens
+        dot_tokens<Tiles, Tokens>(w, x, j, dots);
+#else
 #pragma GCC unroll 4
         for (int i = 0; i < Tokens; i++)
 #pragma GCC unroll 2
@@ -119,6 +125,7 @@ inline void add_block(const W (*w)[16], const F (*scale)[Tile::kParts], const Ac
             for (int i = 0; i < Tokens; i++)
 #pragma GCC unroll 2
                 for (int a = 0; a < Tiles; a++) dots[a][i] = Lanes::dot(dots[a][i], w[a][c], x[i].q + 4 * c);
+#endif
 #pragma GCC unroll 4
         for (int i = 0; i < Tokens; i++) {
             const F s = Lanes::broadcast(x[i].scale[j]);
@@ -155,6 +162,9 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
             const Tile& tile = a == 0 ? first : second;
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) tile.pair(c, w[a][2 * c], w[a][2 * c + 1]);
+#ifdef SLOTMOE_TWO_TOKENS
+            for (int c = 0; c < 8; c++) join_columns(w[a][2 * c], w[a][2 * c + 1]);
+#endif
 #pragma GCC unroll 2
             for (int part = 0; part < Tile::kParts; part++) scale[a][part] = tile.scale(part);
             tile.prefetch();
@@ -222,7 +232,8 @@ inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Act
 
 void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, const double* factor, int64_t t,
                  int64_t begin, int64_t end, float* y, int64_t ldy) {
-    if (w.kind == kNf4) return coded_tiles_of<4, HalfScales>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kNf4) return coded_tiles_of<4, HalfScales<1>>(w, levels, x, factor, t, begin, end, y, ldy);
+    if (w.kind == kInt4) return coded_tiles_of<4, HalfScales<2>>(w, levels, x, factor, t, begin, end, y, ldy);
     if (w.kind == kLut4) return coded_tiles_of<4, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
     coded_tiles_of<3, ByteScales>(w, levels, x, factor, t, begin, end, y, ldy);
 }

@@ -139,7 +139,7 @@ struct Pool {
         const auto finished = [&] { return (state.load() & kInside) == 0; };
         if (spin_until(finished)) return;
         std::unique_lock<std::mutex> lock(sleep);
-        caller_sleeps.store(true);
+        caller_sleeps.exchange(true);  // qemu lets the load below overtake a store to an ARM's memory
         done.wait(lock, finished);
         caller_sleeps.store(false);
     }
@@ -147,7 +147,7 @@ struct Pool {
     // The job mutex is held.
     void resize(int threads) {
         if (threads == this->threads()) return;
-        stop.store(true);
+        stop.exchange(true);  // as above
         wake_sleepers();
         for (auto& w : workers) w.join();
         workers.clear();

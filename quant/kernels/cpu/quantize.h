@@ -147,9 +147,11 @@ inline void unpack_codes(int64_t kind, const uint8_t* in, uint8_t (*codes)[kBloc
 // The scales of 64 columns of a tile's rows, those of its first and its last 32.
 inline void load_scales(const CodedMatrix& w, int64_t tile, int64_t b, float (*scales)[kTile]) {
     const uint8_t* p = w.tile_scales(tile);
-    if (w.kind == kNf4) {
-        const typename Lanes::F both = Lanes::load_half(reinterpret_cast<const uint16_t*>(p + 32 * b));
-        Lanes::store(scales[0], both), Lanes::store(scales[1], both);
+    if (w.kind == kNf4 || w.kind == kInt4) {
+        const int parts = w.kind == kInt4 ? 2 : 1;
+        const uint16_t* of_block = reinterpret_cast<const uint16_t*>(p) + kTile * parts * b;
+        for (int half = 0; half < 2; half++)
+            Lanes::store(scales[half], Lanes::load_half(of_block + kTile * (half % parts)));
         return;
     }
     const typename Lanes::F rows = Lanes::load(reinterpret_cast<const float*>(p));

@@ -29,6 +29,7 @@ DTYPES = {
 SOURCE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Source` of isa.h
 CODES, ABSMAX, INT8 = "u8[N/16,K/64,512]", "f16[N/16,K/64,16]", "i8[N/16,K/64,1024]"
 CODES_3, SCALES = "u8[N/16,K/64,384]", "u8[N/16,K/64+2,32]"
+HALF_SCALES = "f16[N/16,K/64,32]"
 _C_TYPES = {
     **dict.fromkeys(("pointer", "bound"), ctypes.c_void_p),
     **{"size": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float},

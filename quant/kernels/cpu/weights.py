@@ -21,6 +21,7 @@ from slotmoe.quant.kernels.cpu.signatures import (
     ABSMAX,
     CODES,
     CODES_3,
+    HALF_SCALES,
     INT8,
     SCALES,
     Bound,
@@ -29,13 +30,14 @@ from slotmoe.quant.kernels.cpu.signatures import (
 )
 from slotmoe.quant.shapes import latent_bytes, record_bytes
 
-# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 4 + its source type.
-_INT8, _DENSE = 0, 4
+# Kinds of a native matrix beside `KINDS`, which are coded; a dense one is 5 + its source type.
+_INT8, _DENSE = 0, 5
 _LEVELS = "levels:f32[16]"
 _MEMORY = {  # what a kind of matrix consists of
     _INT8: [f"w:{INT8}", "scale:f32[N]"],
     KINDS[4, "f16"]: [f"codes:{CODES}", f"absmax:{ABSMAX}", _LEVELS],
     KINDS[4, "i8"]: [f"codes:{CODES}", f"scales:{SCALES}", _LEVELS],
+    KINDS[4, "f16x2"]: [f"codes:{CODES}", f"scales:{HALF_SCALES}", _LEVELS],
     KINDS[3, "i8"]: [f"codes:{CODES_3}", f"scales:{SCALES}", _LEVELS],
     **{_DENSE + source: ["w:source[N,K]"] for source in range(3)},
 }

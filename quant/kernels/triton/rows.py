@@ -18,7 +18,8 @@ INT8 = tl.constexpr(0)  # row-major, a float32 scale a row
 NF4 = tl.constexpr(1)
 LUT4 = tl.constexpr(2)
 LUT3 = tl.constexpr(3)
-DENSE = tl.constexpr(4)  # row-major float32 or bfloat16
+INT4 = tl.constexpr(4)
+DENSE = tl.constexpr(5)  # row-major float32 or bfloat16
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
 
@@ -55,7 +56,7 @@ def code_shift(j, KIND: tl.constexpr):
 @triton.jit
 def row_factors(scales_ptr, tile, blocks, lane, KIND: tl.constexpr):
     """What all scales of a tile's rows are multiplied by, float32."""
-    if KIND == NF4:
+    if (KIND == NF4) | (KIND == INT4):
         factors = 1.0
     else:
         tile_ptr = scales_ptr.to(tl.pointer_type(tl.float32)) + tile * (blocks + 2) * 8
@@ -69,6 +70,9 @@ def stored_scales(scales_ptr, tile, block, half, blocks, lane, valid, KIND: tl.c
     if KIND == NF4:
         absmax_ptr = scales_ptr.to(tl.pointer_type(tl.float16)) + (tile * blocks + block) * 16
         scales = tl.load(absmax_ptr + lane, mask=valid, other=0.0)
+    elif KIND == INT4:
+        tile_ptr = scales_ptr.to(tl.pointer_type(tl.float16)) + (tile * blocks + block) * 32
+        scales = tl.load(tile_ptr + half * 16 + lane, mask=valid, other=0.0)
     else:
         tile_ptr = scales_ptr.to(tl.pointer_type(tl.int8)) + tile * (blocks + 2) * 32
         scales = tl.load(tile_ptr + 64 + block * 32 + half * 16 + lane, mask=valid, other=0)

@@ -1,0 +1,49 @@
+"""What the CPU computes beside a GPU.
+
+Shapes: T tokens, D hidden_size, E routed experts, K experts a token, N uses of experts.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slotmoe.offload.tiers.device import Device
+from slotmoe.offload.tiers.disk import Read
+from slotmoe.offload.tiers.host import HostTier
+from slotmoe.quant.backends.base import Records, TorchBackend
+
+
+class HostCompute:
+    """The CPU's part of a step on a GPU: it computes records of the host tier where they lie."""
+
+    def __init__(self, backend: TorchBackend, records: Records, host: HostTier, device: Device):
+        self.backend, self.records, self.host, self._device = backend, records, host, device
+        self.seconds, self._x_TD = 0.0, torch.empty(0)
+        self._indices_TK = torch.empty(0, dtype=torch.int64)
+
+    def begin(self, x_TD: Tensor, indices_TK: Tensor) -> None:
+        """Keep a layer's input and choices, both in RAM."""
+        self._x_TD, self._indices_TK = x_TD, indices_TK
+
+    def compute(self, ready: Sequence[Read], row: int, y_TKD: Tensor) -> None:
+        """The outputs of acquired records that have arrived, into ``y_TKD`` on the GPU."""
+        for read in ready:
+            if read.error is not None:
+                raise read.error
+        started, experts = time.perf_counter(), self.host.cache.experts
+        slots_E = torch.full((experts,), -1, dtype=torch.int32)
+        for read in ready:
+            slots_E[read.expert_id - row * experts] = self.host.slot(read)
+        uses = (slots_E[self._indices_TK] >= 0).flatten().nonzero()[:, 0]
+        tokens = uses // self._indices_TK.shape[1]
+        # Each use is a token of its own with one expert, so only what is computed has memory.
+        y_N1D = torch.empty(len(uses), 1, self._x_TD.shape[1])
+        indices_N1 = self._indices_TK.flatten()[uses][:, None]
+        self.backend.experts(self._x_TD[tokens], self.records, slots_E, indices_N1, y_N1D)
+        y_ND = self._device.upload(y_N1D[:, 0])
+        y_TKD.flatten(0, 1).index_copy_(0, self._device.upload(uses), y_ND)
+        self.seconds += time.perf_counter() - started
+        for read in ready:
+            self.host.release(read)

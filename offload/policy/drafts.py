@@ -1,0 +1,171 @@
+"""What a text may go on with, and how much of it is worth computing: arithmetic without torch.
+
+A draft is tokens that may come next.  A pass computes them together with the token that is certain,
+and a row of logits whose token the sampler then chooses is a pass saved.  Drafts come from the text
+itself: what followed its last tokens where they stood before (prompt lookup, arXiv 2304.04487).
+"""
+
+from collections.abc import Sequence
+
+DRAFTS = ("auto", "off", "ngram")
+MOST_DRAFTED = 15  # tokens of all drafts of a pass
+FEW_DRAFTED = (
+    3  # the same where experts come from disk: a row costs most of a pass, and memory slots
+)
+_PAIR = 2  # the least tokens that must be alike; also what the index is by
+_LONG = 32  # alike tokens beyond which no better place is looked for
+_TRIES = 32  # places that are compared
+_RECENT = 64  # of a text that is read at once, the tokens that count as predicted or not
+# Chance that the next token is the predicted one before any was, by the bits of the number of alike
+# tokens, and how many predictions count after many.
+_CHANCES = (0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+_MEMORY = 64
+_PRIOR = 0.35  # cost of a row more, as a share of a pass of one row, before any was measured
+_RATE = 0.3  # of an error that the estimate of a pass's time takes over
+_KNOWN = 0.1  # of an error by one row more, the part that is laid to the first row
+_LEAST = 0.03  # cost of a row more, whatever was measured
+_FORGET = 0.003  # of that cost's distance to the prior, with each pass of one row
+
+
+class NGrams:
+    """A text's tokens, and what followed its last ones earlier.
+
+    ``chances`` are running averages over what came and what would have been drafted, whether or not
+    it was computed, so that they cost nothing to know.
+    """
+
+    def __init__(self) -> None:
+        self._is_whole = True  # no reading was interrupted
+        self._forget()
+
+    def _forget(self) -> None:
+        self._chances = [*_CHANCES]
+        self._counts = [0] * len(_CHANCES)
+        self._tokens = list[int]()
+        # By how many tokens stood there: behind which tokens the last two were found latest, and
+        # for each place, where before.
+        self._latest = dict[tuple[int, int], int]()
+        self._earlier = [0]
+        self._place = self._alike = 0  # so many tokens before the place are the last ones
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """The text is ``tokens``; what it shares with the text before is not read again."""
+        goes_on = self._is_whole and self._tokens == tokens[: len(self._tokens)]
+        self._is_whole = False
+        if not goes_on:
+            self._forget()
+        for index in range(len(self._tokens), len(tokens)):
+            self._add(tokens[index], len(tokens) - index <= _RECENT)
+        self._is_whole = True
+
+    def _add(self, token: int, counts: bool) -> None:
+        tokens = self._tokens
+        if self._alike and tokens[self._place] == token:
+            self._note(1.0)
+            self._place, self._alike = self._place + 1, self._alike + 1
+        elif self._alike:
+            self._note(0.0)
+            self._alike = 0
+        tokens.append(token)
+        pair = (tokens[-_PAIR], token) if len(tokens) >= _PAIR else (-1, token)
+        earlier = self._latest.get(pair, 0)
+        self._earlier.append(earlier)
+        self._latest[pair] = len(tokens)
+        if counts and self._alike < _LONG:
+            self._look_up(earlier)
+
+    def _look_up(self, place: int) -> None:
+        """Take the latest of the places with the most alike tokens."""
+        tokens = self._tokens
+        for _ in range(_TRIES):
+            if not place:
+                return
+            alike = _PAIR
+            while alike < min(_LONG, place) and tokens[place - alike - 1] == tokens[-alike - 1]:
+                alike += 1
+            if alike > self._alike:
+                self._place, self._alike = place, alike
+            place = self._earlier[place]
+
+    def _note(self, hit: float) -> None:
+        kind = _kind(self._alike)
+        self._counts[kind] = count = min(self._counts[kind] + 1, _MEMORY)
+        self._chances[kind] += (hit - self._chances[kind]) / (count + 1)
+
+    def draft(self, limit: int) -> tuple[list[int], list[float]]:
+        """At most ``limit`` tokens that may come next, and how likely each is to be reached and
+        right."""
+        drafted, chances, chance = list[int](), list[float](), 1.0
+        if not self._alike:
+            return drafted, chances
+        for index in range(limit):
+            place = self._place + index
+            beyond = place - len(self._tokens)  # a text that repeats itself goes on so
+            drafted.append(self._tokens[place] if beyond < 0 else drafted[beyond])
+            chance *= self._chances[_kind(self._alike + index)]
+            chances.append(chance)
+        return drafted, chances
+
+
+def _kind(alike: int) -> int:
+    return min(alike.bit_length(), len(_CHANCES) - 1)
+
+
+class Drafting:
+    """How many rows a pass is worth, from the seconds that passes took, and the counts.
+
+    The time of a pass is taken as linear in its rows, whichever sequences they are of: in memory a
+    row more is arithmetic, from a disk it is the experts that it misses.
+    """
+
+    def __init__(self, limit: int = MOST_DRAFTED) -> None:
+        """At most ``limit`` tokens are drafted in a pass."""
+        self._limit = limit
+        self.passes = self.rows = self.drafted = self.accepted = 0
+        self._one = self._more = 0.0  # seconds of a pass of one row, and of each row more
+        self._drafting = 0  # passes with drafts
+        self._most = 1  # tokens to draft: what was never tried is approached by steps
+
+    def lengths(self, chances: Sequence[Sequence[float]]) -> list[int]:
+        """How many tokens of each sequence's draft to compute, given the ``chances`` of each: as
+        long as the tokens that a row more is expected to give come sooner with it than without."""
+        taken, rows = [0] * len(chances), len(chances)
+        expected = float(rows)
+        while self._one and rows < len(chances) + self._most:
+            pairs = zip(taken, chances, strict=True)
+            gains = [likely[n] if n < len(likely) else 0.0 for n, likely in pairs]
+            best = max(range(len(gains)), key=gains.__getitem__)
+            if gains[best] * self._seconds(rows) <= expected * self._more:
+                break
+            taken[best] += 1
+            expected, rows = expected + gains[best], rows + 1
+        return taken
+
+    def measured(self, rows: int, drafted: int, seconds: float) -> None:
+        """A pass of so many ``rows``, of which so many were ``drafted``, took ``seconds``."""
+        self.passes, self.rows = self.passes + 1, self.rows + rows
+        self.drafted += drafted
+        if not self._one:
+            self._one, self._more = seconds, _PRIOR * seconds
+        more, predicted, rate = rows - 1, self._seconds(rows), _RATE
+        if drafted:
+            self._drafting += 1
+            self._most = min(self._limit, max(self._most, 2 * drafted + 1))
+            rate = max(rate, 1 / self._drafting)
+        # Least mean squares; a pass that was held up changes little.
+        error = rate * min(seconds - predicted, predicted) / (_KNOWN + more * more)
+        self._one += error * _KNOWN
+        self._more += error * more
+        if not more:
+            self._more += _FORGET * (_PRIOR * self._one - self._more)
+        self._more = max(self._more, _LEAST * self._one)
+        if self._more >= self._one:  # nothing pays; what is forgotten is tried again by one row
+            self._most = 1
+
+    def _seconds(self, rows: int) -> float:
+        return self._one + (rows - 1) * self._more
+
+    def stats(self) -> dict[str, int]:
+        """Passes of decode and their rows; of these, tokens that were drafted, and that came."""
+        counts = {"passes": self.passes, "rows": self.rows}
+        return {**counts, "drafted": self.drafted, "accepted": self.accepted}

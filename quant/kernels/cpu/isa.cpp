@@ -1,0 +1,87 @@
+// The instruction sets of this architecture, which of them this CPU has, and the one in use.
+#include <atomic>
+#include <cstring>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+#include "api.h"
+
+using namespace slotmoe;
+
+namespace {
+
+bool always() { return true; }
+
+struct Choice {
+    const Isa* isa;
+    bool (*is_here)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512vnni() {
+    return has_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512vbmi() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
+
+constexpr Choice kIsas[] = {{&isa_avx512vbmi, has_avx512vbmi}, {&isa_avx512vnni, has_avx512vnni},
+                            {&isa_avx2, has_avx2}, {&isa_portable, always}};  // best first
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+bool says(const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dot() { return says("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dot() && says("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+bool has_dot() { return getauxval(AT_HWCAP) & 1 << 20; }  // HWCAP_ASIMDDP, HWCAP2_I8MM: older headers lack the names
+bool has_i8mm() { return has_dot() && getauxval(AT_HWCAP2) & 1 << 13; }
+#else
+bool has_dot() { return false; }
+bool has_i8mm() { return false; }
+#endif
+
+constexpr Choice kIsas[] = {
+    {&isa_neon_i8mm, has_i8mm}, {&isa_neon_dot, has_dot}, {&isa_neon, always}, {&isa_portable, always}};  // best first
+#else
+constexpr Choice kIsas[] = {{&isa_portable, always}};
+#endif
+
+std::atomic<const Isa*> chosen{nullptr};
+
+}  // namespace
+
+// The best that this CPU has, unless set otherwise. A job asks once: formats differ in detail between sets.
+const Isa& slotmoe::best_isa() {
+    if (const Isa* i = chosen.load()) return *i;
+    for (const Choice& c : kIsas)
+        if (c.is_here()) {
+            chosen.store(c.isa);
+            break;
+        }
+    return *chosen.load();
+}
+
+EXPORT const char* slotmoe_isa() { return best_isa().name; }
+EXPORT int slotmoe_isa_count() { return int(sizeof kIsas / sizeof *kIsas); }
+EXPORT const char* slotmoe_isa_name(int i) { return kIsas[i].isa->name; }
+EXPORT int slotmoe_isa_supported(int i) { return kIsas[i].is_here(); }
+EXPORT int slotmoe_set_isa(const char* name) {
+    for (const Choice& c : kIsas)
+        if (strcmp(c.isa->name, name) == 0 && c.is_here()) {
+            chosen.store(c.isa);
+            return kOk;
+        }
+    return kBadArgument;
+}

@@ -1,0 +1,330 @@
+"""Drafts: the text, its logits and its log-probabilities are bitwise those without, wherever a
+draft is cut off."""
+
+import json
+import random
+from contextlib import suppress
+from itertools import takewhile
+from statistics import fmean
+
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.generate import Answer, Sampling, Stops
+from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.scheduler import Scheduler
+from slotmoe.quant.kernels.cpu.bindings import load
+from slotmoe.tools.run import summary
+from tests.offload.test_scheduler import Caller
+from tests.support.engine import whole
+from tests.support.interrupts import interrupted_at, lines_of
+
+needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
+TEXT = "The people of the United States have a government. " * 6
+SAMPLINGS = [{}, {"temperature": 0.4, "seed": 7}, {"temperature": 0.8, "top_p": 0.7, "seed": 3}]
+OPTIONS = {"ram": "2GiB", "context": 200}
+
+
+@pytest.fixture(scope="module", params=[None], ids=["all experts"])
+def pair(request, sample_export):
+    """Two runtimes, without drafts and with, of some slots."""
+    options = {**OPTIONS, "slots": request.param}
+    with (
+        Runtime.open(sample_export, draft="off", **options) as plain,
+        Runtime.open(sample_export, draft="ngram", **options) as drafting,
+    ):
+        yield plain, drafting
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A row more is taken to cost nothing, so that wrong tokens are drafted too."""
+
+    def all_of(self, chances):
+        return [min(len(each), MOST_DRAFTED // len(chances)) for each in chances]
+
+    monkeypatch.setattr(Drafting, "lengths", all_of)
+
+
+class Watched:
+    """A grammar that forbids the likeliest token at every third place, and is asked in order."""
+
+    def __init__(self, vocabulary):
+        self.asked, self.consumed = [], []
+        self._vocabulary = vocabulary
+
+    def allowed(self):
+        self.asked.append(len(self.consumed))
+        allowed_V = torch.ones(self._vocabulary, dtype=torch.bool)
+        if len(self.consumed) % 3 == 2:
+            allowed_V[self.consumed[-2:]] = False
+        return allowed_V
+
+    def consume(self, chosen):
+        self.consumed.append(chosen)
+        return len(self.consumed) == 40
+
+
+def answer_of(runtime, sampling=None, limit=60, eos=(), **options):
+    """All that a loop over ``Sequence.append`` gives: the answer, every row of logits, what is
+    shown, and what the sequence holds at the end."""
+    ids = runtime.tokenizer.encode(TEXT)
+    sampling = Sampling(**sampling or {})
+    answer = Answer(ids, runtime.tokenizer, eos, sampling, limit, logprobs=3, **options)
+    sequence, rows, deltas, new = runtime.sequences[0], [], [], ids
+    sequence.rewind(0)
+    while not deltas or deltas[-1].finish is None:
+        rows.append(sequence.append(new).clone())
+        deltas.append(answer.take(rows[-1][0]))
+        new = answer.ids[-1:]
+    return answer.ids, torch.cat(rows), deltas, sequence.tokens
+
+
+def assert_same(plain, drafted):
+    assert torch.equal(plain[1], drafted[1])
+    assert (plain[0], *plain[2:]) == (drafted[0], *drafted[2:])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("pair", "sampling"),
+    [*((None, sampling) for sampling in SAMPLINGS), (40, SAMPLINGS[0])],
+    ids=["greedy", "cool", "warm", "few-slots"],
+    indirect=["pair"],
+)
+def test_text_and_logits_are_bitwise_those_without_drafts(pair, eager, sampling):
+    before = pair[1].stats()["drafts"]
+    assert_same(*(answer_of(runtime, sampling) for runtime in pair))
+    now = pair[1].stats()["drafts"]
+    drafted, accepted, rows, passes = (
+        now[kind] - before[kind] for kind in ("drafted", "accepted", "rows", "passes")
+    )
+    assert drafted > accepted > 2 and rows == passes + drafted
+    assert passes + accepted == 59  # the first token comes of the prompt's last row
+
+
+@needs_kernels
+@pytest.mark.parametrize("ending", ["end of sentence", "stop string", "grammar", "length"])
+def test_an_answer_ends_in_a_draft_as_without(pair, eager, ending):
+    """At each of the answer's first tokens."""
+    plain = pair[0]
+    answer = answer_of(plain, limit=16)[0]
+    for count in range(2, 16, 4):
+        options = {
+            "end of sentence": {"eos": (answer[count],)},
+            "stop string": {"stops": Stops((plain.tokenizer.decode(answer[count : count + 2]),))},
+            "grammar": {},
+            "length": {"limit": count},
+        }[ending]
+        masks = [Watched(plain.tokenizer.size) for _ in pair]
+        if ending == "grammar":
+            both = [answer_of(r, grammar=m) for r, m in zip(pair, masks, strict=True)]
+            assert masks[0].asked == masks[1].asked and masks[0].consumed == masks[1].consumed
+        else:
+            both = [answer_of(runtime, **options) for runtime in pair]
+        assert_same(*both)
+        if ending == "grammar":
+            break
+
+
+@needs_kernels
+def test_a_text_that_fills_the_context(pair, eager):
+    tokens = [
+        list(runtime.generate(TEXT + TEXT, None, temperature=0.4, seed=2)) for runtime in pair
+    ]
+    assert tokens[0] == tokens[1] and tokens[1][-1].finish == "context"
+    assert [len(runtime.sequences[0].tokens) for runtime in pair] == [199, 199]
+
+
+@needs_kernels
+def test_what_is_drafted_does_not_outlast_a_change(pair, eager):
+    """A rewind, or another token."""
+    plain = pair[0]
+    ids = plain.tokenizer.encode(TEXT)
+    both = []
+    for runtime in pair:
+        sequence, rows = runtime.sequences[0], []
+        for new in ids[12], 7:
+            sequence.rewind(0)
+            sequence.append(ids[:40])
+            rows.append(sequence.append([ids[40]]))
+            assert (sequence.ahead is None) == (runtime is plain)
+            drafted = sequence.ahead.draft[0] if sequence.ahead else new
+            sequence.rewind(30)
+            assert sequence.follow(drafted) is None and sequence.length == 30
+            rows += [sequence.append([id]) for id in (ids[30], new, ids[41])]
+        both.append(torch.cat(rows))
+    assert torch.equal(*both)
+
+
+@needs_kernels
+def test_a_pass_that_is_interrupted_has_overwritten_the_draft(pair, eager, monkeypatch):
+    ids, rows = pair[0].tokenizer.encode(TEXT), []
+    for runtime in pair:
+        sequence, network = runtime.sequences[0], runtime.model.network
+        sequence.rewind(0)
+        sequence.append(ids[:40])
+        sequence.append([ids[40]])
+
+        def forward(*arguments, network=network):
+            type(network).forward(network, *arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(network, "forward", forward)
+        with pytest.raises(KeyboardInterrupt):
+            sequence.append([7])
+        monkeypatch.delattr(network, "forward")
+        assert sequence.tokens == ids[:41]
+        rows.append(torch.cat([sequence.append([id]).clone() for id in ids[41:60]]))
+    assert torch.equal(*rows)
+
+
+@needs_kernels
+def test_several_answers_in_one_pass(sample_export, eager):
+    """Each with its own number of rows; the text is each one's alone."""
+    prompts = [TEXT, "Call me", TEXT[30:], "import os\nimport os\nimport os\n"]
+    with (
+        Runtime.open(sample_export, draft="off", **OPTIONS) as plain,
+        Runtime.open(sample_export, sequences=4, **OPTIONS) as drafting,
+    ):
+        ids = [plain.tokenizer.encode(prompt) for prompt in prompts]
+        batch = Scheduler(drafting, 4, 0)
+        found = [caller.wait().answer.ids for caller in [Caller(batch, drafting, i) for i in ids]]
+        assert found == [[token.id for token in plain.generate(i, 24)] for i in ids]
+
+        def leave(caller):
+            caller.job.cancelled = len(caller.answer.ids) == 3
+
+        left = Caller(batch, drafting, ids[0], 200, at=leave).wait()
+        assert (left.last.finish, left.answer.ids) == ("cancelled", found[0][:3])
+        batch.close()
+        stats = drafting.stats()["drafts"]
+        assert batch.problem is None and stats["accepted"] > 5
+        tokens = drafting.stats()["tokens"]
+        assert tokens["decode_tokens"] == 4 * 23 + 3  # with the last prompt's last token
+
+
+@needs_kernels
+def test_interrupted_at_some_lines(pair, eager):
+    """The text goes on from what the sequence holds, whichever line an exception came at."""
+    plain, drafting = pair
+    ids = plain.tokenizer.encode(TEXT)
+
+    def compute(runtime):
+        sequence = runtime.sequences[0]
+        sequence.rewind(60)
+        rows = [sequence.append([id]).clone() for id in (*ids[60:64], 9, *ids[20:24])]
+        return torch.cat(rows)
+
+    for runtime in pair:
+        runtime.sequences[0].rewind(0)
+        runtime.sequences[0].append(ids[:60])
+    want = compute(plain)
+    assert torch.equal(compute(drafting), want)
+    lines, chance, came = lines_of(lambda: compute(drafting)), random.Random(5), 0
+    ours = [line for line in sorted(lines) if line[0].endswith(("drafts.py", "sequence.py"))]
+    picked = chance.sample(ours, 30)
+    for line in picked:
+        with suppress(Exception):
+            moment = chance.randint(1, max(1, lines[line] * 3 // 4))
+            came += interrupted_at(line, moment, lambda: compute(drafting), KeyboardInterrupt)
+        assert torch.equal(compute(drafting), want), line
+    whole(drafting)
+    assert came > len(picked) // 2
+
+
+def test_the_longest_match_counts_and_of_equals_the_latest():
+    grams = NGrams()
+    grams.read([1, 2, 3, 4, 9, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3])
+    assert grams.draft(3)[0] == [4, 9, 2]
+    grams.read([7, 2, 3, 4, 9, 2, 3, 5, 8, 2, 3, 6, 1, 2, 3])
+    assert grams.draft(2)[0] == [6, 1]
+    grams.read([5, 6, 5, 6, 5])  # a text that repeats itself
+    assert grams.draft(5)[0] == [6, 5, 6, 5, 6]
+    grams.read([5, 6, 5, 6, 5, 1])
+    assert grams.draft(5) == ([], [])
+    assert grams.draft(5) == ([], []) and NGrams().draft(3) == ([], [])
+
+
+def test_chances_follow_what_came_whether_it_was_computed_or_not():
+    repeated, drawn = NGrams(), NGrams()
+    chance = random.Random(3)
+    text = [chance.randrange(50) for _ in range(300)]
+    repeated.read(text + text)
+    assert min(repeated.draft(MOST_DRAFTED)[1]) > 0.8
+    pairs = [id for _ in range(300) for id in (1, 2, chance.randrange(10, 1000))]
+    for count in range(600, 900, 3):
+        drawn.read(pairs[: count + 2])
+    assert drawn.draft(1)[1][0] < 0.3
+
+
+@pytest.mark.parametrize("likely", [0.99, 0.9, 0.5, 0.1])
+@pytest.mark.parametrize("cost", [0.1, 0.3, 0.8, 1.5])
+def test_rows_are_computed_as_long_as_they_pay(cost, likely):
+    """Beside the best fixed length and beside none, by what is expected."""
+    drafting, chances = Drafting(), [likely**n for n in range(1, 16)]
+    assert drafting.lengths([chances]) == [0]  # before anything was measured
+    speeds = []
+    for _ in range(300):
+        (length,) = drafting.lengths([chances])
+        drafting.measured(1 + length, length, seconds := 1 + cost * length)
+        speeds.append((1 + sum(chances[:length])) / seconds)
+    best = max((1 + sum(chances[:n])) / (1 + cost * n) for n in range(16))
+    assert fmean(speeds) > 0.985 and fmean(speeds[30:]) > 0.95 * best
+    assert drafting.lengths([[0.02] * 15]) == [0]
+    assert drafting.lengths([[], [0.99] * 9, []])[::2] == [0, 0]
+
+
+@needs_kernels
+def test_a_run_says_what_was_drafted(slotmoe, sample_export, eager):
+    reports = {}
+    for kind in ("off", "ngram"):
+        code, out, _ = slotmoe("run", sample_export, TEXT, "-n", "40", "--draft", kind, "--json")
+        assert code == 0
+        reports[kind] = json.loads(out)
+    for key in ("text", "ids", "logprobs"):
+        assert reports["off"][key] == reports["ngram"][key]
+    assert reports["off"]["drafts"] == {"kind": "off", "why": "asked for"}
+    drafts = reports["ngram"]["drafts"]
+    assert drafts["accepted"] > 0 and drafts["passes"] + drafts["accepted"] == 39
+    told = ["rows a pass" in summary(reports[kind]) for kind in ("off", "ngram")]
+    assert told == [False, True]
+
+
+def speed_of(prompt, answer, cost):
+    """Tokens for each time of a pass of one row, where a row more costs ``cost``."""
+    grams, drafting, text, spent = NGrams(), Drafting(), list(prompt), 0.0
+    while (start := len(text)) < len(prompt) + len(answer):
+        left = answer[start - len(prompt) :]
+        grams.read([*text, left[0]])
+        drafted, chances = grams.draft(MOST_DRAFTED)
+        (length,) = drafting.lengths([chances])
+        pairs = zip(drafted[:length], left[1:], strict=False)
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        drafting.measured(1 + length, length, 1 + cost * length)
+        text, spent = text + left[: 1 + right], spent + 1 + cost * length
+    return len(answer) / spent
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.35, 0.8, 1.2])
+@pytest.mark.parametrize("copied", [0.0, 0.5, 0.7, 0.9, 0.99])
+def test_a_text_that_goes_on_by_chance_loses_nothing(cost, copied):
+    chance = random.Random(1)
+    prompt = [chance.randrange(4000) for _ in range(500)]
+    answer = [id if chance.random() < copied else chance.randrange(4000) for id in prompt]
+    speed = speed_of(prompt, answer, cost)
+    assert speed > 0.985
+    if copied == 0.99 and cost < 0.5:
+        assert speed > 1.6
+
+
+def test_drafts_are_off_where_rows_change_bits(sample_export):
+    with Runtime.open(sample_export, kernels="torch", context=64) as runtime:
+        assert runtime.stats()["drafts"]["kind"] == "off"
+        assert "not bitwise" in runtime.stats()["drafts"]["why"]
+    with pytest.raises(ConfigError, match=r"draft ngram: torch .* leave it out"):
+        Runtime.open(sample_export, kernels="torch", context=64, draft="ngram")
+    with pytest.raises(ConfigError, match=r"draft 'mtp' .* auto, off, ngram"):
+        Runtime.open(sample_export, draft="mtp")

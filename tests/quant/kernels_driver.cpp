@@ -1,0 +1,503 @@
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+
+using slotmoe::Attention;
+using slotmoe::latent_bytes;
+using slotmoe::Layer;
+using slotmoe::Matrix;
+using slotmoe::Model;
+using slotmoe::Record;
+using slotmoe::Router;
+using namespace slotmoe;  // kinds of matrices
+
+extern "C" {
+int slotmoe_isa_count();
+const char* slotmoe_isa_name(int);
+int slotmoe_isa_supported(int);
+int slotmoe_set_isa(const char*);
+void slotmoe_set_threads(int);
+uint64_t slotmoe_read(const void*, int64_t);
+int slotmoe_linear(const Matrix*, const float*, int64_t, float*);
+int64_t slotmoe_int8_packed_bytes(int64_t, int64_t);
+int slotmoe_pack_int8(const int8_t*, int64_t, int64_t, int8_t*);
+int64_t slotmoe_record_bytes(const Record*);
+int slotmoe_weighted_sum(const float*, const float*, int64_t, int64_t, int64_t, float*);
+int slotmoe_experts_by_slot(const Record*, const float*, int64_t, int64_t, const int64_t*,
+                            const int32_t*, int64_t, const uint8_t*, int64_t, int64_t, float*);
+int slotmoe_store_latents(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t);
+int slotmoe_mla(const float*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
+                float, float*);
+int slotmoe_absorb_query(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
+                         int64_t, int64_t, float*);
+int slotmoe_absorb_value(const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
+                         int64_t, int64_t, float*);
+int slotmoe_rms_norm(const float*, const float*, int64_t, int64_t, float, float*);
+int slotmoe_mlp(const Matrix*, const float*, int64_t, const float*, const float*, float*);
+int slotmoe_rotate(const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*);
+int slotmoe_attention(const Attention*, int64_t, const float*, const float*, const float*,
+                      uint8_t* const*, int64_t, const int64_t*, float*, float*, float*);
+int slotmoe_quantize_nf4(const void*, int, int64_t, int64_t, const float*, uint8_t*, uint16_t*);
+int slotmoe_quantize_int8(const void*, int, int64_t, int64_t, int8_t*, float*);
+int slotmoe_route(const Router*, const float*, const float*, int64_t, int64_t, float*, int64_t*);
+int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, const float*,
+                   uint8_t* const*, int64_t, int64_t, const int64_t*, const int32_t*,
+                   const uint8_t*, int64_t,
+                   int64_t, const Record*, const float*, const float*, float*, float*, float*,
+                   int64_t*, int64_t*, double*);
+int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                     const float*, int64_t, int64_t, float*);
+int slotmoe_code_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                      int64_t, uint8_t*);
+int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const float*, int64_t,
+                        const float*, int64_t, float*);
+int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                      int64_t, float*, float*);
+int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                    int64_t, float*);
+int slotmoe_coded_error(const Matrix*, const void*, int, double*);
+int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                     const float*, int64_t, int64_t, float*);
+int slotmoe_code_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
+                      int64_t, uint8_t*);
+int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const float*, int64_t,
+                        const float*, int64_t, float*);
+int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                      int64_t, float*, float*);
+int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
+                    int64_t, float*);
+int slotmoe_int8_error(const void*, int, int64_t, int64_t, const int8_t*, const float*, double*);
+}
+
+static uint32_t state = 1;
+static uint32_t next() { return state = state * 1664525u + 1013904223u; }
+static uint64_t digest = 0;  // of what every array held at its end
+
+// Exactly `count` elements: the sanitizer guards both ends.
+template <class T>
+struct Array {
+    T* p;
+    int64_t count;
+    explicit Array(int64_t count) : count(count) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, size_t(count) * sizeof(T) + (count == 0))) abort();
+        p = static_cast<T*>(memory);
+        uint8_t* bytes = static_cast<uint8_t*>(memory);
+        for (size_t i = 0; i < size_t(count) * sizeof(T); i++) bytes[i] = uint8_t(next() >> 24);
+    }
+    ~Array() {
+        const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
+        for (size_t i = 0; i < size_t(count) * sizeof(T); i++)
+            digest = (digest ^ bytes[i]) * 1099511628211u;
+        free(p);
+    }
+    operator T*() const { return p; }
+};
+
+struct Floats : Array<float> {
+    explicit Floats(int64_t count, float scale = 1) : Array(count) {
+        for (int64_t i = 0; i < count; i++) p[i] = (float(next() >> 8) / 8388608.0f - 1.0f) * scale;
+    }
+};
+
+static void halves(uint16_t* p, int64_t count) {  // finite, of either sign
+    for (int64_t i = 0; i < count; i++) p[i] = uint16_t(next() >> 16) & 0xbbff;
+}
+
+static void check(int status) {
+    if (status) {
+        printf("status %d\n", status);
+        exit(1);
+    }
+}
+
+static int64_t tiles(int64_t n) { return (n + 15) / 16; }
+static int64_t blocks(int64_t k) { return (k + 63) / 64; }
+
+// Random bytes become finite scales of so many tiles.
+static void fill_scales(uint8_t* p, int64_t kind, int64_t count, int64_t blocks) {
+    const int64_t size = scale_bytes(kind, blocks);
+    if (kind == kNf4 || kind == kInt4)
+        return halves(reinterpret_cast<uint16_t*>(p), count * size / 2);
+    for (int64_t tile = 0; tile < count; tile++) {
+        const Floats rows(16);
+        memcpy(p + tile * size, rows.p, 64);
+    }
+}
+
+// The scales of a record's projections, likewise.
+static void fill_record(uint8_t* p, const Record& r) {
+    const int64_t in = blocks(r.hidden), out = blocks(r.intermediate);
+    const int64_t in_tiles = 2 * tiles(r.intermediate), out_tiles = tiles(r.hidden);
+    p += in_tiles * code_bytes(r.gate_up, in) + out_tiles * code_bytes(r.down, out);
+    fill_scales(p, r.gate_up, in_tiles, in);
+    fill_scales(p + in_tiles * scale_bytes(r.gate_up, in), r.down, out_tiles, out);
+}
+
+// A matrix of any kind with the memory that it points to.
+struct Weights {
+    Array<uint8_t> data, scale;
+    Floats levels;
+    Matrix matrix;
+    static int64_t data_bytes(int64_t kind, int64_t n, int64_t k) {
+        if (kind == kInt8) return slotmoe_int8_packed_bytes(n, k);
+        if (is_coded(kind)) return tiles(n) * code_bytes(kind, blocks(k));
+        return n * k * (kind == kF32 ? 4 : 2);
+    }
+    static int64_t scale_bytes(int64_t kind, int64_t n, int64_t k) {
+        if (is_coded(kind)) return tiles(n) * slotmoe::scale_bytes(kind, blocks(k));
+        return kind == kInt8 ? n * 4 : 0;
+    }
+    Weights(int64_t kind, int64_t n, int64_t k)
+        : data(data_bytes(kind, n, k)),
+          scale(scale_bytes(kind, n, k)),
+          levels(16),
+          matrix{kind, n, k, data.p, scale.p, levels.p} {
+        const Floats values(kind == kInt8 ? n : kind == kF32 ? n * k : 0);
+        if (kind == kInt8) memcpy(scale.p, values.p, size_t(n) * 4);
+        if (kind == kF32) memcpy(data.p, values.p, size_t(n * k) * 4);
+        if (is_coded(kind)) fill_scales(scale.p, kind, tiles(n), blocks(k));
+        if (kind > kF32) halves(reinterpret_cast<uint16_t*>(data.p), n * k);
+    }
+};
+
+static void linear(int64_t t, int64_t n, int64_t k, float scale) {
+    Floats x(t * k, scale), y(t * n), weight(k), normed(t * k);
+    Array<int8_t> w(n * k), packed(slotmoe_int8_packed_bytes(n, k));
+    check(slotmoe_pack_int8(w, n, k, packed));
+    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
+        const Weights weights(kind, n, k);
+        check(slotmoe_linear(&weights.matrix, x, t, y));
+        slotmoe_read(weights.data, Weights::data_bytes(kind, n, k) - 1);
+    }
+    check(slotmoe_rms_norm(x, weight, t, k, 1e-6f, normed));
+}
+
+static void mlp(int64_t t, int64_t h, int64_t i) {
+    Floats x(t * h), y(t * h), residual(t * h), others(t * h);
+    for (int64_t kind = kInt8; kind <= kInt4; kind++) {
+        Weights in(kind, i, h), out(kind, h, i);
+        const Matrix w[] = {in.matrix, in.matrix, out.matrix};
+        check(slotmoe_mlp(w, x, t, nullptr, nullptr, y));
+        check(slotmoe_mlp(w, x, t, residual, nullptr, y));
+        check(slotmoe_mlp(w, x, t, residual, others, y));
+    }
+}
+
+// Two such layers in one call, for one token and for one of each of three sequences: the caches'
+// last row and the slab's last record have no slack. Then with no expert in any slot, and then from
+// the second layer's experts on.
+static void decode(const Attention& a, int64_t hidden, int64_t experts, const float* h,
+                   const float* table) {
+    const int64_t i = 33, top_k = 2, count = 3;
+    const Floats levels(16);
+    const Record record{hidden, i, kNf4, kLut4, levels, levels};
+    const int64_t bytes = slotmoe_record_bytes(&record), apart = (bytes + 63) / 64 * 64;
+    Array<uint8_t> slab((count - 1) * apart + bytes);
+    for (int64_t slot = 0; slot < count; slot++) fill_record(slab + slot * apart, record);
+    Weights in(kInt8, i, hidden), down(kInt8, hidden, i);
+    const Matrix mlp[] = {in.matrix, in.matrix, down.matrix};
+    const Layer layers[] = {{&a, mlp}, {&a, nullptr}};
+    const int64_t odd = experts % 2;
+    const Router router{experts % 3 ? 1 : 3, 1, top_k, 1 + odd, odd, odd, 1.5};
+    const Model model{2, hidden, experts, layers, router};
+    const int64_t rows = 70, size = latent_bytes(a.r, a.p), stride = size + 1,
+                  layer = rows * stride;
+    Floats latents(rows * (a.r + a.p)), scales(3);
+    Array<int32_t> slots(2 * experts);
+    for (int64_t t : {1, 3}) {
+        std::vector<Array<uint8_t>*> held;
+        std::vector<uint8_t*> caches;
+        std::vector<int64_t> positions;
+        for (int64_t token = 0; token < t; token++) {
+            held.push_back(new Array<uint8_t>(layer + (rows - 1) * stride + size));
+            caches.push_back(*held.back());
+            positions.push_back(token ? token - 1 : rows - 1);
+            for (int64_t l = 0; l < 2; l++)
+                check(slotmoe_store_latents(latents, rows, a.r, a.p, caches[token] + l * layer,
+                                            stride));
+        }
+        Floats y(t * hidden), x(t * hidden), weights(t * top_k), sum(t * hidden);
+        double seconds[4] = {};
+        for (int64_t expected : {2, 0, 1, 3}) {  // 3: from the sum of the second layer's experts on
+            const int64_t first = expected == 3, asked = expected == 1   ? 2
+                                                         : expected == 3 ? 0
+                                                                         : expected + 1;
+            Array<int64_t> indices((asked > 2 ? 2 : asked) * t * top_k);
+            for (int64_t at = 0; at < 2 * experts; at++)
+                slots[at] = expected == 2 || at / experts < expected ? int32_t(at % count) : -1;
+            int64_t reached = -1;
+            check(slotmoe_decode(&model, first, t, h, table, t > 1 ? scales.p : nullptr,
+                                 caches.data(), layer, stride,
+                                 positions.data(), slots, slab, count, apart, &record,
+                                 first ? sum.p : nullptr, first ? sum.p : nullptr, y, x, weights,
+                                 indices, &reached, seconds));
+            if (reached != (expected == 3 ? 2 : expected)) check(int(10 + reached));
+        }
+        for (auto* cache : held) delete cache;
+    }
+    Floats logits(3 * experts), several(3 * top_k);
+    Array<int64_t> chosen(3 * top_k);
+    for (const float* bias : {a.gate_bias, static_cast<const float*>(nullptr)})
+        check(slotmoe_route(&router, logits, bias, 3, experts, several, chosen));
+}
+
+// A layer's attention of one token, all matrices of one kind, at the cache's first row and at its
+// last, which has no slack.
+static void layer(int64_t kind, int64_t hidden, int64_t heads, int64_t n, int64_t p, int64_t r,
+                  int64_t v, int64_t q_rank, int64_t experts) {
+    Weights query(kind, q_rank ? q_rank : heads * (n + p), hidden),
+        query_b(kind, heads * (n + p), q_rank ? q_rank : 1);
+    Weights latent(kind, r + p, hidden), out(kind, hidden, heads * v),
+        gate(kF32, experts ? experts : 1, hidden);
+    Floats h(3 * hidden), table(3 * p), norm(hidden), query_norm(q_rank), latent_norm(r, 1e6f),
+        scale(heads * (n + v));
+    Floats y(3 * hidden), x(3 * hidden), logits(3 * experts), bias(experts), scales(3);
+    Array<int8_t> kv_b(heads * (n + v) * r);
+    Attention a{heads,
+                n,
+                p,
+                r,
+                v,
+                q_rank > 0,
+                1e-6f,
+                1e-6f,
+                0.01f,
+                0,
+                norm,
+                q_rank ? query_norm.p : nullptr,
+                latent_norm,
+                norm,
+                query.matrix,
+                query_b.matrix,
+                latent.matrix,
+                out.matrix,
+                experts ? gate.matrix : Matrix{},
+                bias,
+                kv_b,
+                scale};
+    const int64_t rows = 70, size = latent_bytes(r, p), stride = size + 3;
+    Array<uint8_t> cache((rows - 1) * stride + size), short_cache(size),
+        third((rows - 1) * stride + size);
+    Floats latents(rows * (r + p));
+    for (uint8_t* one : {cache.p, third.p})
+        check(slotmoe_store_latents(latents, rows, r, p, one, stride));
+    uint8_t* const caches[] = {cache, short_cache, third};
+    const int64_t positions[] = {rows - 1, 0, rows / 2};
+    for (int64_t tokens : {1, 3})
+        check(slotmoe_attention(&a, tokens, h, table, scales, caches, stride, positions, y, x,
+                                logits));
+    Floats many(3 * heads * p), tables(3 * p), turned(3 * heads * p);
+    for (int64_t in_halves : {0, 1})
+        check(slotmoe_rotate(many, tables, in_halves, 3, heads, p, turned));
+    if (experts) decode(a, hidden, experts, h, table);
+}
+
+static void absorb(int64_t t, int64_t heads, int64_t n, int64_t v, int64_t r) {
+    Floats q(t * heads * n), latent(t * heads * r), value(t * heads * v), scale(heads * (n + v));
+    Array<int8_t> w(heads * (n + v) * r);
+    check(slotmoe_absorb_query(q, t, heads, w, scale, n, n + v, r, latent));
+    check(slotmoe_absorb_value(latent, t, heads, w, scale, n, n + v, r, value));
+}
+
+static void quantize(int64_t n, int64_t k) {
+    float levels[16];
+    for (int i = 0; i < 16; i++) levels[i] = float(i) / 7.5f - 1.0f;
+    Array<uint8_t> codes(tiles(n) * blocks(k) * 512);
+    Array<uint16_t> absmax(tiles(n) * blocks(k) * 16), source(n * k);
+    Array<int8_t> q(n * k);
+    Floats scale(n), wide(n * k);
+    Array<double> tile_sums(2 * tiles(n)), row_sums(2 * n);
+    halves(source, n * k);
+    for (int type = 0; type < 3; type++) {
+        const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
+        const int status = slotmoe_quantize_nf4(src, type, n, k, levels, codes, absmax);
+        if (status != 3) check(status);  // random bf16 may well exceed fp16
+        check(slotmoe_quantize_int8(src, type, n, k, q, scale));
+        for (int64_t kind = kNf4; kind <= kInt4; kind++) {
+            const Weights weights(kind, n, k);
+            check(slotmoe_coded_error(&weights.matrix, src, type, tile_sums));
+        }
+        check(slotmoe_int8_error(src, type, n, k, q, scale, row_sums));
+    }
+}
+
+// Scales and codes of rows, and of one block of columns for n rows filled up to tiles.
+static void encode(int64_t n, int64_t k) {
+    const int64_t block = 32, groups = (k + block - 1) / block, rows = 16 * tiles(n), count = 24;
+    Array<uint16_t> source(n * k);
+    Array<uint8_t> codes(n * groups * block);
+    Floats wide(n * k), of_column(k), starts(count), scales(n * groups);
+    Floats x(block * rows), of_block(block), square(block * block), row_scales(rows);
+    Floats q(block * rows), errors(block * rows);
+    halves(source, n * k);
+    for (int i = 0; i < block; i++) square[i * block + i] = 2;
+    for (int64_t l : {8, 16}) {
+        Floats levels(l);
+        for (int64_t i = 0; i < l; i++) levels[i] = 254.0f * float(i) / float(l - 1) - 127.0f;
+        for (int type = 0; type < 3; type++) {
+            const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
+            check(slotmoe_fit_rows(src, type, n, k, of_column, levels, l, starts, count, block,
+                                   scales));
+            check(slotmoe_code_rows(src, type, n, k, scales, levels, l, block, codes));
+        }
+        check(slotmoe_fit_columns(x, block, rows, of_block, levels, l, starts, count, row_scales));
+        check(slotmoe_feed_back(x, block, rows, square, row_scales, levels, l, q, errors));
+        check(slotmoe_descend(x, block, rows, square, row_scales, levels, l, q));
+    }
+}
+
+static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
+    Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
+    const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kInt4, levels, levels};
+    const int64_t size = slotmoe_record_bytes(&record), apart = (size + 63) / 64 * 64;
+    Array<uint8_t> slab((k - 1) * apart + size);  // the last record has no slack
+    for (int64_t e = 0; e < k; e++) fill_record(slab + e * apart, record);
+    std::vector<int32_t> slots(k);
+    for (int64_t e = 0; e < k; e++) slots[e] = int32_t(k - 1 - e);
+    std::vector<int64_t> indices(t * k);
+    for (int64_t use = 0; use < t * k; use++) indices[use] = use % k;
+    for (int64_t tokens : {int64_t(1), t}) {
+        check(slotmoe_experts_by_slot(&record, x, tokens, k, indices.data(), slots.data(), k, slab,
+                                      k, apart, outs));
+        check(slotmoe_weighted_sum(outs, weights, tokens, k, h, y));
+    }
+}
+
+static void attention(int64_t heads, int64_t context, int64_t r, int64_t p, int64_t extra,
+                      float size_of_rows = 1) {
+    Floats q(heads * (r + p)), out(heads * r);
+    const int64_t size = latent_bytes(r, p), stride = size + extra;
+    Array<uint8_t> cache((context - 1) * stride + size);  // the last row has no slack
+    Floats latents(context * (r + p), size_of_rows);
+    check(slotmoe_store_latents(latents, context, r, p, cache, stride));
+    check(slotmoe_mla(q, 1, heads, cache, context, stride, r, p, 0.01f, out));
+    const int64_t several = context < 5 ? context : 5;
+    Floats many(several * heads * (r + p)), outs(several * heads * r);
+    check(slotmoe_mla(many, several, heads, cache, context, stride, r, p, 0.01f, outs));
+}
+
+// Scales and codes of a table of levels.
+static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
+    const int64_t columns = (n + 15) / 16 * 16, found = (k + block - 1) / block;
+    float levels[16], starts[] = {0.8f, -1.0f};
+    for (int i = 0; i < 16; i++) levels[i] = float(i - l / 2) / 7.5f;
+    Floats x(n * k), weights(k), scales(n * found), panel(block * columns), matrix(block * block),
+        of_columns(columns), q(block * columns), errors(block * columns), ones(block);
+    Array<uint8_t> codes(n * found * block);
+    for (int64_t i = 0; i < k; i++) weights[i] = 1 + weights[i] / 2;
+    for (int64_t i = 0; i < block; i++) ones[i] = matrix[i * block + i] = 1;
+    check(slotmoe_fit_rows(x, 0, n, k, weights, levels, l, starts, 2, block, scales));
+    check(slotmoe_code_rows(x, 0, n, k, scales, levels, l, block, codes));
+    check(slotmoe_fit_columns(panel, block, columns, ones, levels, l, starts, 2, of_columns));
+    check(slotmoe_feed_back(panel, block, columns, matrix, of_columns, levels, l, q, errors));
+    check(slotmoe_descend(panel, block, columns, matrix, of_columns, levels, l, q));
+}
+
+// Every entry in few shapes.
+static void few() {
+    for (int64_t t : {1, 3, 40}) {
+        linear(t, 37, 130, 1);
+        experts(t, 2, 65, 90);
+        mlp(t, 40, 90);
+    }
+    linear(600, 20, 70, 1e-42f);
+    quantize(17, 130);
+    for (int64_t l : {8, 16}) encode(17, 130, l, 4 * l);
+    absorb(3, 3, 7, 20, 300);
+    for (int64_t kind = kInt8; kind <= kBf16; kind++)
+        layer(kind, 65, 3, 7, 6, 70, 5, kind % 2 * 17, 9);
+    attention(17, 200, 70, 10, 5);
+    attention(20, 130, 70, 10, 0, 1e38f);
+}
+
+// The few's bytes, whatever ran before.
+static uint64_t bits(const char* isa, int threads) {
+    check(slotmoe_set_isa(isa));
+    slotmoe_set_threads(threads);
+    state = 1, digest = 14695981039346656037u;
+    few();
+    return digest;
+}
+
+static void all() {
+    const int64_t odd[] = {1, 15, 16, 17, 63, 64, 65, 130};
+    for (int64_t n : odd)
+        for (int64_t k : odd) {
+            linear(1, n, k, 1);
+            linear(3, n, k, 1e30f);
+            quantize(n, k);
+            encode(n, k);
+        }
+    linear(600, 20, 70, 1e-42f);
+    linear(0, 20, 70, 1);
+    for (int64_t h : {1, 16, 65, 200})
+        for (int64_t i : {1, 15, 64, 90}) {
+            experts(3, 2, h, i);
+            mlp(1, h, i);
+            mlp(3, h, i);
+        }
+    for (int64_t r : {1, 63, 256, 300})
+        for (int64_t heads : {1, 3, 5}) absorb(2, heads, 7, 5, r);
+    for (int64_t heads : {1, 3, 4, 9})
+        for (int64_t context : {1, 2, 15, 64, 65, 200})
+            for (int64_t r : {1, 16, 64, 70})
+                for (int64_t p : {0, 1, 64}) attention(heads, context, r, p, context % 3);
+    for (int64_t kind = kInt8; kind <= kBf16; kind++) {
+        layer(kind, 65, 3, 7, 6, 70, 5, 0, 9);
+        layer(kind, 40, 1, 0, 2, 1, 1, 17, 0);
+        layer(kind, 200, 5, 16, 0, 300, 20, 90, 33);
+    }
+    for (int64_t block : {32, 64})
+        for (int64_t l : {8, 16}) encode(33, 70, l, block);
+    attention(2, 2500, 70, 10, 5);
+    attention(17, 20, 2000, 100, 0);  // longer than 32-bit sums of the largest integers take
+    for (float size : {0.0f, 1e-40f, 1e38f, 1.0f / 0.0f}) attention(20, 130, 70, 10, 0, size);
+}
+
+// Without arguments: all shapes, for sanitizers. "threads": only what concerns threads. "bits": few
+// shapes, on which all instruction sets give the bits of plain C++ with any number of threads. "own":
+// the same, but each may have bits of its own.
+int main(int argc, char** argv) {
+    const bool threads_only = argc > 1 && !strcmp(argv[1], "threads");
+    for (int isa = slotmoe_isa_count() - 1; isa >= 0; isa--) {
+        const char* name = slotmoe_isa_name(isa);
+        if (!slotmoe_isa_supported(isa)) continue;
+        check(slotmoe_set_isa(name));
+        if (argc > 1 && !threads_only) {
+            const uint64_t wanted = bits(!strcmp(argv[1], "bits") ? "portable" : name, 1);
+            for (int threads : {1, 4, 16})
+                if (bits(name, threads) != wanted) {
+                    printf("%s with %d threads differs\n", name, threads);
+                    return 1;
+                }
+        } else if (threads_only) {
+            slotmoe_set_threads(3);
+            std::vector<std::thread> callers;
+            for (int c = 0; c < 3; c++)
+                callers.emplace_back([] {
+                    std::vector<float> x(256, 1.0f), y(256), scale(256, 1.0f);
+                    std::vector<int8_t> w(256 * 256, 1);
+                    const Matrix m{kInt8, 256, 256, w.data(), scale.data(), nullptr};
+                    for (int j = 0; j < 50; j++) check(slotmoe_linear(&m, x.data(), 1, y.data()));
+                });
+            for (auto& c : callers) c.join();
+            slotmoe_set_threads(2);
+            experts(3, 2, 65, 40);
+            encode(65, 130);
+            attention(4, 200, 64, 16, 0);
+            layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
+        } else {
+            for (int threads = 1; threads <= 3; threads++) {
+                slotmoe_set_threads(threads);
+                all();
+            }
+        }
+        printf("%s ok\n", name);
+    }
+}
