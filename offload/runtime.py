@@ -94,8 +94,7 @@ class Runtime:
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        budgets = vram, ram, context, threads
-        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
+        options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
