@@ -156,6 +156,7 @@ def test_impossible_requests_are_refused(export, tmp_path):
         (plain, {"route_budget": 0.01}, "--calibrate"),
         (export, {"route_budget": -0.1}, "expected 0 to 1"),
         (export, {"route_budget": math.nan}, "expected 0 to 1"),
+        (export, {"route_budget": 0.1, "draft": "ngram"}, "depends on the cache"),
         (export, {"experts_per_token": 4}, "expected 1 to 3"),
         (export, {"experts_per_token": 0}, "expected 1 to 3"),
         (export.parent / "checkpoint", {"route_budget": 0.1, "quantize": False}, "reference"),
