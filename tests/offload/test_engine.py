@@ -543,19 +543,19 @@ def test_what_has_left_the_cache_is_taken_back_until_its_slot_is_needed(sample_e
         for key in (0, 1, 2, 3, 4):
             use(key)
         assert {*slots.table.left} == {0, 1, 2}
-        before = reader.bytes_read
+        before = reader.stats()["disk"]["bytes"]
         bytes_1 = slots.slab[slots.table.left[1]].clone()
         use(1)
-        assert (reader.bytes_read, slots.reclaimed) == (before, 1)
+        assert (reader.stats()["disk"]["bytes"], slots.reclaimed) == (before, 1)
         assert torch.equal(slots.slab[slots.slot(1)], bytes_1)
         assert slots.prefetch(40, 1)
         while not slots.coming[40].done:
             slots.wait([slots.coming[40]])
         slots.advance(1)  # nobody has asked for 40
         assert {*slots.table.left} == {2, 3, 40}  # 0 was used before all others
-        before = reader.bytes_read
+        before = reader.stats()["disk"]["bytes"]
         use(40)
-        assert (reader.bytes_read, slots.reclaimed) == (before, 2)
+        assert (reader.stats()["disk"]["bytes"], slots.reclaimed) == (before, 2)
         slots.consistent = False
         slots.recover()
         assert not slots.table.left  # what an interrupted step has left there is not trusted
