@@ -137,6 +137,13 @@ class Experts:
         self._listeners.append(entry)
         return lambda: self._listeners.remove(entry)
 
+    @property
+    def reached(self) -> int:
+        """Tokens of the pass under way, by the share of the layers that they have reached.  Another
+        thread may ask."""
+        now = self._pass
+        return (max(0, now.row) * now.tokens + now.seen) // len(self._rows)
+
     # The network's side
 
     def slot_table(self) -> SlotTable:
@@ -372,7 +379,7 @@ class Experts:
 
     def _end_of_layer(self, row: int) -> None:
         if row == len(self._rows) - 1 and self._pass.later == 0:
-            self.slots.consistent = True
+            self.slots.consistent, self._pass = True, _Pass()
         if self._using.stopping:
             self._using.stop()
         self.timer.mark("cache and prefetch")

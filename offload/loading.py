@@ -223,7 +223,7 @@ class _Loader:
         """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
         asked, backend = self._options.draft, self._backend
         if asked == "off":
-            return "off", "asked for"
+            return "off", "not asked for"
         if self._options.route_budget:
             problem = "with a route budget the text depends on the cache, token by token"
         elif network.rows > 1:
@@ -287,6 +287,7 @@ class _Loader:
                 kernels=backend.kind,
                 logits_rows=options.logits_rows,
                 sequences=options.sequences,
+                drafts=options.draft != "off",
             )
             self._check(plan)
             place = self._placer()

@@ -28,7 +28,7 @@ class Options:
     sequences: int = 1
     misses: str = "auto"
     experts_dirs: tuple[str | Path, ...] = ()
-    draft: str = "auto"
+    draft: str = "off"
     route_budget: float = 0.0
     experts_per_token: int | None = None
 

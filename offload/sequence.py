@@ -267,7 +267,7 @@ class Sequence:
     def extend(self, ids: list[int]) -> Tensor:
         """``append`` for a caller that is inside ``Passes.using``."""
         passes = self._passes
-        if len(ids) == 1 and self.tokens:
+        if self._kind(ids) == "decode":
             followed = self.followed(ids[0])
             return passes.decode([self], ids) if followed is None else followed
         with passes.counted("prefill", len(ids)):

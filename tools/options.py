@@ -111,8 +111,6 @@ _DRAFT = (
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."
-
-
 _EXPERTS_HELP = (
     "A copy of the export's experts folder on another drive, from which reads come too; may be "
     "repeated."
@@ -148,7 +146,7 @@ _RUNTIME: list[Decorator] = [
     choice("--misses", MODES, "auto", _MISSES),
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
-    choice("--draft", DRAFTS, "auto", _DRAFT),
+    choice("--draft", DRAFTS, "off", _DRAFT),
     option("--route-budget", "N", _BUDGET, type=float),
     integer("--experts-per-token", _FEWER),
 ]
@@ -346,7 +344,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
         told = {"progress": progress, "notify": notify}
         reporting = {**told, "arriving": arriving} if on_hub else {}
         folder = resolve_model(model, options["revision"], **reporting)
-        settings |= {name: options[name] for name in ("ram", "vram", "slots", "draft")}
+        of_model = ("ram", "vram", "slots", "draft", "experts_dirs")
+        settings |= {name: options[name] for name in of_model}
         settings |= {**told, "reading": reading, **runtime_arguments(options)}
         runtime = Runtime.open(folder, **settings)
     if (altered := runtime.model.options.altered) is not None:
@@ -365,8 +364,8 @@ def _warn_of_budget(ram: str | None, notify: Callable[[str], None]) -> None:
 
 
 def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """What ``Runtime.open`` takes of ``runtime_options``, without budgets."""
-    names = ("device", "context", "threads", "cache_policy", "misses", "experts_dirs")
+    """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
+    names = ("device", "context", "threads", "cache_policy", "misses")
     shared = {name: options[name] for name in names}
     shared |= {"route_budget": options["route_budget"] or 0.0}
     shared |= {"experts_per_token": options["experts_per_token"]}

@@ -24,6 +24,7 @@ from slotmoe.offload.plan.advice import (
     choose_precision,
     gpu_named,
 )
+from slotmoe.offload.plan.divergence import origins
 from slotmoe.offload.plan.memory import (
     IMPORT_BYTES,
     choose_context,
@@ -49,8 +50,8 @@ from slotmoe.tools.options import (
 
 _NAMES = {"vram": "GPU memory", "ram": "RAM", "disk": "disk"}
 _LOSS = (
-    "KL is the divergence from the source in nats a token, by quantize alone and with a text for "
-    "--calibrate, as measured on the bundled sample; other models lose more or less."
+    "KL is the bundled sample's divergence from its source in nats a token, by quantize alone and "
+    "with a text for --calibrate; other models lose more or less."
 )
 _BOUNDS = {"between kernels": "the time between kernels"}  # where the key is no noun
 # What describes a machine: with one of them it may be another than this.
@@ -109,10 +110,12 @@ def command(
         raise PlanError(f"{problem}: {advice}")
     resident, why = choose_precision(planned, target, options["resident"])
     codecs, rest = choose_codecs(planned, wanted), (options["slots"], options["misses"])
-    scenario = Scenario(planned, target, resident, codecs, context, *rest)
+    drafts = options["draft"] != "off"
+    scenario = Scenario(planned, target, resident, codecs, context, *rest, drafts)
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
+    report["divergence_origins"] = origins()
     print(json.dumps(report)) if as_json else _print(report)
     is_this = all(options[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
@@ -209,7 +212,8 @@ def _print(report: dict[str, Any]) -> None:
         gains = format_size(row["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
         choices.add_row(codec, row["bits"], row["resident"], *gains, *losses)
     console.print(choices)
-    console.print(Text(_LOSS))
+    by = " and by ".join(report["divergence_origins"])
+    console.print(Text(f"{_LOSS} Measured by {by}." if by else _LOSS))
     lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]

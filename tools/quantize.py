@@ -72,8 +72,9 @@ def command(
     checkpoint layer by layer, which takes minutes to hours, said beforehand, and a killed run
     resumes at its layer.
     Then the predictor learns which experts a token will use before it starts: where experts don't
-    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well.  From the hub
-    weight files then come layer by layer, and stay until no layer needs them.
+    fit in memory, they are read earlier.  100,000 tokens (half a megabyte) do well, of every
+    kind of text that the model will meet: other kinds lose more.  From the hub weight files then
+    come layer by layer, and stay until no layer needs them.
 
     \b
     Examples:

@@ -27,7 +27,7 @@ from slotmoe.tools.options import (
     say,
     session_options,
 )
-from slotmoe.tools.screen import Reading, by_drive, dimmed, echo_of, is_terminal, visible
+from slotmoe.tools.screen import Reading, dimmed, echo_of, is_terminal, visible
 from slotmoe.tools.sessions import go_on, open_session
 
 if TYPE_CHECKING:
@@ -240,6 +240,17 @@ def drafted(drafts: dict[str, Any]) -> list[str]:
         return []
     rows = f"{drafts['rows'] / drafts['passes']:.1f} rows a pass"
     return [f"{drafts['accepted']} of {drafts['drafted']} drafted tokens accepted, {rows}"]
+
+
+def by_drive(drives: list[dict[str, Any]]) -> str:
+    """What was read from each drive, and how fast."""
+    texts = []
+    for drive in drives:
+        rate = drive["bytes"] / drive["seconds"] / 1e9 if drive["seconds"] else 0.0
+        failed = ", then failed" * drive["failed"]
+        read = f"{format_size(drive['bytes'])} at {rate:.2f} GB/s"
+        texts.append(f"{visible(drive['folder'])} {read}{failed}")
+    return "; ".join(texts)
 
 
 def summary(stats: dict[str, Any]) -> str:

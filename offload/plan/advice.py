@@ -195,7 +195,7 @@ def choose_codecs(model: Model, wanted: ExpertCodecs | None) -> ExpertCodecs:
 class Scenario:
     """A model on a machine: ``resident`` is of ``RESIDENT_MODES``, ``codecs`` are the experts',
     ``context`` counts positions, and ``slots`` caps the expert slots.  ``misses`` is as in
-    ``slotmoe run``."""
+    ``slotmoe run``; with ``drafts`` there is memory for them."""
 
     model: Model
     machine: Machine
@@ -204,6 +204,7 @@ class Scenario:
     context: int
     slots: int | None = None
     misses: str = "auto"
+    drafts: bool = False
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -223,6 +224,7 @@ class Scenario:
             slots=self.slots,
             host_budget=machine.ram if gpu else None,
             kernels="triton" if gpu else "native",
+            drafts=self.drafts,
         )
 
     @property

@@ -1,32 +1,42 @@
 """What codes cost on the bundled sample: KL divergence in nats a token, from ``divergence.json``,
-which ``python -m slotmoe.tools.bench codes`` makes.  Without torch."""
+where ``python -m slotmoe.tools.bench codes`` writes it.  Without torch."""
 
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slotmoe.quant.codec import KEPT_CODECS
+
 
 @cache
 def measured() -> dict[str, Any]:
-    """All of it: ``rows``, and points of ``llama.cpp``."""
+    """All of it: ``rows``, and points of ``llama.cpp``.  One with an ``origin`` was measured by
+    that, not by the command."""
     path = Path(__file__).with_name("divergence.json")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
+def origins() -> list[str]:
+    """What measured rows, where the command did not."""
+    return list(dict.fromkeys(row["origin"] for row in measured()["rows"] if "origin" in row))
+
+
+def takes_text(choice: dict[str, Any]) -> bool:
+    """Whether ``--calibrate`` makes other codes of a ``codec`` or for ``resident`` weights."""
+    return choice.get("codec") == "lut" or choice.get("resident") == "mixed"
+
+
 def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | None:
     """Of experts and resident weights together: the sum of what each does alone.  None where a
     part of it was not measured; codes that are kept, and bf16, cost nothing."""
-    parts: list[dict[str, Any]] = [{"codec": codec, "bits": bits}, {"resident": resident}]
-    total = 0.0
-    for part in parts:
-        if part in ({"resident": "bf16"}, {"codec": "int4", "bits": "4"}):
-            continue
-        learned = part.get("codec") == "lut" or part.get("resident") == "mixed"
-        part["calibrated"] = calibrated and learned
-        rows = [row for row in measured()["rows"] if part.items() <= row.items()]
-        if not rows:
-            return None
-        total += rows[0]["kl_divergence"]
-    return total
+    experts = 0.0 if codec in KEPT_CODECS else _alone({"codec": codec, "bits": bits}, calibrated)
+    others = 0.0 if resident == "bf16" else _alone({"resident": resident}, calibrated)
+    return None if experts is None or others is None else experts + others
+
+
+def _alone(choice: dict[str, Any], calibrated: bool) -> float | None:
+    wanted = choice | {"calibrated": calibrated and takes_text(choice)}
+    found = (row for row in measured()["rows"] if wanted.items() <= row.items())
+    return next((row["kl_divergence"] for row in found), None)

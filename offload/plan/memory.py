@@ -20,7 +20,7 @@ from slotmoe.quant.shapes import latent_bytes, padded_record_bytes, resident_byt
 PREFILL_CHUNK = 512
 LENT = 4  # records at once that the CPU computes with in prefill, or waits for from the disk
 SPLITS, FEW = 64, 16  # Triton kernels: programs that share a context, tokens that attend singly
-_SPANS = 16  # native kernels: parts that a token's attention is summed in
+_SPANS = 16  # native kernels: parts that a token's attention is summed in, each in memory
 CUBLAS_BYTES = 8 << 20  # its workspace, from torch's allocator; 32 MiB on compute capability 9.0
 LEVELS_BYTES = 128  # two tables of 16 levels, the experts'
 HELP_BYTES = 128 << 10  # the waiting thread reads such a record: waking another costs more
@@ -195,14 +195,6 @@ def waiting_bytes(config: Config, tokens: int) -> int:
     return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
 
 
-def _drafts(config: Config, kernels: str, is_scarce: bool) -> tuple[int, int]:
-    """How many drafted tokens a pass computes at most, and bytes of the sums of their attention."""
-    if kernels != "native":
-        return 0, 0
-    count = FEW_DRAFTED if is_scarce else MOST_DRAFTED
-    return count, count * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
-
-
 def _prefill_chunk(config: Config, context: int, room: int) -> int:
     """Tokens of a prefill pass.  Each pass brings every expert that it needs once, so a longer one
     reads less; what it holds may take a twentieth of the ``room`` that experts would get."""
@@ -278,13 +270,14 @@ def make_plan(
     kernels: str = "native",
     logits_rows: int = 1,
     sequences: int = 1,
+    drafts: bool = False,
 ) -> Plan:
     """Spend ``budget`` bytes of ``tier`` on what is resident, read buffers, and as many expert
     slots as remain, or exactly ``slots`` of them; and ``host_budget`` bytes of RAM below a GPU
     likewise.  ``runtime_bytes`` is what the process holds before a model is opened; ``logits_rows``
     rows of logits are in memory at once, and the latents of ``sequences`` sequences of ``context``
-    positions.  A plan that doesn't fit has a ``shortfall``; raises ``PlanError`` for slots that
-    can't serve one token."""
+    positions; with ``drafts``, also more rows of a pass of decode.  A plan that doesn't fit has a
+    ``shortfall``; raises ``PlanError`` for slots that can't serve one token."""
     everything, top_k = len(config.moe_layers) * config.n_routed_experts, config.num_experts_per_tok
     record, on_cpu = sizes.record_bytes, tier == "ram"
     if slots is not None and slots < top_k:
@@ -298,18 +291,17 @@ def make_plan(
         **({"runtime": runtime} if on_cpu else {"slot table": 4 * everything + LEVELS_BYTES}),
     }
     scratch = scratch_bytes(config, PREFILL_CHUNK, kernels, 4 if on_cpu else 6)
-    fixed = sum(components.values())
-    is_scarce = slots is not None or budget - fixed - scratch < everything * record
-    drafted, sums = _drafts(config, kernels, is_scarce)
-    chunk, room = PREFILL_CHUNK, budget - fixed - scratch - sums
+    room = budget - sum(components.values()) - scratch
+    is_scarce = min(room // record, slots or everything) < everything
+    drafted = (FEW_DRAFTED if is_scarce else MOST_DRAFTED) if drafts and kernels == "native" else 0
+    sums = drafted * 4 * _SPANS * config.num_attention_heads * config.kv_lora_rank
+    room, chunk = room - sums, PREFILL_CHUNK
     # A pass in steps keeps a layer's experts, and reads the next one's.
     if 2 * config.n_routed_experts <= min(room // record, slots or everything) < everything:
         chunk = _prefill_chunk(config, context, room)
     waiting = waiting_bytes(config, chunk)
-    room = (room - waiting) // record
-    count, staging = _divide(room, slots, everything, top_k)
-    least = min(slots or top_k, everything)
-    if count < least:
+    count, staging = _divide((room - waiting) // record, slots, everything, top_k)
+    if count < (least := min(slots or top_k, everything)):
         count, staging = least, top_k
     components |= {
         "prefill scratch": scratch + sums,

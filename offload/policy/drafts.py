@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 DRAFTS = ("auto", "off", "ngram")
 MOST_DRAFTED = 15  # tokens of all drafts of a pass
-FEW_DRAFTED = (
-    3  # the same where experts come from disk: a row costs most of a pass, and memory slots
-)
+# The same where experts come from disk: a row costs most of a pass, and its memory is slots'.
+FEW_DRAFTED = 3
 _PAIR = 2  # the least tokens that must be alike; also what the index is by
 _LONG = 32  # alike tokens beyond which no better place is looked for
 _TRIES = 32  # places that are compared

@@ -136,8 +136,7 @@ class DiskReader:
                 self._check_open()
                 if finished := [read for read in reads if read.done]:
                     return finished
-                drive = self.drives.fastest()
-                piece = self._take(drive) if self._helps else None
+                piece = self._take(drive := self.drives.fastest()) if self._helps else None
             if piece is None:
                 self._arrived.get()
             else:
@@ -339,18 +338,15 @@ class DiskReader:
                 pass
         read.error = None
         self.retries += 1
-        right = False
-        for drive in list(self.drives.alive):  # which of them gave wrong bytes is not known
+        asked = list(self.drives.alive)  # which of them gave wrong bytes is not known
+        while asked:
+            drive = asked.pop()
             try:
                 self._export.read_range(*where, 0, read.buffer, drive.number)
                 self._export.verify_record(*where, read.buffer)
-                right = True
             except ExportError as problem:
-                self._leave_out(drive, problem)
-                right = False
-        if not right:
-            self._export.read_range(*where, 0, read.buffer, self.drives.fastest().number)
-            self._export.verify_record(*where, read.buffer)
+                another = self._leave_out(drive, problem)
+                asked = asked or [another]  # the bytes of those before are overwritten
 
 
 def unlock(lock: "threading.RLock") -> None:

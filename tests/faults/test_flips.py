@@ -4,6 +4,7 @@ import pytest
 
 from slotmoe.offload.sessions import names
 from slotmoe.offload.sessions.blocks import BlockFolder
+from slotmoe.quant.export.folder import Folder
 from slotmoe.quant.export.reader import Export
 from tests.faults.flips import Targets, attacked
 
@@ -24,7 +25,7 @@ def unchecked(folder, path, block, token_bytes):
 
 PLANTED = {
     "tensors and records": (Export, "_verify", lambda *_: None),
-    "headers": (Export, "_verify_header", lambda *_: None),
+    "headers": (Folder, "verify_header", lambda *_: None),
     "small files": (Export, "small_file", lambda at, name, _: (at.folder / name).read_bytes()),
     "blocks": (BlockFolder, "_latents", unchecked),
     "named sessions": (names, "_checksum", lambda values: values.get("checksum", "")),

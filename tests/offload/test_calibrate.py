@@ -420,7 +420,7 @@ def test_next_gate_is_the_next_layers_gate(made):
         def rms_norm(x_TD, weight_D, eps):
             for index, layer in enumerate(network.layers):
                 if weight_D is layer.post_attention_layernorm:
-                    residuals[index] = x_TD
+                    residuals[index] = x_TD.clone()  # the network adds to it in place
             return norm(x_TD, weight_D, eps)
 
         def listen(route):

@@ -19,6 +19,7 @@ from slotmoe.model.config import parse_config, read_config
 from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_name
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.plan import divergence
 from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import (
     _prefill_chunk,
@@ -174,6 +175,25 @@ def test_host_memory_below_a_gpu():
     )
     with pytest.raises(PlanError, match=r"of ram .*: raise --ram$"):
         short.check()
+
+
+def test_drafts_have_room(plan):
+    config, row = geometry("v2-lite"), 4 * 16 * 16 * 512  # sums of a row's attention
+    for budget, options, count in (
+        (64 * GIB, {}, 15),
+        (5 * GIB, {}, 3),
+        (64 * GIB, {"slots": 64}, 3),
+        (64 * GIB, {"kernels": "torch"}, 0),
+    ):
+        plain, drafting = (plan_of(config, budget, drafts=d, **options) for d in (False, True))
+        more = {name: size - plain.components[name] for name, size in drafting.components.items()}
+        assert (plain.drafted, drafting.drafted) == (0, count)
+        assert more["prefill scratch"] == count * row and drafting.total <= budget
+    shown = []
+    for draft in ("off", "auto"):
+        _, out, _ = plan("v2-lite", "--ram", "5GiB", "--draft", draft, "--json")
+        shown.append(json.loads(out)["components"]["prefill scratch"]["ram"])
+    assert shown[1] - shown[0] == 3 * row
 
 
 def test_prefill_passes_grow_with_the_room():
@@ -387,6 +407,16 @@ def test_a_readable_table(plan):
         "ram 40 GB/s (assumed)",
     ):
         assert words in " ".join(out.split())
+
+
+def test_divergence_says_who_measured_it(plan, monkeypatch):
+    origins = json.loads(plan("v2-lite", "--ram", "8GiB", "--json")[1])["divergence_origins"]
+    shown = " ".join(plan("v2-lite", "--ram", "8GiB")[1].split())
+    assert origins and f"Measured by {' and by '.join(origins)}." in shown
+    rows = [{**row} for row in divergence.measured()["rows"]]
+    assert all(row.pop("origin") in origins for row in rows)
+    monkeypatch.setattr(divergence, "measured", lambda: {"rows": rows})
+    assert "Measured by" not in plan("v2-lite", "--ram", "8GiB")[1]
 
 
 def test_the_verdict_comes_first(plan):

@@ -69,8 +69,6 @@ def reported(sample_export, tmp_path_factory):
         "40",
         "--slots",
         "60",
-        "--draft",
-        "off",
         "-o",
         str(folder),
         "--trace",

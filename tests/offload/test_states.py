@@ -11,6 +11,7 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -24,6 +25,7 @@ from slotmoe.offload.tiers.slots import Slots
 ROWS, EXPERTS, CHOSEN, BYTES = 3, 4, 2, 64
 IDS = st.integers(0, ROWS * EXPERTS - 1)
 ROW = st.integers(0, ROWS - 1)
+WHICH = st.integers(0, 7)  # of several reads
 
 
 class Broken(Exception):
@@ -54,10 +56,6 @@ class Disk:
         self.pending.remove(read)
         read.done = True
         return True
-
-    def begin(self):
-        if self.pending:
-            self.begun.append(self.pending.pop(self.chance.randrange(len(self.pending))))
 
     def finish(self, read):
         for reads in (self.pending, self.begun):
@@ -127,6 +125,8 @@ class Engine(RuleBasedStateMachine):
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
         self.slots.slab.fill_(255)
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
+        self.prefetcher.idle()
+        self.prefetcher.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
         self.model, self.inside = Model(slots, bypass), False
         self.begin()
 
@@ -194,19 +194,24 @@ class Engine(RuleBasedStateMachine):
         if expert_id not in self.slots:
             self.prefetch(expert_id, WARM)
 
-    @rule()
-    def arrive(self):
-        """A read begins, and perhaps one ends."""
-        self.disk.begin()
-        if self.disk.begun and self.disk.chance.random() < 0.5:
-            self.disk.finish(self.disk.begun[0])
+    @precondition(lambda self: self.disk.pending)
+    @rule(which=WHICH)
+    def start_read(self, which):
+        """From here on it can't be taken back."""
+        pending = self.disk.pending
+        self.disk.begun.append(pending.pop(which % len(pending)))
 
-    @rule()
-    def fail(self):
+    @precondition(lambda self: self.disk.begun)
+    @rule(which=WHICH)
+    def end_read(self, which):
+        self.disk.finish(self.disk.begun[which % len(self.disk.begun)])
+
+    @precondition(lambda self: self.disk.begun)
+    @rule(which=WHICH)
+    def fail(self, which):
         """A read that fails; a demand reads again."""
-        if self.disk.begun:
-            read = self.disk.begun.pop(0)
-            read.error, read.done = Broken("disk"), True
+        read = self.disk.begun.pop(which % len(self.disk.begun))
+        read.error, read.done = Broken("disk"), True
 
     @rule(
         row=ROW,
@@ -267,8 +272,6 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def same(self):
-        if not hasattr(self, "model"):
-            return
         slots, cache, model = self.slots, self.slots.cache, self.model
         assert cache.cached == model.cached
         assert {name: getattr(cache, name) for name in model.counts} == model.counts
@@ -318,21 +321,51 @@ def test_many_orders_of_events():
     run(1000, 200)
 
 
+# What is broken, and the steps of the machine that come upon it; the last of them does.
+START = ("start", {"slots": 2, "spare": 2, "bypass": False, "seed": 0})
+WARM_0, WARM_1 = [("warm", {"expert_id": expert_id}) for expert_id in (0, 1)]
+DROP_0 = ("drop", {"expert_id": 0})
 PLANTED = {
-    "a slot is lost": ("drop", lambda slots, id: slots.coming.pop(id, None)),
-    "recovery forgets staging": ("recover", lambda slots: None),
+    "a slot is lost": (
+        ("drop", lambda slots, id: slots.coming.pop(id, None)),
+        [START, WARM_0, DROP_0],
+    ),
+    "recovery forgets staging": (("recover", lambda slots: None), [START, WARM_0, ("begin", {})]),
     "abandoned slots are taken at once": (
-        "_collect",
-        lambda slots: (
-            slots.table.free.extend(slot for _, slot in slots.abandoned),
-            slots.abandoned.clear(),
+        (
+            "_collect",
+            lambda slots: (
+                slots.table.free.extend(slot for _, slot in slots.abandoned),
+                slots.abandoned.clear(),
+            ),
         ),
+        [START, WARM_0, ("start_read", {"which": 0}), DROP_0, WARM_1],
     ),
 }
 
 
+def follow(steps):
+    """The machine in one order; what always holds is checked after each step."""
+    machine = Engine()
+    for name, values in steps:
+        getattr(machine, name)(**values)
+        machine.same()
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defects_are_found(name, monkeypatch):
-    monkeypatch.setattr(Slots, *PLANTED[name])
+    """By their steps, in which nothing is wrong without them."""
+    broken, steps = PLANTED[name]
+    follow(steps)
+    monkeypatch.setattr(Slots, *broken)
+    follow(steps[:-1])
+    with pytest.raises(AssertionError):
+        follow(steps)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_machine_comes_upon_planted_defects(name, monkeypatch):
+    """By itself, in the orders that it makes up."""
+    monkeypatch.setattr(Slots, *PLANTED[name][0])
     with pytest.raises(BaseException, match=r"(?s)."):
         run(40, 60, [Phase.generate])

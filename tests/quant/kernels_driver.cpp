@@ -50,16 +50,6 @@ int slotmoe_decode(const Model*, int64_t, int64_t, const float*, const float*, c
                    const uint8_t*, int64_t,
                    int64_t, const Record*, const float*, const float*, float*, float*, float*,
                    int64_t*, int64_t*, double*);
-int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
-                     const float*, int64_t, int64_t, float*);
-int slotmoe_code_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
-                      int64_t, uint8_t*);
-int slotmoe_fit_columns(const float*, int64_t, int64_t, const float*, const float*, int64_t,
-                        const float*, int64_t, float*);
-int slotmoe_feed_back(const float*, int64_t, int64_t, const float*, const float*, const float*,
-                      int64_t, float*, float*);
-int slotmoe_descend(const float*, int64_t, int64_t, const float*, const float*, const float*,
-                    int64_t, float*);
 int slotmoe_coded_error(const Matrix*, const void*, int, double*);
 int slotmoe_fit_rows(const void*, int, int64_t, int64_t, const float*, const float*, int64_t,
                      const float*, int64_t, int64_t, float*);
@@ -327,31 +317,6 @@ static void quantize(int64_t n, int64_t k) {
     }
 }
 
-// Scales and codes of rows, and of one block of columns for n rows filled up to tiles.
-static void encode(int64_t n, int64_t k) {
-    const int64_t block = 32, groups = (k + block - 1) / block, rows = 16 * tiles(n), count = 24;
-    Array<uint16_t> source(n * k);
-    Array<uint8_t> codes(n * groups * block);
-    Floats wide(n * k), of_column(k), starts(count), scales(n * groups);
-    Floats x(block * rows), of_block(block), square(block * block), row_scales(rows);
-    Floats q(block * rows), errors(block * rows);
-    halves(source, n * k);
-    for (int i = 0; i < block; i++) square[i * block + i] = 2;
-    for (int64_t l : {8, 16}) {
-        Floats levels(l);
-        for (int64_t i = 0; i < l; i++) levels[i] = 254.0f * float(i) / float(l - 1) - 127.0f;
-        for (int type = 0; type < 3; type++) {
-            const void* src = type == 0 ? static_cast<void*>(wide.p) : source.p;
-            check(slotmoe_fit_rows(src, type, n, k, of_column, levels, l, starts, count, block,
-                                   scales));
-            check(slotmoe_code_rows(src, type, n, k, scales, levels, l, block, codes));
-        }
-        check(slotmoe_fit_columns(x, block, rows, of_block, levels, l, starts, count, row_scales));
-        check(slotmoe_feed_back(x, block, rows, square, row_scales, levels, l, q, errors));
-        check(slotmoe_descend(x, block, rows, square, row_scales, levels, l, q));
-    }
-}
-
 static void experts(int64_t t, int64_t k, int64_t h, int64_t i) {
     Floats x(t * h), y(t * h), outs(t * k * h), weights(t * k), levels(16);
     const Record record{h, i, t % 2 ? kLut3 : kNf4, k % 2 ? kLut4 : kInt4, levels, levels};
@@ -392,8 +357,13 @@ static void encode(int64_t n, int64_t k, int64_t l, int64_t block) {
     Array<uint8_t> codes(n * found * block);
     for (int64_t i = 0; i < k; i++) weights[i] = 1 + weights[i] / 2;
     for (int64_t i = 0; i < block; i++) ones[i] = matrix[i * block + i] = 1;
-    check(slotmoe_fit_rows(x, 0, n, k, weights, levels, l, starts, 2, block, scales));
-    check(slotmoe_code_rows(x, 0, n, k, scales, levels, l, block, codes));
+    Array<uint16_t> short_x(n * k);
+    halves(short_x, n * k);
+    for (int type = 0; type < 3; type++) {
+        const void* src = type == 0 ? static_cast<void*>(x.p) : short_x.p;
+        check(slotmoe_fit_rows(src, type, n, k, weights, levels, l, starts, 2, block, scales));
+        check(slotmoe_code_rows(src, type, n, k, scales, levels, l, block, codes));
+    }
     check(slotmoe_fit_columns(panel, block, columns, ones, levels, l, starts, 2, of_columns));
     check(slotmoe_feed_back(panel, block, columns, matrix, of_columns, levels, l, q, errors));
     check(slotmoe_descend(panel, block, columns, matrix, of_columns, levels, l, q));
@@ -432,7 +402,7 @@ static void all() {
             linear(1, n, k, 1);
             linear(3, n, k, 1e30f);
             quantize(n, k);
-            encode(n, k);
+            encode(n, k, 16, 32);
         }
     linear(600, 20, 70, 1e-42f);
     linear(0, 20, 70, 1);
@@ -489,7 +459,7 @@ int main(int argc, char** argv) {
             for (auto& c : callers) c.join();
             slotmoe_set_threads(2);
             experts(3, 2, 65, 40);
-            encode(65, 130);
+            encode(65, 130, 16, 32);
             attention(4, 200, 64, 16, 0);
             layer(kInt8, 65, 4, 7, 6, 70, 5, 17, 40);
         } else {

@@ -199,7 +199,7 @@ def decode(backend, make, router, bias=None, codecs=NF4S):
     cache = SimpleNamespace(
         length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
     )
-    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), None, [cache], Timer())
+    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), None, [cache], [1], Timer())
     assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts(codecs)) is None
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools import run
 from slotmoe.tools.cli import main
 from slotmoe.tools.options import MAX_PROMPT_BYTES
-from slotmoe.tools.screen import Reading, echo_of, visible
+from slotmoe.tools.screen import Reading, echo_of, tokens_read, visible
 from tests.support.tiny import write_checkpoint
 
 THINKS = Reasoning("<think>", "</think>", {})
@@ -182,24 +183,27 @@ def test_a_long_prompt_is_echoed_by_its_end(monkeypatch):
     assert echo_of("b" + "a" * 1000) == "…" + "a" * 1000
 
 
-def test_how_much_is_read(runtime, capsys, monkeypatch):
+@pytest.mark.parametrize("step", [512, 16])
+def test_how_much_is_read(export, capsys, monkeypatch, step):
     """Every gate of a pass brings the count forward, up to the pass's tokens."""
+    monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", step)
     monkeypatch.setattr("slotmoe.tools.screen.is_terminal", lambda stream: True)
     monkeypatch.setattr("slotmoe.tools.screen._FIRST_SECONDS", 0.0)
     monkeypatch.setattr("slotmoe.tools.screen._NEXT_SECONDS", 0.0)
-    reading, counts = Reading(runtime, quiet=False), []
-    original = reading.done
-    monkeypatch.setattr(reading, "done", lambda route: counts.append(original(route)) or counts[-1])
-    reading.begin(41)
-    next(runtime.generate([7] * 41, 1))
-    reading.end()
-    layers = len(runtime.config.moe_layers)
-    assert counts == [41 * (layer + 1) // layers for layer in range(layers)]
-    assert f"reading {counts[0]} of 41 tokens" in capsys.readouterr().err
-    next(runtime.generate([8] * 41, 1))
-    assert len(counts) == layers  # it listens no more
-    Reading(runtime, quiet=True).begin(41)
-    assert capsys.readouterr().err == ""
+    with Runtime.open(export) as runtime:
+        reading = Reading(runtime, quiet=False)
+        reading.begin(41)
+        next(runtime.generate([7] * 41, 1))
+        reading.end()
+        layers = len(runtime.config.moe_layers)
+        seen = [41] if step > 41 else [16, 32, 41]
+        wanted = [(41 * layer + count) // layers for layer in range(layers) for count in seen]
+        shown = re.findall(r"reading (\d+) of 41 tokens", capsys.readouterr().err)
+        assert [int(count) for count in shown] == wanted
+        assert tokens_read(runtime, 60) == 41  # nothing is counted twice
+        next(runtime.generate([8] * 41, 1))
+        Reading(runtime, quiet=True).begin(41)
+        assert capsys.readouterr().err == ""  # it listens no more
 
 
 def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):

@@ -15,7 +15,7 @@ from slotmoe.offload.plan.memory import or_more_context
 from slotmoe.offload.plan.speed import store_bandwidths
 from slotmoe.tools.options import JSON, MODEL, Command, count, flag, open_runtime, runtime_options
 from slotmoe.tools.progress import byte_progress
-from slotmoe.tools.screen import by_drive
+from slotmoe.tools.run import by_drive
 from slotmoe.tools.tables import table
 
 

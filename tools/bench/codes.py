@@ -2,7 +2,8 @@
 weights, beside llama.cpp's codes, and a chart of that over the bytes that a token reads.
 
 Only what a row names is quantized; everything else is as in the source, in float32 with plain
-torch.  Where ``slotmoe plan`` knows divergences from, ``divergence.json``, this command has made.
+torch.  With ``--results offload/plan/divergence.json`` this command writes what ``slotmoe plan``
+knows of divergences, in place of the figures there that something else has measured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.divergence import measured
+from slotmoe.offload.plan.divergence import measured, takes_text
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.evaluate import Evaluation, read_texts, windows_of
 from slotmoe.quant.codec import EXPERT_CODECS, ExpertCodecs
@@ -38,6 +39,7 @@ from slotmoe.tools.tables import table
 SAMPLE = Path(model.__file__).parent / "sample"
 WINDOW, WINDOWS = 513, 4  # of each text: 2,048 tokens
 NF4 = EXPERT_CODECS["nf4", "4"]
+_FIGURES = {"bits_per_weight", "relative_rms_error", "kl_divergence", "gigabytes_per_token"}
 
 
 def _rows(calibrated: bool) -> list[dict[str, Any]]:
@@ -46,14 +48,18 @@ def _rows(calibrated: bool) -> list[dict[str, Any]]:
         {"codec": codec, "bits": bits, "calibrated": False} for codec, bits in EXPERT_CODECS
     ]
     rows += [{"resident": mode, "calibrated": False} for mode in RESIDENT_MODES if mode != "bf16"]
-    learned = [row for row in rows if row.get("codec") == "lut" or row.get("resident") == "mixed"]
-    return rows + [{**row, "calibrated": True} for row in learned if calibrated]
+    return rows + [{**row, "calibrated": True} for row in rows if calibrated and takes_text(row)]
+
+
+def _setting(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row is of, without what was measured."""
+    return {key: row[key] for key in row if key not in {*_FIGURES, "origin"}}
 
 
 @click.command()
 @click.option("--text", "texts", type=Path, multiple=True, required=True, help="Held-out text.")
 @click.option("--calibrate", type=Path, multiple=True, help="Text of the calibrated rows.")
-@click.option("--results", type=Path, required=True, help="JSON; rows that it has are kept.")
+@click.option("--results", type=Path, required=True, help="JSON; rows made by this are kept.")
 @click.option("--chart", type=Path, help="Where the chart goes: .svg or .png.")
 @click.option("--rows", type=int, help="Measure at most so many; the next call goes on.")
 def codes(
@@ -68,25 +74,20 @@ def codes(
     if chart is not None:
         require_extra("plots", "matplotlib")
     found = json.loads(results.read_text()) if results.exists() else {"rows": []}
-    known = [{key: row[key] for key in row if key not in _FIGURES} for row in found["rows"]]
+    known = [_setting(row) for row in found["rows"] if "origin" not in row]
     missing = [row for row in _rows(bool(calibrate)) if row not in known][:rows]
     click.echo(f"{len(known)} rows are there, {len(missing)} to measure", err=True)
     for row in missing:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            found["rows"].append(row | _measure(row, texts, calibrate, Path(folder)))
+            others = [other for other in found["rows"] if _setting(other) != row]
+            found["rows"] = [*others, row | _measure(row, texts, calibrate, Path(folder))]
         results.write_text(json.dumps(found, indent=1) + "\n")
         click.echo(f"{_name(row)}: {time.perf_counter() - started:.0f} s", err=True)
     _print(found["rows"])
     if chart is not None:
         _draw(found["rows"], chart)
     print(json.dumps(found))
-
-
-_FIGURES = {
-    *("bits_per_weight", "relative_rms_error", "kl_divergence", "gigabytes_per_token"),
-    "origin",  # where this command has not made a row
-}
 
 
 def _measure(
@@ -161,9 +162,12 @@ def _divergence(folder: Path, paths: tuple[Path, ...]) -> float:
     return divergence
 
 
+_MARK, _MARKED = "*", "* measured by something else"
+
+
 def _name(row: dict[str, Any]) -> str:
     what: list[str] = [f"--{key} {row[key]}" for key in ("codec", "bits", "resident") if key in row]
-    return " ".join([*what, *["--calibrate"] * row["calibrated"]])
+    return " ".join([*what, *["--calibrate"] * row["calibrated"]]) + _MARK * ("origin" in row)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -180,7 +184,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             for row in rows
             if key in row
         ]
-        heading = f"{title} alone; bits and bytes of V2-Lite"
+        heading = f"{title} alone; bits and bytes of V2-Lite; {_MARKED}"
         Console(stderr=True).print(table(columns, cells, heading))
 
 
@@ -202,12 +206,14 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         ("llama.cpp, with imatrix", "s", others),
     ):
         at = [(row["gigabytes_per_token"], row["kl_divergence"]) for row in points]
-        axes.plot(*zip(*at, strict=True), style, label=label) if at else None
+        if at:
+            axes.plot(*zip(*at, strict=True), style, label=label)
         for row, position in zip(points, at, strict=True):
             name = row.get("name") or f"{row['codec']} {row['bits']}"
+            name += _MARK * ("origin" in row)
             axes.annotate(name, position, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="GB of experts a token of V2-Lite reads", ylabel="KL divergence, nats a token")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title=_MARKED)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})

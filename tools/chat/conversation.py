@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.jsonfile import read_json
 from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.screen import tokens_read
 
 if TYPE_CHECKING:
     from slotmoe.model.generate import Sampling
@@ -187,7 +188,8 @@ class Conversation:
         position = self.runtime.sequences[0].length if before is not None else 0
         if (since := self._reading_since) is not None:
             total = self._prompt_tokens
-            prompt = f"{min(position, total):,} of {total:,} tokens" if total else "the message"
+            read = f"{tokens_read(self.runtime, total):,} of {total:,} tokens"
+            prompt = read if total else "the message"
             facts.append(f"reading {prompt}, {time.monotonic() - since:.0f} s")
         if before is not None:
             tokens, seconds, hits, misses = (

@@ -2,7 +2,9 @@
 #include <atomic>
 #include <cstring>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -71,6 +73,16 @@ const Isa& slotmoe::best_isa() {
             break;
         }
     return *chosen.load();
+}
+
+bool slotmoe::in_halves() {
+#if defined(__x86_64__)
+    unsigned a = 0, b, c, d;
+    static const unsigned family = __get_cpuid(1, &a, &b, &c, &d) ? (a >> 8 & 15) + (a >> 20 & 255) : 0;
+    return family == 0x19 && chosen.load() == &isa_avx512vbmi;  // AMD's Zen 3 and 4; Intel's are another
+#else
+    return false;
+#endif
 }
 
 EXPORT const char* slotmoe_isa() { return best_isa().name; }

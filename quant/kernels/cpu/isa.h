@@ -151,6 +151,9 @@ struct Isa {
     Encoder eight, sixteen;  // levels
 };
 
+// Whether this processor computes 512 bits in two halves, as Zen 4 does, and its best instruction set is in use.
+bool in_halves();
+
 extern const Isa isa_portable;
 #if defined(__x86_64__)
 extern const Isa isa_avx2, isa_avx512vnni, isa_avx512vbmi;

@@ -73,34 +73,49 @@ struct Int8Tile {
 template <class Tile>
 constexpr int kShare = kXScales / Tile::kParts;
 
+// Where the registers hold it, four sums of products go on side by side, and become floats when the next block's weights
+// have been looked up: what waits for a result before it holds an entry of the schedulers.
 template <class Tile>
 inline F one_token(Tile tile, const ActBlock* x, int64_t blocks) {
-    F total = Lanes::zero();
-    for (int64_t b = 0; b < blocks; b++, tile.next()) {
-        Lanes::I dots[kXScales];
-#pragma GCC unroll 4
-        for (int j = 0; j < kXScales; j++) {
-            Lanes::I d = Lanes::start(x[b].bias[j]);
-#pragma GCC unroll 2
-            for (int t = 2 * j; t < 2 * j + 2; t++) {
-                W first, second;
-                tile.pair(t, first, second);
-                d = Lanes::dot(d, first, x[b].q + 8 * t);
-                d = Lanes::dot(d, second, x[b].q + 8 * t + 4);
-            }
-            dots[j] = d;
-        }
-        tile.prefetch();
+    constexpr bool kLater = Lanes::kTokensAtOnce == kXScales;
+    constexpr int kChains = kLater ? kXScales : 1;
+    F total = Lanes::zero(), scales[Tile::kParts] = {};
+    Lanes::I dots[kXScales] = {};
+    const auto add = [&](const ActBlock& block) {
 #pragma GCC unroll 2
         for (int part = 0; part < Tile::kParts; part++) {
             constexpr int share = kShare<Tile>;
-            F sum = Lanes::mul(Lanes::to_float(dots[part * share]), Lanes::broadcast(x[b].scale[part * share]));
+            F sum = Lanes::mul(Lanes::to_float(dots[part * share]), Lanes::broadcast(block.scale[part * share]));
 #pragma GCC unroll 4
             for (int j = part * share + 1; j < (part + 1) * share; j++)
-                sum = Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(x[b].scale[j]), sum);
-            total = Tile::accumulate(total, sum, tile.scale(part));
+                sum = Lanes::fma(Lanes::to_float(dots[j]), Lanes::broadcast(block.scale[j]), sum);
+            total = Tile::accumulate(total, sum, scales[part]);
         }
+    };
+    for (int64_t b = 0; b < blocks; b++, tile.next()) {
+#pragma GCC unroll 4
+        for (int first = 0; first < kXScales; first += kChains)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                W w[kChains][2];
+#pragma GCC unroll 4
+                for (int j = 0; j < kChains; j++) tile.pair(2 * (first + j) + half, w[j][0], w[j][1]);
+                if (kLater && half == 0 && b) add(x[b - 1]);
+                if (half == 0)
+#pragma GCC unroll 4
+                    for (int j = first; j < first + kChains; j++) dots[j] = Lanes::start(x[b].bias[j]);
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++)
+#pragma GCC unroll 4
+                    for (int j = first; j < first + kChains; j++)
+                        dots[j] = Lanes::dot(dots[j], w[j - first][i], x[b].q + 16 * j + 8 * half + 4 * i);
+            }
+        tile.prefetch();
+#pragma GCC unroll 2
+        for (int part = 0; part < Tile::kParts; part++) scales[part] = tile.scale(part);
+        if (!kLater) add(x[b]);
     }
+    if (kLater) add(x[blocks - 1]);
     return total;
 }
 
@@ -182,6 +197,8 @@ SLOTMOE_NOINLINE void many_tokens(const At& at, int64_t i, const ActBlock* x, in
 template <class Tile, class At, class Finish>
 inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_t begin, int64_t end, Finish finish) {
     constexpr int kTiles = Lanes::kTilesAtOnce;
+    // Two tiles share the loads of activations. Where registers pass in halves, multiply-adds bind instead of loads.
+    const bool halves = kTiles > 1 && in_halves();
     alignas(64) float totals[kTiles * kTokens * kTile];
     if (t == 1) {
         for (int64_t i = begin; i < end; i++) {
@@ -194,7 +211,7 @@ inline void multiply(At at, const ActBlock* x, int64_t t, int64_t blocks, int64_
         const int64_t n = t - first < kTokens ? t - first : kTokens;
         for (int64_t i = begin, tiles; i < end; i += tiles) {
             // With few tokens the weights arrive from memory, and one stream of them is faster than two.
-            tiles = n < kManyTokens || end - i < kTiles ? 1 : kTiles;
+            tiles = n < kManyTokens || end - i < kTiles || halves ? 1 : kTiles;
             if (tiles == 1)
                 many_tokens<Tile, 1>(at, i, x + first, t, n, blocks, totals);
             else
