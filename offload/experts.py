@@ -18,10 +18,10 @@ from slotmoe.model.layers import Timer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
-from slotmoe.offload.policy.forecast import FOLLOWED, Array
+from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.substitution import Substitution
-from slotmoe.offload.tiers.device import Device, Download
+from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
@@ -175,11 +175,13 @@ class Experts:
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
             self._cache.hits += indices_MTK.numel()
         else:
-            for row, indices in enumerate(self._device.download(indices_MTK).get().tolist(), first):
+            inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
+            chosen = self._device.download(indices_MTK, *inputs)
+            for row, indices in enumerate(chosen.get().tolist(), first):
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
-                x_TD = None if x_MTD is None else x_MTD[row - first]
-                self._cache.use_chunk(row, indices, x_TD=_array(self._inputs(x_TD)))
+                x_TD = chosen.others()[0][row - first].numpy() if inputs else None
+                self._cache.use_chunk(row, indices, x_TD=x_TD)
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
@@ -214,32 +216,33 @@ class Experts:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
             yield slots.slots_ME[row]
             return
-        chosen = device.download(indices_TK)
-        inputs = device.download(x_TD) if self.split.computes else None
-        learned = self._inputs(x_TD)
+        learns, computes = self._learns, self.split.computes
+        inputs = [x_TD if computes else x_TD[-FOLLOWED:]] if computes or learns else []
+        download = device.download(indices_TK, *inputs)
         if device.queues:  # by the slot table, before the host knows the choice
             yield slots.slots_ME[row]
-        indices = chosen.get().tolist()
+        chosen = download.get()
+        indices = chosen.tolist()
         uses = self._uses(row, indices)
         missing = [id for id in uses if id not in self._cache]
         self._note_choice(row, x_TD, indices, uses, missing)
         computed = self._choose_for_cpu(len(indices), uses, missing)
         fetched = [id for id in missing if id not in computed]
-        if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
-            fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
+        # First what is there or on its way, then what is in RAM.
+        fetched.sort(key=lambda id: (not slots.at_hand(id), hybrid and id not in hybrid.host))
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
         work = _Work(row, uses, newest, self._kept(row, len(indices)))
         work.cached = [] if device.queues else [id for id in uses if id in self._cache]
         work.later = fetched[slots.staging :]
         work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
-        if hybrid is not None and inputs is not None:
-            hybrid.begin(inputs.get(), chosen.get())
+        if hybrid is not None and computes:
+            hybrid.begin(download.others()[0], chosen)
             work.computed = computed
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        seen = self._pass.later, _array(learned)
-        self._cache.use_chunk(row, indices, *seen)  # the disk is at work by now
+        x_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
+        self._cache.use_chunk(row, indices, self._pass.later, x_TD)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -300,11 +303,10 @@ class Experts:
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
 
-    def _inputs(self, x_TD: Tensor | None) -> Download | None:
-        """What the cache policy learns from, if it does."""
-        if x_TD is None or self._apart or not self._cache.learns:
-            return None
-        return self._device.download(x_TD[-FOLLOWED:])
+    @property
+    def _learns(self) -> bool:
+        """Whether the cache policy learns from the inputs of this pass's layers."""
+        return self._cache.learns and not (self._apart or self.slots.complete)
 
     def _kept(self, row: int, tokens: int) -> range:
         """Of a pass in several steps this layer's experts stay until its last step, where there is
@@ -354,15 +356,18 @@ class Experts:
     ) -> list[int]:
         """Which missing experts the CPU computes: those that the fewest tokens use, and of one
         token's those that the gate weighs least.  For one token all are fetched as long as slots
-        are free, or nothing would ever fill them.  What is on its way is not computed again."""
+        are free, or nothing would ever fill them.  What is on its way, or still in a free slot, is
+        not computed again."""
         computed: list[int] = []
-        if self.hybrid is not None and (tokens > 1 or self.slots.room() == 0):
-            absent = [id for id in reversed(missing) if id not in self.slots]
+        slots = self.slots
+        brought = [id for id in missing if id in slots or not slots.at_hand(id)]
+        if self.hybrid is not None and (tokens > 1 or slots.room() == 0):
+            absent = [id for id in reversed(brought) if id not in slots]
             absent.sort(key=lambda id: uses[id])
-            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(missing))
+            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(brought))
             host = self.hybrid.host  # first what is in RAM
             computed = sorted(absent[:count], key=lambda id: id not in host)
-        self._fetched += len(missing) - len(computed)
+        self._fetched += len(brought) - len(computed)
         self._computed += len(computed)
         return computed
 
@@ -434,10 +439,6 @@ class Experts:
     def close(self) -> None:
         """Stop what goes on in other threads."""
         self.slots.close()
-
-
-def _array(download: Download | None) -> Array | None:
-    return None if download is None else download.get().numpy()
 
 
 def _first(expert_ids: list[int], uses: Mapping[int, int]) -> tuple[list[int], list[int]]:

@@ -41,8 +41,8 @@ class Substitution:
         layer = self._layers[row]
         inputs = self._backend.linear(x_TD, layer.gate), self._ranks, layer.gate_bias
         scores_TR, indices_TR = self._backend.route(*inputs) or route(*inputs)
-        scores_TR = self._device.download(scores_TR).get()
-        indices_TR, K = self._device.download(indices_TR).get(), self._router.top_k
+        download, K = self._device.download(scores_TR, indices_TR), self._router.top_k
+        scores_TR, (indices_TR,) = download.get(), download.others()
         used_TR = scores_TR * self._factor(scores_TR[:, :K])
         changed = False
         for token, weights in enumerate(used_TR.tolist()):

@@ -9,7 +9,7 @@ layers, K] in gate order, and f16 [T, number of layers, 256], what the gates saw
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,13 @@ from slotmoe.offload.policy.forecast import FEATURES, Array, fold
 _LONGEST_HEADER = 1 << 16
 _KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
 _RECORD = "slotmoe run MODEL PROMPT --trace FILE"
+
+
+class Step(NamedTuple):
+    """A forward step: ``indices`` uint16 [T, layers, K], ``features`` float16 [T, layers, F]."""
+
+    indices: Array
+    features: Array
 
 
 class TraceWriter:
@@ -36,22 +43,22 @@ class TraceWriter:
         self._file.write(json.dumps(header).encode() + b"\n")
         self._file.flush()
         self._layers = layers
-        self._step: dict[int, tuple[Array, Array]] = {}
+        self._step: dict[int, Step] = {}  # [T, K] and [T, F] of each layer so far
 
     def add(self, layer: int, indices: list[list[int]], x_TD: Array, behind: int = 0) -> None:
         """Indices [T, K] and inputs of one layer of the present step, of which ``behind`` tokens of
         that layer came before; a layer met again starts a new step."""
-        new = np.array(indices, "<u2"), fold(x_TD).astype("<f2")
+        new = Step(np.array(indices, "<u2"), fold(x_TD).astype("<f2"))
         if behind and layer in self._step:
-            before = self._step[layer]
-            new = np.concatenate([before[0], new[0]]), np.concatenate([before[1], new[1]])
+            new = Step(*map(np.concatenate, zip(self._step[layer], new, strict=True)))
         elif layer in self._step:
             self._step.clear()
         self._step[layer] = new
         whole = len(self._step) == len(self._layers)
-        if whole and len(new[0]) == len(self._step[self._layers[0]][0]):
+        tokens = len(new.indices)
+        if whole and tokens == len(self._step[self._layers[0]].indices):
             layers = zip(*(self._step[layer] for layer in self._layers), strict=True)
-            parts = [np.uint32(len(new[0])).astype("<u4"), *(np.stack(part, 1) for part in layers)]
+            parts = [np.uint32(tokens).astype("<u4"), *(np.stack(part, 1) for part in layers)]
             self._file.write(b"".join(part.tobytes() for part in parts))
             self._file.flush()  # a child that is forked would write what is kept once more
             self._step.clear()
@@ -60,9 +67,8 @@ class TraceWriter:
         self._file.close()
 
 
-def read_trace(path: Path) -> tuple[dict[str, Any], list[tuple[Array, Array]]]:
-    """Header and steps of a trace file: indices, uint16 [T, layers, K], and features, float16 [T,
-    layers, F].  Raises ``ConfigError``.
+def read_trace(path: Path) -> tuple[dict[str, Any], list[Step]]:
+    """Header and steps of a trace file.  Raises ``ConfigError``.
 
     Everything is checked against the bytes that are there: counts, and that each gate chose K
     different experts below E.
@@ -71,7 +77,7 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[tuple[Array, Array]]]:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))
         body = file.read()
     shape = len(header["layers"]), header["num_experts_per_tok"]
-    steps: list[tuple[Array, Array]] = []
+    steps = list[Step]()
     offset = 0
     while offset < len(body):
         tokens = int.from_bytes(body[offset : offset + 4], "little")
@@ -84,9 +90,9 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[tuple[Array, Array]]]:
         indices = np.frombuffer(body, "<u2", count * shape[1], offset + 4)
         offset += 4 + size
         features = np.frombuffer(body, "<f2", count * FEATURES, offset - 2 * count * FEATURES)
-        steps.append((indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
+        steps.append(Step(indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
     if steps:  # all at once: steps of decode have one token each, and there may be many
-        _check_indices(path, np.concatenate([indices for indices, _ in steps]), header)
+        _check_indices(path, np.concatenate([step.indices for step in steps]), header)
     return header, steps
 
 

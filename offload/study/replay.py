@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slotmoe.offload.observe.trace import Step
 from slotmoe.offload.policy.cache import make_cache
 from slotmoe.offload.policy.forecast import Array
 
@@ -18,12 +19,12 @@ Choices = list[list[list[int]]]
 """The expert ids that each token's gates chose: [tokens][MoE layers][K]."""
 
 
-def gate_choices(steps: Sequence[tuple[Array, Array]], experts: int) -> tuple[Choices, Array]:
+def gate_choices(steps: Sequence[Step], experts: int) -> tuple[Choices, Array]:
     """Expert ids of a trace's steps, and what the gates saw, [tokens, MoE layers, F]."""
     choices: Choices = []
-    for step, _ in steps:
-        choices += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
-    return choices, np.concatenate([features for _, features in steps])
+    for indices, _ in steps:
+        choices += (indices.astype(int) + experts * np.arange(indices.shape[1])[:, None]).tolist()
+    return choices, np.concatenate([step.features for step in steps])
 
 
 def replay(choices: Choices, features: Array, policy: str, slots: int, experts: int) -> int:

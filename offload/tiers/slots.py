@@ -200,7 +200,7 @@ class Slots:
                 read = None
             if read is None:
                 read = self._begin(expert_id, DEMAND, pinned)
-                new.append(read)
+                new += [] if read.done else [read]
             elif not read.done:
                 self._source.promote(read)
             reads.append(read)
@@ -213,7 +213,8 @@ class Slots:
         self._collect()
         if len(self.coming) + len(self.abandoned) + self._reserve >= self.staging:
             return False
-        self._source.submit([self._begin(expert_id, urgency, ())])
+        read = self._begin(expert_id, urgency, ())
+        self._source.submit([] if read.done else [read])
         return True
 
     def wait(self, reads: Collection[Read]) -> None:
