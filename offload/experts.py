@@ -180,8 +180,8 @@ class Experts:
             for row, indices in enumerate(chosen.get().tolist(), first):
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
-                x_TD = chosen.others()[0][row - first].numpy() if inputs else None
-                self._cache.use_chunk(row, indices, x_TD=x_TD)
+                seen_TD = chosen.others()[0][row - first].numpy() if inputs else None
+                self._cache.use_chunk(row, indices, x_TD=seen_TD)
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
@@ -241,8 +241,8 @@ class Experts:
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        x_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
-        self._cache.use_chunk(row, indices, self._pass.later, x_TD)  # the disk is at work by now
+        seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
+        self._cache.use_chunk(row, indices, self._pass.later, seen_TD)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
