@@ -6,6 +6,7 @@ import graphlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -254,15 +255,13 @@ def wheel(tmp_path_factory):
         major = 0
     if major < 77:
         pytest.skip("setuptools >= 77 is not installed, and a build must not download it")
-    from shutil import copy, copytree, ignore_patterns
-
     project = tmp_path_factory.mktemp("project")
     for folder in (*FOLDERS, "slotmoe"):
-        ignored = ignore_patterns("__pycache__", "*.so", "*.egg-info")
-        copytree(ROOT / folder, project / folder, symlinks=True, ignore=ignored)
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT / folder, project / folder, symlinks=True, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
-            copy(path, project)
+            shutil.copy(path, project)
     wheels = tmp_path_factory.mktemp("wheels")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     command += ["--no-index", "--disable-pip-version-check", "--wheel-dir", wheels, project]
@@ -309,6 +308,22 @@ def test_wheel_works_beside_a_users_modules(wheel, tmp_path):
             [sys.executable, *command], capture_output=True, text=True, cwd=user, env=environment
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
+    built = []
+    for place in (tmp_path / "a", tmp_path / "another place" / "deeper"):
+        shutil.copytree(ROOT / "quant", place / "quant", ignore=shutil.ignore_patterns("*.so"))
+        for folder in ("model", "offload", "tools"):
+            (place / folder).mkdir()
+        shutil.copy(ROOT / "setup.py", place)
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=place, check=True, capture_output=True)
+        (library,) = place.glob("quant/kernels/cpu/_native*.so")
+        built.append(library.read_bytes())
+    assert built[0] == built[1]
 
 
 def test_dependencies_are_locked_and_listed_with_their_licences():

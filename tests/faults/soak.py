@@ -8,8 +8,10 @@ import argparse
 import faulthandler
 import gc
 import json
+import os
 import random
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -128,7 +130,18 @@ class Soak:
 
         return read
 
+    def opened(self) -> list[str]:
+        """What the descriptors lead to, and the threads' names."""
+        paths = list[str]()
+        for path in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # the one that lists them
+                paths.append(os.readlink(path))
+        return paths + [thread.name for thread in threading.enumerate()]
+
     def held(self) -> dict[str, int]:
+        """After a model of one thread: the kernels' pool stays as large as the last model's."""
+        with Runtime.open(self.export, context=CONTEXT, threads=1):
+            pass
         gc.collect()
         memory = self.process.memory_info().rss
         figures = {"descriptors": self.process.num_fds(), "threads": self.process.num_threads()}
@@ -147,7 +160,7 @@ def soaked(export: Path, sessions: Path, tokens: int, seconds: float, seed: int)
     faulthandler.cancel_dump_traceback_later()
     after = soak.held()
     for name in ("descriptors", "threads"):
-        assert after[name] <= before[name], (before, after)
+        assert after[name] <= before[name], (before, after, soak.opened())
     assert after["bytes"] <= 1.05 * before["bytes"], (before, after)
     return {**dict(sorted(soak.counts.items())), "before": before, "after": after}
 
