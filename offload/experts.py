@@ -97,6 +97,9 @@ class Experts:
     having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
     ``split`` are the CPU's part beside a GPU.  ``using`` says when a pass has to end early.  What a
     pass that does not come to its end has half done is put right when the next one begins.
+
+    ``layers`` are those of the network and, where ``has_head``, behind them that of the head that
+    predicts one token more, which is a pass of its own, a part of the one before (``go_on``).
     """
 
     def __init__(
@@ -112,11 +115,13 @@ class Experts:
         hybrid: HostCompute | None,
         split: Split,
         using: Exclusive,
+        has_head: bool = False,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self.records = Records(slots.slab, layout, levels)
-        shape = len(layers), slots.cache.experts
+        self._count = len(layers) - has_head  # of the network's
+        shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split, self._using = hybrid, split, using
@@ -148,18 +153,23 @@ class Experts:
         stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
         stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
-        return SlotTable(self.records, self._none_ME if stops else self.slots.slots_ME, complete)
+        slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
+        return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int) -> bool:
         """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
-        self.slots.recover()
-        self.slots.consistent = False  # until the last layer's end
+        self.go_on(tokens)
         self.slots.advance(tokens)
-        self._pass = _Pass(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
         return self.lookahead.active and tokens == 1
+
+    def go_on(self, tokens: int) -> None:
+        """``tokens`` tokens go through the network's layers or, behind a pass, the head's."""
+        self.slots.recover()
+        self.slots.consistent = False  # until the last layer's end
+        self._pass = _Pass(tokens)
 
     def passed(self, layer: int, indices_MTK: Tensor) -> None:
         """See ``slotmoe.model.network.Experts``."""
@@ -222,7 +232,7 @@ class Experts:
             work.computed = computed
             self._acquire(work)
         if self.lookahead is not None:
-            self.lookahead.guess_layer(row, len(self._rows), x_TD)
+            self.lookahead.guess_layer(row, self._count, x_TD)
         self._cache.use_chunk(row, indices, self._pass.later)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
@@ -352,11 +362,12 @@ class Experts:
             self.hybrid.host.submit(work.acquired[-1:])
 
     def _tell(self, route: Route) -> None:
-        for listener, _ in self._listeners:
-            listener(route)
+        if route.row < self._count:  # who listens knows of no head
+            for listener, _ in self._listeners:
+                listener(route)
 
     def _end_of_layer(self, row: int) -> None:
-        if row == len(self._rows) - 1 and self._pass.later == 0:
+        if row >= self._count - 1 and self._pass.later == 0:
             self.slots.consistent, self._pass = True, _Pass()
         if self._using.stopping:
             self._using.stop()

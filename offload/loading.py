@@ -1,11 +1,8 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-import math
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
@@ -47,11 +45,11 @@ from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
+from slotmoe.offload.resident import load_resident
 from slotmoe.offload.source import eos_token_ids, open_tokenizer
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.memory import Arena
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -60,7 +58,6 @@ from slotmoe.quant.export.reader import Export
 
 MAX_THREADS = 256  # as many as the native kernels start
 FREE_SHARE = 0.9  # of what is free, where no budget is given
-_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,9 @@ class Options:
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``draft`` is what drafts come from, ``ngram`` or ``off``, and why.
-    ``experts``, ``sizes`` and ``store`` are None on the reference path."""
+    computes with it.  ``draft`` is what drafts come from, ``ngram``, ``mtp`` or ``off``, and why;
+    ``head`` makes them for ``mtp``.  ``experts``, ``sizes`` and ``store`` are None on the reference
+    path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -120,6 +118,7 @@ class LoadedModel:
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
+    head: MtpHead | None = None
 
     @property
     def cpu(self) -> TorchBackend:
@@ -249,7 +248,8 @@ class _Loader:
         if asked == "off":
             return "off", "not asked for"
         if network.rows > 1:
-            return "ngram", "rows of a pass are bitwise as alone"
+            source = "mtp" if asked == "mtp" else "ngram"
+            return source, "rows of a pass are bitwise as alone"
         problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
@@ -292,8 +292,7 @@ class _Loader:
             copies = [Path(folder) for folder in options.experts_dirs]
             export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
-            config = self._config
-            self._check_geometry(export)
+            config = self._config = self._with_layers(export)
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
             plan = make_plan(
@@ -316,13 +315,17 @@ class _Loader:
             if (trained := export.predictor()) is not None:
                 predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
                 popularity = predictor.popularity
+                if config.mtp:  # the predictor does not know the head's experts
+                    E = config.n_routed_experts
+                    popularity = popularity + [config.num_experts_per_tok / E] * E
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
-            weights = _load(export, resident_shapes(config), place)
-            guesses = predictor or NextGate(config, weights, backend)
+            weights = load_resident(export, resident_shapes(config), place)
+            guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
+            head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
@@ -331,19 +334,24 @@ class _Loader:
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
                 device, self._reason, backend, opened.pop_all(), self._using, self._draft(network),
-                experts, sizes, store,
+                experts, sizes, store, head,
             )  # fmt: skip
 
-    def _check_geometry(self, export: Export) -> None:
-        config = self._config
+    def _with_layers(self, export: Export) -> Config:
+        """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
+        config, folder = replace(self._config, mtp=export.mtp_layer is not None), self._folder
         codecs = export.layout.codecs
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         geometry = layout.shapes, config.n_routed_experts, config.moe_layers
         if (export.layout.shapes, export.experts, export.layers) != geometry:
             raise ConfigError(
-                f"{self._folder}: config.json and {MANIFEST} describe different models; "
-                "quantize again"
+                f"{folder}: config.json and {MANIFEST} describe different models; quantize again"
             )
+        if self._options.draft == "mtp" and not config.mtp:
+            problem = f"{folder}: has no head that predicts one token more, which draft mtp needs"
+            advice = "make it anew with quantize --keep-mtp, or take --draft ngram"
+            raise ConfigError(f"{problem}; {advice}")
+        return replace(config, mtp=self._options.draft == "mtp")
 
     def _placer(self) -> Callable[[str, Any], Any]:
         """A function that puts a resident weight on the device, in the form that the backend wants;
@@ -370,7 +378,7 @@ class _Loader:
         """What slots get records from."""
         # Where everything fits each expert is read once, and what an earlier run left in the page
         # cache is welcome.
-        everything = len(export.layers) * export.experts
+        everything = len(self._config.moe_layers) * export.experts
         direct = max(plan.slots, plan.host_slots) < everything
         if self._device.tier == "ram":
             return DiskReader(export, direct)
@@ -388,7 +396,7 @@ class _Loader:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
-        layers, experts = len(export.layers), export.experts
+        layers, experts = len(config.moe_layers), export.experts
         cache = self._cache(plan.slots, popularity)
         slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
@@ -412,34 +420,6 @@ class _Loader:
             hybrid = HostCompute(cpu, records, store, device)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         return Experts(
-            export.layers, export.layout, levels, slots, self._backend, device,
-            lookahead, warm, hybrid, split, self._using,
+            config.moe_layers, export.layout, levels, slots, self._backend, device,
+            lookahead, warm, hybrid, split, self._using, config.mtp,
         )  # fmt: skip
-
-
-def _load(
-    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
-) -> dict[str, Any]:
-    """All resident weights, verified and placed; a few at a time, so that reading and copying
-    overlap."""
-    thread = threading.local()  # each thread's staging memory
-
-    def load(name: str) -> Any:
-        if not hasattr(thread, "staging"):
-            thread.staging = Arena(4 << 20, alignment=4096)
-        thread.staging.reuse()
-        weight = export.resident(name, thread.staging.empty)
-        if tuple(weight.shape) != shapes[name]:
-            raise ConfigError(
-                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "
-                f"{list(shapes[name])}"
-            )
-        return place(name, weight)
-
-    pool = ThreadPoolExecutor(_LOADERS)
-    try:
-        # The largest first, so that no thread ends alone.
-        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-        return dict(zip(names, pool.map(load, names), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)
