@@ -3,6 +3,7 @@ is bitwise that without, whatever it says."""
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, ExportError
+from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
 from slotmoe.offload.head import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
@@ -25,6 +27,7 @@ from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.verify import damaged_files
+from slotmoe.quant.export.writer import write_predictor
 from slotmoe.quant.kernels.cpu.bindings import load
 from tests.offload.test_scheduler import Caller
 from tests.support import plain
@@ -32,6 +35,7 @@ from tests.support.engine import IDS, RUN, whole
 from tests.support.exported import resign
 from tests.support.families import CASES, write_family
 from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.predictor import random_tensors
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 MTP = {"num_nextn_predict_layers": 1}
@@ -150,11 +154,11 @@ def test_refusals(folder, slotmoe):
         ("plan", "moonlight", "--draft", "mtp"),
     ):
         code, _, err = slotmoe(*map(str, arguments))
-        assert code == 1 and "num_nextn_predict_layers is 0, expected 1 or more" in err
+        assert code == 2 and "num_nextn_predict_layers is 0, expected 1 or more" in err
         assert f"leave {arguments[-1] if arguments[-1] != 'mtp' else '--draft mtp'} out" in err
         assert not (folder / "none").exists()
     code, _, err = slotmoe("plan", str(folder / "without"), "--draft", "mtp")
-    assert code == 1 and "quantize --keep-mtp" in err
+    assert code == 2 and "quantize --keep-mtp" in err
 
 
 # The head's arithmetic
@@ -238,8 +242,26 @@ def test_text_is_bitwise_that_without_drafts(
         assert text_of(runtime, prompt=12, **options) == want
         now = runtime.stats()["drafts"]
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
+        assert runtime.model.experts.slots.consistent
         assert passes + accepted == 40 and accepted >= 13  # the last of the prompt anew
         whole(runtime)
+
+
+@needs_kernels
+def test_a_predictor_knows_the_other_layers_alone(folder, tmp_path, eager, always_guessing):
+    shutil.copytree(folder / "export", tmp_path / "export")
+    tensors = random_tensors(1)
+    tensors["popularity"] = tensors["popularity"].abs()
+    write_predictor(tmp_path / "export", tensors)
+    with opened(folder, "off") as runtime:
+        want = text_of(runtime)
+    for draft in ("off", "mtp"):
+        with opened(tmp_path, draft, slots=9) as runtime:
+            assert text_of(runtime) == want
+            stats = runtime.stats()
+            assert stats["prefetch"]["layer"]["guessed"] > 0
+            assert (stats["drafts"]["kind"], runtime.config.mtp) == (draft, draft == "mtp")
+            whole(runtime)
 
 
 @needs_kernels
@@ -265,6 +287,12 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(folder, eager, mon
         # What is missing is left out, and what is there already is not read again.
         drafts.read(ids[:9], hidden_TD[4:8].clone())
         assert drafts._cache.length == 8 and torch.equal(rows_SX[:8], came.layers[0, :8])
+        with monkeypatch.context() as patch:
+            patch.setattr(MtpHead, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                drafts.read(ids[:5], hidden_TD[3:4].clone())
+        drafts.read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
+        assert drafts._cache.length == 1
         drafts.read([*ids[:4], 9, 9], hidden_TD[4:5].clone())
         assert drafts._cache.length == 1
 
