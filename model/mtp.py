@@ -77,5 +77,5 @@ class _LastLayer:
     def slot_table(self) -> Any:
         return self._experts.slot_table()._replace(slots_ME=self._none_1E, complete=False)
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
-        self._experts.passed(self._layer + layer, indices_MTK)
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
+        self._experts.passed(self._layer + layer, indices_MTK, x_MTD)
