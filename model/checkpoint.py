@@ -19,7 +19,7 @@ from slotmoe.model import tiktoken
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.decoding import Codes, bitsandbytes_codes, decode_fp8, int4_codes
 from slotmoe.model.files import files_in
-from slotmoe.model.names import expert_name, expert_shapes, resident_shapes
+from slotmoe.model.names import MTP_PARTS, expert_name, expert_shapes, layer_tensor, resident_shapes
 from slotmoe.model.shards import TensorInfo, inside, read_header, tensors_in
 from slotmoe.model.stored import Encoded, Weights
 from slotmoe.model.tokenizer import MAX_SETTINGS_BYTES
@@ -51,13 +51,23 @@ class Checkpoint:
             raise
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
-        """Open ``folder`` and check that every tensor of its config is there with the right shape.
+    def open(cls, folder: Path, keep_mtp: bool = False) -> "Checkpoint":
+        """Open ``folder`` and check that every tensor of its config is there with the right shape,
+        with ``keep_mtp`` also those of the head that predicts one token more.
 
         Raises ``ConfigError`` or ``CheckpointError``; no tensor data has been read by then.
         """
         config = config_among(files_in(folder), folder)
-        weights = Weights(folder, tensors_in(folder), config.encoding, config.n_routed_experts)
+        stored = tensors_in(folder)
+        if keep_mtp:
+            config = config.with_mtp(folder / "config.json", "--keep-mtp")
+            first = layer_tensor(config.num_hidden_layers, MTP_PARTS["enorm"])
+            if first not in stored:
+                problem = f"{first} is missing, though num_nextn_predict_layers names its layer"
+                raise CheckpointError(
+                    f"{folder}: {problem}; leave --keep-mtp out, or get all weights"
+                )
+        weights = Weights(folder, stored, config.encoding, config.n_routed_experts)
         for name, shape in tensor_shapes(config):
             weights.find(name, shape)
         return cls(folder, config, weights.infos, weights)

@@ -7,7 +7,7 @@ default.  Values that this network does not compute are refused by name.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -40,8 +40,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values that every family has; abse
     "ep_size": (1, None),
 }
 _FLAGS = {"norm_topk_prob": False, "tie_word_embeddings": False, "rope_interleave": True}
-_DEFAULTS = {"moe_layer_freq": 1, "index_topk": None, **_FLAGS}
-_NULLS = {"n_shared_experts": 0, **_FLAGS}  # what null stands for
+_DEFAULTS = {"moe_layer_freq": 1, "index_topk": None, "num_nextn_predict_layers": 0, **_FLAGS}
+# What null stands for.
+_NULLS = {"n_shared_experts": 0, "num_nextn_predict_layers": 0, **_FLAGS}
 # What a model with more than text says outside its text_config.
 _OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
 
@@ -78,7 +79,8 @@ class Config:
     """Geometry of one model.  Names are those of DeepSeek's ``config.json``; beside the type of a
     value that is read from there as it is stands what it has to be.
 
-    ``text_only``: the checkpoint also has parts that are not text, which are left out.
+    ``text_only``: the checkpoint also has parts that are not text, which are left out.  ``mtp``:
+    the head that predicts one token more is used, as layer ``num_hidden_layers``.
     """
 
     family: Family
@@ -108,10 +110,12 @@ class Config:
     index_topk: Annotated[int | None, or_null(integer(1, MAX_INT))]
     max_position_embeddings: Annotated[int, integer(1, MAX_INT)]
     tie_word_embeddings: Annotated[bool, FLAG]
+    num_nextn_predict_layers: Annotated[int, integer(0, 1000)]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     encoding: Encoding | None = None  # of a checkpoint's quantized weights
     text_only: bool = False
+    mtp: bool = False
     unknown_keys: tuple[str, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
@@ -120,7 +124,25 @@ class Config:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer in range(self.num_hidden_layers) if self.is_moe(layer))
+        return tuple(layer for layer in range(self.layer_count) if self.is_moe(layer))
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers, with that of the head that predicts one token more if it is used."""
+        return self.num_hidden_layers + self.mtp
+
+    def with_mtp(self, where: Path, wanted_by: str) -> "Config":
+        """The same with the head that predicts one token more (``slotmoe.model.mtp``), which the
+        option ``wanted_by`` asks for.  Raises ``ConfigError`` where the model has none."""
+        problem = f"num_nextn_predict_layers is {self.num_nextn_predict_layers}, expected 1 or more"
+        if self.num_nextn_predict_layers and not self.is_moe(self.num_hidden_layers):
+            problem = (
+                f"moe_layer_freq {self.moe_layer_freq} gives layer {self.num_hidden_layers}, the "
+            )
+            problem += "head that predicts one token more, no experts"
+        elif self.num_nextn_predict_layers:
+            return replace(self, mtp=True)
+        raise ConfigError(f"{where}: {problem} for {wanted_by}; leave {wanted_by} out")
 
     @property
     def latent_width(self) -> int:
@@ -170,7 +192,7 @@ _KNOWN_KEYS = {*_CONFIG, *_SUPPORTED} | set(
     initializer_range model_type num_key_value_heads output_router_logits pad_token_id
     pretraining_tp qk_head_dim quantization_config rope_parameters rope_scaling rope_theta seq_aux
     torch_dtype transformers_version use_cache _name_or_path architectures scoring_func topk_method
-    mlp_layer_types layer_types partial_rotary_factor num_nextn_predict_layers num_mtp_layers
+    mlp_layer_types layer_types partial_rotary_factor num_mtp_layers
     index_head_dim index_n_heads index_topk_freq index_topk_pattern index_skip_topk_offset
     index_share_for_mtp_iteration indexer_rope_interleave indexer_types moe_router_dtype
     sliding_window""".split()

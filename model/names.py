@@ -28,6 +28,11 @@ LAYER_PARTS = {
 }
 """Tensors that every layer may have: the network's name -> the checkpoint's, inside the layer."""
 
+MTP_PARTS = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+"""What the layer that predicts one token more has beside a decoder layer.  Its embedding and its
+output head are the model's own; checkpoints hold them once more, as ``embed_tokens`` and
+``shared_head.head``."""
+
 FUSED = {
     "gate_proj": ("gate_up_proj", 0, 2),
     "up_proj": ("gate_up_proj", 1, 2),
@@ -99,6 +104,13 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(match[1]) if match else None, inner
 
 
+def text_layer(name: str, config: Config) -> int | None:
+    """The layer of a tensor, None also in the head that predicts one token more: a text goes
+    through the others."""
+    layer, _ = split_name(name)
+    return None if layer == config.num_hidden_layers else layer
+
+
 def role_of(name: str) -> str:
     """The role of a resident tensor, see above."""
     _, part = split_name(name)
@@ -116,6 +128,8 @@ def component_of(name: str) -> str:
         return "router"
     if part in mlp_parts(moe=True):
         return "shared experts"
+    if part in MTP_PARTS.values():
+        return "drafting head"
     return "dense layers" if part in mlp_parts(moe=False) else "attention"
 
 
@@ -150,11 +164,17 @@ def resident_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all but the routed experts, in the order of the forward pass."""
     table = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.layer_count):
         for part, shape in _layer_shapes(config, layer).items():
             shapes[layer_tensor(layer, part)] = shape
-    shapes[FINAL_NORM] = (config.hidden_size,)
-    return shapes if config.tie_word_embeddings else {**shapes, HEAD: table}
+    shapes[FINAL_NORM] = (D := config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = table
+    if config.mtp:
+        for part in MTP_PARTS.values():
+            shape = (D, 2 * D) if part == MTP_PARTS["eh_proj"] else (D,)
+            shapes[layer_tensor(config.num_hidden_layers, part)] = shape
+    return shapes
 
 
 def expert_shapes(config: Config) -> dict[str, tuple[int, int]]:

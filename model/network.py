@@ -125,16 +125,19 @@ class Network:
         The caches grow only when the whole pass is done, so a pass that raises can be repeated.
         """
         counts = counts or [len(ids_T) // len(caches)] * len(caches)
-        h_TD: Tensor = self.backend.embed(ids_T, self.embed_tokens)
-        rope_TC, scale_T = self._positions(ids_T, caches, counts)
+        return self.run(self.backend.embed(ids_T, self.embed_tokens), caches, counts)
+
+    def run(self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]) -> Tensor:
+        """``forward`` from the residual stream before the first layer on."""
+        rope_TC, scale_T = self._positions(h_TD, caches, counts)
         self.timer.mark("rest")
-        size = self._step_tokens if len(caches) == 1 else len(ids_T)
-        if size >= len(ids_T):
+        size = self._step_tokens if len(caches) == 1 else len(h_TD)
+        if size >= len(h_TD):
             step = Step(h_TD, rope_TC, scale_T, caches, counts, self.timer)
             self._run(step)
             h_TD = step.h_TD
         else:
-            spans = [slice(start, start + size) for start in range(0, len(ids_T), size)]
+            spans = [slice(start, start + size) for start in range(0, len(h_TD), size)]
             scales = [None if scale_T is None else scale_T[span] for span in spans]
             steps = []
             for span, scale in zip(spans, scales, strict=True):
@@ -180,12 +183,12 @@ class Network:
         return torch.cat([self.head(rows_TD) for rows_TD in h_TD.split(count)])
 
     def _positions(
-        self, ids_T: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]
+        self, h_TD: Tensor, caches: Sequence[LatentCache], counts: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
         """``position_tables`` of the tokens."""
         positions_T = torch.cat(
             [
-                torch.arange(cache.length, cache.length + count, device=ids_T.device)
+                torch.arange(cache.length, cache.length + count, device=h_TD.device)
                 for cache, count in zip(caches, counts, strict=True)
             ]
         ).float()

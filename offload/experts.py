@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a tok
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -22,8 +22,9 @@ from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
-from slotmoe.offload.tiers.disk import WARM, Read
+from slotmoe.offload.tiers.disk import WARM
 from slotmoe.offload.tiers.slots import Slots
+from slotmoe.offload.work import Pass, Work
 from slotmoe.quant.backends.base import Records, SlotTable, TorchBackend
 from slotmoe.quant.export.layout import RecordLayout
 
@@ -50,45 +51,6 @@ class Route:
 OnRoute = Callable[[Route], None]
 
 
-@dataclass
-class _Pass:
-    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
-    through layer ``row``."""
-
-    tokens: int = 0
-    row: int = -1
-    seen: int = 0
-
-    def reach(self, row: int, tokens: int) -> None:
-        """A step's tokens are at a layer."""
-        self.seen = (self.seen if row == self.row else 0) + tokens
-        self.row = row
-
-    @property
-    def later(self) -> int:
-        """Tokens that this step's layer has still to see."""
-        return self.tokens - self.seen
-
-
-@dataclass
-class _Work:
-    """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
-    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
-    of expert ids that are ``cached``, to be read ``later``, ``used`` in staging, or to be
-    ``computed`` by the CPU; and reads on their way."""
-
-    row: int
-    uses: Mapping[int, int]
-    newest: set[int]
-    kept: range
-    cached: list[int] = field(default_factory=list)
-    later: list[int] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    acquired: list[Read] = field(default_factory=list)
-
-
 class Experts:
     """Routed experts behind slots, for any number of tokens, on a CPU or a GPU.  It is the
     network's ``experts``.
@@ -99,6 +61,9 @@ class Experts:
     having, the best first: they fill free slots while the first tokens are made.  ``hybrid`` and
     ``split`` are the CPU's part beside a GPU.  ``using`` says when a pass has to end early.  What a
     pass that does not come to its end has half done is put right when the next one begins.
+
+    ``layers`` are those of the network and, where ``has_head``, behind them that of the head that
+    predicts one token more, which is a pass of its own, a part of the one before (``go_on``).
     """
 
     def __init__(
@@ -114,17 +79,19 @@ class Experts:
         hybrid: HostCompute | None,
         split: Split,
         using: Exclusive,
+        has_head: bool = False,
     ):
         self._backend, self._device, self.slots, self._cache = backend, device, slots, slots.cache
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self.records = Records(slots.slab, layout, levels)
-        shape = len(layers), slots.cache.experts
+        self._count = len(layers) - has_head  # of the network's
+        shape = self._count, slots.cache.experts
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split, self._using = hybrid, split, using
         self.substitution: Substitution | None = None
         self._apart = False  # whether the pass's tokens are of several sequences
-        self._pass = _Pass()
+        self._pass = Pass()
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnRoute, bool]] = []
         self._fetched = self._computed = 0
@@ -152,21 +119,26 @@ class Experts:
         stops = bool(self._warm) or (self.lookahead is not None and self.lookahead.active)
         stops = stops or any(inputs for _, inputs in self._listeners)
         complete = self.slots.complete and not stops
-        return SlotTable(self.records, self._none_ME if stops else self.slots.slots_ME, complete)
+        slots_ME = self._none_ME if stops else self.slots.slots_ME[: self._count]
+        return SlotTable(self.records, slots_ME, complete)
 
     def begin(self, tokens: int, sequences: int = 1) -> bool:
         """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
         self._apart = sequences > 1
         if self.substitution is not None:
             self.substitution.chooser.advance(tokens if tokens == sequences else 0)
-        self.slots.recover()
-        self.slots.consistent = False  # until the last layer's end
+        self.go_on(tokens)
         self.slots.advance(tokens)
-        self._pass = _Pass(tokens)
         if self.lookahead is None:
             return False
         self.lookahead.begin()
         return self.lookahead.active and tokens == 1
+
+    def go_on(self, tokens: int) -> None:
+        """``tokens`` tokens go through the network's layers or, behind a pass, the head's."""
+        self.slots.recover()
+        self.slots.consistent = False  # until the last layer's end
+        self._pass = Pass(tokens)
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
@@ -231,7 +203,7 @@ class Experts:
         # First what is there or on its way, then what is in RAM.
         fetched.sort(key=lambda id: (not slots.at_hand(id), hybrid and id not in hybrid.host))
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
-        work = _Work(row, uses, newest, self._kept(row, len(indices)))
+        work = Work(row, uses, newest, self._kept(row, len(indices)))
         work.cached = [] if device.queues else [id for id in uses if id in self._cache]
         work.later = fetched[slots.staging :]
         work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
@@ -240,7 +212,7 @@ class Experts:
             work.computed = computed
             self._acquire(work)
         if self.lookahead is not None:
-            self.lookahead.guess_layer(row, len(self._rows), x_TD)
+            self.lookahead.guess_layer(row, self._count, x_TD)
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
         self._cache.use_chunk(row, indices, self._pass.later, seen_TD)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
@@ -249,7 +221,7 @@ class Experts:
             if expert_id in work.used:
                 slots.admit(expert_id, pinned=work.newest)
 
-    def _arrivals(self, work: _Work, y_TKD: Tensor) -> Iterator[Tensor]:
+    def _arrivals(self, work: Work, y_TKD: Tensor) -> Iterator[Tensor]:
         """What has arrived, at most half of the staging slots at once, so that a GPU computes them
         while the others are filled, with what is cached; else what the CPU computes; else wait."""
         slots, hybrid = self.slots, self.hybrid
@@ -279,12 +251,12 @@ class Experts:
                 slots.wait([*work.reads, *work.acquired])
                 self.timer.mark("waiting for disk")
 
-    def _note_idle(self, work: _Work) -> None:
+    def _note_idle(self, work: Work) -> None:
         """From when all demands are met until the next gate, the disk has only guesses to read."""
         if self.lookahead is not None and not (work.reads or work.later):
             self.lookahead.idle()
 
-    def _make_room(self, work: _Work, used: list[int]) -> None:
+    def _make_room(self, work: Work, used: list[int]) -> None:
         """Experts in staging have been used.  The cache admits or rejects one token's at the
         layer's end, in gate order; of many tokens' at once, so that demands and then prefetches
         take their staging slots."""
@@ -371,7 +343,7 @@ class Experts:
         self._computed += len(computed)
         return computed
 
-    def _acquire(self, work: _Work) -> None:
+    def _acquire(self, work: Work) -> None:
         """Ask the host tier for the next records that the CPU computes."""
         assert self.hybrid is not None
         while work.computed and len(work.acquired) < self.split.at_once:
@@ -379,12 +351,13 @@ class Experts:
             self.hybrid.host.submit(work.acquired[-1:])
 
     def _tell(self, route: Route) -> None:
-        for listener, _ in self._listeners:
-            listener(route)
+        if route.row < self._count:  # who listens knows of no head
+            for listener, _ in self._listeners:
+                listener(route)
 
     def _end_of_layer(self, row: int) -> None:
-        if row == len(self._rows) - 1 and self._pass.later == 0:
-            self.slots.consistent, self._pass = True, _Pass()
+        if row >= self._count - 1 and self._pass.later == 0:
+            self.slots.consistent, self._pass = True, Pass()
         if self._using.stopping:
             self._using.stop()
         self.timer.mark("cache and prefetch")

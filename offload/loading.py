@@ -1,9 +1,6 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-import math
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import Config, config_among
 from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import resident_shapes, role_of
 from slotmoe.model.network import Network
 from slotmoe.model.tokenizer import Tokenizer
@@ -48,12 +46,12 @@ from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
+from slotmoe.offload.resident import load_resident
 from slotmoe.offload.source import eos_token_ids, open_tokenizer
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
-from slotmoe.offload.tiers.memory import Arena
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
 from slotmoe.quant.backends.base import Records, TorchBackend
@@ -61,14 +59,14 @@ from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
-_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """An open model; ``opened`` closes its files and threads, and ``using`` is entered by whoever
-    computes with it.  ``draft`` is what drafts come from, ``ngram`` or ``off``, and why.
-    ``experts``, ``sizes`` and ``store`` are None on the reference path."""
+    computes with it.  ``draft`` is what drafts come from, ``ngram``, ``mtp`` or ``off``, and why;
+    ``head`` makes them for ``mtp``.  ``experts``, ``sizes`` and ``store`` are None on the reference
+    path."""
 
     config: Config
     tokenizer: Tokenizer
@@ -87,6 +85,7 @@ class LoadedModel:
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
+    head: MtpHead | None = None
 
     @property
     def cpu(self) -> TorchBackend:
@@ -227,7 +226,8 @@ class _Loader:
         if self._options.route_budget:
             problem = "with a route budget the text depends on the cache, token by token"
         elif network.rows > 1:
-            return "ngram", "rows of a pass are bitwise as alone"
+            source = "mtp" if asked == "mtp" else "ngram"
+            return source, "rows of a pass are bitwise as alone"
         else:
             problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
@@ -271,8 +271,7 @@ class _Loader:
             copies = [Path(folder) for folder in options.experts_dirs]
             export = opened.enter_context(Export.open(self._folder, copies))
             tokenizer = self._configure(export)
-            config = self._config
-            self._check_geometry(export)
+            config = self._config = self._with_layers(export)
             resident = export.manifest["quantization"]["resident"]
             sizes = sizes_of(config, resident, export.layout.codecs, export.predictor_bytes)
             plan = make_plan(
@@ -295,14 +294,18 @@ class _Loader:
             if (trained := export.predictor()) is not None:
                 predictor = Predictor(trained, config.num_experts_per_tok, backend, place)
                 popularity = predictor.popularity
+                if config.mtp:  # the predictor does not know the head's experts
+                    E = config.n_routed_experts
+                    popularity = popularity + [config.num_experts_per_tok / E] * E
             store = self._store(export, plan, popularity)
             opened.callback(store.close)
-            weights = _load(export, resident_shapes(config), place)
-            guesses = predictor or NextGate(config, weights, backend)
+            weights = load_resident(export, resident_shapes(config), place)
+            guesses = predictor or NextGate(replace(config, mtp=False), weights, backend)
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
             experts.substitution = self._substitution(network, predictor, plan)
+            head = MtpHead(network, weights, experts, PREFILL_CHUNK) if config.mtp else None
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
@@ -312,7 +315,7 @@ class _Loader:
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
                 device, self._reason, backend, opened.pop_all(), self._using, options,
                 self._draft(network),
-                experts, sizes, store,
+                experts, sizes, store, head,
             )  # fmt: skip
 
     def _substitution(
@@ -333,16 +336,21 @@ class _Loader:
         chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
         return Substitution(network, self._device, chooser)
 
-    def _check_geometry(self, export: Export) -> None:
-        config = self._config
+    def _with_layers(self, export: Export) -> Config:
+        """The config with the layers that are used of ``export``.  Raises ``ConfigError``."""
+        config, folder = replace(self._config, mtp=export.mtp_layer is not None), self._folder
         codecs = export.layout.codecs
         layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, codecs)
         geometry = layout.shapes, config.n_routed_experts, config.moe_layers
         if (export.layout.shapes, export.experts, export.layers) != geometry:
             raise ConfigError(
-                f"{self._folder}: config.json and {MANIFEST} describe different models; "
-                "quantize again"
+                f"{folder}: config.json and {MANIFEST} describe different models; quantize again"
             )
+        if self._options.draft == "mtp" and not config.mtp:
+            problem = f"{folder}: has no head that predicts one token more, which draft mtp needs"
+            advice = "make it anew with quantize --keep-mtp, or take --draft ngram"
+            raise ConfigError(f"{problem}; {advice}")
+        return replace(config, mtp=self._options.draft == "mtp")
 
     def _placer(self) -> Callable[[str, Any], Any]:
         """A function that puts a resident weight on the device, in the form that the backend wants;
@@ -369,7 +377,7 @@ class _Loader:
         """What slots get records from."""
         # Where everything fits each expert is read once, and what an earlier run left in the page
         # cache is welcome.
-        everything = len(export.layers) * export.experts
+        everything = len(self._config.moe_layers) * export.experts
         direct = max(plan.slots, plan.host_slots) < everything
         if self._device.tier == "ram":
             return DiskReader(export, direct)
@@ -387,7 +395,7 @@ class _Loader:
         """The slots over ``store``, what reads ahead if that can pay, and the CPU's part."""
         options, device, config = self._options, self._device, self._config
         size, top_k = plan.record_bytes, config.num_experts_per_tok
-        layers, experts = len(export.layers), export.experts
+        layers, experts = len(config.moe_layers), export.experts
         cache = self._cache(plan.slots, popularity)
         slots = Slots(store, cache, plan.staging, top_k, size, device)
         # Records that are not worth waking a thread for are not worth reading ahead either.
@@ -411,34 +419,6 @@ class _Loader:
             hybrid = HostCompute(cpu, records, store, device)
             levels = device.empty(tuple(levels.shape), levels.dtype).copy_(levels)
         return Experts(
-            export.layers, export.layout, levels, slots, self._backend, device,
-            lookahead, warm, hybrid, split, self._using,
+            config.moe_layers, export.layout, levels, slots, self._backend, device,
+            lookahead, warm, hybrid, split, self._using, config.mtp,
         )  # fmt: skip
-
-
-def _load(
-    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
-) -> dict[str, Any]:
-    """All resident weights, verified and placed; a few at a time, so that reading and copying
-    overlap."""
-    thread = threading.local()  # each thread's staging memory
-
-    def load(name: str) -> Any:
-        if not hasattr(thread, "staging"):
-            thread.staging = Arena(4 << 20, alignment=4096)
-        thread.staging.reuse()
-        weight = export.resident(name, thread.staging.empty)
-        if tuple(weight.shape) != shapes[name]:
-            raise ConfigError(
-                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "
-                f"{list(shapes[name])}"
-            )
-        return place(name, weight)
-
-    pool = ThreadPoolExecutor(_LOADERS)
-    try:
-        # The largest first, so that no thread ends alone.
-        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-        return dict(zip(names, pool.map(load, names), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from slotmoe.errors import ConfigError
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.offload.exclusive import CLOSED
+from slotmoe.offload.head import HeadDrafts
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
@@ -32,7 +33,7 @@ class Passes:
     def __init__(self, model: LoadedModel):
         self._model: LoadedModel | None = model
         self.watcher: Any = None
-        self.drafting = Drafting(model.plan.drafted) if model.draft[0] == "ngram" else None
+        self.drafting = Drafting(model.plan.drafted) if model.draft[0] != "off" else None
         self.changes = 0
         self.tokens = dict.fromkeys(("prefill_tokens", "decode_tokens"), 0)
         self.seconds = dict.fromkeys(("prefill_seconds", "decode_seconds"), 0.0)
@@ -69,10 +70,10 @@ class Passes:
     def decode(self, sequences: Sequenced["Sequence"], ids: list[int]) -> Tensor:
         """Append one id to each of ``sequences`` in one pass: logits, float32 [len(ids),
         vocab_size].  What is drafted behind them is computed too, for ``Sequence.follow``."""
-        drafts, started = self._drafts(sequences, ids), time.perf_counter()
-        rows = [[id, *draft] for id, draft in zip(ids, drafts, strict=True)]
-        count = sum(map(len, rows))
         with self.counted("decode", len(ids)):
+            drafts, started = self._drafts(sequences, ids), time.perf_counter()
+            rows = [[id, *draft] for id, draft in zip(ids, drafts, strict=True)]
+            count = sum(map(len, rows))
             hidden_TD = self.forward(sequences, rows, drafts)
             logits_TV = self.logits(hidden_TD, each=count > 1)
         if self.drafting is not None:
@@ -120,12 +121,17 @@ class Passes:
                 self._guess_token(sequences[0], ids_T)
             return model.network.forward(ids_T, caches, counts)
 
-        hidden_TD = self._run(step)
+        hidden_TD = self.compute(step)
         drafted = [len(draft) for draft in drafts] or [0] * len(ids)
-        parts = zip(sequences, ids, drafted, hidden_TD.split(counts), strict=True)
+        parts = list(zip(sequences, ids, drafted, hidden_TD.split(counts), strict=True))
+        befores = [sequence.last_hidden() for sequence in sequences]
         for sequence, row, more, rows_RD in parts:
             sequence.tokens = sequence.tokens + row[: len(row) - more]
             sequence.hidden = len(sequence.tokens), rows_RD[-1 - more :].clone()
+        if model.head is not None:
+            for before, (sequence, row, more, rows_RD) in zip(befores, parts, strict=True):
+                if len(row) - more > 1:  # of decode it reads where it drafts
+                    sequence.show_head(before, rows_RD[: -1 - more])
         return hidden_TD
 
     def logits(self, hidden_TD: Tensor, each: bool = False) -> Tensor:
@@ -133,9 +139,9 @@ class Passes:
         bitwise what it gives alone."""
         network = self.model.network
         head = network.head_each if each else network.head
-        return self._run(lambda: head(hidden_TD))
+        return self.compute(lambda: head(hidden_TD))
 
-    def _run(self, step: Callable[[], Tensor]) -> Tensor:
+    def compute(self, step: Callable[[], Tensor]) -> Tensor:
         """What ``step`` gives, computed.  Raises ``DeviceError``."""
         model = self.model
         ways_out = f"a lower --vram (now {format_size(model.plan.budget)}) or --context"
@@ -144,13 +150,12 @@ class Passes:
     def _guess_token(self, sequence: "Sequence", ids_1: Tensor) -> None:
         """Let the lookahead guess a token's experts from its embedding and the last hidden state
         before it."""
-        model, (first, hidden_RD) = self.model, sequence.hidden
-        behind = len(sequence.tokens) - first
-        if not 0 <= behind < len(hidden_RD):
+        model, hidden_RD = self.model, sequence.last_hidden()
+        if hidden_RD is None:
             return
         assert model.experts is not None and model.experts.lookahead is not None
         embedding_1D = model.backend.embed(ids_1, model.network.embed_tokens)
-        model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[behind])
+        model.experts.lookahead.guess_token(embedding_1D[0], hidden_RD[-1])
 
     def _moved(self) -> dict[str, int]:
         """Bytes that came from each slower tier so far."""
@@ -202,6 +207,9 @@ class Sequence:
         self.hidden: tuple[int, Tensor] = 0, torch.empty(0, 0)
         self.ahead: Ahead | None = None
         self._ngrams = NGrams()
+        self._head: HeadDrafts | None = None
+        if passes.model.head is not None and passes.drafting is not None:
+            self._head = HeadDrafts(passes.model, passes.compute, passes.drafting, cache.context)
 
     @property
     def length(self) -> int:
@@ -300,8 +308,26 @@ class Sequence:
     def draft(self, id: int) -> tuple[list[int], list[float]]:
         """What may come behind ``id``, which is to be appended, as far as there is room, and how
         likely each token is."""
-        self._ngrams.read([*self.tokens, id])
-        return self._ngrams.draft(min(MOST_DRAFTED, self.context - self.length - 1))
+        tokens, room = [*self.tokens, id], self.context - self.length - 1
+        if self._head is None:
+            self._ngrams.read(tokens)
+            return self._ngrams.draft(min(MOST_DRAFTED, room))
+        hidden_RD = self.last_hidden()
+        return ([], []) if room < 1 or hidden_RD is None else self._head.draft(tokens, hidden_RD)
+
+    def last_hidden(self) -> Tensor | None:
+        """The residual stream after the last layer behind the last token and those before it that
+        came without a pass, float32 [R, D]; None where it is not known."""
+        first, hidden_RD = self.hidden
+        behind = len(self.tokens) - first
+        return hidden_RD[: behind + 1].clone() if 0 <= behind < len(hidden_RD) else None
+
+    def show_head(self, before: Tensor | None, hidden_RD: Tensor) -> None:
+        """Let the head that predicts one token more read a prompt: ``hidden_RD`` is the residual
+        stream behind the tokens before the last, and ``before`` that behind earlier ones."""
+        assert self._head is not None
+        parts = [hidden_RD] if before is None else [before, hidden_RD]
+        self._head.read(self.tokens, torch.cat(parts))
 
     def append_rows(self, ids: list[int]) -> Iterator[Tensor]:
         """``append``, with the logits of every id: float32 [at most ``ROWS_AT_ONCE``, vocab_size]

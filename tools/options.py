@@ -106,8 +106,14 @@ _FEWER = (
 )
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
-    "same to the bit. ngram drafts what followed earlier in the text; auto is ngram, off on a GPU."
+    "same to the bit. ngram drafts what followed earlier in the text, mtp what the head expects "
+    "that quantize --keep-mtp has kept; auto is ngram, off on a GPU."
 )
+_KEEP_MTP = (
+    "Keep the head with which a model like DeepSeek-V3 predicts one token more, for --draft mtp: a "
+    "layer and its experts."
+)
+KEEP_MTP = flag("--keep-mtp", _KEEP_MTP)
 _REVISION = "Branch, tag or commit of a model on the hub. [default: main]"
 REVISION = option("--revision", "REV", _REVISION)
 _DEVICE = "auto takes the GPU when there is one; of several, cuda:N that number in CUDA's order."

@@ -101,6 +101,8 @@ def command(
     """
     wanted = expert_codecs(options)
     planned, target = _model(model, options["revision"]), _machine(options)
+    if options["draft"] == "mtp":
+        planned = planned.with_mtp()
     context = choose_context(planned.config, options["context"])
     if prompt_tokens is None:
         prompt_tokens = min(512, max(1, context - max_new_tokens))

@@ -14,6 +14,7 @@ from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
     JSON,
+    KEEP_MTP,
     RESIDENT,
     REVISION,
     codec_options,
@@ -39,6 +40,7 @@ _CALIBRATE_HELP = (
 @RESIDENT
 @codec_options
 @option("--calibrate texts", "TEXT", _CALIBRATE_HELP, type=Path, multiple=True)
+@KEEP_MTP
 @option("--workers", "N", _WORKERS_HELP, type=click.IntRange(1, 256))
 @REVISION
 @flag("--keep-source", "Keep what is downloaded from the hub, as a checkpoint folder DST.source.")

@@ -11,7 +11,15 @@ import click
 from slotmoe.model.config import read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import default_codecs, format_size
-from slotmoe.tools.options import JSON, RESIDENT, codec_options, expert_codecs, flag, option
+from slotmoe.tools.options import (
+    JSON,
+    KEEP_MTP,
+    RESIDENT,
+    codec_options,
+    expert_codecs,
+    flag,
+    option,
+)
 from slotmoe.tools.progress import byte_progress
 
 _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
@@ -22,6 +30,7 @@ _SHARE_HELP = "Write N distinct expert layers and hard-link the others to them."
 @click.argument("destination", metavar="DST", type=Path)
 @RESIDENT
 @codec_options
+@KEEP_MTP
 @option("--share-layers", "N", _SHARE_HELP, type=click.IntRange(1, 1000))
 @flag("--overwrite", "Replace an export at DST.")
 @JSON

@@ -83,10 +83,14 @@ class GgufCheckpoint(Checkpoint):
         )
 
     @classmethod
-    def open(cls, path: Path) -> "GgufCheckpoint":
+    def open(cls, path: Path, keep_mtp: bool = False) -> "GgufCheckpoint":
         """Open the file ``path``, the first where there are several, and check that every tensor
         of its metadata is there with the right shape.  Raises ``CheckpointError`` or
         ``ConfigError``, also where the ``gguf`` package is needed and missing."""
+        if keep_mtp:
+            problem = "the head that predicts one token more is not read from GGUF files"
+            advice = "leave --keep-mtp out, or give the original checkpoint"
+            raise ConfigError(f"{path}: {problem}; {advice}")
         headers = _read_headers(path)
         read = small_files(headers[0])
         config = config_among(read, path)
@@ -146,9 +150,9 @@ class GgufCheckpoint(Checkpoint):
             return torch.from_numpy(decoded).to(_DECODED)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The GGUF file ``path``, or the checkpoint folder."""
-    return GgufCheckpoint.open(path) if is_gguf(path) else Checkpoint.open(path)
+def open_checkpoint(path: Path, keep_mtp: bool = False) -> Checkpoint:
+    """The GGUF file ``path``, or the checkpoint folder, see ``Checkpoint.open``."""
+    return (GgufCheckpoint if is_gguf(path) else Checkpoint).open(path, keep_mtp)
 
 
 def _dtype(part: GgufTensor) -> torch.dtype:

@@ -110,6 +110,7 @@ class Contents:
             "quantization": quantization | made,
             "experts": {
                 "layers": list(config.moe_layers),
+                **({"mtp_layer": config.num_hidden_layers} if config.mtp else {}),
                 "linked_layers": linked_layers or {},
                 "n_routed_experts": config.n_routed_experts,
                 "hidden_size": config.hidden_size,

@@ -19,7 +19,8 @@ from slotmoe.quant.export.writer import sync_folder, write_json
 def export_of(
     checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path
 ) -> dict[str, Any] | None:
-    """The manifest of ``folder`` if it is an export of ``checkpoint`` in this precision."""
+    """The manifest of ``folder`` if it is an export of ``checkpoint`` and its layers in this
+    precision."""
     if folder.is_symlink():
         return None
     try:
@@ -30,6 +31,7 @@ def export_of(
     same = isinstance(source, dict) and source.get("files") == source_files(checkpoint)
     quantization = manifest["quantization"]
     same = same and quantization["resident"] == mode
+    same = same and ("mtp_layer" in manifest["experts"]) == checkpoint.config.mtp
     return manifest if same and quantization["experts"] == codecs.names() else None
 
 

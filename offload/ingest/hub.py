@@ -56,6 +56,7 @@ class HubShards:
     arriving: Progress
     notify: Notify
     patience: Patience
+    keep_mtp: bool
 
     def __post_init__(self) -> None:
         self._weights = self.download / "weights"
@@ -94,7 +95,7 @@ class HubShards:
         free = asyncio.Semaphore(CONNECTIONS)
         async with get_async_session() as client:
             await asyncio.gather(*(self._fetch_header(client, free, name) for name in names))
-            with Checkpoint.open(self.folder) as opened:
+            with Checkpoint.open(self.folder, self.keep_mtp) as opened:
                 apart = opened.weights.apart if opened.weights is not None else set()
             await asyncio.gather(*(self._fetch_tensor(client, free, info) for info in apart))
 
@@ -258,6 +259,7 @@ def quantize_from_hub(
     *,
     overwrite: bool = False,
     keep_source: bool = False,
+    keep_mtp: bool = False,
     wait_for_lock: bool = False,
     arriving: Progress = ignore,
     notify: Notify = ignore,
@@ -286,7 +288,8 @@ def quantize_from_hub(
             output_dir.refuse_foreign(kept, snapshot.files, why)
         try:
             with start_blocking_portal() as portal:
-                shards = HubShards(portal, snapshot, download, kept, arriving, notify, patience)
+                reporting = arriving, notify, patience
+                shards = HubShards(portal, snapshot, download, kept, *reporting, keep_mtp)
                 with output_dir.full_disk_explained(download):
                     portal.call(shards.prepare)
                     options |= ready(shards.folder)
@@ -294,7 +297,7 @@ def quantize_from_hub(
                     if kept is not None:
                         kept.mkdir(exist_ok=True)
                 options |= {"overwrite": overwrite, "wait_for_lock": wait_for_lock}
-                options |= {"notify": notify, "shards": shards}
+                options |= {"notify": notify, "shards": shards, "keep_mtp": keep_mtp}
                 manifest = quantize(shards.folder, destination, **options)
         except BaseException:
             begun = output_dir.beside(destination, "partial").exists()

@@ -25,7 +25,7 @@ import torch
 from slotmoe.errors import CheckpointError, ConfigError, ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import open_checkpoint
-from slotmoe.model.names import split_name
+from slotmoe.model.names import text_layer
 from slotmoe.offload.ingest import output_dir
 from slotmoe.offload.ingest.arriving import Arriving, Shards
 from slotmoe.offload.ingest.calibration import Calibration, Windows, chosen, fingerprint
@@ -74,6 +74,7 @@ def quantize(
     *,
     resident: str = "auto",
     codecs: ExpertCodecs | None = None,
+    keep_mtp: bool = False,
     calibration: Windows | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -89,14 +90,12 @@ def quantize(
     Interrupted or failed, the call leaves ``DST.partial``, from which the same call resumes.
     ``wait_for_lock`` waits for another process that writes the same destination and then returns
     what it made.  With ``shards``, ``source`` needs only the headers of its weight files.
-    ``notify`` gets sentences for people.  With windows of token ids as ``calibration``, codes
-    with learned levels are made with the Hessians of that text.
-
-    Raises ``CheckpointError`` or ``ConfigError`` for a bad source and ``ExportError`` if the
-    destination can't take the export.
-    """
+    ``keep_mtp`` keeps the head that predicts one token more.  ``notify`` gets sentences for people.
+    ``calibration`` are windows of token ids: codes with learned levels, but for that head's, are
+    made with that text's Hessians.  Raises ``CheckpointError`` or ``ConfigError`` for a bad source
+    and ``ExportError`` if the destination can't take the export."""
     mode, partial = resident_mode(resident), output_dir.beside(destination, "partial")
-    with open_checkpoint(source) as checkpoint, output_dir.locked(partial, wait_for_lock):
+    with open_checkpoint(source, keep_mtp) as checkpoint, output_dir.locked(partial, wait_for_lock):
         if wait_for_lock and (manifest := output_dir.finished_manifest(destination)) is not None:
             return manifest
         codecs = codecs or codecs_for(checkpoint)
@@ -206,6 +205,7 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "resident": self.mode,
             "experts": self.codecs.names(),
+            "mtp": self.checkpoint.config.mtp,
             "text": self._fingerprint(),
             "source": {"name": name, "files": files},
         }
@@ -276,15 +276,15 @@ class _Job:
 
     def _needed_files(self, names: list[str], calibration: Calibration | None) -> list[set[str]]:
         """Weight files by step of the work: file by file, or with a text layer by layer."""
-        infos = self.checkpoint.infos
+        infos, config = self.checkpoint.infos, self.checkpoint.config
         if calibration is None:
             return [{file} for file in sorted({infos[name].file for name in names})]
         needed: dict[int | None, set[str]] = {layer: set() for layer in calibration.remaining}
         for name in infos:
-            if (layer := split_name(name)[0]) in needed:
+            if (layer := text_layer(name, config)) in needed:
                 needed[layer].add(infos[name].file)
         first = [*calibration.embedding_files, *[self._levels_file] * (not self._state["levels"])]
-        rest = {infos[name].file for name in names if split_name(name)[0] is None}
+        rest = {infos[name].file for name in names if text_layer(name, config) is None}
         return [set(filter(None, first)), *needed.values(), rest]
 
     def _write_arriving(self, names: list[str], arriving: Arriving) -> None:
@@ -317,7 +317,7 @@ class _Job:
         if self._text is None:
             return None
         coded = {name for name, kind in self._kinds.items() if learns(kind)}
-        layers = {split_name(name)[0] for name in names} - {None}
+        layers = {text_layer(name, self.checkpoint.config) for name in names} - {None}
         wanted = [layer for layer in layers if layer is not None]
         return Calibration(self.checkpoint, self._text, coded, wanted, self.partial, self._advance)
 
@@ -327,7 +327,7 @@ class _Job:
         """Quantize ``names`` layer by layer, with the Hessians of a text."""
         by_layer: dict[int | None, list[str]] = {}
         for name in names:
-            by_layer.setdefault(split_name(name)[0], []).append(name)
+            by_layer.setdefault(text_layer(name, self.checkpoint.config), []).append(name)
         with self._lock:
             self._total += calibration.nbytes
         self.notify(calibration.announcement())

@@ -37,12 +37,15 @@ def synthesize(
     share_layers: int | None,
     overwrite: bool,
     progress: Progress,
+    keep_mtp: bool = False,
 ) -> dict[str, Any]:
     """Write the export under a temporary name and rename it; returns its manifest.
 
     ``share_layers`` distinct expert layers are written, and the others are hard links to them.
     """
     config = read_config(config_path)
+    if keep_mtp:
+        config = config.with_mtp(config_path, "--keep-mtp")
     check_destination(destination, overwrite)
     dtypes = dict.fromkeys(resident_shapes(config), torch.bfloat16)
     contents = Contents(config, resident_mode(resident), codecs, dtypes)

@@ -110,7 +110,8 @@ def geometry_path(geometry: str) -> Path:
 @dataclass(frozen=True)
 class Model:
     """A geometry, and whether its weights are on this machine; of an export also the precision of
-    its resident weights, the bytes of its predictor, and whether ``slotmoe synth`` made it."""
+    its resident weights, the bytes of its predictor, whether ``slotmoe synth`` made it, and whether
+    it has ``kept`` the head that predicts one token more."""
 
     name: str
     config: Config
@@ -119,6 +120,15 @@ class Model:
     codecs: ExpertCodecs | None = None
     predictor_bytes: int = 0
     random_weights: bool = False
+    kept: bool = True
+
+    def with_mtp(self) -> "Model":
+        """The same with the head that predicts one token more.  Raises ``ConfigError``."""
+        if not self.kept:
+            problem = "the export does not hold the head that --draft mtp needs"
+            raise ConfigError(f"{self.name}: {problem}; make it anew with quantize --keep-mtp")
+        config = self.config.with_mtp(Path(self.name), "--draft mtp")
+        return replace(self, config=config)
 
     @classmethod
     def read(cls, name: str) -> "Model":
@@ -143,7 +153,8 @@ class Model:
             random_weights = not manifest["source"]["files"]  # as Export.random_weights
             codecs = expert_codecs(manifest)
             sizes_of(config, resident, codecs)  # what is unknown raises here
-            return cls(name, config, True, resident, codecs, sum(sizes), random_weights)
+            kept = "mtp_layer" in manifest["experts"]
+            return cls(name, config, True, resident, codecs, sum(sizes), random_weights, kept)
         except (KeyError, TypeError, ValueError):
             problem = "is not a complete export's manifest; quantize again"
             raise ConfigError(f"{path}: {problem}") from None

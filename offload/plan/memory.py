@@ -121,7 +121,7 @@ def kv_bytes(config: Config, positions: int, kernels: str = "native", value_byte
     row = config.latent_width * value_bytes
     if kernels == "native":
         row = latent_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-    return config.num_hidden_layers * positions * row
+    return config.layer_count * positions * row
 
 
 def runtime_growth(config: Config, resident: int) -> int:
@@ -145,7 +145,7 @@ def scratch_bytes(
     c, T, D, H = config, tokens, config.hidden_size, config.num_attention_heads
     if kernels == "native":
         query = H * (c.qk_nope_head_dim + c.qk_rope_head_dim) + (H + 1) * c.qk_rope_head_dim
-        attention = 2 * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
+        attention = (2 + c.mtp) * D + query + H * (3 * c.kv_lora_rank + c.qk_rope_head_dim)
         return (2 << 20) + 4 * T * (attention + D * (c.num_experts_per_tok + 4))
     if kernels == "triton":
         return _gpu_scratch(config, tokens)
@@ -190,9 +190,10 @@ def _gpu_scratch(c: Config, T: int) -> int:
 
 
 def waiting_bytes(config: Config, tokens: int) -> int:
-    """What a prefill pass holds of its steps that are not at work: the residual stream and the
-    rotations, float32."""
-    return 4 * max(0, tokens - PREFILL_CHUNK) * (config.hidden_size + config.qk_rope_head_dim)
+    """What a prefill pass holds of its steps that are not at work: the residual stream, twice for
+    the head that predicts one token more, and the rotations, float32."""
+    width = (1 + config.mtp) * config.hidden_size + config.qk_rope_head_dim
+    return 4 * max(0, tokens - PREFILL_CHUNK) * width
 
 
 def _prefill_chunk(config: Config, context: int, room: int) -> int:

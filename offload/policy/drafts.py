@@ -2,12 +2,13 @@
 
 A draft is tokens that may come next.  A pass computes them together with the token that is certain,
 and a row of logits whose token the sampler then chooses is a pass saved.  Drafts come from the text
-itself: what followed its last tokens where they stood before (prompt lookup, arXiv 2304.04487).
+itself: what followed its last tokens where they stood before (prompt lookup, arXiv 2304.04487); or
+from a head of the model that predicts one token more.
 """
 
 from collections.abc import Sequence
 
-DRAFTS = ("auto", "off", "ngram")
+DRAFTS = ("auto", "off", "ngram", "mtp")
 MOST_DRAFTED = 15  # tokens of all drafts of a pass
 # The same where experts come from disk: a row costs most of a pass, and its memory is slots'.
 FEW_DRAFTED = 3
@@ -24,6 +25,8 @@ _RATE = 0.3  # of an error that the estimate of a pass's time takes over
 _KNOWN = 0.1  # of an error by one row more, the part that is laid to the first row
 _LEAST = 0.03  # cost of a row more, whatever was measured
 _FORGET = 0.003  # of that cost's distance to the prior, with each pass of one row
+_HEAD_CHANCE = 0.7  # that the head's token comes, before any was seen
+_AGAIN = 32  # tokens after which a head that does not pay is asked again
 
 
 class NGrams:
@@ -110,6 +113,34 @@ def _kind(alike: int) -> int:
     return min(alike.bit_length(), len(_CHANCES) - 1)
 
 
+class Asking:
+    """How often a head's token came, what asking the head costs, and whether that pays: unlike
+    looking up it takes time before anything is known."""
+
+    def __init__(self) -> None:
+        self.chance, self._count = _HEAD_CHANCE, 0
+        self._seconds, self._waited = 0.0, 0
+        self._expected: tuple[int, int] | None = None  # where, and which token
+
+    def came(self, tokens: Sequence[int]) -> None:
+        """The text is ``tokens`` now."""
+        if self._expected is not None and self._expected[0] < len(tokens):
+            place, token = self._expected
+            self._count = min(self._count + 1, _MEMORY)
+            self.chance += ((tokens[place] == token) - self.chance) / (self._count + 1)
+        self._expected = None
+
+    def pays(self, drafting: "Drafting") -> bool:
+        """Whether to ask for the next token, by the seconds of asking and of a row more."""
+        self._waited += 1
+        return self._waited > _AGAIN or drafting.pays(self.chance, self._seconds)
+
+    def answered(self, place: int, token: int, seconds: float) -> None:
+        """The head expects ``token`` as number ``place``, and took ``seconds``."""
+        self._expected, self._waited = (place, token), 0
+        self._seconds += _RATE * (seconds - self._seconds) if self._seconds else seconds
+
+
 class Drafting:
     """How many rows a pass is worth, from the seconds that passes took, and the counts.
 
@@ -139,6 +170,11 @@ class Drafting:
             taken[best] += 1
             expected, rows = expected + gains[best], rows + 1
         return taken
+
+    def pays(self, chance: float, cost: float) -> bool:
+        """Whether a draft of one token, which takes ``cost`` seconds to make and comes true with
+        this ``chance``, gains time; so before any pass was measured."""
+        return not self._one or chance * self._one > self._more + cost
 
     def measured(self, rows: int, drafted: int, seconds: float) -> None:
         """A pass of so many ``rows``, of which so many were ``drafted``, took ``seconds``."""

@@ -201,7 +201,9 @@ class Slots:
             if read is None:
                 read = self._begin(expert_id, DEMAND, pinned)
                 new += [] if read.done else [read]
-            elif not read.done:
+            elif read.done:
+                read.urgency = DEMAND  # no guess any more, which ``admit_guesses`` may take
+            else:
                 self._source.promote(read)
             reads.append(read)
         self._source.submit(new)

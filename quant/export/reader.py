@@ -60,6 +60,7 @@ class Export:
         self.folder, self.manifest, self.layout = folder, manifest, layout
         self.experts: int = manifest["experts"]["n_routed_experts"]
         self.layers: tuple[int, ...] = tuple(manifest["experts"]["layers"])
+        self.mtp_layer: int | None = manifest["experts"].get("mtp_layer")  # the last, if kept
         self._codecs = manifest_codecs(manifest)
         self._levels = {name: levels_of(codec) for name, codec in self._codecs.items()}
         self._predictor = next(filter(is_predictor, manifest["files"]), None)

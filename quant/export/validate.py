@@ -235,6 +235,10 @@ def _check_experts(manifest: dict[str, Any]) -> None:
     described = experts["record_bytes"], experts["record"]
     _require(described == (layout.record_bytes, layout.describe()), "the record layout is unknown")
     _require(layers == sorted(set(layers)), "layers are not in order")
+    if "mtp_layer" in experts:
+        check(experts, {"mtp_layer": _LAYER}, "experts")
+        last = len(layers) > 1 and experts["mtp_layer"] == layers[-1]
+        _require(last, "mtp_layer is not the last of several layers")
     for layer, origin in experts["linked_layers"].items():
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
 
@@ -258,7 +262,7 @@ def _check_report(report: dict[str, Any], known: set[str]) -> None:
 def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
     """Its tensors must have the dtypes and shapes that the model's geometry and two widths
     prescribe; returns their bytes."""
-    L = len(experts["layers"])
+    L = len(experts["layers"]) - ("mtp_layer" in experts)
     R = tensors["token.in.weight"]["shape"][0]
     Q = tensors["layer.in.weight"]["shape"][1] if L > 1 else 1
     _require(max(R, Q) <= MAX_PREDICTOR_WIDTH, f"the predictor is wider than {MAX_PREDICTOR_WIDTH}")

@@ -334,5 +334,5 @@ def test_drafts_are_off_where_rows_change_bits(sample_export):
         assert "not bitwise" in runtime.stats()["drafts"]["why"]
     with pytest.raises(ConfigError, match=r"draft ngram: torch .* leave it out"):
         Runtime.open(sample_export, kernels="torch", context=64, draft="ngram")
-    with pytest.raises(ConfigError, match=r"draft 'mtp' .* auto, off, ngram"):
-        Runtime.open(sample_export, draft="mtp")
+    with pytest.raises(ConfigError, match=r"draft 'tree' .* auto, off, ngram, mtp"):
+        Runtime.open(sample_export, draft="tree")

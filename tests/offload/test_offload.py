@@ -400,6 +400,12 @@ def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_e
             (demand,) = slots.demand([102], pinned=[102])
             slots.wait([demand])
             slots.admit_guesses(range(2, 102))
+            slots.prefetch(103, urgency=1)
+            slots.wait([slots.coming[103]])
+            slots.demand([103], pinned=[103])  # it had arrived as a guess, and is none any more
+            slots.admit_guesses(range(3, 102))
+            assert 103 in slots.coming
         assert slots.cache.cached == {*range(2, 40), 100, 101}
         slots.drop(102)
+        slots.drop(103)
         whole(runtime)

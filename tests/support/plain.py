@@ -75,7 +75,22 @@ def rotate(x: np.ndarray, position: int, angles: np.ndarray, scale: float) -> np
     return out
 
 
-def gate(x: np.ndarray, weight: np.ndarray, config: dict) -> list[tuple[int, float]]:
+def corrected_gate(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, config: dict):
+    """DeepSeek-V3's, section 2.1.2 of arXiv 2412.19437: the bias takes part in the choice alone."""
+    scores, k = 1 / (1 + np.exp(-(weight @ x))), config["num_experts_per_tok"]
+    groups = (scores + bias).reshape(config["n_group"], -1)
+    worth = [sum(sorted(group)[-2:]) for group in groups]
+    kept = np.argsort(-np.array(worth))[: config["topk_group"]]
+    allowed = np.full_like(groups, -np.inf)
+    allowed[kept] = groups[kept]
+    best = np.argsort(-allowed.reshape(-1), kind="stable")[:k]
+    total = scores[best].sum() + 1e-20 if config["norm_topk_prob"] else 1.0
+    return [(int(e), scores[e] / total * config["routed_scaling_factor"]) for e in best]
+
+
+def gate(x: np.ndarray, weight: np.ndarray, bias, config: dict) -> list[tuple[int, float]]:
+    if config.get("topk_method") == "noaux_tc":
+        return corrected_gate(x, weight, bias, config)
     scores, k = softmax(weight @ x), config["num_experts_per_tok"]
     if config.get("topk_method") == "group_limited_greedy":
         groups = scores.reshape(config["n_group"], -1)
@@ -96,64 +111,94 @@ def mlp(x: np.ndarray, tensors: dict, prefix: str) -> np.ndarray:
     return down_proj @ (silu(gate_proj @ x) * (up_proj @ x))
 
 
-def logits(folder: Path, ids: list[int]) -> np.ndarray:
-    """Float64 logits [T, vocab] of a checkpoint folder."""
-    config, tensors = load(folder)
+def layer_of(config: dict, tensors: dict, layer: int, hidden: list) -> list:
+    """The residual stream of all tokens behind a decoder layer."""
     H, N, P = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
     R, V, eps = config["kv_lora_rank"], config["v_head_dim"], config["rms_norm_eps"]
     angles, table_scale, softmax_factor = frequencies(config)
+    hidden, p = [*hidden], f"model.layers.{layer}."
+    a = p + "self_attn."
+    keys, values, queries = [], [], []
+    for position, h in enumerate(hidden):
+        x = norm(h, tensors[p + "input_layernorm.weight"], eps)
+        if config["q_lora_rank"] is None:
+            q = tensors[a + "q_proj.weight"] @ x
+        else:
+            q = tensors[a + "q_b_proj.weight"] @ norm(
+                tensors[a + "q_a_proj.weight"] @ x, tensors[a + "q_a_layernorm.weight"], 1e-6
+            )
+        q = q.reshape(H, N + P)
+        kv = tensors[a + "kv_a_proj_with_mqa.weight"] @ x
+        k_pe = rotate(kv[R:], position, angles, table_scale)
+        expanded = (
+            tensors[a + "kv_b_proj.weight"]
+            @ norm(kv[:R], tensors[a + "kv_a_layernorm.weight"], 1e-6)
+        ).reshape(H, N + V)
+        queries.append(
+            [
+                np.concatenate([q[h][:N], rotate(q[h][N:], position, angles, table_scale)])
+                for h in range(H)
+            ]
+        )
+        keys.append([np.concatenate([expanded[h][:N], k_pe]) for h in range(H)])
+        values.append(expanded[:, N:])
+    for position in range(len(hidden)):
+        out = []
+        for head in range(H):
+            scores = np.array(
+                [queries[position][head] @ keys[s][head] for s in range(position + 1)]
+            )
+            weights = softmax(scores * (N + P) ** -0.5 * softmax_factor)
+            out.append(sum(w * values[s][head] for s, w in enumerate(weights)))
+        hidden[position] = hidden[position] + tensors[a + "o_proj.weight"] @ np.concatenate(out)
+    moe = layer >= config["first_k_dense_replace"] and layer % config.get("moe_layer_freq", 1) == 0
+    for position, h in enumerate(hidden):
+        x = norm(h, tensors[p + "post_attention_layernorm.weight"], eps)
+        if not moe:
+            y = mlp(x, tensors, p + "mlp")
+        else:
+            bias = tensors.get(p + "mlp.gate.e_score_correction_bias")
+            chosen = gate(x, tensors[p + "mlp.gate.weight"], bias, config)
+            y = sum(w * mlp(x, tensors, f"{p}mlp.experts.{e}") for e, w in chosen)
+            if config.get("n_shared_experts"):
+                y = y + mlp(x, tensors, p + "mlp.shared_experts")
+        hidden[position] = h + y
+    return hidden
+
+
+def streams(folder: Path, ids: list[int]) -> tuple[dict, dict, list]:
+    """Config, tensors, and the residual stream of each token behind the last layer."""
+    config, tensors = load(folder)
     hidden = [tensors["model.embed_tokens.weight"][i] for i in ids]
     for layer in range(config["num_hidden_layers"]):
-        p = f"model.layers.{layer}."
-        a = p + "self_attn."
-        keys, values, queries = [], [], []
-        for position, h in enumerate(hidden):
-            x = norm(h, tensors[p + "input_layernorm.weight"], eps)
-            if config["q_lora_rank"] is None:
-                q = tensors[a + "q_proj.weight"] @ x
-            else:
-                q = tensors[a + "q_b_proj.weight"] @ norm(
-                    tensors[a + "q_a_proj.weight"] @ x, tensors[a + "q_a_layernorm.weight"], 1e-6
-                )
-            q = q.reshape(H, N + P)
-            kv = tensors[a + "kv_a_proj_with_mqa.weight"] @ x
-            k_pe = rotate(kv[R:], position, angles, table_scale)
-            expanded = (
-                tensors[a + "kv_b_proj.weight"]
-                @ norm(kv[:R], tensors[a + "kv_a_layernorm.weight"], 1e-6)
-            ).reshape(H, N + V)
-            queries.append(
-                [
-                    np.concatenate([q[h][:N], rotate(q[h][N:], position, angles, table_scale)])
-                    for h in range(H)
-                ]
-            )
-            keys.append([np.concatenate([expanded[h][:N], k_pe]) for h in range(H)])
-            values.append(expanded[:, N:])
-        for position in range(len(hidden)):
-            out = []
-            for head in range(H):
-                scores = np.array(
-                    [queries[position][head] @ keys[s][head] for s in range(position + 1)]
-                )
-                weights = softmax(scores * (N + P) ** -0.5 * softmax_factor)
-                out.append(sum(w * values[s][head] for s, w in enumerate(weights)))
-            hidden[position] = hidden[position] + tensors[a + "o_proj.weight"] @ np.concatenate(out)
-        moe = (
-            layer >= config["first_k_dense_replace"]
-            and layer % config.get("moe_layer_freq", 1) == 0
-        )
-        for position, h in enumerate(hidden):
-            x = norm(h, tensors[p + "post_attention_layernorm.weight"], eps)
-            if not moe:
-                y = mlp(x, tensors, p + "mlp")
-            else:
-                chosen = gate(x, tensors[p + "mlp.gate.weight"], config)
-                y = sum(w * mlp(x, tensors, f"{p}mlp.experts.{e}") for e, w in chosen)
-                if config.get("n_shared_experts"):
-                    y = y + mlp(x, tensors, p + "mlp.shared_experts")
-            hidden[position] = h + y
+        hidden = layer_of(config, tensors, layer, hidden)
+    return config, tensors, hidden
+
+
+def logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """Float64 logits [T, vocab] of a checkpoint folder."""
+    config, tensors, hidden = streams(folder, ids)
     head = tensors[
         "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
     ]
+    eps = config["rms_norm_eps"]
     return np.stack([head @ norm(h, tensors["model.norm.weight"], eps) for h in hidden])
+
+
+def mtp_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """Float64 logits [T - 1, vocab] of the head that predicts one token more, written from section
+    2.2 of arXiv 2412.19437: row i, of tokens 0 to i + 1, is about token i + 2."""
+    config, tensors, hidden = streams(folder, ids)
+    layer, eps = config["num_hidden_layers"], config["rms_norm_eps"]
+    own = {
+        name.removeprefix(f"model.layers.{layer}.").removesuffix(".weight"): value
+        for name, value in tensors.items()
+    }
+    inputs = []
+    for h, token in zip(hidden, ids[1:], strict=False):
+        embedding = norm(tensors["model.embed_tokens.weight"][token], own["enorm"], eps)
+        h = norm(norm(h, tensors["model.norm.weight"], eps), own["hnorm"], eps)
+        inputs.append(own["eh_proj"] @ np.concatenate([embedding, h]))
+    outputs = layer_of(config, tensors, layer, inputs)
+    head, weight = tensors["lm_head.weight"], own["shared_head.norm"]
+    return np.stack([head @ norm(h, weight, eps) for h in outputs])

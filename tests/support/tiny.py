@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def random_weights(
     """Every tensor that ``config`` asks for.  Gates are spread out, so that routing does not hang
     on rounding; less where a score is a sigmoid, which saturates."""
     parsed, generator = parse_config(config), torch.Generator().manual_seed(seed)
+    parsed = replace(parsed, mtp=parsed.num_nextn_predict_layers > 0)
     shapes: dict[str, tuple[int, ...]] = dict(resident_shapes(parsed))
     for layer in parsed.moe_layers:
         for expert in range(parsed.n_routed_experts):

@@ -1,0 +1,81 @@
+"""The head that predicts one token more (multi-token prediction: DeepSeek-V3, arXiv 2412.19437,
+section 2.2): one decoder layer behind the last one, with an embedding and an output of the model.
+
+From what the network made of token i, and the token that came as i + 1, it predicts token i + 2:
+
+    x_i = eh_proj [enorm(embedding of token i + 1) ; hnorm(h_i)]
+    logits = output head(norm(decoder layer(x_1 ... x_i)))
+
+h_i is the residual stream after the last layer and the final norm, as other runtimes give it to the
+heads of published checkpoints; the paper does not say on which side of that norm it is taken.
+
+Shapes: R rows, D hidden_size, E routed experts, K experts a token, M MoE layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, MTP_PARTS, layer_tensor
+from slotmoe.model.network import Experts, Network
+
+_PIECE = 512  # rows whose doubly wide input is in memory at once
+
+
+class MtpHead:
+    """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer, whose input
+    is not an embedding."""
+
+    def __init__(
+        self,
+        main: Network,
+        weights: Mapping[str, Any],
+        experts: Experts,
+        step_tokens: int = 1 << 30,
+    ):
+        self._main, layer = main, main.config.num_hidden_layers
+        self._parts = {field: weights[layer_tensor(layer, MTP_PARTS[field])] for field in MTP_PARTS}
+        self.config = replace(main.config, num_hidden_layers=1, first_k_dense_replace=0, mtp=False)
+        prefix, first = (layer_tensor(index, "").removesuffix(".weight") for index in (layer, 0))
+        own = {name.replace(prefix, first): weights[name] for name in weights if prefix in name}
+        shared = {EMBEDDING: main.embed_tokens, HEAD: main.lm_head, FINAL_NORM: self._parts["norm"]}
+        behind = _LastLayer(experts, layer, main.config.n_routed_experts)
+        self._network = Network(self.config, own | shared, main.backend, behind, step_tokens)
+        self.head = self._network.head
+
+    @torch.inference_mode()
+    def forward(self, hidden_RD: Tensor, ids_R: Tensor, cache: LatentCache) -> Tensor:
+        """Append rows to ``cache``: ``hidden_RD``, float32, is the residual stream after the main
+        network's last layer, which is overwritten, and ``ids_R`` the token behind each.  Returns
+        the stream after the head's layer, float32 [R, D], of which ``head`` makes logits.
+        """
+        backend, eps, parts = self._main.backend, self.config.rms_norm_eps, self._parts
+        for rows_PD, ids_P in zip(hidden_RD.split(_PIECE), ids_R.split(_PIECE), strict=True):
+            h_PD = backend.rms_norm(rows_PD, self._main.norm, eps)
+            h_PD = backend.rms_norm(h_PD, parts["hnorm"], eps)
+            e_PD = backend.embed(ids_P, self._main.embed_tokens)
+            e_PD = backend.rms_norm(e_PD, parts["enorm"], eps)
+            rows_PD.copy_(backend.linear(torch.cat([e_PD, h_PD], dim=-1), parts["eh_proj"]))
+        return self._network.run(hidden_RD, [cache], [len(ids_R)])
+
+
+class _LastLayer:
+    """The experts of the head's ``layer`` as those of a network's only layer.  None are computed by
+    a slot table: one layer's call saves nothing."""
+
+    def __init__(self, experts: Experts, layer: int, count: int):
+        self._experts, self._layer = experts, layer
+        self._none_1E = torch.full((1, count), -1, dtype=torch.int32)
+
+    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        return self._experts(self._layer + layer, x_TD, weights_TK, indices_TK)
+
+    def slot_table(self) -> Any:
+        return self._experts.slot_table()._replace(slots_ME=self._none_1E, complete=False)
+
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
+        self._experts.passed(self._layer + layer, indices_MTK, x_MTD)

@@ -1,0 +1,41 @@
+"""Resident weights of an export, on their way to where they are used."""
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.tiers.memory import Arena
+from slotmoe.quant.export.reader import Export
+
+_LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
+
+
+def load_resident(
+    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """The weights of ``shapes``, verified and placed; a few at a time, so that reading and copying
+    overlap."""
+    thread = threading.local()  # each thread's staging memory
+
+    def load(name: str) -> Any:
+        if not hasattr(thread, "staging"):
+            thread.staging = Arena(4 << 20, alignment=4096)
+        thread.staging.reuse()
+        weight = export.resident(name, thread.staging.empty)
+        if tuple(weight.shape) != shapes[name]:
+            raise ConfigError(
+                f"{export.folder}: {name} has shape {list(weight.shape)}, config.json asks for "
+                f"{list(shapes[name])}"
+            )
+        return place(name, weight)
+
+    pool = ThreadPoolExecutor(_LOADERS)
+    try:
+        # The largest first, so that no thread ends alone.
+        names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+        return dict(zip(names, pool.map(load, names), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)

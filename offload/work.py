@@ -1,0 +1,45 @@
+"""How far a pass has come, and what is left of a layer, as ``slotmoe.offload.experts`` goes on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slotmoe.offload.tiers.disk import Read
+
+
+@dataclass
+class Pass:
+    """A pass over ``tokens`` tokens, which go through a layer in steps: ``seen`` of them have been
+    through layer ``row``."""
+
+    tokens: int = 0
+    row: int = -1
+    seen: int = 0
+
+    def reach(self, row: int, tokens: int) -> None:
+        """A step's tokens are at a layer."""
+        self.seen = (self.seen if row == self.row else 0) + tokens
+        self.row = row
+
+    @property
+    def later(self) -> int:
+        """Tokens that this step's layer has still to see."""
+        return self.tokens - self.seen
+
+
+@dataclass
+class Work:
+    """What is left of a layer: ``uses`` counts each expert's tokens, ``newest`` are the newest
+    token's experts, and ``kept`` the expert ids that stay for the pass's next step or layer; lists
+    of expert ids that are ``cached``, to be read ``later``, ``used`` in staging, or to be
+    ``computed`` by the CPU; and reads on their way."""
+
+    row: int
+    uses: Mapping[int, int]
+    newest: set[int]
+    kept: range
+    cached: list[int] = field(default_factory=list)
+    later: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    acquired: list[Read] = field(default_factory=list)

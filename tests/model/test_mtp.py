@@ -1,0 +1,115 @@
+"""The head that predicts one token more, beside plain float64 arithmetic of its formula
+(transformers leaves its weights out)."""
+
+import json
+
+import pytest
+import torch
+
+from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import parse_config
+from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.mtp import MtpHead
+from slotmoe.model.network import Network
+from slotmoe.offload.exclusive import Exclusive
+from slotmoe.offload.reference import ResidentExperts
+from slotmoe.quant.backends.base import TorchBackend, new
+from tests.support import plain
+from tests.support.encoded import FP8, decoded_fp8, encode
+from tests.support.engine import IDS
+from tests.support.families import CASES, V3, write_family
+from tests.support.oracle import relative_error
+
+MTP = {"num_nextn_predict_layers": 1}
+TIGHT = 1e-5
+SOME = ("v3-groups-yarn", "v3-no-groups-no-qlora", "v3-two-dense-not-normalized")
+
+
+def reference(folder, step_tokens=1 << 30):
+    """The network and its head in float32, and an empty cache of each."""
+    with Checkpoint.open(folder, keep_mtp=True) as checkpoint:
+        config, backend = checkpoint.config, TorchBackend()
+        weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
+    experts = ResidentExperts(
+        weights, config.moe_layers, config.n_routed_experts, backend, Exclusive()
+    )
+    network = Network(config, weights, backend, experts)
+    head = MtpHead(network, weights, experts, step_tokens)
+    row = config.latent_width, torch.float32
+    return network, head, *(LatentCache(c, 64, row, new) for c in (config, head.config))
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_head_beside_its_formula(tmp_path, case):
+    family, overrides = CASES[case]
+    write_family(tmp_path, family, **overrides, **MTP)
+    network, head, cache, own = reference(tmp_path)
+    ids_T = torch.tensor(IDS[:10])
+    hidden_TD = network.forward(ids_T, [cache])
+    logits_RV = head.head(head.forward(hidden_TD[:-1].clone(), ids_T[1:], own))
+    assert own.length == 9 and len(own.layers) == 1 and len(cache.layers) == len(network.layers)
+    assert relative_error(logits_RV, plain.mtp_logits(tmp_path, IDS[:10])) <= TIGHT
+    # what it predicts is its own: neither the network's next token, nor the one behind it
+    assert relative_error(logits_RV, network.head(hidden_TD)[1:]) > 0.1
+
+
+def test_rows_one_by_one_in_pieces_and_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("slotmoe.model.mtp._PIECE", 4)
+    write_family(tmp_path, V3, **MTP)
+    network, head, cache, own = reference(tmp_path, step_tokens=5)
+    ids_T = torch.tensor(IDS[:10])
+    hidden_TD = network.forward(ids_T, [cache])
+    once_RD = head.forward(hidden_TD[:-1].clone(), ids_T[1:], own).clone()
+    own.length = 0
+    rows = zip(hidden_TD[:-1].clone().split(1), ids_T[1:].split(1), strict=True)
+    each = [head.forward(row_1D, id_1, own).clone() for row_1D, id_1 in rows]
+    assert relative_error(torch.cat(each), once_RD) <= 1e-5
+
+
+def test_config_and_names_are_as_before_unless_the_head_is_asked_for(tmp_path):
+    config = parse_config(write_family(tmp_path, V3, **MTP))
+    assert config.moe_layers == (1, 2) and not config.mtp
+    with Checkpoint.open(tmp_path) as plainly, Checkpoint.open(tmp_path, True) as kept:
+        assert kept.config.moe_layers == (1, 2, 3)
+        more = kept.infos.keys() - plainly.infos.keys()
+        assert plainly.infos.keys() < kept.infos.keys()
+        assert {name.split(".")[2] for name in more} == {"3"}
+
+
+def test_fp8_is_read_as_elsewhere(tmp_path):
+    write_family(tmp_path, V3, torch.bfloat16, **MTP)
+    stored = encode(tmp_path, FP8)
+    with Checkpoint.open(tmp_path, keep_mtp=True) as checkpoint:
+        ours = [name for name in checkpoint.infos if ".layers.3." in name]
+        encoded = [name for name in ours if name + "_scale_inv" in stored]
+        assert "model.layers.3.eh_proj.weight" in encoded and len(encoded) == 1 + 5 + 3 + 3 * 8
+        for name in encoded:
+            wanted = decoded_fp8(stored[name], stored[name + "_scale_inv"])
+            assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16)), name
+
+
+def without_its_layer(folder, config):
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change", "problem", "found"),
+    [
+        ({}, None, ConfigError, "num_nextn_predict_layers is 0, expected 1 or more"),
+        ({"num_nextn_predict_layers": None}, None, ConfigError, "num_nextn_predict_layers is 0"),
+        ({"moe_layer_freq": 2}, without_its_layer, ConfigError, "moe_layer_freq 2 gives layer 3"),
+        ({}, without_its_layer, CheckpointError, "model.layers.3.enorm.weight is missing"),
+    ],
+)
+def test_a_checkpoint_without_a_head_is_refused_by_name(
+    tmp_path, overrides, change, problem, found
+):
+    config = write_family(tmp_path, V3, **overrides)
+    if change is not None:
+        change(tmp_path, config)
+    with pytest.raises(problem) as caught:
+        Checkpoint.open(tmp_path, keep_mtp=True)
+    message = str(caught.value)
+    assert found in message and "leave --keep-mtp out" in message and "\n" not in message
+    Checkpoint.open(tmp_path).close()
