@@ -35,9 +35,10 @@ class Experts(Protocol):
     def slot_table(self) -> Any:
         """Where experts are now, as the backend takes it (``slotmoe.quant.backends.base``)."""
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """The backend has computed the experts of M MoE layers from ``layer`` on by the slot
-        table; their gates chose ``indices_MTK``."""
+        table; their gates chose ``indices_MTK`` for the inputs ``x_MTD``, which a backend need not
+        keep where all experts have slots."""
 
 
 class Runner(Protocol):

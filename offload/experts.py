@@ -18,7 +18,9 @@ from slotmoe.model.layers import Timer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
+from slotmoe.offload.policy.forecast import FOLLOWED
 from slotmoe.offload.policy.hybrid import Split
+from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import WARM, Read
 from slotmoe.offload.tiers.slots import Slots
@@ -120,6 +122,8 @@ class Experts:
         self._none_ME = torch.full(shape, -1, dtype=torch.int32)
         self.lookahead, self._warm = lookahead, list(reversed(warm))
         self.hybrid, self.split, self._using = hybrid, split, using
+        self.substitution: Substitution | None = None
+        self._apart = False  # whether the pass's tokens are of several sequences
         self._pass = _Pass()
         self._met = 0  # missing experts whose read had begun when the gate chose them
         self._listeners: list[tuple[OnRoute, bool]] = []
@@ -150,8 +154,11 @@ class Experts:
         complete = self.slots.complete and not stops
         return SlotTable(self.records, self._none_ME if stops else self.slots.slots_ME, complete)
 
-    def begin(self, tokens: int) -> bool:
+    def begin(self, tokens: int, sequences: int = 1) -> bool:
         """A pass over ``tokens`` tokens begins; whether ``guess_token`` is worth calling."""
+        self._apart = sequences > 1
+        if self.substitution is not None:
+            self.substitution.chooser.advance(tokens if tokens == sequences else 0)
         self.slots.recover()
         self.slots.consistent = False  # until the last layer's end
         self.slots.advance(tokens)
@@ -161,23 +168,32 @@ class Experts:
         self.lookahead.begin()
         return self.lookahead.active and tokens == 1
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """See ``slotmoe.model.network.Experts``."""
         first = sum(moe_layer < layer for moe_layer in self._rows)
         self._pass.reach(first + len(indices_MTK) - 1, indices_MTK.shape[1])
         if self.slots.complete and not self._listeners:  # nothing is ever evicted: only count
             self._cache.hits += indices_MTK.numel()
         else:
-            for row, indices in enumerate(self._device.download(indices_MTK).get().tolist(), first):
+            inputs = [] if x_MTD is None or not self._learns else [x_MTD[:, -FOLLOWED:]]
+            chosen = self._device.download(indices_MTK, *inputs)
+            for row, indices in enumerate(chosen.get().tolist(), first):
                 distinct = len(set(chain.from_iterable(indices)))
                 self._tell(Route(row, indices, distinct, 0, 0, None))
-                self._cache.use_chunk(row, indices)
+                seen_TD = chosen.others()[0][row - first].numpy() if inputs else None
+                self._cache.use_chunk(row, indices, x_TD=seen_TD)
                 if self.lookahead is not None:
                     self.lookahead.chosen(row, self._uses(row, indices), 0)
         self._end_of_layer(first + len(indices_MTK) - 1)
 
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         row = self._rows[layer]
+        if self.substitution is not None and self.substitution.chooser.active:
+            choice, first = (x_TD, weights_TK, indices_TK), row * self._cache.experts
+            at_hand = self.slots.at_hand
+            weights_TK, indices_TK = self.substitution(
+                row, *choice, lambda expert: at_hand(first + expert)
+            )
         self._pass.reach(row, len(x_TD))
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         for slots_E in self._bring(row, x_TD, indices_TK, y_TKD):
@@ -200,30 +216,33 @@ class Experts:
             self._cache.hits += indices_TK.numel()  # the host need not know the choice
             yield slots.slots_ME[row]
             return
-        chosen = device.download(indices_TK)
-        inputs = device.download(x_TD) if self.split.computes else None
+        learns, computes = self._learns, self.split.computes
+        inputs = [x_TD if computes else x_TD[-FOLLOWED:]] if computes or learns else []
+        download = device.download(indices_TK, *inputs)
         if device.queues:  # by the slot table, before the host knows the choice
             yield slots.slots_ME[row]
-        indices = chosen.get().tolist()
+        chosen = download.get()
+        indices = chosen.tolist()
         uses = self._uses(row, indices)
         missing = [id for id in uses if id not in self._cache]
         self._note_choice(row, x_TD, indices, uses, missing)
         computed = self._choose_for_cpu(len(indices), uses, missing)
         fetched = [id for id in missing if id not in computed]
-        if len(fetched) > slots.staging:  # first what is on its way, then what is in RAM
-            fetched.sort(key=lambda id: (id not in slots, hybrid and id not in hybrid.host))
+        # First what is there or on its way, then what is in RAM.
+        fetched.sort(key=lambda id: (not slots.at_hand(id), hybrid and id not in hybrid.host))
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
         work = _Work(row, uses, newest, self._kept(row, len(indices)))
         work.cached = [] if device.queues else [id for id in uses if id in self._cache]
         work.later = fetched[slots.staging :]
         work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
-        if hybrid is not None and inputs is not None:
-            hybrid.begin(inputs.get(), chosen.get())
+        if hybrid is not None and computes:
+            hybrid.begin(download.others()[0], chosen)
             work.computed = computed
             self._acquire(work)
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, len(self._rows), x_TD)
-        self._cache.use_chunk(row, indices, self._pass.later)  # the disk is at work by now
+        seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
+        self._cache.use_chunk(row, indices, self._pass.later, seen_TD)  # the disk is at work by now
         self.timer.mark("cache and prefetch")
         yield from self._arrivals(work, y_TKD)
         for expert_id in missing:  # in gate order, so that timing changes nothing
@@ -284,6 +303,11 @@ class Experts:
         elif self.lookahead is not None:
             self.lookahead.more(work.row)
 
+    @property
+    def _learns(self) -> bool:
+        """Whether the cache policy learns from the inputs of this pass's layers."""
+        return self._cache.learns and not (self._apart or self.slots.complete)
+
     def _kept(self, row: int, tokens: int) -> range:
         """Of a pass in several steps this layer's experts stay until its last step, where there is
         room for two layers, and what later layers will use stays too: new experts replace those of
@@ -332,15 +356,18 @@ class Experts:
     ) -> list[int]:
         """Which missing experts the CPU computes: those that the fewest tokens use, and of one
         token's those that the gate weighs least.  For one token all are fetched as long as slots
-        are free, or nothing would ever fill them.  What is on its way is not computed again."""
+        are free, or nothing would ever fill them.  What is on its way, or still in a free slot, is
+        not computed again."""
         computed: list[int] = []
-        if self.hybrid is not None and (tokens > 1 or self.slots.room() == 0):
-            absent = [id for id in reversed(missing) if id not in self.slots]
+        slots = self.slots
+        brought = [id for id in missing if id in slots or not slots.at_hand(id)]
+        if self.hybrid is not None and (tokens > 1 or slots.room() == 0):
+            absent = [id for id in reversed(brought) if id not in slots]
             absent.sort(key=lambda id: uses[id])
-            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(missing))
+            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(brought))
             host = self.hybrid.host  # first what is in RAM
             computed = sorted(absent[:count], key=lambda id: id not in host)
-        self._fetched += len(missing) - len(computed)
+        self._fetched += len(brought) - len(computed)
         self._computed += len(computed)
         return computed
 
@@ -399,7 +426,8 @@ class Experts:
         counts: dict[str, Any] = {"hits": cache.hits, "misses": cache.misses}
         counts |= {"hit_rate": cache.hits / lookups if lookups else None}
         counts |= {"already_coming": self._met, "evictions": cache.evictions}
-        counts |= {"bypassed": cache.bypassed, "slots": slots.planned}
+        counts |= {"bypassed": cache.bypassed, "reclaimed": slots.reclaimed}
+        counts |= {"slots": slots.planned}
         stats: dict[str, Any] = {"cache": counts, "wait_seconds": slots.wait_seconds}
         if self.lookahead is not None:
             stats["prefetch"] = self.lookahead.stats()

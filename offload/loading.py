@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from slotmoe.offload.experts import Experts
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead
 from slotmoe.offload.machine import available_memory, cache_folder, process_bytes, total_memory
+from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import (
     HELP_BYTES,
     LENT,
@@ -41,13 +42,14 @@ from slotmoe.offload.plan.memory import (
     sizes_of,
 )
 from slotmoe.offload.plan.speed import stored_bandwidths
-from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
+from slotmoe.offload.policy import DEFAULT_POLICY
 from slotmoe.offload.policy.cache import Cache, make_cache
-from slotmoe.offload.policy.drafts import DRAFTS
-from slotmoe.offload.policy.hybrid import MODES, Costs, Split, choose_mode
+from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
+from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.source import eos_token_ids, open_tokenizer
+from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
 from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
@@ -58,44 +60,8 @@ from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
-MAX_THREADS = 256  # as many as the native kernels start
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``Runtime.open`` is asked for; it documents them."""
-
-    vram: int | str | None = None
-    ram: int | str | None = None
-    context: int | None = None
-    threads: int | None = None
-    cache_policy: str | None = None
-    prefetch: bool = True
-    quantize: bool = True
-    slots: int | None = None
-    kernels: str = "auto"
-    logits_rows: int = 1
-    sequences: int = 1
-    misses: str = "auto"
-    experts_dirs: tuple[str | Path, ...] = ()
-    draft: str = "off"
-
-    def __post_init__(self) -> None:
-        if self.cache_policy not in (None, *POLICIES):
-            raise ConfigError(
-                f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "
-                + ", ".join(POLICIES)
-            )
-        if not 1 <= self.sequences <= 256:
-            raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
-        for name, values in (("misses", MODES), ("draft", DRAFTS)):
-            if (given := getattr(self, name)) not in values:
-                expected = f"expected one of: {', '.join(values)}"
-                raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +82,7 @@ class LoadedModel:
     backend: TorchBackend
     opened: ExitStack
     using: Exclusive
+    options: Options
     draft: tuple[str, str]
     experts: Experts | None = None
     sizes: Sizes | None = None
@@ -185,7 +152,11 @@ class _Loader:
     def _configure(self, source: Export | Checkpoint) -> Tokenizer:
         """Take the config from ``source``, which has verified it; returns the tokenizer."""
         read = source.small_file
-        self._config = config_among(read, self._folder)
+        config, fewer = config_among(read, self._folder), self._options.experts_per_token
+        if fewer is not None and not 1 <= fewer <= config.num_experts_per_tok:
+            most = f"expected 1 to {config.num_experts_per_tok}, as many as the model was made for"
+            raise ConfigError(f"experts_per_token is {fewer}, {most}")
+        self._config = replace(config, num_experts_per_tok=fewer or config.num_experts_per_tok)
         self._context = choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)
@@ -219,6 +190,11 @@ class _Loader:
             raise ConfigError(
                 "the reference path (quantize=False) reads no export; experts_dirs can't be given"
             )
+        if options.route_budget:
+            raise ConfigError(
+                "the reference path (quantize=False) keeps every expert resident, so none is "
+                "missing; route_budget can't be given"
+            )
         if options.sequences > 1:
             raise ConfigError(
                 "the reference path (quantize=False) holds one sequence; sequences can't be given"
@@ -239,7 +215,7 @@ class _Loader:
             cache = LatentCache(config, self._context, row, self._device.empty)
             return LoadedModel(
                 config, tokenizer, network, [cache], plan, self._eos_token_ids, checkpoint,
-                self._device, self._reason, backend, opened.pop_all(), self._using,
+                self._device, self._reason, backend, opened.pop_all(), self._using, options,
                 self._draft(network),
             )  # fmt: skip
 
@@ -248,9 +224,12 @@ class _Loader:
         asked, backend = self._options.draft, self._backend
         if asked == "off":
             return "off", "not asked for"
-        if network.rows > 1:
+        if self._options.route_budget:
+            problem = "with a route budget the text depends on the cache, token by token"
+        elif network.rows > 1:
             return "ngram", "rows of a pass are bitwise as alone"
-        problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
+        else:
+            problem = f"{backend.name} computes several tokens of a text not bitwise as one by one"
         if asked != "auto":
             raise ConfigError(f"draft {asked}: {problem}; leave it out")
         return "off", problem
@@ -323,6 +302,7 @@ class _Loader:
             experts = self._experts(export, plan, store, guesses, popularity)
             opened.callback(experts.close)
             network = Network(config, weights, backend, experts, PREFILL_CHUNK)
+            experts.substitution = self._substitution(network, predictor, plan)
             row = backend.latent_row(config.kv_lora_rank, config.qk_rope_head_dim)
             caches = [
                 LatentCache(config, self._context, row, device.empty)
@@ -330,9 +310,28 @@ class _Loader:
             ]
             return LoadedModel(
                 config, tokenizer, network, caches, plan, self._eos_token_ids, export,
-                device, self._reason, backend, opened.pop_all(), self._using, self._draft(network),
+                device, self._reason, backend, opened.pop_all(), self._using, options,
+                self._draft(network),
                 experts, sizes, store,
             )  # fmt: skip
+
+    def _substitution(
+        self, network: Network, predictor: Predictor | None, plan: Plan
+    ) -> Substitution | None:
+        """What spends the route budget, if one is given; where all experts get slots they are soon
+        there, and nothing is to be saved."""
+        config, budget = self._config, self._options.route_budget
+        if not budget:
+            return None
+        if predictor is None or not predictor.swap_prices:
+            raise ConfigError(
+                f"{self._folder}: route_budget needs what a swap of experts costs, which was not "
+                "measured: slotmoe quantize MODEL EXPORT --calibrate TEXT does that"
+            )
+        if plan.slots == len(config.moe_layers) * config.n_routed_experts:
+            return None
+        chooser = RouteBudget(predictor.swap_prices, budget, config.num_experts_per_tok)
+        return Substitution(network, self._device, chooser)
 
     def _check_geometry(self, export: Export) -> None:
         config = self._config

@@ -47,5 +47,5 @@ class ResidentExperts:
     def slot_table(self) -> None:
         """No backend computes them by itself."""
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         """Never called: see ``slot_table``."""

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling, Token, generate
+from slotmoe.offload.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.ingest.quantize import Notify, Progress, ignore
-from slotmoe.offload.loading import LoadedModel, Options, open_model
+from slotmoe.offload.loading import LoadedModel, open_model
 from slotmoe.offload.machine import cache_folder, peak_rss
 from slotmoe.offload.observe.trace import TraceWriter
+from slotmoe.offload.options import Options
 from slotmoe.offload.plan.memory import PREFILL_CHUNK, or_more_context
 from slotmoe.offload.sequence import SUPERSEDED, Passes, Sequence, shared_prefix
 from slotmoe.offload.sessions.store import DEFAULT_LIMIT, Sessions
@@ -83,6 +85,7 @@ class Runtime:
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
+        ``route_budget``, ``experts_per_token``  see docs/routing.md
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
                          it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
                          ``auto`` takes what measured ones advise, or ``fetch``
@@ -91,8 +94,7 @@ class Runtime:
 
         Raises ``ConfigError``, ``CheckpointError``, ``ExportError`` or ``PlanError``.
         """
-        budgets = vram, ram, context, threads
-        options = Options(*budgets, cache_policy, prefetch, quantize, **others)
+        options = Options(vram, ram, context, threads, cache_policy, prefetch, quantize, **others)
         if not quantize and is_hub_id(str(path)) and not Path(path).exists():
             raise ConfigError(
                 f"{path}: quantize=False needs the original checkpoint in a folder; "
@@ -290,14 +292,18 @@ class Runtime:
         experts, c = self.model.quantized("trace"), self.config
         geometry = c.moe_layers, c.n_routed_experts, c.num_experts_per_tok
         self._trace = trace = TraceWriter(Path(path), *geometry)
-        experts.on_route(
-            lambda route: trace.add(c.moe_layers[route.row], route.indices, route.behind)
-        )
+
+        def on_route(route: Route) -> None:
+            assert route.x_TD is not None
+            x_TD = route.x_TD.cpu().numpy()
+            trace.add(c.moe_layers[route.row], route.indices, x_TD, route.behind)
+
+        experts.on_route(on_route, inputs=True)
 
     def stats(self) -> dict[str, Any]:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
-        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``, and
-        ``device``: which, and why it was taken."""
+        tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``,
+        ``routing`` where options change the text, and ``device``: which, and why it was taken."""
         model, plan, on_device = self.model, self.plan, self.model.device.memory()
         memory: dict[str, Any] = {"plan": dict(plan.components), "budget": plan.budget}
         memory["tier"] = plan.tier
@@ -320,6 +326,10 @@ class Runtime:
             stats["io"] = model.store.stats()
         if self.sessions is not None:
             stats["sessions"] = self.sessions.stats()
+        if model.options.altered is not None:
+            substitution = model.experts.substitution if model.experts is not None else None
+            counts = {} if substitution is None else substitution.chooser.stats()
+            stats["routing"] = {"altered": model.options.altered, **counts}
         return stats
 
     def close(self) -> None:

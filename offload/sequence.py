@@ -115,7 +115,8 @@ class Passes:
         def step() -> Tensor:
             for sequence, cache in zip(sequences, caches, strict=True):
                 cache.length = len(sequence.tokens)
-            if model.experts is not None and model.experts.begin(len(ids_T)):
+            experts = model.experts
+            if experts is not None and experts.begin(len(ids_T), len(sequences)):
                 self._guess_token(sequences[0], ids_T)
             return model.network.forward(ids_T, caches, counts)
 

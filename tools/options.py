@@ -72,6 +72,7 @@ _GROUPS = {  # title -> the parameters' names
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
         "experts_dirs"
     ),
+    "Fewer bytes for other text": "route_budget experts_per_token",
 }
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
@@ -95,6 +96,13 @@ _CODECS: list[Decorator] = [
 _MISSES = (
     "With a GPU, an expert that is in none of its slots is fetched, computed by the CPU, or either "
     "(hybrid). auto takes what slotmoe bench --calibrate has measured to be fastest, else fetch."
+)
+_BUDGET = (
+    "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
+    "of KL divergence a token, like 0.01. The text then depends on the cache."
+)
+_FEWER = (
+    "Compute only N experts a token in each layer. [default: as many as the model was made for]"
 )
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
@@ -139,6 +147,8 @@ _RUNTIME: list[Decorator] = [
     option("--experts-dir experts_dirs", "DIR", _EXPERTS_HELP, multiple=True),
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
     choice("--draft", DRAFTS, "off", _DRAFT),
+    option("--route-budget", "N", _BUDGET, type=float),
+    integer("--experts-per-token", _FEWER),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -338,6 +348,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
         settings |= {name: options[name] for name in of_model}
         settings |= {**told, "reading": reading, **runtime_arguments(options)}
         runtime = Runtime.open(folder, **settings)
+    if (altered := runtime.model.options.altered) is not None:
+        notify(altered)
     slow = runtime.plan.tier == "ram" and runtime.stats()["kernels"] == "torch"
     if slow and options.get("kernels") != "torch":
         problem = "the native kernels were not built at install (is there a C++ compiler?)"
@@ -355,5 +367,7 @@ def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Runtime.open`` takes of ``runtime_options`` for any model, without budgets."""
     names = ("device", "context", "threads", "cache_policy", "misses")
     shared = {name: options[name] for name in names}
+    shared |= {"route_budget": options["route_budget"] or 0.0}
+    shared |= {"experts_per_token": options["experts_per_token"]}
     prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
     return {**shared, "prefetch": prefetch, "kernels": kernels}

@@ -40,7 +40,7 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
     Examples:
       slotmoe run sample "It is a truth universally acknowledged, that" -n 500 --trace austen.trace
       slotmoe replay austen.trace
-      slotmoe replay *.trace --policy lru --policy layer-aware+bypass -o hit-rate.png
+      slotmoe replay *.trace --policy lru --policy learned+bypass -o hit-rate.png
       slotmoe replay austen.trace --slots 22 --slots 56 --json
     """
     if output is not None:
@@ -68,8 +68,8 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, 
     rates: dict[tuple[str, int], list[float]] = {(p, n): [] for p in policies for n in sizes}
     with step_progress("Replaying", len(traces) * len(rates), quiet) as advance:
         for (policy, size), hit_rates in rates.items():
-            for chosen in choices:
-                hits = replay(chosen, policy, size, experts)
+            for chosen, features in choices:
+                hits = replay(chosen, features, policy, size, experts)
                 hit_rates.append(hits / (len(chosen) * layers * top_k))
                 advance()
     results = []
@@ -79,8 +79,8 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, 
         by_trace = {"hit_rate": hit_rates, "of_optimum": shares}
         means = {name: fmean(values) for name, values in by_trace.items()}
         results.append({"policy": policy, "slots": size, **means, "by_trace": by_trace})
-    tokens = zip(traces, map(len, choices), strict=True)
-    counted = [{"file": str(path), "tokens": count} for path, count in tokens]
+    tokens = zip(traces, choices, strict=True)
+    counted = [{"file": str(path), "tokens": len(chosen)} for path, (chosen, _) in tokens]
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 

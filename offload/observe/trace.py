@@ -1,22 +1,31 @@
 """Records which experts a run used, for replay under other cache sizes and policies.
 
-A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 1, "layers": [...],
+A trace file is one line of JSON, ``{"format": "slotmoe-trace", "version": 2, "layers": [...],
 "n_routed_experts": E, "num_experts_per_tok": K}``, then one block for each forward step,
-little-endian: a u32 token count T (more than 1 in prefill), then u16 expert indices [T, number of
-layers, K] in gate order.
+little-endian: a u32 token count T (more than 1 in prefill), u16 expert indices [T, number of
+layers, K] in gate order, and f16 [T, number of layers, 256], what the gates saw, folded
+(``slotmoe.offload.policy.forecast``).
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slotmoe.errors import ConfigError
+from slotmoe.offload.policy.forecast import FEATURES, Array, fold
 
 _LONGEST_HEADER = 1 << 16
 _KEYS = ("layers", "n_routed_experts", "num_experts_per_tok")
 _RECORD = "slotmoe run MODEL PROMPT --trace FILE"
+
+
+class Step(NamedTuple):
+    """A forward step: ``indices`` uint16 [T, layers, K], ``features`` float16 [T, layers, F]."""
+
+    indices: Array
+    features: Array
 
 
 class TraceWriter:
@@ -30,25 +39,27 @@ class TraceWriter:
         except OSError as problem:
             raise ConfigError(f"{path}: can't write the trace there ({problem.strerror})") from None
         facts = zip(_KEYS, (layers, n_routed_experts, num_experts_per_tok), strict=True)
-        header = {"format": "slotmoe-trace", "version": 1, **dict(facts)}
+        header = {"format": "slotmoe-trace", "version": 2, **dict(facts)}
         self._file.write(json.dumps(header).encode() + b"\n")
         self._file.flush()
         self._layers = layers
-        self._step: dict[int, np.ndarray] = {}
+        self._step: dict[int, Step] = {}  # [T, K] and [T, F] of each layer so far
 
-    def add(self, layer: int, indices: list[list[int]], behind: int = 0) -> None:
-        """Indices [T, K] of one layer of the present step, of which ``behind`` tokens of that layer
-        came before; a layer met again starts a new step."""
-        rows = np.array(indices, "<u2")
+    def add(self, layer: int, indices: list[list[int]], x_TD: Array, behind: int = 0) -> None:
+        """Indices [T, K] and inputs of one layer of the present step, of which ``behind`` tokens of
+        that layer came before; a layer met again starts a new step."""
+        new = Step(np.array(indices, "<u2"), fold(x_TD).astype("<f2"))
         if behind and layer in self._step:
-            rows = np.concatenate([self._step[layer], rows])
+            new = Step(*map(np.concatenate, zip(self._step[layer], new, strict=True)))
         elif layer in self._step:
             self._step.clear()
-        self._step[layer] = rows
+        self._step[layer] = new
         whole = len(self._step) == len(self._layers)
-        if whole and len(rows) == len(self._step[self._layers[0]]):
-            block = np.stack([self._step[layer] for layer in self._layers], axis=1)
-            self._file.write(np.uint32(len(block)).astype("<u4").tobytes() + block.tobytes())
+        tokens = len(new.indices)
+        if whole and tokens == len(self._step[self._layers[0]].indices):
+            layers = zip(*(self._step[layer] for layer in self._layers), strict=True)
+            parts = [np.uint32(tokens).astype("<u4"), *(np.stack(part, 1) for part in layers)]
+            self._file.write(b"".join(part.tobytes() for part in parts))
             self._file.flush()  # a child that is forked would write what is kept once more
             self._step.clear()
 
@@ -56,8 +67,8 @@ class TraceWriter:
         self._file.close()
 
 
-def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and steps (uint16 [T, layers, K] each) of a trace file.  Raises ``ConfigError``.
+def read_trace(path: Path) -> tuple[dict[str, Any], list[Step]]:
+    """Header and steps of a trace file.  Raises ``ConfigError``.
 
     Everything is checked against the bytes that are there: counts, and that each gate chose K
     different experts below E.
@@ -66,19 +77,22 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
         header = _parse_header(path, file.readline(_LONGEST_HEADER))
         body = file.read()
     shape = len(header["layers"]), header["num_experts_per_tok"]
-    steps: list[np.ndarray] = []
+    steps = list[Step]()
     offset = 0
     while offset < len(body):
         tokens = int.from_bytes(body[offset : offset + 4], "little")
-        size, left = 2 * tokens * shape[0] * shape[1], max(len(body) - offset - 4, 0)
+        count = tokens * shape[0]  # of gates' choices
+        size, left = 2 * count * (shape[1] + FEATURES), max(len(body) - offset - 4, 0)
         if tokens == 0 or size > left:
             sizes = f"{tokens} tokens, {size} bytes, and {left} bytes are left"
             advice = f"the recording was cut off or damaged; record it again with {_RECORD}"
             raise ConfigError(f"{path}: step {len(steps)} counts {sizes}: {advice}")
-        steps.append(np.frombuffer(body, "<u2", size // 2, offset + 4).reshape(tokens, *shape))
+        indices = np.frombuffer(body, "<u2", count * shape[1], offset + 4)
         offset += 4 + size
+        features = np.frombuffer(body, "<f2", count * FEATURES, offset - 2 * count * FEATURES)
+        steps.append(Step(indices.reshape(tokens, *shape), features.reshape(tokens, shape[0], -1)))
     if steps:  # all at once: steps of decode have one token each, and there may be many
-        _check_indices(path, np.concatenate(steps), header)
+        _check_indices(path, np.concatenate([step.indices for step in steps]), header)
     return header, steps
 
 
@@ -86,7 +100,7 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
     try:
         header = json.loads(line)
         layers, experts, top_k = (header[key] for key in _KEYS)
-        known = header["format"] == "slotmoe-trace" and header["version"] == 1
+        known = header["format"] == "slotmoe-trace" and header["version"] == 2
         known &= all(type(number) is int for number in (*layers, experts, top_k))
         known &= len(layers) > 0 and layers == sorted(set(layers)) and layers[0] >= 0
         if known and 1 <= top_k <= experts <= 1 << 16:
@@ -94,7 +108,7 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     line_1 = f"JSON with format, version, {', '.join(_KEYS)}"
-    problem = f"not a slotmoe trace of version 1, whose first line is {line_1}"
+    problem = f"not a slotmoe trace of version 2, whose first line is {line_1}"
     raise ConfigError(f"{path}: {problem}; record one with {_RECORD}")
 
 

@@ -31,7 +31,7 @@ MISS_SECONDS = 1.7e-4  # Python, a colder read and a kernel call for an expert r
 THREAD_ATTENTION = 260e9  # attention's multiply-adds a second on one thread (Zen 5, AVX-512 VNNI)
 THREAD_PREFILL = 84e9  # prefill's multiply-adds a second on one thread
 # Hits of the default policy against the share of experts in slots: the sample, held-out texts.
-TEXT_HITS = ((0.0, 0.0), (0.1, 0.27), (0.25, 0.52), (0.5, 0.79), (1.0, 1.0))
+TEXT_HITS = ((0.0, 0.0), (0.1, 0.31), (0.25, 0.56), (0.5, 0.8), (1.0, 1.0))
 MEASURED = ("ram", "disk", "latency", "gpu", "pcie", "pcie_busy", "experts")
 
 

@@ -9,22 +9,22 @@ What copies the bytes stands elsewhere.
 A forward pass of T tokens is ``advance(T)``, then layer by layer ``use_chunk``, and ``offer`` for
 what was missing, once its bytes are in memory.
 
-Shapes: T tokens, K experts a token, M MoE layers, N expert ids.
+Shapes: T tokens, D hidden_size, K experts a token, M MoE layers, E experts, N expert ids.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from slotmoe.offload.policy.forecast import Array, Forecast
 
 
 class Cache(ABC):
     """What is cached, and the counters; a policy keeps ``_worth_N`` up to date."""
 
     _worth_N: Array
+    learns = False  # whether ``use_chunk`` wants the layer's inputs
 
     def __init__(
         self,
@@ -57,10 +57,13 @@ class Cache(ABC):
         self.use_chunk(row, [[expert]])
         return expert_id in self.cached
 
-    def use_chunk(self, row: int, indices: Sequence[Sequence[int]], later: int = 0) -> None:
+    def use_chunk(
+        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
+    ) -> None:
         """The gate of layer ``row`` chose ``indices`` [T, K] for T of the pass's tokens, with
         ``later`` more behind them: as many uses, but each distinct expert is one hit or one miss,
-        since a chunk brings it once."""
+        since a chunk brings it once.  ``x_TD`` are the newest tokens' inputs of the layer, None
+        where they do not follow each other."""
         ids_TK = np.array(indices) + row * self.experts
         self._now -= later
         self._touch(row, ids_TK)
@@ -94,6 +97,11 @@ class Cache(ABC):
         self.add(expert_id)
         self.evictions += 1
         return victim
+
+    def least(self, expert_ids: Collection[int]) -> int:
+        """Of ``expert_ids``, cached or not, the one of least worth."""
+        ids = list(expert_ids)
+        return ids[int(self._worth_now()[ids].argmin())]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""
@@ -144,19 +152,6 @@ class Lru(Cache):
         self._uses += ids_TK.size
 
 
-class Lfu(Cache):
-    """The least frequently used expert is evicted.  ``popularity`` counts as if it had been seen
-    for ``PRIOR`` tokens."""
-
-    PRIOR = 100
-
-    def _start(self) -> None:
-        self._worth_N = self.PRIOR * self._popularity_N
-
-    def _touch(self, row: int, ids_TK: Array) -> None:
-        np.add.at(self._worth_N, ids_TK, 1)
-
-
 class Lrfu(Cache):
     """Frequency and recency in one: a use counts 1 and then ``DECAY`` times less with every token.
 
@@ -174,22 +169,6 @@ class Lrfu(Cache):
     def _touch(self, row: int, ids_TK: Array) -> None:
         tokens_T = np.arange(self._now - len(ids_TK), self._now) + 1
         np.logaddexp.at(self._worth_N, ids_TK, -np.log(self.DECAY) * tokens_T[:, None])
-
-
-class LeastStale(Cache):
-    """Stale experts, unused by the present pass, leave first, and of them those whose layer comes
-    first (SpecMD, arXiv 2602.03921); with bypass, what the present pass has used never leaves for a
-    newcomer."""
-
-    def _start(self) -> None:
-        self._worth_N = np.repeat(np.arange(self.layers, dtype=float), self.experts)
-
-    def advance(self, tokens: int = 1) -> None:
-        super().advance(tokens)
-        self._start()
-
-    def _touch(self, row: int, ids_TK: Array) -> None:
-        self._worth_N[ids_TK] = self.layers
 
 
 class LayerAware(Cache):
@@ -264,12 +243,48 @@ class LayerAware(Cache):
         return worth_N
 
 
+class Learned(LayerAware):
+    """``LayerAware`` with a forecast of the next token, and a second way to earn: a slot is worth
+    the more of two rates, the next chance over the time until it, and one hit over the time until
+    the next use, which later tokens bring as often as about 100 before did."""
+
+    learns = True
+    _next_E: Array | None = None  # of the layer that is visited
+    _now_N: Array | None = None
+
+    def _start(self) -> None:
+        super()._start()
+        self._forecast = Forecast(self.layers, self.experts, self._popularity_N)
+        self._far_MN = 1 / self._near_MN
+        self._wait_N = np.full_like(self._popularity_N, np.inf)  # layers, beyond the next turn
+
+    def use_chunk(
+        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
+    ) -> None:
+        self._next_E = None if x_TD is None else self._forecast.learn(row, indices, x_TD)
+        super().use_chunk(row, indices, later)
+
+    def _estimate(self, expert_ids: int | slice) -> None:
+        super()._estimate(expert_ids)
+        if self._next_E is not None and isinstance(expert_ids, slice):
+            self._worth_N[expert_ids] = self._next_E.clip(0, 1)
+        later = self.LONG ** (self._now - self._epoch) * self._long_N[expert_ids]
+        turns = (1 - self._worth_N[expert_ids]) / np.maximum(later, 1e-9)
+        self._wait_N[expert_ids] = turns * self.layers
+        self._now_N = None
+
+    def _worth_now(self) -> Array:
+        if self._now_N is None:  # else nothing was estimated since, as between a layer's offers
+            uses_N = 1 / (self._far_MN[self._row] + self._wait_N)
+            self._now_N = np.maximum(super()._worth_now(), uses_N)
+        return self._now_N
+
+
 _CLASSES: dict[str, type[Cache]] = {
     "lru": Lru,
-    "lfu": Lfu,
     "lrfu": Lrfu,
-    "least-stale": LeastStale,
     "layer-aware": LayerAware,
+    "learned": Learned,
 }
 
 

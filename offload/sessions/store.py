@@ -112,12 +112,16 @@ def _identity(model: LoadedModel) -> bytes:
     if not isinstance(model.source, Export) or model.experts is None:
         problem = "the reference path (quantize=False) keeps no sessions"
         raise ConfigError(f"{problem}; open the model quantized")
+    if model.options.route_budget:
+        problem = "with a route budget a latent depends on what was cached when it was computed"
+        raise ConfigError(f"{problem}: leave out the session or the budget")
     layers_LSX = model.caches[0].layers
     parts = {
         "export": model.source.manifest["checksum"],
         "program": [version("slotmoe"), torch.__version__],
         "device": [model.device.tier, model.device.name, model.backend.name],
         "misses": model.experts.split.mode,
+        "experts": model.config.num_experts_per_tok,
         "row": [len(layers_LSX), layers_LSX.shape[2], str(layers_LSX.dtype)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()

@@ -10,31 +10,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slotmoe.offload.observe.trace import Step
 from slotmoe.offload.policy.cache import make_cache
+from slotmoe.offload.policy.forecast import Array
 
 OPTIMUM = "optimum"
 Choices = list[list[list[int]]]
 """The expert ids that each token's gates chose: [tokens][MoE layers][K]."""
 
 
-def gate_choices(steps: Sequence[np.ndarray], experts: int) -> Choices:
-    """Expert ids of a trace's steps (expert indices [T, MoE layers, K])."""
+def gate_choices(steps: Sequence[Step], experts: int) -> tuple[Choices, Array]:
+    """Expert ids of a trace's steps, and what the gates saw, [tokens, MoE layers, F]."""
     choices: Choices = []
-    for step in steps:
-        choices += (step.astype(int) + experts * np.arange(step.shape[1])[:, None]).tolist()
-    return choices
+    for indices, _ in steps:
+        choices += (indices.astype(int) + experts * np.arange(indices.shape[1])[:, None]).tolist()
+    return choices, np.concatenate([step.features for step in steps])
 
 
-def replay(choices: Choices, policy: str, slots: int, experts: int) -> int:
+def replay(choices: Choices, features: Array, policy: str, slots: int, experts: int) -> int:
     """Hits of a policy of ``slotmoe.offload.policy``, or of ``OPTIMUM``."""
     if policy == OPTIMUM:
         return optimum(choices, slots)
     cache = make_cache(policy, slots, len(choices[0]), experts)
-    for token in choices:
+    for token, seen in zip(choices, features, strict=True):
         cache.advance()
         for row, chosen in enumerate(token):
             missing = [expert_id for expert_id in chosen if expert_id not in cache]
-            cache.use_chunk(row, [[expert_id - row * experts for expert_id in chosen]])
+            indices = [expert_id - row * experts for expert_id in chosen]
+            cache.use_chunk(row, [indices], x_TD=seen[row, None])
             for expert_id in missing:
                 cache.offer(expert_id, chosen)
     return cache.hits

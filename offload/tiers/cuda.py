@@ -2,9 +2,10 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -50,15 +51,19 @@ class _Interface:
 
 
 class MappedDownload(Download):
-    """Values that a kernel writes into page-locked RAM."""
+    """Values that kernels write into page-locked RAM, which serves the next ones: what is given
+    away is a copy."""
 
-    def __init__(self, host: Tensor, event: Event):
-        super().__init__(host)
+    def __init__(self, event: Event, host: Tensor, *others: Tensor):
+        super().__init__(host, *others)
         self._event = event
 
     def get(self) -> Tensor:
         self._event.synchronize()
-        return self._host.clone()  # the page-locked memory serves the next one
+        return self._host.clone()
+
+    def others(self) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in self._others)
 
 
 class Mailbox:
@@ -74,27 +79,32 @@ class Mailbox:
 
     def write(self, device: "CudaDevice", source: Tensor, target: Tensor) -> None:
         """A kernel that is launched now makes ``target`` what ``source`` in RAM is now."""
-        memory, (host, kernels) = self._take(device, source)
+        memory, ((host, kernels),) = self._take(device, [source])
         host.copy_(source)
         torch.mul(kernels, 1, out=target)  # an operation that torch makes no copy of
         self._used.append((device.record(), memory, lambda: None))
 
-    def read(self, device: "CudaDevice", source: Tensor) -> Download:
-        """A kernel that is launched now brings ``source`` to RAM."""
-        memory, (host, kernels) = self._take(device, source)
-        torch.mul(source, 1, out=kernels)
+    def read(self, device: "CudaDevice", *sources: Tensor) -> Download:
+        """Kernels that are launched now bring ``sources`` to RAM."""
+        memory, views = self._take(device, sources)
+        for source, (_, kernels) in zip(sources, views, strict=True):
+            torch.mul(source, 1, out=kernels)
         event = device.record()
-        download = MappedDownload(host, event)
+        download = MappedDownload(event, *(host for host, _ in views))
         self._used.append((event, memory, weakref.ref(download)))
         return download
 
-    def _take(self, device: "CudaDevice", like: Tensor) -> tuple[Mapped, Iterator[Tensor]]:
-        """Memory for such a tensor, and both its views."""
+    def _take(self, device: "CudaDevice", like: Sequence[Tensor]) -> tuple[Mapped, list[Mapped]]:
+        """Memory for such tensors, and both views of each."""
         self._collect()
-        size = max(4096, 1 << max(0, like.nbytes - 1).bit_length())
+        starts = [0, *accumulate(-(-tensor.nbytes // 16) * 16 for tensor in like)]
+        size = max(4096, 1 << max(0, starts[-1] - 1).bit_length())
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else device.mapped(size)
-        return memory, (view[: like.nbytes].view(like.dtype).view(like.shape) for view in memory)
+        memory, views = free.pop() if free else device.mapped(size), list[Mapped]()
+        for tensor, start in zip(like, starts, strict=False):
+            parts = (view[start : start + tensor.nbytes].view(tensor.dtype) for view in memory)
+            views.append(Mapped(*(part.view(tensor.shape) for part in parts)))
+        return memory, views
 
     def _collect(self) -> None:
         passed = 0
@@ -186,8 +196,8 @@ class CudaDevice(Device):
         assert kernels.data_ptr() == host.data_ptr(), "page-locked RAM was copied, not mapped"
         return Mapped(host, kernels)
 
-    def download(self, tensor: Tensor) -> Download:
-        return self._mailbox.read(self, tensor)
+    def download(self, tensor: Tensor, *others: Tensor) -> Download:
+        return self._mailbox.read(self, tensor, *others)
 
     def upload(self, tensor: Tensor) -> Tensor:
         result = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)

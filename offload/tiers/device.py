@@ -42,14 +42,18 @@ class Event:
 
 
 class Download:
-    """Values on their way to the host; on a CPU they are there."""
+    """Values on their way to the host, all by one event; on a CPU they are there."""
 
-    def __init__(self, tensor: Tensor):
-        self._host = tensor
+    def __init__(self, tensor: Tensor, *others: Tensor):
+        self._host, self._others = tensor, others
 
     def get(self) -> Tensor:
         """The tensor in RAM; blocks until it is there."""
         return self._host
+
+    def others(self) -> tuple[Tensor, ...]:
+        """What came with it, once ``get`` has returned."""
+        return self._others
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,9 @@ class Device:
     def drain(self) -> None:
         """Block the host until no copy is under way."""
 
-    def download(self, tensor: Tensor) -> Download:
-        """Bring a small tensor to the host, behind the kernels launched so far."""
-        return Download(tensor)
+    def download(self, tensor: Tensor, *others: Tensor) -> Download:
+        """Bring small tensors to the host together, behind the kernels launched so far."""
+        return Download(tensor, *others)
 
     def upload(self, tensor: Tensor) -> Tensor:
         """A small tensor from the host, before the kernels launched from now on."""

@@ -30,11 +30,12 @@ PIN_BYTES = 64 << 20
 
 
 class _Use(NamedTuple):
-    """A record of the slab that is being written, copied or computed with; ``cached`` if the cache
-    had it before."""
+    """A record of the slab that is being written, copied or computed with: it is ``present`` if it
+    need not be written, and ``cached`` if the cache had it before."""
 
     expert_id: int
     slot: int
+    present: bool
     cached: bool
 
 
@@ -79,8 +80,8 @@ class HostTier(DiskReader):
                         self._put_back(use, arrived=False)
 
         # What stays in a read must not keep it: ``arrived`` does, until it has been called.
-        read = Read(expert_id, self._buffer(use), urgency, None if use.cached else arrived)
-        if use.cached:
+        read = Read(expert_id, self._buffer(use), urgency, None if use.present else arrived)
+        if use.present:
             arrived(True)
             read.done = True
         return read
@@ -94,7 +95,7 @@ class HostTier(DiskReader):
             if ok:
                 self._pinned.written(use.slot)
 
-        read = Read(expert_id, self._buffer(use), DEMAND, arrived, done=use.cached)
+        read = Read(expert_id, self._buffer(use), DEMAND, arrived, done=use.present)
         self._acquired[read] = use
         return read
 
@@ -173,21 +174,21 @@ class HostTier(DiskReader):
         self._pinned.close()
 
     def _buffer(self, use: _Use) -> memoryview:
-        """Where the disk writes a record; nothing where it is cached."""
-        return memoryview(b"") if use.cached else self.slab[use.slot].numpy().data
+        """Where the disk writes a record; nothing where it is present."""
+        return memoryview(b"") if use.present else self.slab[use.slot].numpy().data
 
     def _claim(self, expert_id: int) -> _Use:
-        """A use of a cached expert, or of a free slot."""
+        """A use of a cached expert, or of a free slot, in which it may be still."""
         with self._table_lock:
             self._collect()
             if self.cache.use(expert_id):
                 self._in_use[expert_id] += 1
-                return _Use(expert_id, self.table.slot_of[expert_id], cached=True)
+                return _Use(expert_id, self.table.slot_of[expert_id], True, cached=True)
             # All that is on its way has been queued: the oldest copy makes room.
-            while not self.table.free:
+            while not (self.table.free or self.table.left):
                 self._copying[0][0].synchronize()
                 self._collect()
-            return _Use(expert_id, self.table.free.pop(), cached=False)
+            return _Use(expert_id, *self.table.acquire(expert_id), cached=False)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:

@@ -37,11 +37,15 @@ class Table:
     ``cache`` decides which experts stay, at most ``cache.slots`` of them.  The other slots are for
     staging: they hold records on their way in, so that nothing is evicted before its successor has
     arrived, and a wrong prefetch costs no cached expert.
+
+    What leaves the cache, or is not admitted, is ``left`` in its slot until that is needed, and may
+    be wanted again meanwhile: the least worth is overwritten first.
     """
 
     def __init__(self, cache: Cache, slab: Tensor):
         self.cache, self.slab = cache, slab
         self.slot_of: dict[int, int] = {}
+        self.left: dict[int, int] = {}  # by expert id: slots that are free, too
         self.free = list(range(len(slab) - 1, -1, -1))
 
     def admit(self, expert_id: int, pinned: Collection[int], must: bool = False) -> int | None:
@@ -49,8 +53,17 @@ class Table:
         Returns the expert id that lost its slot, if any."""
         evicted = self.cache.offer(expert_id, pinned, must)
         if evicted is not None:
-            self.free.append(self.slot_of.pop(evicted))
+            if evicted in self.left:  # the host tier may read a record twice at once
+                self.free.append(self.left[evicted])
+            self.left[evicted] = self.slot_of.pop(evicted)
         return evicted
+
+    def acquire(self, expert_id: int) -> tuple[int, bool]:
+        """One of the free slots, of which there are some, for an expert, and whether its record is
+        in there."""
+        if expert_id in self.left:
+            return self.left.pop(expert_id), True
+        return self.free.pop() if self.free else self.left.pop(self.cache.least(self.left)), False
 
     def restore(self, slots: range, staged: Collection[int] = ()) -> None:
         """Make cache, map and free list, of which an interrupted step may have changed any, agree.
@@ -62,6 +75,7 @@ class Table:
             id: slot for id, slot in certain.items() if uses[slot] == 1 and id not in staged
         }
         self.cache.restore(self.slot_of)
+        self.left.clear()
         self.free = sorted(set(slots).difference(self.slot_of.values()), reverse=True)
 
 
@@ -95,7 +109,7 @@ class Slots:
         self.coming: OrderedDict[int, Read] = OrderedDict()  # in staging slots, oldest first
         # Given up, but a piece of the record is still arriving in the slot.
         self.abandoned: list[tuple[Read, int]] = []
-        self.wait_seconds = 0.0
+        self.wait_seconds, self.reclaimed = 0.0, 0
         # Whether all this is as a step leaves it at its end; else ``recover`` comes first.
         self.consistent = True
         self.planned, self._touched = cache.slots, 0
@@ -126,6 +140,10 @@ class Slots:
     def __contains__(self, expert_id: int) -> bool:
         """Whether the expert has a slot, cached or on its way."""
         return expert_id in self.table.slot_of
+
+    def at_hand(self, expert_id: int) -> bool:
+        """Whether the expert need not be read: it has a slot, or is still in one that is free."""
+        return expert_id in self.table.slot_of or expert_id in self.table.left
 
     def slot(self, expert_id: int) -> int:
         """The row of the slab with an expert's record, cached or arrived."""
@@ -182,7 +200,7 @@ class Slots:
                 read = None
             if read is None:
                 read = self._begin(expert_id, DEMAND, pinned)
-                new.append(read)
+                new += [] if read.done else [read]
             elif not read.done:
                 self._source.promote(read)
             reads.append(read)
@@ -195,7 +213,8 @@ class Slots:
         self._collect()
         if len(self.coming) + len(self.abandoned) + self._reserve >= self.staging:
             return False
-        self._source.submit([self._begin(expert_id, urgency, ())])
+        read = self._begin(expert_id, urgency, ())
+        self._source.submit([] if read.done else [read])
         return True
 
     def wait(self, reads: Collection[Read]) -> None:
@@ -267,7 +286,9 @@ class Slots:
         if expert_id not in self.coming:
             return
         read, slot = self.coming.pop(expert_id), self.table.slot_of.pop(expert_id)
-        if read.done or self._source.cancel(read):
+        if read.arrived and read.error is None:
+            self.table.left[expert_id] = slot
+        elif read.done or self._source.cancel(read):
             self.table.free.append(slot)
         else:
             self.abandoned.append((read, slot))
@@ -326,24 +347,27 @@ class Slots:
             done()
 
     def _begin(self, expert_id: int, urgency: int, pinned: Collection[int]) -> Read:
-        slot = self._acquire(pinned)
-        read = self._source.read(expert_id, self.slab[slot], urgency)
+        self._make_room(pinned)
+        slot, present = self.table.acquire(expert_id)
+        self.reclaimed += present
+        if present:
+            read = Read(expert_id, memoryview(b""), urgency, done=True)
+        else:
+            read = self._source.read(expert_id, self.slab[slot], urgency)
         self.table.slot_of[expert_id] = slot
         self.coming[expert_id] = read
         return read
 
-    def _acquire(self, pinned: Collection[int]) -> int:
-        """A free slot; if there is none, the oldest prefetch that is not pinned gives its own
-        up."""
+    def _make_room(self, pinned: Collection[int]) -> None:
+        """If no slot is free, the oldest prefetch that is not pinned gives its own up."""
         self._collect()
-        while not self.table.free:
+        while not (self.table.free or self.table.left):
             unwanted = next((id for id in self.coming if id not in pinned), None)
             if unwanted is not None:
                 self.drop(unwanted)
             else:
                 self._source.wait([read for read, _ in self.abandoned])
             self._collect()
-        return self.table.free.pop()
 
     def _collect(self) -> None:
         if self.abandoned:

@@ -74,11 +74,11 @@ class NativeDecoder:
         waits = done.layer < self._layers
         passed = done.indices[:-1] if waits else done.indices
         if len(passed):
-            experts.passed(first, passed)
+            experts.passed(first, passed, done.x[: len(passed)])
         if not waits:
             return None
-        step.x_TD = done.x
-        return done.layer, done.x, done.weights, done.indices[-1]
+        step.x_TD = done.x[-1]
+        return done.layer, done.x[-1], done.weights, done.indices[-1]
 
 
 class NativeBackend(TorchBackend):

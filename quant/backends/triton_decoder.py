@@ -150,7 +150,7 @@ class TritonDecoder:
             return choice  # type: ignore[no-any-return]
         step.layer, step.x_TD, step.h_TD = len(self._layers), None, h_1D
         if indices is not None:
-            experts.passed(0, indices)
+            experts.passed(0, indices, None)
         return None
 
     def _graph(self, first: int, whole: bool, layer_bytes: int) -> Captured:

@@ -29,6 +29,7 @@ from slotmoe.quant.export.layout import (
     MANIFEST,
     MAX_PREDICTOR_WIDTH,
     RESIDENT,
+    SWAP_PRICES,
     Part,
     RecordLayout,
     checksum,
@@ -262,6 +263,8 @@ def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
     Q = tensors["layer.in.weight"]["shape"][1] if L > 1 else 1
     _require(max(R, Q) <= MAX_PREDICTOR_WIDTH, f"the predictor is wider than {MAX_PREDICTOR_WIDTH}")
     expected = predictor_parts(experts["hidden_size"], L, experts["n_routed_experts"], R, Q)
+    if SWAP_PRICES not in tensors:
+        del expected[SWAP_PRICES]
     _require(set(tensors) == set(expected), "the predictor has other tensors than its format")
     return _check_tensors("the predictor", tensors, expected)
 

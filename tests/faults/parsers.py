@@ -301,8 +301,8 @@ def _trace(folder: Path) -> Iterator[Parser]:
     from slotmoe.offload.observe.trace import read_trace
 
     keys = {"layers": [1, 2], "n_routed_experts": 8, "num_experts_per_tok": 2}
-    header = {"format": "slotmoe-trace", "version": 1, **keys}
-    step = (3).to_bytes(4, "little") + bytes([0, 0, 5, 0] * 6)
+    header = {"format": "slotmoe-trace", "version": 2, **keys}
+    step = (3).to_bytes(4, "little") + bytes([0, 0, 5, 0] * 6) + bytes(2 * 256) * 6
     path = folder / "trace"
 
     def parse(data: bytes) -> bool:

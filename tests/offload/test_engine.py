@@ -525,6 +525,43 @@ def test_slots_keep_a_reserve_for_demands(sample_export):
         reader.close()
 
 
+def test_what_has_left_the_cache_is_taken_back_until_its_slot_is_needed(sample_export):
+    """The least worth is overwritten first; what was read ahead in vain stays too."""
+    with Export.open(sample_export) as export:
+        reader = DiskReader(export, direct=False)
+        slots = Slots(reader, make_cache("lru", 2, 7, 32), 3, 1, reader.record_bytes, Device())
+
+        def use(*keys):
+            reads = slots.demand(keys, pinned=keys)
+            while pending := [read for read in reads if not read.done]:
+                slots.wait(pending)
+            for row in {key // 32 for key in keys}:
+                slots.cache.use_chunk(row, [[key % 32 for key in keys if key // 32 == row]])
+            for key in keys:
+                slots.admit(key, pinned=keys)
+
+        for key in (0, 1, 2, 3, 4):
+            use(key)
+        assert {*slots.table.left} == {0, 1, 2}
+        before = reader.stats()["disk"]["bytes"]
+        bytes_1 = slots.slab[slots.table.left[1]].clone()
+        use(1)
+        assert (reader.stats()["disk"]["bytes"], slots.reclaimed) == (before, 1)
+        assert torch.equal(slots.slab[slots.slot(1)], bytes_1)
+        assert slots.prefetch(40, 1)
+        while not slots.coming[40].done:
+            slots.wait([slots.coming[40]])
+        slots.advance(1)  # nobody has asked for 40
+        assert {*slots.table.left} == {2, 3, 40}  # 0 was used before all others
+        before = reader.stats()["disk"]["bytes"]
+        use(40)
+        assert (reader.stats()["disk"]["bytes"], slots.reclaimed) == (before, 2)
+        slots.consistent = False
+        slots.recover()
+        assert not slots.table.left  # what an interrupted step has left there is not trusted
+        reader.close()
+
+
 def test_what_was_read_to_warm_the_cache_moves_into_it_with_the_next_step(sample_export):
     with Export.open(sample_export) as export:
         reader = DiskReader(export, direct=False)

@@ -49,8 +49,13 @@ def test_trace_records_every_step(sample_export, tmp_path):
         prompt = len(runtime.tokenizer.encode(PROMPT))
     header, steps = read_trace(tmp_path / "trace")
     assert header["layers"] == list(range(1, 8))
-    assert [step.shape for step in steps] == [(prompt, 7, 6)] + [(1, 7, 6)] * (count - 1)
-    assert all(len(set(row.tolist())) == 6 for step in steps for token in step for row in token)
+    chosen = [step.indices for step in steps]
+    assert [step.shape for step in chosen] == [(prompt, 7, 6)] + [(1, 7, 6)] * (count - 1)
+    assert all(len(set(row.tolist())) == 6 for step in chosen for token in step for row in token)
+    seen = [step.features for step in steps]
+    assert [step.shape for step in seen] == [(prompt, 7, 256)] + [(1, 7, 256)] * (count - 1)
+    squares = np.concatenate(seen).astype(float) ** 2
+    np.testing.assert_allclose(squares.mean(-1), 1, rtol=0.01)
     data = (tmp_path / "trace").read_bytes()
     (tmp_path / "cut").write_bytes(data[:-3])
     with pytest.raises(ConfigError, match="cut off"):
@@ -379,8 +384,9 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
             runtime.logits(IDS)
             runtime.sequences[0].append([7])
         traces.append(read_trace(tmp_path / "trace")[1])
-    assert [len(step) for step in traces[1]] == [len(IDS), 1]
-    assert all(map(np.array_equal, *traces))
+    assert [len(step.indices) for step in traces[1]] == [len(IDS), 1]
+    for at_once, in_steps in zip(*traces, strict=True):
+        assert all(map(np.array_equal, at_once, in_steps))
 
 
 def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_export):

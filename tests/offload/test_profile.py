@@ -80,7 +80,7 @@ def reported(sample_export, tmp_path_factory):
     )
     return (
         folder,
-        read_trace(folder / "x.trace")[1],
+        [step.indices for step in read_trace(folder / "x.trace")[1]],
         json.loads((folder / "profile.json").read_text()),
     )
 

@@ -44,6 +44,7 @@ class Disk:
         return read
 
     def submit(self, reads):
+        assert not any(read.done for read in reads)  # what is there is not read
         self.pending += reads
 
     def promote(self, read):
@@ -78,11 +79,13 @@ class Disk:
 
 
 class Model:
-    """What should be, by expert ids alone: least recently used leaves."""
+    """What should be, by expert ids alone: least recently used leaves the cache, and what has left
+    or never got in stays in its free slot until that is needed, the least recently used least."""
 
-    def __init__(self, slots, bypass):
-        self.slots, self.bypass = slots, bypass
+    def __init__(self, slots, bypass, all_slots):
+        self.slots, self.bypass, self.all_slots = slots, bypass, all_slots
         self.cached, self.coming, self.used, self.now = set(), {}, {}, 0
+        self.left, self.abandoned, self.reclaimed = [], 0, 0
         self.counts = dict.fromkeys(("hits", "misses", "evictions", "bypassed"), 0)
         self.guesses = {
             name: dict.fromkeys(("used", "wasted", "cancelled"), 0) for name in HORIZONS
@@ -97,6 +100,38 @@ class Model:
         self.counts["hits"] += hits
         self.counts["misses"] += len(ids) - hits
 
+    def take_slot(self, expert_id):
+        """For a read that begins."""
+        held = len(self.cached) + len(self.coming) + self.abandoned + len(self.left)
+        if expert_id in self.left:
+            self.left.remove(expert_id)
+            self.reclaimed += 1
+        elif held == self.all_slots:
+            self.left.remove(min(self.left, key=lambda id: self.used.get(id, -1)))
+
+    def drop(self, expert_id, read, begun):
+        del self.coming[expert_id]
+        if read.done and read.error is None:
+            self.left.append(expert_id)
+        self.abandoned += begun
+
+    def demand(self, missing, reads, begun):
+        """``reads`` are those on their way, of which some have ``begun``."""
+        for expert_id in missing:
+            if expert_id in reads and reads[expert_id].error is not None:
+                self.drop(expert_id, reads[expert_id], False)
+            if expert_id in self.coming:
+                continue
+            room = self.all_slots - len(self.cached)
+            while len(self.coming) + self.abandoned == room:
+                unwanted = next((id for id in self.coming if id not in missing), None)
+                if unwanted is None:
+                    self.abandoned -= 1  # it waits for one that nobody wants
+                else:
+                    self.drop(unwanted, reads[unwanted], reads[unwanted] in begun)
+            self.take_slot(expert_id)
+            self.coming[expert_id] = DEMAND
+
     def offer(self, expert_id, pinned):
         if len(self.cached) < self.slots:
             self.cached.add(expert_id)
@@ -106,7 +141,9 @@ class Model:
             self.bypass and self.used.get(others[0], -1) >= self.used.get(expert_id, -1)
         ):
             self.counts["bypassed"] += 1
+            self.left.append(expert_id)
             return
+        self.left.append(others[0])
         self.cached.remove(others[0])
         self.cached.add(expert_id)
         self.counts["evictions"] += 1
@@ -127,7 +164,7 @@ class Engine(RuleBasedStateMachine):
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
         self.prefetcher.idle()
         self.prefetcher.chosen(1, (), 0)  # the disk has idled: guesses are read from now on
-        self.model, self.inside = Model(slots, bypass), False
+        self.model, self.inside = Model(slots, bypass, len(self.slots.slab)), False
         self.begin()
 
     # The target of the prefetcher's reads
@@ -136,17 +173,21 @@ class Engine(RuleBasedStateMachine):
         return expert_id in self.slots
 
     def prefetch(self, expert_id, urgency):
-        held = [read for read, _ in self.slots.abandoned if not read.done]
-        wanted = len(self.model.coming) + len(held) + CHOSEN < self.slots.staging
+        model = self.model
+        model.abandoned = sum(not read.done for read, _ in self.slots.abandoned)
+        wanted = len(model.coming) + model.abandoned + CHOSEN < self.slots.staging
         accepted = self.slots.prefetch(expert_id, urgency)
         assert accepted == wanted
         if accepted:
-            self.model.coming[expert_id] = urgency
+            model.take_slot(expert_id)
+            model.coming[expert_id] = urgency
         return accepted
 
     def drop(self, expert_id):
+        if expert_id in self.model.coming:
+            read = self.slots.coming[expert_id]
+            self.model.drop(expert_id, read, read in self.disk.begun)
         self.slots.drop(expert_id)
-        self.model.coming.pop(expert_id, None)
 
     # Events
 
@@ -158,12 +199,15 @@ class Engine(RuleBasedStateMachine):
         self.slots.consistent = False
         if not was_consistent:
             model.coming.clear()
-        for expert_id, read in list(self.slots.coming.items()):
+            model.left.clear()
+        reads = self.slots.coming.items()
+        for expert_id, read in sorted(reads, key=lambda read: read[1].urgency == WARM):
             if read.urgency != WARM or read.done:
-                del model.coming[expert_id]
-                arrived = read.urgency == WARM and read.error is None
-                if arrived and len(model.cached) < model.slots:
+                if read.urgency == WARM and not read.error and len(model.cached) < model.slots:
+                    del model.coming[expert_id]
                     model.cached.add(expert_id)
+                else:
+                    model.drop(expert_id, read, False)
         self.slots.advance(1)
         self.prefetcher.reset()
         model.reading = [{} for _ in range(ROWS)]
@@ -193,6 +237,13 @@ class Engine(RuleBasedStateMachine):
     def warm(self, expert_id):
         if expert_id not in self.slots:
             self.prefetch(expert_id, WARM)
+
+    @precondition(lambda self: WARM in self.model.coming.values())
+    @rule(which=WHICH)
+    def cool(self, which):
+        """What was to warm the cache is given up."""
+        warm = [id for id, urgency in self.model.coming.items() if urgency == WARM]
+        self.drop(warm[which % len(warm)])
 
     @precondition(lambda self: self.disk.pending)
     @rule(which=WHICH)
@@ -237,11 +288,10 @@ class Engine(RuleBasedStateMachine):
             model.guesses[name]["used" if expert_id in chosen else "wasted"] += 1
         model.reading[row] = {}
         self.prefetcher.chosen(row, chosen, len(missing))
+        model.abandoned = sum(not read.done for read, _ in slots.abandoned)
+        model.demand(missing, dict(slots.coming), list(self.disk.begun))
         reads = slots.demand(missing, pinned=missing)
-        if gone := model.coming.keys() - slots.coming.keys():  # prefetches, for want of room
-            assert not slots.table.free and not gone & {*missing}
-        model.coming = {id: read.urgency for id, read in slots.coming.items()}
-        assert {*missing} <= model.coming.keys()
+        assert {*missing} <= slots.coming.keys()
         if breaks == "demand":
             raise Broken
         slots.cache.use_chunk(row, [[id % EXPERTS for id in chosen]])
@@ -275,18 +325,22 @@ class Engine(RuleBasedStateMachine):
         slots, cache, model = self.slots, self.slots.cache, self.model
         assert cache.cached == model.cached
         assert {name: getattr(cache, name) for name in model.counts} == model.counts
-        assert slots.coming.keys() == model.coming.keys()
+        assert list(slots.coming) == list(model.coming)
+        assert list(slots.table.left) == model.left and slots.reclaimed == model.reclaimed
         assert slots.table.slot_of.keys() == model.cached | model.coming.keys()
         stats = self.prefetcher.stats()
         for name, counts in model.guesses.items():
             assert counts.items() <= stats[name].items()
-        held = [*slots.table.free, *slots.table.slot_of.values()]
+        free = [*slots.table.free, *slots.table.left.values()]
+        held = [*free, *slots.table.slot_of.values()]
         held += [slot for _, slot in slots.abandoned]
         assert sorted(held) == list(range(len(slots.slab)))
         for read in self.disk.begun:  # nobody else may have the slot that it writes to
             slot = (self.disk.targets[read] - slots.slab.data_ptr()) // BYTES
             owned = slots.coming.get(read.expert_id) is read and slots.slot(read.expert_id) == slot
-            assert owned or slot not in {*slots.table.free, *slots.table.slot_of.values()}
+            assert owned or slot not in {*free, *slots.table.slot_of.values()}
+        for expert_id, slot in slots.table.left.items():
+            assert (slots.slab[slot] == expert_id + 1).all()
         known = np.full(ROWS * EXPERTS, -1)
         for expert_id in model.cached:
             known[expert_id] = slots.slot(expert_id)

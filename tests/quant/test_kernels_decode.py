@@ -201,11 +201,12 @@ def test_decode_is_bitwise_its_parts(
             query_scale,
         )
         asked += len(got.indices)
-        choices = []
+        choices, inputs = [], []
         for index in range(at + bool(resumed), 5):
             rest = others, positions, query_scale
             want, x, weights, indices = model.before_experts(index, want, table, *rest)
             choices += [] if indices is None else [indices.tolist()]
+            inputs += [] if indices is None else [x]
             if index == got.layer:
                 break
             assert weights is None or (slots[moe_layers[index]][indices] >= 0).all()
@@ -213,15 +214,16 @@ def test_decode_is_bitwise_its_parts(
             want = model.finish(index, want, x, y)
         assert torch.equal(got.h, want) and got.indices.tolist() == choices
         assert got.indices.shape[1:] == (len(positions), top_k)
+        assert same(got.x, inputs)
         h, at, resumed = got.h, got.layer, ()
         if got.layer < 5:
             stops += 1
             assert (slots[moe_layers[index]][indices] < 0).any()
-            assert same([got.x, got.weights], [x, weights])
+            assert same([got.x[-1], got.weights], [x, weights])
             y = model.experts(moe_layers[index], x, weights, indices)
             want = model.finish(index, want, x, y)
             if resumes:
-                resumed = got.x, y
+                resumed = got.x[-1], y
             else:
                 h, at = want, got.layer + 1
     assert asked == 3 and (stops == 3 or present > 0)

@@ -174,7 +174,7 @@ class CompleteExperts:
     def slot_table(self):
         return SlotTable(records(self._codecs), empty(1, E, dtype=torch.int32), complete=True)
 
-    def passed(self, layer, indices_MTK):
+    def passed(self, layer, indices_MTK, x_MTD):
         assert indices_MTK.shape == (1, 1, K)
 
 

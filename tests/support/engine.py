@@ -35,7 +35,7 @@ def start(runtime, depth=0):
 def busy(store):
     """Whether a record of the host tier is on its way, being copied or acquired."""
     store.stats()  # takes back what has been copied
-    held = len(store.table.free) + len(store.table.slot_of)
+    held = len(store.table.free) + len(store.table.left) + len(store.table.slot_of)
     return held < len(store.slab) or bool(store._in_use)
 
 
@@ -45,7 +45,12 @@ def whole(runtime):
     slots, store = runtime.model.experts.slots, runtime.model.store
     slots.recover()  # what the next pass begins with
     table, cached = slots.table, slots.cache.cached
-    held = [*table.free, *table.slot_of.values(), *(slot for _, slot in slots.abandoned)]
+    held = [
+        *table.free,
+        *table.left.values(),
+        *table.slot_of.values(),
+        *(slot for _, slot in slots.abandoned),
+    ]
     assert sorted(held) == list(range(len(slots.slab)))[: len(held)]
     assert len(held) == min(len(slots.slab), slots.cache.slots + slots.staging)
     assert {*table.slot_of} == {*slots.coming} | cached
@@ -60,6 +65,6 @@ def whole(runtime):
     while busy(store) and time.monotonic() < deadline:
         time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
     assert not busy(store)
-    held = [*store.table.free, *store.table.slot_of.values()]
+    held = [*store.table.free, *store.table.left.values(), *store.table.slot_of.values()]
     assert sorted(held) == list(range(len(store.slab)))
     assert {*store.table.slot_of} == store.cache.cached

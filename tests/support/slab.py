@@ -61,6 +61,6 @@ class SlabExperts:
             slots_ME = slots_ME.masked_fill(~shown, -1)
         return SlotTable(self._records, slots_ME, self.complete)
 
-    def passed(self, layer, indices_MTK):
+    def passed(self, layer, indices_MTK, x_MTD):
         layers = [moe_layer for moe_layer in self._layers if moe_layer >= layer]
         self.chosen += zip(layers, indices_MTK.tolist(), strict=False)

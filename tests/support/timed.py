@@ -78,15 +78,19 @@ class TimedTwin(Twin):
         self._small()
         super().write(source, target)
 
-    def download(self, tensor):
-        self._small()
-        download, twin, at = super().download(tensor), self, self.stream
+    def download(self, *tensors):
+        for _ in tensors:
+            self._small()
+        download, twin, at = super().download(*tensors), self, self.stream
 
         class Timed:
             def get(self):
                 twin.host = max(twin.host, at) + twin.rates.wake
                 twin._chosen = twin.host
                 return download.get()
+
+            def others(self):
+                return download.others()
 
         return Timed()
 

@@ -78,6 +78,9 @@ class TwinDownload:
         self._twin.syncs += 1
         return self._download.get()
 
+    def others(self):
+        return self._download.others()
+
 
 def mapped(size):
     """Memory with two addresses, as page-locked RAM has one for the host and one for kernels."""
@@ -240,10 +243,10 @@ class Twin:
             return "host"
         return "host" if address in self._given else "GPU"
 
-    def download(self, tensor):
+    def download(self, *tensors):
         self.seams += 1
         with NoEngine(self):
-            download = self._mailbox.read(self, tensor)
+            download = self._mailbox.read(self, *tensors)
         return TwinDownload(self, download)
 
     def upload(self, tensor):

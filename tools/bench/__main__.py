@@ -2,7 +2,17 @@
 
 import click
 
-from slotmoe.tools.bench import codes, decode, download, drafts, kernels, quantize, recall, serve
+from slotmoe.tools.bench import (
+    codes,
+    decode,
+    download,
+    drafts,
+    kernels,
+    quantize,
+    recall,
+    routing,
+    serve,
+)
 from slotmoe.tools.cli import main
 
 
@@ -14,6 +24,7 @@ def bench() -> None:
 for command in (
     *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
     *(codes.codes, quantize.quantize, download.download, drafts.drafts, serve.serve, recall.recall),
+    routing.routing,
 ):
     bench.add_command(command)
 

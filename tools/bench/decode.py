@@ -30,7 +30,7 @@ class _WithoutEngine:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         raise AssertionError("a decode step computes all experts by the slot table")
 
-    def passed(self, layer: int, indices_MTK: Tensor) -> None:
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         pass
 
 

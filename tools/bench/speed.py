@@ -108,11 +108,12 @@ def _components(runtime: Runtime, ids: list[int], depth: int) -> dict[str, float
 
 def _moved(runtime: Runtime) -> dict[str, Any]:
     """Bytes that have come from disk, been copied to a GPU (in how many seconds) and been computed
-    with by the CPU instead, and bytes of all experts that were in no slot when a gate chose
-    them."""
+    with by the CPU instead, and bytes of all experts that were in no slot when a gate chose them,
+    not even in a free one."""
     stats = runtime.stats()
     host = stats["io"].get("host", {"bytes": 0, "seconds": 0.0, "lent_bytes": 0})
-    missing = stats["cache"]["misses"] * runtime.plan.record_bytes
+    cache = stats["cache"]
+    missing = (cache["misses"] - cache["reclaimed"]) * runtime.plan.record_bytes
     counts = {"disk": stats["io"]["disk"]["bytes"], "missing": missing, "copied": host["bytes"]}
     return {**counts, "copying": host["seconds"], "computed": host["lent_bytes"]}
 

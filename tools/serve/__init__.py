@@ -149,8 +149,9 @@ def make_server(
 
     batch = Scheduler(runtime, sequences, queue, ended)
     app = make_app(Service(runtime, batch, name), bool(keys))
+    guarded = Guard(Bodies(app), keys, hosts, max_body, origins)
     settings = uvicorn.Config(
-        Log(Guard(Bodies(app), keys, hosts, max_body, origins), is_logged),
+        Log(guarded, is_logged, runtime.model.options.altered),
         http=Connection,
         ws="none",
         lifespan="off",

@@ -49,10 +49,10 @@ class Decoded(NamedTuple):
     """What `Kernels.decode` has done: every layer before `layer`, and of that one, unless it is the
     number of layers, all up to its experts, of which some have no slot.
 
-    `h` float32 [T, H] is the residual stream there. `x` float32 [T, H] and `weights` float32 [T, k]
-    are those experts' input and weights, and mean nothing where all layers are done.  `indices`
-    int64 [n, T, k] are the choices of the routers that were asked, this layer's the last; `seconds`
-    are what attention, routers, experts and MLPs took."""
+    `h` float32 [T, H] is the residual stream there.  `indices` int64 [n, T, k] are the choices of
+    the routers that were asked, this layer's the last, and `x` float32 [n, T, H] their inputs;
+    `weights` float32 [T, k] are this layer's, and mean nothing where all are done.  `seconds` are
+    what attention, routers, experts and MLPs took."""
 
     layer: int
     h: Tensor
@@ -234,7 +234,7 @@ class Kernels:
         routed experts.  Bitwise what `attention`, `route`, `experts_by_slot`, `weighted_sum` and
         `mlp` give layer by layer, and what each token gives alone.
         """
-        t, layers, hidden = len(caches), len(decoder.routed), decoder.hidden
+        t, layers, hidden, top_k = len(caches), len(decoder.routed), decoder.hidden, decoder.top_k
         if (x is None) != (experts is None):
             raise ValueError("x and experts must come together")
         asked = decoder.routers_from(first, x is not None)
@@ -253,8 +253,8 @@ class Kernels:
             optional_address("x", x, torch.float32, (t, hidden)),
             optional_address("experts", experts, torch.float32, (t, hidden)),
         )
-        y, norm, weights = (torch.empty(t, n) for n in (hidden, hidden, decoder.top_k))
-        indices = torch.empty(asked, t, decoder.top_k, dtype=torch.int64)
+        y, norm = torch.empty(t, hidden), torch.empty(asked + 1, t, hidden)
+        weights, indices = torch.empty(t, top_k), torch.empty(asked, t, top_k, dtype=torch.int64)
         outputs = y.data_ptr(), norm.data_ptr(), weights.data_ptr(), indices.data_ptr()
         reached, seconds = ctypes.c_int64(), (ctypes.c_double * len(_PARTS))()
         values = *inputs, *outputs, ctypes.byref(reached), seconds
@@ -264,7 +264,7 @@ class Kernels:
             indices = indices[: asked - decoder.moe_layers + decoder.moe_layers_before[layer] + 1]
         for part, duration in zip(_PARTS, spent, strict=True):
             self._functions[part].seconds += duration
-        return Decoded(layer, y, norm, weights, indices, spent)
+        return Decoded(layer, y, norm[: len(indices)], weights, indices, spent)
 
     def absorb_query(self, q: Tensor, kv_b: Int8Weight) -> Tensor:
         """q float32 [T, A, n], kv_b [A * per_head, R] -> float32 [T, A, R]: each head's query times

@@ -102,8 +102,9 @@ EXPORT int slotmoe_route(const Router* router, const float* logits, const float*
 // caches [t] are the sequences' latent rows, of which a layer's stand layer_stride bytes behind those of the layer
 // before. slots [MoE layers, e] says where in the slab (`size` records, `record_stride` bytes apart) an expert is,
 // negative if nowhere: the first layer that wants such an expert is `reached` with only its choice made, y before its
-// feed-forward, x [t, hidden] the norm of that, weights [t, top_k] its router's. Otherwise all layers are done. indices
-// [n, t, top_k] are what the routers have chosen that were asked, at most one for each MoE layer from `first` on.
+// feed-forward, weights [t, top_k] its router's. Otherwise all layers are done. indices [n, t, top_k] are what the routers
+// have chosen that were asked, at most one for each MoE layer from `first` on, and x [n + 1, t, hidden] their inputs, the
+// norms of the streams, and one more that means nothing.
 // seconds [4] is added to: attention, routers, experts, and MLPs.
 EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float* h, const float* table,
                           const float* query_scale, uint8_t* const* caches, int64_t layer_stride, int64_t stride, const int64_t* positions,
@@ -167,6 +168,7 @@ EXPORT int slotmoe_decode(const Model* m, int64_t first, int64_t t, const float*
                 indices += t * top_k;
             }
             finish(job, isa, layer, x, t, hidden, attended, moe ? routed : nullptr, residual);
+            x += moe ? t * hidden : 0;
             stream = residual;
             mark(3);
         }

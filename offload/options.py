@@ -1,0 +1,62 @@
+"""What ``Runtime.open`` is asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.policy.drafts import DRAFTS
+from slotmoe.offload.policy.hybrid import MODES
+
+MAX_THREADS = 256  # as many as the native kernels start
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``Runtime.open`` is asked for; it documents them."""
+
+    vram: int | str | None = None
+    ram: int | str | None = None
+    context: int | None = None
+    threads: int | None = None
+    cache_policy: str | None = None
+    prefetch: bool = True
+    quantize: bool = True
+    slots: int | None = None
+    kernels: str = "auto"
+    logits_rows: int = 1
+    sequences: int = 1
+    misses: str = "auto"
+    experts_dirs: tuple[str | Path, ...] = ()
+    draft: str = "off"
+    route_budget: float = 0.0
+    experts_per_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_policy not in (None, *POLICIES):
+            raise ConfigError(
+                f"cache policy {self.cache_policy!r:.40} is unknown, expected one of: "
+                + ", ".join(POLICIES)
+            )
+        if not 0 <= self.route_budget <= 1:
+            given = f"route_budget is {self.route_budget}"
+            raise ConfigError(f"{given}, expected 0 to 1: nats of KL divergence a token")
+        if not 1 <= self.sequences <= 256:
+            raise ConfigError(f"sequences is {self.sequences}, expected 1 to 256")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}, expected 1 to {MAX_THREADS}")
+        for name, values in (("misses", MODES), ("draft", DRAFTS)):
+            if (given := getattr(self, name)) not in values:
+                expected = f"expected one of: {', '.join(values)}"
+                raise ConfigError(f"{name} {given!r:.40} is unknown, {expected}")
+
+    @property
+    def altered(self) -> str | None:
+        """How these options change the text, in a line; None where they do not."""
+        parts = list[str]()
+        if self.experts_per_token is not None:
+            parts.append(f"{self.experts_per_token} experts a token change the text")
+        if self.route_budget:
+            budget = f"{self.route_budget} nats a token"
+            parts.append(f"with a route budget of {budget} the text depends on the cache")
+        return "; ".join(parts) or None

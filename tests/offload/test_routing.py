@@ -1,0 +1,198 @@
+"""Stand-ins for missing experts: what is chosen, what it may cost, and that nothing changes where
+none is needed."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from slotmoe.errors import ConfigError
+from slotmoe.model.routing import Router, route
+from slotmoe.offload.policy.substitutes import WINDOW, RandomSwaps, RouteBudget
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.study.calibrate import swap_prices
+from slotmoe.quant.export.layout import SWAP_PRICES
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.writer import write_predictor
+from tests.support.bench import benchmark
+from tests.support.engine import IDS
+from tests.support.predictor import random_tensors
+from tests.support.tiny import CONFIG, write_checkpoint
+
+WEIGHTS = [0.4, 0.2, 0.1, 0.09, 0.08, 0.07]
+
+
+@pytest.mark.parametrize(
+    ("present", "ranks"),
+    [
+        ("111111", [0, 1, 2, 3]),
+        ("111011", [0, 1, 2, 4]),
+        ("111000", [0, 1, 2, 3]),
+        ("110011", [0, 1, 4, 5]),
+        ("110001", [0, 1, 2, 5]),
+        ("001111", [0, 1, 2, 3]),  # the first half keeps its experts
+    ],
+)
+def test_the_best_that_is_present_stands_in_for_the_least(present, ranks):
+    budget = RouteBudget([1.0], 1.0, 4)
+    budget.advance(1)
+    assert budget.choose(0, WEIGHTS, [mark == "1" for mark in present]) == ranks
+
+
+def test_what_is_spent_stays_within_the_budget():
+    chance, budget = random.Random(0), RouteBudget([0.3, 0.1] * 8, 0.01, 4)
+    spent = []
+    for _ in range(2000):
+        budget.advance(1)
+        for row in range(16):
+            weights = sorted((0.1 * chance.random() for _ in range(8)), reverse=True)
+            budget.choose(row, weights, [chance.random() < 0.5 for _ in range(8)])
+        spent.append(budget.spent)
+    assert 0.9 * 0.01 < budget.spent / 2000 <= 0.01
+    windows = [after - before for before, after in zip(spent, spent[WINDOW:], strict=False)]
+    assert max(windows) <= 2 * WINDOW * 0.01
+    assert budget.tokens == 2000
+    assert not RouteBudget([1.0], 0.1, 4).active  # until a token is decoded
+
+
+def test_random_swaps_count_what_the_price_multiplies():
+    chance = random.Random(0)
+    swaps = RandomSwaps(1, 4, chance.random)
+    expected = 0.0
+    for _ in range(500):
+        assert swaps.choose(0, WEIGHTS, [True] * 6) == [0, 1, 2, 3]
+        ranks = swaps.choose(1, WEIGHTS, [True] * 6)
+        assert ranks[:2] == [0, 1]
+        if gone := {2, 3} - set(ranks):
+            expected += WEIGHTS[gone.pop()] ** 2 + WEIGHTS[ranks[-1]] ** 2
+    assert swaps.squares == pytest.approx(expected)
+    assert expected > 0
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    from slotmoe.offload.ingest.quantize import quantize
+
+    folder = tmp_path_factory.mktemp("routing")
+    write_checkpoint(folder / "checkpoint", n_routed_experts=16, norm_topk_prob=True)
+    quantize(folder / "checkpoint", folder / "plain")
+    quantize(folder / "checkpoint", folder / "export")
+    tensors = random_tensors(0, 16)
+    tensors[SWAP_PRICES] = torch.tensor([0.05, 0.02])
+    write_predictor(folder / "export", tensors)
+    return folder / "export"
+
+
+def decoded(export, count=40, **options):
+    """Logits of ids decoded one by one, the choices of all gates, and stats."""
+    choices = []
+    with Runtime.open(export, context=128, threads=1, **options) as runtime:
+        runtime.model.experts.on_route(lambda route: choices.append((route.row, route.indices)))
+        rows = [runtime.sequences[0].append([id])[0].clone() for id in IDS[:count]]
+        return torch.stack(rows), choices, runtime.stats()
+
+
+def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
+    plain, _, before = decoded(export, slots=12)
+    same, _, _ = decoded(export, slots=12, route_budget=1e-30)
+    swapped, others, stats = decoded(export, slots=12, route_budget=0.3)
+    assert torch.equal(plain, same)
+    assert not torch.equal(plain, swapped)
+    routing = stats["routing"]
+    assert 0 < routing["estimated_kl"] <= 0.3
+    assert routing["swaps"] > 5
+    assert routing["tokens"] == 40
+    assert "depends on the cache" in routing["altered"]
+    assert stats["io"]["disk"]["bytes"] < before["io"]["disk"]["bytes"]
+    size = 16 // CONFIG["n_group"]
+    for _, ((*indices,),) in others:
+        assert len({expert // size for expert in indices}) <= CONFIG["topk_group"]
+        assert len(set(indices)) == 3
+    whole, _, stats = decoded(export, route_budget=0.3)  # there is room for all experts
+    assert torch.equal(whole, plain)
+    assert "swaps" not in stats["routing"]
+
+
+def test_weights_are_the_gates_own_after_a_swap(export):
+    """What is computed equals the routing rule over the chosen experts."""
+    with Runtime.open(export, context=128, threads=1, slots=12, route_budget=1.0) as runtime:
+        experts, seen = runtime.model.experts, []
+        original, router = experts.substitution, Router.of(runtime.config)
+
+        def watch(row, x_TD, weights_TK, indices_TK, present):
+            result = original(row, x_TD, weights_TK, indices_TK, present)
+            if not torch.equal(result[1], indices_TK):
+                seen.append((row, x_TD, *result))
+            return result
+
+        watch.chooser, experts.substitution = original.chooser, watch
+        for id in IDS[:20]:
+            runtime.sequences[0].append([id])
+        layers = [runtime.model.network.layers[layer] for layer in runtime.config.moe_layers]
+        backend = runtime.model.backend
+    assert seen
+    for row, x_TD, weights_TK, indices_TK in seen:
+        logits_TE = backend.linear(x_TD, layers[row].gate)
+        only_TE = torch.full_like(logits_TE, -math.inf).scatter(
+            1, indices_TK, logits_TE.gather(1, indices_TK)
+        )
+        wanted, indices = route(only_TE, router._replace(n_group=1, topk_group=1))
+        assert torch.equal(indices, indices_TK)
+        torch.testing.assert_close(wanted, weights_TK)
+
+
+def test_fewer_experts_a_token(export):
+    rows, choices, stats = decoded(export, experts_per_token=1, slots=3)
+    whole, _, _ = decoded(export, experts_per_token=1)
+    assert torch.equal(rows, whole)
+    assert {len(indices[0]) for _, indices in choices} == {1}
+    assert stats["routing"] == {"altered": "1 experts a token change the text"}
+
+
+def test_impossible_requests_are_refused(export, tmp_path):
+    plain = export.parent / "plain"
+    for folder, options, message in (
+        (plain, {"route_budget": 0.01}, "--calibrate"),
+        (export, {"route_budget": -0.1}, "expected 0 to 1"),
+        (export, {"route_budget": math.nan}, "expected 0 to 1"),
+        (export, {"route_budget": 0.1, "draft": "ngram"}, "depends on the cache"),
+        (export, {"experts_per_token": 4}, "expected 1 to 3"),
+        (export, {"experts_per_token": 0}, "expected 1 to 3"),
+        (export.parent / "checkpoint", {"route_budget": 0.1, "quantize": False}, "reference"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Runtime.open(folder, context=128, **options)
+    with (
+        Runtime.open(export, context=128, route_budget=0.1) as runtime,
+        pytest.raises(ConfigError, match="route budget"),
+    ):
+        runtime.keep_in(tmp_path)
+
+
+def test_prices_are_measured_and_optional(export):
+    with Runtime.open(export, context=256, threads=1) as runtime:
+        prices = swap_prices(runtime, [[0, *IDS]], seed=0)
+        assert torch.equal(prices, swap_prices(runtime, [[0, *IDS]], seed=0))
+        assert runtime.model.experts.substitution is None
+    assert prices.shape == (2,)
+    assert (prices >= 0).all()
+    assert prices.sum() > 0
+    tensors = random_tensors(1, 16)
+    del tensors[SWAP_PRICES]
+    folder = export.parent / "plain"
+    write_predictor(folder, tensors)  # as an earlier version did
+    with Export.open(folder) as opened:
+        assert SWAP_PRICES not in opened.predictor()
+
+
+def test_benchmark_reports_bytes_divergence_and_repetition(export, tmp_path):
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    arguments = ("--slots", 12, "--tokens", 40, "--budget", 0.3, "--generate", 20, "--threads", 1)
+    report = benchmark("routing", export, tmp_path / "text", *arguments)
+    plain, swapped, *means = report["results"]
+    assert (plain["budget"], plain["kl"]) == (0.0, 0.0)
+    assert swapped["kl"] > 0
+    assert swapped["bytes_per_token"] < plain["bytes_per_token"]
+    assert 0 <= swapped["repeated"] <= 1
+    assert [row["text"] for row in means] == ["mean", "mean"]
