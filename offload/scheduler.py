@@ -1,9 +1,10 @@
 """Continuous batching: several requests at once on the sequences of one ``Runtime``.
 
 One step decodes a token of every running request in one pass, so an expert that is brought for one
-serves all, then takes a piece of one waiting prompt, so that none starves.  The latents that a
-finished request leaves behind are reused by a later prompt of the same owner that begins with the
-same tokens; where the runtime has sessions, also those that are on disk.
+serves all, then takes a piece of one waiting prompt, so that none starves.  A short prompt
+overtakes a long one, which gets a piece after each that did.  The latents that a finished request
+leaves behind are reused by a later prompt of the same owner that begins with the same tokens; where
+the runtime has sessions, also those that are on disk.
 """
 
 import threading
@@ -53,6 +54,7 @@ class Job:
     emit: Callable[[Delta], None]
     owner: str = ""
     scored: bool = False
+    hurried: bool = False  # others waited for its prompt: it is read in short passes from then on
     cancelled: bool = False  # set when the answer is no longer wanted: it ends within one step
     reused: int = 0  # tokens of the prompt that were cached already
     submitted: float = field(default_factory=time.monotonic)
@@ -92,6 +94,7 @@ class Scheduler:
         self._running: dict[Job, Sequence] = {}
         self._waiting: deque[Job] = deque()
         self._filling: Job | None = None  # whose prompt is on its way in
+        self._overtaken: Job | None = None  # whose prompt goes on behind that one
         self._work = threading.Condition()
         self._closing = False
         self._seconds = 1.0  # a request's usual time from its start to its end
@@ -157,15 +160,18 @@ class Scheduler:
 
     def _step(self) -> None:
         self._end_cancelled()
-        decoding = [job for job in self._running if job is not self._filling]
+        reading = self._filling, self._overtaken
+        decoding = [job for job in self._running if job not in reading]
         if decoding:
             self._decode(decoding)
         with self._work:  # so that ``submit`` counts a request as waiting or as running
-            starts = self._filling is None and bool(self._waiting and self._free)
-            if starts:
-                self._start(self._waiting.popleft())
+            starting = self._next()
+            if starting is not None:
+                self._waiting.remove(starting)
+                self._overtaken = self._filling
+                self._start(starting)
         if self._filling is not None:
-            if starts:
+            if starting is not None:
                 self._restore(self._filling)
             self._fill(self._filling, shared=bool(decoding))
         self.totals.steps += 1
@@ -180,14 +186,39 @@ class Scheduler:
         for job in cancelled:
             self._emit(job, job.answer.end("cancelled"))
 
-    def _start(self, job: Job) -> None:
-        """Give a request a free sequence, and in it what some sequence holds of its prompt."""
+    def _next(self) -> Job | None:
+        """The request that starts in this step."""
+        if self._filling is not None:
+            return self._overtaking(list(self._waiting), self._filling)
+        if self._overtaken is not None:  # it gets a piece before it is overtaken again
+            self._filling, self._overtaken = self._overtaken, None
+            return None
+        return self._waiting[0] if self._waiting and self._free else None
+
+    def _overtaking(self, jobs: list[Job], ahead: Job) -> Job | None:
+        """Which of ``jobs`` overtakes the request ``ahead``: one that a short pass reads, where
+        that one needs more."""
+        left = len(ahead.prompt) - self._running[ahead].length
+        if not self._free or self._overtaken is not None or left <= PREFILL_CHUNK:
+            return None
+        return next((job for job in jobs if self._unread(job) <= PREFILL_CHUNK), None)
+
+    def _unread(self, job: Job) -> int:
+        """Tokens of the request's prompt that no sequence holds."""
+        return len(job.prompt) - max(self._shared(job).values(), default=0)
+
+    def _shared(self, job: Job) -> dict[Sequence, int]:
+        """How many tokens of the request's prompt the sequences hold that it may use."""
         # The prompt's last token is computed in any case: its logits are needed.
-        shared = {
+        return {
             sequence: shared_prefix(sequence.tokens, job.prompt[:-1])
             for sequence, owner in self._owners.items()
             if owner == job.owner and not job.scored
         }
+
+    def _start(self, job: Job) -> None:
+        """Give a request a free sequence, and in it what some sequence holds of its prompt."""
+        shared = self._shared(job)
         source = max(shared, key=shared.__getitem__, default=None)
         length = 0 if source is None else shared[source]
 
@@ -219,7 +250,8 @@ class Scheduler:
     def _fill(self, job: Job, shared: bool) -> None:
         """Append a piece of the prompt; after the last one comes the first token."""
         sequence = self._running[job]
-        count = _SHARED_PIECE if shared else self._runtime.plan.prefill_chunk
+        whole = PREFILL_CHUNK if job.hurried else self._runtime.plan.prefill_chunk
+        count = _SHARED_PIECE if shared else whole
         piece = job.prompt[sequence.length : sequence.length + count]
         try:
             with self._wanted(job, len(piece)):
@@ -237,10 +269,17 @@ class Scheduler:
     @contextmanager
     def _wanted(self, job: Job, tokens: int) -> Iterator[None]:
         """End a pass of several steps at the next gate, by ``_UnwantedError``, when the request is
-        cancelled or the scheduler closed."""
+        cancelled or the scheduler closed, or when another one may overtake it.  That happens once,
+        since the next passes are short."""
+        seen = 0
 
         def look(route: object) -> None:
-            if job.cancelled or self._closing:
+            nonlocal seen
+            with self._work:
+                arrived = list(self._waiting)[seen:]
+            seen += len(arrived)
+            job.hurried |= self._overtaking(arrived, job) is not None
+            if job.cancelled or self._closing or job.hurried:
                 raise _UnwantedError
 
         if tokens <= PREFILL_CHUNK:
@@ -310,6 +349,8 @@ class Scheduler:
         self._free.append(sequence)
         if self._filling is job:
             self._filling = None
+        if self._overtaken is job:
+            self._overtaken = None
         self._seconds += 0.2 * (time.monotonic() - job.started - self._seconds)
         self._emit(job, piece)
         self._keep(job, sequence)

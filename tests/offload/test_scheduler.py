@@ -279,3 +279,47 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(sample_export, monkeypatch, e
         assert (caller.last.finish, len(gates), batch.problem) == (end, 3, None)
         assert runtime.sequences[0].length == 0
         assert runtime.logits(ids).isfinite().all()
+
+
+@pytest.mark.parametrize("reused", [0, 100])
+def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(
+    sample_export, monkeypatch, reused
+):
+    for module in ("loading", "scheduler"):
+        monkeypatch.setattr(f"slotmoe.offload.{module}.PREFILL_CHUNK", 16)
+    long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
+    shorts[0] = [*long[:reused], *shorts[0]]
+    gates, order, callers, pieces = [], [], [], []
+
+    def ask(batch, runtime, ids, limit, owner=""):
+        return Caller(batch, runtime, ids, limit, owner, lambda caller: order.append(len(ids)))
+
+    with Runtime.open(sample_export, context=256, slots=100, sequences=2) as runtime:
+        wanted = [token.id for token in runtime.generate(long, 2)]
+        batch = Scheduler(runtime, 2, 8)
+        if reused:  # what is cached of a prompt does not count
+            Caller(batch, runtime, long[:reused], limit=1).wait()
+        fill = batch._fill
+
+        def note(job, shared):
+            sequence = batch._running[job]
+            before = sequence.length
+            fill(job, shared)
+            pieces.append((len(job.prompt), sequence.length - before))
+
+        def arrive(route):
+            gates.append(route)
+            if len(gates) == 3:
+                callers.extend(ask(batch, runtime, ids, 1) for ids in shorts)
+
+        monkeypatch.setattr(batch, "_fill", note)
+        runtime.model.quantized("a test").on_route(arrive)
+        callers.append(ask(batch, runtime, long, 2, "another"))
+        for caller in callers:
+            caller.wait()
+        batch.close()
+        assert batch.problem is None and callers[0].answer.ids == wanted
+    assert order == [*map(len, shorts), 240, 240]
+    assert pieces[0] == (240, 0)  # the pass under way ended, and only that one
+    assert pieces[1:7] == [(len(shorts[0]), 3), (240, 16), (3, 3), (240, 16), (3, 3), (240, 16)]
+    assert {count for length, count in pieces[7:]} == {16}

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from llguidance import LLTokenizer
 
+from slotmoe import __version__
 from slotmoe.model.tokenizer import FIM_TOKENS, Tokenizer
 from slotmoe.offload.runtime import Sequence
 from slotmoe.tools.cli import cli
@@ -64,6 +65,7 @@ def test_streams_add_up_to_the_whole_answer(served):
         )
         assert [one["finish_reason"] for one in choices][-2:] == [None, "length"]
     assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 16
+    assert {one["system_fingerprint"] for one in (whole, *events)} == {f"slotmoe_{__version__}"}
     plain = served.events("/v1/completions", {**GREEDY, "prompt": "Call me", "echo": True})
     assert "usage" not in plain[-1]
     text = "".join(event["choices"][0]["text"] for event in plain)

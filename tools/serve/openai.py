@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from slotmoe import __version__
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve.answers import (
     Answers,
@@ -75,8 +76,7 @@ async def _respond(
     body: OpenAIRequest, answers: Answers, choices: "ChatChoices | TextChoices"
 ) -> Response:
     about: Json = {"id": f"{choices.prefix}-{uuid.uuid4().hex}", "model": body.model}
-    about["created"] = int(time.time())
-
+    about |= {"created": int(time.time()), "system_fingerprint": f"slotmoe_{__version__}"}
     options = body.stream_options or StreamOptions()
 
     async def events() -> AsyncIterator[str]:
