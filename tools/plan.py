@@ -24,7 +24,6 @@ from slotmoe.offload.plan.advice import (
     choose_precision,
     gpu_named,
 )
-from slotmoe.offload.plan.divergence import origins
 from slotmoe.offload.plan.memory import (
     IMPORT_BYTES,
     choose_context,
@@ -117,7 +116,6 @@ def command(
     report = scenario.report(prompt_tokens, max_new_tokens)
     report["resident"] = {"precision": resident, "why": why}
     report["choices"] = scenario.choices(prompt_tokens, max_new_tokens)
-    report["divergence_origins"] = origins()
     print(json.dumps(report)) if as_json else _print(report)
     is_this = all(options[name] is None for name in _MACHINE)
     return int(not report["fits"] or (is_this and not report["disk"]["fits"]))
@@ -214,8 +212,7 @@ def _print(report: dict[str, Any]) -> None:
         gains = format_size(row["export"]), f"{share:.0%}", figure(speed, 2) if speed else "-"
         choices.add_row(codec, row["bits"], row["resident"], *gains, *losses)
     console.print(choices)
-    by = " and by ".join(report["divergence_origins"])
-    console.print(Text(f"{_LOSS} Measured by {by}." if by else _LOSS))
+    console.print(Text(_LOSS))
     lines = [f"GPU: {report['gpu']}."] if report["gpu"] else []
     lines += [f"Resident weights are {resident['precision']}: {resident['why']}."]
     lines += [f"{note[0].upper()}{note[1:]}." for note in report["notes"]]

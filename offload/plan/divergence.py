@@ -11,16 +11,11 @@ from slotmoe.quant.codec import KEPT_CODECS
 
 @cache
 def measured() -> dict[str, Any]:
-    """All of it: ``rows``, and points of ``llama.cpp``.  One with an ``origin`` was measured by
-    that, not by the command."""
+    """All of it: ``rows``, and points of ``llama.cpp``, which have an ``origin``: they were measured
+    by that, not by the command."""
     path = Path(__file__).with_name("divergence.json")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
-
-
-def origins() -> list[str]:
-    """What measured rows, where the command did not."""
-    return list(dict.fromkeys(row["origin"] for row in measured()["rows"] if "origin" in row))
 
 
 def takes_text(choice: dict[str, Any]) -> bool:

@@ -38,7 +38,7 @@ from slotmoe.offload.plan.speed import (
     text_hits,
 )
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import LUT4
+from slotmoe.quant.codec import EXPERT_CODECS, LUT4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
@@ -409,14 +409,12 @@ def test_a_readable_table(plan):
         assert words in " ".join(out.split())
 
 
-def test_divergence_says_who_measured_it(plan, monkeypatch):
-    origins = json.loads(plan("v2-lite", "--ram", "8GiB", "--json")[1])["divergence_origins"]
-    shown = " ".join(plan("v2-lite", "--ram", "8GiB")[1].split())
-    assert origins and f"Measured by {' and by '.join(origins)}." in shown
-    rows = [{**row} for row in divergence.measured()["rows"]]
-    assert all(row.pop("origin") in origins for row in rows)
-    monkeypatch.setattr(divergence, "measured", lambda: {"rows": rows})
-    assert "Measured by" not in plan("v2-lite", "--ram", "8GiB")[1]
+def test_divergences_are_measured_here():
+    """By the command that ``plan``'s table names, of every choice."""
+    found = divergence.measured()["rows"]
+    assert not any("origin" in row for row in found)
+    of = [(codec, bits, again) for codec, bits in EXPERT_CODECS for again in (False, True)]
+    assert all(divergence.expected(*row[:2], "mixed", row[2]) is not None for row in of)
 
 
 def test_the_verdict_comes_first(plan):
