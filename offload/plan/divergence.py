@@ -11,8 +11,7 @@ from slotmoe.quant.codec import KEPT_CODECS
 
 @cache
 def measured() -> dict[str, Any]:
-    """All of it: ``rows``, and points of ``llama.cpp``, which have an ``origin``: they were measured
-    by that, not by the command."""
+    """All of it: ``rows``, and points of ``llama.cpp``, whose ``origin`` is what measured them."""
     path = Path(__file__).with_name("divergence.json")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
