@@ -40,7 +40,7 @@ from slotmoe.quant.kernels.cpu.weights import Decoder, ExpertRecord, Matrix, Rou
 from slotmoe.quant.nf4 import LEVELS
 from slotmoe.quant.shapes import latent_bytes
 
-ABI = 11
+ABI = 12
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _PARTS = ("attention", "route", "experts_by_slot", "mlp")  # whose seconds `decode` measures
 
