@@ -88,9 +88,10 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Te
                 problem = f"more than {MAX_TENSORS} tensors; not a real checkpoint"
                 raise CheckpointError(f"{path}: {problem}")
         # The library checks bounds, overlaps, holes and the file's size against the header, so
-        # offsets follow from the order.
+        # offsets follow from the order.  For "pt" torch would open the file again, with errors that
+        # are no OSError.
         infos, offset = {}, 8 + header_bytes
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework="np") as opened:
             for name in opened.offset_keys():
                 part = opened.get_slice(name)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())

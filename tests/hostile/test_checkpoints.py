@@ -11,6 +11,7 @@ import torch
 
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.shards import read_header
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.reader import Export
@@ -278,6 +279,16 @@ def test_small_files_are_not_copied_from_elsewhere(name, checkpoint, tmp_path):
 def test_small_file_that_is_huge(checkpoint, tmp_path):
     os.truncate(checkpoint / "tokenizer.json", 1 << 40)  # sparse
     refused(lambda: quantize(checkpoint, tmp_path / "export"), "tokenizer.json")
+
+
+def test_headers_are_read_without_torch(checkpoint, monkeypatch):
+    """Its opening of a file on a bad disk raises a bare ``RuntimeError``, a traceback to a user."""
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("unable to open file: Input/output error (5)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", failing)
+    assert len(read_header(checkpoint / FIRST)[0]) > 1
 
 
 def test_code_of_the_checkpoint_is_never_imported(checkpoint, tmp_path, monkeypatch):
