@@ -109,7 +109,9 @@ class Experts:
         """Tokens of the pass under way, by the share of the layers that they have reached.  Another
         thread may ask."""
         now = self._pass
-        return (max(0, now.row) * now.tokens + now.seen) // len(self._rows)
+        if now.row >= self._count:  # the head's pass: the network's has read them
+            return 0
+        return (max(0, now.row) * now.tokens + now.seen) // self._count
 
     # The network's side
 
