@@ -3,6 +3,7 @@ bytes."""
 
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -44,11 +45,12 @@ def served(hub, checkpoint, monkeypatch):
 
 
 class Once:
-    """A fault for the first ``times`` requests of one kind, beyond those for headers."""
+    """A fault for the first ``times`` requests of one kind, beyond those for headers.  No range is
+    hit as often as its client asks before it gives up, however the threads take turns."""
 
     def __init__(self, kind, act, times=1, name=None):
         self.kind, self.act, self.left, self.name = kind, act, times, name
-        self.lock = threading.Lock()
+        self.lock, self.hits = threading.Lock(), Counter()
 
     def __call__(self, kind, name, handler):
         if (
@@ -57,10 +59,12 @@ class Once:
             or self.name not in (None, name)
         ):
             return False
+        part = name, handler.headers.get("Range", "").partition("-")[2]
         with self.lock:
-            if self.left == 0:
+            if self.left == 0 or self.hits[part] == QUICK.attempts - 1:
                 return False
             self.left -= 1
+            self.hits[part] += 1
         return self.act(handler)
 
 
