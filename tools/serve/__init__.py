@@ -1,5 +1,6 @@
 """``slotmoe serve``: a model behind OpenAI's and Anthropic's APIs, and a page to talk to it."""
 
+import gc
 import ipaddress
 import os
 import re
@@ -141,6 +142,14 @@ def make_server(
         def handle_exit(self, sig: int, frame: Any) -> None:
             batch.stop()
             super().handle_exit(sig, frame)
+
+        def run(self, sockets: list[socket.socket] | None = None) -> None:
+            # Objects of a large request would make Python look through all of torch's for garbage.
+            gc.freeze()
+            try:
+                super().run(sockets)
+            finally:
+                gc.unfreeze()
 
     def ended() -> None:
         if batch.problem is not None:
