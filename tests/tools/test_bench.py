@@ -66,6 +66,37 @@ def test_drafts(sample_export, tmp_path):
     assert drafted["rows"] == drafted["passes"] + drafted["drafted"]
 
 
+DRIVER = """#!{python}
+import sys, time
+for line in sys.stdin:
+    what, count = line.split()
+    with open("{asked}", "a") as file:
+        file.write(line)
+    if what == "prefill" and count == "13":
+        sys.exit(3)
+    print(int(count) / 500, flush=True)
+"""
+
+
+def test_peer(sample_export, tmp_path, capsys):
+    driver, asked = tmp_path / "driver", tmp_path / "asked"
+    driver.write_text(DRIVER.format(python=sys.executable, asked=asked))
+    driver.chmod(0o700)
+    of = "peer", sample_export, driver, tmp_path, "--threads", 1, "--repetitions", 2
+    report = benchmark(*of, "--decode-tokens", 3, "--depth", 20, "--busy")
+    rows = by("way", report)
+    assert_compared(rows, "peer", "tokens_per_second")
+    assert rows["peer"]["tokens_per_second"] == pytest.approx(500)
+    assert asked.read_text().split("\n") == ["depth 20", *["decode 3"] * 3, ""]
+    rows = by("way", benchmark(*of, "--prompt-tokens", 12))
+    assert_compared(rows, "peer", "tokens_per_second")
+    for wrong in (["--prompt-tokens", 13], [], ["--prompt-tokens", 2, "--decode-tokens", 2]):
+        with pytest.raises(AssertionError):
+            benchmark(*of, *wrong)
+        said = "the driver ended with code 3" if 13 in wrong else "give --prompt-tokens or"
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
 def test_kernels():
     report = benchmark("kernels", "--working-set", 0.05, "--repetitions", 1, "--threads", 1)

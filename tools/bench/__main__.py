@@ -8,6 +8,7 @@ from slotmoe.tools.bench import (
     download,
     drafts,
     kernels,
+    peer,
     quantize,
     recall,
     routing,
@@ -24,7 +25,7 @@ def bench() -> None:
 for command in (
     *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
     *(codes.codes, quantize.quantize, download.download, drafts.drafts, serve.serve, recall.recall),
-    routing.routing,
+    *(routing.routing, peer.peer),
 ):
     bench.add_command(command)
 

@@ -1,0 +1,108 @@
+"""This engine beside ik_llama.cpp, both models in memory, in turns of seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import click
+
+from slotmoe.errors import ConfigError
+from slotmoe.offload.runtime import Runtime
+from slotmoe.tools.bench import turns
+from slotmoe.tools.options import count, flag, option
+
+_DRIVER = "The program made of scripts/peer.cpp, as docs/benchmarks.md says."
+_BUSY = "Beside both a process that never rests takes half of one core."
+
+
+class _Peer:
+    """The driver's process, which waits for its next line in between."""
+
+    def __init__(self, driver: Path, model: Path, threads: int, context: int):
+        command = [str(driver), str(model), str(threads), str(context)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def seconds(self, what: str, tokens: int) -> float:
+        """Raises ``ConfigError`` if the driver ended."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{what} {tokens}\n")
+        self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            raise ConfigError(f"the driver ended with code {self._process.wait()}")
+        return float(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _spin() -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    while True:
+        pass
+
+
+@contextmanager
+def _neighbour() -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+@click.command()
+@turns.EXPORT
+@click.argument("driver", metavar="DRIVER", type=Path)
+@click.argument("model", metavar="GGUF", type=Path)
+@count("--prompt-tokens", 0, "Prefill so many tokens from an empty cache.", 0)
+@count("--decode-tokens", 0, "Decode so many tokens.", 0)
+@count("--depth", 0, "Decode after so many cached tokens.", 0)
+@turns.repetitions(7)
+@turns.THREADS
+@option("--ram", "SIZE", "RAM budget.")
+@flag("--busy", _BUSY)
+def peer(
+    export: str,
+    driver: Path,
+    model: Path,
+    prompt_tokens: int,
+    decode_tokens: int,
+    depth: int,
+    repetitions: int,
+    threads: int | None,
+    ram: str | None,
+    busy: bool,
+) -> None:
+    """Prefill or decode EXPORT, and GGUF by ik_llama.cpp's DRIVER (docs/benchmarks.md), in turn."""
+    if bool(prompt_tokens) == bool(decode_tokens):
+        raise ConfigError("give --prompt-tokens or --decode-tokens")
+    tokens, what = (prompt_tokens, "prefill") if prompt_tokens else (decode_tokens, "decode")
+    context = max(depth, 1) + tokens + 8
+    with Runtime.open(export, ram=ram, context=context, threads=threads) as runtime:
+        runtime.warm()
+        other = _Peer(driver, model, runtime.threads, context)
+
+        def ours() -> float:
+            ids = turns.random_ids(tokens)
+            if prompt_tokens:
+                step = turns.start(runtime)
+                return tokens / turns.seconds(lambda: step(ids))
+            return tokens / sum(turns.token_seconds(runtime, ids, depth))
+
+        try:
+            if depth:
+                other.seconds("depth", depth)
+            ways = {"slotmoe": ours, "peer": lambda: tokens / other.seconds(what, tokens)}
+            with _neighbour() if busy else nullcontext():
+                rows = turns.compare(ways, repetitions, "peer", "tokens_per_second")
+        finally:
+            other.close()
+        of = {"prompt": prompt_tokens, "decode": decode_tokens, "depth": depth}
+        turns.finish(rows, threads=runtime.threads, busy=busy, **of)
