@@ -11,6 +11,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, checksum, layer_file
 from tests.support.exported import read_everything, resign, signed
 from tests.support.hostile import NORM, append, edit_json, fifo, refused, truncate, write
+from tests.support.params import nth
 from tests.support.tiny import REMOVE, SMALL, write_checkpoint
 
 
@@ -289,7 +290,7 @@ def least(tmp_path_factory):
     return folder / "export"
 
 
-@pytest.mark.parametrize("value", [None, -1, 1 << 70, True, "../x", [], {}, 0.5], ids=repr)
+@pytest.mark.parametrize("value", nth(2, [None, [], -1, 1 << 70, "../x", {}, True, 0.5]), ids=repr)
 def test_every_manifest_value_may_be_hostile(value, least, tmp_path):
     """Signed nonsense at any place is refused by name, or changes nothing that a reader gets."""
     export = shutil.copytree(least, tmp_path / "export")
@@ -309,6 +310,7 @@ def test_every_manifest_value_may_be_hostile(value, least, tmp_path):
             opened += path[:2] != ("quantization", "report")  # whose figures are for people
             if "levels" not in path:
                 assert found == wanted, path
+        (export / MANIFEST).unlink()
         (export / MANIFEST).write_text(text)
     assert opened < 60, "most of the manifest must matter"
 

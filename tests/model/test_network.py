@@ -1,6 +1,8 @@
 """The reference path against transformers and against the plain float64 network, and the network's
 own invariants."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.native import LayerByLayerOps, feed, native_cache, native_network
 from tests.support.oracle import relative_error, transformers_logits
+from tests.support.params import nth
 from tests.support.tiny import ODD_SIZES, write_checkpoint
 
 YARN = {
@@ -60,6 +63,11 @@ GEOMETRIES = {
             "rope_theta": 5000.0,
         },
     },
+}
+ONE_TOKEN = {
+    **GEOMETRIES,
+    "no-shared-expert": {"n_shared_experts": None},
+    "norm-topk-prob": {"norm_topk_prob": True},
 }
 FP32 = 3.5e-6  # twice the distance of this path, and of transformers, from float64
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -136,15 +144,13 @@ SMALL_GATE = {
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
-@pytest.mark.parametrize("resident", ["int8", "mixed", "nf4"])
 @pytest.mark.parametrize(
-    "overrides",
-    [*GEOMETRIES.values(), {"n_shared_experts": None}, {"norm_topk_prob": True}],
-    ids=[*GEOMETRIES, "no-shared-expert", "norm-topk-prob"],
+    ("geometry", "resident"), nth(2, product(ONE_TOKEN, ["int8", "mixed", "nf4"]))
 )
-def test_one_token_in_few_calls_is_bitwise_op_by_op(overrides, resident):
+def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
     """Wherever experts are, at every position of the context, the last one too; and one prefill
     gives the same."""
+    overrides = ONE_TOKEN[geometry]
     network = native_network(overrides, resident)
     config = network.config
     values = sum(-(-width // 4) * 4 for width in (config.kv_lora_rank, config.qk_rope_head_dim))

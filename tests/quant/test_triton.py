@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.weights import dequantize, map_tensors
 from tests.support.codes import quantize_coded
+from tests.support.params import nth
 from tests.support.slab import NF4S, write_record
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
@@ -111,8 +113,7 @@ def outputs(ops, x_TD, records, slots_E, indices_TK):
     return y_TKD
 
 
-@pytest.mark.parametrize("coding", EXPERT_CODECS, ids="-".join)
-@pytest.mark.parametrize("T", TOKENS)
+@pytest.mark.parametrize(("T", "coding"), nth(3, product(TOKENS, EXPERT_CODECS)), ids=str)
 def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
     records, indices_TK = make_records(4, 128, 48, EXPERT_CODECS[coding]), choice(T)
     x_TD = torch.randn(T, 128, device=DEVICE)

@@ -49,6 +49,7 @@ def resign(folder, change):
     manifest = json.loads(path.read_text())
     change(manifest)
     manifest["checksum"] = manifest_checksum(manifest)
+    path.unlink()  # ext4 writes a file that was cut to nothing to the disk when it is closed
     path.write_text(json.dumps(manifest))
 
 
