@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -122,8 +122,9 @@ def test_triton_kernels_give_the_same_bits_for_every_budget(small_export, monkey
 # Misses, split
 
 
-@pytest.mark.parametrize("host_slots", [0, 40, EXPERTS])
-@pytest.mark.parametrize("mode", ["cpu", "hybrid"])
+@pytest.mark.parametrize(
+    ("mode", "host_slots"), nth(2, product(["cpu", "hybrid"], [0, 40, EXPERTS]))
+)
 def test_what_the_cpu_computes_differs_by_rounding_alone(
     on_twin, wanted, monkeypatch, mode, host_slots
 ):
