@@ -372,9 +372,13 @@ class Slots:
             self._collect()
 
     def _collect(self) -> None:
-        if self.abandoned:
-            self.table.free += [slot for read, slot in self.abandoned if read.done]
-            self.abandoned = [(read, slot) for read, slot in self.abandoned if not read.done]
+        waiting = []
+        for read, slot in self.abandoned:  # each is asked once: it may be done at any moment
+            if read.done:
+                self.table.free.append(slot)
+            else:
+                waiting.append((read, slot))
+        self.abandoned = waiting
 
     def close(self) -> None:
         """Stop what still goes on in other threads; the source is closed by itself."""

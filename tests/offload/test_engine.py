@@ -525,6 +525,26 @@ def test_slots_keep_a_reserve_for_demands(sample_export):
         reader.close()
 
 
+class DoneBetweenTwoLooks:
+    """A read that its thread ends right after it was first asked for."""
+
+    looks = 0
+
+    @property
+    def done(self):
+        self.looks += 1
+        return self.looks > 1
+
+
+def test_a_read_that_ends_while_slots_are_counted_loses_none():
+    slots = Slots(None, make_cache("lru", 2, 7, 32), 3, 3, 8, Device())
+    slots.abandoned.append((DoneBetweenTwoLooks(), slots.table.free.pop()))
+    for _ in range(2):
+        assert not slots.prefetch(5, 1)  # all staging slots are reserved
+        assert len(slots.table.free) + len(slots.abandoned) == 5
+    assert sorted(slots.table.free) == list(range(5))
+
+
 def test_what_has_left_the_cache_is_taken_back_until_its_slot_is_needed(sample_export):
     """The least worth is overwritten first; what was read ahead in vain stays too."""
     with Export.open(sample_export) as export:
