@@ -57,6 +57,23 @@ def test_it_needs_neither_torch_nor_rich():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_without_torch(report, monkeypatch):
+    there = metadata.version
+
+    def version(name):
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return there(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    code, checks = report()
+    assert (code, checks["GPU"]["state"], checks["GPU"]["advice"]) == (
+        1,
+        "bad",
+        "pip install torch",
+    )
+
+
 def test_other_processors(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
