@@ -24,9 +24,11 @@ from typing import Any
 
 import xxhash
 
+from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.gguf.header import shard_paths
 
+SAMPLE = Path(model.__file__).parent / "sample"
 _MANIFEST = "slotmoe.json"  # as slotmoe.quant.export.layout has it, which imports torch
 _UNFINISHED = (".partial", ".download", ".replaced")
 _READ = {".json", ".jinja", ".model", ".safetensors"}  # what an export is made of
@@ -139,10 +141,14 @@ def listing(cache: Path) -> list[Cached]:
 
 
 def remove(cache: Path, wanted: str) -> list[Cached]:
-    """Remove what is called ``wanted``, or is of the source of that name, and return it.  Raises
-    ``ConfigError`` if there is none, ``ExportError`` if another process is writing it."""
-    there = listing(cache)
-    chosen = [cached for cached in there if wanted in (cached.name, cached.source)]
+    """Remove what is called ``wanted``, or is of that hub id, that folder, or of ``sample``, and
+    return it.  Raises ``ConfigError`` if there is none, ``ExportError`` if another process is
+    writing it."""
+    there, folder = listing(cache), Path(wanted)
+    if wanted == "sample" and not folder.is_dir():
+        folder = SAMPLE
+    meant = {wanted, str(folder.resolve())}
+    chosen = [cached for cached in there if {cached.name, cached.source} & meant]
     if not chosen:
         names = [name for cached in there for name in (cached.name, cached.source) if name]
         near = get_close_matches(wanted, names, 1)

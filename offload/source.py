@@ -4,7 +4,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slotmoe import model
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import parse_json
 from slotmoe.model.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from slotmoe.model.gguf.checkpoint import open_checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.hub_id import is_hub_id
 from slotmoe.offload.machine import cache_folder
+from slotmoe.offload.model_cache import SAMPLE
 from slotmoe.quant.export.layout import MANIFEST
 from slotmoe.quant.export.reader import Export
 
@@ -67,7 +67,7 @@ def resolve_model(path: str | Path, revision: str | None = None, **reporting: An
             "leave the revision out"
         )
     if str(path) == "sample" and not folder.is_dir():
-        return Path(model.__file__).parent / "sample"
+        return SAMPLE
     if folder.is_file():
         return folder
     if not folder.is_dir():

@@ -36,7 +36,7 @@ _START = """\
 slotmoe runs DeepSeek-V2 models that are far larger than your GPU's memory, or your RAM.
 
 Now, with the bundled sample model and without a download:
-  slotmoe run sample "It is a truth universally acknowledged, that"
+  slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
 
 Then a real model:
   slotmoe doctor                         what this machine has, and what is missing
@@ -91,7 +91,7 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
     \b
     Try it now, with the bundled sample model and no download:
-      slotmoe run sample "It is a truth universally acknowledged, that"
+      slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
 
     \b
     Then with a real checkpoint, from the hub or a folder in Hugging Face's format:

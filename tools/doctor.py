@@ -130,6 +130,9 @@ def _kernels() -> Iterator[Check]:
 
 
 def _gpu() -> Iterator[Check]:
+    if not _is_installed("torch"):
+        yield Check("GPU", "bad", "torch is not installed, so nothing runs", "pip install torch")
+        return
     torch, query = metadata.version("torch"), "--query-gpu=name,memory.total,driver_version"
     program = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:

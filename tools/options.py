@@ -20,7 +20,6 @@ from slotmoe.offload.policy.drafts import DRAFTS
 from slotmoe.offload.policy.hybrid import MODES
 from slotmoe.quant.codec import DEFAULT_CODEC, EXPERT_CODECS, ExpertCodecs
 from slotmoe.quant.shapes import RESIDENT_MODES
-from slotmoe.tools.progress import byte_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 MAX_PROMPT_BYTES = 32 << 20  # of a file or stdin; 163,840 tokens of English are less than 1 MB
@@ -341,6 +340,8 @@ def open_runtime(model: str, options: dict[str, Any], quiet: bool = False, **set
     if not on_hub:
         _check_name(model)
     _warn_of_budget(options["ram"], notify)
+    from slotmoe.tools.progress import byte_bars  # rich: commands without a bar start without it
+
     texts = "Downloading", f"Reading {model}, once", f"Quantizing {model}, once"
     with byte_bars(*texts, quiet=quiet, waiting=f"loading {model}…") as bars:
         from slotmoe.offload.runtime import Runtime  # takes a second: torch

@@ -27,8 +27,8 @@ def _names(ctx: Any, parameter: Any, incomplete: str) -> list[str]:
 def command(
     names: tuple[str, ...], sessions: bool, all_sessions: bool, as_json: bool, **options: Any
 ) -> None:
-    """Remove exports from the cache folder: NAME is one that slotmoe list shows, or the folder or
-    hub id that it is of.
+    """Remove exports from the cache folder: NAME is one that slotmoe list shows, or what it is of:
+    a folder, a hub id, sample.
 
     What is removed is made again when it is needed: a folder is quantized anew, a model on the hub
     downloaded. A session's messages are gone for good.

@@ -58,7 +58,7 @@ def command(
 
     \b
     Examples:
-      slotmoe run sample "It is a truth universally acknowledged, that"
+      slotmoe run sample "It is a truth universally acknowledged, that" --temperature 0.7
       slotmoe run lite-export --chat --temperature 0.7 --seed 1 "Write a haiku about disks."
       slotmoe run v2-export --ram 16GiB --context 8192 - < prompt.txt
       slotmoe run v2-export --ram 16GiB --file prompt.txt --json

@@ -177,6 +177,16 @@ def test_removing(cache, source, slotmoe, made):
     assert made == [source]
 
 
+def test_removing_what_is_of_a_folder_nearby_or_of_the_sample(cache, source, slotmoe, monkeypatch):
+    note = {"export": "sample-0123456789ab", "source": str(model_cache.SAMPLE.resolve())}
+    monkeypatch.chdir(source.parent)
+    (cache / "sample-0123456789ab.source.json").write_text(json.dumps(note))
+    shutil.copytree(cache / model_cache.listing(cache)[1].name, cache / note["export"])
+    assert slotmoe("rm", "sample")[1].startswith("sample-0123456789ab: removed, ")
+    export = next(c.name for c in model_cache.listing(cache) if c.source == str(source))
+    assert slotmoe("rm", f"./{source.name}/")[1].startswith(f"{export}: removed, ")
+
+
 @pytest.mark.parametrize("name", ["notes", "machine.json", "..", "../model", "", "/"])
 def test_nothing_else_is_removed(cache, source, name, slotmoe):
     code, _, err = slotmoe("rm", name)

@@ -46,13 +46,32 @@ def test_it_fits_a_screen_and_says_the_same(capsys):
     assert all(line[:2] in ("ok", "--", "!!", "  ") for line in lines)
 
 
-def test_it_needs_no_torch():
+def test_it_needs_neither_torch_nor_rich():
     code = (
         "import sys; from slotmoe.tools.cli import cli\n"
         "for name in ('doctor', 'list'): cli.main([name], standalone_mode=False)\n"
+        "assert not {'torch', 'rich'} & set(sys.modules)\n"
+        "cli.main(['plan', 'v2-lite'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_without_torch(report, monkeypatch):
+    there = metadata.version
+
+    def version(name):
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return there(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    code, checks = report()
+    assert (code, checks["GPU"]["state"], checks["GPU"]["advice"]) == (
+        1,
+        "bad",
+        "pip install torch",
+    )
 
 
 def test_other_processors(report, monkeypatch, tmp_path):

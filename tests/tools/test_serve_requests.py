@@ -271,11 +271,14 @@ def test_usage_in_the_chunks_of_a_stream(served):
         assert [event["usage"] for event in events[:-1]] == [None] * (len(events) - 1)
         assert events[-1]["usage"]["completion_tokens"] == 4 and events[-1]["choices"] == []
         options = {"include_usage": True, "continuous_usage_stats": True}
-        counts = [
-            event["usage"]["completion_tokens"]
-            for event in served.events(path, {**GREEDY, **body, "stream_options": options})
-        ]
-        assert counts == sorted(counts) and counts[-1] == 4
+        scored = {**body, "logprobs": 1 if path == TEXT else True, "max_tokens": 40}
+        sent, counts, scores = 0, [], "content" if path == CHAT else "tokens"
+        for event in served.events(path, {**GREEDY, **scored, "stream_options": options}):
+            for choice in event["choices"]:
+                sent += len((choice["logprobs"] or {}).get(scores, ()))
+            counts.append(event["usage"]["completion_tokens"])
+            assert counts[-1] == sent, "the model was ahead"
+        assert sent == 40 and counts == sorted(counts)
         assert all("usage" not in event for event in served.events(path, {**GREEDY, **body}))
 
 

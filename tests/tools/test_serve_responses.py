@@ -53,6 +53,15 @@ def events_of(served, **body):
     return events
 
 
+def test_the_model_may_be_left_out(served):
+    body = {"input": "Hi", "max_output_tokens": 2, "temperature": 0}
+    status, answer = post(served, **body)
+    assert (status, answer["model"], answer["output"][0]["type"]) == (200, "sample", "message")
+    assert events_of(served, **body)[-1]["response"]["model"] == "sample"
+    assert post(served, f"{PATH}/input_tokens", input="Hi")[1]["input_tokens"] > 2
+    assert post(served, **body, model="other")[0] == 404
+
+
 def test_answer_is_that_of_the_chat(served, client):
     chat = {"messages": [{"role": "system", "content": "Be brief."}]}
     chat["messages"] += [{"role": "user", "content": "Tell me of the king."}]

@@ -79,6 +79,7 @@ class Answers:
         self._echoes = dict(enumerate(echoes))  # that were not sent yet
         self.jobs: list[Job] = []
         self.finishes: list[str] = []  # of the answers that have ended
+        self._sent = 0  # tokens that updates have brought; stop strings may cut off later ones
         self._prompt_tokens = sum(map(len, prompts))
         self.reasoning_tokens = None if service.tokenizer.reasoning is None else 0
         sampling, scored = options.sampling, bool(echoes) and options.logprobs is not None
@@ -143,6 +144,7 @@ class Answers:
             content = reader.feed(delta.text)
             if reader.is_thinking and self.reasoning_tokens is not None:
                 self.reasoning_tokens += len(delta.tokens)
+            self._sent += len(delta.tokens)
             if finish is not None:
                 running -= 1
                 self.finishes.append(finish)
@@ -188,7 +190,13 @@ class Answers:
 
     def usage(self) -> dict[str, Any]:
         """Counts of tokens in OpenAI's form."""
-        answer_tokens = sum(len(job.answer.ids) for job in self.jobs)
+        return self._usage(sum(len(job.answer.ids) for job in self.jobs))
+
+    def usage_so_far(self) -> dict[str, Any]:
+        """The same for what was sent: the model may be ahead of it."""
+        return self._usage(self._sent)
+
+    def _usage(self, answer_tokens: int) -> dict[str, Any]:
         cached = min(sum(job.reused for job in self.jobs), self._prompt_tokens)
         usage: dict[str, Any] = {"prompt_tokens": self._prompt_tokens}
         usage["completion_tokens"] = answer_tokens

@@ -84,7 +84,7 @@ async def _respond(
 
         def chunk_of(choice: Json) -> str:
             if options.include_usage:
-                chunk["usage"] = answers.usage() if options.continuous_usage_stats else None
+                chunk["usage"] = answers.usage_so_far() if options.continuous_usage_stats else None
             return event({**chunk, "choices": [choice]})
 
         for choice in choices.first:

@@ -215,6 +215,7 @@ Included = Literal[
 class ResponsesRequest(requests.GenerationRequest):
     """``/v1/responses``."""
 
+    model: Label = ""  # in this API it may be left out: the open one
     input: Annotated[
         Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
         by_kind(text_or_list, "text nor a list of items"),

@@ -52,6 +52,7 @@ _ECHOED: Json = {
 @router.post(PATH, responses=EventStream.responses)
 async def create(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
+    body.model = body.model or service.name
     items = _conversation(service, request.state.owner, body)
     answers = await chat_answers(request, body.chat(items))
     draft = Draft(body, answers)
@@ -86,7 +87,7 @@ async def create(body: ResponsesRequest, request: Request) -> Response:
 @router.post(f"{PATH}/input_tokens")
 async def count_tokens(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check_model(body.model or service.name)
     items = _conversation(service, request.state.owner, body)
     prompt = await asyncio.to_thread(chat_prompt, service, body.chat(items))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt)})
