@@ -59,7 +59,8 @@ class Shared(NamedTuple):
         return cls(mlp.gate_proj.shape[0], *map(operand, mlp))
 
 
-_NO_SHARED = Shared(0, *[Operand(rows.NONE.value, None, None, None)] * 3)
+_NOTHING: Any = None
+_NO_SHARED = Shared(0, *[Operand(rows.NONE.value, _NOTHING, None, None)] * 3)
 
 
 class TritonBackend(TorchBackend):

@@ -34,7 +34,7 @@ class Operand(NamedTuple):
     """A weight as the kernels take it."""
 
     kind: int
-    data: Tensor | None
+    data: Tensor
     scale: Tensor | None
     levels: Tensor | None
 
