@@ -182,7 +182,8 @@ class HostTier(DiskReader):
     def _claim(self, expert_id: int) -> _Use:
         """A use of a cached expert, or of a free slot, in which it may be still."""
         with self._table_lock:
-            self._collect()
+            if expert_id not in self.cache:
+                self._collect()
             if expert_id in self.cache:
                 self._in_use[expert_id] += 1
                 return _Use(expert_id, self.table.slot_of[expert_id], True, cached=True)
@@ -195,6 +196,7 @@ class HostTier(DiskReader):
     def _note(self, expert_id: int) -> None:
         """Tell the cache of a use, when its copy has been queued: that is not to wait for it."""
         with self._table_lock:
+            self._collect()
             self.cache.use(expert_id)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
