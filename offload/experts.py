@@ -335,7 +335,8 @@ class Experts:
         computed: list[int] = []
         slots = self.slots
         brought = [id for id in missing if id in slots or not slots.at_hand(id)]
-        if self.hybrid is not None and (tokens > 1 or slots.room() == 0):
+        wanted = self.split.computes and (tokens > 1 or slots.room() == 0)
+        if self.hybrid is not None and wanted:
             absent = [id for id in reversed(brought) if id not in slots]
             absent.sort(key=lambda id: uses[id])
             count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(brought))

@@ -20,7 +20,7 @@ from slotmoe.offload.plan.memory import HELP_BYTES, Plan, Sizes, kv_bytes
 
 KERNEL_SHARE = 0.95  # of the read bandwidth that decode's kernels reach (2 Zen 4 cores)
 GPU_SHARE = 0.6  # the same on a GPU: assumed, not measured
-GPU_LAUNCHES = 11  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
+GPU_LAUNCHES = 8  # kernels of a layer in one graph, counted by a test; one more with q-LoRA
 GPU_LAUNCH_SECONDS = 1.5e-6  # between two kernels of a graph: assumed
 # From the end of a layer's last copy to the next layer's first: its experts and the next layer's
 # kernels, then the host, which wakes and queues.  By the clocks of the tests' twin.

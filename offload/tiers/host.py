@@ -84,6 +84,7 @@ class HostTier(DiskReader):
         if use.present:
             arrived(True)
             read.done = True
+        self._note(expert_id)
         return read
 
     def acquire(self, expert_id: int) -> Read:
@@ -97,6 +98,7 @@ class HostTier(DiskReader):
 
         read = Read(expert_id, self._buffer(use), DEMAND, arrived, done=use.present)
         self._acquired[read] = use
+        self._note(expert_id)
         return read
 
     def slot(self, read: Read) -> int:
@@ -180,8 +182,9 @@ class HostTier(DiskReader):
     def _claim(self, expert_id: int) -> _Use:
         """A use of a cached expert, or of a free slot, in which it may be still."""
         with self._table_lock:
-            self._collect()
-            if self.cache.use(expert_id):
+            if expert_id not in self.cache:
+                self._collect()
+            if expert_id in self.cache:
                 self._in_use[expert_id] += 1
                 return _Use(expert_id, self.table.slot_of[expert_id], True, cached=True)
             # All that is on its way has been queued: the oldest copy makes room.
@@ -189,6 +192,12 @@ class HostTier(DiskReader):
                 self._copying[0][0].synchronize()
                 self._collect()
             return _Use(expert_id, *self.table.acquire(expert_id), cached=False)
+
+    def _note(self, expert_id: int) -> None:
+        """Tell the cache of a use, when its copy has been queued: that is not to wait for it."""
+        with self._table_lock:
+            self._collect()
+            self.cache.use(expert_id)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:

@@ -10,7 +10,7 @@ kv_lora_rank, E experts.
 
 from collections.abc import Sequence
 from os import environ
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,15 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from slotmoe.quant.backends.base import Records, TorchBackend
 from slotmoe.quant.backends.graphs import CudaGraphs
-from slotmoe.quant.backends.triton_decoder import DENSE, INT8, TritonDecoder, operand, power
+from slotmoe.quant.backends.triton_decoder import (
+    DENSE,
+    INT8,
+    Ending,
+    Operand,
+    TritonDecoder,
+    operand,
+    power,
+)
 from slotmoe.quant.codec import KINDS, TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
 from slotmoe.quant.weights import Weight
@@ -38,6 +46,23 @@ _GATE_ROWS = 4
 _FEW = 16
 
 
+class Shared(NamedTuple):
+    """A layer's shared expert and its width; the first two weights are of one kind."""
+
+    width: int
+    gate: Operand
+    up: Operand
+    down: Operand
+
+    @classmethod
+    def of(cls, mlp: Any) -> "Shared":
+        return cls(mlp.gate_proj.shape[0], *map(operand, mlp))
+
+
+_NOTHING: Any = None
+_NO_SHARED = Shared(0, *[Operand(rows.NONE.value, _NOTHING, None, None)] * 3)
+
+
 class TritonBackend(TorchBackend):
     """See the module.  ``graph`` captures the graphs of a decode step; with None its kernels are
     launched one by one."""
@@ -49,6 +74,7 @@ class TritonBackend(TorchBackend):
         self.interpreted = isinstance(rows.linear, InterpretedFunction)
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._sums: dict[int, Tensor] = {}
+        self._shared: Shared | None = None
         self.graph: Any = CudaGraphs() if device.type == "cuda" else None
 
     # One token.
@@ -60,13 +86,12 @@ class TritonBackend(TorchBackend):
         out: Tensor,
         second: Weight | None = None,
         norm: tuple[Tensor, float] | None = None,
-        add: tuple[Tensor, ...] = (),
+        add: Tensor | None = None,
     ) -> Tensor:
         """One row through one weight or two in one launch: ``out`` is float32 of N or N + N2
         values.
 
-        ``norm`` is a weight and an epsilon: the row is normed first.  ``add`` is one tensor or two:
-        ``add[0] + y`` or ``add[0] + (add[1] + y)``.
+        ``norm`` is a weight and an epsilon: the row is normed first.  ``add`` is added.
         """
         kind, data, scale, levels = operand(weight)
         kind2, data2, scale2, levels2 = operand(weight if second is None else second)
@@ -75,9 +100,9 @@ class TritonBackend(TorchBackend):
         gain, eps = (None, 0.0) if norm is None else norm
         rows.linear[(triton.cdiv(N, TILE) + triton.cdiv(N2, TILE),)](
             x_1K, gain, eps, data, scale, levels, N, data2, scale2, levels2, N2,
-            add[0] if add else None, add[1] if len(add) > 1 else None, out, K,
-            KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUALS=len(add),
-            num_warps=_warps(kind),
+            add, out, K,
+            KIND=kind, KIND2=kind2, NORM=norm is not None, RESIDUAL=add is not None,
+            num_warps=WARPS[kind],
         )  # fmt: skip
         return out
 
@@ -89,7 +114,7 @@ class TritonBackend(TorchBackend):
         N, K = gate_proj.shape
         rows.gate_up[(triton.cdiv(N, TILE),)](
             x_1D, gate.data, gate.scale, up.data, up.scale, gate.levels, out_1I, N, K,
-            KIND=gate.kind, num_warps=_warps(gate.kind),
+            KIND=gate.kind, num_warps=WARPS[gate.kind],
         )  # fmt: skip
         return out_1I
 
@@ -175,7 +200,11 @@ class TritonBackend(TorchBackend):
         return y_THR
 
     def decoder(self, geometry: Any, layers: Sequence[Any]) -> TritonDecoder:
-        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``."""
+        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  From now on
+        ``experts`` launches for one token the kernels that the decoder launches for these layers,
+        whose shared experts are of one kind."""
+        mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
+        self._shared = Shared.of(mlps[0]) if mlps else None
         return TritonDecoder(self, geometry, layers)
 
     # Routed experts.
@@ -212,25 +241,67 @@ class TritonBackend(TorchBackend):
     def experts(
         self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
-        experts = self._experts_of_one_token if len(x_TD) == 1 else self._experts_by_groups
-        experts(x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD)
+        given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
+        if len(x_TD) == 1:  # each use reads its expert's record, in float32
+            self._launch_experts(*given, self._shared, None)
+        else:
+            self._experts_by_groups(*given)
 
-    def _experts_of_one_token(
-        self, x_1D: Tensor, records: Records, slots_E: Tensor, indices_1K: Tensor, y_1KD: Tensor
+    def end_layer(
+        self,
+        x_1D: Tensor,
+        records: Records,
+        slots_E: Tensor | None,
+        indices_1K: Tensor,
+        y_1KD: Tensor,
+        mlp: Any,
+        ending: Ending,
     ) -> None:
-        """Each use reads its expert's record, in float32."""
+        """One token's experts of a layer, into ``y``, and what comes behind them.
+
+        Without ``slots`` the routed ones were computed before: ``y`` is their sum, [1, 1, D].  The
+        bits are the same.
+        """
+        shared = None if mlp is None else Shared.of(mlp)
+        self._launch_experts(x_1D, records, slots_E, indices_1K, y_1KD, shared, ending)
+
+    def _launch_experts(
+        self,
+        x_1D: Tensor,
+        records: Records,
+        slots_E: Tensor | None,
+        indices_1K: Tensor,
+        y_1KD: Tensor,
+        shared: Shared | None,
+        ending: Ending | None,
+    ) -> None:
+        """The routed experts where there are ``slots``, and with ``ending`` the shared one.  For
+        what a launch does not use stands something of its type, so that each is of one kernel."""
         layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
-        D, width = layout.hidden_size, layout.moe_intermediate_size
-        h_KI = torch.empty(K, width, device=x_1D.device)
-        rows.experts_gate_up[(triton.cdiv(width, TILE), K)](
-            x_1D, records.slab, slots_E, indices_1K, in_levels, h_KI, D, width,
-            layout.record_bytes, *layout.gate_up_places(), KIND=layout.codecs.gate_up.kind,
-            num_warps=_warps(layout.codecs.gate_up.kind),
+        D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs
+        J, gate, up, down = shared or _NO_SHARED
+        finished, *sums = ending or (slots_E, y_1KD, y_1KD, y_1KD)
+        table, given = (finished, 0) if slots_E is None else (slots_E, K)
+        with_shared = shared is not None and ending is not None
+        h_KI = h_J = y_D = torch.empty(K * width, device=x_1D.device)
+        if with_shared:
+            h_J, y_D = (torch.empty(size, device=x_1D.device) for size in (J, D))
+        tiles, shared_tiles = triton.cdiv(width, TILE), triton.cdiv(J, TILE)
+        first = 0 if ending is not None else shared_tiles
+        programs = given * tiles + with_shared * shared_tiles
+        rows.experts_gate_up[(programs,)](
+            x_1D, records.slab, table, indices_1K, in_levels, h_KI, D, width,
+            layout.record_bytes, *layout.gate_up_places(), gate.data, gate.scale, up.data, up.scale,
+            gate.levels, h_J, J, first, **_options(codecs.gate_up.kind, gate.kind),
         )  # fmt: skip
-        rows.experts_down[(triton.cdiv(D, TILE), K)](
-            h_KI, records.slab, slots_E, indices_1K, out_levels, y_1KD, D, width,
-            layout.record_bytes, *layout.down_places(), KIND=layout.codecs.down.kind,
-            num_warps=_warps(layout.codecs.down.kind),
+        tiles, parts = triton.cdiv(D, TILE), given + with_shared
+        first = tiles if shared is not None and ending is None else 0
+        # Multiplied and added apart, as in ``weighted_sum``.
+        rows.experts_down[(parts * tiles,)](
+            h_KI, records.slab, table, indices_1K, out_levels, y_1KD, D, width,
+            layout.record_bytes, *layout.down_places(), h_J, down.data, down.scale, down.levels,
+            y_D, J, finished, *sums, first, parts if ending is not None else 0, y_1KD.shape[1],
+            TOP_K=K, enable_fp_fusion=False, **_options(codecs.down.kind, down.kind),
         )  # fmt: skip
 
     def _experts_by_groups(
@@ -290,6 +361,9 @@ def _router(router: Any, E: int, bias_E: Tensor | None) -> tuple[tuple[Any, ...]
     return (E, top_k, groups, kept, factor), {**kind, "RENORM": normalized, **blocks}
 
 
-def _warps(kind: int) -> int:
-    """Warps of a program that makes rows of one token's product."""
-    return WARPS[kind]
+def _options(kind: int, shared: int) -> dict[str, Any]:
+    """Of a kernel for routed experts of a kind and a shared one, with the same share of what is not
+    coded for a thread as that would have alone."""
+    columns = 512 * WARPS[kind] // WARPS.get(shared, 4)
+    kinds = {"KIND": kind, "SHARED": shared, "COLUMNS": columns}
+    return kinds | {"num_warps": WARPS[kind]}

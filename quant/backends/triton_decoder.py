@@ -1,10 +1,10 @@
 """One token through the layers in few launches, as CUDA graphs on a CUDA device.
 
-Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  Else a
-graph goes from one choice of experts to the next, so the host starts one for each layer that has
-experts:
+Where every expert has a slot, one graph holds all layers: nothing in it waits for the host.  The
+routed experts are then in the launches of ``end``.  Else a graph goes from one choice of experts to
+the next, so the host starts one for each layer that has experts:
 
-    end     gate and up of the shared experts | down + routed experts' sum + residual
+    end     gate and up of the shared expert | down + routed experts' sum + residual
     begin   norm + query and latent projections | (query's second projection) | absorbed query,
             rotation, latent row into the cache | attention over splits of the context | their sum +
             value projection | output + residual | norm + router + choice
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from slotmoe.quant.backends.base import SlotTable
 from slotmoe.quant.backends.graphs import Captured
+from slotmoe.quant.codec import TILE
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.triton import mla, rows
@@ -62,6 +63,16 @@ class Place(NamedTuple):
     x_1D: Tensor
 
 
+class Ending(NamedTuple):
+    """What is behind a layer's experts: ``out = h + (routed + shared)``, the routed ones by
+    ``weights``.  ``finished``, int32, counts for each tile of ``out`` and is 0 before and after."""
+
+    finished: Tensor
+    weights_1K: Tensor
+    h_1D: Tensor
+    out_1D: Tensor
+
+
 class Workspace:
     """The buffers of one token's step, which all layers share.
 
@@ -71,7 +82,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device, hidden: int, geometry: Any):
-        H, _, P, R, V, *_ = geometry
+        (H, _, P, R, V), router = geometry[:5], geometry.router
         self._device = device
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
         self.places = [Place(self.empty(1, hidden), self.empty(1, hidden)) for _ in range(2)]
@@ -82,7 +93,9 @@ class Workspace:
         self.part, self.best, self.total = (self.empty(H, splits, width) for width in (R, 1, 1))
         self.o_1X = self.empty(1, H * V)
         self.location = torch.zeros(2, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self.finished = torch.zeros(triton.cdiv(hidden, TILE), dtype=torch.int32, device=device)
+        self.one_1 = torch.ones(1, device=device)
+        self.no_choice_1K = torch.empty(1, router.top_k, dtype=torch.int64, device=device)
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
     def empty(self, *shape: int) -> Tensor:
@@ -128,6 +141,7 @@ class TritonDecoder:
         self._backend, self._sum_1D = backend, backend.sum_1D(len(norm), norm.device)
         # By the first layer, whether all are in it, and the bytes of a layer in the latent cache.
         self._graphs: dict[tuple[int, bool, int], Captured] = {}
+        self._records: Any = None
 
     def run_layers(self, step: Any, experts: Any) -> Choice | None:
         """See ``slotmoe.model.network.Runner``."""
@@ -139,7 +153,7 @@ class TritonDecoder:
             self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
             cache.extend(0, 1)
             shown = experts.slot_table()
-            table = shown if shown.complete else None
+            self._records, table = shown.records, shown if shown.complete else None
         function = partial(self._go, first, layer_bytes, table)
         where = first, table is not None, layer_bytes
         choice, h_1D, indices = self._graph(*where)(function, given_1D)
@@ -172,21 +186,18 @@ class TritonDecoder:
         the routed experts of the layer before it."""
         row = sum(layer.is_moe for layer in self._layers[:first])
         before, after = self._workspace.places[row % 2 - 1], self._workspace.places[row % 2]
-        h_1D = self._layers[first - 1].end(before, given_1D) if first else given_1D
+        h_1D = self._layers[first - 1].end(before, given_1D, self._records) if first else given_1D
         chosen: list[Tensor] = []
         for index, layer in enumerate(self._layers[first:], first):
             choice = layer.begin(h_1D, after, index * layer_bytes)
-            y_1D = None
-            if choice is not None and table is None:
+            if choice is None:
+                h_1D = layer.end(after, None, self._records)
+            elif table is None:
                 return Choice(index, after.x_1D, *choice), h_1D, None
-            if choice is not None and table is not None:
-                weights_1K, indices_1K = choice
-                y_1KD = torch.empty(*indices_1K.shape, h_1D.shape[1], device=h_1D.device)
+            else:
                 slots_E = table.slots_ME[len(chosen)]
-                self._backend.experts(after.x_1D, table.records, slots_E, indices_1K, y_1KD)
-                y_1D = self._backend.weighted_sum(y_1KD, weights_1K)
-                chosen.append(indices_1K)
-            h_1D = layer.end(after, y_1D)
+                h_1D = layer.experts(after, table.records, slots_E, *choice)
+                chosen.append(choice[1])
         return None, h_1D, torch.stack(chosen) if table is not None else None
 
 
@@ -216,7 +227,7 @@ class _Layer:
             q, latent = workspace.scratch("q", width), low[:, Q:]
             row(low, layer.q_b_proj, q, norm=(layer.q_a_layernorm, self._geometry.latent_eps))
         self._attend(q, latent, layer_at)
-        row(workspace.o_1X, layer.o_proj, place.h_1D, add=(h_1D,))
+        row(workspace.o_1X, layer.o_proj, place.h_1D, add=h_1D)
         norm = layer.post_attention_layernorm, self._geometry.eps
         if layer.gate is None:
             place.x_1D.copy_(self._backend.rms_norm(place.h_1D, *norm))
@@ -228,17 +239,41 @@ class _Layer:
         )
         return choice
 
-    def end(self, place: Place, y_1D: Tensor | None) -> Tensor:
+    def end(self, place: Place, y_1D: Tensor | None, records: Any) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
-        workspace, mlp, sums = self._workspace, self._layer.mlp, () if y_1D is None else (y_1D,)
+        workspace, mlp = self._workspace, self._layer.mlp
+        if y_1D is None:
+            act = workspace.scratch("act", mlp.gate_proj.shape[0])
+            self._backend.row_gate_up(place.x_1D, mlp.gate_proj, mlp.up_proj, act)
+            self._backend.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
+            return workspace.h_1D
         if mlp is None:
-            return torch.add(place.h_1D, *sums, out=workspace.h_1D)
-        act = workspace.scratch("act", mlp.gate_proj.shape[0])
-        self._backend.row_gate_up(place.x_1D, mlp.gate_proj, mlp.up_proj, act)
-        h_1D: Tensor = self._backend.row(
-            act, mlp.down_proj, workspace.h_1D, add=(place.h_1D, *sums)
+            return torch.add(place.h_1D, y_1D, out=workspace.h_1D)
+        return self._with_experts(
+            place, records, None, workspace.one_1, workspace.no_choice_1K, y_1D[None]
         )
-        return h_1D
+
+    def experts(
+        self, place: Place, records: Any, slots_E: Tensor, weights_1K: Tensor, indices_1K: Tensor
+    ) -> Tensor:
+        """The same with the routed experts, which all have a slot."""
+        y_1KD = torch.empty(*indices_1K.shape, place.h_1D.shape[1], device=slots_E.device)
+        return self._with_experts(place, records, slots_E, weights_1K, indices_1K, y_1KD)
+
+    def _with_experts(
+        self,
+        place: Place,
+        records: Any,
+        slots_E: Tensor | None,
+        weights_1K: Tensor,
+        indices_1K: Tensor,
+        y_1KD: Tensor,
+    ) -> Tensor:
+        workspace = self._workspace
+        ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
+        inputs = place.x_1D, records, slots_E, indices_1K, y_1KD
+        self._backend.end_layer(*inputs, self._layer.mlp, ending)
+        return workspace.h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:
         """From the projections to each head's value, through the cache."""

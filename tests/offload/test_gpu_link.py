@@ -68,6 +68,49 @@ def test_the_first_copy_is_queued_soon_after_the_gates_choice(token_seconds):
     assert max(twin.gaps) <= 60e-6
 
 
+class Watched(Twin):
+    """The thread's own seconds from when it can read a choice of experts to the first copy behind
+    it, whatever else the machine does."""
+
+    def __init__(self):
+        super().__init__()
+        self.chosen, self.gaps = None, []
+
+    def download(self, *tensors):
+        download = super().download(*tensors)
+        get = download.get
+
+        def watched():
+            tensor = get()
+            self.chosen = time.thread_time()
+            return tensor
+
+        download.get = watched
+        return download
+
+    def copy(self, source, target, after):
+        if self.chosen is not None:
+            self.gaps.append(time.thread_time() - self.chosen)
+            self.chosen = None
+        return super().copy(source, target, after)
+
+
+@pytest.mark.slow
+def test_python_takes_little_time_from_the_choice_to_the_first_copy(on_twin):
+    """What the twin's counted calls leave out; ``-s`` shows the figures.  The bound keeps what is
+    reached: the aim, 60 us, is not."""
+    twin = Watched()
+    with on_twin(twin, misses="fetch", slots=60, prefetch=False, kernels="torch") as runtime:
+        runtime.warm()
+        step = start(runtime)
+        for id in IDS * 8:
+            step([id])
+    gaps = sorted(twin.gaps)
+    few, half, many = (gaps[len(gaps) * share // 100] * 1e6 for share in (5, 50, 95))
+    print(f"{len(gaps)} layers with misses: {few:.0f}, {half:.0f}, {many:.0f} us (5, 50, 95%)")
+    assert len(gaps) > 200 and few <= 250
+
+
 def test_a_layer_with_misses_has_few_calls_and_one_wait(token_seconds):
     """Of 4 tokens in 7 layers: the choice comes to the host, the changed slot table and the table
     of what is late go to the GPU; hits and what is late are a launch each.  A token's id too goes

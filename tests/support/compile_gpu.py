@@ -4,9 +4,9 @@ resident weights.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
 object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
-takes, its registers, the bytes that it spills into memory; and of its machine code ``ahead``, how
-many instructions lie between the 128-bit loads of its loops (codes and scales) and their first use,
-at least, and ``loop``, the instructions of a loop's turn.
+takes, its registers, the bytes that it spills into memory.  With ``all``, and else of NF4 experts,
+``loops`` is what the machine code tells of each loop: the instructions of a turn, and for each of
+its 128-bit loads how many of these lie before the first use of what it loads.
 """
 
 import json
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,9 +35,9 @@ from slotmoe.quant.int8 import Int8Weight
 
 V2 = "v2" in sys.argv
 D, WIDTH, H, N, P, R, V, E, K = 2048, 1408, 16, 128, 64, 512, 128, 64, 6
-Q, GROUPS, KEPT = None, 1, 1
+Q, GROUPS, KEPT, DENSE_WIDTH = None, 1, 1, 10944
 if V2:
-    D, WIDTH, H, E, Q, GROUPS, KEPT = 5120, 1536, 128, 160, 1536, 8, 3
+    D, WIDTH, H, E, Q, GROUPS, KEPT, DENSE_WIDTH = 5120, 1536, 128, 160, 1536, 8, 3, 12288
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -69,20 +70,21 @@ def described(kernel, arguments):
     return signature, constants, attributes
 
 
-def resources(compiled):
-    """Registers and spilled bytes of a compiled kernel, and what its machine code tells."""
+def resources(compiled, read):
+    """Registers and spilled bytes of a compiled kernel, and its loops if its code is to be
+    ``read``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
-            for what in ("-res-usage", "-sass")
+            if wanted
+            else ""
+            for what, wanted in (("-res-usage", True), ("-sass", read))
         )
     counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = list(loops(code))
-    ahead = [distance for body in found for distance in ahead_of_use(body)]
-    told = {"registers": counts["REG"], "spilled": counts["STACK"]}
-    return told | {"ahead": min(ahead, default=0), "loop": max(map(len, found), default=0)}
+    found = [(len(body), list(ahead_of_use(body))) for body in loops(code)]
+    return {"registers": counts["REG"], "spilled": counts["STACK"], "loops": found}
 
 
 def loops(code):
@@ -131,14 +133,15 @@ def compile_instead(capability):
         arguments |= {name: options.pop(name) for name in kernel.arg_names if name in options}
         description = described(kernel, arguments)
         name = f"{kernel.fn.__module__}.{kernel.__name__}"
-        if (name, str(description)) in seen:
+        if (variant := f"{name} {description} {options}") in seen:
             return
-        seen.add((name, str(description)))
+        seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
         shared = compiled.metadata.shared
         told = {"kernel": name, "kind": arguments.get("KIND"), "shared": shared}
-        print(json.dumps(told | resources(compiled)))
+        read = "all" in sys.argv or (".rows.experts_" in name and told["kind"] == NF4.kind)
+        print(json.dumps(told | resources(compiled, read)))
 
     return run
 
@@ -165,22 +168,30 @@ def records(codecs):
     return Records(empty(E, layout.record_bytes, dtype=torch.uint8), layout, empty(2, 16))
 
 
-class CompleteExperts:
-    """The network's experts where all have slots."""
+class Experts:
+    """The network's experts, which all have slots if ``complete``."""
 
-    def __init__(self, codecs):
-        self._codecs = codecs
+    def __init__(self, codecs, complete):
+        self._records, self._complete = records(codecs), complete
 
     def slot_table(self):
-        return SlotTable(records(self._codecs), empty(1, E, dtype=torch.int32), complete=True)
+        return SlotTable(self._records, empty(1, E, dtype=torch.int32), self._complete)
+
+    def __call__(self, backend, x_TD, weights_TK, indices_TK):
+        """What is late after what is there, as ``slotmoe.offload.experts`` does it."""
+        y_TKD = empty(1, K, D)
+        for _ in range(2):
+            backend.experts(x_TD, self._records, empty(E, dtype=torch.int32), indices_TK, y_TKD)
+        return backend.weighted_sum(y_TKD, weights_TK)
 
     def passed(self, layer, indices_MTK, x_MTD):
         assert indices_MTK.shape == (1, 1, K)
 
 
 def decode(backend, make, router, bias=None, codecs=NF4S):
-    """One token through one layer with experts.  With a bias, rotated pairs stand in halves."""
-    layer = Layer(
+    """One token through a dense layer and one with experts, of which some are late, and again with
+    all in slots.  With a bias, rotated pairs stand in halves."""
+    moe = Layer(
         input_layernorm=empty(D),
         q_proj=None if Q else make(H * (N + P), D),
         q_a_proj=make(Q, D) if Q else None,
@@ -195,12 +206,20 @@ def decode(backend, make, router, bias=None, codecs=NF4S):
         gate_bias=bias,
         mlp=Mlp(make(2 * WIDTH, D), make(2 * WIDTH, D), make(D, 2 * WIDTH)),
     )
+    mlp = Mlp(make(DENSE_WIDTH, D), make(DENSE_WIDTH, D), make(D, DENSE_WIDTH))
+    dense = replace(moe, gate=None, gate_bias=None, mlp=mlp)
     geometry = Geometry(H, N, P, R, V, 1e-6, 1e-6, 0.1, bias is not None, router, WIDTH)
     cache = SimpleNamespace(
-        length=8, layers=empty(1, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
+        length=8, layers=empty(2, 64, R + P, dtype=torch.float16), extend=lambda layer, count: None
     )
-    step = Step(empty(1, D), empty(1, P // 2, dtype=torch.complex64), None, [cache], [1], Timer())
-    assert backend.decoder(geometry, [layer]).run_layers(step, CompleteExperts(codecs)) is None
+    decoder = backend.decoder(geometry, [dense, moe])
+    for complete in (False, True):
+        rope, experts = empty(1, P // 2, dtype=torch.complex64), Experts(codecs, complete)
+        step = Step(empty(1, D), rope, None, [cache], [1], Timer())
+        if not complete:
+            _, *choice = decoder.run_layers(step, experts)
+            step.routed_TD = experts(backend, *choice)
+        assert decoder.run_layers(step, experts) is None
 
 
 def prefill(backend, make, codecs=NF4S):

@@ -20,6 +20,7 @@ LUT4 = tl.constexpr(2)
 LUT3 = tl.constexpr(3)
 INT4 = tl.constexpr(4)
 DENSE = tl.constexpr(5)  # row-major float32 or bfloat16
+NONE = tl.constexpr(-1)  # no weights
 BLOCKS = tl.constexpr(8)  # blocks of 64 columns that a program takes at a time of codes
 
 
@@ -114,8 +115,8 @@ def _coded_rows(
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
             codes = (words >> code_shift(j, KIND)) & MASK
-            part += tl.load(levels_ptr + codes) * x[:, None]
-        total += part * (scale.to(tl.float32) * rows)
+            part = tl.fma(tl.load(levels_ptr + codes), x[:, None], part)
+        total = tl.fma(part, scale.to(tl.float32) * rows, total)
         words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
 
@@ -145,7 +146,7 @@ def _plain_rows(
         if NORM:
             squares += x * x
             x *= tl.load(g_ptr + k, mask=k < K, other=0.0)
-        total += w.to(tl.float32) * x[None, :]
+        total = tl.fma(w.to(tl.float32), x[None, :], total)
         w = ahead
     y = tl.sum(total, 1)
     if KIND == INT8:
@@ -155,10 +156,12 @@ def _plain_rows(
 
 @triton.jit
 def _rows(
-    x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K, KIND: tl.constexpr, NORM: tl.constexpr
-):
+    x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, N, K,
+    KIND: tl.constexpr, NORM: tl.constexpr, COLUMNS: tl.constexpr = 512,
+):  # fmt: skip
+    """COLUMNS are those that a program takes at a time of what is not coded."""
     if (KIND == INT8) | (KIND == DENSE):
-        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, 512)
+        y, squares = _plain_rows(x_ptr, g_ptr, w_ptr, scale_ptr, tile, N, K, KIND, NORM, COLUMNS)
     else:
         y, squares = _coded_rows(
             x_ptr, g_ptr, w_ptr, scale_ptr, levels_ptr, tile, K, KIND, NORM, BLOCKS
@@ -169,11 +172,11 @@ def _rows(
 @triton.jit
 def linear(
     x_ptr, g_ptr, eps, w_ptr, scale_ptr, levels_ptr, N, w2_ptr, scale2_ptr, levels2_ptr, N2,
-    r_ptr, r2_ptr, y_ptr, K,
-    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUALS: tl.constexpr,
+    r_ptr, y_ptr, K,
+    KIND: tl.constexpr, KIND2: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """y [N + N2] = both weights times x [K], plus r or r + (r2 + .) by RESIDUALS.  With NORM x is
-    normed with g first."""
+    """y [N + N2] = both weights times x [K], plus r if RESIDUAL.  With NORM x is normed with g
+    first."""
     tile = tl.program_id(0)
     tiles = (N + 15) // 16
     if tile < tiles:
@@ -190,11 +193,23 @@ def linear(
     if NORM:
         factor = 1 / tl.sqrt(squares / K + eps)
         y *= factor
-    if RESIDUALS == 2:
-        y = tl.load(r2_ptr + n, mask=valid) + y
-    if RESIDUALS >= 1:
+    if RESIDUAL:
         y = tl.load(r_ptr + n, mask=valid) + y
     tl.store(y_ptr + n, y, mask=valid)
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr, tile, N, K,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr = 512,
+):  # fmt: skip
+    """One tile of y [N] = silu(gate x) * (up x)."""
+    gate, _ = _rows(
+        x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS
+    )
+    up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False, COLUMNS)
+    n = tile * 16 + tl.arange(0, 16)
+    tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
 
 
 @triton.jit
@@ -203,61 +218,103 @@ def gate_up(
     KIND: tl.constexpr,
 ):  # fmt: skip
     """y [N] = silu(gate x) * (up x)."""
-    tile = tl.program_id(0)
-    gate, _ = _rows(x_ptr, x_ptr, gate_ptr, gate_scale_ptr, levels_ptr, tile, N, K, KIND, False)
-    up, _ = _rows(x_ptr, x_ptr, up_ptr, up_scale_ptr, levels_ptr, tile, N, K, KIND, False)
-    n = tile * 16 + tl.arange(0, 16)
-    tl.store(y_ptr + n, silu(gate) * up, mask=n < N)
+    _gate_up(
+        x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, levels_ptr, y_ptr,
+        tl.program_id(0), N, K, KIND,
+    )  # fmt: skip
 
 
-@triton.jit
+# The experts of one token, in two launches: the shared expert's programs come first, then those of
+# each routed one.  Where experts are missing, the same kernels are launched for some of their
+# programs, from ``first`` on.  What differs between such launches must not be specialized: kernels
+# that are compiled apart may round apart.
+
+
+@triton.jit(do_not_specialize=["slots_ptr", "indices_ptr", "first"])
 def experts_gate_up(
     x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, N,
-    record_bytes, up_at, gate_scales_at, up_scales_at, KIND: tl.constexpr,
+    record_bytes, up_at, gate_scales_at, up_scales_at,
+    gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr, shared_y_ptr, SHARED_N,
+    first,
+    KIND: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token's experts that have a slot: y [TOP_K, N] = silu(gate x) * (up x).
-    ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records."""
-    tile, rank = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
-    if slot >= 0:
-        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        gate_scales_ptr, up_scales_ptr = record_ptr + gate_scales_at, record_ptr + up_scales_at
-        gate, _ = _coded_rows(
-            x_ptr, x_ptr, record_ptr, gate_scales_ptr, levels_ptr, tile, D, KIND, False, BLOCKS
-        )
-        up, _ = _coded_rows(
-            x_ptr,
-            x_ptr,
-            record_ptr + up_at,
-            up_scales_ptr,
-            levels_ptr,
-            tile,
-            D,
-            KIND,
-            False,
-            BLOCKS,
-        )
-        n = tile * 16 + tl.arange(0, 16)
-        tl.store(y_ptr + rank * N + n, silu(gate) * up, mask=n < N)
+    """shared_y [SHARED_N] and, of the experts that have a slot, y [TOP_K, N]: each silu(gate x) *
+    (up x).  ``indices`` [TOP_K] are the experts, ``slots`` [E] the rows of their records; SHARED is
+    the kind of the shared expert's weights, NONE without one."""
+    shared_tiles, tiles = (SHARED_N + 15) // 16, (N + 15) // 16
+    program = tl.program_id(0) + first
+    if program < shared_tiles:
+        if SHARED != NONE:
+            _gate_up(
+                x_ptr, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, shared_levels_ptr,
+                shared_y_ptr, program, SHARED_N, D, SHARED, COLUMNS,
+            )  # fmt: skip
+    else:
+        rank, tile = (program - shared_tiles) // tiles, (program - shared_tiles) % tiles
+        slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
+        if slot >= 0:
+            record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
+            _gate_up(
+                x_ptr, record_ptr, record_ptr + gate_scales_at, record_ptr + up_at,
+                record_ptr + up_scales_at, levels_ptr, y_ptr + rank * N, tile, N, D, KIND,
+            )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "slots_ptr", "indices_ptr", "weights_ptr", "finished_ptr", "first", "parts", "count",
+    ]
+)  # fmt: skip
 def experts_down(
     x_ptr, slab_ptr, slots_ptr, indices_ptr, levels_ptr, y_ptr, D, K,
-    record_bytes, down_at, down_scales_at, KIND: tl.constexpr,
+    record_bytes, down_at, down_scales_at,
+    shared_x_ptr, down_ptr, down_scale_ptr, shared_levels_ptr, shared_y_ptr, SHARED_K,
+    finished_ptr, weights_ptr, h_ptr, out_ptr, first, parts, count,
+    KIND: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """The same experts: y [TOP_K, D] = down x, x being [TOP_K, K]."""
-    tile, rank = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
-    if slot >= 0:
-        record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
-        x_ptr += rank * K
-        codes_ptr, scales_ptr = record_ptr + down_at, record_ptr + down_scales_at
-        y, _ = _coded_rows(
-            x_ptr, x_ptr, codes_ptr, scales_ptr, levels_ptr, tile, K, KIND, False, BLOCKS
-        )
-        n = tile * 16 + tl.arange(0, 16)
-        tl.store(y_ptr + rank * D + n, y, mask=n < D)
+    """The same experts: y [TOP_K, D] = down x, x being [TOP_K, K], and shared_y [D].
+
+    A tile of 16 rows has ``parts`` programs in a launch that ends the layer, else 0.  The one of
+    them that finishes last adds up: out = h + (the first ``count`` of y by their weights, in the
+    gate's order, + shared_y).  ``finished`` [tiles] is 0 before and after.  To be compiled without
+    contraction into multiply-adds, so that the sum is ``weighted_sum``'s."""
+    tiles = (D + 15) // 16
+    shared_tiles = tiles if SHARED != NONE else 0
+    program = tl.program_id(0) + first
+    tile = program % tiles
+    n = tile * 16 + tl.arange(0, 16)
+    valid = n < D
+    if program < shared_tiles:
+        if SHARED != NONE:
+            y, _ = _rows(
+                shared_x_ptr, shared_x_ptr, down_ptr, down_scale_ptr, shared_levels_ptr, tile, D,
+                SHARED_K, SHARED, False, COLUMNS,
+            )  # fmt: skip
+            tl.store(shared_y_ptr + n, y, mask=valid)
+    else:
+        rank = (program - shared_tiles) // tiles
+        slot = tl.load(slots_ptr + tl.load(indices_ptr + rank))
+        if slot >= 0:
+            record_ptr = slab_ptr + slot.to(tl.int64) * record_bytes
+            row_ptr = x_ptr + rank * K
+            y, _ = _rows(
+                row_ptr, row_ptr, record_ptr + down_at, record_ptr + down_scales_at, levels_ptr,
+                tile, D, K, KIND, False,
+            )  # fmt: skip
+            tl.store(y_ptr + rank * D + n, y, mask=valid)
+    if parts > 0:
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel") == parts - 1:
+            tl.store(finished_ptr + tile, 0)
+            # Past the first-level cache: other programs of the same launch may have written them.
+            total = tl.load(y_ptr + n, mask=valid, cache_modifier=".cg") * tl.load(weights_ptr)
+            for k in tl.static_range(1, TOP_K):
+                rank = tl.minimum(k, count - 1)
+                y = tl.load(y_ptr + rank * D + n, mask=valid, cache_modifier=".cg")
+                total = tl.where(k < count, total + y * tl.load(weights_ptr + rank), total)
+            if SHARED != NONE:
+                total += tl.load(shared_y_ptr + n, mask=valid, cache_modifier=".cg")
+            tl.store(out_ptr + n, tl.load(h_ptr + n, mask=valid) + total, mask=valid)
 
 
 @triton.jit
