@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from slotmoe import __version__
-from slotmoe.errors import DeviceError, DownloadError, SlotmoeError
+from slotmoe.errors import ConfigError, DeviceError, DownloadError, SlotmoeError
 
 _COMMANDS = {
     "run": "Continue a prompt with a model, streaming the text.",
@@ -104,6 +104,14 @@ def cli(ctx: click.Context, traceback: bool) -> None:
         click.echo(_START)
 
 
+def _check_folder() -> None:
+    """Raises ``ConfigError`` in a folder that was removed: MKL, for one, would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder that this runs in was removed; cd to another") from None
+
+
 def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     """Run the command line; exit codes: 0 done, 1 the work failed, 2 bad usage or input, 130
     interrupted."""
@@ -114,6 +122,7 @@ def main(arguments: list[str] | None = None, group: click.Group = cli) -> Any:
     _open_streams()
     state = dict[str, Any]()
     try:
+        _check_folder()
         code = group.main(arguments, prog_name=group.name, standalone_mode=False, obj=state)
         sys.stdout.flush()  # or Python fails to, when no handler is left
         sys.exit(code if isinstance(code, int) else 0)

@@ -8,6 +8,7 @@ same command then makes what an undisturbed one makes.
 
 import argparse
 import ctypes
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +82,7 @@ class Campaign:
 
     def attempt(self, command: Command, kind: int = 0, at: int = 0, onwards: bool = False) -> int:
         """Run the command in a child; its status.  ``self.error`` is what it printed on stderr, and
-        the file ``calls`` says how many calls each fault could have met."""
+        the file ``calls`` says how many calls each fault could have met and what was imported."""
         work, error, count = self.work, self.folder / "stderr", self.folder / "calls"
         work.mkdir(exist_ok=True)
         names = {name: self.disk / name for name in ("work", "source", "export")}
@@ -102,7 +104,7 @@ class Campaign:
                 code = end.code if isinstance(end.code, int) else 1
             calls = {kind: shim.faults_calls(number) for kind, number in KINDS.items()}
             shim.faults_arm(b"", 0, 0, 0)
-            count.write_text(json.dumps(calls))
+            count.write_text(json.dumps({"calls": calls, "modules": sorted(sys.modules)}))
             sys.stderr.flush()
             os._exit(code)
 
@@ -113,11 +115,16 @@ class Campaign:
     def attack(self, name: str, points: Callable[[int], list[int]]) -> None:
         """Every kind of fault at those ``points`` of so many calls."""
         command = COMMANDS[name]
-        self.clean()
-        status = self.attempt(command)
-        wanted = command.files(self.work)
-        assert status == 0 and (wanted or not command.made), self.error
-        calls = json.loads((self.folder / "calls").read_text())
+        for _ in "ab":  # what is imported late is imported once, and not in every child
+            self.clean()
+            status = self.attempt(command)
+            wanted = command.files(self.work)
+            assert status == 0 and (wanted or not command.made), self.error
+            seen = json.loads((self.folder / "calls").read_text())
+            for module in seen["modules"]:
+                with suppress(ImportError):  # made up by others
+                    importlib.import_module(module)
+        calls = seen["calls"]
         for kind, number in KINDS.items():
             chosen = points(calls[kind])
             for onwards in (False, True)[: 1 + (kind in ONWARDS)]:
@@ -169,18 +176,8 @@ def attacked(
     ``part``: (3, 10) is every tenth from the third on."""
     import torch  # noqa: F401, once and not in every child
 
-    import slotmoe.offload.ingest.quantize
-    import slotmoe.offload.runtime
-    import slotmoe.tools.chat.conversation
-    import slotmoe.tools.cli
-    import slotmoe.tools.run
-    import slotmoe.tools.verify
+    from slotmoe.offload.ingest.quantize import quantize
     from tests.support.tiny import write_checkpoint
-
-    if "profile" in names:
-        import slotmoe.tools.profile.charts
-        import slotmoe.tools.profile.measure
-        import slotmoe.tools.profile.report
 
     disk = folder / "disk"
 
@@ -190,7 +187,7 @@ def attacked(
         template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
         settings = {**json.loads(path.read_text()), "chat_template": template}
         path.write_text(json.dumps(settings))
-        slotmoe.offload.ingest.quantize.quantize(disk / "source", disk / "export")
+        quantize(disk / "source", disk / "export")
 
     assert forked(prepare) == 0
     campaign, generator = Campaign(folder, disk), random.Random(seed)

@@ -2,7 +2,9 @@
 ``python -m tests.faults.interrupts`` runs it.
 
 First comes each line that a computation runs, then lines and moments by chance.  After each, no
-slot may be lost, and the next computation must give the same bits within a minute.
+slot may be lost, and the next computation must give the same bits within a minute.  The ``sample``
+is the bundled model, the ``small`` one has the same experts a token in two layers and a predictor
+of whole tokens: together they run more lines than either, and most attacks are on the cheaper one.
 """
 
 import argparse
@@ -54,24 +56,42 @@ def attacked(
     return {"kind": kind, "lines": len(lines), "injected": done, "came": came, "signals": found}
 
 
+def make_small(folder: Path) -> Path:
+    """An export with more experts than any kind has slots."""
+    from slotmoe.offload.ingest.quantize import quantize
+    from slotmoe.quant.export.writer import write_predictor
+    from tests.support.predictor import random_tensors
+    from tests.support.tiny import write_checkpoint
+
+    experts = {"n_routed_experts": 64, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 6}
+    write_checkpoint(folder / "checkpoint", **experts)
+    quantize(folder / "checkpoint", folder / "small")
+    write_predictor(folder / "small", random_tensors(0, 64))
+    return folder / "small"
+
+
 def main() -> None:
     from slotmoe.offload.ingest.quantize import quantize
     from tests.support.tiny import SAMPLE
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
+    parser.add_argument("--model", choices=["sample", "small"], default="small")
     parser.add_argument("--count", type=int, default=2500, help="for each kind")
     parser.add_argument("--signals", type=int, default=250, help="for each kind")
     parser.add_argument("--seconds", type=float, default=1e9, help="for each kind's exceptions")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        quantize(SAMPLE, Path(folder) / "export")
+        export = Path(folder) / "sample"
+        if given.model == "sample":
+            quantize(SAMPLE, export)
+        else:
+            export = make_small(Path(folder))
         for kind in given.kinds or KINDS:
             chance = random.Random(f"{kind} {given.seed}")
-            limits = given.count, given.signals, chance, given.seconds
-            found = attacked(Path(folder) / "export", kind, *limits)
-            print(json.dumps(found), flush=True)
+            found = attacked(export, kind, given.count, given.signals, chance, given.seconds)
+            print(json.dumps({"model": given.model, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 ``python -m tests.faults.campaign``."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from tests.faults import environments, fuzz, kills
-from tests.faults.campaign import COMMANDS, run_preloaded
+from tests.faults.campaign import COMMANDS, ROOT, run_preloaded
 from tests.support.interrupts import KINDS
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -25,6 +26,14 @@ def test_no_campaign_shrinks():
     assert len(COMMANDS) >= 7 and len(fuzz.PARSERS) >= 21 and len(KINDS) >= 4
     assert len(kills.WORKS) >= 2 and len(environments.WORLDS) >= 26
     assert len(environments.COMMANDS) >= 8
+
+
+def test_every_test_that_the_page_names_is_there():
+    """Each past defect has its reproducer, and each defence the test that misses it."""
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = {*re.findall(r"def (test_\w+)\(", sources)}
+    named = {*re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())}
+    assert len(named) >= 50 and named <= tests, named - tests
 
 
 @needs_compiler

@@ -60,8 +60,7 @@ def lines_of(action):
 @cache
 def _has(code, line):
     """Whether ``line`` is one of ``code``'s."""
-    file, number = line
-    return code.co_filename == file and number in {at for *_, at in code.co_lines()}
+    return line[1] in {at for *_, at in code.co_lines()}
 
 
 def interrupted_at(line, moment, action, kind):
@@ -77,7 +76,7 @@ def interrupted_at(line, moment, action, kind):
                 raise kind
 
     try:
-        with _tracing(count, lambda code: _has(code, line)):
+        with _tracing(count, lambda code: code.co_filename == line[0] and _has(code, line)):
             action()
     except kind:
         return True

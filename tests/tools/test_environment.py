@@ -101,6 +101,16 @@ def test_a_user_without_a_home(capsys, monkeypatch):
     assert checks["disk"]["state"] == "ok"
 
 
+def test_a_folder_that_was_removed(capsys, tmp_path, monkeypatch):
+    """MKL ended the process with a line of its own."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert failed(capsys, "list") == (
+        2,
+        "slotmoe: the folder that this runs in was removed; cd to another\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("problem", "shown"),
     [

@@ -400,6 +400,7 @@ def test_rebound_names_and_pages_of_other_origins_are_refused(served):
         assert served.ask("GET", "/health", Host=host)[0] == 403, host
     assert served.ask("GET", "/stats", Origin="http://evil.example")[0] == 403
     assert served.ask("GET", "/stats", Origin="null")[0] == 403
+    assert served.ask("GET", "/stats", Host="localhost:1", Origin="ftp://localhost:1")[0] == 403
     assert served.ask("GET", "/stats", Host="localhost:1", Origin="http://localhost:1")[0] == 200
 
 

@@ -239,6 +239,11 @@ def test_head_is_answered_wherever_get_is(served):
         assert response.headers["content-length"] == length
 
 
+def test_page_is_shown_in_no_frame_of_others(served):
+    policy = served.ask("GET", "/")[2]["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
+
+
 def test_log_has_a_line_for_each_request_and_nothing_of_it(runtime, capfd):
     with Served(runtime, is_logged=True) as served:
         served.complete("A secret word", max_tokens=3)
