@@ -4,6 +4,7 @@ GPU is needed."""
 import gc
 import re
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from slotmoe.offload import loading
 from slotmoe.offload.tiers import host
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, whole
+from tests.support.params import nth
 from tests.support.twin import Twin, measured, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
@@ -150,20 +152,13 @@ def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin, told, kind):
         runtime.logits(IDS)
 
 
-@pytest.mark.parametrize("moment", [1, 15])
-@pytest.mark.parametrize(
-    ("mode", "where"),
-    [
-        ("fetch", "launch"),
-        ("fetch", "copy"),
-        ("fetch", "wait"),
-        ("hybrid", "launch"),
-        ("hybrid", "wait"),
-        ("hybrid", "acquire"),
-        ("cpu", "acquire"),
-    ],
-)
-def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, mode, where, moment):
+INTERRUPTED = ["fetch launch", "fetch copy", "fetch wait"]
+INTERRUPTED += ["hybrid launch", "hybrid wait", "hybrid acquire", "cpu acquire"]
+
+
+@pytest.mark.parametrize(("moment", "case"), nth(3, product([1, 15], INTERRUPTED)))
+def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, moment, case):
+    mode, where = case.split()
     monkeypatch.setattr(
         loading, "stored_bandwidths", lambda path: measured(pcie_busy=1e9, experts=1e9)
     )
