@@ -1,5 +1,5 @@
 // Drives ik_llama.cpp for `python -m slotmoe.tools.bench peer`: does what each line of stdin says and
-// answers with the seconds it took.
+// answers with a line like `seconds 1.25`.  The library writes lines of its own.
 //
 //   prefill N      N random tokens from an empty cache
 //   depth N        the same, for what follows
@@ -52,7 +52,7 @@ int main(int argc, char** argv) {
         }
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
         if (!std::strcmp(what, "depth")) depth = count;
-        std::printf("%.6f\n", seconds.count());
+        std::printf("seconds %.6f\n", seconds.count());
         std::fflush(stdout);
     }
     return 0;

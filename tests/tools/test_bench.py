@@ -74,7 +74,7 @@ for line in sys.stdin:
         file.write(line)
     if what == "prefill" and count == "13":
         sys.exit(3)
-    print(int(count) / 500, flush=True)
+    print("a library's line\\nseconds", int(count) / 500, flush=True)
 """
 
 

@@ -33,9 +33,10 @@ class _Peer:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(f"{what} {tokens}\n")
         self._process.stdin.flush()
-        if not (line := self._process.stdout.readline()):
-            raise ConfigError(f"the driver ended with code {self._process.wait()}")
-        return float(line)
+        for line in self._process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise ConfigError(f"the driver ended with code {self._process.wait()}")
 
     def close(self) -> None:
         self._process.communicate()

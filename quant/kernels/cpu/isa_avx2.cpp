@@ -123,6 +123,7 @@ struct Lanes {
         second = {level(_mm256_srli_epi16(a, 3)), level(_mm256_srli_epi16(b, 3))};
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+    static void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     static void prefetch_to_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 

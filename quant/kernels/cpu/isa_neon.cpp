@@ -136,6 +136,7 @@ struct Lanes {
         }
     }
     static void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
+    static void prefetch_to_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
     static void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
     static void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 

@@ -126,6 +126,7 @@ struct Lanes {
         }
     }
     static void prefetch(const void*) {}
+    static void prefetch_to_l1(const void*) {}
     static void prefetch_to_l2(const void*) {}
     static void prefetch_write(const void*) {}
 

@@ -14,6 +14,17 @@ constexpr int kTokens = 128;
 constexpr int kManyTokens = 24;    // from here on arithmetic binds, not memory
 constexpr int kPrefetch = 6144;    // bytes ahead
 
+template <int Bytes>
+inline void prefetch_lines(const void* p, bool past) {
+    const char* at = static_cast<const char*>(p);
+    if (past)
+#pragma GCC unroll 16
+        for (int line = 0; line < Bytes; line += 64) Lanes::prefetch(at + line);
+    else
+#pragma GCC unroll 16
+        for (int line = 0; line < Bytes; line += 64) Lanes::prefetch_to_l1(at + line);
+}
+
 // Scales of 64 or 32 columns in fp16, or of 32 in 8 bits: kParts of a block's 64 columns.
 template <int Parts>
 struct HalfScales {
@@ -36,6 +47,7 @@ struct CodedTile {
     static constexpr int kBytes = 128 * Bits, kParts = Scales::kParts;
     const uint8_t *codes, *scales;
     Lanes::Table table;
+    bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
         if constexpr (Bits == 4)
@@ -46,9 +58,8 @@ struct CodedTile {
     F scale(int part) const { return Scales::load(scales, part); }
     static F accumulate(F total, F sum, F scale) { return Lanes::fma(sum, scale, total); }
     void prefetch() const {
-#pragma GCC unroll 8
-        for (int line = 0; line < kBytes; line += 64) Lanes::prefetch(codes + kPrefetch + line);
-        Lanes::prefetch(scales + kPrefetch / kBytes * Scales::kBytes);
+        prefetch_lines<kBytes>(codes + kPrefetch, past);
+        prefetch_lines<1>(scales + kPrefetch / kBytes * Scales::kBytes, past);
     }
     void next() { codes += kBytes, scales += Scales::kBytes; }
 };
@@ -56,16 +67,14 @@ struct CodedTile {
 struct Int8Tile {
     static constexpr int kBytes = 1024, kParts = 1;
     const int8_t* packed;
+    bool past;  // past_l2()
 
     void pair(int t, W& first, W& second) const {
         first = Lanes::weights(packed + 128 * t), second = Lanes::weights(packed + 128 * t + 64);
     }
     F scale(int) const { return Lanes::zero(); }  // its scale is per row, applied at the end
     static F accumulate(F total, F sum, F) { return Lanes::add(total, sum); }
-    void prefetch() const {
-#pragma GCC unroll 16
-        for (int line = 0; line < kBytes; line += 64) Lanes::prefetch(packed + kPrefetch + line);
-    }
+    void prefetch() const { prefetch_lines<kBytes>(packed + kPrefetch, past); }
     void next() { packed += kBytes; }
 };
 
@@ -236,7 +245,8 @@ inline void coded_tiles_of(const CodedMatrix& w, const Levels& levels, const Act
                            int64_t t, int64_t begin, int64_t end, float* y, int64_t ldy) {
     using Tile = CodedTile<Bits, Scales>;
     const Lanes::Table table = Lanes::table(levels.q);
-    const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table}; };
+    const bool past = past_l2();
+    const auto at = [&](int64_t i) { return Tile{w.tile_codes(i), w.tile_scales(i) + Scales::kRows, table, past}; };
     multiply<Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
         float* out = y + token * ldy + i * kTile;
@@ -257,7 +267,8 @@ void coded_tiles(const CodedMatrix& w, const Levels& levels, const ActBlock* x, 
 
 void int8_tiles(const Int8Matrix& w, const ActBlock* x, const double* factor, int64_t t, int64_t begin, int64_t end,
                 float* y, int64_t ldy) {
-    const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes}; };
+    const bool past = past_l2();
+    const auto at = [&](int64_t i) { return Int8Tile{w.packed + i * w.blocks * Int8Tile::kBytes, past}; };
     multiply<Int8Tile>(at, x, t, w.blocks, begin, end, [&](int64_t token, int64_t i, const float* totals) {
         const int64_t left = w.n - i * kTile, lanes = left < kTile ? left : kTile;
         write(totals, w.scale + i * kTile, lanes, factor[token], y + token * ldy + i * kTile);
