@@ -212,7 +212,8 @@ static void decode(const Attention& a, int64_t hidden, int64_t experts, const fl
                 check(slotmoe_store_latents(latents, rows, a.r, a.p, caches[token] + l * layer,
                                             stride));
         }
-        Floats y(t * hidden), x(t * hidden), weights(t * top_k), sum(t * hidden);
+        // The routers' inputs: those of both layers, and one more.
+        Floats y(t * hidden), x(3 * t * hidden), weights(t * top_k), sum(t * hidden);
         double seconds[4] = {};
         for (int64_t expected : {2, 0, 1, 3}) {  // 3: from the sum of the second layer's experts on
             const int64_t first = expected == 3, asked = expected == 1   ? 2
