@@ -12,9 +12,11 @@ serves every version from 3.10 on (`py_limited_api`).
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDERS = ("model", "quant", "offload", "tools")
 KERNELS = Path("quant/kernels/cpu")
@@ -25,7 +27,22 @@ if sys.platform == "darwin":  # its headers refuse aligned memory where they aim
     FLAGS += ["-faligned-allocation"]
 PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder, f"{folder}.*")])
 
+
+class OnAllCores(build_ext):
+    def build_extension(self, extension):
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda one: compile_in_turn([one], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_at_once
+        super().build_extension(extension)
+
+
 setup(
+    cmdclass={"build_ext": OnAllCores},
     packages=["slotmoe", *(f"slotmoe.{package}" for package in PACKAGES)],
     package_dir={f"slotmoe.{folder}": folder for folder in FOLDERS},
     ext_modules=[

@@ -22,6 +22,7 @@ from slotmoe.quant.export.layout import MANIFEST, layer_file
 from tests.support.disk import tree
 from tests.support.encoded import write_files
 from tests.support.hub import NAME, Repo, make
+from tests.support.params import nth
 from tests.support.tiny import write_checkpoint
 
 LUT = EXPERT_CODECS["lut", "4"]
@@ -72,7 +73,7 @@ def test_calibrated_codes_cost_less_where_it_counts(source, tmp_path):
         assert torch.isfinite(runtime.logits([0, 7, 300])).all()
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+@pytest.mark.parametrize("share", nth(3, [0.5, 0.2, 0.95]))
 def test_stopped_it_resumes_to_the_same_bytes(share, source, tmp_path):
     wanted = made(source, tmp_path / "whole", resident="mixed")
 
@@ -94,7 +95,7 @@ def test_stopped_it_resumes_to_the_same_bytes(share, source, tmp_path):
     assert max(seen) <= 1
 
 
-@pytest.mark.parametrize("stop", [None, 0.6])
+@pytest.mark.parametrize("stop", nth(2, [0.6, None]))
 def test_a_download_is_calibrated_to_the_same_bytes(hub, source, tmp_path, stop):
     """In files by layer, of which the second one has what levels are learned from, and again after
     it was stopped."""

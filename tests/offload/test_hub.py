@@ -28,6 +28,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
 from tests.support.disk import Stop, small_disk, stop_at, tree
 from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, reshard, weight_requests
+from tests.support.params import nth
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +220,7 @@ def test_foreign_folder_is_never_emptied(place, served, tmp_path):
     assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
 
 
-@pytest.mark.parametrize("megabytes", [1, 3, 8, 14])
+@pytest.mark.parametrize("megabytes", nth(3, [3, 1, 8, 14]))
 def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
     with small_disk(tmp_path, f"{megabytes}m") as (disk, resize):
         with monkeypatch.context() as patch:
@@ -603,7 +604,7 @@ def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     assert json.loads(out)["bytes"] > 10e6
 
 
-@pytest.mark.parametrize("moment", ["headers", "weights"])
+@pytest.mark.parametrize("moment", nth(2, ["weights", "headers"]))
 def test_interrupted(moment, served, wanted, tmp_path):
     hold = threading.Event()
     served.faults.append(

@@ -497,7 +497,7 @@ def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
         sample_export,
         TEXT,
         "-n",
-        "120",
+        "40",
         "--live",
         "-o",
         tmp_path / "out",

@@ -35,6 +35,7 @@ from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.shapes import ALIGNMENT, RESIDENT_MODES, resident_quantization
 from tests.support.disk import Stop, killed, small_disk, stop_at, tree
 from tests.support.oracle import rebuild
+from tests.support.params import nth
 from tests.support.tiny import SAMPLE, random_weights, write_checkpoint
 
 NF4_CODECS = EXPERT_CODECS["nf4", "4"]
@@ -62,9 +63,7 @@ def command_line(*arguments):
 
 
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, signal.SIGHUP]
-    + [pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGKILL)],
+    "number", nth(4, [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
 )
 def test_interrupted_command_resumes(number, sample_export, tmp_path):
     destination = tmp_path / "export"

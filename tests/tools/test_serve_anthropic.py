@@ -83,6 +83,14 @@ def test_harmless_fields_of_text_change_nothing(served, block):
     assert text_of(served, system=system) == text_of(served, system="Be brief.")
 
 
+CALLING = {"tool_choice": {"type": "any"}, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def plain_call(served):
+    return post(served, **CALLING, tools=ANTHROPIC_TOOLS)[1]["content"][0]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -96,11 +104,9 @@ def test_harmless_fields_of_text_change_nothing(served, block):
     ],
     ids=str,
 )
-def test_harmless_fields_of_tools_change_nothing(served, fields):
-    asked = {"tool_choice": {"type": "any"}, "max_tokens": 200}
-    plain = post(served, **asked, tools=ANTHROPIC_TOOLS)[1]["content"][0]
-    block = post(served, **asked, tools=[{**ANTHROPIC_TOOLS[0], **fields}])[1]["content"][0]
-    assert block["input"] == plain["input"] and is_weather(json.dumps(block["input"]))
+def test_harmless_fields_of_tools_change_nothing(served, plain_call, fields):
+    block = post(served, **CALLING, tools=[{**ANTHROPIC_TOOLS[0], **fields}])[1]["content"][0]
+    assert block["input"] == plain_call["input"] and is_weather(json.dumps(block["input"]))
 
 
 def test_harmless_parts_of_a_history_change_nothing(served):
