@@ -5,7 +5,7 @@ Shapes: T tokens, D hidden_size, M MoE layers, E routed experts, K experts a tok
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -196,23 +196,33 @@ class Experts:
         if device.queues:  # by the slot table, before the host knows the choice
             yield slots.slots_ME[row]
         chosen = download.get()
+        # Nothing that a copy need not wait for comes before ``demand``: the link idles until then.
         indices = chosen.tolist()
-        uses = self._uses(row, indices)
-        missing = [id for id in uses if id not in self._cache]
-        self._note_choice(row, x_TD, indices, uses, missing)
-        computed = self._choose_for_cpu(len(indices), uses, missing)
-        fetched = [id for id in missing if id not in computed]
-        # First what is there or on its way, then what is in RAM.
-        fetched.sort(key=lambda id: (not slots.at_hand(id), hybrid and id not in hybrid.host))
+        uses, cached = self._uses(row, indices), self._cache.cached
+        missing = [id for id in uses if id not in cached]
+        coming, left = slots.on_their_way(missing), slots.in_free_slots(missing)
+        if self.lookahead is not None:
+            self.lookahead.chosen(row, uses, len(missing))  # gives wrong guesses' slots back
+        computed: list[int] = []
+        if computes:
+            computed = self._choose_for_cpu(len(indices), uses, missing, coming, left)
+        fetched = self._in_order(missing, computed, coming, left)
+        now = fetched[: slots.staging]
+        reads = slots.demand(now, pinned=now)
+        self._met += len(coming)
+        self._fetched += len(missing) - len(left) - len(computed)
+        self._computed += len(computed)
         newest = {row * self._cache.experts + expert for expert in indices[-1]}
         work = Work(row, uses, newest, self._kept(row, len(indices)))
-        work.cached = [] if device.queues else [id for id in uses if id in self._cache]
-        work.later = fetched[slots.staging :]
-        work.reads = slots.demand(fetched[: slots.staging], pinned=fetched[: slots.staging])
+        work.cached = [] if device.queues else [id for id in uses if id in cached]
+        work.reads, work.later = reads, fetched[slots.staging :]
         if hybrid is not None and computes:
             hybrid.begin(download.others()[0], chosen)
             work.computed = computed
             self._acquire(work)
+        if self._listeners:
+            hits, behind = len(uses) - len(missing), self._pass.seen - len(indices)
+            self._tell(Route(row, indices, hits, len(missing), len(coming), x_TD, behind))
         if self.lookahead is not None:
             self.lookahead.guess_layer(row, self._count, x_TD)
         seen_TD = download.others()[0][-FOLLOWED:].numpy() if learns else None
@@ -222,6 +232,8 @@ class Experts:
         for expert_id in missing:  # in gate order, so that timing changes nothing
             if expert_id in work.used:
                 slots.admit(expert_id, pinned=work.newest)
+        if missing:
+            slots.rank()  # now, so that the next layer's demands need not
 
     def _arrivals(self, work: Work, y_TKD: Tensor) -> Iterator[Tensor]:
         """What has arrived, at most half of the staging slots at once, so that a GPU computes them
@@ -307,44 +319,43 @@ class Experts:
         counts = Counter(chain.from_iterable(indices))
         return {first + expert: count for expert, count in sorted(counts.items())}
 
-    def _note_choice(
+    def _in_order(
         self,
-        row: int,
-        x_TD: Tensor,
-        indices: list[list[int]],
-        uses: Mapping[int, int],
-        missing: Sequence[int],
-    ) -> None:
-        """Tell the lookahead and the listeners of a gate's choice."""
-        coming = sum(id in self.slots for id in missing)
-        self._met += coming
-        if self._listeners:
-            hits = len(uses) - len(missing)
-            behind = self._pass.seen - len(indices)
-            self._tell(Route(row, indices, hits, len(missing), coming, x_TD, behind))
-        if self.lookahead is not None:
-            self.lookahead.chosen(row, uses, len(missing))
+        missing: list[int],
+        computed: Collection[int],
+        coming: Collection[int],
+        left: Collection[int],
+    ) -> list[int]:
+        """What is missing and not computed by the CPU: first what is there or on its way, then what
+        is in RAM."""
+        fetched = [id for id in missing if id not in computed] if computed else missing
+        if len(fetched) < 2:
+            return fetched
+        in_ram = self.hybrid.host.cache.cached if self.hybrid is not None else frozenset()
+        ordered = [id for id in fetched if id in coming or id in left]
+        absent = [id for id in fetched if id not in ordered] if ordered else fetched
+        ordered += [id for id in absent if id in in_ram]
+        return ordered + [id for id in absent if id not in in_ram]
 
     def _choose_for_cpu(
-        self, tokens: int, uses: Mapping[int, int], missing: Sequence[int]
+        self,
+        tokens: int,
+        uses: Mapping[int, int],
+        missing: Sequence[int],
+        coming: Collection[int],
+        left: Collection[int],
     ) -> list[int]:
         """Which missing experts the CPU computes: those that the fewest tokens use, and of one
         token's those that the gate weighs least.  For one token all are fetched as long as slots
         are free, or nothing would ever fill them.  What is on its way, or still in a free slot, is
         not computed again."""
-        computed: list[int] = []
-        slots = self.slots
-        brought = [id for id in missing if id in slots or not slots.at_hand(id)]
-        wanted = self.split.computes and (tokens > 1 or slots.room() == 0)
-        if self.hybrid is not None and wanted:
-            absent = [id for id in reversed(brought) if id not in slots]
-            absent.sort(key=lambda id: uses[id])
-            count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(brought))
-            host = self.hybrid.host  # first what is in RAM
-            computed = sorted(absent[:count], key=lambda id: id not in host)
-        self._fetched += len(brought) - len(computed)
-        self._computed += len(computed)
-        return computed
+        if self.hybrid is None or (tokens == 1 and self.slots.room() > 0):
+            return []
+        absent = [id for id in reversed(missing) if id not in coming and id not in left]
+        absent.sort(key=lambda id: uses[id])
+        count = self.split.for_cpu(tokens, [uses[id] for id in absent], len(missing) - len(left))
+        in_ram = self.hybrid.host.cache.cached  # these first
+        return sorted(absent[:count], key=lambda id: id not in in_ram)
 
     def _acquire(self, work: Work) -> None:
         """Ask the host tier for the next records that the CPU computes."""

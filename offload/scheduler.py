@@ -255,7 +255,10 @@ class Scheduler:
         piece = job.prompt[sequence.length : sequence.length + count]
         try:
             with self._wanted(job, len(piece)):
-                logits_V = self._score(job, piece) if job.scored else sequence.append(piece)[0]
+                if job.scored:
+                    logits_V = self._score(job, piece)
+                else:
+                    logits_V = self._in_ram(sequence.append(piece))[0]
         except _UnwantedError:
             return
         self.totals.prompt_tokens += len(piece)
@@ -297,8 +300,9 @@ class Scheduler:
         sequence = self._running[job]
         scores: list[Tensor | None] = [None] if sequence.length == 0 else []
         following = job.prompt[sequence.length + 1 - len(scores) :]
-        for rows_RV in sequence.append_rows(ids):
-            scores += rows_RV.cpu()
+        for computed_RV in sequence.append_rows(ids):
+            rows_RV = self._in_ram(computed_RV)
+            scores += rows_RV
             try:
                 for token_id, logits_V in zip(following, scores, strict=False):
                     job.answer.score(token_id, logits_V)
@@ -311,20 +315,24 @@ class Scheduler:
     def _decode(self, jobs: list[Job]) -> None:
         sequences = [self._running[job] for job in jobs]
         logits_TV = self._runtime.append_each(sequences, [job.answer.ids[-1] for job in jobs])
-        for job, sequence, logits_V in zip(jobs, sequences, logits_TV.cpu(), strict=True):
+        for job, sequence, logits_V in zip(jobs, sequences, self._in_ram(logits_TV), strict=True):
             before = sequence.length - 1
             self._take(job, logits_V)
             while job in self._running and not job.cancelled:
                 if (followed_1V := sequence.follow(job.answer.ids[-1])) is None:
                     break
-                self._take(job, followed_1V[0])
+                self._take(job, self._in_ram(followed_1V)[0])
             self._keep(job, sequence, added=sequence.length - before)
+
+    def _in_ram(self, logits_TV: Tensor) -> Tensor:
+        """By no copy engine of a GPU, which may have records before them."""
+        return self._runtime.model.device.download(logits_TV).get()
 
     def _take(self, job: Job, logits_V: Tensor) -> None:
         """Choose the request's next token."""
         before = len(job.answer.ids)
         try:
-            piece = job.answer.take(logits_V.cpu())
+            piece = job.answer.take(logits_V)
         except SlotmoeError as problem:
             finish = "refused" if isinstance(problem, ConfigError) else "error"
             piece = job.answer.end(finish, str(problem))

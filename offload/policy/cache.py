@@ -98,10 +98,11 @@ class Cache(ABC):
         self.evictions += 1
         return victim
 
-    def least(self, expert_ids: Collection[int]) -> int:
-        """Of ``expert_ids``, cached or not, the one of least worth."""
-        ids = list(expert_ids)
-        return ids[int(self._worth_now()[ids].argmin())]
+    def by_worth(self, expert_ids: Collection[int]) -> list[int]:
+        """``expert_ids``, cached or not, the one of least worth last, of equals the first."""
+        ids = np.array([*expert_ids][::-1])
+        order = (-self._worth_now()[ids]).argsort(kind="stable")
+        return [int(id) for id in ids[order]]
 
     def add(self, expert_id: int) -> None:
         """Put the absent ``expert_id`` into free room."""

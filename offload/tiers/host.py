@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from slotmoe.offload.tiers.slots import Table
 from slotmoe.quant.export.reader import Export
 
 PIN_BYTES = 64 << 20
+_NOTHING = memoryview(b"")
 
 
 class _Use(NamedTuple):
@@ -52,6 +54,7 @@ class HostTier(DiskReader):
         self._in_use = Counter[int]()  # uses of cached experts
         self._copying: deque[tuple[Event, _Use]] = deque()  # in their order
         self._acquired: dict[Read, _Use] = {}
+        self._unnoted: list[int] = []  # uses that the cache has not heard of
         self._pinned = _Pinning(self.slab, device)
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
         super().__init__(export, direct)
@@ -65,27 +68,25 @@ class HostTier(DiskReader):
         already, else from disk through RAM."""
         after = self._device.record()  # the slot's last readers have been launched
         use = self._claim(expert_id)
-
-        def arrived(ok: bool) -> None:
-            try:
-                if ok:
-                    self._pinned.written(use.slot)
-                    with self._table_lock:  # so that the time of a copy holds no part of another
-                        self._copy(read, self.slab[use.slot], target, after)
-            finally:
-                with self._table_lock:
-                    if read.copy is not None:
-                        self._copying.append((read.copy, use))
-                    else:
-                        self._put_back(use, arrived=False)
-
-        # What stays in a read must not keep it: ``arrived`` does, until it has been called.
-        read = Read(expert_id, self._buffer(use), urgency, None if use.present else arrived)
+        self._unnoted.append(expert_id)
         if use.present:
-            arrived(True)
+            read = Read(expert_id, _NOTHING, urgency)
+            self._forward(read, use, target, after, True)
             read.done = True
-        self._note(expert_id)
+        else:
+            read = Read(expert_id, self._buffer(use), urgency)
+            # What stays in a read must not keep it: this does, until it has been called.
+            read.after = partial(self._forward, read, use, target, after)
         return read
+
+    def submit(self, reads: Iterable[Read]) -> None:
+        """See ``DiskReader``.  The cache hears of the uses: their copies have been queued, which
+        were not to wait for that."""
+        super().submit(reads)
+        with self._table_lock:
+            self._collect()
+            while self._unnoted:
+                self.cache.use(self._unnoted.pop(0))
 
     def acquire(self, expert_id: int) -> Read:
         """A read of one record into RAM alone, ahead of all prefetches; ``submit`` starts it, and
@@ -96,9 +97,10 @@ class HostTier(DiskReader):
             if ok:
                 self._pinned.written(use.slot)
 
-        read = Read(expert_id, self._buffer(use), DEMAND, arrived, done=use.present)
+        buffer = _NOTHING if use.present else self._buffer(use)
+        read = Read(expert_id, buffer, DEMAND, arrived, done=use.present)
         self._acquired[read] = use
-        self._note(expert_id)
+        self._unnoted.append(expert_id)
         return read
 
     def slot(self, read: Read) -> int:
@@ -129,6 +131,7 @@ class HostTier(DiskReader):
             self._copying.clear()
             self._in_use.clear()
             self._acquired.clear()
+            self._unnoted.clear()
             self.table.restore(range(len(self.slab)))
 
     def fill(self, expert_ids: Iterable[int], done: Callable[[], None]) -> None:
@@ -176,8 +179,8 @@ class HostTier(DiskReader):
         self._pinned.close()
 
     def _buffer(self, use: _Use) -> memoryview:
-        """Where the disk writes a record; nothing where it is present."""
-        return memoryview(b"") if use.present else self.slab[use.slot].numpy().data
+        """Where the disk writes a record."""
+        return self.table.records[use.slot].numpy().data
 
     def _claim(self, expert_id: int) -> _Use:
         """A use of a cached expert, or of a free slot, in which it may be still."""
@@ -193,11 +196,19 @@ class HostTier(DiskReader):
                 self._collect()
             return _Use(expert_id, *self.table.acquire(expert_id), cached=False)
 
-    def _note(self, expert_id: int) -> None:
-        """Tell the cache of a use, when its copy has been queued: that is not to wait for it."""
-        with self._table_lock:
-            self._collect()
-            self.cache.use(expert_id)
+    def _forward(self, read: Read, use: _Use, target: Tensor, after: Event, arrived: bool) -> None:
+        """Queue the copy of a record that has arrived in RAM."""
+        try:
+            if arrived:
+                self._pinned.written(use.slot)
+                with self._table_lock:  # so that the time of a copy holds no part of another
+                    self._copy(read, self.table.records[use.slot], target, after)
+        finally:
+            with self._table_lock:
+                if read.copy is not None:
+                    self._copying.append((read.copy, use))
+                else:
+                    self._put_back(use, arrived=False)
 
     def _copy(self, read: Read, record: Tensor, target: Tensor, after: Event) -> None:
         try:

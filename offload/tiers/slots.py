@@ -47,6 +47,8 @@ class Table:
         self.slot_of: dict[int, int] = {}
         self.left: dict[int, int] = {}  # by expert id: slots that are free, too
         self.free = list(range(len(slab) - 1, -1, -1))
+        self.records = slab.unbind()  # a view of each slot: to make one takes longer than to copy
+        self._ranked: list[int] = []  # what was left once, that of least worth last
 
     def admit(self, expert_id: int, pinned: Collection[int], must: bool = False) -> int | None:
         """Let the cache admit an expert that was used, in place of another, or free its slot.
@@ -63,7 +65,19 @@ class Table:
         in there."""
         if expert_id in self.left:
             return self.left.pop(expert_id), True
-        return self.free.pop() if self.free else self.left.pop(self.cache.least(self.left)), False
+        return self.free.pop() if self.free else self.left.pop(self._least()), False
+
+    def rank(self) -> None:
+        """Order what is ``left`` by its present worth, for those who ``acquire`` next."""
+        self._ranked = self.cache.by_worth(self.left)
+
+    def _least(self) -> int:
+        """What is left and was of least worth when it was ranked, or is now if all that was ranked
+        is gone."""
+        while self._ranked:
+            if (expert_id := self._ranked.pop()) in self.left:
+                return expert_id
+        return self.cache.by_worth(self.left)[-1]
 
     def restore(self, slots: range, staged: Collection[int] = ()) -> None:
         """Make cache, map and free list, of which an interrupted step may have changed any, agree.
@@ -144,6 +158,21 @@ class Slots:
     def at_hand(self, expert_id: int) -> bool:
         """Whether the expert need not be read: it has a slot, or is still in one that is free."""
         return expert_id in self.table.slot_of or expert_id in self.table.left
+
+    def on_their_way(self, expert_ids: Iterable[int]) -> list[int]:
+        """Those whose read has begun."""
+        coming = self.coming
+        return [id for id in expert_ids if id in coming]
+
+    def in_free_slots(self, expert_ids: Iterable[int]) -> list[int]:
+        """Those that have no slot any more, but are still in one that is free."""
+        left = self.table.left
+        return [id for id in expert_ids if id in left]
+
+    def rank(self) -> None:
+        """Order the free slots for the demands to come."""
+        if self.table.left:
+            self.table.rank()
 
     def slot(self, expert_id: int) -> int:
         """The row of the slab with an expert's record, cached or arrived."""
@@ -349,13 +378,14 @@ class Slots:
             done()
 
     def _begin(self, expert_id: int, urgency: int, pinned: Collection[int]) -> Read:
-        self._make_room(pinned)
+        if self.abandoned or not (self.table.free or self.table.left):
+            self._make_room(pinned)
         slot, present = self.table.acquire(expert_id)
         self.reclaimed += present
         if present:
             read = Read(expert_id, memoryview(b""), urgency, done=True)
         else:
-            read = self._source.read(expert_id, self.slab[slot], urgency)
+            read = self._source.read(expert_id, self.table.records[slot], urgency)
         self.table.slot_of[expert_id] = slot
         self.coming[expert_id] = read
         return read

@@ -25,6 +25,7 @@ from slotmoe.quant.backends.triton_decoder import (
     INT8,
     Ending,
     Operand,
+    Routed,
     TritonDecoder,
     operand,
     power,
@@ -243,40 +244,19 @@ class TritonBackend(TorchBackend):
     ) -> None:
         given = x_TD.contiguous(), records, slots_E, indices_TK.contiguous(), y_TKD
         if len(x_TD) == 1:  # each use reads its expert's record, in float32
-            self._launch_experts(*given, self._shared, None)
+            self._launch_experts(Routed(*given), self._shared, None)
         else:
             self._experts_by_groups(*given)
 
-    def end_layer(
-        self,
-        x_1D: Tensor,
-        records: Records,
-        slots_E: Tensor | None,
-        indices_1K: Tensor,
-        y_1KD: Tensor,
-        mlp: Any,
-        ending: Ending,
-    ) -> None:
-        """One token's experts of a layer, into ``y``, and what comes behind them.
+    def end_layer(self, routed: Routed, mlp: Any, ending: Ending) -> None:
+        """One token's experts of a layer, and what comes behind them.  The bits are the same
+        whether the routed ones are computed here or were before."""
+        self._launch_experts(routed, None if mlp is None else Shared.of(mlp), ending)
 
-        Without ``slots`` the routed ones were computed before: ``y`` is their sum, [1, 1, D].  The
-        bits are the same.
-        """
-        shared = None if mlp is None else Shared.of(mlp)
-        self._launch_experts(x_1D, records, slots_E, indices_1K, y_1KD, shared, ending)
-
-    def _launch_experts(
-        self,
-        x_1D: Tensor,
-        records: Records,
-        slots_E: Tensor | None,
-        indices_1K: Tensor,
-        y_1KD: Tensor,
-        shared: Shared | None,
-        ending: Ending | None,
-    ) -> None:
+    def _launch_experts(self, routed: Routed, shared: Shared | None, ending: Ending | None) -> None:
         """The routed experts where there are ``slots``, and with ``ending`` the shared one.  For
         what a launch does not use stands something of its type, so that each is of one kernel."""
+        x_1D, records, slots_E, indices_1K, y_1KD = routed
         layout, K, (in_levels, out_levels) = records.layout, indices_1K.shape[1], records.levels
         D, width, codecs = layout.hidden_size, layout.moe_intermediate_size, layout.codecs
         J, gate, up, down = shared or _NO_SHARED

@@ -63,6 +63,17 @@ class Place(NamedTuple):
     x_1D: Tensor
 
 
+class Routed(NamedTuple):
+    """One token's routed experts of a layer: their input, records, and choice, and where their
+    outputs go.  Without ``slots`` they were computed before: ``y`` is their sum, [1, 1, D]."""
+
+    x_1D: Tensor
+    records: Any
+    slots_E: Tensor | None
+    indices_1K: Tensor
+    y_1KD: Tensor
+
+
 class Ending(NamedTuple):
     """What is behind a layer's experts: ``out = h + (routed + shared)``, the routed ones by
     ``weights``.  ``finished``, int32, counts for each tile of ``out`` and is 0 before and after."""
@@ -249,30 +260,21 @@ class _Layer:
             return workspace.h_1D
         if mlp is None:
             return torch.add(place.h_1D, y_1D, out=workspace.h_1D)
-        return self._with_experts(
-            place, records, None, workspace.one_1, workspace.no_choice_1K, y_1D[None]
-        )
+        computed = Routed(place.x_1D, records, None, workspace.no_choice_1K, y_1D[None])
+        return self._with_experts(place, computed, workspace.one_1)
 
     def experts(
         self, place: Place, records: Any, slots_E: Tensor, weights_1K: Tensor, indices_1K: Tensor
     ) -> Tensor:
         """The same with the routed experts, which all have a slot."""
         y_1KD = torch.empty(*indices_1K.shape, place.h_1D.shape[1], device=slots_E.device)
-        return self._with_experts(place, records, slots_E, weights_1K, indices_1K, y_1KD)
+        routed = Routed(place.x_1D, records, slots_E, indices_1K, y_1KD)
+        return self._with_experts(place, routed, weights_1K)
 
-    def _with_experts(
-        self,
-        place: Place,
-        records: Any,
-        slots_E: Tensor | None,
-        weights_1K: Tensor,
-        indices_1K: Tensor,
-        y_1KD: Tensor,
-    ) -> Tensor:
+    def _with_experts(self, place: Place, routed: Routed, weights_1K: Tensor) -> Tensor:
         workspace = self._workspace
         ending = Ending(workspace.finished, weights_1K, place.h_1D, workspace.h_1D)
-        inputs = place.x_1D, records, slots_E, indices_1K, y_1KD
-        self._backend.end_layer(*inputs, self._layer.mlp, ending)
+        self._backend.end_layer(routed, self._layer.mlp, ending)
         return workspace.h_1D
 
     def _attend(self, q: Tensor, latent: Tensor, layer_at: int) -> None:

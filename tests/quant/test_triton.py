@@ -35,7 +35,8 @@ from tests.support.params import nth
 from tests.support.slab import NF4S, write_record
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-Ending = importlib.import_module("slotmoe.quant.backends.triton_decoder").Ending
+triton_decoder = importlib.import_module("slotmoe.quant.backends.triton_decoder")
+Ending, Routed = triton_decoder.Ending, triton_decoder.Routed
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -188,13 +189,13 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     inputs, slots_E = (x, records), slots_of(2, 1, 0, 3, 0, 1)
     y_1KD = y_1KD.to(DEVICE)
     ending = Ending(finished, weights, h, whole)
-    triton_ops.end_layer(*inputs, slots_E, indices_1K, y_1KD, mlp, ending)
+    triton_ops.end_layer(Routed(*inputs, slots_E, indices_1K, y_1KD), mlp, ending)
     y_1KD = torch.full_like(y_1KD, torch.nan)
     for table in ([-1, -1, 0, -1, -1, -1], [2, -1, -1, -1, 0, -1]):
         triton_ops.experts(*inputs, slots_of(*table), indices_1K, y_1KD)
     routed_11D = triton_ops.weighted_sum(y_1KD, weights)[None]
     ending = Ending(finished, one, h, parts)
-    triton_ops.end_layer(*inputs, None, indices_1K, routed_11D, mlp, ending)
+    triton_ops.end_layer(Routed(*inputs, None, indices_1K, routed_11D), mlp, ending)
     assert torch.equal(whole, parts) and not finished.any()
     exact = sum(
         weight * expert_of(records, slots_E[index], x)

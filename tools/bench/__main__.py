@@ -23,7 +23,7 @@ def bench() -> None:
 
 
 for command in (
-    *(decode.depth, decode.engine, decode.profile, kernels.kernels, kernels.gpu),
+    *(decode.depth, decode.engine, decode.profile, decode.gap, kernels.kernels, kernels.gpu),
     *(codes.codes, quantize.quantize, download.download, drafts.drafts, serve.serve, recall.recall),
     *(routing.routing, peer.peer),
 ):

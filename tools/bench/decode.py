@@ -1,12 +1,15 @@
-"""Three comparisons of decode, by the milliseconds of a token: ``depth``, ``engine`` and
-``profile``."""
+"""Comparisons of decode, by the milliseconds of a token: ``depth``, ``engine`` and ``profile``; and
+``gap``, for which the link to a GPU idles."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from statistics import fmean, quantiles
+from statistics import fmean, median, quantiles
+from typing import Any
+from unittest.mock import patch
 
 import click
 from torch import Tensor
@@ -15,6 +18,7 @@ from slotmoe.offload.experts import Experts
 from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import attach
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers.device import Download, Event
 from slotmoe.tools.bench import turns
 from slotmoe.tools.options import count
 
@@ -138,3 +142,66 @@ def profile(export: str, ram: str | None, decode_tokens: int, repetitions: int) 
         row = {way: quantiles(values, n=4)[quartile] for way, values in tokens.items()}
         rows.append({"of": name, **row, "ratio": row["watched"] / row["plain"]})
     turns.finish(rows)
+
+
+def gaps(runtime: Runtime, ids: list[int]) -> list[float]:
+    """Decode ``ids``: the seconds of the thread's own time from when it can read a choice of
+    experts to the first copy behind it, of each layer with such a copy.  All records that are
+    missing have to be in RAM."""
+    device, chosen, spent = runtime.model.device, None, list[float]()
+    download, copy = device.download, device.copy
+
+    def watched_download(*tensors: Tensor) -> Download:
+        result = download(*tensors)
+        get = result.get
+
+        def watched() -> Tensor:
+            nonlocal chosen
+            tensor = get()
+            chosen = time.thread_time()
+            return tensor
+
+        result.get = watched  # type: ignore[method-assign]
+        return result
+
+    def watched_copy(*arguments: Any) -> Event:
+        nonlocal chosen
+        if chosen is not None:
+            spent.append(time.thread_time() - chosen)
+        chosen = None
+        return copy(*arguments)
+
+    with (
+        patch.object(device, "download", watched_download),
+        patch.object(device, "copy", watched_copy),
+    ):
+        turns.token_seconds(runtime, ids)
+    return spent
+
+
+@click.command()
+@turns.EXPORT
+@click.option("--slots", type=int, required=True, help="Expert slots, fewer than experts.")
+@count("--decode-tokens", 64, "Tokens decoded.")
+def gap(export: str, slots: int, decode_tokens: int) -> None:
+    """Microseconds of Python from a gate's choice of experts to the first copy queued behind it.
+    Meanwhile the link to the GPU idles."""
+    with Runtime.open(
+        export,
+        device="cuda",
+        context=decode_tokens + 1,
+        slots=slots,
+        misses="fetch",
+        prefetch=False,
+    ) as runtime:
+        runtime.warm()
+        turns.finish([gap_row(runtime, decode_tokens)])
+
+
+def gap_row(runtime: Runtime, decode_tokens: int) -> turns.Row:
+    """Of a runtime whose slots and RAM are filled."""
+    spent = [1e6 * seconds for seconds in gaps(runtime, turns.random_ids(decode_tokens))]
+    if not spent:
+        raise click.UsageError("no layer missed an expert that is in RAM; lower --slots")
+    few, *_, many = quantiles(spent, n=20)
+    return {"layers": len(spent), "microseconds": median(spent), "5 to 95%": [few, many]}

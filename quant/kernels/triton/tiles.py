@@ -14,6 +14,7 @@ from slotmoe.quant.kernels.triton.rows import (
     DENSE,
     INT8,
     LUT3,
+    LUT4,
     code_shift,
     code_words,
     row_factors,
@@ -35,20 +36,18 @@ def _rounded(x, WIDEN: tl.constexpr):
 
 @triton.jit
 def _weights(w_ptr, scale_ptr, levels_ptr, n, start, N, K, KIND: tl.constexpr, BN: tl.constexpr):
-    """Columns ``start`` to ``start + 63`` of rows n, float32 [BN, 64]; int8 without its scale."""
+    """Columns ``start`` to ``start + 63`` of rows n, float32 [BN, 64], without their factors."""
     if (KIND != INT8) & (KIND != DENSE):
-        blocks, block = (K + 63) // 64, start // 64
-        n = tl.minimum(n, (N + 15) // 16 * 16 - 1)[:, None]  # past the tiles any weights will do
-        tile, lane, eight = n // 16, n % 16, tl.arange(0, 8)
-        valid = n >= 0
-        at = (tile * blocks + block) * 8 + eight[None, :]
-        words = code_words(w_ptr, at, lane, valid, KIND)
         MASK: tl.constexpr = 7 if KIND == LUT3 else 15
+        blocks, block, eight = (K + 63) // 64, start // 64, tl.arange(0, 8)
+        # A scale for each word: fewer scales than threads would be loaded by every thread that
+        # needs some of them, into more registers than there are.
+        n, word = tl.broadcast(n[:, None], eight[None, :])
+        tile, lane, valid = n // 16, n % 16, n >= 0
+        words = code_words(w_ptr, (tile * blocks + block) * 8 + word, lane, valid, KIND)
         codes = (words[:, :, None] >> code_shift(eight, KIND)[None, None, :]) & MASK
-        half = tl.arange(0, 2)[None, :]
-        scales = stored_scales(scale_ptr, tile, block, half, blocks, lane, valid, KIND)
-        scales = scales.to(tl.float32) * row_factors(scale_ptr, tile, blocks, lane, KIND)
-        w = tl.reshape(tl.load(levels_ptr + codes), [BN, 2, 32]) * scales[:, :, None]
+        scales = stored_scales(scale_ptr, tile, block, word // 4, blocks, lane, valid, KIND)
+        w = tl.load(levels_ptr + codes) * scales.to(tl.float32)[:, :, None]
         w = tl.reshape(w, [BN, 64])
     else:
         k = start + tl.arange(0, 64)
@@ -66,11 +65,14 @@ def _product(
     """Rows ``row`` of x [., K] where ``valid``, times rows n of the weight: float32 [BM, BN]."""
     BM: tl.constexpr = row.shape[0]
     BN: tl.constexpr = n.shape[0]
+    CODED: tl.constexpr = (KIND != INT8) & (KIND != DENSE)
+    if CODED:  # past their tiles any weights will do
+        n = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     total = tl.full([BM, BN], 0, tl.float32)
     x_ptr += row.to(tl.int64)[:, None] * K
     # Loads ahead would go through shared memory, single levels too: for codes the other programs of
     # a processor hide the wait.
-    STAGES: tl.constexpr = 1 if (KIND != INT8) & (KIND != DENSE) else 3
+    STAGES: tl.constexpr = 1 if CODED else 3
     for start in tl.range(0, K, 64, num_stages=STAGES):
         k = start + tl.arange(0, 64)
         x = tl.load(x_ptr + k[None, :], mask=valid[:, None] & (k < K)[None, :], other=0.0)
@@ -78,6 +80,8 @@ def _product(
         total += tl.dot(_rounded(x, WIDEN), tl.trans(_rounded(w, WIDEN)))
     if KIND == INT8:
         total *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    elif (KIND == LUT3) | (KIND == LUT4):
+        total *= row_factors(scale_ptr, n // 16, (K + 63) // 64, n % 16, KIND)[None, :]
     return total
 
 
