@@ -49,7 +49,7 @@ def read_state(partial: Path) -> dict[str, Any] | None:
 
 def write_state(partial: Path, state: dict[str, Any]) -> None:
     """Replace what is noted of unfinished work, durably and never half."""
-    write_json(partial / _STATE, {"checksum": manifest_checksum(state), **state})
+    write_json(partial / _STATE, {"checksum": manifest_checksum(state), **state}, indent=None)
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:

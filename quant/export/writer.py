@@ -128,11 +128,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace ``path`` by the JSON of ``values``, durably and never half."""
+def write_json(path: Path, values: dict[str, Any], indent: int | None = 1) -> None:
+    """Replace ``path`` by the JSON of ``values``, durably and never half.  Python indents ten times
+    slower than it writes one line."""
     try:
         with open(temporary_name(path), "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
+            file.write(json.dumps(values, indent=indent))
             file.flush()
             os.fsync(file.fileno())
         publish_file(path)

@@ -78,11 +78,7 @@ struct Lanes {
     }
 
     static I start(int32_t bias) { return _mm512_set1_epi32(bias); }
-    static I dot(I sum, W w, const int8_t* x4) {
-        int32_t x;
-        memcpy(&x, x4, 4);
-        return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x));
-    }
+    static I dot(I sum, W w, const int8_t* x4) { return dot_bytes(sum, w, broadcast_bytes(x4)); }
     static W weights(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
     static Table table(const int8_t* q) {
         alignas(64) uint8_t low[64], high[64];
