@@ -55,6 +55,18 @@ def code_shift(j, KIND: tl.constexpr):
 
 
 @triton.jit
+def level(levels_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
+    """The level of the j-th of the eight codes of each word, float32.  A code is masked where it is
+    as an offset in bytes, and without a sign: so an address is a load's base and offset as they
+    are, without instructions of its own."""
+    MASK: tl.constexpr = 28 if KIND == LUT3 else 60
+    shift: tl.constexpr = 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
+    offsets = (words >> (shift - 2) if shift >= 2 else words << (2 - shift)) & MASK
+    bytes_ptr = levels_ptr.to(tl.pointer_type(tl.int8)) + offsets.to(tl.uint32).to(tl.int64)
+    return tl.load(bytes_ptr.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
 def row_factors(scales_ptr, tile, blocks, lane, KIND: tl.constexpr):
     """What all scales of a tile's rows are multiplied by, float32."""
     if (KIND == NF4) | (KIND == INT4):
@@ -95,7 +107,6 @@ def _coded_rows(
     KIND: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
-    MASK: tl.constexpr = 7 if KIND == LUT3 else 15
     blocks = (K + 63) // 64
     lane = tl.arange(0, 16)[None, :]
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
@@ -114,8 +125,7 @@ def _coded_rows(
             if NORM:
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
-            codes = (words >> code_shift(j, KIND)) & MASK
-            part = tl.fma(tl.load(levels_ptr + codes), x[:, None], part)
+            part = tl.fma(level(levels_ptr, words, j, KIND), x[:, None], part)
         total = tl.fma(part, scale.to(tl.float32) * rows, total)
         words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
