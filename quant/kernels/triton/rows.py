@@ -55,15 +55,13 @@ def code_shift(j, KIND: tl.constexpr):
 
 
 @triton.jit
-def level(levels_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
-    """The level of the j-th of the eight codes of each word, float32.  A code is masked where it is
-    as an offset in bytes, and without a sign: so an address is a load's base and offset as they
-    are, without instructions of its own."""
+def _levels(bytes_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
+    """The level of the j-th of the eight codes of each word, float32.  A code is masked as an
+    offset in bytes, so that its address takes one addition."""
     MASK: tl.constexpr = 28 if KIND == LUT3 else 60
     shift: tl.constexpr = 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
     offsets = (words >> (shift - 2) if shift >= 2 else words << (2 - shift)) & MASK
-    bytes_ptr = levels_ptr.to(tl.pointer_type(tl.int8)) + offsets.to(tl.uint32).to(tl.int64)
-    return tl.load(bytes_ptr.to(tl.pointer_type(tl.float32)))
+    return tl.load((bytes_ptr + offsets).to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
@@ -113,6 +111,7 @@ def _coded_rows(
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
     rows = row_factors(scales_ptr, tile, blocks, lane, KIND)
+    bytes_ptr = levels_ptr.to(tl.pointer_type(tl.int8))
     words, scale = _coded_step(codes_ptr, scales_ptr, tile, group, lane, blocks, KIND)
     for first in range(0, blocks, BLOCKS):
         at = first * 8 + group
@@ -125,7 +124,7 @@ def _coded_rows(
             if NORM:
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
-            part = tl.fma(level(levels_ptr, words, j, KIND), x[:, None], part)
+            part = tl.fma(_levels(bytes_ptr, words, j, KIND), x[:, None], part)
         total = tl.fma(part, scale.to(tl.float32) * rows, total)
         words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
