@@ -185,9 +185,9 @@ class HostTier(DiskReader):
     def _claim(self, expert_id: int) -> _Use:
         """A use of a cached expert, or of a free slot, in which it may be still."""
         with self._table_lock:
-            if expert_id not in self.cache:
+            if expert_id not in self.cache.cached:
                 self._collect()
-            if expert_id in self.cache:
+            if expert_id in self.cache.cached:
                 self._in_use[expert_id] += 1
                 return _Use(expert_id, self.table.slot_of[expert_id], True, cached=True)
             # All that is on its way has been queued: the oldest copy makes room.

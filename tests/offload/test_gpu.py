@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from slotmoe.errors import ConfigError
 from slotmoe.model.config import read_config
+from slotmoe.model.generate import Answer, Sampling
 from slotmoe.model.network import Network
 from slotmoe.offload import loading
 from slotmoe.offload.plan.advice import geometry_path
@@ -23,6 +25,7 @@ from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.offload.tiers.disk import WARM
@@ -217,6 +220,21 @@ def test_several_sequences_and_traces(on_twin, tmp_path, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*found[1:], strict=True))
     traces = [(tmp_path / f"{number}.trace").read_bytes() for number in range(3)]
     assert traces[0] == traces[1] == traces[2]
+
+
+def test_answers_beside_each_other_come_to_ram_by_kernels(on_twin):
+    """The scheduler's logits too, of a prompt and of each token."""
+    twin = Twin()
+    with on_twin(twin, misses="fetch") as runtime:
+        runtime.warm()
+        ids, ended = runtime.tokenizer.encode("Call me"), threading.Event()
+        answer = Answer(ids, runtime.tokenizer, (), Sampling(), 3)
+        before = twin.syncs
+        batch = Scheduler(runtime, 1, 1)
+        batch.submit([Job(ids, answer, lambda piece: piece.finish and ended.set())])
+        assert ended.wait(30)
+        batch.close()
+        assert twin.syncs - before == 3
 
 
 # Page-locked RAM

@@ -19,9 +19,8 @@ def quicken() -> None:
         return [(name, getattr(package, name)) for name in builtins_of(package)]
 
     def type_of(kind):
-        if isinstance(kind, language.pointer_type):
-            return pointer
-        return scalar(kind.element_ty if isinstance(kind, language.block_type) else kind)
+        kind = kind.element_ty if isinstance(kind, language.block_type) else kind
+        return pointer if isinstance(kind, language.pointer_type) else scalar(kind)
 
     is_builtin, plain = language.core.is_builtin, interpreter._get_np_dtype
     scalar, pointer = cache(plain), plain(language.pointer_type(language.int8))

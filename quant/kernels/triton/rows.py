@@ -55,6 +55,16 @@ def code_shift(j, KIND: tl.constexpr):
 
 
 @triton.jit
+def _levels(bytes_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
+    """The level of the j-th of the eight codes of each word, float32.  A code is masked as an
+    offset in bytes, so that its address takes one addition."""
+    MASK: tl.constexpr = 28 if KIND == LUT3 else 60
+    shift: tl.constexpr = 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
+    offsets = (words >> (shift - 2) if shift >= 2 else words << (2 - shift)) & MASK
+    return tl.load((bytes_ptr + offsets).to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
 def row_factors(scales_ptr, tile, blocks, lane, KIND: tl.constexpr):
     """What all scales of a tile's rows are multiplied by, float32."""
     if (KIND == NF4) | (KIND == INT4):
@@ -95,13 +105,13 @@ def _coded_rows(
     KIND: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of 16 rows: their products with x (times g), and the sum of x's squares if NORM."""
-    MASK: tl.constexpr = 7 if KIND == LUT3 else 15
     blocks = (K + 63) // 64
     lane = tl.arange(0, 16)[None, :]
     group = tl.arange(0, BLOCKS * 8)  # eight neighbouring columns
     total = tl.full([BLOCKS * 8, 16], 0, tl.float32)
     squares = tl.full([BLOCKS * 8], 0, tl.float32)
     rows = row_factors(scales_ptr, tile, blocks, lane, KIND)
+    bytes_ptr = levels_ptr.to(tl.pointer_type(tl.int8))
     words, scale = _coded_step(codes_ptr, scales_ptr, tile, group, lane, blocks, KIND)
     for first in range(0, blocks, BLOCKS):
         at = first * 8 + group
@@ -114,8 +124,7 @@ def _coded_rows(
             if NORM:
                 squares += x * x
                 x *= tl.load(g_ptr + column, mask=column < K, other=0.0)
-            codes = (words >> code_shift(j, KIND)) & MASK
-            part = tl.fma(tl.load(levels_ptr + codes), x[:, None], part)
+            part = tl.fma(_levels(bytes_ptr, words, j, KIND), x[:, None], part)
         total = tl.fma(part, scale.to(tl.float32) * rows, total)
         words, scale = ahead
     return tl.sum(total, 0), tl.sum(squares, 0)
