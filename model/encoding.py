@@ -69,7 +69,7 @@ def parse_encoding(settings: Any, dtype: Any) -> Encoding | None:
     place = "quantization_config"
     check(settings, {}, place)
     method = settings.get("quant_method")
-    if method not in _KINDS:
+    if not isinstance(method, str) or method not in _KINDS:
         known = f"only {_FP8}, {_INT4} or {_BITSANDBYTES}"
         problem = f"{place}.quant_method {method!r:.40} is not supported, {known}"
         raise ValueError(f"{problem}; give the original checkpoint")

@@ -136,6 +136,7 @@ def schemas(folder: Path) -> Iterator[Parser]:
     from pydantic import ValidationError
 
     from slotmoe.model.tokenizer import Tokenizer
+    from slotmoe.tools.serve.bodies import check
     from slotmoe.tools.serve.errors import RefusedError
     from slotmoe.tools.serve.grammar import Grammars
     from slotmoe.tools.serve.requests import Schema
@@ -145,6 +146,7 @@ def schemas(folder: Path) -> Iterator[Parser]:
 
     def parse(data: bytes) -> bool:
         try:
+            check(data)
             made = Schema.model_validate({"name": "x", "schema": json.loads(data)})
             grammars.compile(made, None)
         except (RefusedError, ValidationError, ValueError):

@@ -209,9 +209,12 @@ def build_shim(folder: Path) -> Path:
     return shim
 
 
-def run_preloaded(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """This module's ``main`` with the shim."""
-    command = [sys.executable, "-m", "tests.faults.campaign", "--in", str(folder), *arguments]
+def run_preloaded(
+    arguments: list[str], folder: Path, before: str = ""
+) -> subprocess.CompletedProcess[bytes]:
+    """This module's ``main`` with the shim, and with what the code ``before`` does."""
+    program = f"{before}\nfrom tests.faults.campaign import main\nmain()"
+    command = [sys.executable, "-c", program, "--in", str(folder), *arguments]
     environment = {**os.environ, "LD_PRELOAD": str(build_shim(folder)), "OMP_NUM_THREADS": "1"}
     environment["SLOTMOE_CACHE"] = str(folder / "disk" / "cache")
     return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)

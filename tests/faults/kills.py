@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tests.support.disk import die_at_change, digests, forked
+from tests.support.disk import die_at_change, digests, forked, memory
 
 
 @dataclass
@@ -137,11 +137,6 @@ def attacked(
         "resumed_again": resumed,
         "wrong": wrong,
     }
-
-
-def memory() -> str | None:
-    """A file system in RAM, where there is one: nothing that is killed here needs a real disk."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 def main() -> None:

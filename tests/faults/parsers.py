@@ -47,13 +47,25 @@ def _config(folder: Path) -> Iterator[Parser]:
     yield corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
 
 
+def _checkpoint(folder: Path, shards: int = 1, words: int = 300) -> None:
+    """A tiny one whose tokenizer has few ``words``: what is large is read, not understood."""
+    from tests.support.tiny import SMALL, write_checkpoint
+
+    write_checkpoint(folder, shards, **{**SMALL, "vocab_size": words})
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_bytes())
+    model = tokenizer["model"]
+    model["vocab"] = {word: id_ for word, id_ in model["vocab"].items() if id_ < words}
+    pairs = (pair if isinstance(pair, list) else pair.split() for pair in model["merges"])
+    model["merges"] = [list(pair) for pair in pairs if "".join(pair) in model["vocab"]]
+    path.write_text(json.dumps(tokenizer))
+
+
 @contextmanager
 def _in_folder(folder: Path, name: str, is_json: bool, read: Any) -> Iterator[Parser]:
     """One file of a tiny checkpoint is replaced, and the checkpoint is opened."""
-    from tests.support.tiny import write_checkpoint
-
     place = folder / name
-    write_checkpoint(place, shards=2 if name.endswith("index.json") else 1)
+    _checkpoint(place, shards=2 if name.endswith("index.json") else 1)
     path = place / name
     data = path.read_bytes()
 
@@ -277,9 +289,8 @@ def _gguf(folder: Path) -> Iterator[Parser]:
     from slotmoe.model.gguf.checkpoint import open_checkpoint
     from slotmoe.model.gguf.header import read_header
     from tests.support.gguf import write_gguf
-    from tests.support.tiny import write_checkpoint
 
-    write_checkpoint(folder / "checkpoint")
+    _checkpoint(folder / "checkpoint")
     path = write_gguf(folder / "checkpoint", folder / "model.gguf")
     data = path.read_bytes()
     start, rest = data[: len(read_header(path).data)], data[len(read_header(path).data) :]

@@ -49,3 +49,23 @@ def test_every_system_call(command, tmp_path):
     points = attacked(tmp_path, command)
     print(json.dumps(points))
     assert sum(points.values()) >= {"quantize": 1000}.get(command, 50), "calls went uncounted"
+
+
+PLANTED = {
+    "a short write is not gone on with": "writer.ExportFile._pwrite = "
+    "lambda file, data, at: os.pwrite(file._handle, data, at)",
+    "what a kill left is in the way": "begin = writer.ExportFile.__init__\n"
+    "def alone(file, path, *rest):\n"
+    "    os.close(os.open(writer.temporary_name(path), os.O_CREAT | os.O_EXCL))\n"
+    "    begin(file, path, *rest)\n"
+    "writer.ExportFile.__init__ = alone",
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defects_are_found(name, tmp_path):
+    before = f"import os\nfrom slotmoe.quant.export import writer\n{PLANTED[name]}"
+    done = run_preloaded(["quantize", "--points", "3"], tmp_path, before)
+    assert json.loads(done.stdout)["wrong"]

@@ -1,5 +1,7 @@
 """Every parser gets a few mutated inputs; longer by ``python -m tests.faults.fuzz``."""
 
+import json
+import os
 import random
 import subprocess
 import sys
@@ -22,7 +24,6 @@ def test_every_parser(tmp_path):
 
 def crash(data):
     import faulthandler
-    import os
 
     faulthandler.disable()  # it would write into the tests' output
     os.abort()
@@ -42,11 +43,16 @@ def fail(data):
     raise KeyError(data)
 
 
+def leak(data):
+    return os.dup(2) > 0
+
+
 PLANTED = {
     "crash": (crash, "ended with -6"),
     "hang": (hang, "ended with -14"),
     "memory": (hoard, "MemoryError"),
     "exception": (fail, "KeyError"),
+    "descriptor": (leak, "left a file open"),
 }
 
 
@@ -64,13 +70,14 @@ def test_planted_defects_are_found(name, tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "HANGS", 1)
     found = fuzz.run("planted", tmp_path, 5, 0)
     assert wanted in found["problem"]
-    assert (tmp_path / "case").exists()
+    assert (tmp_path / "case").read_bytes() not in (b"", b'{"a": 1}')
 
 
 def test_mutations_differ_and_repeat():
     def cases():
         generator = random.Random(5)
-        return [fuzz.mutated({"a": [1, {"b": "c"}]}, generator) for _ in range(200)]
+        good = json.dumps({"a": [1, {"b": "c"}]})
+        return [fuzz.mutated(good, generator) for _ in range(200)]
 
     assert cases() == cases()
     assert len({*cases()}) > 100

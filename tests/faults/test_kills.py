@@ -12,6 +12,7 @@ from slotmoe.offload.sessions import blocks
 from slotmoe.quant.export.writer import ExportFile
 from tests.faults import kills
 from tests.faults.campaign import ROOT
+from tests.support.disk import memory
 from tests.support.tiny import SMALL, write_checkpoint
 
 
@@ -42,7 +43,7 @@ def test_planted_defects_are_found(name, monkeypatch):
     """By power cuts."""
     work, first, *broken = PLANTED[name]
     monkeypatch.setattr(*broken)
-    with tempfile.TemporaryDirectory(dir=kills.memory()) as folder:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
         write_checkpoint(Path(folder) / "source", **SMALL)
         place = Path(folder) / "source", Path(folder) / "work"
         found = kills.attacked(work, *place, 99, power=True, change=first)

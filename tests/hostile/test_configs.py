@@ -48,6 +48,7 @@ BAD_CONFIG_VALUES = {
         {"quant_method": "fp8", "expert_dtype": "fp4"},
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
         {"quant_method": "mxfp4"},
+        {"quant_method": []},
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
         *(packed(**{key: value}) for key, value in BAD_GROUP_VALUES.items()),
