@@ -123,11 +123,7 @@ def listing(cache: Path) -> list[Cached]:
     """What the cache holds, last used first; work that was not finished is listed too."""
     if not cache.is_dir():
         return []
-    sources = {}
-    for note in cache.glob("*.source.json"):
-        values = _json(note)
-        sources[values.get("export")] = str(values.get("source"))
-    found = []
+    sources, found = dict(_sources(cache)), []
     for path in cache.iterdir():
         finished = is_export(path)
         if path.is_symlink() or not (finished or path.name.endswith(_UNFINISHED)):
@@ -148,6 +144,7 @@ def remove(cache: Path, wanted: str) -> list[Cached]:
     if wanted == "sample" and not folder.is_dir():
         folder = SAMPLE
     meant = {wanted, str(folder.resolve())}
+    meant |= {export for export, source in _sources(cache) if source in meant}
     chosen = [cached for cached in there if {cached.name, cached.source} & meant]
     if not chosen:
         names = [name for cached in there for name in (cached.name, cached.source) if name]
@@ -184,6 +181,13 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _sources(cache: Path) -> list[tuple[str, str]]:
+    """The noted folders, each behind the name of its export; folders of the same content share
+    one."""
+    values = map(_json, sorted(cache.glob("*.source.json")))
+    return [(str(about.get("export")), str(about.get("source"))) for about in values]
 
 
 def _hub_id(name: str) -> str | None:

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = ("serve", "chat", "plots", "gguf")
 _INTRODUCTION = """# Third-party packages
 
-slotmoe's own files are under the [Apache License 2.0](LICENSE), and it ships no code of others. pip
-installs these packages beside it; each brings its licence. `python scripts/notices.py` makes
-this list.
+slotmoe's own files are under the [Apache License 2.0](LICENSE). Of others' code it ships LLVM's C++
+library, in wheels that `scripts/wheels` builds for another processor (Apache-2.0 WITH
+LLVM-exception). pip installs these packages beside it; each brings its licence. `python
+scripts/notices.py` makes this list.
 
 | package | licence |
 |---|---|

@@ -187,6 +187,14 @@ def test_removing_what_is_of_a_folder_nearby_or_of_the_sample(cache, source, slo
     assert slotmoe("rm", f"./{source.name}/")[1].startswith(f"{export}: removed, ")
 
 
+def test_removing_what_is_of_either_of_two_equal_folders(cache, source, slotmoe, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    export = cached_export(copy, cache).name
+    (shown,) = (c.source for c in model_cache.listing(cache) if c.name == export)
+    other = ({str(source), str(copy)} - {shown}).pop()
+    assert slotmoe("rm", other)[1].startswith(f"{export}: removed, ")
+
+
 @pytest.mark.parametrize("name", ["notes", "machine.json", "..", "../model", "", "/"])
 def test_nothing_else_is_removed(cache, source, name, slotmoe):
     code, _, err = slotmoe("rm", name)
