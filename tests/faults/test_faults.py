@@ -56,6 +56,7 @@ PLANTED = {
     "lambda file, data, at: os.pwrite(file._handle, data, at)",
     "what a kill left is in the way": "begin = writer.ExportFile.__init__\n"
     "def alone(file, path, *rest):\n"
+    "    path.parent.mkdir(exist_ok=True)\n"
     "    os.close(os.open(writer.temporary_name(path), os.O_CREAT | os.O_EXCL))\n"
     "    begin(file, path, *rest)\n"
     "writer.ExportFile.__init__ = alone",
