@@ -29,6 +29,8 @@ PACKAGES = find_packages(include=[name for folder in FOLDERS for name in (folder
 
 
 class OnAllCores(build_ext):
+    """Compiles the files of an extension at once; setuptools does so with extensions alone."""
+
     def build_extension(self, extension):
         compile_in_turn = self.compiler.compile
 

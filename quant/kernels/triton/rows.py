@@ -34,7 +34,7 @@ def silu(x):
 @triton.jit
 def code_words(codes_ptr, at, lane, valid, KIND: tl.constexpr):
     """32-bit words with the codes of eight neighbouring columns of a row: ``at`` counts these
-    eights over blocks and tiles.  ``code_shift`` and ``code_mask`` say where a code is."""
+    eights over blocks and tiles.  ``code_shift`` says where a code is."""
     words_ptr = codes_ptr.to(tl.pointer_type(tl.int32)) + lane
     if KIND == LUT3:  # four eights are in three words, the last in the two highest bits of bytes
         words_ptr += at // 4 * 48
@@ -57,7 +57,8 @@ def code_shift(j, KIND: tl.constexpr):
 @triton.jit
 def _levels(bytes_ptr, words, j: tl.constexpr, KIND: tl.constexpr):
     """The level of the j-th of the eight codes of each word, float32.  A code is masked as an
-    offset in bytes, so that its address takes one addition."""
+    offset in bytes, so that its address takes one addition.  The shift is ``code_shift``'s, as a
+    constant, which no call returns."""
     MASK: tl.constexpr = 28 if KIND == LUT3 else 60
     shift: tl.constexpr = 8 * (j % 4) + (3 * (j // 4) if KIND == LUT3 else 4 - 4 * (j // 4))
     offsets = (words >> (shift - 2) if shift >= 2 else words << (2 - shift)) & MASK
