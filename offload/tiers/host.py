@@ -59,10 +59,6 @@ class HostTier(DiskReader):
         self.bytes_copied, self.copy_seconds, self.bytes_acquired = 0, 0.0, 0
         super().__init__(export, direct)
 
-    def __contains__(self, expert_id: int) -> bool:
-        """Whether the expert is cached in RAM."""
-        return expert_id in self.cache
-
     def read(self, expert_id: int, target: Tensor, urgency: int) -> Read:
         """A read of one record into ``target`` on the GPU: from RAM if it is there, and then queued
         already, else from disk through RAM."""
