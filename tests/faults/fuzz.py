@@ -4,9 +4,13 @@ Each parser gets good inputs that were changed in a few places, JSON as values a
 bytes.  It must return or raise an error of ours, within 2 seconds of CPU and 200 MB.  It runs in a
 forked child, so that a crash is found too; the case that did it is kept.  No case may leave a file
 open, and the memory of all cases together is bounded, so that leaks are found too.
+
+Where atheris is installed, inputs that reach code for the first time are changed further.
 """
 
 import argparse
+import importlib.util
+import io
 import json
 import mmap
 import os
@@ -16,8 +20,10 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.faults.parsers import PARSERS, SLOW, import_all
 from tests.support.disk import forked, memory
@@ -39,7 +45,7 @@ def changed_value(text: str, generator: random.Random) -> Any:
     for _ in range(generator.randint(1, 3)):
         inside, key = _place(value, generator)
         other, other_key = _place(value, generator)
-        match generator.randrange(5):
+        match generator.randrange(6):
             case 0 if inside is not value:
                 del inside[key]
             case 1 if isinstance(inside, dict) and inside is not value:
@@ -49,6 +55,8 @@ def changed_value(text: str, generator: random.Random) -> Any:
                 inside[key] = _copy(other[other_key])
             case 3 if type(inside[key]) is int:
                 inside[key] += generator.choice((-1, 1, 7, 1 << 20))
+            case 4 if type(inside[key]) is str:
+                inside[key] = _changed_text(inside[key], generator)
             case _:
                 inside[key] = json.loads(generator.choice(ODD))
     return value.get("")
@@ -56,6 +64,21 @@ def changed_value(text: str, generator: random.Random) -> Any:
 
 def _copy(value: Any) -> Any:
     return json.loads(json.dumps(value))  # some ten times as fast as copy.deepcopy
+
+
+def _changed_text(text: str, generator: random.Random) -> str:
+    """A part of it is gone, is there twice or elsewhere, or another character."""
+    start, at = generator.randrange(len(text) + 1), generator.randrange(len(text) + 1)
+    end = start + generator.choice((1, 1, 2, 8, 64))
+    part, rest = text[start:end], text[:start] + text[end:]
+    match generator.randrange(4):
+        case 0:
+            return rest
+        case 1:
+            return text[:at] + part + text[at:]
+        case 2:
+            return rest[:at] + part + rest[at:]
+    return text[:at] + generator.choice("\0\n\"%'*+-.0^{}[]()|\\\u00e9\ud800") + text[at + 1 :]
 
 
 def _place(value: dict[str, Any], generator: random.Random) -> tuple[Any, Any]:
@@ -102,9 +125,11 @@ def mutated(good: bytes | str, generator: random.Random) -> bytes:
     return changed_bytes(data, generator) if generator.random() < 0.1 else data
 
 
-def run(name: str, folder: Path, seconds: float, seed: int, most: int = 1 << 60) -> dict[str, Any]:
+def run(
+    name: str, folder: Path, seconds: float, seed: int, most: int = 1 << 60, guided: bool = False
+) -> dict[str, Any]:
     """Fuzz one parser: how many ``cases``, how many of them were ``refused``, and the ``problem``
-    that ended it, whose input is ``folder/case``."""
+    that ended it, whose input is ``folder/case``.  ``guided`` by the code that they reach."""
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     case = mmap.mmap(-1, LARGEST)  # shared with the child, and costs less than a file
@@ -112,9 +137,9 @@ def run(name: str, folder: Path, seconds: float, seed: int, most: int = 1 << 60)
     def attack() -> None:
         with PARSERS[name](folder) as (values, parse):
             corpus = [good if isinstance(good, bytes) else json.dumps(good) for good in values]
-            found = _attack(corpus, parse, case, seconds, random.Random(f"{name} {seed}"), most)
-        report.write_text(json.dumps(found))
-        os._exit(0)
+            attack = _Attack(parse, case, report, most, time.monotonic() + seconds)
+            attack.begin(corpus)
+            attack.guided(corpus, folder, seed) if guided else attack.blind(corpus, name, seed)
 
     code = os.waitstatus_to_exitcode(forked(attack))
     size = int.from_bytes(case[:8], "little")
@@ -124,40 +149,87 @@ def run(name: str, folder: Path, seconds: float, seed: int, most: int = 1 << 60)
     return {"cases": 0, "refused": 0, "problem": f"the process ended with {code}"}
 
 
-def _attack(
-    corpus: list[bytes | str],
-    parse: Callable[[bytes], object],
-    case: mmap.mmap,
-    seconds: float,
-    generator: random.Random,
-    most: int,
-) -> dict[str, Any]:
-    for good in corpus:  # which also imports what is imported late
-        assert parse(_kept(case, good)) is not False, "the good input is refused"
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    lowest = _lowest_descriptor()
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-    found = {"cases": 0, "refused": 0, "problem": ""}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and found["cases"] < most:
-        data = _kept(case, mutated(generator.choice(corpus), generator))
+@dataclass
+class _Attack:
+    """One case after the other, until something is wrong, there were the ``most``, or time is over:
+    then the ``report`` is written and the process ends."""
+
+    parse: Callable[[bytes], object]
+    case: mmap.mmap
+    report: Path
+    most: int
+    end: float
+    lowest: int = 0
+    found: dict[str, Any] = field(default_factory=lambda: {"cases": 0, "refused": 0, "problem": ""})
+
+    def begin(self, corpus: list[bytes | str]) -> None:
+        for good in corpus:  # which also imports what is imported late
+            assert self.parse(_kept(self.case, good)) is not False, "the good input is refused"
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def blind(self, corpus: list[bytes | str], name: str, seed: int) -> NoReturn:
+        generator = random.Random(f"{name} {seed}")
+        while True:
+            self.one(mutated(generator.choice(corpus), generator))
+
+    def guided(self, corpus: list[bytes | str], folder: Path, seed: int) -> None:
+        """By libFuzzer, which keeps what reaches code for the first time and chooses among it."""
+        import atheris
+
+        (folder / "corpus").mkdir()
+        for number, good in enumerate(corpus):
+            data = good if isinstance(good, bytes) else good.encode()
+            (folder / "corpus" / str(number)).write_bytes(data)
+
+        def change(data: bytes, longest: int, seed: int) -> bytes:
+            return mutated(_good(data), random.Random(seed))[:longest]
+
+        # What happens in a case is ours to judge.
+        limits = ["-timeout=0", "-rss_limit_mb=0", "-malloc_limit_mb=0", f"-max_len={LARGEST >> 2}"]
+        signals = ("abrt", "bus", "fpe", "ill", "int", "segv", "term", "xfsz")
+        unhandled = [f"-handle_{name}=0" for name in signals]
+        command = ["fuzz", *limits, *unhandled, "-mutate_depth=1", f"-seed={seed + 1}"]
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)  # libFuzzer talks much
+        atheris.Setup([*command, str(folder / "corpus")], self.one, custom_mutator=change)
+        atheris.Fuzz()
+
+    def _bound(self) -> None:
+        """What is open and what memory is taken before the first case, whoever took it."""
+        self.lowest = _lowest_descriptor()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+
+    def one(self, given: bytes) -> None:
+        if not self.lowest:
+            self._bound()
+        data, found = _kept(self.case, given), self.found
         signal.alarm(HANGS)
         started = time.process_time()
         try:
-            found["refused"] += not parse(data)
+            found["refused"] += not self.parse(data)
         except BaseException as problem:
             found["problem"] = repr(problem)[:300]
         took = time.process_time() - started
         found["cases"] += 1
         if took > SECONDS:
             found["problem"] = f"took {took:.1f} s of CPU"
-        if _lowest_descriptor() > lowest:
+        if _lowest_descriptor() > self.lowest:
             found["problem"] = found["problem"] or "left a file open"
-        if found["problem"]:
-            break
-    signal.alarm(0)
-    return found
+        if found["problem"] or found["cases"] >= self.most or time.monotonic() > self.end:
+            signal.alarm(0)
+            self.report.write_text(json.dumps(found))
+            os._exit(0)
+
+
+def _good(data: bytes) -> bytes | str:
+    """An input as ``mutated`` takes it."""
+    try:
+        text = data.decode()
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return data
+    return text
 
 
 def _kept(case: mmap.mmap, good: bytes | str) -> bytes:
@@ -181,19 +253,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=1 << 60, help="at most, for each parser")
     parser.add_argument("--slow-cases", type=int, default=1 << 60, help=", ".join(SLOW))
+    parser.add_argument("--blind", action="store_true", help="even where atheris is installed")
     given = parser.parse_args()
-    failed = False
-    import_all()
+    failed, guided = False, importlib.util.find_spec("atheris") is not None and not given.blind
+    if guided:
+        import atheris
+
+        with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=["slotmoe"]):
+            import_all()
+    else:
+        import_all()
     for name in given.parsers or PARSERS:
         with tempfile.TemporaryDirectory(dir=memory()) as folder:
             most = given.slow_cases if name in SLOW else given.cases
-            found = run(name, Path(folder), given.seconds, given.seed, most)
+            found = run(name, Path(folder), given.seconds, given.seed, most, guided)
             if found["problem"]:
                 failed = True
                 kept = Path(tempfile.gettempdir()) / f"slotmoe-fuzz-{name}"
                 kept.write_bytes((Path(folder) / "case").read_bytes())
                 found["case"] = str(kept)
-        print(json.dumps({"parser": name, **found}), flush=True)
+        print(json.dumps({"parser": name, "guided": guided, **found}), flush=True)
     raise SystemExit(failed)
 
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.faults.bodies import REQUESTS, Parser, request, schemas
+from tests.faults.fork_server import forked_children
 
-SLOW = ("tokenizer", "template", "resident", "experts", "predictor")  # a process or a model each
+SLOW = ("tokenizer", "template", "resident", "experts", "predictor")  # some 100 cases a second
 
 
 def lawful(action: Callable[[], object]) -> bool:
@@ -47,11 +48,12 @@ def _config(folder: Path) -> Iterator[Parser]:
     yield corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
 
 
-def _checkpoint(folder: Path, shards: int = 1, words: int = 300) -> None:
+def _checkpoint(folder: Path, shards: int = 1, layers: int = 2, words: int = 300) -> None:
     """A tiny one whose tokenizer has few ``words``: what is large is read, not understood."""
     from tests.support.tiny import SMALL, write_checkpoint
 
-    write_checkpoint(folder, shards, **{**SMALL, "vocab_size": words})
+    sizes = {**SMALL, "num_hidden_layers": layers, "vocab_size": words}
+    write_checkpoint(folder, shards, **sizes)
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_bytes())
     model = tokenizer["model"]
@@ -74,6 +76,13 @@ def _in_folder(folder: Path, name: str, is_json: bool, read: Any) -> Iterator[Pa
         return lawful(lambda: read(place))
 
     yield [json.loads(data) if is_json else data], parse
+
+
+@contextmanager
+def _in_child(folder: Path, name: str, read: Any) -> Iterator[Parser]:
+    """As ``_in_folder``, of JSON that is read by a child first."""
+    with forked_children(folder), _in_folder(folder, name, True, read) as parser:
+        yield parser
 
 
 def _opened(place: Path) -> None:
@@ -101,11 +110,12 @@ def make_export(folder: Path) -> Path:
     from slotmoe.offload.ingest.quantize import quantize
     from slotmoe.quant.export.writer import write_predictor
     from tests.support.predictor import random_tensors
-    from tests.support.tiny import write_checkpoint
+    from tests.support.tiny import SMALL
 
-    write_checkpoint(folder / "checkpoint")
+    _checkpoint(folder / "checkpoint", layers=3)
     quantize(folder / "checkpoint", folder / "export", workers=1)
-    write_predictor(folder / "export", random_tensors(0))
+    tensors = random_tensors(0, SMALL["n_routed_experts"], SMALL["hidden_size"])
+    write_predictor(folder / "export", tensors)
     return folder / "export"
 
 
@@ -260,6 +270,7 @@ def _block(folder: Path) -> Iterator[Parser]:
         for read in filter(None, found):
             assert read[0].tokens == tokens and len(read[1]) == 24 * len(tokens)
         assert all(remark.isprintable() for remark in remarks)
+        remarks.clear()
         return found[1] is not None
 
     yield [good], parse
@@ -339,6 +350,6 @@ PARSERS: dict[str, Any] = {
     "tiktoken": _tiktoken,
     **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
     "schemas": schemas,
-    "tokenizer": lambda at: _in_folder(at, "tokenizer.json", True, _tokenizer),
-    "template": lambda at: _in_folder(at, "tokenizer_config.json", True, _chat),
+    "tokenizer": lambda at: _in_child(at, "tokenizer.json", _tokenizer),
+    "template": lambda at: _in_child(at, "tokenizer_config.json", _chat),
 }

@@ -15,7 +15,7 @@ from tests.faults.campaign import ROOT
 
 def test_every_parser(tmp_path):
     """In a process without threads, since each parser gets a fork of it."""
-    arguments = ["--seconds", "60", "--cases", "30", "--slow-cases", "3"]
+    arguments = ["--blind", "--seconds", "60", "--cases", "30", "--slow-cases", "3"]
     command = [sys.executable, "-m", "tests.faults.fuzz", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,6 +71,29 @@ def test_planted_defects_are_found(name, tmp_path, monkeypatch):
     found = fuzz.run("planted", tmp_path, 5, 0)
     assert wanted in found["problem"]
     assert (tmp_path / "case").read_bytes() not in (b"", b'{"a": 1}')
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_inputs_that_reach_new_code_are_changed_further(tmp_path, monkeypatch):
+    """Six letters in their places are found one by one, and not all at once by chance."""
+    atheris = pytest.importorskip("atheris", reason="atheris has no wheel for this Python")
+
+    @atheris.instrument_func
+    def deep(data):
+        first = data[0:1] == b"{" and data[1:2] == b"[" and data[2:3] == b","
+        if first and data[3:4] == b"\xff" and data[4:5] == b"{" and data[5:6] == b",":
+            raise KeyError(data)
+
+    @contextmanager
+    def parser(folder):
+        yield [b"........"], lambda data: deep(data) is None
+
+    monkeypatch.setitem(fuzz.PARSERS, "planted", parser)
+    for guided in (False, True):
+        folder = tmp_path / str(guided)
+        folder.mkdir()
+        found = fuzz.run("planted", folder, 60, 0, 30_000, guided)
+        assert ("KeyError" in found["problem"]) == guided, found
 
 
 def test_mutations_differ_and_repeat():

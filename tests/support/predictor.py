@@ -10,9 +10,10 @@ from slotmoe.quant.export.validate import manifest_checksum
 D, L, E, K = 64, 2, 8, 3
 
 
-def random_tensors(seed, experts=E):
+def random_tensors(seed, experts=E, hidden=D):
     """A predictor of random numbers, as its file holds it."""
-    parts, generator = predictor_parts(D, L, experts, 16, 16), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    parts = predictor_parts(hidden, L, experts, 16, 16)
     return {
         name: (torch.randn(part.shape, generator=generator) * 9).to(part.dtype)
         for name, part in parts.items()
