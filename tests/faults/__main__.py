@@ -12,6 +12,7 @@ CAMPAIGNS = {
     "flips": [],
     "interrupts": [],
     "kills": [],
+    "races": [],
     "environments": [],
     "soak": [],
 }

@@ -8,6 +8,7 @@ same command then makes what an undisturbed one makes.
 
 import argparse
 import ctypes
+import errno
 import importlib
 import io
 import json
@@ -24,7 +25,10 @@ from pathlib import Path
 
 from tests.support.disk import digests, forked
 
-KINDS = {"bad-disk": 1, "full-disk": 2, "interrupted": 3, "short": 4, "killed": 5}
+KINDS = {
+    **{"bad-disk": 1, "full-disk": 2, "interrupted": 3, "short": 4, "killed": 5},
+    "unsynced": 6,  # a bad disk, of which only who calls fsync hears
+}
 ONWARDS = ("bad-disk", "full-disk", "short")  # what can also last; the rest happens once
 HARMLESS = ("interrupted", "short")
 ROOT = Path(__file__).parents[2]
@@ -112,8 +116,8 @@ class Campaign:
         self.error = error.read_text(errors="replace")
         return status
 
-    def attack(self, name: str, points: Callable[[int], list[int]]) -> None:
-        """Every kind of fault at those ``points`` of so many calls."""
+    def attack(self, name: str, kinds: list[str], points: Callable[[int], list[int]]) -> None:
+        """Those kinds of faults at those ``points`` of so many calls."""
         command = COMMANDS[name]
         for _ in "ab":  # what is imported late is imported once, and not in every child
             self.clean()
@@ -125,12 +129,12 @@ class Campaign:
                 with suppress(ImportError):  # made up by others
                     importlib.import_module(module)
         calls = seen["calls"]
-        for kind, number in KINDS.items():
+        for kind in kinds:
             chosen = points(calls[kind])
             for onwards in (False, True)[: 1 + (kind in ONWARDS)]:
                 for at in chosen:
                     self.clean()
-                    status = self.attempt(command, number, at, onwards)
+                    status = self.attempt(command, KINDS[kind], at, onwards)
                     problem = self.judge(command, kind, status, wanted)
                     if problem:
                         self.wrong.append(f"{name}: {kind} {at}{' on' * onwards}: {problem}")
@@ -154,6 +158,8 @@ class Campaign:
             return f"no line of ours: {lines[-1:]}"
         if code == 0 and found != wanted:
             return "wrong bytes, and exit code 0"
+        if kind == "unsynced" and os.strerror(errno.EIO) not in self.error:
+            return f"not durable, and not said: {lines[-1:]}"
         for path in set(found) - {"stdout"}:
             if found[path] != wanted.get(path):
                 return f"wrong bytes in {path}"
@@ -170,7 +176,7 @@ class Campaign:
 
 
 def attacked(
-    folder: Path, names: list[str], most: int, part: tuple[int, int], seed: int
+    folder: Path, names: list[str], kinds: list[str], most: int, part: tuple[int, int], seed: int
 ) -> Campaign:
     """A campaign at ``most`` points of each fault of each command, or at all for 0; of those the
     ``part``: (3, 10) is every tenth from the third on."""
@@ -197,7 +203,7 @@ def attacked(
         return sorted(generator.sample(every, most)) if 0 < most < len(every) else list(every)
 
     for name in names:
-        campaign.attack(name, points)
+        campaign.attack(name, kinds, points)
     return campaign
 
 
@@ -223,6 +229,7 @@ def run_preloaded(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("commands", nargs="*", help=f"of {', '.join(COMMANDS)}; all by default")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--points", type=int, default=0, help="so many of each fault, 0 is all")
     parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="3 10: each tenth from 3")
     parser.add_argument("--seed", type=int, default=0)
@@ -234,7 +241,8 @@ def main() -> None:
         sys.stdout.buffer.write(done.stdout)
         sys.exit(done.returncode)
     names = given.commands or list(COMMANDS)
-    campaign = attacked(given.folder, names, given.points, tuple(given.part), given.seed)
+    part = tuple(given.part)
+    campaign = attacked(given.folder, names, given.kinds, given.points, part, given.seed)
     print(json.dumps({"points": campaign.report, "wrong": campaign.wrong}, indent=1))
     sys.exit(bool(campaign.wrong))
 

@@ -12,7 +12,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { NONE, BAD_DISK, FULL_DISK, INTERRUPTED, SHORT, KILLED };
+enum { NONE, BAD_DISK, FULL_DISK, INTERRUPTED, SHORT, KILLED, UNSYNCED, KINDS };
 enum { READS = 1, WRITES = 2, OPENS = 4, SYNCS = 8, NAMES = 16 };
 static const int meets[] = {
     [NONE] = 0,
@@ -21,11 +21,12 @@ static const int meets[] = {
     [INTERRUPTED] = READS | WRITES | OPENS | SYNCS,
     [SHORT] = READS | WRITES,
     [KILLED] = WRITES | OPENS | SYNCS | NAMES,
+    [UNSYNCED] = SYNCS,
 };
-static const int numbers[] = {[BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR};
+static const int numbers[] = {[BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR, [UNSYNCED] = EIO};
 static char root[4096];
 static int kind, onwards;
-static long first, calls[KILLED + 1];
+static long first, calls[KINDS];
 
 void faults_arm(const char *folder, int fault, long at, int from_then_on) {
   snprintf(root, sizeof root, "%s", folder);
@@ -40,7 +41,7 @@ long faults_calls(int fault) { return calls[fault]; }
 static int fails(const char *path, int sort) {
   if (!root[0] || strncmp(path, root, strlen(root))) return 0;
   long number = 0;
-  for (int fault = BAD_DISK; fault <= KILLED; ++fault) {
+  for (int fault = BAD_DISK; fault < KINDS; ++fault) {
     if (!(meets[fault] & sort)) continue;
     long count = __atomic_add_fetch(&calls[fault], 1, __ATOMIC_SEQ_CST);
     if (fault == kind) number = count;

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.faults import environments, fuzz, kills
+from tests.faults import environments, fuzz, kills, races
 from tests.faults.campaign import COMMANDS, ROOT, run_preloaded
 from tests.support.interrupts import KINDS
 
@@ -25,7 +25,7 @@ def test_no_campaign_shrinks():
     """What was attacked once is attacked for good."""
     assert len(COMMANDS) >= 7 and len(fuzz.PARSERS) >= 21 and len(KINDS) >= 4
     assert len(kills.WORKS) >= 2 and len(environments.WORLDS) >= 26
-    assert len(environments.COMMANDS) >= 8
+    assert len(environments.COMMANDS) >= 8 and len(races.RACES) >= 5
 
 
 def test_every_test_that_the_page_names_is_there():
@@ -39,7 +39,7 @@ def test_every_test_that_the_page_names_is_there():
 @needs_compiler
 def test_a_few_faults(tmp_path):
     points = attacked(tmp_path, "quantize", "chat", "--points", 1)
-    assert len(points) == 2 * 8 and set(points.values()) == {1}
+    assert len(points) == 2 * 9 and set(points.values()) == {1}
 
 
 @needs_compiler
@@ -54,6 +54,13 @@ def test_every_system_call(command, tmp_path):
 PLANTED = {
     "a short write is not gone on with": "writer.ExportFile._pwrite = "
     "lambda file, data, at: os.pwrite(file._handle, data, at)",
+    "a failed fsync is not said": "sync = writer.ExportFile.sync\n"
+    "def quiet(file):\n"
+    "    try:\n"
+    "        sync(file)\n"
+    "    except Exception:\n"
+    "        pass\n"
+    "writer.ExportFile.sync = quiet",
     "what a kill left is in the way": "begin = writer.ExportFile.__init__\n"
     "def alone(file, path, *rest):\n"
     "    path.parent.mkdir(exist_ok=True)\n"
@@ -68,5 +75,6 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defects_are_found(name, tmp_path):
     before = f"import os\nfrom slotmoe.quant.export import writer\n{PLANTED[name]}"
-    done = run_preloaded(["quantize", "--points", "3"], tmp_path, before)
+    points = ["--kinds", "unsynced"] if "fsync" in name else ["--points", "3"]
+    done = run_preloaded(["quantize", *points], tmp_path, before)
     assert json.loads(done.stdout)["wrong"]
