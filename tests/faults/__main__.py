@@ -15,6 +15,7 @@ CAMPAIGNS = {
     "races": [],
     "environments": [],
     "soak": [],
+    "clients": [],
 }
 
 

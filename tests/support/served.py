@@ -26,6 +26,15 @@ PROMPTS = [
     "The law",
 ]
 
+# Requests that are not whole, or none.
+HALVES = [
+    b"",
+    b"GE",
+    b"POST /v1/completions HTTP/1.1\r\nHost: local",
+    b"\x16\x03\x01",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n",
+]
+
 FAILING = """
 import sys
 from slotmoe.offload.runtime import Sequence
