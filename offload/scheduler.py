@@ -23,9 +23,11 @@ from slotmoe.model.generate import Answer, Delta
 from slotmoe.offload.plan.memory import PREFILL_CHUNK
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sequence import Sequence, shared_prefix
+from slotmoe.offload.tiers.memory import give_back_memory
 
 # Tokens of a prompt between two decode steps; a whole prefill pass where nothing decodes.
 _SHARED_PIECE = 64
+IDLE_SECONDS = 1.0  # without a request, after which free memory goes back to the system
 _DEFECT = "the answer failed; the server's log says how"
 
 
@@ -145,18 +147,24 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            while True:
-                with self._work:
-                    while not (self._closing or self._waiting or self.running):
-                        self._work.wait()
-                    if self._closing:
-                        return
+            while self._has_work():
                 self._step()
         except BaseException as problem:
             self.problem = problem
         finally:
             self._end_all()
             self._ended()
+
+    def _has_work(self) -> bool:
+        """Wait for some; False where there will be none.  What answers have left behind is given
+        back to the system soon after the last one."""
+        with self._work:
+            patience: float | None = IDLE_SECONDS
+            while not (self._closing or self._waiting or self.running):
+                if not self._work.wait(patience) and patience is not None:
+                    give_back_memory()
+                    patience = None
+            return not self._closing
 
     def _step(self) -> None:
         self._end_cancelled()

@@ -1,6 +1,7 @@
 """Memory for weights and records: page-aligned, in large pages where the system has them."""
 
 import ctypes
+import gc
 import math
 import mmap
 import os
@@ -30,6 +31,14 @@ def page_aligned(count: int, forks: bool = True) -> Tensor:
 def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A zero CPU tensor, in large pages from 4 MiB on where the system has them."""
     return page_aligned(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+def give_back_memory() -> None:
+    """Give the system what is free, or held only by objects that refer to each other: Python looks
+    for those rarely, and the C library keeps what they had."""
+    gc.collect()
+    with suppress(AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Touching:

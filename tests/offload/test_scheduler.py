@@ -1,15 +1,20 @@
 """Several answers at once: the same tokens as alone, places that come free, latents reused and
 never across owners."""
 
+import gc
 import threading
+import time
+import weakref
 
 import pytest
 import torch
 
 from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops
+from slotmoe.offload import scheduler
 from slotmoe.offload.runtime import Runtime, Sequence
 from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
+from tests.support.served import until
 
 PROMPTS = [
     "My fellow citizens,",
@@ -155,6 +160,33 @@ def test_closing_ends_answers_with_a_reason(runtime):
     batch.close()
     with pytest.raises(QueueFullError):
         Caller(batch, runtime, [5])
+
+
+def test_memory_goes_back_once_nobody_asks(runtime, monkeypatch):
+    """Also what only a cycle holds; once after the last answer, and not on and on."""
+
+    class Cycle:
+        pass
+
+    given, give_back = [], scheduler.give_back_memory
+    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(scheduler, "give_back_memory", lambda: given.append(give_back()))
+    batch = Scheduler(runtime, 8, 4)
+    gc.disable()
+    try:
+        for count in (1, 2):
+            until(lambda count=count: len(given) == count)
+            time.sleep(0.2)
+            assert len(given) == count
+            cycle = Cycle()
+            cycle.itself = cycle
+            gone = weakref.ref(cycle)
+            del cycle
+            Caller(batch, runtime, [5, 6], limit=1).wait()
+        until(lambda: gone() is None)
+    finally:
+        gc.enable()
+        batch.close()
 
 
 def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):

@@ -145,10 +145,15 @@ def make_server(
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
             # Objects of a large request would make Python look through all of torch's for garbage.
+            # Without those it can look often; before, it waits for a quarter as many again.
+            usual = gc.get_threshold()
             gc.freeze()
+            gc.collect()
+            gc.set_threshold(*usual[:2], 1)
             try:
                 super().run(sockets)
             finally:
+                gc.set_threshold(*usual)
                 gc.unfreeze()
 
     def ended() -> None:
