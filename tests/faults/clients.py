@@ -110,6 +110,8 @@ class Clients:
                 self.wrong.append(f"{body}: the stream ends with {data[-200:]!r}")
             texts = dict[int, str]()
             for line in lines[:-2]:
+                if line.startswith(":"):  # a ping, while the model is busy with others
+                    continue
                 for choice in json.loads(line.removeprefix("data: "))["choices"]:
                     at = choice["index"]
                     texts[at] = texts.get(at, "") + choice["text"]
