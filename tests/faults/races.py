@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.faults.parsers import import_all, make_export
 from tests.support.disk import digests, forked, memory
 
 SECONDS = 60  # after which a process hangs
@@ -32,8 +33,8 @@ class Race:
     """What several processes do in a ``folder`` at once; each calls ``tick`` whenever it has done
     what it may do many times."""
 
-    def __init__(self, source: Path, folder: Path):
-        self.source, self.folder = source, folder
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def prepare(self) -> None:
         """What is there before, made by a child."""
@@ -49,14 +50,19 @@ class Race:
 class Destination(Race):
     """The same export, made by each; whoever comes late is refused."""
 
-    def __init__(self, source: Path, folder: Path):
-        import torch  # noqa: F401, once and not in every child
-
-        super().__init__(source, folder)
-        alone = folder.with_name("alone")
+    def __init__(self, folder: Path):
+        import_all()
+        super().__init__(folder)
+        self.source, alone = folder.with_name("source"), folder.with_name("alone")
         shutil.rmtree(alone, ignore_errors=True)
-        assert forked(partial(self._make, alone)) == 0
+        assert forked(partial(self._begin, alone)) == 0
         self.wanted = digests(alone)
+
+    def _begin(self, alone: Path) -> None:
+        from tests.support.tiny import SMALL, write_checkpoint
+
+        write_checkpoint(self.source, shards=2, **SMALL)
+        self._make(alone)
 
     def _make(self, place: Path) -> None:
         from slotmoe.offload.ingest.quantize import quantize
@@ -89,6 +95,11 @@ class Cache(Destination):
 class Session(Race):
     """One named session: each holder adds a token to it, and none is lost."""
 
+    def __init__(self, folder: Path):
+        import slotmoe.offload.sessions.names  # noqa: F401, once and not in every child
+
+        super().__init__(folder)
+
     def do(self, number: int, tick: Tick) -> None:
         from slotmoe.offload.sessions.names import NamedSession, Saved
 
@@ -108,7 +119,7 @@ class Session(Race):
         assert done <= count <= done + died, f"{count} of {done} tokens"
 
 
-class Sessions(Race):
+class Sessions(Session):
     """Texts in one folder, which counts the bytes of all; each process saves its own and reads
     those of others."""
 
@@ -139,9 +150,11 @@ class Sessions(Race):
 class Predictor(Race):
     """An export whose predictor each replaces by another; whoever reads gets one of them whole."""
 
-    def prepare(self) -> None:
-        from tests.faults.parsers import make_export
+    def __init__(self, folder: Path):
+        import_all()
+        super().__init__(folder)
 
+    def prepare(self) -> None:
         make_export(self.folder)
 
     def do(self, number: int, tick: Tick) -> None:
@@ -172,11 +185,11 @@ RACES = {
 
 
 def attacked(
-    name: str, source: Path, folder: Path, rounds: int, seed: int = 0, seconds: float = 1e9
+    name: str, folder: Path, rounds: int, seed: int = 0, seconds: float = 1e9
 ) -> dict[str, Any]:
     """``rounds`` of a race, or fewer where ``seconds`` are over; how its processes ended, and what
     was ``wrong``."""
-    race, generator = RACES[name](source, folder), random.Random(f"{name} {seed}")
+    race, generator = RACES[name](folder), random.Random(f"{name} {seed}")
     ends, wrong, played = Counter[str](), list[str](), 0
     until = time.monotonic() + seconds
     while played < rounds and not wrong and time.monotonic() < until:
@@ -277,23 +290,16 @@ class _Runner:
 
 
 def main() -> None:
-    from tests.faults.parsers import import_all
-    from tests.support.tiny import SMALL, write_checkpoint
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("races", nargs="*", help=f"of {', '.join(RACES)}; all by default")
     parser.add_argument("--rounds", type=int, default=1000, help="of each race")
     parser.add_argument("--seconds", type=float, default=1e9, help="for each race")
     parser.add_argument("--seed", type=int, default=0)
     given, failed = parser.parse_args(), False
-    import_all()
     with tempfile.TemporaryDirectory(dir=memory()) as name:
-        source = Path(name) / "source"
-        assert forked(partial(write_checkpoint, source, shards=2, **SMALL)) == 0
         for race in given.races or RACES:
-            found = attacked(
-                race, source, Path(name) / "work", given.rounds, given.seed, given.seconds
-            )
+            place = Path(name) / "work"
+            found = attacked(race, place, given.rounds, given.seed, given.seconds)
             failed = failed or bool(found["wrong"])
             print(json.dumps(found), flush=True)
     raise SystemExit(failed)

@@ -6,7 +6,8 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,8 @@ def make_server(
             super().handle_exit(sig, frame)
 
         def run(self, sockets: list[socket.socket] | None = None) -> None:
-            # Objects of a large request would make Python look through all of torch's for garbage.
-            # Without those it can look often; before, it waits for a quarter as many again.
-            usual = gc.get_threshold()
-            gc.freeze()
-            gc.collect()
-            gc.set_threshold(*usual[:2], 1)
-            try:
+            with _often_collected():
                 super().run(sockets)
-            finally:
-                gc.set_threshold(*usual)
-                gc.unfreeze()
 
     def ended() -> None:
         if batch.problem is not None:
@@ -178,6 +170,21 @@ def make_server(
     )
     server = Server(settings)
     return server, batch
+
+
+@contextmanager
+def _often_collected() -> Iterator[None]:
+    """Objects of a large request would make Python look through all of torch's for garbage.
+    Without those it can look often; before, it waits for a quarter as many again."""
+    usual = gc.get_threshold()
+    gc.freeze()
+    gc.collect()
+    gc.set_threshold(*usual[:2], 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 def _keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
