@@ -12,7 +12,7 @@ from typing import Any
 from tests.faults.bodies import REQUESTS, Parser, request, schemas
 from tests.faults.fork_server import forked_children
 
-SLOW = ("tokenizer", "template", "resident", "experts", "predictor")  # some 100 cases a second
+SLOW = ("tokenizer", "template", "resident", "experts", "predictor")  # 20 to 80 cases a second
 
 
 def lawful(action: Callable[[], object]) -> bool:

@@ -23,7 +23,8 @@ static const int meets[] = {
     [KILLED] = WRITES | OPENS | SYNCS | NAMES,
     [UNSYNCED] = SYNCS,
 };
-static const int numbers[] = {[BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR, [UNSYNCED] = EIO};
+static const int numbers[] = {
+    [BAD_DISK] = EIO, [FULL_DISK] = ENOSPC, [INTERRUPTED] = EINTR, [UNSYNCED] = EIO};
 static char root[4096];
 static int kind, onwards;
 static long first, calls[KINDS];

@@ -21,15 +21,17 @@ def test_some_clients(sample_export):
     assert found["wrong"] == [] and found["requests"] > 200
 
 
-def test_a_wrong_answer_is_noticed(served):
-    """An answer, a stream and a missing one, whose wanted text has another first letter."""
+def test_a_wrong_answer_is_noticed(served, runtime):
+    """An answer and a stream, of which the wanted text has another letter or another token, and a
+    missing answer."""
     body = {**clients.GREEDY, "prompt": "Call me", "max_tokens": 3, "n": 2}
-    right = served.complete("Call me", max_tokens=clients.LENGTH)["choices"][0]["text"]
-    for wanted, problems in ((right, 0), (f"~{right[1:]}", 4)):
+    right = [token.text for token in runtime.generate("Call me", 4)]
+    other, longer = [f"~{right[0]}", *right[1:]], ["".join(right[:2]), *right[2:]]
+    for wanted, problems in ((right, 0), (other, 4), (longer, 4)):
         found = clients.Clients(served.port, {"Call me": wanted})
         assert found.answer(None, body) == found.stream(None, body) == 200
         assert len(found.wrong) == problems, found.wrong
-    found.check({**body, "n": 3}, [f"~{right[1:]}"] * 2)
+    found.check({**body, "n": 3}, ["x"] * 2)
     assert "2 answers" in found.wrong[-1]
 
 
