@@ -158,7 +158,8 @@ class Engine(RuleBasedStateMachine):
     )
     def start(self, slots, spare, bypass, seed):
         self.disk = Disk(random.Random(seed))
-        cache = make_cache("lru+bypass" if bypass else "lru", slots, ROWS, EXPERTS)
+        cache = make_cache("lru", slots, ROWS, EXPERTS)
+        cache.bypass = bypass
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
         self.slots.slab.fill_(255)
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
