@@ -368,7 +368,7 @@ def test_some_orders_of_events():
     run(12, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 @pytest.mark.parametrize("part", range(5))
 def test_many_orders_of_events(part):
     """A thousand; each part makes up others."""
