@@ -125,7 +125,9 @@ def make_map(tree, tests, path):
         for number, file in enumerate(FILES):
             source = (copy.root / file).read_text()
             (copy.root / file).write_text(watched(source, SPAN * number))
-        _, records = copy.pytest(*tests, output=sys.stderr)
+        code, records = copy.pytest(*tests, output=sys.stderr)
+    if code not in (0, 1):  # tests failed, which then count for no mutant
+        sys.exit(f"pytest did not run the tests: exit code {code}")
     passed = [record for record in records if record["outcome"] == "passed"]
     print(f"{len(passed)} of {len(records)} tests passed", file=sys.stderr)
     result = {"digest": digest, "tests": passed}
@@ -179,8 +181,11 @@ class Trial:
                     return None
                 if code is None:
                     return "hang"
-                if self.is_sound(copy, ended["failed"], tests):
-                    return ended["failed"][0] if ended["failed"] else f"exit {code}"
+                killer = next(iter(ended["failed"]), None)
+                if self.is_sound(copy, killer, tests):
+                    return killer or f"exit {code}"
+                if killer is None:
+                    return None
             return None
         finally:
             self.copies.put(copy)
@@ -198,15 +203,16 @@ class Trial:
             path.write_text(source)
             copy.changed(mutant.file)
 
-    def is_sound(self, copy, failed, tests):
-        """Whether the failed test, or the start of all, is right without the mutant."""
-        if not failed:
+    def is_sound(self, copy, killer, tests):
+        """Whether the failed test, or the start of all if none has failed, is right without the
+        mutant."""
+        if killer is None:
             names = [test["test"] for test in tests]
             return copy.pytest("-n", "0", "--collect-only", *names)[0] == 0
-        if failed[0] not in self.sound:
-            passes = copy.pytest("-n", "0", failed[0])[0] == 0
-            (self.sound if passes else self.unsound).add(failed[0])
-        return failed[0] in self.sound
+        if killer not in self.sound:
+            passes = copy.pytest("-n", "0", killer)[0] == 0
+            (self.sound if passes else self.unsound).add(killer)
+        return killer in self.sound
 
 
 def read_kept(path, digest):
@@ -252,7 +258,7 @@ def main():
             if options.keep:
                 with open(options.keep, "a") as file:
                     file.write(json.dumps(record) + "\n")
-        print(mutant, f"\n  {record['killed by'] or 'SURVIVES'}", file=sys.stderr, flush=True)
+        print(f"{mutant}\n  {record['killed by'] or 'SURVIVES'}", file=sys.stderr, flush=True)
         return record
 
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:

@@ -28,7 +28,7 @@ class Reach(dict):
 
     def __init__(self):
         super().__init__()
-        self.write = os.write  # tests replace os.write
+        self.write = os.write  # tests replace it in os
         self.file = None
         self.to(os.environ.get(_FILE))
         os.register_at_fork(after_in_child=self.clear)
