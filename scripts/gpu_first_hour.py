@@ -1,5 +1,4 @@
-"""A GPU's first hour, in under ten minutes: the list of docs/gpu-first-hour.md in its order, into
-one JSON.
+"""A GPU's first hour, in under ten minutes: the list of docs/gpu.md in its order, into one JSON.
 
     python scripts/gpu_first_hour.py --out first-hour.json
     python scripts/gpu_first_hour.py --dry --only facts,one-text     without a GPU
