@@ -2,6 +2,7 @@
 command line in this process, and a hub on loopback."""
 
 import os
+from tempfile import TemporaryDirectory
 
 # OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
 # from the other test process: with two processes on two cores a run took ten times as long.
@@ -10,9 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from slotmoe.offload.source import read_model
 from tests.support.exports import made_once
 from tests.support.hub import HOME, HUB, TOKEN
-from tests.support.tiny import SMALL
+from tests.support.tiny import SAMPLE, SMALL
 
 pytest_plugins = ["tests.support.tiers"]
 
@@ -24,6 +26,9 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "NO_PROXY": "127.0.0.1",
 }
+# Nothing that a test does may depend on the user's own cache folder, or leave anything there.
+CACHE = TemporaryDirectory()
+os.environ["SLOTMOE_CACHE"] = CACHE.name
 # Triton decides when it is imported whether it compiles for a GPU or interprets on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,10 +36,9 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFO
     os.environ.pop(name, None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def private_cache(tmp_path_factory):
-    """Nothing a test does may depend on, or leave anything in, the user's own cache folder."""
-    os.environ["SLOTMOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def pytest_collection_finish():
+    """A child process checks the sample's tokenizer once, before any test: a verdict is kept."""
+    read_model(SAMPLE)
 
 
 @pytest.fixture(scope="session", autouse=True)

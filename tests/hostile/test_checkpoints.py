@@ -226,6 +226,7 @@ def poke(value):
     return change
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -40,6 +40,7 @@ IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).
 native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 
 
+@pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize("name", CASES)
 def test_reference_path_equals_transformers(name, tmp_path):
     family, overrides = CASES[name]
@@ -196,6 +197,7 @@ OF_THE_FILE = {"max_position_embeddings", "rope_parameters", "bos_token_id", "eo
 OF_THE_FILE |= {"pad_token_id", "architectures", "head_dim", "mlp_layer_types", "dtype"}
 
 
+@pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize("name", ["v3", "v3.2", "glm-4.7-flash", "glm-5", "mistral-small-4"])
 def test_geometries_have_the_defaults_that_transformers_gives_the_family(name):
     from transformers import CONFIG_MAPPING

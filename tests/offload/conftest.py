@@ -28,12 +28,12 @@ def always_guessing(monkeypatch):
 
 
 @pytest.fixture
-def on_twin(sample_export):
+def on_twin(twin, sample_export):
     return partial(open_on, sample_export)
 
 
 @pytest.fixture(scope="module")
-def wanted(sample_export):
+def wanted(twin, sample_export):
     """Logits and greedy ids with every expert in a slot."""
     with open_on(sample_export, Twin(), misses="fetch") as runtime:
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]

@@ -38,7 +38,7 @@ from tests.support.params import nth
 from tests.support.slab import NF4S
 from tests.support.twin import EXPERTS, Twin, measured, open_on, slow
 
-pytestmark = pytest.mark.usefixtures("always_guessing")
+pytestmark = pytest.mark.usefixtures("always_guessing", "twin")
 
 
 SIZES = [{"slots": 6}, {"slots": 22}, {"slots": 56, "prefetch": False}, {"slots": 112}, {}]
@@ -104,7 +104,7 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
         assert twin.syncs == before + 7
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("interpreter", "twin")
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the twin is in RAM, where kernels have to be interpreted"
 )

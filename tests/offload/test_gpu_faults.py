@@ -17,7 +17,7 @@ from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.params import nth
 from tests.support.twin import Twin, measured, slow
 
-pytestmark = pytest.mark.usefixtures("always_guessing")
+pytestmark = pytest.mark.usefixtures("always_guessing", "twin")
 
 
 # Memory of the GPU

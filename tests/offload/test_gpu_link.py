@@ -21,6 +21,8 @@ from tests.support.engine import IDS, start, whole
 from tests.support.timed import Rates, TimedTwin
 from tests.support.twin import Twin, TwinDownload, measured
 
+pytestmark = pytest.mark.usefixtures("twin")
+
 # V2 on PCIe 4 and 8 cores: records of 12.5 MB at 25 and at 20 GB/s.
 V2 = Rates(copy=0.5e-3, compute=0.62e-3)
 

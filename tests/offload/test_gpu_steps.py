@@ -415,7 +415,7 @@ def test_a_value_that_python_computed_is_frozen_in_a_graph():
     assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("interpreter", "twin")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )

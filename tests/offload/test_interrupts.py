@@ -45,6 +45,7 @@ def always_guessing(always_guessing):
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
     with KINDS[kind](sample_export, monkeypatch) as runtime:
@@ -59,6 +60,7 @@ def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
 # Ctrl-C
 
 
+@pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_at_random_moments(sample_export, monkeypatch, kind):
     with KINDS[kind](sample_export, monkeypatch) as runtime:
@@ -368,7 +370,7 @@ def test_use_after_close_is_refused(sample_export):
             use()
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("processes", "twin")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.parametrize("kind", ["helping", "gpu"])
 def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch, kind):
@@ -391,7 +393,7 @@ def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch,
 # Memory
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("interpreter", "twin")
 @pytest.mark.parametrize("kind", [*KINDS, *nth(2, ["triton, all in slots", "triton"])])
 def test_closing_frees_network_and_slots(sample_export, small_export, monkeypatch, kind):
     """Without a garbage collection: the next model needs the memory now."""

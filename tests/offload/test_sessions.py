@@ -110,6 +110,7 @@ def test_text_goes_on_as_if_the_process_had_not_ended(sample_export, tmp_path, k
         assert runtime.stats()["sessions"]["restored_tokens"] == length + 11
 
 
+@pytest.mark.usefixtures("twin")
 def test_a_gpus_latents_come_back(on_twin, tmp_path):
     def logits():
         with on_twin(Twin()) as runtime:

@@ -22,7 +22,8 @@ def _content(*folders):
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
-                hashed.update(f"{path.relative_to(folder)} {xxh3_64_hexdigest(path.read_bytes())}")
+                content = xxh3_64_hexdigest(path.read_bytes())
+                hashed.update(f"{path.relative_to(folder)} {content}".encode())
     return hashed.hexdigest()
 
 

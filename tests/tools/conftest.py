@@ -31,6 +31,6 @@ def runtime(sample_export, context):
 
 
 @pytest.fixture(scope="module")
-def served(network, runtime):
+def served(network, processes, runtime):
     with Served(runtime) as served:
         yield served

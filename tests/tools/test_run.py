@@ -147,6 +147,7 @@ def on_terminal(*arguments, **environment):
     return printed.decode()
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export, slotmoe):
     arguments = ["run", sample_export, "It is a truth", "-n", 5]
     shown = on_terminal(*arguments)
@@ -230,6 +231,7 @@ def test_reasoning_is_apart(export, slotmoe, monkeypatch):
     assert (report["reasoning"], report["text"]) == ("Hm.", "Yes")
 
 
+@pytest.mark.usefixtures("processes")
 class TestLongPrompts:
     """What no context can hold is refused before it is tokenized, and before all of it is read."""
 

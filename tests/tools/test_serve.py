@@ -29,12 +29,11 @@ def alone(runtime):
 
 
 @pytest.fixture(scope="module")
-def served(runtime, alone):
+def served(network, processes, runtime, alone):
     with Served(runtime) as served:
         yield served
 
 
-@pytest.mark.usefixtures("network")
 def test_greedy_answers_are_those_of_run_alone_and_with_eight_clients(served, alone):
     def ask(prompt):
         return served.complete(prompt, max_tokens=20)["choices"][0]["text"]
@@ -44,7 +43,6 @@ def test_greedy_answers_are_those_of_run_alone_and_with_eight_clients(served, al
         assert list(pool.map(ask, PROMPTS)) == [alone[prompt] for prompt in PROMPTS]
 
 
-@pytest.mark.usefixtures("processes")
 def test_streams_add_up_to_the_whole_answer(served):
     whole = served.chat(n=2)[1]
     events = served.events(
@@ -285,7 +283,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_is_not_honoured_is_refused(served, fields, param):
     status, answer, _ = served.chat(**fields)
@@ -335,7 +332,6 @@ def test_routes_and_kinds_of_content(served):
     assert "/v1/chat/completions" in served.ask("GET", "/openapi.json")[1]["paths"]
 
 
-@pytest.mark.usefixtures("processes")
 def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
     def ask(**body):
         status, answer, _ = served.ask("POST", "/tokenize", body)
@@ -490,7 +486,6 @@ def test_openai_client(served):
             client.chat.completions.create(**{**options, "model": "other"})
 
 
-@pytest.mark.usefixtures("processes")
 def test_anthropic_client(served):
     anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
     with anthropic.Anthropic(

@@ -28,7 +28,7 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def served(runtime):
+def served(network, processes, runtime):
     with Served(runtime, waiting=16, max_body=1 << 20) as served:
         yield served
 
@@ -64,13 +64,11 @@ HARMLESS = [
 ]
 
 
-@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize("fields", HARMLESS, ids=lambda value: str(value)[:60])
 def test_harmless_fields_change_nothing(served, fields):
     assert text_of(served, **fields) == text_of(served)
 
 
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "block",
     [
@@ -111,7 +109,6 @@ def test_harmless_fields_of_tools_change_nothing(served, plain_call, fields):
     assert block["input"] == plain_call["input"] and is_weather(json.dumps(block["input"]))
 
 
-@pytest.mark.usefixtures("processes")
 def test_harmless_parts_of_a_history_change_nothing(served):
     def history(before=(), call=None, result=None):
         said = [*before, {"type": "text", "text": "Let me see."}, {**CALL, **(call or {})}]
@@ -170,7 +167,6 @@ def test_lists_are_bounded(fields):
     assert caught.value.error_count() < 5000
 
 
-@pytest.mark.usefixtures("processes")
 def test_thread_is_refused_so_that_clients_go_on_without(served, client):
     status, answer = post(served, thread={"type": "create"})
     details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -231,7 +227,6 @@ def test_messages_parse(client):
     assert isinstance(again.parsed_output, King)
 
 
-@pytest.mark.usefixtures("processes")
 def test_last_message_of_the_assistants_is_gone_on_with(served, client, runtime):
     whole = text_of(served, max_tokens=12)
     begun = whole[: len(whole) // 2]
@@ -247,7 +242,6 @@ def test_last_message_of_the_assistants_is_gone_on_with(served, client, runtime)
     assert counted == len(runtime.tokenizer.encode(text)) > turn
 
 
-@pytest.mark.usefixtures("processes")
 def test_count_tokens_is_what_the_answer_says(served, client):
     asked = {"model": "sample", "messages": USER, "system": "Be brief.", "tools": ANTHROPIC_TOOLS}
     counted = client.messages.count_tokens(**asked, thinking={"type": "disabled"}).input_tokens

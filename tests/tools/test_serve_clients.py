@@ -21,7 +21,6 @@ def test_some_clients(sample_export):
     assert found["wrong"] == [] and found["requests"] > 200
 
 
-@pytest.mark.usefixtures("network")
 def test_a_wrong_answer_is_noticed(served, runtime):
     """An answer and a stream, of which the wanted text has another letter or another token, and a
     missing answer."""

@@ -78,7 +78,6 @@ def check(served, *options):
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.usefixtures("network")
 def test_schemathesis(served):
     check(served, "--max-examples", "4", "--seed", "1", "--phases", "fuzzing")
 

@@ -94,7 +94,6 @@ def text_of(served, route, body):
     return [choice.get("text") or choice["message"] for choice in answer["choices"]]
 
 
-@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize(("route", "row"), CASES)
 def test_a_row_is_what_happens(served, route, row):
     body = {**BASES[route], **row.example}

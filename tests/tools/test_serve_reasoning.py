@@ -28,7 +28,7 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def served(runtime):
+def served(network, processes, runtime):
     plain = runtime.tokenizer.reasoning
     runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
     with Served(runtime, waiting=16, max_body=1 << 20) as served:
@@ -48,7 +48,6 @@ def answer(served, runtime):
     return before.strip(), after.lstrip()
 
 
-@pytest.mark.usefixtures("network")
 def test_openai(served, answer):
     client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
     message = client.chat.completions.create(**SHORT)

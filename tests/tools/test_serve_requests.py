@@ -71,7 +71,6 @@ def test_refusals_say_the_reason(roomy, path, fields, reason):
     assert status == 400 and answer["error"]["message"].startswith(reason), answer
 
 
-@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -82,7 +82,6 @@ def test_only_this_machine_can_connect_unless_asked(sample_export):
     assert [tuple(one.laddr) for one in listening] == [("127.0.0.1", port)]
 
 
-@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("half", HALVES)
 def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
     monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)

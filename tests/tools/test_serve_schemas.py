@@ -145,7 +145,6 @@ def test_names_of_properties_are_no_keywords():
     assert relaxed({"enum": [{"not": 1}], "default": {"uniqueItems": True}})[1] == []
 
 
-@pytest.mark.usefixtures("processes")
 def test_header_holds_whatever_a_property_is_called(served, ask):
     name = "a\r\nset-cookie: x\x1b[31m\u2028é"
     schema = {"type": "object", "properties": {name: {"uniqueItems": True, "const": []}}}

@@ -90,7 +90,7 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def served(runtime):
+def served(network, processes, runtime):
     with Served(runtime, waiting=16, max_body=1 << 20) as served:
         yield served
 
@@ -358,7 +358,6 @@ def test_native_calls_begin_with_their_token_alone(runtime, native_export):
     assert not mask.allowed()[spelled[-1]]
 
 
-@pytest.mark.usefixtures("network", "processes")
 def test_forced_calls_fit_the_schema_with_every_seed(served):
     options = {"tools": TOOLS, "temperature": 2.0, "seed": 7, "max_tokens": 120}
     for choice in served.chat(**options, tool_choice=NAMED, n=4)[1]["choices"]:
@@ -381,7 +380,6 @@ def test_forced_calls_fit_the_schema_with_every_seed(served):
     assert max(len(one["message"]["tool_calls"]) for one in several) > 1
 
 
-@pytest.mark.usefixtures("processes")
 def test_calls_of_eight_clients_at_once_each_follow_their_own_schema(served):
     def ask(number):
         schema = {
@@ -405,7 +403,6 @@ def test_calls_of_eight_clients_at_once_each_follow_their_own_schema(served):
         ]
 
 
-@pytest.mark.usefixtures("processes")
 def test_a_bad_schema_leaves_no_trace_and_is_named(served):
     def ask(schema):
         tools = [*TOOLS, {"type": "function", "function": {"name": "odd", "parameters": schema}}]
@@ -519,7 +516,6 @@ def test_what_anthropics_api_cannot_call_is_refused(served, fields):
     ]
 
 
-@pytest.mark.usefixtures("processes")
 def test_stop_strings_end_text_and_never_a_call(served):
     """Each stop string is in the call that the model is made to write, or in its marks."""
     options = {"tools": TOOLS, "max_tokens": 120, "seed": 3}
@@ -636,7 +632,6 @@ class Weather(pydantic.BaseModel):
     days: int = pydantic.Field(ge=0, le=9)
 
 
-@pytest.mark.usefixtures("processes")
 def test_openai_client_calls_and_answers(served):
     with openai.OpenAI(
         base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0
@@ -696,7 +691,6 @@ def test_openai_client_calls_and_answers(served):
             client.chat.completions.create(**{**options, "tools": TOOLS + TOOLS})
 
 
-@pytest.mark.usefixtures("processes")
 def test_anthropic_client_calls_and_answers(served):
     with anthropic.Anthropic(
         base_url=f"http://127.0.0.1:{served.port}", api_key="none", max_retries=0
