@@ -18,14 +18,14 @@ from tests.support.interpreter import quicken
 LEAVES = {
     "processes": "starts processes",
     "network": "listens on loopback",
-    "interpreter": "runs Triton, which interprets kernels where no GPU is",
+    "interpreter": "runs Triton's interpreter",
     "oracle": "runs transformers",
     "twin": "simulates a GPU",
 }
 _TESTS = Path(__file__).parents[1]
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 _NEEDS = {**dict.fromkeys(_STARTS, "processes"), "socket.bind": "network", "tests.twin": "twin"}
-_IMPORTS = {"triton": "interpreter", "transformers": "oracle"}
+_IMPORTS = {"slotmoe.quant.kernels.triton": "interpreter", "transformers": "oracle"}
 
 
 class Guard:
@@ -79,7 +79,7 @@ def network():
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """Leave to load Triton, whose interpreter then does without what it does over and over."""
+    """Leave to run Triton's interpreter, which then does without what it does over and over."""
     if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
         quicken()
 
