@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from slotmoe.model.families import FAMILIES, Family
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.completions import CompletionRequest
@@ -15,7 +17,7 @@ from slotmoe.tools.serve.requests import ChatRequest
 from slotmoe.tools.serve.response_items import ResponsesRequest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-REQUESTS = {
+REQUESTS: dict[str, type[BaseModel]] = {
     "chat": ChatRequest,
     "text": CompletionRequest,
     "responses": ResponsesRequest,
@@ -94,9 +96,9 @@ def _values(schema: Any) -> str:
 
 
 def honoured() -> Iterator[str]:
-    rows = _routes(lambda field: (f"`{field.name}`", field.values, field.note), "honoured")
+    rows = _with_routes("honoured", lambda field: (f"`{field.name}`", field.values, field.note))
     yield from _table(
-        ("field", "routes", "values", "note"),
+        "field | routes | values | note",
         ((name, routes, values, note) for (name, values, note), routes in rows),
     )
 
@@ -111,18 +113,16 @@ def refused() -> Iterator[str]:
 
 def _by_reason(kind: str) -> Iterator[str]:
     rows = dict[tuple[str, str], list[str]]()
-    for (name, note), routes in _routes(lambda field: (field.name, field.note), kind):
+    for (name, note), routes in _with_routes(kind, lambda field: (field.name, field.note)):
         rows.setdefault((routes, note), []).append(f"`{name}`")
     yield from _table(
-        ("fields", "routes", "why"),
+        "fields | routes | why",
         ((", ".join(names), routes, note) for (routes, note), names in rows.items()),
     )
 
 
-def _routes(
-    row: Callable[[Field], tuple[str, ...]], kind: str
-) -> Iterable[tuple[tuple[str, ...], str]]:
-    """Each row of fields of a ``kind``, with the routes that have it."""
+def _with_routes(kind: str, row: Callable[[Field], tuple[str, ...]]) -> Iterator[Any]:
+    """The ``row`` of each field of a ``kind``, and the routes that share it."""
     rows = dict[tuple[str, ...], list[str]]()
     for route in REQUESTS:
         for field in fields(route).values():
@@ -136,16 +136,9 @@ def families() -> Iterator[str]:
     rows = dict[Family, list[str]]()
     for model_type, family in FAMILIES.items():
         rows.setdefault(family, []).append(model_type)
-    head = (
-        "`model_type`",
-        "models",
-        "scores",
-        "a group of experts counts by",
-        "bias in the choice",
-    )
-    more = ("weights that add up to 1 are scaled", "YaRN scales attention scores", "attention")
     yield from _table(
-        (*head, *more),
+        "`model_type` | models | scores | a group of experts counts by | bias in the choice"
+        " | weights that add up to 1 are scaled | YaRN scales attention scores | attention",
         (
             (
                 ", ".join(f"`{model_type}`" for model_type in types),
@@ -162,15 +155,14 @@ def families() -> Iterator[str]:
     )
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    head = list(head)
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
+def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    yield f"| {head} |"
+    yield "|" + "---|" * len(head.split(" | "))
     for row in rows:
         yield f"| {' | '.join(row)} |".replace("|  |", "| |")
 
 
-TABLES = {table.__name__: table for table in (honoured, accepted, refused, families)}
+TABLES = {"honoured": honoured, "accepted": accepted, "refused": refused, "families": families}
 
 
 def written(page: str) -> str:

@@ -195,7 +195,8 @@ def benchmarks():
 
 
 def test_every_option_has_its_place():
-    texts = [page.read_text() for page in PAGES if page.name != "CHANGELOG.md"]
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    texts = [page.read_text() for page in pages if page.parent.name != "decisions"]
     named = set(re.findall(r"(?<![\w-])--[a-z-]+", "\n".join(texts)))
     context = click.Context(cli)
     commands = [cli, *(cli.get_command(context, name) for name in cli.list_commands(context))]

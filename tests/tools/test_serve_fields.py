@@ -228,7 +228,7 @@ def text_of(served, route, body):
     if isinstance(answer, str):  # a stream
         return re.findall(r'"(?:content|text|delta)":"(?:[^"\\]|\\.)*"', answer)
     if route == "messages":
-        return [block.get("text") or block["input"] for block in answer["content"]]
+        return [block.get("text", block.get("input")) for block in answer["content"]]
     if route == "responses":
         return [item.get("content") or item["arguments"] for item in answer["output"]]
     return [choice.get("text") or choice["message"] for choice in answer["choices"]]

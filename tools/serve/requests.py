@@ -266,8 +266,8 @@ class GenerationRequest(Model):
 
 
 class StreamOptions(Model):
-    include_usage: bool = Field(False, description="every chunk has `usage`, null until the last")
-    continuous_usage_stats: bool = Field(False, description="`usage` is of the tokens so far")
+    include_usage: bool = Field(default=False, description="chunks have `usage`, null until the last")
+    continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
     include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
