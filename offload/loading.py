@@ -151,11 +151,7 @@ class _Loader:
     def _configure(self, source: Export | Checkpoint) -> Tokenizer:
         """Take the config from ``source``, which has verified it; returns the tokenizer."""
         read = source.small_file
-        config, fewer = config_among(read, self._folder), self._options.experts_per_token
-        if fewer is not None and not 1 <= fewer <= config.num_experts_per_tok:
-            most = f"expected 1 to {config.num_experts_per_tok}, as many as the model was made for"
-            raise ConfigError(f"experts_per_token is {fewer}, {most}")
-        self._config = replace(config, num_experts_per_tok=fewer or config.num_experts_per_tok)
+        self._config = config_among(read, self._folder)
         self._context = choose_context(self._config, self._options.context)
         self._eos_token_ids = eos_token_ids(self._config, read, self._folder)
         return open_tokenizer(self._config, read, self._folder)

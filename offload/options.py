@@ -30,7 +30,6 @@ class Options:
     experts_dirs: tuple[str | Path, ...] = ()
     draft: str = "off"
     route_budget: float = 0.0
-    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
         if self.cache_policy not in (None, *POLICIES):
@@ -53,10 +52,7 @@ class Options:
     @property
     def altered(self) -> str | None:
         """How these options change the text, in a line; None where they do not."""
-        parts = list[str]()
-        if self.experts_per_token is not None:
-            parts.append(f"{self.experts_per_token} experts a token change the text")
-        if self.route_budget:
-            budget = f"{self.route_budget} nats a token"
-            parts.append(f"with a route budget of {budget} the text depends on the cache")
-        return "; ".join(parts) or None
+        if not self.route_budget:
+            return None
+        budget = f"{self.route_budget} nats a token"
+        return f"with a route budget of {budget} the text depends on the cache"

@@ -85,7 +85,7 @@ class Runtime:
         ``kernels``      ``auto``, ``torch`` or ``triton`` (``slotmoe.quant.backends.pick_backend``)
         ``sequences``    latent caches of ``context`` positions each
         ``logits_rows``  rows of logits that will be alive at once (``logits_from``: 128)
-        ``route_budget``, ``experts_per_token``  see docs/routing.md
+        ``route_budget``  see docs/routing.md
         ``misses``       what computes an expert without a slot on a GPU: ``fetch``, the GPU, once
                          it is copied there; ``cpu``; ``hybrid``, both, split by bandwidths;
                          ``auto`` takes what measured ones advise, or ``fetch``

@@ -92,6 +92,7 @@ def blocks_run(sample_export, tmp_path_factory):
     return folders
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("block", PYTHON, ids=name_of)
 def test_python_blocks_run(block, blocks_run):
     folder = blocks_run[name_of(block)]

@@ -121,6 +121,7 @@ def test_files_and_functions_are_short():
     assert not long, "\n".join(long)
 
 
+@pytest.mark.usefixtures("processes")
 def test_light_modules_import_nothing_heavy():
     """So that help and ``slotmoe plan`` answer at once, and policies need no torch."""
     folders = ("offload/plan", "offload/policy", "tools")
@@ -141,6 +142,7 @@ for name in {names}:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("processes")
 def test_core_needs_no_extra():
     """Without any extra every module imports but those that the extras are for, and the command of
     one is refused with what installs it."""
@@ -232,6 +234,7 @@ def test_contract_of_the_runtime():
     assert len(public) <= MAX_RUNTIME_METHODS, public
 
 
+@pytest.mark.usefixtures("processes")
 def test_version_is_one():
     assert f'version = "{slotmoe.__version__}"' in (ROOT / "pyproject.toml").read_text()
     done = subprocess.run(
@@ -274,6 +277,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.usefixtures("processes")
 def test_wheel_installs_one_name(wheel):
     names = ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} == {
@@ -292,6 +296,7 @@ def test_wheel_installs_one_name(wheel):
     assert {f"slotmoe/{name}" for name in wanted} <= set(names)
 
 
+@pytest.mark.usefixtures("processes")
 def test_wheel_works_beside_a_users_modules(wheel, tmp_path):
     site, user = tmp_path / "site", tmp_path / "user"
     ZipFile(wheel).extractall(site)  # a wheel of Python alone: installing it does no more
@@ -310,7 +315,7 @@ def test_wheel_works_beside_a_users_modules(wheel, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
     built = []

@@ -122,6 +122,7 @@ def test_short_reads_are_no_damage(sample_export, monkeypatch):
         assert list(checkpoint.headers()) == wanted
 
 
+@pytest.mark.usefixtures("processes")
 def test_stdout_on_a_full_disk():
     """It ended with code 120, and with Python's own remarks."""
     command = [sys.executable, "-m", "slotmoe.tools.cli", "verify", str(SAMPLE), "--help"]

@@ -71,7 +71,7 @@ _GROUPS = {  # title -> the parameters' names
         "device ram vram context threads slots cache_policy misses no_prefetch draft kernels "
         "experts_dirs"
     ),
-    "Fewer bytes for other text": "route_budget experts_per_token",
+    "Fewer bytes for other text": "route_budget",
 }
 JSON = flag("--json as_json", "Print one JSON object.")
 VERBOSE = flag("--verbose", "Say more on stderr: device, prefill, expert cache, disk.")
@@ -99,9 +99,6 @@ _MISSES = (
 _BUDGET = (
     "Let experts in memory stand in for missing ones where the gate nearly tied, at about N nats "
     "of KL divergence a token, like 0.01. The text then depends on the cache."
-)
-_FEWER = (
-    "Compute only N experts a token in each layer. [default: as many as the model was made for]"
 )
 _DRAFT = (
     "Tokens that may come next are computed with those that do, as many as pay; the text is the "
@@ -153,7 +150,6 @@ _RUNTIME: list[Decorator] = [
     flag("--no-prefetch", "Read experts only when a gate has asked for them, never ahead."),
     choice("--draft", DRAFTS, "off", _DRAFT),
     option("--route-budget", "N", _BUDGET, type=float),
-    integer("--experts-per-token", _FEWER),
 ]
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -375,6 +371,5 @@ def runtime_arguments(options: dict[str, Any]) -> dict[str, Any]:
     names = ("device", "context", "threads", "cache_policy", "misses")
     shared = {name: options[name] for name in names}
     shared |= {"route_budget": options["route_budget"] or 0.0}
-    shared |= {"experts_per_token": options["experts_per_token"]}
     prefetch, kernels = not options["no_prefetch"], options.get("kernels", "auto")
     return {**shared, "prefetch": prefetch, "kernels": kernels}

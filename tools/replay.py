@@ -40,7 +40,7 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
     Examples:
       slotmoe run sample "It is a truth universally acknowledged, that" -n 500 --trace austen.trace
       slotmoe replay austen.trace
-      slotmoe replay *.trace --policy lru --policy learned+bypass -o hit-rate.png
+      slotmoe replay *.trace --policy lru -o hit-rate.png
       slotmoe replay austen.trace --slots 22 --slots 56 --json
     """
     if output is not None:

@@ -21,23 +21,18 @@ from slotmoe.offload.policy.forecast import Array, Forecast
 
 
 class Cache(ABC):
-    """What is cached, and the counters; a policy keeps ``_worth_N`` up to date."""
+    """What is cached, and the counters; a policy knows each expert's worth."""
 
-    _worth_N: Array
     learns = False  # whether ``use_chunk`` wants the layer's inputs
+    bypass = False  # whether a new expert of no more worth than those cached gets no slot
 
     def __init__(
-        self,
-        slots: int,
-        layers: int,
-        experts: int,
-        popularity: Sequence[float] | None = None,
-        bypass: bool = False,
+        self, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
     ):
         """``popularity`` is the expected uses of each expert a token: what a policy believes before
         it has seen any."""
         assert popularity is None or len(popularity) == layers * experts
-        self.slots, self.layers, self.experts, self.bypass = slots, layers, experts, bypass
+        self.slots, self.layers, self.experts = slots, layers, experts
         self.hits = self.misses = self.evictions = self.bypassed = 0
         self.cached: set[int] = set()
         self._absent_N = np.full(layers * experts, np.inf)  # 0 where it is cached
@@ -129,15 +124,15 @@ class Cache(ABC):
 
     @abstractmethod
     def _start(self) -> None:
-        """Make ``_worth_N``, float64 [N], and what else the policy remembers."""
+        """Make what the policy remembers."""
 
     @abstractmethod
     def _touch(self, row: int, ids_TK: Array) -> None:
         """The pass's T tokens, the newest of them ``_now``, used ``ids_TK`` of layer ``row``."""
 
+    @abstractmethod
     def _worth_now(self) -> Array:
-        """The worths as they count for an eviction now."""
-        return self._worth_N
+        """Each expert's worth as it counts for an eviction now, float64 [N]."""
 
 
 class Lru(Cache):
@@ -152,41 +147,30 @@ class Lru(Cache):
         self._worth_N[ids_TK.flat] = np.arange(self._uses, self._uses + ids_TK.size)
         self._uses += ids_TK.size
 
-
-class Lrfu(Cache):
-    """Frequency and recency in one: a use counts 1 and then ``DECAY`` times less with every token.
-
-    The worth is the logarithm of that sum, on a scale that grows with time instead of shrinking all
-    sums.
-    """
-
-    # On the sample's texts 0.97 and 0.99 hit 0.3 to 0.5 points more, 0.9 about 1 less.
-    DECAY = 0.95
-
-    def _start(self) -> None:
-        smallest = np.finfo(float).tiny  # there is no logarithm of 0
-        self._worth_N = np.log(np.maximum(self._popularity_N / (1 - self.DECAY), smallest))
-
-    def _touch(self, row: int, ids_TK: Array) -> None:
-        tokens_T = np.arange(self._now - len(ids_TK), self._now) + 1
-        np.logaddexp.at(self._worth_N, ids_TK, -np.log(self.DECAY) * tokens_T[:, None])
+    def _worth_now(self) -> Array:
+        return self._worth_N
 
 
-class LayerAware(Cache):
-    """The lowest chance of use over time until the next chance leaves.
+class Learned(Cache):
+    """The lowest return of a slot leaves, and a newcomer that returns less gets none.
 
-    The chance that a token uses an expert is estimated from three memories: the newest token, about
-    10 tokens, and about 100, which begins with ``popularity``.  A layer's turn comes once a token,
-    so an expert whose layer is next gets its chance a whole token sooner than a newcomer, whose
-    layer was just visited: chance / distance in layers is what a slot earns until then.
+    A slot's return is the more of two rates: the next chance of use over the time until it, and
+    one hit over the time until the next use.  The next chance is the ``Forecast``'s; without one
+    it is estimated from three memories: the newest token, about 10 tokens, and about 100, which
+    begins with ``popularity``.  Later uses come as often as about 100 tokens had them.  Time is
+    counted in layers: a layer's turn comes once a token, so an expert whose layer is next gets its
+    chance a whole token sooner than a newcomer, whose layer was just visited.
 
     A layer's chances are estimated when a pass visits it, and a newcomer's when it is offered.
     """
 
+    learns = bypass = True
     SHORT, LONG = 0.9, 0.99  # decay a token of the two averages
     # Near a least-squares fit to the sample's routing; one point of hits less without the first.
     WEIGHTS = (0.1, 0.3, 0.6)
     RESCALE = 1000  # tokens; far from where SHORT**-n overflows
+    _next_E: Array | None = None  # the forecast of the layer that is visited
+    _now_N: Array | None = None
 
     def _start(self) -> None:
         # Averages times decay**-(now - epoch): time changes one factor instead of every average.
@@ -195,9 +179,11 @@ class LayerAware(Cache):
         self._visited_M = [-1] * self.layers  # the pass that visited a layer last
         self._last_N = np.full(len(self._short_N), -1)  # the pass whose newest token used it
         rows_M = np.arange(self.layers)
-        near_MM = 1 / ((rows_M - rows_M[:, None] - 1) % self.layers + 1)
-        self._near_MN = np.repeat(near_MM, self.experts, axis=1)
-        self._worth_N = np.zeros_like(self._popularity_N)
+        far_MM = (rows_M - rows_M[:, None] - 1) % self.layers + 1.0
+        self._far_MN = np.repeat(far_MM, self.experts, axis=1)  # layers until a layer's turn
+        self._forecast = Forecast(self.layers, self.experts, self._popularity_N)
+        self._chance_N = np.zeros_like(self._popularity_N)  # of use at the layer's next turn
+        self._wait_N = np.full_like(self._popularity_N, np.inf)  # layers, beyond the next turn
 
     def advance(self, tokens: int = 1) -> None:
         super().advance(tokens)
@@ -206,6 +192,12 @@ class LayerAware(Cache):
             self._short_N *= self.SHORT**passed
             self._long_N *= self.LONG**passed
             self._epoch = self._now
+
+    def use_chunk(
+        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
+    ) -> None:
+        self._next_E = None if x_TD is None else self._forecast.learn(row, indices, x_TD)
+        super().use_chunk(row, indices, later)
 
     def offer(self, expert_id: int, pinned: Collection[int] = (), must: bool = False) -> int | None:
         self._refresh(expert_id)
@@ -232,66 +224,27 @@ class LayerAware(Cache):
 
     def _estimate(self, expert_ids: int | slice) -> None:
         passed, (newest, a, b) = self._now - self._epoch, self.WEIGHTS
-        short, long = a * self.SHORT**passed, b * self.LONG**passed
-        self._worth_N[expert_ids] = (
-            short * self._short_N[expert_ids]
-            + long * self._long_N[expert_ids]
-            + newest * (self._last_N[expert_ids] == self._now)
-        )
-
-    def _worth_now(self) -> Array:
-        worth_N: Array = self._worth_N * self._near_MN[self._row]
-        return worth_N
-
-
-class Learned(LayerAware):
-    """``LayerAware`` with a forecast of the next token, and a second way to earn: a slot is worth
-    the more of two rates, the next chance over the time until it, and one hit over the time until
-    the next use, which later tokens bring as often as about 100 before did."""
-
-    learns = True
-    _next_E: Array | None = None  # of the layer that is visited
-    _now_N: Array | None = None
-
-    def _start(self) -> None:
-        super()._start()
-        self._forecast = Forecast(self.layers, self.experts, self._popularity_N)
-        self._far_MN = 1 / self._near_MN
-        self._wait_N = np.full_like(self._popularity_N, np.inf)  # layers, beyond the next turn
-
-    def use_chunk(
-        self, row: int, indices: Sequence[Sequence[int]], later: int = 0, x_TD: Array | None = None
-    ) -> None:
-        self._next_E = None if x_TD is None else self._forecast.learn(row, indices, x_TD)
-        super().use_chunk(row, indices, later)
-
-    def _estimate(self, expert_ids: int | slice) -> None:
-        super()._estimate(expert_ids)
+        short = self.SHORT**passed * self._short_N[expert_ids]
+        long = self.LONG**passed * self._long_N[expert_ids]
         if self._next_E is not None and isinstance(expert_ids, slice):
-            self._worth_N[expert_ids] = self._next_E.clip(0, 1)
-        later = self.LONG ** (self._now - self._epoch) * self._long_N[expert_ids]
-        turns = (1 - self._worth_N[expert_ids]) / np.maximum(later, 1e-9)
+            self._chance_N[expert_ids] = self._next_E.clip(0, 1)
+        else:
+            used = self._last_N[expert_ids] == self._now
+            self._chance_N[expert_ids] = a * short + b * long + newest * used
+        turns = (1 - self._chance_N[expert_ids]) / np.maximum(long, 1e-9)
         self._wait_N[expert_ids] = turns * self.layers
         self._now_N = None
 
     def _worth_now(self) -> Array:
         if self._now_N is None:  # else nothing was estimated since, as between a layer's offers
-            uses_N = 1 / (self._far_MN[self._row] + self._wait_N)
-            self._now_N = np.maximum(super()._worth_now(), uses_N)
+            far_N = self._far_MN[self._row]
+            self._now_N = np.maximum(self._chance_N / far_N, 1 / (far_N + self._wait_N))
         return self._now_N
-
-
-_CLASSES: dict[str, type[Cache]] = {
-    "lru": Lru,
-    "lrfu": Lrfu,
-    "layer-aware": LayerAware,
-    "learned": Learned,
-}
 
 
 def make_cache(
     policy: str, slots: int, layers: int, experts: int, popularity: Sequence[float] | None = None
 ) -> Cache:
     """An empty cache under one of ``slotmoe.offload.policy.POLICIES``."""
-    name, _, bypass = policy.partition("+")
-    return _CLASSES[name](slots, layers, experts, popularity, bypass=bool(bypass))
+    kind = {"lru": Lru, "learned": Learned}[policy]
+    return kind(slots, layers, experts, popularity)

@@ -291,6 +291,7 @@ def test_headers_are_read_without_torch(checkpoint, monkeypatch):
     assert len(read_header(checkpoint / FIRST)[0]) > 1
 
 
+@pytest.mark.usefixtures("processes")
 def test_code_of_the_checkpoint_is_never_imported(checkpoint, tmp_path, monkeypatch):
     code = f"open({str(tmp_path / 'was-run')!r}, 'w')\n"
     stolen = (

@@ -183,6 +183,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_refusals_take_little_memory(good, tmp_path):
     """The largest files that pass the caps, and those just beyond, in a fresh process; megabytes
     above what it had."""

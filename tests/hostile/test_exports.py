@@ -222,6 +222,7 @@ def test_bad_export(name, export):
     refused(lambda: read_everything(export), wanted, kind=ExportError)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("name", BAD_EXPORTS)
 def test_bad_export_as_a_model(name, export):
     """The same through the runtime, which reads config.json first; experts are read at first

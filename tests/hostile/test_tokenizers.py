@@ -11,6 +11,8 @@ from slotmoe.model.child import Child
 from slotmoe.model.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from tests.support.hostile import edit_json, fifo, refused, write
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 TEMPLATES = {
     "endless-loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     "{% endfor %}",

@@ -71,7 +71,7 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(tmp_path, quant_type, ne
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_fp8_agrees_with_transformers(tmp_path):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 

@@ -176,6 +176,7 @@ def test_broken_logits_are_an_error_not_a_text():
         )
 
 
+@pytest.mark.usefixtures("processes")
 def test_chat_template_and_bos():
     text = TOKENIZER.chat([{"role": "user", "content": "Hello"}])
     assert text == "<|begin_of_sentence|>User: Hello\n\nAssistant:"

@@ -186,6 +186,7 @@ def _names(checkpoint):
     return {ours: theirs for ours, theirs in names.items() if ours in checkpoint.infos}
 
 
+@pytest.mark.usefixtures("processes")
 def test_tokens_are_those_of_the_checkpoint(tmp_path):
     path = write_gguf(SAMPLE, tmp_path / "model.gguf")
     ours, made = Tokenizer(SAMPLE, 0), Tokenizer(path, 0, files_of(path))
@@ -266,6 +267,7 @@ def test_letters_of_the_pattern_have_two_cases():
         assert {unicodedata.category(chr(code)) for code in codes} <= {"Lu", "Ll", "Lt"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_rows_beyond_the_tokenizer_are_no_tokens(source, tmp_path):
     """Converters of 2024 declare them as tokens of the user's."""
     write_checkpoint(tmp_path / "source", vocab_size=4200)

@@ -55,7 +55,7 @@ def write_lite(folder, layers):
     (folder / "tokenizer.json").write_bytes((SAMPLE / "tokenizer.json").read_bytes())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_quantize_streams_v2_lite_experts(tmp_path):
     peaks = []
     for layers in (2, 5):

@@ -73,6 +73,7 @@ FP32 = 3.5e-6  # twice the distance of this path, and of transformers, from floa
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
+@pytest.mark.usefixtures("oracle")
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_reference_path_equals_transformers(name, tmp_path):
     write_checkpoint(tmp_path, **GEOMETRIES[name])

@@ -33,6 +33,7 @@ def test_reference_path_gives_the_expected_text(reference, case):
     assert "".join(token.text for token in tokens) == case["greedy_text"]
 
 
+@pytest.mark.usefixtures("oracle")
 def test_reference_path_equals_transformers_on_the_sample(reference):
     ids = EXPECTED["prompts"][1]["logits_ids"]
     assert relative_error(reference.logits(ids), transformers_logits(SAMPLE, ids)) <= 1e-5
@@ -79,7 +80,7 @@ def test_quantization_costs_little_at_the_beginning_of_a_heldout_text(reference,
     assert divergence / tokens <= 0.005
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export, capsys):
     totals = np.zeros(4)
     with Runtime.open(sample_export, context=1024) as exported:

@@ -96,6 +96,7 @@ def source(tokens, tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("processes")
 def test_ids_are_those_of_a_plain_reference(source, tokens):
     with Checkpoint.open(source) as checkpoint:
         tokenizer = Tokenizer(source, 0, checkpoint.small_file)
@@ -112,6 +113,7 @@ def test_ids_are_those_of_a_plain_reference(source, tokens):
     assert tokenizer.token_id(f"<|reserved_token_{reserved}|>") == reserved
 
 
+@pytest.mark.usefixtures("processes")
 def test_export_has_a_tokenizer_json(source, tokens, tmp_path):
     quantize(source, tmp_path / "export")
     assert not (tmp_path / "export" / "tiktoken.model").exists()

@@ -5,11 +5,9 @@ from functools import partial
 import pytest
 
 from slotmoe.offload import loading
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.observe import measure
 from slotmoe.offload.policy.prefetch import Prefetcher
 from tests.support.engine import IDS, PROMPT
-from tests.support.tiny import SMALL, write_checkpoint
 from tests.support.twin import Twin, open_on
 
 
@@ -32,15 +30,6 @@ def always_guessing(monkeypatch):
 @pytest.fixture
 def on_twin(sample_export):
     return partial(open_on, sample_export)
-
-
-@pytest.fixture(scope="session")
-def small_export(tmp_path_factory):
-    """The least model: an interpreter of kernels takes its time."""
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder / "source", **SMALL)
-    quantize(folder / "source", folder / "export")
-    return folder / "export"
 
 
 @pytest.fixture(scope="module")

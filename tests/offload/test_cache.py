@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slotmoe.errors import ConfigError
 from slotmoe.offload.observe.trace import TraceWriter, read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
-from slotmoe.offload.policy.cache import LayerAware, Lrfu, make_cache
+from slotmoe.offload.policy.cache import Learned, make_cache
 from slotmoe.offload.policy.forecast import FEATURES, Forecast, fold
 from slotmoe.offload.study.replay import gate_choices, optimum, replay
 from slotmoe.tools.cli import main
@@ -35,9 +35,9 @@ class Reference:
     lowest leaves."""
 
     def __init__(self, policy, popularity):
-        self.policy, self.popularity = policy.removesuffix("+bypass"), popularity
+        self.policy, self.popularity = policy, popularity
         self.uses, self.now, self.row = [], 0, 0
-        self.judged = dict.fromkeys(KEYS, 0)  # when the layer-aware policy last looked at a key
+        self.judged = dict.fromkeys(KEYS, 0)  # when the learned policy last looked at a key
 
     def visit(self, row, chosen):
         self.row = row
@@ -50,23 +50,18 @@ class Reference:
             return max(
                 (place for place, (_, used) in enumerate(self.uses) if used == key), default=-1
             )
-        if self.policy == "lrfu":
-            prior = self.popularity[key] / (1 - Lrfu.DECAY) * Lrfu.DECAY**self.now
-            return prior + sum(Lrfu.DECAY ** (self.now - token) for token in tokens)
         then = self.judged[key]
-        short = sum((1 - LayerAware.SHORT) * LayerAware.SHORT ** (then - token) for token in tokens)
-        long = sum((1 - LayerAware.LONG) * LayerAware.LONG ** (then - token) for token in tokens)
-        long += self.popularity[key] * LayerAware.LONG**then
+        short = sum((1 - Learned.SHORT) * Learned.SHORT ** (then - token) for token in tokens)
+        long = sum((1 - Learned.LONG) * Learned.LONG ** (then - token) for token in tokens)
+        long += self.popularity[key] * Learned.LONG**then
         chance = sum(
-            w * x for w, x in zip(LayerAware.WEIGHTS, (then in tokens, short, long), strict=True)
+            w * x for w, x in zip(Learned.WEIGHTS, (then in tokens, short, long), strict=True)
         )
         layers_until = next(
             n for n in range(1, ROWS + 1) if (self.row + n) % ROWS == key // EXPERTS
         )
-        if self.policy == "learned":  # without a forecast
-            wait = (1 - chance) * ROWS / max(long, 1e-9)
-            return max(chance / layers_until, 1 / (layers_until + wait))
-        return chance / layers_until
+        wait = (1 - chance) * ROWS / max(long, 1e-9)
+        return max(chance / layers_until, 1 / (layers_until + wait))  # without a forecast
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -124,7 +119,7 @@ def test_policy_does_what_its_reference_says(policy, tokens, slots, disturbed, c
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_everything_kept_means_bypass(policy):
+def test_a_newcomer_gets_no_slot_where_all_are_pinned(policy):
     cache = make_cache(policy, 2, ROWS, EXPERTS)
     cache.advance()
     for key in (0, 1, 2):
@@ -176,7 +171,7 @@ def test_averages_survive_their_rescaling(monkeypatch):
         for _ in range(400)
     ]
     usual = replay(tokens, blind(400, ROWS), DEFAULT_POLICY, 5, EXPERTS)
-    monkeypatch.setattr(LayerAware, "RESCALE", 7)
+    monkeypatch.setattr(Learned, "RESCALE", 7)
     assert replay(tokens, blind(400, ROWS), DEFAULT_POLICY, 5, EXPERTS) == usual
     monkeypatch.undo()
     cache = make_cache(DEFAULT_POLICY, 5, ROWS, EXPERTS)
@@ -225,8 +220,7 @@ def test_optimum_equals_brute_force(tokens, slots):
 
 def test_replay_by_hand():
     tokens = [[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]]
-    # 3 doesn't push out 2, of the same token.
-    assert replay(tokens, blind(4, 1), "lrfu", 2, EXPERTS) == 4
+    assert replay(tokens, blind(4, 1), "lru", 2, EXPERTS) == 4
 
 
 @quickly
@@ -246,23 +240,23 @@ def test_forecast_learns_what_inputs_say():
     signs = chance.choice([-1.0, 1.0], (EXPERTS, 300)).astype(np.float32)
     coming = chance.integers(0, EXPERTS, 2001)
     hits = {}
-    for policy in ("layer-aware+bypass", "learned+bypass"):
-        cache = make_cache(policy, 2, 2, EXPERTS)
+    for learns in (False, True):
+        cache = make_cache("learned", 2, 2, EXPERTS)
         for token in range(2000):
             cache.advance()
             for row in range(2):
                 ids = [row * EXPERTS + int(coming[token])]
                 missing = [key for key in ids if key not in cache]
-                x_TD = signs[coming[token + 1], None]
+                x_TD = signs[coming[token + 1], None] if learns else None
                 cache.use_chunk(row, [[int(coming[token])]], x_TD=x_TD)
                 for key in missing:
                     cache.offer(key, ids)
             if token == 1000:
                 before = cache.hits
-        hits[policy] = (cache.hits - before) / 1998
+        hits[learns] = (cache.hits - before) / 1998
     # Half of all hits are the most that one slot a layer allows where what is used next is known
     # but was not used last; guessing gives a quarter.
-    assert hits["learned+bypass"] > hits["layer-aware+bypass"] + 0.1, hits
+    assert hits[True] > hits[False] + 0.1, hits
     indices = [[int(expert)] for expert in coming[:600]]
     whole, single = (Forecast(1, EXPERTS, np.full(EXPERTS, 0.25)) for _ in range(2))
     for start in range(0, 600, 200):
@@ -285,11 +279,11 @@ def test_folding_keeps_the_scale_and_what_is_folded(columns):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_inputs_that_are_no_numbers_teach_nothing(value):
-    cache, plain = (make_cache(name, 2, ROWS, EXPERTS) for name in ("learned", "layer-aware"))
+    cache, plain = (make_cache("learned", 2, ROWS, EXPERTS) for _ in range(2))
     for token in range(3):
-        for each in (cache, plain):
+        for each, x_TD in ((cache, np.full((1, 7), value, np.float32)), (plain, None)):
             each.advance()
-            each.use_chunk(0, [[token]], x_TD=np.full((1, 7), value, np.float32))
+            each.use_chunk(0, [[token]], x_TD=x_TD)
             each.offer(token)
     assert cache.cached == plain.cached
 
@@ -456,7 +450,7 @@ def test_bad_trace_is_refused(slotmoe, tmp_path, name):
         ([], "TRACE"),
         (["GOOD", "--slots", "0"], "--slots"),
         (["GOOD", "--slots", "25"], "24 experts"),
-        (["GOOD", "--policy", "magic"], "layer-aware"),
+        (["GOOD", "--policy", "magic"], "learned"),
         (["GOOD", "-o", "chart.pdf"], ".png"),
         (["GOOD", "-o", "nowhere/chart.png"], "folder"),
         (["GOOD", "OTHER"], "another model"),

@@ -295,6 +295,7 @@ print(json.dumps(states))
 """
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("before", nth(2, ["calibrated", "plain"]))
 def test_killed_at_every_change_of_the_disk(before, made, tmp_path):
     command = [sys.executable, "-c", KILLER, str(made / before), str(tmp_path / "work")]
@@ -474,6 +475,7 @@ def slotmoe(made, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -505,6 +507,7 @@ def test_bad_text_is_refused_before_any_work(name, content, message, made, slotm
     assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("processes")
 def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, slotmoe, tmp_path):
     destination = tmp_path / "export"
     arguments = "quantize", made / "checkpoint", destination, "--calibrate", made / "text", "--json"

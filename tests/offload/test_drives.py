@@ -76,6 +76,7 @@ def call(arguments):
     return ended.value.code
 
 
+@pytest.mark.usefixtures("processes")
 def test_commands_know_drives(copies, capsys):
     export, folders = copies
     given = [word for folder in folders for word in ("--experts-dir", str(folder))]
@@ -215,7 +216,7 @@ def read_seconds(export, folders, count=120):
             reader.close()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_each_drive_gets_what_its_speed_allows(copies, monkeypatch):
     export, (a, b) = copies
     whole = 120 * 28672
@@ -229,7 +230,7 @@ def test_each_drive_gets_what_its_speed_allows(copies, monkeypatch):
     assert 2.5 < shares[0] / shares[1] < 6
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_a_drive_that_is_too_slow_is_left_alone(copies, monkeypatch):
     export, (a, _) = copies
     limit(monkeypatch, {export: 20e6, a: 20e4})
@@ -314,7 +315,7 @@ print(*(read_seconds(export, folders, count=224)[0] for folders in ([], [copy], 
 """
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_two_limited_drives_beside_one(copies, tmp_path):
     """Loop devices whose reads a cgroup limits to 2 MiB a second each."""
     if os.geteuid() or shutil.which("mkfs.ext4") is None or (found := limiting_group()) is None:

@@ -253,7 +253,7 @@ def test_files_and_threads_are_given_back(sample_export):
     assert _resources(before) == before
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_files_and_threads_over_a_thousand_cycles(sample_export):
     open_run_close(sample_export, 2)
     time.sleep(0.1)
@@ -263,7 +263,7 @@ def test_files_and_threads_over_a_thousand_cycles(sample_export):
     assert psutil.Process().memory_info().rss < memory + (64 << 20)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_soak(sample_export):
     """20,000 tokens under random budgets and policies, bitwise those of the model in memory."""
     random = torch.Generator().manual_seed(11)

@@ -77,6 +77,7 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("oracle", "processes")
 @pytest.mark.parametrize(("kernels", "bound"), nth(2, [("auto", 5e-4), ("torch", 1e-4)]))
 def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thread, kernels, bound):
     """The export's weights, dequantized by others, in transformers' network.  Ours through torch
@@ -111,7 +112,7 @@ def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thre
     assert report["bytes"] == len(text.encode())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_command_gives_the_recorded_figures(evaluate, sample_export):
     """Of the sample's held-out text, computed by transformers once."""
     path, wanted = DATA / "heldout" / "sotu.txt", EXPECTED["sotu.txt"]
@@ -273,6 +274,7 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
     )
 
 
+@pytest.mark.usefixtures("processes")
 def test_worst_tokens_are_shown_in_their_place(model, evaluate):
     arguments = [
         model / "export",
@@ -369,6 +371,7 @@ def places(model, tmp_path_factory):
     }
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(name, model, places, evaluate):
     arguments, wanted = BAD[name]

@@ -68,7 +68,7 @@ def test_same_bits_for_every_budget_and_with_guesses(name, export_of, always_gue
             whole(runtime)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_peak_memory_of_a_familys_geometry_is_within_three_percent_of_the_prediction(tmp_path):
     """GLM-4.7-Flash's widths with fewer layers, as ``slotmoe synth`` writes them."""
     config = json.loads(geometry_path("glm-4.7-flash").read_text())

@@ -54,6 +54,7 @@ def test_exact_encodings_give_the_same_weights(kind, exports, sample_export):
             assert torch.equal(dense(made.resident(name)), dense(ours.resident(name))), name
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("kind", ["BF16", "F32"])
 def test_exact_encodings_give_the_same_logits(kind, exports, sample_export):
     with Runtime.open(exports / kind, ram="4GiB") as made, Runtime.open(
@@ -132,6 +133,7 @@ def test_repair_and_refusal_of_another_source(tmp_path, slotmoe):
     assert "--overwrite" in err
 
 
+@pytest.mark.usefixtures("processes")
 def test_commands(files, tmp_path, slotmoe, monkeypatch):
     """Every command that takes a MODEL takes the file; it is quantized once."""
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
@@ -190,6 +192,7 @@ print(high_water() - before)
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """A matrix is decoded a few rows at a time: of 100 MB a small part is ever in memory."""
     write_checkpoint(tmp_path / "small")

@@ -104,6 +104,7 @@ def test_one_wait_a_layer_where_experts_are_missing(on_twin):
         assert twin.syncs == before + 7
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the twin is in RAM, where kernels have to be interpreted"
 )
@@ -354,6 +355,7 @@ for kernels in ("auto", "torch", "triton"):
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_each_kind_of_kernels_opens_on_each_device(sample_export):
     """In a process whose Triton does not interpret: it has nothing for a CPU, not even beside a
     GPU."""

@@ -165,6 +165,7 @@ def flags_of(memory):
     return None
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells")
 def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
     """Else a write after a fork would move the page away from under a copy to the GPU."""

@@ -217,6 +217,7 @@ def few_splits():
         yield
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("case", nth(2, CONFIGS))
 def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
@@ -252,6 +253,7 @@ def plain_turns(few_splits):
     return in_turn(network), network.experts.chosen
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("complete", [True, False])
 def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_sequence(
     plain_turns, complete
@@ -268,6 +270,7 @@ def test_graphs_replay_what_plain_calls_do_at_every_position_and_for_every_seque
         assert Recorded.made == (2 if complete else 2 * 2)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
 @pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
 def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(q_lora_rank, most):
@@ -295,6 +298,7 @@ class Marks:
         self.stages.append(stage)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_whole_steps_layer_by_layer_and_prefill_mix_timed_or_not():
     """Where experts lose their slots between two steps, and behind a prefill pass, the position and
     the cache that a graph reads are still right.  A timed step runs the same graphs."""
@@ -323,6 +327,7 @@ def test_whole_steps_layer_by_layer_and_prefill_mix_timed_or_not():
     assert network.experts.calls == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the graph that fails is a recorded one")
 def test_a_step_that_fails_while_it_is_captured_can_be_repeated(plain_turns):
     failures = [torch.OutOfMemoryError("no memory")]
@@ -410,6 +415,7 @@ def test_a_value_that_python_computed_is_frozen_in_a_graph():
     assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
@@ -441,6 +447,7 @@ def test_the_engine_decodes_by_one_graph_once_every_expert_has_a_slot(small_expo
     assert all((route.row, route.hits, route.misses) == (0, 2, 0) for route in routes)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export, monkeypatch):
     """But for the head, most of an interpreter's time, which torch computes."""
     plain = TorchBackend()
@@ -461,7 +468,7 @@ def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export, monk
     assert error(logits["triton"], logits["torch"]) < 2e-2
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_the_sample_on_triton_kernels_says_what_it_says_on_a_cpu(sample_export):
     logits, texts = {}, {}
     for kernels in ("auto", "torch", "triton"):

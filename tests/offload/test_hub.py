@@ -220,6 +220,7 @@ def test_foreign_folder_is_never_emptied(place, served, tmp_path):
     assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("megabytes", nth(3, [3, 1, 8, 14]))
 def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
     with small_disk(tmp_path, f"{megabytes}m") as (disk, resize):
@@ -237,6 +238,7 @@ def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
         assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
 
 
+@pytest.mark.usefixtures("processes")
 def test_peak_disk_is_two_weight_files_beyond_the_export(served, wanted, sample, tmp_path):
     with small_disk(tmp_path, "64m") as (disk, _):
         peak = 0
@@ -276,7 +278,7 @@ print(json.dumps({"peak_disk": peak, "rss_before": before, "peak_rss": status("V
 """
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_peak_memory_and_disk_at_real_sizes(hub, tmp_path):
     """Three layers of V2-Lite's widths in eight files of 350 MB; run with -s to see the figures."""
     sizes = {
@@ -365,6 +367,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills, hub, sample, tmp_path):
     source = sample
@@ -456,6 +459,7 @@ def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
     assert served.requests == []
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.filterwarnings("ignore")
 def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     from huggingface_hub import constants
@@ -537,6 +541,7 @@ def test_header_that_claims_a_terabyte(hub, tmp_path):
         make(tmp_path / "export")
 
 
+@pytest.mark.usefixtures("processes")
 def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
     served, slotmoe, tmp_path, monkeypatch
 ):
@@ -604,6 +609,7 @@ def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     assert json.loads(out)["bytes"] > 10e6
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("moment", nth(2, ["weights", "headers"]))
 def test_interrupted(moment, served, wanted, tmp_path):
     hold = threading.Event()
@@ -634,6 +640,7 @@ def test_interrupted(moment, served, wanted, tmp_path):
     assert tree(tmp_path / "export") == wanted
 
 
+@pytest.mark.usefixtures("network")
 def test_proxy_of_the_environment(monkeypatch):
     """A full address for http, a tunnel for https, and no proxy for what NO_PROXY names."""
     from huggingface_hub import get_async_session
@@ -677,6 +684,7 @@ def test_proxy_of_the_environment(monkeypatch):
     assert "proxy-authorization" not in head
 
 
+@pytest.mark.usefixtures("network", "processes")
 def test_refused_certificate(tmp_path):
     command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate"
     subject = ["-days", "2", "-subj", "/CN=127.0.0.1"]

@@ -65,14 +65,14 @@ def test_ctrl_c_at_random_moments(sample_export, monkeypatch, kind):
         assert random_ctrl_c(runtime, 4, kind != "hybrid") >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_a_soak(sample_export, tmp_path):
     """A tenth of ``python -m tests.faults.soak``."""
     found = soaked(sample_export, tmp_path / "kept", 2000, 600, 1)
     assert found["KeyboardInterrupt"] and found["InjectedError"] and found["bad reads"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_every_line(sample_export, kind):
     """And by real signals; a part of ``python -m tests.faults.interrupts``."""
@@ -318,7 +318,7 @@ def test_threads_get_right_logits_or_a_refusal(sample_export):
     assert right > 0 and refused > 0
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_many_threads_get_right_logits_or_a_refusal(sample_export):
     right, refused = many_threads(sample_export, 8, 200)
     assert right > 0 and refused > 0
@@ -368,6 +368,7 @@ def test_use_after_close_is_refused(sample_export):
             use()
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.parametrize("kind", ["helping", "gpu"])
 def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch, kind):
@@ -390,6 +391,7 @@ def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch,
 # Memory
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("kind", [*KINDS, *nth(2, ["triton, all in slots", "triton"])])
 def test_closing_frees_network_and_slots(sample_export, small_export, monkeypatch, kind):
     """Without a garbage collection: the next model needs the memory now."""

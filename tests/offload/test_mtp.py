@@ -374,7 +374,7 @@ def test_the_head_is_asked_as_long_as_that_pays(chance, more):
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_peak_memory_is_within_three_percent_of_the_prediction(tmp_path):
     """GLM-4.7-Flash's widths with fewer layers and its head."""
     config = json.loads(geometry_path("glm-4.7-flash").read_text()) | {"num_hidden_layers": 6}

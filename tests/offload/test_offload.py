@@ -294,6 +294,7 @@ def least_ram(sample_export):
     return parse_size(refused.split("needs at least ")[1].split(" of ram")[0])
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("spare", nth(2, [1 << 20, 0]), ids=["half", "smallest"])
 def test_peak_memory_stays_inside_the_budget(sample_export, least_ram, spare):
     """The smallest budget that the planner accepts, and one with room for about half of the

@@ -207,6 +207,7 @@ def test_prefill_passes_grow_with_the_room():
     assert _prefill_chunk(config, 1 << 20, 1 << 50) == 4096
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("slots", "prompt"), nth(3, [(22, 30), (112, 300), (224, 900)]))
 def test_peak_memory_is_within_three_percent_of_the_prediction(sample_export, slots, prompt):
     done = subprocess.run(
@@ -385,6 +386,7 @@ def test_the_largest_context_is_the_largest(plan):
     ]
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_export_is_planned_as_run_plans_it(plan, sample_export):
     report = json.loads(
         plan(sample_export, "--ram", "2GiB", "--context", 256, "--prompt-tokens", 100, "--json")[1]
@@ -680,6 +682,7 @@ class Driver:
 UUID = "GPU-01010101-0101-0101-0101-010101010101"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_gpu_in_this_machine_is_found(plan, tmp_path, monkeypatch):
     """The one that CUDA takes, which need not be the first of nvidia-smi's."""
     program = tmp_path / "nvidia-smi"
@@ -709,6 +712,7 @@ def test_a_gpu_in_this_machine_is_found(plan, tmp_path, monkeypatch):
     assert (code, "no such GPU is found" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("processes")
 def test_plan_needs_no_torch():
     code = (
         "import sys; from slotmoe.tools.cli import cli; "
@@ -732,6 +736,7 @@ def test_a_hub_id_fetches_the_config_alone(plan, hub):
     assert (code, "has no revision 'nowhere'" in err) == (2, True)
 
 
+@pytest.mark.usefixtures("processes")
 def test_without_a_network_a_hub_id_is_one_line(tmp_path):
     """Soon, and without what huggingface_hub says of its attempts."""
     started = time.perf_counter()

@@ -85,6 +85,7 @@ def reported(sample_export, tmp_path_factory):
     )
 
 
+@pytest.mark.usefixtures("processes")
 def test_counts_are_those_of_the_routing_and_of_the_cache(reported):
     _, steps, report = reported
     assert len(report["steps"]) == len(steps) == 40
@@ -296,6 +297,7 @@ def test_words_of_strangers_stay_words(reported, tmp_path):
     assert hostile in found.words
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
 )
@@ -487,6 +489,7 @@ def test_live_without_a_terminal_says_so(profile):
     assert "Time of a token" in out
 
 
+@pytest.mark.usefixtures("processes")
 def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
     terminal, theirs = pty.openpty()
     command = [
@@ -520,7 +523,7 @@ def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
         assert part in shown
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_watching_costs_at_most_a_twentieth(sample_export):
     report = benchmark("profile", sample_export, "--decode-tokens", 40, "--repetitions", 150)
     lower_quartile = report["results"][0]

@@ -62,6 +62,7 @@ def command_line(*arguments):
     return [sys.executable, "-m", "slotmoe", "quantize", *map(str, arguments)]
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "number", nth(4, [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
 )
@@ -391,6 +392,7 @@ def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
     assert tree(tmp_path / "export") == wanted
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("kilobytes", [4, 200, 700, 900, 1000])
 def test_disk_really_fills_up(kilobytes, source, wanted, tmp_path, monkeypatch):
     with small_disk(tmp_path, f"{kilobytes}k") as (disk, resize):

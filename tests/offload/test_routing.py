@@ -142,14 +142,6 @@ def test_weights_are_the_gates_own_after_a_swap(export):
         torch.testing.assert_close(wanted, weights_TK)
 
 
-def test_fewer_experts_a_token(export):
-    rows, choices, stats = decoded(export, experts_per_token=1, slots=3)
-    whole, _, _ = decoded(export, experts_per_token=1)
-    assert torch.equal(rows, whole)
-    assert {len(indices[0]) for _, indices in choices} == {1}
-    assert stats["routing"] == {"altered": "1 experts a token change the text"}
-
-
 def test_impossible_requests_are_refused(export, tmp_path):
     plain = export.parent / "plain"
     for folder, options, message in (
@@ -157,8 +149,6 @@ def test_impossible_requests_are_refused(export, tmp_path):
         (export, {"route_budget": -0.1}, "expected 0 to 1"),
         (export, {"route_budget": math.nan}, "expected 0 to 1"),
         (export, {"route_budget": 0.1, "draft": "ngram"}, "depends on the cache"),
-        (export, {"experts_per_token": 4}, "expected 1 to 3"),
-        (export, {"experts_per_token": 0}, "expected 1 to 3"),
         (export.parent / "checkpoint", {"route_budget": 0.1, "quantize": False}, "reference"),
     ):
         with pytest.raises(ConfigError, match=message):

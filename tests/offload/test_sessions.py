@@ -148,6 +148,7 @@ def test_what_is_in_memory_is_not_read(sample_export, store):
 # What is kept
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_same_beginning_is_kept_once(sample_export, copy):
     other = [*TEXT[:140], *TEXT[:60]]
     kept(sample_export, copy, other)
@@ -164,6 +165,7 @@ def test_bytes_are_those_of_the_files(tmp_path):
         assert folder.nbytes == sum(p.stat().st_size for p in (tmp_path / "blocks").rglob("*-*"))
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_text_that_grows_leaves_no_short_block(sample_export, copy):
     kept(sample_export, copy, [*TEXT, 9])
     assert [path.name.split("-")[1:3] for path in files(copy)] == [
@@ -334,6 +336,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_block_is_a_miss_with_one_line(sample_export, store, copy, damage):
     (path,) = (path for path in files(copy) if "-00000064-" in path.name)
@@ -354,6 +357,7 @@ def test_a_damaged_block_is_a_miss_with_one_line(sample_export, store, copy, dam
         assert not said
 
 
+@pytest.mark.usefixtures("processes")
 def test_other_files_do_not_matter(sample_export, store, copy):
     (copy / "blocks" / "notes.txt").write_text("mine")
     (files(copy)[0].parent / "0-0-0-0").write_text("x")
@@ -430,6 +434,7 @@ def test_a_limit_below_one_conversation_keeps_its_beginning(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("*-*")) <= 6000
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_lower_limit_is_kept_at_once(copy):
     before = len(files(copy))
     limit = sum(path.stat().st_size for path in files(copy)) - 1
@@ -535,6 +540,7 @@ print(moment)
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_killed_at_any_moment_of_a_save():
     with tempfile.TemporaryDirectory(dir=memory()) as folder:
         command = [sys.executable, "-W", "error", "-c", KILLED, folder]

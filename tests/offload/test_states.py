@@ -158,7 +158,8 @@ class Engine(RuleBasedStateMachine):
     )
     def start(self, slots, spare, bypass, seed):
         self.disk = Disk(random.Random(seed))
-        cache = make_cache("lru+bypass" if bypass else "lru", slots, ROWS, EXPERTS)
+        cache = make_cache("lru", slots, ROWS, EXPERTS)
+        cache.bypass = bypass
         self.slots = Slots(self.disk, cache, CHOSEN + spare, CHOSEN, BYTES, Device())
         self.slots.slab.fill_(255)
         self.prefetcher = Prefetcher(ROWS, EXPERTS, BYTES, self, lambda: 1e18)
@@ -367,7 +368,7 @@ def test_some_orders_of_events():
     run(12, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 @pytest.mark.parametrize("part", range(5))
 def test_many_orders_of_events(part):
     """A thousand; each part makes up others."""

@@ -81,6 +81,7 @@ def test_calls_from_several_threads(kernels):
     assert not wrong
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings(
     "ignore:This process:DeprecationWarning"

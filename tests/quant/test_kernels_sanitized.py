@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.driver import COMPILER, build, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("nightly")
 
 
 def build_and_run(folder: Path, sanitizers: str, *arguments: str) -> str:

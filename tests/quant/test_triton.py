@@ -34,6 +34,8 @@ from tests.support.codes import quantize_coded
 from tests.support.params import nth
 from tests.support.slab import NF4S, write_record
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 triton_decoder = importlib.import_module("slotmoe.quant.backends.triton_decoder")
 Ending, Routed = triton_decoder.Ending, triton_decoder.Routed
@@ -465,6 +467,7 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
         pick_backend(cuda, "triton")
 
 
+@pytest.mark.usefixtures("processes")
 def test_kernels_of_a_gpu_are_refused_on_a_cpu_without_the_interpreter():
     code = """
 import torch
@@ -480,6 +483,7 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "/usr/bin"})
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_run_on_a_cpu_never_imports_triton(sample_export):
     code = f"""
 import sys
@@ -497,6 +501,7 @@ assert not [name for name in kernels if name in sys.modules]
 CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "target",
     [

@@ -8,6 +8,7 @@ slips through is a wrong result.
 """
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -157,6 +158,7 @@ class Twin:
     device, name, tier, queues = torch.device("cpu"), "the twin", "vram", True
 
     def __init__(self, delay=None, capacity=GIB, triton=False):
+        sys.audit("tests.twin")
         self._triton = triton
         self.delay = delay or (lambda number: 0.0)
         self.fail = self.spoil = self.on_launch = lambda number: None

@@ -31,6 +31,6 @@ def runtime(sample_export, context):
 
 
 @pytest.fixture(scope="module")
-def served(runtime):
+def served(network, runtime):
     with Served(runtime) as served:
         yield served

@@ -78,6 +78,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_peer(sample_export, tmp_path, capsys):
     driver, asked = tmp_path / "driver", tmp_path / "asked"
     driver.write_text(DRIVER.format(python=sys.executable, asked=asked))
@@ -109,6 +110,7 @@ def test_kernels():
     assert row["bytes_per_second"] * row["seconds"] == pytest.approx(6 * 4.6e6, rel=0.01)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_needs_one():
     command = [sys.executable, "-m", "slotmoe.tools.bench", "gpu"]
@@ -124,6 +126,7 @@ def test_quantizers_give_the_weights_of_bitsandbytes():
     assert_compared(rows, "bitsandbytes", "GB/s")
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_download():
     rows = by("way", benchmark("download", "--gigabytes", 0.01, "--repetitions", 1))
@@ -132,6 +135,7 @@ def test_download():
         assert row["megabytes_per_second"] == pytest.approx(10 / row["seconds"], abs=1)
 
 
+@pytest.mark.usefixtures("network")
 def test_serve(sample_export):
     options = ["--tokens", 20, "--repetitions", 1, "--clients", 2, "--long", 400, "--context", 1024]
     *rows, together, first = benchmark("serve", sample_export, *options)["results"]
@@ -177,7 +181,7 @@ def test_codes_go_on_with_the_rows_that_are_missing(tmp_path, monkeypatch, capsy
     assert divergence.expected("lut", "7", "int8", calibrated=False) is None
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_codes(tmp_path):
     texts = sorted((Path(__file__).parents[1] / "data" / "heldout").glob("*.txt"))[:1]
     options = ["--text", texts[0], "--results", tmp_path / "results.json", "--rows", 1]

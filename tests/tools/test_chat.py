@@ -22,6 +22,8 @@ from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
 from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 SYSTEM = "You are a clerk in a play by Shakespeare."
 
 

@@ -99,6 +99,7 @@ def test_history_that_cannot_be_kept_is_said(tmp_path):
     assert "can't keep the history" in printed.getvalue()
 
 
+@pytest.mark.usefixtures("processes")
 def test_refused_message_can_be_edited(terminal, chat):
     long = "word " * 300
     terminal.keys.send_text(f"{long}\r")
@@ -117,6 +118,7 @@ def test_what_ended_an_answer_is_said_below_it(terminal, chat):
     assert lines[0] in chat.exchanges[0].assistant
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("again", [False, True])
 def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
     def generate(self, *arguments):
@@ -151,6 +153,7 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("processes")
 def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
     calls = []
     original = type(chat.runtime.model.experts).begin
@@ -310,6 +313,7 @@ class Pty:
         return self.child.wait(10)
 
 
+@pytest.mark.usefixtures("processes")
 def test_interrupt_on_a_real_terminal(sample_export):
     terminal = Pty(sample_export, "--temperature", "0", "-n", "1000", "--context", "1024")
     try:

@@ -274,6 +274,7 @@ def test_every_token_is_printed_at_once(model, tmp_path, monkeypatch):
     assert len(set(sizes)) > 8, "text waited in a buffer"
 
 
+@pytest.mark.usefixtures("processes")
 def test_help_is_instant_and_needs_no_torch():
     code = """
 import sys
@@ -294,6 +295,7 @@ assert not heavy & set(sys.modules), sorted(sys.modules)
         assert part in child.stdout
 
 
+@pytest.mark.usefixtures("processes")
 def test_interrupted_command_exits_130(sample_export):
     child = started(
         "run",
@@ -321,6 +323,7 @@ def test_interrupted_command_exits_130(sample_export):
     assert "Traceback" not in err.decode()
 
 
+@pytest.mark.usefixtures("processes")
 def test_reader_that_leaves(sample_export):
     child = started("run", sample_export, PROMPT, "-n", 400, "--temperature", "1", "--seed", 5)
     assert child.stdout.read(1)
@@ -331,6 +334,7 @@ def test_reader_that_leaves(sample_export):
     assert err == ""
 
 
+@pytest.mark.usefixtures("processes")
 def test_stdin_that_is_no_text(model):
     child = started("run", model / "export", "-", stdin=subprocess.PIPE)
     out, err = child.communicate(b"caf\xe9")

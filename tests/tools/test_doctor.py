@@ -12,6 +12,8 @@ import pytest
 from slotmoe.tools import doctor
 from slotmoe.tools.cli import main
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 SCREEN = 24, 100  # lines, characters
 
 

@@ -36,6 +36,7 @@ def export(tmp_path_factory):
     return folder / "export"
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("closed", nth(2, ["<&- >&- 2>&-", "2>&-", ">&-"]))
 def test_closed_streams(closed, export):
     before = {path: path.read_bytes() for path in export.rglob("*") if path.is_file()}
@@ -47,11 +48,13 @@ def test_closed_streams(closed, export):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_prompt_from_a_closed_stdin_is_empty(export):
     done = slotmoe("run", str(export), "-", "-n", "3", shell_suffix="<&-")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("processes")
 def test_stdout_for_ascii_alone(tmp_path):
     (tmp_path / "café").mkdir()
     done = slotmoe("plan", str(tmp_path / "café"), PYTHONIOENCODING="ascii")
@@ -62,6 +65,7 @@ def test_stdout_for_ascii_alone(tmp_path):
     assert b"caf\\xe9 fits" in done.stdout
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_name_that_is_no_text(export, tmp_path):
     """An export of that name runs; the safetensors library can't open such a checkpoint."""
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
@@ -84,6 +88,7 @@ def failed(capsys, *arguments):
     return caught.value.code, capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_user_without_a_home(capsys, monkeypatch):
     def nobody(uid):
         raise KeyError("getpwuid(): uid not found")

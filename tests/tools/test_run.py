@@ -97,6 +97,7 @@ def test_why_a_run_ends(export, slotmoe, monkeypatch):
     assert slotmoe("run", export, "Hello").err.startswith("3 tokens · ")
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export, slotmoe):
     report = json.loads(slotmoe("run", sample_export, "The sea", "--json").out)
     assert (report["finish_reason"], len(report["ids"])) == ("length", 128)

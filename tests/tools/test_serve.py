@@ -34,6 +34,7 @@ def served(runtime, alone):
         yield served
 
 
+@pytest.mark.usefixtures("network")
 def test_greedy_answers_are_those_of_run_alone_and_with_eight_clients(served, alone):
     def ask(prompt):
         return served.complete(prompt, max_tokens=20)["choices"][0]["text"]
@@ -43,6 +44,7 @@ def test_greedy_answers_are_those_of_run_alone_and_with_eight_clients(served, al
         assert list(pool.map(ask, PROMPTS)) == [alone[prompt] for prompt in PROMPTS]
 
 
+@pytest.mark.usefixtures("processes")
 def test_streams_add_up_to_the_whole_answer(served):
     whole = served.chat(n=2)[1]
     events = served.events(
@@ -180,6 +182,7 @@ def runtime_tokens(served, runtime):
     return list(runtime.generate("Call me", 4))
 
 
+@pytest.mark.usefixtures("processes")
 def test_gap_is_filled_with_a_coder_models_tokens(runtime, tmp_path):
     source = json.loads((SAMPLE / "tokenizer.json").read_text())
     for number, token in enumerate(FIM_TOKENS):
@@ -282,6 +285,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_is_not_honoured_is_refused(served, fields, param):
     status, answer, _ = served.chat(**fields)
@@ -331,6 +335,7 @@ def test_routes_and_kinds_of_content(served):
     assert "/v1/chat/completions" in served.ask("GET", "/openapi.json")[1]["paths"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
     def ask(**body):
         status, answer, _ = served.ask("POST", "/tokenize", body)
@@ -351,6 +356,7 @@ def test_tokens_of_a_text_and_of_a_conversation(served, runtime):
         assert ask(**wrong)[0] == 400
 
 
+@pytest.mark.usefixtures("network")
 def test_door_asks_for_the_key_everywhere_but_at_health(runtime):
     with Served(runtime, keys=("first", "second")) as served:
         paths = [
@@ -404,6 +410,7 @@ def test_rebound_names_and_pages_of_other_origins_are_refused(served):
     assert served.ask("GET", "/stats", Host="localhost:1", Origin="http://localhost:1")[0] == 200
 
 
+@pytest.mark.usefixtures("network")
 def test_beyond_the_queue_clients_are_told_when_to_come_back(runtime):
     with Served(runtime, waiting=0) as served, ThreadPoolExecutor(8) as pool:
         whole = [pool.submit(served.complete, "Call me", max_tokens=400) for _ in range(8)]
@@ -483,6 +490,7 @@ def test_openai_client(served):
             client.chat.completions.create(**{**options, "model": "other"})
 
 
+@pytest.mark.usefixtures("processes")
 def test_anthropic_client(served):
     anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
     with anthropic.Anthropic(
@@ -509,6 +517,7 @@ def test_anthropic_client(served):
             client.messages.create(**options, container="x")
 
 
+@pytest.mark.usefixtures("network")
 def test_failed_model_ends_the_server(runtime, monkeypatch):
     with Served(runtime) as served:
         served.complete("Call me", max_tokens=1)
@@ -526,6 +535,7 @@ def test_failed_model_ends_the_server(runtime, monkeypatch):
     assert not served.thread.is_alive()
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
@@ -551,6 +561,7 @@ def test_a_signal_ends_running_answers_with_a_reason(sample_export, number, code
     child.stderr.close()
 
 
+@pytest.mark.usefixtures("network")
 def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(cli, ["serve", "sample", *arguments])

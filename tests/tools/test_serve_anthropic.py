@@ -64,11 +64,13 @@ HARMLESS = [
 ]
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize("fields", HARMLESS, ids=lambda value: str(value)[:60])
 def test_harmless_fields_change_nothing(served, fields):
     assert text_of(served, **fields) == text_of(served)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     "block",
     [
@@ -109,6 +111,7 @@ def test_harmless_fields_of_tools_change_nothing(served, plain_call, fields):
     assert block["input"] == plain_call["input"] and is_weather(json.dumps(block["input"]))
 
 
+@pytest.mark.usefixtures("processes")
 def test_harmless_parts_of_a_history_change_nothing(served):
     def history(before=(), call=None, result=None):
         said = [*before, {"type": "text", "text": "Let me see."}, {**CALL, **(call or {})}]
@@ -167,6 +170,7 @@ def test_lists_are_bounded(fields):
     assert caught.value.error_count() < 5000
 
 
+@pytest.mark.usefixtures("processes")
 def test_thread_is_refused_so_that_clients_go_on_without(served, client):
     status, answer = post(served, thread={"type": "create"})
     details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
@@ -217,6 +221,7 @@ def test_answers_follow_a_schema(served, client):
         )
 
 
+@pytest.mark.usefixtures("processes")
 def test_messages_parse(client):
     asked = {"model": "sample", "max_tokens": 90}
     found = client.messages.parse(**asked, messages=USER, output_format=King)
@@ -226,6 +231,7 @@ def test_messages_parse(client):
     assert isinstance(again.parsed_output, King)
 
 
+@pytest.mark.usefixtures("processes")
 def test_last_message_of_the_assistants_is_gone_on_with(served, client, runtime):
     whole = text_of(served, max_tokens=12)
     begun = whole[: len(whole) // 2]
@@ -241,6 +247,7 @@ def test_last_message_of_the_assistants_is_gone_on_with(served, client, runtime)
     assert counted == len(runtime.tokenizer.encode(text)) > turn
 
 
+@pytest.mark.usefixtures("processes")
 def test_count_tokens_is_what_the_answer_says(served, client):
     asked = {"model": "sample", "messages": USER, "system": "Be brief.", "tools": ANTHROPIC_TOOLS}
     counted = client.messages.count_tokens(**asked, thinking={"type": "disabled"}).input_tokens
@@ -288,6 +295,7 @@ def slow(runtime, monkeypatch):
     monkeypatch.setattr(runtime, "append_each", later)
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize(
     ("path", "ping"),
     [
@@ -319,6 +327,7 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, slow, path, ping):
         served.idle()
 
 
+@pytest.mark.usefixtures("network")
 def test_clients_skip_pings(runtime, monkeypatch, slow):
     monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.005)
     with (

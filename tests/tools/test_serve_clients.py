@@ -14,13 +14,14 @@ from tests.faults import clients
 from tests.support.served import GREEDY, Served
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_some_clients(sample_export):
     found = clients.attacked(sample_export, 12, 60)
     print(json.dumps(found))
     assert found["wrong"] == [] and found["requests"] > 200
 
 
+@pytest.mark.usefixtures("network")
 def test_a_wrong_answer_is_noticed(served, runtime):
     """An answer and a stream, of which the wanted text has another letter or another token, and a
     missing answer."""
@@ -49,6 +50,7 @@ def test_requests_that_come_all_at_once_are_answered_in_turn(served):
     assert [answer["usage"]["completion_tokens"] for answer in answers] == [*lengths]
 
 
+@pytest.mark.usefixtures("network")
 def test_a_model_whose_files_are_removed_goes_on(sample_export, tmp_path):
     """Its experts are read where they were."""
     export = shutil.copytree(sample_export, tmp_path / "export")

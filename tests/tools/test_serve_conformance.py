@@ -17,6 +17,8 @@ from slotmoe.offload.runtime import Runtime
 from tests.support.served import Served
 from tests.support.tiny import SAMPLE
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
@@ -76,11 +78,12 @@ def check(served, *options):
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.usefixtures("network")
 def test_schemathesis(served):
     check(served, "--max-examples", "4", "--seed", "1", "--phases", "fuzzing")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("nightly")
 def test_schemathesis_at_length(served):
     check(served, "--max-examples", "100")
 

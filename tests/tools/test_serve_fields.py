@@ -234,6 +234,7 @@ def text_of(served, route, body):
     return [choice.get("text") or choice["message"] for choice in answer["choices"]]
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize(("route", "field"), CASES)
 def test_a_row_is_what_happens(served, route, field):
     body = {**BASES[route], **EXAMPLES[route][field.name]}

@@ -142,6 +142,7 @@ def call(id_, name, arguments):
     return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
 
 
+@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_format_is_recognised(form, tokenizers):
     assert Dialect(tokenizers[form]).format is form
@@ -157,6 +158,7 @@ def test_older_deepseek_format_goes_on(tokenizers):
     tokenizer.template = before
 
 
+@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_history_is_what_the_model_would_have_written(form, tokenizers):
     calls = [call("a", "weather", ROME), call("b", "stop", "")]
@@ -173,6 +175,7 @@ def test_history_is_what_the_model_would_have_written(form, tokenizers):
         assert "## Return of functions.weather:0\nwet## Return of functions.stop:1" in text
 
 
+@pytest.mark.usefixtures("processes")
 def test_functions_are_described_where_the_template_does_not(tokenizers):
     text = Dialect(tokenizers[DEEPSEEK_V3_1]).prompt(
         [PlainMessage(role="user", content="Hi")], POLICY

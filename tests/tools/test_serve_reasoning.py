@@ -14,6 +14,8 @@ from slotmoe.tools.serve.function_calling import Dialect
 from slotmoe.tools.serve.requests import AssistantMessage, PlainMessage
 from tests.support.served import Served
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 ASK = {"model": "sample", "messages": [{"role": "user", "content": "It is a truth"}]}
 SHORT = {**ASK, "temperature": 0, "max_tokens": 60}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
@@ -46,6 +48,7 @@ def answer(served, runtime):
     return before.strip(), after.lstrip()
 
 
+@pytest.mark.usefixtures("network")
 def test_openai(served, answer):
     client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
     message = client.chat.completions.create(**SHORT)

@@ -63,6 +63,7 @@ REASONS = [
 ]
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize(("path", "fields", "reason"), REASONS, ids=lambda value: str(value)[:40])
 def test_refusals_say_the_reason(roomy, path, fields, reason):
     base = {"prompt": "x"} if path == TEXT else {"messages": USER, "max_tokens": 8}
@@ -70,6 +71,7 @@ def test_refusals_say_the_reason(roomy, path, fields, reason):
     assert status == 400 and answer["error"]["message"].startswith(reason), answer
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -176,6 +178,7 @@ def wider(runtime, tmp_path, monkeypatch):
         yield served
 
 
+@pytest.mark.usefixtures("network", "processes")
 def test_tokenizer_with_more_ids_than_the_model_has_rows(wider):
     status, answer, _ = wider.chat(response_format={"type": "json_object"}, max_tokens=5)
     assert status == 200 and answer["choices"][0]["message"]["content"].startswith("{")
@@ -244,6 +247,7 @@ def test_page_is_shown_in_no_frame_of_others(served):
     assert "frame-ancestors 'none'" in policy and "default-src 'none'" in policy
 
 
+@pytest.mark.usefixtures("network")
 def test_log_has_a_line_for_each_request_and_nothing_of_it(runtime, capfd):
     with Served(runtime, is_logged=True) as served:
         served.complete("A secret word", max_tokens=3)

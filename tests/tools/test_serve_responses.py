@@ -53,6 +53,7 @@ def events_of(served, **body):
     return events
 
 
+@pytest.mark.usefixtures("network")
 def test_the_model_may_be_left_out(served):
     body = {"input": "Hi", "max_output_tokens": 2, "temperature": 0}
     status, answer = post(served, **body)
@@ -82,6 +83,7 @@ def test_answer_is_that_of_the_chat(served, client):
     assert again.output_text == answer.output_text
 
 
+@pytest.mark.usefixtures("processes")
 def test_whole_response_has_every_field_of_the_clients_type(served):
     status, answer = post(
         served, **ASK, max_output_tokens=4, metadata={"a": "b"}, tools=[TOOL], tool_choice="auto"
@@ -125,6 +127,7 @@ def test_log_probabilities_are_those_of_the_chat(served, client):
     assert [s for e in written for s in e["logprobs"]] == done["logprobs"] == scores
 
 
+@pytest.mark.usefixtures("processes")
 def test_functions_are_called_whole_and_streamed(served, client):
     asked = {**ASK, "tools": [TOOL], "tool_choice": NAMED, "max_output_tokens": 200}
     answer = client.responses.create(**asked)
@@ -185,6 +188,7 @@ def test_structured_output(served, client):
     assert answer.text.format.name == "x" and answer.status == "completed"
 
 
+@pytest.mark.usefixtures("processes")
 def test_conversation_goes_on_from_a_stored_response(served, client):
     first = client.responses.create(**ASK, instructions="Be brief.", max_output_tokens=5)
     more = {**ASK, "input": "And the queen?", "max_output_tokens": 5}
@@ -316,6 +320,7 @@ CODEX = {
 }
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_codex_sends(served):
     events = events_of(served, **CODEX)
     last = events[-1]
@@ -406,6 +411,7 @@ def test_what_is_not_honoured_is_refused(served, fields, param):
     assert answer["error"]["message"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_failure_in_the_middle_of_a_stream_is_an_event(served, monkeypatch):
     endless = {"properties": {"a": {"$ref": "#/$defs/r"}}, "required": ["a"]}
     endless |= {"type": "object", "additionalProperties": False}

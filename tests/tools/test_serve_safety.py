@@ -68,6 +68,7 @@ def ended(connection):
     return True
 
 
+@pytest.mark.usefixtures("processes")
 def test_only_this_machine_can_connect_unless_asked(sample_export):
     child, port = start(sample_export)
     listening = [
@@ -81,6 +82,7 @@ def test_only_this_machine_can_connect_unless_asked(sample_export):
     assert [tuple(one.laddr) for one in listening] == [("127.0.0.1", port)]
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("half", HALVES)
 def test_half_a_request_does_not_hold_a_connection(served, monkeypatch, half):
     monkeypatch.setattr(serve_guard, "IDLE_SECONDS", 0.3)
@@ -203,6 +205,7 @@ def test_headers_are_bounded(served, headers):
     assert served.complete("Call me", max_tokens=1)
 
 
+@pytest.mark.usefixtures("network")
 def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
     """More than the sockets' buffers hold, to a server that would otherwise close while the client
     still writes."""
@@ -219,6 +222,7 @@ def test_refused_bodies_are_read_so_that_the_refusal_arrives(runtime):
         assert served.ask("POST", "/v1/messages", body, x_api_key="first")[1]["type"] == "error"
 
 
+@pytest.mark.usefixtures("network")
 def test_every_operation_asks_for_a_key_however_its_path_is_written(keyed):
     paths = keyed.ask("GET", "/openapi.json", x_api_key="first")[1]["paths"]
     operations = {
@@ -263,6 +267,7 @@ def test_keys_are_compared_in_constant_time(keyed, monkeypatch):
 ORIGINS = ("http://localhost:3000", "app://obsidian.md", "tauri://localhost")
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("origins", [ORIGINS, ("*",)], ids=["named", "any"])
 def test_pages_of_allowed_origins_can_read_answers(runtime, origins):
     with Served(runtime, keys=("first",), origins=origins) as served:
@@ -336,6 +341,7 @@ def test_counts_and_sizes_are_capped(served, fields):
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
 
 
+@pytest.mark.usefixtures("network")
 def test_schema_and_prompt_are_capped_where_the_body_is_not(runtime):
     schema = {
         "type": "json_schema",
@@ -471,6 +477,7 @@ def test_storm_of_aborts_under_two_keys_changes_no_answer(keyed, runtime):
             assert answer["choices"][0]["text"] == alone[prompt]
 
 
+@pytest.mark.usefixtures("processes")
 def test_failed_model_ends_the_process_whoever_is_connected(sample_export):
     """With a client that has sent half a header, one half a body, and one that waits for its
     answer."""

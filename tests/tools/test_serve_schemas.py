@@ -89,6 +89,7 @@ def written(answer):
     return json.loads(calls[0]["function"]["arguments"] if calls else message["content"])
 
 
+@pytest.mark.usefixtures("network", "processes")
 @pytest.mark.parametrize(("schema", "keywords"), UNHELD, ids=lambda value: str(value)[:60])
 def test_what_cannot_be_held_is_left_out_and_named(ask, schema, keywords):
     is_object = schema.get("type") == "object"
@@ -117,6 +118,7 @@ def test_what_says_nothing_is_dropped_even_if_strict(ask, schema):
     written(answer)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("schema", "names"), REWRITTEN, ids=lambda value: str(value)[:60])
 def test_what_other_keywords_can_say_is_held(ask, schema, names):
     for as_tool in (False, True):
@@ -143,6 +145,7 @@ def test_names_of_properties_are_no_keywords():
     assert relaxed({"enum": [{"not": 1}], "default": {"uniqueItems": True}})[1] == []
 
 
+@pytest.mark.usefixtures("processes")
 def test_header_holds_whatever_a_property_is_called(served, ask):
     name = "a\r\nset-cookie: x\x1b[31m\u2028é"
     schema = {"type": "object", "properties": {name: {"uniqueItems": True, "const": []}}}
@@ -184,6 +187,7 @@ def test_an_object_has_the_properties_that_it_lists(schema, is_closed):
     assert ('"additionalProperties": false' in json.dumps(kept)) == is_closed
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_answer_has_no_properties_but_those_listed(ask):
     for as_tool in (False, True):
         status, answer, _ = ask({**LISTED, "properties": {"a": {"const": 1}}}, as_tool)

@@ -156,6 +156,7 @@ def calls_in_two_rounds():
     ]
 
 
+@pytest.mark.usefixtures("processes")
 def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     dialect = Dialect(runtime.tokenizer)
     text = dialect.prompt(
@@ -180,6 +181,7 @@ def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     assert dialect.prompt([user("Hi")], None) == f"{begin}User: Hi\n\nAssistant:"
 
 
+@pytest.mark.usefixtures("processes")
 def test_model_with_tool_tokens_reads_its_own_format(native_export):
     tokenizer = Tokenizer(native_export, 0)
     calls, call, sep, end_call, end_calls, outputs, output, end_output, end_outputs = MARKS
@@ -356,6 +358,7 @@ def test_native_calls_begin_with_their_token_alone(runtime, native_export):
     assert not mask.allowed()[spelled[-1]]
 
 
+@pytest.mark.usefixtures("network", "processes")
 def test_forced_calls_fit_the_schema_with_every_seed(served):
     options = {"tools": TOOLS, "temperature": 2.0, "seed": 7, "max_tokens": 120}
     for choice in served.chat(**options, tool_choice=NAMED, n=4)[1]["choices"]:
@@ -378,6 +381,7 @@ def test_forced_calls_fit_the_schema_with_every_seed(served):
     assert max(len(one["message"]["tool_calls"]) for one in several) > 1
 
 
+@pytest.mark.usefixtures("processes")
 def test_calls_of_eight_clients_at_once_each_follow_their_own_schema(served):
     def ask(number):
         schema = {
@@ -401,6 +405,7 @@ def test_calls_of_eight_clients_at_once_each_follow_their_own_schema(served):
         ]
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_bad_schema_leaves_no_trace_and_is_named(served):
     def ask(schema):
         tools = [*TOOLS, {"type": "function", "function": {"name": "odd", "parameters": schema}}]
@@ -514,6 +519,7 @@ def test_what_anthropics_api_cannot_call_is_refused(served, fields):
     ]
 
 
+@pytest.mark.usefixtures("processes")
 def test_stop_strings_end_text_and_never_a_call(served):
     """Each stop string is in the call that the model is made to write, or in its marks."""
     options = {"tools": TOOLS, "max_tokens": 120, "seed": 3}
@@ -630,6 +636,7 @@ class Weather(pydantic.BaseModel):
     days: int = pydantic.Field(ge=0, le=9)
 
 
+@pytest.mark.usefixtures("processes")
 def test_openai_client_calls_and_answers(served):
     with openai.OpenAI(
         base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0
@@ -689,6 +696,7 @@ def test_openai_client_calls_and_answers(served):
             client.chat.completions.create(**{**options, "tools": TOOLS + TOOLS})
 
 
+@pytest.mark.usefixtures("processes")
 def test_anthropic_client_calls_and_answers(served):
     with anthropic.Anthropic(
         base_url=f"http://127.0.0.1:{served.port}", api_key="none", max_retries=0
@@ -742,6 +750,7 @@ def test_anthropic_client_calls_and_answers(served):
             )
 
 
+@pytest.mark.usefixtures("network", "processes")
 def test_a_model_with_tool_tokens_calls_as_soon_as_it_wants_to(native_export):
     with (
         Runtime.open(native_export, ram="2GiB", context=1024, sequences=8) as runtime,

@@ -67,6 +67,7 @@ def test_run_goes_on_with_a_text_without_computing_it_again(run, sample_export):
     assert computed < 8
 
 
+@pytest.mark.usefixtures("processes")
 def test_run_holds_a_conversation_that_chat_goes_on_with(run, chat, slotmoe, sample_export, folder):
     run("Who goes there?", "--chat", session="talk")
     again = run("Speak!", "--chat", session="talk")
@@ -89,6 +90,7 @@ def test_a_text_of_another_model_is_read_anew(run, monkeypatch):
 # chat
 
 
+@pytest.mark.usefixtures("processes")
 def test_chat_goes_on_where_it_ended(chat, folder):
     first, err = chat("My fellow citizens,\n", "--session", "plans", "--system", "Be brief.")
     assert f"session plans: new, kept in {folder}" in err
@@ -104,6 +106,7 @@ def test_chat_goes_on_where_it_ended(chat, folder):
     assert restored > 30
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_answer_is_what_one_process_gives(chat, tmp_path):
     both, _ = chat("My fellow citizens,\nAnd then?\n", "--temperature", "0")
     first, _ = chat("My fellow citizens,\n", "--temperature", "0", "--session", "x")
@@ -111,6 +114,7 @@ def test_the_answer_is_what_one_process_gives(chat, tmp_path):
     assert first + second == both
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_interrupted_answer_is_kept(sample_export, folder):
     from slotmoe.model.generate import Sampling
     from slotmoe.offload.sessions.names import NamedSession
@@ -171,6 +175,7 @@ def test_rm_wants_names_or_all_sessions(slotmoe, arguments):
     assert code == 2 and "needs NAME, or --sessions --all" in err
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_full_disk_does_not_end_the_chat(chat, monkeypatch):
     def fail(handle):
         raise OSError(28, "No space left on device")
@@ -205,6 +210,7 @@ def serving(sample_export, folder):
     return call
 
 
+@pytest.mark.usefixtures("network")
 def test_a_conversation_goes_on_after_a_restart(serving):
     runtime, served = serving()
     with runtime, served:
@@ -222,6 +228,7 @@ def test_a_conversation_goes_on_after_a_restart(serving):
         assert re.search(r"slotmoe_session_bytes [1-9]", metrics)
 
 
+@pytest.mark.usefixtures("network")
 def test_another_key_sees_nothing_whatever_its_place_in_the_list(serving):
     runtime, served = serving(keys=("first", "second"))
     with runtime, served:
@@ -233,6 +240,7 @@ def test_another_key_sees_nothing_whatever_its_place_in_the_list(serving):
         assert cached(served, x_api_key="first")[0] > 100
 
 
+@pytest.mark.usefixtures("network")
 def test_scored_prompts_are_computed(serving):
     runtime, served = serving()
     with runtime, served:
@@ -244,6 +252,7 @@ def test_scored_prompts_are_computed(serving):
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_server_that_is_stopped_keeps_what_it_has_read(sample_export, folder):
     """Ctrl-C in the middle of an answer, and of a prompt's reading where it comes so early."""
     child, port = start(sample_export, "--session-dir", str(folder), "--session-limit", "1GiB")

@@ -266,7 +266,7 @@ class GenerationRequest(Model):
 
 
 class StreamOptions(Model):
-    include_usage: bool = Field(default=False, description="chunks have `usage`, null until the last")
+    include_usage: bool = Field(default=False, description="in each chunk, null until the last")
     continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
     include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 

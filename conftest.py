@@ -1,8 +1,7 @@
-"""Fixtures that several files share: the bundled sample as a checkpoint and as an export, and a hub
-on loopback."""
+"""What tests and campaigns share: their tiers, exports of the sample and of the least model, the
+command line in this process, and a hub on loopback."""
 
 import os
-from importlib.util import find_spec
 
 # OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
 # from the other test process: with two processes on two cores a run took ten times as long.
@@ -11,10 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from slotmoe.offload.ingest.quantize import quantize
+from tests.support.exports import made_once
 from tests.support.hub import HOME, HUB, TOKEN
-from tests.support.interpreter import quicken
-from tests.support.tiny import SAMPLE
+from tests.support.tiny import SMALL
+
+pytest_plugins = ["tests.support.tiers"]
 
 # huggingface_hub reads these when it is imported, which any test may be the first to do.
 os.environ |= {
@@ -46,19 +46,18 @@ def no_waiting_for_the_disk():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_interpreter():
-    """Where Triton interprets kernels: a third of its time is nothing but looking up names."""
-    if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
-        quicken()
+@pytest.fixture(scope="session")
+def sample_export():
+    """The bundled sample, quantized with the default settings; not to be changed."""
+    with made_once("sample") as export:
+        yield export
 
 
 @pytest.fixture(scope="session")
-def sample_export(tmp_path_factory):
-    """The bundled sample, quantized with the default settings."""
-    destination = tmp_path_factory.mktemp("sample") / "export"
-    quantize(SAMPLE, destination)
-    return destination
+def small_export():
+    """The least model, for what takes long; not to be changed."""
+    with made_once("small", **SMALL) as export:
+        yield export
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def slotmoe(capsys):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(network, tmp_path, monkeypatch):
     """The hub on loopback, empty, and an empty cache of huggingface_hub's."""
     from huggingface_hub import constants
 

@@ -1,0 +1,99 @@
+"""Which tier a test is in follows from the fixtures that it requests, also through others.
+
+A test may start a process, listen on loopback, run Triton's interpreter or transformers only if it
+requests the fixture that says so; ``./check --fast`` runs the tests that request none of them.
+Those that request ``nightly`` run with ``-m "slow or not slow"``.  What a test does without its
+fixture fails it, so no list of tests has to be kept.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.support.interpreter import quicken
+
+LEAVES = {
+    "processes": "starts processes",
+    "network": "listens on loopback",
+    "interpreter": "runs Triton, which interprets kernels where no GPU is",
+    "oracle": "runs transformers",
+    "twin": "simulates a GPU",
+}
+_TESTS = Path(__file__).parents[1]
+_STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
+_NEEDS = {**dict.fromkeys(_STARTS, "processes"), "socket.bind": "network", "tests.twin": "twin"}
+_IMPORTS = {"triton": "interpreter", "transformers": "oracle"}
+
+
+class Guard:
+    """Refuses what the running test has no fixture for, where it happens."""
+
+    def __init__(self):
+        self.given = None  # names of the running test's fixtures; None between tests
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event, arguments):
+        if self.given is None:
+            return
+        need = _IMPORTS.get(arguments[0]) if event == "import" else _NEEDS.get(event)
+        if need and need not in self.given:
+            pytest.fail(f"{event} {arguments[:1]}: the test must request the fixture {need!r}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        if item.path.is_relative_to(_TESTS):  # campaigns may do anything
+            self.given = frozenset(item.fixturenames)
+        try:
+            return (yield)
+        finally:
+            self.given = None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name in LEAVES.keys() & set(item.fixturenames):
+            item.add_marker(name)
+        if "nightly" in item.fixturenames:
+            item.add_marker("slow")
+
+
+def pytest_configure(config):
+    for name, what in LEAVES.items():
+        config.addinivalue_line("markers", f"{name}: {what}; given by the fixture of this name")
+    config.pluginmanager.register(Guard())
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Leave to start processes."""
+
+
+@pytest.fixture(scope="session")
+def network():
+    """Leave to listen on loopback."""
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Leave to load Triton, whose interpreter then does without what it does over and over."""
+    if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
+        quicken()
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """Leave to run transformers."""
+
+
+@pytest.fixture(scope="session")
+def twin():
+    """Leave to simulate a GPU."""
+
+
+@pytest.fixture(scope="session")
+def nightly():
+    """Too long for each change."""
