@@ -195,6 +195,16 @@ def benchmarks():
     return set(bench.commands)
 
 
+def test_every_option_has_its_place():
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    texts = [page.read_text() for page in pages if page.parent.name != "decisions"]
+    named = set(re.findall(r"(?<![\w-])--[a-z-]+", "\n".join(texts)))
+    context = click.Context(cli)
+    commands = [cli, *(cli.get_command(context, name) for name in cli.list_commands(context))]
+    options = {word for command in commands for one in command.params for word in one.opts}
+    assert not {word for word in options if word.startswith("--")} - named
+
+
 def test_every_benchmark_is_named():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert {name for name in benchmarks() if f"`{name}`" in text} == benchmarks()

@@ -24,7 +24,7 @@ from slotmoe.tools.serve.answers import (
     event,
 )
 from slotmoe.tools.serve.errors import ANTHROPIC_PATH, RefusedError
-from slotmoe.tools.serve.fields import Ignored, by_kind, text_or_list
+from slotmoe.tools.serve.fields import accepted, by_kind, text_or_list
 from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.service import Service
 
@@ -33,17 +33,14 @@ Json = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None}  # in OpenAI's words
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words
-
-
-_CACHED = Ignored("every prefix is cached")
-_THINKING = Ignored("a template can switch thinking on and off, no more")
+_THINKING = accepted("nothing bounds reasoning")
 _SIGNATURE = "slotmoe"  # of thinking: clients send it back, nothing here verifies it
-_TOOLS = Ignored("a tool is described at once, by its schema")
-_REPLAYED = Ignored("it says nothing to the model")
+_TOOLS = accepted("a tool is described at once, by its schema")
+_REPLAYED = accepted("the model does not see it")
 
 
 class Cacheable(requests.Model):
-    cache_control: Annotated[requests.AnyObject | None, _CACHED] = None
+    cache_control: Annotated[requests.AnyObject | None, requests.CACHED] = None
 
 
 class TextBlock(requests.TextPart):
@@ -94,7 +91,7 @@ class Thinking(requests.Model):
 
 class RedactedThinking(requests.Model):
     type: Literal["redacted_thinking"]
-    data: requests.Text
+    data: Annotated[requests.Text, _REPLAYED]
 
 
 Block: TypeAlias = Annotated[
@@ -201,9 +198,9 @@ class Conversation(Cacheable):
     system: Text | None = None
     tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: ThinkingConfig | None = None
-    output_config: OutputConfig | None = None
-    context_management: Annotated[Json | None, Ignored("nothing is edited")] = None
+    thinking: ThinkingConfig | None = Field(None, description="its `type` switches reasoning")
+    output_config: OutputConfig | None = Field(None, description="its `format` is a JSON schema")
+    context_management: Annotated[Json | None, accepted("nothing is edited")] = None
 
     def chat(self, **options: Any) -> requests.ChatRequest:
         """The same in OpenAI's form, with these fields of it.  A last message of the assistant's is
@@ -233,16 +230,16 @@ class Conversation(Cacheable):
 
 
 class MessagesRequest(Conversation, requests.GenerationRequest):
-    """``/v1/messages``.  ``metadata``, a label, is ignored."""
+    """``/v1/messages``."""
 
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: requests.Count
     stop_sequences: requests.Stops | None = None
-    metadata: Annotated[Metadata | None, Ignored("a label")] = None
+    metadata: Annotated[Metadata | None, requests.LABEL] = None
     service_tier: Annotated[
-        Literal["auto", "standard_only"] | None, Ignored("there is one tier")
+        Literal["auto", "standard_only"] | None, accepted("there is one tier")
     ] = None
-    thread: Any = None
+    thread: Any = Field(None, description="refused: `thread_unsupported_request`")
 
     def options(self) -> Json:
         """How the answer is made, in OpenAI's words.  Raises ``RefusedError``."""

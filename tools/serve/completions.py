@@ -37,11 +37,11 @@ class CompletionRequest(OpenAIRequest):
         | Annotated[list[Text], _SOME_PROMPTS, Tag("texts")]
         | Annotated[list[Ids], _SOME_PROMPTS, Tag("lists")],
         by_kind(_prompt_kind, "text, token ids nor a list of either"),
-    ]
-    max_tokens: Limit | None = None
-    logprobs: TopLogprobs | None = None
-    echo: bool | None = None
-    suffix: Text | None = None
+    ] = Field(description="text, token ids, or up to 16 of either")
+    max_tokens: Limit | None = Field(None, description="16 if not given; 0 needs `echo`")
+    logprobs: TopLogprobs | None = Field(None, description="the likeliest tokens in each place")
+    echo: bool | None = Field(None, description="the prompt comes first")
+    suffix: Text | None = Field(None, description="if the tokenizer has tokens for it")
     best_of: Annotated[Literal[1], Whole] | None = None
 
     def options(self, vocabulary: int) -> AnswerOptions:

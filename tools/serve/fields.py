@@ -5,26 +5,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
+from pydantic_core.core_schema import no_info_before_validator_function
 
 MAX_ITEMS = 4096  # of a list that has no other bound
 
 
+def accepted(reason: str) -> Any:
+    """Marks a field that is checked and has no effect."""
+    return Field(description=f"accepted: {reason}")
+
+
 @dataclass(frozen=True)
-class Ignored:
-    """Marks a field that is checked and has no effect, because of ``reason``."""
+class Refused:
+    """Marks a field that may only be null, because of ``reason``."""
 
     reason: str
 
-
-def refused(reason: str) -> BeforeValidator:
-    """Marks a field that may only be null."""
-
-    def check(value: Any) -> None:
+    def _check(self, value: Any) -> None:
         if value is not None:
-            raise ValueError(f"is not supported by this server: {reason}")
+            raise ValueError(f"is not supported by this server: {self.reason}")
 
-    return BeforeValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "description": f"refused: {self.reason}"}
 
 
 def at_most(count: int, what: str) -> BeforeValidator:

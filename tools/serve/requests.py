@@ -1,6 +1,6 @@
 """Requests of OpenAI's API, checked field by field; the conversation of any request in its form.
 
-A field is honoured, or it is harmless and marked as ``Ignored``, or the request is refused.  The
+A field is honoured, or it is harmless and marked ``accepted``, or the request is refused.  The
 table of all of them is docs/api-fields.md.
 """
 
@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validato
 
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Ignored, at_most, by_kind, refused, text_or_list
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
+from slotmoe.tools.serve.fields import Refused, accepted, at_most, by_kind, text_or_list
 
 MAX_ANSWERS = 16  # in one request
 MAX_TOOLS = 128
@@ -64,14 +64,15 @@ class AnswerOptions:
     goes_on: bool = False
 
 
-_CACHE = Ignored("every prefix is cached")
-_REPLAYED = Ignored("clients send back what another server or library added")
+LABEL = accepted("a label")
+CACHED = accepted("every prefix is cached")
+_REPLAYED = accepted("clients send back what others added")
 
 
 class TextPart(Model):
     type: Literal["text"]
     text: Text
-    cache_control: Annotated[AnyObject | None, _CACHE] = None
+    cache_control: Annotated[AnyObject | None, CACHED] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -99,11 +100,11 @@ class ToolCall(Model):
     id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: Annotated[int | None, Ignored("the order says it")] = None
+    index: Annotated[int | None, accepted("the order is known")] = None
     provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
 
-_NAMED = Ignored("no template of these models has a place for it")
+_NAMED = accepted("no template uses it")
 
 
 class Message(Model):
@@ -138,12 +139,12 @@ class AssistantMessage(Message):
     role: Literal["assistant"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     name: Annotated[Label | None, _NAMED] = None
-    refusal: Annotated[None, refused("the server makes none")] = None
+    refusal: Annotated[None, Refused("the server makes none")] = None
     annotations: Annotated[list[AnyObject] | None, _REPLAYED] = None
-    audio: Annotated[None, refused("the model reads text")] = None
-    function_call: Annotated[None, refused("use tool_calls")] = None
+    audio: Annotated[None, Refused("the model reads text")] = None
+    function_call: Annotated[None, Refused("use tool_calls")] = None
     parsed: Annotated[Any, _REPLAYED] = None
-    reasoning_content: Text | None = None
+    reasoning_content: Text | None = Field(None, description="where the template uses it")
     provider_specific_fields: Annotated[AnyObject | None, _REPLAYED] = None
 
     @property
@@ -260,23 +261,20 @@ class GenerationRequest(Model):
     model: Label
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: TopK = None
+    top_k: TopK = Field(None, description="-1 and 0 switch it off")
     stream: bool | None = None
 
 
 class StreamOptions(Model):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False  # usage in every chunk
-    include_obfuscation: Annotated[bool | None, Ignored("nothing is padded")] = None
-
-
-_LABEL = Ignored("a label")
+    include_usage: bool = Field(default=False, description="in each chunk, null until the last")
+    continuous_usage_stats: bool = Field(default=False, description="`usage` of the tokens so far")
+    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
 class OpenAIRequest(GenerationRequest):
     needs: ClassVar = {"stream_options": "stream"}  # a field that has to be true
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
+    seed: Seed | None = Field(None, description="with `n`, answer i has seed + i")
     stop: (
         Annotated[
             Annotated[Stop, Tag("text")] | Annotated[Stops, Tag("list")],
@@ -289,18 +287,18 @@ class OpenAIRequest(GenerationRequest):
     frequency_penalty: Penalty | None = None
     # Less than 0.01 would overflow logits.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Bias | None = None
-    stream_options: StreamOptions | None = None
+    logit_bias: Bias | None = Field(None, description="by token id")
+    stream_options: StreamOptions | None = Field(None, description="needs `stream`")
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0), Whole] | None = None
-    user: Annotated[Label | None, _LABEL] = None
-    metadata: Annotated[Labels | None, _LABEL] = None
-    safety_identifier: Annotated[Label | None, _LABEL] = None
-    service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
-    store: Annotated[bool | None, Ignored("nothing is stored")] = None
-    prompt_cache_key: Annotated[Label | None, _CACHE] = None
-    prompt_cache_options: Annotated[AnyObject | None, _CACHE] = None
-    prompt_cache_retention: Annotated[Label | None, _CACHE] = None
+    user: Annotated[Label | None, LABEL] = None
+    metadata: Annotated[Labels | None, LABEL] = None
+    safety_identifier: Annotated[Label | None, LABEL] = None
+    service_tier: Annotated[Label | None, accepted("there is one tier")] = None
+    store: Annotated[bool | None, accepted("nothing is stored")] = None
+    prompt_cache_key: Annotated[Label | None, CACHED] = None
+    prompt_cache_options: Annotated[AnyObject | None, CACHED] = None
+    prompt_cache_retention: Annotated[Label | None, CACHED] = None
 
     def options_with(
         self, vocabulary: int, limit: int | None, logprobs: int | None
@@ -348,23 +346,23 @@ class ChatRequest(OpenAIRequest):
     continues: ClassVar[bool] = False
     needs: ClassVar = {**OpenAIRequest.needs, "top_logprobs": "logprobs"}
     messages: Messages
-    max_tokens: Limit | None = None
-    max_completion_tokens: Limit | None = None
+    max_tokens: Limit | None = Field(None, description="-1 is as many as the context holds")
+    max_completion_tokens: Limit | None = Field(None, description="`max_tokens` by another name")
     logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = None
+    top_logprobs: TopLogprobs | None = Field(None, description="needs `logprobs`")
     response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Label | None = None
-    verbosity: Annotated[Label | None, Ignored("the model knows no such wish")] = None
-    modalities: Annotated[list[Literal["text"]] | None, Ignored("answers are text")] = None
-    prediction: Annotated[AnyObject | None, Ignored("it would only change the speed")] = None
-    audio: Annotated[None, refused("answers are text")] = None
-    functions: Annotated[None, refused("use tools")] = None
-    function_call: Annotated[None, refused("use tool_choice")] = None
-    moderation: Annotated[None, refused("nothing here moderates")] = None
-    web_search_options: Annotated[None, refused("nothing here searches")] = None
+    reasoning_effort: Label | None = Field(None, description="`none` switches reasoning off")
+    verbosity: Annotated[Label | None, accepted("the model has no such setting")] = None
+    modalities: Annotated[list[Literal["text"]] | None, accepted("answers are text")] = None
+    prediction: Annotated[AnyObject | None, accepted("it changes only the speed")] = None
+    audio: Annotated[None, Refused("answers are text")] = None
+    functions: Annotated[None, Refused("use tools")] = None
+    function_call: Annotated[None, Refused("use tool_choice")] = None
+    moderation: Annotated[None, Refused("the server does not moderate")] = None
+    web_search_options: Annotated[None, Refused("the server does not search")] = None
 
     def options(self, vocabulary: int) -> AnswerOptions:
         """For a tokenizer of ``vocabulary`` ids.  Raises ``RefusedError``."""

@@ -12,17 +12,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.errors import RefusedError
-from slotmoe.tools.serve.fields import Ignored, by_kind, refused, text_or_list
+from slotmoe.tools.serve.fields import Refused, accepted, by_kind, text_or_list
 
 Json = dict[str, Any]
 Label: TypeAlias = requests.Label
 _SYSTEM = ("system", "developer")
-
-
-_REPLAYED = Ignored("it says nothing to the model")
-_LABEL = Ignored("a label")
-_CACHED = Ignored("every prefix is cached")
-_NAMESPACE = refused("functions have no namespaces here")
+_REPLAYED = accepted("the model does not see it")
+_NAMESPACE = Refused("functions have no namespaces here")
 
 
 class Part(requests.Model):
@@ -113,7 +109,7 @@ Item: TypeAlias = Annotated[
 Items = Annotated[list[Item], Field(min_length=1, max_length=requests.MAX_MESSAGES)]
 
 
-_TOOLS = Ignored("a tool is described at once, by its schema")
+_TOOLS = accepted("a tool is described at once, by its schema")
 
 
 class FunctionTool(requests.Function):
@@ -177,7 +173,7 @@ class SchemaFormat(requests.Schema):
 
 class TextConfig(requests.Model):
     format: Annotated[requests.TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Annotated[Label | None, Ignored("the model knows no such wish")] = None
+    verbosity: Annotated[Label | None, accepted("the model has no such setting")] = None
 
     def response_format(self) -> requests.TextFormat | requests.SchemaFormat | None:
         if not isinstance(self.format, SchemaFormat):
@@ -185,11 +181,11 @@ class TextConfig(requests.Model):
         return requests.SchemaFormat.model_construct(json_schema=self.format)
 
 
-_SHOWN = Ignored("reasoning is shown whole")
+_SHOWN = accepted("reasoning is shown whole")
 
 
 class ReasoningConfig(requests.Model):
-    effort: Label | None = None
+    effort: Label | None = Field(None, description="`none` switches reasoning off")
     summary: Annotated[Label | None, _SHOWN] = None
     generate_summary: Annotated[Label | None, _SHOWN] = None
     context: Annotated[Label | None, _SHOWN] = None
@@ -197,7 +193,7 @@ class ReasoningConfig(requests.Model):
 
 
 class StreamOptions(requests.Model):
-    include_obfuscation: Annotated[bool | None, Ignored("nothing is padded")] = None
+    include_obfuscation: Annotated[bool | None, accepted("nothing is padded")] = None
 
 
 Included = Literal[
@@ -215,47 +211,51 @@ Included = Literal[
 class ResponsesRequest(requests.GenerationRequest):
     """``/v1/responses``."""
 
-    model: Label = ""  # in this API it may be left out: the open one
+    model: Label = Field("", description="the open model if not given")
     input: Annotated[
         Annotated[requests.Text, Tag("text")] | Annotated[Items, Tag("list")],
         by_kind(text_or_list, "text nor a list of items"),
     ]
     instructions: requests.Text | None = None
     max_output_tokens: requests.Count | None = None
-    previous_response_id: Label | None = None
-    store: bool | None = None
-    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = None
+    previous_response_id: Label | None = Field(None, description="continues this response")
+    store: bool | None = Field(None, description="true if not given")
+    tools: Annotated[list[Tool], Field(max_length=requests.MAX_TOOLS)] | None = Field(
+        None, description="the model is offered functions only"
+    )
     tool_choice: (
         Literal["none", "auto", "required"]
         | Annotated[FunctionChoice | AllowedChoice, Field(discriminator="type")]
         | None
     ) = None
     parallel_tool_calls: bool | None = None
-    text: TextConfig | None = None
-    metadata: Annotated[requests.Labels | None, _LABEL] = None
-    background: Annotated[Literal[False] | None, Ignored("answers come at once")] = None
-    background_options: Annotated[None, refused("answers come at once")] = None
-    access_programs: Annotated[None, refused("nothing here has programs")] = None
-    client_metadata: Annotated[Json | None, _LABEL] = None
-    context_management: Annotated[None, refused("a conversation is read whole")] = None
-    conversation: Annotated[None, refused("use previous_response_id")] = None
-    image: Annotated[None, refused("answers are text")] = None
-    include: list[Included] | None = None
+    text: TextConfig | None = Field(None, description="its `format` is that of `response_format`")
+    metadata: Annotated[requests.Labels | None, requests.LABEL] = None
+    background: Annotated[Literal[False] | None, accepted("answers come at once")] = None
+    background_options: Annotated[None, Refused("answers come at once")] = None
+    access_programs: Annotated[None, Refused("the server has no programs")] = None
+    client_metadata: Annotated[Json | None, requests.LABEL] = None
+    context_management: Annotated[None, Refused("a conversation is read whole")] = None
+    conversation: Annotated[None, Refused("use previous_response_id")] = None
+    image: Annotated[None, Refused("answers are text")] = None
+    include: list[Included] | None = Field(
+        None, description="only `message.output_text.logprobs` works"
+    )
     max_tool_calls: Annotated[
-        requests.Count | None, Ignored("it bounds tools that OpenAI runs")
+        requests.Count | None, accepted("it bounds tools that OpenAI runs")
     ] = None
-    moderation: Annotated[None, refused("nothing here moderates")] = None
-    prompt: Annotated[None, refused("no prompts are stored here; send its text")] = None
-    prompt_cache_key: Annotated[Label | None, _CACHED] = None
-    prompt_cache_options: Annotated[Json | None, _CACHED] = None
-    prompt_cache_retention: Annotated[Label | None, _CACHED] = None
+    moderation: Annotated[None, Refused("the server does not moderate")] = None
+    prompt: Annotated[None, Refused("no prompts are stored here; send its text")] = None
+    prompt_cache_key: Annotated[Label | None, requests.CACHED] = None
+    prompt_cache_options: Annotated[Json | None, requests.CACHED] = None
+    prompt_cache_retention: Annotated[Label | None, requests.CACHED] = None
     reasoning: ReasoningConfig | None = None
-    safety_identifier: Annotated[Label | None, _LABEL] = None
-    service_tier: Annotated[Label | None, Ignored("there is one tier")] = None
+    safety_identifier: Annotated[Label | None, requests.LABEL] = None
+    service_tier: Annotated[Label | None, accepted("there is one tier")] = None
     stream_options: StreamOptions | None = None
     top_logprobs: requests.TopLogprobs | None = None
-    truncation: Literal["disabled"] | None = None
-    user: Annotated[Label | None, _LABEL] = None
+    truncation: Literal["disabled"] | None = Field(None, description="nothing is dropped silently")
+    user: Annotated[Label | None, requests.LABEL] = None
 
     def functions(self) -> list[FunctionTool]:
         """The tools that the model may use."""
