@@ -21,6 +21,7 @@ LEAVES = {
     "interpreter": "runs Triton's interpreter",
     "oracle": "runs transformers",
     "twin": "simulates a GPU",
+    "heavy": "computes for long",
 }
 _TESTS = Path(__file__).parents[1]
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
@@ -55,15 +56,13 @@ class Guard:
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     for item in items:
-        for name in LEAVES.keys() & set(item.fixturenames):
-            item.add_marker(name)
+        if LEAVES.keys() & set(item.fixturenames):
+            item.add_marker("full")
         if "nightly" in item.fixturenames:
             item.add_marker("slow")
 
 
 def pytest_configure(config):
-    for name, what in LEAVES.items():
-        config.addinivalue_line("markers", f"{name}: {what}; given by the fixture of this name")
     config.pluginmanager.register(Guard())
 
 
@@ -92,6 +91,11 @@ def oracle():
 @pytest.fixture(scope="session")
 def twin():
     """Leave to simulate a GPU."""
+
+
+@pytest.fixture(scope="session")
+def heavy():
+    """Leave to compute for long: for fixtures and tests that take half a second or more."""
 
 
 @pytest.fixture(scope="session")
