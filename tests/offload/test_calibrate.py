@@ -4,8 +4,6 @@ is believed."""
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,22 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slotmoe.errors import ConfigError, ExportError
+from slotmoe.errors import ExportError
 from slotmoe.model.config import parse_config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
-from slotmoe.offload.study.calibrate import MIN_TOKENS, calibrate, measure, read_text, record, split
+from slotmoe.offload.study.calibrate import calibrate, measure, read_text, record, split
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from tests.support.bench import benchmark
-from tests.support.disk import tree
-from tests.support.params import nth
-from tests.support.predictor import D, E, K, L, predictor_file, sign
+from tests.support.disk import die_at_change, forked, tree
+from tests.support.exported import resign
+from tests.support.predictor import D, E, K, L, predictor_file, random_tensors, state_of
 from tests.support.tiny import CONFIG, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +50,7 @@ def made(heavy, tmp_path_factory):
     shutil.copytree(folder / "plain", folder / "calibrated")
     (folder / "text").write_text(TEXT[:30000])
     (folder / "other").write_text(TEXT[30000:40000])
+    (folder / "few").write_text(TEXT[:4000])
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
         texts = [folder / "text"]
@@ -75,6 +74,14 @@ def recorded(made, text):
         return record(runtime, split(ids, runtime.tokenizer, 256))
 
 
+def manifest_of(export):
+    return json.loads((export / MANIFEST).read_text())
+
+
+def predictors(export):
+    return [path.name for path in export.iterdir() if "predictor" in path.name]
+
+
 def report_of(made):
     return json.loads((made / "report").read_text())
 
@@ -95,6 +102,8 @@ def test_file_is_what_the_format_says(made):
     parts = predictor_parts(D, L, E, *widths)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
     assert kinds == {name: (part.dtype, part.shape) for name, part in parts.items()}
+    with Export.open(made / "plain") as export:
+        assert (export.predictor(), export.predictor_bytes) == (None, 0)
     theirs = load_file(path)
     assert set(theirs) == set(found)
     assert all(torch.equal(theirs[name], found[name]) for name in found)
@@ -134,12 +143,6 @@ def test_scores_are_the_documented_arithmetic(made, predictor):
     assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
 
 
-def test_an_export_without_one_has_none(made):
-    with Export.open(made / "plain") as export:
-        assert export.predictor() is None
-        assert export.predictor_bytes == 0
-
-
 def forged(name, change):
     """Replace one tensor, with every checksum made right again."""
 
@@ -155,7 +158,7 @@ def forged(name, change):
 def edited(change):
     def apply(folder):
         name = predictor_file(folder).name
-        sign(folder, lambda manifest: change(manifest["files"], name))
+        resign(folder, lambda manifest: change(manifest["files"], name))
 
     return apply
 
@@ -244,46 +247,30 @@ def test_predictor_of_another_model_is_not_written(export):
     assert tree(export) == before
 
 
-# Runs in a process of its own: gives the export a new predictor in a child that kills itself at its
-# n-th change of the disk.
-KILLER = """
-import json, shutil, sys
-from pathlib import Path
-from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import write_predictor
-from tests.support.disk import die_at_change, forked
-from tests.support.predictor import random_tensors, state_of
-source, work = Path(sys.argv[1]), Path(sys.argv[2])
-with Export.open(source) as export:
-    old = export.predictor()
-new, states = random_tensors(1), []
-for die_at in range(1, 100):
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source, work)
-    def run():
-        die_at_change(die_at)
-        write_predictor(work, new)
-    survived = forked(run) == 0
-    with Export.open(work) as export:
-        states.append(state_of(export.predictor(), old, new))
-    if survived:
-        break
-    write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
-    files = json.loads((work / "slotmoe.json").read_text())["files"]
-    listed = [name for name in files if "predictor" in name]
-    assert [path.name for path in work.iterdir() if "predictor" in path.name] == listed
-print(json.dumps(states))
-"""
-
-
-@pytest.mark.parametrize("before", nth(2, ["calibrated", "plain"]))
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("before", ["calibrated", "plain"])
 def test_killed_at_every_change_of_the_disk(before, made, tmp_path, processes):
-    command = [sys.executable, "-c", KILLER, str(made / before), str(tmp_path / "work")]
-    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
-    old = {"plain": "none", "calibrated": "old"}[before]
-    assert set(found) == {old, "new"}
-    assert found == sorted(found, key=lambda state: state == "new"), "the new one stays"
-    assert len(found) >= 6
+    """A new predictor is written by a child that kills itself."""
+    new, states, work, survived = random_tensors(1), [], tmp_path / "work", False
+    with Export.open(made / before) as export:
+        old = export.predictor()
+
+    def run():
+        die_at_change(len(states) + 1)
+        write_predictor(work, new)
+
+    while not survived:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(made / before, work)
+        survived = forked(run) == 0
+        with Export.open(work) as export:
+            states.append(state_of(export.predictor(), old, new))
+        write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
+        listed = [name for name in manifest_of(work)["files"] if "predictor" in name]
+        assert predictors(work) == listed
+    kept = states.count("none" if old is None else "old")
+    assert kept and states == states[:kept] + ["new"] * (len(states) - kept), "the new one stays"
+    assert len(states) >= 6
 
 
 def test_same_text_gives_the_same_bytes(made, export, monkeypatch):
@@ -296,8 +283,7 @@ def test_same_text_gives_the_same_bytes(made, export, monkeypatch):
     assert before.read_bytes() == data
     quick(monkeypatch, steps=1, epochs=1, width=32)
     calibrate(export, [made / "text"], threads=1, seed=1)
-    names = [path.name for path in export.iterdir() if "predictor" in path.name]
-    assert names == [predictor_file(export).name] != [before.name]
+    assert predictors(export) == [predictor_file(export).name] != [before.name]
 
 
 def test_recall_beats_popularity(made):
@@ -429,12 +415,13 @@ def test_measure_counts_what_is_named():
 def command(processes, slotmoe, monkeypatch):
     """The command line, with trainings of one step."""
     quick(monkeypatch, steps=1, epochs=1, width=32)
+    monkeypatch.setattr(module, "MIN_TOKENS", 500)
     before = signal.getsignal(signal.SIGTERM)
     yield slotmoe
     signal.signal(signal.SIGTERM, before)
 
 
-SHORT = f"12 tokens of text, calibration needs {MIN_TOKENS} or more"
+SHORT = "12 tokens of text, calibration needs 500 or more"
 
 
 @pytest.mark.parametrize(
@@ -453,7 +440,7 @@ def test_bad_text_is_refused_before_any_work(name, content, message, made, comma
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    others = [] if name == "short" else ["--calibrate", made / "text"]
+    others = [] if name == "short" else ["--calibrate", made / "few"]
     arguments = made / "checkpoint", tmp_path / "export", *others, "--calibrate", path
     code, out, err = command("quantize", *arguments)
     assert not (tmp_path / "export").exists()
@@ -465,13 +452,13 @@ def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, comm
     def inodes():
         return {path.name: path.stat().st_ino for path in destination.rglob("layer-*")}
 
-    destination, text = tmp_path / "export", ["--calibrate", made / "text"]
+    destination, text = tmp_path / "export", ["--calibrate", made / "few"]
     arguments = "quantize", made / "checkpoint", destination, *text
     code, out, _ = command(*arguments, "--json")
     assert code == 0
     found = json.loads(out)
     assert found["expert_bytes"] > 0
-    assert found["calibration"]["tokens"] > MIN_TOKENS * 0.9
+    assert found["calibration"]["tokens"] > 450
     before, first = inodes(), predictor_file(destination)
     code, _, err = command(*arguments, "--calibrate", made / "other")
     assert code == 0
@@ -500,12 +487,6 @@ def test_recall_benchmark_reads_calibrated_and_plain_exports(made, predictor):
     assert token["guesses"][0] == K
     assert token["named"][0] == pytest.approx(share)
     assert token["wasted"][0] == pytest.approx(1 - share)
-
-
-def test_text_of_surrogates_or_bytes(tmp_path):
-    (tmp_path / "bom").write_bytes(b"\xff\xfeh\0i\0")
-    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
-        read_text(tmp_path / "bom")
 
 
 def test_widths_stay_small():

@@ -447,7 +447,7 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
             str(layer): pytest.approx(error, rel=1e-5) for layer, error in errors.items()
         }
         assert row["worst_layer"] == max(errors, key=errors.get, default=None)
-        assert (row["stored"] in ("bf16", "f16", "f32")) == (wrong == 0)
+        assert (row["stored"] in ("bf16", "fp16", "fp32")) == (wrong == 0)
     data = 0
     for path in (tmp_path / "export").rglob("*.safetensors"):
         raw = path.read_bytes()
