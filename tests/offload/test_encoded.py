@@ -139,7 +139,7 @@ def test_small_scales_are_rounded_and_the_report_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested):
+def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested, heavy):
     folder = tmp_path / "tiny"
     write_checkpoint(folder, **{**V3, **WHOLE_BLOCKS})
     _, wanted = bitsandbytes(folder, nested=nested)

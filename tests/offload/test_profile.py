@@ -171,11 +171,7 @@ def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
     assert len(sampler.samples) <= 8
     highest = sampler.highest("ram")
     assert (sampler.baseline, highest.total["ram"]) == (10, 75)
-    assert highest.components["ram"] == {
-        "runtime": 10,
-        "resident weights": 65,
-        "scratch and rest": 0,
-    }
+    assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
 
 
 def test_prefetch_is_counted_by_layer():
@@ -259,18 +255,15 @@ def test_report_holds_everything_and_asks_for_nothing(reported):
 def test_every_stage_of_a_token_can_be_drawn(reported, tmp_path):
     """Those of a GPU too: captured layers, waiting for RAM."""
     report, spent = reported.report, dict.fromkeys(STAGES, 1.0)
-    times = {
-        kind: {**time, "milliseconds_per_token": spent} for kind, time in report["time"].items()
-    }
+    spent_by_kind = {"milliseconds_per_token": spent}
+    times = {kind: time | spent_by_kind for kind, time in report["time"].items()}
     steps = [step | {"seconds": spent} for step in report["steps"]]
     write_report(report | {"time": times, "steps": steps}, tmp_path)
     assert {"time-decode.png", "tokens.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
-    hostile = (
-        "</pre><script>fetch('http://example.org')</script><img src=x onerror=alert(1)>{{ 7 }}"
-    )
+    hostile = "</pre><script>fetch('http://x.org')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
     workload = reported.report["workload"] | {"prompt": hostile, "text": hostile}
     write_report(reported.report | {"model": hostile, "workload": workload}, tmp_path)
     found = page(tmp_path)
@@ -285,8 +278,8 @@ def test_report_in_chromium(reported, tmp_path):
     address = (reported.folder / "report.html").as_uri()
     with Browser() as browser:
         browser.open(reported.folder / "report.html")
-        sizes = "[...document.images].map(one => one.complete && one.naturalWidth)"
-        sizes = browser.evaluate(sizes)
+        images = "[...document.images].map(one => one.complete && one.naturalWidth)"
+        sizes = browser.evaluate(images)
         assert len(sizes) == len(CHARTS) - 1
         assert all(size > 600 for size in sizes)
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide"
@@ -379,10 +372,12 @@ def test_earlier_report_is_replaced_whole(profile, tmp_path, heavy):
     assert "No token was decoded." in " ".join(page(out).words)
 
 
-def test_without_matplotlib_the_report_has_no_charts_and_says_so(profile, monkeypatch, tmp_path):
+def test_without_matplotlib_and_a_terminal_it_says_so(profile, monkeypatch, tmp_path):
     monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
-    code, _, err = profile(TEXT, "-n", "3")
-    assert (code, err.count("\n"), "slotmoe[plots]" in err) == (0, 1, True)
+    code, out, err = profile(TEXT, "-n", "3", "--live")
+    assert (code, err.count("\n")) == (0, 2)
+    assert "slotmoe[plots]" in err and "--live needs a terminal" in err
+    assert "ram: peak" in out and "Time of a token" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "profile.json"}
     assert "img" not in page(tmp_path / "out").tags
 
@@ -394,9 +389,6 @@ def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
     assert "the first 60 tokens are used" in err
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert report["time"]["prefill"]["tokens"] == 60
-
-
-def test_character_at_the_cut_of_a_text_is_no_error(profile, tmp_path, no_charts):
     text = "x" + "é" * 5000  # every even byte from the start is inside a character
     (tmp_path / "long.txt").write_text(text)
     assert profile("--text", tmp_path / "long.txt", "--context", "32", "-n", "4")[0] == 0
@@ -438,14 +430,6 @@ def test_folder_that_cannot_be_written(place, profile, tmp_path, monkeypatch):
     assert "can't write a report there" in err
     assert "-o" in err
     assert (tmp_path / "taken").read_text() == "a file"
-
-
-def test_live_without_a_terminal_says_so(profile, no_charts):
-    code, out, err = profile(TEXT, "-n", "2", "--live")
-    assert code == 0
-    assert "--live needs a terminal" in err
-    assert "ram: peak" in out
-    assert "Time of a token" in out
 
 
 def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
