@@ -90,7 +90,7 @@ def test_resident_weights_that_were_quantized_take_two_bytes(files, tmp_path):
         assert made.resident("lm_head.weight").dtype == torch.float16
 
 
-def test_reference_path(files, source):
+def test_reference_path(files, source, processes):
     """The file computed as it is, everything resident."""
     logits = []
     for path in (files["BF16"], source):
@@ -151,7 +151,7 @@ def test_commands(files, source, tmp_path, slotmoe, monkeypatch, processes):
     assert 0 < json.loads(text)["kl_divergence"] < 0.05
 
 
-def test_refusals_of_the_command_line(files, tmp_path, slotmoe):
+def test_refusals_of_the_command_line(files, tmp_path, slotmoe, processes):
     empty, missing = tmp_path / "empty.gguf", tmp_path / "missing.gguf"
     empty.write_bytes(b"")
     for path in (empty, missing, tmp_path / "folder" / "missing.gguf"):
