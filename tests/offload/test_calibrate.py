@@ -41,24 +41,32 @@ def quick(patch, steps=100, epochs=6, width=96):
 
 
 @pytest.fixture(scope="module")
-def made(heavy, tmp_path_factory):
-    """A folder with a tiny checkpoint, its export, the same calibrated, training text, and what
-    calibration reported."""
-    folder, seen = tmp_path_factory.mktemp("calibrate"), []
+def plain(tmp_path_factory):
+    """A folder with a tiny checkpoint, its export, the same with a predictor of random numbers, and
+    texts."""
+    folder = tmp_path_factory.mktemp("calibrate")
     write_checkpoint(folder / "checkpoint")
     quantize(folder / "checkpoint", folder / "plain")
-    shutil.copytree(folder / "plain", folder / "calibrated")
+    shutil.copytree(folder / "plain", folder / "random")
+    write_predictor(folder / "random", random_tensors(0))
     (folder / "text").write_text(TEXT[:30000])
     (folder / "other").write_text(TEXT[30000:40000])
     (folder / "few").write_text(TEXT[:4000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(plain, heavy):
+    """That folder with an export that was calibrated with its text, and what that reported."""
+    seen, texts = [], [plain / "text"]
+    shutil.copytree(plain / "plain", plain / "calibrated")
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        texts = [folder / "text"]
-        report = calibrate(folder / "calibrated", texts, lambda *now: seen.append(now), threads=1)
-    (folder / "report").write_text(json.dumps(report))
-    assert seen[-1] == ((folder / "text").stat().st_size,) * 2
+        report = calibrate(plain / "calibrated", texts, lambda *now: seen.append(now), threads=1)
+    (plain / "report").write_text(json.dumps(report))
+    assert seen[-1] == ((plain / "text").stat().st_size,) * 2
     assert seen == sorted(seen)
-    return folder
+    return plain
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +95,8 @@ def report_of(made):
 
 
 @pytest.fixture
-def export(made, tmp_path):
-    shutil.copytree(made / "calibrated", tmp_path / "export")
-    return tmp_path / "export"
+def export(plain, tmp_path):
+    return shutil.copytree(plain / "random", tmp_path / "export")
 
 
 def test_file_is_what_the_format_says(made):
@@ -248,11 +255,11 @@ def test_predictor_of_another_model_is_not_written(export):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
-@pytest.mark.parametrize("before", ["calibrated", "plain"])
-def test_killed_at_every_change_of_the_disk(before, made, tmp_path, processes):
+@pytest.mark.parametrize("before", ["random", "plain"])
+def test_killed_at_every_change_of_the_disk(before, plain, tmp_path, processes):
     """A new predictor is written by a child that kills itself."""
     new, states, work, survived = random_tensors(1), [], tmp_path / "work", False
-    with Export.open(made / before) as export:
+    with Export.open(plain / before) as export:
         old = export.predictor()
 
     def run():
@@ -261,7 +268,7 @@ def test_killed_at_every_change_of_the_disk(before, made, tmp_path, processes):
 
     while not survived:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(made / before, work)
+        shutil.copytree(plain / before, work)
         survived = forked(run) == 0
         with Export.open(work) as export:
             states.append(state_of(export.predictor(), old, new))
@@ -273,7 +280,8 @@ def test_killed_at_every_change_of_the_disk(before, made, tmp_path, processes):
     assert len(states) >= 6
 
 
-def test_same_text_gives_the_same_bytes(made, export, monkeypatch):
+def test_same_text_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    export = shutil.copytree(made / "calibrated", tmp_path / "export")
     before = predictor_file(export)
     data = before.read_bytes()
     with monkeypatch.context() as patch:
@@ -308,14 +316,14 @@ def test_scores_are_probabilities(made, predictor):
     assert torch.allclose(torch.tensor(predictor.popularity), used.mean(0).flatten(), atol=0.03)
 
 
-def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
+def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
     """Against a run token by token, in chunks that don't divide the window."""
 
     def near(found, x):
         return torch.allclose(found.float(), x / x.square().mean().sqrt(), atol=5e-3)
 
     monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
-    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
         windows = split(list(range(5, 45)), runtime.tokenizer, 21)
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
@@ -339,8 +347,8 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
         assert place == len(samples.token) == 40
 
 
-def test_hook_is_gone_after_a_failure(made):
-    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+def test_hook_is_gone_after_a_failure(plain):
+    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
         experts = runtime.model.experts
         with pytest.raises(RuntimeError):
             record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
@@ -349,7 +357,7 @@ def test_hook_is_gone_after_a_failure(made):
         assert table.data_ptr() == experts.slots.slots_ME.data_ptr()
 
 
-def test_little_memory_means_several_groups(made, export, monkeypatch):
+def test_little_memory_means_several_groups(plain, export, monkeypatch, heavy):
     original, sizes = module.grouped, []
 
     def groups(windows, capacity):
@@ -360,16 +368,16 @@ def test_little_memory_means_several_groups(made, export, monkeypatch):
 
     monkeypatch.setattr(module, "grouped", groups)
     quick(monkeypatch)
-    report = calibrate(export, [made / "text"], threads=1)
+    report = calibrate(export, [plain / "text"], threads=1)
     assert len(sizes) > 2
     assert max(sizes) < 2300
     assert report["recall"]["token"][0] > report["recall"]["popular"][0] + 0.04
 
 
-def test_next_gate_is_the_next_layers_gate(made):
+def test_next_gate_is_the_next_layers_gate(plain):
     """Brute force: capture the residual stream itself, apply the next layer's norm and gate to
     it."""
-    with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
+    with Runtime.open(plain / "plain", context=64, threads=1, kernels="torch") as runtime:
         network, residuals, inputs = runtime.model.network, {}, {}
         norm = network.backend.rms_norm
 
@@ -434,33 +442,33 @@ SHORT = "12 tokens of text, calibration needs 500 or more"
         ("short", b"It is a truth universally acknowledged.", SHORT),
     ],
 )
-def test_bad_text_is_refused_before_any_work(name, content, message, made, command, tmp_path):
+def test_bad_text_is_refused_before_any_work(name, content, message, plain, command, tmp_path):
     path = tmp_path / name
     if content is ...:
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    others = [] if name == "short" else ["--calibrate", made / "few"]
-    arguments = made / "checkpoint", tmp_path / "export", *others, "--calibrate", path
+    others = [] if name == "short" else ["--calibrate", plain / "few"]
+    arguments = plain / "checkpoint", tmp_path / "export", *others, "--calibrate", path
     code, out, err = command("quantize", *arguments)
     assert not (tmp_path / "export").exists()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err and name in err
 
 
-def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, command, tmp_path):
+def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, command, tmp_path):
     def inodes():
         return {path.name: path.stat().st_ino for path in destination.rglob("layer-*")}
 
-    destination, text = tmp_path / "export", ["--calibrate", made / "few"]
-    arguments = "quantize", made / "checkpoint", destination, *text
+    destination, text = tmp_path / "export", ["--calibrate", plain / "few"]
+    arguments = "quantize", plain / "checkpoint", destination, *text
     code, out, _ = command(*arguments, "--json")
     assert code == 0
     found = json.loads(out)
     assert found["expert_bytes"] > 0
     assert found["calibration"]["tokens"] > 450
     before, first = inodes(), predictor_file(destination)
-    code, _, err = command(*arguments, "--calibrate", made / "other")
+    code, _, err = command(*arguments, "--calibrate", plain / "other")
     assert code == 0
     assert "before a token starts" in err
     assert predictor_file(destination) != first

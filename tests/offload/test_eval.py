@@ -74,16 +74,6 @@ def model(tmp_path_factory):
     return folder
 
 
-def naive(runtime, ids, begin, scored):
-    """Negative log-likelihood in nats by one pass of ``runtime.logits`` a token: ``scored`` yields
-    (token, start of its context)."""
-    total = 0.0
-    for token, start in scored:
-        logits = runtime.logits(begin + ids[start:token])[-1]
-        total -= logits.double().log_softmax(-1)[ids[token]].item()
-    return total
-
-
 CASES = list(product(["export", "plain-export"], [None, 7, 1]))
 
 
@@ -97,7 +87,10 @@ def test_every_token_is_scored_once_in_its_window(name, stride, model, evaluate,
         room, first = window - len(begin), 1 - len(begin)
         # The first window that reaches a token scores it.
         scored = [(t, max(0, -(-(t + 1 - room) // step)) * step) for t in range(first, len(ids))]
-        nll = naive(runtime, ids, begin, scored)
+        nll = 0.0
+        for token, start in scored:
+            logits = runtime.logits(begin + ids[start:token])[-1]
+            nll -= logits.double().log_softmax(-1)[ids[token]].item()
         unscored = len(runtime.tokenizer.decode(ids[:first]).encode())
     assert report["tokens"] == len(ids) - first
     assert report["bytes"] == len(TEXT.encode()) - unscored

@@ -3,6 +3,7 @@ clear refusal."""
 
 import asyncio
 import json
+import os
 import random
 import shutil
 import signal
@@ -106,6 +107,7 @@ def test_keep_source(served, source, wanted, tmp_path):
     assert list((tmp_path / "export.source").iterdir()) != []
     with pytest.raises(ConfigError, match=r"config.json: is missing"):
         Checkpoint.open(tmp_path / "export.source")  # half of it is no checkpoint
+    os.truncate(next((tmp_path / "export.partial").rglob("*.tmp")), 100)
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
     assert tree(tmp_path / "export.source") == tree(source)

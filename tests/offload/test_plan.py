@@ -87,7 +87,7 @@ def test_arithmetic_of_the_real_models(name, wanted):
     assert sizes.record_bytes == layout.record_bytes
 
 
-@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("resident", ["bf16", "int8", "nf4", "mixed"])
 def test_sizes_are_those_of_the_weights_in_memory(tmp_path, resident):
     write_checkpoint(tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "export", resident=resident)
@@ -355,11 +355,9 @@ FIGURES = {1008.0: "1,008", 39_500.0: "39,500", 99.94: "99.9", 20: "20", 3.0: "3
 FIGURES |= {0.6081: "0.608", 0.00001234: "0.0000123", 0.0: "0", 12.34: "12.3"}
 
 
-def test_figures():
+def test_figures(plan):
+    """None has an exponent."""
     assert {number: figure(number) for number in FIGURES} == FIGURES
-
-
-def test_no_number_has_an_exponent(plan):
     for arguments in ("v2 --gpu h100 --ram 2000GiB", "sample"):
         out = plan(*arguments.split(), "--disk-bandwidth", "1234GB")[1]
         assert not re.search(r"\de[+-]?\d", out)

@@ -24,6 +24,7 @@ from slotmoe.errors import ConfigError, ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import nf4
 from slotmoe.quant.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export import verify
@@ -421,6 +422,8 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
             found.setdefault(resident_quantization(role_of(name), mode), []).append(tensor)
     assert found.keys() == kinds
     assert {tensor.dtype for tensor in found["none"]} == {dtype}
+    with Runtime.open(tmp_path / "export", context=32) as runtime:
+        assert torch.isfinite(runtime.logits([0, 7, 300, 4095])).all()
     found = {row["family"]: row for row in report["families"]}
     layers = {}  # by family and layer: squares of the error, of the weights, and their number
     for name, weight in weights.items():
