@@ -27,7 +27,7 @@ from tests.support.bench import benchmark
 from tests.support.disk import die_at_change, forked, tree
 from tests.support.exported import resign
 from tests.support.predictor import D, E, K, L, predictor_file, random_tensors, state_of
-from tests.support.tiny import CONFIG, write_checkpoint
+from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GEOMETRIES = ROOT / "model" / "geometries"
@@ -374,43 +374,26 @@ def test_little_memory_means_several_groups(plain, export, monkeypatch, heavy):
     assert report["recall"]["token"][0] > report["recall"]["popular"][0] + 0.04
 
 
-def test_next_gate_is_the_next_layers_gate(plain):
-    """Brute force: capture the residual stream itself, apply the next layer's norm and gate to
-    it."""
-    with Runtime.open(plain / "plain", context=64, threads=1, kernels="torch") as runtime:
-        network, residuals, inputs = runtime.model.network, {}, {}
-        norm = network.backend.rms_norm
+def test_next_gate_is_the_next_layers_gate():
+    """From what the network gives a layer's gate of the residual stream."""
+    config, weights = parse_config(CONFIG), random_weights(CONFIG, torch.float32)
+    guess = NextGate(config, weights, TorchBackend())
+    h = torch.randn(4, D, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
-        def rms_norm(x_TD, weight_D, eps):
-            for index, layer in enumerate(network.layers):
-                if weight_D is layer.post_attention_layernorm:
-                    residuals[index] = x_TD.clone()  # the network adds to it in place
-            return norm(x_TD, weight_D, eps)
+    def gate_input(h_TD, layer):
+        scaled = h_TD / (h_TD.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return scaled * weights[layer_tensor(layer, POST_NORM)].double()
 
-        def listen(route):
-            inputs[runtime.config.moe_layers[route.row]] = route.x_TD
+    def scores(h_TD, layer):
+        return gate_input(h_TD, layer) @ weights[layer_tensor(layer, GATE)].double().T
 
-        network.backend.rms_norm = rms_norm
-        runtime.model.experts.on_route(listen, inputs=True)
-        runtime.logits([5, 9, 300, 7])
-        weights = {}
-        for index, layer in enumerate(network.layers):
-            weights[layer_tensor(index, POST_NORM)] = layer.post_attention_layernorm
-            weights[layer_tensor(index, GATE)] = layer.gate
-        guess = NextGate(runtime.config, weights, TorchBackend())
-
-        def scores(h_TD, index):
-            layer, eps = network.layers[index], runtime.config.rms_norm_eps
-            scaled = h_TD / (h_TD.square().mean(-1, keepdim=True) + eps).sqrt()
-            return scaled * layer.post_attention_layernorm @ layer.gate.double().T
-
-        h = residuals[1].double()
-        for found, wanted in (
-            (guess.layer_scores(0, inputs[1]), scores(h, 2)),
-            (guess.layer_scores(0, inputs[1][2]), scores(h, 2)[2]),
-            (guess.token_scores(h[0].float(), h[0].float()), scores(h[:1], 1)),
-        ):
-            assert torch.allclose(found.double(), wanted, atol=1e-4)
+    x = gate_input(h, 1).float()
+    for found, wanted in (
+        (guess.layer_scores(0, x), scores(h, 2)),
+        (guess.layer_scores(0, x[2]), scores(h, 2)[2]),
+        (guess.token_scores(h[1].float(), h[0].float()), scores(h[1:2], 1)),
+    ):
+        assert torch.allclose(found.double(), wanted, atol=1e-4)
 
 
 def test_measure_counts_what_is_named():
