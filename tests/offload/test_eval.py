@@ -4,7 +4,6 @@ windows, and bad input."""
 import json
 import math
 import shutil
-import signal
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.cli import main
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE, write_checkpoint
 
@@ -24,18 +22,12 @@ EXPECTED = json.loads((DATA / "expected.json").read_text())["heldout"]
 
 
 @pytest.fixture
-def evaluate(capsys):
+def evaluate(slotmoe):
     """Run ``slotmoe eval`` in this process: exit code, the JSON object or stdout, stderr."""
 
     def run(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main(["eval", *map(str, arguments)])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if "--json" in arguments and out else out, err
+        code, out, err = slotmoe("eval", *arguments)
+        return code, json.loads(out) if "--json" in arguments and out else out, err
 
     return run
 

@@ -239,7 +239,7 @@ def child(*arguments):
 
 
 @pytest.mark.usefixtures("nightly")
-def test_peak_memory_at_real_sizes(hub, tmp_path):
+def test_peak_memory_at_real_sizes(hub, tmp_path, processes):
     """Three layers of V2-Lite's widths in eight files of 350 MB; run with -s to see it."""
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944}
     sizes |= {"n_routed_experts": 64, "vocab_size": 102400, "n_group": 1, "topk_group": 1}

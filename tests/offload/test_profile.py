@@ -26,7 +26,6 @@ from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
 from tests.support.browser import BROWSER, Browser
@@ -50,18 +49,11 @@ def no_charts(monkeypatch):
 
 
 @pytest.fixture
-def profile(sample_export, tmp_path, capsys):
+def profile(slotmoe, sample_export, tmp_path):
     """Run ``slotmoe profile`` on the sample in this process: exit code, stdout, stderr."""
 
     def run(*arguments, output=tmp_path / "out"):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main(["profile", str(sample_export), *map(str, arguments), "-o", str(output)])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
+        return slotmoe("profile", sample_export, *arguments, "-o", output)
 
     return run
 
