@@ -54,7 +54,7 @@ from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
-from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
 
@@ -70,7 +70,7 @@ class LoadedModel:
 
     config: Config
     tokenizer: Tokenizer
-    network: Network
+    network: Network[Prepared]
     caches: list[LatentCache]
     plan: Plan
     eos_token_ids: tuple[int, ...]
@@ -85,7 +85,7 @@ class LoadedModel:
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
-    head: MtpHead | None = None
+    head: MtpHead[Prepared] | None = None
 
     @property
     def cpu(self) -> TorchBackend:
@@ -214,7 +214,7 @@ class _Loader:
                 self._draft(network),
             )  # fmt: skip
 
-    def _draft(self, network: Network) -> tuple[str, str]:
+    def _draft(self, network: Network[Prepared]) -> tuple[str, str]:
         """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
         asked, backend = self._options.draft, self._backend
         if asked == "off":
@@ -315,7 +315,7 @@ class _Loader:
             )  # fmt: skip
 
     def _substitution(
-        self, network: Network, predictor: Predictor | None, plan: Plan
+        self, network: Network[Prepared], predictor: Predictor | None, plan: Plan
     ) -> Substitution | None:
         """What spends the route budget, if one is given; where all experts get slots they are soon
         there, and nothing is to be saved."""

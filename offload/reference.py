@@ -40,7 +40,7 @@ class ResidentExperts:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
-        self._backend.experts(x_TD, self, slots_E, indices_TK, y_TKD)
+        self._backend.experts_of(self.weights, x_TD, slots_E, indices_TK, y_TKD)
         self._using.stop()
         return self._backend.weighted_sum(y_TKD, weights_TK)
 
