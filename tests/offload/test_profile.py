@@ -303,9 +303,7 @@ def test_report_in_chromium(reported, tmp_path):
     folder, _, _ = reported
     with Browser() as browser, Tab(browser) as tab:
         tab.open(folder / "report.html")
-        sizes = tab.evaluate(
-            "[...document.images].map(one => one.complete && one.naturalWidth)"
-        )
+        sizes = tab.evaluate("[...document.images].map(one => one.complete && one.naturalWidth)")
         assert len(sizes) == len(CHARTS) - 1
         assert all(size > 600 for size in sizes)
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
@@ -318,8 +316,7 @@ def test_report_in_chromium(reported, tmp_path):
         # The same eyes see what is wrong in a page that has it.
         bad = tmp_path / "bad.html"
         bad.write_text(
-            "<img src='http://127.0.0.1:9/x.png'>"
-            "<script>console.error('no'); missing()</script>"
+            "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
         )
         tab.open(bad)
         assert "http://127.0.0.1:9/x.png" in tab.requests

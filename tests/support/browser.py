@@ -12,14 +12,9 @@ from functools import partial
 from pathlib import Path
 
 NAMES = (
-    "chromium-headless-shell",
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
+    "chromium-headless-shell chromium chromium-browser google-chrome chrome"
 )
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+BROWSER = next(filter(None, map(shutil.which, NAMES.split())), None)
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
     " --no-first-run --remote-debugging-pipe"

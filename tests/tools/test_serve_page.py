@@ -62,8 +62,7 @@ class Page(Tab):
         self.evaluate(SCRIPT.replace("DELTAS", json.dumps(deltas)))
 
     def settings(self, **values):
-        for name, value in values.items():
-            self.evaluate(f"at('{name}').value = {value}")
+        self.evaluate(f"for (const [name, it] of Object.entries({values})) at(name).value = it")
 
     def send(self, text):
         """Send a message with the keyboard."""
@@ -71,13 +70,13 @@ class Page(Tab):
         self.type(text)
         self.press("Enter", "\r")
 
-    def ended(self, messages):
-        """Wait until the conversation has so many messages and no answer is under way."""
-        self.wait(f"chat.messages.length === {messages} && !stopper")
-
     def say(self, text, messages):
         self.send(text)
-        self.ended(messages)
+        self.end(messages)
+
+    def end(self, messages):
+        """Wait until the conversation has so many messages and no answer is under way."""
+        self.wait(f"chat.messages.length === {messages} && !stopper")
 
     def contents(self):
         return self.evaluate("chat.messages.map(message => message.content)")
@@ -134,7 +133,7 @@ def test_talk_by_keys(page, served):
     page.wait("chat.messages.length === 4")
     assert page.texts("#send") == ["Stop"]
     page.press("Escape")
-    page.ended(4)
+    page.end(4)
     assert page.texts(".assistant .note")[1].startswith("1 token · ")
     assert "· stopped" in page.texts(".assistant .note")[1]
     page.evaluate("at('theme').click(); at('theme').click()")
@@ -177,8 +176,8 @@ def test_markdown(page):
 
     for source, expected in MARKDOWN.items():
         assert render(source) == expected, source
-    codes = "[...it.querySelectorAll('.code')].map(n => [n.querySelector('span').textContent,"
-    codes += "n.querySelector('code').textContent])"
+    codes = "[...it.querySelectorAll('.code')].map(n => [...n.querySelectorAll('span, code')]"
+    codes += ".map(part => part.textContent))"
     source = "```py x\ndef f():\n\tif 1:\n\n    # a\n```\nb\n~~~\n```\n~~~~\n    in\n    side\n"
     source += "- c\n  ```\n  d\n   e\n  ```\n\n```\nopen"
     expected = [["py", "def f():\n\tif 1:\n\n    # a"], ["", "```"], ["", "in\nside"]]
@@ -295,7 +294,7 @@ def test_reasoning_is_folded_and_not_sent_again(page):
             page.wait("document.querySelector('details .text')?.textContent === 'Let me see.'")
             assert page.texts("summary") == ["Reasoning…"]
             page.press("Escape")
-        page.ended(2)
+        page.end(2)
         assert page.texts("summary") == ["Reasoning"]
         assert page.texts("details .text") == [reasoning]
         assert page.texts(".assistant .said > .text") == [text.replace("`", "")]
@@ -313,14 +312,15 @@ def test_reasoning_is_folded_and_not_sent_again(page):
 
 def test_history_is_kept_and_exported(page, runtime, tmp_path):
     page.answer_with("First *answer*")
-    page.evaluate("at('system').value = 'Be brief'; at('system').dispatchEvent(new Event('input'))")
+    page.evaluate("at('system').focus()")
+    page.type("Be brief")
     page.say("First question", 2)
     page.press("n", modifiers=1)
     page.answer_with("Second answer")
     page.say("Second question", 2)
     assert page.texts("#list button:first-child") == ["Second question", "First question"]
-    page.settings(top_k=7)
-    page.evaluate("at('settings').dispatchEvent(new Event('input'))")
+    page.evaluate("at('top_k').select()")
+    page.type("7")
 
     page.load()
     assert page.texts(".said") == ["Second question", "Reasoning" + "Second answer"]
@@ -346,13 +346,10 @@ def test_history_is_kept_and_exported(page, runtime, tmp_path):
 
 
 def test_damaged_and_full_storage(page):
-    page.evaluate(
-        "localStorage.setItem('slotmoe chat a', '{');"
-        "localStorage.setItem('slotmoe settings', '3');"
-        'localStorage.setItem(\'slotmoe chat b\', \'{"id": "b", "messages": 3}\');'
-        "localStorage.setItem('slotmoe chat c', JSON.stringify({id: 'c', system: '', changed: 1,"
-        "forgotten: 8, messages: []}))"
-    )
+    chat = {"id": "c", "system": "", "changed": 1, "forgotten": 8, "messages": []}
+    damaged = {"chat a": "{", "chat b": '{"id": "b", "messages": 3}', "chat c": json.dumps(chat)}
+    for name, text in {**damaged, "settings": "3"}.items():
+        page.evaluate(f"localStorage.setItem('slotmoe {name}', {json.dumps(text)})")
     page.load()
     assert page.texts("#list button") == []
     page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
@@ -458,20 +455,12 @@ def test_what_an_answer_waits_for(page):
     page.wait("document.querySelector('.waiting').textContent === 'reading the prompt, 7 s'")
     page.press("Escape")
     page.wait("!stopper")
-    text = page.run(
-        "const before = now, said = []; for (const change of [{running: 1},"
-        "{queued: 2, running: 1}, {answer_tokens: 20, running: 1}]) { now = {...before};"
-        "for (const name in change) now[name] += change[name]; drawFigures(before, 2);"
-        "said.push(at('state').textContent); } now = {...before, running: 1,"
-        "prompt_tokens: before.prompt_tokens + 128}; tokensPerSign = 0.5;"
-        "const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
-        "const asking = {...newChat(), messages};"
-        "said.push(waitingText(asking, 4000, before)); now = before; return said;"
-    )
-    assert text[0].startswith("reading the prompt · ")
-    assert text[1].endswith("2 waiting")
-    assert text[2].startswith("10.0 tokens/s · ")
-    assert text[3] == "reading the prompt: 128 of about 602 tokens, 3 s"
+    assert page.run(
+        "const before = now; now = {...now, running: 1, prompt_tokens: now.prompt_tokens + 128};"
+        "tokensPerSign = 0.5; const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
+        "const text = waitingText({...newChat(), messages}, 4000, before); now = before;"
+        "return text;"
+    ) == "reading the prompt: 128 of about 602 tokens, 3 s"  # fmt: skip
 
 
 def test_what_is_said_below_an_answer(page):
@@ -496,19 +485,30 @@ def test_figures_and_charts(page):
     page.settings(temperature=0, max_tokens=8)
     page.say("Tell me of the king.", 2)
     page.wait(f"now.answer_tokens > {before}")
-    charts = page.run(
-        "const before = {answer_tokens: now.answer_tokens - 8, cache: {hits: 0, misses: 0}};"
-        "samples.length = 0; drawFigures({...now, ...before}, 2);"
-        "return ['speed', 'hits', 'memory'].map(name => at(name + '-chart')).map(chart =>"
-        "[chart.getAttribute('aria-label'), chart.querySelector('path').getBBox().width > 0]);"
+
+    def state(**changes):
+        """What is said two seconds after figures that were lower by ``changes``."""
+        return page.run(
+            f"const changes = {json.dumps(changes)}, before = {{...now}}, present = now;"
+            "before.cache = {hits: 0, misses: 0}; now = {...now, ...changes, answer_tokens:"
+            "now.answer_tokens + (changes.answer_tokens ?? 0)}; samples.length = 0;"
+            "drawFigures(before, 2); now = present; return at('state').textContent;"
+        )
+
+    assert re.fullmatch(
+        r"reading the prompt · \d+ % hits · [\d.]+ MiB of 2.0 GiB RAM", state(running=1)
     )
-    (speed, *_), (hits, *_), (memory, *_) = charts
-    assert speed == "Speed: 4.0 tokens/s; at most 4.0 tokens/s"
-    assert re.fullmatch(r"Expert hits: [\d.]+ %", hits)
-    assert re.fullmatch(r"Memory: [\d.]+ MiB of 2.0 GiB RAM", memory)
-    assert all(is_drawn for _, is_drawn in charts)
+    assert state(running=1, queued=2).endswith(" · 2 waiting")
+    assert state(running=1, answer_tokens=8).startswith("4.0 tokens/s · ")
+    labels = {
+        "speed": r"Speed: 4.0 tokens/s; at most 4.0 tokens/s",
+        "hits": r"Expert hits: [\d.]+ %",
+        "memory": r"Memory: [\d.]+ MiB of 2.0 GiB RAM",
+    }
+    for name, label in labels.items():
+        assert re.fullmatch(label, page.evaluate(f"at('{name}-chart').ariaLabel"))
+        assert page.evaluate(f"at('{name}-chart').querySelector('path').getBBox().width") > 0
     assert page.texts("#speed") == ["4.0 tokens/s"]
-    assert "2.0 GiB" in page.texts("#state")[0]
     assert page.texts("#all-hits")[0].endswith("%")
     assert "expert slots" in page.texts("#parts dt")
 
@@ -520,10 +520,12 @@ def test_small_screen(page):
     page.emulate(320, 568)
     page.answer_with("A `long` answer " * 60 + "\n\n```\n" + "x" * 400 + "\n```\n\n" + "y" * 400)
     page.say("A question", 2)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate("at('talk').scrollWidth <= at('talk').clientWidth")
-    assert page.evaluate("at('talk').clientHeight / innerHeight") > 0.7
-    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
+    root, talk = "document.documentElement", "at('talk')"
+    assert page.evaluate(
+        f"{root}.scrollWidth <= innerWidth && {root}.scrollHeight <= innerHeight"
+    )
+    assert page.evaluate(f"{talk}.scrollWidth <= {talk}.clientWidth")
+    assert page.evaluate(f"{talk}.clientHeight > 0.7 * innerHeight")
     for selector in ("#send", "#again", "#fresh", "#chats-opens", "#side-opens", "#state"):
         assert page.is_seen(selector), selector
     small = page.evaluate(
@@ -535,15 +537,13 @@ def test_small_screen(page):
         page.evaluate(f"at('{name}-opens').focus()")
         page.press("Enter", "\r")
         page.wait(f"at('{name}').classList.contains('open')")
-        assert page.evaluate(f"at('{name}-opens').getAttribute('aria-expanded')") == "true"
-        assert page.evaluate("at('talk').inert")
-        assert page.evaluate(f"at('{name}').clientHeight / innerHeight") > 0.8
-        assert page.is_seen(f"#{name} h2")
-        assert page.evaluate("document.activeElement.id") == name
-        assert not page.is_seen("#send")
+        assert page.evaluate(f"at('{name}-opens').ariaExpanded") == "true"
+        assert page.evaluate(f"{talk}.inert && document.activeElement.id") == name
+        assert page.evaluate(f"at('{name}').clientHeight > 0.8 * innerHeight")
         assert page.evaluate(f"at('{name}').scrollWidth <= at('{name}').clientWidth")
+        assert page.is_seen(f"#{name} h2") and not page.is_seen("#send")
         page.press("Escape")
-        assert page.evaluate(f"!at('talk').inert && document.activeElement.id === '{name}-opens'")
+        assert page.evaluate(f"!{talk}.inert && document.activeElement.id") == f"{name}-opens"
 
 
 def test_every_control_is_reached_by_tab(page):
