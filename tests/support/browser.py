@@ -11,9 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-NAMES = (
-    "chromium-headless-shell chromium chromium-browser google-chrome chrome"
-)
+NAMES = "chromium-headless-shell chromium chromium-browser google-chrome chrome"
 BROWSER = next(filter(None, map(shutil.which, NAMES.split())), None)
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
