@@ -6,7 +6,6 @@ import pytest
 
 from slotmoe.model.child import Child
 from slotmoe.offload.runtime import Runtime
-from tests.support.browser import BROWSER, Browser
 from tests.support.served import Served
 
 
@@ -35,16 +34,3 @@ def runtime(sample_export, context):
 def served(network, processes, runtime):
     with Served(runtime) as served:
         yield served
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """For tests that start processes."""  # the lead's conftest replaces it
-
-
-@pytest.fixture(scope="session")
-def browser(processes):
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine: scripts/ci-system installs one")
-    with Browser() as browser:
-        yield browser
