@@ -4,7 +4,6 @@ Shapes: T tokens, D hidden_size, E routed experts, K experts a token, R experts 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class Substitution:
             indices_TK[token] = upload(indices_TR[token, ranks])
         return weights_TK, indices_TK
 
-    def _factor(self, scores_K: Tensor) -> Any:
+    def _factor(self, scores_K: Tensor) -> Tensor | float:
         """What makes weights of scores, [..., K]."""
         if self._router.normalized:
             return self._router.factor / (scores_K.sum(dim=-1, keepdim=True) + 1e-20)

@@ -220,7 +220,7 @@ class TorchBackend:
 
     def experts_of(
         self,
-        weights: Callable[[int], Sequence[Weight]],
+        weights: Callable[[int], Sequence[Prepared]],
         x_TD: Tensor,
         slots_E: Tensor,
         indices_TK: Tensor,
