@@ -14,7 +14,7 @@ Shapes as in ``slotmoe.model.network``.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,9 +27,6 @@ from slotmoe.quant.codec import TILE
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.triton import mla, rows
-
-if TYPE_CHECKING:
-    from slotmoe.quant.backends.triton import TritonBackend
 
 INT8, DENSE = rows.INT8.value, rows.DENSE.value
 
@@ -144,9 +141,7 @@ class TritonDecoder:
 
     rows = 1  # buffers are one token's
 
-    def __init__(
-        self, backend: "TritonBackend", geometry: Geometry, layers: Sequence[Layer[Prepared]]
-    ):
+    def __init__(self, backend: Any, geometry: Geometry, layers: Sequence[Layer[Prepared]]):
         norm = layers[0].input_layernorm
         self._workspace = Workspace(norm.device, len(norm), geometry)
         self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
@@ -217,11 +212,7 @@ class _Layer:
     """A layer's weights bound to the workspace."""
 
     def __init__(
-        self,
-        backend: "TritonBackend",
-        workspace: Workspace,
-        geometry: Geometry,
-        layer: Layer[Prepared],
+        self, backend: Any, workspace: Workspace, geometry: Geometry, layer: Layer[Prepared]
     ):
         self._backend, self._workspace, self._layer = backend, workspace, layer
         self._geometry, self._sizes = geometry, geometry[:5]
@@ -254,9 +245,10 @@ class _Layer:
             return None
         logits_1E = workspace.scratch("logits", len(layer.gate))
         router, finished = self._geometry.router, workspace.finished
-        return self._backend.gate(
+        choice: tuple[Tensor, Tensor] = self._backend.gate(
             place.h_1D, norm, place.x_1D, layer.gate, router, layer.gate_bias, logits_1E, finished
         )
+        return choice
 
     def end(self, place: Place, y_1D: Tensor | None, records: Records | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
