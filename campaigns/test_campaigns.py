@@ -1,9 +1,11 @@
 """Each campaign finds nothing wrong in a few seconds, and finds a defect that is planted."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,21 @@ def played(line, before=""):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return done.returncode, [json.loads(report) for report in done.stdout.splitlines()]
+
+
+def test_no_campaign_shrinks():
+    """What was attacked once is attacked for good."""
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 8, "kills": 4, "races": 5}
+    for name, parts in {**least, "environments": 26, "clients": 18}.items():
+        attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
+        assert len(attack.parts) >= parts, name
+
+
+def test_every_test_that_the_page_names_is_there():
+    """Each past defect has its reproducer."""
+    sources = "".join(path.read_text() for path in ROOT.glob("[tc]*/**/test_*.py"))
+    named = {*re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())}
+    assert named and named <= {*re.findall(r"def (test_\w+)\(", sources)}
 
 
 @pytest.mark.parametrize("line", SHORT)

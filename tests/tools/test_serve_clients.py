@@ -6,6 +6,8 @@ import shutil
 import socket
 from contextlib import ExitStack
 
+import pytest
+
 from slotmoe.offload.runtime import Runtime
 from tests.support.served import GREEDY, Served
 
