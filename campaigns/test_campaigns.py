@@ -1,7 +1,6 @@
 """Each campaign finds nothing wrong in a few seconds, and finds a defect that is planted."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -42,13 +41,6 @@ def test_no_campaign_shrinks():
         assert len(attack.parts) >= parts, name
 
 
-def test_every_test_that_the_page_names_is_there():
-    """Each past defect has its reproducer."""
-    sources = "".join(path.read_text() for path in ROOT.glob("[tc]*/**/test_*.py"))
-    named = {*re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())}
-    assert named and named <= {*re.findall(r"def (test_\w+)\(", sources)}
-
-
 @pytest.mark.parametrize("line", SHORT)
 def test_nothing_is_wrong(line):
     code, reports = played(line)
@@ -56,24 +48,11 @@ def test_nothing_is_wrong(line):
 
 
 FUZZ = """
-import os
+import os, time
 import campaigns.fuzz, campaigns.parsers
-campaigns.fuzz.HANGS = 1
-def crash(data):
-    import faulthandler
-    faulthandler.disable()
-    os.abort()
-def hang(data):
-    while data: pass
-def hoard(data):
-    return [bytes(1 << 20) for _ in range(1000)]
-def fail(data):
-    raise KeyError(data)
-def leak(data):
-    return os.dup(2)
-seen = []
+campaigns.fuzz.HANGS, seen = 1, []
 def planted(folder):
-    return [{"a": 1}], lambda data: not seen.append(data) if not seen else BROKEN(data)
+    return [{"a": 1}], lambda data: not seen.append(data) if not seen else BROKEN
 campaigns.parsers.PARSERS["config"] = planted
 """
 # Six letters in their places are found one by one, by the code that is reached, and not by chance.
@@ -93,12 +72,12 @@ from slotmoe.quant.export import writer
 writer.ExportFile._pwrite = lambda file, data, at: os.pwrite(file._handle, data, at)
 """
 QUIET_SYNC = """
+import os
 from contextlib import suppress
 from slotmoe.quant.export import writer
-sync = writer.ExportFile.sync
 def quiet(file):
-    with suppress(Exception):
-        sync(file)
+    with suppress(OSError):
+        os.fsync(file._handle)
 writer.ExportFile.sync = quiet
 """
 IN_THE_WAY = """
@@ -149,30 +128,32 @@ def other(export):
 server.texts_alone, server.SETTLING = other, 5
 """
 PLANTED = {
-    "a crash": ("fuzz config --blind", FUZZ.replace("BROKEN", "crash"), "ended with -6"),
-    "a hang": ("fuzz config --blind", FUZZ.replace("BROKEN", "hang"), "ended with -14"),
-    "memory": ("fuzz config --blind", FUZZ.replace("BROKEN", "hoard"), "MemoryError"),
-    "an exception": ("fuzz config --blind", FUZZ.replace("BROKEN", "fail"), "KeyError"),
-    "a descriptor": ("fuzz config --blind", FUZZ.replace("BROKEN", "leak"), "left a file open"),
+    **{
+        code: ("fuzz config --blind", FUZZ.replace("BROKEN", code), wrong)
+        for code, wrong in {
+            "os.abort()": "ended with -6",
+            "time.sleep(99)": "ended with -14",
+            "bytes(1 << 30)": "MemoryError",
+            "{}[data]": "KeyError",
+            "os.dup(2) > 0": "left a file open",
+        }.items()
+    },
     "deep code": ("fuzz config --count 30000", DEEP, "KeyError"),
     "a short write": ("system-calls quantize --count 3", SHORT_WRITES, "short"),
     "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
     "leavings of a kill": ("system-calls quantize --count 3", IN_THE_WAY, "does not resume"),
     "a block without fsync": ("kills session-power --count 9", IN_PLACE, "change"),
     "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
-    "unchecked tensors": ("flips", f"{UNCHECKED}\nExport._verify = lambda *_: None", "missed"),
-    "unchecked headers": (
-        "flips",
-        f"{UNCHECKED}\nFolder.verify_header = lambda *_: None",
-        "missed",
-    ),
-    "unchecked small files": ("flips", f"{UNCHECKED}\nExport.small_file = small_file", "missed"),
-    "unchecked blocks": ("flips", f"{UNCHECKED}\nBlockFolder._latents = latents", "missed"),
-    "unchecked names": (
-        "flips",
-        f"{UNCHECKED}\nnames._checksum = lambda values: values.get('checksum', '')",
-        "missed",
-    ),
+    **{
+        code: ("flips --count 3000", f"{UNCHECKED}\n{code}", "missed")
+        for code in (
+            "Export._verify = lambda *_: None",
+            "Folder.verify_header = lambda *_: None",
+            "Export.small_file = small_file",
+            "BlockFolder._latents = latents",
+            "names._checksum = lambda values: values.get('checksum', '')",
+        )
+    },
     "a slot that is lost": ("interrupts helping --count 200", HALF, "AssertionError"),
     "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
     "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
@@ -185,7 +166,7 @@ def test_planted_defects_are_found(name):
     if name == "deep code":
         pytest.importorskip("atheris", reason="atheris has no wheel for this Python")
         assert played(f"{line} --blind", before)[0] == 0
-    code, reports = played(line + " --count 3000" * (line == "flips"), before)
+    code, reports = played(line, before)
     assert code == 1
     for report in reports:
         assert any(wanted in problem for problem in report["wrong"]), report

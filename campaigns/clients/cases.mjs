@@ -1,4 +1,4 @@
-// What the clients' scripts for Node share: where the server is, the questions, a line for each case.
+// What the scripts for Node share: where the server is, the questions, a line for each case.
 import assert from "node:assert/strict";
 
 export { assert };
@@ -17,18 +17,24 @@ export const weather = ({ city }) => {
   return `It rains in ${city}.`;
 };
 
+/** A case that is done whole and then streamed; what it returns is the same, and not nothing. */
+export const both = (action) => async () => {
+  const whole = await action(false);
+  assert(whole);
+  assert.deepEqual(await action(true), whole);
+};
+
 /** Runs an object's functions in turn; exits with 1 if one failed. */
 export async function run(cases) {
-  let failed = 0;
   for (const [name, check] of Object.entries(cases)) {
     try {
       await check();
       console.log(`ok - ${name}`);
     } catch (problem) {
-      failed = 1;
+      process.exitCode = 1;
       console.log(problem);
       console.log(`not ok - ${name}`);
     }
   }
-  process.exit(failed);
+  process.exit();
 }

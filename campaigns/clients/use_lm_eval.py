@@ -18,46 +18,34 @@ whole = HELD_OUT.read_text(encoding="utf-8")
 texts = [whole[start : start + SIZE] for start in range(0, SIZE * COUNT, SIZE)]
 
 
-def task(kind, **about):
+def evaluated(kind, **about):
     data = folder / f"{kind}.json"
     data.write_text(json.dumps([{"text": text, "next": text[:9]} for text in texts]))
-    config = {
-        "task": kind,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": kind,
-        **about,
-    }
-    return ConfigurableTask(config=config)
-
-
-def evaluated(task):
-    about = f"model={MODEL},base_url={URL}/v1/completions,tokenizer={FOLDER},max_length={WINDOW}"
-    about += ",tokenizer_backend=huggingface,num_concurrent=2"
-    found = lm_eval.simple_evaluate("local-completions", model_args=about, tasks=[task])
+    files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+    config = {"task": kind, **files, "test_split": "test", "output_type": kind, **about}
+    model = f"model={MODEL},base_url={URL}/v1/completions,tokenizer={FOLDER},max_length={WINDOW}"
+    model += ",tokenizer_backend=huggingface,num_concurrent=2"
+    tasks = [ConfigurableTask(config=config)]
+    found = lm_eval.simple_evaluate("local-completions", model_args=model, tasks=tasks)
     return next(iter(found["results"].values()))
 
 
 @case
 def bits_per_byte_are_those_of_slotmoe_eval():
-    rolling = task("loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}")
-    found = evaluated(rolling)["bits_per_byte,none"]
+    rolling = evaluated("loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}")
     command = [PYTHON, "-m", "slotmoe", "eval", FOLDER, "--window", str(WINDOW), "--json"]
     for number, text in enumerate(texts):
-        path = folder / f"{number}.txt"
-        path.write_text(text, encoding="utf-8")
-        command += ["--text", str(path)]
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+        command += ["--text", str(folder / f"{number}.txt")]
     report = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    print(f"lm-eval: {found:.6f}, slotmoe eval: {report['bits_per_byte']:.6f} bits per byte")
-    assert abs(found - report["bits_per_byte"]) <= 1e-4
+    assert abs(rolling["bits_per_byte,none"] - report["bits_per_byte"]) <= 1e-4
 
 
 @case
 def answers_until_a_stop():
-    metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
-    kwargs = {"until": ["."], "max_gen_toks": 12, "temperature": 0}
-    asked = {"doc_to_text": "{{text}}", "doc_to_target": "{{next}}", "metric_list": metrics}
-    assert "exact_match,none" in evaluated(
-        task("generate_until", generation_kwargs=kwargs, **asked)
-    )
+    asked = {"doc_to_text": "{{text}}", "doc_to_target": "{{next}}"}
+    asked["metric_list"] = [
+        {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    ]
+    asked["generation_kwargs"] = {"until": ["."], "max_gen_toks": 12, "temperature": 0}
+    assert "exact_match,none" in evaluated("generate_until", **asked)
