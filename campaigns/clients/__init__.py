@@ -1,7 +1,8 @@
 """Other people's programs against ``slotmoe serve``, each in an environment of its own.
 
 Environments come from the package indices and stay in the folder of --environments, where one is
-given.  The model is the bundled sample with a longer context, whose answers end at a line's end as
+given.  OpenAI's and Anthropic's clients for Python and ``llm`` are not here: the usual tests of the
+server use them.  The model is the bundled sample with a longer context, whose answers end at a line's end as
 if it had learnt to stop.  A report's "row" is a line of the table in docs/clients.md.
 """
 
@@ -26,8 +27,6 @@ DATE = "2026-11-26"
 UV = "uv==0.13.9"
 # By part: the script, and its packages.  The first is the program that is tried.
 PROGRAMS = {
-    "openai": ("use_openai.py", ["openai==3.57.0"]),
-    "anthropic": ("use_anthropic.py", ["anthropic==2.14.0"]),
     "litellm": ("use_litellm.py", ["litellm==1.110.2"]),
     "langchain-openai": ("use_langchain_openai.py", ["langchain-openai==1.7.4"]),
     # Later clients of Anthropic's have no class that it makes.
@@ -38,7 +37,6 @@ PROGRAMS = {
     "instructor": ("use_instructor.py", ["instructor==1.17.0"]),
     "smolagents": ("use_smolagents.py", ["smolagents[openai]==1.26.0"]),
     "openai-agents": ("use_openai_agents.py", ["openai-agents==0.24.0"]),
-    "llm": ("use_llm.py", ["llm==0.36"]),
     "autogen": ("use_autogen.py", ["autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5"]),
     "lm-eval": ("use_lm_eval.py", ["lm-eval[api]==0.4.13", "transformers==5.24.0"]),
     "aiperf": ("use_aiperf.py", ["aiperf==0.13.0"]),

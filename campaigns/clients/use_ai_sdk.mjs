@@ -27,7 +27,7 @@ async function answer(streams, options) {
   let text = "";
   for await (const part of stream.textStream) text += part;
   assert.deepEqual(problems, []);
-  assert((await stream.usage).outputTokens > 0);
+  assert((await stream.totalUsage).outputTokens > 0);
   return { text, steps: await stream.steps, output: options.output && (await stream.output) };
 }
 
