@@ -1,9 +1,9 @@
 """Other people's programs against ``slotmoe serve``, each in an environment of its own.
 
 Environments come from the package indices and stay in the folder of --environments, where one is
-given.  OpenAI's and Anthropic's clients for Python and ``llm`` are not here: the usual tests of the
-server use them.  The model is the bundled sample with a longer context, whose answers end at a line's end as
-if it had learnt to stop.  A report's "row" is a line of the table in docs/clients.md.
+given.  The model is the bundled sample with a longer context, whose answers end at a line's end as
+if it had learnt to stop.  A report's "row" is a line of the table in docs/clients.md.  OpenAI's and
+Anthropic's clients for Python and ``llm`` are not here: the usual tests of the server use them.
 """
 
 import json
