@@ -17,8 +17,8 @@ Attacks that take minutes to hours, one after the other; or one of them:
   python -m campaigns races --help             its parts and options
 
 Each part prints a report, one line of JSON: what was done, and what was "wrong".  The exit code is
-1 where anything was.  Chance hangs on the seed and the part alone, so "python -m campaigns NAME
-PART --seed N" with the report's seed does the same again.
+1 where anything was.  The seed and the part decide all that is left to chance but the timing:
+"python -m campaigns NAME PART --seed N" with the report's seed makes the same choices again.
 
 """
 

@@ -38,10 +38,8 @@ class Aim:
             self._shown = now
             end = "\r" if self._out.isatty() else "\n"
             seconds = f"{now - self._began:,.0f} s"
-            print(
-                f"{self._label}: {done:,} of {self.count:,}, {seconds}  ", end=end, file=self._out
-            )
-            self._out.flush()
+            line = f"{self._label}: {done:,} of {self.count:,}, {seconds}  "
+            print(line, end=end, file=self._out, flush=True)
         return done < self.count and now - self._began < self.given.seconds
 
 
@@ -73,17 +71,18 @@ def parse(name: str, about: str | None, attack: Attack, words: list[str]) -> arg
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    today = date.today().toordinal()
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(attack.parts)}")
-    parser.add_argument("--seed", type=int, default=today, help="of all chance [today's number]")
-    parser.add_argument(
-        "--count", type=int, default=attack.count, help=f"{attack.each} [{attack.count:,}]"
-    ) if attack.each else parser.set_defaults(count=len(attack.parts))
-    parser.add_argument(
-        "--seconds", type=float, default=attack.seconds, help=f"for each part [{attack.seconds}]"
-    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(attack.parts)}")
+    today, most = date.today().toordinal(), attack.seconds
+    add("--seed", type=int, default=today, help="of all chance [today's number]")
+    limit = "no limit" if most == math.inf else f"{most:.0f}"
+    add("--seconds", type=float, default=most, help=f"for each part [{limit}]")
+    parser.set_defaults(count=0)
+    if attack.each:
+        count = attack.count
+        add("--count", type=int, default=count, help=f"{attack.each} [{count:,}]")
     for option, words_of in attack.options.items():
-        parser.add_argument(f"--{option}", **words_of)
+        add(f"--{option}", **words_of)
     given = parser.parse_args(words)
     for part in given.parts:
         if part not in attack.parts:
