@@ -28,7 +28,7 @@ from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import Tab
 from tests.support.engine import start
 
 ROOT = Path(__file__).parents[2]
@@ -263,20 +263,22 @@ def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
     assert hostile in found.words
 
 
-@pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
-)
-def test_report_in_chromium(reported):
+def test_report_in_chromium(reported, browser, tmp_path):
     address = (reported.folder / "report.html").as_uri()
-    with Browser() as browser:
-        browser.open(reported.folder / "report.html")
-        images = "[...document.images].map(one => one.complete && one.naturalWidth)"
-        sizes = browser.evaluate(images)
+    with Tab(browser) as tab:
+        tab.open(reported.folder / "report.html")
+        sizes = tab.evaluate("[...document.images].map(one => one.complete && one.naturalWidth)")
         assert len(sizes) == len(CHARTS) - 1
         assert all(size > 600 for size in sizes)
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide"
-        assert [one for one in browser.requests if not one.startswith("data:")] == [address]
-        assert browser.complaints == []
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide"
+        assert [one for one in tab.requests if not one.startswith("data:")] == [address]
+        assert tab.complaints == []
+        # The same eyes see what is wrong in a page that has it.
+        bad = "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
+        (tmp_path / "bad.html").write_text(bad)
+        tab.open(tmp_path / "bad.html")
+        assert "http://127.0.0.1:9/x.png" in tab.requests
+        assert len(tab.complaints) >= 3
 
 
 def test_predicted_beside_measured_by_tier():
