@@ -87,7 +87,7 @@ import slotmoe.offload.ingest.quantize as module
 from slotmoe.tools.cli import main
 def held(path, values):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 module.write_json = held
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main(["quantize", *sys.argv[1:]])
