@@ -178,8 +178,8 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize(("times", "least", "most"), [(1, 490, 510), (4, 190, 210), (400, 1, 16)])
 def test_each_drive_gets_what_its_speed_allows(clock, times, least, most):
-    """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too slow
-    is left alone once that is known."""
+    """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too
+    slow is left alone once that is known."""
     drives, took, left = Drives([Path("a"), Path("b")]), [0.001, times / 1000], 1000
     readers = [(clock[0], reader % 2, 0.0) for reader in range(2 * THREADS)]
     while readers:

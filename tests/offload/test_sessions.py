@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Job, Scheduler
-from slotmoe.offload.sequence import Sequence, shared_prefix
+from slotmoe.offload.sequence import shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
@@ -88,13 +86,16 @@ def copy(store, tmp_path):
 
 
 def test_reopened_logits_are_bitwise_those_of_computing_anew(runtime, sample_export, store):
+    """Also where the context has less room than when they were kept."""
     folder, wanted = store
-    with Runtime.open(sample_export, context=1024, slots=60, threads=1) as reopened:
+    with Runtime.open(sample_export, context=201, slots=60, threads=1) as reopened:
         said = keeping(reopened, folder)
         count, logits = restored(reopened, TEXT)
         assert (count, said) == (199, [])
         assert torch.equal(logits, wanted)
         after = reopened.sequences[0].append([5])
+        with pytest.raises(PlanError, match="the context holds 201"):
+            reopened.generate([*TEXT, *TEXT], 4)
         assert reopened.stats()["sessions"]["restored_tokens"] == 199
         assert reopened.stats()["tokens"]["prefill_tokens"] == 0
     computed(runtime, TEXT)
@@ -139,30 +140,16 @@ def test_a_prompt_that_differs_reuses_what_comes_before(runtime, store):
         assert torch.equal(logits, computed(runtime, ids))
 
 
-def test_what_is_in_memory_is_not_read(runtime, store):
-    keeping(runtime, store[0])
-    runtime.sequences[0].append(TEXT[:100])
-    list(runtime.generate(TEXT, 1))
-    stats = runtime.stats()["sessions"]
-    assert stats["restored_tokens"] == 99
-    assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
-
-
 # What is kept
 
 
-def test_the_same_beginning_is_kept_once(runtime, copy):
+def test_the_same_beginning_is_kept_once_and_a_lower_limit_at_once(runtime, copy):
     kept(runtime, copy, [*TEXT[:140], *TEXT[:60]])
-    starts = [int(path.name.split("-")[1]) for path in files(copy)]
-    assert starts == [0, 64, 128, 128, 192, 192]
-    assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == size_of(copy)
-
-
-def test_bytes_are_those_of_the_files(tmp_path):
-    folder, tokens = BlockFolder(tmp_path / "blocks", 1 << 20, print), texts(1, 200)[0]
-    for length in (20, 50, 64, 70, 130, 200):
-        fill(folder, tokens[:length])
-        assert folder.nbytes == size_of(tmp_path)
+    before, size = files(copy), size_of(copy)
+    assert [path.name.split("-")[1][-3:] for path in before] == "000 064 128 128 192 192".split()
+    assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == size
+    assert BlockFolder(copy / "blocks", size - 1, print).nbytes < size
+    assert len(files(copy)) == len(before) - 1 and files(copy)[0] == before[0]
 
 
 def test_a_text_that_grows_leaves_no_short_block(runtime, copy):
@@ -203,30 +190,14 @@ def test_an_interrupted_prefill_is_kept(runtime, tmp_path, monkeypatch):
     assert torch.equal(logits, computed(runtime, ids))
 
 
-def test_a_server_stopped_in_the_middle_of_a_prompt_keeps_what_it_read(
-    runtime, tmp_path, monkeypatch
-):
-    ids, ended, original = [*TEXT, *TEXT, *TEXT], threading.Event(), Sequence.append
-    keeping(runtime, tmp_path)
-    batch = Scheduler(runtime, 1, 1)
-
-    def append(sequence, piece):
-        batch.stop()
-        return original(sequence, piece)
-
-    monkeypatch.setattr(Sequence, "append", append)
-    answer = Answer(ids, runtime.tokenizer, runtime.eos_token_ids, Sampling(), 4)
-    batch.submit([Job(ids, answer, lambda delta: ended.set(), "a key")])
-    assert ended.wait(30)
-    batch.close()
-    monkeypatch.undo()
-    done = runtime.sequences[0].length
-    assert 0 < done < len(ids)
-    keeping(runtime, tmp_path)
-    assert runtime.sessions.restore(runtime.sequences[0], ids, "a key") == done
-
-
-def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
+def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
+    """And what is in memory is not read."""
+    keeping(runtime, store[0])
+    runtime.sequences[0].append(TEXT[:100])
+    list(runtime.generate(TEXT, 1))
+    stats = runtime.stats()["sessions"]
+    assert stats["restored_tokens"] == 99
+    assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
     keeping(runtime, tmp_path)
     tokens = runtime.generate(TEXT[:60], 100)
     for _ in range(80):
@@ -253,19 +224,6 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
         assert count(runtime) == 0
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
     assert count(runtime) == 0
-
-
-def test_a_longer_context_than_there_is(runtime, sample_export, store):
-    ids = TEXT[:120]
-    with Runtime.open(sample_export, context=128) as narrow:
-        keeping(narrow, store[0])
-        with pytest.raises(PlanError, match="the context holds 128"):
-            narrow.generate(TEXT, 4)
-        tokens = [token.id for token in narrow.generate(ids, 4)]
-        assert narrow.stats()["sessions"]["restored_tokens"] == 119
-    runtime.sessions = None
-    computed(runtime, [3])
-    assert tokens == [token.id for token in runtime.generate(ids, 4)]
 
 
 def test_the_reference_path_keeps_nothing(tmp_path):
@@ -297,16 +255,10 @@ def link(path):
     path.symlink_to(path.parent / "elsewhere")
 
 
+# In the magic, the parent, the address, the start, the count, the row, a token, a latent, the sum.
+BYTES = (0, 20, 40, 50, 52, 57, 70, 2000, -1)
 DAMAGES = {
-    "magic": flip(0),
-    "parent": flip(20),
-    "address": flip(40),
-    "start": flip(50),
-    "count": flip(52),
-    "row": flip(57),
-    "token": flip(70),
-    "latent": flip(2000),
-    "checksum": flip(-1),
+    **{f"byte {position}": flip(position) for position in BYTES},
     "cut": lambda path: os.truncate(path, 3000),
     "empty": lambda path: os.truncate(path, 0),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
@@ -396,21 +348,15 @@ def test_the_limit_evicts_what_was_unused_for_longest(tmp_path):
 
 
 def test_a_limit_below_one_conversation_keeps_its_beginning(tmp_path):
+    """The bytes are always those of the files."""
     said, tokens = [], texts(1, 640)[0]
     folder = BlockFolder(tmp_path / "blocks", 6000, said.append)
-    for end in (200, 400, 640):
+    for end in (20, 50, 64, 70, 130, 200, 400, 640):
         fill(folder, tokens[:end])
+        assert folder.nbytes == size_of(tmp_path) <= 6000
     assert held(folder, tokens) == 192
     room = "5.9 KiB have room for 192 tokens of this text; --session-limit sets it"
     assert said == [f"{tmp_path / 'blocks'}: {room}"]
-    assert folder.nbytes <= 6000
-    assert size_of(tmp_path) <= 6000
-
-
-def test_a_lower_limit_is_kept_at_once(copy):
-    before, limit = files(copy), size_of(copy) - 1
-    assert BlockFolder(copy / "blocks", limit, print).nbytes <= limit
-    assert len(files(copy)) == len(before) - 1 and files(copy)[0] == before[0]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "rename", "pwrite"])
@@ -515,9 +461,8 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
 # Names
 
 
-def saved(tokens=(), text="Call me", **others):
-    messages = [{"role": "text", "content": text}]
-    return Saved(ROOT, list(tokens), "text", messages, **others)
+def saved(tokens, text="Call me"):
+    return Saved(ROOT, list(tokens), "text", [{"role": "text", "content": text}])
 
 
 def test_a_named_session_comes_back(tmp_path):
@@ -545,17 +490,16 @@ def test_names_are_no_paths(tmp_path, name):
         NamedSession(tmp_path, name)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"Call", b"Cbll"),
-        (b'"version": 1', b'"version": 2'),
-        (b'"tokens": "AQ', b'"tokens": "BQ'),
-        (b'"tokens": "AQ', b'"tokens": "!'),
-        (b"{", b"["),
-        (b'"text"', b'"x"'),
-    ],
-)
+CHANGES = {
+    b"Call": [b"Cbll"],
+    b'"version": 1': [b'"version": 2'],
+    b'"tokens": "AQ': [b'"tokens": "BQ', b'"tokens": "!'],
+    b"{": [b"["],
+    b'"text"': [b'"x"'],
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [(old, new) for old in CHANGES for new in CHANGES[old]])
 def test_a_damaged_session_is_refused_and_can_be_removed(tmp_path, old, new):
     with NamedSession(tmp_path, "plans") as session:
         session.save(saved([1, 2]))
