@@ -18,34 +18,18 @@ from slotmoe.offload.head import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.policy.drafts import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Scheduler
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.offload.test_drafts import interrupted_at_some
-from tests.offload.test_scheduler import Caller
 from tests.support import plain
 from tests.support.engine import IDS, whole
 from tests.support.exported import resign
-from tests.support.families import CASES, write_family
 from tests.support.predictor import random_tensors
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
-MTP = {"num_nextn_predict_layers": 1}
 HEAD = layer_file(3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint with a head, and exports of it without and with the head."""
-    folder = tmp_path_factory.mktemp("mtp")
-    family, overrides = CASES["v3-groups-yarn"]
-    write_family(folder / "source", family, torch.bfloat16, **overrides, **MTP)
-    quantize(folder / "source", folder / "without")
-    quantize(folder / "source", folder / "export", keep_mtp=True)
-    return folder
 
 
 def opened(folder, draft="mtp", **options):
@@ -55,24 +39,20 @@ def opened(folder, draft="mtp", **options):
 @pytest.fixture
 def eager(monkeypatch):
     """The head is always asked, and what it says is always computed."""
-
-    def all_of(self, chances):
-        return [len(each) for each in chances]
-
-    monkeypatch.setattr(Drafting, "lengths", all_of)
+    monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
 @pytest.fixture(scope="module")
-def plainly(folder):
+def plainly(with_head):
     """Without drafts."""
-    with opened(folder, "off") as runtime:
+    with opened(with_head, "off") as runtime:
         yield runtime
 
 
 @pytest.fixture(scope="module")
-def drafting(folder):
-    with opened(folder, sequences=4) as runtime:
+def drafting(with_head):
+    with opened(with_head) as runtime:
         yield runtime
 
 
@@ -86,8 +66,8 @@ def text_of(runtime, count=40, **options):
 # The export
 
 
-def test_the_head_is_one_more_layer_and_changes_no_other_byte(folder):
-    with Export.open(folder / "without") as without, Export.open(folder / "export") as kept:
+def test_the_head_is_one_more_layer_and_changes_no_other_byte(with_head):
+    with Export.open(with_head / "without") as without, Export.open(with_head / "export") as kept:
         assert (without.layers, without.mtp_layer) == ((1, 2), None)
         assert (kept.layers, kept.mtp_layer) == ((1, 2, 3), 3)
         experts = [export.manifest["experts"] for export in (without, kept)]
@@ -102,16 +82,16 @@ def test_the_head_is_one_more_layer_and_changes_no_other_byte(folder):
     assert not any("embed_tokens" in name or "shared_head.head" in name for name in more)
 
 
-def test_an_export_is_repaired_or_refused_as_any_other(folder, tmp_path):
-    made, notes = shutil.copytree(folder / "export", tmp_path / "export"), []
-    for place, keep in ((made, False), (folder / "without", True)):
+def test_an_export_is_repaired_or_refused_as_any_other(with_head, tmp_path):
+    made, notes = shutil.copytree(with_head / "export", tmp_path / "export"), []
+    for place, keep in ((made, False), (with_head / "without", True)):
         with pytest.raises(ExportError, match="overwrite"):
-            quantize(folder / "source", place, keep_mtp=keep)
+            quantize(with_head / "source", place, keep_mtp=keep)
     manifest = json.loads((made / MANIFEST).read_text())
     before = (made / HEAD).read_bytes()
     (made / HEAD).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert [*damaged_files(made, manifest, lambda *_: None)] == [HEAD]
-    quantize(folder / "source", made, keep_mtp=True, notify=notes.append)
+    quantize(with_head / "source", made, keep_mtp=True, notify=notes.append)
     assert (made / HEAD).read_bytes() == before and "made again" in notes[0]
     for layer in (2, 4, True, "3", None):
         resign(made, lambda manifest, layer=layer: manifest["experts"].update(mtp_layer=layer))
@@ -123,10 +103,10 @@ def test_an_export_is_repaired_or_refused_as_any_other(folder, tmp_path):
 # Opened
 
 
-def test_what_is_not_asked_for_takes_nothing(folder):
+def test_what_is_not_asked_for_takes_nothing(with_head):
     plans = []
     for name in ("without", "export"):
-        with Runtime.open(folder / name, context=96, draft="off") as runtime:
+        with Runtime.open(with_head / name, context=96, draft="off") as runtime:
             assert runtime.model.head is None and not runtime.config.mtp
             components = runtime.plan.components | {"runtime": 0}  # what the process has
             plans.append((components, runtime.plan.slots, text_of(runtime)))
@@ -134,33 +114,33 @@ def test_what_is_not_asked_for_takes_nothing(folder):
 
 
 @needs_kernels
-def test_the_plan_has_the_head(folder):
-    with opened(folder, "ngram") as without, opened(folder) as runtime:
-        assert runtime.plan.slots == without.plan.slots + 8
-        before, parts = without.plan.components, runtime.plan.components
+def test_the_plan_has_the_head(with_head, drafting):
+    with opened(with_head, "ngram") as without:
+        assert drafting.plan.slots == without.plan.slots + 8
+        before, parts = without.plan.components, drafting.plan.components
     assert parts["latent KV cache"] * 3 == before["latent KV cache"] * 4
     assert parts["drafting head"] > 64 * 128 and "drafting head" not in before
 
 
 @needs_kernels
-def test_refusals(folder, slotmoe):
+def test_refusals(with_head, slotmoe):
     for name, options, message in (
         ("without", {}, "quantize --keep-mtp"),
         ("export", {"kernels": "torch"}, r"draft mtp: .* leave it out"),
         ("source", {"quantize": False}, r"draft mtp: .* leave it out"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Runtime.open(folder / name, draft="mtp", **options)
+            Runtime.open(with_head / name, draft="mtp", **options)
     for arguments, option in (
-        (("quantize", "sample", folder / "none", "--keep-mtp"), "--keep-mtp"),
-        (("synth", "v2-lite", folder / "none", "--keep-mtp"), "--keep-mtp"),
+        (("quantize", "sample", with_head / "none", "--keep-mtp"), "--keep-mtp"),
+        (("synth", "v2-lite", with_head / "none", "--keep-mtp"), "--keep-mtp"),
         (("plan", "moonlight", "--draft", "mtp"), "--draft mtp"),
     ):
         code, _, err = slotmoe(*arguments)
         assert code == 2 and "num_nextn_predict_layers is 0, expected 1 or more" in err
         assert f"leave {option} out" in err
-        assert not (folder / "none").exists()
-    code, _, err = slotmoe("plan", folder / "without", "--draft", "mtp")
+        assert not (with_head / "none").exists()
+    code, _, err = slotmoe("plan", with_head / "without", "--draft", "mtp")
     assert code == 2 and "quantize --keep-mtp" in err
 
 
@@ -168,10 +148,10 @@ def test_refusals(folder, slotmoe):
 
 
 @needs_kernels
-def test_kernels_lose_of_the_head_what_they_lose_of_the_network(folder, drafting, tmp_path):
+def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, drafting, tmp_path):
     """Beside plain float64 on the export's own weights."""
     ids, weights = IDS[:14], {}
-    with Export.open(folder / "export") as export:
+    with Export.open(with_head / "export") as export:
         for name in export.manifest["files"][RESIDENT]["tensors"]:
             if not name.endswith(".scale"):
                 kept = export.resident(name)
@@ -180,7 +160,7 @@ def test_kernels_lose_of_the_head_what_they_lose_of_the_network(folder, drafting
             for projection, weight in export.expert(layer, expert).items():
                 weights[expert_name(layer, expert, projection)] = weight.contiguous()
     save_file(weights, tmp_path / "weights.safetensors")
-    shutil.copy(folder / "export" / "config.json", tmp_path)
+    shutil.copy(with_head / "export" / "config.json", tmp_path)
     drafting.sequences[0].rewind(0)
     (hidden_TD,) = drafting.sequences[0].run(ids)
     main = drafting.passes.logits(hidden_TD)
@@ -227,10 +207,10 @@ class Prompter:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "warm"])
 @pytest.mark.parametrize("slots", [None, 9], ids=["all experts", "few slots"])
 def test_text_is_bitwise_that_without_drafts(
-    folder, plainly, eager, monkeypatch, always_guessing, options, slots
+    with_head, plainly, eager, monkeypatch, always_guessing, options, slots
 ):
     want = text_of(plainly, **options)
-    with opened(folder, slots=slots) as runtime:
+    with opened(with_head, slots=slots) as runtime:
         assert text_of(runtime, **options) == want  # as random weights draft
         before = runtime.stats()["drafts"]
         assert before["kind"] == "mtp" and before["drafted"] == before["passes"] > 20
@@ -245,9 +225,9 @@ def test_text_is_bitwise_that_without_drafts(
 
 @needs_kernels
 def test_a_predictor_knows_the_other_layers_alone(
-    folder, plainly, tmp_path, eager, always_guessing
+    with_head, plainly, tmp_path, eager, always_guessing
 ):
-    shutil.copytree(folder / "export", tmp_path / "export")
+    shutil.copytree(with_head / "export", tmp_path / "export")
     tensors = random_tensors(1)
     tensors["popularity"] = tensors["popularity"].abs()
     write_predictor(tmp_path / "export", tensors)
@@ -294,50 +274,6 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     assert drafts._cache.length == 1
     drafts.read([*ids[:4], 9, 9], hidden_TD[4:5].clone())
     assert drafts._cache.length == 1
-
-
-@needs_kernels
-def test_another_text_or_a_rewind(plainly, drafting, eager):
-    rows = []
-    for runtime in (plainly, drafting):
-        sequence, found = runtime.sequences[0], []
-        for length, ids in ((0, IDS[:20]), (12, IDS[30:40]), (5, IDS[2:3]), (0, IDS[5:9])):
-            sequence.rewind(length)
-            found.append(sequence.append(ids))
-            found += [sequence.append([id]) for id in IDS[20:26]]
-        rows.append(torch.cat(found))
-    assert torch.equal(*rows)
-
-
-@needs_kernels
-def test_several_answers_in_one_pass(plainly, drafting, eager):
-    prompts = [IDS[:12], IDS[3:9], IDS[20:21], IDS[:14]]
-    batch, before = Scheduler(drafting, 4, 0), drafting.stats()["drafts"]["drafted"]
-    callers = [Caller(batch, drafting, ids) for ids in prompts]
-    found = [caller.wait().answer.ids for caller in callers]
-    assert found == [[token.id for token in plainly.generate(ids, 24)] for ids in prompts]
-    batch.close()
-    assert batch.problem is None and drafting.stats()["drafts"]["drafted"] - before > 60
-
-
-@needs_kernels
-def test_interrupted_at_some_lines(folder, plainly, eager):
-    """The text goes on from what the sequence holds, whichever line an exception came at."""
-
-    def compute(sequence):
-        sequence.rewind(8)
-        rows = [sequence.append(IDS[8:20])]
-        return torch.cat([*rows, *(sequence.append([id]).clone() for id in IDS[20:26])])
-
-    with opened(folder, slots=9) as runtime:
-        first, plain = runtime.sequences[0], plainly.sequences[0]
-        plain.rewind(0)
-        for sequence in (first, plain):
-            sequence.append(IDS[:8])
-        want, files = compute(plain), ("/head.py", "/mtp.py")
-        assert torch.equal(compute(first), want)
-        assert interrupted_at_some(files, 12, lambda: compute(first), want) > 6
-        whole(runtime)
 
 
 def answers(chance, one, more, cost, count=2000):
