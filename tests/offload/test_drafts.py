@@ -34,7 +34,7 @@ def pair(request, sample_export):
     if draft == "mtp":
         sample_export = request.getfixturevalue("with_head") / "export"
     elif draft == "ngram, few slots":
-        draft, options["slots"] = "ngram", 40
+        draft, options["slots"] = "ngram", 100
     with (
         Runtime.open(sample_export, draft="off", **options) as plain,
         Runtime.open(sample_export, draft=draft, **options) as drafting,
@@ -229,7 +229,7 @@ def test_several_answers_in_one_pass(pair, eager):
     [("ngram", ("drafts.py", "sequence.py")), ("mtp", ("/head.py", "/mtp.py"))],
     indirect=["pair"],
 )
-def test_interrupted_at_some_lines(pair, eager, files):
+def test_interrupted_at_some_lines(pair, eager, heavy, files):
     """The text goes on from what the sequence holds, whichever line an exception came at."""
     ids, (plain, drafting) = pair[0].tokenizer.encode(TEXT), pair
 

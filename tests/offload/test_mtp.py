@@ -26,6 +26,7 @@ from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import plain
 from tests.support.engine import IDS, whole
 from tests.support.exported import resign
+from tests.support.params import nth
 from tests.support.predictor import random_tensors
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
@@ -203,14 +204,24 @@ class Prompter:
         return logits_1V
 
 
+@pytest.fixture
+def predicting(with_head, tmp_path):
+    """The same with a predictor, which knows the other layers alone."""
+    shutil.copytree(with_head / "export", tmp_path / "export")
+    tensors = random_tensors(1)
+    write_predictor(tmp_path / "export", tensors | {"popularity": tensors["popularity"].abs()})
+    return tmp_path
+
+
 @needs_kernels
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "warm"])
-@pytest.mark.parametrize("slots", [None, 9], ids=["all experts", "few slots"])
+@pytest.mark.parametrize(
+    ("slots", "options"), nth(3, product([None, 9], [{}, {"temperature": 0.8, "seed": 3}]))
+)
 def test_text_is_bitwise_that_without_drafts(
-    with_head, plainly, eager, monkeypatch, always_guessing, options, slots
+    predicting, plainly, eager, monkeypatch, always_guessing, slots, options
 ):
     want = text_of(plainly, **options)
-    with opened(with_head, slots=slots) as runtime:
+    with opened(predicting, slots=slots) as runtime:
         assert text_of(runtime, **options) == want  # as random weights draft
         before = runtime.stats()["drafts"]
         assert before["kind"] == "mtp" and before["drafted"] == before["passes"] > 20
@@ -220,25 +231,8 @@ def test_text_is_bitwise_that_without_drafts(
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
         assert runtime.model.experts.slots.consistent
         assert passes + accepted == 39 and accepted >= 13
+        assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
         whole(runtime)
-
-
-@needs_kernels
-def test_a_predictor_knows_the_other_layers_alone(
-    with_head, plainly, tmp_path, eager, always_guessing
-):
-    shutil.copytree(with_head / "export", tmp_path / "export")
-    tensors = random_tensors(1)
-    tensors["popularity"] = tensors["popularity"].abs()
-    write_predictor(tmp_path / "export", tensors)
-    want = text_of(plainly)
-    for draft in ("off", "mtp"):
-        with opened(tmp_path, draft, slots=9) as runtime:
-            assert text_of(runtime) == want
-            stats = runtime.stats()
-            assert stats["prefetch"]["layer"]["guessed"] > 0
-            assert (stats["drafts"]["kind"], runtime.config.mtp) == (draft, draft == "mtp")
-            whole(runtime)
 
 
 @needs_kernels
@@ -276,25 +270,25 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     assert drafts._cache.length == 1
 
 
-def answers(chance, one, more, cost, count=2000):
+def answers(chance, more, cost=0.06):
     """Tokens for each time of a pass of one row, where the head is right by ``chance``."""
     drafting, asking, text, spent, luck = Drafting(), Asking(), [0], 0.0, random.Random(4)
-    while len(text) < count:
+    while len(text) < 2000:
         drafted, seconds = False, 0.0
         asking.came(text)
         if asking.pays(drafting):
             asking.answered(len(text), 1, cost)
             drafted, seconds = drafting.lengths([[asking.chance]]) == [1], cost
-        took = one + more * drafted
+        took = 1.0 + more * drafted
         drafting.measured(1 + drafted, int(drafted), took)
         right = luck.random() < chance
         text += [int(right)] + [2] * (drafted and right)
         spent += took + seconds
-    return len(text) * one / spent
+    return len(text) / spent
 
 
 @pytest.mark.parametrize(("chance", "more"), [(0.9, 0.3), (0.7, 0.3), (0.3, 0.3), (0.9, 1.1)])
 def test_the_head_is_asked_as_long_as_that_pays(chance, more):
     best = max(1.0, (1 + chance) / (1 + more + 0.06))
-    assert answers(chance, 1.0, more, 0.06) > 0.95 * best
-    assert answers(0.0, 1.0, more, 0.06) > 0.98
+    assert answers(chance, more) > 0.95 * best
+    assert answers(0.0, more) > 0.98

@@ -58,7 +58,7 @@ def runtime(sample_export):
 
 
 @pytest.fixture(scope="module")
-def narrow(sample_export):
+def narrow(sample_export, heavy):
     """Half of the experts fit, and a long pass goes through each layer in steps of 16 tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", 16)
@@ -80,11 +80,9 @@ def batch(runtime):
     assert batch.problem is None
 
 
-@pytest.mark.parametrize(("which", "limit"), [("runtime", 16), ("narrow", 6)])
-def test_answers_together_are_token_for_token_those_alone(which, limit, request):
+def answer_together(runtime, limit):
     """Prompts of one token and of more than a shared piece, so that decoding and filling
-    interleave."""
-    runtime = request.getfixturevalue(which)
+    interleave; each answer is token for token the one alone."""
     batch = Scheduler(runtime, 8, 4)
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
     assert len(long) > 128
@@ -95,6 +93,14 @@ def test_answers_together_are_token_for_token_those_alone(which, limit, request)
     if runtime.stats()["kernels"] != "torch":
         assert found == [[token.id for token in runtime.generate(ids, limit)] for ids in prompts]
     assert batch.totals.steps < 8 * limit
+
+
+def test_answers_together_are_token_for_token_those_alone(runtime):
+    answer_together(runtime, 16)
+
+
+def test_answers_together_where_few_experts_fit(narrow):
+    answer_together(narrow, 6)
 
 
 def test_one_step_reaches_the_same_logits(runtime):
@@ -109,15 +115,6 @@ def test_one_step_reaches_the_same_logits(runtime):
         sequence.rewind(len(prompt))
     together = runtime.append_each(runtime.sequences, [7 + index for index in range(8)])
     assert torch.equal(together, torch.cat(alone))
-
-
-def test_place_of_who_left_is_free_within_one_step(runtime, batch):
-    def leave(caller):
-        if len(caller.answer.ids) == 3:
-            caller.job.cancelled = True
-
-    caller = Caller(batch, runtime, runtime.tokenizer.encode("Call me"), 200, at=leave).wait()
-    assert (caller.last.finish, len(caller.answer.ids), batch.running) == ("cancelled", 3, 0)
 
 
 def test_queue_is_bounded_and_all_or_nothing(runtime, batch):
@@ -144,9 +141,15 @@ def test_prefix_is_reused_by_the_same_owner_only(runtime, batch):
         assert first.answer.ids == other.answer.ids == again.answer.ids
 
 
-def test_answer_ends_where_the_context_does(runtime, batch):
+def test_an_answer_ends_where_the_context_does_or_nobody_wants_it(runtime, batch):
     caller = Caller(batch, runtime, [5] * 250, 100).wait()
     assert (caller.last.finish, len(caller.answer.ids)) == ("length", 7)
+
+    def leave(caller):
+        caller.job.cancelled |= len(caller.answer.ids) == 3
+
+    caller = Caller(batch, runtime, [5, 6, 7], 200, at=leave).wait()
+    assert (caller.last.finish, len(caller.answer.ids), batch.running) == ("cancelled", 3, 0)
 
 
 def test_closing_ends_answers_with_a_reason(runtime):
