@@ -66,15 +66,11 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
 SIZES = {"8GiB": 8 << 30, "7.5GB": 7_500_000_000, "512MiB": 512 << 20, 123: 123, "64 k": 65536}
 
 
-@pytest.mark.parametrize("text", SIZES)
-def test_sizes(text):
-    assert parse_size(text) == SIZES[text]
-
-
-@pytest.mark.parametrize("text", ["", "8XB", "-1GiB", "GiB", "1e9", "nan", "9" * 40, 0, True])
-def test_impossible_sizes_are_refused(text):
-    with pytest.raises(PlanError, match="size"):
-        parse_size(text)
+def test_sizes():
+    assert {text: parse_size(text) for text in SIZES} == SIZES
+    for text in ("", "8XB", "-1GiB", "GiB", "1e9", "nan", "9" * 40, 0, True):
+        with pytest.raises(PlanError, match="size"):
+            parse_size(text)
 
 
 def test_budget_too_small_says_by_how_much(sample_export, monkeypatch):

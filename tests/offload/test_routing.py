@@ -35,11 +35,11 @@ PRESENT = {
 }
 
 
-@pytest.mark.parametrize("present", PRESENT)
-def test_the_best_that_is_present_stands_in_for_the_least(present):
-    budget = RouteBudget([1.0], 1.0, 4)
-    budget.advance(1)
-    assert budget.choose(0, WEIGHTS, [mark == "1" for mark in present]) == PRESENT[present]
+def test_the_best_that_is_present_stands_in_for_the_least():
+    for present, ranks in PRESENT.items():
+        budget = RouteBudget([1.0], 1.0, 4)
+        budget.advance(1)
+        assert budget.choose(0, WEIGHTS, [mark == "1" for mark in present]) == ranks
 
 
 def test_what_is_spent_stays_within_the_budget():

@@ -92,7 +92,10 @@ def answer_together(runtime, limit):
     batch.close()
     if runtime.stats()["kernels"] != "torch":
         assert found == [[token.id for token in runtime.generate(ids, limit)] for ids in prompts]
-    assert batch.totals.steps < 8 * limit
+    totals = batch.totals
+    assert limit < totals.steps < 8 * limit
+    assert totals.prompt_tokens + totals.reused_tokens == sum(map(len, prompts))
+    assert totals.answer_tokens == sum(map(len, found))
 
 
 def test_answers_together_are_token_for_token_those_alone(runtime):

@@ -484,10 +484,10 @@ def test_a_named_session_comes_back(tmp_path):
     assert [listed.name for listed in listing(folder)] == ["plans", "later"]
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x"])
-def test_names_are_no_paths(tmp_path, name):
-    with pytest.raises(ConfigError, match="is no name of a session"):
-        NamedSession(tmp_path, name)
+def test_names_are_no_paths(tmp_path):
+    for name in ("", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x"):
+        with pytest.raises(ConfigError, match="is no name of a session"):
+            NamedSession(tmp_path, name)
 
 
 CHANGES = {
