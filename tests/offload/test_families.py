@@ -18,11 +18,12 @@ from slotmoe.quant.codec import DEFAULT_CODECS
 from tests.support.engine import IDS, RUN, whole
 from tests.support.families import CASES, oracle_network, quietly, write_family
 from tests.support.oracle import rebuild
+from tests.support.params import nth
 
 FAMILIES = ("v3-groups-yarn", "glm-two-dense", "mistral-groups", "v3.2", "glm-5")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=nth(2, FAMILIES))
 def export(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     family, overrides = CASES[request.param]
