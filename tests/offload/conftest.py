@@ -1,13 +1,16 @@
-"""Fixtures of the engine on the twin of a GPU."""
+"""Fixtures of the engine: on the twin of a GPU, eager to guess, and of a model with a head."""
 
 from functools import partial
 
 import pytest
+import torch
 
 from slotmoe.offload import loading
+from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.observe import measure
 from slotmoe.offload.policy.prefetch import Prefetcher
 from tests.support.engine import IDS, PROMPT
+from tests.support.families import CASES, write_family
 from tests.support.twin import Twin, open_on
 
 
@@ -37,3 +40,15 @@ def wanted(twin, sample_export):
     """Logits and greedy ids with every expert in a slot."""
     with open_on(sample_export, Twin(), misses="fetch") as runtime:
         return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
+
+
+@pytest.fixture(scope="session")
+def with_head(tmp_path_factory):
+    """A checkpoint whose head predicts one token more, and exports of it without and with that."""
+    folder = tmp_path_factory.mktemp("mtp")
+    family, overrides = CASES["v3-groups-yarn"]
+    head = {"num_nextn_predict_layers": 1}
+    write_family(folder / "source", family, torch.bfloat16, **overrides, **head)
+    quantize(folder / "source", folder / "without")
+    quantize(folder / "source", folder / "export", keep_mtp=True)
+    return folder

@@ -1,5 +1,5 @@
-"""Exports of every family: beside transformers on the same weights, and the same bits for every
-budget, with guesses of what the next gate will choose."""
+"""Exports of every family: beside transformers on the same weights, the same bits for every budget,
+with guesses of what the next gate will choose, and memory as planned."""
 
 import json
 import subprocess
@@ -14,52 +14,44 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.synth import synthesize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.runtime import Runtime
+from slotmoe.quant.codec import DEFAULT_CODECS
 from tests.support.engine import IDS, RUN, whole
 from tests.support.families import CASES, oracle_network, quietly, write_family
 from tests.support.oracle import rebuild
+from tests.support.params import nth
 
 FAMILIES = ("v3-groups-yarn", "glm-two-dense", "mistral-groups", "v3.2", "glm-5")
 
 
-@pytest.fixture(scope="module")
-def export_of(tmp_path_factory):
-    """The export of a case, made once."""
-    made = {}
-
-    def export(name):
-        if name not in made:
-            made[name] = folder = tmp_path_factory.mktemp("family")
-            family, overrides = CASES[name]
-            write_family(folder / "source", family, torch.bfloat16, **overrides)
-            quantize(folder / "source", folder / "export")
-        return made[name] / "export"
-
-    return export
+@pytest.fixture(scope="module", params=nth(2, FAMILIES))
+def export(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    family, overrides = CASES[request.param]
+    write_family(folder / "source", family, torch.bfloat16, **overrides)
+    quantize(folder / "source", folder / "export")
+    return folder / "export"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_kernels_lose_less_than_bf16_does(name, export_of):
+def test_kernels_lose_less_than_bf16_does(export, oracle):
     """transformers in float32 on the export's own weights is what is right, and in bfloat16 the
     measure.  A token whose experts change by rounding is far off in both, so the median counts."""
-    export, errors = export_of(name), []
     rows, shapes = rebuild(export), dict(tensor_shapes(read_config(export / "config.json")))
     weights = {name: rows[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
     with quietly():
         right = oracle_network(export, weights)(torch.tensor([IDS])).logits[0]
         low = oracle_network(export, weights).bfloat16()(torch.tensor([IDS])).logits[0].float()
     with Runtime.open(export, context=64) as runtime:
-        for logits in (runtime.logits(IDS), low):
-            errors.append(((logits - right).norm(dim=1) / right.norm(dim=1)).median().item())
+        both = runtime.logits(IDS), low
+    errors = [((each - right).norm(dim=1) / right.norm(dim=1)).median().item() for each in both]
     assert errors[0] <= 2 * errors[1], errors
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_same_bits_for_every_budget_and_with_guesses(name, export_of, always_guessing):
-    with Runtime.open(export_of(name), context=64) as runtime:
+def test_same_bits_for_every_budget_and_with_guesses(export, always_guessing):
+    with Runtime.open(export, context=64) as runtime:
         wanted = runtime.logits(IDS)
         ids = [token.id for token in runtime.generate(IDS[:8], 8)]
-    for options in ({"slots": 6}, {"slots": 6, "prefetch": False}, {"slots": 9}):
-        with Runtime.open(export_of(name), context=64, **options) as runtime:
+    for options in ({"slots": 6}, {"slots": 9, "prefetch": False}):
+        with Runtime.open(export, context=64, **options) as runtime:
             assert torch.equal(runtime.logits(IDS), wanted)
             assert [token.id for token in runtime.generate(IDS[:8], 8)] == ids
             guesses = runtime.stats().get("prefetch")
@@ -68,14 +60,16 @@ def test_same_bits_for_every_budget_and_with_guesses(name, export_of, always_gue
             whole(runtime)
 
 
-@pytest.mark.usefixtures("nightly")
-def test_peak_memory_of_a_familys_geometry_is_within_three_percent_of_the_prediction(tmp_path):
-    """GLM-4.7-Flash's widths with fewer layers, as ``slotmoe synth`` writes them."""
-    config = json.loads(geometry_path("glm-4.7-flash").read_text())
-    config |= {"num_hidden_layers": 6}
+@pytest.mark.usefixtures("nightly", "processes")
+@pytest.mark.parametrize(("draft", "prompt"), [("off", 300), ("mtp", 900)])
+def test_peak_memory_is_within_three_percent_of_the_prediction(tmp_path, draft, prompt):
+    """GLM-4.7-Flash's widths with fewer layers, as ``slotmoe synth`` writes them, and its head."""
+    config = json.loads(geometry_path("glm-4.7-flash").read_text()) | {"num_hidden_layers": 6}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    synthesize(tmp_path / "config.json", tmp_path / "export", "int8", 1, False, lambda *_: None)
-    command = [sys.executable, "-c", RUN, "200", "300", str(tmp_path / "export")]
+    options = "int8", DEFAULT_CODECS, 1, False, lambda *_: None, draft == "mtp"
+    synthesize(tmp_path / "config.json", tmp_path / "export", *options)
+    run = RUN.replace("context=1024", f"context=1024, draft={draft!r}")
+    command = [sys.executable, "-c", run, "200", str(prompt), tmp_path / "export"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured, predicted, kernels = json.loads(done.stdout)
     if kernels == "torch":

@@ -4,9 +4,7 @@ is bitwise that without, whatever it says."""
 import json
 import random
 import shutil
-import subprocess
-import sys
-from contextlib import suppress
+from itertools import product
 
 import pytest
 import torch
@@ -18,39 +16,21 @@ from slotmoe.model.mtp import MtpHead
 from slotmoe.model.names import expert_name
 from slotmoe.offload.head import HeadDrafts
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.ingest.synth import synthesize
-from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.policy.drafts import Asking, Drafting
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Scheduler
-from slotmoe.quant.codec import DEFAULT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.verify import damaged_files
 from slotmoe.quant.export.writer import write_predictor
 from slotmoe.quant.kernels.cpu.bindings import load
-from tests.offload.test_scheduler import Caller
 from tests.support import plain
-from tests.support.engine import IDS, RUN, whole
+from tests.support.engine import IDS, whole
 from tests.support.exported import resign
-from tests.support.families import CASES, write_family
-from tests.support.interrupts import interrupted_at, lines_of
+from tests.support.params import nth
 from tests.support.predictor import random_tensors
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
-MTP = {"num_nextn_predict_layers": 1}
 HEAD = layer_file(3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint with a head, and exports of it without and with the head."""
-    folder = tmp_path_factory.mktemp("mtp")
-    family, overrides = CASES["v3-groups-yarn"]
-    write_family(folder / "source", family, torch.bfloat16, **overrides, **MTP)
-    quantize(folder / "source", folder / "without")
-    quantize(folder / "source", folder / "export", keep_mtp=True)
-    return folder
 
 
 def opened(folder, draft="mtp", **options):
@@ -60,25 +40,35 @@ def opened(folder, draft="mtp", **options):
 @pytest.fixture
 def eager(monkeypatch):
     """The head is always asked, and what it says is always computed."""
-
-    def all_of(self, chances):
-        return [len(each) for each in chances]
-
-    monkeypatch.setattr(Drafting, "lengths", all_of)
+    monkeypatch.setattr(Drafting, "lengths", lambda self, chances: [len(each) for each in chances])
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
-def text_of(runtime, count=40, prompt=12, **options):
+@pytest.fixture(scope="module")
+def plainly(with_head):
+    """Without drafts."""
+    with opened(with_head, "off") as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def drafting(with_head):
+    with opened(with_head) as runtime:
+        yield runtime
+
+
+def text_of(runtime, count=40, **options):
     """Ids and log-probabilities."""
-    tokens = list(runtime.generate(IDS[:prompt], count, **options))
+    runtime.sequences[0].rewind(0)
+    tokens = list(runtime.generate(IDS[:12], count, **options))
     return [(token.id, token.logprob) for token in tokens]
 
 
 # The export
 
 
-def test_the_head_is_one_more_layer_and_changes_no_other_byte(folder):
-    with Export.open(folder / "without") as without, Export.open(folder / "export") as kept:
+def test_the_head_is_one_more_layer_and_changes_no_other_byte(with_head):
+    with Export.open(with_head / "without") as without, Export.open(with_head / "export") as kept:
         assert (without.layers, without.mtp_layer) == ((1, 2), None)
         assert (kept.layers, kept.mtp_layer) == ((1, 2, 3), 3)
         experts = [export.manifest["experts"] for export in (without, kept)]
@@ -93,37 +83,31 @@ def test_the_head_is_one_more_layer_and_changes_no_other_byte(folder):
     assert not any("embed_tokens" in name or "shared_head.head" in name for name in more)
 
 
-def test_an_export_is_repaired_or_refused_as_any_other(folder, tmp_path):
-    made, notes = tmp_path / "export", []
-    quantize(folder / "source", made, keep_mtp=True)
-    with pytest.raises(ExportError, match="overwrite"):
-        quantize(folder / "source", made)
-    with pytest.raises(ExportError, match="overwrite"):
-        quantize(folder / "source", folder / "without", keep_mtp=True)
+def test_an_export_is_repaired_or_refused_as_any_other(with_head, tmp_path):
+    made, notes = shutil.copytree(with_head / "export", tmp_path / "export"), []
+    for place, keep in ((made, False), (with_head / "without", True)):
+        with pytest.raises(ExportError, match="overwrite"):
+            quantize(with_head / "source", place, keep_mtp=keep)
     manifest = json.loads((made / MANIFEST).read_text())
     before = (made / HEAD).read_bytes()
     (made / HEAD).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert [*damaged_files(made, manifest, lambda *_: None)] == [HEAD]
-    quantize(folder / "source", made, keep_mtp=True, notify=notes.append)
+    quantize(with_head / "source", made, keep_mtp=True, notify=notes.append)
     assert (made / HEAD).read_bytes() == before and "made again" in notes[0]
-
-
-@pytest.mark.parametrize("layer", [2, 4, True, "3", None])
-def test_a_manifest_that_names_another_layer_is_refused(folder, tmp_path, layer):
-    quantize(folder / "source", tmp_path / "export", keep_mtp=True)
-    resign(tmp_path / "export", lambda manifest: manifest["experts"].update(mtp_layer=layer))
-    with pytest.raises(ExportError, match="mtp_layer") as caught:
-        Export.open(tmp_path / "export")
-    assert "\n" not in str(caught.value)
+    for layer in (2, 4, True, "3", None):
+        resign(made, lambda manifest, layer=layer: manifest["experts"].update(mtp_layer=layer))
+        with pytest.raises(ExportError, match="mtp_layer") as caught:
+            Export.open(made)
+        assert "\n" not in str(caught.value)
 
 
 # Opened
 
 
-def test_what_is_not_asked_for_takes_nothing(folder):
+def test_what_is_not_asked_for_takes_nothing(with_head):
     plans = []
     for name in ("without", "export"):
-        with Runtime.open(folder / name, context=96, draft="off") as runtime:
+        with Runtime.open(with_head / name, context=96, draft="off") as runtime:
             assert runtime.model.head is None and not runtime.config.mtp
             components = runtime.plan.components | {"runtime": 0}  # what the process has
             plans.append((components, runtime.plan.slots, text_of(runtime)))
@@ -131,33 +115,33 @@ def test_what_is_not_asked_for_takes_nothing(folder):
 
 
 @needs_kernels
-def test_the_plan_has_the_head(folder):
-    with opened(folder, "ngram") as without, opened(folder) as runtime:
-        assert runtime.plan.slots == without.plan.slots + 8
-        parts = [each.plan.components for each in (without, runtime)]
-        caches = [part["latent KV cache"] for part in parts]
-        assert caches[1] * 3 == caches[0] * 4
-        assert parts[1]["drafting head"] > 64 * 128 and "drafting head" not in parts[0]
+def test_the_plan_has_the_head(with_head, drafting):
+    with opened(with_head, "ngram") as without:
+        assert drafting.plan.slots == without.plan.slots + 8
+        before, parts = without.plan.components, drafting.plan.components
+    assert parts["latent KV cache"] * 3 == before["latent KV cache"] * 4
+    assert parts["drafting head"] > 64 * 128 and "drafting head" not in before
 
 
 @needs_kernels
-def test_refusals(folder, slotmoe):
-    with pytest.raises(ConfigError, match="quantize --keep-mtp"):
-        Runtime.open(folder / "without", draft="mtp")
-    with pytest.raises(ConfigError, match=r"draft mtp: .* leave it out"):
-        Runtime.open(folder / "export", draft="mtp", kernels="torch")
-    with pytest.raises(ConfigError, match=r"draft mtp: .* leave it out"):
-        Runtime.open(folder / "source", draft="mtp", quantize=False)
-    for arguments in (
-        ("quantize", "sample", folder / "none", "--keep-mtp"),
-        ("synth", "v2-lite", folder / "none", "--keep-mtp"),
-        ("plan", "moonlight", "--draft", "mtp"),
+def test_refusals(with_head, slotmoe):
+    for name, options, message in (
+        ("without", {}, "quantize --keep-mtp"),
+        ("export", {"kernels": "torch"}, r"draft mtp: .* leave it out"),
+        ("source", {"quantize": False}, r"draft mtp: .* leave it out"),
     ):
-        code, _, err = slotmoe(*map(str, arguments))
+        with pytest.raises(ConfigError, match=message):
+            Runtime.open(with_head / name, draft="mtp", **options)
+    for arguments, option in (
+        (("quantize", "sample", with_head / "none", "--keep-mtp"), "--keep-mtp"),
+        (("synth", "v2-lite", with_head / "none", "--keep-mtp"), "--keep-mtp"),
+        (("plan", "moonlight", "--draft", "mtp"), "--draft mtp"),
+    ):
+        code, _, err = slotmoe(*arguments)
         assert code == 2 and "num_nextn_predict_layers is 0, expected 1 or more" in err
-        assert f"leave {arguments[-1] if arguments[-1] != 'mtp' else '--draft mtp'} out" in err
-        assert not (folder / "none").exists()
-    code, _, err = slotmoe("plan", str(folder / "without"), "--draft", "mtp")
+        assert f"leave {option} out" in err
+        assert not (with_head / "none").exists()
+    code, _, err = slotmoe("plan", with_head / "without", "--draft", "mtp")
     assert code == 2 and "quantize --keep-mtp" in err
 
 
@@ -165,34 +149,28 @@ def test_refusals(folder, slotmoe):
 
 
 @needs_kernels
-def test_kernels_lose_of_the_head_what_they_lose_of_the_network(folder, tmp_path):
+def test_kernels_lose_of_the_head_what_they_lose_of_the_network(with_head, drafting, tmp_path):
     """Beside plain float64 on the export's own weights."""
     ids, weights = IDS[:14], {}
-    with Export.open(folder / "export") as export:
+    with Export.open(with_head / "export") as export:
         for name in export.manifest["files"][RESIDENT]["tensors"]:
             if not name.endswith(".scale"):
-                weight = export.resident(name)
-                weights[name] = (
-                    weight.float() if isinstance(weight, Tensor) else weight.dequantize()
-                )
-        for layer in export.layers:
-            for expert in range(export.experts):
-                for projection, weight in export.expert(layer, expert).items():
-                    weights[expert_name(layer, expert, projection)] = weight.contiguous()
+                kept = export.resident(name)
+                weights[name] = kept.float() if isinstance(kept, Tensor) else kept.dequantize()
+        for layer, expert in product(export.layers, range(export.experts)):
+            for projection, weight in export.expert(layer, expert).items():
+                weights[expert_name(layer, expert, projection)] = weight.contiguous()
     save_file(weights, tmp_path / "weights.safetensors")
-    (tmp_path / "config.json").write_bytes((folder / "export" / "config.json").read_bytes())
-    with opened(folder) as runtime:
-        (hidden_TD,) = runtime.sequences[0].run(ids)
-        main = runtime.passes.logits(hidden_TD)
-        drafts = drafts_of(runtime)
-        head = runtime.model.head.head(drafts.read(ids, hidden_TD[:-1].clone()))
-    errors = [
-        ((found - right).norm(dim=1) / right.norm(dim=1)).median().item()
-        for found, right in (
-            (main, torch.from_numpy(plain.logits(tmp_path, ids)).float()),
-            (head, torch.from_numpy(plain.mtp_logits(tmp_path, ids)).float()),
-        )
-    ]
+    shutil.copy(with_head / "export" / "config.json", tmp_path)
+    drafting.sequences[0].rewind(0)
+    (hidden_TD,) = drafting.sequences[0].run(ids)
+    main = drafting.passes.logits(hidden_TD)
+    head = drafting.model.head.head(drafts_of(drafting).read(ids, hidden_TD[:-1].clone()))
+    right = plain.logits(tmp_path, ids), plain.mtp_logits(tmp_path, ids)
+    errors = []
+    for found, wanted in zip((main, head), map(torch.from_numpy, right), strict=True):
+        lost = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+        errors.append(lost.median().item())
     assert errors[1] <= 2 * errors[0], errors
 
 
@@ -226,163 +204,91 @@ class Prompter:
         return logits_1V
 
 
+@pytest.fixture
+def predicting(with_head, tmp_path):
+    """The same with a predictor, which knows the other layers alone."""
+    shutil.copytree(with_head / "export", tmp_path / "export")
+    tensors = random_tensors(1)
+    write_predictor(tmp_path / "export", tensors | {"popularity": tensors["popularity"].abs()})
+    return tmp_path
+
+
 @needs_kernels
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "warm"])
-@pytest.mark.parametrize("slots", [None, 9], ids=["all experts", "few slots"])
+@pytest.mark.parametrize(
+    ("slots", "options"), nth(3, product([None, 9], [{}, {"temperature": 0.8, "seed": 3}]))
+)
 def test_text_is_bitwise_that_without_drafts(
-    folder, eager, monkeypatch, always_guessing, options, slots
+    predicting, plainly, eager, monkeypatch, always_guessing, slots, options
 ):
-    with opened(folder, "off") as runtime:
-        want = text_of(runtime, **options)
-    with opened(folder, slots=slots) as runtime:
+    want = text_of(plainly, **options)
+    with opened(predicting, slots=slots) as runtime:
         assert text_of(runtime, **options) == want  # as random weights draft
         before = runtime.stats()["drafts"]
         assert before["kind"] == "mtp" and before["drafted"] == before["passes"] > 20
         runtime.model.head.head = Prompter(monkeypatch, [id for id, _ in want])
-        assert text_of(runtime, prompt=12, **options) == want
+        assert text_of(runtime, **options) == want
         now = runtime.stats()["drafts"]
         passes, accepted = (now[key] - before[key] for key in ("passes", "accepted"))
         assert runtime.model.experts.slots.consistent
-        assert passes + accepted == 40 and accepted >= 13  # the last of the prompt anew
+        assert passes + accepted == 39 and accepted >= 13
+        assert slots is None or runtime.stats()["prefetch"]["layer"]["guessed"] > 0
         whole(runtime)
 
 
 @needs_kernels
-def test_a_predictor_knows_the_other_layers_alone(folder, tmp_path, eager, always_guessing):
-    shutil.copytree(folder / "export", tmp_path / "export")
-    tensors = random_tensors(1)
-    tensors["popularity"] = tensors["popularity"].abs()
-    write_predictor(tmp_path / "export", tensors)
-    with opened(folder, "off") as runtime:
-        want = text_of(runtime)
-    for draft in ("off", "mtp"):
-        with opened(tmp_path, draft, slots=9) as runtime:
-            assert text_of(runtime) == want
-            stats = runtime.stats()
-            assert stats["prefetch"]["layer"]["guessed"] > 0
-            assert (stats["drafts"]["kind"], runtime.config.mtp) == (draft, draft == "mtp")
-            whole(runtime)
-
-
-@needs_kernels
-def test_rows_of_the_head_are_those_of_one_pass_over_the_text(folder, eager, monkeypatch):
+def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
+    plainly, drafting, eager, monkeypatch
+):
     """However the text came: a prompt in pieces, tokens one by one, right drafts and wrong ones."""
-    with opened(folder, "off") as runtime:
-        answer = [id for id, _ in text_of(runtime, 30)]
-    ids = [*IDS[:12], *answer]
-    with opened(folder) as runtime:
-        runtime.model.head.head = Prompter(monkeypatch, answer)
-        sequence = runtime.sequences[0]
-        for start, end in ((0, 5), (5, 6), (6, 12)):
-            sequence.append(ids[start:end])
-        for id in ids[12:]:
-            sequence.append([id])
-        came, drafts = sequence._head._cache, drafts_of(runtime)
-        assert runtime.stats()["drafts"]["accepted"] >= 10 and came.length >= len(ids) - 3
-        sequence.rewind(0)
-        (hidden_TD,) = sequence.run(ids)
-        drafts.read(ids, hidden_TD[:-1].clone())
-        rows_SX = drafts._cache.layers[0]
-        assert torch.equal(rows_SX[: came.length], came.layers[0, : came.length])
-        # What is missing is left out, and what is there already is not read again.
-        drafts.read(ids[:9], hidden_TD[4:8].clone())
-        assert drafts._cache.length == 8 and torch.equal(rows_SX[:8], came.layers[0, :8])
-        with monkeypatch.context() as patch:
-            patch.setattr(MtpHead, "forward", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                drafts.read(ids[:5], hidden_TD[3:4].clone())
-        drafts.read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
-        assert drafts._cache.length == 1
-        drafts.read([*ids[:4], 9, 9], hidden_TD[4:5].clone())
-        assert drafts._cache.length == 1
+    answer = [id for id, _ in text_of(plainly, 30)]
+    ids, runtime = [*IDS[:12], *answer], drafting
+    before, sequence = runtime.stats()["drafts"]["accepted"], runtime.sequences[0]
+    monkeypatch.setattr(runtime.model.head, "head", Prompter(monkeypatch, answer))
+    sequence.rewind(0)
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        sequence.append(ids[start:end])
+    for id in ids[12:]:
+        sequence.append([id])
+    came, drafts = sequence._head._cache, drafts_of(runtime)
+    assert runtime.stats()["drafts"]["accepted"] - before >= 10
+    assert came.length >= len(ids) - 3
+    sequence.rewind(0)
+    (hidden_TD,) = sequence.run(ids)
+    drafts.read(ids, hidden_TD[:-1].clone())
+    rows_SX = drafts._cache.layers[0]
+    assert torch.equal(rows_SX[: came.length], came.layers[0, : came.length])
+    # What is missing is left out, and what is there already is not read again.
+    drafts.read(ids[:9], hidden_TD[4:8].clone())
+    assert drafts._cache.length == 8 and torch.equal(rows_SX[:8], came.layers[0, :8])
+    with monkeypatch.context() as patch:
+        patch.setattr(MtpHead, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            drafts.read(ids[:5], hidden_TD[3:4].clone())
+    drafts.read(ids[:7], hidden_TD[5:6].clone())  # rows 3 and 4 are not sure any more
+    assert drafts._cache.length == 1
+    drafts.read([*ids[:4], 9, 9], hidden_TD[4:5].clone())
+    assert drafts._cache.length == 1
 
 
-@needs_kernels
-def test_another_text_or_a_rewind(folder, eager):
-    with opened(folder, "off") as plainly, opened(folder) as runtime:
-        rows = []
-        for each in (plainly, runtime):
-            sequence, found = each.sequences[0], []
-            for length, ids in ((0, IDS[:20]), (12, IDS[30:40]), (5, IDS[2:3]), (0, IDS[5:9])):
-                sequence.rewind(length)
-                found.append(sequence.append(ids))
-                found += [sequence.append([id]) for id in IDS[20:26]]
-            rows.append(torch.cat(found))
-        assert torch.equal(*rows)
-
-
-@needs_kernels
-def test_several_answers_in_one_pass(folder, eager):
-    prompts = [IDS[:12], IDS[3:9], IDS[20:21], IDS[:14]]
-    with opened(folder, "off") as plainly, opened(folder, sequences=4) as runtime:
-        batch = Scheduler(runtime, 4, 0)
-        callers = [Caller(batch, runtime, ids) for ids in prompts]
-        found = [caller.wait().answer.ids for caller in callers]
-        assert found == [[token.id for token in plainly.generate(i, 24)] for i in prompts]
-        batch.close()
-        assert batch.problem is None and runtime.stats()["drafts"]["drafted"] > 60
-
-
-@needs_kernels
-def test_interrupted_at_some_lines(folder, eager):
-    """The text goes on from what the sequence holds, whichever line an exception came at."""
-    with opened(folder, "off") as plainly, opened(folder, slots=9) as runtime:
-
-        def compute(each):
-            sequence = each.sequences[0]
-            sequence.rewind(8)
-            rows = [sequence.append(IDS[8:20])]
-            return torch.cat([*rows, *(sequence.append([id]).clone() for id in IDS[20:26])])
-
-        for each in (plainly, runtime):
-            each.sequences[0].append(IDS[:8])
-        want = compute(plainly)
-        assert torch.equal(compute(runtime), want)
-        lines, chance, came = lines_of(lambda: compute(runtime)), random.Random(5), 0
-        ours = [line for line in sorted(lines) if line[0].endswith(("/head.py", "/mtp.py"))]
-        for line in chance.sample(ours, 12):
-            with suppress(Exception):
-                moment = chance.randint(1, max(1, lines[line] * 3 // 4))
-                came += interrupted_at(line, moment, lambda: compute(runtime), KeyboardInterrupt)
-            assert torch.equal(compute(runtime), want), line
-        whole(runtime)
-        assert came > 6
-
-
-def answers(chance, one, more, cost, count=2000):
+def answers(chance, more, cost=0.06):
     """Tokens for each time of a pass of one row, where the head is right by ``chance``."""
     drafting, asking, text, spent, luck = Drafting(), Asking(), [0], 0.0, random.Random(4)
-    while len(text) < count:
+    while len(text) < 2000:
         drafted, seconds = False, 0.0
         asking.came(text)
         if asking.pays(drafting):
             asking.answered(len(text), 1, cost)
             drafted, seconds = drafting.lengths([[asking.chance]]) == [1], cost
-        took = one + more * drafted
+        took = 1.0 + more * drafted
         drafting.measured(1 + drafted, int(drafted), took)
         right = luck.random() < chance
         text += [int(right)] + [2] * (drafted and right)
         spent += took + seconds
-    return len(text) * one / spent
+    return len(text) / spent
 
 
 @pytest.mark.parametrize(("chance", "more"), [(0.9, 0.3), (0.7, 0.3), (0.3, 0.3), (0.9, 1.1)])
 def test_the_head_is_asked_as_long_as_that_pays(chance, more):
     best = max(1.0, (1 + chance) / (1 + more + 0.06))
-    assert answers(chance, 1.0, more, 0.06) > 0.95 * best
-    assert answers(0.0, 1.0, more, 0.06) > 0.98
-
-
-@needs_kernels
-@pytest.mark.usefixtures("nightly")
-def test_peak_memory_is_within_three_percent_of_the_prediction(tmp_path):
-    """GLM-4.7-Flash's widths with fewer layers and its head."""
-    config = json.loads(geometry_path("glm-4.7-flash").read_text()) | {"num_hidden_layers": 6}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    where = tmp_path / "config.json", tmp_path / "export"
-    synthesize(*where, "int8", DEFAULT_CODECS, 1, False, lambda *_: None, keep_mtp=True)
-    run = RUN.replace("context=1024", "context=1024, draft='mtp'")
-    command = [sys.executable, "-c", run, "200", "900", str(tmp_path / "export")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured, predicted, _ = json.loads(done.stdout)
-    assert measured == pytest.approx(predicted, rel=0.03)
+    assert answers(chance, more) > 0.95 * best
+    assert answers(0.0, more) > 0.98

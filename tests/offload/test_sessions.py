@@ -3,46 +3,51 @@ not what it claims to be."""
 
 import errno
 import os
-import subprocess
-import sys
-import tempfile
+import shutil
 import threading
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Job, Scheduler
-from slotmoe.offload.sequence import Sequence, shared_prefix
+from slotmoe.offload.sequence import shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
-from tests.support.disk import memory
 from tests.support.engine import IDS
 from tests.support.params import nth
-from tests.support.tiny import SAMPLE, write_checkpoint
+from tests.support.tiny import SAMPLE
 from tests.support.twin import Twin
 
 TEXT = [id % 4000 for id in range(7, 7 + 13 * 200, 13)]  # 200 tokens: three blocks and a bit
 ROOT, TOKEN_BYTES = bytes(16), 24
 
 
-def opened(export, folder, **options):
-    """A runtime that keeps its texts, and what it said."""
-    runtime, said = Runtime.open(export, ram="2GiB", **{"context": 1024, **options}), []
+@pytest.fixture(scope="module")
+def runtime(sample_export):
+    with Runtime.open(sample_export, ram="2GiB", context=1024) as runtime:
+        yield runtime
+
+
+def keeping(runtime, folder):
+    """Let ``runtime`` keep its texts in ``folder``, with none in memory; what it says."""
+    said = []
     runtime.keep_in(folder, notify=said.append)
-    return runtime, said
+    runtime.sequences[0].rewind(0)
+    return said
 
 
-def kept(export, folder, ids, **options):
+def computed(runtime, ids):
+    """Logits after ``ids``, all computed anew."""
+    runtime.sequences[0].rewind(0)
+    return runtime.sequences[0].append(ids)
+
+
+def kept(runtime, folder, ids):
     """Compute and keep a text: the logits after its last token."""
-    runtime, said = opened(export, folder, **options)
-    with runtime:
-        logits = runtime.sequences[0].append(ids)
-        runtime.keep()
+    said, logits = keeping(runtime, folder), computed(runtime, ids)
+    runtime.keep()
     assert not said
     return logits
 
@@ -50,7 +55,6 @@ def kept(export, folder, ids, **options):
 def restored(runtime, ids):
     """How many tokens of ``ids`` were on disk, and the logits after the last one."""
     sequence = runtime.sequences[0]
-    sequence.rewind(0)
     count = runtime.sessions.restore(sequence, ids[:-1])
     return count, sequence.append(ids[count:])
 
@@ -61,56 +65,59 @@ def files(folder):
     return sorted(paths, key=lambda path: path.name.split("-")[1:])
 
 
+def size_of(folder):
+    return sum(path.stat().st_size for path in files(folder))
+
+
 @pytest.fixture(scope="module")
-def store(sample_export, tmp_path_factory):
+def store(runtime, tmp_path_factory):
     """A folder that holds ``TEXT``, and the logits after it."""
     folder = tmp_path_factory.mktemp("kept") / "sessions"
-    return folder, kept(sample_export, folder, TEXT)
+    return folder, kept(runtime, folder, TEXT)
 
 
 @pytest.fixture
 def copy(store, tmp_path):
     """A folder of its own with the same."""
-    subprocess.run(["cp", "-a", store[0], tmp_path / "sessions"], check=True)
-    return tmp_path / "sessions"
+    return shutil.copytree(store[0], tmp_path / "sessions")
 
 
 # The same bits
 
 
-def test_reopened_logits_are_bitwise_those_of_computing_anew(sample_export, store, tmp_path):
+def test_reopened_logits_are_bitwise_those_of_computing_anew(runtime, sample_export, store):
+    """Also where the context has less room than when they were kept."""
     folder, wanted = store
-    runtime, said = opened(sample_export, folder, slots=60, threads=1)
-    with runtime:
-        count, logits = restored(runtime, TEXT)
+    with Runtime.open(sample_export, context=201, slots=60, threads=1) as reopened:
+        said = keeping(reopened, folder)
+        count, logits = restored(reopened, TEXT)
         assert (count, said) == (199, [])
         assert torch.equal(logits, wanted)
-        after = runtime.sequences[0].append([5])
-        assert runtime.stats()["sessions"]["restored_tokens"] == 199
-        assert runtime.stats()["tokens"]["prefill_tokens"] == 0
-    with Runtime.open(sample_export, context=1024) as runtime:
-        runtime.sequences[0].append([*TEXT])
-        assert torch.equal(after, runtime.sequences[0].append([5]))
+        after = reopened.sequences[0].append([5])
+        with pytest.raises(PlanError, match="the context holds 201"):
+            reopened.generate([*TEXT, *TEXT], 4)
+        assert reopened.stats()["sessions"]["restored_tokens"] == 199
+        assert reopened.stats()["tokens"]["prefill_tokens"] == 0
+    computed(runtime, TEXT)
+    assert torch.equal(after, runtime.sequences[0].append([5]))
 
 
 @pytest.mark.parametrize(("kernels", "length"), nth(2, [("auto", 200), ("torch", 20)]))
 def test_text_goes_on_as_if_the_process_had_not_ended(sample_export, tmp_path, kernels, length):
-    def generated(runtime, ids, count):
+    def generated(ids, count):
         tokens = [*runtime.generate(ids, count, temperature=0.8, seed=3)]
         return [token.id for token in tokens], [token.logprob for token in tokens]
 
-    runtime, _ = opened(sample_export, tmp_path, kernels=kernels)
-    with runtime:
-        first = generated(runtime, TEXT[:length], 12)[0]
-        wanted = generated(runtime, [*TEXT[:length], *first], 6)
+    with Runtime.open(sample_export, context=1024, kernels=kernels) as runtime:
+        keeping(runtime, tmp_path)
+        first = generated(TEXT[:length], 12)[0]
+        wanted = generated([*TEXT[:length], *first], 6)
         runtime.keep()
-    runtime, _ = opened(sample_export, tmp_path, kernels=kernels)
-    with runtime:
-        assert generated(runtime, [*TEXT[:length], *first], 6) == wanted
+        keeping(runtime, tmp_path)
+        assert generated([*TEXT[:length], *first], 6) == wanted
         assert runtime.stats()["sessions"]["restored_tokens"] == length + 11
 
 
-@pytest.mark.usefixtures("twin")
 def test_a_gpus_latents_come_back(on_twin, tmp_path):
     def logits():
         with on_twin(Twin()) as runtime:
@@ -125,173 +132,103 @@ def test_a_gpus_latents_come_back(on_twin, tmp_path):
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("same", [1, 63, 64, 100, 130, 199])
-def test_a_prompt_that_differs_reuses_what_comes_before(sample_export, store, same):
-    ids = [*TEXT[:same], 3, *TEXT[same:150]]
-    runtime, said = opened(sample_export, store[0])
-    with runtime:
+def test_a_prompt_that_differs_reuses_what_comes_before(runtime, store):
+    for same in (1, 63, 64, 100, 130, 199):
+        ids, said = [*TEXT[:same], 3, *TEXT[same:150]], keeping(runtime, store[0])
         count, logits = restored(runtime, ids)
         assert (count, said) == (same, [])
-        with Runtime.open(sample_export, context=1024) as fresh:
-            assert torch.equal(logits, fresh.sequences[0].append(ids))
-
-
-def test_what_is_in_memory_is_not_read(sample_export, store):
-    runtime, _ = opened(sample_export, store[0])
-    with runtime:
-        runtime.sequences[0].append(TEXT[:100])
-        list(runtime.generate(TEXT, 1))
-        stats = runtime.stats()["sessions"]
-        assert stats["restored_tokens"] == 99
-        assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
+        assert torch.equal(logits, computed(runtime, ids))
 
 
 # What is kept
 
 
-@pytest.mark.usefixtures("processes")
-def test_the_same_beginning_is_kept_once(sample_export, copy):
-    other = [*TEXT[:140], *TEXT[:60]]
-    kept(sample_export, copy, other)
-    starts = [int(path.name.split("-")[1]) for path in files(copy)]
-    assert starts == [0, 64, 128, 128, 192, 192]
-    total = sum(path.stat().st_size for path in files(copy))
-    assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == total
+def test_the_same_beginning_is_kept_once_and_a_lower_limit_at_once(runtime, copy):
+    kept(runtime, copy, [*TEXT[:140], *TEXT[:60]])
+    before, size = files(copy), size_of(copy)
+    assert [path.name.split("-")[1][-3:] for path in before] == "000 064 128 128 192 192".split()
+    assert BlockFolder(copy / "blocks", 1 << 30, print).nbytes == size
+    assert BlockFolder(copy / "blocks", size - 1, print).nbytes < size
+    assert len(files(copy)) == len(before) - 1 and files(copy)[0] == before[0]
 
 
-def test_bytes_are_those_of_the_files(tmp_path):
-    folder, tokens = BlockFolder(tmp_path / "blocks", 1 << 20, print), texts(1, 200)[0]
-    for length in (20, 50, 64, 70, 130, 200):
-        fill(folder, tokens[:length])
-        assert folder.nbytes == sum(p.stat().st_size for p in (tmp_path / "blocks").rglob("*-*"))
-
-
-@pytest.mark.usefixtures("processes")
-def test_a_text_that_grows_leaves_no_short_block(sample_export, copy):
-    kept(sample_export, copy, [*TEXT, 9])
-    assert [path.name.split("-")[1:3] for path in files(copy)] == [
-        ["00000000", "64"],
-        ["00000064", "64"],
-        ["00000128", "64"],
-        ["00000192", "09"],
-    ]
-    kept(sample_export, copy, TEXT)  # is in there
-    assert len(files(copy)) == 4
+def test_a_text_that_grows_leaves_no_short_block(runtime, copy):
+    for ids in ([*TEXT, 9], TEXT):  # the second is in there
+        kept(runtime, copy, ids)
+        parts = [path.name.split("-")[1:3] for path in files(copy)]
+        starts = [["00000000", "64"], ["00000064", "64"], ["00000128", "64"], ["00000192", "09"]]
+        assert parts == starts
 
 
 def test_only_this_user_can_read_it(store):
     folder = store[0]
-    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o600}
-    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+    for path in (folder, *folder.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o600 if path.is_file() else 0o700)
 
 
-def test_an_interrupted_prefill_is_kept(sample_export, tmp_path, monkeypatch):
-    ids = [*TEXT, *TEXT, *TEXT]
-    runtime, _ = opened(sample_export, tmp_path)
-    with runtime:
-        original, passes = type(runtime.passes).forward, []
+def test_an_interrupted_prefill_is_kept(runtime, tmp_path, monkeypatch):
+    ids, passes, kind = [*TEXT, *TEXT, *TEXT], [], type(runtime.passes)
+    original = kind.forward
 
-        def forward(self, *arguments):
-            if passes:
-                raise KeyboardInterrupt
-            passes.append(1)
-            return original(self, *arguments)
+    def forward(self, *arguments):
+        if passes:
+            raise KeyboardInterrupt
+        passes.append(1)
+        return original(self, *arguments)
 
-        monkeypatch.setattr(type(runtime.passes), "forward", forward)
-        with pytest.raises(KeyboardInterrupt):
-            next(runtime.generate(ids, 4))
-        runtime.keep()
-        done = runtime.sequences[0].length
-        assert 0 < done < len(ids)
+    keeping(runtime, tmp_path)
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        next(runtime.generate(ids, 4))
+    runtime.keep()
     monkeypatch.undo()
-    runtime, _ = opened(sample_export, tmp_path)
-    with runtime:
-        count, logits = restored(runtime, ids)
-        assert count == done
-        runtime.sequences[0].rewind(0)
-        assert torch.equal(logits, runtime.sequences[0].append(ids))
+    done = runtime.sequences[0].length
+    assert 0 < done < len(ids)
+    keeping(runtime, tmp_path)
+    count, logits = restored(runtime, ids)
+    assert count == done
+    assert torch.equal(logits, computed(runtime, ids))
 
 
-def test_a_server_stopped_in_the_middle_of_a_prompt_keeps_what_it_read(
-    sample_export, tmp_path, monkeypatch
-):
-    ids, ended = [*TEXT, *TEXT, *TEXT], threading.Event()
-    runtime, _ = opened(sample_export, tmp_path)
-    with runtime:
-        batch = Scheduler(runtime, 1, 1)
-        original = Sequence.append
-
-        def append(sequence, piece):
-            batch.stop()
-            return original(sequence, piece)
-
-        monkeypatch.setattr(Sequence, "append", append)
-        parts = runtime.tokenizer, runtime.eos_token_ids, Sampling(), 4
-        batch.submit([Job(ids, Answer(ids, *parts), lambda delta: ended.set(), "a key")])
-        assert ended.wait(30)
-        batch.close()
-        done = runtime.sequences[0].length
-        assert 0 < done < len(ids)
-    monkeypatch.undo()
-    runtime, _ = opened(sample_export, tmp_path)
-    with runtime:
-        assert runtime.sessions.restore(runtime.sequences[0], ids, "a key") == done
-
-
-def test_long_conversations_with_many_values_come_back(tmp_path):
-    tokens = [*range(163_840)]
-    with NamedSession(tmp_path, "long") as session:
-        session.save(saved(tokens, "a, b, " * 20_000))
-    with NamedSession(tmp_path, "long") as session:
-        assert session.saved.tokens == tokens
-
-
-def test_long_answers_are_kept_as_they_grow(sample_export, tmp_path):
-    runtime, _ = opened(sample_export, tmp_path)
-    with runtime:
-        tokens = runtime.generate(TEXT[:60], 100)
-        for _ in range(80):
-            next(tokens)
-        assert [path.name.split("-")[2] for path in files(tmp_path)] == ["64", "64"]
+def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
+    """And what is in memory is not read."""
+    keeping(runtime, store[0])
+    runtime.sequences[0].append(TEXT[:100])
+    list(runtime.generate(TEXT, 1))
+    stats = runtime.stats()["sessions"]
+    assert stats["restored_tokens"] == 99
+    assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
+    keeping(runtime, tmp_path)
+    tokens = runtime.generate(TEXT[:60], 100)
+    for _ in range(80):
+        next(tokens)
+    assert [path.name.split("-")[2] for path in files(tmp_path)] == ["64", "64"]
 
 
 # Of whom it is
 
 
-def test_owners_models_and_versions_do_not_share(sample_export, store, tmp_path, monkeypatch):
-    def count(export, owner="", **options):
-        runtime, said = opened(export, store[0], **options)
-        with runtime:
-            found = runtime.sessions.restore(runtime.sequences[0], TEXT[:-1], owner)
+def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, monkeypatch):
+    def count(runtime, owner=""):
+        said = keeping(runtime, store[0])
+        found = runtime.sessions.restore(runtime.sequences[0], TEXT[:-1], owner)
         assert not said
         return found
 
-    assert count(sample_export) == 199
-    assert count(sample_export, owner="another key") == 0
-    assert count(sample_export, kernels="torch") == 0
-    quantize(SAMPLE, tmp_path / "export", resident="bf16")
-    assert count(tmp_path / "export") == 0
+    assert count(runtime) == 199
+    assert count(runtime, owner="another key") == 0
+    with Runtime.open(sample_export, context=1024, kernels="torch") as other:
+        assert count(other) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(runtime.model.source.manifest, "checksum", "of another export")
+        assert count(runtime) == 0
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
-    assert count(sample_export) == 0
-
-
-def test_a_longer_context_than_there_is(sample_export, store):
-    runtime, _ = opened(sample_export, store[0], context=128)
-    with runtime:
-        with pytest.raises(PlanError, match="the context holds 128"):
-            runtime.generate(TEXT, 4)
-        ids = TEXT[:120]
-        tokens = [token.id for token in runtime.generate(ids, 4)]
-        assert runtime.stats()["sessions"]["restored_tokens"] == 119
-    with Runtime.open(sample_export, context=1024) as runtime:
-        assert tokens == [token.id for token in runtime.generate(ids, 4)]
+    assert count(runtime) == 0
 
 
 def test_the_reference_path_keeps_nothing(tmp_path):
-    write_checkpoint(tmp_path / "checkpoint")
     refused = pytest.raises(ConfigError, match="keeps no sessions")
-    with Runtime.open(tmp_path / "checkpoint", quantize=False, context=64) as runtime, refused:
+    with Runtime.open(SAMPLE, quantize=False, context=64) as runtime, refused:
         runtime.keep_in(tmp_path / "sessions")
 
 
@@ -318,16 +255,10 @@ def link(path):
     path.symlink_to(path.parent / "elsewhere")
 
 
+# In the magic, the parent, the address, the start, the count, the row, a token, a latent, the sum.
+BYTES = (0, 20, 40, 50, 52, 57, 70, 2000, -1)
 DAMAGES = {
-    "magic": flip(0),
-    "parent": flip(20),
-    "address": flip(40),
-    "start": flip(50),
-    "count": flip(52),
-    "row": flip(57),
-    "token": flip(70),
-    "latent": flip(2000),
-    "checksum": flip(-1),
+    **{f"byte {position}": flip(position) for position in BYTES},
     "cut": lambda path: os.truncate(path, 3000),
     "empty": lambda path: os.truncate(path, 0),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
@@ -337,37 +268,31 @@ DAMAGES = {
 }
 
 
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_block_is_a_miss_with_one_line(sample_export, store, copy, damage):
+def test_a_damaged_block_is_a_miss_with_one_line(runtime, store, copy, damage):
     (path,) = (path for path in files(copy) if "-00000064-" in path.name)
     damage(path)
-    runtime, said = opened(sample_export, copy)
-    with runtime:
-        count, logits = restored(runtime, TEXT)
-        assert torch.equal(logits, store[1])
-        assert count == 64
-        (line,) = said
-        assert path.name in line and "\n" not in line and "anew" in line
-        runtime.keep()
+    said = keeping(runtime, copy)
+    count, logits = restored(runtime, TEXT)
+    assert torch.equal(logits, store[1])
+    assert count == 64
+    (line,) = said
+    assert path.name in line and "\n" not in line and "anew" in line
+    runtime.keep()
     if path.is_dir() or path.is_symlink():  # not ours to remove
         return
-    runtime, said = opened(sample_export, copy)
-    with runtime:
-        assert restored(runtime, TEXT)[0] == 199
-        assert not said
+    said = keeping(runtime, copy)
+    assert (restored(runtime, TEXT)[0], said) == (199, [])
 
 
-@pytest.mark.usefixtures("processes")
-def test_other_files_do_not_matter(sample_export, store, copy):
+def test_other_files_do_not_matter(runtime, copy):
+    first = files(copy)[0]
     (copy / "blocks" / "notes.txt").write_text("mine")
-    (files(copy)[0].parent / "0-0-0-0").write_text("x")
-    (files(copy)[0].parent / f"{files(copy)[0].name}.tmp").write_text("half")
+    (first.parent / "0-0-0-0").write_text("x")
+    (first.parent / f"{first.name}.tmp").write_text("half")
     (copy / "blocks" / "lock").write_text("nonsense")
-    runtime, said = opened(sample_export, copy)
-    with runtime:
-        assert restored(runtime, TEXT)[0] == 199
-    assert not said
+    said = keeping(runtime, copy)
+    assert (restored(runtime, TEXT)[0], said) == (199, [])
     assert not list(copy.rglob("*.tmp"))
 
 
@@ -409,14 +334,13 @@ def test_the_limit_evicts_what_was_unused_for_longest(tmp_path):
     conversations = texts(4)
     for index, tokens in enumerate(conversations[:3]):
         fill(folder, tokens)
-        for path in (tmp_path / "blocks").rglob("*-*"):
-            if f"-{TOKEN_BYTES}" not in path.name and path.stat().st_mtime > 10_000:
+        for path in files(tmp_path):
+            if path.stat().st_mtime > 10_000:
                 os.utime(path, (index, index))
     assert held(folder, conversations[0]) == 130
     folder.touch(list(chain(ROOT, conversations[0]))[-1])
     fill(folder, conversations[3])
-    there = [held(folder, tokens) for tokens in conversations]
-    assert there == [130, 0, 130, 130]
+    assert [held(folder, tokens) for tokens in conversations] == [130, 0, 130, 130]
     assert folder.nbytes == 3 * size
     fill(folder, [*conversations[3], *range(9)])  # a little more: the end of the oldest goes
     assert [held(folder, tokens) for tokens in conversations] == [130, 0, 64, 130]
@@ -424,23 +348,15 @@ def test_the_limit_evicts_what_was_unused_for_longest(tmp_path):
 
 
 def test_a_limit_below_one_conversation_keeps_its_beginning(tmp_path):
+    """The bytes are always those of the files."""
     said, tokens = [], texts(1, 640)[0]
     folder = BlockFolder(tmp_path / "blocks", 6000, said.append)
-    for end in (200, 400, 640):
+    for end in (20, 50, 64, 70, 130, 200, 400, 640):
         fill(folder, tokens[:end])
+        assert folder.nbytes == size_of(tmp_path) <= 6000
     assert held(folder, tokens) == 192
     room = "5.9 KiB have room for 192 tokens of this text; --session-limit sets it"
     assert said == [f"{tmp_path / 'blocks'}: {room}"]
-    assert folder.nbytes <= 6000
-    assert sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("*-*")) <= 6000
-
-
-@pytest.mark.usefixtures("processes")
-def test_a_lower_limit_is_kept_at_once(copy):
-    before = len(files(copy))
-    limit = sum(path.stat().st_size for path in files(copy)) - 1
-    assert BlockFolder(copy / "blocks", limit, print).nbytes <= limit
-    assert len(files(copy)) == before - 1 and files(copy)[0].name.split("-")[1] == "00000000"
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "rename", "pwrite"])
@@ -452,8 +368,7 @@ def test_what_cannot_be_written_is_said_once_and_tried_again(tmp_path, monkeypat
     original = getattr(os, call)
 
     def fail(path, *arguments, **options):
-        writes = call != "open" or (arguments and arguments[0] & os.O_CREAT)
-        if writes:
+        if call != "open" or (arguments and arguments[0] & os.O_CREAT):
             raise OSError(problem, os.strerror(problem), path)
         return original(path, *arguments, **options)
 
@@ -468,7 +383,8 @@ def test_what_cannot_be_written_is_said_once_and_tried_again(tmp_path, monkeypat
     assert held(folder, tokens) == 200
 
 
-def test_two_processes_keep_in_one_folder(tmp_path, monkeypatch):
+def test_several_processes_keep_in_one_folder(tmp_path, monkeypatch):
+    """Each has a handle of the lock of its own, as these threads have."""
     monkeypatch.setattr(blocks_module, "_LOCK_SECONDS", 30)
     said, conversations = [], texts(8, 300)
     folders = [BlockFolder(tmp_path / "blocks", 60_000, said.append) for _ in range(4)]
@@ -485,8 +401,7 @@ def test_two_processes_keep_in_one_folder(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert not said
-    size = sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("*-*"))
-    assert size == folders[0].nbytes <= 60_000
+    assert size_of(tmp_path) == folders[0].nbytes <= 60_000
     assert sum(held(folders[0], tokens) for tokens in conversations) > 0
 
 
@@ -499,63 +414,55 @@ def test_a_lock_that_is_never_released_costs_a_save_and_no_more(tmp_path, monkey
     assert len(said) == 1 and "another process" in said[0]
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from slotmoe.offload.sessions.blocks import BlockFolder
-from tests.offload.test_sessions import fill, held, texts
-folder, (tokens, other) = Path(sys.argv[1]), texts(2, 200)
-for moment in range(1, 1000):
-    place = folder / str(moment)
-    fill(BlockFolder(place, 9000, print), tokens[:70])
-    child = os.fork()
-    if child == 0:
-        calls = 0
-        def count(name, original):
-            def call(*arguments, **options):
-                global calls
-                calls += 1
-                if calls == moment:
-                    if name == "write":
-                        original(arguments[0], arguments[1][:9])
-                    os._exit(9)
-                return original(*arguments, **options)
-            return call
-        for name in ("open", "fsync", "rename", "pwrite", "unlink"):
-            setattr(os, name, count(name, getattr(os, name)))
-        opened = BlockFolder(place, 9000, print)
-        fill(opened, tokens)
-        fill(opened, other)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    reopened = BlockFolder(place, 9000, print)
-    assert held(reopened, tokens) >= 0
-    assert not list(place.rglob("*.tmp")), moment
-    size = sum(path.stat().st_size for path in place.rglob("*-*"))
-    assert size == reopened.nbytes <= 9000, moment
-    fill(reopened, tokens)
-    assert held(reopened, tokens) == 200, moment
-    if status == 0:
-        break
-print(moment)
-"""
+class Killed(BaseException):
+    """From one change of the disk on, no other comes to pass."""
 
 
-@pytest.mark.usefixtures("processes")
-def test_killed_at_any_moment_of_a_save():
-    with tempfile.TemporaryDirectory(dir=memory()) as folder:
-        command = [sys.executable, "-W", "error", "-c", KILLED, folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 30
+def die_at(patch, moment):
+    calls = 0
+
+    def counted(original):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls >= moment:
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    for name in ("open", "fsync", "rename", "pwrite", "unlink", "mkdir", "utime"):
+        patch.setattr(os, name, counted(getattr(os, name)))
+
+
+def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
+    (tokens, other), moment, killed = texts(2, 200), 0, True
+    while killed:
+        moment, killed = moment + 1, False
+        place = tmp_path / str(moment) / "blocks"
+        fill(BlockFolder(place, 9000, print), tokens[:70])
+        with monkeypatch.context() as patch:
+            die_at(patch, moment)
+            try:
+                folder = BlockFolder(place, 9000, print)
+                fill(folder, tokens)
+                fill(folder, other)
+            except Killed:
+                killed = True
+        folder = BlockFolder(place, 9000, print)
+        assert held(folder, tokens) >= 0
+        assert not list(place.rglob("*.tmp")), moment
+        assert size_of(place.parent) == folder.nbytes <= 9000, moment
+        fill(folder, tokens)
+        assert held(folder, tokens) == 200, moment
+    assert moment > 30
 
 
 # Names
 
 
-def saved(tokens=(), text="Call me", **others):
-    messages = [{"role": "text", "content": text}]
-    return Saved(ROOT, list(tokens), "text", messages, **others)
+def saved(tokens, text="Call me"):
+    return Saved(ROOT, list(tokens), "text", [{"role": "text", "content": text}])
 
 
 def test_a_named_session_comes_back(tmp_path):
@@ -568,29 +475,31 @@ def test_a_named_session_comes_back(tmp_path):
     with NamedSession(folder, "plans") as session:
         assert session.saved == saved([1, 2], "\ud800")
     assert session.path.stat().st_mode & 0o777 == 0o600
+    tokens = [*range(163_840)]
+    with NamedSession(folder, "later") as session:  # a long conversation with many values
+        session.save(saved(tokens, "a, b, " * 20_000))
     with NamedSession(folder, "later") as session:
-        session.save(saved())
+        assert session.saved.tokens == tokens
     os.utime(session.path, (1, 1))
     assert [listed.name for listed in listing(folder)] == ["plans", "later"]
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x"])
-def test_names_are_no_paths(tmp_path, name):
-    with pytest.raises(ConfigError, match="is no name of a session"):
-        NamedSession(tmp_path, name)
+def test_names_are_no_paths(tmp_path):
+    for name in ("", "..", "a/b", ".x", "x" * 65, "ä", "a\n", "-x"):
+        with pytest.raises(ConfigError, match="is no name of a session"):
+            NamedSession(tmp_path, name)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"Call", b"Cbll"),
-        (b'"version": 1', b'"version": 2'),
-        (b'"tokens": "AQ', b'"tokens": "BQ'),
-        (b'"tokens": "AQ', b'"tokens": "!'),
-        (b"{", b"["),
-        (b'"text"', b'"x"'),
-    ],
-)
+CHANGES = {
+    b"Call": [b"Cbll"],
+    b'"version": 1': [b'"version": 2'],
+    b'"tokens": "AQ': [b'"tokens": "BQ', b'"tokens": "!'],
+    b"{": [b"["],
+    b'"text"': [b'"x"'],
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [(old, new) for old in CHANGES for new in CHANGES[old]])
 def test_a_damaged_session_is_refused_and_can_be_removed(tmp_path, old, new):
     with NamedSession(tmp_path, "plans") as session:
         session.save(saved([1, 2]))
@@ -622,7 +531,7 @@ def test_removing_a_session_removes_its_blocks(tmp_path):
     assert held(folder, second) >= len(second) // BLOCK_TOKENS * BLOCK_TOKENS
     assert [listed.name for listed in listing(tmp_path)] == ["second"]
     remove(tmp_path, ["second"])
-    assert folder.nbytes == 0 and not list((tmp_path / "blocks").rglob("*-*"))
+    assert folder.nbytes == 0 and not files(tmp_path)
 
 
 def test_blocks_of_a_chain_have_addresses_of_all_that_comes_before():

@@ -25,6 +25,14 @@ with Runtime.open(sys.argv[3], context=1024, slots=slots) as runtime:
 memory, the prediction, and the kernels."""
 
 
+def until(condition, seconds=30.0):
+    """Wait until ``condition()`` is true; the deadline is for what would never be."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it was never true"
+        time.sleep(0.002)
+
+
 def start(runtime, depth=0):
     """Begin a new sequence, with ``depth`` unknown tokens, and return its ``step(ids)``."""
     sequence = runtime.sequences[0]
@@ -32,11 +40,15 @@ def start(runtime, depth=0):
     return sequence.append
 
 
+def held(table):
+    """Slots that are free or have an owner."""
+    return [*table.free, *table.left.values(), *table.slot_of.values()]
+
+
 def busy(store):
     """Whether a record of the host tier is on its way, being copied or acquired."""
     store.stats()  # takes back what has been copied
-    held = len(store.table.free) + len(store.table.left) + len(store.table.slot_of)
-    return held < len(store.slab) or bool(store._in_use)
+    return len(held(store.table)) < len(store.slab) or bool(store._in_use)
 
 
 def whole(runtime):
@@ -45,26 +57,14 @@ def whole(runtime):
     slots, store = runtime.model.experts.slots, runtime.model.store
     slots.recover()  # what the next pass begins with
     table, cached = slots.table, slots.cache.cached
-    held = [
-        *table.free,
-        *table.left.values(),
-        *table.slot_of.values(),
-        *(slot for _, slot in slots.abandoned),
-    ]
-    assert sorted(held) == list(range(len(slots.slab)))[: len(held)]
-    assert len(held) == min(len(slots.slab), slots.cache.slots + slots.staging)
+    taken = held(table) + [slot for _, slot in slots.abandoned]
+    assert sorted(taken) == list(range(min(len(slots.slab), slots.cache.slots + slots.staging)))
     assert {*table.slot_of} == {*slots.coming} | cached
     assert len(slots.cache) <= slots.cache.slots
     entries = dict(enumerate(slots.slots_ME.flatten().tolist()))
-    assert {id: slot for id, slot in entries.items() if slot >= 0} == {
-        id: table.slot_of[id] for id in cached
-    }
-    if not isinstance(store, HostTier):
-        return
-    deadline = time.monotonic() + 5
-    while busy(store) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a prefetch is still on its way, from the disk or from RAM
-    assert not busy(store)
-    held = [*store.table.free, *store.table.left.values(), *store.table.slot_of.values()]
-    assert sorted(held) == list(range(len(store.slab)))
-    assert {*store.table.slot_of} == store.cache.cached
+    known = {expert_id: slot for expert_id, slot in entries.items() if slot >= 0}
+    assert known == {expert_id: table.slot_of[expert_id] for expert_id in cached}
+    if isinstance(store, HostTier):
+        until(lambda: not busy(store))  # a prefetch is still on its way, from the disk or from RAM
+        assert sorted(held(store.table)) == list(range(len(store.slab)))
+        assert {*store.table.slot_of} == store.cache.cached
