@@ -2,16 +2,15 @@
 least of clients."""
 
 import http.client
+import io
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 from slotmoe.tools.serve import make_server
+from tests.support.forkserver import COMMAND_LINE, Forked
 
 GREEDY = {"model": "sample", "temperature": 0}
 USER = [{"role": "user", "content": "Tell me of the king."}]
@@ -35,12 +34,10 @@ HALVES = [
     b"GET / HTTP/1.1\r\nHost: localhost\r\n",
 ]
 
-FAILING = """
-import sys
+FAILING = f"""
 from slotmoe.offload.runtime import Sequence
 Sequence.append = lambda *_: 1 / 0
-from slotmoe.tools.cli import main
-main(sys.argv[1:])
+{COMMAND_LINE}
 """
 
 
@@ -55,21 +52,11 @@ def until(condition, seconds=5.0):
 class Served:
     """A server in a thread of this process, and the least of clients."""
 
-    def __init__(
-        self,
-        runtime,
-        keys=(),
-        waiting=4,
-        max_body=1 << 16,
-        is_logged=False,
-        *,
-        sequences=8,
-        origins=(),
-    ):
+    def __init__(self, runtime, keys=(), *, waiting=4, max_body=1 << 16, sequences=8, **edge):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        edge = keys, ("box.local",), max_body, is_logged, origins
-        self.server, self.batch = make_server(runtime, "sample", sequences, waiting, *edge)
+        given = "sample", sequences, waiting, keys, ("box.local",), max_body
+        self.server, self.batch = make_server(runtime, *given, **edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self):
@@ -99,16 +86,23 @@ class Served:
         return response.status, json.loads(data) if is_json else data.decode(), response.headers
 
     def complete(self, prompt, **options):
-        status, answer, _ = self.ask(
-            "POST", "/v1/completions", {**GREEDY, "prompt": prompt, **options}
-        )
+        body = {**GREEDY, "prompt": prompt, **options}
+        status, answer, _ = self.ask("POST", "/v1/completions", body)
         assert status == 200, answer
         return answer
 
     def chat(self, **options):
-        return self.ask(
-            "POST", "/v1/chat/completions", {**GREEDY, "messages": USER, "max_tokens": 8, **options}
-        )
+        body = {**GREEDY, "messages": USER, "max_tokens": 8, **options}
+        return self.ask("POST", "/v1/chat/completions", body)
+
+    def choice(self, **options):
+        """The only answer of a chat."""
+        status, answer, _ = self.chat(**options)
+        assert status == 200, answer
+        return answer["choices"][0]
+
+    def text(self, prompt="Call me", **options):
+        return self.complete(prompt, **options)["choices"][0]["text"]
 
     def events(self, path, body):
         connection, response = self.open("POST", path, {**body, "stream": True})
@@ -122,15 +116,10 @@ class Served:
         until(lambda: not (self.batch.running or self.batch.queued), seconds)
 
 
-def start(export, *options, script=None, **environment):
-    command = ["-m", "slotmoe"] if script is None else ["-c", script]
-    settings = "--port 0 --ram 2GiB --context 512 --name sample"
-    arguments = ["serve", str(export), *settings.split(), *options]
-    child = subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
+def start(export, *options, program=COMMAND_LINE):
+    """A server in a process of its own, and its port, or the line that it said instead."""
+    settings = "--port 0 --ram 2GiB --context 512 --name sample".split()
+    child = Forked("serve", export, *settings, *options, program=program)
+    child.stderr = io.TextIOWrapper(child.stderr)
     line = child.stderr.readline()
     return child, int(re.search(r":(\d+),", line)[1]) if "ready" in line else line
