@@ -1,7 +1,7 @@
 """Programs and command lines in processes of their own, without an import of torch for each.
 
-``Forked`` is made like ``subprocess.Popen``.  A server, one for each test process, has imported what
-commands import.  It forks: the child gets its own arguments, environment, folder, streams and
+``Forked`` is made like ``subprocess.Popen``.  A server, one for each test process, has imported
+what commands import.  It forks: the child gets its own arguments, environment, folder, streams and
 session, runs the program and ends as an interpreter ends.  What fork changes:
 
 - The server has one thread.  Pools of torch and of OpenBLAS start in the child.
@@ -179,6 +179,7 @@ def _child(telling, *streams):
             told.sendall(f"{code} {seconds}\n".encode())
             os._exit(0)
         program, arguments, folder, environment = json.load(told.makefile())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.setsid()
     for number, handle in enumerate(streams):
         os.dup2(handle, number)

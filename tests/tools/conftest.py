@@ -1,6 +1,8 @@
 """Fixtures of the server's tests."""
 
+import time
 from functools import cache
+from threading import Event
 
 import pytest
 
@@ -20,8 +22,13 @@ def one_child_for_each_input():
 
 @pytest.fixture(scope="module")
 def context():
-    """Of ``runtime``; a file may override it."""
+    """Of ``runtime``; a file may override it, and ``keys``."""
     return 512
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return ()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,53 @@ def runtime(sample_export, context):
 
 
 @pytest.fixture(scope="module")
-def served(network, processes, runtime):
-    with Served(runtime) as served:
+def served(network, processes, runtime, keys):
+    with Served(runtime, keys) as served:
         yield served
+
+
+@pytest.fixture(scope="module")
+def openai_client(served):
+    import openai
+
+    address = f"{served.address}/v1"
+    with openai.OpenAI(base_url=address, api_key=served.key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anthropic_client(served):
+    import anthropic
+
+    with anthropic.Anthropic(base_url=served.address, api_key=served.key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def steps(runtime, monkeypatch):
+    """Let each step of ``runtime`` be preceded by a call."""
+    append_each = runtime.append_each
+
+    def precede(call):
+        def later(*arguments):
+            call()
+            return append_each(*arguments)
+
+        monkeypatch.setattr(runtime, "append_each", later)
+
+    return precede
+
+
+@pytest.fixture
+def slow(steps):
+    """Every step takes 10 ms and more."""
+    steps(lambda: time.sleep(0.01))
+
+
+@pytest.fixture
+def gate(steps):
+    """Every step waits until this event is set."""
+    gate = Event()
+    steps(lambda: gate.wait(60))
+    yield gate
+    gate.set()
