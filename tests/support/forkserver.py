@@ -17,11 +17,15 @@ import gc
 import importlib
 import json
 import os
+import pty
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -98,7 +102,7 @@ class Forked:
 
     def communicate(self, data=b"", timeout=60):
         """Write ``data``, read both outputs to their ends, and wait."""
-        if self.stdin:
+        if self.stdin and not self.stdin.closed:
             with self.stdin:
                 self.stdin.write(data)
         with ThreadPoolExecutor(2) as pool:
@@ -109,6 +113,46 @@ class Forked:
         for stream in filter(None, streams):
             stream.close()
         return read
+
+
+class OnTerminal(Forked):
+    """A child on a terminal of 30 lines of 100 characters."""
+
+    def __init__(self, *arguments, **environment):
+        self._handle, theirs = pty.openpty()
+        self._unread = b""
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        env = os.environ | {"TERM": "xterm"} | environment
+        super().__init__(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+        os.close(theirs)
+
+    def __exit__(self, *_):
+        super().__exit__()
+        os.close(self._handle)
+
+    def send(self, text):
+        os.write(self._handle, text.encode())
+
+    def until(self, text, seconds=60):
+        """Wait until ``text`` is shown and return what was shown before it; what is after it is
+        left for the next time."""
+        end = time.monotonic() + seconds
+        while text.encode() not in self._unread:
+            ready, _, _ = select.select([self._handle], [], [], max(end - time.monotonic(), 0))
+            assert ready, (text, self._unread)
+            new = os.read(self._handle, 1 << 16)
+            if b"\x1b[6n" in new:  # where is the cursor?
+                self.send("\x1b[1;1R")
+            self._unread += new
+        before, _, self._unread = self._unread.partition(text.encode())
+        return before
+
+    def rest(self):
+        """All that is shown until the child ends."""
+        with suppress(OSError):  # as Linux ends it
+            while block := os.read(self._handle, 1 << 16):
+                self._unread += block
+        return self._unread.decode()
 
 
 def cpu_seconds():
