@@ -57,7 +57,7 @@ def chat(processes, runtime):
 
 
 @pytest.mark.parametrize(
-    ("keys", "wanted"),
+    ("typed", "wanted"),
     [
         ("hello\r", "hello"),
         ("one\x1b\rtwo\ntree\x1b[Dh\r", "one\ntwo\ntrehe"),  # Alt-Enter, Ctrl-J, then an arrow
@@ -68,8 +68,8 @@ def chat(processes, runtime):
         ("x\x01\x04\x04", None),  # deletes first
     ],
 )
-def test_keys(terminal, keys, wanted):
-    terminal.keys.send_text(keys)
+def test_keys(terminal, typed, wanted):
+    terminal.keys.send_text(typed)
     assert terminal.read() == wanted
     assert terminal.printed.getvalue() == ""
 
