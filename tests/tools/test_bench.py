@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,7 +135,10 @@ def test_download():
 
 
 @pytest.mark.usefixtures("network")
-def test_serve(sample_export):
+def test_serve(sample_export, monkeypatch):
+    """With clients that are threads."""
+    threads = partial(ThreadPoolExecutor, initializer=None)
+    monkeypatch.setattr("slotmoe.tools.bench.serve.ProcessPoolExecutor", threads)
     options = ["--tokens", 20, "--repetitions", 1, "--clients", 2, "--long", 40, "--context", 256]
     *rows, together, first = benchmark("serve", sample_export, *options)["results"]
     assert_compared({row["way"]: row for row in rows}, "bench", "seconds")
