@@ -71,7 +71,7 @@ def tokenizer_with(folder, marks, first, template=None, source=None):
     source = source or json.loads((SAMPLE / "tokenizer.json").read_text())
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     for number, mark in enumerate(marks):
-        about = {"id": first + number, "content": mark, "special": number % 2 == 0}
+        about = {"id": first + number, "content": mark, "special": number % 2 == 1}
         source["added_tokens"].append({**plain, **about})
     (folder / "tokenizer.json").write_text(json.dumps(source))
     settings = json.loads((SAMPLE / "tokenizer_config.json").read_text())

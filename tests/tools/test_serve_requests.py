@@ -173,7 +173,7 @@ def test_values_are_counted_outside_of_strings():
 @pytest.fixture
 def wider(network, processes, runtime, tmp_path, monkeypatch):
     """A server whose tokenizer has one id more than the model has rows."""
-    tokenizer = Tokenizer(tokenizer_with(tmp_path, ["<other>", "<more>"], 4095), 0)
+    tokenizer = Tokenizer(tokenizer_with(tmp_path, ["<more>"], 4096), 0)
     monkeypatch.setattr(runtime, "tokenizer", tokenizer)
     assert tokenizer.size == 4097 == runtime.config.vocab_size + 1
     with Served(runtime) as served:
