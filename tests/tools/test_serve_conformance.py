@@ -32,9 +32,10 @@ def served(network, processes, sample_export):
             yield served
 
 
+# The time-outs: the model's speed is not the interface's.
 OPTIONS = """--header 'Authorization: Bearer first' --no-color --checks all --continue-on-failure
     --exclude-checks positive_data_acceptance --output-sanitize false
-    --max-examples 100 --request-timeout 90 --max-response-time 90"""  # the model's speed is not the interface's
+    --max-examples 100 --request-timeout 90 --max-response-time 90"""
 
 
 @pytest.mark.usefixtures("nightly")
