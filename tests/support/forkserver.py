@@ -155,6 +155,14 @@ class OnTerminal(Forked):
         return self._unread.decode()
 
 
+def run(command, input, **_):
+    """In place of ``subprocess.run`` for the programs of ``slotmoe.model.child``."""
+    program, arguments = command[4], command[5:]  # after python -I -S -c
+    child = Forked(*arguments, program=program, stdin=PIPE, env={})
+    out, err = child.communicate(input)
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
 def cpu_seconds():
     """CPU time of the children so far; the system counts it for the server."""
     return _spent[0]

@@ -8,8 +8,6 @@ import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
-import anthropic
-import openai
 import pytest
 from click.testing import CliRunner
 from llguidance import LLTokenizer
@@ -157,79 +155,6 @@ def test_answers_follow_a_json_schema_and_a_bad_one_leaves_no_trace(served):
         assert text.startswith("{") == is_json
 
 
-PICTURE = {"type": "image_url", "image_url": {"url": "file:///"}}
-REFUSED = [
-    ({"temperature": -1}, "temperature"),
-    ({"temperature": "0"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"top_k": -2}, "top_k"),
-    ({"min_p": 2}, "min_p"),
-    ({"n": 0}, "n"),
-    ({"n": 17}, "n"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": True}, "max_tokens"),
-    ({"seed": 1.5}, "seed"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["a"] * 17}, "stop"),
-    ({"logit_bias": {"4096": 1}}, "logit_bias"),
-    ({"logit_bias": {"x": 1}}, "logit_bias"),
-    ({"logit_bias": {"1": 101}}, "logit_bias"),
-    ({"frequency_penalty": 3}, "frequency_penalty"),
-    ({"presence_penalty": "1"}, "presence_penalty"),
-    ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": "yes"}, "stream"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"response_format": {"type": "yaml"}}, "response_format"),
-    ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tool_choice": "auto"}, "tool_choice"),
-    ({"chat_template": "{{ 1 }}"}, "chat_template"),
-    ({"chat_template_kwargs": "{{ 1 }}"}, "chat_template_kwargs"),
-    ({"prompt_template": "{{ 1 }}"}, "prompt_template"),
-    ({"max_completion_tokens": 2}, "max_tokens"),
-    ({"messages": []}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-    ({"messages": [{"role": "user", "content": [PICTURE]}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "word " * 600}]}, None),
-]
-
-
-def test_what_is_not_honoured_is_refused(served):
-    for fields, param in REFUSED:
-        status, answer, _ = served.chat(**fields)
-        error = answer["error"]
-        assert (status, error["type"]) == (400, "invalid_request_error"), fields
-        assert error["param"] == param and error["message"]
-
-
-BODIES = [
-    (b"", 400),
-    (b"{", 400),
-    (b"[]", 400),
-    (b"\xff\xfe", 400),
-    (b"[" * 50_000, 400),
-    (b'{"model": "sample", "prompt": "x", "temperature": NaN}', 400),
-    (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', 400),
-    (b'{"model": "sample", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", 400),
-    (b'{"model": "sample", "prompt": [4096]}', 400),
-    (b'{"model": "sample", "prompt": []}', 400),
-    (b'{"model": "sample", "prompt": "x", "max_tokens": 0}', 400),
-    (b'{"model": "sample", "prompt": "x", "suffix": "y"}', 400),
-    (b'{"model": "other", "prompt": "x"}', 404),
-    (b" " * (1 << 21), 413),
-]
-
-
-def test_bodies_that_are_no_request(served):
-    for body, status in BODIES:
-        found, answer, _ = served.ask("POST", TEXT, body)
-        assert found == status and answer["error"]["message"], body[:60]
-        assert served.complete("Call me", max_tokens=1)["usage"]["completion_tokens"] == 1
-
-
 def test_routes_and_kinds_of_content(served):
     assert served.ask("GET", "/nowhere")[0] == 404
     status, _, headers = served.ask("GET", TEXT)
@@ -337,40 +262,6 @@ def test_figures(served):
     stats = served.ask("GET", "/stats")[1]
     ram = stats["memory"]["ram"]
     assert 1 << 20 < ram["used"] < ram["budget"] and stats["answer_tokens"] >= 3
-
-
-def test_openai_client(openai_client):
-    assert [model.id for model in openai_client.models.list()] == ["sample"]
-    options = {**GREEDY, "messages": USER, "max_tokens": 8}
-    create = openai_client.chat.completions.create
-    answer = create(**options, logprobs=True, top_logprobs=2)
-    parts = [*create(**options, stream=True, stream_options={"include_usage": True})]
-    text = answer.choices[0].message.content
-    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-    assert text == streamed != ""
-    counts = parts[-1].usage.completion_tokens, answer.usage.completion_tokens
-    assert (*counts, len(answer.choices[0].logprobs.content)) == (8, 8, 8)
-    short = openai_client.completions.create(**GREEDY, prompt="Call me", max_tokens=3)
-    assert short.choices[0].finish_reason == "length"
-    with pytest.raises(openai.BadRequestError, match="supported"):
-        create(**options, functions=[{"name": "x"}])
-    with pytest.raises(openai.NotFoundError):
-        create(**{**options, "model": "other"})
-
-
-def test_anthropic_client(anthropic_client):
-    options = {"model": "sample", "messages": USER, "max_tokens": 8, "system": "Be brief."}
-    options["extra_body"] = {"temperature": 0}
-    answer = anthropic_client.messages.create(**options)
-    assert answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 8
-    text = answer.content[0].text
-    with anthropic_client.messages.stream(**options) as stream:
-        assert "".join(stream.text_stream) == text
-        assert stream.get_final_message().usage.output_tokens == 8
-    cut = anthropic_client.messages.create(**options, stop_sequences=[text[3:6]])
-    assert (cut.stop_reason, cut.content[0].text) == ("stop_sequence", text[:3])
-    with pytest.raises(anthropic.BadRequestError, match="supported"):
-        anthropic_client.messages.create(**options, container="x")
 
 
 @pytest.mark.usefixtures("network")

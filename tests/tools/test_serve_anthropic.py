@@ -230,6 +230,19 @@ def test_errors_below_its_paths_have_its_form(served):
     assert "type" not in served.ask("POST", f"{PATH}s", {})[1]
 
 
+def test_client_gets_why_an_answer_stopped(client):
+    answer = client.messages.create(**BY_CLIENT)
+    text = answer.content[0].text
+    assert answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 6
+    with client.messages.stream(**BY_CLIENT) as stream:
+        assert "".join(stream.text_stream) == text
+        assert stream.get_final_message().usage.output_tokens == 6
+    cut = client.messages.create(**BY_CLIENT, stop_sequences=[text[3:6]])
+    assert (cut.stop_reason, cut.content[0].text) == ("stop_sequence", text[:3])
+    with pytest.raises(anthropic.BadRequestError, match="supported"):
+        client.messages.create(**BY_CLIENT, container="x")
+
+
 def test_models_are_listed_for_its_client(client, runtime):
     (model,) = client.models.list()
     assert (model.id, model.type, model.display_name) == ("sample", "model", "sample")

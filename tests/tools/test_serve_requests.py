@@ -18,14 +18,44 @@ from tests.support.served import GREEDY, USER, Served, tokenizer_with
 CHAT, TEXT, ANTHROPIC = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 PART = {"type": "image_url", "image_url": {"url": "x"}}
 LONG = "x" * 400
-FUNCTION = {"type": "function", "function": {"name": "f"}}
+RESULT = {"role": "tool", "tool_call_id": "x", "content": "y"}
+NAMES = "a b", "x" * 129, ""
 NAME = "String should match pattern '^[a-zA-Z0-9_-]{1,128}$'"
+
+
+def function(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+FUNCTION = function("f")
 
 
 def user(content, **fields):
     return {"messages": [{"role": "user", "content": content, **fields}]}
 
 
+MANY_IDS = {str(i): 1 for i in range(1025)}
+WRONG = {  # in both of OpenAI's older APIs
+    "temperature": [-1, "0"],
+    "top_p": [0],
+    "top_k": [-2, 1 << 31],
+    "min_p": [2],
+    "n": [0, 17],
+    "max_tokens": [True, -(10**30)],
+    "seed": [1.5, 1 << 63],
+    "stop": ["x" * 257, ["a", ""], ["a"] * 17, 5],
+    "logit_bias": [{"4096": 1}, {"x": 1}, {LONG: 1}, {"1": 101}, MANY_IDS],
+    "frequency_penalty": [3],
+    "presence_penalty": ["1"],
+    "repetition_penalty": [0, 5e-324],
+    "stream": ["yes"],
+    "stream_options": [{"include_usage": True}],
+    "user": ["x" * 513],
+    "chat_template": ["{{ 1 }}"],
+    "chat_template_kwargs": ["{{ 1 }}"],
+    "prompt_template": ["{{ 1 }}"],
+}
+OTHER = {"type": "function", "function": {"name": "other"}}
 REASONS = [
     (CHAT, user([PART]), "messages.0.content.0: a part of type 'image_url' can't be read"),
     (CHAT, user(5), "messages.0.content is neither text nor a list of parts"),
@@ -37,26 +67,59 @@ REASONS = [
     (CHAT, {"messages": 5}, "messages: Input should be a valid list"),
     (CHAT, user("x", extra=1), "messages.0.extra is not supported by this server"),
     (CHAT, {LONG: 1}, f"{'x' * 300}… is not supported by this server"),
-    (CHAT, {"stop": 5}, "stop is neither text nor a list of texts"),
+    (CHAT, {"messages": []}, "messages has fewer than 1 items"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id is missing"),
+    (CHAT, {"messages": [RESULT]}, "messages: a result answers no call"),
+    (CHAT, {"messages": [{"role": "assistant", "content": None}]}, "messages.0: an assistant"),
+    (CHAT, user("x", tool_calls=[]), "messages.0.tool_calls is not supported"),
+    (CHAT, user("\ud800"), "messages.0.content: Input should be a valid string"),
     (CHAT, {"stop": ["a", ""]}, "stop.1 is empty"),
-    (CHAT, {"stop": "x" * 257}, "stop has more than 256 characters"),
-    (CHAT, {"stop": ["a"] * 17}, "stop has more than 16 items"),
+    (CHAT, {"stop": 5}, "stop is neither text nor a list of texts"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less"),
+    (CHAT, {"response_format": {"type": "yaml"}}, "response_format has the unknown 'type' 'yaml'"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
+    (CHAT, {"tools": [FUNCTION] * 129}, "tools has more than 128 items"),
+    *((CHAT, {"tools": [function(name)]}, f"tools.0.function.name: {NAME}") for name in NAMES),
+    (CHAT, {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type: "),
+    (CHAT, {"tools": [FUNCTION], "tool_choice": OTHER}, "tool_choice: 'other' is none of the"),
+    (CHAT, {"tools": [FUNCTION], "tool_choice": "any"}, "tool_choice: Input should be 'none'"),
+    (CHAT, {"tool_choice": "auto"}, "tool_choice can only be given with tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice can only be given with tools"),
+    (CHAT, {"tools": [], "parallel_tool_calls": True}, "parallel_tool_calls can only be given"),
+    (CHAT, {"functions": [{"name": "x"}]}, "functions is not supported by this server"),
     (CHAT, {"tools": [FUNCTION], "tool_choice": 5}, "tool_choice is neither a word"),
     (CHAT, {"tools": [FUNCTION], "tool_choice": {"type": "x"}}, "tool_choice is neither a word"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function is missing"),
-    (CHAT, {"tools": [FUNCTION | {"function": {"name": LONG}}]}, f"tools.0.function.name: {NAME}"),
     (CHAT, {"logit_bias": {LONG: 1}}, f"logit_bias: {'x' * 40!r} is not a token id"),
-    (CHAT, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias has 1025 token ids"),
+    (CHAT, {"logit_bias": MANY_IDS}, "logit_bias has 1025 token ids"),
     (CHAT, {"metadata": {str(i): "" for i in range(17)}}, "metadata has 17 labels, more than 16"),
     (CHAT, {"max_tokens": 0}, "max_tokens is 0, expected a positive count or -1"),
     (CHAT, {"max_tokens": 4, "min_tokens": 5}, "min_tokens is more than the limit of tokens"),
     (TEXT, {"prompt": ["x"] * 20}, "prompt has more than 16 items"),
+    (TEXT, {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
+    (TEXT, {"prompt": [4096.5]}, "prompt.0: Input should be a valid integer"),
+    (TEXT, {"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
+    (TEXT, {"logprobs": -1}, "logprobs: Input should be greater than or equal to 0"),
+    (TEXT, {"best_of": 2}, "best_of: Input should be 1"),
     (TEXT, {"prompt": 5}, "prompt is neither text, token ids nor a list of either"),
     (TEXT, {"prompt": []}, "prompt has fewer than 1 items"),
     (TEXT, {"prompt": [[1], []]}, "prompt.1 has fewer than 1 items"),
     (TEXT, {"prompt": ["x", 5]}, "prompt.1: Input should be a valid string"),
     (TEXT, {"prompt": [5, "x"]}, "prompt.1: Input should be a valid integer"),
     (ANTHROPIC, {"max_tokens": "x"}, "max_tokens: Input should be a valid integer"),
+]
+# Of which the message does not begin with the parameter.
+ODD = [
+    (CHAT, {"max_completion_tokens": 2}, "max_tokens", "give max_tokens or max_completion_tokens"),
+    (CHAT, {"tools": [FUNCTION] * 2}, "tools", "tool 'f' is there twice"),
+    (CHAT, user("word " * 600), None, "the context holds 512 tokens, the prompt has 612"),
+    (TEXT, {"prompt": ["x"] * 9, "n": 2}, "n", "prompts times n is more than 16 answers"),
+    (TEXT, {"prompt": [5] * 512}, None, "the context holds 512 tokens, the prompt has 512"),
+    (TEXT, {"prompt": [4096]}, "prompt", ""),
+    (TEXT, {"max_tokens": 0}, "max_tokens", ""),
+    (TEXT, {"suffix": "y"}, None, "this model can't fill in the middle"),
+    (TEXT, {"prompt": "word " * 800_000}, None, ""),
 ]
 
 
@@ -67,19 +130,38 @@ BODIES = [
     (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
     (b"[]", "is a list, expected a JSON object"),
     (b"", "the body is missing"),
+    (b"{", "is not JSON"),
+    (b'{"model": "sample", "prompt": "x", "temperature": NaN}', ""),
+    (b'{"model": "sample", "prompt": "x", "temperature": 1e999}', ""),
     ('{"model": "sample"}'.encode("utf-16"), "is not UTF-8"),
 ]
 
 
-def test_refusals_say_the_reason(roomy):
+def refusals():
+    """Path, fields, the parameter that is wrong, and how the message begins."""
+    for path in (CHAT, TEXT):
+        for name, values in WRONG.items():
+            yield from ((path, {name: value}, name, name) for value in values)
+    yield from ODD
     for path, fields, reason in REASONS:
+        yield path, fields, re.match(r"\w+", reason)[0], reason
+
+
+def test_refusals_say_the_reason(roomy):
+    for path, fields, param, reason in refusals():
         base = {"prompt": "x"} if path == TEXT else {"messages": USER, "max_tokens": 8}
         status, answer = roomy.post(path, **{**GREEDY, **base, **fields})
-        assert status == 400 and answer["error"]["message"].startswith(reason), answer
+        error = answer["error"]
+        assert (status, error["type"]) == (400, "invalid_request_error"), fields
+        assert error["message"].startswith(reason) and error["message"], answer
+        assert path == ANTHROPIC or LONG in fields or error["param"] == param, answer
     for body, reason in BODIES:
         for path in (CHAT, TEXT, ANTHROPIC):
             status, answer, _ = roomy.ask("POST", path, body)
             assert status == 400 and reason in answer["error"]["message"], answer
+    assert roomy.post(TEXT, model="other", prompt="x")[0] == 404
+    assert roomy.ask("POST", TEXT, b" " * (5 << 20))[0] == 413
+    assert roomy.complete("Call me", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def filled(head, item, tail, count=None):

@@ -344,30 +344,6 @@ def test_a_bad_schema_leaves_no_trace_and_is_named(served):
     assert status == 413 and "together" in answer["error"]["message"]
 
 
-OTHER = {"type": "function", "function": {"name": "other"}}
-REFUSED = [
-    ({"tools": TOOLS * 65}, "tools"),
-    ({"tools": TOOLS + TOOLS[:1]}, "tools"),
-    *(({"tools": [function(name, None)]}, "tools") for name in ("a b", "x" * 129, "")),
-    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools"),
-    ({"tools": TOOLS, "tool_choice": OTHER}, "tool_choice"),
-    ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [], "parallel_tool_calls": True}, "parallel_tool_calls"),
-    ({"functions": [{"name": "x"}]}, "functions"),
-    ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "y"}]}, "messages"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
-    ({"messages": [*USER, {"role": "user", "content": "x", "tool_calls": []}]}, "messages"),
-]
-
-
-def test_what_cannot_be_called_is_refused(served):
-    for fields, param in REFUSED:
-        status, answer, _ = served.chat(**fields)
-        assert (status, answer["error"]["param"]) == (400, param), fields
-        assert answer["error"]["message"]
-
-
 USE = {"type": "tool_use", "id": "x", "name": "weather", "input": {}}
 RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}
 REFUSED_BY_ANTHROPICS = [
@@ -508,6 +484,11 @@ def test_openai_client_calls_and_answers(openai_client):
     assert isinstance(message.tool_calls[0].function.parsed_arguments, Weather)
     with pytest.raises(openai.BadRequestError, match="'weather' is there twice"):
         completions.create(**{**options, "tools": TOOLS + TOOLS})
+    with pytest.raises(openai.NotFoundError):
+        completions.create(**{**options, "model": "other"})
+    assert [model.id for model in openai_client.models.list()] == ["sample"]
+    short = openai_client.completions.create(**GREEDY, prompt="Call me", max_tokens=3)
+    assert short.choices[0].finish_reason == "length"
 
 
 def test_anthropic_client_calls_and_answers(anthropic_client):
