@@ -296,6 +296,7 @@ BENCH = "--prompt-tokens 20 --decode-tokens 4 --repetitions 2 --context 64 --jso
 MEASURED = {"prefill_tokens_per_second", "decode_tokens_per_second", "ceiling", "settings"}
 
 
+@pytest.mark.usefixtures("heavy")
 def test_synth_and_bench(slotmoe, tmp_path):
     """A geometry whose sizes fill no tile, layers shared by hard links, and the keys that others
     read."""

@@ -109,7 +109,7 @@ FORMATS = pytest.mark.parametrize("form", TEMPLATES, ids=NAMES.values())
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def tokenizers(processes, tmp_path_factory):
     """The sample's tokenizer with the tokens and the template of each format."""
     folders = {form: tmp_path_factory.mktemp("tokenizer") for form in TEMPLATES}
     size = Tokenizer(SAMPLE, 0).size
@@ -123,7 +123,6 @@ def call(id_, name, arguments):
     return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
 
 
-@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_format_is_recognised(form, tokenizers):
     assert Dialect(tokenizers[form]).format is form
@@ -139,7 +138,6 @@ def test_older_deepseek_format_goes_on(tokenizers):
     tokenizer.template = before
 
 
-@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_history_is_what_the_model_would_have_written(form, tokenizers):
     calls = [call("a", "weather", ROME), call("b", "stop", "")]
@@ -156,7 +154,6 @@ def test_history_is_what_the_model_would_have_written(form, tokenizers):
         assert "## Return of functions.weather:0\nwet## Return of functions.stop:1" in text
 
 
-@pytest.mark.usefixtures("processes")
 def test_functions_are_described_where_the_template_does_not(tokenizers):
     text = Dialect(tokenizers[DEEPSEEK_V3_1]).prompt(
         [PlainMessage(role="user", content="Hi")], POLICY

@@ -65,7 +65,7 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
+def native(processes, tmp_path_factory):
     """The sample with DeepSeek-V2.5's tokens in place of its last nine, half of them special, and a
     template that knows them."""
     folder = shutil.copytree(SAMPLE, tmp_path_factory.mktemp("native") / "sample")
@@ -135,7 +135,6 @@ def test_model_without_tool_tokens_is_told_in_plain_words(runtime):
     assert dialect.prompt([user("Hi")], None) == f"{begin}User: Hi\n\nAssistant:"
 
 
-@pytest.mark.usefixtures("processes")
 def test_model_with_tool_tokens_reads_its_own_format(native):
     tokenizer = Tokenizer(native, 0)
     calls, call, sep, end_call, end_calls, outputs, output, end_output, end_outputs = MARKS
@@ -519,7 +518,7 @@ def test_anthropic_client_calls_and_answers(anthropic_client):
         messages.create(**{**options, "tools": [odd]})
 
 
-@pytest.mark.usefixtures("network", "processes", "heavy")
+@pytest.mark.usefixtures("network", "heavy")
 def test_a_model_with_tool_tokens_calls_as_soon_as_it_wants_to(native):
     quantize(native, native.parent / "export")
     with (
