@@ -59,9 +59,8 @@ class Forked:
         ours, theirs = zip(*map(_stream, (stdin, stdout, stderr), ("w", "r", "r")), strict=True)
         self.stdin, self.stdout, self.stderr = ours
         self._told, telling = socket.socketpair()
-        request = json.dumps([program, self.args[1:], str(cwd), environment]).encode()
-        self._told.sendall(request)
-        self._told.shutdown(socket.SHUT_WR)
+        request = json.dumps([program, self.args[1:], str(cwd), environment])
+        self._told.sendall(f"{request}\n".encode())
         socket.send_fds(_server(), [b"\0"], [telling.fileno(), *theirs])
         for handle in theirs:
             os.close(handle)
@@ -83,6 +82,8 @@ class Forked:
         """The exit code, or minus the signal that ended the child."""
         if self.returncode is None:
             self._told.settimeout(timeout)
+            assert self._lines.readline() == "ended\n"
+            self._told.shutdown(socket.SHUT_WR)
             code, seconds = self._lines.readline().split()
             self._lines.close()
             self._told.close()
@@ -122,7 +123,7 @@ class OnTerminal(Forked):
         self._handle, theirs = pty.openpty()
         self._unread = b""
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        env = os.environ | {"TERM": "xterm"} | environment
+        env = os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment
         super().__init__(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
         os.close(theirs)
 
@@ -226,11 +227,14 @@ def _child(telling, *streams):
             for handle in streams:
                 os.close(handle)
             told.sendall(f"{child}\n".encode())
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            told.sendall(b"ended\n")
+            told.recv(1)  # it keeps its number until somebody has waited for it
             _, status, usage = os.wait4(child, 0)
             code, seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
             told.sendall(f"{code} {seconds}\n".encode())
             os._exit(0)
-        program, arguments, folder, environment = json.load(told.makefile())
+        program, arguments, folder, environment = json.loads(told.makefile().readline())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.setsid()
     for number, handle in enumerate(streams):

@@ -80,7 +80,7 @@ def tokenizer_with(folder, marks, first, template=None, source=None):
     return folder
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=30.0):
     """Wait until ``condition()`` is true."""
     end = time.monotonic() + seconds
     while not condition():
@@ -159,7 +159,7 @@ class Served:
         assert response.status == 200 and lines.pop() == "" and lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
-    def idle(self, seconds=5.0):
+    def idle(self, seconds=30.0):
         """Wait until no answer runs or waits."""
         until(lambda: not (self.batch.running or self.batch.queued), seconds)
 

@@ -20,7 +20,7 @@ from slotmoe.tools import run as command
 from slotmoe.tools import screen
 from slotmoe.tools.options import MAX_PROMPT_BYTES
 from slotmoe.tools.screen import Reading, echo_of, tokens_read, visible
-from tests.support.forkserver import OnTerminal
+from tests.support.forkserver import ROOT, OnTerminal
 from tests.support.tiny import SMALL, write_checkpoint
 
 THINKS = Reasoning("<think>", "</think>", {})
@@ -132,12 +132,12 @@ def test_what_is_no_prompt(runtime, prompt, problem):
 
 @pytest.mark.usefixtures("processes")
 def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export, run):
-    arguments = [sample_export, "It is a truth", "-n", 5]
+    arguments = [sample_export.relative_to(ROOT), "It is a truth", "-n", 5]
     with OnTerminal("run", *arguments) as terminal:
         shown = terminal.rest()
-    assert f"loading {sample_export}…"[:60] in shown
+    assert f"loading {arguments[0]}…"[:60] in shown
     text = shown.rpartition("\x1b[?25h")[2]
-    out, err = run(*arguments)
+    out, err = run(sample_export, *arguments[1:])
     assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{out}")
     assert "\x1b" not in out + err and "loading" not in err and "truth" not in out
     with OnTerminal("run", *arguments, NO_COLOR="1", TERM="dumb") as terminal:
