@@ -13,6 +13,8 @@ from functools import wraps
 
 import pytest
 
+from tests.support import forkserver
+
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
 KINDS = {
     "process": "waits for a process, and its start",
@@ -82,7 +84,8 @@ def pytest_configure(config):
 
 def cpu_seconds():
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = times.children_user + times.children_system + forkserver.cpu_seconds()
+    return times.user + times.system + children
 
 
 @pytest.hookimpl(wrapper=True)

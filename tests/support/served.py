@@ -2,29 +2,37 @@
 least of clients."""
 
 import http.client
+import io
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 from slotmoe.tools.serve import make_server
+from tests.support.forkserver import COMMAND_LINE, Forked
+from tests.support.tiny import SAMPLE
 
 GREEDY = {"model": "sample", "temperature": 0}
 USER = [{"role": "user", "content": "Tell me of the king."}]
-PROMPTS = [
-    "My fellow citizens,",
-    "It is a truth",
-    "def main(",
-    "Call me",
-    "To be or not",
-    "Once upon a time",
-    "import os",
-    "The law",
+PROMPTS = ["My fellow citizens,", "It is a truth", "def main(", "Call me"]
+PROMPTS += ["To be or not", "Once upon a time", "import os", "The law"]
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+ANTHROPIC_TOOL = {"name": "weather", "description": "The weather of a city"}
+TOOLS = [
+    {"type": "function", "function": {**ANTHROPIC_TOOL, "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "stop"}},
 ]
+ANTHROPIC_TOOL["input_schema"] = WEATHER
 
 # Requests that are not whole, or none.
 HALVES = [
@@ -35,16 +43,44 @@ HALVES = [
     b"GET / HTTP/1.1\r\nHost: localhost\r\n",
 ]
 
-FAILING = """
-import sys
+# For ``start``: steps of 10 ms, and a model that fails.
+SLOW = f"""
+import time
+from slotmoe.offload.runtime import Runtime
+append_each = Runtime.append_each
+Runtime.append_each = lambda *given: time.sleep(0.01) or append_each(*given)
+{COMMAND_LINE}
+"""
+FAILING = f"""
 from slotmoe.offload.runtime import Sequence
 Sequence.append = lambda *_: 1 / 0
-from slotmoe.tools.cli import main
-main(sys.argv[1:])
+{COMMAND_LINE}
 """
 
 
-def until(condition, seconds=5.0):
+def is_weather(arguments):
+    """Whether they are what ``WEATHER`` demands."""
+    found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    of = {"city": ("Paris", "Rome"), "days": range(1, 10)}
+    return found.keys() == of.keys() and all(found[key] in of[key] for key in of)
+
+
+def tokenizer_with(folder, marks, first, template=None, source=None):
+    """``folder`` with the sample's tokenizer, or ``source``, and further tokens from the id
+    ``first`` on, of which every second is special."""
+    source = source or json.loads((SAMPLE / "tokenizer.json").read_text())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for number, mark in enumerate(marks):
+        about = {"id": first + number, "content": mark, "special": number % 2 == 1}
+        source["added_tokens"].append({**plain, **about})
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    settings = json.loads((SAMPLE / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template or settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def until(condition, seconds=30.0):
     """Wait until ``condition()`` is true."""
     end = time.monotonic() + seconds
     while not condition():
@@ -55,21 +91,12 @@ def until(condition, seconds=5.0):
 class Served:
     """A server in a thread of this process, and the least of clients."""
 
-    def __init__(
-        self,
-        runtime,
-        keys=(),
-        waiting=4,
-        max_body=1 << 16,
-        is_logged=False,
-        *,
-        sequences=8,
-        origins=(),
-    ):
+    def __init__(self, runtime, keys=(), *, waiting=16, max_body=1 << 20, sequences=8, **edge):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        edge = keys, ("box.local",), max_body, is_logged, origins
-        self.server, self.batch = make_server(runtime, "sample", sequences, waiting, *edge)
+        self.address, self.key = f"http://127.0.0.1:{self.port}", (*keys, "none")[0]
+        given = "sample", sequences, waiting, keys, ("box.local",), max_body
+        self.server, self.batch = make_server(runtime, *given, **edge)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def __enter__(self):
@@ -98,17 +125,32 @@ class Served:
         is_json = "json" in response.headers.get("content-type", "")
         return response.status, json.loads(data) if is_json else data.decode(), response.headers
 
+    def post(self, path, **body):
+        return self.ask("POST", path, body, x_api_key=self.key)[:2]
+
+    def message(self, **fields):
+        """Status and answer of Anthropic's API."""
+        body = {**GREEDY, "messages": USER, "max_tokens": 6, **fields}
+        return self.post("/v1/messages", **body)
+
     def complete(self, prompt, **options):
-        status, answer, _ = self.ask(
-            "POST", "/v1/completions", {**GREEDY, "prompt": prompt, **options}
-        )
+        body = {**GREEDY, "prompt": prompt, **options}
+        status, answer, _ = self.ask("POST", "/v1/completions", body)
         assert status == 200, answer
         return answer
 
     def chat(self, **options):
-        return self.ask(
-            "POST", "/v1/chat/completions", {**GREEDY, "messages": USER, "max_tokens": 8, **options}
-        )
+        body = {**GREEDY, "messages": USER, "max_tokens": 8, **options}
+        return self.ask("POST", "/v1/chat/completions", body)
+
+    def choice(self, **options):
+        """The only answer of a chat."""
+        status, answer, _ = self.chat(**options)
+        assert status == 200, answer
+        return answer["choices"][0]
+
+    def text(self, prompt="Call me", **options):
+        return self.complete(prompt, **options)["choices"][0]["text"]
 
     def events(self, path, body):
         connection, response = self.open("POST", path, {**body, "stream": True})
@@ -117,20 +159,15 @@ class Served:
         assert response.status == 200 and lines.pop() == "" and lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
-    def idle(self, seconds=5.0):
+    def idle(self, seconds=30.0):
         """Wait until no answer runs or waits."""
         until(lambda: not (self.batch.running or self.batch.queued), seconds)
 
 
-def start(export, *options, script=None, **environment):
-    command = ["-m", "slotmoe"] if script is None else ["-c", script]
-    settings = "--port 0 --ram 2GiB --context 512 --name sample"
-    arguments = ["serve", str(export), *settings.split(), *options]
-    child = subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
+def start(export, *options, program=COMMAND_LINE):
+    """A server in a process of its own, and its port, or the line that it said instead."""
+    settings = "--port 0 --ram 2GiB --context 512 --name sample".split()
+    child = Forked("serve", export, *settings, *options, program=program)
+    child.stderr = io.TextIOWrapper(child.stderr)
     line = child.stderr.readline()
     return child, int(re.search(r":(\d+),", line)[1]) if "ready" in line else line

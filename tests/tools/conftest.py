@@ -1,27 +1,39 @@
 """Fixtures of the server's tests."""
 
+import subprocess
+import time
 from functools import cache
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
 from slotmoe.model.child import Child
 from slotmoe.offload.runtime import Runtime
+from tests.support import forkserver
 from tests.support.served import Served
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_child_for_each_input():
+def one_forked_child_for_each_input():
     """Most requests here are about other things than their chat template, whose child takes a tenth
     of a second; the same input gives the same output.  Errors are not kept."""
+    forks = SimpleNamespace(run=forkserver.run, TimeoutExpired=subprocess.TimeoutExpired)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slotmoe.model.child.subprocess", forks)
         patch.setattr(Child, "run", cache(Child.run))
         yield
 
 
 @pytest.fixture(scope="module")
 def context():
-    """Of ``runtime``; a file may override it."""
+    """Of ``runtime``; a file may override it, and ``keys``."""
     return 512
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return ()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +43,53 @@ def runtime(sample_export, context):
 
 
 @pytest.fixture(scope="module")
-def served(network, processes, runtime):
-    with Served(runtime) as served:
+def served(network, processes, runtime, keys):
+    with Served(runtime, keys) as served:
         yield served
+
+
+@pytest.fixture(scope="module")
+def openai_client(served):
+    import openai
+
+    address = f"{served.address}/v1"
+    with openai.OpenAI(base_url=address, api_key=served.key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anthropic_client(served):
+    import anthropic
+
+    with anthropic.Anthropic(base_url=served.address, api_key=served.key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def steps(runtime, monkeypatch):
+    """Let each step of ``runtime`` be preceded by a call."""
+    append_each = runtime.append_each
+
+    def precede(call):
+        def later(*arguments):
+            call()
+            return append_each(*arguments)
+
+        monkeypatch.setattr(runtime, "append_each", later)
+
+    return precede
+
+
+@pytest.fixture
+def slow(steps):
+    """Every step takes 10 ms and more."""
+    steps(lambda: time.sleep(0.01))
+
+
+@pytest.fixture
+def gate(steps):
+    """Every step waits until this event is set."""
+    gate = Event()
+    steps(lambda: gate.wait(60))
+    yield gate
+    gate.set()

@@ -17,20 +17,17 @@ from hypothesis import strategies as st
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Sampling
 from slotmoe.model.reasoning import Reasoning
+from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat.conversation import Conversation, Exchange, trimmed
-from slotmoe.tools.cli import main
 from tests.support.tiny import write_checkpoint
-
-pytestmark = pytest.mark.usefixtures("processes")
 
 SYSTEM = "You are a clerk in a play by Shakespeare."
 
 
 @pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, context=256) as opened:
-        yield opened
+def context(processes):
+    return 256
 
 
 @pytest.fixture
@@ -74,17 +71,15 @@ def test_messages_go_through_the_chat_template(talking):
     chat = talking(system=SYSTEM)
     first = said(chat.answer("Who goes there?"))
     said(chat.answer("Speak!"))
-    tokenizer = chat.runtime.tokenizer
-    assert tokenizer.decode(chat.sent[0]) == f"{SYSTEM}\n\nUser: Who goes there?\n\nAssistant:"
-    assert (
-        tokenizer.decode(chat.sent[1])
-        == f"{SYSTEM}\n\nUser: Who goes there?\n\nAssistant: {first}User: Speak!\n\nAssistant:"
-    )
+    decode = chat.runtime.tokenizer.decode
+    begun = f"{SYSTEM}\n\nUser: Who goes there?\n\nAssistant:"
+    assert decode(chat.sent[0]) == begun
+    assert decode(chat.sent[1]) == f"{begun} {first}User: Speak!\n\nAssistant:"
     assert chat.exchanges[0] == Exchange("Who goes there?", first)
     chat.set_system(None)
     chat.reset()
     said(chat.answer("Again"))
-    assert tokenizer.decode(chat.sent[2]) == "User: Again\n\nAssistant:"
+    assert decode(chat.sent[2]) == "User: Again\n\nAssistant:"
 
 
 def test_only_what_is_new_is_read(talking):
@@ -101,23 +96,18 @@ def test_only_what_is_new_is_read(talking):
 
 
 def test_regenerate_reads_nothing_and_gives_another_answer(talking):
+    with pytest.raises(ConfigError, match="no answer yet"):
+        talking().regenerate()
     chat = talking(temperature=1.0, seed=5)
     first = said(chat.answer("What news?"))
-    before = fed(chat.runtime)
+    read, made = fed(chat.runtime)
     second = said(chat.regenerate())
-    assert fed(chat.runtime) == (
-        before[0],
-        before[1] + 24,
-    )  # the prompt's last token, and 23 of the answer's
+    # The prompt's last token, and 23 of the answer's.
+    assert fed(chat.runtime) == (read, made + 24)
     assert chat.exchanges == [Exchange("What news?", second)]
     assert second != first
     again = talking(temperature=1.0, seed=5)
     assert [said(again.answer("What news?")), said(again.regenerate())] == [first, second]
-
-
-def test_nothing_to_regenerate(talking):
-    with pytest.raises(ConfigError, match="no answer yet"):
-        talking().regenerate()
 
 
 @settings(max_examples=200, deadline=None)
@@ -131,14 +121,14 @@ def test_whitespace_at_the_ends_is_not_part_of_an_answer(pieces):
 
 def test_full_context_drops_the_oldest_and_says_so_once(talking):
     chat = talking(system=SYSTEM, max_new_tokens=20)
-    context, tokenizer = chat.runtime.context, chat.runtime.tokenizer
-    for number in range(15):
+    context, decode = chat.runtime.context, chat.runtime.tokenizer.decode
+    for number in range(11):
         said(chat.answer(f"Tell me, I pray you, of number {number}."))
-    assert len(chat.exchanges) == 15
+    assert len(chat.exchanges) == 11
     assert all(len(prompt) + 20 <= context for prompt in chat.sent)
-    dropping = [note for note in chat.told if "context is full" in note]
+    assert all(decode(prompt).startswith(SYSTEM) for prompt in chat.sent)
     seen = [
-        [number for number in range(15) if f"number {number}." in tokenizer.decode(prompt)]
+        [number for number in range(11) if f"number {number}." in decode(prompt)]
         for prompt in chat.sent
     ]
     changes = 0
@@ -147,9 +137,8 @@ def test_full_context_drops_the_oldest_and_says_so_once(talking):
         if now[0] != before[0]:
             changes += 1
             assert len(chat.sent[number]) <= context // 2 < len(chat.sent[number - 1])
-    assert changes == len(dropping) >= 2
+    assert changes == len([note for note in chat.told if "context is full" in note]) >= 2
     assert chat.forgotten == seen[-1][0]
-    assert all(tokenizer.decode(prompt).startswith(SYSTEM) for prompt in chat.sent)
 
 
 def test_newest_exchange_stays_even_if_it_takes_more_than_half(talking):
@@ -160,8 +149,7 @@ def test_newest_exchange_stays_even_if_it_takes_more_than_half(talking):
     said(chat.answer("and now? " * 9))
     text = chat.runtime.tokenizer.decode(chat.sent[-1])
     assert len(chat.sent[-1]) > chat.runtime.context // 2
-    assert "long long" in text
-    assert "word" not in text
+    assert "long long" in text and "word" not in text
     assert chat.forgotten == 2
 
 
@@ -169,11 +157,8 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
     chat = talking(max_new_tokens=1000)
     said(chat.answer("Hello"))
     state = chat.exchanges, chat.forgotten
-    with pytest.raises(
-        PlanError,
-        match=r"the message has \d+ tokens .* and 192 fit: "
-        r"the context holds 256, of which 64 .*--context",
-    ):
+    wanted = r"the message has \d+ tokens .* and 192 fit: the context holds 256, of which 64 .*"
+    with pytest.raises(PlanError, match=f"{wanted}--context"):
         said(chat.answer("word " * 300))
     assert (chat.exchanges, chat.forgotten) == state
     assert len(chat.sent) == 1
@@ -181,26 +166,21 @@ def test_message_beyond_the_context_is_refused_and_changes_nothing(talking):
     assert said(chat.answer("Hello"))
 
 
-def test_answer_that_reaches_an_end_says_which(talking):
+def test_answer_that_reaches_an_end_says_which(talking, monkeypatch):
     chat = talking(max_new_tokens=1000)
     said(chat.answer("Tell me of the kings of England, and of their wars with France, at length."))
-    assert chat.runtime.sequences[0].length + 1 == chat.runtime.context, (
-        "the model ended by itself; choose another message"
-    )
-    assert chat.told == [
-        "the answer was stopped because the context is full; your next message makes room in it"
-    ]
+    length, context = chat.runtime.sequences[0].length, chat.runtime.context
+    assert length + 1 == context, "the model ended by itself; choose another message"
+    full = "the answer was stopped because the context is full; your next message makes room in it"
+    assert chat.told == [full]
     chat = talking(max_new_tokens=3)
     said(chat.answer("Hello"))
-    assert chat.told[1:] == ["the answer was stopped after 3 tokens (--max-new-tokens)"]
-
-
-def test_empty_answer_is_said(talking, monkeypatch):
+    assert chat.told.pop() == "the answer was stopped after 3 tokens (--max-new-tokens)"
     chat = talking()
     with monkeypatch.context() as patch:
         patch.setattr(Runtime, "generate", lambda *_: iter([]))
         assert said(chat.answer("Hello")) == ""
-    assert chat.told == ["the model gave an empty answer"]
+    assert chat.told[1:] == ["the model gave an empty answer"]
     assert chat.exchanges == [Exchange("Hello", "")]
     assert said(chat.regenerate())
 
@@ -223,36 +203,34 @@ def test_interrupted_before_a_word_changes_nothing(talking, monkeypatch, again):
     chat = talking()
     said(chat.answer("Hello"))
     before = chat.exchanges
+    experts = type(chat.runtime.model.experts)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            type(chat.runtime.model.experts), "begin", lambda *_: signal.raise_signal(signal.SIGINT)
-        )
+        patch.setattr(experts, "begin", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             said(chat.regenerate() if again else chat.answer("Wait"))
     assert chat.exchanges == before
-    assert (
-        said(chat.regenerate()) == before[0].assistant
-    )  # greedy, so the latent cache is as good as new
+    # Greedy, so the latent cache is as good as new.
+    assert said(chat.regenerate()) == before[0].assistant
 
 
 # Files
 
 
 def test_saved_conversation_goes_on_where_it_was(talking, tmp_path):
-    chat = talking(system="Grüße")
+    chat, path = talking(system="Grüße"), tmp_path / "talk.json"
     said(chat.answer("Hello\nthere"))
     said(chat.answer("Bye"))
-    chat.save(tmp_path / "talk.json")
+    chat.save(path)
     roles = ["system", "user", "assistant", "user", "assistant"]
     texts = ["Grüße", *(text for exchange in chat.exchanges for text in exchange)]
     saved = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    assert json.loads((tmp_path / "talk.json").read_text()) == {"messages": saved}
+    assert json.loads(path.read_text()) == {"messages": saved}
     other = talking()
-    other.load(tmp_path / "talk.json")
+    other.load(path)
     assert (other.system, other.exchanges) == (chat.system, chat.exchanges)
     assert said(other.answer("More")) == said(chat.answer("More"))
     other.save(other.file)
-    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 7
+    assert len(json.loads(path.read_text())["messages"]) == 7
 
 
 def test_no_other_file_is_overwritten(talking, tmp_path):
@@ -272,79 +250,59 @@ def test_failed_save_leaves_the_file_before_it(talking, tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    chat = talking()
+    chat, path = talking(), tmp_path / "talk"
     said(chat.answer("Hello"))
-    chat.save(tmp_path / "talk")
-    before = (tmp_path / "talk").read_bytes()
+    chat.save(path)
+    before = path.read_bytes()
     said(chat.answer("More"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(ConfigError, match=r"talk: can't be written .No space"):
-            chat.save(tmp_path / "talk")
-    assert (tmp_path / "talk").read_bytes() == before
-    chat.save(tmp_path / "talk")
+            chat.save(path)
+    assert path.read_bytes() == before
+    chat.save(path)
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-BAD_FILES = {
-    "no-json": ("{", "not valid JSON"),
-    "list": ([], "expected a JSON object"),
-    "no-messages": ({}, "expected a list under 'messages'"),
-    "other-key": ({"messages": [], "model": "x"}, "'model'"),
-    "messages-no-list": ({"messages": "hi"}, "expected a list under 'messages'"),
-    "message-no-object": ({"messages": ["hi"]}, r"messages\[0\]: is 'hi'"),
-    "message-key": (
-        {"messages": [USER | {"name": "x"}, ASSISTANT]},
-        r"messages\[0\]: .*role and content",
-    ),
-    "content-number": (
-        {"messages": [USER, ASSISTANT | {"content": 3}]},
-        r"messages\[1\].content: is 3",
-    ),
-    "content-surrogate": (
-        {"messages": [USER | {"content": "\ud800"}, ASSISTANT]},
-        r"messages\[0\].content: .*Unicode",
-    ),
-    "role-unknown": (
-        {"messages": [{"role": "tool", "content": "x"}]},
-        r"messages\[0\].role: is 'tool', expected 'user'",
-    ),
-    "role-order": (
-        {"messages": [USER, USER]},
-        r"messages\[1\].role: is 'user', expected 'assistant'",
-    ),
-    "system-late": (
-        {"messages": [USER, ASSISTANT, {"role": "system", "content": "x"}]},
-        r"messages\[2\].role: is 'system'",
-    ),
-    "no-answer": (
-        {"messages": [USER, ASSISTANT, USER]},
-        r"messages\[2\]: is a message without an answer",
-    ),
-}
+BAD_FILES = [
+    ("{", "not valid JSON"),
+    ([], "expected a JSON object"),
+    ({}, "expected a list under 'messages'"),
+    ({"messages": [], "model": "x"}, "'model'"),
+    ({"messages": "hi"}, "expected a list under 'messages'"),
+]
+BAD_MESSAGES = [
+    (["hi"], r"messages\[0\]: is 'hi'"),
+    ([USER | {"name": "x"}, ASSISTANT], r"messages\[0\]: .*role and content"),
+    ([USER, ASSISTANT | {"content": 3}], r"messages\[1\].content: is 3"),
+    ([USER | {"content": "\ud800"}, ASSISTANT], r"messages\[0\].content: .*Unicode"),
+    ([USER | {"role": "tool"}], r"messages\[0\].role: is 'tool', expected 'user'"),
+    ([USER, USER], r"messages\[1\].role: is 'user', expected 'assistant'"),
+    ([USER, ASSISTANT, USER | {"role": "system"}], r"messages\[2\].role: is 'system'"),
+    ([USER, ASSISTANT, USER], r"messages\[2\]: is a message without an answer"),
+]
+BAD_FILES += [({"messages": messages}, wanted) for messages, wanted in BAD_MESSAGES]
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file_is_refused_by_name_and_changes_nothing(talking, tmp_path, name):
-    content, wanted = BAD_FILES[name]
-    (tmp_path / "bad.json").write_text(content if isinstance(content, str) else json.dumps(content))
+def test_bad_file_is_refused_by_name_and_changes_nothing(talking, tmp_path):
     chat = talking(system=SYSTEM)
     said(chat.answer("Hello"))
     before = chat.system, chat.exchanges, chat.file
-    with pytest.raises(ConfigError, match=f"bad.json: .*{wanted}|bad.json: {wanted}"):
-        chat.load(tmp_path / "bad.json")
-    assert (chat.system, chat.exchanges, chat.file) == before
+    for content, wanted in BAD_FILES:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"bad.json: (.*{wanted}|{wanted})"):
+            chat.load(tmp_path / "bad.json")
+        assert (chat.system, chat.exchanges, chat.file) == before
 
 
 def test_status_and_what_it_counts(talking):
     chat = talking()
     assert chat.status().endswith("context 0 of 256")
     said(chat.answer("Hello"))
-    status = chat.status()
-    assert all(
-        part in status
-        for part in ("tokens/s", "% hits", "ram ", f"context {len(chat.sent[0]) + 23} of 256")
-    )
+    length = len(chat.sent[0]) + 23
+    for part in ("tokens/s", "% hits", "ram ", f"context {length} of 256"):
+        assert part in chat.status()
     chat.reset()
     assert chat.status().endswith("context 0 of 256")
 
@@ -372,9 +330,8 @@ def test_status_while_the_message_is_read(talking, monkeypatch):
     assert re.match(rf"reading \d+ of {total} tokens, \d s · ", seen[1])
     assert "reading" not in chat.status()
     answer.close()
-    refused = chat.answer("word " * 300)
     with pytest.raises(PlanError):
-        next(refused)
+        next(chat.answer("word " * 300))
     assert "reading" not in chat.status()
 
 
@@ -382,116 +339,72 @@ def test_status_while_the_message_is_read(talking, monkeypatch):
 
 
 @pytest.fixture
-def chat(sample_export, tmp_path, capsys, monkeypatch):
+def chat(slotmoe, processes, sample_export, tmp_path, monkeypatch):
     """Run ``slotmoe chat`` with ``lines`` as stdin: exit code, stdout, stderr."""
+    options = ["-n", 8, "--temperature", 0, "--context", 256]
 
     def run(lines, *arguments, model=sample_export):
-        monkeypatch.setattr(
-            sys,
-            "stdin",
-            io.TextIOWrapper(io.BytesIO(lines if isinstance(lines, bytes) else lines.encode())),
-        )
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main(
-                    [
-                        "chat",
-                        str(model),
-                        "-n",
-                        "8",
-                        "--temperature",
-                        "0",
-                        "--context",
-                        "256",
-                        *map(str, arguments),
-                    ]
-                )
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
+        data = lines if isinstance(lines, bytes) else lines.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return slotmoe("chat", model, *options, *arguments)
 
     monkeypatch.chdir(tmp_path)
     return run
 
 
+LINES = "Hello\n\n//slash\n/system Be brief\n/save talk.json\n/help\n/stats\n/exit\nnever\n"
+SHOWN = ["system message: Be brief", "2 exchanges are in ", "/regenerate", "% hits"]
+SHOWN += ["2 of 2 exchanges are seen", "8 tokens"]
+
+
 def test_one_message_a_line_and_plain_text_out(chat, tmp_path):
-    code, out, err = chat(
-        "Hello\n\n//slash\n/system Be brief\n/save talk.json\n/help\n/stats\n/exit\nnever\n",
-        "--system",
-        SYSTEM,
-    )
+    code, out, err = chat(LINES, "--system", SYSTEM)
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    assert code == 0
-    assert [message["content"] for message in messages if message["role"] == "user"] == [
-        "Hello",
-        "/slash",
-    ]
-    assert messages[0]["content"] == "Be brief"
-    assert out == "".join(
-        message["content"] + "\n" for message in messages if message["role"] == "assistant"
-    )
-    for part in (
-        "system message: Be brief",
-        "2 exchanges are in ",
-        "/regenerate",
-        "% hits",
-        "2 of 2 exchanges are seen",
-        "8 tokens",
-    ):
-        assert part in err
-    code, again, err = chat(
-        "/load talk.json\n/regenerate\n/save\n/reset\n/system off\n/system\n", "--system", SYSTEM
-    )
-    assert code == 0
-    assert "there is no system message" in err
+    assert code == 0 and all(part in err for part in SHOWN)
+    first, *texts = [message["content"] for message in messages]
+    assert (first, texts[::2]) == ("Be brief", ["Hello", "/slash"])
+    assert out == "".join(f"{answer}\n" for answer in texts[1::2])
+    lines = "/load talk.json\n/regenerate\n/save\n/reset\n/system off\n/system\n"
+    code, again, err = chat(lines, "--system", SYSTEM)
+    assert code == 0 and "there is no system message" in err
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 5
     assert again.count("\n") >= 1
 
 
-BAD_LINES = {
-    "unknown-command": ("/fly\nnever\n", [], "/fly: no such command"),
-    "save-without-name": ("/save\n", [], "/save: needs the name"),
-    "load-without-name": ("/load\n", [], "/load: needs the name"),
-    "load-nothing": ("/load nowhere.json\n", [], "nowhere.json: can't be read"),
-    "too-long": ("word " * 400, [], "the context holds 256"),
-    "no-utf8": (b"fine\n\xff\n", [], "stdin: line 2 is not valid UTF-8"),
-    "temperature": ("", ["--temperature", "-1"], "temperature is -1"),
-    "no-tokens": ("", ["-n", "0"], "max_new_tokens is 0"),
-    "budget": ("", ["--ram", "1MiB"], "needs at least"),
-    "chat-flag": ("", ["--chat"], "--chat"),
-}
+BAD_LINES = [
+    ("/fly\nnever\n", [], "/fly: no such command"),
+    ("/save\n", [], "/save: needs the name"),
+    ("/load\n", [], "/load: needs the name"),
+    ("/load nowhere.json\n", [], "nowhere.json: can't be read"),
+    ("word " * 400, [], "the context holds 256"),
+    (b"fine\n\xff\n", [], "stdin: line 2 is not valid UTF-8"),
+    ("", ["--temperature", "-1"], "temperature is -1"),
+    ("", ["-n", "0"], "max_new_tokens is 0"),
+    ("", ["--ram", "1MiB"], "needs at least"),
+    ("", ["--chat"], "--chat"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_line_ends_it_with_one_line_and_exit_code_2(chat, name):
-    lines, arguments, wanted = BAD_LINES[name]
-    code, out, err = chat(lines, *arguments)
-    assert code == 2
-    assert wanted in err
-    assert "Traceback" not in err
-    assert out.count("\n") == (name == "no-utf8")
+def test_bad_line_ends_it_with_one_line_and_exit_code_2(chat):
+    for lines, arguments, wanted in BAD_LINES:
+        code, out, err = chat(lines, *arguments)
+        assert code == 2 and wanted in err and "Traceback" not in err
+        assert out.count("\n") == isinstance(lines, bytes)
 
 
-@pytest.mark.parametrize(
-    ("template", "wanted"),
-    [
-        (None, "not a chat model: take its Chat or Instruct version"),
-        ("{{ raise_exception('no system role') }}", "no system role"),
-    ],
-)
-def test_model_without_a_usable_template_is_refused(chat, tmp_path, template, wanted):
+NO_ROLE = "{{ raise_exception('no system role') }}"
+
+
+def test_model_without_a_usable_template_is_refused(chat, tmp_path):
     write_checkpoint(tmp_path / "base")
     path = tmp_path / "base" / "tokenizer_config.json"
     config = json.loads(path.read_text())
     del config["chat_template"]
-    path.write_text(
-        json.dumps(config if template is None else config | {"chat_template": template})
-    )
-    code, out, err = chat("Hello\n", model=tmp_path / "base")
-    assert (code, out) == (2, "")
-    assert wanted in err
+    other = "not a chat model: take its Chat or Instruct version"
+    for more, wanted in (({}, other), ({"chat_template": NO_ROLE}, "no system role")):
+        path.write_text(json.dumps(config | more))
+        code, out, err = chat("Hello\n", model=tmp_path / "base")
+        assert (code, out) == (2, "") and wanted in err
 
 
 def test_interrupted_pipe_is_exit_code_130(chat, monkeypatch):
@@ -502,13 +415,10 @@ def test_interrupted_pipe_is_exit_code_130(chat, monkeypatch):
     original = Runtime.generate
     monkeypatch.setattr(Runtime, "generate", generate)
     code, _, err = chat("Hello\nMore\n")
-    assert code == 130
-    assert "interrupted" in err
+    assert code == 130 and "interrupted" in err
 
 
 def test_trace_covers_all_answers(chat, tmp_path):
-    from slotmoe.offload.observe.trace import read_trace
-
     assert chat("Hello\nMore\n", "--trace", tmp_path / "trace")[0] == 0
     assert len(read_trace(tmp_path / "trace")[1]) == 16
 

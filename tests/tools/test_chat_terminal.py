@@ -1,17 +1,7 @@
 """``slotmoe chat`` on a terminal: keys, history, answers as Markdown, and Ctrl-C at any time."""
 
-import contextlib
-import fcntl
 import io
-import os
-import pty
-import select
 import signal
-import struct
-import subprocess
-import sys
-import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -27,34 +17,47 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.chat import COMMANDS, talk
 from slotmoe.tools.chat.conversation import Conversation
 from slotmoe.tools.chat.terminal import Terminal, View, finished, markdown, visible
-
-ROOT = Path(__file__).parents[2]
+from tests.support.forkserver import OnTerminal
 
 
 @pytest.fixture
-def terminal(tmp_path):
-    """A ``Terminal`` whose keys are sent with ``keys.send_text``, and what it printed."""
-    printed = io.StringIO()
+def keys():
+    """What is typed is given to its ``send_text``."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        yield keys
+
+
+@pytest.fixture
+def make(keys):
+    """A ``Terminal`` that keeps its history in a file, and what it printed."""
+
+    def make(history):
+        printed = io.StringIO()
         console = Console(file=printed, width=60, height=20)
-        made = Terminal(tmp_path / "cache" / "history", list(COMMANDS), lambda: "status", console)
+        made = Terminal(history, list(COMMANDS), lambda: "status", console)
         made.keys, made.printed = keys, printed
-        yield made
+        return made
+
+    return make
+
+
+@pytest.fixture
+def terminal(make, tmp_path):
+    return make(tmp_path / "cache" / "history")
 
 
 @pytest.fixture(scope="module")
-def runtime(sample_export):
-    with Runtime.open(sample_export, context=256) as opened:
-        yield opened
+def context():
+    return 256
 
 
 @pytest.fixture
-def chat(runtime, terminal):
+def chat(processes, runtime):
     return Conversation(runtime, 24, Sampling())
 
 
 @pytest.mark.parametrize(
-    ("keys", "wanted"),
+    ("typed", "wanted"),
     [
         ("hello\r", "hello"),
         ("one\x1b\rtwo\ntree\x1b[Dh\r", "one\ntwo\ntrehe"),  # Alt-Enter, Ctrl-J, then an arrow
@@ -65,8 +68,8 @@ def chat(runtime, terminal):
         ("x\x01\x04\x04", None),  # deletes first
     ],
 )
-def test_keys(terminal, keys, wanted):
-    terminal.keys.send_text(keys)
+def test_keys(terminal, typed, wanted):
+    terminal.keys.send_text(typed)
     assert terminal.read() == wanted
     assert terminal.printed.getvalue() == ""
 
@@ -77,37 +80,30 @@ def test_interrupt_at_an_empty_prompt_says_how_to_leave(terminal):
     assert "Ctrl-D" in terminal.printed.getvalue()
 
 
-def test_history_is_kept_in_the_cache_folder(terminal, tmp_path):
+def test_history_is_kept_in_the_cache_folder(terminal, make, tmp_path):
     terminal.keys.send_text("first\x1b\rline\r")
     terminal.read()
     path = tmp_path / "cache" / "history"
     assert path.stat().st_mode & 0o777 == 0o600
-    later = Terminal(path, [], lambda: "", Console(file=io.StringIO()))
     terminal.keys.send_text("\x1b[A\r")
-    assert later.read() == "first\nline"
+    assert make(path).read() == "first\nline"
 
 
-def test_history_that_cannot_be_kept_is_said(tmp_path):
+def test_history_that_cannot_be_kept_is_said(make, tmp_path):
     (tmp_path / "file").touch()
-    printed = io.StringIO()
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        face = Terminal(
-            tmp_path / "file" / "history", [], lambda: "", Console(file=printed, width=200)
-        )
-        keys.send_text("hello\r")
-        assert face.read() == "hello"
-    assert "can't keep the history" in printed.getvalue()
+    terminal = make(tmp_path / "file" / "history")
+    terminal.keys.send_text("hello\r")
+    assert terminal.read() == "hello"
+    assert "can't keep the history" in terminal.printed.getvalue().replace("\n", " ")
 
 
-@pytest.mark.usefixtures("processes")
 def test_refused_message_can_be_edited(terminal, chat):
-    long = "word " * 300
-    terminal.keys.send_text(f"{long}\r")
+    terminal.keys.send_text(f"{'word ' * 300}\r")
     terminal.keys.send_text("\x15short\r/nonsense\r\x03/exit\r")
     talk(chat, terminal, Path())
     assert [exchange.user for exchange in chat.exchanges] == ["short"]
-    assert "--context" in terminal.printed.getvalue()
-    assert "/nonsense: no such command" in terminal.printed.getvalue()
+    printed = terminal.printed.getvalue()
+    assert "--context" in printed and "/nonsense: no such command" in printed
 
 
 def test_what_ended_an_answer_is_said_below_it(terminal, chat):
@@ -118,7 +114,6 @@ def test_what_ended_an_answer_is_said_below_it(terminal, chat):
     assert lines[0] in chat.exchanges[0].assistant
 
 
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("again", [False, True])
 def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkeypatch, again):
     def generate(self, *arguments):
@@ -134,29 +129,24 @@ def test_interrupt_stops_the_answer_and_keeps_the_session(terminal, chat, monkey
             signal.raise_signal(signal.SIGINT)
         closed(self)
 
-    pressed, views, closed = [], [], View.close
+    pressed, views, closed, original = [], [], View.close, Runtime.generate
     monkeypatch.setattr(View, "close", close)
-
-    original = Runtime.generate
     monkeypatch.setattr(Runtime, "generate", generate)
     before = signal.getsignal(signal.SIGINT)
     terminal.keys.send_text("Hello\rGo on\r\x04")
     talk(chat, terminal, Path())
-    assert [exchange.user for exchange in chat.exchanges] == ["Hello", "Go on"]
-    assert 0 < len(chat.exchanges[0].assistant) < len(chat.exchanges[1].assistant)
-    assert terminal.printed.getvalue().count("stopped\n") == 1
-    assert (
-        chat.exchanges[0].assistant.splitlines()[0]
-        in terminal.printed.getvalue().partition("stopped")[0]
-    )
+    first, second = chat.exchanges
+    assert (first.user, second.user) == ("Hello", "Go on")
+    assert 0 < len(first.assistant) < len(second.assistant)
+    above, *below = terminal.printed.getvalue().split("stopped\n")
+    assert len(below) == 1 and first.assistant.splitlines()[0] in above
     assert not any(view.live.is_started for view in views)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.usefixtures("processes")
 def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkeypatch):
-    calls = []
-    original = type(chat.runtime.model.experts).begin
+    experts, calls = type(chat.runtime.model.experts), []
+    original = experts.begin
 
     def begin(*arguments):
         calls.append(1)
@@ -164,7 +154,7 @@ def test_message_is_offered_again_if_nothing_was_answered(terminal, chat, monkey
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(type(chat.runtime.model.experts), "begin", begin)
+    monkeypatch.setattr(experts, "begin", begin)
     terminal.keys.send_text("Hello\r, friend\r\x04")
     talk(chat, terminal, Path())
     assert [exchange.user for exchange in chat.exchanges] == ["Hello, friend"]
@@ -209,32 +199,24 @@ def test_markdown_that_arrives_in_pieces_looks_like_the_whole(size):
 
     whole = rendered(DOCUMENT, lambda console, text: console.print(markdown(text)))
     assert rendered(DOCUMENT, by_pieces) == whole
-    for part in (
-        "Some words",
-        "on two lines:",
-        " 2 two",
-        "Last, an address (https://example.org/a) of 5 * 3",
-    ):
-        assert part in whole
+    last = "Last, an address (https://example.org/a) of 5 * 3"
+    assert {"Some words", "on two lines:", " 2 two", last} <= set(whole)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from(
-            [*DOCUMENT.splitlines(keepends=True), "\n", "    code\n", "> quote\n", "---\n", "- a\n"]
-        ),
-        max_size=14,
-    )
-)
+LINES = [*DOCUMENT.splitlines(keepends=True), "\n", "    code\n", "> quote\n", "---\n", "- a\n"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(LINES), max_size=14))
 def test_finished_blocks_never_change(lines):
+    def parsed(*texts):
+        tokens = [token for text in texts for token in markdown(text).parsed]
+        return [(token.type, token.content) for token in tokens]
+
     text = "".join(lines)
     for end in range(1, len(lines)):
         done = finished("".join(lines[:end]))
-        apart = markdown(text[:done]).parsed + markdown(text[done:]).parsed
-        assert [(token.type, token.content) for token in apart] == [
-            (t.type, t.content) for t in markdown(text).parsed
-        ]
+        assert parsed(text[:done], text[done:]) == parsed(text)
 
 
 def test_a_line_on_its_way_finishes_nothing():
@@ -254,74 +236,24 @@ def test_only_the_end_of_a_long_block_is_redrawn():
 
     view.add("```\n" + "".join(f"line {number}\n" for number in range(50)))
     lines = shown()
-    assert len(lines) == 9
-    assert "line 49" in lines[-3]
-    assert "the status" in lines[-1]
+    assert len(lines) == 9 and "line 49" in lines[-3] and "the status" in lines[-1]
     view.add("line 50\n")
     assert shown() == lines
     assert "line 50" in shown()[-3]
 
 
 def test_answers_cannot_command_the_terminal():
-    assert (
-        visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000")
-        == "a\\x1b]52;c;x\\x07\\x9b2J\\r\\u202e\tb\nü\u3000"
-    )
-
-
-class Pty:
-    """``slotmoe chat`` on a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self._handle, theirs = pty.openpty()
-        self._unread = b""
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "slotmoe", "chat", *map(str, arguments)],
-            cwd=ROOT,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"TERM": "xterm"},
-        )
-        os.close(theirs)
-
-    def send(self, text):
-        os.write(self._handle, text.encode())
-
-    def until(self, text, seconds=60):
-        """Wait until ``text`` is shown and return what was shown before it; what is after it is
-        left for the next time."""
-        deadline = time.monotonic() + seconds
-        while text.encode() not in self._unread:
-            ready, _, _ = select.select([self._handle], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, (text, self._unread)
-            new = os.read(self._handle, 1 << 16)
-            if b"\x1b[6n" in new:  # where is the cursor?
-                os.write(self._handle, b"\x1b[1;1R")
-            self._unread += new
-        before, _, self._unread = self._unread.partition(text.encode())
-        return before
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            while os.read(self._handle, 1 << 16):
-                pass
-        os.close(self._handle)
-        return self.child.wait(10)
+    shown = "a\\x1b]52;c;x\\x07\\x9b2J\\r\\u202e\tb\nü\u3000"
+    assert visible("a\x1b]52;c;x\x07\x9b2J\r\u202e\tb\nü\u3000") == shown
 
 
 @pytest.mark.usefixtures("processes")
 def test_interrupt_on_a_real_terminal(sample_export):
-    terminal = Pty(sample_export, "--temperature", "0", "-n", "1000", "--context", "1024")
-    try:
+    options = "--temperature 0 -n 1000 --context 1024".split()
+    with OnTerminal("chat", sample_export, *options) as terminal:
         terminal.until("loading ")
         terminal.until("context 0 of 1,024")
-        terminal.send(
-            "Tell me of the kings of England, and of their wars with France, at length.\r"
-        )
+        terminal.send("Tell me of the kings of England, and of their wars, at length.\r")
         terminal.until("tokens/s")
         terminal.send("typed meanwhile")
         shown = terminal.until("tokens/s")
@@ -332,10 +264,8 @@ def test_interrupt_on_a_real_terminal(sample_export):
         terminal.until("1 of 1 exchanges")
         terminal.until("of 1,024")
         terminal.send("\x04")
-        assert terminal.close() == 0
-    finally:
-        terminal.child.kill()
-        terminal.child.wait()
+        terminal.rest()
+        assert terminal.wait() == 0
 
 
 def test_reasoning_is_dimmed_above_the_answer(terminal):

@@ -10,53 +10,48 @@ from importlib import metadata
 import pytest
 
 from slotmoe.tools import doctor
-from slotmoe.tools.cli import main
 
 pytestmark = pytest.mark.usefixtures("processes")
 
-SCREEN = 24, 100  # lines, characters
-
 
 @pytest.fixture
-def report(capsys):
+def report(slotmoe):
     """Exit code, and the checks by name."""
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main(["doctor", "--json", *arguments])
-        report = json.loads(capsys.readouterr().out)
-        assert report["ok"] == (caught.value.code == 0)
-        return caught.value.code, {check["name"]: check for check in report["checks"]}
+        code, out, _ = slotmoe("doctor", "--json", *arguments)
+        report = json.loads(out)
+        assert report["ok"] == (code == 0)
+        return code, {check["name"]: check for check in report["checks"]}
 
     return run
 
 
-def test_this_machine(report):
+def test_this_machine(report, slotmoe):
     code, checks = report()
     assert list(checks) == (
         "system processor kernels compiler GPU RAM pages serve chat plots gguf cache disk".split()
     )
     assert (code == 0) == all(check["state"] != "bad" for check in checks.values())
     assert metadata.version("torch") in checks["GPU"]["found"]
-
-
-def test_it_fits_a_screen_and_says_the_same(capsys):
-    with pytest.raises(SystemExit):
-        main(["doctor"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) < SCREEN[0]
+    lines = slotmoe("doctor")[1].splitlines()
+    assert len(lines) < 24  # a screen
     assert all(line[:2] in ("ok", "--", "!!", "  ") for line in lines)
 
 
+LIGHT = """
+import sys
+from slotmoe.tools.cli import cli
+for name in ("doctor", "list"):
+    cli.main([name], standalone_mode=False)
+assert not {"torch", "rich"} & set(sys.modules)
+cli.main(["plan", "v2-lite"], standalone_mode=False)
+assert "torch" not in sys.modules
+"""
+
+
 def test_it_needs_neither_torch_nor_rich():
-    code = (
-        "import sys; from slotmoe.tools.cli import cli\n"
-        "for name in ('doctor', 'list'): cli.main([name], standalone_mode=False)\n"
-        "assert not {'torch', 'rich'} & set(sys.modules)\n"
-        "cli.main(['plan', 'v2-lite'], standalone_mode=False)\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", LIGHT], check=True, capture_output=True)
 
 
 def test_without_torch(report, monkeypatch):
@@ -69,11 +64,8 @@ def test_without_torch(report, monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     code, checks = report()
-    assert (code, checks["GPU"]["state"], checks["GPU"]["advice"]) == (
-        1,
-        "bad",
-        "pip install torch",
-    )
+    gpu = checks["GPU"]
+    assert (code, gpu["state"], gpu["advice"]) == (1, "bad", "pip install torch")
 
 
 def test_other_processors(report, monkeypatch, tmp_path):

@@ -10,86 +10,71 @@ import sys
 
 import pytest
 
-from slotmoe.tools.cli import cli, main
-from tests.support.params import nth
-from tests.support.tiny import write_checkpoint
+from slotmoe.tools import list as listing
+from slotmoe.tools.cli import cli
+from tests.support.forkserver import COMMAND_LINE, ROOT, Forked
+from tests.support.tiny import SMALL, write_checkpoint
 
-
-def slotmoe(*arguments, shell_suffix="", **environment):
-    """A command in a process of its own; ``shell_suffix`` are redirections."""
-    command = ["sh", "-c", f'exec "$@" {shell_suffix}', "sh", sys.executable, "-m", "slotmoe"]
-    for name in ("PYTHONIOENCODING", "PYTHONUTF8"):
-        environment.setdefault(name, "")
-    environment = {key: value for key, value in (os.environ | environment).items() if value}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, env=environment, stdin=subprocess.DEVNULL
-    )
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory):
-    from slotmoe.offload.ingest.quantize import quantize
-
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder / "checkpoint")
-    quantize(folder / "checkpoint", folder / "export")
-    return folder / "export"
+CLOSING = """
+import os, sys
+for number in {}:
+    os.close(number)
+    setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+"""
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("closed", nth(2, ["<&- >&- 2>&-", "2>&-", ">&-"]))
-def test_closed_streams(closed, export):
-    before = {path: path.read_bytes() for path in export.rglob("*") if path.is_file()}
-    done = slotmoe("run", str(export), "Hello", "-n", "3", shell_suffix=closed)
-    assert done.returncode == 0, done.stderr
-    assert (done.stdout == b"") == (" >&-" in f" {closed}")
-    assert (done.stderr == b"") == ("2>&-" in closed)
-    assert b"Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in before} == before
+def test_all_streams_closed_from_the_start(small_export):
+    command = [sys.executable, "-m", "slotmoe", "run", str(small_export), "Hello", "-n", "3"]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_prompt_from_a_closed_stdin_is_empty(export):
-    done = slotmoe("run", str(export), "-", "-n", "3", shell_suffix="<&-")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams(closed, small_export):
+    """What is opened next gets their numbers, and nothing that is said."""
+    program = CLOSING.format(closed) + COMMAND_LINE
+    prompt = "-" if 0 in closed else "Hello"  # which is then empty
+    child = Forked("run", small_export, prompt, "-n", 3, program=program)
+    out, err = child.communicate()
+    assert child.returncode == 0, err
+    assert (out == b"", err == b"") == (1 in closed, 2 in closed)
+    assert b"Traceback" not in err
 
 
 @pytest.mark.usefixtures("processes")
 def test_stdout_for_ascii_alone(tmp_path):
-    (tmp_path / "café").mkdir()
-    done = slotmoe("plan", str(tmp_path / "café"), PYTHONIOENCODING="ascii")
-    assert done.returncode == 2
-    shutil.copy("model/geometries/v2-lite.json", tmp_path / "café" / "config.json")
-    done = slotmoe("plan", str(tmp_path / "café"), "--ram", "8GiB", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert b"caf\\xe9 fits" in done.stdout
+    folder = tmp_path / "café"
+    folder.mkdir()
+    shutil.copy(ROOT / "model/geometries/v2-lite.json", folder / "config.json")
+    program = f"import sys; sys.stdout.reconfigure(encoding='ascii')\n{COMMAND_LINE}"
+    child = Forked("plan", folder, "--ram", "8GiB", program=program)
+    out, err = child.communicate()
+    assert child.returncode == 0, err
+    assert b"caf\\xe9 fits" in out
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_name_that_is_no_text(export, tmp_path):
+def test_a_name_that_is_no_text(small_export, tmp_path):
     """An export of that name runs; the safetensors library can't open such a checkpoint."""
-    folder = os.fsencode(tmp_path) + b"/caf\xe9"
-    shutil.copytree(export, os.fsdecode(folder))
-    for command in (["plan", folder, "--ram", "2GiB"], ["run", folder, "Hello", "-n", "2"]):
-        done = slotmoe(*command)
-        assert done.returncode == 0, done.stderr
-    write_checkpoint(tmp_path / "plain")
-    os.rename(tmp_path / "plain", folder + b"2")
-    for name, problem in ((b"2", b"rename the folder"), (b"22", b"no such folder")):
-        done = slotmoe("run", folder + name, "Hello", SLOTMOE_CACHE=str(tmp_path / "cache"))
-        assert (done.returncode, done.stderr.splitlines()[-1].count(problem)) == (2, 1)
-        assert b"Traceback" not in done.stderr
-
-
-def failed(capsys, *arguments):
-    """Exit code and stderr of a command in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments])
-    return caught.value.code, capsys.readouterr().err
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.copytree(small_export, folder)
+    for arguments in (["plan", folder, "--ram", "2GiB"], ["run", folder, "Hello", "-n", 2]):
+        child = Forked(*arguments)
+        err = child.communicate()[1]
+        assert child.returncode == 0, err
+    write_checkpoint(tmp_path / "plain", **SMALL)
+    os.rename(tmp_path / "plain", f"{folder}2")
+    for name, problem in (("2", b"rename the folder"), ("22", b"no such folder")):
+        child = Forked("run", folder + name, "Hello")
+        err = child.communicate()[1]
+        assert (child.returncode, err.splitlines()[-1].count(problem)) == (2, 1)
+        assert b"Traceback" not in err
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_user_without_a_home(capsys, monkeypatch):
+def test_a_user_without_a_home(slotmoe, monkeypatch):
     def nobody(uid):
         raise KeyError("getpwuid(): uid not found")
 
@@ -97,24 +82,20 @@ def test_a_user_without_a_home(capsys, monkeypatch):
     for name in ("HOME", "SLOTMOE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for arguments in (["list"], ["run", "sample", "x"], ["plan", "v2-lite"]):
-        code, err = failed(capsys, *arguments)
+        code, _, err = slotmoe(*arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert "no home folder" in err and "set SLOTMOE_CACHE" in err
-    with pytest.raises(SystemExit):
-        main(["doctor", "--json"])
-    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert checks["cache"]["state"] == "bad"
-    assert checks["disk"]["state"] == "ok"
+    checks = json.loads(slotmoe("doctor", "--json")[1])["checks"]
+    states = {check["name"]: check["state"] for check in checks}
+    assert (states["cache"], states["disk"]) == ("bad", "ok")
 
 
-def test_a_folder_that_was_removed(capsys, tmp_path, monkeypatch):
+def test_a_folder_that_was_removed(slotmoe, tmp_path, monkeypatch):
     """MKL ended the process with a line of its own."""
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
-    assert failed(capsys, "list") == (
-        2,
-        "slotmoe: the folder that this runs in was removed; cd to another\n",
-    )
+    told = "slotmoe: the folder that this runs in was removed; cd to another\n"
+    assert slotmoe("list") == (2, "", told)
 
 
 @pytest.mark.parametrize(
@@ -125,49 +106,39 @@ def test_a_folder_that_was_removed(capsys, tmp_path, monkeypatch):
         (MemoryError(), "out of memory"),
         (RuntimeError("can't start new thread"), "out of threads; lower --threads"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "out of memory; end"),
-        (
-            ImportError("libtorch.so: failed to map segment"),
-            "failed to map segment): memory is short",
-        ),
+        (ImportError("libtorch.so: failed to map segment"), "map segment): memory is short"),
     ],
 )
-def test_a_fault_of_ours_is_one_line(problem, shown, capsys, monkeypatch):
-    from slotmoe.tools import list as listing
-
+def test_a_fault_of_ours_is_one_line(problem, shown, slotmoe, monkeypatch):
     def fail():
         raise problem
 
     monkeypatch.setattr(listing, "cache_folder", fail)
-    code, err = failed(capsys, "list")
+    code, _, err = slotmoe("list")
     assert (code, err.count("\n")) == (1, 1)
     assert shown in err
     if "internal" in err:
         assert "test_environment.py, line" in err
-        assert "Traceback" in failed(capsys, "--traceback", "list")[1]
+        assert "Traceback" in slotmoe("--traceback", "list")[2]
 
 
-def test_slotmoe_alone_says_what_to_do_next(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    shown = capsys.readouterr().out
-    assert caught.value.code == 0
+def test_slotmoe_alone_says_what_to_do_next(slotmoe):
+    code, shown, _ = slotmoe()
+    assert code == 0
     for line in shown.splitlines():
         if line.startswith("  slotmoe"):
             assert cli.get_command(None, line.split()[1]) is not None
     assert "slotmoe run sample" in shown and len(shown.splitlines()) < 24
 
 
-def test_yarn_needs_a_logarithm(tmp_path, capsys):
-    write_checkpoint(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 1}))
-    code, err = failed(capsys, "plan", str(tmp_path / "model"))
-    assert (code, err.count("\n")) == (2, 1)
-    assert "rope.rope_theta is 1" in err
-
-
-def test_a_key_file_that_is_no_text(tmp_path, capsys):
+def test_what_a_file_may_not_hold_is_one_line(tmp_path, slotmoe):
+    """YaRN needs a logarithm; keys are text."""
+    config = write_checkpoint(tmp_path / "model", **SMALL)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rope_theta": 1}))
     (tmp_path / "keys").write_bytes(b"caf\xe9\n")
-    code, err = failed(capsys, "serve", "sample", "--api-key-file", str(tmp_path / "keys"))
-    assert (code, err.count("\n")) == (2, 1)
-    assert "keys: is not UTF-8 text" in err
+    serve = ["serve", "sample", "--api-key-file", tmp_path / "keys"]
+    told = "rope.rope_theta is 1", "keys: is not UTF-8 text"
+    for arguments, problem in zip((["plan", tmp_path / "model"], serve), told, strict=True):
+        code, _, err = slotmoe(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert problem in err

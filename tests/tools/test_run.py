@@ -4,7 +4,6 @@ not get, and where the prompt comes from."""
 import io
 import json
 import os
-import pty
 import re
 import sys
 from types import SimpleNamespace
@@ -15,12 +14,14 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.generate import Answer
 from slotmoe.model.reasoning import Reasoning, Splitter
 from slotmoe.model.tokenizer import TextStream, Tokenizer
+from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools import run
-from slotmoe.tools.cli import main
+from slotmoe.tools import run as command
+from slotmoe.tools import screen
 from slotmoe.tools.options import MAX_PROMPT_BYTES
 from slotmoe.tools.screen import Reading, echo_of, tokens_read, visible
-from tests.support.tiny import write_checkpoint
+from tests.support.forkserver import ROOT, OnTerminal
+from tests.support.tiny import SMALL, write_checkpoint
 
 THINKS = Reasoning("<think>", "</think>", {})
 CHAT = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
@@ -28,11 +29,9 @@ CHAT = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A tiny export with a chat template, and a context of 64."""
-    from slotmoe.offload.ingest.quantize import quantize
-
+    """The least export with a chat template, and a context of 64."""
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder / "checkpoint", max_position_embeddings=64)
+    write_checkpoint(folder / "checkpoint", **SMALL, max_position_embeddings=64)
     path = folder / "checkpoint" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHAT}))
     quantize(folder / "checkpoint", folder / "export")
@@ -46,16 +45,21 @@ def runtime(export):
 
 
 @pytest.fixture
-def slotmoe(capsys):
-    """Run a command line that succeeds: stdout and stderr."""
+def run(slotmoe):
+    """``slotmoe run`` that succeeds: stdout and stderr."""
 
     def call(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        assert caught.value.code == 0, capsys.readouterr().err
-        return capsys.readouterr()
+        code, out, err = slotmoe("run", *arguments)
+        assert code == 0, err
+        return out, err
 
     return call
+
+
+@pytest.fixture
+def reported(run):
+    """What ``slotmoe run --json`` reports."""
+    return lambda *arguments: json.loads(run(*arguments, "--json")[0])
 
 
 def ending_after(monkeypatch, count):
@@ -82,34 +86,33 @@ def test_the_last_token_says_which_limit_ended_the_text(runtime, monkeypatch):
     assert finishes(runtime, [5, 6], 2) == [None, "length"]
 
 
-def test_why_a_run_ends(export, slotmoe, monkeypatch):
-    def report(*options):
-        report = json.loads(slotmoe("run", export, "Hello", "--json", *options).out)
+def test_why_a_run_ends(export, run, reported, monkeypatch):
+    def why(*options):
+        report = reported(export, "Hello", *options)
         return report["finish_reason"], len(report["ids"])
 
-    assert report("-n", 5) == ("length", 5)
-    reason, count = report()
+    assert why("-n", 5) == ("length", 5)
+    reason, count = why()
     assert reason == "context" and count < 64
-    err = slotmoe("run", export, "Hello").err
-    assert err.startswith(f"stopped at {count} tokens: the context of 64 is full · ")
+    full = f"stopped at {count} tokens: the context of 64 is full · "
+    assert run(export, "Hello")[1].startswith(full)
     ending_after(monkeypatch, 3)
-    assert report() == ("stop", 3)
-    assert slotmoe("run", export, "Hello").err.startswith("3 tokens · ")
+    assert why() == ("stop", 3)
+    assert run(export, "Hello")[1].startswith("3 tokens · ")
 
 
 @pytest.mark.usefixtures("processes")
-def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export, slotmoe):
-    report = json.loads(slotmoe("run", sample_export, "The sea", "--json").out)
+def test_a_continuation_has_128_tokens_and_a_chat_no_limit(sample_export, export, reported):
+    report = reported(sample_export, "The sea")
     assert (report["finish_reason"], len(report["ids"])) == ("length", 128)
     for options, reason in (([], "context"), (["-n", 7], "length")):
-        arguments = ["run", export, "Hi", "--chat", "--json", *options]
-        assert json.loads(slotmoe(*arguments).out)["finish_reason"] == reason
+        assert reported(export, "Hi", "--chat", *options)["finish_reason"] == reason
 
 
-def test_the_prompt_of_a_file(export, slotmoe, tmp_path):
+def test_the_prompt_of_a_file(export, run, tmp_path):
     (tmp_path / "prompt").write_text("Hello")
-    given = slotmoe("run", export, "Hello", "-n", 5).out
-    assert slotmoe("run", export, "--file", tmp_path / "prompt", "-n", 5).out == given
+    given = run(export, "Hello", "-n", 5)[0]
+    assert run(export, "--file", tmp_path / "prompt", "-n", 5)[0] == given
 
 
 @pytest.mark.parametrize(
@@ -127,39 +130,19 @@ def test_what_is_no_prompt(runtime, prompt, problem):
         runtime.generate(prompt)
 
 
-def on_terminal(*arguments, **environment):
-    """What a command prints on a terminal."""
-    pid, handle = pty.fork()
-    if pid == 0:
-        os.environ.update({"TERM": "xterm", "COLUMNS": "100", **environment})
-        os.execv(sys.executable, [sys.executable, "-m", "slotmoe", *map(str, arguments)])
-    printed = b""
-    while True:
-        try:
-            block = os.read(handle, 1 << 16)
-        except OSError:  # as Linux ends it
-            break
-        if not block:
-            break
-        printed += block
-    os.close(handle)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, printed
-    return printed.decode()
-
-
 @pytest.mark.usefixtures("processes")
-def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export, slotmoe):
-    arguments = ["run", sample_export, "It is a truth", "-n", 5]
-    shown = on_terminal(*arguments)
-    assert f"loading {sample_export}…"[:60] in shown
+def test_a_terminal_shows_waiting_and_the_prompt_and_a_pipe_does_not(sample_export, run):
+    arguments = [sample_export.relative_to(ROOT), "It is a truth", "-n", 5]
+    with OnTerminal("run", *arguments) as terminal:
+        shown = terminal.rest()
+    assert f"loading {arguments[0]}…"[:60] in shown
     text = shown.rpartition("\x1b[?25h")[2]
-    out, err = slotmoe(*arguments)
+    out, err = run(sample_export, *arguments[1:])
     assert text.replace("\r\n", "\n").startswith(f"\x1b[2mIt is a truth\x1b[22m{out}")
-    assert "\x1b" not in out + err
-    assert "loading" not in err
-    assert "truth" not in out
-    plain = on_terminal(*arguments, NO_COLOR="1", TERM="dumb")
-    assert "\x1b" not in plain
+    assert "\x1b" not in out + err and "loading" not in err and "truth" not in out
+    with OnTerminal("run", *arguments, NO_COLOR="1", TERM="dumb") as terminal:
+        assert "\x1b" not in terminal.rest()
+        assert terminal.wait() == 0
 
 
 def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
@@ -169,9 +152,9 @@ def test_control_codes_of_the_model_reach_no_terminal(monkeypatch, capsys):
         made = SimpleNamespace(generate=lambda ids, **_: iter(tokens), model=None)
         made.tokenizer = SimpleNamespace(encode=lambda text: [1])
         made.check_length = lambda count: None
-        monkeypatch.setattr(run, "is_terminal", lambda stream: on_terminal)
-        monkeypatch.setattr(run, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
-        run.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
+        monkeypatch.setattr(command, "is_terminal", lambda stream: on_terminal)
+        monkeypatch.setattr(command, "Reading", lambda *_: SimpleNamespace(begin=id, end=int))
+        command.Continuation(made, "x\x07", {"chat": False}, quiet=False).run()
         return capsys.readouterr().out
 
     assert printed(on_terminal=False) == "a\x1b[2J\n"
@@ -189,9 +172,9 @@ def test_a_long_prompt_is_echoed_by_its_end(monkeypatch):
 def test_how_much_is_read(export, capsys, monkeypatch, step):
     """Every gate of a pass brings the count forward, up to the pass's tokens."""
     monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", step)
-    monkeypatch.setattr("slotmoe.tools.screen.is_terminal", lambda stream: True)
-    monkeypatch.setattr("slotmoe.tools.screen._FIRST_SECONDS", 0.0)
-    monkeypatch.setattr("slotmoe.tools.screen._NEXT_SECONDS", 0.0)
+    monkeypatch.setattr(screen, "is_terminal", lambda stream: True)
+    for name in ("_FIRST_SECONDS", "_NEXT_SECONDS"):
+        monkeypatch.setattr(screen, name, 0.0)
     with Runtime.open(export) as runtime:
         reading = Reading(runtime, quiet=False)
         reading.begin(41)
@@ -208,69 +191,69 @@ def test_how_much_is_read(export, capsys, monkeypatch, step):
         assert capsys.readouterr().err == ""  # it listens no more
 
 
-def test_a_model_that_is_not_there(sample_export, tmp_path, capsys):
+def test_a_model_that_is_not_there(sample_export, tmp_path, slotmoe):
     """Its name alone is compared with what stands beside it."""
     (tmp_path / "lite-export").symlink_to(sample_export)
     for name, hint in {"lite-exprt": "did you mean", "absent": "no such folder or file"}.items():
-        with pytest.raises(SystemExit) as caught:
-            main(["run", str(tmp_path / name), "x"])
-        told = capsys.readouterr().err
-        assert caught.value.code == 2 and hint in told
+        code, _, told = slotmoe("run", tmp_path / name, "x")
+        assert code == 2 and hint in told
         assert ("lite-export" in told) == (name == "lite-exprt")
 
 
-def test_reasoning_is_apart(export, slotmoe, monkeypatch):
+@pytest.mark.usefixtures("processes")
+def test_reasoning_is_apart(export, run, reported, monkeypatch):
     """On a pipe it goes to stderr, with --json under a key of its own."""
     monkeypatch.setattr(Tokenizer, "splitter", lambda self, ids: Splitter(THINKS, False))
     texts = iter(["<think>Hm", ".", "</think>", "\n", "Yes"] * 2)
     monkeypatch.setattr(TextStream, "push", lambda self, id_: next(texts))
     options = ("--chat", "-n", 5, "--context", 64)
-    printed = slotmoe("run", export, "Hi", *options)
-    assert printed.out == "Yes\n" and printed.err.startswith("Hm.\n\n")
-    report = json.loads(slotmoe("run", export, "Hi", *options, "--json").out)
+    out, err = run(export, "Hi", *options)
+    assert out == "Yes\n" and err.startswith("Hm.\n\n")
+    report = reported(export, "Hi", *options)
     assert (report["reasoning"], report["text"]) == ("Hm.", "Yes")
 
 
-@pytest.mark.usefixtures("processes")
-class TestLongPrompts:
-    """What no context can hold is refused before it is tokenized, and before all of it is read."""
+# What no context can hold is refused before it is tokenized, and before all of it is read.
 
-    @pytest.fixture
-    def encoded(self, monkeypatch):
-        """The texts that the tokenizer was given."""
-        texts, encode = [], Tokenizer.encode
-        monkeypatch.setattr(
-            Tokenizer, "encode", lambda *given: texts.append(given[1]) or encode(*given)
-        )
-        return texts
 
-    @pytest.mark.parametrize("chat", [False, True])
-    def test_refused_by_its_length(self, runtime, encoded, chat):
-        most = runtime.context * runtime.tokenizer.longest
-        with pytest.raises(PlanError, match=f"{most + 1} characters, and the context holds 64"):
-            next(runtime.generate("a" * (most + 1), chat=chat))
-        assert not encoded
-        with pytest.raises(PlanError, match="tokens"):
-            next(runtime.generate("a" * most, chat=chat))
-        assert encoded
+@pytest.fixture
+def encoded(processes, monkeypatch):
+    """The texts that the tokenizer was given."""
+    texts, encode = [], Tokenizer.encode
 
-    @pytest.mark.parametrize("command", [["run", "EXPORT", "-"], ["chat", "EXPORT"]])
-    @pytest.mark.parametrize("size", [20_000, MAX_PROMPT_BYTES + 9])
-    def test_from_stdin(self, export, command, size, encoded, monkeypatch, capsys):
-        stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
-        monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(SystemExit) as caught:
-            main([argument.replace("EXPORT", str(export)) for argument in command])
-        wanted = "20000 characters" if size == 20_000 else "more than 32 MiB"
-        assert caught.value.code == 2
-        assert wanted in capsys.readouterr().err
-        assert max(map(len, encoded), default=0) < 100  # chat tries the template
-        assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
+    def keep(*given):
+        texts.append(given[1])
+        return encode(*given)
 
-    def test_from_a_file(self, export, tmp_path, capsys):
-        (tmp_path / "long").touch()
-        os.truncate(tmp_path / "long", 1 << 40)
-        with pytest.raises(SystemExit) as caught:
-            main(["run", str(export), "--file", str(tmp_path / "long")])
-        assert caught.value.code == 2
-        assert "long: the prompt has more than 32 MiB" in capsys.readouterr().err
+    monkeypatch.setattr(Tokenizer, "encode", keep)
+    return texts
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_long_prompt_is_refused_by_its_length(runtime, encoded, chat):
+    most = runtime.context * runtime.tokenizer.longest
+    with pytest.raises(PlanError, match=f"{most + 1} characters, and the context holds 64"):
+        next(runtime.generate("a" * (most + 1), chat=chat))
+    assert not encoded
+    with pytest.raises(PlanError, match="tokens"):
+        next(runtime.generate("a" * most, chat=chat))
+    assert encoded
+
+
+@pytest.mark.parametrize("command", [["run", "EXPORT", "-"], ["chat", "EXPORT"]])
+@pytest.mark.parametrize("size", [20_000, MAX_PROMPT_BYTES + 9])
+def test_a_long_prompt_from_stdin(export, command, size, encoded, monkeypatch, slotmoe):
+    stdin = SimpleNamespace(buffer=io.BytesIO(b"a" * size), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    wanted = "20000 characters" if size == 20_000 else "more than 32 MiB"
+    code, _, err = slotmoe(*(export if word == "EXPORT" else word for word in command))
+    assert code == 2 and wanted in err
+    assert max(map(len, encoded), default=0) < 100  # chat tries the template
+    assert stdin.buffer.tell() <= MAX_PROMPT_BYTES + 1
+
+
+def test_a_long_prompt_from_a_file(export, tmp_path, slotmoe):
+    (tmp_path / "long").touch()
+    os.truncate(tmp_path / "long", 1 << 40)
+    code, _, err = slotmoe("run", export, "--file", tmp_path / "long")
+    assert code == 2 and "long: the prompt has more than 32 MiB" in err

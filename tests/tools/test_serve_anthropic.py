@@ -2,7 +2,6 @@
 ``count_tokens``, and answers that their request has begun."""
 
 import json
-import time
 from typing import Literal
 
 import anthropic
@@ -12,13 +11,12 @@ import pytest
 
 from slotmoe.tools.serve import answers as serve_answers
 from slotmoe.tools.serve.anthropic import MessagesRequest
-from tests.support.served import USER, Served, until
-from tests.tools.test_serve_tools import ANTHROPIC_TOOLS, is_weather
+from tests.support.served import ANTHROPIC_TOOL, USER, Served, is_weather, until
 
 PATH = "/v1/messages"
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
-ASK = {"model": "sample", "messages": USER, "max_tokens": 6, "temperature": 0}
-BY_CLIENT = {"model": "sample", "messages": USER, "max_tokens": 6, "extra_body": {"temperature": 0}}
+ASK = {"model": "sample", "messages": USER, "max_tokens": 6}
+BY_CLIENT = {**ASK, "extra_body": {"temperature": 0}}
 CALL = {"type": "tool_use", "id": "x", "name": "weather", "input": {"city": "Rome", "days": 1}}
 
 
@@ -28,25 +26,12 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def served(network, processes, runtime):
-    with Served(runtime, waiting=16, max_body=1 << 20) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    address = f"http://127.0.0.1:{served.port}"
-    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client:
-        yield client
-
-
-def post(served, path=PATH, **fields):
-    status, answer, _ = served.ask("POST", path, {**ASK, **fields})
-    return status, answer
+def client(anthropic_client):
+    return anthropic_client
 
 
 def text_of(served, **fields):
-    status, answer = post(served, **fields)
+    status, answer = served.message(**fields)
     assert status == 200, answer
     return answer["content"][0]["text"]
 
@@ -64,89 +49,71 @@ HARMLESS = [
 ]
 
 
-@pytest.mark.parametrize("fields", HARMLESS, ids=lambda value: str(value)[:60])
-def test_harmless_fields_change_nothing(served, fields):
-    assert text_of(served, **fields) == text_of(served)
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        {"type": "text", "text": "Tell me of the king.", **CACHED},
-        {"type": "text", "text": "Tell me of the king.", "citations": None},
-    ],
-    ids=["cached", "cited"],
-)
-def test_harmless_fields_of_text_change_nothing(served, block):
-    assert text_of(served, messages=[{"role": "user", "content": [block]}]) == text_of(served)
+def test_harmless_fields_change_nothing(served):
+    plain = text_of(served)
+    for fields in HARMLESS:
+        assert text_of(served, **fields) == plain, fields
+    block = {"type": "text", "text": USER[0]["content"]}
+    for more in (CACHED, {"citations": None}):
+        messages = [{"role": "user", "content": [{**block, **more}]}]
+        assert text_of(served, messages=messages) == plain
     system = [{"type": "text", "text": "Be brief.", **CACHED}]
     assert text_of(served, system=system) == text_of(served, system="Be brief.")
 
 
-CALLING = {"tool_choice": {"type": "any"}, "max_tokens": 200}
+HARMLESS_IN_TOOLS = [
+    {},
+    CACHED,
+    {"strict": True},
+    {"eager_input_streaming": True},
+    {"defer_loading": True},
+    {"input_examples": [{"city": "Rome", "days": 1}]},
+    {"allowed_callers": ["direct"]},
+    {"type": "custom"},
+]
 
 
-@pytest.fixture(scope="module")
-def plain_call(served):
-    return post(served, **CALLING, tools=ANTHROPIC_TOOLS)[1]["content"][0]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        CACHED,
-        {"strict": True},
-        {"eager_input_streaming": True},
-        {"defer_loading": True},
-        {"input_examples": [{"city": "Rome", "days": 1}]},
-        {"allowed_callers": ["direct"]},
-        {"type": "custom"},
-    ],
-    ids=str,
-)
-def test_harmless_fields_of_tools_change_nothing(served, plain_call, fields):
-    block = post(served, **CALLING, tools=[{**ANTHROPIC_TOOLS[0], **fields}])[1]["content"][0]
-    assert block["input"] == plain_call["input"] and is_weather(json.dumps(block["input"]))
+def test_harmless_fields_of_tools_change_nothing(served):
+    calling, inputs = {"tool_choice": {"type": "any"}, "max_tokens": 200}, []
+    for fields in HARMLESS_IN_TOOLS:
+        answer = served.message(**calling, tools=[{**ANTHROPIC_TOOL, **fields}])[1]
+        inputs.append(answer["content"][0]["input"])
+    assert is_weather(inputs[0]) and all(given == inputs[0] for given in inputs)
 
 
 def test_harmless_parts_of_a_history_change_nothing(served):
-    def history(before=(), call=None, result=None):
-        said = [*before, {"type": "text", "text": "Let me see."}, {**CALL, **(call or {})}]
-        wet = {"type": "tool_result", "tool_use_id": "x", "content": "wet", **(result or {})}
+    def told(before=(), call=(), result=()):
+        said = [*before, {"type": "text", "text": "Let me see."}, {**CALL, **dict(call)}]
+        wet = {"type": "tool_result", "tool_use_id": "x", "content": "wet", **dict(result)}
         assistant = {"role": "assistant", "content": said}
-        return [*USER, assistant, {"role": "user", "content": [wet]}]
+        return text_of(served, messages=[*USER, assistant, {"role": "user", "content": [wet]}])
 
     thoughts = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]
     thoughts += [{"type": "redacted_thinking", "data": "x"}]
     cached = {"content": [{"type": "text", "text": "wet", **CACHED}], **CACHED}
-    plain = text_of(served, messages=history())
-    for changed in (
-        history(thoughts),
-        history(call={"caller": {"type": "direct"}, **CACHED}),
-        history(result=cached),
-    ):
-        assert text_of(served, messages=changed) == plain
+    plain = told()
+    assert plain == told(thoughts) == told(result=cached)
+    assert plain == told(call={"caller": {"type": "direct"}, **CACHED})
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"cache_control": "forever"},
-        {"thinking": {"type": "hard"}},
-        {"service_tier": "gold"},
-        {"output_config": {"format": {"type": "yaml"}}},
-        {"context_management": 5},
-        {"mcp_servers": []},
-        {"messages": [{"role": "user", "content": [{"type": "thinking"}]}]},
-        {"tools": [{**ANTHROPIC_TOOLS[0], "allowed_callers": ["code_execution_20250825"]}]},
-        {"tools": [{**ANTHROPIC_TOOLS[0], "odd": 1}]},
-    ],
-    ids=lambda value: str(value)[:60],
-)
-def test_what_is_not_honoured_is_refused(served, fields):
-    status, answer = post(served, **fields)
-    assert (status, answer["type"]) == (400, "error")
-    assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+REFUSED = [
+    {"cache_control": "forever"},
+    {"thinking": {"type": "hard"}},
+    {"service_tier": "gold"},
+    {"output_config": {"format": {"type": "yaml"}}},
+    {"context_management": 5},
+    {"mcp_servers": []},
+    {"messages": [{"role": "user", "content": [{"type": "thinking"}]}]},
+    {"tools": [{**ANTHROPIC_TOOL, "allowed_callers": ["code_execution_20250825"]}]},
+    {"tools": [{**ANTHROPIC_TOOL, "odd": 1}]},
+]
+
+
+def test_what_is_not_honoured_is_refused(served):
+    for fields in REFUSED:
+        status, answer = served.message(**fields)
+        assert (status, answer["type"]) == (400, "error"), fields
+        assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
 
 
 FLOODS = [
@@ -154,21 +121,21 @@ FLOODS = [
     {"messages": [{"role": "user", "content": [{}] * 100_000}]},
     {"system": [{}] * 100_000},
     {"tools": [{}] * 100_000},
-    {"tools": [{**ANTHROPIC_TOOLS[0], "allowed_callers": [{}] * 100_000}]},
-    {"tools": [{**ANTHROPIC_TOOLS[0], "input_examples": [0] * 100_000}]},
+    {"tools": [{**ANTHROPIC_TOOL, "allowed_callers": [{}] * 100_000}]},
+    {"tools": [{**ANTHROPIC_TOOL, "input_examples": [0] * 100_000}]},
 ]
 
 
-@pytest.mark.parametrize("fields", FLOODS, ids=lambda value: str(value)[:30])
-def test_lists_are_bounded(fields):
+def test_lists_are_bounded():
     """The first element too many ends the check, so few errors are made of many elements."""
-    with pytest.raises(pydantic.ValidationError) as caught:
-        MessagesRequest.model_validate({**ASK, **fields})
-    assert caught.value.error_count() < 5000
+    for fields in FLOODS:
+        with pytest.raises(pydantic.ValidationError) as caught:
+            MessagesRequest.model_validate({**ASK, **fields})
+        assert caught.value.error_count() < 5000
 
 
 def test_thread_is_refused_so_that_clients_go_on_without(served, client):
-    status, answer = post(served, thread={"type": "create"})
+    status, answer = served.message(thread={"type": "create"})
     details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     assert (status, answer["error"]["details"]) == (400, details)
     calls = []
@@ -179,15 +146,9 @@ def test_thread_is_refused_so_that_clients_go_on_without(served, client):
         calls.append(city)
         return "It rains."
 
-    runner = client.beta.messages.tool_runner(
-        model="sample",
-        messages=USER,
-        max_tokens=300,
-        tools=[weather],
-        tool_choice={"type": "tool", "name": "weather"},
-        max_iterations=2,
-    )
-    messages = list(runner)
+    choice = {"type": "tool", "name": "weather"}
+    options = {"tools": [weather], "tool_choice": choice, "max_iterations": 2}
+    messages = list(client.beta.messages.tool_runner(**{**ASK, "max_tokens": 300}, **options))
     assert calls and messages[0].content[0].type == "tool_use" and len(messages) == 2
 
 
@@ -199,31 +160,25 @@ class King(pydantic.BaseModel):
 
 
 def test_answers_follow_a_schema(served, client):
-    schema = {"enum": ["yes", "no"]}
-    form = {"format": {"type": "json_schema", "schema": schema}}
-    assert json.loads(text_of(served, output_config=form, max_tokens=20)) in ("yes", "no")
+    def form(schema):
+        return {"format": {"type": "json_schema", "schema": schema}}
+
+    text = text_of(served, output_config=form({"enum": ["yes", "no"]}), max_tokens=20)
+    assert json.loads(text) in ("yes", "no")
     schema = {"type": "object", "properties": {"king": {"enum": ["Lear", "Henry"]}}}
-    schema |= {"required": ["king"], "additionalProperties": False}
-    form = {"format": {"type": "json_schema", "schema": schema}}
-    message = client.messages.create(**{**BY_CLIENT, "max_tokens": 60}, output_config=form)
+    kings = form({**schema, "required": ["king"], "additionalProperties": False})
+    message = client.messages.create(**{**BY_CLIENT, "max_tokens": 60}, output_config=kings)
     assert json.loads(message.content[0].text)["king"] in ("Lear", "Henry")
     begun = [*USER, {"role": "assistant", "content": "{"}]
-    status, answer = post(served, messages=begun, output_config=form)
+    status, answer = served.message(messages=begun, output_config=kings)
     assert status == 400 and "has begun it" in answer["error"]["message"]
     with pytest.raises(anthropic.BadRequestError, match="schema"):
-        client.messages.create(
-            **BY_CLIENT,
-            output_config={"format": {"type": "json_schema", "schema": {"type": "odd"}}},
-        )
-
-
-@pytest.mark.usefixtures("processes")
-def test_messages_parse(client):
-    asked = {"model": "sample", "max_tokens": 90}
-    found = client.messages.parse(**asked, messages=USER, output_format=King)
+        client.messages.create(**BY_CLIENT, output_config=form({"type": "odd"}))
+    asked = {"model": "sample", "max_tokens": 90, "output_format": King}
+    found = client.messages.parse(**asked, messages=USER)
     assert isinstance(found.parsed_output, King) and found.stop_reason == "end_turn"
     history = [*USER, {"role": "assistant", "content": found.content}, *USER]
-    again = client.messages.parse(**asked, messages=history, output_format=King)
+    again = client.messages.parse(**asked, messages=history)
     assert isinstance(again.parsed_output, King)
 
 
@@ -232,29 +187,34 @@ def test_last_message_of_the_assistants_is_gone_on_with(served, client, runtime)
     begun = whole[: len(whole) // 2]
     messages = [*USER, {"role": "assistant", "content": begun}]
     message = client.messages.create(**{**BY_CLIENT, "messages": messages, "max_tokens": 12})
-    text = runtime.tokenizer.chat([*USER, {"role": "assistant", "content": begun}], begun=True)
+    text = runtime.tokenizer.chat(messages, begun=True)
     assert text.endswith(begun)
     served.idle()
-    alone = "".join(token.text for token in runtime.generate(runtime.tokenizer.encode(text), 12))
+    ids = runtime.tokenizer.encode(text)
+    alone = "".join(token.text for token in runtime.generate(ids, 12))
     assert message.content[0].text == alone
-    turn = client.messages.count_tokens(model="sample", messages=USER).input_tokens
-    counted = client.messages.count_tokens(model="sample", messages=messages).input_tokens
-    assert counted == len(runtime.tokenizer.encode(text)) > turn
+    turn, counted = (
+        client.messages.count_tokens(model="sample", messages=given).input_tokens
+        for given in (USER, messages)
+    )
+    assert counted == len(ids) > turn
 
 
-def test_count_tokens_is_what_the_answer_says(served, client):
-    asked = {"model": "sample", "messages": USER, "system": "Be brief.", "tools": ANTHROPIC_TOOLS}
-    counted = client.messages.count_tokens(**asked, thinking={"type": "disabled"}).input_tokens
-    usage = client.messages.create(**asked, max_tokens=1).usage
-    assert counted == usage.input_tokens + usage.cache_read_input_tokens
-    plain = client.messages.count_tokens(model="sample", messages=USER).input_tokens
-    assert plain < counted
+def test_count_tokens_is_what_the_answer_says(client):
+    def count(messages=USER, **fields):
+        fields = {"model": "sample", "messages": messages, **fields}
+        return client.messages.count_tokens(**fields).input_tokens
+
+    asked = {"system": "Be brief.", "tools": [ANTHROPIC_TOOL]}
+    counted = count(**asked, thinking={"type": "disabled"})
+    usage = client.messages.create(**{**ASK, "max_tokens": 1}, **asked).usage
+    assert counted == usage.input_tokens + usage.cache_read_input_tokens > count()
     long = [{"role": "user", "content": "word " * 3000}]  # more than the context holds
     assert client.beta.messages.count_tokens(model="sample", messages=long).input_tokens > 3000
     with pytest.raises(anthropic.NotFoundError):
-        client.messages.count_tokens(model="other", messages=USER)
+        count(model="other")
     with pytest.raises(anthropic.BadRequestError):
-        client.messages.count_tokens(model="sample", messages=[])
+        count([])
 
 
 def test_errors_below_its_paths_have_its_form(served):
@@ -270,49 +230,48 @@ def test_errors_below_its_paths_have_its_form(served):
     assert "type" not in served.ask("POST", f"{PATH}s", {})[1]
 
 
-def test_models_are_listed_for_its_client(served, client, runtime):
+def test_client_gets_why_an_answer_stopped(client):
+    answer = client.messages.create(**BY_CLIENT)
+    text = answer.content[0].text
+    assert answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 6
+    with client.messages.stream(**BY_CLIENT) as stream:
+        assert "".join(stream.text_stream) == text
+        assert stream.get_final_message().usage.output_tokens == 6
+    cut = client.messages.create(**BY_CLIENT, stop_sequences=[text[3:6]])
+    assert (cut.stop_reason, cut.content[0].text) == ("stop_sequence", text[:3])
+    with pytest.raises(anthropic.BadRequestError, match="supported"):
+        client.messages.create(**BY_CLIENT, container="x")
+
+
+def test_models_are_listed_for_its_client(client, runtime):
     (model,) = client.models.list()
     assert (model.id, model.type, model.display_name) == ("sample", "model", "sample")
     found = client.models.retrieve("sample")
     assert found.max_input_tokens == runtime.context and found.created_at.year >= 2024
 
 
-@pytest.fixture
-def slow(runtime, monkeypatch):
-    """Every token takes 30 ms and more."""
-    append_each = runtime.append_each
-
-    def later(*arguments):
-        time.sleep(0.03)
-        return append_each(*arguments)
-
-    monkeypatch.setattr(runtime, "append_each", later)
+PINGS = {"/v1/chat/completions": ": ping\n\n", "/v1/responses": ": ping\n\n"}
+PINGS[PATH] = 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 @pytest.mark.usefixtures("network", "processes")
-@pytest.mark.parametrize(
-    ("path", "ping"),
-    [
-        ("/v1/chat/completions", ": ping\n\n"),
-        ("/v1/responses", ": ping\n\n"),
-        (PATH, 'event: ping\ndata: {"type":"ping"}\n\n'),
-    ],
-)
-def test_silent_streams_are_pinged(runtime, monkeypatch, slow, path, ping):
+@pytest.mark.parametrize("path", PINGS)
+def test_silent_streams_are_pinged(runtime, monkeypatch, gate, path):
     """Until a place is free, and again while an answer shows nothing."""
-    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.05)
-    body = {"model": "sample", "stream": True, "messages": USER, "max_tokens": 3}
+    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.02)
+    ping, body = PINGS[path], {**ASK, "stream": True}
     if path == "/v1/responses":
         body = {"model": "sample", "stream": True, "input": "x", "max_output_tokens": 3}
-    with Served(runtime, waiting=16, sequences=1) as served:
-        long, _ = served.open("POST", PATH, {**ASK, "max_tokens": 400, "stream": True})
+    with Served(runtime, sequences=1) as served:
+        first, _ = served.open("POST", PATH, {**ASK, "stream": True})
         until(lambda: served.batch.running)
         connection, response = served.open("POST", path, body)
         data = b""
         while data.count(ping.encode()) < 3 and (more := response.read1(4096)):
             data += more
-        long.close()
+        gate.set()
         data += response.read()
+        first.close()
         connection.close()
         parts = [part + "\n\n" for part in data.decode().split("\n\n")[:-1]]
         others = [part for part in parts if part != ping]
@@ -321,16 +280,11 @@ def test_silent_streams_are_pinged(runtime, monkeypatch, slow, path, ping):
         served.idle()
 
 
-@pytest.mark.usefixtures("network")
-def test_clients_skip_pings(runtime, monkeypatch, slow):
-    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.005)
-    with (
-        Served(runtime) as served,
-        anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="x") as client,
-        httpx2.stream(
-            "POST", f"http://127.0.0.1:{served.port}{PATH}", json={**ASK, "stream": True}
-        ) as raw,
-    ):
+def test_clients_skip_pings(served, client, monkeypatch, slow):
+    plain = text_of(served)
+    monkeypatch.setattr(serve_answers, "PING_SECONDS", 0.002)
+    address, body = f"{served.address}{PATH}", {**ASK, "stream": True}
+    with httpx2.stream("POST", address, json=body) as raw:
         assert b"event: ping" in raw.read()
-        with client.messages.stream(**BY_CLIENT) as stream:
-            assert stream.get_final_message().content[0].text == text_of(served)
+    with client.messages.stream(**BY_CLIENT) as stream:
+        assert stream.get_final_message().content[0].text == plain

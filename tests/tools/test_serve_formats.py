@@ -2,8 +2,6 @@
 a mask lets it write, and what clients get of it.  The templates are small ones with the features of
 the real ones."""
 
-import json
-
 import pytest
 
 from slotmoe.model.tokenizer import Tokenizer
@@ -29,18 +27,12 @@ from slotmoe.tools.serve.requests import (
     ToolMessage,
     ToolPolicy,
 )
+from tests.support.served import WEATHER as WEATHERS
+from tests.support.served import tokenizer_with
 from tests.support.tiny import SAMPLE
 
-WEATHER = {
-    "type": "object",
-    "properties": {
-        "city": {"enum": ["Paris", "Rome"]},
-        "note": {"type": "string", "description": "free"},
-        "days": {"type": "integer", "minimum": 1, "maximum": 9},
-    },
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
+PROPERTIES = {**WEATHERS["properties"], "note": {"type": "string", "description": "free"}}
+WEATHER = {**WEATHERS, "properties": {name: PROPERTIES[name] for name in ("city", "note", "days")}}
 FUNCTIONS = [Function(name="weather", parameters=WEATHER), Function(name="stop")]
 POLICY = ToolPolicy(FUNCTIONS, FUNCTIONS, required=False, single=False)
 TEXTS = {function.name: text_arguments(function) for function in FUNCTIONS}
@@ -117,32 +109,20 @@ FORMATS = pytest.mark.parametrize("form", TEMPLATES, ids=NAMES.values())
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def tokenizers(processes, tmp_path_factory):
     """The sample's tokenizer with the tokens and the template of each format."""
-    made = {}
-    for form, text in TEMPLATES.items():
-        folder = tmp_path_factory.mktemp("tokenizer")
-        source = json.loads((SAMPLE / "tokenizer.json").read_text())
-        first = max(token["id"] for token in source["added_tokens"])
-        first = max(first, *source["model"]["vocab"].values()) + 1
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number, mark in enumerate(form.marks):
-            about = {"id": first + number, "content": mark, "special": number % 2 == 0}
-            source["added_tokens"].append({**plain, **about})
-        (folder / "tokenizer.json").write_text(json.dumps(source))
-        settings = json.loads((SAMPLE / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({**settings, "chat_template": text})
-        )
-        made[form] = Tokenizer(folder, 0)
-    return made
+    folders = {form: tmp_path_factory.mktemp("tokenizer") for form in TEMPLATES}
+    size = Tokenizer(SAMPLE, 0).size
+    return {
+        form: Tokenizer(tokenizer_with(folder, form.marks, size, TEMPLATES[form]), 0)
+        for form, folder in folders.items()
+    }
 
 
 def call(id_, name, arguments):
     return ToolCall(id=id_, function=CalledFunction(name=name, arguments=arguments))
 
 
-@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_format_is_recognised(form, tokenizers):
     assert Dialect(tokenizers[form]).format is form
@@ -158,7 +138,6 @@ def test_older_deepseek_format_goes_on(tokenizers):
     tokenizer.template = before
 
 
-@pytest.mark.usefixtures("processes")
 @FORMATS
 def test_history_is_what_the_model_would_have_written(form, tokenizers):
     calls = [call("a", "weather", ROME), call("b", "stop", "")]
@@ -175,7 +154,6 @@ def test_history_is_what_the_model_would_have_written(form, tokenizers):
         assert "## Return of functions.weather:0\nwet## Return of functions.stop:1" in text
 
 
-@pytest.mark.usefixtures("processes")
 def test_functions_are_described_where_the_template_does_not(tokenizers):
     text = Dialect(tokenizers[DEEPSEEK_V3_1]).prompt(
         [PlainMessage(role="user", content="Hi")], POLICY

@@ -5,8 +5,6 @@ writes soon: what comes before the first comma is then its reasoning."""
 
 import json
 
-import anthropic
-import openai
 import pytest
 
 from slotmoe.model.reasoning import Reasoning
@@ -23,15 +21,10 @@ SCHEMA["additionalProperties"] = False
 
 
 @pytest.fixture(scope="module")
-def context():
-    return 512
-
-
-@pytest.fixture(scope="module")
 def served(network, processes, runtime):
     plain = runtime.tokenizer.reasoning
     runtime.tokenizer.reasoning = Reasoning("Assistant:", ",", {})
-    with Served(runtime, waiting=16, max_body=1 << 20) as served:
+    with Served(runtime) as served:
         yield served
     runtime.tokenizer.reasoning = plain
 
@@ -39,25 +32,22 @@ def served(network, processes, runtime):
 @pytest.fixture(scope="module")
 def answer(served, runtime):
     """Reasoning and text of a greedy answer, by the model itself."""
-    prompt = Dialect(runtime.tokenizer).prompt(
-        [PlainMessage(role="user", content="It is a truth")], None
-    )
+    message = PlainMessage(role="user", content="It is a truth")
+    prompt = Dialect(runtime.tokenizer).prompt([message], None)
     text = "".join(token.text for token in runtime.generate(prompt, 60))
     before, comma, after = text.partition(",")
     assert comma and before.strip() and after.strip()
     return before.strip(), after.lstrip()
 
 
-def test_openai(served, answer):
-    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
-    message = client.chat.completions.create(**SHORT)
-    assert (message.choices[0].message.reasoning_content, message.choices[0].message.content) == (
-        answer
-    )
-    details = message.usage.completion_tokens_details
-    assert 0 < details.reasoning_tokens < message.usage.completion_tokens
+def test_openai(openai_client, answer):
+    reply = openai_client.chat.completions.create(**SHORT)
+    message = reply.choices[0].message
+    assert (message.reasoning_content, message.content) == answer
+    details = reply.usage.completion_tokens_details
+    assert 0 < details.reasoning_tokens < reply.usage.completion_tokens
     thoughts, texts = [], []
-    for chunk in client.chat.completions.create(**SHORT, stream=True):
+    for chunk in openai_client.chat.completions.create(**SHORT, stream=True):
         delta = chunk.choices[0].delta
         thoughts.append(getattr(delta, "reasoning_content", None) or "")
         texts.append(delta.content or "")
@@ -65,8 +55,8 @@ def test_openai(served, answer):
     assert ("".join(thoughts), "".join(texts)) == answer
 
 
-def test_anthropic(served, answer):
-    client = anthropic.Anthropic(api_key="x", base_url=f"http://127.0.0.1:{served.port}")
+def test_anthropic(anthropic_client, answer):
+    client = anthropic_client
     short = {**ASK, "max_tokens": 60, "extra_body": {"temperature": 0}}
     message = client.messages.create(**short)
     thinking, text = message.content
@@ -81,8 +71,8 @@ def test_anthropic(served, answer):
     assert again.usage.output_tokens == 1
 
 
-def test_responses(served, answer):
-    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
+def test_responses(openai_client, answer):
+    client = openai_client
     asked = {"model": "sample", "input": "It is a truth", "temperature": 0}
     asked["max_output_tokens"] = 60
     response = client.responses.create(**asked)
@@ -104,11 +94,9 @@ def test_responses(served, answer):
 
 def test_a_schema_holds_the_answer_and_not_the_reasoning(served, answer):
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    client = openai.OpenAI(api_key="x", base_url=f"http://127.0.0.1:{served.port}/v1")
-    reply = client.chat.completions.create(**SHORT, response_format=wanted)
-    message = reply.choices[0].message
-    assert message.reasoning_content == answer[0]
-    assert json.loads(message.content)["a"] in (1, 2)
+    message = served.choice(**SHORT, response_format=wanted)["message"]
+    assert message["reasoning_content"] == answer[0]
+    assert json.loads(message["content"])["a"] in (1, 2)
 
 
 def test_template_sees_reasoning_and_its_switch(runtime):

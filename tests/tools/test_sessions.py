@@ -10,9 +10,11 @@ import urllib.request
 
 import pytest
 
+from slotmoe.model.generate import Sampling
 from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.names import NamedSession
 from slotmoe.tools.chat.conversation import Conversation
-from tests.support.served import Served, start
+from tests.support.served import SLOW, Served, start
 
 RUN = ("--ram", "2GiB", "-n", "12")
 TEXT = "The people of the United States have a government of laws and not of men. " * 8
@@ -37,7 +39,7 @@ def run(slotmoe, sample_export, folder):
 
 
 @pytest.fixture
-def chat(slotmoe, sample_export, folder, monkeypatch):
+def chat(slotmoe, processes, sample_export, folder, monkeypatch):
     """``slotmoe chat`` through pipes: answers, and what it said."""
 
     def call(lines, *arguments, code=0):
@@ -53,7 +55,7 @@ def chat(slotmoe, sample_export, folder, monkeypatch):
 # run
 
 
-def test_run_goes_on_with_a_text_without_computing_it_again(run, sample_export):
+def test_run_goes_on_with_a_text_without_computing_it_again(run, sample_export, monkeypatch):
     first = run(TEXT)
     second = run(" And so")
     with Runtime.open(sample_export) as runtime:
@@ -65,6 +67,11 @@ def test_run_goes_on_with_a_text_without_computing_it_again(run, sample_export):
     computed = second["tokens"]["prefill_tokens"]
     assert second["sessions"]["restored_tokens"] == len(ids) - computed
     assert computed < 8
+    # What another version has written is read anew.
+    monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
+    third = run(" that")
+    assert third["sessions"]["restored_tokens"] == 0
+    assert third["tokens"]["prefill_tokens"] > len(ids) + 12
 
 
 @pytest.mark.usefixtures("processes")
@@ -79,35 +86,24 @@ def test_run_holds_a_conversation_that_chat_goes_on_with(run, chat, slotmoe, sam
     assert refused[2].count("\n") == 1
 
 
-def test_a_text_of_another_model_is_read_anew(run, monkeypatch):
-    first = run(TEXT)
-    monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
-    second = run(" And so")
-    assert second["sessions"]["restored_tokens"] == 0
-    assert second["tokens"]["prefill_tokens"] > first["tokens"]["prefill_tokens"] + 12
-
-
 # chat
 
 
-@pytest.mark.usefixtures("processes")
 def test_chat_goes_on_where_it_ended(chat, folder):
     first, err = chat("My fellow citizens,\n", "--session", "plans", "--system", "Be brief.")
     assert f"session plans: new, kept in {folder}" in err
-    lines = "/system\nAnd then?\n/save {}\n/stats\n"
     saved = folder.parent / "talk.json"
-    second, err = chat(lines.format(saved), "--session", "plans")
+    lines = f"/system\nAnd then?\n/save {saved}\n/stats\n"
+    second, err = chat(lines, "--session", "plans")
     assert re.search(r"session plans: \d+ tokens\n", err)
     assert "system message: Be brief." in err
     messages = json.loads(saved.read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
-    assert messages[2]["content"] == first.strip() and messages[4]["content"] == second.strip()
-    restored = int(re.search(r"(\d+) tokens from disk", err)[1])
-    assert restored > 30
+    assert [messages[place]["content"] for place in (2, 4)] == [first.strip(), second.strip()]
+    assert int(re.search(r"(\d+) tokens from disk", err)[1]) > 30
 
 
-@pytest.mark.usefixtures("processes")
-def test_the_answer_is_what_one_process_gives(chat, tmp_path):
+def test_the_answer_is_what_one_process_gives(chat):
     both, _ = chat("My fellow citizens,\nAnd then?\n", "--temperature", "0")
     first, _ = chat("My fellow citizens,\n", "--temperature", "0", "--session", "x")
     second, _ = chat("And then?\n", "--temperature", "0", "--session", "x")
@@ -116,9 +112,6 @@ def test_the_answer_is_what_one_process_gives(chat, tmp_path):
 
 @pytest.mark.usefixtures("processes")
 def test_an_interrupted_answer_is_kept(sample_export, folder):
-    from slotmoe.model.generate import Sampling
-    from slotmoe.offload.sessions.names import NamedSession
-
     with NamedSession(folder, "x") as session, Runtime.open(sample_export) as runtime:
         runtime.keep_in(folder)
         conversation = Conversation(runtime, 40, Sampling(), None, session)
@@ -134,7 +127,8 @@ def test_an_interrupted_answer_is_kept(sample_export, folder):
 
 
 def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
-    code, out, _ = slotmoe("list", "--sessions", "--session-dir", folder)
+    place = ("--sessions", "--session-dir", folder)
+    code, out, _ = slotmoe("list", *place)
     assert (code, out) == (0, f"{folder}: holds no named sessions\n")
     chat("My fellow citizens,\n", "--session", "plans")
     run(TEXT)
@@ -142,40 +136,33 @@ def test_sessions_are_listed_and_deleted(chat, run, slotmoe, folder):
     assert re.search(r"novel  text, \d+ tokens, just now\nplans  chat, \d+ tokens, just now\n", err)
     assert re.search(r"plans: deleted, \d+\.\d KiB are free again", err)
     assert err.count("plans") == 2
-    listed = json.loads(slotmoe("list", "--sessions", "--session-dir", folder, "--json")[1])
+    listed = json.loads(slotmoe("list", *place, "--json")[1])
     assert [session["name"] for session in listed["sessions"]] == ["novel"]
-    remove = ("rm", "--sessions", "--session-dir", folder)
-    assert slotmoe(*remove, "novel", "novel")[0] == 0
+    assert slotmoe("rm", *place, "novel", "novel")[0] == 0
     assert not [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
-    code, out, err = slotmoe(*remove, "novel")
+    code, out, err = slotmoe("rm", *place, "novel")
     assert code == 2 and "holds no session 'novel'" in err
-    assert slotmoe(*remove, "--all")[0] == 0
+    assert slotmoe("rm", *place, "--all")[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (("--session", "a/b"), "is no name of a session"),
-        (("--resume",), "holds no conversation to resume"),
-        (("--resume", "--session", "x"), "--resume takes the latest session"),
-        (("--session", "x", "--session-limit", "much"), "is not a size"),
-        (("--session", "x", "--session-dir", "/dev/null/x"), "can't keep sessions there"),
-    ],
-)
-def test_refusals_are_one_line(chat, arguments, problem):
-    _, err = chat("Hello\n", *arguments, code=2)
-    assert problem in err and err.count("\n") == 1
+REFUSED = {
+    ("--session", "a/b"): "is no name of a session",
+    ("--resume",): "holds no conversation to resume",
+    ("--resume", "--session", "x"): "--resume takes the latest session",
+    ("--session", "x", "--session-limit", "much"): "is not a size",
+    ("--session", "x", "--session-dir", "/dev/null/x"): "can't keep sessions there",
+}
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--all",), ("x", "--all"), ("x", "--sessions", "--all")]
-)
-def test_rm_wants_names_or_all_sessions(slotmoe, arguments):
-    code, _, err = slotmoe("rm", *arguments)
-    assert code == 2 and "needs NAME, or --sessions --all" in err
+def test_refusals_are_one_line(chat, slotmoe):
+    for arguments, problem in REFUSED.items():
+        _, err = chat("Hello\n", *arguments, code=2)
+        assert problem in err and err.count("\n") == 1
+    for arguments in ((), ("--all",), ("x", "--all"), ("x", "--sessions", "--all")):
+        code, _, err = slotmoe("rm", *arguments)
+        assert code == 2 and "needs NAME, or --sessions --all" in err
 
 
-@pytest.mark.usefixtures("processes")
 def test_a_full_disk_does_not_end_the_chat(chat, monkeypatch):
     def fail(handle):
         raise OSError(28, "No space left on device")
@@ -190,84 +177,77 @@ def test_a_full_disk_does_not_end_the_chat(chat, monkeypatch):
 
 
 def cached(served, **headers):
-    """Tokens of a request's prompt that were there, and its answer."""
+    """Tokens of a request's prompt that were there, its answer, and all tokens of its prompt."""
     body = {"model": "sample", "temperature": 0, "prompt": TEXT, "max_tokens": 8}
     status, answer, _ = served.ask("POST", "/v1/completions", body, **headers)
     assert status == 200, answer
     usage = answer["usage"]
-    return usage["prompt_tokens_details"]["cached_tokens"], answer["choices"][0]["text"], usage
+    reused = usage["prompt_tokens_details"]["cached_tokens"]
+    return reused, answer["choices"][0]["text"], usage["prompt_tokens"]
 
 
 @pytest.fixture
-def serving(sample_export, folder):
-    """A server that is started anew with the same folder."""
+def serving(network, sample_export, folder):
+    """Call a function with a server that is started anew with the same folder."""
 
-    def call(**options):
-        runtime = Runtime.open(sample_export, ram="2GiB", context=512, sequences=2)
-        runtime.keep_in(folder)
-        return runtime, Served(runtime, sequences=2, **options)
+    def call(use, **options):
+        with Runtime.open(sample_export, ram="2GiB", context=512, sequences=2) as runtime:
+            runtime.keep_in(folder)
+            with Served(runtime, sequences=2, **options) as served:
+                return use(served)
 
     return call
 
 
-@pytest.mark.usefixtures("network")
 def test_a_conversation_goes_on_after_a_restart(serving):
-    runtime, served = serving()
-    with runtime, served:
-        none, text, usage = cached(served)
-        assert none == 0
-    runtime, served = serving()
-    with runtime, served:
-        assert cached(served)[:2] == (usage["prompt_tokens"] - 1, text)
+    none, text, length = serving(cached)
+    assert none == 0
+
+    def go_on(served):
+        assert cached(served) == (length - 1, text, length)
         stats = served.ask("GET", "/stats")[1]
-        assert stats["sessions"]["restored_tokens"] == usage["prompt_tokens"] - 1
-        assert stats["reused_tokens"] == stats["sessions"]["restored_tokens"]
+        assert stats["sessions"]["restored_tokens"] == stats["reused_tokens"] == length - 1
         metrics = served.ask("GET", "/metrics")[1]
-        assert f"slotmoe_session_tokens_total {usage['prompt_tokens'] - 1}.0" in metrics
+        assert f"slotmoe_session_tokens_total {length - 1}.0" in metrics
         assert re.search(r'slotmoe_session_io_bytes_total\{kind="read"\} [1-9]', metrics)
         assert re.search(r"slotmoe_session_bytes [1-9]", metrics)
 
+    serving(go_on)
 
-@pytest.mark.usefixtures("network")
+    def score(served):  # scored prompts are computed
+        options = {"max_tokens": 0, "echo": True, "logprobs": 0}
+        usage = served.complete("The people of the United States", **options)["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+    serving(score)
+
+
 def test_another_key_sees_nothing_whatever_its_place_in_the_list(serving):
-    runtime, served = serving(keys=("first", "second"))
-    with runtime, served:
-        assert cached(served, x_api_key="first")[0] == 0
-        assert cached(served, x_api_key="second")[0] == 0
-    runtime, served = serving(keys=("third", "first"))
-    with runtime, served:
-        assert cached(served, x_api_key="third")[0] == 0
-        assert cached(served, x_api_key="first")[0] > 100
+    def reused(*keys):
+        return lambda served: [cached(served, x_api_key=key)[0] for key in keys]
 
-
-@pytest.mark.usefixtures("network")
-def test_scored_prompts_are_computed(serving):
-    runtime, served = serving()
-    with runtime, served:
-        cached(served)
-    runtime, served = serving()
-    with runtime, served:
-        body = {"prompt": "The people of the United States", "echo": True, "logprobs": 0}
-        answer = served.complete(body.pop("prompt"), max_tokens=0, **body)
-        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert serving(reused("first", "second"), keys=("first", "second")) == [0, 0]
+    none, some = serving(reused("third", "first"), keys=("third", "first"))
+    assert none == 0 and some > 100
 
 
 @pytest.mark.usefixtures("processes")
 def test_a_server_that_is_stopped_keeps_what_it_has_read(sample_export, folder):
-    """Ctrl-C in the middle of an answer, and of a prompt's reading where it comes so early."""
-    child, port = start(sample_export, "--session-dir", str(folder), "--session-limit", "1GiB")
+    """Ctrl-C in the middle of an answer."""
+    options = "--session-dir", folder, "--session-limit", "1GiB"
+    child, port = start(sample_export, *options, program=SLOW)
     body = {"model": "sample", "prompt": TEXT, "max_tokens": 300, "stream": True, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        response.readline()
-        child.send_signal(signal.SIGINT)
-        response.read()
-    child.communicate(timeout=20)
-    assert child.returncode == 130
+    with child:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            response.readline()
+            child.send_signal(signal.SIGINT)
+            response.read()
+        assert child.wait() == 130
     with Runtime.open(sample_export, ram="2GiB") as runtime:
         ids = runtime.tokenizer.encode(TEXT)
         runtime.keep_in(folder)
