@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -32,42 +33,36 @@ def failing(function, number, name, folder):
     return call
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
-@pytest.mark.parametrize(
-    ("name", "calls"),
-    [
-        ("slotmoe.json", ["builtins.open"]),
-        ("config.json", ["os.open"]),
-        ("config.json", ["os.preadv"]),
-        ("tokenizer.json", ["os.open"]),
-        ("tokenizer.json", ["os.preadv"]),
-        (RESIDENT, ["os.open"]),
-        (RESIDENT, ["os.preadv"]),
-        (layer_file(2), ["os.open"]),
-        (layer_file(2), ["os.preadv"]),
-    ],
-    ids=str,
-)
-def test_opening_an_export(sample_export, monkeypatch, name, calls, number):
-    for call in calls:
-        module, _, function = call.rpartition(".")
-        original = getattr(__import__(module), function)
-        monkeypatch.setattr(call, failing(original, number, name, sample_export))
-    # A file system that refuses direct reads is asked again without.
-    monkeypatch.setattr(Export, "bypass_page_cache", lambda self: False)
-    with pytest.raises(SlotmoeError) as raised:
-        Runtime.open(sample_export, context=64).close()
-    told = str(raised.value)
-    assert told.startswith(str(sample_export / name)) and os.strerror(number) in told
-    assert not any(word in told for word in ("damaged", "truncated", "incomplete", "again"))
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
-@pytest.mark.parametrize("call", ["builtins.open", "os.open", "os.preadv"])
-def test_opening_a_checkpoint(monkeypatch, call, number):
+def fail(monkeypatch, call, number, name, folder):
     module, _, function = call.rpartition(".")
     original = getattr(__import__(module), function)
-    monkeypatch.setattr(call, failing(original, number, WEIGHTS, SAMPLE))
+    monkeypatch.setattr(call, failing(original, number, name, folder))
+
+
+NUMBERS = [errno.EIO, errno.EACCES, errno.EMFILE]
+READ = ["config.json", "tokenizer.json", RESIDENT, layer_file(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("slotmoe.json", "builtins.open"), *product(READ, ["os.open", "os.preadv"])]
+)
+def test_opening_an_export(sample_export, monkeypatch, name, call):
+    # A file system that refuses direct reads is asked again without.
+    monkeypatch.setattr(Export, "bypass_page_cache", lambda self: False)
+    for number in NUMBERS:
+        with monkeypatch.context() as patch:
+            fail(patch, call, number, name, sample_export)
+            with pytest.raises(SlotmoeError) as raised:
+                Runtime.open(sample_export, context=64).close()
+        told = str(raised.value)
+        assert told.startswith(str(sample_export / name)) and os.strerror(number) in told
+        assert not any(word in told for word in ("damaged", "truncated", "incomplete", "again"))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("call", ["builtins.open", "os.open", "os.preadv"])
+def test_opening_a_checkpoint(monkeypatch, call, number):
+    fail(monkeypatch, call, number, WEIGHTS, SAMPLE)
 
     def read_all():
         with Checkpoint.open(SAMPLE) as checkpoint:

@@ -57,10 +57,9 @@ def test_int4_weights_are_code_times_scale(tmp_path):
                 assert torch.equal(checkpoint.tensor(name), wanted.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize(
-    ("quant_type", "dtype"),
-    [("nf4", torch.bfloat16), ("fp4", torch.bfloat16), ("nf4", torch.float16)],
+    ("quant_type", "nested", "dtype"),
+    [("nf4", False, torch.bfloat16), ("fp4", True, torch.bfloat16), ("nf4", True, torch.float16)],
 )
 def test_bitsandbytes_weights_are_what_it_makes_of_them(tmp_path, quant_type, nested, dtype):
     _, wanted = bitsandbytes(written(tmp_path, **WHOLE_BLOCKS), quant_type, nested, dtype)
@@ -125,43 +124,34 @@ def _change(name, change):
     return lambda tensors: tensors.update({name: change(tensors[name])})
 
 
+SCALE, PACKED = GATE + "_scale_inv", GATE + "_packed"
 BAD = {
     "fp8 scales of another grid": (
-        FP8,
-        _change(GATE + "_scale_inv", lambda scale: scale[:, :1].clone()),
-        [GATE + "_scale_inv", "[1, 1]", "[1, 2]", "128 x 128"],
+        *(FP8, _change(SCALE, lambda scale: scale[:, :1].clone())),
+        [SCALE, "[1, 1]", "[1, 2]", "128 x 128"],
     ),
     "fp8 scales of a dtype that holds none": (
-        FP8,
-        _change(GATE + "_scale_inv", lambda scale: scale.to(torch.int32)),
-        [GATE + "_scale_inv", "I32", "F32"],
+        *(FP8, _change(SCALE, lambda scale: scale.to(torch.int32))),
+        [SCALE, "I32", "F32"],
     ),
-    "fp8 codes without scales": (
-        FP8,
-        _without(GATE + "_scale_inv"),
-        [GATE, "F8_E4M3", "BF16", "scales"],
-    ),
+    "fp8 codes without scales": (FP8, _without(SCALE), [GATE, "F8_E4M3", "BF16", "scales"]),
     "fp8 codes that are numbers": (
-        FP8,
-        _change(GATE, lambda codes: codes.to(torch.bfloat16)),
+        *(FP8, _change(GATE, lambda codes: codes.to(torch.bfloat16))),
         [GATE, "BF16", "F8_E4M3"],
     ),
     "int4 with zero points": (
-        packed(),
-        lambda tensors: tensors.update({GATE + "_zero_point": torch.zeros(64, 1)}),
+        *(packed(), lambda tensors: tensors.update({GATE + "_zero_point": torch.zeros(64, 1)})),
         [GATE + "_zero_point", "symmetric"],
     ),
     "int4 in other groups": (
-        packed(),
-        _change(GATE + "_scale", lambda scale: scale[:, :2].clone()),
+        *(packed(), _change(GATE + "_scale", lambda scale: scale[:, :2].clone())),
         [GATE + "_scale", "[64, 2]", "[64, 5]", "1 x 32"],
     ),
     "int4 codes of other rows": (
-        packed(),
-        _change(GATE + "_packed", lambda codes: codes[:, :3].clone()),
-        [GATE + "_packed", "[64, 3]", "[64, 20]"],
+        *(packed(), _change(PACKED, lambda codes: codes[:, :3].clone())),
+        [PACKED, "[64, 3]", "[64, 20]"],
     ),
-    "int4 without codes": (packed(), _without(GATE + "_packed"), [GATE + "_packed", "missing"]),
+    "int4 without codes": (packed(), _without(PACKED), [PACKED, "missing"]),
 }
 
 
@@ -210,14 +200,14 @@ def test_bad_bitsandbytes_weights_are_refused_by_name(tmp_path, damage, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_scales_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+def test_scales_that_are_not_finite_are_refused_by_name(tmp_path):
     tensors = encode(written(tmp_path), FP8)
-    tensors[GATE + "_scale_inv"][0, 1] = bad
-    write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
-    expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
-    with Checkpoint.open(tmp_path) as checkpoint, expected:
-        checkpoint.tensor(GATE)
+    for bad in (float("nan"), float("inf")):
+        tensors[SCALE][0, 1] = bad
+        write_files(tmp_path, {"model-1.safetensors": tensors}, quantization_config=FP8)
+        expected = pytest.raises(CheckpointError, match=r"the scales of .*gate_proj.* are NaN")
+        with Checkpoint.open(tmp_path) as checkpoint, expected:
+            checkpoint.tensor(GATE)
 
 
 def test_codes_need_a_quantization_config(tmp_path):
