@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+import time
 
 import pytest
 import torch
@@ -171,6 +172,15 @@ def test_bad_checkpoint(name, checkpoint):
         refused(action, wanted, kind=(CheckpointError, ConfigError))
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == before
     assert not (checkpoint / "was-run").exists()
+
+
+@pytest.mark.usefixtures("nightly")
+@pytest.mark.parametrize("name", BAD_CHECKPOINTS)
+def test_a_refusal_takes_less_than_a_second_of_cpu(name, checkpoint):
+    BAD_CHECKPOINTS[name][0](checkpoint)
+    start = time.process_time()
+    refused(lambda: Runtime.open(checkpoint, quantize=False, context=16))
+    assert time.process_time() - start < 1
 
 
 def poke(value):

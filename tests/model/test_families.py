@@ -1,5 +1,4 @@
-"""Every family: the reference path beside transformers, the kernels beside each other, and what is
-refused."""
+"""Every family: the reference path beside transformers, and what is refused."""
 
 import json
 import math
@@ -16,8 +15,6 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.offload.plan.memory import choose_context
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.native import NativeBackend
-from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support.families import (
     CASES,
     DSA,
@@ -33,12 +30,10 @@ from tests.support.families import (
     oracle_logits,
     write_family,
 )
-from tests.support.native import LayerByLayerOps, feed, native_cache, network_of
 from tests.support.oracle import relative_error
 from tests.support.params import nth
 
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
-native = pytest.mark.skipif(kernels.load() is None, reason="the native kernels are not built")
 
 
 @pytest.mark.usefixtures("oracle")
@@ -48,22 +43,6 @@ def test_reference_path_equals_transformers(name, tmp_path):
     write_family(tmp_path, family, **overrides)
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
         assert relative_error(runtime.logits(IDS), oracle_logits(tmp_path, IDS)) <= 1e-5
-
-
-@native
-@pytest.mark.parametrize("name", CASES)
-def test_one_token_in_few_calls_is_bitwise_op_by_op_and_one_prefill(name):
-    """Wherever experts are."""
-    family, overrides = CASES[name]
-    config = config_of(family, **overrides)
-    network = network_of(config, "int8", NativeBackend(kernels.load()))
-    plainly = network_of(config, "int8", LayerByLayerOps(kernels.load()))
-    cache, steps = native_cache(plainly), [1] * 20  # past YaRN's original context
-    expected = feed(plainly, cache, IDS, steps)
-    for sizes, in_table in ((steps, ()), (steps, range(1, 8)), ([20], ())):
-        network.experts.in_table, actual = in_table, native_cache(network)
-        assert torch.equal(feed(network, actual, IDS, sizes), expected)
-        assert torch.equal(actual.layers[:, :20], cache.layers[:, :20])
 
 
 PART = {**LONG, "partial_rotary_factor": 0.25}

@@ -29,7 +29,8 @@ def write_lite(folder, layers):
     config = json.loads((SAMPLE.parent / "geometries" / "v2-lite.json").read_text())
     config["num_hidden_layers"] = layers
     parsed, folder_map = parse_config(config), {}
-    noise = (torch.randn(1 << 22) * 0.02).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(1 << 22, generator=generator) * 0.02).bfloat16()
 
     def weight(shape):
         count = torch.Size(shape).numel()

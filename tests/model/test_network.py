@@ -19,7 +19,8 @@ from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
-from tests.support.native import LayerByLayerOps, feed, native_cache, native_network
+from tests.support.families import CASES, config_of
+from tests.support.native import LayerByLayerOps, feed, native_cache, native_network, network_of
 from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 from tests.support.tiny import CONFIG, ODD_SIZES, write_checkpoint
@@ -90,20 +91,28 @@ def test_gate_is_limited_to_groups():
     assert route(wanted, Router.of(greedy))[1].tolist() == [[0, 2]]
 
 
+def network_on(geometry, resident, kind=NativeBackend):
+    """Of DeepSeek-V2's, or of another family's."""
+    if geometry in ONE_TOKEN:
+        return native_network(ONE_TOKEN[geometry], resident, kind)
+    family, overrides = CASES[geometry]
+    return network_of(config_of(family, **overrides), resident, kind(kernels.load()))
+
+
 @native
 @pytest.mark.parametrize(
-    ("geometry", "resident"), nth(2, product(ONE_TOKEN, ["int8", "mixed", "nf4"]))
+    ("geometry", "resident"),
+    nth(2, [*product(ONE_TOKEN, ["int8", "mixed", "nf4"]), *product(CASES, ["int8"])]),
 )
 def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
     """Wherever experts are, at every position of the context, the last one too; and one prefill
     gives the same."""
-    overrides = ONE_TOKEN[geometry]
-    network = native_network(overrides, resident)
+    network = network_on(geometry, resident)
     config = network.config
     values = sum(-(-width // 4) * 4 for width in (config.kv_lora_rank, config.qk_rope_head_dim))
     scales = 16  # two scales and two sums
     assert native_cache(network).nbytes == config.num_hidden_layers * 40 * (values + scales)
-    plainly = native_network(overrides, resident, LayerByLayerOps)
+    plainly = network_on(geometry, resident, LayerByLayerOps)
     cache = native_cache(plainly)
     expected = feed(plainly, cache, IDS, [1] * 40)
     layers = len(config.moe_layers)

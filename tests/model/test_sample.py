@@ -24,7 +24,7 @@ EXPECTED = json.loads((DATA / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference(heavy):
     with Runtime.open(SAMPLE, quantize=False, context=1024) as runtime:
         yield runtime
 

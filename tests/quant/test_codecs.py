@@ -16,7 +16,6 @@ from slotmoe.quant.weights import squared_error
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (
     CODECS,
-    aligned,
     alone,
     by_each_set,
     expert_record,
@@ -70,7 +69,6 @@ def test_an_encoder_finds_what_a_codec_holds_exactly(codec):
 )
 def test_error_of_an_encoder(codec, gaussian, student):
     """Of a model's levels: those learned on Student's t itself would reach 0.080 there."""
-    torch.manual_seed(0)
     of_five = torch.distributions.StudentT(5.0).sample((64, 2048))
     for w, bound in ((torch.randn(64, 2048), gaussian), (of_five, student)):
         weight = CodedWeight(*quantize_coded(w, codec), levels_of(codec), (64, 2048))
@@ -129,21 +127,11 @@ def expert(x, gate, up, down):
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def random_record(rng, codecs, h, i):
-    """Values of gate, up and down, and a record with a poisoned tail."""
-    shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
-    size = 4 / math.sqrt(h)
-    parts = [random_codes(rng, codecs.of(name), *shapes[name], size) for name in shapes]
-    tensors = [weight.codes for weight, _ in parts] + [weight.scales for weight, _ in parts]
-    data = b"".join(tensor.numpy().tobytes() for tensor in tensors)
-    return [exact for _, exact in parts], aligned(np.frombuffer(data, np.uint8).copy(), 100)
-
-
 @by_choice
 @pytest.mark.parametrize(("h", "i"), [(256, 192), (100, 33)])
 def test_experts(kernels, codecs, h, i):
     rng = np.random.default_rng(2)
-    made = [random_record(rng, codecs, h, i) for _ in range(3)]
+    made = [random_expert(rng, h, i, codecs) for _ in range(3)]
     slab, slots = slab_of([record for _, record in made]), torch.tensor([2, 0, -1, 1]).int()
     x, record = torch_of(rng.standard_normal((40, h))), expert_record(h, i, codecs)
     indices = torch.from_numpy(rng.integers(0, 4, (40, 2)))
@@ -224,7 +212,7 @@ def test_bad_records_are_refused(kernels):
             expert_record(64, 32, codecs, levels)
     with pytest.raises(ValueError, match="at least 1"):
         expert_record(64, 0, codecs)
-    _, record = random_record(np.random.default_rng(6), codecs, 64, 32)
+    _, record = random_expert(np.random.default_rng(6), 64, 32, codecs)
     one, x, y = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 64), torch.empty(1, 1, 64)
     wider = expert_record(64, 32, EXPERT_CODECS["lut", "4"])  # its record is longer
     with pytest.raises(ValueError, match="record of"):

@@ -10,21 +10,22 @@ import pytest
 import torch
 
 from slotmoe.quant.backends.native import NativeBackend
+from slotmoe.quant.codec import NF4
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import Matrix
+from tests.support.codes import random_codes
 from tests.support.kernels import (
     alone,
+    coded_matrix,
     expert_record,
     int8_matrix,
     latent_cache,
     levels_tensor,
-    linear_nf4,
     native,
     needs_native,
     random_expert,
-    random_nf4,
     same,
     through_expert,
     torch_of,
@@ -37,7 +38,7 @@ def test_threads_change_nothing(kernels):
     rng = np.random.default_rng(9)
     experts = [random_expert(rng, 320, 176)[1] for _ in range(3)]
     x, rows = torch_of(rng.standard_normal((70, 320))), rng.standard_normal((10, 7))
-    _, codes, absmax = random_nf4(rng, 333, 320)
+    nf4 = coded_matrix(rng, 333, 320)
     w = torch.from_numpy(rng.integers(-127, 128, (333, 320), dtype=np.int8))
     int8 = int8_matrix(kernels, w, torch.ones(333))
     q = torch_of(rng.standard_normal((16, 72)))
@@ -48,7 +49,7 @@ def test_threads_change_nothing(kernels):
     def results(threads):
         kernels.set_threads(threads)
         return [
-            linear_nf4(kernels, x, codes, absmax, levels_tensor, 333),
+            kernels.linear(nf4, x),
             kernels.linear(int8, x),
             alone(kernels, x[0], experts, 176),
             kernels.weighted_sum(x.view(10, 7, 320), torch_of(rows)),
@@ -92,7 +93,8 @@ def test_a_forked_child_does_not_hang(kernels):
 
 def test_bad_arguments_are_refused():
     rng = np.random.default_rng(12)
-    _, codes, absmax = random_nf4(rng, 32, 128)
+    good = random_codes(rng, NF4, 32, 128)[0]
+    codes, absmax = good.codes, good.scales
     _, record = random_expert(rng, 64, 32)
     coded, ones = expert_record(64, 32), torch.ones(32, 128, dtype=torch.int8)
     cuts = record[: coded.record_bytes - 1], record[1:], record[:-64]
@@ -100,14 +102,12 @@ def test_bad_arguments_are_refused():
     x, x64, y = torch.randn(2, 128), torch.randn(2, 64), torch.empty(2, 1, 64)
     slots, chosen = torch.zeros(1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
-    nf4, short = (
-        CodedWeight(codes, absmax, levels, (32, 128))
-        for levels in (levels_tensor, levels_tensor[:15])
-    )
+    short = CodedWeight(codes, absmax, levels_tensor[:15], (32, 128))
     kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
 
     def linear(x=x, codes=codes, absmax=absmax, levels=levels_tensor, n=32):
-        return lambda: linear_nf4(native, x, codes, absmax, levels, n)
+        shape = n, x.shape[1]
+        return lambda: native.linear(Matrix.of_codes(CodedWeight(codes, absmax, levels, shape)), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
         return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)
@@ -148,7 +148,7 @@ def test_bad_arguments_are_refused():
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_nf4(torch.ones(64)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        *(error(33, nf4), error(128, short), error(127, Int8Weight(ones, torch.ones(32)))),
+        *(error(33, good), error(128, short), error(127, Int8Weight(ones, torch.ones(32)))),
         error(128, Int8Weight(ones, torch.ones(31))),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),

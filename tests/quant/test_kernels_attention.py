@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slotmoe.quant.codec import LUT4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, Matrix, Mlp
 from slotmoe.quant.shapes import latent_bytes
-from tests.support.codes import random_codes
 from tests.support.kernels import (
     ISAS,
     AnyMatrix,
     RandomLayer,
     attention_layer,
+    coded_matrix,
     int8_matrix,
     latent_cache,
     levels_tensor,
-    nf4_matrix,
     one_of,
     q8,
     quick,
@@ -182,7 +182,7 @@ def distribution(rng, kind, context):
     nth(3, product(ISAS, ["gaussian", "large", "zeros", "rope", "mean", *HEAVY])),
     indirect=["kernels"],
 )
-def test_mla_error_at_a_real_size(kernels, kind):
+def test_mla_error_at_a_real_size(heavy, kernels, kind):
     """Within 1.5% on Gaussian rows.  Beside queries and rows of 8 bits in blocks of 32, exactly
     computed: no worse where tails are heavy, and where they aren't, at most half more, which is
     what one scale for a whole part costs."""
@@ -292,6 +292,10 @@ def test_a_layer_holds_its_memory(kernels):
     assert same(attention_layer(kernels, prepared, h, table, [cache], [0]), want)
 
 
+def of_codes(codes, scales, levels, rows=16):
+    return Matrix.of_codes(CodedWeight(codes, scales, levels, (rows, 16)))
+
+
 def test_bad_layers_are_refused(kernels):
     rng = np.random.default_rng(16)
     layer = RandomLayer(kernels, rng, ["int8"], 64, 2, 8, 4, 32, 10, 24, 9)
@@ -320,7 +324,7 @@ def test_bad_layers_are_refused(kernels):
     ones, tiles = torch.ones(16, 16, dtype=torch.int8), torch.ones(1, 1, 1024, dtype=torch.int8)
     int8 = int8_matrix(kernels, ones, torch.ones(16))
     codes = torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 16).half()
-    nf4s = [nf4_matrix(*codes, levels_tensor * size, 16, 16) for size in (1, 2, math.inf)]
+    nf4s = [of_codes(*codes, levels_tensor * size) for size in (1, 2, math.inf)]
     mlp = Mlp(int8, int8, int8)
     cases = [
         lambda: kernels.rotate(torch.ones(2, 3, 5), torch.ones(2, 2, dtype=torch.complex64)),
@@ -331,14 +335,14 @@ def test_bad_layers_are_refused(kernels):
         lambda: kernels.mlp(mlp, torch.ones(2, 16), None, torch.ones(2, 16)),
         lambda: kernels.mlp(Mlp(*[nf4s[2]] * 3), torch.ones(2, 16)),
         lambda: Mlp(int8, int8, nf4s[0]),
-        lambda: Mlp(*nf4s[:1] * 2, Matrix.of_codes(random_codes(rng, LUT4, 16, 16)[0])),
+        lambda: Mlp(*nf4s[:1] * 2, coded_matrix(rng, 16, 16, LUT4)),
         lambda: Mlp(nf4s[0], nf4s[0], nf4s[1]),
         lambda: Mlp(int8, int8, int8_matrix(kernels, ones[:, :15].contiguous(), torch.ones(16))),
         lambda: Mlp(*[Matrix.dense(torch.ones(16, 16))] * 3),
         lambda: Matrix.int8(tiles, torch.ones(17), (17, 16)),
         lambda: Matrix.int8(tiles, torch.ones(15), (16, 16)),
-        lambda: nf4_matrix(*codes, levels_tensor, 17, 16),
-        lambda: nf4_matrix(*codes, levels_tensor[:15], 16, 16),
+        lambda: of_codes(*codes, levels_tensor, 17),
+        lambda: of_codes(*codes, levels_tensor[:15]),
         lambda: Matrix.dense(torch.ones(16, 16).double()),
         lambda: Matrix.dense(torch.ones(16, 16)[:, :8]),
     ]

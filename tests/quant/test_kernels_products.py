@@ -2,6 +2,8 @@
 and bitsandbytes."""
 
 import math
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,26 +11,28 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from slotmoe.quant.codec import NF4
+from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.weights import Matrix, Mlp
-from tests.support.codes import random_codes
+from tests.support.codes import random_codes, values
 from tests.support.kernels import (
     CODECS,
+    ISAS,
     LEVELS,
+    coded_matrix,
     int8_matrix,
     levels_tensor,
-    linear_nf4,
     one_of,
     q8,
     quick,
-    random_nf4,
     relative,
     seeds,
     sizes,
-    tile_codes,
     torch_of,
-    untile_codes,
 )
+from tests.support.oracle import untile
+from tests.support.params import nth
 
 dims = sizes(9, 70, 300)  # T, N, K
 
@@ -40,8 +44,9 @@ def half_steps(x):
     return np.repeat(steps, 16, axis=1)[:, : x.shape[1]] * 0.5001
 
 
-def scales_of(absmax, n, k):
-    rows = absmax.numpy().astype(np.float64).transpose(0, 2, 1)
+def scales_of(weight):
+    n, k = weight.shape
+    rows = weight.scales.numpy().astype(np.float64).transpose(0, 2, 1)
     return np.repeat(rows.reshape(-1, rows.shape[-1]), 64, axis=1)[:n, :k]
 
 
@@ -50,15 +55,15 @@ def scales_of(absmax, n, k):
 def test_linear_nf4(kernels, shape, seed, w_scale, x_scale):
     t, n, k = shape
     rng = np.random.default_rng(seed)
-    w, codes, absmax = random_nf4(rng, n, k, w_scale, negative=True)
+    weight, w = random_codes(rng, NF4, n, k, w_scale)
     x = torch_of(rng.standard_normal((t, k)) * x_scale)
     x64 = x.numpy().astype(np.float64)
     want = x64 @ w.T
     assume(np.abs(want).max() < 1e38)
-    got = linear_nf4(kernels, x, codes, absmax, levels_tensor, n).numpy().astype(np.float64)
+    got = kernels.linear(Matrix.of_codes(weight), x).double().numpy()
     # Off by half an activation step on each weight, and half a level step (at most 1 / 95) on each
     # activation.
-    steps, scales = half_steps(x64), np.abs(scales_of(absmax, n, k))
+    steps, scales = half_steps(x64), np.abs(scales_of(weight))
     bound = steps @ np.abs(w).T + (np.abs(x64) + steps) @ scales.T * 0.5 / 95
     assert (np.abs(got - want) <= bound + 1e-6 * np.abs(x64) @ np.abs(w).T + 2e-45).all()
 
@@ -87,11 +92,12 @@ def test_levels_are_data(kernels):
         *(np.full(16, level) for level in (0.7, 0.0)),
     ]
     for table in tables:
-        table = table.astype(np.float32)
-        w, codes, absmax = random_nf4(rng, 48, 256, 0.5, table, True)
-        x = torch_of(rng.standard_normal((2, 256)))
-        got = linear_nf4(kernels, x, codes, absmax, torch.from_numpy(table), 48)
-        assert relative(got, x.numpy().astype(np.float64) @ w.T) < 0.015
+        weight, x = random_codes(rng, NF4, 48, 256)[0], torch_of(rng.standard_normal((2, 256)))
+        weight = replace(weight, levels=torch_of(table))
+        parts = weight.codes.numpy(), weight.scales.numpy()
+        w = values({**NF4.describe(), "levels": table}, *parts, 48, 256).astype(np.float64)
+        got = kernels.linear(Matrix.of_codes(weight), x)
+        assert relative(got, x.double().numpy() @ w.T) < 0.015
 
 
 def activations(kind, rng, shape):
@@ -104,8 +110,12 @@ def activations(kind, rng, shape):
     return rng.standard_t({"t2": 2, "t3": 3}[kind], shape)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "t2", "t3", "outliers"])
-def test_error_beside_q8(kernels, kind):
+@pytest.mark.parametrize(
+    ("kernels", "kind"),
+    nth(3, product(ISAS, ["gaussian", "t2", "t3", "outliers"])),
+    indirect=["kernels"],
+)
+def test_error_beside_q8(heavy, kernels, kind):
     """Within 1.5% for Gaussian activations, and never worse than llama.cpp's activations with exact
     weights."""
     rng = np.random.default_rng(3)
@@ -114,12 +124,13 @@ def test_error_beside_q8(kernels, kind):
     raw = rng.standard_normal((256, 2048))
     codes, absmax = kernels.quantize_nf4(torch_of(raw))
     blocks = absmax.numpy().astype(np.float64).transpose(0, 2, 1).reshape(256, 32)
-    w = LEVELS.astype(np.float64)[untile_codes(codes.numpy(), 256, 2048)]
+    w = LEVELS.astype(np.float64)[untile(codes.numpy())]
     w *= np.repeat(blocks, 64, axis=1)
+    nf4 = CodedWeight(codes, absmax, levels_tensor, (256, 2048))
     q, s = kernels.quantize_int8(torch_of(raw))
     w8 = q.numpy() * s.numpy().astype(np.float64)[:, None]
     for got, exact in [
-        (linear_nf4(kernels, x, codes, absmax, levels_tensor, 256), w),
+        (kernels.linear(Matrix.of_codes(nf4), x), w),
         (kernels.linear(int8_matrix(kernels, q, s), x), w8),
     ]:
         want = x64 @ exact.T
@@ -132,37 +143,36 @@ def test_error_beside_q8(kernels, kind):
 
 def test_many_rows_equal_one_row(kernels):
     rng = np.random.default_rng(4)
-    _, codes, absmax = random_nf4(rng, 90, 200)
+    nf4 = coded_matrix(rng, 90, 200)
     q = torch.from_numpy(rng.integers(-127, 128, (90, 200), dtype=np.int8))
     int8 = int8_matrix(kernels, q, torch.rand(90) + 0.1)
     x = torch_of(rng.standard_normal((600, 200)))  # over the token chunk (128) and the pass (512)
-    many = (linear_nf4(kernels, x, codes, absmax, levels_tensor, 90), kernels.linear(int8, x))
+    many = (kernels.linear(nf4, x), kernels.linear(int8, x))
     for row in (0, 1, 127, 128, 511, 512, 599):
         alone = x[row : row + 1]
-        nf4 = linear_nf4(kernels, alone, codes, absmax, levels_tensor, 90)
-        assert torch.equal(nf4[0], many[0][row])
+        assert torch.equal(kernels.linear(nf4, alone)[0], many[0][row])
         assert torch.equal(kernels.linear(int8, alone)[0], many[1][row])
 
 
 def test_zeros_and_not_finite(kernels):
     rng = np.random.default_rng(5)
-    _, codes, absmax = random_nf4(rng, 20, 100)
+    nf4 = coded_matrix(rng, 20, 100)
     x = torch.zeros(4, 100)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), torch.rand(100)
-    y = linear_nf4(kernels, x, codes, absmax, levels_tensor, 20)
+    y = kernels.linear(nf4, x)
     assert (y[0] == 0).all() and y[1].isnan().all() and y[2].isnan().all() and y[3].isfinite().all()
-    nothing = linear_nf4(kernels, torch.empty(0, 100), codes, absmax, levels_tensor, 20)
+    nothing = kernels.linear(nf4, torch.empty(0, 100))
     assert nothing.shape == (0, 20)
 
 
 def test_flushing_denormals_changes_nothing(kernels):
     rng = np.random.default_rng(6)
-    _, codes, absmax = random_nf4(rng, 40, 128)
+    nf4 = coded_matrix(rng, 40, 128)
     x = torch_of(rng.standard_normal((1, 128)) * 1e-41)
-    want = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
+    want = kernels.linear(nf4, x)
     torch.set_flush_denormal(True)
     try:
-        got = linear_nf4(kernels, x, codes, absmax, levels_tensor, 40)
+        got = kernels.linear(nf4, x)
         still = torch.full((1,), 1e-41) * 0.5
     finally:
         torch.set_flush_denormal(False)
@@ -172,10 +182,10 @@ def test_flushing_denormals_changes_nothing(kernels):
 
 def test_unaligned_activations(kernels):
     rng = np.random.default_rng(13)
-    _, codes, absmax = random_nf4(rng, 32, 130)
+    nf4 = coded_matrix(rng, 32, 130)
     x = torch_of(rng.standard_normal((2, 130)))
     shifted = torch.empty(2 * 130 + 1)[1:].view(2, 130).copy_(x)  # off its allocation by one float
-    got, want = (linear_nf4(kernels, y, codes, absmax, levels_tensor, 32) for y in (shifted, x))
+    got, want = (kernels.linear(nf4, y) for y in (shifted, x))
     assert torch.equal(got, want)
 
 
@@ -232,7 +242,7 @@ def test_mlp_is_its_three_products(kernels, size, seed, codec):
             q = torch.from_numpy(rng.integers(-127, 128, shape).astype(np.int8))
             parts.append(int8_matrix(kernels, q, torch.full((shape[0],), 0.01)))
         else:
-            parts.append(Matrix.of_codes(random_codes(rng, codec, *shape)[0]))
+            parts.append(coded_matrix(rng, *shape, codec))
     mlp, (gate, up, down) = Mlp(*parts), parts
     got = kernels.mlp(mlp, x)
     acted = torch.nn.functional.silu(kernels.linear(gate, x)) * kernels.linear(up, x)
@@ -271,23 +281,21 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 @quick
 @given(sizes(40, 200), seeds, one_of(*DTYPES), one_of(1e-41, 1e-7, 1.0, 1000.0))
 def test_quantize_nf4(kernels, shape, seed, dtype, scale):
-    (n, k), source = shape, random_source(seed, shape, dtype, scale)
+    n, source = shape[0], random_source(seed, shape, dtype, scale)
     codes, absmax = kernels.quantize_nf4(source)
     want_codes, want_absmax = numpy_nf4(source.float().numpy())
-    n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
-    full = untile_codes(codes.numpy(), n_pad, k_pad)
+    n_pad = -(-n // 16) * 16
+    full = untile(codes.numpy())
     assert (full[:n] == want_codes).all() and (full[n:] == 7).all()
     scales = absmax.numpy().transpose(0, 2, 1).reshape(n_pad, -1)
     with np.errstate(under="ignore"):
         assert (scales[:n] == want_absmax.astype(np.float16)).all() and (scales[n:] == 0).all()
-    assert (codes.numpy() == tile_codes(full)).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, at import
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantize_nf4_equals_bitsandbytes(kernels, dtype):
+def test_quantize_nf4_equals_bitsandbytes(heavy, kernels, dtype):
     functional = pytest.importorskip("bitsandbytes.functional")
-    torch.manual_seed(0)
     w = (torch.randn(64, 256) * 0.02).to(dtype)
     w[3, :64] = 0
     w[5] *= 1e-3
@@ -295,7 +303,7 @@ def test_quantize_nf4_equals_bitsandbytes(kernels, dtype):
     flat = packed.flatten().numpy()
     theirs = np.stack([flat >> 4, flat & 15], -1).reshape(64, 256)
     codes, absmax = kernels.quantize_nf4(w)
-    assert (untile_codes(codes.numpy(), 64, 256) == theirs).all()
+    assert (untile(codes.numpy()) == theirs).all()
     ours = absmax.numpy().transpose(0, 2, 1).reshape(64, 4)
     assert (ours == state.absmax.numpy().reshape(64, 4).astype(np.float16)).all()
 

@@ -2,7 +2,7 @@
 that, to the same bytes."""
 
 import json
-import os
+import random
 import shutil
 
 import pytest
@@ -45,7 +45,7 @@ def export(good, tmp_path):
 
 def test_spans_are_read_in_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr("slotmoe.quant.export.verify._PIECE", 1000)
-    data = os.urandom(5500)
+    data = random.Random(0).randbytes(5500)
     (tmp_path / "file").write_bytes(data)
     spans = [(0, 5500), (10, 20), (999, 1001), (10, 5000), (3000, 3000), (2000, 3000), (5499, 5500)]
     read = []
@@ -206,11 +206,11 @@ def test_damaged_predictor_is_removed(good, export, slotmoe):
 
 
 def test_random_weights_are_made_by_another_command(tmp_path, good, slotmoe):
-    config, random = good / "checkpoint" / "config.json", tmp_path / "random"
-    synthesize(config, random, "auto", DEFAULT_CODECS, 1, False, lambda *_: None)
-    assert slotmoe("verify", random)[0] == 0
-    flip(random / RESIDENT, 5000)
-    code, out, _ = slotmoe("verify", random)
+    config, made = good / "checkpoint" / "config.json", tmp_path / "random"
+    synthesize(config, made, "auto", DEFAULT_CODECS, 1, False, lambda *_: None)
+    assert slotmoe("verify", made)[0] == 0
+    flip(made / RESIDENT, 5000)
+    code, out, _ = slotmoe("verify", made)
     assert (code, "slotmoe synth" in out) == (1, True)
 
 

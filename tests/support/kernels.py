@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from slotmoe.quant import nf4
 from slotmoe.quant.backends.base import new
 from slotmoe.quant.codec import EXPERT_CODECS, INT4, LUT3, LUT4, NF4
-from slotmoe.quant.coded import CodedWeight, levels_of
+from slotmoe.quant.coded import levels_of
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu import arguments
 from slotmoe.quant.kernels.cpu import bindings as qk
 from slotmoe.quant.kernels.cpu.weights import AttentionLayer, ExpertRecord, Matrix
 from slotmoe.quant.shapes import latent_bytes
+from tests.support.codes import random_codes
 
 native = qk.load()
 needs_native = pytest.mark.skipif(native is None, reason="the native kernels are not built")
 ISAS = native.isas if native else ()
 
+NF4S = EXPERT_CODECS["nf4", "4"]
 CODECS = (NF4, LUT4, LUT3, INT4)
 LEVELS = np.array(nf4.LEVELS, dtype=np.float32)
 
@@ -62,39 +64,6 @@ def by_each_set(action):
     return results
 
 
-def tile_codes(codes: np.ndarray) -> np.ndarray:
-    """codes [Np, Kp] -> uint8 [Np/16, Kp/64, 512]."""
-    n, k = codes.shape
-    t = codes.reshape(n // 16, 16, k // 64, 8, 2, 4)  # tile, lane, block, t, high or low nibble, i
-    t = t.transpose(0, 2, 3, 1, 5, 4).astype(np.uint8)  # tile, block, t, lane, i, nibble
-    return (t[..., 0] << 4 | t[..., 1]).reshape(n // 16, k // 64, 512)
-
-
-def untile_codes(tiles: np.ndarray, n: int, k: int) -> np.ndarray:
-    out = np.empty((tiles.shape[0] * 16, tiles.shape[1] * 64), dtype=np.uint8)
-    for (tile, block, byte), value in np.ndenumerate(tiles):
-        t, lane, i = byte // 64, byte % 64 // 4, byte % 4
-        out[16 * tile + lane, 64 * block + 8 * t + i] = value >> 4
-        out[16 * tile + lane, 64 * block + 8 * t + 4 + i] = value & 15
-    return out[:n, :k]
-
-
-def random_nf4(rng, n, k, scale=1.0, levels=LEVELS, negative=False):
-    """A random NF4 matrix with documented padding -> (dequantized float64 [n, k], codes,
-    absmax)."""
-    n_pad, k_pad = -(-n // 16) * 16, -(-k // 64) * 64
-    codes = np.full((n_pad, k_pad), 7, dtype=np.uint8)
-    codes[:n, :k] = rng.integers(0, 16, (n, k))
-    absmax = np.zeros((n_pad, k_pad // 64), dtype=np.float16)
-    absmax[:n] = (rng.uniform(0.5, 1.5, (n, k_pad // 64)) * scale).astype(np.float16)
-    if negative:
-        absmax *= rng.choice([-1, 1], absmax.shape).astype(np.float16)
-    with np.errstate(under="ignore"):
-        w = levels.astype(np.float64)[codes] * np.repeat(absmax.astype(np.float64), 64, axis=1)
-    tiles = np.ascontiguousarray(absmax.reshape(n_pad // 16, 16, -1).transpose(0, 2, 1))
-    return w[:n, :k], torch.from_numpy(tile_codes(codes)), torch.from_numpy(tiles)
-
-
 def silu(g):
     return g / (1 + np.exp(-np.clip(g, -700, None)))
 
@@ -115,12 +84,14 @@ def aligned(data: np.ndarray, tail: int = 0) -> torch.Tensor:
     return buffer[offset : offset + data.size + tail]
 
 
-def random_expert(rng, h, i, levels=LEVELS, scale=None):
+def random_expert(rng, h, i, codecs=NF4S):
     """-> (gate, up, down) float64 and the record with a poisoned tail."""
-    scale = scale or 2 / math.sqrt(h)
-    parts = [random_nf4(rng, *shape, scale, levels, True) for shape in ((i, h), (i, h), (h, i))]
-    data = [p[1].numpy().tobytes() for p in parts] + [p[2].numpy().tobytes() for p in parts]
-    return [p[0] for p in parts], aligned(np.frombuffer(b"".join(data), dtype=np.uint8).copy(), 100)
+    shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
+    size = 4 / math.sqrt(h)
+    parts = [random_codes(rng, codecs.of(name), *shapes[name], size) for name in shapes]
+    tensors = [weight.codes for weight, _ in parts] + [weight.scales for weight, _ in parts]
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+    return [exact for _, exact in parts], aligned(np.frombuffer(data, np.uint8).copy(), 100)
 
 
 def q8(x):
@@ -154,7 +125,7 @@ def latent_cache(kernels, rows, r, extra=0):
     return cache
 
 
-def expert_record(h, i, codecs=EXPERT_CODECS["nf4", "4"], levels=None):
+def expert_record(h, i, codecs=NF4S, levels=None):
     """How records are coded, as the native calls take it."""
     table = torch.stack([levels_of(codec) for codec in codecs]) if levels is None else levels
     return ExpertRecord(h, i, codecs, table)
@@ -180,12 +151,8 @@ def attention_layer(kernels, layer, h, table, caches, positions, query_scale=Non
     return y, x, logits if layer.sizes["E"] else None
 
 
-def nf4_matrix(codes, absmax, levels, n, k):
-    return Matrix.of_codes(CodedWeight(codes, absmax, levels, (n, k)))
-
-
-def linear_nf4(kernels, x, codes, absmax, levels, n):
-    return kernels.linear(nf4_matrix(codes, absmax, levels, n, x.shape[1]), x)
+def coded_matrix(rng, n, k, codec=NF4, size=1.0):
+    return Matrix.of_codes(random_codes(rng, codec, n, k, size)[0])
 
 
 def int8_matrix(kernels, q, scale):
@@ -206,8 +173,7 @@ class AnyMatrix:
             scale = torch_of(rng.uniform(0.5, 2, n) / 80 / math.sqrt(k))
             self.fused = int8_matrix(kernels, q, scale)
         elif kind == "nf4":
-            _, codes, absmax = random_nf4(rng, n, k, 1 / math.sqrt(k), negative=True)
-            self.fused = nf4_matrix(codes, absmax, levels_tensor, n, k)
+            self.fused = coded_matrix(rng, n, k, size=1.5 / math.sqrt(k))
         else:
             w = torch_of(rng.standard_normal((n, k)) / math.sqrt(k)).to(getattr(torch, kind))
             self.fused = Matrix.dense(w)
