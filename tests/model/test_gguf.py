@@ -124,7 +124,7 @@ def test_files_before_2025(source, tmp_path):
 
 
 @pytest.mark.parametrize("geometry", ["v2", "v2-lite"])
-def test_groups_of_deepseeks_own_models_are_known(geometry, tmp_path):
+def test_groups_of_deepseeks_own_models_are_known(heavy, geometry, tmp_path):
     config = read_config(geometry_path(geometry))
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "deepseek2")
@@ -317,7 +317,7 @@ def test_metadata_is_refused_by_key(name, written):
     refused(path, *parts)
 
 
-def test_every_key_that_is_needed_is_asked_for(good, tmp_path):
+def test_every_key_that_is_needed_is_asked_for(heavy, good, tmp_path):
     """A file without one of its keys opens as the same model, or is refused by that key."""
     keys = [key for key in header.read_header(good).metadata if not key.startswith("GGUF.")]
     with open_checkpoint(good) as made:
@@ -413,7 +413,7 @@ def test_truncated_anywhere(good, tmp_path):
         refused(path, kind=CheckpointError)
 
 
-def test_flipped_bytes_of_the_header(good, tmp_path):
+def test_flipped_bytes_of_the_header(heavy, good, tmp_path):
     """Any answer is fine but another error than ours; a long text may go unnoticed."""
     path = Path(shutil.copyfile(good, tmp_path / "model.gguf"))
     end = len(header.read_header(good).data)

@@ -9,16 +9,12 @@ import torch
 from slotmoe.errors import CheckpointError, ConfigError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.mtp import MtpHead
-from slotmoe.model.network import Network
-from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.reference import ResidentExperts
-from slotmoe.quant.backends.base import TorchBackend, new
 from tests.support import plain
 from tests.support.encoded import FP8, decoded_fp8, encode
 from tests.support.engine import IDS
 from tests.support.families import CASES, V3, write_family
+from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import relative_error
 
 MTP = {"num_nextn_predict_layers": 1}
@@ -29,14 +25,11 @@ SOME = ("v3-groups-yarn", "v3-no-groups-no-qlora", "v3-two-dense-not-normalized"
 def reference(folder, step_tokens=1 << 30):
     """The network and its head in float32, and an empty cache of each."""
     with Checkpoint.open(folder, keep_mtp=True) as checkpoint:
-        config, backend = checkpoint.config, TorchBackend()
+        config = checkpoint.config
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-    layers, count = config.moe_layers, config.n_routed_experts
-    experts = ResidentExperts(weights, layers, count, backend, Exclusive())
-    network = Network(config, weights, backend, experts)
-    head = MtpHead(network, weights, experts, step_tokens)
-    row = config.latent_width, torch.float32
-    return network, head, *(LatentCache(c, 64, row, new) for c in (config, head.config))
+    network = reference_network(config, weights)
+    head = MtpHead(network, weights, network.experts, step_tokens)
+    return network, head, *(reference_cache(c, 64) for c in (config, head.config))
 
 
 @pytest.mark.parametrize("case", SOME)

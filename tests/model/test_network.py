@@ -1,6 +1,7 @@
 """The reference path against transformers and against the plain float64 network, and the network's
 own invariants."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -9,18 +10,22 @@ import torch
 
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.network import Network
 from slotmoe.model.routing import Router, route
-from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
 from slotmoe.quant.kernels.cpu import bindings as kernels
 from tests.support import plain
 from tests.support.families import CASES, config_of
-from tests.support.native import LayerByLayerOps, feed, native_cache, native_network, network_of
+from tests.support.native import (
+    LayerByLayerOps,
+    feed,
+    native_cache,
+    native_network,
+    network_of,
+    reference_cache,
+    reference_network,
+)
 from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 from tests.support.tiny import CONFIG, ODD_SIZES, write_checkpoint
@@ -178,29 +183,18 @@ def reference(tmp_path_factory):
     write_checkpoint(folder, max_position_embeddings=8192, **GEOMETRIES["groups-qlora-yarn"])
     with Checkpoint.open(folder) as checkpoint:
         weights = {name: checkpoint.tensor(name).float() for name in checkpoint.infos}
-        ops = TorchBackend()
         config = checkpoint.config
-        layers, count = config.moe_layers, config.n_routed_experts
-        experts = ResidentExperts(weights, layers, count, ops, Exclusive())
-        network = Network(config, weights, ops, experts)
-
-        def unwritten(shape, dtype):  # rows that are not written yet must never be read
-            return torch.full(shape, torch.nan, dtype=dtype)
-
-        def cache(context=128, dtype=torch.float32):
-            return LatentCache(config, context, (config.latent_width, dtype), unwritten)
-
-        yield network, cache
+    return reference_network(config, weights), partial(reference_cache, config)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [39, 1], [7, 20, 13], [1, 38, 1]], ids=str)
 def test_decode_and_chunks_equal_one_prefill(reference, sizes):
     network, cache = reference
-    whole = feed(network, cache(), IDS, [40])
-    assert relative_error(feed(network, cache(), IDS, sizes), whole) <= FP32
+    whole = feed(network, cache(128), IDS, [40])
+    assert relative_error(feed(network, cache(128), IDS, sizes), whole) <= FP32
 
 
-def test_absorbed_equals_expanded_attention_over_several_blocks(reference, monkeypatch):
+def test_absorbed_equals_expanded_attention_over_several_blocks(heavy, reference, monkeypatch):
     """A chunk long enough that expansion is cheaper, over blocks so small that the softmax is
     merged many times."""
     network, cache = reference
@@ -235,7 +229,7 @@ def test_cache_holds_one_latent_row_a_token_a_layer(reference):
 
 def test_failed_step_can_be_repeated(reference, monkeypatch):
     network, cache = reference
-    made, wanted = cache(), feed(network, cache(), IDS, [20, 20])
+    made, wanted = cache(128), feed(network, cache(128), IDS, [20, 20])
     feed(network, made, IDS, [20])
     with monkeypatch.context() as patch:
         patch.setattr(network, "experts", lambda *a: (_ for _ in ()).throw(RuntimeError("disk")))

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.network import Network
-from slotmoe.offload.exclusive import Exclusive
-from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.backends.base import TorchBackend
+from tests.support.native import reference_cache, reference_network
 from tests.support.oracle import rebuild, relative_error, transformers_logits
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE
@@ -96,11 +92,8 @@ def test_quantization_costs_little_on_all_heldout_texts(reference, sample_export
 
 def test_export_equals_the_network_with_rebuilt_weights(reference, sample_export):
     ids = EXPECTED["prompts"][0]["logits_ids"]
-    weights, ops = rebuild(sample_export), TorchBackend()
-    c = reference.config
-    experts = ResidentExperts(weights, c.moe_layers, c.n_routed_experts, ops, Exclusive())
-    network, row = Network(c, weights, ops, experts), (c.latent_width, torch.float32)
-    cache = LatentCache(c, 64, row, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    network = reference_network(reference.config, rebuild(sample_export))
+    cache = reference_cache(reference.config, 64)
     wanted = network.head(network.forward(torch.tensor(ids), [cache]))
     with Runtime.open(sample_export, context=64, kernels="torch") as exported:
         assert relative_error(exported.logits(ids), wanted) <= 1e-3
