@@ -61,7 +61,7 @@ IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).
 
 
 @pytest.mark.usefixtures("oracle")
-@pytest.mark.parametrize("name", nth(2, GEOMETRIES))
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_reference_path_equals_transformers(name, tmp_path):
     write_checkpoint(tmp_path, **GEOMETRIES[name])
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
@@ -107,7 +107,7 @@ def network_on(geometry, resident, kind=NativeBackend):
 @native
 @pytest.mark.parametrize(
     ("geometry", "resident"),
-    nth(2, [*product(ONE_TOKEN, ["int8", "mixed", "nf4"]), *product(CASES, ["int8"])]),
+    [*nth(2, product(ONE_TOKEN, ["int8", "mixed", "nf4"])), *product(CASES, ["int8"])],
 )
 def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
     """Wherever experts are, at every position of the context, the last one too; and one prefill
@@ -141,9 +141,9 @@ def test_one_token_in_few_calls_is_bitwise_op_by_op(geometry, resident):
 
 @native
 @pytest.mark.parametrize(
-    ("geometry", "kind"), nth(3, product(GEOMETRIES, [NativeBackend, LayerByLayerOps]))
+    ("kind", "geometry"), nth(2, product([NativeBackend, LayerByLayerOps], GEOMETRIES))
 )
-def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(geometry, kind):
+def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(kind, geometry):
     """Sequences of different lengths, some experts in the slot table, in one pass.  A pass that
     ends in the middle of its layers is no other."""
     network = native_network(GEOMETRIES[geometry], "int8", kind)
