@@ -1,8 +1,6 @@
-"""Random weights for the native kernels' tests, and their formats rebuilt from the documentation,
-one element at a time where speed allows.
+"""Random weights and layers for the native kernels' tests.
 
-Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts; NF4 tiles of 16 rows and blocks of
-64 columns.
+Shapes: T tokens; W [N, K]; H hidden; I intermediate; k experts.
 """
 
 import ctypes
@@ -75,23 +73,19 @@ def relative(got, want):
     return np.linalg.norm(got - want) / size if size else np.linalg.norm(got)
 
 
-def aligned(data: np.ndarray, tail: int = 0) -> torch.Tensor:
-    """uint8 tensor at a multiple of 64 bytes, followed by `tail` poisoned bytes that belong to
-    it."""
-    buffer = torch.full((data.size + tail + 64,), 0xFF, dtype=torch.uint8)
-    offset = -buffer.data_ptr() % 64
-    buffer[offset : offset + data.size] = torch.from_numpy(data)
-    return buffer[offset : offset + data.size + tail]
-
-
 def random_expert(rng, h, i, codecs=NF4S):
     """-> (gate, up, down) float64 and the record with a poisoned tail."""
     shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
     size = 4 / math.sqrt(h)
     parts = [random_codes(rng, codecs.of(name), *shapes[name], size) for name in shapes]
     tensors = [weight.codes for weight, _ in parts] + [weight.scales for weight, _ in parts]
-    data = b"".join(tensor.numpy().tobytes() for tensor in tensors)
-    return [exact for _, exact in parts], aligned(np.frombuffer(data, np.uint8).copy(), 100)
+    data = torch.frombuffer(
+        bytearray().join(t.numpy().tobytes() for t in tensors), dtype=torch.uint8
+    )
+    buffer = torch.full((len(data) + 164,), 0xFF, dtype=torch.uint8)
+    record = buffer[-buffer.data_ptr() % 64 :][: len(data) + 100]  # it begins at a multiple of 64
+    record[: len(data)] = data
+    return [exact for _, exact in parts], record
 
 
 def q8(x):
