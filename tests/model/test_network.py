@@ -10,7 +10,7 @@ import torch
 
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
-from slotmoe.model.routing import Router, route
+from slotmoe.model.routing import route, router_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.backends.native import NativeBackend
@@ -89,11 +89,11 @@ def test_gate_is_limited_to_groups():
     groups = {"n_group": 2, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
     config = parse_config({**CONFIG, **groups, "routed_scaling_factor": 4.0})
     wanted = torch.tensor([[4.0, 0.0, 3.0, 2.9]])  # experts 0, 1 | 2, 3
-    weights, indices = route(wanted, Router.of(config))
+    weights, indices = route(wanted, router_of(config))
     assert indices.tolist() == [[0, 1]]
     torch.testing.assert_close(weights, 4.0 * wanted.softmax(-1)[:, :2])
     greedy = parse_config({**CONFIG, **groups, **GREEDY})
-    assert route(wanted, Router.of(greedy))[1].tolist() == [[0, 2]]
+    assert route(wanted, router_of(greedy))[1].tolist() == [[0, 2]]
 
 
 def network_on(geometry, resident, kind=NativeBackend):

@@ -16,10 +16,7 @@ from slotmoe.errors import ConfigError
 from slotmoe.offload import sequence
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
-from slotmoe.offload.tiers.slots import Table
 from slotmoe.quant.export.reader import Export
-from tests.faults.interrupts import attacked
-from tests.faults.soak import soaked
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole
 from tests.support.interrupts import (
@@ -65,36 +62,6 @@ def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
 def test_ctrl_c_at_random_moments(sample_export, monkeypatch, kind):
     with KINDS[kind](sample_export, monkeypatch) as runtime:
         assert random_ctrl_c(runtime, 4, kind != "hybrid") >= 1
-
-
-@pytest.mark.usefixtures("nightly")
-def test_a_soak(sample_export, tmp_path):
-    """A tenth of ``python -m tests.faults.soak``."""
-    found = soaked(sample_export, tmp_path / "kept", 2000, 600, 1)
-    assert found["KeyboardInterrupt"] and found["InjectedError"] and found["bad reads"]
-
-
-@pytest.mark.usefixtures("nightly")
-@pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_at_every_line(sample_export, kind):
-    """And by real signals; a part of ``python -m tests.faults.interrupts``."""
-    found = attacked(sample_export, kind, 2000, 400, random.Random(6))
-    assert found["lines"] <= found["injected"]
-    assert found["came"] > 0.7 * found["injected"] and found["signals"] >= 200
-
-
-def test_planted_defect_is_found(sample_export, monkeypatch):
-    """The free slots are not derived anew."""
-    restore = Table.restore
-
-    def half(table, *arguments, **options):
-        free = table.free
-        restore(table, *arguments, **options)
-        table.free = free
-
-    monkeypatch.setattr(Table, "restore", half)
-    with pytest.raises(AssertionError):
-        attacked(sample_export, "helping", 200, 0, random.Random(6))
 
 
 def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):

@@ -24,8 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from slotmoe.model.layers import Geometry, Layer, Mlp, Step, Timer
-from slotmoe.model.routing import Router
+from slotmoe.border import Geometry, Layer, Mlp, Router, Step, Timer
 from slotmoe.quant.backends.base import Records, SlotTable
 from slotmoe.quant.backends.triton import TritonBackend
 from slotmoe.quant.codec import LUT3, LUT4, NF4, ExpertCodecs
