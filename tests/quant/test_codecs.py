@@ -1,6 +1,7 @@
 """Codecs: their bytes, their encoders, and the native kernels' products, beside plain numpy."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from slotmoe.quant.weights import squared_error
 from tests.support.codes import quantize_coded, random_codes
 from tests.support.kernels import (
     CODECS,
+    ISAS,
     alone,
     by_each_set,
     expert_record,
@@ -31,10 +33,10 @@ from tests.support.kernels import (
     slab_of,
     torch_of,
 )
+from tests.support.params import nth
 
 CHOICES = {**EXPERT_CODECS, ("kept", "int4"): ExpertCodecs(INT4, INT4)}
 by_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
-by_choice = pytest.mark.parametrize("codecs", CHOICES.values(), ids=map("-".join, CHOICES))
 
 
 @by_codec
@@ -127,10 +129,13 @@ def expert(x, gate, up, down):
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-@by_choice
-@pytest.mark.parametrize(("h", "i"), [(256, 192), (100, 33)])
-def test_experts(kernels, codecs, h, i):
-    rng = np.random.default_rng(2)
+@pytest.mark.parametrize(
+    ("kernels", "choice", "sizes"),
+    nth(3, product(ISAS, CHOICES, [(256, 192), (100, 33)])),
+    indirect=["kernels"],
+)
+def test_experts(kernels, choice, sizes):
+    (h, i), codecs, rng = sizes, CHOICES[choice], np.random.default_rng(2)
     made = [random_expert(rng, h, i, codecs) for _ in range(3)]
     slab, slots = slab_of([record for _, record in made]), torch.tensor([2, 0, -1, 1]).int()
     x, record = torch_of(rng.standard_normal((40, h))), expert_record(h, i, codecs)
