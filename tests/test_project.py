@@ -287,7 +287,7 @@ print(slotmoe.__file__)
     assert printed[-1] == str(site / "slotmoe" / "__init__.py")
 
 
-@pytest.mark.usefixtures("nightly")
+@pytest.mark.usefixtures("nightly", "processes")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_kernels_are_the_same_bytes_wherever_they_are_built(tmp_path):
     built = []

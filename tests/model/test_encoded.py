@@ -70,7 +70,7 @@ def test_bitsandbytes_weights_are_what_it_makes_of_them(heavy, tmp_path, quant_t
             assert torch.equal(checkpoint.rows(name, 17, 40), weight[17:40]), name
 
 
-@pytest.mark.usefixtures("nightly")
+@pytest.mark.usefixtures("nightly", "oracle")
 def test_fp8_agrees_with_transformers(tmp_path):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 

@@ -50,7 +50,7 @@ def write_lite(folder, layers):
     (folder / "tokenizer.json").write_bytes((SAMPLE / "tokenizer.json").read_bytes())
 
 
-@pytest.mark.usefixtures("nightly")
+@pytest.mark.usefixtures("nightly", "processes")
 def test_quantize_streams_v2_lite_experts(tmp_path):
     peaks = []
     for layers in (2, 5):
