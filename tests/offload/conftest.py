@@ -32,7 +32,7 @@ def on_twin(twin, sample_export):
     return partial(open_on, sample_export)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wanted(twin, sample_export):
     """Logits and greedy ids with every expert in a slot."""
     with open_on(sample_export, Twin(), misses="fetch") as runtime:
