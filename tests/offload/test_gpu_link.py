@@ -3,7 +3,6 @@ soon after the gate, measurements take no memory of their own.  The twin asserts
 tensor that no copy engine is asked; here its clocks are read.
 """
 
-import multiprocessing
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,71 +11,63 @@ from pathlib import Path
 import pytest
 import torch
 
-from slotmoe.offload import loading
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
 from slotmoe.offload.tiers.disk import DEMAND
 from slotmoe.offload.tiers.memory import page_aligned
+from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
-from tests.support.timed import Rates, TimedTwin
-from tests.support.twin import Twin, TwinDownload, measured
+from tests.support.twin import COMPUTE, COPY, Twin, TwinDownload, measured
 
-pytestmark = pytest.mark.usefixtures("twin")
-
-# V2 on PCIe 4 and 8 cores: records of 12.5 MB at 25 and at 20 GB/s.
-V2 = Rates(copy=0.5e-3, compute=0.62e-3)
+LAYERS, TOKENS = 7, IDS[1:5]
+RATES = measured(pcie_busy=1 / COPY, experts=1 / COMPUTE)
 
 
 @pytest.fixture
-def token_seconds(on_twin, monkeypatch):
-    """Seconds of a decoded token by the twin's clocks, and the twin."""
-    rates = measured(pcie_busy=1 / V2.copy, experts=1 / V2.compute)
-    monkeypatch.setattr(loading, "stored_bandwidths", lambda path: rates)
+def decode(on_twin):
+    """Decodes a few tokens by the clocks of a twin; ``meanwhile`` is called before they begin."""
 
-    def run(mode, prefetch=False, **options):
-        twin = TimedTwin(V2, **options)
-        with on_twin(twin, misses=mode, slots=60, prefetch=prefetch, kernels="torch") as runtime:
-            twin.cpu(runtime.model.cpu)
+    def run(twin, mode, prefetch=False, meanwhile=lambda: None):
+        options = {"slots": 60, "prefetch": prefetch, "kernels": "torch"}
+        with on_twin(twin, misses=mode, rates=RATES, **options) as runtime:
+            twin.time_cpu(runtime.model.cpu)
             runtime.warm()
             step = start(runtime)
-            step(IDS[:1])
-            began, twin.gaps, twin.idle = twin.now, [], 0.0
-            twin.seams = twin.syncs = twin.launches = 0
-            for one in IDS[1:5]:
+            step(IDS[:1])  # what was free when the pass began is in no order
+            meanwhile()
+            began = twin.now
+            for one in TOKENS:
                 step([one])
-            return (twin.now - began) / 4, twin
+            return twin.now - began
 
     return run
 
 
-def test_hybrid_is_faster_than_fetch_and_than_the_cpu(token_seconds):
+def test_hybrid_is_faster_than_fetch_and_than_the_cpu(decode):
     """By clocks that are counted."""
-    fetch, cpu, hybrid = (token_seconds(mode)[0] for mode in ("fetch", "cpu", "hybrid"))
+    fetch, cpu, hybrid = (decode(Twin(), mode) for mode in ("fetch", "cpu", "hybrid"))
     assert hybrid < 0.9 * min(fetch, cpu)
 
 
-def test_the_host_does_not_wait_for_what_is_read_ahead(token_seconds, always_guessing):
+def test_the_host_does_not_wait_for_what_is_read_ahead(decode, always_guessing):
     """The choice of experts comes by a kernel.  Behind the records in flight it would be late."""
     direct, queued = (
-        token_seconds("hybrid", prefetch=True, small_by_engine=by_engine)[0]
+        decode(Twin(small_by_engine=by_engine), "hybrid", prefetch=True)
         for by_engine in (False, True)
     )
     assert queued > 1.02 * direct
 
 
-def test_the_first_copy_is_queued_soon_after_the_gates_choice(token_seconds):
-    """Of calls that wait for nothing; what Python takes between them is not counted here."""
-    _, twin = token_seconds("fetch")
-    assert len(twin.gaps) > 20
-    assert max(twin.gaps) <= 60e-6
+def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_no_more(
+    decode, monkeypatch
+):
+    """The choice comes to the host, the changed slot table and the table of what is late go to the
+    GPU; hits and what is late are a launch each.  A token's id too goes there.  Between the choice
+    and the copies behind it no policy learns or ranks, and of the device only points of the stream
+    are asked for: by calls that wait for nothing a copy is soon queued."""
+    twin, calls, before = Twin(), [], []
 
-
-def test_a_copy_waits_for_nothing_but_what_it_needs(on_twin, monkeypatch):
-    """Between the choice of experts and the copies behind it no policy learns or ranks, and of the
-    device only points of the stream are asked for."""
-    twin, calls = Twin(), []
-
-    def logged(owner, name):
+    def log(owner, name):
         original = getattr(owner, name)
 
         def call(*arguments, **options):
@@ -85,50 +76,49 @@ def test_a_copy_waits_for_nothing_but_what_it_needs(on_twin, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, names in (
-        (TwinDownload, ["get"]),
-        (Twin, ["copy", "record", "write", "download", "wait"]),
-        (Cache, ["use", "by_worth", "offer"]),
-        (Learned, ["use_chunk", "_worth_now"]),
-    ):
-        for name in names:
-            logged(owner, name)
-    with on_twin(twin, misses="fetch", slots=60, prefetch=False, kernels="torch") as runtime:
-        runtime.warm()
-        step = start(runtime)
-        step(IDS[:1])  # what was free when the pass began is in no order
+    def counts():
+        return twin.syncs, twin.seams, twin.launches
+
+    def begin():
         calls.clear()
-        for id in IDS[1:5]:
-            step([id])
+        twin.gaps.clear()
+        before[:] = counts()
+
+    log(TwinDownload, "get")
+    for name in ("copy", "record", "write", "download", "wait"):
+        log(Twin, name)
+    for name in ("use", "by_worth", "offer"):
+        log(Cache, name)
+    for name in ("use_chunk", "_worth_now"):
+        log(Learned, name)
+    decode(twin, "fetch", meanwhile=begin)
+    syncs, seams, launches = (
+        now - then for now, then in zip(counts(), before, strict=True)
+    )
+    layers = len(TOKENS) * LAYERS
+    assert syncs == layers
+    assert seams <= 3 * layers + len(TOKENS)
+    assert launches <= 2 * layers
     after = " ".join(calls).split("get ")[1:]
     copies = [layer.partition(" use")[0].split() for layer in after if "copy" in layer]
     assert len(copies) > 20
     for layer in copies:
         assert {*layer} == {"record", "copy"} and layer[:2] == ["record", "copy"]
+    assert len(twin.gaps) > 20
+    assert max(twin.gaps) <= 60e-6
 
 
-def test_a_layer_with_misses_has_few_calls_and_one_wait(token_seconds):
-    """Of 4 tokens in 7 layers: the choice comes to the host, the changed slot table and the table
-    of what is late go to the GPU; hits and what is late are a launch each.  A token's id too goes
-    there."""
-    _, twin = token_seconds("fetch")
-    layers = 4 * 7
-    assert twin.syncs == layers
-    assert twin.seams <= 3 * layers + 4
-    assert twin.launches <= 2 * layers
-
-
-def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_twin):
-    for options in ({}, {"slots": 40}):
-        twin = Twin()
-        with on_twin(twin, misses="fetch", **options) as runtime:
-            runtime.warm()
-            slab, before = runtime.model.experts.slots.slab, twin.peak
-            held = slab.clone()
-            assert link_bandwidths(runtime.model)["pcie"] > 0
-            assert twin.peak == before
-            assert torch.equal(slab, held)
-            whole(runtime)
+@pytest.mark.parametrize("options", [{}, {"slots": 40}], ids=str)
+def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_twin, options):
+    twin = Twin()
+    with on_twin(twin, misses="fetch", **options) as runtime:
+        runtime.warm()
+        slab, before = runtime.model.experts.slots.slab, twin.peak
+        held = slab.clone()
+        assert link_bandwidths(runtime.model)["pcie"] > 0
+        assert twin.peak == before
+        assert torch.equal(slab, held)
+        whole(runtime)
 
 
 def test_copies_are_queued_by_one_thread_at_a_time(on_twin, monkeypatch):
@@ -138,7 +128,7 @@ def test_copies_are_queued_by_one_thread_at_a_time(on_twin, monkeypatch):
     def copy(self, *arguments):
         together.extend(inside)
         inside.append(threading.get_ident())
-        time.sleep(0.001)
+        time.sleep(0.001)  # for others to come in, if they may
         try:
             return original(self, *arguments)
         finally:
@@ -167,7 +157,7 @@ def flags_of(memory):
     return None
 
 
-@pytest.mark.usefixtures("network", "processes")
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells")
 def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
     """Else a write after a fork would move the page away from under a copy to the GPU."""
@@ -175,6 +165,8 @@ def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
     with on_twin(Twin(), 40, misses="fetch", slots=22) as runtime:
         slab = runtime.model.store.slab
         assert "dc" in flags_of(slab)
-        context = multiprocessing.get_context("fork")
-        with context.Pool(1) as pool:
-            assert pool.apply(flags_of, (slab[:0],)) is None
+
+        def in_child():
+            assert flags_of(slab[:0]) is None
+
+        assert forked(in_child, after=None) == 0
