@@ -131,7 +131,7 @@ def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin):
         with pytest.raises(DeviceError, match=f"^{re.escape(told)}$"):
             runtime.logits(IDS)
         del failures[0]
-        with pytest.raises(RuntimeError, match="^a mistake here$"):
+        with pytest.raises(RuntimeError, match=r"^a mistake here$"):
             runtime.logits(IDS)
 
 

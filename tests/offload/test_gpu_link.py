@@ -92,9 +92,7 @@ def test_a_layer_with_misses_has_few_calls_and_one_wait_and_its_copies_wait_for_
     for name in ("use_chunk", "_worth_now"):
         log(Learned, name)
     decode(twin, "fetch", meanwhile=begin)
-    syncs, seams, launches = (
-        now - then for now, then in zip(counts(), before, strict=True)
-    )
+    syncs, seams, launches = (now - then for now, then in zip(counts(), before, strict=True))
     layers = len(TOKENS) * LAYERS
     assert syncs == layers
     assert seams <= 3 * layers + len(TOKENS)
