@@ -11,12 +11,13 @@ are free.  The host pays for each launch, each call of the device, and each expe
 A kernel and a copy begin when their stream, what they wait for and the host are ready.
 """
 
+import gc
 import os
 import sys
 import threading
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from mmap import mmap
 from queue import Queue
@@ -379,6 +380,28 @@ def open_on(export, twin, host_slots=EXPERTS, rates=None, **options):
         patch.setattr(loading, "stored_bandwidths", lambda path: rates or measured())
         patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
         return Runtime.open(export, context=256, threads=1, **options)
+
+
+@contextmanager
+def freed(runtime):
+    """Closes it behind the block; then network, slots and the twin's memory are gone without a
+    garbage collection: the next model needs the memory now."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        model = runtime.model
+        twin, parts = model.device, [model.network, model.network.layers[1], model.caches[0]]
+        parts += [model.experts, model.experts.slots.slab, model.store]
+        parts += getattr(model.network._decoder, "_layers", [])
+        gone = [weakref.ref(part) for part in parts]
+        del model, parts
+        runtime.close()
+        assert not [type(ref()) for ref in gone if ref() is not None]
+        if getattr(twin, "_triton", True) is False:  # Triton's interpreter keeps tensors itself
+            assert twin.allocated == 0
+    finally:
+        gc.enable()
 
 
 def slow(number):
