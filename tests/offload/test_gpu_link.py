@@ -167,4 +167,4 @@ def test_a_child_process_has_no_copy_of_page_locked_ram(on_twin):
         def in_child():
             assert flags_of(slab[:0]) is None
 
-        assert forked(in_child, after=None) == 0
+        assert forked(in_child) == 0

@@ -393,9 +393,10 @@ def freed(runtime):
         model = runtime.model
         twin, parts = model.device, [model.network, model.network.layers[1], model.caches[0]]
         parts += [model.experts, model.experts.slots.slab, model.store]
-        parts += getattr(model.network._decoder, "_layers", [])
+        layers = getattr(model.network._decoder, "_layers", None)
+        parts += layers if isinstance(layers, list) else []
         gone = [weakref.ref(part) for part in parts]
-        del model, parts
+        del model, parts, layers
         runtime.close()
         assert not [type(ref()) for ref in gone if ref() is not None]
         if getattr(twin, "_triton", True) is False:  # Triton's interpreter keeps tensors itself
