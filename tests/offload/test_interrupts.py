@@ -141,27 +141,28 @@ def stuck(sample_export, monkeypatch):
     over.set()
 
 
-def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(caplog, stuck):
-    (runtime, waiting), heard = stuck, []
+def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck):
+    (runtime, waiting), heard, wait = stuck, [], disk.DiskReader.wait
 
     def handler(*_):
         heard.append("Ctrl-C")
         if len(heard) == 1:
             raise KeyboardInterrupt
 
-    def first(route):
+    def press_and_wait(*arguments):
         signal.raise_signal(CTRL_C)
         assert not heard  # it is held back
+        return wait(*arguments)
 
-    def press():
+    def press_again():
         assert waiting.wait(30)
         while not heard:  # a signal just before a thread begins to wait would not wake it
             os.kill(os.getpid(), CTRL_C)
             time.sleep(0.05)
 
     signal.signal(CTRL_C, handler)
-    runtime.model.experts.on_route(first)
-    finish = in_thread(press)
+    monkeypatch.setattr(disk.DiskReader, "wait", press_and_wait)
+    finish = in_thread(press_again)
     with pytest.raises(KeyboardInterrupt):
         runtime.logits(IDS)
     assert finish() is None
