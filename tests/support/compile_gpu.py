@@ -1,12 +1,11 @@
-"""Compiles what the Triton backend launches for V2-Lite or V2, for a GPU that need not be
-here: ``python -m tests.support.compile_gpu sm_86 [v2] [all]``.  ``all`` adds prefill and NF4
-resident weights.
+"""Compiles what the Triton backend launches for V2-Lite or V2, for a GPU that need not be here:
+``python -m tests.support.compile_gpu sm_86 v2-lite``.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
 object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
-takes, its registers, the bytes that it spills into memory.  With ``all``, and else of NF4 experts,
-``loops`` is what the machine code tells of each loop: the instructions of a turn, and for each of
-its 128-bit loads how many of these lie before the first use of what it loads.
+takes, its registers, the bytes that it spills into memory, and what the machine code tells of each
+of its ``loops``: the instructions of a turn, and for each of its 128-bit loads how many of these
+lie before the first use of what it loads.
 """
 
 import json
@@ -25,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from slotmoe.model.config import parse_config, read_config
 from slotmoe.offload.plan.advice import geometry_path
 from slotmoe.quant.backends.triton import TritonBackend
-from slotmoe.quant.codec import LUT3, LUT4, NF4, ExpertCodecs
+from slotmoe.quant.codec import LUT3, LUT4, ExpertCodecs
 from tests.support.meta import forward, network_of
 from tests.support.slab import NF4S
 
@@ -55,17 +54,14 @@ def described(kernel, arguments):
     return signature, constants, attributes
 
 
-def resources(compiled, read):
-    """Registers and spilled bytes of a compiled kernel, and its loops if its code is to be
-    ``read``."""
+def resources(compiled):
+    """Registers and spilled bytes of a compiled kernel, and its loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (
             subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
-            if wanted
-            else ""
-            for what, wanted in (("-res-usage", True), ("-sass", read))
+            for what in ("-res-usage", "-sass")
         )
     counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     found = [(len(body), list(ahead_of_use(body))) for body in loops(code)]
@@ -123,31 +119,29 @@ def compile_instead(capability):
         seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
-        shared = compiled.metadata.shared
-        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": shared}
-        read = "all" in sys.argv or (".rows.experts_" in name and told["kind"] == NF4.kind)
-        print(json.dumps(told | resources(compiled, read)))
+        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": compiled.metadata.shared}
+        print(json.dumps(told | resources(compiled)))
 
     return run
 
 
 def launch(backend, config, mode, codecs=NF4S):
-    """What decode launches, where experts may be missing and where they can not; with ``all`` also
-    what a short and a long prefill do."""
-    for complete in (False, True):
-        forward(network_of(config, backend, mode, codecs, complete), 1, 64)
-    for tokens in (4, 512) if "all" in sys.argv else ():
-        forward(network_of(config, backend, mode, codecs), tokens, 512)
+    """What decode launches, where experts may be missing and where they can not, and what a short
+    and a long prefill do."""
+    network = network_of(config, backend, mode, codecs)
+    for tokens in (1, 4, 512):
+        forward(network, tokens, 512)
+    forward(network_of(config, backend, mode, codecs, complete=True), 1, 512)
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_instead(int(sys.argv[1].removeprefix("sm_")))
     given = TritonBackend(torch.device("cuda"))
     given.graph = None
-    geometry = geometry_path("v2" if "v2" in sys.argv else "v2-lite")
+    geometry = geometry_path(sys.argv[2])
     sigmoid = {"model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     sigmoid |= {"norm_topk_prob": True, "rope_interleave": False, "n_group": 8, "topk_group": 4}
     sigmoid["architectures"] = None
     launch(given, parse_config(json.loads(geometry.read_text()) | sigmoid), "int8", LUTS)
-    for resident in ("int8", "nf4") if "all" in sys.argv else ("int8",):
+    for resident in ("int8", "nf4"):
         launch(given, read_config(geometry), resident)
