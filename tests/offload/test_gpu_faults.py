@@ -4,7 +4,6 @@ GPU is needed."""
 import gc
 import re
 import threading
-from itertools import product
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from slotmoe.errors import DeviceError, ExportError, PlanError
 from slotmoe.offload.tiers import host
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.params import nth
 from tests.support.twin import Twin, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing", "twin")
@@ -135,38 +133,26 @@ def test_a_kernel_that_fails_is_told_as_the_gpus(on_twin):
             runtime.logits(IDS)
 
 
-CASES = ["fetch launch", "fetch copy", "fetch wait", "fetch write"]
-CASES += ["hybrid launch", "hybrid wait", "hybrid acquire", "cpu acquire"]
+@pytest.mark.parametrize(
+    ("mode", "owner", "name"),
+    [("fetch", Twin, "write"), ("fetch", Twin, "copy"), ("hybrid", host.HostTier, "acquire")],
+)
+def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, mode, owner, name):
+    """The table on the GPU is a copy of what the host knows, and the host's of what the CPU
+    computes: a step that changed one of them only is no step's truth."""
+    original, calls = getattr(owner, name), []
 
-
-@pytest.mark.parametrize(("moment", "case"), nth(3, product([1, 15], CASES)))
-def test_interrupted_in_the_middle_of_a_step(on_twin, wanted, monkeypatch, moment, case):
-    """Also between a slot and its entry: the table on the GPU is a copy of what the host knows, and
-    a step that has changed one of them only is no step's truth."""
-    mode, where = case.split()
-    calls, owner = None, {"wait": Twin, "write": Twin, "acquire": host.HostTier}.get(where)
-
-    def stop(number=None):
-        nonlocal calls
-        if calls is None or threading.current_thread() is not threading.main_thread():
-            return  # the main thread alone gets signals
-        calls += 1
-        if calls == moment:
-            calls = None
+    def strike(*arguments):
+        calls.append(threading.current_thread() is threading.main_thread())
+        if calls[-1] and sum(calls) == 15:
             raise KeyboardInterrupt
+        return original(*arguments)
 
-    twin = Twin(slow)
-    if owner is None:
-        setattr(twin, {"launch": "on_launch", "copy": "fail"}[where], stop)
-    else:
-        original = getattr(owner, where)
-        monkeypatch.setattr(owner, where, lambda *arguments: (stop(), original(*arguments))[1])
-    with on_twin(twin, 40, misses=mode, slots=40, kernels="torch") as runtime:
-        step = start(runtime)
-        step(IDS[:30])
-        calls = 0
+    with on_twin(Twin(slow), 40, misses=mode, slots=40, kernels="torch") as runtime:
+        start(runtime)(IDS[:30])
+        monkeypatch.setattr(owner, name, strike)
         with pytest.raises(KeyboardInterrupt):
-            [step([one]) for one in IDS[30:]] + [runtime.logits(IDS)]
+            runtime.logits(IDS)
         right(runtime, wanted, exact=mode == "fetch")
 
 

@@ -168,13 +168,6 @@ def triton_ops(graph=None):
     return backend
 
 
-def open_with(folder, kernels, context):
-    """On the CPU but for Triton's kernels, which go where the GPU is, if there is one."""
-    if kernels == "triton" and DEVICE.type == "cuda":
-        return Runtime.open(folder, device="cuda", vram="1GiB", context=context)
-    return Runtime.open(folder, device="cpu", ram="2GiB", context=context, kernels=kernels)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_splits():
     """An interpreter's time goes with the number of programs, most of which have no rows here."""
@@ -374,35 +367,25 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_a_runtime_on_triton_kernels_says_what_the_others_say(small_export, monkeypatch):
-    """But for the head, most of an interpreter's time, which torch computes."""
-    plain = TorchBackend()
+@pytest.mark.parametrize("export", nth(EACH, ["small_export", "sample_export"]))
+def test_a_runtime_on_triton_kernels_says_what_the_others_say(request, export, monkeypatch):
+    """But for the small one's head, most of an interpreter's time, which torch computes."""
+    plain, folder, found = TorchBackend(), request.getfixturevalue(export), {}
 
     def head(self, h_TD):
         return plain.linear(plain.rms_norm(h_TD, self.norm, 1e-6), self.lm_head)
 
-    monkeypatch.setattr(Network, "head", head)
-    logits, texts, names = {}, {}, {}
-    for kernels in ("torch", "triton"):
-        with open_with(small_export, kernels, 32) as runtime:
-            tokens = runtime.generate([5, 900, 17, 4], max_new_tokens=2)
-            texts[kernels] = [token.id for token in tokens]
-            logits[kernels] = runtime.logits([5, 900, 17, 4])
-            names[kernels] = runtime.stats()["kernels"]
-    assert "triton" in names["triton"]
-    assert texts["triton"] == texts["torch"]
-    assert error(logits["triton"], logits["torch"]) < 2e-2
-
-
-@pytest.mark.usefixtures("nightly")
-def test_the_sample_on_triton_kernels_says_what_it_says_on_a_cpu(sample_export):
-    logits, texts = {}, {}
-    for kernels in ("auto", "torch", "triton"):
-        with open_with(sample_export, kernels, 64) as runtime:
-            prompt = runtime.tokenizer.encode("It is a truth universally acknowledged")
-            logits[kernels] = runtime.logits(prompt)
-            tokens = runtime.generate("My fellow citizens,", max_new_tokens=8)
-            texts[kernels] = [token.id for token in tokens]
-    for kernels in ("auto", "torch"):
-        assert texts["triton"] == texts[kernels]
-        assert error(logits["triton"], logits[kernels]) < 2e-2
+    if export == "small_export":
+        monkeypatch.setattr(Network, "head", head)
+    others = ("torch",) if export == "small_export" else ("torch", "auto")
+    for kernels in ("triton", *others):
+        options = {"device": "cpu", "ram": "2GiB", "kernels": kernels}
+        if kernels == "triton" and DEVICE.type == "cuda":
+            options = {"device": "cuda", "vram": "1GiB"}
+        with Runtime.open(folder, context=32, **options) as runtime:
+            text = [token.id for token in runtime.generate([5, 900, 17, 4], max_new_tokens=2)]
+            found[kernels] = text, runtime.logits([5, 900, 17, 4]), runtime.stats()["kernels"]
+    assert "triton" in found["triton"][2]
+    for other in others:
+        assert found["triton"][0] == found[other][0]
+        assert error(found["triton"][1], found[other][1]) < 2e-2

@@ -48,7 +48,7 @@ def test_interrupted_at_some_lines(sample_export):
 
 
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize(("kind", "count"), [("threads", 12), ("gpu", 6), ("hybrid", 6)])
+@pytest.mark.parametrize(("kind", "count"), [("threads", 12), ("gpu", 8), ("hybrid", 8)])
 def test_interrupted_at_some_lines_while_others_work(sample_export, monkeypatch, kind, count):
     """Threads that read, or a GPU."""
     with KINDS[kind](sample_export, monkeypatch) as runtime:

@@ -5,10 +5,6 @@ would do on a real GPU is an assertion here: each launch says which slots it rea
 into a slot has to come after the slot's last reader and before its next.  A slot holds NaNs from
 the moment its copy is queued until it has landed, and a copy reads its source late, so that what
 slips through is a wrong result.
-
-Its clocks are counted and not waited for: when the host, the compute stream and the one copy engine
-are free.  The host pays for each launch, each call of the device, and each expert that it computes.
-A kernel and a copy begin when their stream, what they wait for and the host are ready.
 """
 
 import gc
@@ -35,11 +31,6 @@ from slotmoe.offload.tiers.device import DeviceMemory
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import checksum
 
-# Seconds by the clocks: of one of V2's records of 12.5 MB over PCIe 4 (25 GB/s) and through the
-# kernels of 8 cores (20 GB/s), of a kernel, of a call by the host, and until a host that waits goes
-# on.
-COPY, COMPUTE, KERNEL, CALL, WAKE = 0.5e-3, 0.62e-3, 5e-6, 8e-6, 15e-6
-
 
 class Block(bytearray):
     """Memory of the GPU; can be watched until it is freed."""
@@ -50,7 +41,6 @@ class Point:
     """An event of the compute stream, which has happened: behind kernel ``tick``."""
 
     tick: int
-    at: float
     error = None
 
     def done(self):
@@ -61,8 +51,8 @@ class Point:
 
 
 class TwinCopy:
-    def __init__(self, twin, number, at):
-        self._twin, self.number, self.at = twin, number, at
+    def __init__(self, twin, number):
+        self._twin, self.number = twin, number
         self.landed, self.error, self.seconds = threading.Event(), None, 0.0
 
     def done(self):
@@ -79,11 +69,10 @@ class TwinDownload:
     """Counts the host's waits."""
 
     def __init__(self, twin, download):
-        self._twin, self._download, self._at = twin, download, twin.stream
-        self.others = download.others
+        self._twin, self._download, self.others = twin, download, download.others
 
     def get(self):
-        self._twin.waited(self._at)
+        self._twin.syncs += 1
         return self._download.get()
 
 
@@ -146,22 +135,17 @@ class Twin:
     """``delay(n)`` acts in the copies' thread before the n-th; ``fail(n)`` may raise when it is
     queued, ``spoil(n)`` says that it fails on its way; ``on_launch(n)`` acts before the n-th
     launch.  ``graph`` is the Triton backend's, where ``triton``.  ``capacity`` bytes, of which
-    others have ``taken`` some.  With ``small_by_engine`` the copy engine carries small tensors too,
-    behind the records in flight, as torch's own copies are."""
+    others have ``taken`` some."""
 
     device, name, tier, queues = torch.device("cpu"), "the twin", "vram", True
 
-    def __init__(
-        self, delay=None, capacity=1 << 30, triton=False, graph=None, small_by_engine=False
-    ):
+    def __init__(self, delay=None, capacity=1 << 30, triton=False, graph=None):
         sys.audit("tests.twin")
-        self._triton, self._graph, self._by_engine = triton, graph, small_by_engine
+        self._triton, self._graph = triton, graph
         self.delay = delay or (lambda number: None)
         self.fail = self.spoil = self.on_launch = lambda number: None
         self.capacity, self.taken, self.allocated, self.peak = capacity, 0, 0, 0
         self.syncs = self.launches = self.copies = self.released = self.seams = 0
-        self.host = self.stream = self.engine = 0.0  # when each is free
-        self.gaps, self._chosen = [], None  # from a choice to the first copy behind it
         self._mailbox, self._host_side, self._given = Mailbox(), [], set()
         self.pinned, self.pins_allowed, self.unpinned_copies = {}, 1 << 30, 0  # address -> bytes
         self._ordered, self._latest = -1, None
@@ -219,11 +203,10 @@ class Twin:
         self.allocated -= size
 
     def record(self):
-        return Point(self.launches, self.stream)
+        return Point(self.launches)
 
     def wait(self, event):
         event.synchronize()
-        self.stream = max(self.stream, event.at)
         if event.error is not None:
             raise event.error
 
@@ -239,13 +222,7 @@ class Twin:
             self.unpinned_copies += not self._is_pinned(source)
             self._written[target.data_ptr()] = self.copies
             target.fill_(255)
-            self.host += CALL
-            begin = max(self.engine, self.host, after.at)
-            self.engine = begin + COPY
-            if self._chosen is not None:
-                self.gaps.append(begin - self._chosen)
-                self._chosen = None
-            self._latest = copy = TwinCopy(self, self.copies, self.engine)
+            self._latest = copy = TwinCopy(self, self.copies)
             self._queue.put((copy, source, target, self.delay, self.spoil(self.copies)))
             return copy
 
@@ -272,8 +249,6 @@ class Twin:
 
     def download(self, *tensors):
         self.seams += 1
-        for _ in tensors:
-            self._small()
         with NoEngine(self):
             download = self._mailbox.read(self, *tensors)
         return TwinDownload(self, download)
@@ -285,7 +260,6 @@ class Twin:
 
     def write(self, source, target):
         self.seams += 1
-        self._small()
         self._given = {source.data_ptr()}
         with NoEngine(self):
             self._mailbox.write(self, source, target)
@@ -321,10 +295,9 @@ class Twin:
         self._ordered = max(self._ordered, number)
 
     def launch(self, rows):
-        """An expert's kernels, which read ``rows``."""
+        """A kernel that reads ``rows``."""
         self.on_launch(self.launches + 1)
         self.launches += 1
-        self._kernels(2)  # gate and up, down
         for row in rows:
             number = self._written.get(row.data_ptr(), -1)
             assert number <= self._ordered, (
@@ -333,51 +306,22 @@ class Twin:
             )
             self._read[row.data_ptr()] = self.launches
 
-    def _kernels(self, count):
-        self.host += count * CALL
-        self.stream = max(self.stream, self.host) + count * KERNEL
-
-    def _small(self):
-        """A small tensor on its way: a kernel, or the engine's next copy."""
-        self._kernels(1)
-        if self._by_engine:
-            self.engine = self.stream = max(self.engine, self.stream) + KERNEL
-
-    def waited(self, at):
-        """The host has waited until then, for a choice."""
-        self.syncs += 1
-        self._chosen = self.host = max(self.host, at) + WAKE
-
-    def time_cpu(self, ops):
-        """``ops`` of the CPU, whose experts take their time from now on."""
-        original = ops.experts
-
-        def experts(x_TD, records, slots_E, indices_TK, y_TKD):
-            self.host += COMPUTE * int((slots_E >= 0).sum())
-            original(x_TD, records, slots_E, indices_TK, y_TKD)
-
-        ops.experts = experts
-
-    @property
-    def now(self):
-        return max(self.host, self.stream)
-
 
 # The engine on it
 
 EXPERTS = 7 * 32
 
 
-def open_on(export, twin, host_slots=EXPERTS, rates=None, **options):
-    """The sample on a twin, with so many experts in RAM below it.  By the ``rates`` the CPU and the
-    link take as long for an expert, so ``hybrid`` halves the misses, unless others are given."""
+def open_on(export, twin, host_slots=EXPERTS, **options):
+    """The sample on a twin, with so many experts in RAM below it.  CPU and link are said to take as
+    long for an expert, so ``hybrid`` halves the misses."""
 
     def plan(*arguments, **given):
         return replace(make_plan(*arguments, **given), host_slots=host_slots)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "make_plan", plan)
-        patch.setattr(loading, "stored_bandwidths", lambda path: rates or measured())
+        patch.setattr(loading, "stored_bandwidths", lambda path: measured())
         patch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (twin, "a test"))
         return Runtime.open(export, context=256, threads=1, **options)
 
