@@ -17,10 +17,8 @@ def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_MEASURED_BYTES", 16 << 20)
         patch.setattr(measure.disk_bandwidth, "__defaults__", (64 << 20,))
-        expert_bandwidth = measure.expert_bandwidth
-        patch.setattr(
-            measure, "expert_bandwidth", lambda ops, layout, seconds: expert_bandwidth(ops, layout, 0)
-        )
+        rate = measure.expert_bandwidth
+        patch.setattr(measure, "expert_bandwidth", lambda *given, seconds: rate(*given, seconds=0))
         yield
 
 

@@ -342,16 +342,13 @@ def test_commands_of_the_pages_fit_a_gpu_of_24_gb():
         assert max(plan.total, budget) <= free, arguments
 
 
-def test_misses_are_refused_where_there_is_no_gpu(sample_export):
-    with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
-        Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
-
-
-def test_runtime_tells_its_device(on_twin, sample_export):
+def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_twin, sample_export):
     with on_twin(Twin()) as runtime:
         assert runtime.stats()["device"] == {"name": "the twin", "why": "a test"}
     with Runtime.open(sample_export, context=64, device="cpu") as runtime:
         assert runtime.stats()["device"] == {"name": "cpu", "why": "as asked"}
+    with pytest.raises(ConfigError, match="misses cpu is given but the device is the CPU"):
+        Runtime.open(sample_export, context=64, device="cpu", misses="cpu")
 
 
 # Measured

@@ -6,6 +6,7 @@ memory.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,16 +198,6 @@ def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     assert not captured.experts.calls
 
 
-class Marks:
-    """A timer that keeps the names of stages."""
-
-    def __init__(self):
-        self.stages = []
-
-    def mark(self, stage, now=None):
-        self.stages.append(stage)
-
-
 # Sequence, token ids, whether every expert has a slot, and the graphs that are made: one of whole
 # steps for each size of cache, or one to the choice of experts and one behind it.
 PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 2), ("a", [8], False, 2)]
@@ -218,7 +209,7 @@ def test_graphs_replay_what_plain_calls_do():
     """At each position, for sequences and in caches of which they knew nothing when they were made;
     where experts lose their slots between two steps; behind a prefill pass; timed or not.  A step
     that fails while it is captured can be repeated."""
-    failures = [torch.OutOfMemoryError("no memory")]
+    failures, stages = [torch.OutOfMemoryError("no memory")], []
 
     def graph(function):
         if failures:
@@ -235,7 +226,7 @@ def test_graphs_replay_what_plain_calls_do():
     for number, (name, ids, complete, graphs) in enumerate(PASSES):
         network.experts.complete, Recorded.made = complete, 0
         if number == 5:
-            network.timer = Marks()
+            network.timer = SimpleNamespace(mark=lambda stage, now=None: stages.append(stage))
         expected, actual = (
             each.forward(torch.tensor(ids, device=DEVICE), [cache])
             for each, cache in zip(both, caches[name], strict=True)
@@ -243,7 +234,7 @@ def test_graphs_replay_what_plain_calls_do():
         assert torch.equal(actual, expected), number
         assert Recorded.made == (graphs if DEVICE.type == "cpu" else 0)
     layers = "captured layers"
-    assert network.timer.stages == ["rest", layers, "rest", layers, layers]
+    assert stages == ["rest", layers, "rest", layers, layers]
     assert network.experts.chosen == plain.experts.chosen
     assert network.experts.calls == [1] * 4
     for (expected, actual), length in zip(caches.values(), (2, 1, 5), strict=True):
@@ -270,47 +261,32 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
     assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
 
 
-class Counting:
-    """A graph that counts."""
-
-    def __init__(self, function):
-        self.function, self.outputs, self.replays = function, function(), 0
-        Counting.latest = self
-
-    def replay(self):
-        self.replays += 1
-        self.function()
-
-
 @torch.inference_mode()
 def test_a_captured_function_reads_its_buffers_and_nothing_else():
+    """Inside another it is part of that."""
     buffer, out = torch.zeros(2), torch.empty(2)
-    captured = partial(Captured((buffer,), Counting), lambda x: torch.mul(x, 2, out=out))
+    captured = partial(Captured((buffer,), Recorded), lambda x: torch.mul(x, 2, out=out))
     assert captured(torch.tensor([1.0, 2.0])) is out
     assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
     assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
+    out.zero_()
     assert captured(buffer) is out and out.tolist() == [6, 8]
-    assert Counting.latest.replays == 3
+    Recorded.made = 0
+    inner = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + 1)
+    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
+    assert outer(torch.ones(2)).tolist() == [4, 4] and Recorded.made == 1
 
 
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
-    captured = partial(Captured((torch.zeros(2),), Counting), lambda x: x * 2)
-    Counting.latest = None
+    captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x * 2)
+    Recorded.made = 0
     with torch.inference_mode():
         assert captured(torch.ones(3)).tolist() == [2, 2, 2]
         assert captured(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
         assert captured(torch.ones(2, 2)[:, 0]).tolist() == [2, 2]
     x = torch.ones(2, requires_grad=True)
     captured(x).sum().backward()
-    assert x.grad.tolist() == [2, 2] and Counting.latest is None
-
-
-@torch.inference_mode()
-def test_a_captured_function_inside_another_is_part_of_it():
-    Counting.latest = None
-    inner = partial(Captured((torch.zeros(2),), Counting), lambda x: x + 1)
-    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
-    assert outer(torch.ones(2)).tolist() == [4, 4] and Counting.latest is None
+    assert x.grad.tolist() == [2, 2] and Recorded.made == 0
 
 
 @torch.inference_mode()

@@ -258,24 +258,6 @@ def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
                 list(pieces)
 
 
-@pytest.mark.usefixtures("nightly")
-def test_many_threads_get_right_logits_or_a_refusal(sample_export):
-    with Runtime.open(sample_export, context=256, slots=22) as runtime:
-        want, refusals = runtime.logits(IDS[:20]), []
-
-        def work():
-            for _ in range(200):
-                try:
-                    assert torch.equal(runtime.logits(IDS[:20]), want)
-                except ConfigError as problem:
-                    refusals.append(str(problem))
-
-        assert [finish() for finish in [in_thread(work) for _ in range(8)]] == [None] * 8
-        assert all("another thread" in text or "superseded" in text for text in refusals)
-        whole(runtime)
-        assert torch.equal(runtime.logits(IDS[:20]), want)
-
-
 def test_close_from_another_thread_ends_a_wait(stuck):
     runtime, waiting = stuck
     finish = in_thread(lambda: runtime.logits(IDS))

@@ -159,10 +159,10 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
-def test_experts_in_several_calls_are_bitwise_those_of_one_call(ops, T):
-    """In any order, from other slots; and a call without any expert changes nothing."""
-    records, indices_TK = make_records(4, 64, 32), choice(T)
-    x_TD = randn(T, 64)
+def test_an_experts_output_depends_on_its_token_alone(ops, T):
+    """Bitwise the same in several calls, in any order, from other slots; a call without any expert
+    changes nothing.  And it is the same among other tokens."""
+    records, indices_TK, x_TD = make_records(4, 64, 32), choice(T), randn(T, 64)
     whole = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
     parts = torch.full_like(whole, -7.0)
     moved = Records(records.slab[[3, 1, 2, 0]], records.layout, records.levels)
@@ -170,14 +170,9 @@ def test_experts_in_several_calls_are_bitwise_those_of_one_call(ops, T):
         table = slots_of(*(some.get(expert, -1) for expert in range(6)))
         ops.experts(x_TD, moved, table, indices_TK, parts)
     assert torch.equal(whole, parts)
-
-
-@pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
-def test_an_expert_output_does_not_depend_on_the_other_tokens(ops, T):
-    records, indices_TK = make_records(4, 64, 32), choice(T + 2)
-    x_TD = randn(T + 2, 64)
-    whole = outputs(ops, x_TD, records, slots_of(*SLOTS), indices_TK)
-    order = torch.randperm(T + 2, device=DEVICE)[: max(2, T)]  # one token has other kernels
+    if T == 1:  # which has other kernels
+        return
+    order = torch.randperm(T, device=DEVICE)[: T // 2 + 1]
     some = outputs(ops, x_TD[order], records, slots_of(*SLOTS), indices_TK[order])
     # numpy's product, which the interpreter uses, and torch's sum a row differently by where it
     # stands.
@@ -216,16 +211,12 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     assert error(whole, exact) < 1e-6
 
 
-def test_experts_of_no_token(ops):
-    indices_TK = torch.empty(0, 3, dtype=torch.int64, device=DEVICE)
-    x_TD = torch.empty(0, 64, device=DEVICE)
-    y_TKD = outputs(ops, x_TD, make_records(4, 64, 32), slots_of(*SLOTS), indices_TK)
-    assert y_TKD.shape == (0, 3, 64)
-
-
-def test_weighted_sum_goes_in_the_gates_order(ops):
+def test_weighted_sum_goes_in_the_gates_order_and_no_token_has_no_experts(ops):
     y_TKD, weights_TK = randn(3, 6, 80), torch.rand(3, 6, device=DEVICE)
     assert torch.equal(ops.weighted_sum(y_TKD, weights_TK), gate_order_sum(y_TKD, weights_TK))
+    none_TK = torch.empty(0, 3, dtype=torch.int64, device=DEVICE)
+    y_TKD = outputs(ops, randn(0, 64), make_records(4, 64, 32), slots_of(*SLOTS), none_TK)
+    assert y_TKD.shape == (0, 3, 64)
 
 
 CODECS = {codec.name: codec for codec in (NF4, LUT4, LUT3, INT4)}
