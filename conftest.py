@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slotmoe.offload.source import read_model
+from tests.support.browser import BROWSER, Browser
 from tests.support.exports import made_once
 from tests.support.hub import HOME, HUB, TOKEN
 from tests.support.tiny import SAMPLE, SMALL
@@ -76,6 +77,15 @@ def slotmoe(capsys):
         return caught.value.code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser(processes, network):
+    """A headless Chromium."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine: scripts/ci-system installs one")
+    with Browser() as browser:
+        yield browser
 
 
 @pytest.fixture

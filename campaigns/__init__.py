@@ -1,0 +1,137 @@
+"""Campaigns: attacks that take minutes to hours.  What must hold at each change is a test of
+``tests/``; a campaign looks for what no test has thought of.
+
+This module is the registry.  ``python -m campaigns --help`` says how to run them.
+"""
+
+from typing import NamedTuple
+
+
+class Gate(NamedTuple):
+    """What is attacked, what a run ``must`` reach, and what ``came_out`` of the last full one.  A
+    campaign has no ``command`` of its own: ``python -m campaigns NAME`` reaches the gate."""
+
+    name: str
+    about: str
+    must: str
+    came_out: str
+    command: str = ""
+
+
+CAMPAIGNS = (
+    Gate(
+        "system-calls",
+        "Each system call of a command fails in turn: bad disk, full disk, signal, short, killed.",
+        "100% of points: a failure is one line, no wrong byte under a final name, the same command"
+        " then makes the same bytes",
+        "3,490 points and 38 of `fsync` alone, nothing wrong (325f334)",
+    ),
+    Gate(
+        "fuzz",
+        "Each parser of a stranger's bytes gets changed inputs, within 2 s of CPU and 200 MB.",
+        "10⁶ cases a parser, nothing but errors of one line",
+        "14,741,908 cases; 13 of 21 parsers have had 10⁶ (b27035e)",
+    ),
+    Gate(
+        "flips",
+        "A bit of an export or of a session flips, its end is cut, or two parts are exchanged.",
+        "10⁶ cases, none missed",
+        "1,170,000, none missed (e450e24)",
+    ),
+    Gate(
+        "interrupts",
+        "An exception at each line of Python that prefill and decode run, and Ctrl-C at random.",
+        "10,000 exceptions, no lost slot, no hang, the same bits afterwards",
+        "10,100 and 80 signals, no slot lost (e450e24)",
+    ),
+    Gate(
+        "kills",
+        "SIGKILL, then power cuts, while a model is quantized or a session is saved.",
+        "2,000 kills each, a power cut at each change of the disk; the same bytes afterwards",
+        "2,000 and 2,012 kills, 31 and 27 power cuts, same bytes (e450e24)",
+    ),
+    Gate(
+        "races",
+        "Two or three processes at one destination, cache, session or predictor; some get signals.",
+        "1,000 rounds each: success or a refusal, nothing wrong on the disk",
+        "2,500 rounds in all, 169 to 1,275 each, nothing wrong (d443fb2)",
+    ),
+    Gate(
+        "environments",
+        "Each command without a home, streams, descriptors, memory or text; with strange names.",
+        "26 worlds x 8 commands: an exit code of the contract, and one line where it is not 0",
+        "208, of which 4 were wrong and are mended (e450e24)",
+    ),
+    Gate(
+        "soak",
+        "Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads.",
+        "20,000 tokens, all with the same bits; descriptors and threads as before, memory +5%",
+        "20,014 tokens, all right; memory +0.3% (4e88b6e)",
+    ),
+    Gate(
+        "server",
+        "A hundred clients of a server ask, leave in the middle, send half requests and nonsense.",
+        "30 minutes, greedy answers as of a model alone; descriptors as before, memory +5%",
+        "43,506 requests, 1,231 compared answers, all right; memory +1.1% (b27035e)",
+    ),
+    Gate(
+        "clients",
+        "Client programs of others use the server, each in an environment of its own.",
+        "15 programs, all cases pass",
+        "all pass (2026-11-28)",
+    ),
+    Gate(
+        "mutants",
+        "One line of a core file is changed; the tests of CI's tier must notice.",
+        "85% of 100 changes, sampled with a seed, are noticed",
+        "",
+    ),
+)
+# Reached by long tests, each night.
+TESTS = (
+    Gate(
+        "threads",
+        "Threads that use one runtime at once.",
+        "an error or the right text",
+        "1,600 calls of 8 threads (f55e85e)",
+        'python -m pytest -m "slow or not slow" tests/offload/test_interrupts.py -k threads',
+    ),
+    Gate(
+        "state of a resume",
+        "The state file of a `quantize` that was stopped is changed.",
+        "1,000 changes, no value trusted, same bytes",
+        "1,000, same bytes (f55e85e)",
+        'python -m pytest -m "slow or not slow" tests/offload/test_quantize.py -k trusted',
+    ),
+    Gate(
+        "order of events",
+        "Cache, slots and prefetcher beside a model of them in plain Python.",
+        "1,000 x 200 steps",
+        "1,000 x 200, nothing found (43210ec)",
+        'python -m pytest -m "slow or not slow" tests/offload/test_states.py',
+    ),
+    Gate(
+        "reproducible kernels",
+        "The kernels are built in folders of three names.",
+        "the same bytes",
+        "the same SHA-256 (337d3aa)",
+        'python -m pytest -m "slow or not slow" tests/test_project.py',
+    ),
+    Gate(
+        "lowest versions",
+        "The tests with Python 3.10 and all lower bounds of dependencies.",
+        "all pass",
+        "720 pass, 2 need clients' libraries (48f56e6)",
+        "PYTHON=python3.10 scripts/lowest",
+    ),
+)
+
+
+def table() -> list[str]:
+    """The lines of a Markdown table of all gates."""
+    lines = ["| gate | what happens | must | came out | command |", "|---|---|---|---|---|"]
+    for gate in (*CAMPAIGNS, *TESTS):
+        command = gate.command or f"python -m campaigns {gate.name}"
+        cells = (gate.name, gate.about, gate.must, gate.came_out, f"`{command}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 from slotmoe.errors import ConfigError
 from slotmoe.jsonfile import (
     FLAG,
+    Json,
     Kind,
     ListOf,
     check,
@@ -199,7 +200,7 @@ _KNOWN_KEYS = {*_CONFIG, *_SUPPORTED} | set(
 )
 
 
-def parse_config(values: dict[str, Any], where: str = "config.json") -> Config:
+def parse_config(values: Json, where: str = "config.json") -> Config:
     """A ``Config`` from the parsed JSON; ``ConfigError`` names the key that is unsupported."""
     try:
         return _parse(values)
@@ -220,7 +221,7 @@ def config_among(read: ReadFile, where: Path) -> Config:
     return parse_config(parse_json(data, path), str(path))
 
 
-def _parse(outer: dict[str, Any]) -> Config:
+def _parse(outer: Json) -> Config:
     given = _text_part(outer)
     family = _family(given)
     _refuse_unsupported(given, family)
@@ -250,16 +251,16 @@ def _parse(outer: dict[str, Any]) -> Config:
     return config
 
 
-def _text_part(values: dict[str, Any]) -> dict[str, Any]:
+def _text_part(values: Json) -> Json:
     """The config of a model's text part, which is the whole of most."""
     if values.get("model_type") not in WRAPPERS:
         return values
     check(values, {"text_config": {}})
-    inner: dict[str, Any] = values["text_config"]
+    inner: Json = values["text_config"]
     return {key: values[key] for key in _OUTER if key in values} | inner
 
 
-def _family(values: dict[str, Any]) -> Family:
+def _family(values: Json) -> Family:
     name = values.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
@@ -269,7 +270,7 @@ def _family(values: dict[str, Any]) -> Family:
     raise ValueError(f"{problem}, only {only}; use a model of these families")
 
 
-def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
+def _refuse_unsupported(values: Json, family: Family) -> None:
     supported = {
         "architectures": ([family.architecture], [], None),
         "scoring_func": (family.scoring,),
@@ -287,7 +288,7 @@ def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
             raise ValueError(f"{key} {found} is not supported, only {only}")
 
 
-def _dense_layers(values: dict[str, Any]) -> int:
+def _dense_layers(values: Json) -> int:
     """``first_k_dense_replace`` as ``mlp_layer_types`` spells it."""
     check(values, {"mlp_layer_types": ListOf(one_of("dense", "sparse"), 1, 1000)})
     types: list[str] = values["mlp_layer_types"]
@@ -300,7 +301,7 @@ def _dense_layers(values: dict[str, Any]) -> int:
     return dense
 
 
-def _token_ids(values: dict[str, Any], key: str) -> tuple[int, ...]:
+def _token_ids(values: Json, key: str) -> tuple[int, ...]:
     """A token id, a list of them, or none."""
     value = values.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -308,7 +309,7 @@ def _token_ids(values: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _rope(values: dict[str, Any], family: Family) -> Rope:
+def _rope(values: Json, family: Family) -> Rope:
     """From ``rope_scaling`` + ``rope_theta`` or transformers 5's ``rope_parameters``."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
     for key in keys:
@@ -337,7 +338,7 @@ def _rope(values: dict[str, Any], family: Family) -> Rope:
     return Rope(**_floats(settings))
 
 
-def _check_rotated_part(values: dict[str, Any], factor: Any) -> None:
+def _check_rotated_part(values: Json, factor: Any) -> None:
     """``qk_rope_head_dim`` values are rotated, of which ``factor`` says that they are all of a
     head, or which part of one with what is not rotated."""
     part = values["qk_rope_head_dim"] / (values["qk_nope_head_dim"] + values["qk_rope_head_dim"])
@@ -347,7 +348,7 @@ def _check_rotated_part(values: dict[str, Any], factor: Any) -> None:
             raise ValueError(f"partial_rotary_factor {problem}")
 
 
-def _floats(values: dict[str, Any]) -> dict[str, Any]:
+def _floats(values: Json) -> Json:
     """The same with real numbers that JSON spells as integers turned into floats."""
     return {key: float(value) if key in _REALS else value for key, value in values.items()}
 

@@ -4,7 +4,7 @@ Without torch: ``slotmoe.model.decoding`` decodes them."""
 from dataclasses import dataclass
 from typing import Any
 
-from slotmoe.jsonfile import ListOf, ObjectOf, check, one_of
+from slotmoe.jsonfile import Json, ListOf, ObjectOf, check, one_of
 
 BITSANDBYTES = ("nf4", "fp4")
 
@@ -48,7 +48,7 @@ _GROUP = {  # a config group of compressed-tensors: what is decoded here
     }
 }
 _FP8, _INT4, _BITSANDBYTES = "fp8", "compressed-tensors", "bitsandbytes"
-_KINDS: dict[str, dict[str, Any]] = {  # what must be so
+_KINDS: dict[str, Json] = {  # what must be so
     _FP8: {"fmt": one_of("e4m3"), "expert_dtype": one_of("fp8")},
     _INT4: {"format": one_of("pack-quantized"), "config_groups": ObjectOf(_GROUP)},
     _BITSANDBYTES: {

@@ -7,142 +7,79 @@ them, E routed experts, K experts a token, Z and Y widths of a key and of a valu
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Backend, Experts, Geometry, Layer, Mlp, Pending, Step
 from slotmoe.model.config import Config
-from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.names import GATE, GATE_BIAS, LAYER_PARTS, layer_tensor, mlp_parts
-from slotmoe.model.routing import Router, route
+from slotmoe.model.routing import route, router_of
+
+W = TypeVar("W")
+# DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
+LATENT_EPS = 1e-6
 
 # Cached rows are widened to float32 in blocks, so that no temporary grows with the context.
 _MAX_BLOCK = 4096
 _MAX_SCORES = 1 << 22
-# DeepSeek's code builds both latent norms with the default epsilon, whatever rms_norm_eps says.
-LATENT_EPS = 1e-6
 
 
-class Timer:
-    """Where a pass says what it has just done; a profiler keeps it."""
-
-    def mark(self, stage: str, now: float | None = None) -> None:
-        """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
-        ``stage``."""
+def as_tensor(weight: object) -> Tensor:
+    """A weight that no backend has changed: a norm or a gate."""
+    assert isinstance(weight, Tensor)
+    return weight
 
 
-class Mlp(NamedTuple):
-    gate_proj: Any
-    up_proj: Any
-    down_proj: Any
+def layer_of(weights: Mapping[str, W], config: Config, layer: int) -> Layer[W]:
+    """The weights of ``layer`` out of all ``weights`` by checkpoint name."""
+    is_moe = config.is_moe(layer)
+
+    def get(part: str) -> W:
+        return weights[layer_tensor(layer, part)]
+
+    def tensor(part: str) -> Tensor:
+        return as_tensor(get(part))
+
+    part = LAYER_PARTS
+    low_rank = config.q_lora_rank is not None
+    has_mlp = not is_moe or config.n_shared_experts > 0
+    return Layer(
+        input_layernorm=tensor(part["input_layernorm"]),
+        q_proj=None if low_rank else get(part["q_proj"]),
+        q_a_proj=get(part["q_a_proj"]) if low_rank else None,
+        q_a_layernorm=tensor(part["q_a_layernorm"]) if low_rank else None,
+        q_b_proj=get(part["q_b_proj"]) if low_rank else None,
+        kv_a_proj=get(part["kv_a_proj"]),
+        kv_a_layernorm=tensor(part["kv_a_layernorm"]),
+        kv_b_proj=get(part["kv_b_proj"]),
+        o_proj=get(part["o_proj"]),
+        post_attention_layernorm=tensor(part["post_attention_layernorm"]),
+        gate=tensor(GATE).float() if is_moe else None,
+        gate_bias=tensor(GATE_BIAS).float() if is_moe and config.family.correction_bias else None,
+        mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
+    )
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
-    family has none, ``mlp`` where there is no shared expert."""
-
-    input_layernorm: Tensor
-    q_proj: Any
-    q_a_proj: Any
-    q_a_layernorm: Any
-    q_b_proj: Any
-    kv_a_proj: Any
-    kv_a_layernorm: Tensor
-    kv_b_proj: Any
-    o_proj: Any
-    post_attention_layernorm: Tensor
-    gate: Tensor | None
-    gate_bias: Tensor | None
-    mlp: Mlp | None
-
-    @classmethod
-    def of(cls, weights: Mapping[str, Any], config: Config, layer: int) -> "Layer":
-        """The weights of ``layer`` out of all weights by checkpoint name."""
-        is_moe = config.is_moe(layer)
-
-        def get(part: str) -> Any:
-            return weights.get(layer_tensor(layer, part))
-
-        has_mlp = not is_moe or config.n_shared_experts > 0
-        return cls(
-            **{field: get(part) for field, part in LAYER_PARTS.items()},
-            gate=get(GATE).float() if is_moe else None,
-            gate_bias=get(GATE_BIAS).float() if is_moe and config.family.correction_bias else None,
-            mlp=Mlp(*map(get, mlp_parts(is_moe))) if has_mlp else None,
-        )
+def geometry_of(config: Config) -> Geometry:
+    """What a backend has to know of ``config``."""
+    c = config
+    sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
+    norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
+    router = router_of(c)
+    width = c.moe_intermediate_size
+    return Geometry(*sizes, c.v_head_dim, *norms, not c.rope_interleave, router, width)
 
 
-class Geometry(NamedTuple):
-    """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
-    epsilons of the norms over D and over the latents, the factor of the attention scores, whether
-    rotated pairs stand in two ``halves`` instead of side by side."""
-
-    H: int
-    N: int
-    P: int
-    R: int
-    V: int
-    eps: float
-    latent_eps: float
-    softmax_scale: float
-    halves: bool
-    router: Router
-    moe_intermediate_size: int
-
-    @classmethod
-    def of(cls, config: Config) -> "Geometry":
-        c = config
-        sizes = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
-        norms = c.rms_norm_eps, LATENT_EPS, c.softmax_scale
-        router = Router.of(c)
-        width = c.moe_intermediate_size
-        return cls(*sizes, c.v_head_dim, *norms, not c.rope_interleave, router, width)
-
-
-class Pending(NamedTuple):
-    """A layer that waits for its routed experts: their input, float32 [T, D], weights, float32
-    [T, K], and indices, int64 [T, K], best first."""
-
-    layer: int
-    x_TD: Tensor
-    weights_TK: Tensor
-    indices_TK: Tensor
-
-
-@dataclass
-class Step:
-    """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
-    each sequence, which has a cache of its own.  The pass has ``behind`` tokens before them.
-
-    ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
-    ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
-    set, that layer lacks only its feed-forward: ``x_TD`` is the input of that and ``routed_TD`` the
-    weighted sum of its routed experts.
-    """
-
-    h_TD: Tensor
-    rope_TC: Tensor
-    query_scale_T: Tensor | None
-    caches: Sequence[LatentCache]
-    counts: Sequence[int]
-    timer: Timer
-    behind: int = 0
-    layer: int = 0
-    x_TD: Tensor | None = None
-    routed_TD: Tensor | None = None
-
-
-class LayerByLayer:
+class LayerByLayer(Generic[W]):
     """Runs layers operation by operation, for any number of tokens and every backend."""
 
-    def __init__(self, geometry: Geometry, layers: Sequence[Layer], backend: Any):
+    def __init__(self, geometry: Geometry, layers: Sequence[Layer[W]], backend: Backend[W]):
         self._geometry, self._layers, self._backend = geometry, layers, backend
 
-    def run_layers(self, step: Step, experts: Any) -> Pending | None:
-        """See ``slotmoe.model.network.Runner``."""
+    def run_layers(self, step: Step, experts: Experts | None) -> Pending | None:
+        """See ``slotmoe.border.Runner``; ``experts`` are never asked."""
         backend, eps, router = self._backend, self._geometry.eps, self._geometry.router
         if step.x_TD is not None:
             self.feed_forward(step)
@@ -165,14 +102,16 @@ class LayerByLayer:
         """Add what the layer's routed experts gave and what its own MLP gives, and go on."""
         mlp, y_TD = self._layers[step.layer].mlp, step.routed_TD
         if mlp is not None:
-            shared_TD: Tensor = self._backend.mlp(step.x_TD, *mlp)
+            assert step.x_TD is not None
+            projections = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            shared_TD = self._backend.mlp(step.x_TD, *projections)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
         assert y_TD is not None
         step.h_TD += y_TD
         step.layer, step.x_TD, step.routed_TD = step.layer + 1, None, None
         step.timer.mark("shared experts and dense layers")
 
-    def _attention(self, step: Step, layer: Layer, x_TD: Tensor) -> Tensor:
+    def _attention(self, step: Step, layer: Layer[W], x_TD: Tensor) -> Tensor:
         """MLA, each sequence over its own cache.  Only the latent row is cached; keys and values
         are absorbed into the query and output, or expanded block by block, whichever costs less
         (absorbed for decode, expanded for long prefill chunks)."""
@@ -182,6 +121,8 @@ class LayerByLayer:
         if layer.q_proj is not None:
             q = backend.linear(x_TD, layer.q_proj)
         else:
+            assert layer.q_a_proj is not None and layer.q_b_proj is not None
+            assert layer.q_a_layernorm is not None
             low = rms_norm(backend.linear(x_TD, layer.q_a_proj), layer.q_a_layernorm, latent_eps)
             q = backend.linear(low, layer.q_b_proj)
         if step.query_scale_T is not None:
@@ -212,13 +153,12 @@ class LayerByLayer:
             q_THZ = torch.cat([q_THN, q_THP], dim=-1)
             blocks = self._expanded(rows[0], T, layer.kv_b_proj)
             o_THV = attend(q_THZ, blocks, S, scale)
-        out_TD: Tensor = backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
-        return out_TD
+        return backend.linear(o_THV.reshape(T, H * V), layer.o_proj)
 
     def _over_latents(self, q_THW: Tensor, rows_SX: Tensor) -> Tensor:
         """Attention of one sequence's absorbed queries over its cached rows, [T, H, R]."""
         R, scale = self._geometry.R, self._geometry.softmax_scale
-        o_THR: Tensor | None = self._backend.mla(q_THW, rows_SX, R, scale)
+        o_THR = self._backend.mla(q_THW, rows_SX, R, scale)
         if o_THR is None:
             o_THR = attend(q_THW, self._absorbed(rows_SX, len(q_THW)), len(rows_SX), scale)
         return o_THR
@@ -232,7 +172,7 @@ class LayerByLayer:
             rows_BW = rows_BW.float()[None]
             yield rows_BW, rows_BW[..., : self._geometry.R]
 
-    def _expanded(self, rows_SW: Tensor, T: int, kv_b: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def _expanded(self, rows_SW: Tensor, T: int, kv_b: W) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of expanded keys [H, B, N + P] and values [H, B, V]."""
         H, N, P, R, V, *_ = self._geometry
         for rows_BW in rows_SW.split(self._block_size(T)):

@@ -14,35 +14,40 @@ Shapes: R rows, D hidden_size, E routed experts, K experts a token, M MoE layers
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Experts, SlotTable
 from slotmoe.model.kv_cache import LatentCache
+from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD, MTP_PARTS, layer_tensor
-from slotmoe.model.network import Experts, Network
+from slotmoe.model.network import Network
 
+W = TypeVar("W")
 _PIECE = 512  # rows whose doubly wide input is in memory at once
 
 
-class MtpHead:
+class MtpHead(Generic[W]):
     """The head of ``main`` over ``weights`` by checkpoint name: a network of one layer, whose input
     is not an embedding."""
 
     def __init__(
         self,
-        main: Network,
-        weights: Mapping[str, Any],
+        main: Network[W],
+        weights: Mapping[str, W],
         experts: Experts,
         step_tokens: int = 1 << 30,
     ):
         self._main, layer = main, main.config.num_hidden_layers
-        self._parts = {field: weights[layer_tensor(layer, MTP_PARTS[field])] for field in MTP_PARTS}
+        parts = {field: weights[layer_tensor(layer, MTP_PARTS[field])] for field in MTP_PARTS}
+        self._projection = parts["eh_proj"]
+        self._enorm, self._hnorm = as_tensor(parts["enorm"]), as_tensor(parts["hnorm"])
         self.config = replace(main.config, num_hidden_layers=1, first_k_dense_replace=0, mtp=False)
         prefix, first = (layer_tensor(index, "").removesuffix(".weight") for index in (layer, 0))
         own = {name.replace(prefix, first): weights[name] for name in weights if prefix in name}
-        shared = {EMBEDDING: main.embed_tokens, HEAD: main.lm_head, FINAL_NORM: self._parts["norm"]}
+        shared = {EMBEDDING: main.embed_tokens, HEAD: main.lm_head, FINAL_NORM: parts["norm"]}
         behind = _LastLayer(experts, layer, main.config.n_routed_experts)
         self._network = Network(self.config, own | shared, main.backend, behind, step_tokens)
         self.head = self._network.head
@@ -53,13 +58,13 @@ class MtpHead:
         network's last layer, which is overwritten, and ``ids_R`` the token behind each.  Returns
         the stream after the head's layer, float32 [R, D], of which ``head`` makes logits.
         """
-        backend, eps, parts = self._main.backend, self.config.rms_norm_eps, self._parts
+        backend, eps = self._main.backend, self.config.rms_norm_eps
         for rows_PD, ids_P in zip(hidden_RD.split(_PIECE), ids_R.split(_PIECE), strict=True):
             h_PD = backend.rms_norm(rows_PD, self._main.norm, eps)
-            h_PD = backend.rms_norm(h_PD, parts["hnorm"], eps)
+            h_PD = backend.rms_norm(h_PD, self._hnorm, eps)
             e_PD = backend.embed(ids_P, self._main.embed_tokens)
-            e_PD = backend.rms_norm(e_PD, parts["enorm"], eps)
-            rows_PD.copy_(backend.linear(torch.cat([e_PD, h_PD], dim=-1), parts["eh_proj"]))
+            e_PD = backend.rms_norm(e_PD, self._enorm, eps)
+            rows_PD.copy_(backend.linear(torch.cat([e_PD, h_PD], dim=-1), self._projection))
         return self._network.run(hidden_RD, [cache], [len(ids_R)])
 
 
@@ -74,8 +79,9 @@ class _LastLayer:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         return self._experts(self._layer + layer, x_TD, weights_TK, indices_TK)
 
-    def slot_table(self) -> Any:
-        return self._experts.slot_table()._replace(slots_ME=self._none_1E, complete=False)
+    def slot_table(self) -> SlotTable | None:
+        table = self._experts.slot_table()
+        return None if table is None else table.having(self._none_1E)
 
     def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
         self._experts.passed(self._layer + layer, indices_MTK, x_MTD)

@@ -1,10 +1,8 @@
 """The DeepSeek-V2 network (arXiv 2405.04434): Multi-head Latent Attention and DeepSeekMoE, as all
 families of ``slotmoe.model.families`` have them.
 
-A pass is over one or several sequences, with some tokens of each.  Activations are float32.  Only
-the backend knows what a weight is made of (fp32, int8, NF4) and where it lies:
-``slotmoe.quant.backends.base.TorchBackend`` says what the network asks of one.  Only ``experts``
-knows where the routed experts are.
+A pass is over one or several sequences, with some tokens of each.  Activations are float32.  What
+it asks of a backend and of the routed experts is in ``slotmoe.border``.
 
 Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
 kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
@@ -13,43 +11,19 @@ positions, B a block of them, E routed experts, K experts a token, M MoE layers.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Backend, Experts, Runner, Step, Timer
 from slotmoe.model.config import Config, Rope
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
+from slotmoe.model.layers import LayerByLayer, as_tensor, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, FINAL_NORM, HEAD
 
+W = TypeVar("W")
 _FEW = 16  # tokens of a sequence that a decoder takes; more are a prompt's
-
-
-class Experts(Protocol):
-    """The routed experts, wherever they are."""
-
-    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, in gate order, float32 [T, D]."""
-
-    def slot_table(self) -> Any:
-        """Where experts are now, as the backend takes it (``slotmoe.quant.backends.base``)."""
-
-    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
-        """The backend has computed the experts of M MoE layers from ``layer`` on by the slot
-        table; their gates chose ``indices_MTK`` for the inputs ``x_MTD``, which a backend need not
-        keep where all experts have slots."""
-
-
-class Runner(Protocol):
-    """Runs layers for a pass."""
-
-    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
-        """Go on with ``step`` until a layer lacks an expert, which is returned, or to the end.
-
-        A runner may compute experts itself where ``experts.slot_table()`` says that they all have
-        slots; it reports these layers to ``experts.passed``.
-        """
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -83,7 +57,7 @@ def position_tables(
     return rope_TC, 1 + rope.llama_4_scaling_beta * torch.log(1 + lengths_T)
 
 
-class Network:
+class Network(Generic[W]):
     """The network over weights in memory.  ``weights`` maps checkpoint names to whatever
     ``backend`` understands; norms and gates are float tensors.  A long pass goes through each layer
     in steps of ``step_tokens``: a layer's experts then serve all its tokens, while only one step
@@ -92,8 +66,8 @@ class Network:
     def __init__(
         self,
         config: Config,
-        weights: Mapping[str, Any],
-        backend: Any,
+        weights: Mapping[str, W],
+        backend: Backend[W],
         experts: Experts,
         step_tokens: int = 1 << 30,
     ):
@@ -101,11 +75,11 @@ class Network:
         self.config, self.backend, self.experts = config, backend, experts
         self.embed_tokens = weights[EMBEDDING]
         count = config.num_hidden_layers
-        self.layers = [Layer.of(weights, config, index) for index in range(count)]
-        self.norm: Tensor = weights[FINAL_NORM]
+        self.layers = [layer_of(weights, config, index) for index in range(count)]
+        self.norm = as_tensor(weights[FINAL_NORM])
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else weights[HEAD]
-        geometry = Geometry.of(config)
+        geometry = geometry_of(config)
         self._layer_by_layer = LayerByLayer(geometry, self.layers, backend)
         self._decoder = backend.decoder(geometry, self.layers)
         # Tokens that a pass computes at most in calls that give each bitwise what it gives alone.
@@ -151,7 +125,7 @@ class Network:
     def _run(self, step: Step) -> None:
         """Take a pass through all layers."""
         runner: Runner = self._layer_by_layer
-        if len(step.h_TD) <= self.rows and max(step.counts) <= _FEW:
+        if self._decoder and len(step.h_TD) <= self.rows and max(step.counts) <= _FEW:
             runner = self._decoder
         while (pending := runner.run_layers(step, self.experts)) is not None:
             step.routed_TD = self.experts(*pending)

@@ -4,47 +4,28 @@ Shapes: T tokens, G groups, E routed experts, K experts a token.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slotmoe.border import Router
 from slotmoe.model.config import Config
 
 
-class Router(NamedTuple):
-    """What becomes of the gate's logits.
-
-    Scores are the softmax of a token's logits, or with ``sigmoid`` each logit's own.  Of
-    ``n_group`` groups of experts the ``topk_group`` best take part, a group counting by the sum of
-    its ``group_best`` best experts, and of their experts the ``top_k`` best (group-limited greedy,
-    DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-    Weights are scores, ``normalized`` to add up to 1, times ``factor``.
-    """
-
-    n_group: int
-    topk_group: int
-    top_k: int
-    factor: float = 1.0
-    normalized: bool = False
-    group_best: int = 1
-    sigmoid: bool = False
-
-    @classmethod
-    def of(cls, config: Config) -> "Router":
-        """The router that ``config`` describes."""
-        c, family = config, config.family
-        normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
-        scaled = family.scales_normalized or not normalized
-        return cls(
-            c.n_group,
-            c.topk_group,
-            c.num_experts_per_tok,
-            c.routed_scaling_factor if scaled else 1.0,
-            normalized,
-            family.group_best,
-            family.scoring == "sigmoid",
-        )
+def router_of(config: Config) -> Router:
+    """The router that ``config`` describes."""
+    c, family = config, config.family
+    normalized = c.norm_topk_prob and c.num_experts_per_tok > 1
+    scaled = family.scales_normalized or not normalized
+    return Router(
+        c.n_group,
+        c.topk_group,
+        c.num_experts_per_tok,
+        c.routed_scaling_factor if scaled else 1.0,
+        normalized,
+        family.group_best,
+        family.scoring == "sigmoid",
+    )
 
 
 def route(logits_TE: Tensor, router: Router, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import binascii
 import json
 from typing import Any
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import BYTE_CHARACTERS
 
 FILE_NAME, MAX_BYTES = "tiktoken.model", 16 << 20  # Kimi K2's has 2.8 MB
@@ -102,7 +103,7 @@ def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
     given = settings.get("added_tokens_decoder", {})
     if not isinstance(given, dict):
         raise ValueError(f"added_tokens_decoder is {given!r:.60}, expected an object")
-    named: dict[int, dict[str, Any]] = {}
+    named: dict[int, Json] = {}
     for key, about in given.items():
         content = about.get("content") if isinstance(about, dict) else None
         last = first + _RESERVED - 1
@@ -118,5 +119,5 @@ def _added_tokens(settings: dict[str, Any], first: int) -> list[dict[str, Any]]:
     ]
 
 
-def _reserved(id_: int) -> dict[str, Any]:
+def _reserved(id_: int) -> Json:
     return {"content": f"<|reserved_token_{id_}|>", "special": True}

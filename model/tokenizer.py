@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import parse_json
+from slotmoe.jsonfile import Json, parse_json
 from slotmoe.model.child import Child
 from slotmoe.model.files import ReadFile, files_in
 from slotmoe.model.reasoning import Splitter, reasoning_of
@@ -139,7 +139,7 @@ class Tokenizer:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Json] | None = None,
         begun: bool = False,
         thinking: bool | None = None,
     ) -> str:
@@ -223,7 +223,7 @@ def _spelling(settings: dict[str, Any], name: str) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token or "")
 
 
-def _render(template: str, variables: dict[str, Any]) -> str:
+def _render(template: str, variables: Json) -> str:
     request = json.dumps({"template": template, "variables": variables})
     return _TEMPLATE.run(request.encode()).decode()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmoe.model.layers import Timer
+from slotmoe.border import Timer
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.host_compute import HostCompute
 from slotmoe.offload.lookahead import Lookahead

@@ -1,10 +1,8 @@
 """Opening a model: what is asked for becomes a plan, and the plan's parts are made and filled."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +44,7 @@ from slotmoe.offload.policy.hybrid import Costs, Split, choose_mode
 from slotmoe.offload.policy.substitutes import RouteBudget
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.reference import ResidentExperts
-from slotmoe.offload.resident import load_resident
+from slotmoe.offload.resident import Place, load_resident
 from slotmoe.offload.source import eos_token_ids, open_tokenizer
 from slotmoe.offload.substitution import Substitution
 from slotmoe.offload.tiers.device import Device
@@ -54,9 +52,10 @@ from slotmoe.offload.tiers.disk import DiskReader
 from slotmoe.offload.tiers.host import HostTier
 from slotmoe.offload.tiers.slots import Slots
 from slotmoe.quant.backends import pick_backend
-from slotmoe.quant.backends.base import Records, TorchBackend
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, RecordLayout
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.weights import Weight
 
 FREE_SHARE = 0.9  # of what is free, where no budget is given
 
@@ -70,7 +69,7 @@ class LoadedModel:
 
     config: Config
     tokenizer: Tokenizer
-    network: Network
+    network: Network[Prepared]
     caches: list[LatentCache]
     plan: Plan
     eos_token_ids: tuple[int, ...]
@@ -85,7 +84,7 @@ class LoadedModel:
     experts: Experts | None = None
     sizes: Sizes | None = None
     store: DiskReader | None = None
-    head: MtpHead | None = None
+    head: MtpHead[Prepared] | None = None
 
     @property
     def cpu(self) -> TorchBackend:
@@ -214,7 +213,7 @@ class _Loader:
                 self._draft(network),
             )  # fmt: skip
 
-    def _draft(self, network: Network) -> tuple[str, str]:
+    def _draft(self, network: Network[Prepared]) -> tuple[str, str]:
         """What drafts come from, and why.  Raises ``ConfigError`` where they would change bits."""
         asked, backend = self._options.draft, self._backend
         if asked == "off":
@@ -315,7 +314,7 @@ class _Loader:
             )  # fmt: skip
 
     def _substitution(
-        self, network: Network, predictor: Predictor | None, plan: Plan
+        self, network: Network[Prepared], predictor: Predictor | None, plan: Plan
     ) -> Substitution | None:
         """What spends the route budget, if one is given; where all experts get slots they are soon
         there, and nothing is to be saved."""
@@ -348,12 +347,12 @@ class _Loader:
             raise ConfigError(f"{problem}; {advice}")
         return replace(config, mtp=self._options.draft == "mtp")
 
-    def _placer(self) -> Callable[[str, Any], Any]:
+    def _placer(self) -> Place:
         """A function that puts a resident weight on the device, in the form that the backend wants;
         norms and router gates, small and used in float32, are widened to it."""
         empty = self._device.weights()
 
-        def place(name: str, weight: Any) -> Any:
+        def place(name: str, weight: Weight) -> Prepared:
             role = role_of(name)
             if isinstance(weight, Tensor) and (weight.dim() == 1 or role == "gate"):
                 weight = weight.float()

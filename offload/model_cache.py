@@ -20,12 +20,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from slotmoe import model
 from slotmoe.errors import ConfigError, ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.model.gguf.header import shard_paths
 
 SAMPLE = Path(model.__file__).parent / "sample"
@@ -165,7 +165,7 @@ def remove(cache: Path, wanted: str) -> list[Cached]:
     return chosen
 
 
-def facts(cached: Cached) -> dict[str, Any]:
+def facts(cached: Cached) -> Json:
     """The same for JSON."""
     return asdict(cached) | {"used": timestamp(cached.used)}
 
@@ -175,7 +175,7 @@ def timestamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):

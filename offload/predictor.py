@@ -12,17 +12,18 @@ bias``, trained so that ``sigmoid(score)`` is the probability that the expert is
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.model.config import Config
+from slotmoe.model.layers import as_tensor
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
-from slotmoe.quant.backends.base import TorchBackend
+from slotmoe.offload.resident import Place
+from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.export.layout import SWAP_PRICES
 from slotmoe.quant.int8 import Int8Weight
 
@@ -37,9 +38,9 @@ class NextGate:
     out of its output and multiplying the next one's in gives what the next norm would give.
     """
 
-    def __init__(self, config: Config, weights: Mapping[str, Any], ops: TorchBackend):
+    def __init__(self, config: Config, weights: Mapping[str, Prepared], ops: TorchBackend):
         layers = config.moe_layers
-        norms = [weights[layer_tensor(layer, POST_NORM)] for layer in layers]
+        norms = [as_tensor(weights[layer_tensor(layer, POST_NORM)]) for layer in layers]
         self._first_norm = norms[0]
         self._gates = [weights[layer_tensor(layer, GATE)] for layer in layers]
         self._ratios = [after / before.where(before != 0, 1.0) for before, after in pairwise(norms)]
@@ -71,19 +72,19 @@ class Predictor:
         tensors: Mapping[str, Tensor],
         top_k: int,
         ops: TorchBackend,
-        place: Callable[[str, Any], Any] | None = None,
+        place: Place | None = None,
     ):
         """``tensors`` as in the file (``slotmoe.quant.export.layout.predictor_parts``), ``top_k``
         the experts that a token uses in a layer. ``place`` puts a named weight on its device in the
         form that ``ops`` multiplies with; by default it stays where it is."""
         self._ops, self._top_k = ops, top_k
-        put: Callable[[str, Any], Any] = place or (lambda _, weight: ops.prepare("matrix", weight))
+        put: Place = place or (lambda _, weight: ops.prepare("matrix", weight))
 
-        def matrix(name: str, row: int | None = None) -> tuple[Any, Tensor]:
+        def matrix(name: str, row: int | None = None) -> tuple[Prepared, Tensor]:
             parts = (tensors[f"{name}.{part}"] for part in ("weight", "weight.scale", "bias"))
             q, scale, bias = parts if row is None else (part[row] for part in parts)
             weight = put(f"predictor.{name}.weight", Int8Weight(q, scale))
-            return weight, put(f"predictor.{name}.bias", bias)
+            return weight, as_tensor(put(f"predictor.{name}.bias", bias))
 
         self._token = [matrix("token.in"), matrix("token.out")]
         rows = len(tensors["layer.mix"]) if "layer.mix" in tensors else 0
@@ -123,7 +124,7 @@ class Predictor:
         layer, token, bias = self._mix[row]
         return layer * scores + token * token_scores + bias
 
-    def _forward(self, x: Tensor, matrices: list[tuple[Any, Tensor]]) -> Tensor:
+    def _forward(self, x: Tensor, matrices: list[tuple[Prepared, Tensor]]) -> Tensor:
         (inner, inner_bias), (outer, outer_bias) = matrices
         hidden_TR = F.silu(self._ops.linear(x.view(-1, x.shape[-1]), inner) + inner_bias)
         scores: Tensor = self._ops.linear(hidden_TR, outer) + outer_bias

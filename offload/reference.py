@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slotmoe.model.names import expert_name
 from slotmoe.offload.exclusive import Exclusive
-from slotmoe.quant.backends.base import TorchBackend
+from slotmoe.quant.backends.base import Prepared, TorchBackend
 from slotmoe.quant.export.layout import PROJECTIONS
 
 
@@ -21,7 +21,7 @@ class ResidentExperts:
 
     def __init__(
         self,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Prepared],
         layers: Sequence[int],
         experts: int,
         backend: TorchBackend,
@@ -31,7 +31,7 @@ class ResidentExperts:
         self._backend, self._using = backend, using
         self._slots_ME = torch.arange(len(layers) * experts, dtype=torch.int32).view(-1, experts)
 
-    def weights(self, slot: int) -> tuple[Tensor, ...]:
+    def weights(self, slot: int) -> tuple[Prepared, ...]:
         """Gate, up and down projection."""
         row, expert = divmod(slot, self._experts)
         names = (expert_name(self._layers[row], expert, name) for name in PROJECTIONS)
@@ -40,7 +40,7 @@ class ResidentExperts:
     def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         y_TKD = torch.empty(*indices_TK.shape, x_TD.shape[1], device=x_TD.device)
         slots_E = self._slots_ME[self._layers.index(layer)].to(x_TD.device)
-        self._backend.experts(x_TD, self, slots_E, indices_TK, y_TKD)
+        self._backend.experts_of(self.weights, x_TD, slots_E, indices_TK, y_TKD)
         self._using.stop()
         return self._backend.weighted_sum(y_TKD, weights_TK)
 

@@ -4,23 +4,27 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from slotmoe.errors import ConfigError
 from slotmoe.offload.tiers.memory import Arena
+from slotmoe.quant.backends.base import Prepared
 from slotmoe.quant.export.reader import Export
+from slotmoe.quant.weights import Weight
+
+Place = Callable[[str, Weight], Prepared]
+"""Copies a weight, by its checkpoint name, to where it is multiplied."""
 
 _LOADERS = 6  # threads: more than cores, since reading waits for the disk; 4 were no faster
 
 
 def load_resident(
-    export: Export, shapes: dict[str, tuple[int, ...]], place: Callable[[str, Any], Any]
-) -> dict[str, Any]:
+    export: Export, shapes: dict[str, tuple[int, ...]], place: Place
+) -> dict[str, Prepared]:
     """The weights of ``shapes``, verified and placed; a few at a time, so that reading and copying
     overlap."""
     thread = threading.local()  # each thread's staging memory
 
-    def load(name: str) -> Any:
+    def load(name: str) -> Prepared:
         if not hasattr(thread, "staging"):
             thread.staging = Arena(4 << 20, alignment=4096)
         thread.staging.reuse()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmoe.errors import ConfigError, PlanError
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling, Token, generate
 from slotmoe.offload.experts import Route
 from slotmoe.offload.ingest.cached import cached_export
@@ -300,7 +301,7 @@ class Runtime:
 
         experts.on_route(on_route, inputs=True)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """Counters so far: ``tokens`` (counts and seconds), ``cache``, ``io`` (bytes and seconds by
         tier), ``memory``, ``misses`` with a GPU, ``sessions`` where they are kept, ``drafts``,
         ``routing`` where options change the text, and ``device``: which, and why it was taken."""
@@ -314,7 +315,7 @@ class Runtime:
             memory |= {"peak_vram": on_device.peak, "reserved_vram": on_device.reserved}
             memory["beside_vram"] = on_device.beside
         tokens = {**self.passes.tokens, **self.passes.seconds}
-        stats: dict[str, Any] = {"tokens": tokens, "memory": memory}
+        stats: Json = {"tokens": tokens, "memory": memory}
         stats["kernels"] = model.backend.name
         stats["device"] = {"name": model.device.name, "why": model.device_reason}
         drafting = self.passes.drafting

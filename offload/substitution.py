@@ -4,14 +4,14 @@ Shapes: T tokens, D hidden_size, E routed experts, K experts a token, R experts 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from slotmoe.model.network import Network
-from slotmoe.model.routing import Router, route
+from slotmoe.model.routing import route, router_of
 from slotmoe.offload.policy.substitutes import RandomSwaps, RouteBudget
 from slotmoe.offload.tiers.device import Device
+from slotmoe.quant.backends.base import Prepared
 
 Chooser = RouteBudget | RandomSwaps
 
@@ -19,8 +19,8 @@ Chooser = RouteBudget | RandomSwaps
 class Substitution:
     """Stand-ins come from the gate's next K experts, of the groups that it has chosen."""
 
-    def __init__(self, network: Network, device: Device, chooser: Chooser):
-        config, router = network.config, Router.of(network.config)
+    def __init__(self, network: Network[Prepared], device: Device, chooser: Chooser):
+        config, router = network.config, router_of(network.config)
         eligible = config.n_routed_experts // router.n_group * router.topk_group
         ranks = min(2 * router.top_k, eligible)
         self._ranks = router._replace(top_k=ranks, factor=1.0, normalized=False)
@@ -39,6 +39,7 @@ class Substitution:
         """Weights and indices as they are used, the same bits for tokens that keep their choice.
         ``present`` says of an expert of layer ``row`` whether it is in memory or on its way."""
         layer = self._layers[row]
+        assert layer.gate is not None
         inputs = self._backend.linear(x_TD, layer.gate), self._ranks, layer.gate_bias
         scores_TR, indices_TR = self._backend.route(*inputs) or route(*inputs)
         download, K = self._device.download(scores_TR, indices_TR), self._router.top_k
@@ -57,7 +58,7 @@ class Substitution:
             indices_TK[token] = upload(indices_TR[token, ranks])
         return weights_TK, indices_TK
 
-    def _factor(self, scores_K: Tensor) -> Any:
+    def _factor(self, scores_K: Tensor) -> Tensor | float:
         """What makes weights of scores, [..., K]."""
         if self._router.normalized:
             return self._router.factor / (scores_K.sum(dim=-1, keepdim=True) + 1e-20)

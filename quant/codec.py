@@ -19,7 +19,9 @@ docs/export-format.md has every byte.  Shape legend: N rows out, K columns in.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from slotmoe.jsonfile import Json
 
 LAYOUT = "tiles16"
 TILE = 16  # rows that are stored together
@@ -89,7 +91,7 @@ class Codec:
         """The levels as kernels take them, 16 floats: fewer stand several times."""
         return [*self.levels] * (16 >> self.bits)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """The codec as the manifest holds it, under its name."""
         block = SCALES[self.scales].block
         return {

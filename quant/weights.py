@@ -21,12 +21,13 @@ Weight = Tensor | Int8Weight | CodedWeight
 _CACHED = 1 << 16  # weights whose temporaries stay in the processor's cache
 
 
-def map_tensors(weight: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
     """The same weight with ``change`` applied to each of its tensors."""
     if isinstance(weight, Tensor):
         return change(weight)
     parts = {name: part for name, part in vars(weight).items() if isinstance(part, Tensor)}
-    return replace(weight, **{name: change(part) for name, part in parts.items()})
+    changed: dict[str, Any] = {name: change(part) for name, part in parts.items()}
+    return replace(weight, **changed)
 
 
 def quantize_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

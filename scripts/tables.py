@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+import campaigns
 from slotmoe.model.families import FAMILIES, Family
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.completions import CompletionRequest
@@ -162,7 +163,13 @@ def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |".replace("|  |", "| |")
 
 
-TABLES = {"honoured": honoured, "accepted": accepted, "refused": refused, "families": families}
+TABLES = {
+    "honoured": honoured,
+    "accepted": accepted,
+    "refused": refused,
+    "families": families,
+    "campaigns": campaigns.table,
+}
 
 
 def written(page: str) -> str:

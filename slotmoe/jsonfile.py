@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from slotmoe.errors import ConfigError, SlotmoeError, reading
 
+Json = dict[str, Any]  # an object as it comes in or goes out
 MAX_JSON_VALUES = 300_000  # V3 in nested NF4 has 270,000 tensors, Kimi K2 with scales 210,000
 MAX_JSON_DEPTH = 32
 _BEYOND = "far beyond what this file holds in a real model"
@@ -25,14 +26,12 @@ def read_file(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigErro
     return data
 
 
-def read_json(
-    path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError
-) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int, error: type[SlotmoeError] = ConfigError) -> Json:
     """``parse_json`` of the file ``path``, which may have ``max_bytes``."""
     return parse_json(read_file(path, max_bytes, error), path, error)
 
 
-def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError) -> Json:
     """The JSON object in ``data`` of the file ``path``; ``error`` is raised, naming the file, for
     anything else.
 
@@ -44,7 +43,7 @@ def parse_json(data: bytes, path: Path, error: type[SlotmoeError] = ConfigError)
     def constant(name: str) -> None:
         raise ValueError(f"the value {name} is not JSON")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> Json:
         values = dict(pairs)
         if len(values) != len(pairs):
             raise ValueError("a key occurs twice")

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text as Cell
 
 from slotmoe.errors import PlanError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import available_memory, process_bytes
 from slotmoe.offload.plan.memory import format_size, parse_size
 from slotmoe.tools.options import (
@@ -210,7 +211,7 @@ _COLUMNS = {  # title -> key of the report and its format
 }
 
 
-def _print(report: dict[str, Any], out: Any) -> None:
+def _print(report: Json, out: Any) -> None:
     console = Console(file=out)
     columns = {title: shown for title, shown in _COLUMNS.items() if shown[0] in report}
     rows = [(Path(file["file"]).name, file) for file in report["files"]]

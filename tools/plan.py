@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slotmoe.errors import DownloadError, PlanError
+from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.offload import machine
 from slotmoe.offload.plan.advice import (
@@ -186,7 +187,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     return Machine(ram, vram, threads, bandwidths, free_disk, name)
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: Json) -> None:
     console, total = Console(file=sys.stdout), report["total"]
     tiers = [tier for tier in _NAMES if tier in total]
     for line in _verdict(report):
@@ -222,7 +223,7 @@ def _print(report: dict[str, Any]) -> None:
         console.print(Text(line))
 
 
-def _verdict(report: dict[str, Any]) -> list[str]:
+def _verdict(report: Json) -> list[str]:
     """Whether it fits, and how fast it is; and what it takes of the disk."""
     name, disk = report["model"], report["disk"]
     if report["fits"]:
@@ -254,7 +255,7 @@ def figure(number: float, significant: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _outlook(report: dict[str, Any]) -> list[str]:
+def _outlook(report: Json) -> list[str]:
     settings, prefill = report["settings"], report["prefill_tokens_per_second"]
     host = f" and {report['host_slots']} in RAM" if report["host_slots"] else ""
     peak = [f"{format_size(size)} of {_NAMES[t]}" for t, size in report["predicted_peak"].items()]

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.model.config import config_among
 from slotmoe.model.gguf import files_of
 from slotmoe.offload.plan.memory import format_size
@@ -133,7 +134,7 @@ def calibration_windows(folder: Path, texts: tuple[Path, ...]) -> list[list[int]
 
 def _quantize(
     source: str, destination: Path, texts: tuple[Path, ...], quiet: bool, options: dict[str, Any]
-) -> dict[str, Any]:
+) -> Json:
     """The manifest of the export."""
     from slotmoe.offload.ingest.hub import quantize_from_hub
     from slotmoe.offload.ingest.quantize import quantize
@@ -160,7 +161,7 @@ def _quantize(
         raise
 
 
-def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[str, Any]:
+def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> Json:
     from slotmoe.offload.study.calibrate import calibrate
 
     started = time.perf_counter()
@@ -185,7 +186,7 @@ def _calibrate(destination: Path, texts: tuple[Path, ...], quiet: bool) -> dict[
     return report
 
 
-def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict[str, Any]:
+def _report(manifest: Json, destination: Path, seconds: float) -> Json:
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     quantization = manifest["quantization"]
     return {
@@ -200,7 +201,7 @@ def _report(manifest: dict[str, Any], destination: Path, seconds: float) -> dict
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: Json) -> None:
     """The size of the export."""
     sizes = (report[name] for name in ("bytes", "expert_bytes", "resident_bytes"))
     size, experts, resident = map(format_size, sizes)
@@ -209,7 +210,7 @@ def _print(report: dict[str, Any]) -> None:
     click.echo(f"{report['export']}: {size} in {spent}, {bits}", err=True)
 
 
-def _print_cost(report: dict[str, Any]) -> None:
+def _print_cost(report: Json) -> None:
     """What quantization cost, by kind of tensor."""
     rows = []
     for family in report["families"]:

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.policy import DEFAULT_POLICY, POLICIES
 from slotmoe.offload.study.replay import OPTIMUM, gate_choices, replay
@@ -54,7 +55,7 @@ def command(traces: Paths, sizes: Any, policies: Any, output: Path | None, as_js
     print(json.dumps(report)) if as_json else _print(report)
 
 
-def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, Any]:
+def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> Json:
     """One JSON-able object; ``results`` has hit rate and share of the optimum's by policy, size."""
     opened, geometry = _read(traces)
     experts, top_k = geometry["n_routed_experts"], geometry["num_experts_per_tok"]
@@ -84,7 +85,7 @@ def measure(traces: Paths, slots: Any, policies: Any, quiet: bool) -> dict[str, 
     return {"traces": counted, "experts": total, "default": DEFAULT_POLICY, "results": results}
 
 
-def _read(traces: Paths) -> tuple[list[Any], dict[str, Any]]:
+def _read(traces: Paths) -> tuple[list[Any], Json]:
     """The steps of every trace, and the geometry of their model.  Raises ``ConfigError``."""
     opened = [read_trace(path) for path in traces]
     geometry = opened[0][0]
@@ -96,7 +97,7 @@ def _read(traces: Paths) -> tuple[list[Any], dict[str, Any]]:
     return [steps for _, steps in opened], geometry
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: Json) -> None:
     console = Console(file=sys.stdout)
     tokens = sum(trace["tokens"] for trace in report["traces"])
     sizes = sorted({result["slots"] for result in report["results"]})
@@ -114,7 +115,7 @@ def _print(report: dict[str, Any]) -> None:
         console.print(table(columns, rows.values()))
 
 
-def _draw(report: dict[str, Any], output: Path) -> None:
+def _draw(report: Json, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import Splitter
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import (
@@ -100,7 +101,7 @@ class Continuation:
         self,
         runtime: Any,
         prompt: str,
-        arguments: dict[str, Any],
+        arguments: Json,
         quiet: bool,
         session: "NamedSession | None" = None,
     ):
@@ -181,7 +182,7 @@ class Continuation:
         self._thoughts += [thought] if thought else []
         self._texts += [text] if text else []
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Json:
         """One JSON-able object.  ``finish_reason`` is ``stop`` (the model ended the text),
         ``length`` (so many tokens were asked for), ``context`` (it is full) or ``interrupted``."""
         stats = self._runtime.stats()
@@ -198,7 +199,7 @@ class Continuation:
             **stats,
         }
 
-    def line(self, report: dict[str, Any]) -> str:
+    def line(self, report: Json) -> str:
         """The report in one line: ``37 tokens · 12.4 tokens/s · first token 0.8 s · 4.1 of 5.0
         GiB``, and which limit ended the text."""
         count = len(self.tokens)
@@ -226,7 +227,7 @@ def of_budget(memory: dict[str, Any]) -> str:
     return f"{peak.removesuffix(budget[budget.index(' ') :])} of {budget}"
 
 
-def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
+def speeds(stats: Json) -> dict[str, float | None]:
     tokens, speeds = stats["tokens"], dict[str, float | None]()
     for kind in ("prefill", "decode"):
         count = tokens[f"{kind}_tokens"]
@@ -234,7 +235,7 @@ def speeds(stats: dict[str, Any]) -> dict[str, float | None]:
     return speeds
 
 
-def drafted(drafts: dict[str, Any]) -> list[str]:
+def drafted(drafts: Json) -> list[str]:
     """What ``Runtime.stats`` says of drafts, where there were any."""
     if not drafts.get("drafted"):
         return []
@@ -242,7 +243,7 @@ def drafted(drafts: dict[str, Any]) -> list[str]:
     return [f"{drafts['accepted']} of {drafts['drafted']} drafted tokens accepted, {rows}"]
 
 
-def by_drive(drives: list[dict[str, Any]]) -> str:
+def by_drive(drives: list[Json]) -> str:
     """What was read from each drive, and how fast."""
     texts = []
     for drive in drives:
@@ -253,7 +254,7 @@ def by_drive(drives: list[dict[str, Any]]) -> str:
     return "; ".join(texts)
 
 
-def summary(stats: dict[str, Any]) -> str:
+def summary(stats: Json) -> str:
     """All for a person about what ``Runtime.stats`` gives."""
     facts = [f"on {stats['device']['name']}, {stats['device']['why']}"]
     for kind, speed in zip(("prefill", "decode"), speeds(stats).values(), strict=True):

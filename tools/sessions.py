@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import cache_folder
 from slotmoe.offload.model_cache import timestamp
 from slotmoe.offload.plan.memory import parse_size
@@ -91,7 +92,7 @@ def described(folder: Path) -> str:
     return "\n".join([*rows, f"{folder}: {len(sessions)}. slotmoe rm --sessions NAME removes one."])
 
 
-def session_facts(folder: Path) -> dict[str, Any]:
+def session_facts(folder: Path) -> Json:
     """The same for JSON."""
     shown = [
         {

@@ -4,11 +4,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import JSON
 from slotmoe.tools.progress import byte_progress
@@ -37,7 +37,7 @@ def command(export: Path, as_json: bool) -> int:
     if not (export / MANIFEST).exists():
         problem = f"holds no {MANIFEST}, so it is no finished export"
         raise ExportError(f"{export}: {problem} (slotmoe quantize SRC DST makes one)")
-    manifest: dict[str, Any] = {"files": {}}
+    manifest: Json = {"files": {}}
     try:
         manifest = read_manifest(export)
         with byte_progress(f"Checking {export}", as_json) as progress:
@@ -67,7 +67,7 @@ def command(export: Path, as_json: bool) -> int:
     return 0
 
 
-def _advice(name: str, export: Path, manifest: dict[str, Any]) -> str:
+def _advice(name: str, export: Path, manifest: Json) -> str:
     from slotmoe.quant.export.layout import MANIFEST, is_predictor
 
     source = manifest.get("source")

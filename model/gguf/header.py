@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from slotmoe.errors import CheckpointError
+from slotmoe.jsonfile import Json
 
 MAX_HEADER_BYTES = 32 << 20  # DeepSeek-V2's has 5 MB, most of it the tokenizer
 MAX_VALUES = 1_000_000  # of all arrays together; its tokenizer has 400,000
@@ -95,7 +96,7 @@ class GgufHeader:
     path: Path
     size: int
     data: bytes
-    metadata: dict[str, Any]
+    metadata: Json
     tensors: dict[str, GgufTensor]
 
 
@@ -226,9 +227,9 @@ def _parse(path: Path, size: int, reader: _Reader) -> GgufHeader:
     return GgufHeader(path, size, bytes(reader.data[:length]), metadata, placed)
 
 
-def _named(reader: _Reader, count: int, what: str, read: Callable[[str], Any]) -> dict[str, Any]:
+def _named(reader: _Reader, count: int, what: str, read: Callable[[str], Any]) -> Json:
     """``count`` names, each with what ``read`` finds behind it."""
-    values: dict[str, Any] = {}
+    values: Json = {}
     for number in range(1, count + 1):
         name = reader.text(f"the name of {what} {number} of {count}", MAX_NAME_BYTES)
         if name in values:

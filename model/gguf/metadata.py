@@ -11,7 +11,7 @@ from typing import Any
 
 from slotmoe import model
 from slotmoe.errors import CheckpointError
-from slotmoe.jsonfile import FLAG, TEXT, Kind, check, integer, number, one_of, read_json
+from slotmoe.jsonfile import FLAG, TEXT, Json, Kind, check, integer, number, one_of, read_json
 from slotmoe.model.files import ReadFile
 from slotmoe.model.gguf.header import GgufHeader
 from slotmoe.model.gguf.tokenizer import end_ids, special_id, tokenizer_files
@@ -62,7 +62,7 @@ class _Metadata:
             return self._values[name]
         return default[0]
 
-    def unknown(self) -> dict[str, Any]:
+    def unknown(self) -> Json:
         """Scalars that nobody asked for."""
         names = (name.partition(".") for name in self._values)
         keys = {key for prefix, _, key in names if prefix == ARCHITECTURE} - self.asked
@@ -90,14 +90,14 @@ def small_files(header: GgufHeader) -> ReadFile:
     return read
 
 
-def _config(header: GgufHeader) -> dict[str, Any]:
+def _config(header: GgufHeader) -> Json:
     """``config.json`` as DeepSeek writes it.  Raises ``ValueError``."""
     found = _Metadata(header)
     for key, kind in _FIXED.items():
         if key in found:
             found.get(key, kind)
         found.asked.add(key)
-    values: dict[str, Any] = {"architectures": ["DeepseekV2ForCausalLM"]}
+    values: Json = {"architectures": ["DeepseekV2ForCausalLM"]}
     values |= {"model_type": "deepseek_v2", "hidden_act": "silu", "scoring_func": "softmax"}
     values |= {key: found.get(name, _COUNT) for key, name in _GEOMETRY.items()}
     values["q_lora_rank"] = found.get("attention.q_lora_rank", _COUNT, None) or None
@@ -113,7 +113,7 @@ def _config(header: GgufHeader) -> dict[str, Any]:
     return values | _heads(found, values) | _gate(found, values) | _rope(found) | found.unknown()
 
 
-def _heads(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
+def _heads(found: _Metadata, values: Json) -> Json:
     """Since 2025 the widths of a head have keys of their own, and the old ones those of the latent
     cache."""
     names = [f"attention.{name}" for name in ("key_length", "value_length")]
@@ -126,7 +126,7 @@ def _heads(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
     return {"qk_nope_head_dim": nope, "v_head_dim": width}
 
 
-def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
+def _gate(found: _Metadata, values: Json) -> Json:
     scale = found.get("expert_weights_scale", _REAL)
     norm = found.get("expert_weights_norm", FLAG, False)
     if norm and scale != 1:
@@ -152,7 +152,7 @@ def _gate(found: _Metadata, values: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{ARCHITECTURE}.expert_group_count {problem}; {advice}")
 
 
-def _rope(found: _Metadata) -> dict[str, Any]:
+def _rope(found: _Metadata) -> Json:
     found.asked |= {f"rope.scaling.{key}" for key in _YARN}
     rope = {"rope_theta": found.get("rope.freq_base", _REAL, 10000.0), "rope_scaling": None}
     kind = found.get("rope.scaling.type", TEXT, "none")

@@ -6,7 +6,7 @@ the patterns of the DeepSeek-V2 family stand here, as DeepSeek's own ``tokenizer
 
 from typing import Any
 
-from slotmoe.jsonfile import FLAG, TEXT, ListOf, check, integer, one_of
+from slotmoe.jsonfile import FLAG, TEXT, Json, ListOf, check, integer, one_of
 
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
@@ -36,7 +36,7 @@ _MOST = 400_000
 _PREFIX = "tokenizer.ggml."
 
 
-def tokenizer_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def tokenizer_files(metadata: Json) -> dict[str, Json]:
     """``tokenizer.json`` and ``tokenizer_config.json``.  Raises ``ValueError``, naming the key."""
     kinds = {
         "model": one_of("gpt2"),  # byte-level BPE
@@ -64,7 +64,7 @@ def tokenizer_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
     ]  # fmt: skip
     split = _SPLITS[metadata[f"{_PREFIX}pre"]]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps: list[dict[str, Any]] = [
+    steps: list[Json] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in split
     ]
@@ -80,13 +80,13 @@ def tokenizer_files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": _settings(metadata, names)}
 
 
-def end_ids(metadata: dict[str, Any]) -> list[int]:
+def end_ids(metadata: Json) -> list[int]:
     """The tokens at which a text ends, and a turn, if that differs.  Raises ``ValueError``."""
     turn = f"{_PREFIX}eot_token_id" in metadata
     return list(dict.fromkeys(special_id(metadata, name) for name in ("eos", "eot")[: 1 + turn]))
 
 
-def special_id(metadata: dict[str, Any], name: str) -> int:
+def special_id(metadata: Json, name: str) -> int:
     """The token with which every text begins (``bos``) or ends.  Raises ``ValueError``."""
     key = f"{_PREFIX}{name}_token_id"
     check(metadata, {key: integer(0, len(metadata[f"{_PREFIX}tokens"]) - 1)})
@@ -94,7 +94,7 @@ def special_id(metadata: dict[str, Any], name: str) -> int:
     return index
 
 
-def _merges(metadata: dict[str, Any], tokens: dict[str, int]) -> list[str]:
+def _merges(metadata: Json, tokens: dict[str, int]) -> list[str]:
     merges: list[str] = metadata[f"{_PREFIX}merges"]
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -103,7 +103,7 @@ def _merges(metadata: dict[str, Any], tokens: dict[str, int]) -> list[str]:
     return merges
 
 
-def _settings(metadata: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def _settings(metadata: Json, names: list[str]) -> Json:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in ("bos", "eos"):
         settings[f"{name}_token"] = names[special_id(metadata, name)]

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slotmoe.border import Pending, Step, Timer
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.kv_cache import LatentCache
-from slotmoe.model.layers import Geometry, Layer, LayerByLayer, Pending, Step, Timer
+from slotmoe.model.layers import LayerByLayer, geometry_of, layer_of
 from slotmoe.model.names import EMBEDDING, expert_name, expert_shapes, resident_shapes, split_name
 from slotmoe.model.network import inverse_frequencies, position_tables
 from slotmoe.offload.ingest.output_dir import HIDDEN
-from slotmoe.quant.backends.base import TorchBackend, new
+from slotmoe.quant.backends.base import Prepared, TorchBackend, new
 from slotmoe.quant.feedback import Hessian
 
 MAX_TOKENS = 1 << 16  # more text moves the Hessians little
@@ -61,7 +61,7 @@ class _Tap(TorchBackend):
         super().__init__()
         self._names, self.sums, self.counts = names, dict[str, Tensor](), dict[str, int]()
 
-    def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
+    def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         if (name := self._names.get(id(weight))) is not None:
             if name not in self.sums:
                 self.sums[name], self.counts[name] = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1]), 0
@@ -226,8 +226,8 @@ class Calibration:
         # An MLP's up projection sees what its gate projection sees.
         tapped = {id(weights[name]): name for name in names if name in self._wanted}
         tap = _Tap({key: name for key, name in tapped.items() if "up_proj" not in name})
-        geometry = Geometry.of(self._config)
-        runner = LayerByLayer(geometry, [Layer.of(weights, self._config, layer)], tap)
+        geometry = geometry_of(self._config)
+        runner = LayerByLayer(geometry, [layer_of(weights, self._config, layer)], tap)
         steps, pendings = [], []
         for h_WD in h_TD.split(list(map(len, self._windows))):
             rope_TC, scale_T = self._tables

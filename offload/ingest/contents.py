@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.quant.codec import LAYOUT, Codec, ExpertCodecs
@@ -74,12 +75,12 @@ class Contents:
 
     def manifest(
         self,
-        source: dict[str, Any],
-        files: dict[str, Any],
+        source: Json,
+        files: Json,
         levels: Mapping[str, Sequence[float]],
         linked_layers: dict[str, int] | None = None,
         **made: Any,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The manifest of the export, signed.  ``files`` are its entries by file; ``levels`` those
         of codecs, by name, that are not the codec's own; ``linked_layers`` maps a layer to the one
         whose file it is a hard link to; ``made`` says how weights were quantized and what that cost
@@ -123,7 +124,7 @@ class Contents:
         return {**manifest, "checksum": manifest_checksum(manifest)}
 
 
-def write_files(contents: Mapping[str, bytes], folder: Path) -> dict[str, Any]:
+def write_files(contents: Mapping[str, bytes], folder: Path) -> Json:
     """Write files that the export holds as they are; returns their manifest entries, by name."""
     entries = {}
     for name, data in contents.items():

@@ -5,9 +5,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.shards import INDEX_NAME, MAX_INDEX_BYTES
 from slotmoe.quant.codec import ExpertCodecs
@@ -16,9 +16,7 @@ from slotmoe.quant.export.validate import manifest_checksum, read_manifest
 from slotmoe.quant.export.writer import sync_folder, write_json
 
 
-def export_of(
-    checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path
-) -> dict[str, Any] | None:
+def export_of(checkpoint: Checkpoint, mode: str, codecs: ExpertCodecs, folder: Path) -> Json | None:
     """The manifest of ``folder`` if it is an export of ``checkpoint`` and its layers in this
     precision."""
     if folder.is_symlink():
@@ -35,7 +33,7 @@ def export_of(
     return manifest if same and quantization["experts"] == codecs.names() else None
 
 
-def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def source_files(checkpoint: Checkpoint) -> dict[str, Json]:
     """Size and SHA-256 of the checkpoint's files: of a weight file's header alone, since hashing 31
     GB would double the time.  Raises ``CheckpointError``."""
     files = {}
@@ -49,12 +47,12 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 def repair(
     destination: Path,
-    manifest: dict[str, Any],
+    manifest: Json,
     damaged: dict[str, str],
     partial: Path,
-    rebuild: Callable[[list[str]], dict[str, Any]],
+    rebuild: Callable[[list[str]], Json],
     notify: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Json:
     """Make the ``damaged`` files (name -> problem) again, each replaced by one rename; returns the
     manifest.  ``rebuild`` writes files into ``partial`` and returns their manifest entries."""
     for name, problem in damaged.items():

@@ -26,6 +26,7 @@ from urllib.parse import quote
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from slotmoe.errors import CheckpointError, ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.model import shards, tiktoken
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import read_config
@@ -266,7 +267,7 @@ def quantize_from_hub(
     ready: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     patience: Patience | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Json:
     """``quantize`` (which gets ``options``) of a model on the hub; returns the manifest.
 
     Killed at any moment, the same call resumes at the byte, from the commit that the first call

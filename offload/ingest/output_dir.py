@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.quant.export.layout import COPIED, MANIFEST, RESIDENT, is_predictor
 from slotmoe.quant.export.validate import manifest_checksum, read_manifest
@@ -32,12 +33,12 @@ def beside(destination: Path, suffix: str) -> Path:
     return destination.with_name(f"{destination.name}.{suffix}")
 
 
-def finished_manifest(destination: Path) -> dict[str, Any] | None:
+def finished_manifest(destination: Path) -> Json | None:
     """The manifest of an export that another process has just made, or None."""
     return read_manifest(destination) if (destination / MANIFEST).is_file() else None
 
 
-def read_state(partial: Path) -> dict[str, Any] | None:
+def read_state(partial: Path) -> Json | None:
     """What ``write_state`` wrote; None if nothing is there, or if it is not as it was written."""
     try:
         state = json.loads((partial / _STATE).read_bytes())

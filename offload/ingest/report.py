@@ -12,10 +12,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.names import split_name
 from slotmoe.offload.ingest.contents import Contents
 from slotmoe.quant.codec import Codec
@@ -35,7 +35,7 @@ class _Family:
     errors: dict[int | None, list[Squares]] = field(default_factory=lambda: defaultdict(list))
     weighted: list[Squares] = field(default_factory=list)
 
-    def row(self, name: str) -> dict[str, Any]:
+    def row(self, name: str) -> Json:
         sums = {layer: _summed(self.errors[layer]) for layer in self.errors}
         by_layer = {layer: _relative(sums[layer]) for layer in sums if layer is not None}
         calibrated = {"relative_output_error": _relative(_summed(self.weighted))}
@@ -53,7 +53,7 @@ class _Family:
 
 def quantization_report(
     contents: Contents, errors: Mapping[str, Squares], weighted: Mapping[str, Squares]
-) -> dict[str, Any]:
+) -> Json:
     """The report for an export.  ``errors`` maps the names of quantized weights to their
     ``squared_error``; others are exact.  ``weighted`` are those of calibrated weights in the
     measure of their Hessians."""

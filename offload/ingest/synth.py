@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe import model
+from slotmoe.jsonfile import Json
 from slotmoe.model.config import read_config
 from slotmoe.model.names import EMBEDDING, resident_shapes
 from slotmoe.offload.ingest.contents import Contents, write_files
@@ -38,7 +38,7 @@ def synthesize(
     overwrite: bool,
     progress: Progress,
     keep_mtp: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Write the export under a temporary name and rename it; returns its manifest.
 
     ``share_layers`` distinct expert layers are written, and the others are hard links to them.
@@ -74,9 +74,7 @@ def synthesize(
         raise
 
 
-def _write_weights(
-    contents: Contents, partial: Path, files: list[str], progress: Progress
-) -> dict[str, Any]:
+def _write_weights(contents: Contents, partial: Path, files: list[str], progress: Progress) -> Json:
     """Write ``files`` of the export; returns their manifest entries."""
     total, done, entries = sum(map(contents.nbytes, files)), 0, {}
     check_space(partial, total)

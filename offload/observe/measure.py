@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from statistics import median, median_high
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from slotmoe.jsonfile import Json
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import HELP_BYTES, by_tier, predicted_components
 from slotmoe.offload.plan.speed import Bandwidths, Setting
@@ -170,7 +170,7 @@ def bytes_per_token(model: LoadedModel, position: int) -> dict[str, int]:
 
 def predict(
     model: LoadedModel, prompt_tokens: int, new_tokens: int, bandwidths: Bandwidths
-) -> dict[str, Any]:
+) -> Json:
     """What the plan expects of a run: ``components`` at the peak (name -> tier -> bytes) and their
     ``peak`` (tier -> bytes), ``hit_rate``, tokens a second of prefill and decode,
     ``decode_seconds`` by what a token waits for, and its ``bottleneck``."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter
 
-from slotmoe.model.layers import Timer
+from slotmoe.border import Timer
 from slotmoe.offload.experts import Route
 from slotmoe.offload.runtime import Runtime
 

@@ -9,11 +9,12 @@ layers, K] in gate order, and f16 [T, number of layers, 256], what the gates saw
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.policy.forecast import FEATURES, Array, fold
 
 _LONGEST_HEADER = 1 << 16
@@ -67,7 +68,7 @@ class TraceWriter:
         self._file.close()
 
 
-def read_trace(path: Path) -> tuple[dict[str, Any], list[Step]]:
+def read_trace(path: Path) -> tuple[Json, list[Step]]:
     """Header and steps of a trace file.  Raises ``ConfigError``.
 
     Everything is checked against the bytes that are there: counts, and that each gate chose K
@@ -96,7 +97,7 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[Step]]:
     return header, steps
 
 
-def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
+def _parse_header(path: Path, line: bytes) -> Json:
     try:
         header = json.loads(line)
         layers, experts, top_k = (header[key] for key in _KEYS)
@@ -112,7 +113,7 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
     raise ConfigError(f"{path}: {problem}; record one with {_RECORD}")
 
 
-def _check_indices(path: Path, tokens: np.ndarray, header: dict[str, Any]) -> None:
+def _check_indices(path: Path, tokens: np.ndarray, header: Json) -> None:
     ranked, experts = np.sort(tokens, axis=2), header["n_routed_experts"]
     repeated = (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2)
     wrong = (ranked[:, :, -1] >= experts) | repeated

@@ -10,11 +10,10 @@ from difflib import get_close_matches
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from slotmoe import model as model_package
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import Json, read_json
 from slotmoe.model.config import Config, config_among, read_config
 from slotmoe.model.gguf import files_of
 from slotmoe.model.names import resident_shapes
@@ -242,7 +241,7 @@ class Scenario:
     def fits(self) -> bool:
         return not self.plan.shortfall
 
-    def disk(self) -> dict[str, Any]:
+    def disk(self) -> Json:
         """Bytes to ``download``, which are streamed, of the ``export`` that is still to be made,
         and ``free``; and whether the export ``fits``."""
         config, sizes = self.model.config, self.sizes
@@ -286,14 +285,14 @@ class Scenario:
         raised = [f"--{tier} {_rounded_up(needs[tier])}" for tier in self.plan.shortfall]
         return [*ways, " and ".join(raised)][:3]
 
-    def report(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    def report(self, prompt_tokens: int, new_tokens: int) -> Json:
         """All of it under the names that ``slotmoe plan --json`` gives."""
         plan, machine, config = self.plan, self.machine, self.model.config
         experts = len(config.moe_layers) * config.n_routed_experts
         components = memory.by_name(plan) | {"all experts": {"disk": experts * plan.record_bytes}}
         gpu, rates = machine.vram is not None, machine.bandwidths
         tiers = ("ram", "disk", "gpu", "pcie") if gpu else ("ram", "disk")
-        report: dict[str, Any] = {
+        report: Json = {
             "model": self.model.name,
             "notes": config.notes,
             "fits": self.fits,
@@ -335,7 +334,7 @@ class Scenario:
         misses = choose_mode(self.misses, rates, size, config.num_experts_per_tok)
         return Setting(config, sizes, self.plan, rates, self.machine.threads, is_random, misses)
 
-    def choices(self, prompt_tokens: int, new_tokens: int) -> list[dict[str, Any]]:
+    def choices(self, prompt_tokens: int, new_tokens: int) -> list[Json]:
         """What each ``--codec``, ``--bits`` and ``--resident`` would give: bytes of the ``export``,
         expert slots, the speed of decode, None where it does not fit, and the divergence that the
         bundled sample has so, with and without a text for ``--calibrate``."""

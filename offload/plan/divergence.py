@@ -4,20 +4,20 @@ where ``python -m slotmoe.tools.bench codes`` writes it.  Without torch."""
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from slotmoe.jsonfile import Json
 from slotmoe.quant.codec import KEPT_CODECS
 
 
 @cache
-def measured() -> dict[str, Any]:
+def measured() -> Json:
     """All of it: ``rows``, and points of ``llama.cpp``, whose ``origin`` is what measured them."""
     path = Path(__file__).with_name("divergence.json")
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: Json = json.loads(path.read_text())
     return found
 
 
-def takes_text(choice: dict[str, Any]) -> bool:
+def takes_text(choice: Json) -> bool:
     """Whether ``--calibrate`` makes other codes of a ``codec`` or for ``resident`` weights."""
     return choice.get("codec") == "lut" or choice.get("resident") == "mixed"
 
@@ -30,7 +30,7 @@ def expected(codec: str, bits: str, resident: str, calibrated: bool) -> float | 
     return None if experts is None or others is None else experts + others
 
 
-def _alone(choice: dict[str, Any], calibrated: bool) -> float | None:
+def _alone(choice: Json, calibrated: bool) -> float | None:
     wanted = choice | {"calibrated": calibrated and takes_text(choice)}
     found = (row for row in measured()["rows"] if wanted.items() <= row.items())
     return next((row["kl_divergence"] for row in found), None)

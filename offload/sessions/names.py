@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from slotmoe.errors import ConfigError
-from slotmoe.jsonfile import TEXT, Kind, ListOf, check, integer, one_of, read_json
+from slotmoe.jsonfile import TEXT, Json, Kind, ListOf, check, integer, one_of, read_json
 from slotmoe.offload.sessions.blocks import (
     BlockFolder,
     chain,
@@ -166,7 +165,7 @@ def _load(path: Path) -> Saved:
     return Saved(bytes.fromhex(values["root"]), tokens, **rest)
 
 
-def _checksum(values: dict[str, Any]) -> str:
+def _checksum(values: Json) -> str:
     rest = {key: value for key, value in values.items() if key != "checksum"}
     return checksum(json.dumps(rest, sort_keys=True).encode())
 

@@ -21,13 +21,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.model.config import Config
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.experts import Route
@@ -279,7 +279,7 @@ def calibrate(
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Json:
     """Train a predictor for the export in ``folder`` on text files and put it there.
 
     Returns what was reached on the text kept back: ``tokens`` (trained on), ``held_back`` (tokens),

@@ -25,12 +25,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slotmoe.errors import CheckpointError, ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.source import read_model
@@ -146,7 +147,7 @@ class Totals:
         for name in vars(self):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def report(self, compared: bool) -> dict[str, Any]:
+    def report(self, compared: bool) -> Json:
         """The figures, under the names that ``slotmoe eval --json`` gives them."""
         report = {"tokens": self.tokens, "bytes": self.bytes, **_likelihood("", self.nll, self)}
         if compared:
@@ -170,7 +171,7 @@ class Evaluation:
     reference: Runtime | None = None
     keep: int = 10
     files: dict[Path, Totals] = field(default_factory=dict)
-    _worst: list[dict[str, Any]] = field(default_factory=list)
+    _worst: list[Json] = field(default_factory=list)
 
     def run(self, text: Text, windows: Iterable[Window]) -> Iterator[int]:
         """Score one text; yields how many bytes of it are done, again and again."""
@@ -234,7 +235,7 @@ class Evaluation:
             self._worst.sort(key=lambda entry: entry["kl_divergence"], reverse=True)
             del self._worst[self.keep :]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Json:
         """All texts together, then ``files`` one by one and, with a reference, ``worst_tokens``,
         the worst first."""
         total, compared = Totals(), self.reference is not None

@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from slotmoe.jsonfile import Json
 
 THREADS = 8  # reads in flight on a drive
 _WEIGHT = 0.1  # of the latest piece in a drive's pace
@@ -61,7 +62,7 @@ class Drive:
         """Seconds that it takes for a piece, as far as is known."""
         return self._pace * math.pow(0.5, (now - self._used) / _FORGET_SECONDS)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         counts = {"bytes": self.meter.bytes, "seconds": self.meter.seconds}
         return {"folder": str(self.folder), **counts, "failed": self.failed}
 

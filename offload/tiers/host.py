@@ -14,11 +14,12 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from slotmoe.errors import DeviceError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import LENT
 from slotmoe.offload.policy.cache import Cache
 from slotmoe.offload.tiers.device import Device, Event
@@ -154,7 +155,7 @@ class HostTier(DiskReader):
         link = self.copy_seconds / self.bytes_copied if self.bytes_copied else 0.0
         return 1 / (from_disk / super().bandwidth() + link + 1e-12)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """Those of the disk, and ``host``: bytes copied to the GPU and seconds that copies took,
         bytes of records that the CPU computed with, hits and misses in RAM, and whether it is
         page-locked as far as it is filled."""

@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotmoe.border import Decoder, Geometry, Layer, Router
 from slotmoe.quant.codec import TILE
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import PROJECTIONS, RecordLayout
 from slotmoe.quant.int8 import Int8Weight
+from slotmoe.quant.kernels.cpu.weights import Matrix
 from slotmoe.quant.weights import Weight, dequantize, map_tensors, rows
 
+Prepared = Weight | Matrix  # a matrix is bound for native calls
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _SLICE = 1 << 22  # weights dequantized at once, so that no temporary grows with a matrix
 
@@ -47,6 +50,17 @@ class SlotTable(NamedTuple):
     records: Records
     slots_ME: Tensor
     complete: bool
+
+    def having(self, slots_ME: Tensor) -> "SlotTable":
+        """The table of other layers in the same records."""
+        return self._replace(slots_ME=slots_ME, complete=False)
+
+
+def unbound(weight: Prepared) -> Weight:
+    """Raises ``TypeError`` for a weight that was prepared for another backend."""
+    if isinstance(weight, Matrix):
+        raise TypeError("a tiled matrix is for the native kernels alone")
+    return weight
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -84,15 +98,14 @@ class TorchBackend:
         """Seconds spent in each kernel while this is open; none in torch's own operations."""
         return nullcontext({})
 
-    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Weight:
+    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
         """A copy of the weight in the form that these ops want to multiply with, in memory from
         ``empty(shape, dtype)``; ``role`` as in ``slotmoe.quant.shapes``."""
 
         def copy(tensor: Tensor) -> Tensor:
             return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
-        copied: Weight = map_tensors(weight, copy)
-        return copied
+        return map_tensors(weight, copy)
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes a second, median of 5, at which all threads read present ``memory``, uint8."""
@@ -106,15 +119,15 @@ class TorchBackend:
     def _read(self, memory: Tensor) -> None:
         memory[: memory.nbytes // 8 * 8].view(torch.int64).sum()
 
-    def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
+    def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         """``x @ weight.T``, float32 [T, N]."""
-        x_TK = x_TK.to(self.compute)
-        N, K = weight.shape
+        x_TK, plain = x_TK.to(self.compute), unbound(weight)
+        N, K = plain.shape
         step = max(TILE, _SLICE // K // TILE * TILE)
         y_TN = torch.empty(len(x_TK), N, dtype=torch.float32, device=x_TK.device)
         for start in range(0, N, step):
             stop = min(start + step, N)
-            slice_NK = dequantize(rows(weight, start, stop)).to(self.compute)
+            slice_NK = dequantize(rows(plain, start, stop)).to(self.compute)
             y_TN[:, start:stop] = F.linear(x_TK, slice_NK)
         return y_TN
 
@@ -122,12 +135,14 @@ class TorchBackend:
         """Root-mean-square norm over the last dimension, float32 [T, D]."""
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
-    def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
+    def mlp(
+        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
+    ) -> Tensor:
         """``down(silu(gate(x)) * up(x))``, float32 [T, D]."""
         gate_TI, up_TI = self.linear(x_TD, gate_proj), self.linear(x_TD, up_proj)
         return self.linear(F.silu(gate_TI) * up_TI, down_proj)
 
-    def embed(self, ids_T: Tensor, weight: Weight) -> Tensor:
+    def embed(self, ids_T: Tensor, weight: Prepared) -> Tensor:
         """Rows ``ids`` of the table, float32 [T, D]."""
         if isinstance(weight, Int8Weight):
             return weight.q[ids_T].float() * weight.scale[ids_T, None]
@@ -144,19 +159,19 @@ class TorchBackend:
         pairs = torch.view_as_complex(x_THP.contiguous().view(*x_THP.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table_TC[:, None]).flatten(-2)
 
-    def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
+    def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
         """Each head's query times its first N rows of kv_b [H (N + V), R]: float32 [T, H, R]."""
         _, H, N = q_THN.shape
-        heads_HXR = dequantize(kv_b).view(H, -1, kv_b.shape[1])
+        heads_HXR = dequantize(unbound(kv_b)).view(H, -1, kv_b.shape[1])
         return torch.bmm(q_THN.transpose(0, 1), heads_HXR[:, :N]).transpose(0, 1)
 
-    def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
+    def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         """Each head's latent output through its last V rows of ``kv_b``: float32 [T, H, V]."""
         _, H, R = o_THR.shape
-        heads_HXR = dequantize(kv_b).view(H, -1, R)
+        heads_HXR = dequantize(unbound(kv_b)).view(H, -1, R)
         return torch.bmm(o_THR.transpose(0, 1), heads_HXR[:, N:].transpose(1, 2)).transpose(0, 1)
 
-    def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
+    def expand(self, latent_BR: Tensor, kv_b: Prepared) -> Tensor:
         """Keys and values of all heads, float32 [B, H * (N + V)]."""
         return TorchBackend.linear(self, latent_BR, kv_b)
 
@@ -177,19 +192,19 @@ class TorchBackend:
         return None
 
     def route(
-        self, logits_TE: Tensor, router: Any, bias_E: Tensor | None
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """What ``slotmoe.model.routing.route`` gives, or None without a kernel."""
         return None
 
-    def decoder(self, geometry: Any, layers: Sequence[Any]) -> Any:
-        """A runner (``slotmoe.model.network.Runner``) for passes over a few tokens of each
+    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> Decoder | None:
+        """What runs passes over a few tokens of each
         sequence, up to ``rows`` in all, each bitwise what the operations give for it alone; None
         where the network shall run them so."""
         return None
 
     def experts(
-        self, x_TD: Tensor, records: Any, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
+        self, x_TD: Tensor, records: Records, slots_E: Tensor, indices_TK: Tensor, y_TKD: Tensor
     ) -> None:
         """Each token through those of its experts that have a slot: their unweighted outputs, into
         ``y`` (float32 [T, K, D]).
@@ -201,10 +216,21 @@ class TorchBackend:
         output depends on its token and record alone, bitwise; torch's products depend on the number
         of rows in their last bits.
         """
+        self.experts_of(records.weights, x_TD, slots_E, indices_TK, y_TKD)
+
+    def experts_of(
+        self,
+        weights: Callable[[int], Sequence[Prepared]],
+        x_TD: Tensor,
+        slots_E: Tensor,
+        indices_TK: Tensor,
+        y_TKD: Tensor,
+    ) -> None:
+        """``experts`` in plain torch, where ``weights(slot)`` are an expert's three matrices."""
         slots_TK = slots_E[indices_TK]
         for slot in slots_TK[slots_TK >= 0].unique().tolist():
             uses = (slots_TK == slot).nonzero(as_tuple=True)
-            y_TKD[uses] = self.mlp(x_TD[uses[0]], *records.weights(slot))
+            y_TKD[uses] = self.mlp(x_TD[uses[0]], *weights(slot))
 
     def weighted_sum(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
         """``gate_order_sum``, in one launch where these ops have one, float32 [T, D]."""

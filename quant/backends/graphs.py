@@ -9,17 +9,36 @@ from step to step (the position, the sequence's cache) must lie in one.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
-class CudaGraph:
+R = TypeVar("R")
+
+
+class Graph(Protocol[R]):
+    """What a captured function did: ``replay`` does it again, into the same ``outputs``."""
+
+    outputs: R
+
+    def replay(self) -> None: ...
+
+
+class Capturing(Protocol):
+    """Makes graphs, as ``CudaGraphs`` does."""
+
+    def __call__(self, function: Callable[[], R]) -> Graph[R] | None: ...
+
+
+class CudaGraph(Generic[R]):
     """Work on a CUDA device that can be repeated, in the order of the current stream.  ``outputs``
     is what the captured function returned, and ``replay`` repeats the work into it."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any):
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: R):
         self._graph, self.outputs = graph, outputs
 
     def replay(self) -> None:
@@ -40,10 +59,10 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._pool: _POOL_HANDLE | None = None
         self._failed = False
 
-    def __call__(self, function: Callable[[], Any]) -> CudaGraph | None:
+    def __call__(self, function: Callable[[], R]) -> CudaGraph[R] | None:
         """What ``function`` does, as a graph.  It runs at least once and must not make the host
         wait for the device.  None where a capture has failed, which is said once: the work is then
         launched kernel by kernel."""
@@ -66,7 +85,7 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
 
-    def _capture(self, function: Callable[[], Any]) -> CudaGraph:
+    def _capture(self, function: Callable[[], R]) -> CudaGraph[R]:
         graph = torch.cuda.CUDAGraph()
         pool, self._pool = self._pool or torch.cuda.graph_pool_handle(), None
         try:
@@ -83,7 +102,7 @@ class CudaGraphs:
         return CudaGraph(graph, outputs)
 
     @staticmethod
-    def _stop_recording(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    def _stop_recording(graph: torch.cuda.CUDAGraph, pool: "_POOL_HANDLE") -> None:
         """A capture that CUDA has spoiled ends before torch's allocator has stopped recording for
         it, and while it records nothing can be given back.  torch has no public way to stop it."""
         with suppress(RuntimeError):  # it had stopped
@@ -91,11 +110,11 @@ class CudaGraphs:
             CudaGraphs._spoiled.append(graph)
 
 
-class Captured:
+class Captured(Generic[R]):
     """Runs a function of tensors as a captured graph where ``graph`` makes one, and plainly where
     that is None or makes None.
 
-    ``graph`` makes what has the interface of ``CudaGraph``.  ``buffers`` are the inputs that it
+    ``buffers`` are the inputs that it
     reads: an input that lies elsewhere is copied into its buffer first.  The outputs are valid
     until the next call.  Inside another graph's capture, with gradients on, or for inputs of other
     shapes or types than the buffers', the function runs plainly.  A capture runs the function
@@ -107,13 +126,11 @@ class Captured:
 
     capturing = False  # whether a capture is under way
 
-    def __init__(
-        self, buffers: tuple[Tensor, ...], graph: Callable[[Callable[[], Any]], Any] | None
-    ):
+    def __init__(self, buffers: tuple[Tensor, ...], graph: Capturing | None):
         self._buffers, self._make = buffers, graph
-        self._graph: Any = None
+        self._graph: Graph[R] | None = None
 
-    def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+    def __call__(self, function: Callable[..., R], *inputs: Tensor) -> R:
         possible = not (Captured.capturing or torch.is_grad_enabled())
         if self._make is None or not possible or not self._fit(inputs):
             return function(*inputs)

@@ -7,13 +7,15 @@ kv_lora_rank, P qk_rope_head_dim.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from slotmoe.quant.backends.base import Empty, Records, TorchBackend, new
+from slotmoe.border import Experts, Geometry, Layer, Pending, Step
+from slotmoe.border import Mlp as Weights
+from slotmoe.border import Router as Routing
+from slotmoe.quant.backends.base import Empty, Prepared, Records, SlotTable, TorchBackend, new
 from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.int8 import Int8Weight
 from slotmoe.quant.kernels.cpu.bindings import Kernels
@@ -26,6 +28,7 @@ from slotmoe.quant.kernels.cpu.weights import (
     Router,
 )
 from slotmoe.quant.shapes import latent_bytes
+from slotmoe.quant.weights import Weight
 
 # Whose seconds a native decode call reports.
 _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
@@ -33,7 +36,7 @@ _STAGES = ("attention", "gate", "experts", "shared experts and dense layers")
 
 class NativeDecoder:
     """Runs layers for a few tokens of each sequence, in one native call up to the first layer that
-    lacks an expert.  The interface is that of ``slotmoe.model.network.Runner``.
+    lacks an expert.  See ``slotmoe.border.Decoder``.
 
     Between two calls lie Python, cold caches and a wake-up of the threads, so fewer and larger
     calls are faster.  Each gives bitwise what the single operations give.
@@ -51,9 +54,10 @@ class NativeDecoder:
         self._native, self._decoder, self._layers = native, decoder, layers
         self._record = record
 
-    def run_layers(self, step: Any, experts: Any) -> tuple[int, Tensor, Tensor, Tensor] | None:
-        """See ``slotmoe.model.network.Runner``."""
+    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
+        """See ``slotmoe.border.Runner``."""
         table = experts.slot_table()
+        assert isinstance(table, SlotTable)
         owners = [*zip(step.caches, step.counts, strict=True)]
         for cache, count in owners:
             cache.extend(step.layer, count)
@@ -78,7 +82,7 @@ class NativeDecoder:
         if not waits:
             return None
         step.x_TD = done.x[-1]
-        return done.layer, done.x[-1], done.weights, done.indices[-1]
+        return Pending(done.layer, done.x[-1], done.weights, done.indices[-1])
 
 
 class NativeBackend(TorchBackend):
@@ -103,7 +107,7 @@ class NativeBackend(TorchBackend):
     def timing(self) -> AbstractContextManager[dict[str, float]]:
         return self._native.timing()
 
-    def prepare(self, role: str, weight: Any, empty: Empty = new) -> Any:
+    def prepare(self, role: str, weight: Weight, empty: Empty = new) -> Prepared:
         """int8 and codes are bound for native calls; ``embedding`` and ``absorbed`` stay as is."""
         if isinstance(weight, Int8Weight) and role not in ("embedding", "absorbed"):
             return self._native.tile_int8(weight, empty)
@@ -113,7 +117,7 @@ class NativeBackend(TorchBackend):
     def _read(self, memory: Tensor) -> None:
         self._native.read(memory)
 
-    def linear(self, x_TK: Tensor, weight: Any) -> Tensor:
+    def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         if isinstance(weight, Int8Weight):  # row-major: an embedding table that is the head too
             return super().linear(x_TK, weight)
         return self._native.linear(_matrix(weight), x_TK.contiguous())
@@ -121,7 +125,9 @@ class NativeBackend(TorchBackend):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._native.rms_norm(x_TD.contiguous(), weight_D, eps)
 
-    def mlp(self, x_TD: Tensor, gate_proj: Any, up_proj: Any, down_proj: Any) -> Tensor:
+    def mlp(
+        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
+    ) -> Tensor:
         mlp = _mlp(gate_proj, up_proj, down_proj)
         if mlp is None:
             return super().mlp(x_TD, gate_proj, up_proj, down_proj)
@@ -130,12 +136,12 @@ class NativeBackend(TorchBackend):
     def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor:
         return self._native.rotate(x_THP.contiguous(), table_TC, halves)
 
-    def absorb_query(self, q_THN: Tensor, kv_b: Any) -> Tensor:
+    def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
         if isinstance(kv_b, Int8Weight):
             return self._native.absorb_query(q_THN.contiguous(), kv_b)
         return super().absorb_query(q_THN, kv_b)
 
-    def absorb_value(self, o_THR: Tensor, kv_b: Any, N: int) -> Tensor:
+    def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         if isinstance(kv_b, Int8Weight):
             return self._native.absorb_value(o_THR, kv_b, N)
         return super().absorb_value(o_THR, kv_b, N)
@@ -149,13 +155,17 @@ class NativeBackend(TorchBackend):
     def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None:
         return self._native.mla(q_THW.contiguous(), rows_SX, len(rows_SX), R, scale)
 
-    def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, logits_TE: Tensor, router: Routing, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return self._native.route(logits_TE.contiguous(), Router(*router), bias_E)
 
-    def decoder(self, geometry: Any, layers: Sequence[Any]) -> NativeDecoder | None:
-        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  None where the native
+    def decoder(
+        self, geometry: Geometry, layers: Sequence[Layer[Prepared]]
+    ) -> NativeDecoder | None:
+        """None where the native
         call does not compute as the single operations do: ``kv_b_proj`` or an MLP in bf16."""
-        mlps = [None if layer.mlp is None else _mlp(*layer.mlp) for layer in layers]
+        mlps = [None if layer.mlp is None else _bound(layer.mlp) for layer in layers]
         for layer, mlp in zip(layers, mlps, strict=True):
             if not isinstance(layer.kv_b_proj, Int8Weight) or (mlp is None) != (layer.mlp is None):
                 return None
@@ -182,14 +192,17 @@ class NativeBackend(TorchBackend):
         return self._native.weighted_sum(y_TKD, weights_TK.contiguous())
 
 
-def _matrix(weight: Any) -> Matrix:
+def _matrix(weight: Prepared | None) -> Matrix:
     """A tensor, coded or prepared weight bound for native calls."""
     if isinstance(weight, CodedWeight):
         return Matrix.of_codes(weight)
-    return weight if isinstance(weight, Matrix) else Matrix.dense(weight)
+    if isinstance(weight, Tensor):
+        return Matrix.dense(weight)
+    assert isinstance(weight, Matrix)
+    return weight
 
 
-def _mlp(*weights: Any) -> Mlp | None:
+def _mlp(*weights: Prepared) -> Mlp | None:
     """Gate, up and down bound for native calls; None unless all are tiled int8, or all of one
     codec."""
     matrices = [_matrix(weight) for weight in weights if not isinstance(weight, Int8Weight)]
@@ -197,7 +210,12 @@ def _mlp(*weights: Any) -> Mlp | None:
     return Mlp(*matrices) if alike and matrices[0].coded else None
 
 
-def _attention(geometry: Any, layer: Any) -> AttentionLayer:
+def _bound(mlp: Weights[Prepared]) -> Mlp | None:
+    return _mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _attention(geometry: Geometry, layer: Layer[Prepared]) -> AttentionLayer:
+    assert isinstance(layer.kv_b_proj, Int8Weight)
     return AttentionLayer(
         geometry[:5],
         layer.input_layernorm,

@@ -18,8 +18,9 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from slotmoe.quant.backends.base import Records, TorchBackend
-from slotmoe.quant.backends.graphs import CudaGraphs
+from slotmoe.border import Geometry, Layer, Mlp, Router
+from slotmoe.quant.backends.base import Prepared, Records, TorchBackend
+from slotmoe.quant.backends.graphs import Capturing, CudaGraphs
 from slotmoe.quant.backends.triton_decoder import (
     DENSE,
     INT8,
@@ -32,7 +33,6 @@ from slotmoe.quant.backends.triton_decoder import (
 )
 from slotmoe.quant.codec import KINDS, TILE
 from slotmoe.quant.kernels.triton import mla, rows, tiles
-from slotmoe.quant.weights import Weight
 
 # Triton 3.9 warns that its default will change; this is the present one.
 environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -56,8 +56,10 @@ class Shared(NamedTuple):
     down: Operand
 
     @classmethod
-    def of(cls, mlp: Any) -> "Shared":
-        return cls(mlp.gate_proj.shape[0], *map(operand, mlp))
+    def of(cls, mlp: Mlp[Prepared]) -> "Shared":
+        return cls(
+            mlp.gate_proj.shape[0], *map(operand, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        )
 
 
 _NOTHING: Any = None
@@ -76,16 +78,16 @@ class TritonBackend(TorchBackend):
         self.name = "triton, interpreted" if self.interpreted else "triton"
         self._sums: dict[int, Tensor] = {}
         self._shared: Shared | None = None
-        self.graph: Any = CudaGraphs() if device.type == "cuda" else None
+        self.graph: Capturing | None = CudaGraphs() if device.type == "cuda" else None
 
     # One token.
 
     def row(
         self,
         x_1K: Tensor,
-        weight: Weight,
+        weight: Prepared,
         out: Tensor,
-        second: Weight | None = None,
+        second: Prepared | None = None,
         norm: tuple[Tensor, float] | None = None,
         add: Tensor | None = None,
     ) -> Tensor:
@@ -108,7 +110,7 @@ class TritonBackend(TorchBackend):
         return out
 
     def row_gate_up(
-        self, x_1D: Tensor, gate_proj: Weight, up_proj: Weight, out_1I: Tensor
+        self, x_1D: Tensor, gate_proj: Prepared, up_proj: Prepared, out_1I: Tensor
     ) -> Tensor:
         """``silu(gate(x)) * up(x)`` of one row; both weights of one kind."""
         gate, up = operand(gate_proj), operand(up_proj)
@@ -121,7 +123,7 @@ class TritonBackend(TorchBackend):
 
     # Any number of tokens.
 
-    def linear(self, x_TK: Tensor, weight: Weight) -> Tensor:
+    def linear(self, x_TK: Tensor, weight: Prepared) -> Tensor:
         kind, data, scale, levels = operand(weight)
         T, (N, K) = len(x_TK), weight.shape
         if kind == DENSE and T != 1:
@@ -135,7 +137,9 @@ class TritonBackend(TorchBackend):
         )
         return y_TN
 
-    def mlp(self, x_TD: Tensor, gate_proj: Weight, up_proj: Weight, down_proj: Weight) -> Tensor:
+    def mlp(
+        self, x_TD: Tensor, gate_proj: Prepared, up_proj: Prepared, down_proj: Prepared
+    ) -> Tensor:
         gate, up = operand(gate_proj), operand(up_proj)
         T, (N, K) = len(x_TD), gate_proj.shape
         if gate.kind != up.kind or (gate.kind == DENSE and T != 1):
@@ -152,17 +156,17 @@ class TritonBackend(TorchBackend):
         )  # fmt: skip
         return self.linear(h_TN, down_proj)
 
-    def _tile(self, T: int) -> dict[str, Any]:
+    def _tile(self, T: int) -> dict[str, int]:
         """Options of a kernel for ``T`` tokens."""
         BM = 16 if T <= 16 else _BM
         return {"BM": BM, "BN": _BN, "WIDEN": self.interpreted, "num_warps": max(4, BM // 8)}
 
-    def expand(self, latent_BR: Tensor, kv_b: Weight) -> Tensor:
+    def expand(self, latent_BR: Tensor, kv_b: Prepared) -> Tensor:
         return self.linear(latent_BR, kv_b)
 
     # Attention.
 
-    def absorb_query(self, q_THN: Tensor, kv_b: Weight) -> Tensor:
+    def absorb_query(self, q_THN: Tensor, kv_b: Prepared) -> Tensor:
         T, H, N = q_THN.shape
         _, data, scale, _ = operand(kv_b)
         R, BR = kv_b.shape[1], 64
@@ -173,7 +177,7 @@ class TritonBackend(TorchBackend):
         )  # fmt: skip
         return y_THR
 
-    def absorb_value(self, o_THR: Tensor, kv_b: Weight, N: int) -> Tensor:
+    def absorb_value(self, o_THR: Tensor, kv_b: Prepared, N: int) -> Tensor:
         T, H, R = o_THR.shape
         _, data, scale, _ = operand(kv_b)
         V, BV = kv_b.shape[0] // H - N, 16
@@ -200,8 +204,8 @@ class TritonBackend(TorchBackend):
         mla.combine[(H, T)](part, best, total, S, y_THR, T, H, R, LATENT=power(R))
         return y_THR
 
-    def decoder(self, geometry: Any, layers: Sequence[Any]) -> TritonDecoder:
-        """``geometry`` and ``layers`` are those of ``slotmoe.model.layers``.  From now on
+    def decoder(self, geometry: Geometry, layers: Sequence[Layer[Prepared]]) -> TritonDecoder:
+        """From now on
         ``experts`` launches for one token the kernels that the decoder launches for these layers,
         whose shared experts are of one kind."""
         mlps = [layer.mlp for layer in layers if layer.gate is not None and layer.mlp is not None]
@@ -210,7 +214,9 @@ class TritonBackend(TorchBackend):
 
     # Routed experts.
 
-    def route(self, logits_TE: Tensor, router: Any, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def route(
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         T, E = logits_TE.shape
         choice = _choice(T, router.top_k, logits_TE.device)
         sizes, constants = _router(router, E, bias_E)
@@ -223,7 +229,7 @@ class TritonBackend(TorchBackend):
         norm: tuple[Tensor, float],
         normed_1D: Tensor,
         weight_ED: Tensor,
-        router: Any,
+        router: Router,
         bias_E: Tensor | None,
         logits_1E: Tensor,
         finished_1: Tensor,
@@ -248,7 +254,7 @@ class TritonBackend(TorchBackend):
         else:
             self._experts_by_groups(*given)
 
-    def end_layer(self, routed: Routed, mlp: Any, ending: Ending) -> None:
+    def end_layer(self, routed: Routed, mlp: Mlp[Prepared] | None, ending: Ending) -> None:
         """One token's experts of a layer, and what comes behind them.  The bits are the same
         whether the routed ones are computed here or were before."""
         self._launch_experts(routed, None if mlp is None else Shared.of(mlp), ending)
@@ -333,7 +339,9 @@ def _choice(T: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty(T, K, device=device), torch.empty(T, K, dtype=torch.int64, device=device)
 
 
-def _router(router: Any, E: int, bias_E: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _router(
+    router: Router, E: int, bias_E: Tensor | None
+) -> tuple[tuple[int, int, int, int, float], dict[str, int]]:
     """What the router's kernels take behind their tensors."""
     groups, kept, top_k, factor, normalized, group_best, sigmoid = router
     kind = {"SIGMOID": sigmoid, "BIASED": bias_E is not None, "GROUP_BEST": group_best}
@@ -341,7 +349,7 @@ def _router(router: Any, E: int, bias_E: Tensor | None) -> tuple[tuple[Any, ...]
     return (E, top_k, groups, kept, factor), {**kind, "RENORM": normalized, **blocks}
 
 
-def _options(kind: int, shared: int) -> dict[str, Any]:
+def _options(kind: int, shared: int) -> dict[str, int]:
     """Of a kernel for routed experts of a kind and a shared one, with the same share of what is not
     coded for a thread as that would have alone."""
     columns = 512 * WARPS[kind] // WARPS.get(shared, 4)

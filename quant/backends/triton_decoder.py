@@ -20,7 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
-from slotmoe.quant.backends.base import SlotTable
+from slotmoe.border import Cache, Experts, Geometry, Layer, Pending, Step
+from slotmoe.quant.backends.base import Prepared, Records, SlotTable, unbound
 from slotmoe.quant.backends.graphs import Captured
 from slotmoe.quant.codec import TILE
 from slotmoe.quant.coded import CodedWeight
@@ -39,15 +40,15 @@ class Operand(NamedTuple):
     levels: Tensor | None
 
 
-def operand(weight: Any) -> Operand:
+def operand(weight: Prepared) -> Operand:
     """Raises ``TypeError`` for a weight that was prepared for another backend."""
     if isinstance(weight, Int8Weight):
         return Operand(INT8, weight.q, weight.scale, None)
     if isinstance(weight, CodedWeight):
         return Operand(weight.kind, weight.codes, weight.scales, weight.levels)
-    if isinstance(weight, Tensor):
-        return Operand(DENSE, weight, None, None)
-    raise TypeError("a tiled matrix is for the native kernels alone")
+    plain = unbound(weight)
+    assert isinstance(plain, Tensor)
+    return Operand(DENSE, plain, None, None)
 
 
 def power(n: int) -> int:
@@ -68,7 +69,7 @@ class Routed(NamedTuple):
     outputs go.  Without ``slots`` they were computed before: ``y`` is their sum, [1, 1, D]."""
 
     x_1D: Tensor
-    records: Any
+    records: Records
     slots_E: Tensor | None
     indices_1K: Tensor
     y_1KD: Tensor
@@ -92,7 +93,7 @@ class Workspace:
     graph that begins behind one of them ends in the other.
     """
 
-    def __init__(self, device: torch.device, hidden: int, geometry: Any):
+    def __init__(self, device: torch.device, hidden: int, geometry: Geometry):
         (H, _, P, R, V), router = geometry[:5], geometry.router
         self._device = device
         self.embedded_1D, self.h_1D = self.empty(1, hidden), self.empty(1, hidden)
@@ -118,7 +119,7 @@ class Workspace:
             self._scratch[name, width] = self.empty(1, width)
         return self._scratch[name, width]
 
-    def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Any) -> None:
+    def begin(self, rope_1C: Tensor, query_scale_1: Tensor | None, cache: Cache) -> None:
         """A step at the end of ``cache``, float16, begins.  Values change by kernels, never by
         copies from the host."""
         if query_scale_1 is not None:
@@ -130,32 +131,27 @@ class Workspace:
         self.location[1].fill_(layers_LSW.data_ptr())
 
 
-class Choice(NamedTuple):
-    """A layer that waits for its routed experts, as ``slotmoe.model.layers.Pending``."""
-
-    layer: int
-    x_1D: Tensor
-    weights_1K: Tensor
-    indices_1K: Tensor
+Gone = tuple[Pending | None, Tensor, Tensor | None]
+"""What a graph leaves: see ``TritonDecoder._go``."""
 
 
 class TritonDecoder:
-    """Runs layers for one token of one sequence; the interface is that of
-    ``slotmoe.model.network.Runner``.  Results last until the next call."""
+    """Runs layers for one token of one sequence; see
+    ``slotmoe.border.Decoder``.  Results last until the next call."""
 
     rows = 1  # buffers are one token's
 
-    def __init__(self, backend: Any, geometry: Any, layers: Sequence[Any]):
+    def __init__(self, backend: Any, geometry: Geometry, layers: Sequence[Layer[Prepared]]):
         norm = layers[0].input_layernorm
         self._workspace = Workspace(norm.device, len(norm), geometry)
         self._layers = [_Layer(backend, self._workspace, geometry, layer) for layer in layers]
         self._backend, self._sum_1D = backend, backend.sum_1D(len(norm), norm.device)
         # By the first layer, whether all are in it, and the bytes of a layer in the latent cache.
-        self._graphs: dict[tuple[int, bool, int], Captured] = {}
-        self._records: Any = None
+        self._graphs: dict[tuple[int, bool, int], Captured[Gone]] = {}
+        self._records: Records | None = None
 
-    def run_layers(self, step: Any, experts: Any) -> Choice | None:
-        """See ``slotmoe.model.network.Runner``."""
+    def run_layers(self, step: Step, experts: Experts) -> Pending | None:
+        """See ``slotmoe.border.Runner``."""
         (cache,) = step.caches
         first, layer_bytes = step.layer + (step.x_TD is not None), cache.layers[0].nbytes
         given_1D, table = step.routed_TD, None
@@ -164,21 +160,23 @@ class TritonDecoder:
             self._workspace.begin(step.rope_TC, step.query_scale_T, cache)
             cache.extend(0, 1)
             shown = experts.slot_table()
+            assert isinstance(shown, SlotTable)
             self._records, table = shown.records, shown if shown.complete else None
+        assert given_1D is not None
         function = partial(self._go, first, layer_bytes, table)
         where = first, table is not None, layer_bytes
         choice, h_1D, indices = self._graph(*where)(function, given_1D)
         step.timer.mark("captured layers")
         step.routed_TD = None
         if choice is not None:
-            step.layer, step.x_TD = choice.layer, choice.x_1D
-            return choice  # type: ignore[no-any-return]
+            step.layer, step.x_TD = choice.layer, choice.x_TD
+            return choice
         step.layer, step.x_TD, step.h_TD = len(self._layers), None, h_1D
         if indices is not None:
             experts.passed(0, indices, None)
         return None
 
-    def _graph(self, first: int, whole: bool, layer_bytes: int) -> Captured:
+    def _graph(self, first: int, whole: bool, layer_bytes: int) -> Captured[Gone]:
         """It serves all caches whose layers have ``layer_bytes`` each and keeps the addresses of
         all that it has touched, the slot table's too."""
         where = first, whole, layer_bytes
@@ -188,9 +186,7 @@ class TritonDecoder:
             self._graphs[where] = Captured((given_1D,), self._backend.graph)
         return self._graphs[where]
 
-    def _go(
-        self, first: int, layer_bytes: int, table: SlotTable | None, given_1D: Tensor
-    ) -> tuple[Choice | None, Tensor, Tensor | None]:
+    def _go(self, first: int, layer_bytes: int, table: SlotTable | None, given_1D: Tensor) -> Gone:
         """From layer ``first`` on to the next choice of experts, or with a complete ``table`` to
         the end: the choice if it stops there, the residual stream, and all choices [M, 1, K] if it
         went by the table.  ``given`` is the residual stream before the first layer, else the sum of
@@ -204,7 +200,7 @@ class TritonDecoder:
             if choice is None:
                 h_1D = layer.end(after, None, self._records)
             elif table is None:
-                return Choice(index, after.x_1D, *choice), h_1D, None
+                return Pending(index, after.x_1D, *choice), h_1D, None
             else:
                 slots_E = table.slots_ME[len(chosen)]
                 h_1D = layer.experts(after, table.records, slots_E, *choice)
@@ -215,7 +211,9 @@ class TritonDecoder:
 class _Layer:
     """A layer's weights bound to the workspace."""
 
-    def __init__(self, backend: Any, workspace: Workspace, geometry: Any, layer: Any):
+    def __init__(
+        self, backend: Any, workspace: Workspace, geometry: Geometry, layer: Layer[Prepared]
+    ):
         self._backend, self._workspace, self._layer = backend, workspace, layer
         self._geometry, self._sizes = geometry, geometry[:5]
         self.is_moe = layer.gate is not None
@@ -228,10 +226,12 @@ class _Layer:
         width, latent_width = H * (N + P), R + P
         norm = layer.input_layernorm, self._geometry.eps
         if layer.q_a_proj is None:
+            assert layer.q_proj is not None
             both = workspace.scratch("both", width + latent_width)
             q = row(h_1D, layer.q_proj, both, layer.kv_a_proj, norm)
             latent = q[:, width:]
         else:
+            assert layer.q_b_proj is not None and layer.q_a_layernorm is not None
             Q = layer.q_a_proj.shape[0]
             low = workspace.scratch("low", Q + latent_width)
             row(h_1D, layer.q_a_proj, low, layer.kv_a_proj, norm)
@@ -250,21 +250,28 @@ class _Layer:
         )
         return choice
 
-    def end(self, place: Place, y_1D: Tensor | None, records: Any) -> Tensor:
+    def end(self, place: Place, y_1D: Tensor | None, records: Records | None) -> Tensor:
         """``h + (y + mlp(x))``, ``y`` being the routed experts' sum, None in a dense layer."""
         workspace, mlp = self._workspace, self._layer.mlp
         if y_1D is None:
+            assert mlp is not None
             act = workspace.scratch("act", mlp.gate_proj.shape[0])
             self._backend.row_gate_up(place.x_1D, mlp.gate_proj, mlp.up_proj, act)
             self._backend.row(act, mlp.down_proj, workspace.h_1D, add=place.h_1D)
             return workspace.h_1D
         if mlp is None:
             return torch.add(place.h_1D, y_1D, out=workspace.h_1D)
+        assert records is not None
         computed = Routed(place.x_1D, records, None, workspace.no_choice_1K, y_1D[None])
         return self._with_experts(place, computed, workspace.one_1)
 
     def experts(
-        self, place: Place, records: Any, slots_E: Tensor, weights_1K: Tensor, indices_1K: Tensor
+        self,
+        place: Place,
+        records: Records,
+        slots_E: Tensor,
+        weights_1K: Tensor,
+        indices_1K: Tensor,
     ) -> Tensor:
         """The same with the routed experts, which all have a slot."""
         y_1KD = torch.empty(*indices_1K.shape, place.h_1D.shape[1], device=slots_E.device)

@@ -1,12 +1,12 @@
 """The codecs that a manifest describes, without torch."""
 
 from dataclasses import replace
-from typing import Any
 
+from slotmoe.jsonfile import Json
 from slotmoe.quant.codec import NF4, Codec, ExpertCodecs
 
 
-def to_version_2(manifest: dict[str, Any]) -> None:
+def to_version_2(manifest: Json) -> None:
     """Say what a manifest of version 1 says in the words of version 2: all its codes were NF4."""
     old = manifest["quantization"]
     codec = replace(NF4, levels=tuple(old.pop("levels")))
@@ -22,7 +22,7 @@ def to_version_2(manifest: dict[str, Any]) -> None:
     }
 
 
-def manifest_codecs(manifest: dict[str, Any]) -> dict[str, Codec]:
+def manifest_codecs(manifest: Json) -> dict[str, Codec]:
     """All codecs of a manifest, by name."""
     table = manifest["quantization"]["codecs"]
     return {
@@ -31,7 +31,7 @@ def manifest_codecs(manifest: dict[str, Any]) -> dict[str, Codec]:
     }
 
 
-def expert_codecs(manifest: dict[str, Any]) -> ExpertCodecs:
+def expert_codecs(manifest: Json) -> ExpertCodecs:
     """The codecs of the experts of a manifest."""
     codecs, names = manifest_codecs(manifest), manifest["quantization"]["experts"]
     return ExpertCodecs(codecs[names["gate_up"]], codecs[names["down"]])

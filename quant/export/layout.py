@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from slotmoe.jsonfile import Json
 from slotmoe.quant.codec import Codec, ExpertCodecs
 from slotmoe.quant.coded import CodedWeight, levels_of
 from slotmoe.quant.shapes import ALIGNMENT, padded_record_bytes, record_bytes
@@ -69,7 +70,7 @@ class Part:
         ``start``."""
         return start + self.offset, start + self.offset + self.nbytes
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """Its dtype and shape, as JSON holds them."""
         return {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
 
@@ -98,7 +99,7 @@ class RecordLayout:
             parts["pad"] = Part(torch.uint8, (pad,))
         self.parts = _in_a_row(parts)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """The parts as the manifest holds them."""
         return {
             name: {"offset": part.offset, "bytes": part.nbytes, "shape": list(part.shape)}
@@ -210,16 +211,16 @@ def layer_parts(layer: int, experts: int, layout: RecordLayout) -> dict[str, Par
     return parts
 
 
-def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> dict[str, Any]:
+def describe_tensors(parts: dict[str, Part], checksums: dict[str, str]) -> Json:
     """The tensors of a file as the manifest holds them."""
     return {name: part.describe() | {"checksum": checksums[name]} for name, part in parts.items()}
 
 
-def part_of(item: dict[str, Any]) -> Part:
+def part_of(item: Json) -> Part:
     """A tensor of ``describe_tensors``."""
     return Part(DTYPES[item["dtype"]], tuple(item["shape"]))
 
 
-def tensor_parts(entry: dict[str, Any]) -> dict[str, Part]:
+def tensor_parts(entry: Json) -> dict[str, Part]:
     """The tensors of a file's manifest entry and their places, from the data's start."""
     return place({name: part_of(item) for name, item in entry["tensors"].items()})

@@ -4,13 +4,13 @@ import json
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from slotmoe.errors import ExportError
 from slotmoe.jsonfile import (
     TEXT,
+    Json,
     ListOf,
     ObjectOf,
     check,
@@ -101,7 +101,7 @@ _REPORT = {
 }
 
 
-def manifest_checksum(manifest: dict[str, Any]) -> str:
+def manifest_checksum(manifest: Json) -> str:
     """Checksum over every value of the manifest but the checksum itself."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
@@ -117,13 +117,13 @@ def regular_file(folder: Path, name: str) -> Path:
     return path
 
 
-def manifest_layout(manifest: dict[str, Any]) -> RecordLayout:
+def manifest_layout(manifest: Json) -> RecordLayout:
     """Layout of the records that ``manifest`` describes."""
     experts, codecs = manifest["experts"], expert_codecs(manifest)
     return RecordLayout(experts["hidden_size"], experts["moe_intermediate_size"], codecs)
 
 
-def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def unlisted_files(folder: Path, manifest: Json) -> list[str]:
     """Names in the export that its manifest does not list, so that nothing vouches for them.
 
     Hidden files are none of ours.  A killed ``quantize --calibrate`` leaves temporary names and a
@@ -142,13 +142,13 @@ def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     )
 
 
-def refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
+def refuse_unlisted(folder: Path, manifest: Json) -> None:
     """Raise ``ExportError`` for the first of ``unlisted_files``."""
     for name in unlisted_files(folder, manifest):
         raise ExportError(f"{folder / name}: {UNLISTED}; move it away")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Json:
     """The manifest of ``folder``, checked for types and ranges.  Raises ``ExportError``."""
     path = regular_file(folder, MANIFEST)
     if not path.exists():
@@ -181,7 +181,7 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _check_codecs(quantization: dict[str, Any]) -> None:
+def _check_codecs(quantization: Json) -> None:
     """Every codec must be one that readers know, and every name of a codec one of these."""
     for name, item in quantization["codecs"].items():
         bits, block, scales, levels = (item[key] for key in _CODEC)
@@ -201,7 +201,7 @@ def _check_codecs(quantization: dict[str, Any]) -> None:
         _require(name in quantization["codecs"], f"codec {name!r:.40} is not in codecs")
 
 
-def _check_manifest(manifest: dict[str, Any]) -> None:
+def _check_manifest(manifest: Json) -> None:
     """Raise unless the manifest has the structure that readers rely on."""
     check(manifest, _MANIFEST)
     quantization, experts, files = manifest["quantization"], manifest["experts"], manifest["files"]
@@ -229,7 +229,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         _require(stated == whole, f"the {stated} bytes of {name} do not hold what it should")
 
 
-def _check_experts(manifest: dict[str, Any]) -> None:
+def _check_experts(manifest: Json) -> None:
     experts, layout = manifest["experts"], manifest_layout(manifest)
     layers = experts["layers"]
     described = experts["record_bytes"], experts["record"]
@@ -243,7 +243,7 @@ def _check_experts(manifest: dict[str, Any]) -> None:
         _require(layer.isdecimal() and origin in layers, "linked_layers names an unknown layer")
 
 
-def _check_report(report: dict[str, Any], known: set[str]) -> None:
+def _check_report(report: Json, known: set[str]) -> None:
     """What quantization cost must have the documented keys and possible figures; ``known`` are the
     ways to store a tensor."""
     check(report, _REPORT, "quantization.report")
@@ -259,7 +259,7 @@ def _check_report(report: dict[str, Any], known: set[str]) -> None:
         _require(is_worst, "worst_layer is no layer")
 
 
-def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
+def check_predictor(tensors: Json, experts: Json) -> int:
     """Its tensors must have the dtypes and shapes that the model's geometry and two widths
     prescribe; returns their bytes."""
     L = len(experts["layers"]) - ("mtp_layer" in experts)
@@ -273,7 +273,7 @@ def check_predictor(tensors: dict[str, Any], experts: dict[str, Any]) -> int:
     return _check_tensors("the predictor", tensors, expected)
 
 
-def _check_tensors(of: str, tensors: dict[str, Any], expected: dict[str, Part]) -> int:
+def _check_tensors(of: str, tensors: Json, expected: dict[str, Part]) -> int:
     """Returns the bytes of ``tensors``, which must be as ``expected``."""
     for name, part in expected.items():
         same = name in tensors and part == part_of(tensors[name])
@@ -281,7 +281,7 @@ def _check_tensors(of: str, tensors: dict[str, Any], expected: dict[str, Part]) 
     return sum(part.nbytes for part in expected.values())
 
 
-def _check_resident(tensors: dict[str, Any], manifest: dict[str, Any]) -> int:
+def _check_resident(tensors: Json, manifest: Json) -> int:
     """Every weight must have the tensors, dtypes and shapes that its quantization prescribes:
     kernels trust them.  Returns their bytes."""
     expected: dict[str, Part] = {}

@@ -3,12 +3,12 @@
 import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
 from slotmoe.errors import ExportError
+from slotmoe.jsonfile import Json
 from slotmoe.quant.coded import possible_scales
 from slotmoe.quant.export.layout import COPIED, PROJECTIONS, RecordLayout, tensor_parts
 from slotmoe.quant.export.validate import manifest_layout, regular_file
@@ -42,7 +42,7 @@ def span_checksums(
 
 
 def damaged_files(
-    folder: Path, manifest: dict[str, Any], progress: Callable[[int, int], None]
+    folder: Path, manifest: Json, progress: Callable[[int, int], None]
 ) -> dict[str, str]:
     """What is wrong with each file of the export in ``folder`` that is not as its ``manifest``
     says.  ``progress(done, total)`` is called in bytes of the export."""
@@ -60,9 +60,7 @@ def damaged_files(
     return damaged
 
 
-def _damage(
-    folder: Path, name: str, manifest: dict[str, Any], advance: Callable[[int], None]
-) -> str | None:
+def _damage(folder: Path, name: str, manifest: Json, advance: Callable[[int], None]) -> str | None:
     entry = manifest["files"][name]
     try:
         path = regular_file(folder, name)
@@ -86,7 +84,7 @@ def _damage(
     return f"is damaged in {wrong[0]}{more}"
 
 
-def _impossible_scales(path: Path, entry: dict[str, Any], layout: RecordLayout) -> str | None:
+def _impossible_scales(path: Path, entry: Json, layout: RecordLayout) -> str | None:
     """Which expert of a layer's file has scales that no encoder makes, whatever their checksum."""
     if "records" not in entry:
         return None
@@ -101,7 +99,7 @@ def _impossible_scales(path: Path, entry: dict[str, Any], layout: RecordLayout) 
     return None
 
 
-def _expected_spans(name: str, manifest: dict[str, Any]) -> dict[str, tuple[Span, str]]:
+def _expected_spans(name: str, manifest: Json) -> dict[str, tuple[Span, str]]:
     """The parts of a file by name: where each lies and the checksum that it should have."""
     entry = manifest["files"][name]
     if name in COPIED:

@@ -11,7 +11,7 @@ from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.config import parse_config
 from slotmoe.model.kv_cache import LatentCache
 from slotmoe.model.network import Network
-from slotmoe.model.routing import Router, route
+from slotmoe.model.routing import route, router_of
 from slotmoe.offload.exclusive import Exclusive
 from slotmoe.offload.reference import ResidentExperts
 from slotmoe.offload.runtime import Runtime
@@ -114,11 +114,11 @@ def test_gate_is_limited_to_groups():
         }
     )
     wanted = torch.tensor([[4.0, 0.0, 3.0, 2.9]])  # experts 0, 1 | 2, 3
-    weights, indices = route(wanted, Router.of(config))
+    weights, indices = route(wanted, router_of(config))
     assert indices.tolist() == [[0, 1]]
     torch.testing.assert_close(weights, 4.0 * wanted.softmax(-1)[:, :2])
     greedy = parse_config({**SMALL_GATE, "topk_method": "greedy"})
-    assert route(wanted, Router.of(greedy))[1].tolist() == [[0, 2]]
+    assert route(wanted, router_of(greedy))[1].tolist() == [[0, 2]]
 
 
 SMALL_GATE = {

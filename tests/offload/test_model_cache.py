@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,23 @@ def test_a_known_folder_is_not_read_again(source, made, tmp_path, monkeypatch):
     export = cached_export(source, tmp_path / "cache")
     monkeypatch.setattr(model_cache, "content_key", None)
     assert cached_export(source, tmp_path / "cache") == export
+
+
+def test_two_at_once_make_one_export(source, tmp_path):
+    """The second one is not refused: it waits for the first."""
+    writing, second_came = threading.Event(), threading.Event()
+
+    def slow(done, total):
+        writing.set()
+        assert second_came.wait(30)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(cached_export, source, tmp_path / "cache", slow)
+        assert writing.wait(30)
+        second = cached_export(source, tmp_path / "cache", notify=lambda _: second_came.set())
+        assert first.result() == second
+    made = [path for path in (tmp_path / "cache").iterdir() if (path / "slotmoe.json").exists()]
+    assert made == [second]
 
 
 def test_one_other_byte_makes_another_export(source, made, tmp_path):

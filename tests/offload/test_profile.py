@@ -29,7 +29,7 @@ from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
 from tests.support.bench import benchmark
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import BROWSER, Browser, Tab
 from tests.support.engine import start
 
 ROOT = Path(__file__).parents[2]
@@ -303,28 +303,26 @@ def test_words_of_strangers_stay_words(reported, tmp_path):
 )
 def test_report_in_chromium(reported, tmp_path):
     folder, _, _ = reported
-    with Browser() as browser:
-        browser.open(folder / "report.html")
-        sizes = browser.evaluate(
-            "[...document.images].map(one => one.complete && one.naturalWidth)"
-        )
+    with Browser() as browser, Tab(browser) as tab:
+        tab.open(folder / "report.html")
+        sizes = tab.evaluate("[...document.images].map(one => one.complete && one.naturalWidth)")
         assert len(sizes) == len(CHARTS) - 1
         assert all(size > 600 for size in sizes)
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
             "wider than the window"
         )
-        assert [address for address in browser.requests if not address.startswith("data:")] == [
+        assert [address for address in tab.requests if not address.startswith("data:")] == [
             (folder / "report.html").as_uri()
         ]
-        assert browser.complaints == []
-    # The same eyes see what is wrong in a page that has it.
-    (tmp_path / "bad.html").write_text(
-        "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
-    )
-    with Browser() as browser:
-        browser.open(tmp_path / "bad.html")
-        assert "http://127.0.0.1:9/x.png" in browser.requests
-        assert len(browser.complaints) >= 3
+        assert tab.complaints == []
+        # The same eyes see what is wrong in a page that has it.
+        bad = tmp_path / "bad.html"
+        bad.write_text(
+            "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
+        )
+        tab.open(bad)
+        assert "http://127.0.0.1:9/x.png" in tab.requests
+        assert len(tab.complaints) >= 3
 
 
 def test_predicted_beside_measured_by_tier():

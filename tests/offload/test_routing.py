@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.routing import Router, route
+from slotmoe.model.routing import route, router_of
 from slotmoe.offload.policy.substitutes import WINDOW, RandomSwaps, RouteBudget
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import swap_prices
@@ -118,7 +118,7 @@ def test_weights_are_the_gates_own_after_a_swap(export):
     """What is computed equals the routing rule over the chosen experts."""
     with Runtime.open(export, context=128, threads=1, slots=12, route_budget=1.0) as runtime:
         experts, seen = runtime.model.experts, []
-        original, router = experts.substitution, Router.of(runtime.config)
+        original, router = experts.substitution, router_of(runtime.config)
 
         def watch(row, x_TD, weights_TK, indices_TK, present):
             result = original(row, x_TD, weights_TK, indices_TK, present)

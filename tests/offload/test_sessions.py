@@ -20,7 +20,7 @@ from slotmoe.offload.sequence import Sequence, shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
 from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
-from tests.faults.kills import memory
+from tests.support.disk import memory
 from tests.support.engine import IDS
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE, write_checkpoint

@@ -1,68 +1,103 @@
 """A headless Chromium, if this machine has one, spoken to in its own protocol over a pipe: no
 driver, no download."""
 
-import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-NAMES = (
-    "chromium-headless-shell",
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
+NAMES = "chromium-headless-shell chromium chromium-browser google-chrome chrome"
+BROWSER = next(filter(None, map(shutil.which, NAMES.split())), None)
+OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
+    " --no-first-run --remote-debugging-pipe"
 )
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+# Chromium reads commands from descriptor 3 and answers on 4.
+START = 'exec "$@" 3</dev/fd/{} 4>/dev/fd/{}'
+DEADLINE = 60  # seconds, for anything that is waited for; it says that a test has failed, no more
 
 
 class Browser:
-    """One page.  ``requests`` are the addresses it asked for, ``complaints`` what its console and
-    its scripts said."""
+    """The process.  Its tabs share nothing."""
 
     def __enter__(self):
-        self._profile = tempfile.TemporaryDirectory()
-        ours, theirs = os.pipe(), os.pipe()
-        # Chromium reads commands from descriptor 3 and answers on 4.
-        command = f'exec "$@" 3</dev/fd/{ours[0]} 4>/dev/fd/{theirs[1]}'
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--remote-debugging-pipe",
-        ]
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        theirs, self._to = os.pipe()
+        self._from, answers = os.pipe()
+        command = ["sh", "-c", START.format(theirs, answers), "sh", BROWSER, *OPTIONS.split()]
         self._process = subprocess.Popen(
-            [
-                "sh",
-                "-c",
-                command,
-                "sh",
-                BROWSER,
-                *options,
-                f"--user-data-dir={self._profile.name}",
-                "about:blank",
-            ],
-            pass_fds=(ours[0], theirs[1]),
+            [*command, f"--user-data-dir={self._profile.name}", "about:blank"],
+            pass_fds=(theirs, answers),
             stderr=subprocess.DEVNULL,
         )
-        os.close(ours[0])
-        os.close(theirs[1])
-        self._to, self._from = ours[1], theirs[0]
-        self._number, self._session, self._unread = 0, None, b""
-        self.requests, self.complaints, self._loaded = [], [], False
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
+        os.close(theirs)
+        os.close(answers)
+        self._number, self._unread, self.tabs = 0, b"", {}
+        return self
+
+    def __exit__(self, *_):
+        os.close(self._to)  # Chromium ends with its pipe
+        try:
+            self._process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._from)
+        self._profile.cleanup()
+
+    def call(self, method, session=None, **parameters):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if session:
+            message["sessionId"] = session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self.next()).get("id") != self._number:
+            pass
+        assert "result" in answer, answer
+        return answer["result"]
+
+    def next(self):
+        """The next message of the browser's; a tab hears what is about it."""
+        while b"\0" not in self._unread:
+            assert select.select([self._from], [], [], DEADLINE)[0], "the browser says nothing"
+            data = os.read(self._from, 1 << 20)
+            assert data, "the browser has ended"
+            self._unread += data
+        line, self._unread = self._unread.split(b"\0", 1)
+        message = json.loads(line)
+        if tab := self.tabs.get(message.get("sessionId")):
+            tab.hear(message.get("method"), message.get("params"))
+        return message
+
+
+class Tab:
+    """One page, with a storage of its own.  ``requests`` are the addresses that it asked for,
+    ``complaints`` what its console and its scripts said, ``files`` the downloads that are done."""
+
+    def __init__(self, browser):
+        self._browser = browser
+
+    def __enter__(self):
+        browser, self._loaded = self._browser, None
+        self.requests, self.complaints, self.files = [], [], []
+        self.context = browser.call("Target.createBrowserContext")
+        target = browser.call("Target.createTarget", url="about:blank", **self.context)
+        session = browser.call("Target.attachToTarget", **target, flatten=True)["sessionId"]
+        browser.tabs[session] = self
+        self.call = partial(browser.call, session=session)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
         return self
+
+    def __exit__(self, *_):
+        self._browser.call("Target.disposeBrowserContext", **self.context)
+        self._browser.tabs.clear()
 
     def emulate(self, width, height, colours="light"):
         """A window of that many pixels, and the system's colours, light or dark."""
@@ -71,28 +106,12 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": colours}]
         self.call("Emulation.setEmulatedMedia", features=features)
 
-    def __exit__(self, *_):
-        os.close(self._to)  # Chromium ends with its pipe
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._from)
-        shutil.rmtree(self._profile.name, ignore_errors=True)
-        self._profile.cleanup()
-
     def open(self, path):
-        """Load a file, or an address, and wait until it and a second are over, so that what loads
-        late is seen too."""
-        self._loaded = False
-        self.call(
-            "Page.navigate", url=path if "://" in str(path) else Path(path).absolute().as_uri()
-        )
-        while not self._loaded:
-            self._next()
-        time.sleep(1)
-        self.evaluate("0")  # read what has come meanwhile
+        """Load a file, or an address, with all that it names."""
+        address = path if "://" in str(path) else Path(path).absolute().as_uri()
+        loader = self.call("Page.navigate", url=address)["loaderId"]
+        while self._loaded != loader:
+            self._browser.next()
 
     def evaluate(self, expression):
         """The value of an expression, or of what its promise gives."""
@@ -101,13 +120,18 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait(self, expression, seconds=10):
+    def wait(self, expression):
         """Wait until ``expression`` is true; its value."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + DEADLINE
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, f"never true: {expression}"
-            time.sleep(0.02)
+            time.sleep(0.01)
         return value
+
+    def wait_for_file(self):
+        """Wait until a download is done."""
+        while not self.files:
+            self._browser.next()
 
     def type(self, text):
         self.call("Input.insertText", text=text)
@@ -115,63 +139,31 @@ class Browser:
     def press(self, key, text="", modifiers=0):
         """One key, with the text that it types; ``modifiers`` 1 is Alt, 8 is Shift."""
         code = {"Enter": 13, "Escape": 27, "Tab": 9}.get(key, ord(key[0].upper()))
-        for kind in ("keyDown", "keyUp"):
-            about = {
-                "type": kind,
-                "key": key,
-                "windowsVirtualKeyCode": code,
-                "modifiers": modifiers,
-            }
-            self.call(
-                "Input.dispatchKeyEvent",
-                **about,
-                **({"text": text} if kind == "keyDown" and text else {}),
-            )
+        about = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def click(self, selector):
         """Press and release the mouse in the middle of an element, which is scrolled to."""
-        box = self.evaluate(
+        x, y = self.evaluate(
             f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
             "it.scrollIntoView({block: 'nearest'}); const box = it.getBoundingClientRect();"
             "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
-        where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+        where = {"x": x, "y": y, "button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, **where)
 
-    def screenshot(self):
-        """The whole page, PNG."""
-        return base64.b64decode(
-            self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        )
-
-    def call(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._next()).get("id") != self._number:
-            pass
-        assert "result" in answer, answer
-        return answer["result"]
-
-    def _next(self):
-        while b"\0" not in self._unread:
-            data = os.read(self._from, 1 << 20)
-            assert data, "the browser has ended"
-            self._unread += data
-        line, self._unread = self._unread.split(b"\0", 1)
-        message = json.loads(line)
-        method, parameters = message.get("method"), message.get("params")
+    def hear(self, method, about):
         if method == "Network.requestWillBeSent":
-            self.requests.append(parameters["request"]["url"])
+            self.requests.append(about["request"]["url"])
         elif method == "Log.entryAdded":
-            self.complaints.append(parameters["entry"]["text"])
+            self.complaints.append(about["entry"]["text"])
         elif method == "Runtime.consoleAPICalled":
-            self.complaints.append(str(parameters["args"]))
+            self.complaints.append(str(about["args"]))
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(str(parameters["exceptionDetails"]))
-        elif method == "Page.loadEventFired":
-            self._loaded = True
-        return message
+            self.complaints.append(str(about["exceptionDetails"]))
+        elif method == "Browser.downloadProgress" and about["state"] == "completed":
+            self.files.append(about["guid"])
+        elif method == "Page.lifecycleEvent" and about["name"] == "load":
+            self._loaded = about["loaderId"]

@@ -8,8 +8,11 @@ fixture fails it, so no list of tests has to be kept.
 
 import os
 import sys
+from collections import defaultdict
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -53,8 +56,22 @@ class Guard:
             self.given = None
 
 
+def pytest_addoption(parser):
+    text = "run files, and the tests of each, in the random order of this seed"
+    parser.addoption("--shuffle", type=int, metavar="SEED", help=text)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if (seed := config.getoption("--shuffle")) is not None:
+        chance = Random(seed)
+        of_file = defaultdict(list)
+        for item in items:
+            of_file[item.path].append(item)
+        files = list(of_file.values())
+        for tests in (files, *files):
+            chance.shuffle(tests)
+        items[:] = chain.from_iterable(files)
     for item in items:
         if LEAVES.keys() & set(item.fixturenames):
             item.add_marker("full")

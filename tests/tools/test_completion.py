@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
-# What a person does: sets it up, types the words, and presses Tab.
-TAB = {
-    "bash": """
-{setup}
-COMP_WORDS=({words}) COMP_CWORD={last}
-_slotmoe_completion slotmoe
-printf '%s\\n' "${{COMPREPLY[@]}}"
-""",
+OFFERED = {
+    "pro": ["profile"],
+    "run sample x --max": ["--max-new-tokens"],
+    "run li": ["lite", "lite-export"],
+    "run sam": ["sample"],
+    "plan v2-": ["v2-lite"],
+    "plan v2 --gpu rtx-40": ["rtx-4060", "rtx-4060-ti", "rtx-4070", "rtx-4080", "rtx-4090"],
+    "run sample x --device cu": ["cuda"],
+}
+OPTIONS = {"bash": "--norc", "zsh": "-f", "fish": "--no-config"}
+# What a person does once, and what Tab does behind some words.
+SETUP = {
+    "bash": "{setup}",
     "zsh": """
 autoload -Uz compinit && compinit -u -d "$PWD/zcompdump"
 {setup}
@@ -25,19 +30,21 @@ compadd() {{
     for name; do [[ $name == completions* ]] && print -l -- "${{(@P)name}}"; done
 }}
 _describe() {{ compadd "$@" }}
-words=({words}) CURRENT={position}
-_slotmoe_completion
 """,
-    "fish": """
-{setup}
-complete --do-complete '{line}'
-""",
+    "fish": "{setup}",
+}
+TAB = {
+    "bash": "COMPREPLY=() COMP_WORDS=({words}) COMP_CWORD={last}; _slotmoe_completion slotmoe;"
+    " printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+    "zsh": "words=({words}) CURRENT=$(({last} + 1)); _slotmoe_completion",
+    "fish": "complete --do-complete '{words}'",
 }
 
 
-@pytest.fixture
-def place(tmp_path):
-    """A folder with ``slotmoe`` on the path, models, and other things."""
+@pytest.mark.parametrize("shell", TAB)
+def test_what_a_shell_offers(shell, processes, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} on this machine: scripts/ci-system installs it")
     program = tmp_path / "bin" / "slotmoe"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m slotmoe "$@"\n')
@@ -45,52 +52,20 @@ def place(tmp_path):
     for name, file in (("lite-export", "slotmoe.json"), ("lite", "config.json"), ("lint", "x")):
         (tmp_path / "work" / name).mkdir(parents=True)
         (tmp_path / "work" / name / file).touch()
-    return tmp_path
-
-
-def setup_of(shell):
-    """The line that the page advises to put in the shell's own file."""
-    (line,) = re.findall(rf"\| {shell} \| `([^`]*)` \|", PAGE.read_text())
-    return line.replace("\\|", "|")  # as a table spells it
-
-
-def completed(shell, place, *words):
-    """What the shell offers for the last of the words."""
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
-    words = ["slotmoe", *words]
-    quoted = " ".join(f"'{word}'" for word in words)
-    count = len(words)
-    script = TAB[shell].format(
-        setup=setup_of(shell), words=quoted, last=count - 1, position=count, line=" ".join(words)
-    )
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    options = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[shell]
+    # The line that the page advises to put in the shell's own file, as a table spells it.
+    (setup,) = re.findall(rf"\| {shell} \| `([^`]*)` \|", PAGE.read_text())
+    lines = [SETUP[shell].format(setup=setup.replace("\\|", "|"))]
+    for words in OFFERED:
+        lines.append(TAB[shell].format(words=f"slotmoe {words}", last=len(words.split())))
+        lines.append("echo END")
     done = subprocess.run(
-        [shell, *options, "-c", script],
+        [shell, OPTIONS[shell], "-c", "\n".join(lines)],
         capture_output=True,
         text=True,
-        cwd=place / "work",
-        env=os.environ | {"PATH": path, "HOME": str(place)},
+        cwd=tmp_path / "work",
+        env=os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)},
     )
-    offered = [line.split("\t")[0].partition(":")[0] for line in done.stdout.splitlines()]
     assert done.returncode == 0 and not done.stderr, done.stderr
-    return sorted(filter(None, offered))
-
-
-@pytest.mark.parametrize("shell", TAB)
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        (["pro"], ["profile"]),
-        (["run", "sample", "x", "--max"], ["--max-new-tokens"]),
-        (["run", "li"], ["lite", "lite-export"]),
-        (["run", "sam"], ["sample"]),
-        (["plan", "v2-"], ["v2-lite"]),
-        (["plan", "v2", "--gpu", "rtx-40"], ["rtx-4060", "rtx-4060-ti", "rtx-4070", "rtx-4080",
-                                             "rtx-4090"]),
-        (["run", "sample", "x", "--device", "cu"], ["cuda"]),
-    ],
-)  # fmt: skip
-def test_what_a_shell_offers(shell, words, offered, place):
-    assert completed(shell, place, *words) == offered
+    answers = done.stdout.split("END\n")[:-1]
+    names = [re.findall(r"(?m)^([^\t:\n]+)", answer) for answer in answers]
+    assert dict(zip(OFFERED, map(sorted, names), strict=True)) == OFFERED

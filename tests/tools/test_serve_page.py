@@ -9,84 +9,103 @@ import pytest
 
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.chat.conversation import Conversation
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import Tab
 from tests.support.served import Served
 
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
-)
-
-ANSWERED = "chat.messages.length === {} && !stopper"
-# Answers with the given deltas, piece by piece, in place of the server; null never comes.
+# Answers with the given deltas, piece by piece, in place of the server.  What follows null never
+# comes, and false breaks the connection off.
 SCRIPT = """
 window.serverFetch ??= window.fetch;
-window.fetch = (address, options) => {
+window.fetch = async (address, options) => {
   if (!address.startsWith("/v1/")) return serverFetch(address, options);
   window.sent = JSON.parse(options.body);
-  const deltas = DELTAS, stream = new ReadableStream({async start(controller) {
+  return new Response(new ReadableStream({async start(controller) {
+    options.signal.addEventListener("abort", () => controller.error(options.signal.reason));
     const put = text => controller.enqueue(new TextEncoder().encode(text));
-    for (const delta of deltas) {
-      if (delta === null) {
-        while (!options.signal.aborted) await new Promise(done => setTimeout(done, 5));
-        return controller.error(options.signal.reason);
-      }
-      put(": ping\\n\\n");
-      put("data: " + JSON.stringify({choices: [{delta: {content: delta}}]}) + "\\n\\n");
-      await new Promise(done => setTimeout(done, 5));
+    for (const delta of DELTAS) {
+      if (delta === null) return;
+      if (delta === false) return controller.close();
+      const data = JSON.stringify({choices: [{delta}]});
+      put(": ping\\n\\ndata: " + data.slice(0, 20));
+      put(data.slice(20) + "\\n\\n");
+      await new Promise(done => setTimeout(done));
     }
     put('data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\\n\\ndata: [DONE]\\n\\n');
     controller.close();
-  }});
-  return Promise.resolve(new Response(stream));
+  }}));
 };
 """
 
 
-class Page(Browser):
+class Page(Tab):
     """The page, with the server's first figures on it."""
 
-    def __init__(self, port):
+    def __init__(self, browser, port):
+        super().__init__(browser)
         self.origin = f"http://127.0.0.1:{port}"
 
-    def start(self, width=1280, height=800, colours="light"):
-        self.emulate(width, height, colours)
-        self.open(self.origin)
-        self.wait("now !== null")
+    def __enter__(self):
+        super().__enter__().emulate(1280, 800)
+        self.load()
         return self
 
+    def load(self):
+        self.open(self.origin)
+        self.wait("now !== null")
+
+    def run(self, code):
+        """What ``code`` returns."""
+        return self.evaluate(f"(() => {{ {code} }})()")
+
     def answer_with(self, *deltas):
+        deltas = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
         self.evaluate(SCRIPT.replace("DELTAS", json.dumps(deltas)))
 
     def settings(self, **values):
-        for name, value in values.items():
-            self.evaluate(f"at('{name}').value = {value}")
+        self.evaluate(f"for (const [name, it] of Object.entries({values})) at(name).value = it")
 
-    def say(self, text, messages):
-        """Send a message with the keyboard, and wait until the conversation has so many."""
+    def send(self, text):
+        """Send a message with the keyboard."""
         self.evaluate("at('prompt').focus()")
         self.type(text)
         self.press("Enter", "\r")
-        self.wait(ANSWERED.format(messages))
+
+    def say(self, text, messages):
+        self.send(text)
+        self.end(messages)
+
+    def end(self, messages):
+        """Wait until the conversation has so many messages and no answer is under way."""
+        self.wait(f"chat.messages.length === {messages} && !stopper")
+
+    def contents(self):
+        return self.evaluate("chat.messages.map(message => message.content)")
 
     def texts(self, selector):
         return self.evaluate(
             f"[...document.querySelectorAll('{selector}')].map(node => node.textContent)"
         )
 
+    def download(self, selector, folder):
+        """Click on what makes a file, and wait until it is in ``folder``."""
+        options = {"behavior": "allow", "downloadPath": str(folder), "eventsEnabled": True}
+        self.call("Browser.setDownloadBehavior", **options, **self.context)
+        self.click(selector)
+        self.wait_for_file()
+
     def is_seen(self, selector):
         """Whether the element is inside the window and nothing lies over its middle."""
-        return self.evaluate(
-            f"(() => {{ const it = document.querySelector('{selector}');"
-            "const box = it.getBoundingClientRect(), x = box.x + box.width / 2;"
-            "const top = document.elementFromPoint(x, box.y + box.height / 2);"
-            "return box.width > 0 && (it === top || it.contains(top)); })()"
+        return self.run(
+            f"const it = document.querySelector('{selector}'), box = it.getBoundingClientRect();"
+            "const x = box.x + box.width / 2, y = box.y + box.height / 2;"
+            "return box.width > 0 && it.contains(document.elementFromPoint(x, y));"
         )
 
 
 @pytest.fixture
-def page(served):
-    with Page(served.port) as page:
-        yield page.start()
+def page(served, browser):
+    with Page(browser, served.port) as page:
+        yield page
         # Nothing else was loaded, and no script complained, also of the page's content policy.
         addresses = page.requests
         assert all(address.startswith((page.origin, "data:", "blob:")) for address in addresses)
@@ -99,27 +118,24 @@ def test_talk_by_keys(page, served):
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.say("Tell me of the king.", 2)
     expected = served.chat(max_tokens=12)[1]["choices"][0]["message"]["content"]
-    assert page.evaluate("chat.messages[1].content") == expected
+    assert page.contents() == ["Tell me of the king.", expected]
     assert page.texts(".user .said") == ["Tell me of the king."]
     assert "".join(page.texts(".said > .text")[0].split()) == "".join(expected.split())
     note = page.texts(".assistant .note")[0]
-    assert re.match(
-        r"12 tokens · [\d.]+ tokens/s · first token [\d.]+ s · context \d+ of 512", note
-    )
-    assert "stopped by Most tokens" in note
-    page.settings(temperature=2)
+    assert note.startswith("12 tokens · ") and "stopped by Most tokens" in note
+    assert re.search(r" · context \d+ of 512 · ", note)
+    page.settings(temperature=2, seed=1)
     page.press("r", modifiers=1)
-    page.wait(ANSWERED.format(2) + " && at('notice').hidden")
-    assert page.evaluate("chat.messages[1].content") != expected
-    page.settings(max_tokens=400)
-    page.type("x")
-    page.press("Enter", "\r")
-    page.wait("stopper && chat.messages[3]?.content.length > 3")
+    page.wait(f"!stopper && chat.messages[1].content !== {json.dumps(expected)}")
+    assert page.evaluate("chat.messages.length === 2 && at('notice').hidden")
+    page.answer_with("Half", None)
+    page.send("x")
+    page.wait("chat.messages.length === 4")
     assert page.texts("#send") == ["Stop"]
     page.press("Escape")
-    page.wait(ANSWERED.format(4))
-    served.idle()
-    assert "stopped" in page.texts(".assistant .note")[1]
+    page.end(4)
+    assert page.texts(".assistant .note")[1].startswith("1 token · ")
+    assert "· stopped" in page.texts(".assistant .note")[1]
     page.evaluate("at('theme').click(); at('theme').click()")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
     page.press("n", modifiers=1)
@@ -128,7 +144,7 @@ def test_talk_by_keys(page, served):
 
 # Markdown
 
-RENDER = "(() => {{ const it = make('div'); renderMarkdown(it, {}); return it.innerHTML; }})()"
+RENDER = "const it = make('div'); renderMarkdown(it, {}); return {};"
 MARKDOWN = {
     "plain & <b>": "<p>plain &amp; &lt;b&gt;</p>",
     "two\nlines\n\nmore": "<p>two\nlines</p><p>more</p>",
@@ -155,19 +171,13 @@ MARKDOWN = {
 
 
 def test_markdown(page):
+    def render(source, expression="it.innerHTML"):
+        return page.run(RENDER.format(json.dumps(source), expression))
+
     for source, expected in MARKDOWN.items():
-        assert page.evaluate(RENDER.format(json.dumps(source))) == expected, source
-
-
-def test_markdown_code_and_tables(page):
-    def render(source, expression):
-        return page.evaluate(
-            f"(() => {{ const it = make('div'); renderMarkdown(it, {json.dumps(source)});"
-            f"return {expression}; }})()"
-        )
-
-    codes = "[...it.querySelectorAll('.code')].map(n => [n.querySelector('span').textContent,"
-    codes += "n.querySelector('code').textContent])"
+        assert render(source) == expected, source
+    codes = "[...it.querySelectorAll('.code')].map(n => [...n.querySelectorAll('span, code')]"
+    codes += ".map(part => part.textContent))"
     source = "```py x\ndef f():\n\tif 1:\n\n    # a\n```\nb\n~~~\n```\n~~~~\n    in\n    side\n"
     source += "- c\n  ```\n  d\n   e\n  ```\n\n```\nopen"
     expected = [["py", "def f():\n\tif 1:\n\n    # a"], ["", "```"], ["", "in\nside"]]
@@ -176,6 +186,18 @@ def test_markdown_code_and_tables(page):
     table = "| a | b |\n|---|:-:|\n| 1 | x\\|y |\n| **2** | |\n\nend"
     assert render(table, rows) == [["a", "b"], ["1", "x|y"], ["2", ""]]
     assert render("a | b\n--|", rows) == []
+    # An answer in pieces looks like the whole.
+    text = json.dumps("\n\n".join([*MARKDOWN, source[:-8], table]))
+    assert page.run(
+        f"const text = {text}, it = make('div'), whole = make('div'); renderMarkdown(whole, text);"
+        "for (let end = 1; end <= text.length; end += 1) renderMarkdown(it, text.slice(0, end));"
+        "return it.innerHTML === whole.innerHTML;"
+    )
+    # What has not changed stays, with what is selected in it.
+    assert page.run(
+        "const it = make('div'); renderMarkdown(it, 'a\\n\\nb'); const [a, b] = it.children;"
+        "renderMarkdown(it, 'a\\n\\nbc'); return it.children[0] === a && it.children[1] !== b;"
+    )
 
 
 HOSTILE = """<img src=x onerror="hit()"><script>hit()</script> ![a](http://evil.example/x.png)
@@ -210,83 +232,79 @@ def test_nothing_of_the_model_is_run_or_loaded(page):
 
 
 def test_no_answer_hangs_the_page(page):
-    bombs = ["*a ", "**a", "_a_b", "[", "[a](", "![", "`a``b```c", "> ", "- ", "# ", "<http://",
-             "| a ", "~~a", "\\", "(", "http://a.,;", "***", "[a](b(c", " " * 9 + "x", "1. ",
-             "-  -", "``` ", "</think>", "\n> - 1. "]  # fmt: skip
-    slowest = page.evaluate(
-        f"Math.max(...{json.dumps(bombs)}.map(bomb => {{ const start = performance.now();"
-        "renderMarkdown(make('div'), bomb.repeat(1e5 / bomb.length));"
-        "return performance.now() - start; }))"
-    )
-    assert slowest < 2000  # ms for 100,000 characters
+    """The steps of its script grow no faster than an answer does.  Regular expressions end."""
+    bombs = ["*a ", "**a", "_a_b", "_a* ", "[", "[a](", "![", "`a``b```c", "> ", "- ", "# ", "1. ",
+             "<http://", "http://a.,;", "| a ", "~~a", "\\", "(", "***", "[a](b(c", " " * 9 + "x",
+             "-  -", "``` ", "</think>", "\n\na", "\n- a", "\n> - 1. ", "\na|b\n-|-"]  # fmt: skip
+    page.call("Profiler.enable")
+    page.call("Profiler.startPreciseCoverage", callCount=True, detailed=True)
+    page.load()
 
+    def steps(bomb, count):
+        text = f"{json.dumps(bomb)}.repeat({count})"
+        page.evaluate(f"renderMarkdown(make('div'), splitReasoning({text}).text)")
+        scripts = page.call("Profiler.takePreciseCoverage")["result"]
+        ranges = [part for script in scripts for it in script["functions"] for part in it["ranges"]]
+        return sum(part["count"] for part in ranges)
 
-def test_an_answer_in_pieces_looks_like_the_whole(page):
-    text = "\n\n".join(MARKDOWN) + "\n\n```py\na\n\nb\n```\n\n| a |\n|---|\n| b |\n\n    x\n\nend"
-    grown = page.evaluate(
-        f"(() => {{ const text = {json.dumps(text)}, it = make('div');"
-        "for (let end = 1; end <= text.length; end += 1) renderMarkdown(it, text.slice(0, end));"
-        "return it.innerHTML; })()"
-    )
-    assert grown == page.evaluate(RENDER.format(json.dumps(text)))
-    # What has not changed stays, with what is selected in it.
-    assert page.evaluate(
-        "(() => { const it = make('div'); renderMarkdown(it, 'a\\n\\nb'); "
-        "const [a, b] = it.children;"
-        "renderMarkdown(it, 'a\\n\\nbc'); return it.children[0] === a && it.children[1] !== b; })()"
-    )
+    for bomb in bombs:
+        steps(bomb, 100_000 // len(bomb))
+        assert steps(bomb, 4000) < 6 * steps(bomb, 1000) + 5000, bomb  # 5000: its clock
 
 
 def test_code_is_copied_by_a_click(page):
-    page.call(
-        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
-    )
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    page.call("Browser.grantPermissions", permissions=permissions, **page.context)
     page.answer_with("Here:\n\n```py\ndef f():\n\treturn 1\n```\n")
     page.say("Code", 2)
+    page.evaluate("window.later = []; window.setTimeout = action => later.push(action)")
+    copied = "navigator.clipboard.readText().then(text => text === 'def f():\\n\\treturn 1')"
     page.click(".code button")
-    page.wait("document.querySelector('.code button').textContent === 'Copied'")
-    assert page.evaluate("navigator.clipboard.readText()") == "def f():\n\treturn 1"
+    page.wait(copied)
+    assert page.texts(".code button") == ["Copied"]
     page.evaluate("navigator.clipboard.writeText('')")
     # Without TLS there is no clipboard interface.
     page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
     page.click(".code button")
-    page.wait("document.querySelector('.code button').textContent === 'Copied'")
-    assert page.evaluate("navigator.clipboard.readText()") == "def f():\n\treturn 1"
+    page.wait(copied)
+    page.evaluate("later.forEach(action => action())")
+    assert page.texts(".code button") == ["Copy code"]
 
 
-@pytest.mark.parametrize(
-    "deltas",
-    [
-        ["<thi", "nk>\nLet me ", "see.</think>\n\nIt is ", "4."],
-        ["Let me see.\n", "</think>\n\nIt is 4."],  # where the template opens it
-    ],
-)
-def test_reasoning_is_folded_and_not_sent_again(page, deltas):
-    page.answer_with(*deltas, None)
-    page.evaluate("at('prompt').focus()")
-    page.type("2 + 2?")
-    page.press("Enter", "\r")
-    page.wait("document.querySelector('.assistant .said > .text')?.textContent === 'It is 4.'")
-    assert page.texts("details .text") == ["Let me see."]
-    assert page.evaluate("document.querySelector('details').open") is False
-    page.press("Escape")
-    page.wait(ANSWERED.format(2))
-    page.answer_with("Yes.")
-    page.say("Sure?", 4)
-    assert page.evaluate("sent.messages[1]") == {"role": "assistant", "content": "It is 4."}
-    assert page.evaluate("document.querySelectorAll('details')[1].hidden")
+THOUGHT = [{"reasoning_content": "Let me "}, {"reasoning_content": "see."}]
+ANSWERS = [  # deltas, reasoning, text
+    (["<thi", "nk>\nLet me ", "see.", "</th", "ink>\n\nIt is ", "4."], "Let me see.", "It is 4."),
+    (["Let me see.\n", "</think>\n\nIt is ", "4."], "Let me see.", "It is 4."),  # begun by a prompt
+    ([*THOUGHT, "It is ", "4."], "Let me see.", "It is 4."),
+    ([*THOUGHT, "It is <think>", "4</think>."], "Let me see.", "It is <think>4</think>."),
+    (["It is `<think>", "4</think>`."], "", "It is `<think>4</think>`."),
+    (["<think>Let me ", "see.", None], "Let me see.", ""),
+    ([*THOUGHT, None], "Let me see.", ""),
+    (["<think>Let me ", "see."], "Let me see.", ""),
+]
 
 
-def test_open_reasoning_and_code_about_it(page):
-    page.answer_with("<think>Hm", None)
-    page.evaluate("at('prompt').focus()")
-    page.type("Think")
-    page.press("Enter", "\r")
-    page.wait("document.querySelector('summary')?.textContent === 'Reasoning…'")
-    page.press("Escape")
-    page.wait(ANSWERED.format(2))
-    parts = page.evaluate("splitReasoning('Write `<think>` and `</think>`.')")
-    assert parts == {"reasoning": "", "text": "Write `<think>` and `</think>`.", "open": False}
+def test_reasoning_is_folded_and_not_sent_again(page):
+    question = "What does <think> mean, and </think>?"
+    for deltas, reasoning, text in ANSWERS:
+        page.press("n", modifiers=1)
+        page.answer_with(*deltas)
+        page.send(question)
+        if deltas[-1] is None:
+            page.wait("document.querySelector('details .text')?.textContent === 'Let me see.'")
+            assert page.texts("summary") == ["Reasoning…"]
+            page.press("Escape")
+        page.end(2)
+        assert page.texts("summary") == ["Reasoning"]
+        assert page.texts("details .text") == [reasoning]
+        assert page.texts(".assistant .said > .text") == [text.replace("`", "")]
+        assert page.evaluate("document.querySelector('details').open") is False
+        page.answer_with("Yes.")
+        page.say("Sure?", 4)
+        assert page.texts(".user .said") == [question, "Sure?"]
+        assert page.evaluate("sent.messages.map(message => message.content)") == [
+            question, text, "Sure?"]  # fmt: skip
+        assert page.evaluate("document.querySelectorAll('details')[1].hidden")
 
 
 # History
@@ -294,56 +312,45 @@ def test_open_reasoning_and_code_about_it(page):
 
 def test_history_is_kept_and_exported(page, runtime, tmp_path):
     page.answer_with("First *answer*")
-    page.evaluate("at('system').value = 'Be brief'; at('system').dispatchEvent(new Event('input'))")
+    page.evaluate("at('system').focus()")
+    page.type("Be brief")
     page.say("First question", 2)
     page.press("n", modifiers=1)
     page.answer_with("Second answer")
     page.say("Second question", 2)
     assert page.texts("#list button:first-child") == ["Second question", "First question"]
-    page.settings(top_k=7)
-    page.evaluate("at('settings').dispatchEvent(new Event('input'))")
+    page.evaluate("at('top_k').select()")
+    page.type("7")
 
-    page.open(page.origin)
-    page.wait("now !== null")
+    page.load()
     assert page.texts(".said") == ["Second question", "Reasoning" + "Second answer"]
     assert page.evaluate("at('top_k').value") == "7"
     page.click("#list li:nth-child(2) button")
     assert page.texts("em") == ["answer"]
     assert page.evaluate("at('system').value") == "Be brief"
 
-    page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
-    page.click("#export")
-    path = tmp_path / "slotmoe-First-question.json"
-    page.wait("true")
-    for _ in range(100):
-        if path.exists():
-            break
-        page.evaluate("new Promise(done => setTimeout(done, 50))")
+    page.download("#export", tmp_path)
     talk = Conversation(runtime, 8, Sampling())
-    talk.load(path)  # as in slotmoe chat
+    talk.load(tmp_path / "slotmoe-First-question.json")  # as in slotmoe chat
     assert (talk.system, talk.exchanges) == ("Be brief", [("First question", "First *answer*")])
 
     page.click("#list li[aria-current], #list li:nth-child(2) button:last-child")
     assert page.texts("#list button:first-child") == ["Second question"]
-    assert page.evaluate("chat.messages.length") == 0
+    assert page.contents() == []
     page.click("#notice button")
     assert sorted(page.texts("#list button:first-child")) == ["First question", "Second question"]
     assert page.texts(".user .said") == ["First question"]
     page.click("#list li:nth-child(1) button:last-child")
-    page.open(page.origin)
+    page.load()
     assert page.texts("#list button:first-child") == ["Second question"]
 
 
 def test_damaged_and_full_storage(page):
-    page.evaluate(
-        "localStorage.setItem('slotmoe chat a', '{');"
-        "localStorage.setItem('slotmoe settings', '3');"
-        'localStorage.setItem(\'slotmoe chat b\', \'{"id": "b", "messages": 3}\');'
-        "localStorage.setItem('slotmoe chat c', JSON.stringify({id: 'c', system: '', changed: 1,"
-        "forgotten: 8, messages: []}))"
-    )
-    page.open(page.origin)
-    page.wait("now !== null")
+    chat = {"id": "c", "system": "", "changed": 1, "forgotten": 8, "messages": []}
+    damaged = {"chat a": "{", "chat b": '{"id": "b", "messages": 3}', "chat c": json.dumps(chat)}
+    for name, text in {**damaged, "settings": "3"}.items():
+        page.evaluate(f"localStorage.setItem('slotmoe {name}', {json.dumps(text)})")
+    page.load()
     assert page.texts("#list button") == []
     page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
     page.answer_with("An answer")
@@ -351,35 +358,31 @@ def test_damaged_and_full_storage(page):
     assert "storage is full" in page.texts("#notice")[0]
 
 
-def test_answer_goes_on_from_what_was_there_when_the_page_was_left(page):
-    page.answer_with("Half", None)
-    page.evaluate("at('prompt').focus()")
-    page.type("A question")
-    page.press("Enter", "\r")
-    page.wait("chat.messages.length === 2")
-    page.open(page.origin)
-    page.wait("now !== null")
-    assert page.evaluate("chat.messages.map(message => message.content)") == ["A question", "Half"]
+def test_a_page_that_is_left_keeps_what_there_was(page):
+    page.answer_with(*THOUGHT, None)
+    page.send("A question")
+    page.wait("chat.messages[1]?.content.endsWith('see.')")
+    page.load()
+    kept = page.contents()
+    assert kept[0] == "A question" and page.texts("details .text") == ["Let me see."]
+    assert page.texts("summary") == ["Reasoning"]  # it no longer goes on
     page.answer_with(None)
     page.press("r", modifiers=1)
     page.wait("!!stopper")
-    page.open(page.origin)  # the answer that was to be replaced is still there
-    page.wait("now !== null")
-    assert page.evaluate("chat.messages.map(message => message.content)") == ["A question", "Half"]
+    page.load()  # the answer that was to be replaced is still there
+    assert page.contents() == kept
     page.answer_with(None)
-    page.type("Another")
-    page.press("Enter", "\r")
+    page.send("Another")
     page.wait("!!stopper")
-    page.open(page.origin)
-    page.wait("now !== null")
-    assert page.evaluate("chat.messages.length") == 2
+    page.load()
+    assert page.contents() == kept
     assert page.evaluate("at('prompt').value") == "Another"
 
 
 # A full context, and errors
 
 
-def test_full_context_loses_the_oldest_exchanges(page, served):
+def test_full_context_loses_the_oldest_exchanges(page):
     page.settings(temperature=0, max_tokens=30)
     long = "Tell me of the king, of his wars, and of the peace that came after them. "
     forgotten = []
@@ -389,12 +392,10 @@ def test_full_context_loses_the_oldest_exchanges(page, served):
     assert 0 < forgotten[-1] < 18
     # Rarely, and then half of the context: whatever follows is read anew.
     assert all(after - before in (0, 4, 6, 8) for before, after in pairwise(forgotten)), forgotten
-    assert page.evaluate("document.querySelectorAll('.divider').length") == 1
-    assert (
-        page.evaluate("document.querySelector('.divider').previousElementSibling.className")
-        == "assistant"
-    )
-    assert page.evaluate("chat.messages.length") == 18
+    assert page.evaluate(
+        "[...document.querySelectorAll('.divider')].map(it => it.previousElementSibling.className)"
+    ) == ["assistant"]
+    assert len(page.contents()) == 18
     assert page.complaints == []  # it was known before the server had to refuse
     # Also where the page could not know it: the server refuses, and the page goes on.
     page.evaluate("tokensPerSign = 0; chat.forgotten = 0")
@@ -405,7 +406,7 @@ def test_full_context_loses_the_oldest_exchanges(page, served):
     assert "stopped by Most tokens" in page.texts(".assistant .note")[-1]
 
 
-def test_failed_messages_leave_the_history_and_are_offered_again(page, served):
+def test_failed_messages_leave_the_history_and_are_offered_again(page):
     page.settings(temperature=0, max_tokens=4)
     page.say("Hello", 2)
     long = "word " * 600
@@ -417,99 +418,113 @@ def test_failed_messages_leave_the_history_and_are_offered_again(page, served):
     page.evaluate("at('prompt').value = ''")
     page.say("Hello again", 4)  # not a dead end
     assert page.evaluate("at('notice').hidden")
-    before = page.evaluate("chat.messages[3].content")
-    page.evaluate("at('model').textContent; now.model = 'gone'")
+    before = page.contents()
+    page.answer_with("Half an ans", "wer", False)
     page.press("r", modifiers=1)
     page.wait("!at('notice').hidden && !stopper")
-    assert "'gone' is not here" in page.texts("#notice")[0]
-    assert page.evaluate("chat.messages[3].content") == before  # the answer before it stays
-    page.settings(top_p=7)
-    page.type("x")
-    page.press("Enter", "\r")
-    page.wait("!at('notice').hidden")
-    assert page.texts("#notice span")[0].startswith("Top-p: ")
-    assert page.evaluate("chat.messages.length") == 4
-
-
-def test_an_answer_that_breaks_off_is_kept(page):
-    page.answer_with("Half an ans", "wer")
-    page.evaluate(
-        "const whole = window.fetch; window.fetch = (...given) => given[0] === '/stats'"
-        "? whole(...given) : whole(...given).then(async answer =>"
-        'new Response((await answer.text()).split(\'data: {"choices": [{"delta": {},\')[0]))'
-    )
-    page.say("A question", 2)
-    assert page.evaluate("chat.messages[1].content") == "Half an answer"
     assert "connection ended" in page.texts("#notice")[0]
+    assert page.contents() == [*before[:3], "Half an answer"]
+    page.evaluate("window.fetch = serverFetch; now.model = 'gone'")
+    page.press("r", modifiers=1)
+    page.wait("at('notice').textContent.includes(\"'gone' is not here\") && !stopper")
+    assert page.contents() == [*before[:3], "Half an answer"]  # the answer before it stays
+    page.settings(top_p=7)
+    page.send("x")
+    page.wait("at('notice').textContent.startsWith('Top-p: ')")
+    assert len(page.contents()) == 4
 
 
-def test_waiting_is_never_blank(page):
+def test_server_that_has_ended(runtime, browser):
+    with Served(runtime) as served, Page(browser, served.port) as page:
+        served.server.should_exit = True
+        page.wait("at('state').textContent.startsWith('The server can')")
+        page.say("x", 0)
+        assert "can't be reached" in page.texts("#notice")[0]
+        assert page.evaluate("at('prompt').value") == "x"
+
+
+# Figures
+
+
+def test_what_an_answer_waits_for(page):
+    page.evaluate("window.clock = performance.now.bind(performance)")
     page.answer_with(None)
-    page.evaluate("at('prompt').focus()")
-    page.type("x")
-    page.press("Enter", "\r")
-    page.wait("/^reading the prompt, [1-9]/.test(document.querySelector('.waiting')?.textContent)")
+    page.send("x")
+    page.wait("document.querySelector('.waiting')?.textContent.startsWith('reading the prompt, ')")
+    page.evaluate("performance.now = () => clock() + 7e6")
+    page.wait("/^reading the prompt, 7... s$/.test(document.querySelector('.waiting').textContent)")
     page.press("Escape")
     page.wait("!stopper")
-
-
-def test_figures_of_a_prompt_that_is_read(page):
-    text = page.evaluate(
-        "(() => { const before = now, said = []; for (const change of [{running: 1},"
-        "{queued: 2, running: 1}, {answer_tokens: 20, running: 1}]) { now = {...before};"
-        "for (const name in change) now[name] += change[name]; drawFigures(before, 2);"
-        "said.push(at('state').textContent); } now = {...before, running: 1,"
-        "prompt_tokens: before.prompt_tokens + 128}; tokensPerSign = 0.5;"
-        "const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
-        "const asking = {...newChat(), messages};"
-        "said.push(waitingText(asking, performance.now(), before)); now = before; return said; })()"
+    text = page.run(
+        "const before = now; now = {...now, running: 1, prompt_tokens: now.prompt_tokens + 128};"
+        "tokensPerSign = 0.5; const messages = [{role: 'user', content: 'x'.repeat(1204)}];"
+        "performance.now = () => 7000; const text = waitingText({...newChat(), messages}, 4000,"
+        "before); now = before; performance.now = clock; return text;"
     )
-    assert text[0].startswith("reading the prompt · ")
-    assert text[1].endswith("2 waiting")
-    assert text[2].startswith("10.0 tokens/s · ")
-    assert text[3] == "reading the prompt: 128 of about 602 tokens, 0 s"
+    assert text == "reading the prompt: 128 of about 602 tokens, 3 s"
+
+
+def test_what_is_said_below_an_answer(page):
+    def note(tokens, total=20, finish="stop", is_stopped=False, limit=0):
+        times = {"first": 1500, "last": 2500, "tokens": 1, "limit": limit}
+        usage = {"completion_tokens": tokens, "total_tokens": total}
+        given = map(json.dumps, (times, 1000, usage, finish, is_stopped))
+        return page.evaluate(f"noteText({', '.join(given)})")
+
+    assert page.evaluate("noteText({first: 0}, 0, null, '', true)") == ""
+    assert note(1) == "1 token · first token 0.5 s · context 20 of 512"
+    plain = "5 tokens · 4.0 tokens/s · first token 0.5 s · context 20 of 512"
+    assert note(5) == plain
+    assert note(5, is_stopped=True) == f"{plain} · stopped"
+    assert note(5, finish="length", limit=5) == f"{plain} · stopped by Most tokens"
+    assert note(5, finish="length", limit=9) == f"{plain} · ended by the server"
+    assert "context 512 of 512 · the context is full" in note(5, 512, "length", limit=5)
 
 
 def test_figures_and_charts(page):
-    page.settings(temperature=1, max_tokens=200)
+    before = page.evaluate("now.answer_tokens")
+    page.settings(temperature=0, max_tokens=8)
     page.say("Tell me of the king.", 2)
-    page.wait("/tokens.s|idle/.test(at('speed').textContent)")
-    page.wait("/ of 2.0 GiB RAM/.test(at('memory').textContent)")
-    page.wait("at('speed-chart').querySelector('path').getAttribute('d').length > 30")
-    for name, text in (("speed", "at most"), ("hits", "%"), ("memory", "2.0 GiB")):
-        assert text in page.evaluate(f"at('{name}-chart').getAttribute('aria-label')")
+    page.wait(f"now.answer_tokens > {before}")
+
+    def state(**changes):
+        """What is said two seconds after figures that were lower by ``changes``."""
+        return page.run(
+            f"const changes = {json.dumps(changes)}, before = {{...now}}, present = now;"
+            "before.cache = {hits: 0, misses: 0}; now = {...now, ...changes, answer_tokens:"
+            "now.answer_tokens + (changes.answer_tokens ?? 0)}; samples.length = 0;"
+            "drawFigures(before, 2); now = present; return at('state').textContent;"
+        )
+
+    assert re.fullmatch(
+        r"reading the prompt · \d+ % hits · [\d.]+ MiB of 2.0 GiB RAM", state(running=1)
+    )
+    assert state(running=1, queued=2).endswith(" · 2 waiting")
+    assert state(running=1, answer_tokens=8).startswith("4.0 tokens/s · ")
+    labels = {
+        "speed": r"Speed: 4.0 tokens/s; at most 4.0 tokens/s",
+        "hits": r"Expert hits: [\d.]+ %",
+        "memory": r"Memory: [\d.]+ MiB of 2.0 GiB RAM",
+    }
+    for name, label in labels.items():
+        assert re.fullmatch(label, page.evaluate(f"at('{name}-chart').ariaLabel"))
         assert page.evaluate(f"at('{name}-chart').querySelector('path').getBBox().width") > 0
-    assert "2.0 GiB" in page.texts("#state")[0]
-    assert page.evaluate("at('all-hits').textContent").endswith("%")
+    assert page.texts("#speed") == ["4.0 tokens/s"]
+    assert page.texts("#all-hits")[0].endswith("%")
     assert "expert slots" in page.texts("#parts dt")
-
-
-def test_server_that_has_ended(runtime):
-    with Served(runtime) as served, Page(served.port) as page:
-        page.start()
-        served.server.should_exit = True
-        served.thread.join(20)
-        page.wait("at('state').textContent.startsWith('The server can')", 20)
-        page.evaluate("at('prompt').focus()")
-        page.type("x")
-        page.press("Enter", "\r")
-        page.wait("!at('notice').hidden")
-        assert "can't be reached" in page.texts("#notice")[0]
-        assert page.evaluate("at('prompt').value") == "x"
 
 
 # Small screens, keys, contrast
 
 
-@pytest.mark.parametrize(("width", "height"), [(360, 640), (320, 568)])
-def test_small_screens(page, width, height):
-    page.emulate(width, height)
+def test_small_screen(page):
+    page.emulate(320, 568)
     page.answer_with("A `long` answer " * 60 + "\n\n```\n" + "x" * 400 + "\n```\n\n" + "y" * 400)
     page.say("A question", 2)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate("at('talk').scrollWidth <= at('talk').clientWidth")
-    assert page.evaluate("at('talk').clientHeight / innerHeight") > 0.7
-    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
+    root, talk = "document.documentElement", "at('talk')"
+    assert page.evaluate(f"{root}.scrollWidth <= innerWidth && {root}.scrollHeight <= innerHeight")
+    assert page.evaluate(f"{talk}.scrollWidth <= {talk}.clientWidth")
+    assert page.evaluate(f"{talk}.clientHeight > 0.7 * innerHeight")
     for selector in ("#send", "#again", "#fresh", "#chats-opens", "#side-opens", "#state"):
         assert page.is_seen(selector), selector
     small = page.evaluate(
@@ -521,15 +536,13 @@ def test_small_screens(page, width, height):
         page.evaluate(f"at('{name}-opens').focus()")
         page.press("Enter", "\r")
         page.wait(f"at('{name}').classList.contains('open')")
-        assert page.evaluate(f"at('{name}-opens').getAttribute('aria-expanded')") == "true"
-        assert page.evaluate("at('talk').inert")
-        assert page.evaluate(f"at('{name}').clientHeight / innerHeight") > 0.8
-        assert page.is_seen(f"#{name} h2")
-        assert page.evaluate("document.activeElement.id") == name
-        assert not page.is_seen("#send")
+        assert page.evaluate(f"at('{name}-opens').ariaExpanded") == "true"
+        assert page.evaluate(f"{talk}.inert && document.activeElement.id") == name
+        assert page.evaluate(f"at('{name}').clientHeight > 0.8 * innerHeight")
         assert page.evaluate(f"at('{name}').scrollWidth <= at('{name}').clientWidth")
+        assert page.is_seen(f"#{name} h2") and not page.is_seen("#send")
         page.press("Escape")
-        assert page.evaluate(f"!at('talk').inert && document.activeElement.id === '{name}-opens'")
+        assert page.evaluate(f"!{talk}.inert && document.activeElement.id") == f"{name}-opens"
 
 
 def test_every_control_is_reached_by_tab(page):
@@ -580,25 +593,25 @@ CONTRASTS = """
       if (edge < 3) tell(edge);
     }
     if (element.matches("svg") && contrast(style.stroke, behind(element)) < 3) tell("chart");
-    window.looked = (window.looked ?? 0) + hasText;
+    looked += hasText;
   }
   return low;
 })()
 """
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_contrast(page, colours):
-    page.emulate(1280, 800, colours)
+def test_contrast(page):
     everything = "\n\n".join(["<think>Hm</think>", *MARKDOWN, "```\ncode\n```", "|a|\n|-|\n|b|"])
     page.answer_with(everything)
     page.say("A question", 2)
     page.evaluate(
         "document.querySelector('details').open = true; chat.forgotten = 2; drawDivider()"
     )
-    for kind in ("", "error"):
-        page.evaluate(f"notice('Something', '{kind}')")
-        assert page.evaluate(CONTRASTS) == []
-    assert page.evaluate("looked") > 50
+    for colours in ("light", "dark"):
+        page.emulate(1280, 800, colours)
+        for kind in ("", "error"):
+            page.evaluate(f"notice('Something', '{kind}'); window.looked = 0")
+            assert page.evaluate(CONTRASTS) == []
+            assert page.evaluate("looked") > 50
     page.evaluate("document.documentElement.style.setProperty('--quiet', '#888')")
     assert page.evaluate(CONTRASTS) != []

@@ -13,10 +13,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.jsonfile import read_json
+from slotmoe.jsonfile import Json, read_json
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.screen import tokens_read
 
@@ -63,7 +63,7 @@ class Conversation:
         self.notify: Callable[[str], None] = lambda text: None
         self.think: Callable[[str], None] = lambda text: None
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
-        self._before: dict[str, Any] | None = None  # statistics when the latest answer began
+        self._before: Json | None = None  # statistics when the latest answer began
         self._prompt_tokens = 0
         self._reading_since: float | None = None  # time.monotonic(), until the first token
         self._session = session
@@ -250,7 +250,7 @@ def _messages(system: str | None, exchanges: list[Exchange]) -> list[dict[str, s
     return messages
 
 
-def _parse(path: Path, saved: dict[str, Any]) -> tuple[str | None, list[Exchange]]:
+def _parse(path: Path, saved: Json) -> tuple[str | None, list[Exchange]]:
     """System message and exchanges of a saved conversation.  Raises ``ConfigError``."""
     if set(saved) != {"messages"} or not isinstance(saved["messages"], list):
         expected = "expected a list under 'messages' and nothing else"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import format_size
 
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE, GREY = (
@@ -43,7 +44,7 @@ _RATES = (
 whole."""
 
 
-def draw(report: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str, tuple[str, bytes]]:
+def draw(report: Json, compared: list[Json]) -> dict[str, tuple[str, bytes]]:
     """File name -> (title, PNG).  What has nothing to show is left out."""
     images: dict[str, tuple[str, bytes]] = {}
     for name, title, fill, *arguments in _charts(report, compared):
@@ -58,7 +59,7 @@ def draw(report: dict[str, Any], compared: list[dict[str, Any]]) -> dict[str, tu
     return images
 
 
-def _charts(report: dict[str, Any], compared: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+def _charts(report: Json, compared: list[Json]) -> Iterator[tuple[Any, ...]]:
     """Each chart's file name, its title, what fills it, and of what."""
     for tier in report["memory"]:
         peak, budget = format_size(report["peak"][tier]), format_size(report["budget"][tier])
@@ -107,7 +108,7 @@ def _bars(axes: Axes, values: dict[str, float], colours: list[str], labels: list
     axes.set(xlim=(0, 1.2 * max(values.values()) or 1))
 
 
-def _memory(axes: Axes, report: dict[str, Any], tier: str) -> None:
+def _memory(axes: Axes, report: Json, tier: str) -> None:
     series, (unit, scale) = report["memory"][tier], _unit(report["peak"][tier])
     budget, peak = report["budget"][tier] / scale, report["peak"][tier] / scale
     seconds, components = series["seconds"], series["components"]
@@ -136,7 +137,7 @@ def _time(axes: Axes, spent: dict[str, float]) -> None:
     axes.set(xlabel="time per token (ms)")
 
 
-def _tokens(axes: Axes, steps: list[dict[str, Any]]) -> None:
+def _tokens(axes: Axes, steps: list[Json]) -> None:
     spent = [step["seconds"] for step in steps]
     names = [name for name in _COLOURS if any(name in token for token in spent)]
     times = {name: [1000 * token.get(name, 0.0) for token in spent] for name in names}
@@ -145,7 +146,7 @@ def _tokens(axes: Axes, steps: list[dict[str, Any]]) -> None:
     _legend(axes)
 
 
-def _uses(axes: Axes, layers: list[dict[str, Any]]) -> None:
+def _uses(axes: Axes, layers: list[Json]) -> None:
     uses = [layer["uses"] for layer in layers]
     image = axes.imshow(uses, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
     every = -(-len(layers) // 15)
@@ -156,7 +157,7 @@ def _uses(axes: Axes, layers: list[dict[str, Any]]) -> None:
     axes.figure.colorbar(image, ax=axes, label="tokens")
 
 
-def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
+def _rates(axes: Axes, layers: list[Json]) -> None:
     for label, colour, style, part, whole in _RATES:
         shares = {}
         for layer in layers:
@@ -170,7 +171,7 @@ def _rates(axes: Axes, layers: list[dict[str, Any]]) -> None:
     _legend(axes)
 
 
-def _bytes(axes: Axes, report: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+def _bytes(axes: Axes, report: Json, steps: list[Json]) -> None:
     """MB that a decoded token read from memory and from each slower tier, on average."""
     moved = {f"memory: {name}": size / 1e6 for name, size in report["touched_per_token"].items()}
     for tier, name in (("disk", "disk"), ("host", "RAM to the GPU")):
@@ -182,7 +183,7 @@ def _bytes(axes: Axes, report: dict[str, Any], steps: list[dict[str, Any]]) -> N
     axes.set(xlabel="bytes per token (MB)")
 
 
-def _predicted(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _predicted(axes: Axes, rows: list[Json]) -> None:
     shown = [row for row in rows if row["unit"] in ("ram", "vram")][::-1]
     most = max(row[key] for row in shown for key in ("predicted", "measured"))
     unit, scale = _unit(most)

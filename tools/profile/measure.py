@@ -13,6 +13,7 @@ from rich.live import Live
 
 from slotmoe import __version__
 from slotmoe.errors import PlanError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.machine import peak_rss
 from slotmoe.offload.observe import measure
 from slotmoe.offload.observe.memory import MemorySampler
@@ -42,7 +43,7 @@ _TEXT_BYTES_PER_TOKEN = 64  # of a text file no more than this times the context
 
 def run(
     model: str, prompt: str | None, text: Path | None, quiet: bool, options: dict[str, Any]
-) -> tuple[dict[str, Any], BaseException | None]:
+) -> tuple[Json, BaseException | None]:
     """The report, and what stopped the run."""
     live, warm, trace = (options.pop(name) for name in ("live", "warm", "trace"))
     arguments, words, stopped = generation_arguments(options), list[str](), None
@@ -74,7 +75,7 @@ def run(
             click.echo(f"\nslotmoe: {so_far}", err=True)
         profiler.between_steps()
         detach()
-        report: dict[str, Any] = {"model": model, "complete": stopped is None}
+        report: Json = {"model": model, "complete": stopped is None}
         report |= measured(runtime, profiler, sampler)
         read = given if isinstance(given, str) else runtime.tokenizer.decode(given)
     workload = {"prompt": read, "text": "".join(words)}
@@ -123,7 +124,7 @@ def _shown(
         yield advance
 
 
-def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
+def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
     """All figures so far that fit a terminal."""
     stats, plan, latest = runtime.stats(), runtime.plan, sampler.latest.total
     peak = {tier: sampler.highest(tier).total[tier] for tier in latest}
@@ -140,11 +141,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
         for name, size in sizes.items():
             components.setdefault(name, {})[tier] = size
     host = {"ram": sum(plan.host.values())} if plan.host else {}
-    report: dict[str, Any] = {
-        "peak": peak,
-        "latest": latest,
-        "budget": {plan.tier: plan.budget} | host,
-    }
+    report: Json = {"peak": peak, "latest": latest, "budget": {plan.tier: plan.budget} | host}
     report |= {"components": components, "time": {}, **speeds(stats)}
     for kind in ("prefill", "decode"):
         tokens, spent = profiler.tokens(kind), profiler.seconds(kind)
@@ -158,7 +155,7 @@ def figures(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dic
     return report | {"io": stats["io"], "drafts": stats["drafts"]}
 
 
-def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> dict[str, Any]:
+def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> Json:
     """``figures`` and all series, predictions and settings."""
     model, tiers = runtime.model, sampler.latest.total
     prompt, new = profiler.tokens("prefill"), profiler.tokens("decode")
@@ -184,7 +181,7 @@ def measured(runtime: Runtime, profiler: Profiler, sampler: MemorySampler) -> di
     return report | {"predicted": measure.predict(model, prompt, new, rates)}
 
 
-def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
+def _layers(runtime: Runtime, profiler: Profiler) -> list[Json]:
     lookahead = runtime.model.quantized("profile").lookahead
     guesses = lookahead.by_layer() if lookahead is not None else []
     layers = []
@@ -198,7 +195,7 @@ def _layers(runtime: Runtime, profiler: Profiler) -> list[dict[str, Any]]:
     return layers
 
 
-def _series(sampler: MemorySampler, tier: str) -> dict[str, Any]:
+def _series(sampler: MemorySampler, tier: str) -> Json:
     """Memory of one tier as columns: ``seconds``, ``bytes``, and bytes by component."""
     samples = [sample for sample in sampler.samples if tier in sample.total]
     names = dict.fromkeys(name for sample in samples for name in sample.components[tier])

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.offload.plan.memory import format_size
 from slotmoe.tools.options import require_extra, say
 from slotmoe.tools.run import drafted
@@ -28,7 +29,7 @@ _TOGETHER = dict.fromkeys(
 )
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: Json, folder: Path) -> None:
     """Write charts, ``profile.json`` and ``report.html`` into ``folder``, each replaced whole or
     not at all.  Charts of an earlier report that this one does not have are removed.  Without
     matplotlib there are no charts, and a line on stderr names the extra."""
@@ -63,7 +64,7 @@ def _replace(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _html(report: dict[str, Any], images: dict[str, tuple[str, bytes]], rows: list[Any]) -> str:
+def _html(report: Json, images: dict[str, tuple[str, bytes]], rows: list[Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -73,7 +74,7 @@ def _html(report: dict[str, Any], images: dict[str, tuple[str, bytes]], rows: li
     return template.render(**report, images=images, compared=rows)
 
 
-def compared(report: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(report: Json) -> list[Json]:
     """Predicted beside measured, in bytes or tokens a second."""
     rows: list[tuple[str, str, float, float]] = []
     predicted = report["predicted"]
@@ -97,7 +98,7 @@ def _by_name(components: dict[str, dict[str, int]], tier: str) -> dict[str, int]
     return {name: size for name, size in sums.items() if size}
 
 
-def overview(report: dict[str, Any]) -> RenderableType:
+def overview(report: Json) -> RenderableType:
     """The figures as tables for a terminal."""
     tables = []
     for tier, peak in report["peak"].items():
@@ -123,7 +124,7 @@ def overview(report: dict[str, Any]) -> RenderableType:
     return Group(*lines, Columns(tables))
 
 
-def _sentences(report: dict[str, Any]) -> list[str]:
+def _sentences(report: Json) -> list[str]:
     cache, facts = report["cache"], []
     for kind in ("prefill", "decode"):
         if speed := report[f"{kind}_tokens_per_second"]:

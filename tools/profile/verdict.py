@@ -1,15 +1,12 @@
 """What a profile advises: what decode waits for, and what more memory would give."""
 
-from typing import Any
-
+from slotmoe.jsonfile import Json
 from slotmoe.offload.loading import LoadedModel
 from slotmoe.offload.plan.memory import make_plan, runtime_growth
 from slotmoe.offload.plan.speed import Bandwidths, Setting
 
 
-def verdict(
-    report: dict[str, Any], model: LoadedModel, prompt: int, new: int, rates: Bandwidths
-) -> dict[str, Any]:
+def verdict(report: Json, model: LoadedModel, prompt: int, new: int, rates: Bandwidths) -> Json:
     """``text``, a sentence or two, and ``budgets``: sizes of the device tier's budget beyond this
     run's, each with the decode speed to expect of it, scaled by what this run measured."""
     spent = report["time"]["decode"]["milliseconds_per_token"]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from fastapi import Request
 from starlette.responses import StreamingResponse
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Answer, Delta, Grammar, Stops, Token
 from slotmoe.model.reasoning import Splitter
 from slotmoe.offload.scheduler import Job, QueueFullError
@@ -172,7 +173,7 @@ class Answers:
             watching.cancel()
         return wholes
 
-    def scores(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    def scores(self, tokens: Sequence[Token]) -> list[Json]:
         """Log-probabilities of ``tokens`` in OpenAI's form; none where they are not wanted."""
         if self.options.logprobs is None:
             return []
@@ -184,21 +185,21 @@ class Answers:
             for token in tokens
         ]
 
-    def _score(self, id_: int, logprob: float | None) -> dict[str, Any]:
+    def _score(self, id_: int, logprob: float | None) -> Json:
         content = self.token_bytes(id_)
         return {"token": spelled(content), "logprob": logprob, "bytes": list(content)}
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Json:
         """Counts of tokens in OpenAI's form."""
         return self._usage(sum(len(job.answer.ids) for job in self.jobs))
 
-    def usage_so_far(self) -> dict[str, Any]:
+    def usage_so_far(self) -> Json:
         """The same for what was sent: the model may be ahead of it."""
         return self._usage(self._sent)
 
-    def _usage(self, answer_tokens: int) -> dict[str, Any]:
+    def _usage(self, answer_tokens: int) -> Json:
         cached = min(sum(job.reused for job in self.jobs), self._prompt_tokens)
-        usage: dict[str, Any] = {"prompt_tokens": self._prompt_tokens}
+        usage: Json = {"prompt_tokens": self._prompt_tokens}
         usage["completion_tokens"] = answer_tokens
         usage["total_tokens"] = self._prompt_tokens + answer_tokens
         if self.reasoning_tokens is not None:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, Tag
 from starlette.responses import JSONResponse
 
+from slotmoe.jsonfile import Json
 from slotmoe.tools.serve import requests
 from slotmoe.tools.serve.answers import (
     Answers,
@@ -29,7 +30,6 @@ from slotmoe.tools.serve.reader import ContentDelta, joined, parse_arguments
 from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
-Json = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 _EFFORTS = {"disabled": "none", "enabled": "high", "adaptive": None}  # in OpenAI's words
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # in OpenAI's words

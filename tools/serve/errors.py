@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {
@@ -36,7 +37,7 @@ class RefusedError(Exception):
         return self.message
 
 
-def error_body(path: str, problem: RefusedError) -> dict[str, Any]:
+def error_body(path: str, problem: RefusedError) -> Json:
     """``problem`` in the envelope of the API that ``path`` belongs to."""
     is_anthropic, kind = f"{path}/".startswith(f"{ANTHROPIC_PATH}/"), "invalid_request_error"
     if problem.status >= 500:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
-from pydantic_core.core_schema import no_info_before_validator_function
 
 MAX_ITEMS = 4096  # of a list that has no other bound
 
@@ -27,7 +26,7 @@ class Refused:
             raise ValueError(f"is not supported by this server: {self.reason}")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return no_info_before_validator_function(self._check, handler(source))
+        return BeforeValidator(self._check).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
         return {**handler(schema), "description": f"refused: {self.reason}"}

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.requests import Function, ToolCall
 
@@ -123,7 +124,7 @@ def text_arguments(function: Function) -> frozenset[str]:
     return frozenset(key for key, schema in properties.items() if is_text(schema))
 
 
-def described(function: Function) -> dict[str, Any]:
+def described(function: Function) -> Json:
     about = {"name": function.name, "description": function.description or ""}
     return {**about, "parameters": function.schema_of_arguments}
 

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any, TypeAlias
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.formats import (
@@ -64,7 +65,7 @@ class Dialect:
         goes_on = self.is_native and not self.format.structured and bool(turns[-1][1])
         return self._tokenizer.chat(written, tools, begun=continues or goes_on, thinking=thinking)
 
-    def _describe(self, functions: list[Function], written: list[dict[str, Any]]) -> None:
+    def _describe(self, functions: list[Function], written: list[Json]) -> None:
         """Describe the functions at the end of the system message of ``written``."""
         system = "You are a helpful Assistant." if self.is_native else ""
         if written[0]["role"] == "system":
@@ -73,14 +74,14 @@ class Dialect:
         content = f"{system}\n\n{text}" if system else text
         written.insert(0, {"role": "system", "content": content})
 
-    def _structured(self, turns: list[Turn]) -> list[dict[str, Any]]:
+    def _structured(self, turns: list[Turn]) -> list[Json]:
         """For a template that writes calls, results and reasoning itself."""
-        written, count = list[dict[str, Any]](), 0
+        written, count = list[Json](), 0
         for message, results in turns:
             about: dict[str, Any] = {"role": message.role, "content": message.text}
             if message.reasoning:
                 about["reasoning_content"] = message.reasoning
-            ids, calls = list[str](), list[dict[str, Any]]()
+            ids, calls = list[str](), list[Json]()
             for call in message.calls:
                 name, arguments = call.function.name, call.function.arguments or "{}"
                 ids.append(f"functions.{name}:{count}" if self.format.numbered_ids else call.id)
@@ -94,9 +95,9 @@ class Dialect:
                 written.append({**about, "content": result.text})
         return written
 
-    def _plain(self, turns: list[Turn]) -> list[dict[str, Any]]:
+    def _plain(self, turns: list[Turn]) -> list[Json]:
         """For a template that knows no functions: results are in a message of the user."""
-        written = list[dict[str, Any]]()
+        written = list[Json]()
         for message, results in turns:
             text = message.text + ("\n" if message.text and message.calls else "")
             text += self.format.write(message.calls)
@@ -112,10 +113,10 @@ class Dialect:
                 written.append({"role": "user", "content": "\n".join(responses)})
         return written
 
-    def _native(self, turns: list[Turn]) -> list[dict[str, Any]]:
+    def _native(self, turns: list[Turn]) -> list[Json]:
         """Calls, results and what follows them as one message of the assistant: DeepSeek-V2.5's
         template itself loses text beside calls and parts of calls and results."""
-        written, goes_on = list[dict[str, Any]](), False
+        written, goes_on = list[Json](), False
         for message, results in turns:
             text = message.text + self.format.write(message.calls)
             if results:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from slotmoe.errors import ConfigError
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Grammar
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.tools.serve.errors import RefusedError
@@ -182,7 +182,7 @@ class Grammars:
                 start = [f"answer: TEXT | opened {calls}", f"opened[lazy]: /{anything}{mark}/"]
         return "\n".join(start + rules)
 
-    def _tagged(self, schema: dict[str, Any], strict: bool, where: str, dropped: list[str]) -> str:
+    def _tagged(self, schema: Json, strict: bool, where: str, dropped: list[str]) -> str:
         """The grammar of arguments that are tagged, in the order of their properties: text as it
         is, other values as JSON.  Raises ``RefusedError``."""
         tags = self._dialect.format.tagged
@@ -218,9 +218,7 @@ class Grammars:
         texts = re.split(f"({'|'.join(map(re.escape, ids)) or '(?!)'})", text)
         return " ".join(f"<[{ids[t]}]>" if t in ids else json.dumps(t) for t in texts if t)
 
-    def _json(
-        self, schema: dict[str, Any], strict: bool, where: str, param: str, dropped: list[str]
-    ) -> str:
+    def _json(self, schema: Json, strict: bool, where: str, param: str, dropped: list[str]) -> str:
         """``schema`` in a grammar.  What can't be held is refused if ``strict``, else it is added
         to ``dropped``.  Raises ``RefusedError``."""
         try:

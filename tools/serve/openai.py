@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from slotmoe import __version__
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Token
 from slotmoe.tools.serve.answers import (
     Answers,
@@ -30,7 +31,6 @@ from slotmoe.tools.serve.requests import MAX_ANSWERS, ChatRequest, OpenAIRequest
 from slotmoe.tools.serve.service import Service
 
 router = APIRouter()
-Json = dict[str, Any]
 
 
 @router.get("/v1/models")

@@ -4,8 +4,8 @@ import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.reasoning import Splitter, overlap
 from slotmoe.tools.serve.formats import INDEX, CallFormat
 
@@ -157,10 +157,10 @@ def joined(deltas: Iterable[ContentDelta]) -> list[ContentDelta]:
     return parts
 
 
-def parse_arguments(text: str) -> dict[str, Any] | None:
+def parse_arguments(text: str) -> Json | None:
     """A complete call's arguments; None if they can't be sent on."""
     try:
-        arguments: dict[str, Any] = json.loads(text)
+        arguments: Json = json.loads(text)
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # huge numbers, half a surrogate, too many levels
         return None

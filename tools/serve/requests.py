@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, Tag, model_validator
 
+from slotmoe.jsonfile import Json
 from slotmoe.model.generate import Sampling
 from slotmoe.tools.serve.errors import RefusedError
 from slotmoe.tools.serve.fields import Model as Model  # for the requests of other modules too
@@ -186,11 +187,11 @@ class Function(Model):
 
     name: Name
     description: Description | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None  # no keyword of the schema may be relaxed
 
     @property
-    def schema_of_arguments(self) -> dict[str, Any]:
+    def schema_of_arguments(self) -> Json:
         """An object's; without ``parameters`` it is empty.  Raises ``RefusedError``."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -246,7 +247,7 @@ class TextFormat(Model):
 class Schema(Model):
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
-    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    definition: Annotated[Json, Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -317,7 +318,7 @@ class OpenAIRequest(GenerationRequest):
                 problem = f"{key[:40]!r} is not a token id from 0 to {vocabulary - 1}"
                 raise RefusedError(f"logit_bias: {problem}", "logit_bias")
             bias.append((int(key), value))
-        given: dict[str, Any] = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
+        given: Json = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
         sampling = Sampling(**{"temperature": 1.0, **given}, logit_bias=tuple(bias))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         ends = self.min_tokens or 0, bool(self.ignore_eos)

@@ -4,13 +4,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from slotmoe.jsonfile import Json
 
 MAX_RESPONSES = 256
 MAX_SIZE = 16 << 20  # characters of all stored responses and their conversations together
 _ITEM = 1024  # characters that the objects of an item weigh as much as
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

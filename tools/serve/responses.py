@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter
 from starlette.responses import JSONResponse
 
+from slotmoe.jsonfile import Json
 from slotmoe.tools.serve.answers import (
     Answers,
     EventStream,
@@ -25,7 +26,6 @@ from slotmoe.tools.serve.service import Service
 
 PATH = "/v1/responses"
 router = APIRouter()
-Json = dict[str, Any]
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 # What a response says of its request, and what it says where the request says nothing.
 _ECHOED: Json = {

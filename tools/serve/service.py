@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from slotmoe.jsonfile import Json
 from slotmoe.offload.observe.memory import memory_in_use
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Job, Scheduler
@@ -55,7 +55,7 @@ class Service:
             self._first.observe(job.first - job.submitted)
         self._answer.observe(time.monotonic() - job.submitted)
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Json:
         """The model in OpenAI's list of models, and in Anthropic's."""
         about = {"id": self.name, "object": "model", "created": self.created}
         about |= {"owned_by": "slotmoe", "max_model_len": self.runtime.context}
@@ -63,7 +63,7 @@ class Service:
         about |= {"type": "model", "display_name": self.name, "created_at": created}
         return {**about, "lifecycle": "active", "max_input_tokens": self.runtime.context}
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Json:
         """Counts and bytes now; memory is by tier."""
         totals, stats, plan = self.batch.totals, self.runtime.stats(), self.runtime.plan
         tiers = memory_in_use(self.runtime.model).items()

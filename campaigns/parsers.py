@@ -1,0 +1,264 @@
+"""What the fuzzer attacks: for each parser of a stranger's bytes, good inputs and a function that
+parses one and returns whether it was accepted.  Each runs in a process that is given up after."""
+
+import base64
+import json
+from contextlib import closing, suppress
+from types import SimpleNamespace
+
+import xxhash
+
+from campaigns.fork_server import fork_children
+from campaigns.models import few_words, tiny_export
+from campaigns.requests import REQUESTS, request, schemas
+from slotmoe.errors import SlotmoeError
+from slotmoe.jsonfile import parse_json
+from slotmoe.model.checkpoint import Checkpoint
+from slotmoe.model.config import parse_config
+from slotmoe.model.generate import Sampling
+from slotmoe.model.gguf.checkpoint import open_checkpoint
+from slotmoe.model.gguf.header import read_header
+from slotmoe.model.tiktoken import tokenizer_json
+from slotmoe.model.tokenizer import Tokenizer
+from slotmoe.offload.observe.trace import read_trace
+from slotmoe.offload.plan.advice import GEOMETRIES, geometry_path
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.sessions.blocks import Block, BlockFolder, chain
+from slotmoe.offload.sessions.names import NamedSession, Saved, listing
+from slotmoe.quant.export.layout import checksum, tensor_parts
+from slotmoe.quant.export.reader import Export
+from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.verify import span_checksums
+from slotmoe.tools.chat.conversation import Conversation
+from tests.support.gguf import write_gguf
+
+
+def lawful(action):
+    """Whether ``action`` went well; errors of ours are lawful, if they are one line."""
+    try:
+        action()
+    except SlotmoeError as problem:
+        if not str(problem).isprintable() or len(str(problem)) > 1000:
+            raise ValueError("not one line for people") from problem
+        return False
+    return True
+
+
+def in_file(path, good, read, end=b""):
+    """A parser whose input is a file's bytes, before ``end``."""
+
+    def parse(data):
+        path.write_bytes(data + end)
+        return lawful(read)
+
+    return [good], parse
+
+
+def signed(sign, values):
+    """JSON with the right checksum, as someone with bad intentions would write it, or the bytes as
+    they are where that can't be."""
+    with suppress(ValueError, AttributeError, TypeError, RecursionError):
+        return sign(json.loads(values))
+    return values
+
+
+def config(folder):
+    corpus = [json.loads(geometry_path(name).read_text()) for name in GEOMETRIES]
+    path = folder / "config.json"
+    return corpus, lambda data: lawful(lambda: parse_config(parse_json(data, path)))
+
+
+def in_checkpoint(folder, name, read):
+    """One file of a tiny checkpoint is replaced, and the checkpoint is opened."""
+    place = folder / "checkpoint"
+    few_words(place, shards=2 if name.endswith("index.json") else 1)
+    data = (place / name).read_bytes()
+    good = json.loads(data) if name.endswith("json") else data
+    return in_file(place / name, good, lambda: read(place))
+
+
+def in_child(folder, name, read):
+    """The same, of JSON that a child reads first."""
+    fork_children(folder)
+    return in_checkpoint(folder, name, read)
+
+
+def opened(place):
+    with Checkpoint.open(place) as checkpoint:
+        list(checkpoint.headers())
+
+
+def tokenized(place):
+    tokenizer = Tokenizer(place, 0)
+    tokenizer.decode(tokenizer.encode("Hello, w\u00f6rld \u4f60\u597d"))
+
+
+def templated(place):
+    Tokenizer(place, 0, verdicts=place / "verdicts").chat([{"role": "user", "content": "hi"}])
+
+
+def sign_manifest(values):
+    return json.dumps({**values, "checksum": manifest_checksum(values)}).encode()
+
+
+def manifest(folder):
+    export = tiny_export(folder)
+    path = export / "slotmoe.json"
+
+    def read():
+        with Export.open(export) as opened:
+            opened.resident("model.norm.weight")
+            opened.predictor()
+
+    good, parse = in_file(path, json.loads(path.read_bytes()), read)
+    return good, lambda data: parse(signed(sign_manifest, data))
+
+
+def body(folder, file):
+    """Tensors or records with right checksums, which a model is opened with and computes from."""
+    export = tiny_export(folder)
+    (path,) = export.glob(file)
+    values = json.loads((export / "slotmoe.json").read_bytes())
+    entry = values["files"][str(path.relative_to(export))]
+    with Export.open(export) as opened:
+        size = opened.layout.record_bytes
+    good, start = path.read_bytes(), entry["header_bytes"]
+    if "records" in entry:
+        names = [*range(len(entry["records"]))]
+        spans = [(start + number * size, start + (number + 1) * size) for number in names]
+    else:
+        parts = tensor_parts(entry)
+        names, spans = [*parts], [part.span(start) for part in parts.values()]
+
+    def parse(data):
+        data = (data + good[start + len(data) :])[: len(good) - start]
+        path.write_bytes(good[:start] + data)
+        entry["checksum"], sums = span_checksums(path, spans)
+        for name, digest in zip(names, sums, strict=True):
+            if "records" in entry:
+                entry["records"][name] = digest
+            else:
+                entry["tensors"][name]["checksum"] = digest
+        (export / "slotmoe.json").write_bytes(sign_manifest(values))
+
+        def compute():
+            with Runtime.open(export, context=32, ram="1GiB", threads=1) as runtime:
+                list(runtime.generate([1, 2, 3], 2))
+
+        return lawful(compute)
+
+    return [good[start:]], parse
+
+
+def sign_session(values):
+    values.pop("checksum", None)
+    digest = checksum(json.dumps(values, sort_keys=True).encode())
+    return json.dumps({**values, "checksum": digest}).encode()
+
+
+def session(folder):
+    """A named session whose checksum is right."""
+    words = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    with NamedSession(folder, "plans") as session:
+        session.save(Saved(bytes(16), list(range(70)), "chat", words))
+
+    def read():
+        listing(folder)
+        with NamedSession(folder, "plans") as session:
+            conversation(session)
+            assert session.saved is not None
+            list(chain(session.saved.root, session.saved.tokens))
+
+    good, parse = in_file(session.path, json.loads(session.path.read_bytes()), read)
+    return good, lambda data: parse(signed(sign_session, data))
+
+
+def conversation(session=None):
+    """With a model whose template and tokenizer do nothing."""
+    tokenizer = SimpleNamespace(chat=json.dumps, encode=list)
+    runtime = SimpleNamespace(tokenizer=tokenizer, check_length=lambda length: None)
+    return Conversation(runtime, 5, Sampling(), session=session)
+
+
+def saved_chat(folder):
+    path, messages = folder / "talk.json", [{"role": "system", "content": "Be brief."}]
+    for number in "12":
+        messages.append({"role": "user", "content": f"Hello {number}"})
+        messages.append({"role": "assistant", "content": "Hi"})
+    return in_file(path, {"messages": messages}, lambda: conversation().load(path))
+
+
+def block(folder):
+    """A file of latents whose checksum is right: it is what its name says, or dropped."""
+    remarks, tokens = [], list(range(20))
+    store = BlockFolder(folder / "blocks", 1 << 20, remarks.append)
+    store.add([Block(bytes(16), 0, tokens)], 24, lambda block: memoryview(bytes(24 * 20)))
+    (path,) = (folder / "blocks" / "00").iterdir()
+
+    def parse(data):
+        path.write_bytes(data[:-16] + xxhash.xxh3_128_digest(data[:-16]))
+        found = store.read(bytes(16), 0, tokens[:9], 24), store.read(bytes(16), 0, tokens, 24)
+        for read in filter(None, found):
+            assert read[0].tokens == tokens and len(read[1]) == 24 * len(tokens)
+        assert all(remark.isprintable() for remark in remarks)
+        remarks.clear()
+        return found[1] is not None
+
+    return [path.read_bytes()], parse
+
+
+def tiktoken(folder):
+    words = [*(bytes([byte]) for byte in range(256)), b"th", b"he", b"the"]
+    lines = [base64.b64encode(word) + b" %d" % rank for rank, word in enumerate(words)]
+    added = {"300": {"content": "[BOS]", "special": True}}
+    settings = {"tokenizer_class": "TikTokenTokenizer", "added_tokens_decoder": added}
+
+    def parse(data):
+        try:
+            tokenizer_json(data, settings)
+        except ValueError:
+            return False
+        return True
+
+    return [b"\n".join(lines)], parse
+
+
+def gguf(folder):
+    few_words(folder / "checkpoint")
+    path = write_gguf(folder / "checkpoint", folder / "model.gguf")
+    data, size = path.read_bytes(), len(read_header(path).data)
+
+    def read():
+        with closing(open_checkpoint(path)) as checkpoint:
+            checkpoint.small_file("tokenizer.json", 1 << 24)
+
+    return in_file(path, data[:size], read, end=data[size:])
+
+
+def trace(folder):
+    keys = {"layers": [1, 2], "n_routed_experts": 8, "num_experts_per_tok": 2}
+    header = {"format": "slotmoe-trace", "version": 2, **keys}
+    step = (3).to_bytes(4, "little") + bytes([0, 0, 5, 0] * 6) + bytes(2 * 256) * 6
+    path = folder / "trace"
+    return in_file(path, json.dumps(header).encode() + b"\n" + step * 4, lambda: read_trace(path))
+
+
+PARSERS = {
+    "config": config,
+    "index": lambda at: in_checkpoint(at, "model.safetensors.index.json", opened),
+    "header": lambda at: in_checkpoint(at, "model.safetensors", opened),
+    "manifest": manifest,
+    "gguf": gguf,
+    "trace": trace,
+    "resident": lambda at: body(at, "resident.safetensors"),
+    "experts": lambda at: body(at, "experts/layer-00001.safetensors"),
+    "predictor": lambda at: body(at, "predictor-*"),
+    "session": session,
+    "block": block,
+    "saved-chat": saved_chat,
+    "tiktoken": tiktoken,
+    **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
+    "schemas": schemas,
+    "tokenizer": lambda at: in_child(at, "tokenizer.json", tokenized),
+    "template": lambda at: in_child(at, "tokenizer_config.json", templated),
+}

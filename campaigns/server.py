@@ -1,0 +1,219 @@
+"""A hundred clients of a server, for half an hour.
+
+They ask, leave in the middle, send half requests and nonsense, as each one's seed says.  Greedy
+answers must be those of a model that computes alone, and at the end the server has the places,
+slots, descriptors, threads and children of the beginning, and 5% more memory at most.
+"""
+
+import http.client
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+
+from campaigns.models import sample_export
+from campaigns.runner import Attack
+from slotmoe.model.tokenizer import REPLACEMENT
+from slotmoe.offload.runtime import Runtime
+from tests.support.served import GREEDY, HALVES, PROMPTS, USER, start
+
+LENGTH = 60  # tokens of the longest answer
+TIMES = (1, 5, 20, 39)  # how often a prompt repeats its words
+SETTLING = 25  # seconds after which a connection that says nothing is gone
+GROWTH = 0.05
+IN_POOL = (os.cpu_count() or 1) + 4  # threads that asyncio starts on demand
+LAWFUL = {"200", "400", "404", "429", "None"}
+# What the server may write: asyncio, of clients that have left.
+SAID = {"WARNING:  Invalid HTTP request received.", "socket.send() raised exception."}
+
+
+def texts_alone(export):
+    """The greedy text of each prompt, token by token."""
+    prompts = [prompt * times for prompt in PROMPTS for times in TIMES]
+    with Runtime.open(export, context=512, ram="2GiB") as runtime:
+        return {
+            prompt: [token.text for token in runtime.generate(prompt, LENGTH)] for prompt in prompts
+        }
+
+
+class Clients:
+    """What clients of a server at ``port`` do; ``wanted`` are the texts of the tokens that greedy
+    answers to prompts have, ``wrong`` is what was not as it should be."""
+
+    def __init__(self, port, wanted):
+        self.port, self.wanted, self.wrong = port, wanted, []
+        self.kinds, self.requests, self._lock = Counter(), 0, threading.Lock()
+
+    def play(self, chance, goes_on):
+        """One client; ``kinds`` counts how often each action had which status."""
+        actions = [
+            *(self.answer, self.stream, self.leave, self.abort, self.nonsense),
+            *(self.page, self.half, self.chat, self.schema),
+        ]
+        while goes_on():
+            time.sleep(chance.random())
+            action = chance.choice(actions)
+            body = {
+                **GREEDY,
+                "prompt": chance.choice(PROMPTS) * chance.choice(TIMES),
+                "max_tokens": chance.randrange(1, LENGTH),
+                "n": chance.choice([1, 1, 2]),
+            }
+            kind = f"{action.__name__} {action(chance, body)}"
+            with self._lock:
+                self.kinds[kind] += 1
+                self.requests += 1
+
+    def _open(self, path, body):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST" if body else "GET", path, data or None, kind)
+        return connection
+
+    def whole(self, path, body=b""):
+        """Status and text of an answer."""
+        connection = self._open(path, body)
+        response = connection.getresponse()
+        data = response.read().decode()
+        connection.close()
+        return response.status, data
+
+    def check(self, body, texts):
+        """Whether the ``texts`` are what the model says alone."""
+        wanted = "".join(self.wanted[body["prompt"]][: body["max_tokens"]])
+        for text in texts:
+            # The last token may be a part of a character.
+            if text.rstrip(REPLACEMENT) != wanted.rstrip(REPLACEMENT):
+                self.wrong.append(f"{body}: {text!r}, and alone {wanted!r}")
+        if len(texts) != body["n"]:
+            self.wrong.append(f"{body}: {len(texts)} answers")
+
+    def answer(self, chance, body):
+        status, data = self.whole("/v1/completions", body)
+        if status == 200:
+            self.check(body, [choice["text"] for choice in json.loads(data)["choices"]])
+        return status
+
+    def stream(self, chance, body):
+        status, data = self.whole("/v1/completions", {**body, "stream": True})
+        if status == 200:
+            lines, texts = data.split("\n\n"), {}
+            if lines[-2:] != ["data: [DONE]", ""]:
+                self.wrong.append(f"{body}: the stream ends with {data[-200:]!r}")
+            for line in lines[:-2]:
+                if line.startswith(":"):  # a ping, while the model is busy with others
+                    continue
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    at = choice["index"]
+                    texts[at] = texts.get(at, "") + choice["text"]
+            self.check(body, [*texts.values()])
+        return status
+
+    def leave(self, chance, body):
+        """In the middle of an answer."""
+        connection = self._open("/v1/completions", {**body, "stream": True})
+        connection.getresponse().read(chance.randrange(1, 400))
+        connection.close()
+
+    def abort(self, chance, body):
+        """Anywhere, most likely while the prompt is read."""
+        connection = self._open("/v1/completions", {**body, "stream": chance.random() < 0.5})
+        time.sleep(chance.random() * 0.05)
+        connection.close()
+
+    def nonsense(self, chance, body):
+        return self.whole("/v1/completions", chance.randbytes(chance.randrange(1, 2000)))[0]
+
+    def page(self, chance, body):
+        return self.whole(chance.choice(["/", "/metrics", "/stats", "/health", "/nowhere"]))[0]
+
+    def half(self, chance, body):
+        """No whole request; some of them wait until the server has had enough."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=300) as half:
+            half.sendall(chance.choice([*HALVES, chance.randbytes(80)]))
+            if chance.random() < 0.02:
+                half.recv(1)
+
+    def chat(self, chance, body):
+        request = {"model": "sample", "messages": USER, "max_tokens": body["max_tokens"]}
+        status, data = self.whole("/v1/messages", request)
+        if status == 400:
+            self.wrong.append(f"{request}: {data}")
+        return status
+
+    def schema(self, chance, body):
+        kind = chance.choice(["integer", "string", "nonsense"])
+        schema = {"name": "x", "schema": {"type": kind, "maxLength": 9}}
+        form = {"type": "json_schema", "json_schema": schema}
+        request = {**GREEDY, "messages": USER, "max_tokens": 20, "response_format": form}
+        return self.whole("/v1/chat/completions", request)[0]
+
+    def settled(self, process):
+        """Figures of the server once nobody is served and all connections are gone."""
+        time.sleep(SETTLING)
+        stats = json.loads(self.whole("/stats")[1])
+        time.sleep(1)
+        assert (stats["running"], stats["queued"]) == (0, 0)
+        return {
+            "descriptors": process.num_fds(),
+            "children": len(process.children()),
+            "slots": stats["memory"]["ram"]["parts"]["expert slots"],
+            "threads": process.num_threads(),
+            "bytes": process.memory_info().rss,
+        }
+
+
+def run(folder, part, aim):
+    """After 10 seconds and a sixtieth of the time, in which the server becomes warm."""
+    export, count = sample_export(folder), aim.given.clients
+    options = ("--max-sequences", "8", "--max-queue", str(count // 2), "--no-log")
+    wanted = texts_alone(export)
+    child, port = start(export, *options)
+    process, clients, log = psutil.Process(child.pid), Clients(port, wanted), set()
+    reader = threading.Thread(target=lambda: log.update(line.strip() for line in child.stderr))
+    reader.start()
+    warm = time.monotonic() + 10 + aim.given.seconds / 60
+    try:
+        with ThreadPoolExecutor(count) as pool:
+
+            def play(goes_on):
+                chances = [random.Random(aim.chance.random()) for _ in range(count)]
+                list(pool.map(lambda chance: clients.play(chance, goes_on), chances))
+
+            play(lambda: time.monotonic() < warm)
+            before = clients.settled(process)
+            clients.kinds.clear()
+            clients.requests = 0
+            aim.begin()
+            play(lambda: aim.goes_on(clients.requests))
+        after = clients.settled(process)
+        assert clients.whole("/v1/completions", {**GREEDY, "prompt": "Call me"})[0] == 200
+    finally:
+        child.terminate()
+        child.wait(60)
+        reader.join()
+        child.stderr.close()
+    kinds = dict(sorted(clients.kinds.items()))
+    wrong = clients.wrong + [f"said {line!r}" for line in log - SAID]
+    wrong += [f"status {status}" for status in {kind.split()[1] for kind in kinds} - LAWFUL]
+    wrong += [
+        f"{before[name]} {name}, then {after[name]}"
+        for name, more in (("descriptors", 0), ("children", 0), ("slots", 0), ("threads", IN_POOL))
+        if not 0 <= after[name] - before[name] <= more
+    ]
+    growth = after["bytes"] / before["bytes"] - 1
+    if growth > GROWTH:
+        wrong.append(f"memory grew by {growth:.1%}")
+    figures = {"requests": clients.requests, "growth": round(growth, 4), "kinds": kinds}
+    return {"clients": count, **figures, "before": before, "after": after, "wrong": wrong}
+
+
+OPTIONS = {"clients": {"type": int, "default": 100, "help": "at once [100]"}}
+ATTACK = Attack(run, ["requests"], "requests", 1_000_000, seconds=1800, options=OPTIONS)

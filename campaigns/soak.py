@@ -1,0 +1,162 @@
+"""Tokens under random budgets, policies, sessions, Ctrl-C, errors and bad reads: the same ids and
+the same bits each time.
+
+At its end the process has the descriptors and threads of its beginning, and 5% more memory at most.
+"""
+
+import faulthandler
+import gc
+import os
+import random
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from campaigns.models import sample_export
+from campaigns.runner import Attack
+from slotmoe.errors import ExportError
+from slotmoe.offload.policy import POLICIES
+from slotmoe.offload.runtime import Runtime
+from slotmoe.offload.tiers import disk
+from slotmoe.quant.export.reader import Export
+from tests.support.engine import whole
+from tests.support.interrupts import ctrl_c_after
+
+LENGTH, TEXTS, CONTEXT = 60, 12, 256
+BAD_READS = 0.01  # of all; one after another is an error
+WARMING = 10  # models that are opened before memory is measured
+HANGS = 120  # seconds for a model
+
+
+class InjectedError(Exception):
+    """Out of a layer."""
+
+
+class Soak:
+    """``wanted`` are the texts that an undisturbed model makes: ids and log-probabilities."""
+
+    def __init__(self, folder, chance):
+        self.export, self.sessions, self.chance = sample_export(folder), folder / "kept", chance
+        lengths = [chance.randint(1, 90) for _ in range(TEXTS)]
+        self.prompts = [[chance.randrange(2, 4000) for _ in range(length)] for length in lengths]
+        self.counts, self.process = Counter(), psutil.Process()
+        with Runtime.open(self.export, context=CONTEXT) as runtime:
+            self.wanted = [list(self._tokens(runtime, number)) for number in range(TEXTS)]
+
+    def _tokens(self, runtime, number):
+        """Every third text is sampled."""
+        how = {"temperature": 0.8, "seed": number} if number % 3 == 2 else {"temperature": 0.0}
+        for token in runtime.generate(self.prompts[number], LENGTH, **how):
+            yield token.id, token.logprob
+
+    def text(self, runtime, number):
+        place = -1
+        for place, token in enumerate(self._tokens(runtime, number)):
+            self.counts["tokens"] += 1
+            assert token == self.wanted[number][place], f"token {place} of text {number} differs"
+        assert place == len(self.wanted[number]) - 1
+
+    def one_model(self):
+        """A few texts of a model that is opened with settings by chance."""
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        chance, policy = self.chance, self.chance.choice(POLICIES)
+        settings = {"slots": chance.randint(14, 220), "cache_policy": policy}
+        settings |= {"prefetch": chance.random() < 0.7, "threads": chance.choice((1, 2))}
+        self.counts[policy] += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "HELP_BYTES", chance.choice((0, disk.HELP_BYTES)))
+            patch.setattr(Export, "read_range", self._reading(Export.read_range))
+            with Runtime.open(self.export, context=CONTEXT, **settings) as runtime:
+                if chance.random() < 0.5:
+                    runtime.keep_in(self.sessions, 2 << 20)
+                    self.counts["with sessions"] += 1
+                for _ in range(chance.randint(1, 8)):
+                    self.disturbed(runtime, chance.randrange(TEXTS))
+                    whole(runtime)
+        faulthandler.cancel_dump_traceback_later()
+
+    def disturbed(self, runtime, number):
+        kind = self.chance.choice(("nothing", "nothing", "ctrl-c", "error"))
+        try:
+            with self._event(runtime, kind):
+                self.text(runtime, number)
+                self.counts["whole texts"] += 1
+        except (KeyboardInterrupt, InjectedError, ExportError) as problem:
+            self.counts[type(problem).__name__] += 1
+        if runtime.sessions is not None:
+            runtime.keep()
+
+    @contextmanager
+    def _event(self, runtime, kind):
+        if kind == "ctrl-c":
+            with ctrl_c_after(self.chance.uniform(0, 0.2)):
+                yield
+                time.sleep(0.02)
+            return
+        left = self.chance.randint(1, 300) if kind == "error" else 0
+
+        def raise_at(route):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise InjectedError
+
+        stop = runtime.model.experts.on_route(raise_at)
+        try:
+            yield
+        finally:
+            stop()
+
+    def _reading(self, read_range):
+        """Now and then a read fails, or brings other bytes."""
+        chance = random.Random(self.chance.random())
+
+        def read(export, layer, expert, start, out, folder):
+            read_range(export, layer, expert, start, out, folder)
+            if chance.random() < BAD_READS:
+                self.counts["bad reads"] += 1
+                if chance.random() < 0.5:
+                    raise ExportError("a read that failed")
+                out[len(out) // 2] ^= 1
+
+        return read
+
+    def held(self):
+        """After a model of one thread: the kernels' pool stays as large as the last model's."""
+        with Runtime.open(self.export, context=CONTEXT, threads=1):
+            pass
+        gc.collect()
+        figures = {"descriptors": self.process.num_fds(), "threads": self.process.num_threads()}
+        return {**figures, "bytes": self.process.memory_info().rss}
+
+
+def opened():
+    """What the descriptors lead to, and the threads' names."""
+    paths = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one that lists them
+            paths.append(os.readlink(path))
+    return paths + [thread.name for thread in threading.enumerate()]
+
+
+def run(folder, part, aim):
+    soak = Soak(folder, aim.chance)
+    for _ in range(WARMING):
+        soak.one_model()
+    before = soak.held()
+    while aim.goes_on(soak.counts["tokens"]):
+        soak.one_model()
+    after = soak.held()
+    more = [name for name in ("descriptors", "threads") if after[name] > before[name]]
+    wrong = [f"more {name}: {opened()}" for name in more]
+    if after["bytes"] > 1.05 * before["bytes"]:
+        wrong.append("memory grew by more than 5%")
+    return {**dict(sorted(soak.counts.items())), "before": before, "after": after, "wrong": wrong}
+
+
+ATTACK = Attack(run, ["tokens"], "tokens", 20_000)

@@ -1,0 +1,172 @@
+"""Each campaign finds nothing wrong in a few seconds, and finds a defect that is planted."""
+
+import json
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "system-calls quantize chat --count 1",
+    "fuzz --blind --seconds 2",
+    "fuzz config --seconds 2",
+    "flips --count 1000",
+    "interrupts helping threads --count 20",
+    "kills --count 8",
+    "races --count 2",
+    "environments 'no home' 'few descriptors'",
+    "soak --count 200",
+    "server --clients 10 --seconds 20",
+]
+
+
+def played(line, before=""):
+    """Exit code and reports of a campaign, after the code ``before``."""
+    program = f"{before}\nfrom campaigns.__main__ import main\nmain()"
+    command = [sys.executable, "-c", program, *shlex.split(line), "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return done.returncode, [json.loads(report) for report in done.stdout.splitlines()]
+
+
+def test_no_campaign_shrinks():
+    """What was attacked once is attacked for good."""
+    least = {"system-calls": 7, "fuzz": 21, "interrupts": 8, "kills": 4, "races": 5}
+    for name, parts in {**least, "environments": 26, "clients": 15}.items():
+        attack = import_module(f"campaigns.{name.replace('-', '_')}").ATTACK
+        assert len(attack.parts) >= parts, name
+
+
+@pytest.mark.parametrize("line", SHORT)
+def test_nothing_is_wrong(line):
+    code, reports = played(line)
+    assert code == 0, reports
+
+
+FUZZ = """
+import os, time
+import campaigns.fuzz, campaigns.parsers
+campaigns.fuzz.HANGS, seen = 1, []
+def planted(folder):
+    return [{"a": 1}], lambda data: not seen.append(data) if not seen else BROKEN
+campaigns.parsers.PARSERS["config"] = planted
+"""
+# Six letters in their places are found one by one, by the code that is reached, and not by chance.
+DEEP = """
+import atheris, campaigns.parsers
+@atheris.instrument_func
+def deep(data):
+    first = data[0:1] == b"{" and data[1:2] == b"[" and data[2:3] == b","
+    if first and data[3:4] == b"\\xff" and data[4:5] == b"{" and data[5:6] == b",":
+        raise KeyError(data)
+    return True
+campaigns.parsers.PARSERS["config"] = lambda folder: ([b"........"], deep)
+"""
+SHORT_WRITES = """
+import os
+from slotmoe.quant.export import writer
+writer.ExportFile._pwrite = lambda file, data, at: os.pwrite(file._handle, data, at)
+"""
+QUIET_SYNC = """
+import os
+from contextlib import suppress
+from slotmoe.quant.export import writer
+def quiet(file):
+    with suppress(OSError):
+        os.fsync(file._handle)
+writer.ExportFile.sync = quiet
+"""
+IN_THE_WAY = """
+import os
+from slotmoe.quant.export import writer
+begin = writer.ExportFile.__init__
+def alone(file, path, *rest):
+    path.parent.mkdir(exist_ok=True)
+    os.close(os.open(writer.temporary_name(path), os.O_CREAT | os.O_EXCL))
+    begin(file, path, *rest)
+writer.ExportFile.__init__ = alone
+"""
+IN_PLACE = """
+from slotmoe.offload.sessions import blocks
+def written(path, parts):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"".join(parts))
+blocks.write_private = written
+"""
+NO_SYNC = """
+from slotmoe.quant.export.writer import ExportFile
+ExportFile.sync = lambda file: None
+"""
+UNCHECKED = """
+from slotmoe.quant.export.folder import Folder
+from slotmoe.quant.export.reader import Export
+from slotmoe.offload.sessions import names
+from slotmoe.offload.sessions.blocks import BlockFolder
+def latents(folder, path, block, token_bytes):
+    return memoryview(path.read_bytes())[len(block.head(token_bytes)) : -16]
+def small_file(export, name, _):
+    return (export.folder / name).read_bytes()
+"""
+HALF = """
+from slotmoe.offload.tiers.slots import Table
+restore = Table.restore
+def half(table, *arguments, **options):
+    free = table.free
+    restore(table, *arguments, **options)
+    table.free = free
+Table.restore = half
+"""
+OTHER_TEXT = """
+from campaigns import server
+alone = server.texts_alone
+def other(export):
+    return {prompt: ["~", *texts] for prompt, texts in alone(export).items()}
+server.texts_alone, server.SETTLING = other, 5
+"""
+PLANTED = {
+    **{
+        code: ("fuzz config --blind", FUZZ.replace("BROKEN", code), wrong)
+        for code, wrong in {
+            "os.abort()": "ended with -6",
+            "time.sleep(99)": "ended with -14",
+            "bytes(1 << 30)": "MemoryError",
+            "{}[data]": "KeyError",
+            "os.dup(2) > 0": "left a file open",
+        }.items()
+    },
+    "deep code": ("fuzz config --count 30000", DEEP, "KeyError"),
+    "a short write": ("system-calls quantize --count 3", SHORT_WRITES, "short"),
+    "a failed fsync": ("system-calls quantize --kinds unsynced", QUIET_SYNC, "not said"),
+    "leavings of a kill": ("system-calls quantize --count 3", IN_THE_WAY, "does not resume"),
+    "a block without fsync": ("kills session-power --count 9", IN_PLACE, "change"),
+    "an export without fsync": ("kills quantize-power", NO_SYNC, "change"),
+    **{
+        code: ("flips --count 3000", f"{UNCHECKED}\n{code}", "missed")
+        for code in (
+            "Export._verify = lambda *_: None",
+            "Folder.verify_header = lambda *_: None",
+            "Export.small_file = small_file",
+            "BlockFolder._latents = latents",
+            "names._checksum = lambda values: values.get('checksum', '')",
+        )
+    },
+    "a slot that is lost": ("interrupts helping --count 200", HALF, "AssertionError"),
+    "no locks": ("races --count 60", "import fcntl\nfcntl.flock = lambda *_: None", ""),
+    "a wrong answer": ("server --clients 5 --seconds 5", OTHER_TEXT, "and alone"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_defects_are_found(name):
+    line, before, wanted = PLANTED[name]
+    if name == "deep code":
+        pytest.importorskip("atheris", reason="atheris has no wheel for this Python")
+        assert played(f"{line} --blind", before)[0] == 0
+    code, reports = played(line, before)
+    assert code == 1
+    for report in reports:
+        assert any(wanted in problem for problem in report["wrong"]), report

@@ -1,0 +1,207 @@
+"""What crosses between the network, its backend and the routed experts.
+
+Only the backend knows what a weight ``W`` is made of (fp32, int8, codes) and where it lies.  Only
+``Experts`` knows where the routed experts are.
+
+Shapes: T tokens of this pass, D hidden_size, H heads, N qk_nope_head_dim, P qk_rope_head_dim, R
+kv_lora_rank, V v_head_dim, W = R + P latent row, X elements of a cached row, C = P / 2, S cached
+positions, B a block of them, E routed experts, K experts a token, M MoE layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+W = TypeVar("W", covariant=True)
+W_in = TypeVar("W_in", contravariant=True)
+
+
+class Timer:
+    """Where a pass says what it has just done; a profiler keeps it."""
+
+    def mark(self, stage: str, now: float | None = None) -> None:
+        """The time since the last mark, until ``now`` (of ``time.perf_counter()``), belongs to
+        ``stage``."""
+
+
+@dataclass(frozen=True)
+class Mlp(Generic[W]):
+    """Weights of a feed-forward network."""
+
+    gate_proj: W
+    up_proj: W
+    down_proj: W
+
+
+@dataclass(frozen=True)
+class Layer(Generic[W]):
+    """Weights of one decoder layer.  ``gate`` is None in a dense layer, ``gate_bias`` where the
+    family has none, ``mlp`` where there is no shared expert, and the parts of ``q_a`` and ``q_b``,
+    or ``q_proj``, where queries are made without."""
+
+    input_layernorm: Tensor
+    q_proj: W | None
+    q_a_proj: W | None
+    q_a_layernorm: Tensor | None
+    q_b_proj: W | None
+    kv_a_proj: W
+    kv_a_layernorm: Tensor
+    kv_b_proj: W
+    o_proj: W
+    post_attention_layernorm: Tensor
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    mlp: Mlp[W] | None
+
+
+class Router(NamedTuple):
+    """What becomes of the gate's logits.
+
+    Scores are the softmax of a token's logits, or with ``sigmoid`` each logit's own.  Of
+    ``n_group`` groups of experts the ``topk_group`` best take part, a group counting by the sum of
+    its ``group_best`` best experts, and of their experts the ``top_k`` best (group-limited greedy,
+    DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Weights are scores, ``normalized`` to add up to 1, times ``factor``.
+    """
+
+    n_group: int
+    topk_group: int
+    top_k: int
+    factor: float = 1.0
+    normalized: bool = False
+    group_best: int = 1
+    sigmoid: bool = False
+
+
+class Geometry(NamedTuple):
+    """What a backend has to know beside the weights to bind layers: sizes as in the shape legend,
+    epsilons of the norms over D and over the latents, the factor of the attention scores, whether
+    rotated pairs stand in two ``halves`` instead of side by side."""
+
+    H: int
+    N: int
+    P: int
+    R: int
+    V: int
+    eps: float
+    latent_eps: float
+    softmax_scale: float
+    halves: bool
+    router: Router
+    moe_intermediate_size: int
+
+
+class Pending(NamedTuple):
+    """A layer that waits for its routed experts: their input, float32 [T, D], weights, float32
+    [T, K], and indices, int64 [T, K], best first."""
+
+    layer: int
+    x_TD: Tensor
+    weights_TK: Tensor
+    indices_TK: Tensor
+
+
+Waiting = tuple[int, Tensor, Tensor, Tensor]
+"""What a ``Pending`` holds."""
+
+
+class Cache(Protocol):
+    """A sequence's latents: ``slotmoe.model.kv_cache.LatentCache``."""
+
+    length: int
+
+    @property
+    def layers(self) -> Tensor:
+        """[layers, positions, X]."""
+
+    def extend(self, layer: int, count: int) -> Tensor:
+        """The layer's rows with ``count`` more, which the caller writes."""
+
+
+@dataclass
+class Step:
+    """A pass, or some of its tokens, on their way through the layers, over T tokens: ``counts`` of
+    each sequence, which has a cache of its own.  The pass has ``behind`` tokens before them.
+
+    ``rope_TC`` rotates a token's pairs, and ``query_scale_T``, None for 1, multiplies its queries.
+    ``layer`` is the next layer, with the residual stream ``h_TD`` before it.  Where ``x_TD`` is
+    set, that layer lacks only its feed-forward: ``x_TD`` is the input of that and ``routed_TD`` the
+    weighted sum of its routed experts.
+    """
+
+    h_TD: Tensor
+    rope_TC: Tensor
+    query_scale_T: Tensor | None
+    caches: Sequence[Cache]
+    counts: Sequence[int]
+    timer: Timer
+    behind: int = 0
+    layer: int = 0
+    x_TD: Tensor | None = None
+    routed_TD: Tensor | None = None
+
+
+class SlotTable(Protocol):
+    """Where experts are: ``slotmoe.quant.backends.base.SlotTable``."""
+
+    def having(self, slots_ME: Tensor) -> "SlotTable":
+        """The table of other layers, int32 [M, E], in the same records."""
+
+
+class Experts(Protocol):
+    """The routed experts, wherever they are."""
+
+    def __call__(self, layer: int, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, in gate order, float32 [T, D]."""
+
+    def slot_table(self) -> SlotTable | None:
+        """Where experts are now; None where no backend computes them by itself."""
+
+    def passed(self, layer: int, indices_MTK: Tensor, x_MTD: Tensor | None) -> None:
+        """The backend has computed the experts of M MoE layers from ``layer`` on by the slot
+        table; their gates chose ``indices_MTK`` for the inputs ``x_MTD``, which a backend need not
+        keep where all experts have slots."""
+
+
+class Runner(Protocol):
+    """Runs layers for a pass."""
+
+    def run_layers(self, step: Step, experts: Experts) -> Waiting | None:
+        """Go on with ``step`` until a layer lacks an expert, which is returned, or to the end.
+
+        A runner may compute experts itself where ``experts.slot_table()`` says that they all have
+        slots; it reports these layers to ``experts.passed``.
+        """
+
+
+class Decoder(Runner, Protocol):
+    """Runs layers for a few tokens of each sequence, each bitwise what it gives alone."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a pass may have."""
+
+
+class Backend(Protocol[W_in]):
+    """Multiplies.  ``slotmoe.quant.backends.base.TorchBackend`` says what each operation gives."""
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether attention takes the absorbed form always, so that decode and prefill agree."""
+
+    def linear(self, x_TK: Tensor, weight: W_in | Tensor) -> Tensor: ...
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+    def mlp(self, x_TD: Tensor, gate_proj: W_in, up_proj: W_in, down_proj: W_in) -> Tensor: ...
+    def embed(self, ids_T: Tensor, weight: W_in) -> Tensor: ...
+    def rotate(self, x_THP: Tensor, table_TC: Tensor, halves: bool) -> Tensor: ...
+    def absorb_query(self, q_THN: Tensor, kv_b: W_in) -> Tensor: ...
+    def absorb_value(self, o_THR: Tensor, kv_b: W_in, N: int) -> Tensor: ...
+    def expand(self, latent_BR: Tensor, kv_b: W_in) -> Tensor: ...
+    def store_latents(self, latent_TW: Tensor, R: int, rows_TX: Tensor) -> None: ...
+    def mla(self, q_THW: Tensor, rows_SX: Tensor, R: int, scale: float) -> Tensor | None: ...
+    def route(
+        self, logits_TE: Tensor, router: Router, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None: ...
+    def decoder(self, geometry: Geometry, layers: Sequence[Layer[W_in]]) -> Decoder | None: ...

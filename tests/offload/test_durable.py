@@ -1,0 +1,49 @@
+"""What gets its final name is durable: a power cut leaves the old file or the whole new one."""
+
+import os
+
+import pytest
+
+from slotmoe.offload.ingest.quantize import quantize
+from slotmoe.offload.sessions.blocks import BlockFolder, chain
+from slotmoe.offload.sessions.names import NamedSession, Saved
+from slotmoe.quant.export.writer import write_predictor
+from tests.support.predictor import random_tensors
+from tests.support.tiny import write_checkpoint
+
+
+def write_export(folder):
+    write_checkpoint(folder / "source", shards=2)
+    quantize(folder / "source", folder / "export", workers=1)
+
+
+def write_blocks(folder):
+    store = BlockFolder(folder / "blocks", 1 << 20, print)
+    blocks = list(chain(bytes(16), [*range(70)]))
+    store.add(blocks, 24, lambda block: memoryview(bytes(24 * len(block.tokens))))
+
+
+def write_name(folder):
+    with NamedSession(folder, "plans") as session:
+        session.save(Saved(bytes(16), [1, 2], "text", [{"role": "text", "content": "Hello"}]))
+
+
+def replace_predictor(folder):
+    write_export(folder)
+    write_predictor(folder / "export", random_tensors(0))
+
+
+@pytest.mark.parametrize("write", [write_export, write_blocks, write_name, replace_predictor])
+def test_a_file_is_durable_before_it_gets_its_name(write, tmp_path, monkeypatch):
+    synced, named, rename = set(), [], os.rename
+
+    def checked_rename(path, name):
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            assert file.is_dir() or file.stat().st_ino in synced, f"{file} may be lost"
+            named.append(file)
+        rename(path, name)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "rename", checked_rename)
+    write(tmp_path)
+    assert named
