@@ -185,17 +185,15 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     """All experts, the shared one and the sums together; or experts as they come, their sum, and
     behind it the shared one.  What counts the programs of a tile is as it was."""
     D, width, indices_1K = 32, 16, choice(1)
-    records, (x, h), weights = make_records(4, D, width), torch.randn(2, 1, D), torch.rand(1, 3)
-    x, h, weights = x.to(DEVICE), h.to(DEVICE), weights.to(DEVICE)
-    shapes = (24, D), (24, D), (D, 24)
-    mlp = Mlp(*(make_weight(shared, *shape, wild=False) for shape in shapes))
-    layer, y_1KD = SimpleNamespace(gate=x, input_layernorm=x[0], mlp=mlp), torch.empty(1, 3, D)
+    records, x, h, weights = make_records(4, D, width), randn(1, D), randn(1, D), randn(1, 3).abs()
+    matrices = [make_weight(shared, *shape, wild=False) for shape in ((24, D), (24, D), (D, 24))]
+    mlp, y_1KD = Mlp(*matrices), torch.empty(1, 3, D, device=DEVICE)
+    layer = SimpleNamespace(gate=x, input_layernorm=x[0], mlp=mlp)
     geometry = Geometry(1, 1, 2, 1, 1, 1e-6, 1e-6, 0.1, False, Router(1, 1, 3), width)
     triton_ops.decoder(geometry, [layer])
     finished = torch.zeros(D // TILE, dtype=torch.int32, device=DEVICE)
     whole, parts, one = torch.empty_like(h), torch.empty_like(h), torch.ones(1, device=DEVICE)
     inputs, slots_E = (x, records), slots_of(2, 1, 0, 3, 0, 1)
-    y_1KD = y_1KD.to(DEVICE)
     ending = Ending(finished, weights, h, whole)
     triton_ops.end_layer(Routed(*inputs, slots_E, indices_1K, y_1KD), mlp, ending)
     y_1KD = torch.full_like(y_1KD, torch.nan)
@@ -205,7 +203,7 @@ def test_a_layer_in_two_launches_is_bitwise_the_layer_in_several(triton_ops, sha
     ending = Ending(finished, one, h, parts)
     triton_ops.end_layer(Routed(*inputs, None, indices_1K, routed_11D), mlp, ending)
     assert torch.equal(whole, parts) and not finished.any()
-    exact = h + mlp_in_float64(x, *mlp)
+    exact = h + mlp_in_float64(x, *matrices)
     for weight, index in zip(weights[0].double(), indices_1K[0], strict=True):
         exact += weight * expert_of(records, slots_E[index], x)
     assert error(whole, exact) < 1e-6
