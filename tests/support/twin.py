@@ -104,31 +104,27 @@ class Told:
         super().experts(x_TD, records, slots_E, indices_TK, y_TKD)
 
 
-class Decoded:
-    """Records whose weights are decoded once, and known again by the bytes of the record: most of
-    plain torch's time.  Bytes that are not the record's are decoded as what they are."""
+class Decoding(TorchBackend):
+    """Plain torch.  Weights are decoded once, and known again by the bytes of the record: most of
+    its time.  Bytes that are not the record's are decoded as what they are."""
 
     known = {}  # noqa: RUF012
 
-    def __init__(self, records):
-        self._records, self.slab = records, records.slab
-        layout = records.layout
-        sizes = layout.hidden_size, layout.moe_intermediate_size, repr(layout.codecs)
-        self._how = *sizes, records.levels.numpy().tobytes()
-
-    def weights(self, slot):
-        key = checksum(self.slab[slot].numpy()), *self._how
-        if key not in self.known:
-            weights = self._records.weights(slot)
-            self.known[key] = tuple(weight.dequantize() for weight in weights)
-        return self.known[key]
-
-
-class TwinBackend(Told, TorchBackend):
-    """Plain torch."""
-
     def experts(self, x_TD, records, slots_E, indices_TK, y_TKD):
-        super().experts(x_TD, Decoded(records), slots_E, indices_TK, y_TKD)
+        layout = records.layout
+        how = layout.hidden_size, layout.moe_intermediate_size, repr(layout.codecs)
+
+        def weights(slot):
+            key = checksum(records.slab[slot].numpy()), *how, records.levels.numpy().tobytes()
+            if key not in self.known:
+                self.known[key] = [weight.dequantize() for weight in records.weights(slot)]
+            return self.known[key]
+
+        self.experts_of(weights, x_TD, slots_E, indices_TK, y_TKD)
+
+
+class TwinBackend(Told, Decoding):
+    pass
 
 
 class Twin:
