@@ -35,6 +35,8 @@ from tests.support.slab import LEVELS, SlabExperts
 from tests.support.tiny import CONFIG, SMALL, random_weights
 from tests.support.twin import Twin, freed, open_on, slow
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 interpreter = pytest.importorskip(
     "triton.runtime.interpreter", reason="needs Triton, which is for Linux"
 )
@@ -178,7 +180,6 @@ def few_splits():
         yield
 
 
-@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("case", nth(EACH, CONFIGS))
 def test_captured_steps_plain_calls_prefill_and_plain_torch_agree(case):
     resident, overrides = CONFIGS[case]
@@ -204,7 +205,6 @@ PASSES = [("a", [3], True, 1), ("b", [9], True, 0), ("c", [30], False, 2), ("a",
 PASSES += [("c", [5, 9], False, 0), ("c", [8], True, 1), ("c", [3], False, 0)]
 
 
-@pytest.mark.usefixtures("interpreter")
 def test_graphs_replay_what_plain_calls_do():
     """At each position, for sequences and in caches of which they knew nothing when they were made;
     where experts lose their slots between two steps; behind a prefill pass; timed or not.  A step
@@ -242,7 +242,6 @@ def test_graphs_replay_what_plain_calls_do():
         assert torch.equal(actual.layers[:, :length], expected.layers[:, :length])
 
 
-@pytest.mark.usefixtures("interpreter")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the graphs that are counted are recorded ones")
 @pytest.mark.parametrize(("q_lora_rank", "most"), [(None, GPU_LAUNCHES), (16, GPU_LAUNCHES + 1)])
 def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lora_rank, most):
@@ -309,7 +308,7 @@ def test_a_recorded_function_can_not_use_the_host():
     assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
-@pytest.mark.usefixtures("interpreter", "twin")
+@pytest.mark.usefixtures("twin")
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="the GPU's twin is in RAM, where kernels have to be interpreted"
 )
@@ -342,7 +341,6 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
     assert routes[0] == routes[1] == routes[2] and len(routes[0]) == 2
 
 
-@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("export", nth(EACH, ["small_export", "sample_export"]))
 def test_a_runtime_on_triton_kernels_says_what_the_others_say(request, export, monkeypatch):
     """But for the small one's head, most of an interpreter's time, which torch computes."""

@@ -119,10 +119,11 @@ def stuck(sample_export, monkeypatch):
     waits for it."""
     read, wait = Export.read_range, disk.DiskReader.wait
     broken, waiting, over = (threading.Event() for _ in range(3))
+    late = []
 
     def read_range(*arguments):
-        if broken.is_set():
-            over.wait(60)
+        if broken.is_set() and not over.wait(30):
+            late.append(arguments)
         read(*arguments)
 
     def waits(*arguments):
@@ -139,6 +140,7 @@ def stuck(sample_export, monkeypatch):
     broken.set()
     yield runtime, waiting
     over.set()
+    assert not late, "only the disk's answer ended the wait"
 
 
 def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck):
@@ -271,12 +273,19 @@ def test_close_from_another_thread_ends_a_wait(stuck):
 def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch):
     runtime = Runtime.open(sample_export, context=256, slots=22)
     inside, closing, refuse = threading.Event(), threading.Event(), Exclusive.refuse
+    layers = []
+
+    def at_a_gate(route):
+        layers.append(route.row)
+        inside.set()
+        assert closing.wait(30)
+
     monkeypatch.setattr(Exclusive, "refuse", lambda *given: (refuse(*given), closing.set()))
-    runtime.model.experts.on_route(lambda route: (inside.set(), closing.wait(30)))
+    runtime.model.experts.on_route(at_a_gate)
     finish = in_thread(lambda: list(runtime.generate(IDS, 100)))
     assert inside.wait(30)
     runtime.close()
-    assert "this Runtime is closed" in str(finish())
+    assert "this Runtime is closed" in str(finish()) and layers == [0]
 
 
 def test_use_after_close_is_refused(sample_export):
