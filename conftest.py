@@ -2,6 +2,7 @@
 command line in this process, and a hub on loopback."""
 
 import os
+import signal
 from tempfile import TemporaryDirectory
 
 # OpenMP reads it when torch is imported.  Threads of torch that spin while they wait take the cores
@@ -73,10 +74,12 @@ def slotmoe(capsys):
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
+        return caught.value.code, *capsys.readouterr()
 
-    return run
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
+    yield run
+    for number, handler in before:  # the command line's end the process without a word
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

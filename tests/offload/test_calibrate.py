@@ -3,9 +3,6 @@ is believed."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,25 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slotmoe.errors import ConfigError, ExportError
-from slotmoe.model.config import read_config
+from slotmoe.errors import ExportError
+from slotmoe.model.config import parse_config
 from slotmoe.model.names import GATE, POST_NORM, layer_tensor
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
-from slotmoe.offload.study.calibrate import MIN_TOKENS, calibrate, measure, read_text, record, split
+from slotmoe.offload.study.calibrate import calibrate, measure, read_text, record, split
 from slotmoe.quant.backends.base import TorchBackend
 from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
-from slotmoe.tools.cli import main
 from tests.support.bench import benchmark
-from tests.support.params import nth
-from tests.support.predictor import D, E, K, L, predictor_file, sign
-from tests.support.tiny import write_checkpoint
+from tests.support.disk import die_at_change, forked, tree
+from tests.support.exported import resign
+from tests.support.predictor import D, E, K, L, predictor_file, random_tensors, state_of
+from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
+GEOMETRIES = ROOT / "model" / "geometries"
 TEXT = "\n".join(topics.values())
 
 
@@ -42,28 +40,53 @@ def quick(patch, steps=100, epochs=6, width=96):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a tiny checkpoint, its export, the same calibrated, training text, and what
-    calibration reported."""
+def plain(tmp_path_factory):
+    """A folder with a tiny checkpoint, its export, the same with a predictor of random numbers, and
+    texts."""
     folder = tmp_path_factory.mktemp("calibrate")
     write_checkpoint(folder / "checkpoint")
     quantize(folder / "checkpoint", folder / "plain")
-    shutil.copytree(folder / "plain", folder / "calibrated")
+    shutil.copytree(folder / "plain", folder / "random")
+    write_predictor(folder / "random", random_tensors(0))
     (folder / "text").write_text(TEXT[:30000])
     (folder / "other").write_text(TEXT[30000:40000])
+    (folder / "few").write_text(TEXT[:4000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(plain, heavy):
+    """That folder with an export that was calibrated with its text, and what that reported."""
+    seen, texts = [], [plain / "text"]
+    shutil.copytree(plain / "plain", plain / "calibrated")
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
-        seen = []
-        report = calibrate(
-            folder / "calibrated",
-            [folder / "text"],
-            lambda done, total: seen.append((done, total)),
-            threads=1,
-        )
-    (folder / "report").write_text(json.dumps(report))
-    assert seen[-1] == ((folder / "text").stat().st_size,) * 2
+        report = calibrate(plain / "calibrated", texts, lambda *now: seen.append(now), threads=1)
+    (plain / "report").write_text(json.dumps(report))
+    assert seen[-1] == ((plain / "text").stat().st_size,) * 2
     assert seen == sorted(seen)
-    return folder
+    return plain
+
+
+@pytest.fixture(scope="module")
+def predictor(made):
+    with Export.open(made / "calibrated") as export:
+        return Predictor(export.predictor(), K, TorchBackend())
+
+
+def recorded(made, text):
+    """What the network does with ``text``."""
+    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
+        ids = runtime.tokenizer.encode(read_text(made / text), add_bos=False)
+        return record(runtime, split(ids, runtime.tokenizer, 256))
+
+
+def manifest_of(export):
+    return json.loads((export / MANIFEST).read_text())
+
+
+def predictors(export):
+    return [path.name for path in export.iterdir() if "predictor" in path.name]
 
 
 def report_of(made):
@@ -71,73 +94,60 @@ def report_of(made):
 
 
 @pytest.fixture
-def export(made, tmp_path):
-    shutil.copytree(made / "calibrated", tmp_path / "export")
-    return tmp_path / "export"
+def export(plain, tmp_path):
+    return shutil.copytree(plain / "random", tmp_path / "export")
 
 
 def test_file_is_what_the_format_says(made):
     path = predictor_file(made / "calibrated")
     with Export.open(made / "calibrated") as export:
         found = export.predictor()
-        assert (
-            export.predictor_bytes
-            == report_of(made)["bytes"]
-            == sum(tensor.nbytes for tensor in found.values())
-        )
+        size = sum(tensor.nbytes for tensor in found.values())
+        assert export.predictor_bytes == report_of(made)["bytes"] == size
     widths = found["token.in.weight"].shape[0], found["layer.in.weight"].shape[1]
     parts = predictor_parts(D, L, E, *widths)
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == {
-        name: (part.dtype, part.shape) for name, part in parts.items()
-    }
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    assert kinds == {name: (part.dtype, part.shape) for name, part in parts.items()}
+    with Export.open(made / "plain") as export:
+        assert (export.predictor(), export.predictor_bytes) == (None, 0)
     theirs = load_file(path)
     assert set(theirs) == set(found)
     assert all(torch.equal(theirs[name], found[name]) for name in found)
     assert path.read_bytes()[:8] == (4096 - 8).to_bytes(8, "little")
-    ours = b"".join(
-        found[name].numpy().tobytes()
-        for name in sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
-    )
+    order = sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
+    ours = b"".join(found[name].numpy().tobytes() for name in order)
     assert path.read_bytes()[4096:] == ours
     assert path.name == f"predictor-{checksum(ours)[:16]}.safetensors"
 
 
-def test_scores_are_the_documented_arithmetic(made):
+def test_scores_are_the_documented_arithmetic(made, predictor):
     with Export.open(made / "calibrated") as export:
-        tensors = export.predictor()
-        t = {name: tensor.double() for name, tensor in tensors.items()}
-        predictor = Predictor(export.predictor(), K, TorchBackend())
+        t = {name: tensor.double() for name, tensor in export.predictor().items()}
+
+    def near(found, wanted):
+        return torch.allclose(found.double(), wanted, atol=1e-4)
 
     def layers(x, name, row):
         for part in ("in", "out"):
-            weight, scale, bias = (
-                t[f"{name}.{part}.{kind}"] for kind in ("weight", "weight.scale", "bias")
-            )
-            if row is not None:
-                weight, scale, bias = weight[row], scale[row], bias[row]
+            kinds = "weight", "weight.scale", "bias"
+            weight, scale, bias = (t[f"{name}.{part}.{kind}"][row] for kind in kinds)
             x = weight * scale[:, None] @ x + bias
             x = x * x.sigmoid() if part == "in" else x
         return x
 
-    e, h = torch.randn(2, D, dtype=torch.double) * torch.tensor([[0.01], [30.0]])
-    token = layers(
-        torch.cat([e / e.square().mean().sqrt(), h / h.square().mean().sqrt()]), "token", None
-    ).view(L, E)
-    assert torch.allclose(predictor.token_scores(e.float(), h.float()).double(), token, atol=1e-4)
+    seeded = torch.Generator().manual_seed(0)
+    e, h = torch.randn(2, D, generator=seeded, dtype=torch.double) * torch.tensor([[0.01], [30.0]])
+    both = torch.cat([e / e.square().mean().sqrt(), h / h.square().mean().sqrt()])
+    token = layers(both, "token", ...).view(L, E)
+    assert near(predictor.token_scores(e.float(), h.float()), token)
     layer = layers(h / h.square().mean().sqrt(), "layer", 0)
-    assert torch.allclose(predictor.layer_scores(0, h.float()).double(), layer, atol=1e-4)
+    assert near(predictor.layer_scores(0, h.float()), layer)
     a, b, c = t["layer.mix"][0]
     mixed = predictor.layer_scores(0, h.float(), token[1].float())
-    assert torch.allclose(mixed.double(), a * layer + b * token[1] + c, atol=1e-4)
+    assert near(mixed, a * layer + b * token[1] + c)
     many = predictor.layer_scores(0, h.float().repeat(5, 1))
     assert many.shape == (5, E)
     assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
-
-
-def test_an_export_without_one_has_none(made):
-    with Export.open(made / "plain") as export:
-        assert export.predictor() is None
-        assert export.predictor_bytes == 0
 
 
 def forged(name, change):
@@ -155,21 +165,14 @@ def forged(name, change):
 def edited(change):
     def apply(folder):
         name = predictor_file(folder).name
-        sign(folder, lambda manifest: change(manifest["files"], name))
+        resign(folder, lambda manifest: change(manifest["files"], name))
 
     return apply
 
 
 def reshaped(name, shape):
     """A manifest and a header that agree with each other, but not with the model."""
-
-    def apply(folder):
-        path = predictor_file(folder)
-        entry = json.loads((folder / MANIFEST).read_text())["files"][path.name]
-        entry["tensors"][name]["shape"] = shape
-        sign(folder, lambda manifest: manifest["files"].__setitem__(path.name, entry))
-
-    return apply
+    return edited(lambda files, file: files[file]["tensors"][name].__setitem__("shape", shape))
 
 
 def set_nan(tensor):
@@ -178,23 +181,23 @@ def set_nan(tensor):
     return tensor
 
 
-def flip(position):
+def changed(change):
+    """Change the file's bytes."""
+
     def apply(folder):
         path = predictor_file(folder)
-        data = bytearray(path.read_bytes())
-        data[position] ^= 1
-        path.write_bytes(data)
+        path.write_bytes(change(path.read_bytes()))
 
     return apply
 
 
+def flip(at):
+    return changed(lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at:][1:])
+
+
 DAMAGES = {
-    "truncated": lambda folder: predictor_file(folder).write_bytes(
-        predictor_file(folder).read_bytes()[:-1]
-    ),
-    "longer": lambda folder: predictor_file(folder).write_bytes(
-        predictor_file(folder).read_bytes() + b"\0"
-    ),
+    "truncated": changed(lambda data: data[:-1]),
+    "longer": changed(lambda data: data + b"\0"),
     "missing": lambda folder: predictor_file(folder).unlink(),
     "header changed": flip(100),
     "first weight changed": flip(4096),
@@ -217,6 +220,8 @@ def test_damaged_file_is_refused_by_name(damage, export):
         read()
 
 
+BIAS, ZERO = "token.in.bias", "predictor-0123456789abcdef.safetensors"
+MORE = {"dtype": "F32", "shape": [1], "checksum": ""}
 FORGERIES = {
     "transposed": reshaped("token.in.weight", [2 * D, 96]),
     "wider": reshaped("token.in.weight", [256, 2 * D]),
@@ -224,24 +229,14 @@ FORGERIES = {
     "fraction": reshaped("popularity", [16.0]),
     "other model": reshaped("popularity", [17]),
     "fewer dimensions": reshaped("layer.in.weight", [3]),
-    "dtype": edited(
-        lambda files, name: files[name]["tensors"]["token.in.bias"].__setitem__("dtype", "F16")
-    ),
+    "dtype": edited(lambda files, name: files[name]["tensors"][BIAS].update(dtype="F16")),
     "tensor missing": edited(lambda files, name: files[name]["tensors"].pop("layer.mix")),
-    "tensor too many": edited(
-        lambda files, name: files[name]["tensors"].__setitem__(
-            "x", {"dtype": "F32", "shape": [1], "checksum": ""}
-        )
-    ),
-    "no checksum": edited(
-        lambda files, name: files[name]["tensors"]["token.in.bias"].pop("checksum")
-    ),
-    "size": edited(lambda files, name: files[name].__setitem__("bytes", 5)),
+    "tensor too many": edited(lambda files, name: files[name]["tensors"].update(x=MORE)),
+    "no checksum": edited(lambda files, name: files[name]["tensors"][BIAS].pop("checksum")),
+    "size": edited(lambda files, name: files[name].update(bytes=5)),
     "no tensors": edited(lambda files, name: files[name].pop("tensors")),
-    "two": edited(
-        lambda files, name: files.__setitem__("predictor-0123456789abcdef.safetensors", files[name])
-    ),
-    "path": edited(lambda files, name: files.__setitem__("../" + name, files.pop(name))),
+    "two": edited(lambda files, name: files.update({ZERO: files[name]})),
+    "path": edited(lambda files, name: files.update({"../" + name: files.pop(name)})),
 }
 
 
@@ -252,75 +247,51 @@ def test_forged_manifest_is_refused_before_anything_is_read(forgery, export):
         Export.open(export)
 
 
-def test_predictor_of_another_model_is_not_written(made, export):
-    before = {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()}
-    parts = predictor_parts(D, L, E + 1, 16, 16)
+def test_predictor_of_another_model_is_not_written(export):
+    before, parts = tree(export), predictor_parts(D, L, E + 1, 16, 16).items()
     with pytest.raises(ValueError, match="predictor"):
-        write_predictor(
-            export,
-            {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()},
-        )
-    assert {path.name: path.read_bytes() for path in export.iterdir() if path.is_file()} == before
+        write_predictor(export, {n: torch.zeros(part.shape, dtype=part.dtype) for n, part in parts})
+    assert tree(export) == before
 
 
-# Runs in a process of its own: gives the export a new predictor in a child that kills itself at its
-# n-th change of the disk.
-KILLER = """
-import json, shutil, sys
-from pathlib import Path
-from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.writer import write_predictor
-from tests.support.disk import die_at_change, forked
-from tests.support.predictor import random_tensors, state_of
-source, work = Path(sys.argv[1]), Path(sys.argv[2])
-with Export.open(source) as export:
-    old = export.predictor()
-new, states = random_tensors(1), []
-for die_at in range(1, 100):
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source, work)
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("before", ["random", "plain"])
+def test_killed_at_every_change_of_the_disk(before, plain, tmp_path, processes):
+    """A new predictor is written by a child that kills itself."""
+    new, states, work, survived = random_tensors(1), [], tmp_path / "work", False
+    with Export.open(plain / before) as export:
+        old = export.predictor()
+
     def run():
-        die_at_change(die_at)
+        die_at_change(len(states) + 1)
         write_predictor(work, new)
-    survived = forked(run) == 0
-    with Export.open(work) as export:
-        states.append(state_of(export.predictor(), old, new))
-    if survived:
-        break
-    write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
-    files = json.loads((work / "slotmoe.json").read_text())["files"]
-    listed = [name for name in files if "predictor" in name]
-    assert [path.name for path in work.iterdir() if "predictor" in path.name] == listed
-print(json.dumps(states))
-"""
+
+    while not survived:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(plain / before, work)
+        survived = forked(run) == 0
+        with Export.open(work) as export:
+            states.append(state_of(export.predictor(), old, new))
+        write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
+        listed = [name for name in manifest_of(work)["files"] if "predictor" in name]
+        assert predictors(work) == listed
+    kept = states.count("none" if old is None else "old")
+    assert kept and states == states[:kept] + ["new"] * (len(states) - kept), "the new one stays"
+    assert len(states) >= 6
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("before", nth(2, ["calibrated", "plain"]))
-def test_killed_at_every_change_of_the_disk(before, made, tmp_path):
-    command = [sys.executable, "-c", KILLER, str(made / before), str(tmp_path / "work")]
-    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
-    old = {"plain": "none", "calibrated": "old"}[before]
-    assert set(found) == {old, "new"}
-    assert found == sorted(found, key=lambda state: state == "new"), (
-        "once the new one is there it stays"
-    )
-    assert len(found) >= 6
-
-
-def test_same_text_gives_the_same_bytes(made, export, monkeypatch):
-    quick(monkeypatch)
+def test_same_text_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    export = shutil.copytree(made / "calibrated", tmp_path / "export")
     before = predictor_file(export)
     data = before.read_bytes()
-    calibrate(export, [made / "text"], threads=1)
+    with monkeypatch.context() as patch:
+        quick(patch)
+        calibrate(export, [made / "text"], threads=1)
     assert predictor_file(export) == before
     assert before.read_bytes() == data
+    quick(monkeypatch, steps=1, epochs=1, width=32)
     calibrate(export, [made / "text"], threads=1, seed=1)
-    assert (
-        [path.name for path in export.iterdir() if "predictor" in path.name]
-        == [predictor_file(export).name]
-        != [before.name]
-    )
+    assert predictors(export) == [predictor_file(export).name] != [before.name]
 
 
 def test_recall_beats_popularity(made):
@@ -331,35 +302,28 @@ def test_recall_beats_popularity(made):
         assert shares["layer"][n] > shares["popular"][n] + 0.05
 
 
-def test_scores_are_probabilities(made):
+def test_scores_are_probabilities(made, predictor):
     """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
     them nearly as they are."""
-    with Export.open(made / "calibrated") as export:
-        predictor = Predictor(export.predictor(), K, TorchBackend())
-    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
-        samples = record(
-            runtime,
-            split(
-                runtime.tokenizer.encode(read_text(made / "text"), add_bos=False),
-                runtime.tokenizer,
-                256,
-            ),
-        )
+    samples = recorded(made, "text")
     p = predictor.token_scores(samples.token[:, :D], samples.token[:, D:]).sigmoid()
     used = torch.zeros_like(p).scatter_(-1, samples.used.long(), 1.0)
     assert torch.allclose(p.sum(-1).mean(), torch.tensor(float(K)), rtol=0.1)
     z = p.logit()
-    missing_slope = ((used - p) * z).sum() / (
-        p * (1 - p) * z.square()
-    ).sum()  # logistic regression's next step from 1
+    # Logistic regression's next step from 1.
+    missing_slope = ((used - p) * z).sum() / (p * (1 - p) * z.square()).sum()
     assert abs(missing_slope) < 0.3
     assert torch.allclose(torch.tensor(predictor.popularity), used.mean(0).flatten(), atol=0.03)
 
 
-def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
+def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
     """Against a run token by token, in chunks that don't divide the window."""
+
+    def near(found, x):
+        return torch.allclose(found.float(), x / x.square().mean().sqrt(), atol=5e-3)
+
     monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
-    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
         windows = split(list(range(5, 45)), runtime.tokenizer, 21)
         assert [len(window) for window in windows] == [21, 21]
         samples = record(runtime, windows)
@@ -374,20 +338,17 @@ def test_what_is_recorded_is_what_the_network_did(made, monkeypatch):
                 if before is not None:
                     ids = torch.tensor([token])
                     embedding = model.backend.embed(ids, model.network.embed_tokens)[0]
-                    wanted = torch.cat([x / x.square().mean().sqrt() for x in (embedding, before)])
-                    assert torch.allclose(samples.token[place].float(), wanted, atol=5e-3)
-                    x = routes[0].x_TD[0]
-                    assert torch.allclose(
-                        samples.inputs[0, place].float(), x / x.square().mean().sqrt(), atol=5e-3
-                    )
+                    assert near(samples.token[place][:D], embedding)
+                    assert near(samples.token[place][D:], before)
+                    assert near(samples.inputs[0, place], routes[0].x_TD[0])
                     assert samples.used[place].tolist() == [route.indices[0] for route in routes]
                     place += 1
                 before = hidden_TD[-1].clone()
         assert place == len(samples.token) == 40
 
 
-def test_hook_is_gone_after_a_failure(made):
-    with Runtime.open(made / "plain", context=64, threads=1) as runtime:
+def test_hook_is_gone_after_a_failure(plain):
+    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
         experts = runtime.model.experts
         with pytest.raises(RuntimeError):
             record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
@@ -396,7 +357,7 @@ def test_hook_is_gone_after_a_failure(made):
         assert table.data_ptr() == experts.slots.slots_ME.data_ptr()
 
 
-def test_little_memory_means_several_groups(made, export, monkeypatch):
+def test_little_memory_means_several_groups(plain, export, monkeypatch, heavy):
     original, sizes = module.grouped, []
 
     def groups(windows, capacity):
@@ -407,51 +368,32 @@ def test_little_memory_means_several_groups(made, export, monkeypatch):
 
     monkeypatch.setattr(module, "grouped", groups)
     quick(monkeypatch)
-    report = calibrate(export, [made / "text"], threads=1)
+    report = calibrate(export, [plain / "text"], threads=1)
     assert len(sizes) > 2
     assert max(sizes) < 2300
     assert report["recall"]["token"][0] > report["recall"]["popular"][0] + 0.04
 
 
-def test_next_gate_is_the_next_layers_gate(made):
-    """Brute force: capture the residual stream itself, apply the next layer's norm and gate to
-    it."""
-    with Runtime.open(made / "plain", context=64, threads=1, kernels="torch") as runtime:
-        network, residuals, inputs = runtime.model.network, {}, {}
-        norm = network.backend.rms_norm
+def test_next_gate_is_the_next_layers_gate():
+    """From what the network gives a layer's gate of the residual stream."""
+    config, weights = parse_config(CONFIG), random_weights(CONFIG, torch.float32)
+    guess = NextGate(config, weights, TorchBackend())
+    h = torch.randn(4, D, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
-        def rms_norm(x_TD, weight_D, eps):
-            for index, layer in enumerate(network.layers):
-                if weight_D is layer.post_attention_layernorm:
-                    residuals[index] = x_TD.clone()  # the network adds to it in place
-            return norm(x_TD, weight_D, eps)
+    def gate_input(h_TD, layer):
+        scaled = h_TD / (h_TD.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        return scaled * weights[layer_tensor(layer, POST_NORM)].double()
 
-        def listen(route):
-            inputs[runtime.config.moe_layers[route.row]] = route.x_TD
+    def scores(h_TD, layer):
+        return gate_input(h_TD, layer) @ weights[layer_tensor(layer, GATE)].double().T
 
-        network.backend.rms_norm = rms_norm
-        runtime.model.experts.on_route(listen, inputs=True)
-        runtime.logits([5, 9, 300, 7])
-        weights = {}
-        for index, layer in enumerate(network.layers):
-            weights[layer_tensor(index, POST_NORM)] = layer.post_attention_layernorm
-            weights[layer_tensor(index, GATE)] = layer.gate
-        guess = NextGate(runtime.config, weights, TorchBackend())
-        h, after = residuals[1].double(), network.layers[2]
-        normed = (
-            h
-            / (h.square().mean(-1, keepdim=True) + runtime.config.rms_norm_eps).sqrt()
-            * after.post_attention_layernorm
-        )
-        wanted = normed @ after.gate.double().T
-        assert torch.allclose(guess.layer_scores(0, inputs[1]).double(), wanted, atol=1e-4)
-        assert torch.allclose(guess.layer_scores(0, inputs[1][2]).double(), wanted[2], atol=1e-4)
-        normed = h[:1] / h[:1].square().mean().sqrt() * network.layers[1].post_attention_layernorm
-        assert torch.allclose(
-            guess.token_scores(h[0].float(), h[0].float()).double(),
-            normed @ network.layers[1].gate.double().T,
-            atol=1e-4,
-        )
+    x = gate_input(h, 1).float()
+    for found, wanted in (
+        (guess.layer_scores(0, x), scores(h, 2)),
+        (guess.layer_scores(0, x[2]), scores(h, 2)[2]),
+        (guess.token_scores(h[1].float(), h[0].float()), scores(h[1:2], 1)),
+    ):
+        assert torch.allclose(found.double(), wanted, atol=1e-4)
 
 
 def test_measure_counts_what_is_named():
@@ -461,21 +403,16 @@ def test_measure_counts_what_is_named():
 
 
 @pytest.fixture
-def slotmoe(made, capsys, monkeypatch):
+def command(processes, slotmoe, monkeypatch):
+    """The command line, with trainings of one step."""
     quick(monkeypatch, steps=1, epochs=1, width=32)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
-
-    return run
+    monkeypatch.setattr(module, "MIN_TOKENS", 500)
+    return slotmoe
 
 
-@pytest.mark.usefixtures("processes")
+SHORT = "12 tokens of text, calibration needs 500 or more"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -483,105 +420,69 @@ def slotmoe(made, capsys, monkeypatch):
         ("folder", ..., "Is a directory"),
         ("empty", b" \n", "is empty"),
         ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
-        (
-            "short",
-            b"It is a truth universally acknowledged.",
-            f"12 tokens of text, calibration needs {MIN_TOKENS} or more",
-        ),
+        ("short", b"It is a truth universally acknowledged.", SHORT),
     ],
 )
-def test_bad_text_is_refused_before_any_work(name, content, message, made, slotmoe, tmp_path):
+def test_bad_text_is_refused_before_any_work(name, content, message, plain, command, tmp_path):
     path = tmp_path / name
     if content is ...:
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    others = [] if name == "short" else ["--calibrate", made / "text"]
-    code, out, err = slotmoe(
-        "quantize", made / "checkpoint", tmp_path / "export", *others, "--calibrate", path
-    )
+    others = [] if name == "short" else ["--calibrate", plain / "few"]
+    arguments = plain / "checkpoint", tmp_path / "export", *others, "--calibrate", path
+    code, out, err = command("quantize", *arguments)
     assert not (tmp_path / "export").exists()
-    assert (code, out) == (2, "")
-    assert message in err
-    assert name in err
-    assert err.count("\n") == 1
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err and name in err
 
 
-@pytest.mark.usefixtures("processes")
-def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(made, slotmoe, tmp_path):
-    destination = tmp_path / "export"
-    arguments = "quantize", made / "checkpoint", destination, "--calibrate", made / "text", "--json"
-    code, out, _ = slotmoe(*arguments)
+def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, command, tmp_path):
+    def inodes():
+        return {path.name: path.stat().st_ino for path in destination.rglob("layer-*")}
+
+    destination, text = tmp_path / "export", ["--calibrate", plain / "few"]
+    arguments = "quantize", plain / "checkpoint", destination, *text
+    code, out, _ = command(*arguments, "--json")
     assert code == 0
     found = json.loads(out)
     assert found["expert_bytes"] > 0
-    assert found["calibration"]["tokens"] > MIN_TOKENS * 0.9
-    inodes = {path.name: path.stat().st_ino for path in destination.rglob("layer-*")}
-    first = predictor_file(destination)
-    code, _, err = slotmoe(
-        "quantize",
-        made / "checkpoint",
-        destination,
-        "--calibrate",
-        made / "text",
-        "--calibrate",
-        made / "other",
-    )
+    assert found["calibration"]["tokens"] > 450
+    before, first = inodes(), predictor_file(destination)
+    code, _, err = command(*arguments, "--calibrate", plain / "other")
     assert code == 0
     assert "before a token starts" in err
     assert predictor_file(destination) != first
-    assert {path.name: path.stat().st_ino for path in destination.rglob("layer-*")} == inodes
-    code, _, err = slotmoe(*arguments, "--resident", "nf4")
+    assert inodes() == before
+    code, _, err = command(*arguments, "--resident", "nf4")
     assert (code, "exists" in err) == (2, True)
-    assert (
-        slotmoe(*arguments, "--overwrite")[0] == 0
-    )  # a predictor is part of an export, so it may be replaced with it
+    # A predictor is part of an export, so it may be replaced with it.
+    assert command(*arguments, "--overwrite")[0] == 0
     write_checkpoint(tmp_path / "checkpoint", seed=1, rms_norm_eps=1e-5)
-    code, _, err = slotmoe(
-        "quantize", tmp_path / "checkpoint", destination, "--calibrate", made / "text"
-    )
+    code, _, err = command("quantize", tmp_path / "checkpoint", destination, *text)
     assert (code, "exists" in err) == (2, True)
 
 
-def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
-    for name, predictors in (
-        ("plain", ["untrained"]),
-        ("calibrated", ["token", "popular", "layer", "layer_alone", "untrained"]),
-    ):
+ALL = ["token", "popular", "layer", "layer_alone", "untrained"]
+
+
+def test_recall_benchmark_reads_calibrated_and_plain_exports(made, predictor):
+    for name, predictors in (("plain", ["untrained"]), ("calibrated", ALL)):
         rows = benchmark("recall", made / name, made / "other", "--threads", 1)["results"]
-        assert [(row["predictor"], row["text"]) for row in rows] == [
-            (predictor, text) for predictor in predictors for text in ("other", "mean")
-        ]
-    with Export.open(made / "calibrated") as export:
-        predictor = Predictor(export.predictor(), K, TorchBackend())
-    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
-        ids = runtime.tokenizer.encode(read_text(made / "other"), add_bos=False)
-        windows = split(ids, runtime.tokenizer, 256)
-        shares = measure(predictor, record(runtime, windows), [K])
+        found = [(row["predictor"], row["text"]) for row in rows]
+        assert found == [(one, text) for one in predictors for text in ("other", "mean")]
+    (share,) = measure(predictor, recorded(made, "other"), [K])["token"]
     token = rows[0]
     assert token["guesses"][0] == K
-    assert token["named"][0] == pytest.approx(shares["token"][0])
-    assert token["wasted"][0] == pytest.approx(1 - shares["token"][0])
+    assert token["named"][0] == pytest.approx(share)
+    assert token["wasted"][0] == pytest.approx(1 - share)
 
 
-def test_text_of_surrogates_or_bytes(tmp_path):
-    (tmp_path / "bom").write_bytes(b"\xff\xfeh\0i\0")
-    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
-        read_text(tmp_path / "bom")
-
-
-def test_widths_stay_small(made):
-    config = read_config(made / "checkpoint" / "config.json")
-    assert module.widths(config) == (1024, 256)
-    from slotmoe import model
-    from slotmoe.model.config import parse_config
-
+def test_widths_stay_small():
+    assert module.widths(parse_config(CONFIG)) == (1024, 256)
     for name, megabytes in (("v2-lite", 10), ("v2", 45)):
-        real = parse_config(
-            json.loads((Path(model.__file__).parent / "geometries" / f"{name}.json").read_text())
-        )
-        parts = predictor_parts(
-            real.hidden_size, len(real.moe_layers), real.n_routed_experts, *module.widths(real)
-        )
+        real = parse_config(json.loads((GEOMETRIES / f"{name}.json").read_text()))
+        sizes = real.hidden_size, len(real.moe_layers), real.n_routed_experts
+        parts = predictor_parts(*sizes, *module.widths(real))
         assert 4 < sum(part.nbytes for part in parts.values()) / 1e6 < megabytes
         assert len(safetensors_header(parts.items())) == 4096

@@ -2,6 +2,7 @@
 nothing."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.export.layout import MANIFEST, layer_file
-from tests.support.disk import tree
+from tests.support.disk import Stop, stop_at, tree
 from tests.support.encoded import write_files
 from tests.support.hub import NAME, Repo, make
 from tests.support.params import nth
@@ -28,24 +29,35 @@ from tests.support.tiny import write_checkpoint
 LUT = EXPERT_CODECS["lut", "4"]
 
 
-class Stop(Exception):
-    pass
-
-
 def windows(count=12, width=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 4096, (count, width), generator=generator).tolist()
 
 
-@pytest.fixture
-def source(tmp_path):
-    write_checkpoint(tmp_path / "source", num_hidden_layers=4)
-    return tmp_path / "source"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "source"
+    write_checkpoint(folder, num_hidden_layers=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(source, heavy, tmp_path_factory):
+    """Exports of the source with and without a text, not to be changed, and what was said."""
+    folder, said = tmp_path_factory.mktemp("exports"), []
+    made(source, folder / "calibrated", resident="mixed", notify=said.append)
+    quantize(source, folder / "plain", codecs=LUT, resident="mixed")
+    (folder / "said").write_text("\n".join(said))
+    return folder
 
 
 def made(source, destination, **options):
     quantize(source, destination, codecs=LUT, calibration=windows(), **options)
-    return {path.name: path.read_bytes() for path in destination.rglob("*") if path.is_file()}
+    return contents(destination)
+
+
+def contents(export):
+    return {path.name: path.read_bytes() for path in export.rglob("*") if path.is_file()}
 
 
 def families(destination):
@@ -53,12 +65,9 @@ def families(destination):
     return {row["family"]: row for row in report["families"]}
 
 
-def test_calibrated_codes_cost_less_where_it_counts(source, tmp_path):
+def test_calibrated_codes_cost_less_where_it_counts(exports):
     """The report has the error in the Hessians' measure; the whole error is larger for that."""
-    said = []
-    made(source, tmp_path / "export", resident="mixed", notify=said.append)
-    quantize(source, tmp_path / "plain", codecs=LUT, resident="mixed")
-    calibrated, plain = families(tmp_path / "export"), families(tmp_path / "plain")
+    calibrated, plain = families(exports / "calibrated"), families(exports / "plain")
     names = "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.shared_experts.up_proj"
     for name in (*names, "self_attn.o_proj", "self_attn.q_b_proj"):
         output = calibrated[name]["relative_output_error"]
@@ -66,60 +75,50 @@ def test_calibrated_codes_cost_less_where_it_counts(source, tmp_path):
         assert calibrated[name]["relative_rms_error"] > plain[name]["relative_rms_error"], name
     assert "relative_output_error" not in plain[names[0]]
     assert "relative_output_error" not in calibrated["embed_tokens"]
-    assert "768 tokens" in said[0]
-    assert "min for the text" in said[0]
-    assert any("of the calibration text experts got" in text for text in said)
-    with Runtime.open(tmp_path / "export", context=32) as runtime:
+    said = (exports / "said").read_text()
+    first = said.splitlines()[0]
+    assert "768 tokens" in first and "min for the text" in first
+    assert "of the calibration text experts got" in said
+    with Runtime.open(exports / "calibrated", context=32) as runtime:
         assert torch.isfinite(runtime.logits([0, 7, 300])).all()
 
 
 @pytest.mark.parametrize("share", nth(3, [0.5, 0.2, 0.95]))
-def test_stopped_it_resumes_to_the_same_bytes(share, source, tmp_path):
-    wanted = made(source, tmp_path / "whole", resident="mixed")
-
-    def progress(done, total):
-        if done > share * total:
-            raise Stop
-
+def test_stopped_it_resumes_to_the_same_bytes(share, source, exports, tmp_path):
+    """And not with another text."""
+    options, seen = {"resident": "mixed"}, []
     with pytest.raises(Stop):
-        made(source, tmp_path / "export", resident="mixed", workers=1, progress=progress)
+        made(source, tmp_path / "export", workers=1, progress=stop_at(share), **options)
     assert (tmp_path / "export.partial" / "state.json").is_file()
-    seen = []
-    found = made(
-        source,
-        tmp_path / "export",
-        resident="mixed",
-        progress=lambda done, total: seen.append(done / total),
-    )
-    assert found == wanted
+    other = {**options, "codecs": LUT, "calibration": windows(seed=1)}
+    with pytest.raises(ExportError, match="--overwrite"):
+        quantize(source, tmp_path / "export", **other)
+    options["progress"] = lambda done, total: seen.append(done / total)
+    assert made(source, tmp_path / "export", **options) == contents(exports / "calibrated")
     assert max(seen) <= 1
 
 
 @pytest.mark.parametrize("stop", nth(2, [0.6, None]))
-def test_a_download_is_calibrated_to_the_same_bytes(hub, source, tmp_path, stop):
+def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_path, stop):
     """In files by layer, of which the second one has what levels are learned from, and again after
     it was stopped."""
-    tensors = load_file(source / "model.safetensors")
-    (source / "model.safetensors").unlink()
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
     files = {f"model-{number}.safetensors": {} for number in range(4)}
-    for name, tensor in tensors.items():
+    for name, tensor in load_file(source / "model.safetensors").items():
         layer = split_name(name)[0]
         number = layer or (0 if layer == 0 or "embed" in name else 3)
         files[f"model-{number}.safetensors"][name] = tensor
-    write_files(source, files)
-    wanted = made(source, tmp_path / "local", resident="int8")
+    write_files(tmp_path / "source", files)
+    wanted = made(tmp_path / "source", tmp_path / "local", resident="mixed")
     del wanted[MANIFEST]  # which has the folder's name
-    hub.add(NAME, Repo(source))
+    hub.add(NAME, Repo(tmp_path / "source"))
     options = {"codecs": LUT, "ready": lambda folder: {"calibration": windows()}}
-
-    def progress(done, total):
-        if stop is not None and done > stop * total:
-            raise Stop
-
+    options |= {"resident": "mixed"}
     if stop is not None:
         with pytest.raises(Stop):
-            make(tmp_path / "export", resident="int8", progress=progress, **options)
-    make(tmp_path / "export", resident="int8", **options)
+            make(tmp_path / "export", progress=stop_at(stop), **options)
+    make(tmp_path / "export", **options)
     found = {Path(name).name: data for name, data in tree(tmp_path / "export").items()}
     assert {name: found[name] for name in wanted} == wanted
     assert not (tmp_path / "export.download").exists()
@@ -149,36 +148,28 @@ def test_files_are_held_while_a_layer_needs_them(source):
     assert events == ["+a", "+b", "-b", "+c", "-a", "-c"]
 
 
-def test_another_text_is_another_run(source, tmp_path):
-    def progress(done, total):
-        if done > total / 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        made(source, tmp_path / "export", workers=1, progress=progress)
-    with pytest.raises(ExportError, match="--overwrite"):
-        quantize(source, tmp_path / "export", codecs=LUT, calibration=windows(seed=1))
+def damage(export, data):
+    """Change bytes of a file of codes; returns its path."""
+    path = export / layer_file(2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5000] + data + whole[len(data) - 5000 :])
+    return path
 
 
-def test_repairing_takes_the_same_text(source, tmp_path):
-    wanted = made(source, tmp_path / "export")
-    path = tmp_path / "export" / layer_file(2)
-    damaged = bytearray(path.read_bytes())
-    damaged[-5000] ^= 255
-    path.write_bytes(damaged)
+def test_repairing_takes_the_same_text(source, exports, tmp_path):
+    export = shutil.copytree(exports / "calibrated", tmp_path / "export")
+    damage(export, b"damaged")
     for options in ({}, {"calibration": windows(seed=1)}):
         with pytest.raises(ExportError, match=r"layer-00002.*pass the same --calibrate"):
-            quantize(source, tmp_path / "export", codecs=LUT, **options)
-    assert made(source, tmp_path / "export") == wanted
+            quantize(source, export, codecs=LUT, resident="mixed", **options)
+    assert made(source, export, resident="mixed") == contents(exports / "calibrated")
 
 
-def test_a_plain_export_is_repaired_without_its_new_text(source, tmp_path):
-    quantize(source, tmp_path / "export", codecs=LUT)
-    path = tmp_path / "export" / layer_file(2)
-    wanted = path.read_bytes()
-    path.write_bytes(wanted[:-5000] + bytes(5000))
-    made(source, tmp_path / "export")
-    assert path.read_bytes() == wanted
+def test_a_plain_export_is_repaired_without_its_new_text(source, exports, tmp_path):
+    export = shutil.copytree(exports / "plain", tmp_path / "export")
+    path = damage(export, b"damaged")
+    made(source, export, resident="mixed")
+    assert path.read_bytes() == (exports / "plain" / layer_file(2)).read_bytes()
 
 
 def test_nf4_codes_are_what_they_are(source, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,17 +10,15 @@ import torch
 from safetensors import safe_open
 
 from slotmoe.errors import ExportError
-from slotmoe.model.config import read_config
-from slotmoe.model.names import expert_name, resident_shapes
+from slotmoe.model.names import expert_name
+from slotmoe.offload.ingest import synth
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.plan.memory import sizes_of
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
-from slotmoe.quant.coded import CodedWeight
 from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, checksum, layer_file
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
 from tests.support.codes import SUFFIXES, values
+from tests.support.exported import resign
 from tests.support.kernels import relative
 from tests.support.tiny import random_weights, write_checkpoint
 
@@ -27,6 +26,8 @@ ODD = {"hidden_size": 72, "moe_intermediate_size": 37, "intermediate_size": 50}
 IDS = [(7 * i) % 4096 for i in range(1, 41)]
 # Relative RMS of Gaussian weights, with the few rows and columns of these.
 ERRORS = {"nf4": 0.1, "lut4": 0.08, "lut3": 0.17}
+RESIDENT_OF = {"nf4": "nf4", "lut": "mixed"}
+ROLES = {"down_proj": "down"}
 by_choice = pytest.mark.parametrize("choice", EXPERT_CODECS, ids="-".join)
 
 
@@ -40,18 +41,12 @@ def exports(tmp_path_factory):
         path = folder / "-".join(choice)
         if path not in made:
             codecs = EXPERT_CODECS[choice]
-            made[path] = quantize(folder / "source", path, resident="nf4", codecs=codecs)
+            mode = RESIDENT_OF[choice[0]]
+            made[path] = quantize(folder / "source", path, resident=mode, codecs=codecs)
         return path
 
     export.weights, export.source = weights, folder / "source"
     return export
-
-
-def rewrite_manifest(folder, change):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    manifest["checksum"] = manifest_checksum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @by_choice
@@ -64,52 +59,24 @@ def test_an_export_is_rebuilt_from_the_documented_bytes(exports, choice):
     assert manifest["format_version"] == 2 and quantization["layout"] == "tiles16"
     shapes = {"gate_proj": (37, 72), "up_proj": (37, 72), "down_proj": (72, 37)}
     with Export.open(path) as export:
-        for layer in experts["layers"]:
+        for layer, expert, part in product(experts["layers"], (0, 5), PROJECTIONS):
+            name, kind = expert_name(layer, expert, part), names[ROLES.get(part, "gate_up")]
+            tensors = name, f"{name}.{SUFFIXES[codecs[kind]['scales']]}"
             with safe_open(path / layer_file(layer), "np") as file:
-                for expert in (0, 5):
-                    found = export.expert(layer, expert)
-                    for projection in PROJECTIONS:
-                        name = expert_name(layer, expert, projection)
-                        codec = codecs[names["down" if projection == "down_proj" else "gate_up"]]
-                        tensors = name, f"{name}.{SUFFIXES[codec['scales']]}"
-                        parts = map(file.get_tensor, tensors)
-                        made = values(codec, *parts, *shapes[projection])
-                        assert np.array_equal(found[projection].numpy(), made)
-                        bound = ERRORS[names["down" if projection == "down_proj" else "gate_up"]]
-                        assert relative(made, exports.weights[name].float()) < bound
+                made = values(codecs[kind], *map(file.get_tensor, tensors), *shapes[part])
+            assert np.array_equal(export.expert(layer, expert)[part].numpy(), made)
+            assert relative(made, exports.weights[name].float()) < ERRORS[kind]
         with safe_open(path / RESIDENT, "np") as file:
             for name, coded in quantization["resident_codecs"].items():
-                made = values(
-                    codecs[coded["codec"]],
-                    file.get_tensor(name),
-                    file.get_tensor(f"{name}.absmax"),
-                    *coded["shape"],
-                )
+                codec = codecs[coded["codec"]]
+                tensors = name, f"{name}.{SUFFIXES[codec['scales']]}"
+                made = values(codec, *map(file.get_tensor, tensors), *coded["shape"])
                 assert np.array_equal(export.resident(name).dequantize().numpy(), made)
     record, kinds = experts["record"], {"weight": 0, "absmax": 1, "scales": 1, "pad": 2}
     order = [kinds[name.rpartition(".")[2]] for name in record]
     assert order == sorted(order)  # all codes, then all scales, then the padding
     ends = [part["offset"] + part["bytes"] for part in record.values()]
     assert [0, *ends] == [*[part["offset"] for part in record.values()], experts["record_bytes"]]
-
-
-@by_choice
-def test_sizes_are_planned(exports, choice):
-    path = exports(choice)
-    config, codecs = read_config(path / "config.json"), EXPERT_CODECS[choice]
-    with Export.open(path) as export:
-        planned = sizes_of(config, "nf4", codecs)
-        assert planned.record_bytes == export.layout.record_bytes
-        held = sum(
-            weight.codes.nbytes + weight.scales.nbytes
-            for weight in map(export.resident, resident_shapes(config))
-            if isinstance(weight, CodedWeight)
-        )
-        assert held == sum(
-            codec.nbytes(*coded["shape"])
-            for coded in export.manifest["quantization"]["resident_codecs"].values()
-            for codec in [EXPERT_CODECS["nf4", "4"].down]
-        )
 
 
 @by_choice
@@ -130,11 +97,12 @@ def test_the_same_bits_for_every_budget_and_number_of_tokens(exports, choice):
 def test_a_run_again_finds_the_export_and_another_codec_is_refused(exports, choice, tmp_path):
     path = exports(choice)
     before = (path / MANIFEST).read_bytes()
-    quantize(exports.source, path, resident="nf4", codecs=EXPERT_CODECS[choice])
+    mode = RESIDENT_OF[choice[0]]
+    quantize(exports.source, path, resident=mode, codecs=EXPERT_CODECS[choice])
     assert (path / MANIFEST).read_bytes() == before
     other = next(codecs for key, codecs in EXPERT_CODECS.items() if key != choice)
     with pytest.raises(ExportError, match="--overwrite"):
-        quantize(exports.source, path, resident="nf4", codecs=other)
+        quantize(exports.source, path, resident=mode, codecs=other)
 
 
 def to_version_1(manifest):
@@ -152,7 +120,7 @@ def test_version_1_still_opens(exports, tmp_path):
     path = exports(("nf4", "4"))
     old = tmp_path / "old"
     shutil.copytree(path, old)
-    rewrite_manifest(old, to_version_1)
+    resign(old, to_version_1)
     keys = "experts layout block levels resident resident_shapes report".split()
     assert sorted(json.loads((old / MANIFEST).read_text())["quantization"]) == sorted(keys)
     with Export.open(path) as new, Export.open(old) as export:
@@ -162,13 +130,13 @@ def test_version_1_still_opens(exports, tmp_path):
     with Runtime.open(path, context=64) as new, Runtime.open(old, context=64) as runtime:
         assert torch.equal(runtime.logits(IDS), new.logits(IDS))
     quantize(exports.source, old, resident="nf4", codecs=EXPERT_CODECS["nf4", "4"])
-    rewrite_manifest(old, lambda manifest: manifest["quantization"].pop("levels"))
+    resign(old, lambda manifest: manifest["quantization"].pop("levels"))
     with pytest.raises(ExportError, match=r"levels is missing"):
         Export.open(old)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_impossible_scales_are_refused_by_name(exports, tmp_path, slotmoe, value):
+def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe):
     """With a right checksum: only an encoder's fault, or bad intentions, make them."""
     shutil.copytree(exports(("lut", "4")), tmp_path / "bad")
     with Export.open(tmp_path / "bad") as export:
@@ -186,7 +154,7 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, slotmoe, value
         entry["records"][4] = checksum(bytes(data[start : start + size]))
         entry["checksum"] = checksum(bytes(data))
 
-    rewrite_manifest(tmp_path / "bad", bless)
+    resign(tmp_path / "bad", bless)
     with Export.open(tmp_path / "bad") as export:
         export.expert(layer, 3)
         with pytest.raises(ExportError, match=rf"layer {layer} expert 4 up_proj has scales"):
@@ -195,12 +163,14 @@ def test_impossible_scales_are_refused_by_name(exports, tmp_path, slotmoe, value
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
 
 
-def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path):
+OPTIONS = ["--codec", "nf4"], ["--bits", "4"], ["--bits", "3.5"], ["--codec", "lut", "--bits", "3"]
+
+
+def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, monkeypatch):
     """quantize, synth and plan have the same options; bits per weight follow."""
+    monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
     config, sizes = exports.source / "config.json", {}
-    for number, options in enumerate(
-        (["--codec", "nf4"], ["--bits", "4"], ["--bits", "3.5"], ["--codec", "lut", "--bits", "3"])
-    ):
+    for number, options in enumerate(OPTIONS):
         random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
         code, out, _ = slotmoe("synth", config, random, *options, "--json")
         assert code == 0
@@ -226,7 +196,6 @@ def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path):
         assert slotmoe("plan", made, *options, "--ram", "1GiB")[0] == 0
         assert slotmoe("verify", random)[0] == slotmoe("verify", made)[0] == 0
     assert list(sizes) == [("nf4", "nf4"), ("lut4", "lut4"), ("lut3", "lut4"), ("lut3", "lut3")]
-    code, _, err = slotmoe(
-        "quantize", exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
-    )
+    arguments = exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
+    code, _, err = slotmoe("quantize", *arguments)
     assert (code, "--codec nf4 has no 3 bits" in err) == (2, True)

@@ -31,15 +31,10 @@ from tests.support.hub import NAME, Repo, make
 from tests.support.kernels import relative
 from tests.support.tiny import write_checkpoint
 
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "hidden_size": 160,
-    "moe_intermediate_size": 64,
-}
+V3 = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+V3 |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+V3 |= {"hidden_size": 160, "moe_intermediate_size": 64}
+IDS = list(range(5, 15))
 SOURCES = {
     "fp8": lambda folder: encode(folder, FP8),
     "int4": lambda folder: encode(folder, packed()),
@@ -82,7 +77,7 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path, slotm
     logits = []
     for folder in (source, plain):
         with Runtime.open(folder, context=64, quantize=False) as runtime:
-            logits.append(runtime.logits(list(range(5, 15))))
+            logits.append(runtime.logits(IDS))
     assert torch.equal(*logits)
 
 
@@ -121,9 +116,9 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path, slotmoe):
     code, out, problem = slotmoe("plan", folder, "--ram", "1GiB", "--json")
     assert json.loads(out)["expert_codecs"] == {"gate_up": "int4", "down": "int4"}, problem
     with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
-        logits = runtime.logits(list(range(5, 15)))
+        logits = runtime.logits(IDS)
     with Runtime.open(folder, context=64, quantize=False) as runtime:
-        assert relative(logits, runtime.logits(list(range(5, 15)))) < 0.1
+        assert relative(logits, runtime.logits(IDS)) < 0.1
     name = expert_name(export.layers[0], 0, "up_proj")
     values = values_of(stored, name).bfloat16().contiguous()
     stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
@@ -144,7 +139,7 @@ def test_small_scales_are_rounded_and_the_report_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested):
+def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested, heavy):
     folder = tmp_path / "tiny"
     write_checkpoint(folder, **{**V3, **WHOLE_BLOCKS})
     _, wanted = bitsandbytes(folder, nested=nested)

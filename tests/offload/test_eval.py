@@ -4,121 +4,40 @@ windows, and bad input."""
 import json
 import math
 import shutil
-import signal
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer as Backend
 
-from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.study.evaluate import Evaluation, Text, windows_of
-from slotmoe.tools.cli import main
-from tests.support.oracle import rebuild, transformers_network
 from tests.support.params import nth
 from tests.support.tiny import SAMPLE, write_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
+TEXT = "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5
 EXPECTED = json.loads((DATA / "expected.json").read_text())["heldout"]
 
 
 @pytest.fixture
-def evaluate(capsys):
+def evaluate(slotmoe):
     """Run ``slotmoe eval`` in this process: exit code, the JSON object or stdout, stderr."""
 
     def run(*arguments):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main(["eval", *map(str, arguments)])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if "--json" in arguments and out else out, err
+        code, out, err = slotmoe("eval", *arguments)
+        return code, json.loads(out) if "--json" in arguments and out else out, err
 
     return run
-
-
-def transformers_figures(reference, model, text, window):
-    """Bits per byte of both models and mean KL divergence, by transformers' network in float32 and
-    torch alone."""
-    ids = (
-        Backend.from_file(str(SAMPLE / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    )
-    networks, bits, divergence = (
-        [transformers_network(folder) for folder in (reference, model)],
-        [0.0, 0.0],
-        0.0,
-    )
-    for start in range(0, len(ids), window - 1):
-        piece = torch.tensor([[0, *ids[start : start + window - 1]]])
-        with torch.no_grad():
-            logs = [network(piece).logits[0, :-1].double().log_softmax(-1) for network in networks]
-        for i, one in enumerate(logs):
-            bits[i] += torch.nn.functional.nll_loss(
-                one, piece[0, 1:], reduction="sum"
-            ).item() / math.log(2)
-        divergence += torch.nn.functional.kl_div(
-            logs[1], logs[0], reduction="sum", log_target=True
-        ).item()
-    return [one / len(text.encode()) for one in bits], divergence / len(ids)
-
-
-@pytest.fixture
-def one_torch_thread():
-    """Small products on two spinning threads take many times longer when the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("oracle", "processes")
-@pytest.mark.parametrize(("kernels", "bound"), nth(2, [("auto", 5e-4), ("torch", 1e-4)]))
-def test_figures_agree_with_transformers(sample_export, tmp_path, one_torch_thread, kernels, bound):
-    """The export's weights, dequantized by others, in transformers' network.  Ours through torch
-    differs by its float16 latent cache; the native kernels also round activations and latents to 8
-    bits, which is part of what runs, so they get a wider bound."""
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copyfile(SAMPLE / name, tmp_path / name)
-    weights, text = (
-        rebuild(sample_export),
-        (DATA / "heldout" / "sotu.txt").read_text(encoding="utf-8")[:6000] + " naïve 漢字 🙂",
-    )
-    with Checkpoint.open(SAMPLE) as checkpoint:  # whose shapes have no padding
-        whole = {
-            name: weights[name][tuple(map(slice, info.shape))].contiguous()
-            for name, info in checkpoint.infos.items()
-        }
-    save_file(whole, tmp_path / "model.safetensors")
-    (tmp_path / "text").write_text(text, encoding="utf-8")
-    (wanted, found), divergence = transformers_figures(SAMPLE, tmp_path, text, 300)
-    read = Text.read(tmp_path / "text", Tokenizer(SAMPLE, 0))
-    exported = Runtime.open(sample_export, context=300, kernels=kernels, threads=1)
-    with exported as runtime, Runtime.open(SAMPLE, quantize=False, context=300) as reference:
-        evaluation = Evaluation(runtime, reference)
-        list(evaluation.run(read, windows_of(read, "strided", 300, None)))
-    report = evaluation.report()
-    assert report["reference_bits_per_byte"] == pytest.approx(wanted, abs=1e-5)
-    assert report["bits_per_byte"] == pytest.approx(found, abs=bound)
-    assert report["kl_divergence"] == pytest.approx(divergence, abs=bound)
-    assert report["perplexity"] == pytest.approx(
-        2 ** (report["bits_per_byte"] * report["bytes"] / report["tokens"])
-    )
-    assert report["bytes"] == len(text.encode())
 
 
 @pytest.mark.usefixtures("nightly")
 def test_command_gives_the_recorded_figures(evaluate, sample_export):
     """Of the sample's held-out text, computed by transformers once."""
     path, wanted = DATA / "heldout" / "sotu.txt", EXPECTED["sotu.txt"]
-    code, report, err = evaluate(
-        sample_export, "--text", path, "--reference", SAMPLE, "--window", 513, "--json"
-    )
+    options = "--text", path, "--reference", SAMPLE, "--window", 513, "--json"
+    code, report, err = evaluate(sample_export, *options)
     assert (code, err) == (0, "")
     assert (report["tokens"], report["bytes"]) == (wanted["tokens"], wanted["bytes"])
     assert report["reference_bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
@@ -140,49 +59,33 @@ def model(tmp_path_factory):
     write_checkpoint(folder / "checkpoint")
     quantize(folder / "checkpoint", folder / "export")
     shutil.copytree(folder / "checkpoint", folder / "plain")
-    settings = json.loads((folder / "plain" / "tokenizer_config.json").read_text())
-    (folder / "plain" / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "add_bos_token": False})
-    )
+    path = folder / "plain" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
     quantize(folder / "plain", folder / "plain-export")
-    (folder / "text").write_text(
-        "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5, encoding="utf-8"
-    )
+    (folder / "text").write_text(TEXT, encoding="utf-8")
     return folder
 
 
-def naive(runtime, ids, begin, scored):
-    """Negative log-likelihood in nats by one pass of ``runtime.logits`` a token: ``scored`` yields
-    (token, start of its context)."""
-    total = 0.0
-    for token, start in scored:
-        logits = runtime.logits(begin + ids[start:token])[-1]
-        total -= logits.double().log_softmax(-1)[ids[token]].item()
-    return total
+CASES = list(product(["export", "plain-export"], [None, 7, 1]))
 
 
-@pytest.mark.parametrize("stride", [None, 1, 7])
-@pytest.mark.parametrize("name", ["export", "plain-export"])
-def test_every_token_is_scored_once_in_its_window(name, stride, model, evaluate):
+@pytest.mark.parametrize(("name", "stride"), nth(4, CASES))
+def test_every_token_is_scored_once_in_its_window(name, stride, model, evaluate, heavy):
     window, step = 20, stride or 19
-    arguments = [
-        "--text",
-        model / "text",
-        "--window",
-        window,
-        *(["--stride", stride] if stride else []),
-    ]
-    report = evaluate(model / name, *arguments, "--json")[1]
-    text = (model / "text").read_text(encoding="utf-8")
+    arguments = ["--window", window, *(["--stride", stride] if stride else [])]
+    report = evaluate(model / name, "--text", model / "text", *arguments, "--json")[1]
     with Runtime.open(model / name, context=32) as runtime:
-        ids, begin = runtime.tokenizer.encode(text, add_bos=False), [0] if name == "export" else []
+        ids, begin = runtime.tokenizer.encode(TEXT, add_bos=False), [0] if name == "export" else []
         room, first = window - len(begin), 1 - len(begin)
         # The first window that reaches a token scores it.
         scored = [(t, max(0, -(-(t + 1 - room) // step)) * step) for t in range(first, len(ids))]
-        nll = naive(runtime, ids, begin, scored)
+        nll = 0.0
+        for token, start in scored:
+            logits = runtime.logits(begin + ids[start:token])[-1]
+            nll -= logits.double().log_softmax(-1)[ids[token]].item()
         unscored = len(runtime.tokenizer.decode(ids[:first]).encode())
     assert report["tokens"] == len(ids) - first
-    assert report["bytes"] == len(text.encode()) - unscored
+    assert report["bytes"] == len(TEXT.encode()) - unscored
     assert report["bits_per_byte"] * report["bytes"] * math.log(2) == pytest.approx(nll, rel=1e-6)
 
 
@@ -191,19 +94,11 @@ def test_every_token_is_scored_once_in_its_window(name, stride, model, evaluate)
 def test_method_of_llama_cpp(name, window, model, evaluate):
     """Written down from its perplexity tool: pieces of all tokens, the second half of each
     scored."""
-    report = evaluate(
-        model / name,
-        "--text",
-        model / "text",
-        "--method",
-        "llama.cpp",
-        "--window",
-        window,
-        "--json",
-    )[1]
+    method = "--method", "llama.cpp", "--window", window, "--json"
+    report = evaluate(model / name, "--text", model / "text", *method)[1]
     nll = count = 0
     with Runtime.open(model / name, context=64) as runtime:
-        tokens = runtime.tokenizer.encode((model / "text").read_text(encoding="utf-8"))
+        tokens = runtime.tokenizer.encode(TEXT)
         for chunk in range(len(tokens) // window):
             piece = tokens[chunk * window : (chunk + 1) * window]
             if name == "export":
@@ -256,7 +151,7 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
         Runtime.open(model / "export", context=64) as runtime,
         Runtime.open(tmp_path / "other", quantize=False, context=64) as other,
     ):
-        ids = runtime.tokenizer.encode((model / "text").read_text(encoding="utf-8"), add_bos=False)
+        ids = runtime.tokenizer.encode(TEXT, add_bos=False)
         pieces = [[0, *ids[start : start + 49]] for start in range(0, len(ids), 49)]
         q, p = (
             torch.cat([one.logits(piece)[:-1] for piece in pieces]).double().softmax(-1)
@@ -264,35 +159,24 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
         )
     kl = (p * (p / q).log()).sum(-1)
     assert report["kl_divergence"] == pytest.approx(kl.mean().item(), rel=1e-6)
-    assert report["kl_divergence"] != pytest.approx(
-        (q * (q / p).log()).sum(-1).mean().item(), rel=1e-3
-    )
+    other_way = (q * (q / p).log()).sum(-1).mean().item()
+    assert report["kl_divergence"] != pytest.approx(other_way, rel=1e-3)
     assert report["top1_agreement"] == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
-    assert [one["position"] for one in report["worst_tokens"]] == kl.topk(7).indices.tolist()
-    assert [one["kl_divergence"] for one in report["worst_tokens"]] == pytest.approx(
-        kl.topk(7).values.tolist(), rel=1e-6
-    )
+    worst, wanted = report["worst_tokens"], kl.topk(7)
+    assert [one["position"] for one in worst] == wanted.indices.tolist()
+    found = [one["kl_divergence"] for one in worst]
+    assert found == pytest.approx(wanted.values.tolist(), rel=1e-6)
 
 
-@pytest.mark.usefixtures("processes")
-def test_worst_tokens_are_shown_in_their_place(model, evaluate):
-    arguments = [
-        model / "export",
-        "--text",
-        model / "text",
-        "--reference",
-        model / "checkpoint",
-        "--window",
-        50,
-        "--worst",
-        3,
-    ]
+def test_worst_tokens_are_shown_in_their_place(model, evaluate, processes):
+    options = "--reference", model / "checkpoint", "--window", 50, "--worst", 3
+    arguments = model / "export", "--text", model / "text", *options
     code, out, _ = evaluate(*arguments)
     assert code == 0
     assert "bits/byte" in out
     report = evaluate(*arguments, "--json")[1]
     backend = Tokenizer(model / "export", 0)
-    ids = backend.encode((model / "text").read_text(encoding="utf-8"), add_bos=False)
+    ids = backend.encode(TEXT, add_bos=False)
     assert len(report["worst_tokens"]) == 3
     with Runtime.open(model / "checkpoint", quantize=False, context=64) as reference:
         for one in report["worst_tokens"]:
@@ -305,43 +189,28 @@ def test_worst_tokens_are_shown_in_their_place(model, evaluate):
 
 
 BAD = {
-    "no-text": ([], "--text"),
-    "missing": (["--text", "nowhere"], "nowhere: can't be read"),
-    "folder": (["--text", "."], "can't be read"),
-    "empty": (["--text", "EMPTY"], "is empty"),
-    "no-utf8": (["--text", "LATIN"], "byte 3 is not UTF-8"),
-    "one-token": (["--text", "ONE"], "has 1 token"),
-    "window-beyond-model": (
-        ["--text", "TEXT", "--window", "257"],
-        "--window 257 is beyond 256, the model's max_position_embeddings",
-    ),
-    "window-beyond-context": (
-        ["--text", "TEXT", "--window", "65", "--context", "64"],
-        "beyond --context 64",
-    ),
-    "context-beyond-model": (["--text", "TEXT", "--context", "257"], "max_position_embeddings"),
-    "window-tiny": (["--text", "TEXT", "--window", "1"], "--window is 1"),
-    "window-zero": (["--text", "TEXT", "--window", "0"], "--window is 0"),
-    "stride-zero": (["--text", "TEXT", "--stride", "0"], "--stride is 0"),
-    "stride-too-long": (["--text", "TEXT", "--window", "20", "--stride", "20"], "expected 1 to 19"),
-    "llama-stride": (
-        ["--text", "TEXT", "--method", "llama.cpp", "--stride", "8"],
-        "--method strided",
-    ),
-    "llama-short": (
-        ["--text", "TWO", "--method", "llama.cpp", "--window", "64"],
-        "less than one window of 64",
-    ),
-    "llama-tiny": (["--text", "TEXT", "--method", "llama.cpp", "--window", "2"], "at least 3"),
-    "reference-missing": (["--text", "TEXT", "--reference", "nowhere"], "nowhere: no such folder"),
-    "reference-rows": (["--text", "TEXT", "--reference", "ROWS"], "has 4224 vocabulary rows"),
-    "reference-tokenizer": (["--text", "TEXT", "--reference", "OTHER"], "as other tokens"),
-    "reference-beginning": (["--text", "TEXT", "--reference", "PLAIN"], "as other tokens"),
-    "reference-too-large": (
-        ["--text", "TEXT", "--reference", "CHECKPOINT", "--ram", "1MiB"],
-        "give that export as the reference",
-    ),
-    "worst-negative": (["--text", "TEXT", "--worst", "-1"], "-1"),
+    "no-text": ("", "--text"),
+    "missing": ("--text nowhere", "nowhere: can't be read"),
+    "folder": ("--text .", "can't be read"),
+    "empty": ("--text EMPTY", "is empty"),
+    "no-utf8": ("--text LATIN", "byte 3 is not UTF-8"),
+    "one-token": ("--text ONE", "has 1 token"),
+    "window-beyond-model": ("--text TEXT --window 257", "is beyond 256, the model's max_position"),
+    "window-beyond-context": ("--text TEXT --window 65 --context 64", "beyond --context 64"),
+    "context-beyond-model": ("--text TEXT --context 257", "max_position_embeddings"),
+    "window-tiny": ("--text TEXT --window 1", "--window is 1"),
+    "window-zero": ("--text TEXT --window 0", "--window is 0"),
+    "stride-zero": ("--text TEXT --stride 0", "--stride is 0"),
+    "stride-too-long": ("--text TEXT --window 20 --stride 20", "expected 1 to 19"),
+    "llama-stride": ("--text TEXT --method llama.cpp --stride 8", "--method strided"),
+    "llama-short": ("--text TWO --method llama.cpp --window 64", "less than one window of 64"),
+    "llama-tiny": ("--text TEXT --method llama.cpp --window 2", "at least 3"),
+    "reference-missing": ("--text TEXT --reference nowhere", "nowhere: no such folder"),
+    "reference-rows": ("--text TEXT --reference ROWS", "has 4224 vocabulary rows"),
+    "reference-tokenizer": ("--text TEXT --reference OTHER", "as other tokens"),
+    "reference-beginning": ("--text TEXT --reference PLAIN", "as other tokens"),
+    "reference-too-large": ("--text TEXT --reference CHECKPOINT --ram 1MiB", "give that export as"),
+    "worst-negative": ("--text TEXT --worst -1", "-1"),
 }
 
 
@@ -353,29 +222,18 @@ def places(model, tmp_path_factory):
     tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name, data in {
-        "empty": b"",
-        "latin": b"caf\xe9 au lait",
-        "one": b"a",
-        "two": b"Hello there",
-    }.items():
+    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "one": b"a", "two": b"Hello there"}
+    for name, data in contents.items():
         (folder / name).write_bytes(data)
-    names = {
-        name.upper(): folder / name for name in ("rows", "other", "empty", "latin", "one", "two")
-    }
-    return {
-        **names,
-        "TEXT": model / "text",
-        "CHECKPOINT": model / "checkpoint",
-        "PLAIN": model / "plain",
-    }
+    own = {name.upper(): folder / name for name in ("rows", "other", *contents)}
+    return own | {name.upper(): model / name for name in ("text", "checkpoint", "plain")}
 
 
-@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(name, model, places, evaluate):
+def test_bad_input_is_one_line_and_exit_code_2(name, model, places, evaluate, processes):
     arguments, wanted = BAD[name]
-    code, out, err = evaluate(model / "export", *(places.get(one, one) for one in arguments))
+    arguments = [places.get(one, one) for one in arguments.split()]
+    code, out, err = evaluate(model / "export", *arguments)
     assert (code, out) == (2, "")
     assert wanted in err
     assert "Traceback" not in err
@@ -404,9 +262,8 @@ def test_interrupted_evaluation_tells_what_it_has(as_json, model, evaluate, monk
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Runtime, "logits_from", logits_from)
-    code, out, err = evaluate(
-        model / "export", "--text", model / "text", "--window", 20, *(["--json"] if as_json else [])
-    )
+    options = ["--window", 20, *(["--json"] if as_json else [])]
+    code, out, err = evaluate(model / "export", "--text", model / "text", *options)
     assert (code, out) == (130, "")
     assert "interrupted" in err
     assert ("so far" in err and " 57 " in err) != as_json  # three windows of 19

@@ -4,13 +4,14 @@ clear refusal."""
 import asyncio
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
@@ -26,184 +27,158 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.ingest.repository import Expected, Patience, Remote
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import FORMAT_VERSION, MANIFEST, RESIDENT
-from tests.support.disk import Stop, small_disk, stop_at, tree
-from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, reshard, weight_requests
-from tests.support.params import nth
-from tests.support.tiny import SAMPLE, write_checkpoint
+from tests.support.disk import Stop, digests, small_disk, stop_at, tree
+from tests.support.hub import HEADER_RANGE, NAME, QUICK, TOKEN, Repo, make, weight_requests
+from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 12
-FIRST = "model-00001-of-00012.safetensors"
+SHARDS = 6
+FIRST, SECOND, *_ = FILES = [f"model-{n:05d}-of-00006.safetensors" for n in range(1, SHARDS + 1)]
+INDEX = "model.safetensors.index.json"
+SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", INDEX]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """The bundled sample in twelve files that split nearly every expert, named like its
-    repository."""
-    return reshard(SAMPLE, tmp_path_factory.mktemp("repo") / "tiny", SHARDS)
+def source(tmp_path_factory):
+    """A checkpoint in six files that split every expert, named like its repository."""
+    folder = tmp_path_factory.mktemp("repo") / "tiny"
+    sizes = {"num_hidden_layers": 4, "n_routed_experts": 16, "moe_intermediate_size": 256}
+    write_checkpoint(folder, SHARDS, **sizes)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def wanted(sample, tmp_path_factory):
+def wanted(source, tmp_path_factory):
     """Bytes of the export that a local folder gives."""
     destination = tmp_path_factory.mktemp("wanted") / "export"
-    quantize(sample, destination)
+    quantize(source, destination)
     return tree(destination)
 
 
 @pytest.fixture
-def served(hub, sample, monkeypatch):
+def served(hub, source, monkeypatch):
     """The hub with that repository; files arrive in several pieces."""
-    monkeypatch.setattr(download, "RANGE_BYTES", 512 << 10)
-    hub.add(NAME, Repo(sample))
+    monkeypatch.setattr(download, "RANGE_BYTES", 192 << 10)
+    hub.add(NAME, Repo(source))
     return hub
 
 
+def stopped(destination, share, **options):
+    with pytest.raises(Stop):
+        make(destination, progress=stop_at(share), **options)
+
+
+def names_of(requests):
+    return {one["name"] for one in requests}
+
+
 def test_same_bytes_as_from_a_folder(served, wanted, tmp_path):
-    said, most, seen = [], set(), []
+    said, seen, counts, two = [], [], set(), threading.Event()
+
+    def arriving(*now):
+        files = (tmp_path / "export.download/weights").iterdir()
+        counts.add(len({path.name.partition(".safetensors")[0] for path in files}))
+        seen.append(now)
+        if 2 in counts:
+            two.set()
 
     def progress(done, total):
-        weights = {
-            path.name.removesuffix(".incomplete").removesuffix(".ranges")
-            for path in (tmp_path / "export.download/weights").iterdir()
-        }
-        most.add(len(weights))
         seen.append((done, total))
+        assert done == 0 or two.wait(30), "one is quantized and the next arrives"
 
-    make(
-        tmp_path / "export",
-        notify=said.append,
-        progress=progress,
-        arriving=lambda done, total: seen.append((done, total)),
-    )
+    make(tmp_path / "export", notify=said.append, progress=progress, arriving=arriving)
     assert tree(tmp_path / "export") == wanted
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    assert max(most) == 2, "one is quantized and one arrives"
+    assert max(counts) == 2
     assert all(done <= total for done, total in seen)
-    assert "12 of 12 weight files to download, 30.6 MiB" in said[0]
-    assert "at most 8.3 MiB for weight files" in said[1]
+    assert "6 of 6 weight files to download, 6.2 MiB" in said[0]
+    assert "at most 2.4 MiB for weight files" in said[1]
     assert "afterwards the export remains" in said[1]
-    assert {one["token"] for one in served.requests if one["kind"] != "cdn"} == {f"Bearer {TOKEN}"}
-    assert {one["token"] for one in served.asked("cdn")} == {None}, (
-        "the token must not follow to another host"
-    )
+    tokens = {(one["kind"] == "cdn", one["token"]) for one in served.requests}
+    assert tokens == {(False, f"Bearer {TOKEN}"), (True, None)}, "it does not follow elsewhere"
     assert [one["revision"] for one in served.asked("api")] == ["main"], "resolved once"
     assert {one["revision"] for one in served.requests if one["kind"] != "api"} == {"a" * 40}
-    assert len({one["name"] for one in weight_requests(served)}) == SHARDS
+    assert names_of(weight_requests(served)) == {*FILES}
     assert len(weight_requests(served)) > 5 * SHARDS, "in several ranges"
 
 
-def test_single_file_and_resident_mode(hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", hidden_size=72, moe_intermediate_size=37)
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    make(tmp_path / "export", resident="nf4")
-    quantize(tmp_path / "tiny", tmp_path / "local", resident="nf4")
-    assert tree(tmp_path / "export") == tree(tmp_path / "local")
-
-
-def test_keep_source(served, sample, wanted, tmp_path):
+def test_keep_source(served, source, wanted, tmp_path):
+    stopped(tmp_path / "export", 0.6, keep_source=True)
+    assert list((tmp_path / "export.source").iterdir()) != []
+    with pytest.raises(ConfigError, match=r"config.json: is missing"):
+        Checkpoint.open(tmp_path / "export.source")  # half of it is no checkpoint
+    os.truncate(next((tmp_path / "export.partial").rglob("*.tmp")), 100)
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
-    assert tree(tmp_path / "export.source") == tree(sample)
+    assert tree(tmp_path / "export.source") == tree(source)
     (tmp_path / "export" / RESIDENT).unlink()
     served.requests.clear()
     make(tmp_path / "export", keep_source=True)
     assert tree(tmp_path / "export") == wanted
     assert weight_requests(served) == [], "what was kept is used"
-    assert tree(tmp_path / "export.source") == tree(sample)
+    assert tree(tmp_path / "export.source") == tree(source)
 
 
-def test_unsupported_model_is_refused_before_any_weight(hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", shards=3)
-    config = json.loads((tmp_path / "tiny/config.json").read_text())
-    (tmp_path / "tiny/config.json").write_text(json.dumps({**config, "scoring_func": "sigmoid"}))
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    with pytest.raises(ConfigError, match="scoring_func"):
-        make(tmp_path / "export")
-    assert {one["name"] for one in hub.requests} == {None, "config.json"}
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
-def test_missing_tensor_is_known_from_the_headers(hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", shards=3)
-    config = json.loads((tmp_path / "tiny/config.json").read_text())
-    (tmp_path / "tiny/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    with pytest.raises(CheckpointError, match=r"model.layers.3.*is missing"):
-        make(tmp_path / "export")
-    assert weight_requests(hub) == []
-
-
-def test_too_little_disk_is_known_before_any_weight(served, tmp_path, monkeypatch):
+def test_too_little_disk_is_known_before_any_weight(served, wanted, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda path: usage(1 << 40, 1 << 40, 33 << 20)
-    )  # enough for the export alone
+    export = sum(map(len, wanted.values()))
+    free = {"free": export + (17 << 20)}  # enough for the export alone
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1 << 40, 1 << 40, **free))
     said = []
     with pytest.raises(ExportError, match=r"needs [\d.]+ MiB of free disk"):
         make(tmp_path / "export", notify=said.append)
     assert weight_requests(served) == []
     assert "free" in said[1]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1 << 40, 1 << 40, 36 << 20))
+    free["free"] += 2 << 20
     make(tmp_path / "export")
 
 
-def test_revision_that_moves_half_way(served, wanted, tmp_path):
+def test_stopped_it_goes_on_with_its_revision_and_its_files(served, wanted, tmp_path):
     write_checkpoint(tmp_path / "other", shards=3)
-    moved = Repo(tmp_path / "other", "b" * 40)
-    with pytest.raises(Stop):
-        make(tmp_path / "export", progress=stop_at(0.4))
-    served.add(NAME, moved)  # main is another commit from here on
+    stopped(tmp_path / "export", 0.5, workers=1)
+    state = json.loads((tmp_path / "export.partial/state.json").read_text())
+    assert len({name for file in state["written"].values() for name in file}) > 50
+    served.add(NAME, Repo(tmp_path / "other", "b" * 40))  # main is another commit from here on
+    served.requests.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted
-    assert len(served.asked("api")) == 1
+    assert names_of(weight_requests(served)) <= {*FILES[2:]}
+    assert served.asked("small") == served.asked("api") == [], "the plan and the headers are there"
     make(tmp_path / "next")
     assert tree(tmp_path / "next") != wanted
-
-
-def test_finished_weight_files_are_not_fetched_again(served, wanted, tmp_path):
-    with pytest.raises(Stop):
-        make(tmp_path / "export", workers=1, progress=stop_at(0.5))
-    state = json.loads((tmp_path / "export.partial/state.json").read_text())
-    done = {name for file in state["written"].values() for name in file}
-    assert len(done) > 100
-    served.requests.clear()
-    said = []
-    make(tmp_path / "export", notify=said.append)
-    assert tree(tmp_path / "export") == wanted
-    fetched = {one["name"] for one in weight_requests(served)}
-    assert fetched <= {f"model-{shard:05d}-of-00012.safetensors" for shard in range(6, 13)}
-    assert served.asked("small") == [], "the plan and the headers are there"
-    assert served.asked("api") == []
 
 
 def test_resumes_inside_a_file(served, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "RANGE_BYTES", 64 << 20)  # one range a file
     with pytest.raises(Stop):
-        make(tmp_path / "export", arriving=stop_at(0.02))
+        make(tmp_path / "export", arriving=stop_at(0.12))
     served.requests.clear()
     seen = []
-    make(tmp_path / "export", arriving=lambda done, total: seen.append(done))
+    make(tmp_path / "export", arriving=lambda *now: seen.append(now))
     first = next(one for one in weight_requests(served) if one["name"] == FIRST)
-    assert int(first["range"].removeprefix("bytes=").split("-")[0]) >= 0.02 * 30e6 - (256 << 10)
-    assert seen[0] >= 0.02 * 30e6, "what is there counts from the start"
+    least = 0.12 * seen[0][1]
+    assert int(first["range"].removeprefix("bytes=").split("-")[0]) >= least - (256 << 10)
+    assert seen[0][0] >= least, "what is there counts from the start"
     assert tree(tmp_path / "export") == wanted
 
 
-def test_existing_destination(served, tmp_path):
-    make(tmp_path / "export", resident="bf16")
+def test_single_file_and_existing_destination(hub, tmp_path):
+    write_checkpoint(tmp_path / "tiny", hidden_size=72, moe_intermediate_size=37)
+    hub.add(NAME, Repo(tmp_path / "tiny"))
+    make(tmp_path / "export", resident="nf4")
+    quantize(tmp_path / "tiny", tmp_path / "local", resident="nf4")
+    assert tree(tmp_path / "export") == tree(tmp_path / "local")
     before = tree(tmp_path)
     with pytest.raises(ExportError, match="exists; pass --overwrite"):
         make(tmp_path / "export")
     assert tree(tmp_path) == before, "nothing is left of the attempt"
-    make(tmp_path / "export", resident="bf16")  # the same again
+    make(tmp_path / "export", resident="nf4")  # the same again
     assert tree(tmp_path) == before
 
 
 def test_begun_with_something_else(served, wanted, tmp_path):
     served.add(NAME, served.repos[NAME, "main"], "v2")
-    with pytest.raises(Stop):
-        make(tmp_path / "export", progress=stop_at(0.4))
+    stopped(tmp_path / "export", 0.4)
     with pytest.raises(ExportError, match="--overwrite"):
         make(tmp_path / "export", revision="v2")
     make(tmp_path / "export", revision="v2", overwrite=True)
@@ -220,42 +195,29 @@ def test_foreign_folder_is_never_emptied(place, served, tmp_path):
     assert (tmp_path / place / "thesis.txt").read_text() == "ten years of work"
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("megabytes", nth(3, [3, 1, 8, 14]))
-def test_disk_really_fills_up(megabytes, served, wanted, tmp_path, monkeypatch):
-    with small_disk(tmp_path, f"{megabytes}m") as (disk, resize):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None
-            )
-            with pytest.raises(
-                ExportError, match="the disk is full; make room and run the same command to resume"
-            ):
+def test_disk_really_fills_up(served, wanted, source, tmp_path, monkeypatch, processes):
+    """And with room it never takes more than two weight files beyond the export."""
+    most, message = 0, "the disk is full; make room and run the same command to resume"
+
+    def measure(_done, _total):
+        nonlocal most
+        most = max(most, shutil.disk_usage(disk).used)
+
+    monkeypatch.setattr("slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None)
+    with small_disk(tmp_path, "1m") as (disk, resize):
+        for size in ("2m", "4m", "64m"):
+            with pytest.raises(ExportError, match=message):
                 make(disk / "export")
-        assert not (disk / "export").exists()
-        resize("64m")
-        make(disk / "export")
-        assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
-
-
-@pytest.mark.usefixtures("processes")
-def test_peak_disk_is_two_weight_files_beyond_the_export(served, wanted, sample, tmp_path):
-    with small_disk(tmp_path, "64m") as (disk, _):
-        peak = 0
-
-        def measure(_done, _total):
-            nonlocal peak
-            peak = max(peak, shutil.disk_usage(disk).used)
-
+            assert not (disk / "export").exists()
+            resize(size)
         make(disk / "export", progress=measure, arriving=measure)
-        assert tree(disk / "export") == wanted
-        shard = max(path.stat().st_size for path in sample.iterdir())
-        export = sum(map(len, wanted.values()))
-        assert peak <= export + 2 * shard + (2 << 20), "headers, state and rounding to pages"
+        assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
+    export, shard = sum(map(len, wanted.values())), max(p.stat().st_size for p in source.iterdir())
+    assert export < most <= export + 2 * shard + (1 << 20), "headers, state and rounding to pages"
 
 
 MEASURED = """
-import json, sys
+import sys
 from pathlib import Path
 import huggingface_hub, torch, slotmoe.offload.ingest.hub
 def status(key):
@@ -263,136 +225,81 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-work, peak = Path(sys.argv[1]), 0
-def measure(_done, _total):
-    global peak
-    now = 0
-    for path in work.rglob("*"):
-        try:
-            now += path.stat().st_blocks * 512
-        except FileNotFoundError:
-            pass
-    peak = max(peak, now)
-slotmoe.offload.ingest.hub.quantize_from_hub("org/tiny", "main", work / "export", progress=measure)
-print(json.dumps({"peak_disk": peak, "rss_before": before, "peak_rss": status("VmHWM")}))
+slotmoe.offload.ingest.hub.quantize_from_hub("org/tiny", "main", Path(sys.argv[1]))
+print(status("VmHWM") - before)
 """
 
 
+def child(*arguments):
+    """What a Python process prints, which is JSON."""
+    command = [sys.executable, "-c", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.usefixtures("nightly")
-def test_peak_memory_and_disk_at_real_sizes(hub, tmp_path):
-    """Three layers of V2-Lite's widths in eight files of 350 MB; run with -s to see the figures."""
-    sizes = {
-        "hidden_size": 2048,
-        "moe_intermediate_size": 1408,
-        "intermediate_size": 10944,
-        "n_routed_experts": 64,
-        "vocab_size": 102400,
-    }
-    write_checkpoint(
-        tmp_path / "tiny", shards=8, num_hidden_layers=3, n_group=1, topk_group=1, **sizes
-    )
+def test_peak_memory_at_real_sizes(hub, tmp_path, processes):
+    """Three layers of V2-Lite's widths in eight files of 350 MB; run with -s to see it."""
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944}
+    sizes |= {"n_routed_experts": 64, "vocab_size": 102400, "n_group": 1, "topk_group": 1}
+    write_checkpoint(tmp_path / "tiny", shards=8, num_hidden_layers=3, **sizes)
     hub.add(NAME, Repo(tmp_path / "tiny"))
-    (tmp_path / "work").mkdir()
-    child = subprocess.run(
-        [sys.executable, "-c", MEASURED, tmp_path / "work"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    report = json.loads(child.stdout)
-    export = sum(
-        path.stat().st_size for path in (tmp_path / "work" / "export").rglob("*") if path.is_file()
-    )
-    shard = max(path.stat().st_size for path in (tmp_path / "tiny").iterdir())
-    print({**report, "export": export, "largest_weight_file": shard})
-    assert report["peak_disk"] <= export + 2 * shard + (4 << 20)
-    assert report["peak_rss"] - report["rss_before"] < 600 << 20
+    peak = child(MEASURED, tmp_path / "export")
+    print(f"{peak >> 20} MiB")
+    assert peak < 600 << 20
 
 
-# Runs in a process of its own: imports once, then forks a child for every attempt and kills it.
+# Runs in a process of its own: imports once, then forks a child for every attempt, which kills
+# itself at some of its reports of progress.
 KILLER = """
-import json, os, random, shutil, signal, sys, threading, time
+import json, os, shutil, signal, sys
 from pathlib import Path
 import huggingface_hub, torch
 from slotmoe.offload.ingest import download
 from slotmoe.offload.ingest.hub import quantize_from_hub
 from tests.support.disk import digests, forked
-work, kills = Path(sys.argv[1]), int(sys.argv[2])
-download.RANGE_BYTES, download.SAVE_SECONDS = 512 << 10, 0.02
-def attempt(after=None, event=None):
-    '''Quantize in a child that is killed ``after`` seconds, or shortly after its ``event``-th
-    report of progress.'''
+work, events = Path(sys.argv[1]), 0
+download.RANGE_BYTES, download.SAVE_SECONDS = 192 << 10, 0
+def attempt(share=None):
     def run():
         seen = 0
         def count(_done, _total):
             nonlocal seen
             seen += 1
-            if seen == event:
-                delay, kill = random.SystemRandom().random() * 0.03, (os.getpid(), signal.SIGKILL)
-                threading.Timer(delay, os.kill, kill).start()
-        destination, reports = work / "export", {"progress": count, "arriving": count}
-        quantize_from_hub("org/tiny", "main", destination, workers=2, **reports)
-        (work / "events").write_text(str(seen))
-    return forked(run, after)
+            if share is not None and seen >= share * events:
+                os.kill(os.getpid(), signal.SIGKILL)
+        reports = {"progress": count, "arriving": count}
+        quantize_from_hub("org/tiny", "main", work / "export", workers=2, **reports)
+        work.with_name("events").write_text(str(seen))
+    return forked(run)
+def whole(status):
+    return [status, {name.removeprefix("export/"): sum for name, sum in digests(work).items()}]
 work.mkdir()
-start = time.perf_counter()
-assert attempt() == 0
-duration, events = time.perf_counter() - start, int((work / "events").read_text())
-(work / "events").unlink()
-wanted = digests(work)
-report = {"killed": 0, "wrong": [], "rounds": 0, "state": 0, "ranges": 0}
-report |= {"duration": duration, "events": events, "files": wanted}
-generator = random.Random(int(sys.argv[3]))
-while report["killed"] < kills:
+report = {"found": [whole(attempt())], "killed": 0, "state": 0, "ranges": 0}
+events = int(work.with_name("events").read_text())
+for shares in json.loads(sys.argv[2]):
     shutil.rmtree(work)
     work.mkdir()
-    report["rounds"] += 1
-    for _ in range(generator.choice((1, 2, 4))):
-        if generator.random() < 0.25:
-            when = {"after": generator.random() * duration}
-        else:
-            when = {"event": generator.randint(1, events)}
-        if not os.WIFSIGNALED(attempt(**when)):
-            break
-        report["killed"] += 1
+    for share in shares:
+        report["killed"] += os.WIFSIGNALED(attempt(share))
         report["state"] += any(work.glob("*.partial/state.json"))
         report["ranges"] += any(work.glob("*.download/weights/*.ranges"))
-    status = attempt()
-    (work / "events").unlink(missing_ok=True)
-    files = digests(work)
-    if status != 0 or files != wanted:
-        names = [name for name in {**files, **wanted} if files.get(name) != wanted.get(name)]
-        report["wrong"].append([status, names])
+    report["found"].append(whole(attempt()))
 print(json.dumps(report))
 """
+_random = random.Random(7)
+KILLS = [[0.9, 0.05], [0.3]]  # after which shares of the reports, one after the other
+MORE_KILLS = [[_random.random() for _ in range(_random.choice((1, 2, 4)))] for _ in range(90)]
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(kills, hub, sample, tmp_path):
-    source = sample
-    if kills < 100:
-        write_checkpoint(tmp_path / "tiny", shards=SHARDS)
-        source = tmp_path / "tiny"
-    hub.add(NAME, Repo(source))
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(MORE_KILLS, marks=pytest.mark.slow)])
+def test_killed_at_some_moment_it_resumes(kills, served, source, tmp_path, processes):
+    report = child(KILLER, tmp_path / "work", json.dumps(kills))
     quantize(source, tmp_path / "export")
-    wanted = tree(tmp_path / "export")
-    command = [
-        sys.executable,
-        "-c",
-        KILLER,
-        str(tmp_path / "work"),
-        str(kills),
-        os.environ.get("KILL_SEED", "7"),
-    ]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert child.returncode == 0, child.stderr.decode()
-    report = json.loads(child.stdout)
-    print({key: value for key, value in report.items() if key != "files"})
-    assert report["wrong"] == [], child.stderr.decode()
-    assert sorted(report["files"]) == sorted(f"export/{name}" for name in wanted)
-    assert report["state"] >= kills // 4
-    assert tree(tmp_path / "work" / "export") == wanted
+    sums = digests(tmp_path / "export")
+    assert report["found"] == [[0, sums]] * (len(kills) + 1)
+    assert report["killed"] >= len(kills) and min(report["state"], report["ranges"]) > 0
 
 
 def fill_cache(names):
@@ -403,23 +310,10 @@ def fill_cache(names):
     return Path(constants.HF_HUB_CACHE)
 
 
-SMALL = [
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-]
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_cached_files_are_used_and_stay(served, sample, wanted, tmp_path):
-    cache = fill_cache([*SMALL, FIRST])
-    damaged = (
-        cache / "models--org--tiny" / "snapshots" / ("a" * 40) / "model-00002-of-00012.safetensors"
-    )
-    fill_cache([damaged.name])
-    with open(damaged, "r+b") as file:
+def test_cached_files_are_used_and_stay(served, wanted, tmp_path):
+    cache = fill_cache([*SMALL, FIRST, SECOND])
+    with open(cache / "models--org--tiny" / "snapshots" / ("a" * 40) / SECOND, "r+b") as file:
         file.seek(70_000)
         file.write(b"damage")
     before = tree(cache)
@@ -429,29 +323,25 @@ def test_cached_files_are_used_and_stay(served, sample, wanted, tmp_path):
     assert tree(tmp_path / "export") == wanted
     assert tree(cache) == before
     assert served.asked("small") == []
-    fetched = {one["name"] for one in weight_requests(served)}
-    assert FIRST not in fetched
-    assert damaged.name in fetched
+    assert names_of(weight_requests(served)) == {*FILES[1:]}
     assert any("is damaged, so it is not used" in text for text in said)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
-    served, sample, wanted, tmp_path, monkeypatch
+    served, wanted, tmp_path, monkeypatch
 ):
     from huggingface_hub import constants
 
-    shards = sorted(path.name for path in sample.glob("*.safetensors"))
-    fill_cache([*SMALL, *shards[:-2]])
+    fill_cache([*SMALL, *FILES[:-2]])
+    missing = "2 of 6 weight files can't be had .* model-0000[56]-.*, model-0000[56]-.*;"
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(
-            CheckpointError, match=f"2 of 12 weight files can't be had.*{shards[-2]}, {shards[-1]};"
-        ):
+        with pytest.raises(CheckpointError, match=missing):
             make(tmp_path / "export")
         with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE.*cache holds nothing of it"):
             quantize_from_hub("org/other", "main", tmp_path / "other")
-    fill_cache(shards)
+    fill_cache(FILES)
     served.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     make(tmp_path / "export")
@@ -459,7 +349,6 @@ def test_without_a_network_the_cache_is_enough_or_what_is_missing_is_named(
     assert served.requests == []
 
 
-@pytest.mark.usefixtures("network")
 @pytest.mark.filterwarnings("ignore")
 def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     from huggingface_hub import constants
@@ -467,94 +356,82 @@ def test_hub_that_can_not_be_reached(served, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(
-            DownloadError, match=r"connection to .* failed .*connect to the network"
-        ):
+        with pytest.raises(DownloadError, match=r"connection to .* failed .* the network"):
             make(tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
 
-HOSTILE_INDEX = [
-    "../x.safetensors",
-    "/etc/x.safetensors",
-    "a/b.safetensors",
-    "..\\x.safetensors",
-    "C:x.safetensors",
-    ".x.safetensors",
-    "x.bin",
-    5,
-]
+def config(**changes):
+    def change(repo):
+        path = repo.files["config.json"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
-@pytest.mark.parametrize("file", HOSTILE_INDEX, ids=str)
-def test_path_tricks_in_the_index(file, hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", shards=3)
-    index = tmp_path / "tiny/model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {**weight_map, "x": file}}))
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match=r"is not a plain .safetensors file name"):
-        make(tmp_path / "export")
-    assert hub.asked("cdn") == []
-    assert tree(tmp_path) == before
+def index(file):
+    def change(repo):
+        found = json.loads(repo.files[INDEX].read_text())
+        found["weight_map"]["x"] = file
+        repo.files[INDEX].write_text(json.dumps(found))
+
+    return change
 
 
-HOSTILE_REPO = {
-    "huge-config": (
-        lambda repo: repo.sizes.update({"config.json": 1 << 40}),
-        "not a real model's file",
-    ),
-    "no-config": (lambda repo: repo.files.pop("config.json"), "has no config.json"),
-    "no-weights": (
-        lambda repo: [repo.files.pop(name) for name in list(repo.lfs)],
-        "3 of 3 weight files can't be had",
-    ),
-    "size-of-text": (
-        lambda repo: repo.sizes.update({"model-00001-of-00003.safetensors": "9"}),
-        "1 of 3 weight files",
-    ),
-    "odd-checksum": (
-        lambda repo: repo.checksums.update({"model-00001-of-00003.safetensors": "../x"}),
-        "1 of 3 weight files",
-    ),
+def without(*names):
+    return lambda repo: [repo.files.pop(name) for name in names]
+
+
+def terabyte(repo):
+    with open(repo.files[LAST], "r+b") as file:
+        file.write((1 << 40).to_bytes(8, "little"))
+
+
+*_, LAST = THREE = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+PATHS = "../x.safetensors /etc/x.safetensors a/b.safetensors ..\\x.safetensors C:x.safetensors"
+PATHS = [*PATHS.split(), ".x.safetensors", "x.bin", 5]
+REFUSED = {
+    "missing tensor": (config(num_hidden_layers=4), r"model.layers.3.*is missing"),
+    "huge config": (lambda repo: repo.sizes.update({"config.json": 1 << 40}), "a real model's"),
+    "no config": (without("config.json"), "has no config.json"),
+    "no weights": (without(*THREE), "3 of 3 weight files can't be had"),
+    "size of text": (lambda repo: repo.sizes.update({LAST: "9"}), "1 of 3 weight files"),
+    "odd checksum": (lambda repo: repo.checksums.update({LAST: "../x"}), "1 of 3 weight files"),
+    "header of a terabyte": (terabyte, "header of 1099511627784 bytes"),
+    **{str(file): (index(file), "is not a plain .safetensors file name") for file in PATHS},
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE_REPO)
-def test_hostile_repository(name, hub, tmp_path):
+@pytest.mark.parametrize("name", ["unsupported model", *REFUSED])
+def test_bad_repository_is_refused_before_any_weight(name, hub, tmp_path):
     write_checkpoint(tmp_path / "tiny", shards=3)
     repo = Repo(tmp_path / "tiny")
-    HOSTILE_REPO[name][0](repo)
+    unsupported = name not in REFUSED
+    change, message = REFUSED.get(name) or (config(scoring_func="sigmoid"), "scoring_func")
+    change(repo)
     hub.add(NAME, repo)
-    with pytest.raises(CheckpointError, match=HOSTILE_REPO[name][1]):
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError if unsupported else CheckpointError, match=message):
         make(tmp_path / "export")
-    assert not [path for path in tmp_path.iterdir() if path.name != "tiny"]
+    assert weight_requests(hub) == []
+    assert not unsupported or names_of(hub.requests) == {None, "config.json"}
+    if name not in ("missing tensor", "header of a terabyte"):  # it has read headers
+        assert tree(tmp_path) == before
 
 
-def test_header_that_claims_a_terabyte(hub, tmp_path):
-    write_checkpoint(tmp_path / "tiny", shards=3)
-    with open(tmp_path / "tiny/model-00002-of-00003.safetensors", "r+b") as file:
-        file.write((1 << 40).to_bytes(8, "little"))
-    hub.add(NAME, Repo(tmp_path / "tiny"))
-    with pytest.raises(CheckpointError, match="header of 1099511627784 bytes"):
-        make(tmp_path / "export")
-
-
-@pytest.mark.usefixtures("processes")
 def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
-    served, slotmoe, tmp_path, monkeypatch
+    served, slotmoe, tmp_path, monkeypatch, processes
 ):
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     code, out, err = slotmoe("run", NAME, "It is", "-n", 3)
     assert code == 0
-    assert "12 of 12 weight files to download" in err
+    assert "6 of 6 weight files to download" in err
     served.repos.clear()
     served.requests.clear()
     assert slotmoe("run", NAME, "It is", "-n", 3)[:2] == (0, out)
     with Runtime.open(NAME, context=64) as runtime:
-        assert runtime.config.num_hidden_layers == 8
+        assert runtime.config.num_hidden_layers == 4
     assert served.requests == []
     assert (tmp_path / "cache" / f"org--tiny-{'a' * 12}-{FORMAT_VERSION}" / MANIFEST).is_file()
     with pytest.raises(ConfigError, match="quantize=False"):
@@ -563,24 +440,22 @@ def test_run_from_the_hub_is_made_once_and_then_needs_no_network(
 
 def test_cached_export_is_made_by_one_of_two(served, wanted, tmp_path):
     found = []
-    threads = [
-        threading.Thread(
-            target=lambda: found.append(hub_export(NAME, None, tmp_path, patience=QUICK))
-        )
-        for _ in range(2)
-    ]
+
+    def export():
+        found.append(hub_export(NAME, None, tmp_path, patience=QUICK))
+
+    threads = [threading.Thread(target=export) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1
+    assert len(found) == 2 and len(set(found)) == 1
     assert tree(found[0]) == wanted
-    assert len(found) == 2
 
 
-def test_folder_goes_before_the_hub(served, sample, slotmoe, tmp_path, monkeypatch):
+def test_folder_goes_before_the_hub(served, source, slotmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(sample, tmp_path / NAME)
+    shutil.copytree(source, tmp_path / NAME)
     code, _, err = slotmoe("quantize", NAME, "export")
     assert code == 0
     assert "org/tiny is a folder here, so it is not looked up on the hub" in err
@@ -595,9 +470,8 @@ def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("slotmoe.offload.ingest.hub.Patience", lambda: QUICK)
     code, out, err = slotmoe("quantize", "org/nothing", "export")
-    assert (code, out) == (2, "")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert "org/nothing: is no folder here and no model on" in err
-    assert err.count("\n") == 1
     served.faults.append(lambda kind, name, handler: kind == "cdn" and handler.drop())
     code, out, err = slotmoe("quantize", NAME, "export")
     assert (code, out) == (1, "")
@@ -606,42 +480,41 @@ def test_command_line_codes(served, slotmoe, tmp_path, monkeypatch):
     served.faults.clear()
     code, out, err = slotmoe("quantize", NAME, "export", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["bytes"] > 10e6
+    assert json.loads(out)["bytes"] > 2e6
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("moment", nth(2, ["weights", "headers"]))
-def test_interrupted(moment, served, wanted, tmp_path):
-    hold = threading.Event()
-    served.faults.append(
-        lambda kind, name, handler: (
-            kind == "cdn"
-            and (moment == "headers") == (handler.headers["Range"] == HEADER_RANGE)
-            and (hold.wait(20) or handler.drop())
-        )
-    )
-    command = [sys.executable, "-m", "slotmoe", "quantize", NAME, str(tmp_path / "export")]
-    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    while child.poll() is None and not (
-        served.asked("cdn") if moment == "headers" else weight_requests(served)
-    ):
-        time.sleep(0.01)
-    time.sleep(0.1)
-    child.send_signal(2)
-    start = time.perf_counter()
-    message = child.communicate()[1].decode()
-    hold.set()
-    assert child.returncode == 130
-    assert "Traceback" not in message
-    assert "run the same command again to resume" in message
-    assert time.perf_counter() - start < 15, "it does not wait for a silent server"
+@pytest.fixture
+def ctrl_c():
+    """Raises ``KeyboardInterrupt``, even where the tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_ctrl_c_does_not_wait_for_a_silent_server(
+    headers, served, wanted, slotmoe, tmp_path, ctrl_c
+):
+    interrupted = threading.Event()
+
+    def silent(kind, name, handler):
+        if kind == "cdn" and headers == (handler.headers["Range"] == HEADER_RANGE):
+            if not interrupted.is_set():
+                interrupted.set()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            return served.hold(handler)
+        return False
+
+    served.faults.append(silent)
+    code, _, message = slotmoe("quantize", NAME, tmp_path / "export")
+    assert (code, served.outlasted) == (130, 0)
+    assert "run the same command again to resume" in message and "Traceback" not in message
     served.faults.clear()
     make(tmp_path / "export")
     assert tree(tmp_path / "export") == wanted
 
 
-@pytest.mark.usefixtures("network")
-def test_proxy_of_the_environment(monkeypatch):
+def test_proxy_of_the_environment(monkeypatch, network):
     """A full address for http, a tunnel for https, and no proxy for what NO_PROXY names."""
     from huggingface_hub import get_async_session
 
@@ -658,8 +531,10 @@ def test_proxy_of_the_environment(monkeypatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, f"http://user:p%40ss@{place}")
 
-    def ask(url):
-        remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(5, 1))
+    def ask(url, no_proxy=""):
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, no_proxy)
+        remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(30, 1))
 
         async def download():
             async with get_async_session() as client:
@@ -669,23 +544,19 @@ def test_proxy_of_the_environment(monkeypatch):
             asyncio.run(download())
         return heads.pop()
 
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "")
-    head = ask("http://hub.test/a?b")
-    assert head.startswith("get http://hub.test/a?b http/1.1\r\n")
-    assert "proxy-authorization: basic dxnlcjpwqhnz\r\n" in head
-    head = ask("https://hub.test:8443/a")
-    assert head.startswith("connect hub.test:8443 http/1.1\r\n")
-    assert "proxy-authorization: basic dxnlcjpwqhnz\r\n" in head
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    head = ask(f"http://{place}/a?b")
+    for url, first in (
+        ("http://hub.test/a?b", "get http://hub.test/a?b http/1.1\r\n"),
+        ("https://hub.test:8443/a", "connect hub.test:8443 http/1.1\r\n"),
+    ):
+        head = ask(url)
+        assert head.startswith(first)
+        assert "proxy-authorization: basic dxnlcjpwqhnz\r\n" in head
+    head = ask(f"http://{place}/a?b", "127.0.0.1")
     assert head.startswith("get /a?b http/1.1\r\n")
     assert "proxy-authorization" not in head
 
 
-@pytest.mark.usefixtures("network", "processes")
-def test_refused_certificate(tmp_path):
+def test_refused_certificate(tmp_path, network, processes):
     command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate"
     subject = ["-days", "2", "-subj", "/CN=127.0.0.1"]
     subprocess.run([*command.split(), *subject], cwd=tmp_path, check=True, capture_output=True)
@@ -699,14 +570,6 @@ def test_refused_certificate(tmp_path):
 
     url = f"https://127.0.0.1:{listener.getsockname()[1]}/x"
     threading.Thread(target=answer, daemon=True).start()
-    remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(5, 8))
+    remote = Remote("org/tiny", "a" * 40, "x", Expected(9, ""), url, Patience(30, 8))
     with pytest.raises(DownloadError, match=r"certificate is refused .*SSL_CERT_FILE names others"):
         asyncio.run(fetch(remote, tmp_path / "x"))
-
-
-def test_kept_half_is_no_checkpoint(served, tmp_path):
-    with pytest.raises(Stop):
-        make(tmp_path / "export", progress=stop_at(0.6), keep_source=True)
-    assert list((tmp_path / "export.source").iterdir()) != []
-    with pytest.raises(ConfigError, match=r"config.json: is missing"):
-        Checkpoint.open(tmp_path / "export.source")

@@ -4,32 +4,31 @@ import base64
 import contextlib
 import dataclasses
 import json
-import mmap
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from slotmoe.model.network import Network
-from slotmoe.offload.observe.memory import LONGEST, MemorySampler
+from slotmoe.offload.observe import memory, profiler
+from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import STAGES, Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
 from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
-from slotmoe.tools.cli import main
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
-from tests.support.bench import benchmark
-from tests.support.browser import BROWSER, Browser, Tab
+from tests.support.browser import Tab
 from tests.support.engine import start
 
 ROOT = Path(__file__).parents[2]
@@ -37,106 +36,112 @@ TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
     "must be in want of a wife. "
 )
+SECTIONS = (
+    "Memory,Predicted beside measured,Time of a token,Experts by layer,Bytes by tier,Workload"
+)
 
 
 @pytest.fixture
-def profile(sample_export, tmp_path, capsys):
+def no_charts(monkeypatch):
+    """They take a second."""
+    drawn = SimpleNamespace(draw=lambda report, rows: {})
+    monkeypatch.setitem(sys.modules, "slotmoe.tools.profile.charts", drawn)
+
+
+@pytest.fixture
+def profile(slotmoe, sample_export, tmp_path):
     """Run ``slotmoe profile`` on the sample in this process: exit code, stdout, stderr."""
 
     def run(*arguments, output=tmp_path / "out"):
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main(["profile", str(sample_export), *map(str, arguments), "-o", str(output)])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out, printed.err
+        return slotmoe("profile", sample_export, *arguments, "-o", output)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def reported(sample_export, tmp_path_factory):
-    """A small cache, so that there are misses; the folder, and the routing as the trace recorded
-    it."""
+def reported(processes, sample_export, tmp_path_factory):
+    """A run with a small cache, so that there are misses, shown live on a terminal: its folder, the
+    report, the routing as the trace recorded it, and what the terminal got."""
     folder = tmp_path_factory.mktemp("profile")
-    command = [
-        "profile",
-        str(sample_export),
-        TEXT,
-        "-n",
-        "40",
-        "--slots",
-        "60",
-        "-o",
-        str(folder),
-        "--trace",
-        str(folder / "x.trace"),
-    ]
     # A process of its own: this one may hold more before a model is open than after.
-    subprocess.run(
-        [sys.executable, "-m", "slotmoe", *command], cwd=ROOT, check=True, capture_output=True
-    )
-    return (
-        folder,
-        [step.indices for step in read_trace(folder / "x.trace")[1]],
-        json.loads((folder / "profile.json").read_text()),
-    )
+    command = [sys.executable, "-m", "slotmoe", "profile", sample_export, TEXT, "-n", "40"]
+    command += ["--slots", "60", "--live", "-o", folder, "--trace", folder / "x.trace"]
+    terminal, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": theirs}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while data := os.read(terminal, 1 << 16):
+            shown += data
+    os.close(terminal)
+    assert child.wait() == 0, shown
+    steps = [step.indices for step in read_trace(folder / "x.trace")[1]]
+    report = json.loads((folder / "profile.json").read_text())
+    return SimpleNamespace(folder=folder, steps=steps, report=report, shown=shown)
 
 
-@pytest.mark.usefixtures("processes")
+def test_live_on_a_terminal_shows_the_figures(reported):
+    for part in (b"tokens/s", b"ram: peak", b"expert slots", b"Time of a token", b"attention"):
+        assert part in reported.shown
+
+
 def test_counts_are_those_of_the_routing_and_of_the_cache(reported):
-    _, steps, report = reported
+    report, steps = reported.report, reported.steps
     assert len(report["steps"]) == len(steps) == 40
     layers = report["layers"]
     for row, layer in enumerate(layers):
-        uses = [0] * 32
-        for step in steps:
-            for expert in step[:, row].flatten():
-                uses[expert] += 1
-        assert layer["uses"] == uses
-        needed = sum(len({int(expert) for expert in step[:, row].flatten()}) for step in steps)
-        assert layer["hits"] + layer["misses"] == needed
+        used = [[int(expert) for expert in step[:, row].flatten()] for step in steps]
+        every = [expert for one in used for expert in one]
+        assert layer["uses"] == [every.count(expert) for expert in range(32)]
+        assert layer["hits"] + layer["misses"] == sum(len(set(one)) for one in used)
     cache = report["cache"]
     assert cache["hits"] == sum(layer["hits"] for layer in layers)
     assert cache["misses"] == sum(layer["misses"] for layer in layers) > 0
     assert cache["hit_rate"] == cache["hits"] / (cache["hits"] + cache["misses"])
-    assert (
-        sum(step["moved"]["disk"] for step in report["steps"]) == report["io"]["disk"]["bytes"] > 0
-    )
+    moved = sum(step["moved"]["disk"] for step in report["steps"])
+    assert moved == report["io"]["disk"]["bytes"] > 0
 
 
 def test_parts_add_up_to_the_time_of_the_run(reported):
-    _, _, report = reported
-    assert 0 < report["steps"][0]["began"] < report["memory"]["ram"]["seconds"][-1]
-    assert [step["kind"] for step in report["steps"]] == ["prefill"] + ["decode"] * 39
-    for step, after in pairwise(report["steps"]):
+    report, steps = reported.report, reported.report["steps"]
+    assert 0 < steps[0]["began"] < report["memory"]["ram"]["seconds"][-1]
+    assert [step["kind"] for step in steps] == ["prefill"] + ["decode"] * 39
+    for step, after in pairwise(steps):
         assert set(step["seconds"]) <= set(STAGES)
-        assert step["began"] + sum(step["seconds"].values()) == pytest.approx(
-            after["began"], abs=1e-4
-        )
-    for part in (
-        "attention",
-        "gate",
-        "experts",
-        "shared experts and dense layers",
-        "head",
-        "waiting for disk",
-        "sampling",
-    ):
+        ended = step["began"] + sum(step["seconds"].values())
+        assert ended < after["began"] + 1e-6, "no time counts twice"
+    parts = "attention,gate,experts,shared experts and dense layers,head,waiting for disk,sampling"
+    for part in parts.split(","):
         assert report["time"]["decode"]["milliseconds_per_token"][part] > 0, part
-        assert all(step["seconds"][part] > 0 for step in report["steps"][:1]), part
+        assert steps[0]["seconds"][part] > 0, part
 
 
-def test_keys_that_others_read(profile):
+def test_all_time_belongs_to_a_stage(monkeypatch):
+    clock, spent = [5.0], {"gate": 1.0, "experts": 2.0, "rest": 4.0, "sampling": 8.0}
+    monkeypatch.setattr(profiler, "perf_counter", lambda: clock[0])
+    watched = Profiler(1, 4, 5.0, None)
+    for _ in range(2):
+        watched.begin({})
+        for stage, seconds in spent.items():
+            clock[0] += seconds
+            if stage in ("gate", "experts"):
+                watched.mark(stage)
+            elif stage == "rest":
+                watched.end("decode", 1, {})
+    watched.between_steps()
+    steps = [(step.began, step.seconds) for step in watched.passes]
+    assert steps == [(0.0, spent), (15.0, spent)]
+
+
+def test_keys_that_others_read(profile, no_charts):
     code, out, err = profile(TEXT, "-n", "5", "--json")
     report = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert set(report["peak"]) == {"ram"}
-    assert {"hits", "misses", "hit_rate", "prefetch_used", "prefetch_wasted"} <= set(
-        report["cache"]
-    )
+    keys = {"hits", "misses", "hit_rate", "prefetch_used", "prefetch_wasted"}
+    assert keys <= set(report["cache"])
     assert {"bytes", "seconds"} <= set(report["io"]["disk"])
     assert set(report["predicted"]["components"]["expert slots"]) == {"ram"}
     total = sum(sizes["ram"] for sizes in report["predicted"]["components"].values())
@@ -146,7 +151,7 @@ def test_keys_that_others_read(profile):
 
 
 def test_memory_is_split_into_what_is_there(reported):
-    _, _, report = reported
+    report = reported.report
     series, peak, record = report["memory"]["ram"], report["peak"]["ram"], 28672
     assert series["seconds"] == sorted(series["seconds"])
     assert max(series["bytes"]) <= peak
@@ -159,22 +164,23 @@ def test_memory_is_split_into_what_is_there(reported):
     assert rows["resident weights"]["measured"] == rows["resident weights"]["predicted"] > 0
 
 
-def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak():
-    with MemorySampler(interval=1e-4) as sampler:
-        block = mmap.mmap(-1, 64 << 20)  # pages of its own, whatever the allocator has left over
-        for page in range(0, len(block), 4096):
-            block[page] = 1
-        seen, until = len(sampler.samples), time.monotonic() + 20
-        while len(sampler.samples) < seen + 3 and time.monotonic() < until:
-            time.sleep(0.001)
-        block.close()
-        while sampler._interval == 1e-4 and time.monotonic() < until:
-            time.sleep(0.01)
-    assert sampler._interval == 2e-4
-    assert len(sampler.samples) <= LONGEST
+def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
+    used, thinned = iter([10, 10, 10, 75, *[20] * 10**6]), threading.Event()
+    monkeypatch.setattr(memory, "process_bytes", lambda: next(used))
+    monkeypatch.setattr(memory, "LONGEST", 8)
+
+    class Sampler(MemorySampler):
+        def _take(self):
+            super()._take()
+            if self._interval == 2e-4:
+                thinned.set()
+
+    with Sampler(interval=1e-4) as sampler:
+        assert thinned.wait(30)
+    assert len(sampler.samples) <= 8
     highest = sampler.highest("ram")
-    assert highest.total["ram"] >= sampler.baseline + (60 << 20)
-    assert highest.components["ram"]["resident weights"] >= 60 << 20
+    assert (sampler.baseline, highest.total["ram"]) == (10, 75)
+    assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
 
 
 def test_prefetch_is_counted_by_layer():
@@ -193,11 +199,8 @@ def test_prefetch_is_counted_by_layer():
     ahead.more(0)
     ahead.chosen(1, [12, 15], 2)
     ahead.guess(2, [22], "layer")
-    assert [(one.guessed, one.right, one.used, one.wasted) for one in ahead.by_row["token"]] == [
-        (0, 0, 0, 0),
-        (2, 1, 1, 1),
-        (0, 0, 0, 0),
-    ]
+    counted = [(one.guessed, one.right, one.used, one.wasted) for one in ahead.by_row["token"]]
+    assert counted == [(0, 0, 0, 0), (2, 1, 1, 1), (0, 0, 0, 0)]
     assert [one.cancelled for one in ahead.by_row["token"]] == [0, 0, 1]
     assert (ahead.stats()["token"]["guessed"], ahead.stats()["token"]["cancelled"]) == (2, 1)
 
@@ -242,115 +245,77 @@ def page(folder):
 
 
 def test_report_holds_everything_and_asks_for_nothing(reported):
-    folder, _, report = reported
-    found = page(folder)
+    folder, found = reported.folder, page(reported.folder)
     assert not {"script", "iframe", "object", "embed", "base", "form"} & set(found.tags)
     assert found.addresses
     assert all(address.startswith("data:") for address in found.addresses)
     assert "url(" not in (folder / "report.html").read_text()
     charts = [name for name in CHARTS if (folder / f"{name}.png").is_file()]
     assert set(charts) == set(CHARTS) - {"memory-vram"}
-    embedded = [
-        base64.b64decode(address.split(",")[1])
-        for address in found.addresses
-        if address.startswith("data:image/png")
-    ]
-    assert sorted(embedded) == sorted((folder / f"{name}.png").read_bytes() for name in charts)
+    images = [one.partition(",")[2] for one in found.addresses if one.startswith("data:image/png")]
+    wanted = sorted((folder / f"{name}.png").read_bytes() for name in charts)
+    assert sorted(map(base64.b64decode, images)) == wanted
     words = " ".join(" ".join(found.words).split())
-    for heading in (
-        "Memory",
-        "Predicted beside measured",
-        "Time of a token",
-        "Experts by layer",
-        "Bytes by tier",
-        "Workload",
-    ):
-        assert heading in words
-    assert f"{report['decode_tokens_per_second']:.2f}" in words
+    assert all(heading in words for heading in SECTIONS.split(","))
+    assert f"{reported.report['decode_tokens_per_second']:.2f}" in words
     assert "was stopped" not in words
 
 
 def test_every_stage_of_a_token_can_be_drawn(reported, tmp_path):
     """Those of a GPU too: captured layers, waiting for RAM."""
-    _, _, report = reported
-    spent = dict.fromkeys(STAGES, 1.0)
-    times = {
-        kind: time | {"milliseconds_per_token": spent} for kind, time in report["time"].items()
-    }
+    report, spent = reported.report, dict.fromkeys(STAGES, 1.0)
+    spent_by_kind = {"milliseconds_per_token": spent}
+    times = {kind: time | spent_by_kind for kind, time in report["time"].items()}
     steps = [step | {"seconds": spent} for step in report["steps"]]
     write_report(report | {"time": times, "steps": steps}, tmp_path)
     assert {"time-decode.png", "tokens.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_words_of_strangers_stay_words(reported, tmp_path):
-    _, _, report = reported
-    hostile = (
-        "</pre><script>fetch('http://example.org')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
-    )
-    report = report | {
-        "model": hostile,
-        "workload": report["workload"] | {"prompt": hostile, "text": hostile},
-    }
-    write_report(report, tmp_path)
+def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
+    hostile = "</pre><script>fetch('http://x.org')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
+    workload = reported.report["workload"] | {"prompt": hostile, "text": hostile}
+    write_report(reported.report | {"model": hostile, "workload": workload}, tmp_path)
     found = page(tmp_path)
-    assert not {"script"} & set(found.tags)
+    assert "script" not in found.tags
     assert hostile in found.words
 
 
-@pytest.mark.usefixtures("processes")
-@pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on this machine: apt-get install chromium-headless-shell"
-)
-def test_report_in_chromium(reported, tmp_path):
-    folder, _, _ = reported
-    with Browser() as browser, Tab(browser) as tab:
-        tab.open(folder / "report.html")
+def test_report_in_chromium(reported, browser, tmp_path):
+    address = (reported.folder / "report.html").as_uri()
+    with Tab(browser) as tab:
+        tab.open(reported.folder / "report.html")
         sizes = tab.evaluate("[...document.images].map(one => one.complete && one.naturalWidth)")
         assert len(sizes) == len(CHARTS) - 1
         assert all(size > 600 for size in sizes)
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
-            "wider than the window"
-        )
-        assert [address for address in tab.requests if not address.startswith("data:")] == [
-            (folder / "report.html").as_uri()
-        ]
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide"
+        assert [one for one in tab.requests if not one.startswith("data:")] == [address]
         assert tab.complaints == []
         # The same eyes see what is wrong in a page that has it.
-        bad = tmp_path / "bad.html"
-        bad.write_text(
-            "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
-        )
-        tab.open(bad)
+        bad = "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
+        (tmp_path / "bad.html").write_text(bad)
+        tab.open(tmp_path / "bad.html")
         assert "http://127.0.0.1:9/x.png" in tab.requests
         assert len(tab.complaints) >= 3
 
 
 def test_predicted_beside_measured_by_tier():
+    components = {"resident weights": {"vram": 60}, "runtime": {"ram": 40}}
+    predicted = {"attention": {"vram": 50}, "router": {"vram": 10}, "prefill scratch": {"vram": 40}}
+    speeds = {"prefill_tokens_per_second": None}
     report = {
         "peak": {"vram": 90, "ram": 55},
-        "components": {
-            "resident weights": {"vram": 60},
-            "runtime": {"ram": 40},
-            "scratch and rest": {"vram": 30, "ram": 15},
-        },
+        "components": {**components, "scratch and rest": {"vram": 30, "ram": 15}},
         "predicted": {
-            "components": {
-                "attention": {"vram": 50},
-                "router": {"vram": 10},
-                "prefill scratch": {"vram": 40},
-                "runtime": {"ram": 50},
-            },
+            "components": {**predicted, "runtime": {"ram": 50}},
             "peak": {"vram": 100, "ram": 50},
-            "prefill_tokens_per_second": None,
+            **speeds,
             "decode_tokens_per_second": 4.0,
         },
-        "prefill_tokens_per_second": None,
+        **speeds,
         "decode_tokens_per_second": 5.0,
     }
-    rows = [
-        (row["name"], row["unit"], row["predicted"], row["measured"]) for row in compared(report)
-    ]
-    assert rows == [
+    rows = compared(report)
+    assert [(row["name"], row["unit"], row["predicted"], row["measured"]) for row in rows] == [
         ("resident weights", "vram", 60, 60),
         ("runtime and scratch", "vram", 40, 30),
         ("all of vram", "vram", 100, 90),
@@ -360,9 +325,10 @@ def test_predicted_beside_measured_by_tier():
     ]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
-@pytest.mark.parametrize("after", [0, 3])
-def test_stopped_run_writes_what_it_has_and_says_so(stop, after, profile, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("stop", "after"), [(KeyboardInterrupt, 0), (SystemExit(143), 3)])
+def test_stopped_run_writes_what_it_has_and_says_so(
+    stop, after, profile, monkeypatch, tmp_path, no_charts
+):
     original, calls = Network.forward, []
 
     def forward(self, *arguments, **options):
@@ -378,15 +344,12 @@ def test_stopped_run_writes_what_it_has_and_says_so(stop, after, profile, monkey
     assert "report.html" in err
     assert "Traceback" not in err
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert (report["complete"], report["workload"]["new_tokens"], len(report["steps"])) == (
-        False,
-        after,
-        after,
-    )
+    assert report["complete"] is False
+    assert report["workload"]["new_tokens"] == len(report["steps"]) == after
     assert "was stopped" in " ".join(page(tmp_path / "out").words)
 
 
-def test_ctrl_c_while_the_report_is_written(profile, monkeypatch, tmp_path):
+def test_ctrl_c_while_the_report_is_written(profile, monkeypatch, tmp_path, no_charts):
     from slotmoe.tools.profile import report as profile_report
 
     original = profile_report._html
@@ -401,7 +364,7 @@ def test_ctrl_c_while_the_report_is_written(profile, monkeypatch, tmp_path):
     assert page(tmp_path / "out").tags
 
 
-def test_earlier_report_is_replaced_whole(profile, tmp_path):
+def test_earlier_report_is_replaced_whole(profile, tmp_path, heavy):
     out = tmp_path / "out"
     out.mkdir()
     (out / "memory-vram.png").write_bytes(b"of an earlier run on a GPU")
@@ -414,27 +377,25 @@ def test_earlier_report_is_replaced_whole(profile, tmp_path):
     assert "No token was decoded." in " ".join(page(out).words)
 
 
-def test_without_matplotlib_the_report_has_no_charts_and_says_so(profile, monkeypatch, tmp_path):
+def test_without_matplotlib_and_a_terminal_it_says_so(profile, monkeypatch, tmp_path):
     monkeypatch.setattr("slotmoe.tools.options.find_spec", lambda name: None)
-    code, _, err = profile(TEXT, "-n", "3")
-    assert (code, err.count("\n"), "slotmoe[plots]" in err) == (0, 1, True)
+    code, out, err = profile(TEXT, "-n", "3", "--live")
+    assert (code, err.count("\n")) == (0, 2)
+    assert "slotmoe[plots]" in err and "--live needs a terminal" in err
+    assert "ram: peak" in out and "Time of a token" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "profile.json"}
     assert "img" not in page(tmp_path / "out").tags
 
 
-def test_long_text_is_cut_and_said(profile, tmp_path):
+def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
     (tmp_path / "long.txt").write_text(TEXT * 500)
     code, _, err = profile("--text", tmp_path / "long.txt", "--context", "64", "-n", "4")
     assert code == 0
     assert "the first 60 tokens are used" in err
     report = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert report["time"]["prefill"]["tokens"] == 60
-
-
-def test_character_at_the_cut_of_a_text_is_no_error(profile, tmp_path):
-    (tmp_path / "long.txt").write_text(
-        "x" + "é" * 5000
-    )  # every even byte from the start is inside a character
+    text = "x" + "é" * 5000  # every even byte from the start is inside a character
+    (tmp_path / "long.txt").write_text(text)
     assert profile("--text", tmp_path / "long.txt", "--context", "32", "-n", "4")[0] == 0
 
 
@@ -445,10 +406,7 @@ BAD = {
     "text-is-folder": (["--text", "."], "is a directory"),
     "two-prompts": (["x", "--text", "empty.txt"], "PROMPT and --text are both given"),
     "context-too-large": (["--context", "100000000"], "max_position_embeddings"),
-    "no-room": (
-        ["--text", "fine.txt", "--context", "64", "-n", "64"],
-        "leaves no room for fine.txt",
-    ),
+    "no-room": (["--text", "fine.txt", "--context", "64", "-n", "64"], "no room for fine.txt"),
     "prompt-too-long": (["word " * 200, "--context", "64"], "the context holds 64"),
     "too-little-memory": (["--ram", "1MiB"], "needs at least"),
 }
@@ -479,63 +437,12 @@ def test_folder_that_cannot_be_written(place, profile, tmp_path, monkeypatch):
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def test_live_without_a_terminal_says_so(profile):
-    code, out, err = profile(TEXT, "-n", "2", "--live")
-    assert code == 0
-    assert "--live needs a terminal" in err
-    assert "ram: peak" in out
-    assert "Time of a token" in out
-
-
-@pytest.mark.usefixtures("processes")
-def test_live_on_a_terminal_shows_the_figures(sample_export, tmp_path):
-    terminal, theirs = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "slotmoe",
-        "profile",
-        sample_export,
-        TEXT,
-        "-n",
-        "40",
-        "--live",
-        "-o",
-        tmp_path / "out",
+def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
+    options = TEXT, "-n", "5", "--slots", "224", "--json"
+    rates = [
+        json.loads(profile(*options, *warm)[1])["cache"]["hit_rate"] for warm in ([], ["--warm"])
     ]
-    child = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal ends
-        while data := os.read(terminal, 1 << 16):
-            shown += data
-    os.close(terminal)
-    assert child.wait() == 0
-    for part in (b"tokens/s", b"ram: peak", b"expert slots", b"Time of a token", b"attention"):
-        assert part in shown
-
-
-@pytest.mark.usefixtures("nightly")
-def test_watching_costs_at_most_a_twentieth(sample_export):
-    report = benchmark("profile", sample_export, "--decode-tokens", 40, "--repetitions", 150)
-    lower_quartile = report["results"][0]
-    print(lower_quartile)
-    assert lower_quartile["ratio"] <= 1.05
-
-
-def test_warm_slots_are_full_before_the_first_token(profile):
-    report = json.loads(profile(TEXT, "-n", "5", "--slots", "224", "--warm", "--json")[1])
-    assert report["cache"]["hit_rate"] == 1.0
-    assert (
-        json.loads(profile(TEXT, "-n", "5", "--slots", "224", "--json")[1])["cache"]["hit_rate"]
-        < 1.0
-    )
+    assert rates[0] < rates[1] == 1.0
 
 
 def test_the_verdict_says_what_more_memory_gives(sample_export):

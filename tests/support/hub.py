@@ -8,48 +8,20 @@ handler, and returns True if it has answered.
 
 import hashlib
 import json
-import os
 import socket
 import tempfile
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
-
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from slotmoe.offload.ingest.hub import quantize_from_hub
 from slotmoe.offload.ingest.repository import Patience
 
 TOKEN = "hf_secretsecretsecret"
 NAME = "org/tiny"
-QUICK = Patience(stall=0.4, attempts=4, pause=0.01)
+QUICK = Patience(stall=30, attempts=4, pause=0.01)
 HEADER_RANGE = "bytes=0-65535"
-
-
-def reshard(source, folder, shards):
-    """Write the checkpoint ``source`` anew into ``folder`` with its tensors dealt out to ``shards``
-    files in turn, so that nearly every expert is split."""
-    folder.mkdir(parents=True)
-    tensors = {}
-    for path in sorted(source.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[shard::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    for path in source.glob("*.json"):
-        if path.name != "model.safetensors.index.json":
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
 
 
 class Repo:
@@ -80,14 +52,8 @@ class Repo:
         for name in self.files:
             one = {"rfilename": name, "size": self.size(name), "blobId": self.checksum(name)}
             if name in self.lfs:
-                one |= {
-                    "blobId": "0" * 40,
-                    "lfs": {
-                        "sha256": self.checksum(name),
-                        "size": self.size(name),
-                        "pointerSize": 134,
-                    },
-                }
+                lfs = {"sha256": one["blobId"], "size": one["size"], "pointerSize": 134}
+                one |= {"blobId": "0" * 40, "lfs": lfs}
             siblings.append(one)
         return {"id": "x/y", "sha": self.commit, "siblings": siblings}
 
@@ -100,23 +66,28 @@ class _Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """Both servers, running until ``close``."""
+    """Both servers, running until the process ends."""
 
     def __init__(self):
-        self.servers = [_Server(("127.0.0.1", 0), self._handler(kind)) for kind in ("hub", "cdn")]
-        self.endpoint, self.cdn = (
-            f"http://127.0.0.1:{server.server_port}" for server in self.servers
-        )
+        servers = [_Server(("127.0.0.1", 0), self._handler(kind)) for kind in ("hub", "cdn")]
+        self.endpoint, self.cdn = (f"http://127.0.0.1:{one.server_port}" for one in servers)
+        self.over = threading.Event()
         self.reset()
-        for server in self.servers:
-            threading.Thread(
-                target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-            ).start()
+        for one in servers:
+            threading.Thread(target=one.serve_forever, args=(0.05,), daemon=True).start()
 
     def reset(self):
         """Forget repositories, faults and what was asked for."""
-        self.repos, self.commits, self.faults, self.requests = {}, {}, [], []
-        self.delay, self.served, self.signature = 0.0, 0, 0
+        self.over.set()
+        self.over = threading.Event()
+        self.repos, self.faults, self.requests = {}, [], []
+        self.outlasted = self.signature = 0
+
+    def hold(self, handler):
+        """A fault: silence until the test is over, or for the 20 seconds that ``outlasted``
+        counts."""
+        self.outlasted += not self.over.wait(20)
+        return handler.drop()
 
     def add(self, name, repo, revision="main"):
         self.repos[name, revision] = self.repos[name, repo.commit] = repo
@@ -172,13 +143,9 @@ class Hub:
             repo_name, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
             kind = "resolve" if name.endswith(".safetensors") else "small"
             kind = "head" if handler.command == "HEAD" else kind
-        asked = {
-            "kind": kind,
-            "name": name,
-            "range": handler.headers.get("Range"),
-            "token": handler.headers.get("Authorization"),
-        }
-        self.requests.append({**asked, "revision": revision})
+        asked = {"kind": kind, "name": name, "revision": revision}
+        asked |= {"range": handler.headers["Range"], "token": handler.headers["Authorization"]}
+        self.requests.append(asked)
         if any(fault(kind, name, handler) for fault in list(self.faults)):
             return
         if not any(known == repo_name for known, _ in self.repos):
@@ -195,13 +162,8 @@ class Hub:
     def _send(self, handler, kind, repo_name, repo, name):
         if kind != "cdn" and name in repo.lfs:
             place = f"{self.cdn}/{repo_name}/{repo.commit}/{name}?signature={self.signature}"
-            handler.answer(
-                302,
-                Location=place,
-                X_Repo_Commit=repo.commit,
-                X_Linked_Etag=f'"{repo.checksum(name)}"',
-                X_Linked_Size=repo.size(name),
-            )
+            linked = {"X_Linked_Etag": f'"{repo.checksum(name)}"', "X_Linked_Size": repo.size(name)}
+            handler.answer(302, Location=place, X_Repo_Commit=repo.commit, **linked)
             return
         size = repo.files[name].stat().st_size
         span = handler.headers.get("Range")
@@ -209,35 +171,13 @@ class Hub:
         if span:
             first, last = span.removeprefix("bytes=").split("-")
             start, stop = int(first), min(int(last) + 1 if last else size, size)
-        handler.send_response(206 if span else 200)
-        for key, value in {
-            "ETag": f'"{repo.checksum(name)}"',
-            "X-Repo-Commit": repo.commit,
-            "Content-Length": stop - start,
-        }.items():
-            handler.send_header(key, str(value))
-        if span:
-            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-        handler.end_headers()
-        if handler.command == "HEAD":
-            return
-        handler.wfile.flush()
         with open(repo.files[name], "rb") as file:
-            while start < stop:
-                count = os.sendfile(
-                    handler.connection.fileno(),
-                    file.fileno(),
-                    start,
-                    min(stop - start, 64 << 10 if self.delay else 16 << 20),
-                )
-                start += count
-                self.served += count
-                time.sleep(self.delay)
-
-    def close(self):
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
+            file.seek(start)
+            data = file.read(stop - start)
+        headers = {"ETag": f'"{repo.checksum(name)}"', "X_Repo_Commit": repo.commit}
+        if span:
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{size}"
+        handler.answer(206 if span else 200, data, **headers)
 
 
 # One for the whole run: huggingface_hub reads its endpoint only when it is imported.

@@ -1,11 +1,8 @@
 """Predictors for the tiny model, and what tests do to their files."""
 
-import json
-
 import torch
 
-from slotmoe.quant.export.layout import MANIFEST, is_predictor, predictor_parts
-from slotmoe.quant.export.validate import manifest_checksum
+from slotmoe.quant.export.layout import is_predictor, predictor_parts
 
 D, L, E, K = 64, 2, 8, 3
 
@@ -22,14 +19,6 @@ def random_tensors(seed, experts=E, hidden=D):
 
 def predictor_file(folder):
     return next(path for path in folder.iterdir() if is_predictor(path.name))
-
-
-def sign(folder, change):
-    """Edit the manifest and give it the right checksum, as a forger would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    manifest["checksum"] = manifest_checksum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def state_of(tensors, old, new):
