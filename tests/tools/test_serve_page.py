@@ -497,14 +497,14 @@ def test_figures_and_charts(page):
         )
 
     assert re.fullmatch(
-        r"reading the prompt · \d+ % hits · [\d.]+ MiB of 2.0 GiB RAM", state(running=1)
+        r"reading the prompt · \d+ % hits · [\d.]+ [MG]iB of 2.0 GiB RAM", state(running=1)
     )
     assert state(running=1, queued=2).endswith(" · 2 waiting")
     assert state(running=1, answer_tokens=8).startswith("4.0 tokens/s · ")
     labels = {
         "speed": r"Speed: 4.0 tokens/s; at most 4.0 tokens/s",
         "hits": r"Expert hits: [\d.]+ %",
-        "memory": r"Memory: [\d.]+ MiB of 2.0 GiB RAM",
+        "memory": r"Memory: [\d.]+ [MG]iB of 2.0 GiB RAM",
     }
     for name, label in labels.items():
         assert re.fullmatch(label, page.evaluate(f"at('{name}-chart').ariaLabel"))
