@@ -1,4 +1,4 @@
-"""Rules of the core files in their plainest case, which tests of the whole engine would not miss."""
+"""Rules of the core files in their plainest case."""
 
 import pytest
 
