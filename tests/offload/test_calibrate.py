@@ -17,9 +17,9 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
-from slotmoe.offload.study.calibrate import calibrate, measure, read_text, record, split
+from slotmoe.offload.study.calibrate import calibrate, record, split
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
+from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from tests.support.bench import benchmark
@@ -74,13 +74,6 @@ def predictor(made):
         return Predictor(export.predictor(), K, TorchBackend())
 
 
-def recorded(made, text):
-    """What the network does with ``text``."""
-    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
-        ids = runtime.tokenizer.encode(read_text(made / text), add_bos=False)
-        return record(runtime, split(ids, runtime.tokenizer, 256))
-
-
 def manifest_of(export):
     return json.loads((export / MANIFEST).read_text())
 
@@ -111,8 +104,7 @@ def test_file_is_what_the_format_says(made):
     with Export.open(made / "plain") as export:
         assert (export.predictor(), export.predictor_bytes) == (None, 0)
     theirs = load_file(path)
-    assert set(theirs) == set(found)
-    assert all(torch.equal(theirs[name], found[name]) for name in found)
+    assert all(torch.equal(theirs.pop(name), found[name]) for name in found) and not theirs
     assert path.read_bytes()[:8] == (4096 - 8).to_bytes(8, "little")
     order = sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
     ours = b"".join(found[name].numpy().tobytes() for name in order)
@@ -146,8 +138,7 @@ def test_scores_are_the_documented_arithmetic(made, predictor):
     mixed = predictor.layer_scores(0, h.float(), token[1].float())
     assert near(mixed, a * layer + b * token[1] + c)
     many = predictor.layer_scores(0, h.float().repeat(5, 1))
-    assert many.shape == (5, E)
-    assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
+    assert near(many, layer.repeat(5, 1))
 
 
 def forged(name, change):
@@ -197,13 +188,10 @@ def flip(at):
 
 DAMAGES = {
     "truncated": changed(lambda data: data[:-1]),
-    "longer": changed(lambda data: data + b"\0"),
     "missing": lambda folder: predictor_file(folder).unlink(),
     "header changed": flip(100),
-    "first weight changed": flip(4096),
     "last weight changed": flip(-1),
     "NaN bias": forged("token.out.bias", set_nan),
-    "NaN scale": forged("layer.in.weight.scale", set_nan),
     "infinite popularity": forged("popularity", lambda tensor: tensor * float("inf")),
 }
 
@@ -221,17 +209,13 @@ def test_damaged_file_is_refused_by_name(damage, export):
 
 
 BIAS, ZERO = "token.in.bias", "predictor-0123456789abcdef.safetensors"
-MORE = {"dtype": "F32", "shape": [1], "checksum": ""}
 FORGERIES = {
     "transposed": reshaped("token.in.weight", [2 * D, 96]),
-    "wider": reshaped("token.in.weight", [256, 2 * D]),
     "huge": reshaped("token.in.weight", [1 << 40, 2 * D]),
     "fraction": reshaped("popularity", [16.0]),
-    "other model": reshaped("popularity", [17]),
     "fewer dimensions": reshaped("layer.in.weight", [3]),
     "dtype": edited(lambda files, name: files[name]["tensors"][BIAS].update(dtype="F16")),
     "tensor missing": edited(lambda files, name: files[name]["tensors"].pop("layer.mix")),
-    "tensor too many": edited(lambda files, name: files[name]["tensors"].update(x=MORE)),
     "no checksum": edited(lambda files, name: files[name]["tensors"][BIAS].pop("checksum")),
     "size": edited(lambda files, name: files[name].update(bytes=5)),
     "no tensors": edited(lambda files, name: files[name].pop("tensors")),
@@ -297,23 +281,8 @@ def test_same_text_gives_the_same_bytes(made, tmp_path, monkeypatch):
 def test_recall_beats_popularity(made):
     shares = report_of(made)["recall"]
     assert report_of(made)["guesses"] == [K, 5, 2 * K]
-    for n in range(3):
-        assert shares["token"][n] > shares["popular"][n] + 0.05
-        assert shares["layer"][n] > shares["popular"][n] + 0.05
-
-
-def test_scores_are_probabilities(made, predictor):
-    """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
-    them nearly as they are."""
-    samples = recorded(made, "text")
-    p = predictor.token_scores(samples.token[:, :D], samples.token[:, D:]).sigmoid()
-    used = torch.zeros_like(p).scatter_(-1, samples.used.long(), 1.0)
-    assert torch.allclose(p.sum(-1).mean(), torch.tensor(float(K)), rtol=0.1)
-    z = p.logit()
-    # Logistic regression's next step from 1.
-    missing_slope = ((used - p) * z).sum() / (p * (1 - p) * z.square()).sum()
-    assert abs(missing_slope) < 0.3
-    assert torch.allclose(torch.tensor(predictor.popularity), used.mean(0).flatten(), atol=0.03)
+    for n, popular in enumerate(shares["popular"]):
+        assert min(shares["token"][n], shares["layer"][n]) > popular + 0.05
 
 
 def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
@@ -345,16 +314,6 @@ def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
                     place += 1
                 before = hidden_TD[-1].clone()
         assert place == len(samples.token) == 40
-
-
-def test_hook_is_gone_after_a_failure(plain):
-    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
-        experts = runtime.model.experts
-        with pytest.raises(RuntimeError):
-            record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
-        # Nothing makes the backend stop after each gate any more.
-        table = experts.slot_table().slots_ME
-        assert table.data_ptr() == experts.slots.slots_ME.data_ptr()
 
 
 def test_little_memory_means_several_groups(plain, export, monkeypatch, heavy):
@@ -410,24 +369,18 @@ def command(processes, slotmoe, monkeypatch):
     return slotmoe
 
 
-SHORT = "12 tokens of text, calibration needs 500 or more"
+BAD_TEXTS = [
+    ("missing", None, "No such file"),
+    ("empty", b" \n", "is empty"),
+    ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
+    ("short", b"It is a truth.", "tokens of text, calibration needs 500 or more"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing", None, "No such file"),
-        ("folder", ..., "Is a directory"),
-        ("empty", b" \n", "is empty"),
-        ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
-        ("short", b"It is a truth universally acknowledged.", SHORT),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), BAD_TEXTS)
 def test_bad_text_is_refused_before_any_work(name, content, message, plain, command, tmp_path):
     path = tmp_path / name
-    if content is ...:
-        path.mkdir()
-    elif content is not None:
+    if content is not None:
         path.write_bytes(content)
     others = [] if name == "short" else ["--calibrate", plain / "few"]
     arguments = plain / "checkpoint", tmp_path / "export", *others, "--calibrate", path
@@ -444,45 +397,23 @@ def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, com
     destination, text = tmp_path / "export", ["--calibrate", plain / "few"]
     arguments = "quantize", plain / "checkpoint", destination, *text
     code, out, _ = command(*arguments, "--json")
-    assert code == 0
-    found = json.loads(out)
-    assert found["expert_bytes"] > 0
-    assert found["calibration"]["tokens"] > 450
+    assert (code, json.loads(out)["calibration"]["tokens"] > 450) == (0, True)
     before, first = inodes(), predictor_file(destination)
     code, _, err = command(*arguments, "--calibrate", plain / "other")
     assert code == 0
     assert "before a token starts" in err
     assert predictor_file(destination) != first
     assert inodes() == before
-    code, _, err = command(*arguments, "--resident", "nf4")
-    assert (code, "exists" in err) == (2, True)
-    # A predictor is part of an export, so it may be replaced with it.
-    assert command(*arguments, "--overwrite")[0] == 0
     write_checkpoint(tmp_path / "checkpoint", seed=1, rms_norm_eps=1e-5)
     code, _, err = command("quantize", tmp_path / "checkpoint", destination, *text)
     assert (code, "exists" in err) == (2, True)
+    # A predictor is part of an export, so it may be replaced with it.
+    assert command(*arguments, "--overwrite")[0] == 0
 
 
-ALL = ["token", "popular", "layer", "layer_alone", "untrained"]
-
-
-def test_recall_benchmark_reads_calibrated_and_plain_exports(made, predictor):
-    for name, predictors in (("plain", ["untrained"]), ("calibrated", ALL)):
+def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
+    everything = ["token", "popular", "layer", "layer_alone", "untrained"]
+    for name, predictors in (("plain", ["untrained"]), ("calibrated", everything)):
         rows = benchmark("recall", made / name, made / "other", "--threads", 1)["results"]
-        found = [(row["predictor"], row["text"]) for row in rows]
-        assert found == [(one, text) for one in predictors for text in ("other", "mean")]
-    (share,) = measure(predictor, recorded(made, "other"), [K])["token"]
-    token = rows[0]
-    assert token["guesses"][0] == K
-    assert token["named"][0] == pytest.approx(share)
-    assert token["wasted"][0] == pytest.approx(1 - share)
-
-
-def test_widths_stay_small():
-    assert module.widths(parse_config(CONFIG)) == (1024, 256)
-    for name, megabytes in (("v2-lite", 10), ("v2", 45)):
-        real = parse_config(json.loads((GEOMETRIES / f"{name}.json").read_text()))
-        sizes = real.hidden_size, len(real.moe_layers), real.n_routed_experts
-        parts = predictor_parts(*sizes, *module.widths(real))
-        assert 4 < sum(part.nbytes for part in parts.values()) / 1e6 < megabytes
-        assert len(safetensors_header(parts.items())) == 4096
+        assert [row["predictor"] for row in rows if row["text"] == "mean"] == predictors
+    assert rows[0]["wasted"][0] == pytest.approx(1 - rows[0]["named"][0])
