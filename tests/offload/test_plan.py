@@ -18,7 +18,6 @@ from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import divergence
-from slotmoe.offload.plan.advice import GPUS, geometry_path
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, sizes_of, waiting_bytes
 from slotmoe.offload.plan.speed import (
     TEXT_HITS,
@@ -193,23 +192,6 @@ def test_speed_is_bytes_over_bandwidth():
     assert whole.prefill_tokens_per_second > part.prefill_tokens_per_second
 
 
-def test_a_gpu_waits_for_pcie_or_the_disk():
-    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4", NF4S)
-    gpu = GPUS["rtx-4090"]
-    rates = Bandwidths(gpu=gpu.bandwidth, pcie=gpu.pcie, disk=5e9)
-
-    def predict(ram):
-        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": "torch"}
-        plan = make_plan(config, sizes, budget=gpu.budget, host_budget=ram, **options)
-        assert not plan.shortfall
-        return Setting(config, sizes, plan, rates, 8, False).predict(512, 128)
-
-    most, some, little = (predict(ram * GIB) for ram in (256, 64, 32))
-    assert (most.bottleneck, little.bottleneck) == ("PCIe", "disk")
-    speeds = [each.decode_tokens_per_second for each in (most, some, little)]
-    assert speeds[0] > speeds[1] > speeds[2]
-
-
 def test_bytes_of_a_token_and_its_hits():
     """V2-Lite: 1.1 GB of resident weights without the embedding, and 31 KB of cache a position."""
     assert sizes_of(geometry("v2-lite"), "int8", NF4S).touched == pytest.approx(1.1e9, rel=0.05)
@@ -341,13 +323,6 @@ def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypat
     assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
     size = sum(path.stat().st_size for path in sample_export.rglob("*") if path.is_file())
     assert disk("sample")[1]["export"] == pytest.approx(size, rel=0.1)
-
-
-def test_geometries_by_name():
-    for name in ("v2.5", "coder-v2", "DeepSeek-V2.5"):
-        assert geometry_path(name) == geometry_path("v2")
-    for name in ("coder-v2-lite", "DeepSeek-Coder-V2-Lite", "v2_lite"):
-        assert geometry_path(name) == geometry_path("v2-lite")
 
 
 LOWER = "lower --prompt-tokens, or raise --context (now 64, the model has 163840)"

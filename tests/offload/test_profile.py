@@ -22,7 +22,6 @@ from slotmoe.offload.observe.memory import MemorySampler
 from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
@@ -165,28 +164,6 @@ def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
     highest = sampler.highest("ram")
     assert (sampler.baseline, highest.total["ram"]) == (10, 75)
     assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
-
-
-def test_prefetch_is_counted_by_layer():
-    class Shelf(dict):
-        def prefetch(self, key, urgency):
-            self[key] = urgency
-            return True
-
-        def drop(self, key):
-            self.pop(key, None)
-
-    ahead = Prefetcher(3, 10, 1, Shelf(), lambda: 100.0)
-    ahead._idle.value = 1.0
-    ahead.guess(1, [11, 12], "token")
-    ahead.guess(2, [21], "token")
-    ahead.more(0)
-    ahead.chosen(1, [12, 15], 2)
-    ahead.guess(2, [22], "layer")
-    counted = [(one.guessed, one.right, one.used, one.wasted) for one in ahead.by_row["token"]]
-    assert counted == [(0, 0, 0, 0), (2, 1, 1, 1), (0, 0, 0, 0)]
-    assert [one.cancelled for one in ahead.by_row["token"]] == [0, 0, 1]
-    assert (ahead.stats()["token"]["guessed"], ahead.stats()["token"]["cancelled"]) == (2, 1)
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):

@@ -1,15 +1,13 @@
 """GGUF files of a checkpoint, by the gguf package's writer, as llama.cpp's converter makes them."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import Config
+from slotmoe.model.names import expert_name
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -23,21 +21,24 @@ LAYER = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
 }
+for _part in ("gate", "up", "down"):
+    LAYER[f"mlp.{_part}_proj"] = f"ffn_{_part}"
+    LAYER[f"mlp.shared_experts.{_part}_proj"] = f"ffn_{_part}_shexp"
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(
-    source: Path,
-    path: Path,
-    kind: str = "BF16",
+    source,
+    path,
+    kind="BF16",
     *,
-    kv_b: str = "split",
-    shards: int = 1,
-    old: bool = False,
-    pre: str = "gpt-2",
-    edit: Any = None,
-    substitute: Any = None,
-) -> Path:
+    kv_b="split",
+    shards=1,
+    old=False,
+    pre="gpt-2",
+    edit=None,
+    substitute=None,
+):
     """Write the checkpoint folder ``source`` as ``path`` and return the first file's path.
 
     ``kind`` is ggml's type of all matrices but the gate.  ``kv_b`` is ``split`` by head as since
@@ -54,55 +55,45 @@ def write_gguf(
         if edit is not None:
             edit(writer)
         for name, tensor in tensors.items():
-            if substitute is not None and (other := substitute(name, tensor)) is not None:
-                writer.add_tensor(name, other[0], raw_dtype=other[1])
-                continue
             exact = tensor.dim() == 1 or "ffn_gate_inp" in name
             stored = Type.F32 if exact else Type[kind]
             data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+            if substitute is not None:
+                data, stored = substitute(name, tensor) or (data, stored)
             writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if shards > 1:
-        return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0]
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if shards > 1 else path
 
 
-def _tensors(checkpoint: Checkpoint, kv_b: str):
-    c = checkpoint.config
-    for top, name in TOP.items():
-        if f"{top}.weight" in checkpoint.infos:
-            yield f"{name}.weight", checkpoint.tensor(f"{top}.weight")
+def _tensors(checkpoint, kv_b):
+    c, names = checkpoint.config, dict(TOP)
+    for layer in range(c.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{name}": f"blk.{layer}.{LAYER[name]}" for name in LAYER}
+    for name, short in names.items():
+        if f"{name}.weight" in checkpoint.infos:
+            yield f"{short}.weight", checkpoint.tensor(f"{name}.weight")
     for layer in range(c.num_hidden_layers):
         inside, prefix = f"model.layers.{layer}.", f"blk.{layer}."
-        names = dict(LAYER)
-        for part in ("gate", "up", "down"):
-            names[f"mlp.{part}_proj"] = f"ffn_{part}"
-            names[f"mlp.shared_experts.{part}_proj"] = f"ffn_{part}_shexp"
-        for name, short in names.items():
-            if f"{inside}{name}.weight" in checkpoint.infos:
-                yield f"{prefix}{short}.weight", checkpoint.tensor(f"{inside}{name}.weight")
         both = checkpoint.tensor(f"{inside}self_attn.kv_b_proj.weight")
         heads = both.view(c.num_attention_heads, -1, c.kv_lora_rank)
         k, v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         if kv_b in ("whole", "both"):
             yield f"{prefix}attn_kv_b.weight", both
         if kv_b != "whole":
-            flat = (lambda t: t.reshape(-1, t.shape[-1])) if kv_b == "flat" else (lambda t: t)
-            yield f"{prefix}attn_k_b.weight", flat(k.mT)
-            yield f"{prefix}attn_v_b.weight", flat(v)
+            for part, tensor in (("k", k.mT), ("v", v)):
+                tensor = tensor.flatten(0, 1) if kv_b == "flat" else tensor
+                yield f"{prefix}attn_{part}_b.weight", tensor
         if c.is_moe(layer):
             for part in ("gate", "up", "down"):
-                experts = [
-                    checkpoint.tensor(f"{inside}mlp.experts.{e}.{part}_proj.weight")
-                    for e in range(c.n_routed_experts)
-                ]
+                names = (expert_name(layer, e, f"{part}_proj") for e in range(c.n_routed_experts))
+                experts = [checkpoint.tensor(name) for name in names]
                 yield f"{prefix}ffn_{part}_exps.weight", torch.stack(experts)
 
 
-def add_config(writer: gguf.GGUFWriter, c: Config, old: bool) -> None:
+def add_config(writer, c, old):
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -142,7 +133,7 @@ def add_config(writer: gguf.GGUFWriter, c: Config, old: bool) -> None:
         writer.add_rope_scaling_yarn_log_mul(0.1 * c.rope.mscale_all_dim)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, source: Path, c: Config, pre: str) -> None:
+def add_tokenizer(writer, source, c, pre):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     settings = json.loads((source / "tokenizer_config.json").read_text())
     names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
