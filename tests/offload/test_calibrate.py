@@ -212,11 +212,9 @@ BIAS, ZERO = "token.in.bias", "predictor-0123456789abcdef.safetensors"
 FORGERIES = {
     "transposed": reshaped("token.in.weight", [2 * D, 96]),
     "huge": reshaped("token.in.weight", [1 << 40, 2 * D]),
-    "fraction": reshaped("popularity", [16.0]),
     "fewer dimensions": reshaped("layer.in.weight", [3]),
     "dtype": edited(lambda files, name: files[name]["tensors"][BIAS].update(dtype="F16")),
     "tensor missing": edited(lambda files, name: files[name]["tensors"].pop("layer.mix")),
-    "no checksum": edited(lambda files, name: files[name]["tensors"][BIAS].pop("checksum")),
     "size": edited(lambda files, name: files[name].update(bytes=5)),
     "no tensors": edited(lambda files, name: files[name].pop("tensors")),
     "two": edited(lambda files, name: files.update({ZERO: files[name]})),
@@ -363,25 +361,16 @@ def command(processes, slotmoe, monkeypatch):
     return slotmoe
 
 
-BAD_TEXTS = [
-    ("missing", None, "No such file"),
-    ("empty", b" \n", "is empty"),
-    ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
-    ("short", b"It is a truth.", "tokens of text, calibration needs 500 or more"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_TEXTS)
-def test_bad_text_is_refused_before_any_work(name, content, message, plain, command, tmp_path):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    others = [] if name == "short" else ["--calibrate", plain / "few"]
-    arguments = plain / "checkpoint", tmp_path / "export", *others, "--calibrate", path
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"caf\xe9 " * 9000, "byte 3 is not"), (b"It is", "needs 500 or more")]
+)
+def test_bad_text_is_refused_before_any_work(content, message, plain, command, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    arguments = plain / "checkpoint", tmp_path / "export", "--calibrate", tmp_path / "text"
     code, out, err = command("quantize", *arguments)
     assert not (tmp_path / "export").exists()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err and name in err
+    assert message in err
 
 
 def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, command, tmp_path):

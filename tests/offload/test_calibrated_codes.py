@@ -5,6 +5,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,12 +132,9 @@ def test_files_are_held_while_a_layer_needs_them(source):
         def release(self, file, path):
             events.append(f"-{file}")
 
-    class Source:
-        def read_from(self, file, path):
-            return nullcontext()
-
+    reads = SimpleNamespace(read_from=lambda file, path: nullcontext())
     needed = [{"a"}, {"a", "b"}, {"b"}, {"c", "a"}]
-    with Arriving(Source(), Shards(), needed, lambda file: None) as arriving:
+    with Arriving(reads, Shards(), needed, lambda file: None) as arriving:
         assert arriving.together() == [["a", "b"], ["a", "b", "c"], ["a", "c"]]
         for step in range(4):
             arriving.reach(step)

@@ -165,7 +165,6 @@ BAD = {
     "missing": ("--text nowhere", "nowhere: can't be read"),
     "empty": ("--text EMPTY", "is empty"),
     "no-utf8": ("--text LATIN", "byte 3 is not UTF-8"),
-    "one-token": ("--text ONE", "has 1 token"),
     "window-beyond-model": ("--text TEXT --window 257", "is beyond 256, the model's max_position"),
     "context-beyond-model": ("--text TEXT --context 257", "max_position_embeddings"),
     "window-tiny": ("--text TEXT --window 1", "--window is 1"),
@@ -187,7 +186,7 @@ def places(model, tmp_path_factory):
     tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "one": b"a", "two": b"Hello there"}
+    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "two": b"Hello there"}
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     own = {name.upper(): folder / name for name in ("rows", "other", *contents)}
@@ -203,17 +202,6 @@ def test_bad_input_is_one_line_and_exit_code_2(name, model, places, evaluate, pr
     assert wanted in err
     assert "Traceback" not in err
     assert err.startswith("Usage: ") or (err.startswith("slotmoe: ") and err.count("\n") == 1)
-
-
-def test_model_that_does_not_fit_beside_the_reference_says_so(model, evaluate):
-    arguments = ["--text", model / "text", "--reference", model / "checkpoint"]
-    report = evaluate(model / "export", *arguments, "--json")[1]
-    assert report["kl_divergence"] > 0
-    with Runtime.open(model / "checkpoint", quantize=False, context=256) as reference:
-        just_enough = reference.plan.total + (4 << 20)
-    code, out, err = evaluate(model / "export", *arguments, "--ram", str(just_enough))
-    assert (code, out) == (2, "")
-    assert "beside the reference, which takes" in err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

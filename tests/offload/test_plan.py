@@ -315,10 +315,8 @@ def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypat
     assert disk("v3", "--ram", "32GiB")[1]["download"] == pytest.approx(671e9, rel=0.01)  # fp8
     monkeypatch.setattr("slotmoe.offload.machine.available_memory", lambda: 32 * GIB)
     assert disk("v2")[0] == 1
-    assert "It does not fit this disk: the export takes" in plan("v2")[1]
     free.free = 200 * GIB
     assert disk("v2")[0] == 0
-    assert (disk(SAMPLE)[1]["download"], disk(SAMPLE)[1]["export"] > 1e7) == (0, True)
     found = disk(sample_export)[1]
     assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
     size = sum(path.stat().st_size for path in sample_export.rglob("*") if path.is_file())

@@ -300,7 +300,6 @@ def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
 
 BAD = {
     "not-utf8": (["--text", "latin.txt"], "latin.txt: byte 3 is not UTF-8 (try iconv"),
-    "empty-text": (["--text", "empty.txt"], "empty.txt: is empty; give text"),
     "two-prompts": (["x", "--text", "empty.txt"], "PROMPT and --text are both given"),
     "no-room": (["--text", "fine.txt", "--context", "64", "-n", "64"], "no room for fine.txt"),
     "too-little-memory": (["--ram", "1MiB"], "needs at least"),
