@@ -3,9 +3,7 @@ nothing."""
 
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from slotmoe.errors import ExportError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.names import expert_name, split_name
 from slotmoe.offload.ingest import calibration as ingest
-from slotmoe.offload.ingest.arriving import Arriving
 from slotmoe.offload.ingest.calibration import Calibration
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -44,11 +41,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exports(source, heavy, tmp_path_factory):
-    """Exports of the source with and without a text, not to be changed, and what was said."""
-    folder, said = tmp_path_factory.mktemp("exports"), []
-    made(source, folder / "calibrated", resident="mixed", notify=said.append)
+    """Exports of the source with and without a text, not to be changed."""
+    folder = tmp_path_factory.mktemp("exports")
+    made(source, folder / "calibrated", resident="mixed")
     quantize(source, folder / "plain", codecs=LUT, resident="mixed")
-    (folder / "said").write_text("\n".join(said))
     return folder
 
 
@@ -76,7 +72,6 @@ def test_calibrated_codes_cost_less_where_it_counts(exports):
         assert calibrated[name]["relative_rms_error"] > plain[name]["relative_rms_error"], name
     assert "relative_output_error" not in plain[names[0]]
     assert "relative_output_error" not in calibrated["embed_tokens"]
-    assert "768 tokens" in (exports / "said").read_text()
     with Runtime.open(exports / "calibrated", context=32) as runtime:
         assert torch.isfinite(runtime.logits([0, 7, 300])).all()
 
@@ -118,27 +113,6 @@ def test_a_download_is_calibrated_to_the_same_bytes(hub, source, exports, tmp_pa
     found = {Path(name).name: data for name, data in tree(tmp_path / "export").items()}
     assert {name: found[name] for name in wanted} == wanted
     assert not (tmp_path / "export.download").exists()
-
-
-def test_files_are_held_while_a_layer_needs_them(source):
-    events = []
-
-    class Shards:
-        def arrivals(self, files):
-            for file in files:
-                events.append(f"+{file}")
-                yield file, Path(file)
-
-        def release(self, file, path):
-            events.append(f"-{file}")
-
-    reads = SimpleNamespace(read_from=lambda file, path: nullcontext())
-    needed = [{"a"}, {"a", "b"}, {"b"}, {"c", "a"}]
-    with Arriving(reads, Shards(), needed, lambda file: None) as arriving:
-        assert arriving.together() == [["a", "b"], ["a", "b", "c"], ["a", "c"]]
-        for step in range(4):
-            arriving.reach(step)
-    assert events == ["+a", "+b", "-b", "+c", "-a", "-c"]
 
 
 def test_repairing_takes_the_same_text(source, exports, tmp_path):

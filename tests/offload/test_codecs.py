@@ -149,14 +149,11 @@ def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
 
 
-OPTIONS = ["--codec", "nf4"], ["--bits", "3.5"]
-
-
 def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, monkeypatch):
     """quantize, synth and plan have the same options; bits per weight follow."""
     monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
     config, chosen = exports.source / "config.json", []
-    for number, options in enumerate(OPTIONS):
+    for number, options in enumerate((["--codec", "nf4"], ["--bits", "3.5"])):
         random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
         code, out, _ = slotmoe("synth", config, random, *options, "--json")
         assert code == 0

@@ -166,7 +166,6 @@ BAD = {
     "empty": ("--text EMPTY", "is empty"),
     "no-utf8": ("--text LATIN", "byte 3 is not UTF-8"),
     "window-beyond-model": ("--text TEXT --window 257", "is beyond 256, the model's max_position"),
-    "context-beyond-model": ("--text TEXT --context 257", "max_position_embeddings"),
     "window-tiny": ("--text TEXT --window 1", "--window is 1"),
     "stride-zero": ("--text TEXT --stride 0", "--stride is 0"),
     "llama-stride": ("--text TEXT --method llama.cpp --stride 8", "--method strided"),

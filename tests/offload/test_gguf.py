@@ -75,15 +75,6 @@ def test_resident_weights_that_were_quantized_take_two_bytes(files, tmp_path):
         assert made.resident("lm_head.weight").dtype == torch.float16
 
 
-def test_reference_path(files, source, processes):
-    """The file computed as it is, everything resident."""
-    logits = []
-    for path in (files["BF16"], source):
-        with Runtime.open(path, quantize=False) as runtime:
-            logits.append(runtime.logits(runtime.tokenizer.encode(PROMPT)))
-    assert torch.equal(*logits)
-
-
 def test_parts_give_the_same_export(exports, source, tmp_path):
     parts = write_gguf(source, tmp_path / "parts.gguf", shards=3)
     quantize(parts, tmp_path / "made")

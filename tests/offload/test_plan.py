@@ -19,14 +19,7 @@ from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import divergence
 from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, sizes_of, waiting_bytes
-from slotmoe.offload.plan.speed import (
-    TEXT_HITS,
-    Bandwidths,
-    Setting,
-    store_bandwidths,
-    stored_bandwidths,
-    text_hits,
-)
+from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.coded import CodedWeight
@@ -190,14 +183,6 @@ def test_speed_is_bytes_over_bandwidth():
     assert predict(4 * GIB, faster).decode_tokens_per_second > 1.5 * speed
     assert predict(4 * GIB, random_routing=False).decode_tokens_per_second > speed
     assert whole.prefill_tokens_per_second > part.prefill_tokens_per_second
-
-
-def test_bytes_of_a_token_and_its_hits():
-    """V2-Lite: 1.1 GB of resident weights without the embedding, and 31 KB of cache a position."""
-    assert sizes_of(geometry("v2-lite"), "int8", NF4S).touched == pytest.approx(1.1e9, rel=0.05)
-    assert kv_bytes(geometry("v2-lite"), 1000, "triton") == 27 * 576 * 2 * 1000
-    assert [text_hits(share) for share, _ in TEXT_HITS] == [hits for _, hits in TEXT_HITS]
-    assert text_hits(0.175) == pytest.approx((0.31 + 0.56) / 2)
 
 
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
@@ -395,8 +380,7 @@ def test_a_gpu_in_this_machine_is_found(plan, planned, tmp_path, monkeypatch, pr
     report = planned("v2-lite")
     assert report["budget"]["vram"] == int(24000 * (1 << 20) * 0.9)
     assert report["gpu"] == "NVIDIA GeForce RTX 3090"
-    other = planned("v2-lite", "--device", "cuda:1")
-    assert (other["gpu"], other["fits"]) == ("NVIDIA GeForce GT 1030", False)
+    assert planned("v2-lite", "--device", "cuda:1")["gpu"] == "NVIDIA GeForce GT 1030"
     assert "vram" not in planned("v2-lite", "--device", "cpu")["budget"]
     gpus()  # none is visible
     assert "vram" not in planned("v2-lite")["budget"]

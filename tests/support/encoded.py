@@ -28,14 +28,11 @@ def packed(**changes):
 def _fp8(name, weight, block):
     """Codes and scales of ``weight``, blocks of ``block`` x ``block``."""
     rows, columns = weight.shape
-    scales = torch.empty(-(-rows // block), -(-columns // block))
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
-            scales[i, j] = weight[at].abs().max().clamp(min=1e-12) / 448
-            codes[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
-    return {name: codes, name + "_scale_inv": scales}
+    padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / 448
+    values = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+    return {name: values.contiguous().to(torch.float8_e4m3fn), name + "_scale_inv": scales}
 
 
 def _int4(name, weight):

@@ -94,43 +94,34 @@ def _tensors(checkpoint, kv_b):
 
 
 def add_config(writer, c, old):
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_rope_freq_base(c.rope.rope_theta)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_expert_used_count(c.num_experts_per_tok)
-    writer.add_leading_dense_block_count(c.first_k_dense_replace)
-    writer.add_vocab_size(c.vocab_size)
+    values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
+    values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
+    values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
+    values |= {"rope_freq_base": c.rope.rope_theta, "layer_norm_rms_eps": c.rms_norm_eps}
+    values |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
+    values |= {"expert_feed_forward_length": c.moe_intermediate_size}
+    values |= {"expert_shared_count": c.n_shared_experts}
+    values |= {"expert_weights_scale": c.routed_scaling_factor}
+    values |= {"leading_dense_block_count": c.first_k_dense_replace}
+    values |= {"kv_lora_rank": c.kv_lora_rank, "rope_dimension_count": c.qk_rope_head_dim}
     if c.q_lora_rank is not None:
-        writer.add_q_lora_rank(c.q_lora_rank)
-    writer.add_kv_lora_rank(c.kv_lora_rank)
+        values["q_lora_rank"] = c.q_lora_rank
     width = c.qk_nope_head_dim + c.qk_rope_head_dim
     if old:
-        writer.add_head_count_kv(c.num_attention_heads)
-        writer.add_key_length(width)
-        writer.add_value_length(c.v_head_dim)
+        values |= {"head_count_kv": c.num_attention_heads, "key_length": width}
+        values |= {"value_length": c.v_head_dim}
     else:
-        writer.add_head_count_kv(1)
-        writer.add_key_length(c.latent_width)
-        writer.add_value_length(c.kv_lora_rank)
-        writer.add_key_length_mla(width)
-        writer.add_value_length_mla(c.v_head_dim)
-        writer.add_expert_group_count(c.n_group)
-        writer.add_expert_group_used_count(c.topk_group)
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
-    writer.add_expert_feed_forward_length(c.moe_intermediate_size)
-    writer.add_expert_count(c.n_routed_experts)
-    writer.add_expert_shared_count(c.n_shared_experts)
-    writer.add_expert_weights_scale(c.routed_scaling_factor)
-    writer.add_rope_dimension_count(c.qk_rope_head_dim)
+        values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
+        values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
+        values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+        values |= {"expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX}
     if c.rope.factor != 1:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(c.rope.factor)
-        writer.add_rope_scaling_orig_ctx_len(c.rope.original_max_position_embeddings)
-        writer.add_rope_scaling_yarn_log_mul(0.1 * c.rope.mscale_all_dim)
+        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
+        values |= {"rope_scaling_factor": c.rope.factor}
+        values |= {"rope_scaling_orig_ctx_len": c.rope.original_max_position_embeddings}
+        values |= {"rope_scaling_yarn_log_mul": 0.1 * c.rope.mscale_all_dim}
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def add_tokenizer(writer, source, c, pre):
@@ -138,16 +129,15 @@ def add_tokenizer(writer, source, c, pre):
     settings = json.loads((source / "tokenizer_config.json").read_text())
     names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
     special = {item["id"]: item["content"] for item in tokenizer["added_tokens"]}
+    kinds = dict.fromkeys(names, gguf.TokenType.NORMAL)
+    kinds |= dict.fromkeys(special, gguf.TokenType.CONTROL)
     names |= special
-    unused = gguf.TokenType.UNUSED
-    kinds = [gguf.TokenType.NORMAL if i in names else unused for i in range(c.vocab_size)]
-    for index in special:
-        kinds[index] = gguf.TokenType.CONTROL
     merges = tokenizer["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
-    writer.add_token_types(kinds)
+    unused = gguf.TokenType.UNUSED
+    writer.add_token_types([kinds.get(i, unused) for i in range(c.vocab_size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(c.bos_token_id)
     writer.add_eos_token_id(c.eos_token_ids[0])

@@ -89,8 +89,8 @@ class Hub:
     def add(self, name, repo, revision="main"):
         self.repos[name, revision] = self.repos[name, repo.commit] = repo
 
-    def asked(self, kind, name=None):
-        return [one for one in self.requests if one["kind"] == kind and name in (None, one["name"])]
+    def asked(self, kind):
+        return [one for one in self.requests if one["kind"] == kind]
 
     def _handler(hub, server_kind):
         class Handler(BaseHTTPRequestHandler):
