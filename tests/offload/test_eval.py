@@ -1,5 +1,4 @@
-"""``slotmoe eval``: figures against a plain transformers script, exact token and byte counts,
-windows, and bad input."""
+"""``slotmoe eval``: figures token by token, exact token and byte counts, windows, and bad input."""
 
 import json
 import math
@@ -13,11 +12,9 @@ import torch
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from tests.support.params import nth
-from tests.support.tiny import SAMPLE, write_checkpoint
+from tests.support.tiny import write_checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
 TEXT = "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5
-EXPECTED = json.loads((DATA / "expected.json").read_text())["heldout"]
 
 
 @pytest.fixture
@@ -29,22 +26,6 @@ def evaluate(slotmoe):
         return code, json.loads(out) if "--json" in arguments and out else out, err
 
     return run
-
-
-@pytest.mark.usefixtures("nightly")
-def test_command_gives_the_recorded_figures(evaluate, sample_export):
-    """Of the sample's held-out text, computed by transformers once."""
-    path, wanted = DATA / "heldout" / "sotu.txt", EXPECTED["sotu.txt"]
-    options = "--text", path, "--reference", SAMPLE, "--window", 513, "--json"
-    code, report, err = evaluate(sample_export, *options)
-    assert (code, err) == (0, "")
-    assert (report["tokens"], report["bytes"]) == (wanted["tokens"], wanted["bytes"])
-    assert report["reference_bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
-    assert report["reference_perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
-    assert report["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=0.005)
-    assert 0 < report["kl_divergence"] < 0.005
-    assert 0.9 < report["top1_agreement"] < 1
-    assert report["settings"]["windows"] == math.ceil(wanted["tokens"] / 512)
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,23 @@ def test_body_that_ends_early_loses_only_what_did_not_come(served, wanted, tmp_p
     assert any(start % PIECE for start in starts), "it went on inside the piece"
 
 
+def test_slow_drip_is_a_stall(served, wanted, tmp_path):
+    sent = 0
+
+    def drip(handler):
+        nonlocal sent
+        for byte in begin(handler)[:100]:  # each within the limit of a silent connection
+            handler.wfile.write(bytes([byte]))
+            sent += 1
+            served.over.wait(0.1)
+        return handler.drop()
+
+    served.faults.append(Once("cdn", drip, 1))
+    make(tmp_path / "export", patience=STALLS)
+    assert 0 < sent < 100, "it does not take what drips"
+    assert tree(tmp_path / "export") == wanted
+
+
 def longer(handler):
     span = handler.headers["Range"].replace("=", " ") + "/99999999"
     return handler.answer(206, bytes(100), Content_Range=span)
