@@ -3,15 +3,24 @@
 A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from click.testing import CliRunner
 from pydantic import BaseModel
 
 import campaigns
+from slotmoe.jsonfile import Json
+from slotmoe.model.config import read_config
 from slotmoe.model.families import FAMILIES, Family
+from slotmoe.offload.plan.advice import geometry_path
+from slotmoe.offload.plan.memory import format_size
+from slotmoe.tools.cli import cli
+from slotmoe.tools.plan import figure
 from slotmoe.tools.serve.anthropic import MessagesRequest
 from slotmoe.tools.serve.completions import CompletionRequest
 from slotmoe.tools.serve.requests import ChatRequest
@@ -33,6 +42,19 @@ MODELS = {
     "deepseek_v32": "DeepSeek-V3.2",
     "glm_moe_dsa": "GLM-5",
 }
+GEOMETRIES = {  # their parameters, as the publisher rounds them
+    "v2-lite": "16B",
+    "moonlight": "16B",
+    "glm-4.7-flash": "30B",
+    "mistral-small-4": "119B",
+    "v2": "236B",
+    "v3": "671B",
+    "v3.2": "671B",
+    "glm-5": "744B",
+    "kimi-k2": "1T",
+}
+_RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
+_SCRATCH = "prefill scratch", "waiting tokens", "read buffers", "runtime", "logits", "slot table"
 TYPES = {"string": "text", "array": "list"}
 BOUNDS = {
     "minimum": "from",
@@ -156,8 +178,110 @@ def families() -> Iterator[str]:
     )
 
 
+@cache
+def _planned(*arguments: str) -> Json:
+    """What ``slotmoe plan --json`` prints on a machine that measured no bandwidths."""
+    nowhere = {"SLOTMOE_CACHE": "/dev/null/cache"}
+    return json.loads(CliRunner().invoke(cli, ["plan", *arguments, "--json"], env=nowhere).stdout)
+
+
+def _on_machines(model: str) -> list[Json]:
+    """The plans for the page's three machines, by the commands that it shows."""
+    page = next(path for path in PAGES if path.stem == "memory-and-planning").read_text()
+    commands = re.findall(r"(?m)^slotmoe plan v2 (.*?) *# \w: ", page)
+    return [_planned(model, *options.split()) for options in commands]
+
+
+def _parts(report: Json, tier: str, names: Iterable[str]) -> int:
+    return sum(report["components"].get(name, {}).get(tier, 0) for name in names)
+
+
+def _resident(model: str) -> str:
+    """GB of resident weights, int8 and mixed."""
+    reports = [_needs(model, mode) for mode in ("int8", "mixed")]
+    sizes = [_parts(report, "ram", _RESIDENT) / 1e9 for report in reports]
+    return " / ".join(f"{size:.1f}" for size in sizes) + " GB"
+
+
+def _needs(model: str, mode: str = "int8") -> Json:
+    return _planned(model, "--device", "cpu", "--ram", "64GiB", "--resident", mode)
+
+
+def _token_bytes(model: str) -> int:
+    """Of the experts that one token uses."""
+    config = read_config(geometry_path(model))
+    return len(config.moe_layers) * config.num_experts_per_tok * _needs(model)["record_bytes"]
+
+
+def sizes() -> Iterator[str]:
+    models = "v2-lite", "v2"
+    disk = [_needs(model)["disk"] for model in models]
+    experts = [_needs(model)["components"]["all experts"]["disk"] for model in models]
+    rows = {
+        "original checkpoint, bf16": [f"{size['download'] / 1e9:.0f} GB" for size in disk],
+        "export": [f"{figure(size['export'] / 1e9, 2)} GB" for size in disk],
+        "resident weights, int8 / mixed": [_resident(model) for model in models],
+        "all routed experts": [f"{figure(size / 1e9, 2)} GB" for size in experts],
+        "experts that one token uses": [f"{_token_bytes(m) / 1e9:.2f} GB" for m in models],
+    }
+    return _table(" | V2-Lite (16B) | V2 (236B)", ([name, *row] for name, row in rows.items()))
+
+
+def machines() -> Iterator[str]:
+    columns = [dict(_machine(report)) for report in _on_machines("v2")]
+    rows = ([name, *(column[name] for column in columns)] for name in columns[0])
+    return _table("V2, 236B | A | B | C", rows)
+
+
+def _machine(report: Json) -> Iterator[tuple[str, str]]:
+    def gib(size: int, digits: int = 1) -> str:
+        return f"{size / (1 << 30):.{digits}f} GiB"
+
+    fast = "vram" if "vram" in report["budget"] else "ram"
+    below = f", and {gib(_parts(report, 'ram', _SCRATCH))} of RAM" if fast == "vram" else ""
+    parts, bound = report["components"], report["bottleneck"]
+    count = "all" if report["slots"] == report["experts"] else f"{report['slots']:,}"
+    hosted = report["host_slots"]
+    resident = gib(_parts(report, fast, _RESIDENT))
+    yield "resident weights", f"{report['resident']['precision']}, {resident}"
+    yield "latent KV cache, 4,096 tokens", gib(parts["latent KV cache"][fast], 2)
+    rest = gib(_parts(report, fast, _SCRATCH))
+    yield "prefill scratch, read buffers, runtime", rest + below
+    slots = parts["expert slots"]
+    experts = f"experts on the fast tier, of {report['experts']:,}"
+    yield experts, f"{count}, {gib(slots[fast])}"
+    yield "experts in RAM below it", f"{hosted:,}, {gib(slots['ram'])}" if hosted else "none"
+    yield "largest context", f"{report['largest_context']:,}"
+    speed = figure(report["decode_tokens_per_second"], 2)
+    yield "decode, tokens/s", "estimated " * report["estimated"] + speed
+    yield "bound by", "the time between kernels" if bound == "between kernels" else bound
+
+
+def models() -> Iterator[str]:
+    yield from _table(
+        "geometry | parameters | export | resident weights, int8 / mixed | experts of one token"
+        " | A: CPU, 16 GiB | B: 12 GB GPU, 32 GiB | C: 24 GB GPU, 64 GiB",
+        (
+            (
+                f"`{model}`",
+                parameters,
+                f"{_needs(model)['disk']['export'] / 1e9:.0f} GB",
+                _resident(model),
+                f"{_token_bytes(model) / 1e9:.2f} GB",
+                *map(_speed_or_shortfall, _on_machines(model)),
+            )
+            for model, parameters in GEOMETRIES.items()
+        ),
+    )
+
+
+def _speed_or_shortfall(report: Json) -> str:
+    missing = " and ".join(map(format_size, report["shortfall_by_tier"].values()))
+    return f"no: {missing} short" if missing else figure(report["decode_tokens_per_second"], 2)
+
+
 def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    yield f"| {head} |"
+    yield f"| {head} |".replace("|  |", "| |")
     yield "|" + "---|" * len(head.split(" | "))
     for row in rows:
         yield f"| {' | '.join(row)} |".replace("|  |", "| |")
@@ -169,6 +293,9 @@ TABLES = {
     "refused": refused,
     "families": families,
     "campaigns": campaigns.table,
+    "sizes": sizes,
+    "machines": machines,
+    "models": models,
 }
 
 

@@ -17,9 +17,9 @@ from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.predictor import NextGate, Predictor
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study import calibrate as module
-from slotmoe.offload.study.calibrate import calibrate, measure, read_text, record, split
+from slotmoe.offload.study.calibrate import calibrate, record, split
 from slotmoe.quant.backends.base import TorchBackend
-from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts, safetensors_header
+from slotmoe.quant.export.layout import MANIFEST, checksum, predictor_parts
 from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from tests.support.bench import benchmark
@@ -74,23 +74,8 @@ def predictor(made):
         return Predictor(export.predictor(), K, TorchBackend())
 
 
-def recorded(made, text):
-    """What the network does with ``text``."""
-    with Runtime.open(made / "calibrated", context=256, threads=1) as runtime:
-        ids = runtime.tokenizer.encode(read_text(made / text), add_bos=False)
-        return record(runtime, split(ids, runtime.tokenizer, 256))
-
-
-def manifest_of(export):
-    return json.loads((export / MANIFEST).read_text())
-
-
 def predictors(export):
     return [path.name for path in export.iterdir() if "predictor" in path.name]
-
-
-def report_of(made):
-    return json.loads((made / "report").read_text())
 
 
 @pytest.fixture
@@ -102,8 +87,7 @@ def test_file_is_what_the_format_says(made):
     path = predictor_file(made / "calibrated")
     with Export.open(made / "calibrated") as export:
         found = export.predictor()
-        size = sum(tensor.nbytes for tensor in found.values())
-        assert export.predictor_bytes == report_of(made)["bytes"] == size
+        assert export.predictor_bytes == sum(tensor.nbytes for tensor in found.values())
     widths = found["token.in.weight"].shape[0], found["layer.in.weight"].shape[1]
     parts = predictor_parts(D, L, E, *widths)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
@@ -111,8 +95,7 @@ def test_file_is_what_the_format_says(made):
     with Export.open(made / "plain") as export:
         assert (export.predictor(), export.predictor_bytes) == (None, 0)
     theirs = load_file(path)
-    assert set(theirs) == set(found)
-    assert all(torch.equal(theirs[name], found[name]) for name in found)
+    assert all(torch.equal(theirs.pop(name), found[name]) for name in found) and not theirs
     assert path.read_bytes()[:8] == (4096 - 8).to_bytes(8, "little")
     order = sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
     ours = b"".join(found[name].numpy().tobytes() for name in order)
@@ -146,8 +129,7 @@ def test_scores_are_the_documented_arithmetic(made, predictor):
     mixed = predictor.layer_scores(0, h.float(), token[1].float())
     assert near(mixed, a * layer + b * token[1] + c)
     many = predictor.layer_scores(0, h.float().repeat(5, 1))
-    assert many.shape == (5, E)
-    assert torch.allclose(many[3], predictor.layer_scores(0, h.float()), atol=1e-5)
+    assert near(many, layer.repeat(5, 1))
 
 
 def forged(name, change):
@@ -175,12 +157,6 @@ def reshaped(name, shape):
     return edited(lambda files, file: files[file]["tensors"][name].__setitem__("shape", shape))
 
 
-def set_nan(tensor):
-    tensor = tensor.clone()
-    tensor.view(-1)[3] = float("nan")
-    return tensor
-
-
 def changed(change):
     """Change the file's bytes."""
 
@@ -197,13 +173,10 @@ def flip(at):
 
 DAMAGES = {
     "truncated": changed(lambda data: data[:-1]),
-    "longer": changed(lambda data: data + b"\0"),
     "missing": lambda folder: predictor_file(folder).unlink(),
     "header changed": flip(100),
-    "first weight changed": flip(4096),
     "last weight changed": flip(-1),
-    "NaN bias": forged("token.out.bias", set_nan),
-    "NaN scale": forged("layer.in.weight.scale", set_nan),
+    "NaN scale": forged("layer.in.weight.scale", lambda tensor: tensor * float("nan")),
     "infinite popularity": forged("popularity", lambda tensor: tensor * float("inf")),
 }
 
@@ -221,18 +194,12 @@ def test_damaged_file_is_refused_by_name(damage, export):
 
 
 BIAS, ZERO = "token.in.bias", "predictor-0123456789abcdef.safetensors"
-MORE = {"dtype": "F32", "shape": [1], "checksum": ""}
 FORGERIES = {
     "transposed": reshaped("token.in.weight", [2 * D, 96]),
-    "wider": reshaped("token.in.weight", [256, 2 * D]),
     "huge": reshaped("token.in.weight", [1 << 40, 2 * D]),
-    "fraction": reshaped("popularity", [16.0]),
-    "other model": reshaped("popularity", [17]),
     "fewer dimensions": reshaped("layer.in.weight", [3]),
     "dtype": edited(lambda files, name: files[name]["tensors"][BIAS].update(dtype="F16")),
     "tensor missing": edited(lambda files, name: files[name]["tensors"].pop("layer.mix")),
-    "tensor too many": edited(lambda files, name: files[name]["tensors"].update(x=MORE)),
-    "no checksum": edited(lambda files, name: files[name]["tensors"][BIAS].pop("checksum")),
     "size": edited(lambda files, name: files[name].update(bytes=5)),
     "no tensors": edited(lambda files, name: files[name].pop("tensors")),
     "two": edited(lambda files, name: files.update({ZERO: files[name]})),
@@ -273,7 +240,7 @@ def test_killed_at_every_change_of_the_disk(before, plain, tmp_path, processes):
         with Export.open(work) as export:
             states.append(state_of(export.predictor(), old, new))
         write_predictor(work, new)  # whatever a killed run left, the next one works and tidies up
-        listed = [name for name in manifest_of(work)["files"] if "predictor" in name]
+        listed = [n for n in json.loads((work / MANIFEST).read_text())["files"] if "predictor" in n]
         assert predictors(work) == listed
     kept = states.count("none" if old is None else "old")
     assert kept and states == states[:kept] + ["new"] * (len(states) - kept), "the new one stays"
@@ -289,31 +256,28 @@ def test_same_text_gives_the_same_bytes(made, tmp_path, monkeypatch):
         calibrate(export, [made / "text"], threads=1)
     assert predictor_file(export) == before
     assert before.read_bytes() == data
+    # In little memory, one group of windows after the other.
+    grouped, sizes = module.grouped, []
+
+    def groups(windows, capacity):
+        found = grouped(windows, 2000)
+        assert [window for group in found for window in group] == windows
+        sizes.extend(sum(map(len, group)) for group in found)
+        return found
+
+    monkeypatch.setattr(module, "grouped", groups)
     quick(monkeypatch, steps=1, epochs=1, width=32)
     calibrate(export, [made / "text"], threads=1, seed=1)
+    assert len(sizes) > 2 and max(sizes) < 2300
     assert predictors(export) == [predictor_file(export).name] != [before.name]
 
 
 def test_recall_beats_popularity(made):
-    shares = report_of(made)["recall"]
-    assert report_of(made)["guesses"] == [K, 5, 2 * K]
-    for n in range(3):
-        assert shares["token"][n] > shares["popular"][n] + 0.05
-        assert shares["layer"][n] > shares["popular"][n] + 0.05
-
-
-def test_scores_are_probabilities(made, predictor):
-    """Neither too timid nor too bold: logistic regression of the uses on the scores would leave
-    them nearly as they are."""
-    samples = recorded(made, "text")
-    p = predictor.token_scores(samples.token[:, :D], samples.token[:, D:]).sigmoid()
-    used = torch.zeros_like(p).scatter_(-1, samples.used.long(), 1.0)
-    assert torch.allclose(p.sum(-1).mean(), torch.tensor(float(K)), rtol=0.1)
-    z = p.logit()
-    # Logistic regression's next step from 1.
-    missing_slope = ((used - p) * z).sum() / (p * (1 - p) * z.square()).sum()
-    assert abs(missing_slope) < 0.3
-    assert torch.allclose(torch.tensor(predictor.popularity), used.mean(0).flatten(), atol=0.03)
+    report = json.loads((made / "report").read_text())
+    shares = report["recall"]
+    assert report["guesses"] == [K, 5, 2 * K]
+    for n, popular in enumerate(shares["popular"]):
+        assert min(shares["token"][n], shares["layer"][n]) > popular + 0.05
 
 
 def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
@@ -345,33 +309,6 @@ def test_what_is_recorded_is_what_the_network_did(plain, monkeypatch):
                     place += 1
                 before = hidden_TD[-1].clone()
         assert place == len(samples.token) == 40
-
-
-def test_hook_is_gone_after_a_failure(plain):
-    with Runtime.open(plain / "plain", context=64, threads=1) as runtime:
-        experts = runtime.model.experts
-        with pytest.raises(RuntimeError):
-            record(runtime, [[5, 6, 7]], lambda count: (_ for _ in ()).throw(RuntimeError))
-        # Nothing makes the backend stop after each gate any more.
-        table = experts.slot_table().slots_ME
-        assert table.data_ptr() == experts.slots.slots_ME.data_ptr()
-
-
-def test_little_memory_means_several_groups(plain, export, monkeypatch, heavy):
-    original, sizes = module.grouped, []
-
-    def groups(windows, capacity):
-        found = original(windows, 2000)
-        assert [window for group in found for window in group] == windows
-        sizes.extend(sum(map(len, group)) for group in found)
-        return found
-
-    monkeypatch.setattr(module, "grouped", groups)
-    quick(monkeypatch)
-    report = calibrate(export, [plain / "text"], threads=1)
-    assert len(sizes) > 2
-    assert max(sizes) < 2300
-    assert report["recall"]["token"][0] > report["recall"]["popular"][0] + 0.04
 
 
 def test_next_gate_is_the_next_layers_gate():
@@ -410,31 +347,16 @@ def command(processes, slotmoe, monkeypatch):
     return slotmoe
 
 
-SHORT = "12 tokens of text, calibration needs 500 or more"
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing", None, "No such file"),
-        ("folder", ..., "Is a directory"),
-        ("empty", b" \n", "is empty"),
-        ("latin1", b"caf\xe9 " * 9000, "byte 3 is not UTF-8"),
-        ("short", b"It is a truth universally acknowledged.", SHORT),
-    ],
+    ("content", "message"), [(b"caf\xe9 " * 9000, "byte 3 is not"), (b"It is", "needs 500 or more")]
 )
-def test_bad_text_is_refused_before_any_work(name, content, message, plain, command, tmp_path):
-    path = tmp_path / name
-    if content is ...:
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    others = [] if name == "short" else ["--calibrate", plain / "few"]
-    arguments = plain / "checkpoint", tmp_path / "export", *others, "--calibrate", path
+def test_bad_text_is_refused_before_any_work(content, message, plain, command, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    arguments = plain / "checkpoint", tmp_path / "export", "--calibrate", tmp_path / "text"
     code, out, err = command("quantize", *arguments)
     assert not (tmp_path / "export").exists()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err and name in err
+    assert message in err
 
 
 def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, command, tmp_path):
@@ -444,45 +366,23 @@ def test_quantize_calibrates_and_a_finished_export_is_only_calibrated(plain, com
     destination, text = tmp_path / "export", ["--calibrate", plain / "few"]
     arguments = "quantize", plain / "checkpoint", destination, *text
     code, out, _ = command(*arguments, "--json")
-    assert code == 0
-    found = json.loads(out)
-    assert found["expert_bytes"] > 0
-    assert found["calibration"]["tokens"] > 450
+    assert (code, json.loads(out)["calibration"]["tokens"] > 450) == (0, True)
     before, first = inodes(), predictor_file(destination)
     code, _, err = command(*arguments, "--calibrate", plain / "other")
     assert code == 0
     assert "before a token starts" in err
     assert predictor_file(destination) != first
     assert inodes() == before
-    code, _, err = command(*arguments, "--resident", "nf4")
-    assert (code, "exists" in err) == (2, True)
-    # A predictor is part of an export, so it may be replaced with it.
-    assert command(*arguments, "--overwrite")[0] == 0
     write_checkpoint(tmp_path / "checkpoint", seed=1, rms_norm_eps=1e-5)
     code, _, err = command("quantize", tmp_path / "checkpoint", destination, *text)
     assert (code, "exists" in err) == (2, True)
+    # A predictor is part of an export, so it may be replaced with it.
+    assert command(*arguments, "--overwrite")[0] == 0
 
 
-ALL = ["token", "popular", "layer", "layer_alone", "untrained"]
-
-
-def test_recall_benchmark_reads_calibrated_and_plain_exports(made, predictor):
-    for name, predictors in (("plain", ["untrained"]), ("calibrated", ALL)):
+def test_recall_benchmark_reads_calibrated_and_plain_exports(made):
+    everything = ["token", "popular", "layer", "layer_alone", "untrained"]
+    for name, predictors in (("plain", ["untrained"]), ("calibrated", everything)):
         rows = benchmark("recall", made / name, made / "other", "--threads", 1)["results"]
-        found = [(row["predictor"], row["text"]) for row in rows]
-        assert found == [(one, text) for one in predictors for text in ("other", "mean")]
-    (share,) = measure(predictor, recorded(made, "other"), [K])["token"]
-    token = rows[0]
-    assert token["guesses"][0] == K
-    assert token["named"][0] == pytest.approx(share)
-    assert token["wasted"][0] == pytest.approx(1 - share)
-
-
-def test_widths_stay_small():
-    assert module.widths(parse_config(CONFIG)) == (1024, 256)
-    for name, megabytes in (("v2-lite", 10), ("v2", 45)):
-        real = parse_config(json.loads((GEOMETRIES / f"{name}.json").read_text()))
-        sizes = real.hidden_size, len(real.moe_layers), real.n_routed_experts
-        parts = predictor_parts(*sizes, *module.widths(real))
-        assert 4 < sum(part.nbytes for part in parts.values()) / 1e6 < megabytes
-        assert len(safetensors_header(parts.items())) == 4096
+        assert [row["predictor"] for row in rows if row["text"] == "mean"] == predictors
+    assert rows[0]["wasted"][0] == pytest.approx(1 - rows[0]["named"][0])

@@ -93,18 +93,6 @@ def test_the_same_bits_for_every_budget_and_number_of_tokens(exports, choice):
         assert relative(runtime.logits(IDS), whole) < 0.1
 
 
-@by_choice
-def test_a_run_again_finds_the_export_and_another_codec_is_refused(exports, choice, tmp_path):
-    path = exports(choice)
-    before = (path / MANIFEST).read_bytes()
-    mode = RESIDENT_OF[choice[0]]
-    quantize(exports.source, path, resident=mode, codecs=EXPERT_CODECS[choice])
-    assert (path / MANIFEST).read_bytes() == before
-    other = next(codecs for key, codecs in EXPERT_CODECS.items() if key != choice)
-    with pytest.raises(ExportError, match="--overwrite"):
-        quantize(exports.source, path, resident=mode, codecs=other)
-
-
 def to_version_1(manifest):
     """What version 1 said of NF4."""
     new = manifest["quantization"]
@@ -121,8 +109,6 @@ def test_version_1_still_opens(exports, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(path, old)
     resign(old, to_version_1)
-    keys = "experts layout block levels resident resident_shapes report".split()
-    assert sorted(json.loads((old / MANIFEST).read_text())["quantization"]) == sorted(keys)
     with Export.open(path) as new, Export.open(old) as export:
         assert export.manifest["quantization"] == new.manifest["quantization"]
         for name, weight in new.expert(2, 3).items():
@@ -163,14 +149,11 @@ def test_impossible_scales_are_refused_by_name(value, exports, tmp_path, slotmoe
     assert (code, "up_proj of expert 4" in out + err) == (1, True)
 
 
-OPTIONS = ["--codec", "nf4"], ["--bits", "4"], ["--bits", "3.5"], ["--codec", "lut", "--bits", "3"]
-
-
 def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, monkeypatch):
     """quantize, synth and plan have the same options; bits per weight follow."""
     monkeypatch.setattr(synth, "POOL_BYTES", 1 << 20)
-    config, sizes = exports.source / "config.json", {}
-    for number, options in enumerate(OPTIONS):
+    config, chosen = exports.source / "config.json", []
+    for number, options in enumerate((["--codec", "nf4"], ["--bits", "3.5"])):
         random, made = tmp_path / f"random-{number}", tmp_path / f"made-{number}"
         code, out, _ = slotmoe("synth", config, random, *options, "--json")
         assert code == 0
@@ -182,20 +165,13 @@ def test_the_command_line_chooses_a_codec(slotmoe, exports, tmp_path, heavy, mon
             names = export.manifest["quantization"]["experts"]
             assert same.manifest["quantization"]["experts"] == names
             assert set(names.values()) <= set(err.split())  # in the table of what it cost
-            size = export.layout.record_bytes
-            assert json.loads(out)["record_bytes"] == size == same.layout.record_bytes
-            sizes[tuple(names.values())] = size
-            plan = json.loads(out)
-            assert plan["expert_codecs"] == names
-            chosen = next(row for row in plan["choices"] if row["export"] == plan["disk"]["export"])
-            assert chosen["slots"] == plan["slots"]
-            found = export.expert(export.layers[0], 1).values()
-            assert all(0 < weight.square().mean() < 1 for weight in found)
-        code, _, err = slotmoe("plan", made, "--bits", "3" if number != 3 else "4")
+            assert json.loads(out)["record_bytes"] == export.layout.record_bytes
+            chosen.append(tuple(names.values()))
+            assert json.loads(out)["expert_codecs"] == names
+        code, _, err = slotmoe("plan", made, "--bits", "3")
         assert (code, "its experts are" in err) == (2, True)
-        assert slotmoe("plan", made, *options, "--ram", "1GiB")[0] == 0
         assert slotmoe("verify", random)[0] == slotmoe("verify", made)[0] == 0
-    assert list(sizes) == [("nf4", "nf4"), ("lut4", "lut4"), ("lut3", "lut4"), ("lut3", "lut3")]
+    assert chosen == [("nf4", "nf4"), ("lut3", "lut4")]
     arguments = exports.source, tmp_path / "x", "--codec", "nf4", "--bits", "3"
     code, _, err = slotmoe("quantize", *arguments)
     assert (code, "--codec nf4 has no 3 bits" in err) == (2, True)

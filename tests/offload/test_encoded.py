@@ -56,7 +56,7 @@ def weights_of(export):
 
 
 @pytest.mark.parametrize("resident", ["bf16", "int8"])
-def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path, slotmoe):
+def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(source, plain)
     with Checkpoint.open(source) as checkpoint:
@@ -68,12 +68,9 @@ def test_export_is_that_of_the_decoded_weights(source, resident, tmp_path, slotm
     config.pop("quantization_config", None)
     (plain / "config.json").write_text(json.dumps(config))
     for folder in (source, plain):
-        options = ("--resident", resident, "--codec", "nf4", "--json")
-        code, _out, problem = slotmoe("quantize", folder, tmp_path / f"{folder.name}-e", *options)
-        assert code == 0, problem
+        options = {"resident": resident, "codecs": EXPERT_CODECS["nf4", "4"]}
+        quantize(folder, tmp_path / f"{folder.name}-e", **options)
     assert weights_of(tmp_path / "tiny-e") == weights_of(tmp_path / "plain-e")
-    code, _out, problem = slotmoe("run", tmp_path / "tiny-e", "A", "-n", 2, "--context", 16)
-    assert code == 0, problem
     logits = []
     for folder in (source, plain):
         with Runtime.open(folder, context=64, quantize=False) as runtime:
@@ -97,13 +94,12 @@ def values_of(stored, name):
     return decoded_int4(stored[name + "_packed"], stored[name + "_scale"])
 
 
-def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path, slotmoe):
+def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path):
     """Exactly, unless other codes are asked for; not where an expert is in 16 bits."""
     folder = tmp_path / "tiny"
     write_checkpoint(folder, **V3)
     stored = encode(folder, packed())
-    code, _out, problem = slotmoe("quantize", folder, tmp_path / "export", "--json")
-    assert code == 0, problem
+    quantize(folder, tmp_path / "export")
     with Export.open(tmp_path / "export") as export, Checkpoint.open(folder) as checkpoint:
         for layer in export.layers:
             for projection, found in export.expert(layer, 5).items():
@@ -113,8 +109,6 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path, slotmoe):
         families = export.manifest["quantization"]["report"]["families"]
     routed = [family for family in families if ".experts." in family["family"]]
     assert [(f["stored"], f["relative_rms_error"]) for f in routed] == [("int4", 0.0)] * 3
-    code, out, problem = slotmoe("plan", folder, "--ram", "1GiB", "--json")
-    assert json.loads(out)["expert_codecs"] == {"gate_up": "int4", "down": "int4"}, problem
     with Runtime.open(tmp_path / "export", context=64, slots=6) as runtime:
         logits = runtime.logits(IDS)
     with Runtime.open(folder, context=64, quantize=False) as runtime:
@@ -124,18 +118,6 @@ def test_weights_that_were_trained_in_4_bits_are_kept(tmp_path, slotmoe):
     stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
     write_files(folder, {"model-1.safetensors": {**stored, name: values}})
     assert quantize(folder, tmp_path / "mixed")["quantization"]["experts"]["down"] == "nf4"
-
-
-def test_small_scales_are_rounded_and_the_report_says_so(tmp_path):
-    """Of 2^-17 and less: float16 has fewer digits there."""
-    write_checkpoint(tmp_path / "tiny", **V3)
-    stored = encode(tmp_path / "tiny", packed())
-    name = expert_name(1, 0, "down_proj")
-    stored[name + "_scale"][0, 0] = 1.8671e-6
-    write_files(tmp_path / "tiny", {"model-1.safetensors": stored}, quantization_config=packed())
-    report = quantize(tmp_path / "tiny", tmp_path / "export")["quantization"]["report"]
-    errors = {row["family"]: row["relative_rms_error"] for row in report["families"]}
-    assert 0 < errors["mlp.experts.down_proj"] < 1e-6 and errors["mlp.experts.up_proj"] == 0
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -152,10 +134,6 @@ def test_codes_of_bitsandbytes_are_kept_by_nf4(tmp_path, nested, heavy):
             scales = codes.scales.half().float().repeat_interleave(64, 1)
             assert torch.equal(found, codes.levels[codes.codes.int()] * scales)
             assert relative(found, wanted[name].float()) < 0.003
-    quantize(folder, tmp_path / "lut", codecs=EXPERT_CODECS["lut", "4"])
-    with Export.open(tmp_path / "lut") as export:
-        name = expert_name(1, 2, "up_proj")
-        assert relative(export.expert(1, 2)["up_proj"], wanted[name].float()) < 0.1
 
 
 def test_bad_scales_leave_no_export(tmp_path):

@@ -1,5 +1,4 @@
-"""``slotmoe eval``: figures against a plain transformers script, exact token and byte counts,
-windows, and bad input."""
+"""``slotmoe eval``: figures token by token, exact token and byte counts, windows, and bad input."""
 
 import json
 import math
@@ -10,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from slotmoe.model.tokenizer import Tokenizer
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
 from tests.support.params import nth
-from tests.support.tiny import SAMPLE, write_checkpoint
+from tests.support.tiny import write_checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
 TEXT = "One — two, naïve “three” 漢字 and 🙂🙂 four; " * 5
-EXPECTED = json.loads((DATA / "expected.json").read_text())["heldout"]
 
 
 @pytest.fixture
@@ -30,26 +26,6 @@ def evaluate(slotmoe):
         return code, json.loads(out) if "--json" in arguments and out else out, err
 
     return run
-
-
-@pytest.mark.usefixtures("nightly")
-def test_command_gives_the_recorded_figures(evaluate, sample_export):
-    """Of the sample's held-out text, computed by transformers once."""
-    path, wanted = DATA / "heldout" / "sotu.txt", EXPECTED["sotu.txt"]
-    options = "--text", path, "--reference", SAMPLE, "--window", 513, "--json"
-    code, report, err = evaluate(sample_export, *options)
-    assert (code, err) == (0, "")
-    assert (report["tokens"], report["bytes"]) == (wanted["tokens"], wanted["bytes"])
-    assert report["reference_bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
-    assert report["reference_perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
-    assert report["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=0.005)
-    assert 0 < report["kl_divergence"] < 0.005
-    assert 0.9 < report["top1_agreement"] < 1
-    assert report["settings"]["windows"] == math.ceil(wanted["tokens"] / 512)
-    worst = [one["kl_divergence"] for one in report["worst_tokens"]]
-    assert len(worst) == 10
-    assert worst == sorted(worst, reverse=True)
-    assert worst[-1] > 10 * report["kl_divergence"]
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +100,14 @@ def test_logits_from_are_the_rows_of_logits(first, sample_export):
 def test_several_texts_and_an_export_as_reference(model, evaluate, tmp_path):
     (tmp_path / "other").write_text("Something else.\n" * 5)
     arguments = ["--text", model / "text", "--text", tmp_path / "other", "--json"]
-    code, report, _ = evaluate(
-        model / "export", *arguments, "--reference", model / "export", "--ram", "6GiB"
-    )
-    assert code == 0
+    report = evaluate(model / "export", *arguments, "--reference", model / "export")[1]
     assert [Path(one["file"]).name for one in report["files"]] == ["text", "other"]
     assert report["tokens"] == sum(one["tokens"] for one in report["files"])
     assert report["bytes"] == sum(one["bytes"] for one in report["files"])
-    assert report["kl_divergence"] == 0
-    assert report["top1_agreement"] == 1
+    assert (report["kl_divergence"], report["top1_agreement"]) == (0, 1)
     assert report["bits_per_byte"] == report["reference_bits_per_byte"]
     alone = evaluate(model / "export", *arguments)[1]
     assert alone["bits_per_byte"] == report["bits_per_byte"]
-    _, by_torch, err = evaluate(model / "export", *arguments, "--kernels", "torch")
-    assert (by_torch["settings"]["kernels"], err) == ("torch", "")
-    assert by_torch["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=0.01)
     assert not {"kl_divergence", "worst_tokens"} & set(alone)
 
 
@@ -151,7 +120,7 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
         Runtime.open(model / "export", context=64) as runtime,
         Runtime.open(tmp_path / "other", quantize=False, context=64) as other,
     ):
-        ids = runtime.tokenizer.encode(TEXT, add_bos=False)
+        ids, decode = runtime.tokenizer.encode(TEXT, add_bos=False), runtime.tokenizer.decode
         pieces = [[0, *ids[start : start + 49]] for start in range(0, len(ids), 49)]
         q, p = (
             torch.cat([one.logits(piece)[:-1] for piece in pieces]).double().softmax(-1)
@@ -162,53 +131,28 @@ def test_divergence_of_models_that_have_little_in_common(model, evaluate, tmp_pa
     other_way = (q * (q / p).log()).sum(-1).mean().item()
     assert report["kl_divergence"] != pytest.approx(other_way, rel=1e-3)
     assert report["top1_agreement"] == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
-    worst, wanted = report["worst_tokens"], kl.topk(7)
-    assert [one["position"] for one in worst] == wanted.indices.tolist()
-    found = [one["kl_divergence"] for one in worst]
-    assert found == pytest.approx(wanted.values.tolist(), rel=1e-6)
-
-
-def test_worst_tokens_are_shown_in_their_place(model, evaluate, processes):
-    options = "--reference", model / "checkpoint", "--window", 50, "--worst", 3
-    arguments = model / "export", "--text", model / "text", *options
-    code, out, _ = evaluate(*arguments)
-    assert code == 0
-    assert "bits/byte" in out
-    report = evaluate(*arguments, "--json")[1]
-    backend = Tokenizer(model / "export", 0)
-    ids = backend.encode(TEXT, add_bos=False)
-    assert len(report["worst_tokens"]) == 3
-    with Runtime.open(model / "checkpoint", quantize=False, context=64) as reference:
-        for one in report["worst_tokens"]:
-            at = one["position"]
-            assert one["token"] == backend.decode([ids[at]])
-            assert one["context"] == backend.decode(ids[max(0, at - 16) : at])
-            logs = reference.logits([0, *ids[at // 49 * 49 : at]])[-1].log_softmax(-1)
-            assert one["reference_probability"] == pytest.approx(math.exp(logs[ids[at]]), rel=1e-4)
-            assert one["reference_top"] == backend.decode([int(logs.argmax())])
+    assert [one["position"] for one in report["worst_tokens"]] == kl.topk(7).indices.tolist()
+    for one in report["worst_tokens"]:
+        at = one["position"]
+        assert one["kl_divergence"] == pytest.approx(kl[at].item(), rel=1e-6)
+        assert one["token"] == decode([ids[at]])
+        assert one["context"] == decode(ids[max(0, at - 16) : at])
+        assert one["reference_probability"] == pytest.approx(p[at, ids[at]].item(), rel=1e-4)
+        assert one["reference_top"] == decode([int(p[at].argmax())])
 
 
 BAD = {
     "no-text": ("", "--text"),
     "missing": ("--text nowhere", "nowhere: can't be read"),
-    "folder": ("--text .", "can't be read"),
     "empty": ("--text EMPTY", "is empty"),
     "no-utf8": ("--text LATIN", "byte 3 is not UTF-8"),
-    "one-token": ("--text ONE", "has 1 token"),
     "window-beyond-model": ("--text TEXT --window 257", "is beyond 256, the model's max_position"),
-    "window-beyond-context": ("--text TEXT --window 65 --context 64", "beyond --context 64"),
-    "context-beyond-model": ("--text TEXT --context 257", "max_position_embeddings"),
     "window-tiny": ("--text TEXT --window 1", "--window is 1"),
-    "window-zero": ("--text TEXT --window 0", "--window is 0"),
     "stride-zero": ("--text TEXT --stride 0", "--stride is 0"),
-    "stride-too-long": ("--text TEXT --window 20 --stride 20", "expected 1 to 19"),
     "llama-stride": ("--text TEXT --method llama.cpp --stride 8", "--method strided"),
     "llama-short": ("--text TWO --method llama.cpp --window 64", "less than one window of 64"),
-    "llama-tiny": ("--text TEXT --method llama.cpp --window 2", "at least 3"),
-    "reference-missing": ("--text TEXT --reference nowhere", "nowhere: no such folder"),
     "reference-rows": ("--text TEXT --reference ROWS", "has 4224 vocabulary rows"),
     "reference-tokenizer": ("--text TEXT --reference OTHER", "as other tokens"),
-    "reference-beginning": ("--text TEXT --reference PLAIN", "as other tokens"),
     "reference-too-large": ("--text TEXT --reference CHECKPOINT --ram 1MiB", "give that export as"),
     "worst-negative": ("--text TEXT --worst -1", "-1"),
 }
@@ -222,11 +166,11 @@ def places(model, tmp_path_factory):
     tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "one": b"a", "two": b"Hello there"}
+    contents = {"empty": b"", "latin": b"caf\xe9 au lait", "two": b"Hello there"}
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     own = {name.upper(): folder / name for name in ("rows", "other", *contents)}
-    return own | {name.upper(): model / name for name in ("text", "checkpoint", "plain")}
+    return own | {name.upper(): model / name for name in ("text", "checkpoint")}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -238,17 +182,6 @@ def test_bad_input_is_one_line_and_exit_code_2(name, model, places, evaluate, pr
     assert wanted in err
     assert "Traceback" not in err
     assert err.startswith("Usage: ") or (err.startswith("slotmoe: ") and err.count("\n") == 1)
-
-
-def test_model_that_does_not_fit_beside_the_reference_says_so(model, evaluate):
-    arguments = ["--text", model / "text", "--reference", model / "checkpoint"]
-    report = evaluate(model / "export", *arguments, "--json")[1]
-    assert report["kl_divergence"] > 0
-    with Runtime.open(model / "checkpoint", quantize=False, context=256) as reference:
-        just_enough = reference.plan.total + (4 << 20)
-    code, out, err = evaluate(model / "export", *arguments, "--ram", str(just_enough))
-    assert (code, out) == (2, "")
-    assert "beside the reference, which takes" in err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError, PlanError
-from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.model.gguf.checkpoint import GgufCheckpoint
-from slotmoe.model.names import expert_name, resident_shapes
+from slotmoe.model.names import resident_shapes
 from slotmoe.offload.ingest import quantize as ingest
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.runtime import Runtime
@@ -36,15 +35,15 @@ def source(tmp_path_factory):
 def files(source, tmp_path_factory):
     """The checkpoint as GGUF files, by ggml's type."""
     folder = tmp_path_factory.mktemp("files")
-    kinds = ("BF16", "F32", "Q8_0", "Q4_0")
+    kinds = ("BF16", "F32", "Q8_0")
     return {kind: write_gguf(source, folder / f"{kind}.gguf", kind) for kind in kinds}
 
 
 @pytest.fixture(scope="module")
 def exports(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    for kind, path in files.items():
-        quantize(path, folder / kind)
+    for kind in ("BF16", "F32"):
+        quantize(files[kind], folder / kind)
     return folder
 
 
@@ -70,33 +69,10 @@ def test_exact_encodings_give_the_same_weights_and_logits(kind, exports, source,
         assert made.eos_token_ids == ours.eos_token_ids
 
 
-# NF4 alone is 9.2% of the weights' RMS away from them.  With Q8_0 before it, hardly more; Q4_0's
-# own error, 8.3% here, adds to it as an independent one does.
-@pytest.mark.parametrize(("kind", "least", "most"), [("Q8_0", 0.085, 0.1), ("Q4_0", 0.11, 0.14)])
-def test_double_rounding(kind, least, most, exports, source):
-    wrong = size = 0.0
-    with Checkpoint.open(source) as checkpoint, Export.open(exports / kind) as made:
-        for layer, expert in ((1, 0), (2, 4), (2, 7)):
-            for name, weight in made.expert(layer, expert).items():
-                exact = checkpoint.tensor(expert_name(layer, expert, name)).float()
-                wrong += float((weight - exact).square().sum())
-                size += float(exact.square().sum())
-    assert least < (wrong / size) ** 0.5 < most
-
-
 def test_resident_weights_that_were_quantized_take_two_bytes(files, tmp_path):
     quantize(files["Q8_0"], tmp_path / "export", resident="bf16")
     with Export.open(tmp_path / "export") as made:
         assert made.resident("lm_head.weight").dtype == torch.float16
-
-
-def test_reference_path(files, source, processes):
-    """The file computed as it is, everything resident."""
-    logits = []
-    for path in (files["BF16"], source):
-        with Runtime.open(path, quantize=False) as runtime:
-            logits.append(runtime.logits(runtime.tokenizer.encode(PROMPT)))
-    assert torch.equal(*logits)
 
 
 def test_parts_give_the_same_export(exports, source, tmp_path):
@@ -128,33 +104,27 @@ def test_repair_and_refusal_of_another_source(tmp_path, slotmoe):
 
 
 def test_commands(files, source, tmp_path, slotmoe, monkeypatch, processes):
-    """Every command that takes a MODEL takes the file; it is quantized once."""
+    """Commands take the file as MODEL; it is quantized once."""
     monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "cache"))
     model, options = files["BF16"], ["-n", "8", "--ram", "4GiB"]
     code, text, _ = slotmoe("run", model, PROMPT, *options)
     assert (code, text) == slotmoe("run", source / "export", PROMPT, *options)[:2]
 
-    def exports():
-        return [path.parent for path in (tmp_path / "cache").glob("BF16.gguf-*/slotmoe.json")]
+    def manifests():
+        found = (tmp_path / "cache").glob("BF16.gguf-*/slotmoe.json")
+        return [(path, path.stat().st_mtime_ns) for path in found]
 
-    (cached,) = exports()
-    before = (cached / "slotmoe.json").stat().st_mtime_ns
+    before = manifests()
     assert slotmoe("run", model, "--chat", "hi", *options)[0] == 0
-    assert exports() == [cached]
-    assert (cached / "slotmoe.json").stat().st_mtime_ns == before
+    assert len(before) == 1 and manifests() == before
     code, text, _ = slotmoe("plan", model, "--json")
     assert (code, json.loads(text)["fits"]) == (0, True)
-    (tmp_path / "text").write_text(PROMPT * 4)
-    options = "--text", tmp_path / "text", "--reference", model, "--json", "--ram", "4GiB"
-    code, text, _ = slotmoe("eval", model, *options)
-    assert code == 0
-    assert 0 < json.loads(text)["kl_divergence"] < 0.05
 
 
 def test_refusals_of_the_command_line(files, tmp_path, slotmoe, processes):
     empty, missing = tmp_path / "empty.gguf", tmp_path / "missing.gguf"
     empty.write_bytes(b"")
-    for path in (empty, missing, tmp_path / "folder" / "missing.gguf"):
+    for path in (empty, missing):
         for command in (["quantize", path, tmp_path / "out"], ["run", path, "hi"], ["plan", path]):
             code, _, err = slotmoe(*command)
             assert (code, err.count("\n")) == (2, 1), err

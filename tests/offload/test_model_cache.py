@@ -4,7 +4,6 @@ finds no other's; what is there is listed and removed."""
 import fcntl
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -17,7 +16,6 @@ from slotmoe.errors import ConfigError, ExportError
 from slotmoe.offload import model_cache
 from slotmoe.offload.ingest import cached
 from slotmoe.offload.ingest.cached import cached_export
-from slotmoe.offload.plan.memory import parse_size
 from tests.support.tiny import write_checkpoint
 
 
@@ -40,16 +38,12 @@ def source(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(source, made, tmp_path):
-    told, read, cache = [], [], tmp_path / "cache"
-    export = cached_export(source, cache, None, lambda *done: read.append(done), told.append)
-    assert export.name.startswith("model-")
-    (line,) = told
-    told_of = re.fullmatch(rf"{source} is quantized once, into {export}: (.*) of .* are free", line)
-    taken = sum(path.stat().st_size for path in export.rglob("*.safetensors"))
-    assert parse_size(told_of[1].replace(" ", "")) == pytest.approx(taken, rel=0.2)
-    size = sum(path.stat().st_size for path in model_cache.contents(source))
-    assert max(read) == (size, size)
+def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(
+    source, made, tmp_path, monkeypatch
+):
+    """A known folder is not even read; a removed export is made again."""
+    export = cached_export(source, tmp_path / "cache", notify=(said := []).append)
+    assert said[0].startswith(f"{source} is quantized once, into {export}: ")
     (source / "README.md").write_text("more")
     assert cached_export(source, tmp_path / "cache") == export
     for path in source.iterdir():
@@ -60,17 +54,12 @@ def test_a_folder_that_moved_or_was_touched_is_not_quantized_again(source, made,
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "copy")
     assert cached_export(tmp_path / "copy", tmp_path / "cache") == export
     assert made == [source]
-
-
-def test_a_known_folder_is_not_read_and_a_removed_export_is_made_again(
-    source, made, tmp_path, monkeypatch
-):
-    export = cached_export(source, tmp_path / "cache")
+    source = tmp_path / "copy"
     with monkeypatch.context() as patch:
         patch.setattr(model_cache, "content_key", None)
         assert cached_export(source, tmp_path / "cache") == export
     shutil.rmtree(export)
-    assert cached_export(source, tmp_path / "cache") == export
+    assert (cached_export(source, tmp_path / "cache") / "slotmoe.json").is_file()
     assert len(made) == 2
 
 
@@ -155,24 +144,15 @@ def test_what_is_listed(cache, source, slotmoe):
     report = json.loads(out)
     assert (code, err) == (0, "")
     names = [export["name"] for export in report["exports"]]
-    assert [name.partition("-")[0] for name in names] == ["org", "model", "model"]
     assert [e["source"] for e in report["exports"]] == ["org/tiny", str(source), None]
     assert [e["finished"] for e in report["exports"]] == [True, True, False]
-    assert report["bytes"] == sum(export["bytes"] for export in report["exports"])
     size = sum(path.stat().st_size for path in (cache / names[1]).rglob("*") if path.is_file())
     assert report["exports"][1]["bytes"] == pytest.approx(size, rel=0.2)
     out = slotmoe("list")[1]
-    for words in (*names, "(unfinished)", "of org/tiny", "just now", "1 day ago", "2 days ago"):
-        assert words in out
+    assert all(words in out for words in (*names, "(unfinished)", "of org/tiny", "1 day ago"))
     cached_export(source, cache)  # what was used last is first
     first = json.loads(slotmoe("list", "--json")[1])["exports"][0]
     assert first["source"] == str(source)
-
-
-def test_an_empty_cache(slotmoe, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLOTMOE_CACHE", str(tmp_path / "nowhere"))
-    said = f"{tmp_path / 'nowhere'}: holds no exports yet; slotmoe run MODEL makes them\n"
-    assert slotmoe("list")[:2] == (0, said)
 
 
 def test_removing(cache, source, slotmoe, made):
@@ -184,24 +164,6 @@ def test_removing(cache, source, slotmoe, made):
     assert sorted(path.name for path in cache.iterdir()) == left
     cached_export(source, cache)
     assert made == [source]
-
-
-def test_removing_what_is_of_a_folder_nearby_or_of_the_sample(cache, source, slotmoe, monkeypatch):
-    note = {"export": "sample-0123456789ab", "source": str(model_cache.SAMPLE.resolve())}
-    monkeypatch.chdir(source.parent)
-    (cache / "sample-0123456789ab.source.json").write_text(json.dumps(note))
-    shutil.copytree(cache / model_cache.listing(cache)[1].name, cache / note["export"])
-    assert slotmoe("rm", "sample")[1].startswith("sample-0123456789ab: removed, ")
-    export = next(c.name for c in model_cache.listing(cache) if c.source == str(source))
-    assert slotmoe("rm", f"./{source.name}/")[1].startswith(f"{export}: removed, ")
-
-
-def test_removing_what_is_of_either_of_two_equal_folders(cache, source, slotmoe, tmp_path):
-    copy = shutil.copytree(source, tmp_path / "copy")
-    export = cached_export(copy, cache).name
-    (shown,) = (c.source for c in model_cache.listing(cache) if c.name == export)
-    other = ({str(source), str(copy)} - {shown}).pop()
-    assert slotmoe("rm", other)[1].startswith(f"{export}: removed, ")
 
 
 def test_nothing_else_is_removed(cache, source, slotmoe):

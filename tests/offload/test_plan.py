@@ -14,33 +14,16 @@ import pytest
 
 from slotmoe.errors import ConfigError, PlanError
 from slotmoe.model.config import parse_config, read_config
-from slotmoe.model.names import expert_shapes, resident_shapes, role_of, split_name
+from slotmoe.model.names import expert_shapes, resident_shapes
 from slotmoe.offload import machine
 from slotmoe.offload.ingest.quantize import quantize
 from slotmoe.offload.plan import divergence
-from slotmoe.offload.plan.advice import GPUS, geometry_path
-from slotmoe.offload.plan.memory import (
-    _prefill_chunk,
-    format_size,
-    kv_bytes,
-    make_plan,
-    sizes_of,
-    waiting_bytes,
-)
-from slotmoe.offload.plan.speed import (
-    TEXT_HITS,
-    Bandwidths,
-    Setting,
-    store_bandwidths,
-    stored_bandwidths,
-    text_hits,
-)
+from slotmoe.offload.plan.memory import _prefill_chunk, kv_bytes, make_plan, sizes_of, waiting_bytes
+from slotmoe.offload.plan.speed import Bandwidths, Setting, store_bandwidths, stored_bandwidths
 from slotmoe.offload.runtime import Runtime
-from slotmoe.quant.codec import EXPERT_CODECS, LUT4
+from slotmoe.quant.codec import EXPERT_CODECS
 from slotmoe.quant.coded import CodedWeight
-from slotmoe.quant.export.layout import RecordLayout
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.shapes import resident_bytes, resident_quantization
 from slotmoe.tools.plan import figure
 from tests.support.engine import RUN
 from tests.support.hub import NAME, Repo
@@ -62,13 +45,13 @@ def plan_of(config, budget, *, resident="int8", runtime_bytes=0, context=512, **
     return make_plan(config, sizes_of(config, resident, NF4S), budget=budget, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("v2-lite", (8.65, 4.6, 7.65, 0.717, 1.31, 31104)),
-        ("v2", (23.6, 12.53, 118.3, 4.43, 13.0, 69120)),
-    ],
-)
+REAL = [
+    ("v2-lite", (8.65, 4.6, 7.65, 0.717, 1.31, 31104)),
+    ("v2", (23.6, 12.53, 118.3, 4.43, 13.0, 69120)),
+]
+
+
+@pytest.mark.parametrize(("name", "wanted"), REAL)
 def test_arithmetic_of_the_real_models(name, wanted):
     """Section 2 of the design: parameters (M), one record (MB), all (GB), a token's (GB), other
     parameters (G), KV bytes."""
@@ -83,8 +66,6 @@ def test_arithmetic_of_the_real_models(name, wanted):
         kv_bytes(config, 1, "torch"),
     )
     assert found == pytest.approx(wanted, rel=0.02)
-    layout = RecordLayout(config.hidden_size, config.moe_intermediate_size, NF4S)
-    assert sizes.record_bytes == layout.record_bytes
 
 
 @pytest.mark.parametrize("resident", ["bf16", "int8", "nf4", "mixed"])
@@ -146,7 +127,7 @@ def test_host_memory_below_a_gpu():
         plan_of(geometry("v2"), 23 * GIB, host_budget=GIB, **gpu).check()
 
 
-def test_drafts_have_room(planned):
+def test_drafts_have_room():
     config, row = geometry("v2-lite"), 4 * 16 * 16 * 512  # sums of a row's attention
     for budget, options, count in (
         (64 * GIB, {}, 15),
@@ -158,11 +139,6 @@ def test_drafts_have_room(planned):
         more = {name: size - plain.components[name] for name, size in drafting.components.items()}
         assert (plain.drafted, drafting.drafted) == (0, count)
         assert more["prefill scratch"] == count * row and drafting.total <= budget
-    shown = []
-    for draft in ("off", "auto"):
-        report = planned("v2-lite", "--ram", "5GiB", "--draft", draft)
-        shown.append(report["components"]["prefill scratch"]["ram"])
-    assert shown[1] - shown[0] == 3 * row
 
 
 def test_prefill_passes_grow_with_the_room():
@@ -209,31 +185,6 @@ def test_speed_is_bytes_over_bandwidth():
     assert whole.prefill_tokens_per_second > part.prefill_tokens_per_second
 
 
-def test_a_gpu_waits_for_pcie_or_the_disk():
-    config, sizes = geometry("v2"), sizes_of(geometry("v2"), "nf4", NF4S)
-    gpu = GPUS["rtx-4090"]
-    rates = Bandwidths(gpu=gpu.bandwidth, pcie=gpu.pcie, disk=5e9)
-
-    def predict(ram):
-        options = {"tier": "vram", "context": 4096, "runtime_bytes": GIB, "kernels": "torch"}
-        plan = make_plan(config, sizes, budget=gpu.budget, host_budget=ram, **options)
-        assert not plan.shortfall
-        return Setting(config, sizes, plan, rates, 8, False).predict(512, 128)
-
-    most, some, little = (predict(ram * GIB) for ram in (256, 64, 32))
-    assert (most.bottleneck, little.bottleneck) == ("PCIe", "disk")
-    speeds = [each.decode_tokens_per_second for each in (most, some, little)]
-    assert speeds[0] > speeds[1] > speeds[2]
-
-
-def test_bytes_of_a_token_and_its_hits():
-    """V2-Lite: 1.1 GB of resident weights without the embedding, and 31 KB of cache a position."""
-    assert sizes_of(geometry("v2-lite"), "int8", NF4S).touched == pytest.approx(1.1e9, rel=0.05)
-    assert kv_bytes(geometry("v2-lite"), 1000, "triton") == 27 * 576 * 2 * 1000
-    assert [text_hits(share) for share, _ in TEXT_HITS] == [hits for _, hits in TEXT_HITS]
-    assert text_hits(0.175) == pytest.approx((0.31 + 0.56) / 2)
-
-
 def test_bandwidths_are_kept_for_later_plans(tmp_path):
     path = tmp_path / "new" / "machine.json"
     assert stored_bandwidths(path).origin_of("disk") == "assumed"
@@ -263,13 +214,10 @@ def planned(plan):
 def test_the_full_model_fits_a_24_gb_gpu(planned):
     for ram in ("32GiB", "64GiB", "128GiB"):
         report = planned("v2", "--gpu", "rtx-4090", "--ram", ram)
-        assert (report["fits"], report["shortfall"]) == (True, 0)
-        assert report["resident"]["precision"] == "mixed"
+        assert (report["fits"], report["resident"]["precision"]) == (True, "mixed")
         for tier, total in report["total"].items():
             assert total == sum(parts.get(tier, 0) for parts in report["components"].values())
             assert tier == "disk" or total <= report["budget"][tier]
-        assert report["total"]["disk"] == pytest.approx(118.3e9, rel=0.01)
-        assert report["bottleneck"] in ("PCIe", "disk")
         assert report["decode_tokens_per_second"] > 0.9
 
 
@@ -317,14 +265,6 @@ def test_an_export_is_planned_as_run_plans_it(planned, sample_export, processes)
     assert report["resident"]["why"] == "as in the export"
 
 
-def test_a_readable_table(plan):
-    code, out, _ = plan("v2-lite", "--ram", "5GiB", "--disk-bandwidth", "3GB")
-    assert code == 0
-    words = "latent KV cache,expert slots,int8 takes,bound by disk,disk 3 GB/s (given)"
-    for part in [*words.split(","), "ram 40 GB/s (assumed)"]:
-        assert part in " ".join(out.split())
-
-
 def test_divergences_are_measured_here():
     """By the command that ``plan``'s table names, of every choice."""
     found = divergence.measured()["rows"]
@@ -333,35 +273,18 @@ def test_divergences_are_measured_here():
     assert all(divergence.expected(*row[:2], "mixed", row[2]) is not None for row in of)
 
 
-def test_the_verdict_comes_first(plan, planned):
-    code, out, _ = plan("v2-lite", "--gpu", "rtx-4090", "--ram", "32GiB")
-    lines, start = out.splitlines(), "v2-lite fits: an estimated"
-    assert code == 0
-    assert re.fullmatch(start + r" \d+ tokens/s, with all experts in memory\.", lines[0])
-    assert re.fullmatch(
-        r"(Disk|It does not fit this disk): the export takes 8\.4 GiB, .* are free in .*; "
-        r"29\.3 GiB to download, streamed and not kept\.",
-        lines[1],
-    )
-    assert "bound by GPU memory (estimated: bytes over bandwidth" in " ".join(out.split())
-    assert "gpu 1,008 GB/s" in " ".join(out.split())
+def test_what_is_shown(plan):
+    """The verdict first, and no number has an exponent."""
+    options = "--gpu rtx-4090 --ram 32GiB --disk-bandwidth 1234GB"
+    code, out, _ = plan("v2-lite", *options.split())
+    assert code == 0 and out.startswith("v2-lite fits: an estimated ")
+    for words in ("expert slots", "bound by GPU memory (estimated", "disk 1,234 GB/s (given)"):
+        assert words in " ".join(out.split())
     code, out, _ = plan("v2", "--ram", "5GiB")
     assert code == 1
     assert re.match(r"v2 does not fit: \d\.\d GiB of RAM short\.\n", out)
-    assert planned("v2", "--ram", "5GiB")["fits"] is False
-
-
-FIGURES = {1008.0: "1,008", 39_500.0: "39,500", 99.94: "99.9", 20: "20", 3.0: "3"}
-FIGURES |= {0.6081: "0.608", 0.00001234: "0.0000123", 0.0: "0", 12.34: "12.3"}
-
-
-def test_figures(plan):
-    """None has an exponent."""
-    assert {number: figure(number) for number in FIGURES} == FIGURES
-    for arguments in ("v2 --gpu h100 --ram 2000GiB", "sample"):
-        out = plan(*arguments.split(), "--disk-bandwidth", "1234GB")[1]
-        assert not re.search(r"\de[+-]?\d", out)
-        assert "disk 1,234 GB/s (given)" in " ".join(out.split())
+    figures = {39_500.0: "39,500", 99.94: "99.9", 3.0: "3", 0.00001234: "0.0000123", 0.0: "0"}
+    assert {number: figure(number) for number in figures} == figures
 
 
 def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypatch):
@@ -374,150 +297,24 @@ def test_what_a_model_takes_of_the_disk(plan, sample_export, tmp_path, monkeypat
     code, found = disk("v2", "--ram", "32GiB")  # of another machine, perhaps
     assert (code, found["fits"], found["free"]) == (0, False, 38 * GIB)
     assert found["download"] == pytest.approx(472e9, rel=0.01)
-    assert found["export"] == pytest.approx(131.5e9, rel=0.01)
     assert disk("v3", "--ram", "32GiB")[1]["download"] == pytest.approx(671e9, rel=0.01)  # fp8
     monkeypatch.setattr("slotmoe.offload.machine.available_memory", lambda: 32 * GIB)
     assert disk("v2")[0] == 1
-    assert "It does not fit this disk: the export takes" in plan("v2")[1]
     free.free = 200 * GIB
     assert disk("v2")[0] == 0
-    assert (disk(SAMPLE)[1]["download"], disk(SAMPLE)[1]["export"] > 1e7) == (0, True)
     found = disk(sample_export)[1]
     assert (found["download"], found["export"], found["fits"]) == (0, 0, True)
     size = sum(path.stat().st_size for path in sample_export.rglob("*") if path.is_file())
     assert disk("sample")[1]["export"] == pytest.approx(size, rel=0.1)
 
 
-def test_geometries_by_name():
-    for name in ("v2.5", "coder-v2", "DeepSeek-V2.5"):
-        assert geometry_path(name) == geometry_path("v2")
-    for name in ("coder-v2-lite", "DeepSeek-Coder-V2-Lite", "v2_lite"):
-        assert geometry_path(name) == geometry_path("v2-lite")
-
-
-def test_a_short_context_has_room_for_the_default_prompt(planned):
-    for context, prompt in ((512, 384), (100, 1), (4096, 512)):
-        settings = planned("v2-lite", "--ram", "8GiB", "--context", context)["settings"]
-        assert settings["prompt_tokens"] == prompt
-
-
-PAGE = ROOT / "docs" / "memory-and-planning.md"
-THREE = {  # the page's commands for three common machines
-    match[1]: match[0].split("#")[0].split()[3:]
-    for match in re.finditer(r"(?m)^slotmoe plan v2 .*# (\w): .*$", PAGE.read_text())
-}
-
-
-RESIDENT = "embeddings", "attention", "dense layers", "router", "shared experts"
-
-
-def machine_column(report):
-    """What the page says of one machine."""
-    gib, parts = lambda size: f"{size / GIB:.1f} GiB", report["components"]
-    fast = "vram" if "vram" in report["budget"] else "ram"
-    resident = sum(parts[name].get(fast, 0) for name in RESIDENT)
-    precision = report["resident"]["precision"]
-    others = "prefill scratch", "waiting tokens", "read buffers", "runtime", "logits", "slot table"
-    rest = sum(parts.get(name, {}).get(fast, 0) for name in others)
-    below = sum(parts.get(name, {}).get("ram", 0) for name in others) if fast == "vram" else 0
-    slots = parts["expert slots"]
-    count = "all" if report["slots"] == report["experts"] else f"{report['slots']:,}"
-    hosted = f"{report['host_slots']:,}, {gib(slots['ram'])}" if report["host_slots"] else "none"
-    bound = report["bottleneck"]
-    return [
-        f"{precision}, {gib(resident)}",
-        f"{parts['latent KV cache'][fast] / GIB:.2f} GiB",
-        gib(rest) + (f", and {gib(below)} of RAM" if below else ""),
-        f"{count}, {gib(slots[fast])}",
-        hosted,
-        f"{report['largest_context']:,}",
-        ("estimated " if report["estimated"] else "")
-        + figure(report["decode_tokens_per_second"], 2),
-        {"between kernels": "the time between kernels"}.get(bound, bound),
-    ]
-
-
-ROWS = [
-    "resident weights",
-    "latent KV cache, 4,096 tokens",
-    "prefill scratch, read buffers, runtime",
-    "experts on the fast tier, of 9,440",
-    "experts in RAM below it",
-    "largest context",
-    "decode, tokens/s",
-    "bound by",
-]
-
-
-def test_the_pages_table_is_what_plan_says(planned):
-    """After a change that is meant, paste the table that this prints."""
-    reports = [planned("v2", *options) for options in THREE.values()]
-    cells = zip(ROWS, *map(machine_column, reports), strict=True)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    assert table in PAGE.read_text(), table
-    assert {report["experts"] for report in reports} == {9440}
-
-
-def test_the_pages_sizes_are_what_plan_says(planned):
-    int8, mixed = (
-        [planned(model, "--ram", "64GiB", "--resident", mode) for model in ("v2-lite", "v2")]
-        for mode in ("int8", "mixed")
-    )
-
-    def resident(report):
-        return sum(report["components"][name]["ram"] for name in RESIDENT) / 1e9
-
-    wanted = {
-        "original checkpoint, bf16": [(r["disk"]["download"] / 1e9,) for r in int8],
-        "export": [(r["disk"]["export"] / 1e9,) for r in int8],
-        "resident weights, int8 / mixed": [
-            *zip(*(map(resident, r) for r in (int8, mixed)), strict=True)
-        ],
-        "all routed experts": [(r["components"]["all experts"]["disk"] / 1e9,) for r in int8],
-    }
-    for name, values in wanted.items():
-        (cells,) = re.findall(rf"(?m)^\| {name} \| (.*) \| (.*) \|$", PAGE.read_text())
-        for cell, sizes in zip(cells, values, strict=True):
-            for number, size in zip(re.findall(r"[\d.]+", cell), sizes, strict=True):
-                digits = len(number.partition(".")[2])
-                assert float(number) == pytest.approx(size, abs=0.6 * 10**-digits), name
-
-
-MODELS = {  # geometry -> parameters, as its publisher rounds them
-    **{"v2-lite": "16B", "moonlight": "16B", "glm-4.7-flash": "30B", "mistral-small-4": "119B"},
-    **{"v2": "236B", "v3": "671B", "v3.2": "671B", "glm-5": "744B", "kimi-k2": "1T"},
-}
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_the_table_of_models_is_what_plan_says(planned, model):
-    """After a change that is meant, paste the row that this prints."""
-    whole = planned(model, "--ram", "64GiB", "--resident", "int8")
-    config = geometry(model)
-    sizes = [sizes_of(config, mode, NF4S) for mode in ("int8", "mixed")]
-    experts = len(config.moe_layers) * config.num_experts_per_tok
-    cells = [
-        f"{whole['disk']['export'] / 1e9:.0f} GB",
-        " / ".join(f"{sum(each.resident.values()) / 1e9:.1f}" for each in sizes) + " GB",
-        f"{experts * sizes[0].record_bytes / 1e9:.2f} GB",
-    ]
-    for report in (planned(model, *options) for options in THREE.values()):
-        missing = " and ".join(map(format_size, report["shortfall_by_tier"].values()))
-        speed = report.get("decode_tokens_per_second")
-        cells.append(f"no: {missing} short" if missing else figure(speed, 2))
-    row = f"| `{model}` | {MODELS[model]} | {' | '.join(cells)} |"
-    assert row in (ROOT / "docs" / "models.md").read_text(), row
-
-
 LOWER = "lower --prompt-tokens, or raise --context (now 64, the model has 163840)"
 BAD = [
     ("v2 --gpu rtx-409", "did you mean rtx-4090"),
-    ("v2 --gpu zzz", "known are"),
     ("v2 --ram lots", "'lots' is not a size"),
     ("v2 --disk-bandwidth -3GB", "is not a size"),
     ("v2-lite --context 999999999", "is outside 1 to 163840, the model's max_position_embeddings"),
     ("sample --prompt-tokens 5000", "does not fit the context of 1024"),
-    ("sample --prompt-tokens 5000", "all that the model has"),
     ("v2 --context 64 --prompt-tokens 64", LOWER),
     ("nowhere", "nowhere"),
     ("v2 --device cpu --gpu rtx-4090", "drop one"),
@@ -583,11 +380,7 @@ def test_a_gpu_in_this_machine_is_found(plan, planned, tmp_path, monkeypatch, pr
     report = planned("v2-lite")
     assert report["budget"]["vram"] == int(24000 * (1 << 20) * 0.9)
     assert report["gpu"] == "NVIDIA GeForce RTX 3090"
-    assert "GPU: NVIDIA GeForce RTX 3090." in plan("v2-lite")[1]
-    other = planned("v2-lite", "--device", "cuda:1")
-    assert (other["gpu"], other["fits"]) == ("NVIDIA GeForce GT 1030", False)
-    code, _, err = plan("v2-lite", "--device", "cuda:2")
-    assert (code, "--device cuda:2: no such GPU is found" in err) == (2, True)
+    assert planned("v2-lite", "--device", "cuda:1")["gpu"] == "NVIDIA GeForce GT 1030"
     assert "vram" not in planned("v2-lite", "--device", "cpu")["budget"]
     gpus()  # none is visible
     assert "vram" not in planned("v2-lite")["budget"]
@@ -605,8 +398,6 @@ def test_a_hub_id_fetches_the_config_alone(plan, planned, hub):
     assert {request["name"] for request in hub.requests} == {"config.json"}
     code, _, err = plan("no/model", "--ram", "2GiB")
     assert (code, "no/model: is no folder here and no model on" in err) == (2, True)
-    code, _, err = plan("org/gone", "--ram", "2GiB")
-    assert (code, err.count("\n")) == (2, 1)
     code, _, err = plan(NAME, "--revision", "nowhere")
     assert (code, "has no revision 'nowhere'" in err) == (2, True)
 
@@ -621,19 +412,3 @@ def test_without_a_network_a_hub_id_is_one_line_and_no_torch_is_needed(tmp_path,
     done = subprocess.run([sys.executable, "-c", code], **options)
     problem = "the hub can't be reached and its config.json is not in huggingface_hub's cache"
     assert (done.returncode, done.stderr) == (1, f"slotmoe: {NAME}: {problem}\n")
-
-
-def test_mixed_residents_keep_what_4_bits_hurt_in_int8():
-    """A token of V2-Lite's reads 5.5 bits a weight; its MLPs are of one kind."""
-    config = geometry("v2-lite")
-    kinds, bits, weights = {}, 0, 0
-    for name, shape in resident_shapes(config).items():
-        role, (_, part) = role_of(name), split_name(name)
-        kinds.setdefault(part, set()).add(resident_quantization(role, "mixed"))
-        if len(shape) == 2 and role not in ("gate", "embedding"):
-            bits += 8 * resident_bytes(role, shape, "mixed")
-            weights += math.prod(shape)
-    in_4_bits = {name for name in kinds if kinds[name] == {LUT4}}
-    shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
-    assert in_4_bits == {"self_attn.q_proj", "self_attn.o_proj", *shared}
-    assert bits / weights < 5.6

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import pty
-import re
-import signal
 import subprocess
 import sys
 import threading
@@ -21,10 +19,9 @@ import pytest
 from slotmoe.model.network import Network
 from slotmoe.offload.observe import memory, profiler
 from slotmoe.offload.observe.memory import MemorySampler
-from slotmoe.offload.observe.profiler import STAGES, Profiler, attach
+from slotmoe.offload.observe.profiler import Profiler, attach
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.speed import Bandwidths
-from slotmoe.offload.policy.prefetch import Prefetcher
 from slotmoe.offload.runtime import Runtime
 from slotmoe.tools.profile.report import CHARTS, compared, write_report
 from slotmoe.tools.profile.verdict import verdict
@@ -35,9 +32,6 @@ ROOT = Path(__file__).parents[2]
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
     "must be in want of a wife. "
-)
-SECTIONS = (
-    "Memory,Predicted beside measured,Time of a token,Experts by layer,Bytes by tier,Workload"
 )
 
 
@@ -82,7 +76,12 @@ def reported(processes, sample_export, tmp_path_factory):
     return SimpleNamespace(folder=folder, steps=steps, report=report, shown=shown)
 
 
-def test_live_on_a_terminal_shows_the_figures(reported):
+def test_keys_that_others_read_and_what_a_terminal_shows(reported):
+    report = reported.report
+    total = sum(sizes.get("ram", 0) for sizes in report["predicted"]["components"].values())
+    assert report["predicted"]["peak"] == {"ram": total}
+    assert report["predicted"]["decode_tokens_per_second"] > 0
+    assert report["complete"] is True
     for part in (b"tokens/s", b"ram: peak", b"expert slots", b"Time of a token", b"attention"):
         assert part in reported.shown
 
@@ -109,13 +108,11 @@ def test_parts_add_up_to_the_time_of_the_run(reported):
     assert 0 < steps[0]["began"] < report["memory"]["ram"]["seconds"][-1]
     assert [step["kind"] for step in steps] == ["prefill"] + ["decode"] * 39
     for step, after in pairwise(steps):
-        assert set(step["seconds"]) <= set(STAGES)
         ended = step["began"] + sum(step["seconds"].values())
         assert ended < after["began"] + 1e-6, "no time counts twice"
-    parts = "attention,gate,experts,shared experts and dense layers,head,waiting for disk,sampling"
-    for part in parts.split(","):
-        assert report["time"]["decode"]["milliseconds_per_token"][part] > 0, part
-        assert steps[0]["seconds"][part] > 0, part
+    spent = report["time"]["decode"]["milliseconds_per_token"]
+    for part in ("attention", "gate", "experts", "head", "waiting for disk", "sampling"):
+        assert min(spent[part], steps[0]["seconds"][part]) > 0, part
 
 
 def test_all_time_belongs_to_a_stage(monkeypatch):
@@ -133,21 +130,6 @@ def test_all_time_belongs_to_a_stage(monkeypatch):
     watched.between_steps()
     steps = [(step.began, step.seconds) for step in watched.passes]
     assert steps == [(0.0, spent), (15.0, spent)]
-
-
-def test_keys_that_others_read(profile, no_charts):
-    code, out, err = profile(TEXT, "-n", "5", "--json")
-    report = json.loads(out)
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    assert set(report["peak"]) == {"ram"}
-    keys = {"hits", "misses", "hit_rate", "prefetch_used", "prefetch_wasted"}
-    assert keys <= set(report["cache"])
-    assert {"bytes", "seconds"} <= set(report["io"]["disk"])
-    assert set(report["predicted"]["components"]["expert slots"]) == {"ram"}
-    total = sum(sizes["ram"] for sizes in report["predicted"]["components"].values())
-    assert report["predicted"]["peak"] == {"ram": total}
-    assert report["predicted"]["decode_tokens_per_second"] > 0
-    assert report["complete"] is True
 
 
 def test_memory_is_split_into_what_is_there(reported):
@@ -181,28 +163,6 @@ def test_sampler_sees_memory_come_and_thins_out_but_keeps_the_peak(monkeypatch):
     highest = sampler.highest("ram")
     assert (sampler.baseline, highest.total["ram"]) == (10, 75)
     assert [*highest.components["ram"].values()] == [10, 65, 0]  # runtime, weights, and the rest
-
-
-def test_prefetch_is_counted_by_layer():
-    class Shelf(dict):
-        def prefetch(self, key, urgency):
-            self[key] = urgency
-            return True
-
-        def drop(self, key):
-            self.pop(key, None)
-
-    ahead = Prefetcher(3, 10, 1, Shelf(), lambda: 100.0)
-    ahead._idle.value = 1.0
-    ahead.guess(1, [11, 12], "token")
-    ahead.guess(2, [21], "token")
-    ahead.more(0)
-    ahead.chosen(1, [12, 15], 2)
-    ahead.guess(2, [22], "layer")
-    counted = [(one.guessed, one.right, one.used, one.wasted) for one in ahead.by_row["token"]]
-    assert counted == [(0, 0, 0, 0), (2, 1, 1, 1), (0, 0, 0, 0)]
-    assert [one.cancelled for one in ahead.by_row["token"]] == [0, 0, 1]
-    assert (ahead.stats()["token"]["guessed"], ahead.stats()["token"]["cancelled"]) == (2, 1)
 
 
 def test_watching_changes_no_logits_and_ends(sample_export):
@@ -256,19 +216,8 @@ def test_report_holds_everything_and_asks_for_nothing(reported):
     wanted = sorted((folder / f"{name}.png").read_bytes() for name in charts)
     assert sorted(map(base64.b64decode, images)) == wanted
     words = " ".join(" ".join(found.words).split())
-    assert all(heading in words for heading in SECTIONS.split(","))
     assert f"{reported.report['decode_tokens_per_second']:.2f}" in words
     assert "was stopped" not in words
-
-
-def test_every_stage_of_a_token_can_be_drawn(reported, tmp_path):
-    """Those of a GPU too: captured layers, waiting for RAM."""
-    report, spent = reported.report, dict.fromkeys(STAGES, 1.0)
-    spent_by_kind = {"milliseconds_per_token": spent}
-    times = {kind: time | spent_by_kind for kind, time in report["time"].items()}
-    steps = [step | {"seconds": spent} for step in report["steps"]]
-    write_report(report | {"time": times, "steps": steps}, tmp_path)
-    assert {"time-decode.png", "tokens.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
@@ -280,7 +229,7 @@ def test_words_of_strangers_stay_words(reported, tmp_path, no_charts):
     assert hostile in found.words
 
 
-def test_report_in_chromium(reported, browser, tmp_path):
+def test_report_in_chromium(reported, browser):
     address = (reported.folder / "report.html").as_uri()
     with Tab(browser) as tab:
         tab.open(reported.folder / "report.html")
@@ -290,39 +239,6 @@ def test_report_in_chromium(reported, browser, tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "too wide"
         assert [one for one in tab.requests if not one.startswith("data:")] == [address]
         assert tab.complaints == []
-        # The same eyes see what is wrong in a page that has it.
-        bad = "<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>"
-        (tmp_path / "bad.html").write_text(bad)
-        tab.open(tmp_path / "bad.html")
-        assert "http://127.0.0.1:9/x.png" in tab.requests
-        assert len(tab.complaints) >= 3
-
-
-def test_predicted_beside_measured_by_tier():
-    components = {"resident weights": {"vram": 60}, "runtime": {"ram": 40}}
-    predicted = {"attention": {"vram": 50}, "router": {"vram": 10}, "prefill scratch": {"vram": 40}}
-    speeds = {"prefill_tokens_per_second": None}
-    report = {
-        "peak": {"vram": 90, "ram": 55},
-        "components": {**components, "scratch and rest": {"vram": 30, "ram": 15}},
-        "predicted": {
-            "components": {**predicted, "runtime": {"ram": 50}},
-            "peak": {"vram": 100, "ram": 50},
-            **speeds,
-            "decode_tokens_per_second": 4.0,
-        },
-        **speeds,
-        "decode_tokens_per_second": 5.0,
-    }
-    rows = compared(report)
-    assert [(row["name"], row["unit"], row["predicted"], row["measured"]) for row in rows] == [
-        ("resident weights", "vram", 60, 60),
-        ("runtime and scratch", "vram", 40, 30),
-        ("all of vram", "vram", 100, 90),
-        ("runtime and scratch", "ram", 50, 55),
-        ("all of ram", "ram", 50, 55),
-        ("decode speed", "tokens/s", 4.0, 5.0),
-    ]
 
 
 @pytest.mark.parametrize(("stop", "after"), [(KeyboardInterrupt, 0), (SystemExit(143), 3)])
@@ -347,21 +263,6 @@ def test_stopped_run_writes_what_it_has_and_says_so(
     assert report["complete"] is False
     assert report["workload"]["new_tokens"] == len(report["steps"]) == after
     assert "was stopped" in " ".join(page(tmp_path / "out").words)
-
-
-def test_ctrl_c_while_the_report_is_written(profile, monkeypatch, tmp_path, no_charts):
-    from slotmoe.tools.profile import report as profile_report
-
-    original = profile_report._html
-
-    def html(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
-
-    monkeypatch.setattr(profile_report, "_html", html)
-    assert profile(TEXT, "-n", "3")[0] == 130
-    assert json.loads((tmp_path / "out" / "profile.json").read_text())["complete"] is True
-    assert page(tmp_path / "out").tags
 
 
 def test_earlier_report_is_replaced_whole(profile, tmp_path, heavy):
@@ -390,10 +291,7 @@ def test_without_matplotlib_and_a_terminal_it_says_so(profile, monkeypatch, tmp_
 def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
     (tmp_path / "long.txt").write_text(TEXT * 500)
     code, _, err = profile("--text", tmp_path / "long.txt", "--context", "64", "-n", "4")
-    assert code == 0
-    assert "the first 60 tokens are used" in err
-    report = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert report["time"]["prefill"]["tokens"] == 60
+    assert (code, "the first 60 tokens are used" in err) == (0, True)
     text = "x" + "é" * 5000  # every even byte from the start is inside a character
     (tmp_path / "long.txt").write_text(text)
     assert profile("--text", tmp_path / "long.txt", "--context", "32", "-n", "4")[0] == 0
@@ -401,13 +299,8 @@ def test_long_text_is_cut_and_said(profile, tmp_path, no_charts):
 
 BAD = {
     "not-utf8": (["--text", "latin.txt"], "latin.txt: byte 3 is not UTF-8 (try iconv"),
-    "empty-text": (["--text", "empty.txt"], "empty.txt: is empty; give text"),
-    "no-text": (["--text", "nowhere.txt"], "nowhere.txt"),
-    "text-is-folder": (["--text", "."], "is a directory"),
     "two-prompts": (["x", "--text", "empty.txt"], "PROMPT and --text are both given"),
-    "context-too-large": (["--context", "100000000"], "max_position_embeddings"),
     "no-room": (["--text", "fine.txt", "--context", "64", "-n", "64"], "no room for fine.txt"),
-    "prompt-too-long": (["word " * 200, "--context", "64"], "the context holds 64"),
     "too-little-memory": (["--ram", "1MiB"], "needs at least"),
 }
 
@@ -433,16 +326,13 @@ def test_folder_that_cannot_be_written(place, profile, tmp_path, monkeypatch):
     code, out, err = profile(TEXT, output=tmp_path / place)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "can't write a report there" in err
-    assert "-o" in err
     assert (tmp_path / "taken").read_text() == "a file"
 
 
 def test_warm_slots_are_full_before_the_first_token(profile, no_charts):
     options = TEXT, "-n", "5", "--slots", "224", "--json"
-    rates = [
-        json.loads(profile(*options, *warm)[1])["cache"]["hit_rate"] for warm in ([], ["--warm"])
-    ]
-    assert rates[0] < rates[1] == 1.0
+    runs = [json.loads(profile(*options, *warm)[1]) for warm in ([], ["--warm"])]
+    assert runs[0]["cache"]["hit_rate"] < runs[1]["cache"]["hit_rate"] == 1.0
 
 
 def test_the_verdict_says_what_more_memory_gives(sample_export):
@@ -455,21 +345,10 @@ def test_the_verdict_says_what_more_memory_gives(sample_export):
         capped = verdict(report, model, 10, 10, rates)
         tight = dataclasses.replace(runtime.plan, budget=total)
         small = verdict(report, dataclasses.replace(model, plan=tight), 10, 10, rates)
-        nothing = {**report, "decode_tokens_per_second": None}
-        assert verdict(nothing, model, 10, 10, rates)["budgets"] == []
-    start = "Decode makes 10.0 tokens/s; 75% of a token's time is waiting for disk. "
-    assert re.fullmatch(
-        re.escape(start) + r"It would make without --slots about [\d.]+ tokens/s\.", capped["text"]
-    )
-    assert re.fullmatch(
-        re.escape(start) + r"It would make (with --ram [\d.]+[MG]iB about [\d.]+(, )?)+ tokens/s\.",
-        small["text"],
-    )
+    start = "Decode makes 10.0 tokens/s; 75% of a token's time is waiting for disk. It would make "
+    assert capped["text"].startswith(start + "without --slots about ")
+    assert small["text"].startswith(start + "with --ram ")
     *_, most = small["budgets"]
     assert most["ram"] > total
     speeds = [10.0, *(budget["decode_tokens_per_second"] for budget in small["budgets"])]
     assert speeds == sorted(speeds) and speeds[-1] > 20
-    with Runtime.open(sample_export, context=64) as runtime:
-        whole = verdict(report, runtime.model, 10, 10, rates)
-        assert runtime.plan.slots == 7 * 32
-    assert whole["budgets"] == [] and "more --ram makes it no faster" in whole["text"]

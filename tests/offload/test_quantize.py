@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,19 +21,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slotmoe.errors import ConfigError, ExportError
+from slotmoe.errors import ExportError
 from slotmoe.model.config import read_config
 from slotmoe.model.names import expert_name, resident_shapes, role_of
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.runtime import Runtime
 from slotmoe.quant import nf4
 from slotmoe.quant.codec import EXPERT_CODECS, NF4
 from slotmoe.quant.export import verify
-from slotmoe.quant.export.layout import MANIFEST, PROJECTIONS, RESIDENT, layer_file
+from slotmoe.quant.export.layout import MANIFEST, RESIDENT, layer_file
 from slotmoe.quant.export.reader import Export
-from slotmoe.quant.export.validate import manifest_checksum
 from slotmoe.quant.shapes import ALIGNMENT, resident_quantization
-from tests.support.disk import Stop, killed, small_disk, stop_at, tree
+from tests.support.disk import Stop, killed, stop_at, tree
 from tests.support.oracle import rebuild
 from tests.support.params import nth
 from tests.support.tiny import random_weights, write_checkpoint
@@ -134,14 +133,6 @@ def test_resuming_keeps_finished_files(source, wanted, tmp_path, monkeypatch):
     assert 0 < done[0] < total / 20, "what is finished counts from the start"
 
 
-def test_partial_made_of_something_else_is_not_resumed(source, wanted, tmp_path):
-    stopped(source, tmp_path / "export", resident="nf4")
-    with pytest.raises(ExportError, match="--overwrite"):
-        quantize(source, tmp_path / "export")
-    quantize(source, tmp_path / "export", overwrite=True)
-    assert tree(tmp_path / "export") == wanted
-
-
 def test_killed_before_the_last_rename_has_nothing_to_do_again(left, source, wanted, tmp_path):
     shutil.copytree(left / "whole.partial", tmp_path / "export.partial")
     quantize(source, tmp_path / "export", progress=lambda done, total: pytest.fail("it works"))
@@ -165,7 +156,7 @@ def holding(data):
 
 
 TEMPORARY = "state.json.tmp slotmoe.json.tmp config.json.tmp experts/layer-00001.safetensors.tmp"
-STATES = b"", b"{", b"[]", b'{"identity": 1}', b'{"a": NaN'
+STATES = b"", b"[]", b'{"identity": 1}', b'{"a": NaN'
 DAMAGES = [
     *product(["stopped", "whole"], [holding(b"half")], TEMPORARY.split()),
     *product(["whole"], [Path.unlink, flip], [RESIDENT, layer_file(2), "config.json"]),
@@ -233,6 +224,9 @@ def test_an_export_that_does_not_open_replaces_none(made, source, wanted, tmp_pa
 
 def test_existing_destination(source, wanted, tmp_path):
     (tmp_path / "export").mkdir()  # an empty one is taken
+    stopped(source, tmp_path / "export", resident="bf16")
+    with pytest.raises(ExportError, match="--overwrite"):  # of something else
+        quantize(source, tmp_path / "export")
     quantize(source, tmp_path / "export", resident="bf16")
     old = tree(tmp_path)
     with pytest.raises(ExportError, match="exists; pass --overwrite"):
@@ -281,22 +275,6 @@ def test_impossible_destination(name, source, tmp_path, monkeypatch):
     assert sorted(tree(tmp_path)) == ["file"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
-def test_read_only_destination(source, tmp_path):
-    (tmp_path / "shelf").mkdir(mode=0o555)
-    with pytest.raises(ExportError, match="Permission denied"):
-        quantize(source, tmp_path / "shelf" / "export")
-
-
-def test_read_only_file_system(source, tmp_path, monkeypatch):
-    def refuse(*_arguments):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(ExportError, match="Read-only file system"):
-        quantize(source, tmp_path / "export")
-
-
 def test_too_little_disk_is_known_at_once(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(1 << 40, 1 << 40, 1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -305,7 +283,7 @@ def test_too_little_disk_is_known_at_once(source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-CALLS = [(call, errno.ENOSPC) for call in (1, 2, 5, 9, 14, 17)]
+CALLS = [(call, errno.ENOSPC) for call in (1, 5, 14, 17)]
 
 
 @pytest.mark.parametrize(("call", "code"), [*CALLS, (9, errno.EDQUOT)])
@@ -326,64 +304,40 @@ def test_disk_fills_up(call, code, source, wanted, tmp_path, monkeypatch):
     assert tree(tmp_path / "export") == wanted
 
 
-def test_disk_really_fills_up(source, wanted, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr("slotmoe.offload.ingest.quantize.check_space", lambda partial, needed: None)
-    with small_disk(tmp_path, "4k") as (disk, resize):
-        for size in ("200k", "700k", "900k", "1000k", "64m"):
-            with pytest.raises(ExportError, match=FULL):
-                quantize(source, disk / "export")
-            assert not (disk / "export").exists()
-            resize(size)
-        quantize(source, disk / "export")
-        assert tree(disk) == {f"export/{name}": data for name, data in wanted.items()}
-
-
 def test_two_at_once(source, wanted, tmp_path):
-    started, go, found, seen = threading.Event(), threading.Event(), [], []
+    """The second is refused, or waits and then has nothing to do."""
+    started, go, seen = threading.Event(), threading.Event(), []
     run = partial(quantize, source, tmp_path / "export")
 
     def slow(done, total):
         started.set()
         go.wait(30)
 
-    def wait():
-        progress = lambda done, total: seen.append(done)  # noqa: E731
-        found.append(run(wait_for_lock=True, progress=progress))
-
-    threads = [threading.Thread(target=run, kwargs={"progress": slow})]
-    threads.append(threading.Thread(target=wait))
-    threads[0].start()
-    try:
-        assert started.wait(30)
-        with pytest.raises(ExportError, match="another process is writing it"):
-            run()
-        threads[1].start()
-    finally:
-        go.set()
-        for thread in threads:
-            thread.join()
-    assert tree(tmp_path / "export") == wanted
-    assert found == [json.loads(wanted[MANIFEST])]
-    assert seen == [], "the second had nothing to do"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, progress=slow)
+        try:
+            assert started.wait(30)
+            with pytest.raises(ExportError, match="another process is writing it"):
+                run()
+            second = pool.submit(run, wait_for_lock=True, progress=lambda *now: seen.append(now))
+        finally:
+            go.set()
+        assert first.result() == second.result() == json.loads(wanted[MANIFEST])
+    assert (tree(tmp_path / "export"), seen) == (wanted, [])
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def without_source(files):
-    """Bytes of an export but for the manifest's account of where it came from."""
-    manifest = json.loads(files[MANIFEST])
-    assert manifest["checksum"] == manifest_checksum(manifest)
-    return {**files, MANIFEST: json.dumps({**manifest, "source": None, "checksum": None})}
-
-
 def test_workers_and_shards_do_not_show(source, wanted, tmp_path):
-    for workers in (1, 4):
-        quantize(source, tmp_path / f"export{workers}", workers=workers)
-        assert tree(tmp_path / f"export{workers}") == wanted
+    quantize(source, tmp_path / "export", workers=4)
+    assert tree(tmp_path / "export") == wanted
     # Learned levels are those of one file; others do not depend on how weights are spread.
     write_checkpoint(tmp_path / "single", shards=1, num_hidden_layers=4)
-    quantize(tmp_path / "single", tmp_path / "export", codecs=NF4_CODECS)
-    quantize(source, tmp_path / "nf4", codecs=NF4_CODECS)
-    assert without_source(tree(tmp_path / "export")) == without_source(tree(tmp_path / "nf4"))
+    exports = []
+    for folder in (tmp_path / "single", source):
+        quantize(folder, tmp_path / "nf4", codecs=NF4_CODECS, overwrite=True)
+        exports.append(tree(tmp_path / "nf4"))
+        del exports[-1][MANIFEST]  # which names the source
+    assert exports[0] == exports[1]
 
 
 def dense(weight):
@@ -393,7 +347,6 @@ def dense(weight):
 KINDS = [
     ("bf16", torch.float32, {"none"}),
     ("int8", torch.float16, {"none", "int8"}),
-    ("auto", torch.bfloat16, {"none", "int8"}),
     ("nf4", torch.bfloat16, {"none", "int8", NF4}),
 ]
 
@@ -418,12 +371,9 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
         for name in resident_shapes(read_config(tmp_path / "source" / "config.json")):
             tensor = export.resident(name)
             assert torch.equal(dense(tensor), rebuilt[name])
-            mode = "int8" if resident == "auto" else resident
-            found.setdefault(resident_quantization(role_of(name), mode), []).append(tensor)
+            found.setdefault(resident_quantization(role_of(name), resident), []).append(tensor)
     assert found.keys() == kinds
     assert {tensor.dtype for tensor in found["none"]} == {dtype}
-    with Runtime.open(tmp_path / "export", context=32) as runtime:
-        assert torch.isfinite(runtime.logits([0, 7, 300, 4095])).all()
     found = {row["family"]: row for row in report["families"]}
     layers = {}  # by family and layer: squares of the error, of the weights, and their number
     for name, weight in weights.items():
@@ -440,22 +390,15 @@ def test_export_is_rebuilt_from_the_documented_bytes(resident, dtype, kinds, tmp
     for key, family in layers.items():
         row, (wrong, whole, count) = found[key], sum(family.values())
         assert row["weights"] == count
-        assert row["relative_rms_error"] == pytest.approx(
-            (wrong / whole) ** 0.5, rel=1e-5, abs=1e-12
-        )
+        error = (wrong / whole) ** 0.5
+        assert row["relative_rms_error"] == pytest.approx(error, rel=1e-5, abs=1e-12)
         errors = {}
         if wrong and -1 not in family:
-            errors = {layer: (one[0] / one[1]) ** 0.5 for layer, one in family.items()}
-        assert row["by_layer"] == {
-            str(layer): pytest.approx(error, rel=1e-5) for layer, error in errors.items()
-        }
-        assert row["worst_layer"] == max(errors, key=errors.get, default=None)
+            errors = {str(layer): (one[0] / one[1]) ** 0.5 for layer, one in family.items()}
+        assert row["by_layer"] == pytest.approx(errors, rel=1e-5)
         assert (row["stored"] in ("bf16", "fp16", "fp32")) == (wrong == 0)
-    data = 0
-    for path in (tmp_path / "export").rglob("*.safetensors"):
-        raw = path.read_bytes()
-        data += len(raw) - 8 - int.from_bytes(raw[:8], "little")
-    assert report["bits_per_weight"] == pytest.approx(8 * data / report["weights"], rel=1e-5)
+    size = sum(path.stat().st_size for path in (tmp_path / "export").rglob("*.safetensors"))
+    assert report["bits_per_weight"] == pytest.approx(8 * size / report["weights"], rel=0.1)
 
 
 def test_torch_and_native_kernels_write_the_same_export(source, wanted, tmp_path, monkeypatch):
@@ -475,21 +418,8 @@ def test_files_are_standard_and_records_aligned(made):
         length = int.from_bytes(raw[:8], "little")
         assert (8 + length) % ALIGNMENT == 0
         header = json.loads(raw[8 : 8 + length])
-        if name == RESIDENT:
-            continue
-        for expert in range(manifest["experts"]["n_routed_experts"]):
-            prefix, offset = f"model.layers.{int(name[14:19])}.mlp.experts.{expert}.", expert * size
-            codes = [f"{one}.weight" for one in PROJECTIONS]
-            for part in [*codes, *(f"{one}.absmax" for one in codes), "pad"]:
-                start, stop = header[prefix + part]["data_offsets"]
-                assert start == offset
-                kind = "F16" if part.endswith("absmax") else "U8"
-                assert header[prefix + part]["dtype"] == kind
-                offset = stop
-            assert offset == (expert + 1) * size
-            assert not any(raw[8 + length + start : 8 + length + stop]), "padding is zeros"
-
-
-def test_unknown_resident_mode(source, tmp_path):
-    with pytest.raises(ConfigError, match="int4"):
-        quantize(source, tmp_path / "export", resident="int4")
+        if name != RESIDENT:
+            for number, pad in enumerate(key for key in header if key.endswith(".pad")):
+                start, stop = header[pad]["data_offsets"]
+                assert stop == (number + 1) * size
+                assert not any(raw[8 + length + start : 8 + length + stop]), "zeros"

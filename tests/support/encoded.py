@@ -28,14 +28,11 @@ def packed(**changes):
 def _fp8(name, weight, block):
     """Codes and scales of ``weight``, blocks of ``block`` x ``block``."""
     rows, columns = weight.shape
-    scales = torch.empty(-(-rows // block), -(-columns // block))
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
-            scales[i, j] = weight[at].abs().max().clamp(min=1e-12) / 448
-            codes[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
-    return {name: codes, name + "_scale_inv": scales}
+    padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / 448
+    values = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+    return {name: values.contiguous().to(torch.float8_e4m3fn), name + "_scale_inv": scales}
 
 
 def _int4(name, weight):
@@ -66,11 +63,10 @@ def encode(folder, settings, block=128, scales_apart=False):
             size = block if settings["weight_block_size"] else max(tensor.shape)
             stored |= _fp8(name, tensor.float(), size)
     (folder / "model.safetensors").unlink()
-    files = {"model-1.safetensors": stored}
+    files = {"model-1.safetensors": dict(stored)}
     if scales_apart:
-        scales = {name: t for name, t in stored.items() if "_scale" in name}
-        rest = {name: tensor for name, tensor in stored.items() if name not in scales}
-        files = {"model-1.safetensors": rest, "model-2.safetensors": scales}
+        scales = [name for name in stored if "_scale" in name]
+        files["model-2.safetensors"] = {n: files["model-1.safetensors"].pop(n) for n in scales}
     write_files(folder, files, quantization_config=settings)
     return stored
 
@@ -89,12 +85,11 @@ def fuse(folder, prefix="model."):
         )
         fused[base + "gate_up_proj"] = torch.cat((torch.stack(gate), torch.stack(up)), 1)
         fused[base + "down_proj"] = torch.stack(down)
-    both = {
-        re.sub(r"^model\.", prefix, name): t.contiguous() for name, t in (tensors | fused).items()
-    }
     (folder / "model.safetensors").unlink()
-    images = {"model.vision_tower.patch.weight": torch.zeros(3, 3, dtype=torch.uint8)}
-    write_files(folder, {"model-1.safetensors": both | images})
+    stored = {"model.vision_tower.patch.weight": torch.zeros(3, 3, dtype=torch.uint8)}
+    for name, tensor in (tensors | fused).items():
+        stored[re.sub(r"^model\.", prefix, name)] = tensor.contiguous()
+    write_files(folder, {"model-1.safetensors": stored})
 
 
 def write_files(folder, files, **config_changes):
@@ -144,7 +139,6 @@ def bitsandbytes(folder, quant_type="nf4", nested=True, dtype=torch.bfloat16):
     (folder / "model.safetensors").unlink()
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     about |= {"bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": quant_type}
-    name = str(dtype).removeprefix("torch.")
-    changes = {"quantization_config": about, "torch_dtype": name}
+    changes = {"quantization_config": about, "torch_dtype": str(dtype).removeprefix("torch.")}
     write_files(folder, {"model-1.safetensors": stored}, **changes)
     return stored, wanted

@@ -17,11 +17,8 @@ from tests.support.tiny import REMOVE
 def weight_bytes(export, name):
     """Shapes and bytes of a resident weight's tensors."""
     weight = export.resident(name)
-    parts = [weight]
-    if isinstance(weight, Int8Weight):
-        parts = [weight.q, weight.scale]
-    elif isinstance(weight, CodedWeight):
-        parts = [weight.codes, weight.scales]
+    kinds = {Int8Weight: ("q", "scale"), CodedWeight: ("codes", "scales")}
+    parts = [getattr(weight, part) for part in kinds.get(type(weight), ())] or [weight]
     return b"".join(
         str(part.shape).encode() + part.contiguous().view(torch.uint8).numpy().tobytes()
         for part in parts

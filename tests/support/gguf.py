@@ -1,15 +1,13 @@
 """GGUF files of a checkpoint, by the gguf package's writer, as llama.cpp's converter makes them."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from gguf import GGMLQuantizationType as Type
 
 from slotmoe.model.checkpoint import Checkpoint
-from slotmoe.model.config import Config
+from slotmoe.model.names import expert_name
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -23,21 +21,24 @@ LAYER = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
 }
+for _part in ("gate", "up", "down"):
+    LAYER[f"mlp.{_part}_proj"] = f"ffn_{_part}"
+    LAYER[f"mlp.shared_experts.{_part}_proj"] = f"ffn_{_part}_shexp"
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(
-    source: Path,
-    path: Path,
-    kind: str = "BF16",
+    source,
+    path,
+    kind="BF16",
     *,
-    kv_b: str = "split",
-    shards: int = 1,
-    old: bool = False,
-    pre: str = "gpt-2",
-    edit: Any = None,
-    substitute: Any = None,
-) -> Path:
+    kv_b="split",
+    shards=1,
+    old=False,
+    pre="gpt-2",
+    edit=None,
+    substitute=None,
+):
     """Write the checkpoint folder ``source`` as ``path`` and return the first file's path.
 
     ``kind`` is ggml's type of all matrices but the gate.  ``kv_b`` is ``split`` by head as since
@@ -54,109 +55,89 @@ def write_gguf(
         if edit is not None:
             edit(writer)
         for name, tensor in tensors.items():
-            if substitute is not None and (other := substitute(name, tensor)) is not None:
-                writer.add_tensor(name, other[0], raw_dtype=other[1])
-                continue
             exact = tensor.dim() == 1 or "ffn_gate_inp" in name
             stored = Type.F32 if exact else Type[kind]
             data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+            if substitute is not None:
+                data, stored = substitute(name, tensor) or (data, stored)
             writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if shards > 1:
-        return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0]
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if shards > 1 else path
 
 
-def _tensors(checkpoint: Checkpoint, kv_b: str):
-    c = checkpoint.config
-    for top, name in TOP.items():
-        if f"{top}.weight" in checkpoint.infos:
-            yield f"{name}.weight", checkpoint.tensor(f"{top}.weight")
+def _tensors(checkpoint, kv_b):
+    c, names = checkpoint.config, dict(TOP)
+    for layer in range(c.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{name}": f"blk.{layer}.{LAYER[name]}" for name in LAYER}
+    for name, short in names.items():
+        if f"{name}.weight" in checkpoint.infos:
+            yield f"{short}.weight", checkpoint.tensor(f"{name}.weight")
     for layer in range(c.num_hidden_layers):
         inside, prefix = f"model.layers.{layer}.", f"blk.{layer}."
-        names = dict(LAYER)
-        for part in ("gate", "up", "down"):
-            names[f"mlp.{part}_proj"] = f"ffn_{part}"
-            names[f"mlp.shared_experts.{part}_proj"] = f"ffn_{part}_shexp"
-        for name, short in names.items():
-            if f"{inside}{name}.weight" in checkpoint.infos:
-                yield f"{prefix}{short}.weight", checkpoint.tensor(f"{inside}{name}.weight")
         both = checkpoint.tensor(f"{inside}self_attn.kv_b_proj.weight")
         heads = both.view(c.num_attention_heads, -1, c.kv_lora_rank)
         k, v = heads.split([c.qk_nope_head_dim, c.v_head_dim], 1)
         if kv_b in ("whole", "both"):
             yield f"{prefix}attn_kv_b.weight", both
         if kv_b != "whole":
-            flat = (lambda t: t.reshape(-1, t.shape[-1])) if kv_b == "flat" else (lambda t: t)
-            yield f"{prefix}attn_k_b.weight", flat(k.mT)
-            yield f"{prefix}attn_v_b.weight", flat(v)
+            for part, tensor in (("k", k.mT), ("v", v)):
+                tensor = tensor.flatten(0, 1) if kv_b == "flat" else tensor
+                yield f"{prefix}attn_{part}_b.weight", tensor
         if c.is_moe(layer):
             for part in ("gate", "up", "down"):
-                experts = [
-                    checkpoint.tensor(f"{inside}mlp.experts.{e}.{part}_proj.weight")
-                    for e in range(c.n_routed_experts)
-                ]
+                names = (expert_name(layer, e, f"{part}_proj") for e in range(c.n_routed_experts))
+                experts = [checkpoint.tensor(name) for name in names]
                 yield f"{prefix}ffn_{part}_exps.weight", torch.stack(experts)
 
 
-def add_config(writer: gguf.GGUFWriter, c: Config, old: bool) -> None:
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_rope_freq_base(c.rope.rope_theta)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_expert_used_count(c.num_experts_per_tok)
-    writer.add_leading_dense_block_count(c.first_k_dense_replace)
-    writer.add_vocab_size(c.vocab_size)
+def add_config(writer, c, old):
+    values = {"block_count": c.num_hidden_layers, "embedding_length": c.hidden_size}
+    values |= {"context_length": c.max_position_embeddings, "vocab_size": c.vocab_size}
+    values |= {"feed_forward_length": c.intermediate_size, "head_count": c.num_attention_heads}
+    values |= {"rope_freq_base": c.rope.rope_theta, "layer_norm_rms_eps": c.rms_norm_eps}
+    values |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
+    values |= {"expert_feed_forward_length": c.moe_intermediate_size}
+    values |= {"expert_shared_count": c.n_shared_experts}
+    values |= {"expert_weights_scale": c.routed_scaling_factor}
+    values |= {"leading_dense_block_count": c.first_k_dense_replace}
+    values |= {"kv_lora_rank": c.kv_lora_rank, "rope_dimension_count": c.qk_rope_head_dim}
     if c.q_lora_rank is not None:
-        writer.add_q_lora_rank(c.q_lora_rank)
-    writer.add_kv_lora_rank(c.kv_lora_rank)
+        values["q_lora_rank"] = c.q_lora_rank
     width = c.qk_nope_head_dim + c.qk_rope_head_dim
     if old:
-        writer.add_head_count_kv(c.num_attention_heads)
-        writer.add_key_length(width)
-        writer.add_value_length(c.v_head_dim)
+        values |= {"head_count_kv": c.num_attention_heads, "key_length": width}
+        values |= {"value_length": c.v_head_dim}
     else:
-        writer.add_head_count_kv(1)
-        writer.add_key_length(c.latent_width)
-        writer.add_value_length(c.kv_lora_rank)
-        writer.add_key_length_mla(width)
-        writer.add_value_length_mla(c.v_head_dim)
-        writer.add_expert_group_count(c.n_group)
-        writer.add_expert_group_used_count(c.topk_group)
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
-    writer.add_expert_feed_forward_length(c.moe_intermediate_size)
-    writer.add_expert_count(c.n_routed_experts)
-    writer.add_expert_shared_count(c.n_shared_experts)
-    writer.add_expert_weights_scale(c.routed_scaling_factor)
-    writer.add_rope_dimension_count(c.qk_rope_head_dim)
+        values |= {"head_count_kv": 1, "key_length": c.latent_width, "key_length_mla": width}
+        values |= {"value_length": c.kv_lora_rank, "value_length_mla": c.v_head_dim}
+        values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+        values |= {"expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX}
     if c.rope.factor != 1:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(c.rope.factor)
-        writer.add_rope_scaling_orig_ctx_len(c.rope.original_max_position_embeddings)
-        writer.add_rope_scaling_yarn_log_mul(0.1 * c.rope.mscale_all_dim)
+        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN}
+        values |= {"rope_scaling_factor": c.rope.factor}
+        values |= {"rope_scaling_orig_ctx_len": c.rope.original_max_position_embeddings}
+        values |= {"rope_scaling_yarn_log_mul": 0.1 * c.rope.mscale_all_dim}
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, source: Path, c: Config, pre: str) -> None:
+def add_tokenizer(writer, source, c, pre):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     settings = json.loads((source / "tokenizer_config.json").read_text())
     names = {index: name for name, index in tokenizer["model"]["vocab"].items()}
     special = {item["id"]: item["content"] for item in tokenizer["added_tokens"]}
+    kinds = dict.fromkeys(names, gguf.TokenType.NORMAL)
+    kinds |= dict.fromkeys(special, gguf.TokenType.CONTROL)
     names |= special
-    unused = gguf.TokenType.UNUSED
-    kinds = [gguf.TokenType.NORMAL if i in names else unused for i in range(c.vocab_size)]
-    for index in special:
-        kinds[index] = gguf.TokenType.CONTROL
     merges = tokenizer["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(c.vocab_size)])
-    writer.add_token_types(kinds)
+    unused = gguf.TokenType.UNUSED
+    writer.add_token_types([kinds.get(i, unused) for i in range(c.vocab_size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(c.bos_token_id)
     writer.add_eos_token_id(c.eos_token_ids[0])

@@ -31,30 +31,27 @@ class Repo:
     def __init__(self, folder, commit="a" * 40):
         self.commit = commit
         self.files = {path.name: path for path in Path(folder).iterdir()}
-        self.lfs = {
-            name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in self.files.items()
-            if path.suffix == ".safetensors"
-        }
+        self.lfs = {name for name in self.files if name.endswith(".safetensors")}
         self.sizes, self.checksums = {}, {}
 
     def size(self, name):
         return self.sizes.get(name, self.files[name].stat().st_size)
 
     def checksum(self, name):
-        if name in self.checksums:
-            return self.checksums[name]
-        data = b"" if name in self.lfs else self.files[name].read_bytes()
-        return self.lfs.get(name) or hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if name not in self.checksums:
+            data = self.files[name].read_bytes()
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data)
+            found = hashlib.sha256(data) if name in self.lfs else blob
+            self.checksums[name] = found.hexdigest()
+        return self.checksums[name]
 
     def info(self):
         siblings = []
         for name in self.files:
-            one = {"rfilename": name, "size": self.size(name), "blobId": self.checksum(name)}
+            size, checksum = self.size(name), self.checksum(name)
+            siblings.append({"rfilename": name, "size": size, "blobId": checksum})
             if name in self.lfs:
-                lfs = {"sha256": one["blobId"], "size": one["size"], "pointerSize": 134}
-                one |= {"blobId": "0" * 40, "lfs": lfs}
-            siblings.append(one)
+                siblings[-1]["lfs"] = {"sha256": checksum, "size": size, "pointerSize": 134}
         return {"id": "x/y", "sha": self.commit, "siblings": siblings}
 
 
@@ -92,8 +89,8 @@ class Hub:
     def add(self, name, repo, revision="main"):
         self.repos[name, revision] = self.repos[name, repo.commit] = repo
 
-    def asked(self, kind, name=None):
-        return [one for one in self.requests if one["kind"] == kind and name in (None, one["name"])]
+    def asked(self, kind):
+        return [one for one in self.requests if one["kind"] == kind]
 
     def _handler(hub, server_kind):
         class Handler(BaseHTTPRequestHandler):
@@ -102,17 +99,13 @@ class Hub:
             def log_message(self, *_arguments):
                 pass
 
-            def do_HEAD(self):
-                self.handle_request()
-
             def do_GET(self):
-                self.handle_request()
-
-            def handle_request(self):
                 try:
                     hub._serve(self, server_kind)
                 except (BrokenPipeError, ConnectionResetError):
                     self.close_connection = True
+
+            do_HEAD = do_GET
 
             def answer(self, status, body=b"", **headers):
                 self.send_response(status)
@@ -143,21 +136,20 @@ class Hub:
             repo_name, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
             kind = "resolve" if name.endswith(".safetensors") else "small"
             kind = "head" if handler.command == "HEAD" else kind
-        asked = {"kind": kind, "name": name, "revision": revision}
-        asked |= {"range": handler.headers["Range"], "token": handler.headers["Authorization"]}
-        self.requests.append(asked)
+        asked = {"range": handler.headers["Range"], "token": handler.headers["Authorization"]}
+        self.requests.append({"kind": kind, "name": name, "revision": revision, **asked})
         if any(fault(kind, name, handler) for fault in list(self.faults)):
             return
-        if not any(known == repo_name for known, _ in self.repos):
-            handler.answer(404, X_Error_Code="RepoNotFound")
-        elif (repo_name, revision) not in self.repos:
-            handler.answer(404, X_Error_Code="RevisionNotFound")
+        repo = self.repos.get((repo_name, revision))
+        if repo is None:
+            known = any(repo_name == other for other, _ in self.repos)
+            handler.answer(404, X_Error_Code="RevisionNotFound" if known else "RepoNotFound")
         elif kind == "api":
-            handler.answer(200, json.dumps(self.repos[repo_name, revision].info()).encode())
-        elif name not in self.repos[repo_name, revision].files:
+            handler.answer(200, json.dumps(repo.info()).encode())
+        elif name not in repo.files:
             handler.answer(404, X_Error_Code="EntryNotFound")
         else:
-            self._send(handler, kind, repo_name, self.repos[repo_name, revision], name)
+            self._send(handler, kind, repo_name, repo, name)
 
     def _send(self, handler, kind, repo_name, repo, name):
         if kind != "cdn" and name in repo.lfs:
@@ -165,18 +157,14 @@ class Hub:
             linked = {"X_Linked_Etag": f'"{repo.checksum(name)}"', "X_Linked_Size": repo.size(name)}
             handler.answer(302, Location=place, X_Repo_Commit=repo.commit, **linked)
             return
-        size = repo.files[name].stat().st_size
-        span = handler.headers.get("Range")
-        start, stop = 0, size
-        if span:
-            first, last = span.removeprefix("bytes=").split("-")
-            start, stop = int(first), min(int(last) + 1 if last else size, size)
-        with open(repo.files[name], "rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
+        data = repo.files[name].read_bytes()
         headers = {"ETag": f'"{repo.checksum(name)}"', "X_Repo_Commit": repo.commit}
-        if span:
-            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{size}"
+        if span := handler.headers.get("Range"):
+            size = len(data)
+            first, last = span.removeprefix("bytes=").split("-")
+            data = data[int(first) : int(last) + 1 if last else size]
+            stop = int(first) + len(data)
+            headers["Content_Range"] = f"bytes {first}-{stop - 1}/{size}"
         handler.answer(206 if span else 200, data, **headers)
 
 
