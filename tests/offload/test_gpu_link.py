@@ -7,9 +7,6 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -17,7 +14,6 @@ import torch
 
 from slotmoe.offload.observe.measure import link_bandwidths
 from slotmoe.offload.policy.cache import Cache, Learned
-from slotmoe.offload.tiers.disk import DEMAND
 from slotmoe.offload.tiers.memory import page_aligned
 from tests.support.disk import forked
 from tests.support.engine import IDS, start, whole
@@ -79,29 +75,6 @@ def test_measuring_the_link_takes_no_memory_of_the_gpu_and_changes_no_record(on_
         assert twin.peak == before
         assert torch.equal(slab, held)
         whole(runtime)
-
-
-def test_copies_are_queued_by_one_thread_at_a_time(on_twin, monkeypatch):
-    """The events around a copy measure that copy alone."""
-    inside, together, original = [], [], Twin.copy
-
-    def copy(self, *arguments):
-        together.extend(inside)
-        inside.append(threading.get_ident())
-        time.sleep(0.001)  # for others to come in, if they may
-        try:
-            return original(self, *arguments)
-        finally:
-            inside.clear()
-
-    monkeypatch.setattr(Twin, "copy", copy)
-    with on_twin(Twin(), 0, misses="fetch", slots=40) as runtime:
-        slots, store = runtime.model.experts.slots, runtime.model.store
-        reads = [store.read(expert_id, slots.slab[expert_id], DEMAND) for expert_id in range(8)]
-        with ThreadPoolExecutor(8) as threads:  # as the disk's, when records arrive together
-            list(threads.map(lambda read: read.after(True), reads))
-        assert all(read.copy is not None for read in reads)
-    assert not together
 
 
 @pytest.mark.usefixtures("processes")

@@ -260,22 +260,6 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
     assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
 
 
-@torch.inference_mode()
-def test_a_captured_function_reads_its_buffers_and_nothing_else():
-    """Inside another it is part of that."""
-    buffer, out = torch.zeros(2), torch.empty(2)
-    captured = partial(Captured((buffer,), Recorded), lambda x: torch.mul(x, 2, out=out))
-    assert captured(torch.tensor([1.0, 2.0])) is out
-    assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
-    assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
-    out.zero_()
-    assert captured(buffer) is out and out.tolist() == [6, 8]
-    Recorded.made = 0
-    inner = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + 1)
-    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
-    assert outer(torch.ones(2)).tolist() == [4, 4] and Recorded.made == 1
-
-
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
     captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x * 2)
     Recorded.made = 0

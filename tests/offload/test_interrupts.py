@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def stuck(sample_export, monkeypatch):
     assert not late, "only the disk's answer ended the wait"
 
 
-def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck):
+def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck, thread):
     (runtime, waiting), heard, wait = stuck, [], disk.DiskReader.wait
 
     def handler(*_):
@@ -145,10 +146,10 @@ def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stu
 
     signal.signal(CTRL_C, handler)
     monkeypatch.setattr(disk.DiskReader, "wait", press_and_wait)
-    finish = in_thread(press_again)
+    pressed = thread.submit(press_again)
     with pytest.raises(KeyboardInterrupt):
         runtime.logits(IDS)
-    assert finish() is None
+    assert pressed.exception(60) is None
     runtime.close()
     assert "the disk does not answer" in caplog.text
 
@@ -174,33 +175,17 @@ def test_a_read_is_done_whatever_happens_in_its_thread(sample_export):
 # Threads
 
 
-def in_thread(action):
-    """Start ``action`` in a thread; the returned function waits and gives what it gave or
-    raised."""
-    results = []
-
-    def run():
-        try:
-            results.append(action())
-        except BaseException as problem:
-            results.append(problem)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def finish():
-        thread.join(60)
-        assert not thread.is_alive()
-        return results[0]
-
-    return finish
+@pytest.fixture
+def thread():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
-def test_a_second_thread_is_refused_and_spoils_nothing(sample_export):
+def test_a_second_thread_is_refused_and_spoils_nothing(sample_export, thread):
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
         want, inside, over = compute(runtime), threading.Event(), threading.Event()
         stop = runtime.model.experts.on_route(lambda route: (inside.set(), over.wait(30)))
-        finish = in_thread(lambda: compute(runtime))
+        other = thread.submit(compute, runtime)
         assert inside.wait(30)
         first = runtime.sequences[0]
         for use in (
@@ -219,12 +204,12 @@ def test_a_second_thread_is_refused_and_spoils_nothing(sample_export):
             with pytest.raises(ConfigError, match=r"^Runtime is in use by another thread"):
                 use()
         over.set()
-        assert torch.equal(finish(), want)
+        assert torch.equal(other.result(60), want)
         stop()
         check(runtime, want)
 
 
-def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
+def test_what_another_thread_changed_is_no_basis_for_more(sample_export, thread):
     """A text that comes piece by piece ends where another thread came between two pieces."""
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
         first = runtime.sequences[0]
@@ -236,22 +221,22 @@ def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
         ):
             pieces = begin()
             next(pieces)
-            in_thread(change)()
+            thread.submit(change).result(60)
             with pytest.raises(ConfigError, match="superseded"):
                 list(pieces)
 
 
-def test_close_from_another_thread_ends_a_wait(stuck):
+def test_close_from_another_thread_ends_a_wait(stuck, thread):
     runtime, waiting = stuck
-    finish = in_thread(lambda: runtime.logits(IDS))
+    other = thread.submit(runtime.logits, IDS)
     assert waiting.wait(30)
     runtime.close()
-    problem = finish()
+    problem = other.exception(60)
     assert isinstance(problem, ConfigError) and "this Runtime is closed" in str(problem)
     runtime.close()  # a second time: nothing
 
 
-def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch):
+def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch, thread):
     runtime = Runtime.open(sample_export, context=256, slots=22)
     inside, closing, refuse = threading.Event(), threading.Event(), Exclusive.refuse
     layers = []
@@ -263,10 +248,10 @@ def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch
 
     monkeypatch.setattr(Exclusive, "refuse", lambda *given: (refuse(*given), closing.set()))
     runtime.model.experts.on_route(at_a_gate)
-    finish = in_thread(lambda: list(runtime.generate(IDS, 100)))
+    other = thread.submit(lambda: list(runtime.generate(IDS, 100)))
     assert inside.wait(30)
     runtime.close()
-    assert "this Runtime is closed" in str(finish()) and layers == [0]
+    assert "this Runtime is closed" in str(other.exception(60)) and layers == [0]
 
 
 def test_use_after_close_is_refused(sample_export):

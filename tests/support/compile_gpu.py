@@ -2,9 +2,7 @@
 ``python -m tests.support.compile_gpu sm_86 v2-lite``.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
-object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
-takes, its registers, the bytes that it spills into memory, and what the machine code tells of each
-of its ``loops``: the instructions of a turn.
+object: kernel, the bytes of shared memory that a program takes, and those that it spills.
 """
 
 import json
@@ -53,27 +51,14 @@ def described(kernel, arguments):
     return signature, constants, attributes
 
 
-def resources(compiled):
-    """Registers and spilled bytes of a compiled kernel, and its loops."""
+def spilled(compiled):
+    """The bytes that a compiled kernel spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"registers": counts["REG"], "spilled": counts["STACK"], "loops": [*loops(code)]}
-
-
-def loops(code):
-    """The instructions of a turn of each of a kernel's loops."""
-    lines = re.findall(r"(?m)^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", code)
-    addresses = [int(address, 16) for address, _ in lines]
-    for end, (_, text) in zip(addresses, lines, strict=True):
-        target = re.search(r"\bBRA(?:\.U)? (?:\S+, )?`?\(?(?:\.L_x_\d+\))?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < end:
-            yield sum(int(target[1], 16) <= at <= end for at in addresses)
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def compile_instead(capability):
@@ -91,8 +76,8 @@ def compile_instead(capability):
         seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
-        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": compiled.metadata.shared}
-        print(json.dumps(told | resources(compiled)))
+        told = {"kernel": name, "shared": compiled.metadata.shared, "spilled": spilled(compiled)}
+        print(json.dumps(told))
 
     return run
 
