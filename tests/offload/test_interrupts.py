@@ -237,7 +237,10 @@ def test_close_from_another_thread_ends_a_wait(stuck, thread):
 
 
 def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch, thread):
+    """And every use after it is refused."""
     runtime = Runtime.open(sample_export, context=256, slots=22)
+    kept, tokens = runtime.sequences[0], runtime.generate(IDS[:5], 5)
+    next(tokens)
     inside, closing, refuse = threading.Event(), threading.Event(), Exclusive.refuse
     layers = []
 
@@ -252,14 +255,6 @@ def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch
     assert inside.wait(30)
     runtime.close()
     assert "this Runtime is closed" in str(other.exception(60)) and layers == [0]
-
-
-def test_use_after_close_is_refused(sample_export):
-    runtime = Runtime.open(sample_export, context=64)
-    kept, tokens = runtime.sequences[0], runtime.generate(IDS[:5], 5)
-    next(tokens)
-    runtime.close()
-    runtime.close()
     for use in (
         lambda: runtime.logits(IDS[:3]),
         lambda: list(runtime.generate(IDS[:3])),
