@@ -6,7 +6,9 @@ At its end the process has the descriptors and threads of its beginning, and 5% 
 
 import faulthandler
 import gc
+import os
 import random
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.tiers import disk
 from slotmoe.quant.export.reader import Export
 from tests.support.engine import whole
-from tests.support.interrupts import ctrl_c_after
+from tests.support.interrupts import CTRL_C
 
 LENGTH, TEXTS, CONTEXT = 60, 12, 256
 BAD_READS = 0.01  # of all; one after another is an error
@@ -91,9 +93,14 @@ class Soak:
     @contextmanager
     def _event(self, runtime, kind):
         if kind == "ctrl-c":
-            with ctrl_c_after(self.chance.uniform(0, 0.2)):
+            timer = threading.Timer(self.chance.uniform(0, 0.2), os.kill, (os.getpid(), CTRL_C))
+            timer.start()
+            try:
                 yield
                 time.sleep(0.02)
+            finally:
+                timer.cancel()
+                timer.join()
             return
         left = self.chance.randint(1, 300) if kind == "error" else 0
 

@@ -1,10 +1,8 @@
 """Exceptions at any line of a call: which lines it runs, and the same call with one of them
 raising.  What must hold after that."""
 
-import os
 import signal
 import sys
-import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -134,17 +132,3 @@ def interrupt(runtime, chosen, exact, enough=None):
         except Exception as problem:
             raise AssertionError(f"after {kind} at {line}, time {moment}") from problem
     return came
-
-
-@contextmanager
-def ctrl_c_after(*seconds):
-    """Real signals to this process."""
-    timers = [threading.Timer(s, os.kill, (os.getpid(), CTRL_C)) for s in seconds]
-    for timer in timers:
-        timer.start()
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-            timer.join()
