@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SCRIPT, PAGE = ROOT / "scripts" / "gpu_first_hour.py", ROOT / "docs" / "gpu.md"
 

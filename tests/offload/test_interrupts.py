@@ -209,6 +209,24 @@ def test_a_second_thread_is_refused_and_spoils_nothing(sample_export, thread):
         check(runtime, want)
 
 
+@pytest.mark.usefixtures("nightly")
+def test_many_threads_get_right_logits_or_a_refusal(sample_export):
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        want = compute(runtime)
+
+        def refused(_):
+            try:
+                return not torch.equal(runtime.logits(IDS[:20]), logits) and "other logits"
+            except ConfigError as problem:
+                return str(problem)
+
+        logits = runtime.logits(IDS[:20])
+        with ThreadPoolExecutor(8) as pool:
+            problems = {*pool.map(refused, range(1600))} - {False}
+        assert all("another thread" in text or "superseded" in text for text in problems)
+        check(runtime, want)
+
+
 def test_what_another_thread_changed_is_no_basis_for_more(sample_export, thread):
     """A text that comes piece by piece ends where another thread came between two pieces."""
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
