@@ -40,7 +40,7 @@ CAMPAIGNS = (
     ),
     Gate(
         "interrupts",
-        "An exception at each line of Python that prefill and decode run, and Ctrl-C at random.",
+        "An exception, or Ctrl-C, at each line of Python that prefill and decode run.",
         "10,000 exceptions, no lost slot, no hang, the same bits afterwards",
         "10,100 and 80 signals, no slot lost (e450e24)",
     ),

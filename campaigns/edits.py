@@ -10,24 +10,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 OPERATORS = {
-    ast.Lt: ("<", "<=", ">="),
-    ast.LtE: ("<=", "<", ">"),
-    ast.Gt: (">", ">=", "<="),
-    ast.GtE: (">=", ">", "<"),
-    ast.Eq: ("==", "!="),
-    ast.NotEq: ("!=", "=="),
-    ast.In: ("in", "not in"),
-    ast.NotIn: ("not in", "in"),
-    ast.Is: ("is", "is not"),
-    ast.IsNot: ("is not", "is"),
-    ast.And: ("and", "or"),
-    ast.Or: ("or", "and"),
-    ast.Add: ("+", "-"),
-    ast.Sub: ("-", "+"),
-    ast.Mult: ("*", "//"),
-    ast.FloorDiv: ("//", "*"),
-    ast.LShift: ("<<", ">>"),
-    ast.RShift: (">>", "<<"),
+    **{ast.Lt: ("<", "<=", ">="), ast.LtE: ("<=", "<", ">")},
+    **{ast.Gt: (">", ">=", "<="), ast.GtE: (">=", ">", "<")},
+    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")},
+    **{ast.In: ("in", "not in"), ast.NotIn: ("not in", "in")},
+    **{ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")},
+    **{ast.And: ("and", "or"), ast.Or: ("or", "and")},
+    **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "//"), ast.FloorDiv: ("//", "*")},
+    **{ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<")},
 }
 HEADERS = {ast.If: "test", ast.While: "test", ast.For: "iter", ast.Match: "subject"}
 

@@ -13,8 +13,8 @@ slip of that kind would land.
    them: those that reach the fewest other lines first.  A failure or a hang kills it.  A test that
    fails without the mutant too does not count.
 
-``--limit`` makes the figure a lower bound: another test might have killed a survivor.  ``--all``
-lifts it; with ``--keep``, only the survivors run again.  Equivalent mutants survive whatever the
+``--limit`` makes the figure a lower bound: another test might have killed a survivor.  With a
+higher one and ``--keep``, only the survivors run again.  Equivalent mutants survive whatever the
 tests.  The checkout is never changed.
 """
 
@@ -55,15 +55,15 @@ SPAN = 100_000  # numbers for the lines of a file
 PLUGIN = Path(__file__).with_name("reached.py")
 
 
-def sample(tree, files, each, seed):
-    """``each`` mutants of each file, in different lines."""
+def sample(tree, seed):
+    """``EACH`` mutants of each file, in different lines."""
     chosen = []
-    for file in files:
+    for file in FILES:
         by_line = {}
         for mutant in Finder(file, (tree / file).read_text()).found:
             by_line.setdefault(mutant.line, []).append(mutant)
         dice = random.Random(f"{seed} {file}")
-        for line in sorted(dice.sample(sorted(by_line), min(each, len(by_line)))):
+        for line in sorted(dice.sample(sorted(by_line), min(EACH, len(by_line)))):
             chosen.append(dice.choice(by_line[line]))
     return chosen
 
@@ -103,18 +103,18 @@ class Copy:
         return code, [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
-def digest_of(tree, tests):
+def digest_of(tree):
     """Of the product and its tests, which decide which tests reach a line."""
-    total = hashlib.sha256(repr((FILES, tests)).encode() + PLUGIN.read_bytes())
+    total = hashlib.sha256(repr((FILES, [])).encode() + PLUGIN.read_bytes())
     for path in (tree / "pyproject.toml", *sorted(tree.rglob("*.py"))):
         if not path.relative_to(tree).parts[0].startswith((".", "campaigns")):
             total.update(str(path.relative_to(tree)).encode() + path.read_bytes())
     return total.hexdigest()
 
 
-def make_map(tree, tests, path):
+def make_map(tree, path):
     """The records of all tests that pass, and the digest of the tree that they are for."""
-    digest = digest_of(tree, tests)
+    digest = digest_of(tree)
     if path and path.exists():
         kept = json.loads(path.read_text())
         if kept["digest"] == digest:
@@ -125,7 +125,7 @@ def make_map(tree, tests, path):
         for number, file in enumerate(FILES):
             source = (copy.root / file).read_text()
             (copy.root / file).write_text(watched(source, SPAN * number))
-        code, records = copy.pytest(*tests, output=sys.stderr)
+        code, records = copy.pytest(output=sys.stderr)
     if code not in (0, 1):  # tests failed, which then count for no mutant
         sys.exit(f"pytest did not run the tests: exit code {code}")
     passed = [record for record in records if record["outcome"] == "passed"]
@@ -228,11 +228,7 @@ def arguments():
     own = Path(__file__).resolve().parents[1]
     parser.add_argument("--tree", type=Path, default=own, help="the checkout (default: its own)")
     parser.add_argument("--seed", default="0", help="which mutants (default: 0)")
-    parser.add_argument("--each", type=int, default=EACH, help=f"of a file (default: {EACH})")
-    parser.add_argument("--files", nargs="+", choices=FILES, default=FILES, metavar="FILE")
-    parser.add_argument("--tests", type=str.split, default=[], help="arguments of pytest's")
     parser.add_argument("--limit", type=int, default=40, help="tests for a mutant (default: 40)")
-    parser.add_argument("--all", action="store_true", help="all tests that reach the line")
     parser.add_argument("--workers", type=int, default=2, help="mutants at once (default: 2)")
     parser.add_argument("--map", type=Path, help="a file for what tests reach")
     parser.add_argument("--keep", type=Path, help="a file for results: an interrupted run goes on")
@@ -243,14 +239,14 @@ def arguments():
 def main():
     options = arguments()
     tree = options.tree.resolve()
-    tests = make_map(tree, options.tests, options.map)
-    mutants = sample(tree, options.files, options.each, options.seed)
+    tests = make_map(tree, options.map)
+    mutants = sample(tree, options.seed)
     kept = read_kept(options.keep, tests["digest"])
     begin = time.monotonic()
 
     def attempt(mutant):
         reach = reaching(mutant, tests["tests"])
-        chosen = choose(reach, len(reach) if options.all else options.limit)
+        chosen = choose(reach, options.limit)
         record = kept.get(str(mutant))
         if not record or (not record["killed by"] and record["tests"] < len(chosen)):
             record = {"mutant": str(mutant), "digest": tests["digest"], "reach": len(reach)}

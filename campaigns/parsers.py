@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import xxhash
 
-from campaigns.fork_server import fork_children
 from campaigns.models import few_words, tiny_export
 from campaigns.requests import REQUESTS, request, schemas
 from slotmoe.errors import SlotmoeError
@@ -75,12 +74,6 @@ def in_checkpoint(folder, name, read):
     data = (place / name).read_bytes()
     good = json.loads(data) if name.endswith("json") else data
     return in_file(place / name, good, lambda: read(place))
-
-
-def in_child(folder, name, read):
-    """The same, of JSON that a child reads first."""
-    fork_children(folder)
-    return in_checkpoint(folder, name, read)
 
 
 def opened(place):
@@ -259,6 +252,6 @@ PARSERS = {
     "tiktoken": tiktoken,
     **{f"body-{name}": lambda at, name=name: request(name) for name in REQUESTS},
     "schemas": schemas,
-    "tokenizer": lambda at: in_child(at, "tokenizer.json", tokenized),
-    "template": lambda at: in_child(at, "tokenizer_config.json", templated),
+    "tokenizer": lambda at: in_checkpoint(at, "tokenizer.json", tokenized),
+    "template": lambda at: in_checkpoint(at, "tokenizer_config.json", templated),
 }

@@ -54,7 +54,7 @@ class Clients:
         """One client; ``kinds`` counts how often each action had which status."""
         actions = [
             *(self.answer, self.stream, self.leave, self.abort, self.nonsense),
-            *(self.page, self.half, self.chat, self.schema),
+            *(self.page, self.half, self.converse),
         ]
         while goes_on():
             time.sleep(chance.random())
@@ -141,19 +141,13 @@ class Clients:
             if chance.random() < 0.02:
                 half.recv(1)
 
-    def chat(self, chance, body):
-        request = {"model": "sample", "messages": USER, "max_tokens": body["max_tokens"]}
-        status, data = self.whole("/v1/messages", request)
-        if status == 400:
-            self.wrong.append(f"{request}: {data}")
-        return status
-
-    def schema(self, chance, body):
-        kind = chance.choice(["integer", "string", "nonsense"])
-        schema = {"name": "x", "schema": {"type": kind, "maxLength": 9}}
-        form = {"type": "json_schema", "json_schema": schema}
-        request = {**GREEDY, "messages": USER, "max_tokens": 20, "response_format": form}
-        return self.whole("/v1/chat/completions", request)[0]
+    def converse(self, chance, body):
+        """On other routes."""
+        schema = {"type": chance.choice(["integer", "string", "nonsense"]), "maxLength": 9}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        routes = {"/v1/messages": {}, "/v1/chat/completions": {"response_format": form}}
+        path, more = chance.choice([*routes.items()])
+        return self.whole(path, {**GREEDY, "messages": USER, "max_tokens": 20, **more})[0]
 
     def settled(self, process):
         """Figures of the server once nobody is served and all connections are gone."""

@@ -102,13 +102,6 @@ def a_call_of_a_large_set():
 
 
 @case
-def a_title_whole_without_tools():
-    """What agents ask small models for on the side."""
-    names = ("model", "max_tokens", "system", "messages", "metadata")
-    assert json.loads(post("/v1/messages", names))["stop_reason"]
-
-
-@case
 def counting():
     names = ("model", "system", "messages", "tools", "thinking")
     assert json.loads(post("/v1/messages/count_tokens", names))["input_tokens"] > 1000

@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 
-from slotmoe.errors import DeviceError, ExportError, PlanError
+from slotmoe.errors import DeviceError, PlanError
 from slotmoe.offload.tiers import host
-from slotmoe.quant.export.reader import Export
 from tests.support.engine import IDS, PROMPT, start, whole
 from tests.support.twin import Twin, slow
 
@@ -154,23 +153,3 @@ def test_interrupted_between_a_slot_and_its_entry(on_twin, wanted, monkeypatch, 
         with pytest.raises(KeyboardInterrupt):
             runtime.logits(IDS)
         right(runtime, wanted, exact=mode == "fetch")
-
-
-def test_a_disk_that_fails_under_what_the_cpu_computes(on_twin, wanted, monkeypatch):
-    broken, original = False, Export.read_range
-
-    def read_range(self, layer, expert, start, out, folder=0):
-        if broken:
-            raise ExportError("the disk is gone")
-        original(self, layer, expert, start, out)
-
-    monkeypatch.setattr(Export, "read_range", read_range)
-    with on_twin(Twin(), 0, misses="cpu", slots=40, kernels="torch") as runtime:
-        step = start(runtime)
-        for one in IDS[:20]:
-            step([one])
-        broken = True
-        with pytest.raises(ExportError, match="the disk is gone"):
-            step(IDS[20:21])
-        broken = False
-        right(runtime, wanted, exact=False)

@@ -260,52 +260,15 @@ def test_a_layer_is_as_many_launches_as_the_plan_reckons_with(monkeypatch, q_lor
     assert kernels[2, False] == 2  # behind the last choice: the shared experts' two products
 
 
-@torch.inference_mode()
-def test_a_captured_function_reads_its_buffers_and_nothing_else():
-    """Inside another it is part of that."""
-    buffer, out = torch.zeros(2), torch.empty(2)
-    captured = partial(Captured((buffer,), Recorded), lambda x: torch.mul(x, 2, out=out))
-    assert captured(torch.tensor([1.0, 2.0])) is out
-    assert out.tolist() == [2, 4] and buffer.tolist() == [1, 2]
-    assert captured(torch.tensor([3.0, 4.0])) is out and out.tolist() == [6, 8]
-    out.zero_()
-    assert captured(buffer) is out and out.tolist() == [6, 8]
-    Recorded.made = 0
-    inner = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + 1)
-    outer = partial(Captured((torch.zeros(2),), Recorded), lambda x: inner(x) * 2)
-    assert outer(torch.ones(2)).tolist() == [4, 4] and Recorded.made == 1
-
-
 def test_a_captured_function_is_plain_for_other_shapes_types_and_with_gradients():
     captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x * 2)
     Recorded.made = 0
     with torch.inference_mode():
-        assert captured(torch.ones(3)).tolist() == [2, 2, 2]
-        assert captured(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
-        assert captured(torch.ones(2, 2)[:, 0]).tolist() == [2, 2]
+        for other in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(2, 2)[:, 0]):
+            assert torch.equal(captured(other), other * 2)
     x = torch.ones(2, requires_grad=True)
     captured(x).sum().backward()
     assert x.grad.tolist() == [2, 2] and Recorded.made == 0
-
-
-@torch.inference_mode()
-def test_a_recorded_function_can_not_use_the_host():
-    """The stand-in for a graph is strict, and what Python computed is frozen in it."""
-    for function in (
-        lambda x: x * x.sum().item(),
-        lambda x: x * x.tolist()[0],
-        lambda x: x * torch.tensor([2.0, 3.0]),
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: x.unique(),
-    ):
-        with pytest.raises(AssertionError, match="host"):
-            Captured((torch.zeros(2),), Recorded)(function, torch.ones(2))
-    position = [1]
-    captured = partial(Captured((torch.zeros(2),), Recorded), lambda x: x + position[0])
-    assert captured(torch.ones(2)).tolist() == [2, 2]
-    position[0] = 5
-    assert captured(torch.ones(2)).tolist() == [2, 2]
 
 
 @pytest.mark.usefixtures("twin")
@@ -341,25 +304,17 @@ def test_the_engine_gives_the_same_bits_for_every_budget_by_graphs_and_without(
     assert routes[0] == routes[1] == routes[2] and len(routes[0]) == 2
 
 
-@pytest.mark.parametrize("export", nth(EACH, ["small_export", "sample_export"]))
-def test_a_runtime_on_triton_kernels_says_what_the_others_say(request, export, monkeypatch):
-    """But for the small one's head, most of an interpreter's time, which torch computes."""
-    plain, folder, found = TorchBackend(), request.getfixturevalue(export), {}
-
-    def head(self, h_TD):
-        return plain.linear(plain.rms_norm(h_TD, self.norm, 1e-6), self.lm_head)
-
-    if export == "small_export":
-        monkeypatch.setattr(Network, "head", head)
-    others = ("torch",) if export == "small_export" else ("torch", "auto")
-    for kernels in ("triton", *others):
+@pytest.mark.usefixtures("nightly")
+def test_a_runtime_on_triton_kernels_says_what_the_others_say(sample_export):
+    found = {}
+    for kernels in ("triton", "torch", "auto"):
         options = {"device": "cpu", "ram": "2GiB", "kernels": kernels}
         if kernels == "triton" and DEVICE.type == "cuda":
             options = {"device": "cuda", "vram": "1GiB"}
-        with Runtime.open(folder, context=32, **options) as runtime:
+        with Runtime.open(sample_export, context=32, **options) as runtime:
             text = [token.id for token in runtime.generate([5, 900, 17, 4], max_new_tokens=2)]
             found[kernels] = text, runtime.logits([5, 900, 17, 4]), runtime.stats()["kernels"]
     assert "triton" in found["triton"][2]
-    for other in others:
+    for other in ("torch", "auto"):
         assert found["triton"][0] == found[other][0]
         assert error(found["triton"][1], found[other][1]) < 2e-2

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from slotmoe.quant.export.reader import Export
 from tests.support.disk import forked
 from tests.support.engine import IDS, whole
 from tests.support.interrupts import CTRL_C, KINDS, check, compute, interrupt, lines_of, on_threads
-from tests.support.tiny import SAMPLE
 from tests.support.twin import freed
 
 
@@ -33,26 +33,18 @@ def ctrl_c(always_guessing):
     signal.signal(CTRL_C, before)
 
 
-def attacked(runtime, kind, count):
-    """Exceptions and signals at lines by chance, until so many came while a pass ran."""
-    compute(runtime)
-    lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
-    picked = chance.sample(sorted(lines), len(lines))
-    chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
-    assert interrupt(runtime, chosen, kind != "hybrid", count) == count
-
-
-def test_interrupted_at_some_lines(sample_export):
-    with Runtime.open(sample_export, context=256, slots=22) as runtime:
-        attacked(runtime, "helping", 12)
-
-
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize(("kind", "count"), [("threads", 12), ("gpu", 8), ("hybrid", 8)])
-def test_interrupted_at_some_lines_while_others_work(sample_export, monkeypatch, kind, count):
-    """Threads that read, or a GPU."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
+    """Alone, while threads read, and beside a GPU: exceptions and signals at lines by chance, until
+    so many came while a pass ran."""
+    count = 12 if kind in ("helping", "threads") else 8
     with KINDS[kind](sample_export, monkeypatch) as runtime:
-        attacked(runtime, kind, count)
+        compute(runtime)
+        lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
+        picked = chance.sample(sorted(lines), len(lines))
+        chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
+        assert interrupt(runtime, chosen, kind != "hybrid", count) == count
 
 
 # Ctrl-C
@@ -88,29 +80,19 @@ def test_ctrl_c_waits_for_a_layers_end(sample_export, monkeypatch):
         assert signal.getsignal(CTRL_C) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("path", ["warm", "reference"])
-def test_ctrl_c_ends_what_has_no_layers_of_slots(sample_export, path):
-    """Filling slots, and the reference path."""
-    model = SAMPLE if path == "reference" else sample_export
-    with Runtime.open(model, context=64, quantize=path == "warm") as runtime:
-        calls = []
+def test_ctrl_c_ends_the_filling_of_slots(sample_export):
+    calls = []
 
-        def press(*_):
-            calls.append(0)
-            if len(calls) == 3:
-                signal.raise_signal(CTRL_C)
+    def press(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(CTRL_C)
 
-        if path == "warm":
-            with pytest.raises(KeyboardInterrupt):
-                runtime.warm(press)
-            whole(runtime)
-        else:
-            backend = runtime.model.backend
-            original = backend.weighted_sum
-            backend.weighted_sum = lambda *given: (press(), original(*given))[1]
-            with pytest.raises(KeyboardInterrupt):
-                runtime.logits(IDS[:4])
-        assert len(calls) <= 4
+    with Runtime.open(sample_export, context=64) as runtime:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.warm(press)
+        whole(runtime)
+    assert len(calls) <= 4
 
 
 @pytest.fixture
@@ -143,7 +125,7 @@ def stuck(sample_export, monkeypatch):
     assert not late, "only the disk's answer ended the wait"
 
 
-def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck):
+def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stuck, thread):
     (runtime, waiting), heard, wait = stuck, [], disk.DiskReader.wait
 
     def handler(*_):
@@ -164,10 +146,10 @@ def test_a_second_ctrl_c_ends_the_wait_for_a_stuck_disk(monkeypatch, caplog, stu
 
     signal.signal(CTRL_C, handler)
     monkeypatch.setattr(disk.DiskReader, "wait", press_and_wait)
-    finish = in_thread(press_again)
+    pressed = thread.submit(press_again)
     with pytest.raises(KeyboardInterrupt):
         runtime.logits(IDS)
-    assert finish() is None
+    assert pressed.exception(60) is None
     runtime.close()
     assert "the disk does not answer" in caplog.text
 
@@ -193,33 +175,17 @@ def test_a_read_is_done_whatever_happens_in_its_thread(sample_export):
 # Threads
 
 
-def in_thread(action):
-    """Start ``action`` in a thread; the returned function waits and gives what it gave or
-    raised."""
-    results = []
-
-    def run():
-        try:
-            results.append(action())
-        except BaseException as problem:
-            results.append(problem)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def finish():
-        thread.join(60)
-        assert not thread.is_alive()
-        return results[0]
-
-    return finish
+@pytest.fixture
+def thread():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
-def test_a_second_thread_is_refused_and_spoils_nothing(sample_export):
+def test_a_second_thread_is_refused_and_spoils_nothing(sample_export, thread):
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
         want, inside, over = compute(runtime), threading.Event(), threading.Event()
         stop = runtime.model.experts.on_route(lambda route: (inside.set(), over.wait(30)))
-        finish = in_thread(lambda: compute(runtime))
+        other = thread.submit(compute, runtime)
         assert inside.wait(30)
         first = runtime.sequences[0]
         for use in (
@@ -238,12 +204,30 @@ def test_a_second_thread_is_refused_and_spoils_nothing(sample_export):
             with pytest.raises(ConfigError, match=r"^Runtime is in use by another thread"):
                 use()
         over.set()
-        assert torch.equal(finish(), want)
+        assert torch.equal(other.result(60), want)
         stop()
         check(runtime, want)
 
 
-def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
+@pytest.mark.usefixtures("nightly")
+def test_many_threads_get_right_logits_or_a_refusal(sample_export):
+    with Runtime.open(sample_export, context=256, slots=22) as runtime:
+        want = compute(runtime)
+
+        def refused(_):
+            try:
+                return not torch.equal(runtime.logits(IDS[:20]), logits) and "other logits"
+            except ConfigError as problem:
+                return str(problem)
+
+        logits = runtime.logits(IDS[:20])
+        with ThreadPoolExecutor(8) as pool:
+            problems = {*pool.map(refused, range(1600))} - {False}
+        assert all("another thread" in text or "superseded" in text for text in problems)
+        check(runtime, want)
+
+
+def test_what_another_thread_changed_is_no_basis_for_more(sample_export, thread):
     """A text that comes piece by piece ends where another thread came between two pieces."""
     with Runtime.open(sample_export, context=256, slots=22) as runtime:
         first = runtime.sequences[0]
@@ -255,23 +239,26 @@ def test_what_another_thread_changed_is_no_basis_for_more(sample_export):
         ):
             pieces = begin()
             next(pieces)
-            in_thread(change)()
+            thread.submit(change).result(60)
             with pytest.raises(ConfigError, match="superseded"):
                 list(pieces)
 
 
-def test_close_from_another_thread_ends_a_wait(stuck):
+def test_close_from_another_thread_ends_a_wait(stuck, thread):
     runtime, waiting = stuck
-    finish = in_thread(lambda: runtime.logits(IDS))
+    other = thread.submit(runtime.logits, IDS)
     assert waiting.wait(30)
     runtime.close()
-    problem = finish()
+    problem = other.exception(60)
     assert isinstance(problem, ConfigError) and "this Runtime is closed" in str(problem)
     runtime.close()  # a second time: nothing
 
 
-def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch):
+def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch, thread):
+    """And every use after it is refused."""
     runtime = Runtime.open(sample_export, context=256, slots=22)
+    kept, tokens = runtime.sequences[0], runtime.generate(IDS[:5], 5)
+    next(tokens)
     inside, closing, refuse = threading.Event(), threading.Event(), Exclusive.refuse
     layers = []
 
@@ -282,18 +269,10 @@ def test_close_from_another_thread_ends_a_computation(sample_export, monkeypatch
 
     monkeypatch.setattr(Exclusive, "refuse", lambda *given: (refuse(*given), closing.set()))
     runtime.model.experts.on_route(at_a_gate)
-    finish = in_thread(lambda: list(runtime.generate(IDS, 100)))
+    other = thread.submit(lambda: list(runtime.generate(IDS, 100)))
     assert inside.wait(30)
     runtime.close()
-    assert "this Runtime is closed" in str(finish()) and layers == [0]
-
-
-def test_use_after_close_is_refused(sample_export):
-    runtime = Runtime.open(sample_export, context=64)
-    kept, tokens = runtime.sequences[0], runtime.generate(IDS[:5], 5)
-    next(tokens)
-    runtime.close()
-    runtime.close()
+    assert "this Runtime is closed" in str(other.exception(60)) and layers == [0]
     for use in (
         lambda: runtime.logits(IDS[:3]),
         lambda: list(runtime.generate(IDS[:3])),
@@ -331,14 +310,9 @@ def test_a_forked_child_is_refused_and_does_not_hang(sample_export, monkeypatch,
 # Memory
 
 
-def test_closing_frees_network_and_slots(sample_export):
-    runtime = Runtime.open(sample_export, context=256, slots=22)
-    with freed(runtime):
-        compute(runtime)
-
-
 @pytest.mark.usefixtures("twin")
-def test_closing_frees_a_gpu(sample_export, monkeypatch):
-    runtime = KINDS["hybrid"](sample_export, monkeypatch)
+@pytest.mark.parametrize("kind", ["helping", "hybrid"])
+def test_closing_frees_network_slots_and_a_gpu(sample_export, monkeypatch, kind):
+    runtime = KINDS[kind](sample_export, monkeypatch)
     with freed(runtime):
         compute(runtime)

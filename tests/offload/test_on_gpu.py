@@ -53,9 +53,8 @@ def complete(sample_export):
     with opened(sample_export, misses="fetch") as runtime:
         runtime.warm()
         step = start(runtime)
-        return runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)], [
-            step([id]).cpu() for id in IDS[:6]
-        ]  # fmt: skip
+        logits, ids = runtime.logits(IDS), [token.id for token in runtime.generate(PROMPT, 8)]
+        return logits, ids, [step([id]).cpu() for id in IDS[:6]]
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -155,7 +155,8 @@ def test_experts_are_those_experts_and_leave_the_others(ops, T, coding):
             assert error(y_TKD[uses], exact_TKD[uses]) <= rounding
     assert len(computed) == min(T + 1, 4)
     if T == 80:  # enough rows to compare two roundings; each counts alike, however large it is
-        assert error_of_rows(y_TKD, exact_TKD) <= error_of_rows(plain_TKD, exact_TKD)
+        # The bound is an error itself, of one sample: hence the tenth.
+        assert error_of_rows(y_TKD, exact_TKD) <= 1.1 * error_of_rows(plain_TKD, exact_TKD)
 
 
 @pytest.mark.parametrize("T", nth_interpreted(3, TOKENS))
@@ -240,7 +241,7 @@ def make_weight(kind, N, K, seed=0, wild=True):
 
 
 KINDS = ["int8", *CODECS, torch.bfloat16, torch.float32]
-SHAPES = [(16, 64), (37, 130), (70, 576)]
+ROWS, SHAPES = (1, 2, 16, 67), [(16, 64), (37, 130), (70, 576)]
 
 
 @pytest.fixture(scope="module")
@@ -248,57 +249,13 @@ def triton_ops():
     return pick_backend(DEVICE, "triton")
 
 
-@pytest.mark.parametrize(("shape", "kind"), nth_interpreted(3, product(SHAPES, KINDS)))
-def test_linear_of_one_row_is_exact(triton_ops, shape, kind):
-    weight, x_1K = make_weight(kind, *shape), randn(1, shape[1])
-    y_1N = triton_ops.linear(x_1K, weight)
-    assert y_1N.shape == (1, shape[0]) and y_1N.dtype == torch.float32
-    assert error(y_1N, x_1K.double() @ dequantize(weight).double().T) < 1e-6
-
-
-@pytest.mark.parametrize(("T", "kind"), nth_interpreted(3, product([2, 16, 67], KINDS)))
-def test_linear_of_many_rows_is_no_worse_than_bfloat16(triton_ops, T, kind):
-    weight, x_TK = make_weight(kind, 70, 130), randn(T, 130)
-    exact = x_TK.double() @ dequantize(weight).double().T
+@pytest.mark.parametrize(("T", "shape", "kind"), nth_interpreted(7, product(ROWS, SHAPES, KINDS)))
+def test_linear_of_one_row_is_exact_and_of_many_no_worse_than_bfloat16(triton_ops, T, shape, kind):
+    weight, x_TK = make_weight(kind, *shape), randn(T, shape[1])
+    y_TN, exact = triton_ops.linear(x_TK, weight), x_TK.double() @ dequantize(weight).double().T
+    assert y_TN.shape == exact.shape and y_TN.dtype == torch.float32
     reference = error(TorchBackend(torch.bfloat16).linear(x_TK, weight), exact)
-    assert error(triton_ops.linear(x_TK, weight), exact) <= 1.1 * reference
-
-
-@pytest.mark.parametrize(("T", "kind"), nth_interpreted(3, product([1, 5], KINDS)))
-def test_mlp(triton_ops, T, kind):
-    shapes = enumerate([(40, 66), (40, 66), (35, 40)])
-    weights = [make_weight(kind, *shape, seed, wild=T == 1) for seed, shape in shapes]
-    x_TD = randn(T, 66)
-    exact = mlp_in_float64(x_TD, *weights)
-    reference = error(TorchBackend(torch.bfloat16).mlp(x_TD, *weights), exact)
-    assert error(triton_ops.mlp(x_TD, *weights), exact) <= (1e-5 if T == 1 else 1.5 * reference)
-
-
-PAIRS = [("int8", "nf4"), ("nf4", "lut3"), ("lut4", "int8")]
-
-
-@pytest.mark.parametrize(("first", "second"), nth_interpreted(2, PAIRS))
-def test_two_weights_norm_and_sum_in_one_launch(triton_ops, first, second):
-    weights = make_weight(first, 20, 600), make_weight(second, 35, 600)
-    x, gain, add = randn(1, 600), torch.rand(600, device=DEVICE), randn(1, 55)
-    out = torch.full((1, 56), -7.0, device=DEVICE)
-    triton_ops.row(x, weights[0], out, weights[1], (gain, 1e-3), add)
-    normed = torch.nn.functional.rms_norm(x.double(), (600,), gain.double(), 1e-3)
-    y = torch.cat([normed @ dequantize(weight).double().T for weight in weights], dim=1)
-    assert error(out[:, :55], y + add) < 1e-6 and out[0, 55] == -7
-
-
-@pytest.mark.parametrize(
-    ("kind", "T"), nth_interpreted(3, product(["int8", torch.bfloat16], [1, 3]))
-)
-def test_absorbed_products(triton_ops, kind, T):
-    H, N, V, R = 3, 24, 20, 72
-    kv_b, exact = make_weight(kind, H * (N + V), R), TorchBackend()
-    q_THN, o_THR = randn(T, H, N), randn(T, H, R)
-    expected_THR = exact.absorb_query(q_THN, dequantize(kv_b))
-    expected_THV = exact.absorb_value(o_THR, dequantize(kv_b), N)
-    assert error(triton_ops.absorb_query(q_THN, kv_b), expected_THR) < 1e-5
-    assert error(triton_ops.absorb_value(o_THR, kv_b, N), expected_THV) < 1e-5
+    assert error(y_TN, exact) <= (1e-6 if T == 1 else 1.1 * reference)
 
 
 def attention(q_THW, rows_SW, R, scale):
@@ -333,12 +290,9 @@ def test_latent_attention_bears_queries_of_any_size_and_depends_on_the_length_al
     q_1HW *= torch.tensor([1e6, 1e-6, 0.0, 1.0], device=DEVICE)[None, :, None]
     found = triton_ops.mla(q_1HW, rows_SW, 40, 0.2)
     assert error(found, attention(q_1HW, rows_SW, 40, 0.2)) < 2e-3
-
-
-def test_other_attention_is_left_to_the_network(triton_ops):
-    """Of many tokens, and of a cache that is not in float16."""
-    assert triton_ops.mla(randn(17, 2, 48), randn(20, 48).half(), 40, 0.2) is None
-    assert triton_ops.mla(randn(1, 2, 48), randn(20, 48), 40, 0.2) is None
+    # Of many tokens, or a cache that is not in float16: left to the network.
+    assert triton_ops.mla(randn(17, 2, 48), cache_SW, 40, 0.2) is None
+    assert triton_ops.mla(q_1HW, cache_SW.float(), 40, 0.2) is None
 
 
 ROUTERS = product([(1, 1), (5, 2)], [False, True], [1, 2], [False, True], [False, True])
@@ -398,43 +352,33 @@ def test_experts_far_into_a_slab_larger_than_2_gib_are_addressed(triton_ops, T):
 
 
 def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(monkeypatch):
-    cuda = torch.device("cuda")
+    device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in pick_backend(cuda).name
+    assert "no C compiler" in pick_backend(device).name
     monkeypatch.setenv("CC", "a compiler")
     monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": f"/nowhere/{scheme}"})
     monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")  # Debian's
-    assert pick_backend(cuda).name.endswith("/nowhere/posix_prefix/Python.h is not there")
-    with pytest.raises(ConfigError, match=r"needs Python's headers .* or use kernels torch"):
-        pick_backend(cuda, "triton")
+    assert pick_backend(device).name.endswith("/nowhere/posix_prefix/Python.h is not there")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "below 8.0" in pick_backend(cuda).name
+    assert "below 8.0" in pick_backend(device).name
+    monkeypatch.setattr("slotmoe.quant.backends.triton.InterpretedFunction", int)
+    with pytest.raises(ConfigError, match=r"kernels triton: .* set TRITON_INTERPRET=1; or use k"):
+        pick_backend(torch.device("cpu"), "triton")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    ops = pick_backend(cuda)
-    assert type(ops) is TorchBackend and ops.compute == torch.bfloat16
-    assert ops.name.startswith("torch, since Triton is not installed")
-    with pytest.raises(ConfigError, match="Triton is not installed"):
-        pick_backend(cuda, "triton")
-
-
-# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
-# columns of codes, or 256 columns of int8, by 16 rows.
-CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
-
-
-CARDS = (80, 86, 89, 90, 100, 120)
+    assert pick_backend(device).name.startswith("torch, since Triton is not installed")
+    with pytest.raises(ConfigError, match=r"Triton is not installed.* or use kernels torch"):
+        pick_backend(device, "triton")
 
 
 @pytest.mark.usefixtures("processes", "nightly")
 @pytest.mark.parametrize("geometry", ["v2-lite", "v2"])
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", [80, 86, 89, 90, 100, 120])
 def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
     """In V2-Lite's and V2's shapes, they fit the least shared memory of these GPUs (99 KiB) and
     spill nothing to speak of.  A token's experts are one kernel each for gate and up and for down,
-    however many are missing.  In their machine code the loads of the next codes and scales come
-    long before their use, and a weight costs few instructions."""
+    however many are missing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_gpu", f"sm_{card}", geometry]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -444,12 +388,3 @@ def test_kernels_compile_for_gpus_that_are_not_here(card, geometry):
         assert kernel["shared"] <= 99 << 10 and kernel["spilled"] <= 16, kernel
     one_token = [kernel for kernel in kernels if ".rows.experts_" in kernel["kernel"]]
     assert len(kernels) == 41 and len(one_token) == 6
-    for kernel in one_token:
-        if kernel["kind"] != NF4.kind:
-            continue
-        assert len(kernel["loops"]) == (4 if kernel["kernel"].endswith("up") else 2)
-        for turn, ahead in kernel["loops"]:
-            if turn <= 4.6 * PLAIN:  # int8 of the shared expert; the fifth load is of x
-                assert sum(distance >= 20 for distance in ahead) >= 4, kernel
-            else:
-                assert turn <= 7.6 * CODED and min(ahead) >= 256, kernel

@@ -1,12 +1,8 @@
 """Exceptions at any line of a call: which lines it runs, and the same call with one of them
-raising.  Signals at random moments.  What must hold after either."""
+raising.  What must hold after that."""
 
-import os
-import random
 import signal
 import sys
-import threading
-import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -135,37 +131,4 @@ def interrupt(runtime, chosen, exact, enough=None):
             check(runtime, want, exact)
         except Exception as problem:
             raise AssertionError(f"after {kind} at {line}, time {moment}") from problem
-    return came
-
-
-@contextmanager
-def ctrl_c_after(*seconds):
-    """Real signals to this process."""
-    timers = [threading.Timer(s, os.kill, (os.getpid(), CTRL_C)) for s in seconds]
-    for timer in timers:
-        timer.start()
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-            timer.join()
-
-
-def random_ctrl_c(runtime, times, exact, chance=None):
-    """Real signals at random moments of computations; how many came while one ran."""
-    chance, came = chance or random.Random(7), 0
-    compute(runtime)
-    started = time.perf_counter()
-    want = compute(runtime)
-    seconds = time.perf_counter() - started
-    for _ in range(times):
-        try:
-            with ctrl_c_after(chance.uniform(0, seconds)):
-                compute(runtime)
-                time.sleep(0.05)
-        except KeyboardInterrupt:
-            came += 1
-        assert signal.getsignal(CTRL_C) is signal.default_int_handler
-        check(runtime, want, exact)
     return came
