@@ -2,7 +2,10 @@
 ``python -m tests.support.compile_gpu sm_86 v2-lite``.
 
 A process of its own, since Triton interprets in the tests' one.  Each line of the output is a JSON
-object: kernel, the bytes of shared memory that a program takes, and those that it spills.
+object: kernel, the ``kind`` of the weights that it reads, the bytes of shared memory that a program
+takes, its registers, the bytes that it spills into memory, and what the machine code tells of each
+of its ``loops``: the instructions of a turn, and for each of its 128-bit loads how many of these
+lie before the first use of what it loads.
 """
 
 import json
@@ -51,14 +54,54 @@ def described(kernel, arguments):
     return signature, constants, attributes
 
 
-def spilled(compiled):
-    """The bytes that a compiled kernel spills."""
+def resources(compiled):
+    """Registers and spilled bytes of a compiled kernel, and its loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+        usage, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    counts = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = [(len(body), list(ahead_of_use(body))) for body in loops(code)]
+    return {"registers": counts["REG"], "spilled": counts["STACK"], "loops": found}
+
+
+def loops(code):
+    """The bodies of a kernel's loops, as lists of instructions."""
+    lines = re.findall(r"(?m)^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    for address, text in instructions:
+        target = re.search(r"\bBRA(?:\.U)? (?:\S+, )?`?\(?(?:\.L_x_\d+\))?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            begin = int(target[1], 16)
+            body = [held for at, held in instructions if begin <= at <= address]
+            if len(body) > 1:
+                yield body
+
+
+def registers(text):
+    """Numbers of the registers that an operand list names; an address takes two."""
+    for number, wide in re.findall(r"\bR(\d+)(\.64)?", text):
+        yield int(number)
+        if wide:
+            yield int(number) + 1
+
+
+def ahead_of_use(body):
+    """Of each 128-bit load of a loop, the instructions until one reads what it loads, the next turn
+    included."""
+    for index, text in enumerate(body):
+        load = re.search(r"LDG\.E\.128(?:\.\w+)* R(\d+), ", text)
+        if load is None:
+            continue
+        loaded = set(range(int(load[1]), int(load[1]) + 4))
+        for distance in range(1, len(body) + 1):
+            operands = body[(index + distance) % len(body)].partition(",")[2]
+            if loaded.intersection(registers(operands)):
+                yield distance
+                break
 
 
 def compile_instead(capability):
@@ -76,8 +119,8 @@ def compile_instead(capability):
         seen.add(variant)
         source, target = ASTSource(kernel, *description), GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
-        told = {"kernel": name, "shared": compiled.metadata.shared, "spilled": spilled(compiled)}
-        print(json.dumps(told))
+        told = {"kernel": name, "kind": arguments.get("KIND"), "shared": compiled.metadata.shared}
+        print(json.dumps(told | resources(compiled)))
 
     return run
 
