@@ -33,18 +33,25 @@ def ctrl_c(always_guessing):
     signal.signal(CTRL_C, before)
 
 
-@pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
-    """Alone, while threads read, and beside a GPU: exceptions and signals at lines by chance, until
-    so many came while a pass ran."""
-    count = 12 if kind in ("helping", "threads") else 8
-    with KINDS[kind](sample_export, monkeypatch) as runtime:
+def interrupted(export, monkeypatch, kind, count):
+    """Exceptions and signals at lines by chance, until so many came while a pass ran."""
+    with KINDS[kind](export, monkeypatch) as runtime:
         compute(runtime)
         lines, chance = lines_of(lambda: compute(runtime)), random.Random(5)
         picked = chance.sample(sorted(lines), len(lines))
         chosen = [(line, chance.randint(1, max(1, lines[line] * 3 // 4))) for line in picked]
         assert interrupt(runtime, chosen, kind != "hybrid", count) == count
+
+
+@pytest.mark.parametrize("kind", ["helping", "threads"])
+def test_interrupted_at_some_lines(sample_export, monkeypatch, kind):
+    interrupted(sample_export, monkeypatch, kind, 12)
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"helping", "threads"}))
+def test_interrupted_at_some_lines_beside_a_gpu(sample_export, monkeypatch, kind):
+    interrupted(sample_export, monkeypatch, kind, 8)
 
 
 # Ctrl-C

@@ -372,7 +372,8 @@ def test_a_gpu_without_what_triton_needs_computes_through_torch_and_says_why(mon
         pick_backend(device, "triton")
 
 
-# Weights that a thread has of one step: of codes, and of what is not coded.
+# Weights of a turn of the loops of one token's experts, for each of 64 threads: 8 blocks of 64
+# columns of codes, or 256 columns of int8, by 16 rows.
 CODED, PLAIN = 8 * 64 * 16 // 64, 256 * 16 // 64
 
 
