@@ -118,19 +118,13 @@ def test_a_pass_in_steps_is_worth_what_it_is_in_one():
 
 
 def test_averages_survive_their_rescaling(monkeypatch):
-    """A run far longer than ``RESCALE`` decides as one that never rescales; SHORT**-9000 would
-    overflow."""
+    """A run far longer than ``RESCALE`` decides as one that never rescales."""
     shuffle = random.Random(5)
     gates = [[shuffle.sample(range(EXPERTS), TOP) for _ in range(ROWS)] for _ in range(400)]
     arguments = as_choices(gates), blind(400, ROWS), DEFAULT_POLICY, 5, EXPERTS
     usual = replay(*arguments)
     monkeypatch.setattr(Learned, "RESCALE", 7)
     assert replay(*arguments) == usual
-    monkeypatch.undo()
-    cache = make_cache(DEFAULT_POLICY, 5, ROWS, EXPERTS)
-    for _ in range(9000):
-        cache.advance()
-        cache.use(1)
 
 
 def best_by_trying_all(uses, slots):

