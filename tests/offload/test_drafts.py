@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slotmoe.errors import ConfigError
-from slotmoe.model.generate import Answer, Sampling, Stops
+from slotmoe.model.generate import Answer, Sampling
 from slotmoe.offload.policy.drafts import MOST_DRAFTED, Drafting, NGrams
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.scheduler import Scheduler
@@ -18,7 +18,7 @@ from tests.offload.test_scheduler import Caller
 from tests.support.engine import whole
 from tests.support.interrupts import interrupted_at, lines_of
 
-needs_kernels = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
+pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels are not built")
 TEXT = "The people of the United States have a government. " * 6
 SAMPLINGS = [{}, {"temperature": 0.4, "seed": 7}, {"temperature": 0.8, "top_p": 0.7, "seed": 3}]
 
@@ -52,31 +52,11 @@ def eager(monkeypatch):
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
-class Watched:
-    """A grammar that forbids the likeliest token at every third place, and is asked in order."""
-
-    def __init__(self, vocabulary):
-        self.asked, self.consumed = [], []
-        self._vocabulary = vocabulary
-
-    def allowed(self):
-        self.asked.append(len(self.consumed))
-        allowed_V = torch.ones(self._vocabulary, dtype=torch.bool)
-        if len(self.consumed) % 3 == 2:
-            allowed_V[self.consumed[-2:]] = False
-        return allowed_V
-
-    def consume(self, chosen):
-        self.consumed.append(chosen)
-        return len(self.consumed) == 40
-
-
-def answer_of(runtime, sampling=None, limit=40, eos=(), **options):
+def answer_of(runtime, sampling, limit=40):
     """All that a loop over ``Sequence.append`` gives: the answer, every row of logits, what is
     shown, and what the sequence holds at the end."""
     ids = runtime.tokenizer.encode(TEXT)
-    sampling = Sampling(**sampling or {})
-    answer = Answer(ids, runtime.tokenizer, eos, sampling, limit, logprobs=3, **options)
+    answer = Answer(ids, runtime.tokenizer, (), Sampling(**sampling), limit, logprobs=3)
     sequence, rows, deltas, new = runtime.sequences[0], [], [], ids
     sequence.rewind(0)
     while not deltas or deltas[-1].finish is None:
@@ -86,12 +66,6 @@ def answer_of(runtime, sampling=None, limit=40, eos=(), **options):
     return answer.ids, torch.cat(rows), deltas, sequence.tokens
 
 
-def assert_same(plain, drafted):
-    assert torch.equal(plain[1], drafted[1])
-    assert (plain[0], *plain[2:]) == (drafted[0], *drafted[2:])
-
-
-@needs_kernels
 @pytest.mark.parametrize(
     ("pair", "sampling"),
     [*(("ngram", sampling) for sampling in SAMPLINGS), ("ngram, few slots", SAMPLINGS[0])],
@@ -99,33 +73,14 @@ def assert_same(plain, drafted):
 )
 def test_text_and_logits_are_bitwise_those_without_drafts(pair, eager, sampling):
     before = pair[1].stats()["drafts"]
-    assert_same(*(answer_of(runtime, sampling) for runtime in pair))
+    plain, drafted = (answer_of(runtime, sampling) for runtime in pair)
+    assert torch.equal(plain[1], drafted[1])
+    assert (plain[0], *plain[2:]) == (drafted[0], *drafted[2:])
     now = pair[1].stats()["drafts"]
     kinds = "drafted", "accepted", "rows", "passes"
     drafted, accepted, rows, passes = (now[kind] - before[kind] for kind in kinds)
     assert drafted > accepted > 2 and rows == passes + drafted
     assert passes + accepted == 39  # the first token comes of the prompt's last row
-
-
-@needs_kernels
-@pytest.mark.parametrize("ending", ["end of sentence", "stop string", "grammar", "length"])
-def test_an_answer_ends_in_a_draft_as_without(pair, eager, ending):
-    """At each of the answer's first tokens."""
-    if ending == "grammar":
-        masks = [Watched(pair[0].tokenizer.size) for _ in pair]
-        both = zip(pair, masks, strict=True)
-        assert_same(*(answer_of(runtime, grammar=mask) for runtime, mask in both))
-        assert masks[0].asked == masks[1].asked and masks[0].consumed == masks[1].consumed
-        return
-    answer = answer_of(pair[0], limit=16)[0]
-    for count in range(2, 16, 5):
-        stop = pair[0].tokenizer.decode(answer[count : count + 2])
-        options = {
-            "end of sentence": {"eos": (answer[count],)},
-            "stop string": {"stops": Stops((stop,))},
-            "length": {"limit": count},
-        }[ending]
-        assert_same(*(answer_of(runtime, **options) for runtime in pair))
 
 
 def interrupted(original):
@@ -142,15 +97,12 @@ def decoded(sequence, *ids):
     return torch.cat([sequence.append([id]).clone() for id in ids])
 
 
-@needs_kernels
 def test_a_text_that_fills_the_context(pair, eager):
-    many = {"temperature": 0.4, "seed": 2}
-    tokens = [list(runtime.generate(TEXT + TEXT, None, **many)) for runtime in pair]
+    tokens = [list(runtime.generate(TEXT + TEXT, None, seed=2)) for runtime in pair]
     assert tokens[0] == tokens[1] and tokens[1][-1].finish == "context"
     assert [len(runtime.sequences[0].tokens) for runtime in pair] == [199, 199]
 
 
-@needs_kernels
 @both_kinds
 def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
     """A rewind, another token, or a pass that ends with an exception."""
@@ -178,14 +130,13 @@ def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
     assert torch.equal(*both)
 
 
-@needs_kernels
 @both_kinds
 def test_several_answers_in_one_pass(pair, eager):
     """Each with its own number of rows; the text is each one's alone."""
     plain, drafting = pair
     prompts = [TEXT, "Call me", TEXT[30:], "import os\nimport os\nimport os\n"]
     ids = [plain.tokenizer.encode(prompt) for prompt in prompts]
-    before = drafting.stats()["drafts"]
+    before = drafting.stats()["drafts"]["drafted"]
     batch = Scheduler(drafting, 4, 0)
     found = [caller.wait().answer.ids for caller in [Caller(batch, drafting, i) for i in ids]]
     assert found == [[token.id for token in plain.generate(i, 24)] for i in ids]
@@ -199,12 +150,9 @@ def test_several_answers_in_one_pass(pair, eager):
     left = Caller(batch, drafting, ids[3], 150, at=leave, sampling=always).wait()
     assert (left.last.finish, left.answer.ids) == ("cancelled", [5] * 5)
     batch.close()
-    now = drafting.stats()["drafts"]
-    assert batch.problem is None and now["drafted"] - before["drafted"] > 60
-    assert now["kind"] == "mtp" or now["accepted"] - before["accepted"] > 5
+    assert batch.problem is None and drafting.stats()["drafts"]["drafted"] > before + 60
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     ("pair", "files"),
     [("ngram", ("drafts.py", "sequence.py")), ("mtp", ("/head.py", "/mtp.py"))],
@@ -247,18 +195,6 @@ def test_the_longest_match_counts_and_of_equals_the_latest():
     grams.read([5, 6, 5, 6, 5, 1])
     assert grams.draft(5) == ([], [])
     assert grams.draft(5) == ([], []) and NGrams().draft(3) == ([], [])
-
-
-def test_chances_follow_what_came_whether_it_was_computed_or_not():
-    repeated, drawn = NGrams(), NGrams()
-    chance = random.Random(3)
-    text = [chance.randrange(50) for _ in range(300)]
-    repeated.read(text + text)
-    assert min(repeated.draft(MOST_DRAFTED)[1]) > 0.8
-    pairs = [id for _ in range(300) for id in (1, 2, chance.randrange(10, 1000))]
-    for count in range(600, 900, 3):
-        drawn.read(pairs[: count + 2])
-    assert drawn.draft(1)[1][0] < 0.3
 
 
 @pytest.mark.parametrize("likely", [0.99, 0.9, 0.5, 0.1])

@@ -147,17 +147,12 @@ def test_the_reference_path_takes_no_copies(copies):
         Runtime.open(SAMPLE, quantize=False, experts_dirs=copies[1])
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("slotmoe.offload.tiers.drives.time.perf_counter", lambda: now[0])
-    return now
-
-
 @pytest.mark.parametrize(("times", "least", "most"), [(1, 490, 510), (4, 190, 210), (400, 1, 16)])
-def test_each_drive_gets_what_its_speed_allows(clock, times, least, most):
+def test_each_drive_gets_what_its_speed_allows(monkeypatch, times, least, most):
     """Of 1,000 pieces, where another drive takes a millisecond for one.  A drive that is far too
     slow is left alone once that is known."""
+    clock = [100.0]
+    monkeypatch.setattr("slotmoe.offload.tiers.drives.time.perf_counter", lambda: clock[0])
     drives, took, left = Drives([Path("a"), Path("b")]), [0.001, times / 1000], 1000
     readers = [(clock[0], reader % 2, 0.0) for reader in range(2 * THREADS)]
     while readers:
@@ -172,16 +167,3 @@ def test_each_drive_gets_what_its_speed_allows(clock, times, least, most):
             heapq.heappush(readers, (clock[0] + 0.0005, number, 0.0))
     shares = [drive.meter.bytes for drive in drives.all]
     assert sum(shares) == 1000 and least <= shares[1] <= most
-
-
-def test_a_slow_drive_is_tried_again(clock):
-    drives = Drives([Path("a"), Path("b")])
-    fast, slow = drives.all
-    fast.note(99.999, 1), slow.note(99.0, 1)
-    assert drives.takes(fast, lambda: 1) and drives.fastest() is fast
-    assert not drives.takes(slow, lambda: 1)
-    assert drives.takes(slow, lambda: 8000)  # so many wait that it is through with its own before
-    for _ in range(60):
-        clock[0] += 1
-        fast.note(clock[0] - 0.001, 1)
-    assert drives.takes(slow, lambda: 1)

@@ -8,7 +8,6 @@ import threading
 import time
 from functools import partial
 
-import psutil
 import pytest
 import torch
 
@@ -148,21 +147,6 @@ def test_files_that_change_while_they_are_read(sample_export, wanted, tmp_path):
         with pytest.raises(ExportError, match="truncated while in use"):
             runtime.logits(IDS)
         whole(runtime)
-
-
-def test_files_and_threads_are_given_back(sample_export):
-    """Those of other tests may still end meanwhile."""
-
-    def cycle(number):
-        with Runtime.open(sample_export, context=64, slots=(22, 224)[number % 2]) as runtime:
-            start(runtime)(IDS[: 1 + number % 3])
-
-    process = psutil.Process()
-    cycle(0), cycle(1)
-    files, threads = process.num_fds(), process.num_threads()
-    for number in range(4):
-        cycle(number)
-    until(lambda: process.num_fds() <= files and process.num_threads() <= threads)
 
 
 def test_a_file_system_without_direct_reads_is_said_once(opened, wanted, monkeypatch, caplog):
@@ -320,15 +304,6 @@ def test_reads_ahead_are_limited_by_idle_time_accuracy_and_room():
             ahead.guess(1, range(10, 20), "layer")
             ahead.more(0)
             assert len(shelf.ids) == min(count, room)
-
-
-def test_guessing_stops_where_it_costs_more_than_it_hides():
-    ahead = prefetcher(Shelf())
-    ahead._missing.value = 2.0  # 20 ms of reads a layer
-    ahead._cost.value = 0.0005
-    assert ahead.pays()
-    ahead._cost.value = 0.01
-    assert sum(ahead.pays() for _ in range(32)) == 2  # but looks again now and then
 
 
 # Slots

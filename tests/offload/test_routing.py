@@ -15,7 +15,6 @@ from slotmoe.offload.policy.substitutes import WINDOW, RouteBudget
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import swap_prices
 from slotmoe.quant.export.layout import SWAP_PRICES
-from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
 from tests.support.engine import IDS
 from tests.support.predictor import random_tensors
@@ -81,9 +80,7 @@ def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
     assert torch.equal(plain, same)
     assert not torch.equal(plain, swapped)
     routing = stats["routing"]
-    assert 0 < routing["estimated_kl"] <= 0.3
-    assert routing["swaps"] > 5 and routing["tokens"] == 40
-    assert "depends on the cache" in routing["altered"]
+    assert 0 < routing["estimated_kl"] <= 0.3 and routing["swaps"] > 5
     assert stats["io"]["disk"]["bytes"] < before["io"]["disk"]["bytes"]
     size = 16 // CONFIG["n_group"]
     for _, ((*indices,),) in others:
@@ -97,28 +94,27 @@ def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
 def test_weights_are_the_gates_own_after_a_swap(export):
     """What is computed equals the routing rule over the chosen experts."""
     with Runtime.open(export, context=128, threads=1, slots=12, route_budget=1.0) as runtime:
-        experts, seen = runtime.model.experts, []
+        experts, layers, swapped = runtime.model.experts, runtime.config.moe_layers, []
         original, router = experts.substitution, router_of(runtime.config)
+        alone = router._replace(n_group=1, topk_group=1)
 
-        def watch(row, x_TD, weights_TK, indices_TK, present):
-            result = original(row, x_TD, weights_TK, indices_TK, present)
-            if not torch.equal(result[1], indices_TK):
-                seen.append((row, x_TD, *result))
+        def check(row, x_TD, weights_TK, indices_TK, present):
+            new_TK, chosen_TK = result = original(row, x_TD, weights_TK, indices_TK, present)
+            if not torch.equal(chosen_TK, indices_TK):
+                gate = runtime.model.network.layers[layers[row]].gate
+                logits_TE = runtime.model.backend.linear(x_TD, gate)
+                only_TE = torch.full_like(logits_TE, -math.inf)
+                only_TE.scatter_(1, chosen_TK, logits_TE.gather(1, chosen_TK))
+                wanted, indices = route(only_TE, alone)
+                assert torch.equal(indices, chosen_TK)
+                torch.testing.assert_close(wanted, new_TK)
+                swapped.append(row)
             return result
 
-        watch.chooser, experts.substitution = original.chooser, watch
+        check.chooser, experts.substitution = original.chooser, check
         for id in IDS[:20]:
             runtime.sequences[0].append([id])
-        layers = [runtime.model.network.layers[layer] for layer in runtime.config.moe_layers]
-        backend = runtime.model.backend
-    assert seen
-    for row, x_TD, weights_TK, indices_TK in seen:
-        logits_TE = backend.linear(x_TD, layers[row].gate)
-        chosen_TK = logits_TE.gather(1, indices_TK)
-        only_TE = torch.full_like(logits_TE, -math.inf).scatter(1, indices_TK, chosen_TK)
-        wanted, indices = route(only_TE, router._replace(n_group=1, topk_group=1))
-        assert torch.equal(indices, indices_TK)
-        torch.testing.assert_close(wanted, weights_TK)
+    assert swapped
 
 
 def test_impossible_requests_are_refused(export, tmp_path):
@@ -137,15 +133,9 @@ def test_impossible_requests_are_refused(export, tmp_path):
         runtime.keep_in(tmp_path)
 
 
-def test_prices_are_measured_and_optional(export):
+def test_prices_are_measured(export):
     with Runtime.open(export, context=256, threads=1) as runtime:
         prices = swap_prices(runtime, [[0, *IDS]], seed=0)
         assert torch.equal(prices, swap_prices(runtime, [[0, *IDS]], seed=0))
         assert runtime.model.experts.substitution is None
     assert prices.shape == (2,) and (prices >= 0).all() and prices.sum() > 0
-    tensors = random_tensors(1, 16)
-    del tensors[SWAP_PRICES]
-    folder = export.parent / "plain"
-    write_predictor(folder, tensors)  # as an earlier version did
-    with Export.open(folder) as opened:
-        assert SWAP_PRICES not in opened.predictor()

@@ -257,13 +257,11 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end):
     assert in_steps.logits(ids).isfinite().all()
 
 
-@pytest.mark.parametrize("reused", [0, 100])
-def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(
-    in_steps, monkeypatch, reused
-):
+def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_steps, monkeypatch):
+    """What is cached of a prompt does not count."""
     runtime = in_steps
     long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
-    shorts[0] = [*long[:reused], *shorts[0]]
+    shorts[0] = [*long[:100], *shorts[0]]
     gates, order, callers, pieces = [], [], [], []
 
     def ask(batch, ids, limit, owner=""):
@@ -273,8 +271,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(
     for sequence in runtime.sequences:
         sequence.rewind(0)
     batch = Scheduler(runtime, 2, 8)
-    if reused:  # what is cached of a prompt does not count
-        Caller(batch, runtime, long[:reused], limit=1).wait()
+    Caller(batch, runtime, long[:100], limit=1).wait()
     fill = batch._fill
 
     def note(job, shared):

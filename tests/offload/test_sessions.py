@@ -5,8 +5,6 @@ import errno
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 
 import pytest
 import torch
@@ -151,37 +149,7 @@ def test_only_this_user_can_read_it(store):
         assert path.stat().st_mode & 0o777 == (0o600 if path.is_file() else 0o700)
 
 
-def test_an_interrupted_prefill_is_kept(runtime, tmp_path, monkeypatch):
-    ids, kind = TEXT * 3, type(runtime.passes)
-    passes = [kind.forward, KeyboardInterrupt()]
-
-    def forward(*arguments):
-        if len(passes) == 1:
-            raise passes[0]
-        return passes.pop(0)(*arguments)
-
-    keeping(runtime, tmp_path)
-    monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(KeyboardInterrupt):
-        next(runtime.generate(ids, 4))
-    monkeypatch.undo()
-    runtime.keep()
-    done = runtime.sequences[0].length
-    assert 0 < done < len(ids)
-    keeping(runtime, tmp_path)
-    count, logits = restored(runtime, ids)
-    assert count == done
-    assert torch.equal(logits, computed(runtime, ids))
-
-
-def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
-    """And what is in memory is not read."""
-    keeping(runtime, store[0])
-    runtime.sequences[0].append(TEXT[:100])
-    list(runtime.generate(TEXT, 1))
-    stats = runtime.stats()["sessions"]
-    assert stats["restored_tokens"] == 99
-    assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
+def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
     keeping(runtime, tmp_path)
     tokens = runtime.generate(TEXT[:60], 100)
     for _ in range(80):
@@ -193,6 +161,8 @@ def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
 
 
 def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, monkeypatch):
+    """And the reference path keeps nothing."""
+
     def count(runtime, owner=""):
         said = keeping(runtime, store[0])
         found = runtime.sessions.restore(runtime.sequences[0], TEXT[:-1], owner)
@@ -208,12 +178,9 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
         assert count(runtime) == 0
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
     assert count(runtime) == 0
-
-
-def test_the_reference_path_keeps_nothing(tmp_path):
     refused = pytest.raises(ConfigError, match="keeps no sessions")
-    with Runtime.open(SAMPLE, quantize=False, context=64) as runtime, refused:
-        runtime.keep_in(tmp_path / "sessions")
+    with Runtime.open(SAMPLE, quantize=False, context=64) as reference, refused:
+        reference.keep_in(store[0])
 
 
 # Files that are not what they claim to be
@@ -393,42 +360,6 @@ def test_a_lock_that_is_never_released_costs_a_save_and_no_more(tmp_path, monkey
     with folder._locked():
         fill(BlockFolder(tmp_path / "blocks", 1 << 20, said.append), tokens)
     assert len(said) == 1 and "another process" in said[0]
-
-
-class Killed(BaseException):
-    """From one change of the disk on, no other comes to pass."""
-
-
-CHANGES = ("open", "fsync", "rename", "pwrite", "unlink", "mkdir", "utime")
-
-
-def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
-    (tokens, other), moment, left = texts(2, 200), 0, -1
-
-    def counted(original, *arguments, **options):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        return original(*arguments, **options)
-
-    while left < 0:
-        moment += 1
-        place, left = tmp_path / str(moment) / "blocks", moment
-        fill(BlockFolder(place, 9000, print), tokens[:70])
-        with monkeypatch.context() as patch, suppress(Killed):
-            for name in CHANGES:
-                patch.setattr(os, name, partial(counted, getattr(os, name)))
-            folder = BlockFolder(place, 9000, print)
-            fill(folder, tokens)
-            fill(folder, other)
-        folder = BlockFolder(place, 9000, print)
-        assert held(folder, tokens) >= 0
-        assert not list(place.rglob("*.tmp")), moment
-        assert size_of(place.parent) == folder.nbytes <= 9000, moment
-        fill(folder, tokens)
-        assert held(folder, tokens) == 200, moment
-    assert moment > 30
 
 
 # Names
