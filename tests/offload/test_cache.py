@@ -80,12 +80,12 @@ def test_pinned_experts_stay_and_what_must_be_admitted_is_unless_all_are_pinned(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @quickly
-@given(st.data())
-def test_chunk_equals_token_by_token(policy, data):
+@given(st.lists(st.tuples(*[GATES] * ROWS), min_size=1, max_size=12), st.sets(st.sampled_from(IDS)))
+def test_chunk_equals_token_by_token(policy, tokens, inside):
     """Afterwards the same keys leave; LRU orders by visit, so it is compared in one layer."""
     rows = 1 if policy == "lru" else ROWS
-    tokens = data.draw(st.lists(st.tuples(*[GATES] * rows), min_size=1, max_size=12))
-    inside = data.draw(st.sets(st.sampled_from(range(rows * EXPERTS)), min_size=1))
+    tokens = [token[:rows] for token in tokens]
+    inside = {0, *(id for id in inside if id < rows * EXPERTS)}
     made = partial(make_cache, policy, len(inside), rows, EXPERTS, POPULARITY[: rows * EXPERTS])
     whole, single = made(), made()
     for cache, key in product((whole, single), inside):
@@ -180,19 +180,14 @@ def test_forecast_learns_what_inputs_say():
     assert hits[True] > hits[False] + 0.1, hits
 
 
-def write_trace(path, tokens=60, seed=0, layers=(1, 2, 5), experts=8, top=3):
-    """Routing with favourites, half of it prefill and half decode."""
+def write_trace(path, tokens=60, seed=0, experts=8):
+    """Half of it prefill and half decode."""
     chance = np.random.default_rng(seed)
-    favour = chance.random((len(layers), experts)) ** 3 + 0.01
-    writer = TraceWriter(path, layers, experts, top)
-    for step in (tokens - tokens // 2, *[1] * (tokens // 2)):
-        for row, layer in enumerate(layers):
-            p = favour[row] / favour[row].sum()
-            writer.add(
-                layer,
-                [chance.choice(experts, top, replace=False, p=p).tolist() for _ in range(step)],
-                chance.normal(size=(step, 40)),
-            )
+    writer = TraceWriter(path, (1, 2, 5), experts, 3)
+    for count in (tokens - tokens // 2, *[1] * (tokens // 2)):
+        for layer in (1, 2, 5):
+            chosen = [chance.choice(experts, 3, replace=False).tolist() for _ in range(count)]
+            writer.add(layer, chosen, chance.normal(size=(count, 40)))
     writer.close()
     return path
 

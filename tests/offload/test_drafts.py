@@ -52,11 +52,11 @@ def eager(monkeypatch):
     monkeypatch.setattr(Drafting, "pays", lambda self, chance, cost: True)
 
 
-def answer_of(runtime, sampling, limit=40):
+def answer_of(runtime, sampling):
     """All that a loop over ``Sequence.append`` gives: the answer, every row of logits, what is
     shown, and what the sequence holds at the end."""
     ids = runtime.tokenizer.encode(TEXT)
-    answer = Answer(ids, runtime.tokenizer, (), Sampling(**sampling), limit, logprobs=3)
+    answer = Answer(ids, runtime.tokenizer, (), Sampling(**sampling), 40, logprobs=3)
     sequence, rows, deltas, new = runtime.sequences[0], [], [], ids
     sequence.rewind(0)
     while not deltas or deltas[-1].finish is None:
@@ -73,9 +73,9 @@ def answer_of(runtime, sampling, limit=40):
 )
 def test_text_and_logits_are_bitwise_those_without_drafts(pair, eager, sampling):
     before = pair[1].stats()["drafts"]
-    plain, drafted = (answer_of(runtime, sampling) for runtime in pair)
-    assert torch.equal(plain[1], drafted[1])
-    assert (plain[0], *plain[2:]) == (drafted[0], *drafted[2:])
+    want, got = (answer_of(runtime, sampling) for runtime in pair)
+    assert torch.equal(want[1], got[1])
+    assert (want[0], *want[2:]) == (got[0], *got[2:])
     now = pair[1].stats()["drafts"]
     kinds = "drafted", "accepted", "rows", "passes"
     drafted, accepted, rows, passes = (now[kind] - before[kind] for kind in kinds)
@@ -120,6 +120,9 @@ def test_what_is_drafted_does_not_outlast_a_change(pair, eager, monkeypatch):
             rows.append(decoded(sequence, ids[30], new, ids[41]))
             sequence.rewind(5)
             rows += [sequence.append(ids[20:30]), decoded(sequence, *ids[30:36])]
+        sequence.rewind(0)
+        sequence.append(ids[:40])
+        sequence.append([ids[40]])
         network = type(runtime.model.network)
         with monkeypatch.context() as patch:
             patch.setattr(network, "forward", interrupted(network.forward))

@@ -2,7 +2,6 @@
 never across owners."""
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
 from slotmoe.offload import loading, scheduler
 from slotmoe.offload.runtime import Runtime, Sequence
-from slotmoe.offload.scheduler import IDLE_SECONDS, Job, QueueFullError, Scheduler
+from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
 from tests.support.engine import until
 
 PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
@@ -148,25 +147,16 @@ def test_closing_ends_answers_with_a_reason(runtime):
 
 
 def test_memory_goes_back_once_nobody_asks(runtime, monkeypatch):
-    """Once after the last answer, and not on and on: the next wait has no end."""
-    waits, given = [], []
-
-    class Patience(threading.Condition):
-        """What has an end ends at once."""
-
-        def wait(self, timeout=None):
-            waits.append(timeout)
-            return timeout is None and super().wait()
-
-    parts = SimpleNamespace(Condition=Patience, Thread=threading.Thread)
-    monkeypatch.setattr(scheduler, "threading", parts)
-    monkeypatch.setattr(scheduler, "give_back_memory", lambda: given.append(len(waits)))
+    """Once after the last answer, and not on and on."""
+    given = threading.Semaphore(0)
+    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "give_back_memory", given.release)
     batch = Scheduler(runtime, 8, 4)
-    until(lambda: len(waits) == 2)
+    assert given.acquire(timeout=30)
     Caller(batch, runtime, [5, 6], limit=1).wait()
-    until(lambda: len(waits) == 4)
+    assert given.acquire(timeout=30)
     batch.close()
-    assert (waits, given) == ([IDLE_SECONDS, None] * 2, [1, 3])
+    assert not given.acquire(blocking=False)
 
 
 def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):
