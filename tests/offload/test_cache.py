@@ -149,11 +149,6 @@ def test_optimum_equals_brute_force(tokens, slots):
     assert optimum(choices, slots) == best_by_trying_all(uses, slots)
 
 
-def test_replay_by_hand():
-    tokens = [[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]]
-    assert replay(tokens, blind(4, 1), "lru", 2, EXPERTS) == 4
-
-
 def test_forecast_learns_what_inputs_say():
     """The next token's experts follow from a token's input alone, and history says nothing: a cache
     with room for a third of the experts then holds what comes."""

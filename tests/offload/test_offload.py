@@ -49,8 +49,6 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
         traces.append(steps)
     for at_once, in_steps in zip(*traces, strict=True):
         assert all(map(np.array_equal, at_once, in_steps))
-        squares = at_once.features.astype(float) ** 2
-        np.testing.assert_allclose(squares.mean(-1), 1, rtol=0.01)
     (tmp_path / "cut").write_bytes((tmp_path / "trace").read_bytes()[:-3])
     with pytest.raises(ConfigError, match="cut off"):
         read_trace(tmp_path / "cut")
