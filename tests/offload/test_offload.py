@@ -12,11 +12,8 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.observe.trace import read_trace
 from slotmoe.offload.plan.memory import parse_size
 from slotmoe.offload.runtime import Runtime
-from slotmoe.offload.tiers.disk import HELP_BYTES
 from slotmoe.offload.tiers.slots import Slots
 from tests.support.engine import IDS, start, whole
-from tests.support.params import nth
-from tests.support.tiny import SAMPLE
 
 
 def test_decode_equals_prefill_in_the_quantized_path(sample_export):
@@ -49,13 +46,9 @@ def test_a_trace_of_a_long_prompt_is_that_of_one_step(sample_export, tmp_path, m
         header, steps = read_trace(tmp_path / "trace")
         assert header["layers"] == list(range(1, 8))
         assert [step.indices.shape for step in steps] == [(60, 7, 6), (1, 7, 6)]
-        assert [step.features.shape for step in steps] == [(60, 7, 256), (1, 7, 256)]
         traces.append(steps)
     for at_once, in_steps in zip(*traces, strict=True):
         assert all(map(np.array_equal, at_once, in_steps))
-        assert all(len(set(row)) == 6 for token in at_once.indices.tolist() for row in token)
-        squares = at_once.features.astype(float) ** 2
-        np.testing.assert_allclose(squares.mean(-1), 1, rtol=0.01)
     (tmp_path / "cut").write_bytes((tmp_path / "trace").read_bytes()[:-3])
     with pytest.raises(ConfigError, match="cut off"):
         read_trace(tmp_path / "cut")
@@ -71,17 +64,6 @@ def test_sizes():
     for text in ("", "8XB", "-1GiB", "GiB", "1e9", "nan", "9" * 40, 0, True):
         with pytest.raises(PlanError, match="size"):
             parse_size(text)
-
-
-def test_budget_too_small_says_by_how_much(sample_export, monkeypatch):
-    # As if no test had imported anything: sizes are in MiB then, with one decimal.
-    monkeypatch.setattr("slotmoe.offload.loading.process_bytes", lambda: 400 << 20)
-    with pytest.raises(PlanError) as refused:
-        Runtime.open(sample_export, ram="100MiB", context=256)
-    text = str(refused.value)
-    needed = parse_size(text.split("at least ")[1].split(" of ")[0])
-    short = parse_size(text.split("100.0 MiB, ")[1].split(" short")[0])
-    assert needed > 400 << 20 and abs(needed - (100 << 20) - short) < 0.2 * (1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -122,44 +104,25 @@ def test_prompts_that_do_not_fit_and_generations_that_are_superseded(sample_expo
 # What is cached of a prompt is not fed again
 
 
-def fed(runtime):
-    """Tokens that went through the network so far."""
-    tokens = runtime.stats()["tokens"]
-    return tokens["prefill_tokens"] + tokens["decode_tokens"]
-
-
-def next_logits(runtime, ids):
-    """Logits after ``ids`` with whatever the latent cache holds of them, and how many tokens were
-    fed for that."""
-    before = fed(runtime)
-    seen, original = [], runtime.model.network.head
-    runtime.model.network.head = lambda h_TD: seen.append(original(h_TD)) or seen[-1]
-    try:
-        list(runtime.generate(ids, 1))
-    finally:
-        del runtime.model.network.head
-    return seen[-1], fed(runtime) - before
-
-
-KINDS = {"native": {}, "torch": {"kernels": "torch"}, "reference": {"quantize": False}}
-
-
-@pytest.fixture(scope="module", params=nth(2, ["native", "torch", "reference"]))
-def reusing(request, sample_export):
+@pytest.fixture(scope="module")
+def reusing(sample_export):
     """A runtime, and what checks that logits after ``ids`` need ``count`` tokens to be fed and are
-    those of feeding all anew: bitwise by native kernels, else within invariant 2."""
-    path = SAMPLE if request.param == "reference" else sample_export
-    with Runtime.open(path, context=256, threads=1, **KINDS[request.param]) as runtime:
-        if request.param == "native" and runtime.stats()["kernels"] == "torch":
+    those of feeding all anew, by what is generated from them."""
+    with Runtime.open(sample_export, context=256, threads=1) as runtime:
+        if runtime.stats()["kernels"] == "torch":
             pytest.skip("the native kernels were not built")
 
+        def fed():
+            tokens = runtime.stats()["tokens"]
+            return tokens["prefill_tokens"] + tokens["decode_tokens"]
+
         def feeds(ids, count):
-            found, fed_now = next_logits(runtime, ids)
-            assert fed_now == count
-            wanted = runtime.logits(ids)[-1:]
-            if request.param == "native":
-                assert torch.equal(found, wanted)
-            assert ((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).median() <= 2e-3
+            before = fed()
+            (found,) = runtime.generate(ids, 1)
+            assert fed() - before == count
+            wanted_V = runtime.logits(ids)[-1, : runtime.tokenizer.size]
+            assert found.id == wanted_V.argmax()
+            assert found.logprob == float(wanted_V.max() - wanted_V.logsumexp(dim=-1))
 
         yield runtime, feeds
 
@@ -186,40 +149,27 @@ def test_a_shared_beginning_is_not_fed_again(reusing):
     feeds(IDS, len(IDS))
 
 
-@pytest.mark.parametrize("moment", nth(3, [4, 1, 7]))
-def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch, moment):
-    """In the MoE layer number ``moment`` of a pass: layers before it have overwritten rows that the
-    others still hold.  Decode with native kernels goes through all layers in one call; there it is
-    the end of a pass."""
+def test_step_interrupted_half_way_is_not_reused(reusing, monkeypatch):
+    """In the fourth MoE layer of a pass: layers before it have overwritten rows that the others
+    still hold."""
     runtime, feeds = reusing
     list(runtime.generate(IDS, 20))
-    calls = 0
+    kind, calls = type(runtime.model.network.experts), []
+    original = kind.__call__
 
-    def interrupting(original):
-        def interrupted(*arguments):
-            nonlocal calls
-            calls += 1
-            if calls == moment:
-                raise KeyboardInterrupt
-            return original(*arguments)
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
 
-        return interrupted
-
-    kind = type(runtime.model.network.experts)
-    for name in ("__call__", "passed"):
-        monkeypatch.setattr(kind, name, interrupting(getattr(kind, name)))
+    monkeypatch.setattr(kind, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(runtime.generate(OTHER, 1))
     feeds(IDS, 30)
-    # The first pass is whole; a later one makes the answer's second token, or number moment + 1.
-    calls = -7
-    with pytest.raises(KeyboardInterrupt):
-        list(runtime.generate(IDS, 20))
-    feeds(IDS, 1)
 
 
-@pytest.mark.parametrize("moment", nth(2, [20, 5]))
-def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monkeypatch, moment):
+def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monkeypatch):
     """Ctrl-C when the cache has let an expert go and the table of slots still names it."""
     with Runtime.open(sample_export, context=256, slots=200, prefetch=False) as runtime:
 
@@ -233,7 +183,7 @@ def test_exchange_interrupted_half_way_leaves_no_wrong_slot(sample_export, monke
         def interrupted(*arguments):
             nonlocal calls
             calls += 1
-            if calls == moment:
+            if calls == 20:
                 raise KeyboardInterrupt
             original(*arguments)
 
@@ -258,17 +208,16 @@ print(json.dumps(stats["memory"] | stats["cache"]))
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("spare", nth(2, [3 << 20, 2 << 20]), ids=["half", "smallest"])
-def test_peak_memory_stays_inside_the_budget(sample_export, spare):
-    """The smallest budget that the planner accepts, as a process of its own says, and one with room
-    for about half of the experts."""
+def test_peak_memory_stays_inside_the_budget(sample_export):
+    """The smallest budget that the planner accepts, as a process of its own says, and room for
+    about half of the experts."""
 
     def run(ram):
         command = [sys.executable, "-c", _PEAK, sample_export, str(ram)]
         return subprocess.run(command, capture_output=True, text=True)
 
     least = run(1 << 20).stderr.split("needs at least ")[1].split(" of ram")[0]
-    budget = parse_size(least) + spare
+    budget = parse_size(least) + (3 << 20)
     memory = json.loads(run(budget).stdout)
     assert memory["peak_rss"] <= budget
     assert memory["slots"] < 224
@@ -278,26 +227,21 @@ def test_peak_memory_stays_inside_the_budget(sample_export, spare):
 # Long prompts
 
 
-def read_ahead(monkeypatch, help_bytes=0):
+@pytest.fixture
+def reading_ahead(monkeypatch):
     """As if records were worth reading ahead."""
     for module in ("loading", "tiers.disk"):
-        monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", help_bytes)
+        monkeypatch.setattr(f"slotmoe.offload.{module}.HELP_BYTES", 0)
 
 
-@pytest.mark.usefixtures("heavy")
-@pytest.mark.parametrize(
-    ("kernels", "help_bytes"), nth(3, [("auto", 0), ("auto", HELP_BYTES), ("torch", 0)])
-)
-def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
-    sample_export, monkeypatch, kernels, help_bytes
-):
+@pytest.mark.usefixtures("heavy", "reading_ahead")
+def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(sample_export, monkeypatch):
     ids = torch.randint(2, 4000, (1000,), generator=torch.Generator().manual_seed(3)).tolist()
-    read_ahead(monkeypatch, help_bytes)
     logits = []
     for chunk in (512, 1024):
         chosen = "slotmoe.offload.plan.memory._prefill_chunk"
         monkeypatch.setattr(chosen, lambda *_, chunk=chunk: chunk)
-        with Runtime.open(sample_export, context=1024, slots=100, kernels=kernels) as runtime:
+        with Runtime.open(sample_export, context=1024, slots=100) as runtime:
             logits.append(runtime.logits(ids))
             everything = 224 * runtime.plan.record_bytes
             read = runtime.stats()["io"]["disk"]["bytes"]
@@ -311,10 +255,9 @@ def test_a_long_prompt_reads_each_expert_once_and_changes_no_logit(
     assert torch.equal(*logits)
 
 
-def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch):
+def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch, reading_ahead):
     """Also between a layer's steps; the next pass computes what it would have computed."""
     monkeypatch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", 16)
-    read_ahead(monkeypatch)
     with Runtime.open(sample_export, context=64, slots=100) as runtime:
         wanted, layers = runtime.logits(IDS), len(runtime.config.moe_layers)
         for last in range(0, 4 * layers, 5):
@@ -330,9 +273,7 @@ def test_a_long_prompt_may_end_at_any_gate(sample_export, monkeypatch):
             stop()
             whole(runtime)
             assert runtime.sequences[0].length == 0
-            if last % 2:
-                assert torch.equal(runtime.logits(IDS), wanted)
-        assert torch.equal(runtime.logits(IDS), wanted)
+            assert torch.equal(runtime.logits(IDS), wanted)
 
 
 def test_what_was_read_ahead_is_admitted_in_place_of_what_is_not_pinned(sample_export):

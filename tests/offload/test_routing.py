@@ -11,13 +11,11 @@ import torch
 from slotmoe.errors import ConfigError
 from slotmoe.model.routing import route, router_of
 from slotmoe.offload.ingest.quantize import quantize
-from slotmoe.offload.policy.substitutes import WINDOW, RandomSwaps, RouteBudget
+from slotmoe.offload.policy.substitutes import WINDOW, RouteBudget
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.study.calibrate import swap_prices
 from slotmoe.quant.export.layout import SWAP_PRICES
-from slotmoe.quant.export.reader import Export
 from slotmoe.quant.export.writer import write_predictor
-from tests.support.bench import benchmark
 from tests.support.engine import IDS
 from tests.support.predictor import random_tensors
 from tests.support.tiny import CONFIG, write_checkpoint
@@ -25,18 +23,14 @@ from tests.support.tiny import CONFIG, write_checkpoint
 WEIGHTS = [0.4, 0.2, 0.1, 0.09, 0.08, 0.07]
 
 
-PRESENT = {
-    "111111": [0, 1, 2, 3],
-    "111011": [0, 1, 2, 4],
-    "111000": [0, 1, 2, 3],
-    "110011": [0, 1, 4, 5],
-    "110001": [0, 1, 2, 5],
-    "001111": [0, 1, 2, 3],  # the first half keeps its experts
-}
-
-
 def test_the_best_that_is_present_stands_in_for_the_least():
-    for present, ranks in PRESENT.items():
+    for present, ranks in (
+        ("111111", [0, 1, 2, 3]),
+        ("111011", [0, 1, 2, 4]),
+        ("110011", [0, 1, 4, 5]),
+        ("110001", [0, 1, 2, 5]),
+        ("001111", [0, 1, 2, 3]),  # the first half keeps its experts
+    ):
         budget = RouteBudget([1.0], 1.0, 4)
         budget.advance(1)
         assert budget.choose(0, WEIGHTS, [mark == "1" for mark in present]) == ranks
@@ -56,20 +50,6 @@ def test_what_is_spent_stays_within_the_budget():
     assert max(windows) <= 2 * WINDOW * 0.01
     assert budget.tokens == 2000
     assert not RouteBudget([1.0], 0.1, 4).active  # until a token is decoded
-
-
-def test_random_swaps_count_what_the_price_multiplies():
-    chance = random.Random(0)
-    swaps = RandomSwaps(1, 4, chance.random)
-    expected = 0.0
-    for _ in range(500):
-        assert swaps.choose(0, WEIGHTS, [True] * 6) == [0, 1, 2, 3]
-        ranks = swaps.choose(1, WEIGHTS, [True] * 6)
-        assert ranks[:2] == [0, 1]
-        if gone := {2, 3} - set(ranks):
-            expected += WEIGHTS[gone.pop()] ** 2 + WEIGHTS[ranks[-1]] ** 2
-    assert swaps.squares == pytest.approx(expected)
-    assert expected > 0
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +80,7 @@ def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
     assert torch.equal(plain, same)
     assert not torch.equal(plain, swapped)
     routing = stats["routing"]
-    assert 0 < routing["estimated_kl"] <= 0.3
-    assert routing["swaps"] > 5 and routing["tokens"] == 40
-    assert "depends on the cache" in routing["altered"]
+    assert 0 < routing["estimated_kl"] <= 0.3 and routing["swaps"] > 5
     assert stats["io"]["disk"]["bytes"] < before["io"]["disk"]["bytes"]
     size = 16 // CONFIG["n_group"]
     for _, ((*indices,),) in others:
@@ -116,28 +94,27 @@ def test_swaps_change_the_text_and_save_reads_within_the_groups(export):
 def test_weights_are_the_gates_own_after_a_swap(export):
     """What is computed equals the routing rule over the chosen experts."""
     with Runtime.open(export, context=128, threads=1, slots=12, route_budget=1.0) as runtime:
-        experts, seen = runtime.model.experts, []
+        experts, layers, swapped = runtime.model.experts, runtime.config.moe_layers, []
         original, router = experts.substitution, router_of(runtime.config)
+        alone = router._replace(n_group=1, topk_group=1)
 
-        def watch(row, x_TD, weights_TK, indices_TK, present):
-            result = original(row, x_TD, weights_TK, indices_TK, present)
-            if not torch.equal(result[1], indices_TK):
-                seen.append((row, x_TD, *result))
+        def check(row, x_TD, weights_TK, indices_TK, present):
+            new_TK, chosen_TK = result = original(row, x_TD, weights_TK, indices_TK, present)
+            if not torch.equal(chosen_TK, indices_TK):
+                gate = runtime.model.network.layers[layers[row]].gate
+                logits_TE = runtime.model.backend.linear(x_TD, gate)
+                only_TE = torch.full_like(logits_TE, -math.inf)
+                only_TE.scatter_(1, chosen_TK, logits_TE.gather(1, chosen_TK))
+                wanted, indices = route(only_TE, alone)
+                assert torch.equal(indices, chosen_TK)
+                torch.testing.assert_close(wanted, new_TK)
+                swapped.append(row)
             return result
 
-        watch.chooser, experts.substitution = original.chooser, watch
+        check.chooser, experts.substitution = original.chooser, check
         for id in IDS[:20]:
             runtime.sequences[0].append([id])
-        layers = [runtime.model.network.layers[layer] for layer in runtime.config.moe_layers]
-        backend = runtime.model.backend
-    assert seen
-    for row, x_TD, weights_TK, indices_TK in seen:
-        logits_TE = backend.linear(x_TD, layers[row].gate)
-        chosen_TK = logits_TE.gather(1, indices_TK)
-        only_TE = torch.full_like(logits_TE, -math.inf).scatter(1, indices_TK, chosen_TK)
-        wanted, indices = route(only_TE, router._replace(n_group=1, topk_group=1))
-        assert torch.equal(indices, indices_TK)
-        torch.testing.assert_close(wanted, weights_TK)
+    assert swapped
 
 
 def test_impossible_requests_are_refused(export, tmp_path):
@@ -156,27 +133,9 @@ def test_impossible_requests_are_refused(export, tmp_path):
         runtime.keep_in(tmp_path)
 
 
-def test_prices_are_measured_and_optional(export):
+def test_prices_are_measured(export):
     with Runtime.open(export, context=256, threads=1) as runtime:
         prices = swap_prices(runtime, [[0, *IDS]], seed=0)
         assert torch.equal(prices, swap_prices(runtime, [[0, *IDS]], seed=0))
         assert runtime.model.experts.substitution is None
     assert prices.shape == (2,) and (prices >= 0).all() and prices.sum() > 0
-    tensors = random_tensors(1, 16)
-    del tensors[SWAP_PRICES]
-    folder = export.parent / "plain"
-    write_predictor(folder, tensors)  # as an earlier version did
-    with Export.open(folder) as opened:
-        assert SWAP_PRICES not in opened.predictor()
-
-
-def test_benchmark_reports_bytes_divergence_and_repetition(export, tmp_path):
-    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    arguments = ("--slots", 12, "--tokens", 40, "--budget", 0.3, "--generate", 20, "--threads", 1)
-    report = benchmark("routing", export, tmp_path / "text", *arguments)
-    plain, swapped, *means = report["results"]
-    assert (plain["budget"], plain["kl"]) == (0.0, 0.0)
-    assert swapped["kl"] > 0
-    assert swapped["bytes_per_token"] < plain["bytes_per_token"]
-    assert 0 <= swapped["repeated"] <= 1
-    assert [row["text"] for row in means] == ["mean", "mean"]

@@ -2,30 +2,19 @@
 never across owners."""
 
 import threading
-import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from slotmoe.errors import PlanError
 from slotmoe.model.generate import Answer, Sampling, Stops, penalize
-from slotmoe.offload import scheduler
+from slotmoe.offload import loading, scheduler
 from slotmoe.offload.runtime import Runtime, Sequence
-from slotmoe.offload.scheduler import IDLE_SECONDS, Job, QueueFullError, Scheduler
-from slotmoe.offload.tiers.memory import give_back_memory
+from slotmoe.offload.scheduler import Job, QueueFullError, Scheduler
 from tests.support.engine import until
 
-PROMPTS = [
-    "My fellow citizens,",
-    "It is a truth universally acknowledged, that a",
-    "def main(",
-    "Call me",
-    "To be or not to be",
-    "Once upon a time there was a small",
-    "import os",
-    "The constitution of",
-]
+PROMPTS = ["My fellow citizens,", "It is a truth universally acknowledged, that a", "def main("]
+PROMPTS += ["Call me", "To be or not to be", "Once upon a time", "import os", "The constitution of"]
 
 
 class Caller:
@@ -61,7 +50,7 @@ def runtime(sample_export):
 def narrow(sample_export, heavy):
     """Half of the experts fit, and a long pass goes through each layer in steps of 16 tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slotmoe.offload.loading.PREFILL_CHUNK", 16)
+        patch.setattr(loading, "PREFILL_CHUNK", 16)
         with Runtime.open(sample_export, context=256, sequences=8, slots=112) as runtime:
             yield runtime
 
@@ -80,12 +69,13 @@ def batch(runtime):
     assert batch.problem is None
 
 
-def answer_together(runtime, limit):
+@pytest.mark.parametrize(("room", "limit"), [("runtime", 16), ("narrow", 6)])
+def test_answers_together_are_token_for_token_those_alone(request, room, limit):
     """Prompts of one token and of more than a shared piece, so that decoding and filling
-    interleave; each answer is token for token the one alone."""
+    interleave."""
+    runtime = request.getfixturevalue(room)
     batch = Scheduler(runtime, 8, 4)
     long = runtime.tokenizer.encode("The people of the United States have a government. " * 16)
-    assert len(long) > 128
     prompts = [*(runtime.tokenizer.encode(text) for text in PROMPTS[:6]), long, [0]]
     together = [Caller(batch, runtime, ids, limit) for ids in prompts]
     found = [caller.wait().answer.ids for caller in together]
@@ -96,14 +86,6 @@ def answer_together(runtime, limit):
     assert limit < totals.steps < 8 * limit
     assert totals.prompt_tokens + totals.reused_tokens == sum(map(len, prompts))
     assert totals.answer_tokens == sum(map(len, found))
-
-
-def test_answers_together_are_token_for_token_those_alone(runtime):
-    answer_together(runtime, 16)
-
-
-def test_answers_together_where_few_experts_fit(narrow):
-    answer_together(narrow, 6)
 
 
 def test_one_step_reaches_the_same_logits(runtime):
@@ -165,33 +147,16 @@ def test_closing_ends_answers_with_a_reason(runtime):
 
 
 def test_memory_goes_back_once_nobody_asks(runtime, monkeypatch):
-    """Once after the last answer, and not on and on: the next wait has no end."""
-    waits, given = [], []
-
-    class Patience(threading.Condition):
-        """What has an end ends at once."""
-
-        def wait(self, timeout=None):
-            waits.append(timeout)
-            return timeout is None and super().wait()
-
-    parts = SimpleNamespace(Condition=Patience, Thread=threading.Thread)
-    monkeypatch.setattr(scheduler, "threading", parts)
-    monkeypatch.setattr(scheduler, "give_back_memory", lambda: given.append(len(waits)))
+    """Once after the last answer, and not on and on."""
+    given = threading.Semaphore(0)
+    monkeypatch.setattr(scheduler, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "give_back_memory", given.release)
     batch = Scheduler(runtime, 8, 4)
-    until(lambda: len(waits) == 2)
+    assert given.acquire(timeout=30)
     Caller(batch, runtime, [5, 6], limit=1).wait()
-    until(lambda: len(waits) == 4)
+    assert given.acquire(timeout=30)
     batch.close()
-    assert (waits, given) == ([IDLE_SECONDS, None] * 2, [1, 3])
-
-
-def test_memory_that_only_a_cycle_holds_goes_back():
-    cycle = threading.Event()
-    cycle.itself, gone = cycle, weakref.ref(cycle)
-    del cycle
-    give_back_memory()
-    assert gone() is None
+    assert not given.acquire(blocking=False)
 
 
 def test_failed_model_ends_every_answer_and_the_batch(runtime, monkeypatch):
@@ -210,38 +175,29 @@ def test_caches_of_all_sequences_are_in_the_plan(runtime, sample_export):
         Runtime.open(sample_export, ram="350MiB", context=1024, sequences=256)
 
 
-def text_of(runtime, ids, stops):
-    """Of an answer with these tokens: the text, its finish, and what has stopped it."""
-    answer, pieces = Answer([0], runtime.tokenizer, (1,), Sampling(), len(ids), stops=stops), []
-    for id in ids:
-        logits = torch.zeros(4096)
-        logits[id] = 9.0
-        pieces.append(answer.take(logits))
-        if pieces[-1].finish is not None:
-            break
-    last, text = pieces[-1], "".join(piece.text for piece in pieces)
-    if last.finish == "length":
-        assert [token.id for piece in pieces for token in piece.tokens] == ids
-    return text, last.finish, last.stopped_by
-
-
 def test_stop_strings_are_cut_out_and_count_outside_of_tool_calls(runtime):
-    def told(text, *strings, calls="<call>"):
-        return text_of(
-            runtime, runtime.tokenizer.encode(text, add_bos=False), Stops(strings, calls)
-        )
+    def stopped(text, *strings, calls="<call>"):
+        """What is shown, the finish, and what has stopped it."""
+        ids, pieces = runtime.tokenizer.encode(text, add_bos=False), []
+        stops = Stops(strings, calls)
+        answer = Answer([0], runtime.tokenizer, (1,), Sampling(), len(ids), stops=stops)
+        for id in ids:
+            logits_V = torch.zeros(4096)
+            logits_V[id] = 9.0
+            pieces.append(answer.take(logits_V))
+            if pieces[-1].finish is not None:
+                break
+        return "".join(piece.text for piece in pieces), pieces[-1].finish, pieces[-1].stopped_by
 
     text = "One two. Three four. Five"  # a stop string over several tokens
-    assert told(text, " Three four", "never") == ("One two.", "stop", " Three four")
-    assert told(text, "Five!") == (text, "length", None)
-    assert told("a b <call>b c", "b c") == ("a b <call>b c", "length", None)
-    assert told("a b <call>b c", "b c", calls="") == ("a b <call>", "stop", "b c")
-    assert told("a b <call>b c", "b") == ("a ", "stop", "b")
-    for stop in ("<", "<call>", "call", " <c"):  # in what begins the calls
-        assert told("a b <call>b c", stop) == ("a b <call>b c", "length", None), stop
-    assert told("a b <calm>", "<") == ("a b ", "stop", "<")  # that was no call
-    assert told("a b <cal", "<") == ("a b ", "stop", "<")  # nor could it become one
-    assert told("a b <cal", "x") == ("a b <cal", "length", None)
+    assert stopped(text, " Three four", "never") == ("One two.", "stop", " Three four")
+    assert stopped(text, "Five!") == (text, "length", None)
+    assert stopped("a b <call>b c", "b c", calls="") == ("a b <call>", "stop", "b c")
+    assert stopped("a b <call>b c", "b") == ("a ", "stop", "b")
+    for stop in ("b c", "<", "<call>", "call", " <c"):  # in the call, and in what begins the calls
+        assert stopped("a b <call>b c", stop) == ("a b <call>b c", "length", None), stop
+    for text in ("a b <calm>", "a b <cal"):  # that was no call, nor could it become one
+        assert stopped(text, "<") == ("a b ", "stop", "<")
 
 
 def test_penalties_and_bias_change_the_choice():
@@ -291,13 +247,11 @@ def test_a_long_pass_ends_when_nobody_waits_for_it(in_steps, end):
     assert in_steps.logits(ids).isfinite().all()
 
 
-@pytest.mark.parametrize("reused", [0, 100])
-def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(
-    in_steps, monkeypatch, reused
-):
+def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(in_steps, monkeypatch):
+    """What is cached of a prompt does not count."""
     runtime = in_steps
     long, shorts = [5 + n for n in range(240)], [[7 + n, 8, 9] for n in range(3)]
-    shorts[0] = [*long[:reused], *shorts[0]]
+    shorts[0] = [*long[:100], *shorts[0]]
     gates, order, callers, pieces = [], [], [], []
 
     def ask(batch, ids, limit, owner=""):
@@ -307,8 +261,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_gets_a_piece_after_each(
     for sequence in runtime.sequences:
         sequence.rewind(0)
     batch = Scheduler(runtime, 2, 8)
-    if reused:  # what is cached of a prompt does not count
-        Caller(batch, runtime, long[:reused], limit=1).wait()
+    Caller(batch, runtime, long[:100], limit=1).wait()
     fill = batch._fill
 
     def note(job, shared):

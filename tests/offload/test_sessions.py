@@ -4,7 +4,7 @@ not what it claims to be."""
 import errno
 import os
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,10 +13,9 @@ from slotmoe.errors import ConfigError, PlanError
 from slotmoe.offload.runtime import Runtime
 from slotmoe.offload.sequence import shared_prefix
 from slotmoe.offload.sessions import blocks as blocks_module
-from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, Block, BlockFolder, chain
+from slotmoe.offload.sessions.blocks import BLOCK_TOKENS, BlockFolder, chain
 from slotmoe.offload.sessions.names import NamedSession, Saved, listing, remove
 from tests.support.engine import IDS
-from tests.support.params import nth
 from tests.support.tiny import SAMPLE
 from tests.support.twin import Twin
 
@@ -102,22 +101,6 @@ def test_reopened_logits_are_bitwise_those_of_computing_anew(runtime, sample_exp
     assert torch.equal(after, runtime.sequences[0].append([5]))
 
 
-@pytest.mark.parametrize(("kernels", "length"), nth(2, [("auto", 200), ("torch", 20)]))
-def test_text_goes_on_as_if_the_process_had_not_ended(sample_export, tmp_path, kernels, length):
-    def generated(ids, count):
-        tokens = [*runtime.generate(ids, count, temperature=0.8, seed=3)]
-        return [token.id for token in tokens], [token.logprob for token in tokens]
-
-    with Runtime.open(sample_export, context=1024, kernels=kernels) as runtime:
-        keeping(runtime, tmp_path)
-        first = generated(TEXT[:length], 12)[0]
-        wanted = generated([*TEXT[:length], *first], 6)
-        runtime.keep()
-        keeping(runtime, tmp_path)
-        assert generated([*TEXT[:length], *first], 6) == wanted
-        assert runtime.stats()["sessions"]["restored_tokens"] == length + 11
-
-
 def test_a_gpus_latents_come_back(on_twin, tmp_path):
     def logits():
         with on_twin(Twin()) as runtime:
@@ -166,38 +149,7 @@ def test_only_this_user_can_read_it(store):
         assert path.stat().st_mode & 0o777 == (0o600 if path.is_file() else 0o700)
 
 
-def test_an_interrupted_prefill_is_kept(runtime, tmp_path, monkeypatch):
-    ids, passes, kind = [*TEXT, *TEXT, *TEXT], [], type(runtime.passes)
-    original = kind.forward
-
-    def forward(self, *arguments):
-        if passes:
-            raise KeyboardInterrupt
-        passes.append(1)
-        return original(self, *arguments)
-
-    keeping(runtime, tmp_path)
-    monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(KeyboardInterrupt):
-        next(runtime.generate(ids, 4))
-    runtime.keep()
-    monkeypatch.undo()
-    done = runtime.sequences[0].length
-    assert 0 < done < len(ids)
-    keeping(runtime, tmp_path)
-    count, logits = restored(runtime, ids)
-    assert count == done
-    assert torch.equal(logits, computed(runtime, ids))
-
-
-def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
-    """And what is in memory is not read."""
-    keeping(runtime, store[0])
-    runtime.sequences[0].append(TEXT[:100])
-    list(runtime.generate(TEXT, 1))
-    stats = runtime.stats()["sessions"]
-    assert stats["restored_tokens"] == 99
-    assert stats["read_bytes"] < sum(path.stat().st_size for path in files(store[0])[1:])
+def test_long_answers_are_kept_as_they_grow(runtime, tmp_path):
     keeping(runtime, tmp_path)
     tokens = runtime.generate(TEXT[:60], 100)
     for _ in range(80):
@@ -209,6 +161,8 @@ def test_long_answers_are_kept_as_they_grow(runtime, store, tmp_path):
 
 
 def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, monkeypatch):
+    """And the reference path keeps nothing."""
+
     def count(runtime, owner=""):
         said = keeping(runtime, store[0])
         found = runtime.sessions.restore(runtime.sequences[0], TEXT[:-1], owner)
@@ -224,12 +178,9 @@ def test_owners_models_and_versions_do_not_share(runtime, sample_export, store, 
         assert count(runtime) == 0
     monkeypatch.setattr("slotmoe.offload.sessions.store.version", lambda name: "9.9")
     assert count(runtime) == 0
-
-
-def test_the_reference_path_keeps_nothing(tmp_path):
     refused = pytest.raises(ConfigError, match="keeps no sessions")
-    with Runtime.open(SAMPLE, quantize=False, context=64) as runtime, refused:
-        runtime.keep_in(tmp_path / "sessions")
+    with Runtime.open(SAMPLE, quantize=False, context=64) as reference, refused:
+        reference.keep_in(store[0])
 
 
 # Files that are not what they claim to be
@@ -255,8 +206,8 @@ def link(path):
     path.symlink_to(path.parent / "elsewhere")
 
 
-# In the magic, the parent, the address, the start, the count, the row, a token, a latent, the sum.
-BYTES = (0, 20, 40, 50, 52, 57, 70, 2000, -1)
+# In the magic, the parent, the address, the start, the count, a token, a latent, the sum.
+BYTES = (0, 20, 40, 50, 52, 70, 2000, -1)
 DAMAGES = {
     **{f"byte {position}": flip(position) for position in BYTES},
     "cut": lambda path: os.truncate(path, 3000),
@@ -395,11 +346,8 @@ def test_several_processes_keep_in_one_folder(tmp_path, monkeypatch):
                 fill(folders[index], tokens)
                 held(folders[index], tokens)
 
-    threads = [threading.Thread(target=work, args=[index]) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not said
     assert size_of(tmp_path) == folders[0].nbytes <= 60_000
     assert sum(held(folders[0], tokens) for tokens in conversations) > 0
@@ -412,50 +360,6 @@ def test_a_lock_that_is_never_released_costs_a_save_and_no_more(tmp_path, monkey
     with folder._locked():
         fill(BlockFolder(tmp_path / "blocks", 1 << 20, said.append), tokens)
     assert len(said) == 1 and "another process" in said[0]
-
-
-class Killed(BaseException):
-    """From one change of the disk on, no other comes to pass."""
-
-
-def die_at(patch, moment):
-    calls = 0
-
-    def counted(original):
-        def call(*arguments, **options):
-            nonlocal calls
-            calls += 1
-            if calls >= moment:
-                raise Killed
-            return original(*arguments, **options)
-
-        return call
-
-    for name in ("open", "fsync", "rename", "pwrite", "unlink", "mkdir", "utime"):
-        patch.setattr(os, name, counted(getattr(os, name)))
-
-
-def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
-    (tokens, other), moment, killed = texts(2, 200), 0, True
-    while killed:
-        moment, killed = moment + 1, False
-        place = tmp_path / str(moment) / "blocks"
-        fill(BlockFolder(place, 9000, print), tokens[:70])
-        with monkeypatch.context() as patch:
-            die_at(patch, moment)
-            try:
-                folder = BlockFolder(place, 9000, print)
-                fill(folder, tokens)
-                fill(folder, other)
-            except Killed:
-                killed = True
-        folder = BlockFolder(place, 9000, print)
-        assert held(folder, tokens) >= 0
-        assert not list(place.rglob("*.tmp")), moment
-        assert size_of(place.parent) == folder.nbytes <= 9000, moment
-        fill(folder, tokens)
-        assert held(folder, tokens) == 200, moment
-    assert moment > 30
 
 
 # Names
@@ -475,8 +379,8 @@ def test_a_named_session_comes_back(tmp_path):
     with NamedSession(folder, "plans") as session:
         assert session.saved == saved([1, 2], "\ud800")
     assert session.path.stat().st_mode & 0o777 == 0o600
-    tokens = [*range(163_840)]
-    with NamedSession(folder, "later") as session:  # a long conversation with many values
+    tokens = [*range(163_840)]  # a long conversation with many values
+    with NamedSession(folder, "later") as session:
         session.save(saved(tokens, "a, b, " * 20_000))
     with NamedSession(folder, "later") as session:
         assert session.saved.tokens == tokens
@@ -490,16 +394,16 @@ def test_names_are_no_paths(tmp_path):
             NamedSession(tmp_path, name)
 
 
-CHANGES = {
-    b"Call": [b"Cbll"],
-    b'"version": 1': [b'"version": 2'],
-    b'"tokens": "AQ': [b'"tokens": "BQ', b'"tokens": "!'],
-    b"{": [b"["],
-    b'"text"': [b'"x"'],
-}
+HARMS = [
+    (b"Call", b"Cbll"),
+    (b'"version": 1', b'"version": 2'),
+    (b'"tokens": "AQ', b'"tokens": "!'),
+    (b"{", b"["),
+    (b'"text"', b'"x"'),
+]
 
 
-@pytest.mark.parametrize(("old", "new"), [(old, new) for old in CHANGES for new in CHANGES[old]])
+@pytest.mark.parametrize(("old", "new"), HARMS)
 def test_a_damaged_session_is_refused_and_can_be_removed(tmp_path, old, new):
     with NamedSession(tmp_path, "plans") as session:
         session.save(saved([1, 2]))
@@ -532,9 +436,3 @@ def test_removing_a_session_removes_its_blocks(tmp_path):
     assert [listed.name for listed in listing(tmp_path)] == ["second"]
     remove(tmp_path, ["second"])
     assert folder.nbytes == 0 and not files(tmp_path)
-
-
-def test_blocks_of_a_chain_have_addresses_of_all_that_comes_before():
-    one, two = list(chain(ROOT, TEXT))[1], list(chain(b"x" * 16, TEXT))[1]
-    assert one.tokens == two.tokens and one.address != two.address
-    assert Block(ROOT, 0, [1]).address != Block(ROOT, 0, [2]).address
