@@ -4,7 +4,6 @@ own invariants."""
 from functools import partial
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
@@ -166,15 +165,6 @@ def test_several_tokens_of_several_sequences_are_bitwise_as_one_by_one(kind, geo
         assert [cache.length for cache in caches] == ends
 
 
-@native
-def test_bf16_weights_go_op_by_op():
-    """No native call computes them, though every expert has a slot."""
-    network = native_network({"n_shared_experts": None}, "bf16")
-    network.experts.complete, cache = True, native_cache(network)
-    assert feed(network, cache, IDS, [39, 1]).isfinite().all()
-    assert network.experts.calls == [*network.config.moe_layers] * 2
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """A network of the reference path with every feature on, and a function that makes an empty
@@ -266,11 +256,3 @@ def test_no_temporary_grows_with_the_context(reference):
         with torch.inference_mode(), _Largest() as largest:
             network.head(network.forward(torch.tensor([5]), [made]))
         assert largest.elements <= max(bound, c.vocab_size * c.hidden_size)
-
-
-def test_softmax_factor_of_the_published_config():
-    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
-    yarn |= {"mscale": 0.707, "mscale_all_dim": 0.707}
-    rope = parse_config({**CONFIG, "rope_scaling": yarn}).rope
-    assert np.isclose(rope.softmax_factor, 1.5896, atol=5e-5)
-    assert rope.table_scale == 1.0

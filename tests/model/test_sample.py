@@ -39,14 +39,6 @@ def test_reference_path_equals_transformers_on_the_sample(reference):
     assert relative_error(reference.logits(ids), transformers_logits(SAMPLE, ids)) <= 1e-5
 
 
-def test_bfloat16_products_stay_close_to_float32(reference, monkeypatch):
-    """The dtype of products on CUDA, here on the CPU."""
-    ids = EXPECTED["prompts"][0]["logits_ids"]
-    wanted = reference.logits(ids)
-    monkeypatch.setattr(reference.model.backend, "compute", torch.bfloat16)
-    assert relative_error(reference.logits(ids), wanted) <= 2e-2
-
-
 def compare(reference, exported, name, count=None):
     """Bits of the text, or of its first ``count`` windows, under both models, KL divergence in nats
     summed over tokens, and the token count."""

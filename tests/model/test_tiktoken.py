@@ -125,13 +125,11 @@ def test_export_has_a_tokenizer_json(source, tokens, tmp_path):
 LONG = base64.b64encode(b"x" * 600) + b" 300"
 BAD = {
     "no base64": (lambda lines: [*lines[:5], b"?? 5", *lines[6:]], "line 6"),
-    "no rank": (lambda lines: [*lines[:5], b"QQ==", *lines[6:]], "line 6"),
     "a rank is missing": (lambda lines: lines[:300] + lines[301:], "rank 300"),
     "a token twice": (lambda lines: [*lines[:300], b"QQ== 300"], "line 301"),
     "a byte is missing": (lambda lines: lines[:255], "byte 255"),
     "long token": (lambda lines: [*lines[:300], LONG], "600 bytes"),
     "long rank": (lambda lines: [b"QQ== " + b"9" * 5000], "line 1"),
-    "empty": (lambda lines: [], "byte 0"),
 }
 
 
