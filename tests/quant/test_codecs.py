@@ -172,15 +172,6 @@ def test_experts_and_their_sum(kernels, size, seed):
         for w, out in zip(weights, outs, strict=True):
             total = total + w * out
         assert torch.equal(total, got)
-    slab = slab_of([record for _, record in experts])
-    slots = torch.from_numpy(rng.integers(-1, k, 7, dtype=np.int32))
-    indices = torch.from_numpy(rng.integers(0, 7, (3, 4)))
-    y = torch.full((3, 4, h), 7.0)
-    kernels.experts_by_slot(x, indices, slab, slots, expert_record(h, i), y)
-    for row, entry in np.ndindex(3, 4):
-        slot = int(slots[indices[row, entry]])
-        made = slot >= 0 and alone(kernels, x[row], [experts[slot][1]], i)[0]
-        assert torch.equal(y[row, entry], made if slot >= 0 else torch.full((h,), 7.0))
 
 
 def test_more_uses_than_one_pass_takes(kernels):
@@ -222,9 +213,3 @@ def test_bad_records_are_refused(kernels):
     wider = expert_record(64, 32, EXPERT_CODECS["lut", "4"])  # its record is longer
     with pytest.raises(ValueError, match="record of"):
         kernels.experts_by_slot(x, one, record[None, :-100], one[0].int(), wider, y)
-    weight, _ = random_codes(np.random.default_rng(7), LUT3, 32, 64)
-    for part in ("codes", "scales"):
-        cut = {"codes": weight.codes, "scales": weight.scales}
-        cut[part] = cut[part][:1].contiguous()
-        with pytest.raises(ValueError, match=part):
-            Matrix.of_codes(CodedWeight(cut["codes"], cut["scales"], weight.levels, (32, 64)))

@@ -152,9 +152,3 @@ def test_torch_feeds_back_as_the_kernels_do(codec):
 def test_a_hessian_that_is_none_is_refused(value):
     with pytest.raises(NotPositiveError):
         lut.quantize(torch.ones(16, 64), LUT4, Hessian(torch.full((64, 64), value)))
-
-
-def test_a_weight_of_zeros_stays_zeros():
-    weight, hessian = torch.zeros(16, 70), correlated(16, 70)[1]
-    assert not values(weight, LUT4).any()
-    assert not values(weight, LUT4, hessian).any()
