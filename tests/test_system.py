@@ -11,8 +11,7 @@ from itertools import product
 import pytest
 
 from slotmoe import system
-from slotmoe.errors import CheckpointError, ConfigError, ExportError, SlotmoeError
-from slotmoe.jsonfile import read_json
+from slotmoe.errors import CheckpointError, ExportError, SlotmoeError
 from slotmoe.model.checkpoint import Checkpoint
 from slotmoe.offload.runtime import Runtime
 from slotmoe.quant.export.layout import RESIDENT, layer_file
@@ -154,14 +153,6 @@ def test_the_library_of_safetensors_is_understood(monkeypatch):
     monkeypatch.setattr("slotmoe.model.shards.safe_open", refuse)
     with pytest.raises(CheckpointError, match=r"can't be read .*Too many open files"):
         Checkpoint.open(SAMPLE)
-
-
-def test_a_json_file_in_a_bad_place(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text("{}")
-    monkeypatch.setattr("builtins.open", failing(open, errno.EIO, "config.json", tmp_path))
-    with pytest.raises(ConfigError, match=r"config.json: can't be read \(Input/output error\)"):
-        read_json(path, 100)
 
 
 def test_short_reads_are_no_damage(sample_export, monkeypatch):

@@ -232,7 +232,9 @@ GROUPS = {"num_bits": 8, "group_size": 128, "symmetric": False, "strategy": "cha
 GROUPS |= {"type": "float", "actorder": "group"}
 FP8, BITS = {"quant_method": "fp8"}, {"quant_method": "bitsandbytes"}
 
+WIDTHS = ("vocab_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "v_head_dim")
 BAD_VALUES = {
+    **{key: [0, REMOVE] for key in WIDTHS},
     "model_type": [
         *("deepseek_v4", "glm4_moe", "kimi_linear", "longcat_flash", "llama"),
         *(None, 2, ["deepseek_v2"], REMOVE),
@@ -258,9 +260,6 @@ BAD_VALUES = {
     "rope_interleave": [False],
     "num_key_value_heads": [1, 2],
     "hidden_size": [True, 64.0, "64", None, 0, -64, 1 << 40, 10**300, [64], REMOVE],
-    "vocab_size": [0, 1 << 30, REMOVE],
-    "intermediate_size": [0, REMOVE],
-    "moe_intermediate_size": [0, REMOVE],
     "num_hidden_layers": [0, 1 << 30, 1001, REMOVE],
     "num_attention_heads": [0, -4, REMOVE],
     "n_routed_experts": [0, 4097, 9, None, REMOVE],
@@ -273,10 +272,7 @@ BAD_VALUES = {
     "first_k_dense_replace": [-1, 3, True, REMOVE],
     "moe_layer_freq": [0, -1, 1.5],
     "q_lora_rank": [0, -1, "null", REMOVE],
-    "kv_lora_rank": [0, REMOVE],
-    "qk_nope_head_dim": [0, REMOVE],
     "qk_rope_head_dim": [7, 0, REMOVE],
-    "v_head_dim": [0, REMOVE],
     "rms_norm_eps": [0, -1e-6, True, REMOVE],
     "rope_theta": [0, -1, "10000", True],
     "max_position_embeddings": [0, 1 << 40, REMOVE],

@@ -26,10 +26,9 @@ from tests.support.families import (
     V3,
     V32,
     config_of,
-    oracle_logits,
     write_family,
 )
-from tests.support.oracle import relative_error
+from tests.support.oracle import relative_error, transformers_logits
 from tests.support.params import nth
 
 IDS = torch.randint(2, 4000, (40,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -41,7 +40,7 @@ def test_reference_path_equals_transformers(name, tmp_path):
     family, overrides = CASES[name]
     write_family(tmp_path, family, **overrides)
     with Runtime.open(tmp_path, quantize=False, context=64) as runtime:
-        assert relative_error(runtime.logits(IDS), oracle_logits(tmp_path, IDS)) <= 1e-5
+        assert relative_error(runtime.logits(IDS), transformers_logits(tmp_path, IDS)) <= 1e-5
 
 
 PART = {**LONG, "partial_rotary_factor": 0.25}

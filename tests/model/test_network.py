@@ -217,18 +217,6 @@ def test_cache_holds_one_latent_row_a_token_a_layer(reference):
     assert torch.isnan(made.layers[:, 40:].float()).all()
 
 
-def test_failed_step_can_be_repeated(reference, monkeypatch):
-    network, cache = reference
-    made, wanted = cache(128), feed(network, cache(128), IDS, [20, 20])
-    feed(network, made, IDS, [20])
-    with monkeypatch.context() as patch:
-        patch.setattr(network, "experts", lambda *a: (_ for _ in ()).throw(RuntimeError("disk")))
-        with pytest.raises(RuntimeError, match="disk"):
-            network.forward(torch.tensor(IDS[20:]), [made])
-    assert made.length == 20
-    assert torch.equal(feed(network, made, IDS[20:], [20]), wanted[20:])
-
-
 class _Largest(torch.overrides.TorchFunctionMode):
     """Remembers the largest tensor that any torch call returned."""
 

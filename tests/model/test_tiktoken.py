@@ -145,11 +145,11 @@ def test_bad_files_are_refused_by_name(source, tokens, tmp_path):
 
 
 def test_other_settings_are_refused_by_name(tokens):
-    names = {"'3'": "3", "xxx": "x" * 9, "999": "9" * 99}
-    added = {words: {name: {"content": "x"}} for words, name in names.items()}
-    added["added_tokens_decoder"] = []
-    cases = {words: {"added_tokens_decoder": value} for words, value in added.items()}
-    cases["'QwenTokenizer'.*put it beside"] = {"tokenizer_class": "QwenTokenizer"}
+    cases = {
+        "'3'": {"added_tokens_decoder": {"3": {"content": "x"}}},
+        "added_tokens_decoder": {"added_tokens_decoder": []},
+        "'QwenTokenizer'.*put it beside": {"tokenizer_class": "QwenTokenizer"},
+    }
     for words, changes in cases.items():
         with pytest.raises(ValueError, match=words):
             tokenizer_json(model_file(tokens), {**settings(len(tokens)), **changes})

@@ -93,7 +93,6 @@ def test_a_forked_child_does_not_hang(kernels):
 def test_bad_arguments_are_refused():
     rng = np.random.default_rng(12)
     good = random_codes(rng, NF4, 32, 128)[0]
-    codes, absmax = good.codes, good.scales
     _, record = random_expert(rng, 64, 32)
     coded, ones = expert_record(64, 32), torch.ones(32, 128, dtype=torch.int8)
     cuts = record[: coded.record_bytes - 1], record[1:], record[:-64]
@@ -103,9 +102,9 @@ def test_bad_arguments_are_refused():
     cache, rows = torch.zeros(10, 88, dtype=torch.uint8), torch.ones(10, 72)
     kv_b = Int8Weight(cache.to(torch.int8), torch.ones(10))
 
-    def linear(x=x, codes=codes, absmax=absmax, levels=levels_tensor, n=32):
-        shape = n, x.shape[1]
-        return lambda: native.linear(Matrix.of_codes(CodedWeight(codes, absmax, levels, shape)), x)
+    def linear(x=x, codes=good.codes, n=32):
+        weight = CodedWeight(codes, good.scales, good.levels, (n, x.shape[1]))
+        return lambda: native.linear(Matrix.of_codes(weight), x)
 
     def experts(x=x64, chosen=chosen, slab=record[None], slots=slots, coded=coded, y=y):
         return lambda: native.experts_by_slot(x, chosen, slab, slots, coded, y)
@@ -113,16 +112,10 @@ def test_bad_arguments_are_refused():
     def mla(width=72, cache=cache, context=5, r=64):
         return lambda: native.mla(torch.ones(1, 2, width), cache, context, r, 1.0)
 
-    def store(rows=rows, r=64, cache=cache):
-        return lambda: native.store_latents(rows, r, cache)
-
-    def error(columns, weight):
-        return lambda: native.squared_error(torch.ones(32, columns), weight)
-
     scalar, turns = torch.tensor(1.0), torch.ones(1, 1, dtype=torch.complex64)
     cases = [
         *(linear(x=bad) for bad in (x.double(), x[:, :64], x.t(), x.to("meta"))),
-        *(linear(n=33), linear(levels=levels_tensor[:15]), linear(codes=codes[:1])),
+        *(linear(n=33), linear(codes=good.codes[:1])),
         lambda: native.linear(int8, x[:, :100].contiguous()),
         *(experts(chosen=bad) for bad in (chosen + 1, chosen - 1, chosen.int())),
         *(experts(slab=cut[None]) for cut in cuts),
@@ -130,13 +123,13 @@ def test_bad_arguments_are_refused():
         *(experts(coded=expert_record(64, 33)), experts(y=torch.empty(2, 2, 64))),
         lambda: native.weighted_sum(torch.ones(1, 1, 64), torch.ones(1, 2)),
         *(mla(context=11), mla(context=0), mla(r=73), mla(width=68), mla(cache=cache.half())),
-        *(store(cache=cache[1:]), store(r=73), store(rows=scalar, r=1)),
+        lambda: native.store_latents(rows, 64, cache[1:]),
         lambda: native.rotate(scalar, turns),
         lambda: native.absorb_query(torch.ones(72), kv_b),
         lambda: native.absorb_value(torch.ones(1, 3, 88), kv_b, 1),
         lambda: native.quantize_nf4(torch.ones(4, 64, dtype=torch.int32)),
         lambda: native.quantize_int8(torch.ones(0, 64)),
-        *(error(33, good), error(127, Int8Weight(ones, torch.ones(32)))),
+        lambda: native.squared_error(torch.ones(32, 33), good),
         lambda: native.set_isa("quantum"),
         lambda: native.set_threads(0),
     ]

@@ -2,28 +2,26 @@
 safetensors and bitsandbytes."""
 
 import logging
-import warnings
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.support.families import oracle_network, quietly
 
 
 def transformers_network(folder):
-    """The oracle: transformers' DeepseekV2 in float32 with eager experts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import DeepseekV2ForCausalLM
-
-        return DeepseekV2ForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
-        )
+    """The oracle: transformers' network of the folder's weights, in float32 with eager experts."""
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    return oracle_network(folder, weights)
 
 
 def transformers_logits(folder, ids):
     """Logits of the oracle, float32 [T, vocab_size]."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quietly():
         return transformers_network(folder)(torch.tensor([ids])).logits[0]
 
 
